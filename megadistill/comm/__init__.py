@@ -1,0 +1,1 @@
+"""Communication: who the ranks are, how they talk. The only room that imports torch.distributed."""

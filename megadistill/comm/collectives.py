@@ -1,0 +1,66 @@
+"""Collectives over a process group; a group of None (one process) is a no-op, so no caller asks.
+
+Legend: g ranks of the group, n rows.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[n, ...] of every rank -> [g·n, ...], in rank order. Every rank passes the same shape."""
+    if group is None:
+        return rows
+    gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
+    if group is None:
+        return rows
+    block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
+    dist.reduce_scatter_tensor(block, rows.contiguous(), group=group)
+    return block
+
+
+def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over ranks, in place."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def scatter_rows(rows: Tensor | None, out: Tensor, source: int, group: ProcessGroup | None) -> Tensor:
+    """Rank `source` of the group gives block i of `rows` [g·n, ...] to rank i, which finds it in `out` [n, ...]."""
+    if group is None:
+        assert rows is not None
+        return rows
+    blocks = list(rows.contiguous().chunk(group_size(group))) if rows is not None else None
+    dist.scatter(out, blocks, group=group, group_src=source)
+    return out
+
+
+def barrier(group: ProcessGroup | None) -> None:
+    if group is not None:
+        dist.barrier(group=group)
+
+
+def everywhere(flag: bool, device: torch.device, group: ProcessGroup | None) -> bool:
+    """True where the flag is true on every rank. A host-device sync."""
+    if group is None:
+        return flag
+    value = torch.tensor(int(flag), dtype=torch.int32, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN, group=group)
+    return bool(value.item())

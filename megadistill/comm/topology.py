@@ -1,0 +1,165 @@
+"""Rank arithmetic and process groups: from a launcher's environment to a `Topology`.
+
+Legend: w ranks of the world, p ranks of a vocab group. Vocab groups are p consecutive ranks; the frozen teacher's
+pipeline runs over the same ranks, on a group of its own. Slice groups hold the ranks with the same place in their
+vocab group: together they store the rows that each of them computes on.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megadistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says: torchrun and deepspeed set the same variables; plain python sets none of them."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE).
+
+        Raises:
+            UserError: some of them are set and others are not, or they are no numbers.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        present = [name for name in names if name in os.environ]
+        if not present:
+            return cls(rank=0, world=1, local_rank=0, local_world=1)
+        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment sets {', '.join(present)} but not {', '.join(missing)}: start this with torchrun or "
+                "deepspeed, or unset them for a single process"
+            )
+        try:
+            world = int(os.environ["WORLD_SIZE"])
+            return cls(
+                rank=int(os.environ["RANK"]),
+                world=world,
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
+            )
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who this process is and whom it talks to. A group of one rank is None."""
+
+    rank: int
+    world: int
+    local_rank: int
+    group_size: int
+    """p: ranks of a vocab group, and stages of the teacher."""
+    device: torch.device
+    world_group: ProcessGroup | None
+    vocab_group: ProcessGroup | None
+    slice_group: ProcessGroup | None
+    pipeline_group: ProcessGroup | None
+
+    @property
+    def group_rank(self) -> int:
+        """j: this rank's place in its vocab group, and its stage of the teacher."""
+        return self.rank % self.group_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run (logs, tables, manifests)."""
+        return self.rank == 0
+
+
+def vocab_group_size(asked: int | None, launch: Launch) -> int:
+    """p: what the recipe asks for, else the ranks of a node (they share the fastest links).
+
+    Raises:
+        UserError: it does not divide the world.
+    """
+    size = launch.local_world if asked is None else asked
+    if launch.world % size:
+        divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
+        raise UserError(
+            f"comm.vocab_group is {size}, but this run has {launch.world} "
+            f"{'process' if launch.world == 1 else 'processes'}: it must divide them, so one of "
+            f"{', '.join(map(str, divisors))} (start with more processes, or --set comm.vocab_group={divisors[-1]})"
+        )
+    return size
+
+
+def local_device(local_rank: int) -> torch.device:
+    """This process's accelerator (local rank modulo the visible devices), or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    index = local_rank % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
+
+
+@contextmanager
+def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Iterator[Topology]:
+    """The process groups of a run, from `init_process_group` to `destroy_process_group`.
+
+    Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
+    started becomes a world of one.
+    """
+    device = local_device(launch.local_rank)
+    if "MASTER_ADDR" not in os.environ:  # DeepSpeed reads these too, and looks for MPI where they are missing
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank))
+    dist.init_process_group(
+        backend=dist.get_default_backend_for_device(device),
+        rank=launch.rank,
+        world_size=launch.world,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    try:
+        yield topology_of_world(launch, vocab_group=vocab_group, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device) -> Topology:
+    """The groups of an initialised world. Collective: every rank creates every group, in the same order."""
+    world, p = launch.world, vocab_group
+    consecutive = [list(range(first, first + p)) for first in range(0, world, p)]
+    strided = [list(range(place, world, p)) for place in range(p)]
+    return Topology(
+        rank=launch.rank,
+        world=world,
+        local_rank=launch.local_rank,
+        group_size=p,
+        device=device,
+        world_group=dist.group.WORLD if world > 1 else None,
+        vocab_group=_own_group(consecutive, launch.rank),
+        slice_group=_own_group(strided, launch.rank),
+        pipeline_group=_own_group(consecutive, launch.rank),
+    )
+
+
+def _own_group(partition: list[list[int]], rank: int) -> ProcessGroup | None:
+    own = None
+    for ranks in partition:
+        if len(ranks) == 1:
+            continue
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            own = group
+    return own

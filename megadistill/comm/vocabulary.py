@@ -1,0 +1,91 @@
+"""Which rows of the vocabulary a rank computes on: a value that is passed, not a world to ask.
+
+Legend: V padded vocabulary, w world, p ranks of a vocab group, v this rank's rows.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megadistill.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabSlice:
+    """This rank's rows of a vocabulary: ascending half-open ranges of global ids.
+
+    The `v` local rows of a weight are the rows of `ranges`, one after the other. Slices of a group are disjoint, may
+    be uneven, and may be empty. `size` is the true vocabulary: ids from `size` on are padding, which no softmax sees.
+    `group` is the process group whose slices together hold every id below `size`; None for a single process.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    size: int
+    group: "ProcessGroup | None" = None
+
+    def __post_init__(self) -> None:
+        ends = [0, *(bound for pair in self.ranges for bound in pair)]
+        if any(later < earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"vocabulary ranges must ascend without overlap, got {self.ranges}")
+        if self.size <= 0:
+            raise ValueError(f"a vocabulary needs at least one id, got size {self.size}")
+
+    @classmethod
+    def contiguous(cls, start: int, stop: int, size: int, group: "ProcessGroup | None" = None) -> "VocabSlice":
+        """Rows `start` to `stop` of a vocabulary of `size` true ids."""
+        return cls(ranges=((start, stop),), size=size, group=group)
+
+    @property
+    def rows(self) -> int:
+        """v: local rows, padding included."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    @property
+    def true_rows(self) -> int:
+        """Local rows that are not padding. Ranges ascend, so these come first."""
+        return sum(max(0, min(stop, self.size) - start) for start, stop in self.ranges)
+
+    def global_ids(self, device: torch.device | None = None) -> Tensor:
+        """[v] int64: the global id of each local row."""
+        if not self.ranges:
+            return torch.empty(0, dtype=torch.int64, device=device)
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.ranges])
+
+    def local_rows(self, ids: Tensor) -> Tensor:
+        """int64, the shape of `ids`: the local row of each global id, -1 where another rank (or nobody) holds it."""
+        rows = torch.full_like(ids, -1)
+        offset = 0
+        for start, stop in self.ranges:
+            rows = torch.where((ids >= start) & (ids < min(stop, self.size)), ids - start + offset, rows)
+            offset += stop - start
+        return rows
+
+
+def padded_vocabulary(size: int, multiple: int) -> int:
+    """The vocabulary rounded up to a multiple: every ZeRO-3 partition of the head is then whole rows."""
+    return -(-size // multiple) * multiple
+
+
+def block_cyclic_ranges(padded: int, world: int, group_size: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """The rows on which `rank` computes, when ZeRO-3 stores [V, D] as `world` contiguous row blocks.
+
+    Rank (n, j), n = rank // p and j = rank % p, computes on the blocks s ≡ j (mod p): one block when p = w, else the
+    w/p blocks that live on the ranks with the same j.
+
+    Raises:
+        UserError: the world does not divide the padded vocabulary, or the group does not divide the world.
+    """
+    if padded % world:
+        raise UserError(
+            f"a padded vocabulary of {padded} does not divide over {world} ranks; "
+            f"set student.vocab_multiple to a multiple of {world}"
+        )
+    if world % group_size:
+        raise UserError(f"comm.vocab_group is {group_size}, which does not divide the {world} ranks of this run")
+    block = padded // world
+    return tuple((s * block, (s + 1) * block) for s in range(rank % group_size, world, group_size))

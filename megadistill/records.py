@@ -1,0 +1,160 @@
+"""What flows between the rooms: batches, the teacher's signal, loss terms, reports. It knows torch only.
+
+Legend: B sequences of this rank in a micro-batch (or step), S tokens of a sequence, N = B·S tokens, E teacher width.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""The label of a position that carries no loss (torch's convention)."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A position in the token stream: about a hundred bytes, the same on every rank.
+
+    `fingerprint` names the order (manifest, seed, batch); `next_slot` is the first slot not yet delivered.
+    """
+
+    fingerprint: str
+    next_slot: int
+
+    def state(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint, "next_slot": self.next_slot}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Cursor":
+        return cls(fingerprint=str(state["fingerprint"]), next_slot=int(state["next_slot"]))
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """This rank's rows of a batch; the student and the teacher read the same one.
+
+    tokens [B, S] int64; labels [B, S] int64, the next token, `IGNORED_LABEL` where there is none;
+    slots [B] int64, the stream position of each row; digests [B] int64, crc32 of each row's tokens.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    slots: Tensor
+    digests: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def micro_batches(self, size: int) -> list["TokenBatch"]:
+        """The rows in micro-batches of `size`, in order. `size` divides B."""
+        assert len(self) % size == 0, f"{len(self)} rows do not divide into micro-batches of {size}"
+        return [
+            TokenBatch(
+                tokens=self.tokens[start : start + size],
+                labels=self.labels[start : start + size],
+                slots=self.slots[start : start + size],
+                digests=self.digests[start : start + size],
+            )
+            for start in range(0, len(self), size)
+        ]
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The tokens and labels on `device`; slots and digests stay on the host, where they are compared."""
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
+
+    @property
+    def valid_tokens(self) -> int:
+        """How many positions carry a loss."""
+        return int((self.labels != IGNORED_LABEL).sum())
+
+
+def token_digest(tokens: Tensor) -> Tensor:
+    """[B] int64: crc32 of each row of `tokens` [B, S], as little-endian int64. Tells batches apart, proves nothing."""
+    rows = tokens.to(device="cpu", dtype=torch.int64).numpy().astype("<i8")
+    return torch.tensor([zlib.crc32(row.tobytes()) for row in rows], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says of a micro-batch: final hidden states (after the last norm, before the head).
+
+    hidden [B·S, E]; slots and digests [B] name the batch that it answers.
+    """
+
+    hidden: Tensor
+    slots: Tensor
+    digests: Tensor
+
+    def hidden_for(self, batch: TokenBatch) -> Tensor:
+        """`hidden`, if this signal answers `batch`.
+
+        Raises:
+            SignalMismatch: the slots or the digests differ.
+        """
+        if not torch.equal(self.slots, batch.slots):
+            raise SignalMismatch(
+                f"the teacher answered slots {self.slots.tolist()}, the student is at slots {batch.slots.tolist()}"
+            )
+        if not torch.equal(self.digests, batch.digests):
+            raise SignalMismatch(f"teacher and student read different tokens in slots {batch.slots.tolist()}")
+        return self.hidden
+
+
+class SignalMismatch(AssertionError):
+    """A teacher's signal met a batch that it does not answer: the two would be trained against each other's tokens."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Sums over this rank's tokens, each token times its weight; with weights 1/count they are means.
+
+    `loss` is differentiable; the rest are detached scalars. Natural logarithms throughout. Terms that the objective
+    does not have (those of the teacher, when training from labels) are zero.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    """KL of the divergence asked for, teacher against student, at the loss's temperature (no T² factor)."""
+    student_ce: Tensor
+    teacher_ce: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    """1 where teacher and student have the same most likely token."""
+    log_z: Tensor
+    """Log of the student's partition function: the quantity that the z-loss holds near zero."""
+
+    def metrics(self) -> Tensor:
+        """[7] float64: `METRIC_NAMES`, in that order, for one reduction over ranks."""
+        return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
+
+
+METRIC_NAMES = ("loss", "kl", "student_ce", "teacher_ce", "teacher_entropy", "agreement", "log_z")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, as it is logged: means over the step's tokens of all ranks."""
+
+    step: int
+    tokens: int
+    """Tokens seen since the run began, this step included."""
+    loss: float
+    kl: float
+    student_ce: float
+    teacher_ce: float
+    teacher_entropy: float
+    agreement: float
+    log_z: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    teacher_seconds: float
+    """Seconds of the step that the student waited for the teacher's signal, on rank 0."""
+    mfu: float | None
+    """Model FLOPs over peak FLOPs, both models together; None where the device's peak is not known."""
+    memory_bytes: int
+    """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
