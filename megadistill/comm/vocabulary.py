@@ -3,6 +3,7 @@
 Legend: V padded vocabulary, w world, p ranks of a vocab group, v this rank's rows.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class VocabSlice:
 
     def __post_init__(self) -> None:
         ends = [0, *(bound for pair in self.ranges for bound in pair)]
-        if any(later < earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+        if any(later < earlier for earlier, later in itertools.pairwise(ends)):
             raise ValueError(f"vocabulary ranges must ascend without overlap, got {self.ranges}")
         if self.size <= 0:
             raise ValueError(f"a vocabulary needs at least one id, got size {self.size}")

@@ -24,7 +24,12 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def _serve(
-    launch: Launch, port: int, vocab_group: int, function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Connection
+    launch: Launch,
+    port: int,
+    vocab_group: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    pipe: Connection,
 ) -> None:
     import torch
 

@@ -1,0 +1,70 @@
+# make smoke   the whole job on this machine: text, teacher, two students, a table
+# make test    the tests           make check   format, lint, types, floors and walls
+# make lock    the versions in constraints.txt, from the environment that just passed
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.ready
+SMOKE := runs/smoke
+
+# The ranks of a CPU run share its cores; DeepSpeed asks for its accelerator before it can look.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: smoke test check format lock clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(READY)
+	( sed -n '1p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' ) > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(SMOKE)
+
+# The main job, by the verbs that a cluster uses. A second `make smoke` goes on where the first one stopped.
+smoke: $(SMOKE)/evaluation.json
+	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
+
+$(SMOKE)/data/heldout/manifest.json: | $(READY)
+	rm -rf $(SMOKE)/data
+	$(BIN)/megadistill tokenize "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')" \
+	    --include '*.py' --exclude '*test*' --exclude 'site-packages/*' --exclude 'idlelib/*' \
+	    --vocab-size 2000 --sequence-length 128 --heldout-fraction 0.03 --output $(SMOKE)/data
+
+$(SMOKE)/teacher-hf/config.json: $(SMOKE)/data/heldout/manifest.json
+	rm -rf $(SMOKE)/teacher-hf
+	$(BIN)/torchrun --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml
+	$(BIN)/megadistill export $(SMOKE)/teacher --output $(SMOKE)/teacher-hf --max-shard-mb 4
+
+$(SMOKE)/labels-hf/config.json: $(SMOKE)/data/heldout/manifest.json
+	rm -rf $(SMOKE)/labels-hf
+	$(BIN)/megadistill train recipes/smoke-labels.yaml
+	$(BIN)/megadistill export $(SMOKE)/labels --output $(SMOKE)/labels-hf
+
+# Stopped half-way on purpose, then started again by the same command: it goes on from its checkpoint.
+$(SMOKE)/distill-hf/config.json: $(SMOKE)/teacher-hf/config.json
+	rm -rf $(SMOKE)/distill-hf
+	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml --stop-after 80
+	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml
+	$(BIN)/megadistill export $(SMOKE)/distill --output $(SMOKE)/distill-hf
+
+$(SMOKE)/evaluation.json: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
+	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
+	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json

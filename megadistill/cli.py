@@ -1,0 +1,236 @@
+"""The front door: one verb a job; it parses, calls, and exits with a clear code. It knows no mathematics.
+
+A verb imports its room when it runs, so that `--help` and a mistyped option answer at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megadistill import __version__
+from megadistill.errors import OperatorFault, RestartFault, UserError
+
+EXIT_CODES = "exit codes: 0 done; 2 wrong input; 3 a fault that a restart can mend; 4 a fault that needs a person"
+
+TRAIN_EPILOG = f"""\
+The same verb under every launcher; rank, world size and rendezvous come from the one that started it:
+
+  one process        megadistill train RECIPE
+  torchrun           torchrun --nproc_per_node 8 -m megadistill train RECIPE
+  deepspeed          deepspeed --num_gpus 8 --module megadistill train RECIPE
+
+A run folder that already holds a checkpoint is gone on with; give the same command again.
+
+{EXIT_CODES}"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; the exit code. Errors for people are one line without a traceback."""
+    options = parser().parse_args(arguments)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong for all ranks of a node is said once
+    try:
+        code: int = options.run(options)
+        return code
+    except UserError as error:
+        if speaks:
+            print(f"megadistill: {error}", file=sys.stderr)
+        return error.exit_code
+    except (RestartFault, OperatorFault) as error:
+        print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return RestartFault.exit_code
+    except Exception:
+        traceback.print_exc()
+        return OperatorFault.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs and their options."""
+    top = argparse.ArgumentParser(
+        prog="megadistill",
+        description="Distil a large frozen teacher into a student, at pretraining scale or on a laptop.",
+        epilog=EXIT_CODES,
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    # The deepspeed launcher puts this in front of the verb; the rank is read from the environment.
+    top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+    _tokenize_parser(verbs)
+    _train_parser(verbs)
+    _export_parser(verbs)
+    _evaluate_parser(verbs)
+    _plan_parser(verbs)
+    return top
+
+
+Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _verb(verbs: Verbs, name: str, summary: str, epilog: str = EXIT_CODES) -> argparse.ArgumentParser:
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _tokenize_parser(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "tokenize",
+        "turn text files into WebDataset token shards with a manifest, a training and a held-out split",
+        "example: megadistill tokenize ~/text --include '*.txt' --vocab-size 32000 --sequence-length 2048 "
+        f"--output data/mine\n\n{EXIT_CODES}",
+    )
+    verb.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help="a text file, or a folder of them")
+    verb.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where train/, heldout/ and tokenizer/ go"
+    )
+    which = verb.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--vocab-size", type=int, metavar="N", help="train a SentencePiece model of N pieces on the text"
+    )
+    which.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model")
+    verb.add_argument("--sequence-length", type=int, required=True, metavar="S", help="tokens of a sequence")
+    verb.add_argument(
+        "--heldout-fraction", type=float, default=0.01, metavar="F", help="share of documents held out (default 0.01)"
+    )
+    verb.add_argument(
+        "--include",
+        action="append",
+        metavar="GLOB",
+        help="files of a folder to read, by name (default: '*'); repeatable",
+    )
+    verb.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="relative paths to leave out; repeatable"
+    )
+    verb.add_argument(
+        "--units-per-shard", type=int, default=4096, metavar="N", help="sequences of a shard (default 4096)"
+    )
+    verb.set_defaults(run=_tokenize)
+
+
+def _train_parser(verbs: Verbs) -> None:
+    verb = _verb(verbs, "train", "train a student from labels, or by distillation from a teacher", TRAIN_EPILOG)
+    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, such as recipes/smoke.yaml")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as in --set train.steps=100"
+    )
+    verb.add_argument(
+        "--stop-after",
+        type=int,
+        metavar="STEP",
+        help="save and stop after this step; without it, a later start goes on",
+    )
+    verb.set_defaults(run=_train)
+
+
+def _export_parser(verbs: Verbs) -> None:
+    verb = _verb(verbs, "export", "write a run's student as a Hugging Face folder (one process, no GPU)")
+    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    verb.add_argument("--step", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
+    verb.add_argument(
+        "--max-shard-mb", type=int, default=4096, metavar="MB", help="largest safetensors file (default 4096)"
+    )
+    verb.set_defaults(run=_export)
+
+
+def _evaluate_parser(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "evaluate",
+        "measure models on a held-out split: cross-entropy, perplexity, bits a byte, KL and agreement with a teacher",
+    )
+    verb.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="Hugging Face folders")
+    verb.add_argument(
+        "--data", type=Path, required=True, metavar="MANIFEST", help="manifest.json of the held-out split"
+    )
+    verb.add_argument("--teacher", type=Path, metavar="DIR", help="the teacher's Hugging Face folder")
+    verb.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a forward pass (default 8)")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    verb.set_defaults(run=_evaluate)
+
+
+def _plan_parser(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "plan", "what a recipe needs on a number of ranks: parameters, FLOPs, memory, bytes on the wire"
+    )
+    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
+    verb.add_argument("--ranks", type=int, required=True, metavar="N", help="processes, one a GPU")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    verb.set_defaults(run=_plan)
+
+
+def _tokenize(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megadistill.data import tokenize
+
+    report = tokenize(
+        options.inputs,
+        options.output,
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        sequence_length=options.sequence_length,
+        heldout_fraction=options.heldout_fraction,
+        include=options.include or ["*"],
+        exclude=options.exclude,
+        units_per_shard=options.units_per_shard,
+    )
+    Console().print(report.table())
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megadistill.config import load_recipe
+
+    if options.stop_after is not None and options.stop_after < 1:
+        raise UserError(f"--stop-after {options.stop_after}: steps count from 1")
+    recipe = load_recipe(options.recipe, options.set)
+    from megadistill.train.loop import train
+
+    outcome = train(recipe, stop_after=options.stop_after)
+    if os.environ.get("RANK", "0") == "0":
+        how = "done" if outcome.done else "stopped as asked; give the same command without --stop-after to go on"
+        print(f"{recipe.run.folder}: {how} at step {outcome.step} of {recipe.train.steps}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megadistill.train.export import export_run
+
+    step = export_run(
+        options.run_folder, options.output, step=options.step, max_shard_bytes=options.max_shard_mb * 1_000_000
+    )
+    print(f"{options.output}: the student of {options.run_folder} at step {step}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megadistill.report.evaluate import evaluate, table, write_json
+
+    results = evaluate(options.models, options.data, teacher=options.teacher, batch=options.batch)
+    Console().print(table(results))
+    if options.json:
+        write_json(results, options.json)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megadistill.plan.needs import read_needs, tables
+
+    found = read_needs(options.recipe, options.set, ranks=options.ranks)
+    for table in tables(found):
+        Console().print(table)
+    return 0

@@ -1,0 +1,328 @@
+"""The typed recipe: YAML with `extends:` and `--set`, validated by frozen models. It knows no torch and no room.
+
+One section a room. Paths are relative to the current directory; `extends:` is relative to the file that says it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from megadistill.errors import UserError, nearest
+
+# Keys of a DeepSpeed file whose value the recipe owns: two owners of one number drift apart.
+OWNED_BY_RECIPE = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch / (ranks x train.micro_batch)",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.adamw",
+    "scheduler": "train.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "tensorboard": "the run folder",
+}
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """A frozen part of the recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    folder: str
+    """Where the run writes everything."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the student's initialisation."""
+
+
+class DataSection(Section):
+    manifest: str
+    """manifest.json of the training split, as `megadistill tokenize` wrote it."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the order of the stream."""
+
+
+class CommSection(Section):
+    vocab_group: int | None = Field(default=None, ge=1)
+    """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
+    timeout_minutes: float = Field(default=10.0, gt=0)
+    """How long a collective may wait before the run is given up."""
+
+
+class StudentSection(Section):
+    config: dict[str, Any] | str
+    """A Hugging Face config (inline, with model_type) or a folder that holds config.json."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """What DeepSpeed alone owns: sharding, buckets, offload, communication."""
+    vocab_multiple: int = Field(default=1024, ge=1)
+    """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
+    activation_checkpointing: bool = False
+
+
+class TeacherSection(Section):
+    path: str
+    """A Hugging Face folder: config.json, safetensors, tokenizer.model."""
+
+
+class LossSection(Section):
+    divergence: Literal["forward_kl"] = "forward_kl"
+    temperature: float = Field(default=1.0, gt=0)
+    temperature_squared: bool = False
+    """Multiply the divergence by T²: keeps its gradient's size when T grows (Hinton et al., 2015)."""
+    kd_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
+    chunk_tokens: int = Field(default=1024, ge=1)
+    """Tokens of a rank whose logits exist at one time."""
+
+
+class AdamWSection(Section):
+    learning_rate: float = Field(gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled, on matrices only: norms and biases are not decayed."""
+
+
+class ScheduleSection(Section):
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Length of the final decay; for wsd only."""
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last learning rate as a share of the peak."""
+
+
+class TrainSection(Section):
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    """Sequences of an optimizer step, over all ranks: fixed, whatever the world size."""
+    micro_batch: int = Field(ge=1)
+    """Sequences of one forward pass on one rank; accumulation follows from it."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    adamw: AdamWSection
+    schedule: ScheduleSection = ScheduleSection()
+    checkpoint_every: int = Field(default=1000, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "TrainSection":
+        schedule = self.schedule
+        if schedule.kind == "wsd" and schedule.decay_steps is None:
+            raise ValueError("schedule.kind wsd needs schedule.decay_steps (a tenth of train.steps is common)")
+        if schedule.kind == "cosine" and schedule.decay_steps is not None:
+            raise ValueError("schedule.decay_steps belongs to schedule.kind wsd; cosine decays over all of train.steps")
+        if schedule.warmup_steps + (schedule.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps or 0} "
+                f"do not fit into steps {self.steps}; shorten them or train longer"
+            )
+        return self
+
+
+class Recipe(Section):
+    """Everything that decides a run's numbers."""
+
+    objective: Literal["labels", "distill"]
+    run: RunSection
+    data: DataSection
+    student: StudentSection
+    train: TrainSection
+    comm: CommSection = CommSection()
+    loss: LossSection = LossSection()
+    teacher: TeacherSection | None = None
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "Recipe":
+        if self.objective == "distill" and self.teacher is None:
+            raise ValueError("objective distill needs teacher.path; to train from labels, set objective to labels")
+        if self.objective == "labels" and self.teacher is not None:
+            raise ValueError("objective labels reads no teacher: set teacher to null, or objective to distill")
+        if self.objective == "distill" and self.loss.kd_weight == 0:
+            raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
+        if self.objective == "labels":
+            unused = ("divergence", "temperature", "temperature_squared", "kd_weight", "ce_weight")
+            moved = [name for name in unused if getattr(self.loss, name) != getattr(LossSection(), name)]
+            if moved:
+                raise ValueError(
+                    f"objective labels does not use loss.{moved[0]}: remove it, or set objective to distill"
+                )
+        return self
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches a rank runs for each optimizer step.
+
+        Raises:
+            UserError: the global batch does not divide into the micro-batches of `world` ranks.
+        """
+        together = world * self.train.micro_batch
+        if self.train.global_batch % together:
+            below = self.train.global_batch // together * together
+            fits = [str(value) for value in (below, below + together) if value > 0]
+            raise UserError(
+                f"train.global_batch {self.train.global_batch} does not divide into {world} ranks x "
+                f"train.micro_batch {self.train.micro_batch}; the nearest that fit: {' or '.join(fits)}"
+            )
+        return self.train.global_batch // together
+
+    def snapshot(self) -> dict[str, Any]:
+        """The resolved recipe as plain JSON values: what the run folder keeps and a resume compares."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, with what it extends and with `key=value` overrides on top.
+
+    Raises:
+        UserError: one line that names the key, the value and the way out.
+    """
+    merged = _read_with_parents(path, seen=())
+    known = {str(key) for key in merged} | set(Recipe.model_fields)
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
+        if key.split(".")[0] not in known:
+            raise UserError(f"--set {key}: the recipe has no such key{nearest(key.split('.')[0], known)}")
+    try:
+        merged.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
+        values = OmegaConf.to_container(merged, resolve=True)
+    except UserError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    return validate_recipe(values, source=str(path))
+
+
+def validate_recipe(values: Any, *, source: str) -> Recipe:
+    """A recipe from plain values (a YAML file's, or a run folder's recipe.json).
+
+    Raises:
+        UserError: the first thing that is wrong, as one line.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def load_deepspeed(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file, which may hold only what DeepSpeed owns.
+
+    Raises:
+        UserError: it is missing, no JSON object, holds "auto", or sets what the recipe owns.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"student.deepspeed: no file {path} (paths are relative to {Path.cwd()})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"student.deepspeed: {path} cannot be read as JSON: {_first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"student.deepspeed: {path} must hold a JSON object, found {type(values).__name__}")
+    for key, owner in OWNED_BY_RECIPE.items():
+        if key in values:
+            raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")
+    automatic = _find_auto(values)
+    if automatic:
+        raise UserError(
+            f'{path} sets {automatic} to "auto", which only the Hugging Face Trainer fills in: give a value'
+        )
+    return values
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}")
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes is no recipe (at most {MAX_RECIPE_BYTES})")
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no recipe {path} (paths are relative to {Path.cwd()})") from None
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of sections, found a {type(loaded).__name__}")
+    parent = loaded.pop("extends", None)
+    if parent is None:
+        return loaded
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name one recipe file, found {parent!r}")
+    base = _read_with_parents(path.parent / parent, (*seen, resolved))
+    merged = OmegaConf.merge(base, loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _refuse_resolvers(value: Any, path: Path) -> None:
+    """`${a.b}` copies a value of the recipe; `${oc.env:X}` would let a recipe read secrets into the run folder."""
+    if isinstance(value, dict):
+        for child in value.values():
+            _refuse_resolvers(child, path)
+    elif isinstance(value, list):
+        for child in value:
+            _refuse_resolvers(child, path)
+    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        raise UserError(
+            f"{path}: {value!r} calls a resolver; a recipe may only refer to its own keys, as in ${{run.seed}}"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as `key: what, value, way out`; the count of the others."""
+    first = error.errors()[0]
+    places = [str(part) for part in first["loc"]]
+    key = ".".join(places)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: no such key{nearest(places[-1], _known_keys(places[:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"{key}: is required{more}"
+    if first["type"] == "value_error":
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return f"{key}: {message}{more}" if key else f"{message}{more}"
+    return f"{key}: {first['msg'].lower()}, found {first['input']!r}{more}"
+
+
+def _known_keys(places: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for place in places:
+        field = model.model_fields.get(place)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _find_auto(value: Any, place: str = "") -> str | None:
+    if value == "auto":
+        return place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        found = _find_auto(child, f"{place}.{key}" if place else str(key))
+        if found:
+            return found
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,112 @@
+"""Room `model`: reads a folder of safetensors, tensor by tensor or row by row. It knows no architecture and no ranks.
+
+Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when a tensor of it is asked for,
+so a rank never touches the files of the other stages.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megadistill.errors import UserError, nearest
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face model folder, in one file or in many.
+
+    Raises, from every method:
+        UserError: the folder, its index or one of its files is missing or broken, or has no such tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        if (folder / INDEX_FILE).is_file():
+            self._files = self._read_index()
+        elif (folder / SINGLE_FILE).is_file():
+            self._files = dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+        elif any(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{folder} holds pickled weights only (pytorch_model*.bin), which can run code when read; convert "
+                "them once, with transformers' from_pretrained and save_pretrained, where you trust them"
+            )
+        else:
+            raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; name a Hugging Face model folder")
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> torch.Size:
+        return torch.Size(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The floating type in which it is stored; integers and 8-bit floats are quantised weights: refused."""
+        stored = self._slice(name).get_dtype()
+        if stored not in _FLOATS:
+            raise UserError(f"{name} in {self.folder} is stored as {stored}: quantised weights are not supported")
+        return _FLOATS[stored]
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, as it is stored."""
+        self.dtype(name)
+        return self._read(name, slice(None))
+
+    def rows(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """The rows of half-open `ranges`, one range after the other. Only these rows are read."""
+        rows = self.shape(name)[0]
+        # safetensors, like Python, would cut a range that reaches too far
+        assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, asked for {ranges}"
+        self.dtype(name)
+        return torch.cat([self._read(name, slice(start, stop)) for start, stop in ranges or [(0, 0)]])
+
+    def _read(self, name: str, rows: slice) -> Tensor:
+        tensor = self._slice(name)[rows]
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        file = self._files.get(name)
+        if file is None:
+            raise UserError(f"{self.folder} has no tensor {name!r}{nearest(name, self._files)}")
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self.folder / file} does not hold {name!r}, which {INDEX_FILE} promises: {error}"
+            ) from None
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.folder / file
+            try:
+                self._open[file] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise UserError(
+                    f"{path} does not exist, but {INDEX_FILE} names it: the download is not complete"
+                ) from None
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+        return self._open[file]
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / INDEX_FILE
+        try:
+            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            assert all(isinstance(file, str) for file in files.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{path} is not a safetensors index: {type(error).__name__}: {error}") from None
+        for file in files.values():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{path} names {file!r}, which is not a safetensors file of its own folder")
+        return dict(files)

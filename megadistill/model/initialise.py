@@ -1,0 +1,33 @@
+"""Room `model`: the first value of a parameter, from its name. It knows no model object, no ranks and no engine.
+
+A parameter's numbers depend on (seed, name) alone, so they are the same for every world size, for every order in which
+parameters are filled, and whatever else has drawn random numbers before.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int) -> Tensor:
+    """float32 on the CPU: matrices normal(0, `std`), norms one, biases zero, as transformers fills a Llama.
+
+    Row-major draws: the first rows of an embedding or head do not depend on how many padding rows follow.
+    (transformers zeroes the embedding of `pad_token_id`, which is never trained; here it is drawn like the others.)
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    if len(shape) == 1:
+        return torch.ones(*shape)
+    # numpy's normal is drawn one value after the other; torch's works in blocks of 16, so that its tail depends on
+    # the size, and its last digits on the vector unit.
+    normal = np.random.Generator(np.random.Philox(key=_key(name, seed))).standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(normal).mul_(std)
+
+
+def _key(name: str, seed: int) -> int:
+    """128 bits, the width of a Philox key."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")

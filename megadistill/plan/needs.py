@@ -1,0 +1,184 @@
+"""Parameters, FLOPs, memory and bytes of a recipe on a number of ranks. It knows no hardware and starts nothing.
+
+Legend: V padded vocabulary, D and E widths of student and teacher, L layers, p ranks of a vocab group (and stages of
+the teacher), v = V/p rows of a slice, n tokens of a rank's micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from megadistill.comm.topology import Launch, vocab_group_size
+from megadistill.comm.vocabulary import padded_vocabulary
+from megadistill.config import Recipe, load_recipe
+from megadistill.data import Manifest
+from megadistill.model.families import load_config
+from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, parameter_counts
+from megadistill.model.split import stage_layers
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+FLOAT32_BYTES = 4
+# ZeRO-3 keeps of each parameter, partitioned: the working copy, and in float32 the gradient, the master copy and
+# AdamW's two moments.
+FLOAT32_COPIES = 4
+
+
+@dataclass(frozen=True)
+class ModelNeeds:
+    """One model, counted on the meta device."""
+
+    role: str
+    parameters: ParameterCounts
+    forward: Flops
+    """Of one token."""
+    passes: int
+    """Forward passes' worth of work a token costs: 3 to train, 1 to teach."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recipe needs."""
+
+    ranks: int
+    group_size: int
+    accumulation: int
+    tokens: int
+    """Of the whole run."""
+    models: tuple[ModelNeeds, ...]
+    memory: dict[str, int]
+    """Bytes of a rank, by what holds them. Activations are those of activation checkpointing, or left out."""
+    wire: dict[str, int]
+    """Bytes a rank receives for each token of its micro-batch."""
+
+    @property
+    def flops_per_token(self) -> int:
+        return sum(model.passes * model.forward.forward for model in self.models)
+
+
+def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
+    """The needs of a recipe file and of what it names, with every rank on one node.
+
+    Raises:
+        UserError: the recipe, its data or its models are wrong, or do not divide over the ranks.
+    """
+    recipe = load_recipe(path, overrides)
+    manifest = Manifest.load(Path(recipe.data.manifest))
+    source = recipe.student.config
+    student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    student.vocab_size = manifest.vocab_size
+    teacher = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
+    launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
+    return needs(
+        recipe,
+        student=student,
+        teacher=teacher,
+        vocab_size=manifest.vocab_size,
+        sequence_length=manifest.sequence_length,
+        ranks=ranks,
+        group_size=vocab_group_size(recipe.comm.vocab_group, launch),
+    )
+
+
+def needs(
+    recipe: Recipe,
+    *,
+    student: Any,
+    teacher: Any | None,
+    vocab_size: int,
+    sequence_length: int,
+    ranks: int,
+    group_size: int,
+) -> Needs:
+    """`student` and `teacher` are Hugging Face configs; the vocabulary is the data's.
+
+    Raises:
+        UserError: the batch does not divide over the ranks, or the teacher has fewer layers than stages.
+    """
+    accumulation = recipe.accumulation(ranks)
+    micro_tokens = recipe.train.micro_batch * sequence_length
+    models = [ModelNeeds("student", parameter_counts(student), flops_per_token(student, sequence_length), passes=3)]
+    if teacher is not None:
+        forward = flops_per_token(teacher, sequence_length)
+        models.append(ModelNeeds("teacher", parameter_counts(teacher), forward, passes=1))
+    element = ELEMENT_BYTES[recipe.train.precision]
+    padded = padded_vocabulary(vocab_size, recipe.student.vocab_multiple)
+    trained = models[0].parameters.total
+    rows = padded // group_size
+    memory = {
+        "ZeRO-3 states": trained * (element + FLOAT32_COPIES * FLOAT32_BYTES) // ranks,
+        "gathered layers (two)": 2 * element * models[0].parameters.body // student.num_hidden_layers,
+        "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
+        "logit chunk": (1 if teacher is None else 2)
+        * FLOAT32_BYTES
+        * min(recipe.loss.chunk_tokens, micro_tokens)
+        * group_size
+        * rows,
+    }
+    if recipe.student.activation_checkpointing:
+        memory["checkpointed activations"] = element * student.num_hidden_layers * student.hidden_size * micro_tokens
+    wire = {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * element * trained // micro_tokens}
+    if group_size > 1:
+        wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
+    if teacher is not None:
+        largest = max(len(layers) for layers in stage_layers(teacher.num_hidden_layers, group_size))
+        body = models[1].parameters.body * largest // teacher.num_hidden_layers
+        memory["teacher stage"] = element * (body + models[1].parameters.embedding)
+        memory["teacher head rows"] = element * rows * teacher.hidden_size
+        memory["teacher hidden states"] = element * micro_tokens * teacher.hidden_size * group_size
+        wire["teacher hidden states"] = element * teacher.hidden_size * (1 + group_size if group_size > 1 else 0)
+    return Needs(
+        ranks=ranks,
+        group_size=group_size,
+        accumulation=accumulation,
+        tokens=recipe.train.steps * recipe.train.global_batch * sequence_length,
+        models=tuple(models),
+        memory=memory,
+        wire=wire,
+    )
+
+
+def tables(found: Needs) -> list[Table]:
+    """Models, memory and traffic, for a person."""
+    return [_models(found), _amounts("memory of a rank", found.memory), _amounts("received a token", found.wire)]
+
+
+def _models(found: Needs) -> Table:
+    total = found.flops_per_token * found.tokens
+    table = Table(
+        title=f"{found.ranks} ranks, vocabulary and teacher over {found.group_size}, accumulation {found.accumulation}",
+        caption=f"{found.tokens:,} tokens x {found.flops_per_token / 1e9:.3g} GFLOP = {total / 1e18:.3g} EFLOP",
+    )
+    for heading in ("model", "parameters", "body", "embedding", "head", "GFLOP a token, forward", "passes"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model in found.models:
+        counts = model.parameters
+        table.add_row(
+            model.role,
+            *(f"{count:,}" for count in (counts.total, counts.body, counts.embedding, counts.head)),
+            f"{model.forward.forward / 1e9:.4g}",
+            str(model.passes),
+        )
+    return table
+
+
+def _amounts(title: str, amounts: dict[str, int]) -> Table:
+    table = Table(title=title, show_header=False)
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    rows: Sequence[tuple[str, int]] = sorted(amounts.items(), key=lambda item: -item[1])
+    for what, amount in rows:
+        table.add_row(what, _readable(amount))
+    table.add_section()
+    table.add_row("together", _readable(sum(amounts.values())))
+    return table
+
+
+def _readable(amount: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.4g} TB"

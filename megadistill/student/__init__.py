@@ -1,0 +1,1 @@
+"""The student: a Hugging Face model under ZeRO-3. The only room that knows deepspeed."""

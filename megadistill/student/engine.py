@@ -1,0 +1,268 @@
+"""The student under DeepSpeed's ZeRO-3: built, stepped, saved and restored. It knows no teacher and no loss.
+
+Legend: B sequences, S tokens of a sequence, D width, w world.
+
+DeepSpeed's silent traps (each has a test in tests/ranks/test_deepspeed_traps.py) are met here:
+initialisation and RoPE under `zero.Init`, precision of accumulated gradients, names in checkpoints, `F.linear`
+left patched, hyperparameters after a resume.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from megadistill.comm.topology import Topology
+from megadistill.comm.vocabulary import padded_vocabulary
+from megadistill.config import StudentSection, TrainSection
+from megadistill.errors import UserError
+from megadistill.model.families import build_causal_lm, rebuild_rotary
+from megadistill.model.initialise import initial_tensor
+from megadistill.student.head import StudentHead
+
+# DeepSpeed would compile this operator with the system's compiler at every start on a CPU (a minute, and a lock that
+# hangs every later run when the build is killed). It serves inference alone.
+compatible_ops["deepspeed_shm_comm"] = False
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What is saved of each parameter: the float32 master copy and AdamW's two moments.
+OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_KINDS = ("master", *OPTIMIZER_MOMENTS)
+
+ReadRange = Callable[[str, int, int], Tensor]
+"""(key, start, stop) -> elements start to stop of a flattened parameter's state, in float32."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """This rank's piece of a flattened parameter: elements `start` to `stop` of `shape`, without ZeRO-3's padding."""
+
+    name: str
+    parameter: Parameter
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
+    """The profile (what DeepSpeed owns) with the sizes that the recipe owns.
+
+    Raises:
+        UserError: the profile is not one that this trainer's gradients are right under.
+    """
+    zero = profile.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise UserError(f"student.deepspeed: zero_optimization.stage must be 3, found {zero.get('stage')!r}")
+    if zero.get("memory_efficient_linear", True):
+        raise UserError(
+            "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
+            "torch.nn.functional.linear patched for every model of the process, the teacher's too"
+        )
+    accumulated = profile.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated != "fp32":
+        raise UserError(
+            f"student.deepspeed: data_types.grad_accum_dtype must be 'fp32', found {accumulated!r}: "
+            "under bfloat16 the gradients of an accumulation window would be summed in bfloat16"
+        )
+    return {
+        **profile,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": train.precision == "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def _hidden_states(self: Module, tokens: Tensor) -> Tensor:
+    """The student's forward: tokens [B, S] -> hidden [B, S, D] after the last norm. The head is the loss's work."""
+    hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator, union-attr]
+    return hidden
+
+
+def build_partitioned(
+    config: Any, *, vocab_size: int, padded: int, seed: int, precision: str, rank: int, engine_config: dict[str, Any]
+) -> Module:
+    """A model whose parameters ZeRO-3 has partitioned, initialised the same for every world size.
+
+    Inside `zero.Init` transformers initialises parameters of size 0 and casts RoPE's frequencies to bfloat16, so both
+    are done again: each parameter is gathered alone and filled from an RNG keyed by its name, and the rotary embedding
+    is rebuilt outside. `forward` is replaced on the model itself: a wrapper would prefix every name in a checkpoint.
+    """
+    with deepspeed.zero.Init(config_dict_or_path=engine_config):
+        model: Module = build_causal_lm(config, vocab_size=padded, dtype=PRECISIONS[precision])
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if rank == 0:
+                rows = vocab_size if parameter.ndim == 2 and parameter.shape[0] == padded else parameter.shape[0]
+                values = initial_tensor(name, (rows, *parameter.shape[1:]), std=config.initializer_range, seed=seed)
+                parameter.data.zero_()
+                parameter.data[:rows].copy_(values)
+    rebuild_rotary(model)
+    model.forward = MethodType(_hidden_states, model)  # type: ignore[method-assign]
+    return model
+
+
+class StudentEngine:
+    """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
+
+    Raises:
+        UserError: sizes that do not fit the world (see `StudentHead` and `deepspeed_config`).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        section: StudentSection,
+        train: TrainSection,
+        profile: dict[str, Any],
+        vocab_size: int,
+        seed: int,
+        accumulation: int,
+        topology: Topology,
+    ) -> None:
+        engine_config = deepspeed_config(profile, train, accumulation)
+        padded = padded_vocabulary(vocab_size, section.vocab_multiple)
+        model = build_partitioned(
+            config,
+            vocab_size=vocab_size,
+            padded=padded,
+            seed=seed,
+            precision=train.precision,
+            rank=topology.rank,
+            engine_config=engine_config,
+        )
+        if section.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        tied = bool(config.tie_word_embeddings)
+        # The learning rate is set at each step from the run's own step count.
+        self._optimizer = torch.optim.AdamW(
+            _decay_groups(model, train.adamw.weight_decay),
+            lr=0.0,
+            betas=(train.adamw.beta1, train.adamw.beta2),
+            eps=train.adamw.epsilon,
+            fused=True,
+        )
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        self._topology = topology
+        self._model = model
+        head = model.get_parameter("model.embed_tokens.weight" if tied else "lm_head.weight")
+        self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] -> hidden [B·S, D], differentiable."""
+        hidden: Tensor = self._engine(tokens)
+        return hidden.flatten(0, 1)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of `loss`, a sum over this rank's tokens of globally weighted terms.
+
+        ZeRO-3 averages over ranks; the loss times w makes that the sum over ranks. Nothing is divided by the
+        accumulation: the weights of the tokens already are those of the whole step.
+        """
+        self._engine.backward(loss * self._topology.world, scale_wrt_gas=False)
+        if self._engine.is_gradient_accumulation_boundary():
+            self.head.flush_gradient(loss_scale=self._topology.world)
+
+    def step(self, learning_rate: float) -> float | None:
+        """One micro-batch done; at the end of an accumulation window, one optimizer step.
+
+        Returns the global gradient norm before clipping at the end of a window, else None. A host-device sync.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if boundary else None
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name (Hugging Face's) -> shape of each parameter, the vocabulary padded; tied ones once."""
+        return {partition.name: partition.shape for partition in self._partitions()}
+
+    def local_state(self) -> dict[str, Tensor]:
+        """This rank's share of the training state, flattened: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`.
+
+        Float32, on the host, without ZeRO-3's padding: the pieces of the ranks, one after the other, are the
+        parameter. `optimizer_step` is AdamW's count of applied steps.
+        """
+        state = {"optimizer_step": self._optimizer_step()}
+        for partition in self._partitions():
+            keep = partition.stop - partition.start
+            state[f"master/{partition.name}"] = safe_get_local_fp32_param(partition.parameter)[:keep]
+            for moment in OPTIMIZER_MOMENTS:
+                state[f"{moment}/{partition.name}"] = safe_get_local_optimizer_state(partition.parameter, moment)[:keep]
+        return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+
+    @torch.no_grad()
+    def load_local_state(self, read: ReadRange) -> None:
+        """The inverse of `local_state`, from any number of ranks: each piece is read by its range of elements."""
+        steps = read("optimizer_step", 0, 1).reshape(())
+        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW makes its state at its first step
+            self._optimizer.state[flat] = {
+                "step": steps.to(flat.device, copy=True),
+                **{moment: torch.zeros_like(flat) for moment in OPTIMIZER_MOMENTS},
+            }
+        for partition in self._partitions():
+            piece = partition.parameter.ds_tensor
+            padding = piece.numel() - (partition.stop - partition.start)
+            values = {
+                kind: torch.nn.functional.pad(
+                    read(f"{kind}/{partition.name}", partition.start, partition.stop), (0, padding)
+                )
+                for kind in STATE_KINDS
+            }
+            safe_set_local_fp32_param(partition.parameter, values["master"])
+            piece.copy_(values["master"])
+            for moment in OPTIMIZER_MOMENTS:
+                safe_set_local_optimizer_state(partition.parameter, values[moment], moment)
+        self._refresh_persistent()
+
+    def _refresh_persistent(self) -> None:
+        """Small parameters stay gathered between steps: bring them up to what their partitions now hold."""
+        persistent = self._engine.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _optimizer_step(self) -> Tensor:
+        flat = self._engine.optimizer.fp32_partitioned_groups_flat[0]
+        step: Tensor = self._optimizer.state[flat]["step"]
+        return step.reshape(1)
+
+    def _partitions(self) -> Iterator[Partition]:
+        for name, parameter in self._model.named_parameters():
+            numel = math.prod(parameter.ds_shape)
+            size = parameter.ds_tensor.numel()
+            start = min(self._topology.rank * size, numel)
+            yield Partition(name, parameter, tuple(parameter.ds_shape), start, min(start + size, numel))
+
+
+def _decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, vectors (norms, biases) are not. Partitioned, every parameter has ndim 1: ds_shape tells."""
+    matrices = [p for p in model.parameters() if len(p.ds_shape) >= 2]
+    vectors = [p for p in model.parameters() if len(p.ds_shape) < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

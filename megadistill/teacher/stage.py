@@ -1,0 +1,104 @@
+"""Room `teacher`: one stage of the frozen teacher, and its head's rows. It knows no other stage and no student.
+
+Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this rank's vocabulary slice.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from megadistill.comm.vocabulary import VocabSlice
+from megadistill.errors import UserError
+from megadistill.model.checkpoint import SafetensorsFolder
+from megadistill.model.families import EMBEDDING, HEAD, load_config, rebuild_rotary
+from megadistill.model.split import stage_decoder
+
+
+class TeacherStage(nn.Module):
+    """Consecutive layers of a frozen decoder. The first stage reads tokens [B, S], the others hidden states [B, S, E].
+
+    The last stage ends in the final norm; no stage has the head, whose rows `head_rows` reads for the loss.
+    """
+
+    def __init__(self, decoder: Any, *, stage: int, stages: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.stage = stage
+        self.stages = stages
+        self.eval()
+
+    @classmethod
+    def load(cls, folder: Path, *, stage: int, stages: int, dtype: torch.dtype, device: torch.device) -> "TeacherStage":
+        """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
+
+        Raises:
+            UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
+        """
+        config = load_config(folder, what=f"teacher {folder}")
+        weights = SafetensorsFolder(folder)
+        decoder, names = stage_decoder(config, stage=stage, stages=stages)
+        for stored_name, name in names.items():
+            tensor, expected = weights.tensor(stored_name), decoder.get_parameter(name).shape
+            if tensor.shape != expected:
+                raise UserError(
+                    f"{stored_name} in {folder} is {list(tensor.shape)}, but its config.json says {list(expected)}"
+                )
+            module, _, leaf = name.rpartition(".")
+            frozen = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            setattr(decoder.get_submodule(module), leaf, frozen)
+        rebuild_rotary(decoder)
+        left = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
+        assert not left, f"still on meta: {left}"
+        return cls(decoder, stage=stage, stages=stages)
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
+        """(B, S, E): what every stage gives, and every stage but the first reads."""
+        return batch, sequence, int(self.decoder.config.hidden_size)
+
+    # Not inference mode: its tensors could not be saved for the student's backward pass.
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]."""
+        read = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
+        hidden_BSE = self.decoder(**read, use_cache=False).last_hidden_state
+        assert isinstance(hidden_BSE, Tensor)
+        return hidden_BSE
+
+
+def head_rows(folder: Path, vocab: VocabSlice, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[v, E]: this rank's rows of the teacher's head; only they are read. From `vocab.size` on they are zero.
+
+    Raises:
+        UserError: the teacher's vocabulary is smaller than `vocab.size`.
+    """
+    config = load_config(folder, what=f"teacher {folder}")
+    weights = SafetensorsFolder(folder)
+    name = EMBEDDING if config.tie_word_embeddings else HEAD
+    teacher_rows = weights.shape(name)[0]
+    if teacher_rows < vocab.size:
+        raise UserError(
+            f"the teacher in {folder} has {teacher_rows} vocabulary rows, the student's tokenizer has {vocab.size} "
+            "ids: teacher and student must share a tokenizer"
+        )
+    true_ranges = [(start, min(stop, vocab.size)) for start, stop in vocab.ranges if start < vocab.size]
+    true_weight = weights.rows(name, true_ranges).to(device, dtype)
+    return pad(true_weight, (0, 0, 0, vocab.rows - vocab.true_rows))

@@ -1,0 +1,186 @@
+"""The training loop, top to bottom: one page that joins the rooms. It knows no mathematics."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megadistill.comm.collectives import everywhere
+from megadistill.comm.topology import Launch, Topology, joined
+from megadistill.config import Recipe
+from megadistill.data import TokenStream
+from megadistill.errors import OperatorFault
+from megadistill.records import Cursor
+from megadistill.student.engine import PRECISIONS, StudentEngine
+from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
+from megadistill.train.checkpoint import RNG_KEY, Checkpoint, newest_checkpoint, save_checkpoint
+from megadistill.train.metrics import Meter, RunLog
+from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
+from megadistill.train.schedule import learning_rate
+from megadistill.train.setup import Setup, prepare, where_it_runs
+from megadistill.train.step import Teacher, train_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after which step, and whether that was the last one."""
+
+    step: int
+    done: bool
+
+
+def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome:
+    """Runs a recipe on the ranks that the launcher started, from the newest checkpoint of its folder if there is one.
+
+    `stop_after`: save and stop after this step; the same command without it goes on.
+
+    Raises:
+        UserError: the recipe does not fit the launch, the data, the teacher or the folder; nothing was started.
+        OperatorFault, RestartFault: see `errors`.
+    """
+    launch = Launch.from_environment()
+    setup = prepare(recipe, launch)
+    with joined(launch, vocab_group=setup.group_size, timeout_minutes=recipe.comm.timeout_minutes) as topology:
+        return _run(setup, topology, stop_after)
+
+
+def _run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
+    recipe, section = setup.recipe, setup.recipe.train
+    student, teacher = build(setup, topology)
+    step, cursor = resume(setup.folder / "checkpoints", student, topology)
+    if topology.is_first:
+        write_description(setup.folder, describe(recipe.snapshot(), setup.profile))
+        keep_tokenizer(setup.folder, setup.manifest.tokenizer_folder)
+    stream = TokenStream(
+        setup.manifest,
+        seed=recipe.data.seed,
+        batch_slots=section.global_batch,
+        rank=topology.rank,
+        world_size=topology.world,
+        start=cursor,
+    )
+    meter = meter_of(setup, topology)
+    last = min(section.steps, stop_after or section.steps)
+    with run_log(setup, topology, start_step=step) as log:
+        log.say(where_it_runs(setup, topology))
+        log.say(f"{setup.folder}: {'starting' if step == 0 else f'going on after step {step}'}, {section.steps} steps")
+        batches = iter(stream)
+        while step < last:
+            step += 1
+            batch, cursor = next(batches)
+            rate = learning_rate(step, steps=section.steps, peak=section.adamw.learning_rate, schedule=section.schedule)
+            began = time.perf_counter()
+            outcome = train_step(
+                student,
+                teacher,
+                batch,
+                step=step,
+                micro_batch=section.micro_batch,
+                learning_rate=rate,
+                loss=recipe.loss,
+                topology=topology,
+            )
+            seconds = time.perf_counter() - began  # the step ended in a device sync: the gradient norm was read
+            log.step(meter.report(step, outcome.metrics, rate, outcome.grad_norm, seconds, outcome.teacher_seconds))
+            if step % section.checkpoint_every == 0 or step == last:
+                log.say(f"saved {save(setup, student, step, cursor, topology)}")
+    return Outcome(step=step, done=step >= section.steps)
+
+
+def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | None]:
+    """Student and teacher of this rank. The teacher's stage comes first: a live `zero.Init` would partition it too."""
+    recipe = setup.recipe
+    placement = {"dtype": PRECISIONS[recipe.train.precision], "device": topology.device}
+    stage = None
+    if recipe.teacher is not None:
+        path = Path(recipe.teacher.path)
+        stage = TeacherStage.load(path, stage=topology.group_rank, stages=topology.group_size, **placement)
+    student = StudentEngine(
+        setup.student_config,
+        section=recipe.student,
+        train=recipe.train,
+        profile=setup.profile,
+        vocab_size=setup.manifest.vocab_size,
+        seed=recipe.run.seed,
+        accumulation=setup.accumulation,
+        topology=topology,
+    )
+    if stage is None:
+        return student, None
+    head = head_rows(path, student.head.vocab, **placement)
+    return student, Teacher(pipeline=TeacherPipeline(stage, topology), head=head)
+
+
+def resume(folder: Path, student: StudentEngine, topology: Topology) -> tuple[int, Cursor | None]:
+    """Restores the newest checkpoint; (step, cursor) to go on from, (0, None) where there is none. Collective.
+
+    Raises:
+        OperatorFault: the newest checkpoint is damaged.
+    """
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return 0, None
+    problem = verification_problem(checkpoint) if topology.is_first else None
+    if not everywhere(problem is None, topology.device, topology.world_group):
+        raise problem or OperatorFault(f"{checkpoint.folder} is damaged: rank 0 says how")
+    student.load_local_state(checkpoint.read)
+    rng = checkpoint.rng_state(topology.rank, topology.world)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
+
+
+def verification_problem(checkpoint: Checkpoint) -> OperatorFault | None:
+    """What is wrong with the checkpoint's content, as a value that ranks can agree on before anybody raises."""
+    try:
+        checkpoint.verify()
+    except OperatorFault as fault:
+        return fault
+    return None
+
+
+def save(setup: Setup, student: StudentEngine, step: int, cursor: Cursor, topology: Topology) -> Path:
+    """A checkpoint of exactly this step. Collective."""
+    return save_checkpoint(
+        setup.folder / "checkpoints",
+        {**student.local_state(), RNG_KEY: torch.get_rng_state()},
+        step=step,
+        tokens=step * setup.tokens_per_step,
+        vocab_size=setup.manifest.vocab_size,
+        cursor=cursor.state(),
+        parameters=student.parameters,
+        versions=versions(),
+        topology=topology,
+    )
+
+
+def meter_of(setup: Setup, topology: Topology) -> Meter:
+    return Meter(
+        student=setup.student_config,
+        teacher=setup.teacher_config,
+        sequence_length=setup.manifest.sequence_length,
+        tokens_per_step=setup.tokens_per_step,
+        recompute=setup.recipe.student.activation_checkpointing,
+        precision=setup.recipe.train.precision,
+        topology=topology,
+    )
+
+
+@contextmanager
+def run_log(setup: Setup, topology: Topology, start_step: int) -> Iterator[RunLog]:
+    """The run's log, closed however the run ends."""
+    log = RunLog(
+        setup.folder,
+        start_step=start_step,
+        steps=setup.recipe.train.steps,
+        log_every=setup.recipe.train.log_every,
+        distill=setup.recipe.objective == "distill",
+        topology=topology,
+    )
+    try:
+        yield log
+    finally:
+        log.close()

@@ -1,0 +1,188 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, and a bar or plain lines. It knows no model."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megadistill.comm.topology import Topology
+from megadistill.model.flops import flops_per_token
+from megadistill.records import StepReport
+
+TEACHER_METRICS = ("kl", "teacher_ce", "teacher_entropy", "agreement", "teacher_seconds")
+
+# Dense peak of the matrix units, FLOP/s, from the vendors' data sheets: device name contains -> precision -> peak.
+PEAK_FLOPS = {
+    "H200": {"bfloat16": 989e12, "float32": 67e12},
+    "H100": {"bfloat16": 989e12, "float32": 67e12},
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The peak of one device at a precision, or None where it is not known (every CPU)."""
+    if device.type == "cpu":
+        return None
+    name = torch.get_device_module(device).get_device_name(device)
+    return next((peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the peak allocated on an accelerator, the peak resident memory of the process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
+class Meter:
+    """Turns a step's numbers into a report: throughput, model FLOPs, memory."""
+
+    def __init__(
+        self,
+        *,
+        student: Any,
+        teacher: Any | None,
+        sequence_length: int,
+        tokens_per_step: int,
+        recompute: bool,
+        precision: str,
+        topology: Topology,
+    ) -> None:
+        forward = flops_per_token(student, sequence_length)
+        again = forward.body + forward.attention if recompute else 0
+        frozen = flops_per_token(teacher, sequence_length).forward if teacher is not None else 0
+        self._flops_per_token = 3 * forward.forward + again + frozen
+        self._tokens_per_step = tokens_per_step
+        self._device = topology.device
+        peak = peak_flops(topology.device, precision)
+        self._peak = peak * topology.world if peak is not None else None
+
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        rate: float,
+        grad_norm: float,
+        seconds: float,
+        teacher_seconds: float,
+    ) -> StepReport:
+        tokens_per_second = self._tokens_per_step / seconds
+        return StepReport(
+            step=step,
+            tokens=step * self._tokens_per_step,
+            **metrics,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            seconds=seconds,
+            tokens_per_second=tokens_per_second,
+            teacher_seconds=teacher_seconds,
+            mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
+            memory_bytes=peak_memory(self._device),
+        )
+
+
+class RunLog:
+    """Writes one rank's view of a run; on every rank but the first it writes nothing.
+
+    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it.
+    """
+
+    def __init__(
+        self, folder: Path, *, start_step: int, steps: int, log_every: int, distill: bool, topology: Topology
+    ) -> None:
+        self._active = topology.is_first
+        self._steps = steps
+        self._log_every = log_every
+        self._distill = distill
+        self._console = Console(stderr=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if not self._active:
+            return
+        path = folder / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            )
+            self._task = self._progress.add_task("training", total=steps, completed=start_step)
+            self._progress.start()
+
+    def say(self, line: str) -> None:
+        """One line for a person, above the bar where there is one."""
+        if self._active:
+            (self._progress.console if self._progress else self._console).print(line, markup=False, highlight=False)
+
+    def step(self, report: StepReport) -> None:
+        """Logs one step: a line of JSON (flushed, so that a kill loses nothing), TensorBoard, the terminal."""
+        if not self._active:
+            return
+        values = self._values(report)
+        self._lines.write(json.dumps(values) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(_board_name(name), value, report.step)
+        line = self._line(report)
+        if self._progress:
+            self._progress.update(self._task, completed=report.step, description=line)
+        elif report.step % self._log_every == 0 or report.step == self._steps:
+            self.say(line)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        if self._progress:
+            self._progress.stop()
+        self._lines.close()
+        self._board.close()
+
+    def _values(self, report: StepReport) -> dict[str, Any]:
+        values = asdict(report)
+        return values if self._distill else {k: v for k, v in values.items() if k not in TEACHER_METRICS}
+
+    def _line(self, report: StepReport) -> str:
+        teacher = f" | kl {report.kl:.4f} | agree {report.agreement:.3f}" if self._distill else ""
+        mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
+        return (
+            f"step {report.step}/{self._steps} | loss {report.loss:.4f} | ce {report.student_ce:.4f}{teacher}"
+            f" | lr {report.learning_rate:.2e} | grad {report.grad_norm:.3f}"
+            f" | {report.tokens_per_second:,.0f} tok/s{mfu}"
+        )
+
+
+def _board_name(name: str) -> str:
+    """TensorBoard groups by the part before the slash."""
+    if name in ("tokens", "seconds", "tokens_per_second", "teacher_seconds", "mfu", "memory_bytes"):
+        return f"system/{name}"
+    if name in ("learning_rate", "grad_norm"):
+        return f"optimizer/{name}"
+    return f"teacher/{name}" if name in ("teacher_ce", "teacher_entropy") else f"student/{name}"
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Rewrites metrics.jsonl up to `step`, atomically."""
+    if not path.exists():
+        return
+    kept = [json.dumps(values) for values in read_metrics(path) if values["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,67 @@
+"""Whether recipe, data and models fit together, asked before anything is started. It knows no ranks."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from megadistill.config import Recipe
+from megadistill.data import Manifest
+from megadistill.errors import UserError
+from megadistill.model.split import stage_layers
+
+MAX_TOKENIZER_BYTES = 256 << 20
+
+
+def check_fit(recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | None, *, stages: int) -> None:
+    """Sequence length, vocabulary, tokenizer and stages.
+
+    Raises:
+        UserError: the first thing that does not fit, with both values and the way out.
+    """
+    _positions_fit("student.config", student, manifest)
+    source = recipe.student.config
+    declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", manifest.vocab_size)
+    if declared != manifest.vocab_size:
+        raise UserError(
+            f"student.config: vocab_size is {declared}, the shards were made with {manifest.vocab_size} ids: "
+            "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
+        )
+    if teacher is None:
+        return
+    assert recipe.teacher is not None
+    _positions_fit("teacher.path", teacher, manifest)
+    stage_layers(teacher.num_hidden_layers, stages)
+    if teacher.vocab_size < manifest.vocab_size:
+        raise UserError(
+            f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
+            f"{manifest.vocab_size}: tokenize the text with the teacher's own tokenizer"
+        )
+    tokenizer = Path(recipe.teacher.path) / "tokenizer.model"
+    if not tokenizer.is_file():
+        raise UserError(
+            f"{tokenizer} does not exist, so nothing shows that the teacher reads the ids of {recipe.data.manifest}: "
+            "copy the tokenizer that the teacher was trained with there"
+        )
+    found = _sha256(tokenizer)
+    if found != manifest.tokenizer.sha256:
+        raise UserError(
+            f"teacher.path: {tokenizer} has sha256 {found[:12]}…, the shards were made with "
+            f"{manifest.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
+            "Tokenize the text with the teacher's tokenizer"
+        )
+
+
+def _positions_fit(what: str, config: Any, manifest: Manifest) -> None:
+    if manifest.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"{what}: max_position_embeddings is {config.max_position_embeddings}, the shards hold sequences of "
+            f"{manifest.sequence_length} tokens: raise it, or tokenize with --sequence-length "
+            f"{config.max_position_embeddings}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size} bytes is no SentencePiece model")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

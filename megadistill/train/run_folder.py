@@ -1,0 +1,81 @@
+"""The run folder: what it says of the run, and whether a recipe may go on in it. It knows no ranks."""
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megadistill.errors import UserError
+
+# What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number.
+MAY_CHANGE = ("run.folder", "train.log_every", "train.checkpoint_every", "comm.timeout_minutes")
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Beside recipe.json: a run can be exported where its data is no longer at hand."""
+
+PACKAGES = ("megadistill", "torch", "deepspeed", "transformers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """What a run's numbers were computed with."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def describe(recipe: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any]:
+    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, and the versions."""
+    return {"recipe": recipe, "deepspeed": profile, "versions": versions()}
+
+
+def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """A folder that another recipe wrote is refused with a list of what differs.
+
+    Raises:
+        UserError: it holds another recipe, or something that is no recipe.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        return
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
+    before, now = _flatten(written), _flatten(recipe)
+    differing = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
+        )
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Writes recipe.json whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".recipe.json.tmp"
+    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "recipe.json")
+
+
+def keep_tokenizer(folder: Path, source: Path) -> None:
+    """Copies the tokenizer of the data into the run folder, once."""
+    target = folder / TOKENIZER_FOLDER
+    if not target.exists():
+        temporary = folder / f".{TOKENIZER_FOLDER}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        temporary.rename(target)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

@@ -1,0 +1,24 @@
+"""Learning rate as a pure function of the step. It knows no optimizer."""
+
+import math
+
+from megadistill.config import ScheduleSection
+
+
+def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSection) -> float:
+    """The learning rate of optimizer step `step` (1 to `steps`).
+
+    Linear warm-up over the first `warmup_steps`. Then `cosine`: half a cosine down to `final_ratio` of the peak at the
+    last step (Loshchilov and Hutter, 2017). Or `wsd`: constant, then linear down to it over the last `decay_steps`
+    (Hu et al., 2404.06395).
+    """
+    warmup = schedule.warmup_steps
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule.kind == "cosine":
+        progress = (step - warmup) / max(1, steps - warmup)
+        share = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        assert schedule.decay_steps is not None
+        share = min(1.0, (steps - step) / schedule.decay_steps)
+    return peak * (schedule.final_ratio + (1.0 - schedule.final_ratio) * share)

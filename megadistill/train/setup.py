@@ -1,0 +1,98 @@
+"""What a run needs, read and checked before the first process group: bad input costs nothing. It starts nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.comm.topology import Launch, Topology, vocab_group_size
+from megadistill.config import Recipe, load_deepspeed
+from megadistill.data import Manifest
+from megadistill.model.families import load_config
+from megadistill.train.preflight import check_fit
+from megadistill.train.run_folder import refuse_other_recipe
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe with everything that it names."""
+
+    recipe: Recipe
+    folder: Path
+    manifest: Manifest
+    student_config: Any
+    teacher_config: Any | None
+    group_size: int
+    accumulation: int
+    profile: dict[str, Any]
+    """The DeepSpeed settings in force: on a CPU those of `NAME.cpu.json`, where there is one."""
+    left_out: tuple[str, ...]
+    """The settings of the recipe's DeepSpeed file that are not in force here."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.train.global_batch * self.manifest.sequence_length
+
+
+def prepare(recipe: Recipe, launch: Launch) -> Setup:
+    """Reads what the recipe names and refuses what does not fit together. Every rank does it, and writes nothing.
+
+    Raises:
+        UserError: one line.
+    """
+    accumulation = recipe.accumulation(launch.world)
+    group_size = vocab_group_size(recipe.comm.vocab_group, launch)
+    profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
+    manifest = Manifest.load(Path(recipe.data.manifest))
+    source = recipe.student.config
+    student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    teacher_config = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
+    check_fit(recipe, manifest, student_config, teacher_config, stages=group_size)
+    student_config.vocab_size = manifest.vocab_size
+    folder = Path(recipe.run.folder)
+    refuse_other_recipe(folder, recipe.snapshot())
+    return Setup(
+        recipe=recipe,
+        folder=folder,
+        manifest=manifest,
+        student_config=student_config,
+        teacher_config=teacher_config,
+        group_size=group_size,
+        accumulation=accumulation,
+        profile=profile,
+        left_out=left_out,
+    )
+
+
+def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings in force, and those of the file that a CPU leaves out or sets otherwise, as `key=value`."""
+    asked = load_deepspeed(path)
+    cpu = path.with_suffix(".cpu.json")
+    if torch.accelerator.is_available() or not cpu.is_file():
+        return asked, ()
+    used = load_deepspeed(cpu)
+    flat_asked, flat_used = _leaves(asked), _leaves(used)
+    return used, tuple(f"{key}={value}" for key, value in flat_asked.items() if flat_used.get(key) != value)
+
+
+def where_it_runs(setup: Setup, topology: Topology) -> str:
+    """One line: on what, and what that leaves out."""
+    processes = f"{topology.world} {'process' if topology.world == 1 else 'processes'}"
+    layout = f"{processes}, vocabulary and teacher over {topology.group_size}, {setup.recipe.train.precision}"
+    if topology.device.type != "cpu":
+        name = torch.get_device_module(topology.device).get_device_name(topology.device)
+        return f"running on {name}: {layout}"
+    slow = (
+        "; bfloat16 products are many times slower than float32 here"
+        if setup.recipe.train.precision != "float32"
+        else ""
+    )
+    without = f"; left out: {', '.join(setup.left_out)}" if setup.left_out else ""
+    return f"running on a CPU (no accelerator found): {layout}{slow}; MFU unknown{without}"
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {name: leaf for key, child in value.items() for name, leaf in _leaves(child, key).items()}

@@ -1,0 +1,253 @@
+"""What the rank tests of the student share: a tiny student, a teacher made of random numbers, and the dense truth.
+
+The truth is one process, one dense transformers model in float64, torch's own clipping and AdamW: nothing of ours but
+the initial values and the definition of the loss.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor
+
+from megadistill.comm.topology import Topology
+from megadistill.comm.vocabulary import VocabSlice
+from megadistill.config import LossSection, Recipe, StudentSection, TrainSection, load_deepspeed
+from megadistill.loss import reference
+from megadistill.model.families import build_causal_lm, load_config
+from megadistill.model.initialise import initial_tensor
+from megadistill.records import TeacherSignal, TokenBatch, token_digest
+from megadistill.student.engine import StudentEngine
+from megadistill.train.step import Teacher, divergence, train_step
+from tests.paths import DS_CONFIGS
+
+VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
+RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student run of a few steps."""
+
+    objective: str = "distill"
+    tied: bool = False
+    accumulation: int = 1
+    precision: str = "float32"
+    clip: float = 0.05
+    persistence: int = 0
+    activation_checkpointing: bool = False
+    model_type: str = "llama"
+    loss: LossSection = field(
+        default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3, chunk_tokens=24)
+    )
+
+
+def config_of(case: Case) -> Any:
+    return load_config(
+        {
+            "model_type": case.model_type,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "vocab_size": VOCAB,
+            "initializer_range": 0.1,
+            "tie_word_embeddings": case.tied,
+        },
+        what="test",
+    )
+
+
+def train_section(case: Case, world: int) -> TrainSection:
+    return TrainSection.model_validate(
+        {
+            "steps": 3,
+            "global_batch": GLOBAL_BATCH,
+            "micro_batch": GLOBAL_BATCH // world // case.accumulation,
+            "precision": case.precision,
+            "clip": case.clip,
+            "adamw": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-6},
+        }
+    )
+
+
+def global_batch(step: int) -> TokenBatch:
+    """The whole batch of a step; a few labels are missing, unevenly over the rows."""
+    generator = torch.Generator().manual_seed(100 + step)
+    units = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
+    labels = units[:, 1:].clone()
+    labels[0, :5] = -100
+    labels[3, 7] = -100
+    slots = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+    return TokenBatch(tokens=units[:, :-1], labels=labels, slots=slots, digests=token_digest(units[:, :-1]))
+
+
+def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:
+    return batch.micro_batches(GLOBAL_BATCH // topology.world)[topology.rank]
+
+
+def teacher_hidden(slots: Tensor) -> Tensor:
+    """[B·S, E]: what a teacher would say of these slots, as random numbers keyed by slot."""
+    rows = [torch.randn(SEQUENCE, TEACHER_WIDTH, generator=torch.Generator().manual_seed(int(s))) for s in slots]
+    return torch.cat(rows)
+
+
+def teacher_head() -> Tensor:
+    """[V, E]: sharp enough for a divergence worth learning from."""
+    return 0.6 * torch.randn(VOCAB, TEACHER_WIDTH, generator=torch.Generator().manual_seed(9))
+
+
+class RandomTeacher:
+    """Stands where the pipeline stands; the pipeline has tests of its own."""
+
+    def signal(self, batch: TokenBatch) -> TeacherSignal:
+        return TeacherSignal(hidden=teacher_hidden(batch.slots), slots=batch.slots, digests=batch.digests)
+
+
+def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> Teacher:
+    head = torch.zeros(vocab.rows, TEACHER_WIDTH)
+    head[: vocab.true_rows] = teacher_head()[vocab.global_ids()[: vocab.true_rows]]
+    pipeline: Any = RandomTeacher()
+    return Teacher(pipeline=pipeline, head=head.to(dtype))
+
+
+class WatchedStudent(StudentEngine):
+    """Keeps the full gradients as ZeRO-3 holds them just before each optimizer step (clipping comes after)."""
+
+    gradients: list[dict[str, Tensor]]
+
+    def step(self, learning_rate: float) -> float | None:
+        if self._engine.is_gradient_accumulation_boundary():
+            found = {name: safe_get_full_grad(p) for name, p in self._model.named_parameters()}
+            self.gradients.append({name: gradient.cpu().clone() for name, gradient in found.items()})
+        return super().step(learning_rate)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self._model.named_parameters()}
+
+
+def build(case: Case, topology: Topology) -> WatchedStudent:
+    profile = load_deepspeed(DS_CONFIGS / "zero3.cpu.json")
+    profile["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistence
+    student = WatchedStudent(
+        config_of(case),
+        section=StudentSection(
+            config={}, vocab_multiple=MULTIPLE, activation_checkpointing=case.activation_checkpointing
+        ),
+        train=train_section(case, topology.world),
+        profile=profile,
+        vocab_size=VOCAB,
+        seed=SEED,
+        accumulation=case.accumulation,
+        topology=topology,
+    )
+    student.gradients = []
+    return student
+
+
+def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: range) -> list[dict[str, float]]:
+    dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
+    teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else None
+    found = []
+    for step in steps:
+        outcome = train_step(
+            student,
+            teacher,
+            rows_of(global_batch(step), topology),
+            step=step,
+            micro_batch=GLOBAL_BATCH // topology.world // case.accumulation,
+            learning_rate=RATE * (step + 1) / 3,
+            loss=case.loss,
+            topology=topology,
+        )
+        found.append({**outcome.metrics, "grad_norm": outcome.grad_norm})
+    return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run of three steps came to."""
+
+    steps: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    parameters: dict[str, Tensor]
+
+
+def three_steps(topology: Topology, case: Case) -> Found:
+    """A rank's whole run; the gradients and parameters are gathered, so every rank returns the same."""
+    student = build(case, topology)
+    steps = run_steps(case, student, topology, range(3))
+    return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
+
+
+def dense_truth(case: Case) -> Found:
+    """The same three steps on one dense model in float64, from the same initial values, without padding."""
+    config = config_of(case)
+    model = build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED))
+    model.double()
+    matrices = [p for p in named.values() if p.ndim >= 2]
+    vectors = [p for p in named.values() if p.ndim < 2]
+    section = train_section(case, 1).adamw
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(section.beta1, section.beta2),
+        eps=section.epsilon,
+    )
+    steps, gradients = [], []
+    for step in range(3):
+        batch = global_batch(step)
+        labels = batch.labels.flatten()
+        weights = (labels != -100).double() / batch.valid_tokens
+        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        head = model.get_output_embeddings().weight
+        if case.objective == "distill":
+            terms = reference.distill_loss(
+                hidden,
+                head,
+                teacher_hidden(batch.slots).double(),
+                teacher_head().double(),
+                labels,
+                token_weights=weights,
+                divergence=divergence(case.loss),
+                vocab_size=VOCAB,
+            )
+        else:
+            terms = reference.label_loss(
+                hidden, head, labels, token_weights=weights, z_loss=case.loss.z_loss, vocab_size=VOCAB
+            )
+        optimizer.zero_grad()
+        terms.loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), case.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (step + 1) / 3
+        optimizer.step()
+        steps.append(
+            {
+                "loss": terms.loss.item(),
+                "student_ce": terms.student_ce.item(),
+                "kl": terms.kl.item(),
+                "grad_norm": norm.item(),
+            }
+        )
+    return Found(steps=steps, gradients=gradients, parameters={name: p.detach().clone() for name, p in named.items()})
+
+
+def recipe_for(manifest: str, folder: str, **changes: Any) -> Recipe:
+    """A small valid recipe for tests that need one."""
+    values: dict[str, Any] = {
+        "objective": "labels",
+        "run": {"folder": folder},
+        "data": {"manifest": manifest},
+        "student": {"config": {"model_type": "llama"}},
+        "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "adamw": {"learning_rate": 1e-3}},
+    }
+    values.update(changes)
+    return Recipe.model_validate(values)

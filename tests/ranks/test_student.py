@@ -1,0 +1,140 @@
+"""The ZeRO-3 student against one dense float64 process: loss, every gradient, gradient norm, three optimizer steps."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.comm.topology import Topology
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import Case, Found, build, dense_truth, run_steps, three_steps
+
+# (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
+LAYOUTS = [
+    (1, 1, 1, False),
+    (1, 1, 2, True),
+    (2, 2, 1, False),
+    (2, 2, 2, True),
+    (2, 1, 2, False),
+    (4, 4, 1, True),
+    (4, 4, 2, False),
+    (4, 2, 1, False),
+    (4, 2, 2, True),
+    (4, 1, 1, True),
+    (4, 1, 2, False),
+]
+
+
+@cache
+def truth(case: Case) -> Found:
+    return dense_truth(case)
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30))
+
+
+def assert_matches(found: Found, true: Found, *, case: Case) -> None:
+    for step, (ours, theirs) in enumerate(zip(found.steps, true.steps, strict=True)):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
+        assert theirs["grad_norm"] > 2 * case.clip, "clipping must be active, or the case does not test it"
+    for step, (ours_all, theirs_all) in enumerate(zip(found.gradients, true.gradients, strict=True)):
+        assert ours_all.keys() == theirs_all.keys(), "Hugging Face's own names, none missing"
+        for name, gradient in theirs_all.items():
+            rows = gradient.shape[0]
+            error = relative_error(ours_all[name][:rows], gradient)
+            assert error < 5e-6, f"step {step}: gradient of {name} is off by {error:.1e}"
+            assert not ours_all[name][rows:].any(), f"padding rows of {name} have a gradient"
+    for name, parameter in true.parameters.items():
+        rows = parameter.shape[0]
+        assert relative_error(found.parameters[name][:rows], parameter) < 5e-6, name
+        assert not found.parameters[name][rows:].any(), f"padding rows of {name} moved"
+
+
+@pytest.mark.parametrize(("world", "p", "accumulation", "tied"), LAYOUTS)
+def test_distillation_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
+    case = Case(tied=tied, accumulation=accumulation)
+    true = truth(Case(tied=tied))
+    for found in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(found, true, case=case)
+
+
+@pytest.mark.parametrize(("world", "p", "accumulation", "tied"), [(1, 1, 1, False), (2, 2, 2, False), (4, 2, 1, True)])
+def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
+    case = Case(objective="labels", tied=tied, accumulation=accumulation)
+    true = truth(Case(objective="labels", tied=tied))
+    for found in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(found, true, case=case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(persistence=10_000, tied=True),
+        Case(activation_checkpointing=True),
+        Case(model_type="qwen2"),
+        Case(model_type="qwen3", tied=True),
+        Case(model_type="mistral"),
+    ],
+    ids=["small parameters stay gathered", "activation checkpointing", "qwen2", "qwen3", "mistral"],
+)
+def test_variants_equal_the_dense_truth(case: Case) -> None:
+    for found in run_ranks(2, three_steps, case):
+        assert_matches(found, truth(case), case=case)
+
+
+def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: int, last: int) -> Found:
+    """Steps `first` to `last`; from step 0 freshly built, else from what `_save` left in `folder`."""
+    from pathlib import Path
+
+    from megadistill.train.checkpoint import newest_checkpoint, save_checkpoint
+
+    student = build(case, topology)
+    if first > 0:
+        checkpoint = newest_checkpoint(Path(folder))
+        assert checkpoint is not None
+        checkpoint.verify()
+        student.load_local_state(checkpoint.read)
+    steps = run_steps(case, student, topology, range(first, last))
+    if first == 0:
+        state = {**student.local_state(), "rng": torch.get_rng_state()}
+        save_checkpoint(
+            Path(folder),
+            state,
+            step=last,
+            tokens=0,
+            vocab_size=250,
+            cursor={},
+            parameters=student.parameters,
+            versions={},
+            topology=topology,
+        )
+    return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
+
+
+@pytest.mark.parametrize("persistence", [0, 10_000])
+def test_a_resume_is_bitwise_on_the_same_world(tmp_path_factory: pytest.TempPathFactory, persistence: int) -> None:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    case = Case(tied=True, accumulation=2, persistence=persistence)
+    whole = run_ranks(2, three_steps, case)[0]
+    run_ranks(2, _steps_with_a_restart, case, folder, 0, 2)
+    resumed = run_ranks(2, _steps_with_a_restart, case, folder, 2, 3)[0]
+    assert resumed.steps[0] == whole.steps[2]
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(resumed.parameters[name], parameter), name
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [(2, 1), (1, 4), (4, 2)])
+def test_a_resume_on_another_world_goes_on_alike(
+    tmp_path_factory: pytest.TempPathFactory, wrote: int, reads: int
+) -> None:
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    case = Case()
+    run_ranks(wrote, _steps_with_a_restart, case, folder, 0, 2)
+    resumed = run_ranks(reads, _steps_with_a_restart, case, folder, 2, 3)[0]
+    true = truth(case)
+    assert resumed.steps[0]["loss"] == pytest.approx(true.steps[2]["loss"], rel=1e-6)
+    for name, parameter in true.parameters.items():
+        assert relative_error(resumed.parameters[name][: parameter.shape[0]], parameter) < 5e-6, name

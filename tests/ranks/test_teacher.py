@@ -1,0 +1,102 @@
+"""The teacher's pipeline on real ranks, each against the unsplit model on its own tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.comm.topology import Topology
+from megadistill.errors import OperatorFault
+from megadistill.records import SignalMismatch, TeacherSignal, TokenBatch, token_digest
+from megadistill.teacher import TeacherPipeline, TeacherStage
+from tests.ranks.harness import run_ranks
+from tests.unit.model.cases import VOCAB, final_hidden, saved_model
+
+SHAPES = [(1, 8), (3, 8), (3, 13)]  # B, S of successive batches
+
+
+def _batch(rank: int, index: int, vocab: int = VOCAB) -> TokenBatch:
+    B, S = SHAPES[index]
+    tokens = torch.randint(vocab, (B, S), generator=torch.Generator().manual_seed(100 * rank + index))
+    slots = torch.arange(B) + 1000 * rank + 10 * index
+    return TokenBatch(tokens=tokens, labels=tokens, slots=slots, digests=token_digest(tokens))
+
+
+def _pipeline(topology: Topology, folder: str, dtype: torch.dtype = torch.float32) -> TeacherPipeline:
+    place = {"stage": topology.group_rank, "stages": topology.group_size}
+    stage = TeacherStage.load(Path(folder), **place, dtype=dtype, device=topology.device)
+    return TeacherPipeline(stage, topology)
+
+
+def _signals(topology: Topology, folder: str) -> list[TeacherSignal]:
+    pipeline = _pipeline(topology, folder)
+    return [pipeline.signal(_batch(topology.rank, index)) for index in range(len(SHAPES))]
+
+
+@pytest.mark.parametrize(("world", "p"), [(1, 1), (2, 2), (3, 3), (4, 2), (2, 1)])
+def test_each_rank_gets_the_unsplit_models_answer_to_its_own_tokens(world: int, p: int, tmp_path: Path) -> None:
+    model = saved_model("qwen3", tmp_path, shard_size="30KB")
+    for rank, signals in enumerate(run_ranks(world, _signals, str(tmp_path), vocab_group=p)):
+        for index, signal in enumerate(signals):
+            batch = _batch(rank, index)
+            truth = final_hidden(model, batch.tokens).flatten(0, 1)
+            assert torch.equal(signal.hidden_for(batch), truth)
+            assert not signal.hidden.requires_grad
+
+
+def _bfloat16(topology: Topology, folder: str) -> Tensor:
+    return _pipeline(topology, folder, torch.bfloat16).signal(_batch(topology.rank, 1)).hidden
+
+
+def test_bfloat16_travels_as_it_is(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    whole = TeacherStage.load(tmp_path, stage=0, stages=1, dtype=torch.bfloat16, device=torch.device("cpu"))
+    for rank, hidden in enumerate(run_ranks(2, _bfloat16, str(tmp_path))):
+        assert hidden.dtype == torch.bfloat16
+        assert torch.equal(hidden, whole(_batch(rank, 1).tokens).flatten(0, 1))
+
+
+def _mixed_up(topology: Topology, folder: str) -> str:
+    """A last stage that gives each rank another one's micro-batch."""
+    pipeline: Any = _pipeline(topology, folder)
+    wave = pipeline._wave
+    pipeline._wave = lambda tokens: wave(tokens)[::-1]
+    batch = _batch(topology.rank, 0)
+    try:
+        pipeline.signal(batch).hidden_for(batch)
+    except SignalMismatch as error:
+        return str(error)
+    return "not noticed"
+
+
+def test_a_micro_batch_that_reaches_the_wrong_rank_is_noticed(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    assert all("different tokens" in found for found in run_ranks(2, _mixed_up, str(tmp_path)))
+
+
+def _broken(topology: Topology, folder: str) -> list[str]:
+    """An infinity in the embedding of the last id, which only rank 1's tokens name."""
+    pipeline = _pipeline(topology, folder)
+    if pipeline.stage.is_first:
+        pipeline.stage.decoder.embed_tokens.weight[VOCAB - 1, 0] = float("inf")
+    words = []
+    for index in range(2):
+        batch = _batch(topology.rank, index, vocab=VOCAB - 1)
+        if (topology.rank, index) == (1, 0):
+            batch.tokens[0, 3] = VOCAB - 1
+        try:
+            pipeline.signal(batch)
+            words.append("finite")
+        except OperatorFault as error:
+            words.append(str(error))
+    return words
+
+
+def test_a_teacher_that_is_not_finite_stops_its_own_rank_and_hangs_nobody(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    first, second = run_ranks(2, _broken, str(tmp_path))
+    assert first == ["finite", "finite"]
+    assert "not finite in slots [1000]" in second[0]
+    assert second[1] == "finite"

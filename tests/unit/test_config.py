@@ -1,0 +1,155 @@
+"""Recipes: what is merged, what is refused, and that the refusal names key, value and way out in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.config import Recipe, load_deepspeed, load_recipe
+from megadistill.errors import UserError
+from tests.paths import DS_CONFIGS, RECIPES
+
+MINIMAL = """
+objective: labels
+run: {folder: runs/x}
+data: {manifest: data/manifest.json}
+student: {config: {model_type: llama}}
+train: {steps: 10, global_batch: 8, micro_batch: 2, adamw: {learning_rate: 1.0e-3}}
+"""
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message, message
+    return message
+
+
+def test_defaults_are_filled_in_and_frozen(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.loss.divergence == "forward_kl"
+    assert recipe.train.schedule.kind == "cosine"
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.steps = 3  # type: ignore[misc]
+
+
+def test_extends_and_overrides_merge_in_order(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "base.yaml")
+    child = write(tmp_path, "extends: base.yaml\ntrain: {steps: 20}\nstudent: {config: {hidden_size: 8}}\n")
+    recipe = load_recipe(child, ["train.micro_batch=4", "student.config.num_hidden_layers=3"])
+    assert (recipe.train.steps, recipe.train.micro_batch, recipe.train.global_batch) == (20, 4, 8)
+    assert recipe.student.config == {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 3}
+
+
+def test_a_recipe_may_refer_to_its_own_keys(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["run.folder=runs/${objective}-${train.steps}"])
+    assert recipe.run.folder == "runs/labels-10"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml") if "base" not in path.name))
+def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
+    recipe = load_recipe(RECIPES / name)
+    for world in (1, 2, 4):
+        assert recipe.accumulation(world) * world * recipe.train.micro_batch == recipe.train.global_batch
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.snapshot()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.step=3", ["train.step", "did you mean 'steps'"]),
+        ("trian.steps=3", ["trian", "did you mean 'train'"]),
+        ("loss.temprature=2", ["loss.temprature", "did you mean 'temperature'"]),
+        ("train.steps=many", ["train.steps", "many", "integer"]),
+        ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),
+        ("train.precision=fp16", ["train.precision", "fp16", "float32"]),
+        ("train.adamw.learning_rate=-1", ["train.adamw.learning_rate", "-1"]),
+        ("train.schedule.kind=wsd", ["train", "wsd", "decay_steps"]),
+        ("train.schedule.decay_steps=3", ["train", "decay_steps", "cosine"]),
+        ("train.schedule.warmup_steps=11", ["warmup_steps 11", "steps 10"]),
+        ("teacher.path=t", ["labels", "teacher", "null"]),
+        ("objective=distill", ["distill", "teacher.path"]),
+        ("objective=distil", ["objective", "distil", "labels"]),
+        ("loss.temperature=2.0", ["labels", "loss.temperature"]),
+        ("steps", ["steps", "key=value"]),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, override: str, says: list[str]) -> None:
+    message = refused(write(tmp_path, MINIMAL), override)
+    for part in says:
+        assert part in message
+
+
+def test_distilling_with_no_weight_on_the_teacher_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert "kd_weight 0" in refused(path, "objective=distill", "teacher.path=t", "loss.kd_weight=0.0")
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
+    assert "no recipe" in refused(tmp_path / "missing.yaml")
+    assert "mapping" in refused(write(tmp_path, "- a\n- b\n"))
+    assert "YAML" in refused(write(tmp_path, "a: [1\n"))
+    assert "required" in refused(write(tmp_path, "objective: labels\n"))
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    assert "extends itself" in refused(write(tmp_path, "extends: a.yaml\n", "b.yaml"))
+
+
+def test_a_recipe_cannot_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    text = MINIMAL.replace("runs/x", "'${oc.env:A_SECRET}'")
+    message = refused(write(tmp_path, text))
+    assert "resolver" in message
+    assert "hunter2" not in message
+    assert "resolver" in refused(write(tmp_path, MINIMAL), "run.folder=${oc.env:A_SECRET}")
+    assert "resolver" in refused(write(tmp_path, MINIMAL), "run.folder=${train.steps}${oc.env:A_SECRET}")
+
+
+def test_accumulation_follows_from_the_batch_or_names_what_fits(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert [recipe.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match=r"global_batch 8 .* 3 ranks .* 6 or 12"):
+        recipe.accumulation(3)
+
+
+@pytest.mark.parametrize("name", ["zero3.json", "zero3.cpu.json"])
+def test_the_deepspeed_files_that_we_ship_are_accepted(name: str) -> None:
+    assert load_deepspeed(DS_CONFIGS / name)["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "owner"),
+    [
+        ("train_micro_batch_size_per_gpu", 4, "train.micro_batch"),
+        ("gradient_accumulation_steps", 2, "train.global_batch"),
+        ("gradient_clipping", 1.0, "train.clip"),
+        ("bf16", {"enabled": True}, "train.precision"),
+        ("optimizer", {"type": "AdamW"}, "train.adamw"),
+    ],
+)
+def test_a_deepspeed_file_that_sets_what_the_recipe_owns_is_refused(
+    tmp_path: Path, key: str, value: Any, owner: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"sets {key}.*{owner}"):
+        load_deepspeed(path)
+
+
+def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "auto"}}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"zero_optimization\.reduce_bucket_size"):
+        load_deepspeed(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="JSON"):
+        load_deepspeed(path)
+    with pytest.raises(UserError, match="no file"):
+        load_deepspeed(tmp_path / "missing.json")
