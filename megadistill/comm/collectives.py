@@ -22,7 +22,7 @@ def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return rows
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    dist.all_gather_single(gathered, rows.contiguous(), group=group)
     return gathered
 
 
@@ -31,7 +31,7 @@ def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return rows
     block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
-    dist.reduce_scatter_tensor(block, rows.contiguous(), group=group)
+    dist.reduce_scatter_single(block, rows.contiguous(), group=group)
     return block
 
 

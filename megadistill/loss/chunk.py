@@ -174,17 +174,14 @@ def _merged(logits_nv: Tensor, statistics_gnS: Tensor, temperatures: tuple[float
 def _forward_kl(log_p_t_bv: Tensor, log_p_s_bv: Tensor) -> tuple[Tensor, Tensor]:
     """This slice's share of KL(p_t ‖ p_s) [b], and its derivative by the student's logits over T, p_s - p_t [b, v].
 
-    With d = ln p_t - ln p_s the share is Σ p_t (d + expm1(-d)), and the derivative p_t · expm1(-d). Over the whole
-    vocabulary that adds Σ p_s - Σ p_t = 0 to the textbook sum, but every term is positive and nothing cancels when the
-    student is near the teacher. Where the student holds an id far likelier than the teacher does, expm1 would
-    overflow, and the plain difference is exact enough.
+    With d = ln p_t - ln p_s the share is Σ p_t (d + expm1(-d)). Over the whole vocabulary that adds Σ p_s - Σ p_t = 0
+    to the textbook sum; but every term is positive, and nothing cancels when the student is near the teacher. Where
+    the student holds an id far likelier than the teacher does, expm1 would overflow and the plain sum is exact enough.
     """
     d_bv = log_p_t_bv - log_p_s_bv
     p_t_bv = log_p_t_bv.exp()
-    growth_bv = torch.expm1(-d_bv)
-    near_bv = d_bv > -1
-    slope_bv = torch.where(near_bv, p_t_bv * growth_bv, log_p_s_bv.exp() - p_t_bv)
-    share_bv = torch.where(near_bv, p_t_bv * (d_bv + growth_bv), p_t_bv * d_bv + slope_bv)
+    slope_bv = log_p_s_bv.exp() - p_t_bv
+    share_bv = torch.where(d_bv > -1, p_t_bv * (d_bv + torch.expm1(-d_bv)), p_t_bv * d_bv + slope_bv)
     return share_bv.sum(dim=1), slope_bv
 
 

@@ -4,10 +4,9 @@ It knows tensors, a `VocabSlice` and the collectives of comm; it does not know m
 `loss/reference.py` defines what it computes, docs/loss.md tells the order of work. The gradient is made in the forward,
 by hand: no collective is ever differentiated, which is how such losses come to be wrong by a factor of g.
 
-Legend: N this rank's tokens; g ranks of the vocab group; k tokens that each of them gives to a chunk, n = g·k tokens of
-a chunk, b of them in a block; D student width, E teacher width; v this rank's true rows of the vocabulary (w with its
-padding); L tokens of the rank that has most; T the temperature; Q temperatures (1, and T where it differs); S = 3 + Q
-statistics of a slice; "slope": the derivative of the group's loss by the student's logits.
+Legend: N this rank's tokens, L those of the rank that has most; g ranks of the vocab group; k tokens that each of them
+gives to a chunk, n = g·k tokens of a chunk; D student width, E teacher width; w this rank's rows of the vocabulary, v
+of them true (not padding); "slope": the derivative of the group's loss by the student's logits.
 """
 
 from dataclasses import dataclass

@@ -99,6 +99,8 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
         raise UserError(f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
     if kv_heads < 1 or heads % kv_heads:
         raise UserError(f"{what}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if head_dim(config) % 2:
+        raise UserError(f"{what}: a head is {head_dim(config)} wide, and rotary embeddings turn pairs: make it even")
     kinds = getattr(config, "layer_types", None) or []
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have full and sliding attention")

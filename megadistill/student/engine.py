@@ -10,6 +10,7 @@ left patched, hyperparameters after a resume.
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
@@ -35,7 +36,7 @@ from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
 from megadistill.errors import UserError
-from megadistill.model.families import build_causal_lm, rebuild_rotary
+from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, rebuild_rotary
 from megadistill.model.initialise import initial_tensor
 from megadistill.student.head import StudentHead
 
@@ -44,6 +45,8 @@ from megadistill.student.head import StudentHead
 compatible_ops["deepspeed_shm_comm"] = False
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed 0.19 calls torch 2.13's collectives by names that the next torch gives up.
+warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -116,7 +119,7 @@ def build_partitioned(
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
-                rows = vocab_size if parameter.ndim == 2 and parameter.shape[0] == padded else parameter.shape[0]
+                rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
                 values = initial_tensor(name, (rows, *parameter.shape[1:]), std=config.initializer_range, seed=seed)
                 parameter.data.zero_()
                 parameter.data[:rows].copy_(values)
@@ -169,7 +172,7 @@ class StudentEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         self._topology = topology
         self._model = model
-        head = model.get_parameter("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
 
     def hidden(self, tokens: Tensor) -> Tensor:

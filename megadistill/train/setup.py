@@ -28,7 +28,7 @@ class Setup:
     profile: dict[str, Any]
     """The DeepSpeed settings in force: on a CPU those of `NAME.cpu.json`, where there is one."""
     left_out: tuple[str, ...]
-    """The settings of the recipe's DeepSpeed file that are not in force here."""
+    """What the recipe's DeepSpeed file switches on and a CPU does without."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -66,14 +66,14 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
 
 
 def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings in force, and those of the file that a CPU leaves out or sets otherwise, as `key=value`."""
+    """The settings in force, and the names of those that the file switches on and a CPU does without."""
     asked = load_deepspeed(path)
     cpu = path.with_suffix(".cpu.json")
     if torch.accelerator.is_available() or not cpu.is_file():
         return asked, ()
     used = load_deepspeed(cpu)
     flat_asked, flat_used = _leaves(asked), _leaves(used)
-    return used, tuple(f"{key}={value}" for key, value in flat_asked.items() if flat_used.get(key) != value)
+    return used, tuple(key for key, value in flat_asked.items() if value is True and flat_used.get(key) is not True)
 
 
 def where_it_runs(setup: Setup, topology: Topology) -> str:

@@ -69,7 +69,7 @@ def train_section(case: Case, world: int) -> TrainSection:
             "micro_batch": GLOBAL_BATCH // world // case.accumulation,
             "precision": case.precision,
             "clip": case.clip,
-            "adamw": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-6},
+            "adamw": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-4},
         }
     )
 
@@ -103,14 +103,17 @@ def teacher_head() -> Tensor:
 class RandomTeacher:
     """Stands where the pipeline stands; the pipeline has tests of its own."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
     def signal(self, batch: TokenBatch) -> TeacherSignal:
-        return TeacherSignal(hidden=teacher_hidden(batch.slots), slots=batch.slots, digests=batch.digests)
+        return TeacherSignal(hidden=teacher_hidden(batch.slots).to(self.dtype), slots=batch.slots, digests=batch.digests)
 
 
 def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> Teacher:
     head = torch.zeros(vocab.rows, TEACHER_WIDTH)
     head[: vocab.true_rows] = teacher_head()[vocab.global_ids()[: vocab.true_rows]]
-    pipeline: Any = RandomTeacher()
+    pipeline: Any = RandomTeacher(dtype)
     return Teacher(pipeline=pipeline, head=head.to(dtype))
 
 

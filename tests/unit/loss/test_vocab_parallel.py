@@ -1,0 +1,361 @@
+"""The operator in one process against the reference in float64: values, gradients, and what its docstring promises."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
+from megadistill.loss import chunk as chunk_module
+from megadistill.loss import vocab_parallel as operator_module
+from megadistill.records import IGNORED_LABEL, LossTerms
+from tests.unit.loss.problems import DIVERGENCES, TOLERANCE, Problem, Truth, problem, relative_error, truth
+
+ALL_TERMS = DIVERGENCES["all"]
+
+
+def _run(
+    p: Problem, divergence: Divergence | None, *, upstream: float = 1.0, z_loss: float = 0.0, chunk_tokens: int = 4
+) -> Truth:
+    """The operator and its backward, on the whole vocabulary; `divergence=None` is the label loss."""
+    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
+    vocab = VocabSlice.contiguous(0, p.student_weight.shape[0], p.size)
+    if divergence is None:
+        terms = label_loss(
+            hidden,
+            weight,
+            p.labels,
+            token_weights=p.token_weights,
+            vocab=vocab,
+            z_loss=z_loss,
+            chunk_tokens=chunk_tokens,
+        )
+    else:
+        terms = distill_loss(
+            hidden,
+            weight,
+            p.teacher_hidden,
+            p.teacher_weight,
+            p.labels,
+            token_weights=p.token_weights,
+            divergence=divergence,
+            vocab=vocab,
+            chunk_tokens=chunk_tokens,
+        )
+    hidden_grad, weight_grad = torch.autograd.grad(terms.loss * upstream, (hidden, weight))
+    return Truth(terms, hidden_grad, weight_grad)
+
+
+def _assert_equal(found: Truth, expected: Truth, tolerance: float) -> None:
+    for field in fields(LossTerms):
+        value, true = getattr(found.terms, field.name).item(), getattr(expected.terms, field.name).item()
+        assert value == pytest.approx(true, rel=tolerance, abs=tolerance * 1e-2), field.name
+    assert relative_error(found.hidden_grad, expected.hidden_grad) < tolerance
+    assert relative_error(found.weight_grad, expected.weight_grad) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_distill_loss_is_the_reference(name: str, dtype: torch.dtype) -> None:
+    p, divergence = problem(1), DIVERGENCES[name]
+    _assert_equal(_run(p.cast(dtype), divergence), truth(p, divergence), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_label_loss_is_the_reference(z_loss: float, dtype: torch.dtype) -> None:
+    p = problem(2)
+    _assert_equal(_run(p.cast(dtype), None, z_loss=z_loss), truth(p, None, z_loss=z_loss), TOLERANCE[dtype])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(0, 9),
+    widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.integers(1, 17),
+    padding=st.integers(0, 3),
+    chunk_tokens=st.integers(1, 12),
+    scale=st.sampled_from([1e-4, 1.0, 30.0]),
+    divergence=st.sampled_from(list(DIVERGENCES.values())),
+    block=st.sampled_from([1, 20, 1 << 18]),
+)
+def test_any_shape_chunk_and_magnitude(
+    seed: int,
+    tokens: int,
+    widths: tuple[int, int],
+    size: int,
+    padding: int,
+    chunk_tokens: int,
+    scale: float,
+    divergence: Divergence,
+    block: int,
+) -> None:
+    p = problem(seed, tokens=tokens, D=widths[0], E=widths[1], rows=size + padding, size=size, scale=scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_module, "BLOCK_ELEMENTS", block)
+        found = _run(p, divergence, chunk_tokens=chunk_tokens)
+    expected = truth(p, divergence)
+    for field in fields(LossTerms):
+        value, true = getattr(found.terms, field.name).item(), getattr(expected.terms, field.name).item()
+        assert value == pytest.approx(true, rel=1e-10, abs=1e-12), field.name
+    assert found.terms.kl >= 0
+    torch.testing.assert_close(found.hidden_grad, expected.hidden_grad, rtol=1e-10, atol=1e-12 * max(1.0, scale))
+    torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=1e-12 * max(1.0, scale))
+
+
+def test_the_gradient_is_the_slope_of_the_value() -> None:
+    """Central differences of the operator's own value: independent of the reference's autograd."""
+    p, step = problem(3), 1e-5
+    found = _run(p, ALL_TERMS, upstream=3.0)
+    for name, gradient in (("student_hidden", found.hidden_grad), ("student_weight", found.weight_grad)):
+        start = getattr(p, name)
+        direction = torch.randn(start.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        ahead = _run(replace(p, **{name: start + step * direction}), ALL_TERMS).terms.loss
+        behind = _run(replace(p, **{name: start - step * direction}), ALL_TERMS).terms.loss
+        slope = 3.0 * (ahead - behind).item() / (2 * step)
+        assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-8)
+
+
+def test_kl_of_equal_logits_is_zero_and_has_no_gradient() -> None:
+    p = problem(5, D=6, E=6).cast(torch.float32)
+    found = _run(replace(p, teacher_hidden=p.student_hidden, teacher_weight=p.student_weight), Divergence())
+    assert found.terms.kl == found.terms.loss == 0
+    assert found.terms.agreement.item() == pytest.approx(p.token_weights.sum().item(), rel=1e-6)
+    assert not found.hidden_grad.any()
+    assert not found.weight_grad.any()
+
+
+@pytest.mark.parametrize("distance", [1e-3, 3e-5])
+def test_a_small_kl_keeps_its_digits_in_float32(distance: float) -> None:
+    """At KL ≈ 5e-7, where the sum of p (ln p - ln q) in float32 has lost every digit."""
+    p = problem(6, tokens=16, D=32, E=32, rows=512, size=512, scale=0.3)
+    noise = torch.randn(512, 32, generator=torch.Generator().manual_seed(7)) * distance
+    student = replace(p, student_hidden=p.teacher_hidden, student_weight=(p.teacher_weight + noise).float().double())
+    found, expected = _run(student.cast(torch.float32), Divergence()), truth(student, Divergence())
+    kl = expected.terms.kl.item() / p.token_weights.sum().item()
+    assert 1e-10 < kl < 5e-6
+    assert found.terms.kl.item() == pytest.approx(expected.terms.kl.item(), rel=1e-3 * max(1.0, 3e-4 / distance))
+    log_p_t = (student.teacher_hidden @ student.teacher_weight.T).float().log_softmax(1)
+    log_p_s = (student.student_hidden @ student.student_weight.T).float().log_softmax(1)
+    naive = ((log_p_t.exp() * (log_p_t - log_p_s)).sum(1) * p.token_weights).sum().item()
+    assert abs(naive - expected.terms.kl.item()) > 10 * abs(found.terms.kl.item() - expected.terms.kl.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_logits_of_ten_thousand(temperature: float, dtype: torch.dtype) -> None:
+    """Student and teacher certain of different ids, in both directions: no overflow, and the right KL of about 2e4."""
+    signs = torch.randint(0, 2, (12, 5), generator=torch.Generator().manual_seed(8)).double() * 2 - 1
+    p = replace(
+        problem(9, tokens=5, rows=12, size=12),
+        student_hidden=torch.eye(5, dtype=torch.float64) * 100,
+        student_weight=signs * 100 + torch.arange(12).double().unsqueeze(1) / 4,
+        teacher_hidden=torch.eye(5, dtype=torch.float64) * 100,
+        teacher_weight=-signs * 100 + torch.arange(12).double().unsqueeze(1) / 4,
+    )
+    divergence = Divergence(temperature=temperature, ce_weight=1.0, z_loss=1e-6)
+    expected = truth(p, divergence)
+    assert expected.terms.kl > 1e3
+    _assert_equal(_run(p.cast(dtype), divergence), expected, TOLERANCE[dtype])
+
+
+def test_a_constant_added_to_a_row_of_logits_changes_nothing() -> None:
+    """The terms bit for bit: the inputs are dyadic, so that the float32 logits are exact with and without it."""
+    p = problem(10)
+    dyadic = replace(
+        p,
+        **{
+            name: (getattr(p, name) * 32).round() / 32
+            for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+        },
+    ).cast(torch.float32)
+    shifted = replace(
+        dyadic,
+        student_hidden=torch.cat([dyadic.student_hidden, torch.full((13, 1), 512.0)], dim=1),
+        student_weight=torch.cat([dyadic.student_weight, torch.ones(24, 1)], dim=1),
+        teacher_hidden=torch.cat([dyadic.teacher_hidden, torch.full((13, 1), -256.0)], dim=1),
+        teacher_weight=torch.cat([dyadic.teacher_weight, torch.ones(24, 1)], dim=1),
+    )
+    divergence = Divergence(temperature=2.0, ce_weight=0.5)
+    before, after = _run(dyadic, divergence), _run(shifted, divergence)
+    for name in ("loss", "kl", "student_ce", "teacher_ce", "teacher_entropy", "agreement"):
+        assert torch.equal(getattr(before.terms, name), getattr(after.terms, name)), name
+    # Products of another width may add in another order.
+    assert relative_error(after.hidden_grad[:, :5], before.hidden_grad) < 1e-6
+    assert relative_error(after.weight_grad[:, :5], before.weight_grad) < 1e-6
+
+
+def test_a_token_without_a_label_keeps_its_kl_and_z_loss() -> None:
+    p = problem(11)
+    unlabelled = replace(p, labels=torch.full_like(p.labels, IGNORED_LABEL))
+    found = _run(unlabelled, ALL_TERMS)
+    assert found.terms.student_ce == found.terms.teacher_ce == 0
+    without_ce = replace(ALL_TERMS, ce_weight=0.0)
+    assert relative_error(found.hidden_grad, truth(p, without_ce).hidden_grad) < 1e-12
+    assert relative_error(found.weight_grad, truth(p, without_ce).weight_grad) < 1e-12
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_token_of_weight_zero_is_not_there(poison: float) -> None:
+    p = problem(12)
+    dead = p.token_weights == 0
+    assert dead.any()
+    poisoned = replace(p, student_hidden=p.student_hidden.clone(), teacher_hidden=p.teacher_hidden.clone())
+    poisoned.student_hidden[dead] = poison
+    poisoned.teacher_hidden[dead] = poison
+    clean, found = _run(p, ALL_TERMS), _run(poisoned, ALL_TERMS)
+    assert torch.equal(found.terms.metrics(), clean.terms.metrics())
+    assert torch.equal(found.hidden_grad, clean.hidden_grad)
+    assert torch.equal(found.weight_grad, clean.weight_grad)
+    assert not found.hidden_grad[dead].any()
+
+
+def test_padding_rows_are_never_read_and_get_no_gradient() -> None:
+    p = problem(13)
+    poisoned = replace(p, student_weight=p.student_weight.clone(), teacher_weight=p.teacher_weight.clone())
+    poisoned.student_weight[p.size :] = float("nan")
+    poisoned.teacher_weight[p.size :] = 1e9
+    found = _run(poisoned, ALL_TERMS)
+    _assert_equal(found, truth(p, ALL_TERMS), 1e-12)
+    assert not found.weight_grad[p.size :].any()
+
+
+def test_of_equal_logits_the_lowest_id_is_the_most_likely() -> None:
+    p = replace(problem(14, tokens=1), student_weight=torch.zeros(24, 5).double(), token_weights=torch.ones(1).double())
+    best = torch.zeros(24, 7).double()
+    best[0] = p.teacher_hidden[0]
+    assert _run(replace(p, teacher_weight=best), Divergence()).terms.agreement == 1
+    assert _run(replace(p, teacher_weight=best.roll(1, dims=0)), Divergence()).terms.agreement == 0
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32])
+def test_bf16_accumulates_in_float32(asked: torch.dtype | None) -> None:
+    p = problem(15, tokens=40, D=32).cast(torch.bfloat16)
+    expected = truth(p, ALL_TERMS)
+    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
+    if asked is not None:
+        weight.grad_dtype = asked
+    terms = distill_loss(
+        hidden,
+        weight,
+        p.teacher_hidden,
+        p.teacher_weight,
+        p.labels,
+        token_weights=p.token_weights,
+        divergence=ALL_TERMS,
+        vocab=VocabSlice.contiguous(0, 24, p.size),
+        chunk_tokens=3,
+    )
+    torch.autograd.backward(terms.loss)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert terms.loss.item() == pytest.approx(expected.terms.loss.item(), rel=1e-6)
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == (asked or torch.bfloat16)
+    assert relative_error(hidden.grad, expected.hidden_grad) < 2**-8
+    assert relative_error(weight.grad, expected.weight_grad) < (1e-6 if asked else 2**-8)
+
+
+def _call(p: Problem, hidden: Tensor, weight: Tensor) -> LossTerms:
+    vocab = VocabSlice.contiguous(0, weight.shape[0], p.size)
+    return distill_loss(
+        hidden,
+        weight,
+        p.teacher_hidden,
+        p.teacher_weight,
+        p.labels,
+        token_weights=p.token_weights,
+        divergence=ALL_TERMS,
+        vocab=vocab,
+        chunk_tokens=4,
+    )
+
+
+def test_backward_twice_is_an_error() -> None:
+    p = problem(16)
+    terms = _call(p, p.student_hidden.requires_grad_(), p.student_weight)
+    torch.autograd.backward(terms.loss, retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        torch.autograd.backward(terms.loss)
+
+
+def test_only_the_loss_is_differentiable_and_the_teacher_gets_nothing() -> None:
+    p = problem(17)
+    p.teacher_hidden.requires_grad_()
+    p.teacher_weight.requires_grad_()
+    terms = _call(p, p.student_hidden.requires_grad_(), p.student_weight.requires_grad_())
+    assert [name for name in vars(terms) if getattr(terms, name).requires_grad] == ["loss"]
+    torch.autograd.backward(terms.loss)
+    assert p.teacher_hidden.grad is None
+    assert p.teacher_weight.grad is None
+
+
+def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(18)
+    expected = truth(p, ALL_TERMS)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("gradient work")
+
+    monkeypatch.setattr(operator_module._Gradients, "zeros", refuse)
+    with torch.no_grad():
+        terms = _call(p, p.student_hidden.clone().requires_grad_(), p.student_weight)
+    for found in (terms, _call(p, p.student_hidden, p.student_weight)):
+        assert not found.loss.requires_grad
+        assert found.loss.item() == pytest.approx(expected.terms.loss.item(), rel=1e-12)
+    with pytest.raises(AssertionError, match="gradient work"):
+        _call(p, p.student_hidden, p.student_weight.requires_grad_())
+
+
+class _LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps every storage of at least `bytes_` that an operation returns."""
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes_ = bytes_
+        self.kept: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.bytes_:
+                self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return result
+
+
+def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk_tokens, size = 32, 200
+    monkeypatch.setattr(chunk_module, "BLOCK_ELEMENTS", 2 * size)
+    p = problem(19, tokens=100, rows=size, size=size).cast(torch.float32)
+    with _LargeStorages(chunk_tokens * size * 4) as large:
+        _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
+    assert sorted(storage.nbytes() for storage in large.kept.values()) == [chunk_tokens * size * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_hidden": torch.zeros(12, 5).double()}, r"student hidden states \[12, 5\].*13 labels"),
+        ({"teacher_weight": torch.zeros(23, 7).double()}, r"teacher.*head \[23, 7\].*24 rows"),
+        ({"student_weight": torch.zeros(24, 5)}, "cast both"),
+        ({"token_weights": torch.zeros(12)}, r"\[12\] token weights for 13 labels"),
+        ({"labels": torch.full((13,), 21)}, r"\[13\] labels \(by rank\).*below 21"),
+        ({"labels": torch.full((13,), -1)}, "mark positions without a label with -100"),
+        ({"size": 25}, "do not add up to a vocabulary of 25"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _run(replace(problem(20), **change), ALL_TERMS)
+
+
+def test_a_chunk_needs_a_token() -> None:
+    with pytest.raises(ValueError, match="chunk_tokens is 0"):
+        _run(problem(21), ALL_TERMS, chunk_tokens=0)

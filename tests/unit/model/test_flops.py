@@ -1,0 +1,64 @@
+"""Parameters and FLOPs, against published counts, SCIENCE.md's arithmetic and torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megadistill.model.families import load_config
+from megadistill.model.flops import flops_per_token, parameter_counts
+from tests.unit.model.cases import CASES, VOCAB, whole_model
+
+LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+QWEN3_06B = {  # tied, with heads of their own width
+    "model_type": "qwen3",
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def test_published_parameter_counts() -> None:
+    llama = parameter_counts(load_config(LLAMA3_8B, what="test"))
+    assert llama.total == 8_030_261_248
+    assert llama.embedding == llama.head == 128_256 * 4096
+    qwen = parameter_counts(load_config(QWEN3_06B, what="test"))
+    assert (qwen.total, qwen.body, qwen.head) == (596_049_920, 440_467_456, 0)
+
+
+def test_the_formula_on_a_published_model() -> None:
+    flops = flops_per_token(load_config(LLAMA3_8B, what="test"), 8192)
+    assert flops.body == 2 * 6_979_588_096
+    assert flops.head == 2 * 128_256 * 4096
+    assert flops.attention == 2 * 32 * 8192 * 4096
+    assert flops.forward == flops.body + flops.head + flops.attention
+    qwen = flops_per_token(load_config(QWEN3_06B, what="test"), 100)
+    assert qwen.head == 2 * 151_936 * 1024, "a tied head is multiplied all the same"
+    assert qwen.attention == 2 * 28 * 100 * 16 * 128, "the width of attention is not that of the model"
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "qwen3"])
+def test_torch_counts_the_same(case: str) -> None:
+    """torch counts masked scores too, so twice the causal attention, and neither norms nor biases."""
+    model, sequence = whole_model(case), 24
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.randint(VOCAB, (1, sequence)), use_cache=False)
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    flops = flops_per_token(load_config(CASES[case], what="test"), sequence)
+    expected = sequence * (flops.body - 2 * vectors + flops.head + 2 * flops.attention)
+    # rotary embeddings and the like are under a percent
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)

@@ -1,0 +1,149 @@
+"""Stages against the unsplit transformers model, in one process; what a stage reads; the head's rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.comm.vocabulary import VocabSlice
+from megadistill.errors import UserError
+from megadistill.model.checkpoint import SafetensorsFolder
+from megadistill.model.families import EMBEDDING, HEAD
+from megadistill.teacher.stage import TeacherStage, head_rows
+from tests.unit.model.cases import CASES, VOCAB, final_hidden, saved_model
+
+SHARD_SIZES = {"one file": "5GB", "many files": "30KB"}
+CPU = torch.device("cpu")
+
+
+def _load(folder: Path, stage: int, stages: int, dtype: torch.dtype = torch.float32) -> TeacherStage:
+    return TeacherStage.load(folder, stage=stage, stages=stages, dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("files", SHARD_SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_chain_of_stages_is_the_unsplit_model(case: str, files: str, tmp_path: Path) -> None:
+    model = saved_model(case, tmp_path, shard_size=SHARD_SIZES[files])
+    tokens_BS = torch.randint(VOCAB, (2, 20))
+    truth_BSE = final_hidden(model, tokens_BS)
+    for stages in (1, 2, 3, 5):
+        x = tokens_BS
+        for stage in (_load(tmp_path, place, stages) for place in range(stages)):
+            x = stage(x)
+            assert x.shape == stage.hidden_shape(2, 20)
+        assert torch.equal(x, truth_BSE), f"{stages} stages"
+
+
+def test_a_bfloat16_stage_keeps_its_rotary_embedding_in_float32(tmp_path: Path) -> None:
+    model = saved_model("llama", tmp_path)
+    stage = _load(tmp_path, 0, 1, dtype=torch.bfloat16)
+    assert stage.dtype == torch.bfloat16
+    assert torch.equal(stage.decoder.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    # transformers' own way to bfloat16 keeps the buffer as well
+    theirs = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    tokens_BS = torch.randint(VOCAB, (2, 20))
+    assert torch.equal(stage(tokens_BS), final_hidden(theirs, tokens_BS))
+
+
+def test_a_stage_is_whole_where_transformers_partitions_new_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live HfDeepSpeedConfig (DEEPSPEED.md, trap 6) answers yes to this question in `from_config`."""
+    truth = final_hidden(saved_model("llama", tmp_path), torch.arange(8).unsqueeze(0))
+    monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
+    stage = _load(tmp_path, 0, 1)
+    assert torch.equal(stage(torch.arange(8).unsqueeze(0)), truth)
+
+
+def test_a_stage_is_frozen(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    stage = _load(tmp_path, 0, 2)
+    assert not stage.training
+    assert not any(parameter.requires_grad for parameter in stage.parameters())
+    assert not stage(torch.zeros(1, 4, dtype=torch.int64)).requires_grad
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2"])
+def test_a_stage_reads_and_holds_its_own_tensors_alone(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved_model(case, tmp_path)
+    expected = {name for name, _ in model.named_parameters()} - {HEAD}
+    read: list[str] = []
+    tensor = SafetensorsFolder.tensor
+
+    def noted(folder: SafetensorsFolder, name: str) -> Tensor:
+        read.append(name)
+        return tensor(folder, name)
+
+    monkeypatch.setattr(SafetensorsFolder, "tensor", noted)
+    reads = []
+    for place in range(3):
+        stage = _load(tmp_path, place, 3)
+        held = sum(parameter.numel() for parameter in stage.parameters())
+        assert held == sum(model.get_parameter(name).numel() for name in read)
+        reads.append(read.copy())
+        read.clear()
+    assert sorted(name for names in reads for name in names) == sorted(expected), "each tensor once, and no head"
+    assert EMBEDDING in reads[0]
+    assert {name.split(".")[2] for name in reads[1]} == {"1", "2"}
+    assert "model.norm.weight" in reads[2]
+
+
+def test_a_stage_needs_no_file_but_its_own(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path, shard_size="1KB")  # a file for each tensor
+    whole = SafetensorsFolder(tmp_path)
+    keep = {whole._files[name] for name in whole.names if name.startswith(("model.layers.1.", "model.layers.2."))}
+    truth = _load(tmp_path, 1, 3)
+    for path in tmp_path.glob("*.safetensors"):
+        if path.name not in keep:
+            path.unlink()
+    hidden_BSE = torch.randn(truth.hidden_shape(2, 7))
+    assert torch.equal(_load(tmp_path, 1, 3)(hidden_BSE), truth(hidden_BSE))
+    with pytest.raises(UserError, match="does not exist"):
+        _load(tmp_path, 0, 3)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = saved_model("llama", tmp_path)
+    with pytest.raises(UserError, match="5 layers cannot be cut into 6 stages"):
+        _load(tmp_path, 0, 6)
+    model.config.intermediate_size = 128
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"proj\.weight in .* is \[.*\], but its config\.json says"):
+        _load(tmp_path, 0, 1)
+    model.config.intermediate_size, model.config.num_hidden_layers = 96, 6
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.5\."):
+        _load(tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize("files", SHARD_SIZES)
+@pytest.mark.parametrize("case", ["llama", "llama-tied"])
+@pytest.mark.parametrize(
+    "ranges", [((0, 256),), ((0, 64), (128, 192)), ((64, 128), (192, 256)), ((250, 256),), ((3, 3),), ()]
+)
+def test_head_rows_are_the_slice_and_padding_is_zero(
+    case: str, files: str, ranges: tuple[tuple[int, int], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved_model(case, tmp_path, shard_size=SHARD_SIZES[files])
+    monkeypatch.delattr(SafetensorsFolder, "tensor")  # rows alone are read
+    vocab = VocabSlice(ranges=ranges, size=VOCAB)
+    padded = torch.nn.functional.pad(model.lm_head.weight.detach(), (0, 0, 0, 6))
+    found = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU)
+    assert torch.equal(found, padded[vocab.global_ids().long()])
+
+
+def test_a_larger_vocabulary_of_the_teacher_is_cut_and_a_smaller_one_refused(tmp_path: Path) -> None:
+    model = saved_model("llama", tmp_path)
+
+    def rows(size: int) -> Any:
+        return head_rows(tmp_path, VocabSlice.contiguous(0, 256, size), dtype=torch.float32, device=CPU)
+
+    found = rows(240)
+    assert torch.equal(found[:240], model.lm_head.weight[:240])
+    assert not found[240:].any()
+    with pytest.raises(UserError, match="250 vocabulary rows, the student's tokenizer has 251 ids"):
+        rows(251)
