@@ -84,7 +84,7 @@ class LossSection(Section):
     ce_weight: float = Field(default=0.0, ge=0)
     z_loss: float = Field(default=0.0, ge=0)
     chunk_tokens: int = Field(default=1024, ge=1)
-    """Tokens of a rank whose logits exist at one time."""
+    """Tokens of a vocab group whose logits exist at one time."""
 
 
 class AdamWSection(Section):

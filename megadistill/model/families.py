@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from megadistill.errors import UserError, nearest
+from megadistill.model.checkpoint import SafetensorsFolder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type`s that are supported: pre-norm decoders whose layers hand on nothing but hidden states."""
@@ -162,3 +163,17 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def load_pretrained(folder: Path, *, what: str, device: torch.device) -> PreTrainedModel:
+    """A whole model from its folder, in the precision that it is stored in, for evaluation. Only safetensors are read.
+
+    Raises:
+        UserError: the folder holds no model of a supported family, or its weights cannot be read.
+    """
+    load_config(folder, what=what)
+    SafetensorsFolder(folder)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+    return model.to(device).eval()

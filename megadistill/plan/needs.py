@@ -113,8 +113,7 @@ def needs(
         "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
         "logit chunk": (1 if teacher is None else 2)
         * FLOAT32_BYTES
-        * min(recipe.loss.chunk_tokens, micro_tokens)
-        * group_size
+        * min(recipe.loss.chunk_tokens, micro_tokens * group_size)
         * rows,
     }
     if recipe.student.activation_checkpointing:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -63,7 +63,8 @@ class Partition:
     """This rank's piece of a flattened parameter: elements `start` to `stop` of `shape`, without ZeRO-3's padding."""
 
     name: str
-    parameter: Parameter
+    parameter: Any
+    """The torch parameter, with the `ds_*` attributes that ZeRO-3 gives it."""
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -101,7 +102,7 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
 
 def _hidden_states(self: Module, tokens: Tensor) -> Tensor:
     """The student's forward: tokens [B, S] -> hidden [B, S, D] after the last norm. The head is the loss's work."""
-    hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator, union-attr]
+    hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
     return hidden
 
 
@@ -124,7 +125,7 @@ def build_partitioned(
                 parameter.data.zero_()
                 parameter.data[:rows].copy_(values)
     rebuild_rotary(model)
-    model.forward = MethodType(_hidden_states, model)  # type: ignore[method-assign]
+    model.forward = MethodType(_hidden_states, model)
     return model
 
 
@@ -257,6 +258,7 @@ class StudentEngine:
         return step.reshape(1)
 
     def _partitions(self) -> Iterator[Partition]:
+        parameter: Any
         for name, parameter in self._model.named_parameters():
             numel = math.prod(parameter.ds_shape)
             size = parameter.ds_tensor.numel()
@@ -265,7 +267,8 @@ class StudentEngine:
 
 
 def _decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, vectors (norms, biases) are not. Partitioned, every parameter has ndim 1: ds_shape tells."""
-    matrices = [p for p in model.parameters() if len(p.ds_shape) >= 2]
-    vectors = [p for p in model.parameters() if len(p.ds_shape) < 2]
+    """Matrices are decayed, vectors (norms, biases) are not. Partitioned ones all have ndim 1: ds_shape tells."""
+    parameters: list[Any] = list(model.parameters())
+    matrices = [parameter for parameter in parameters if len(parameter.ds_shape) >= 2]
+    vectors = [parameter for parameter in parameters if len(parameter.ds_shape) < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

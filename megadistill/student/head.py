@@ -8,10 +8,11 @@ A rank of a group with p < w computes on w/p pieces (block-cyclic, see `comm.voc
 reduce-scatter an optimizer step over the ranks with the same place in their groups, none when p = w.
 """
 
+from typing import Any
+
 import torch
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
-from torch.nn import Parameter
 
 from megadistill.comm.collectives import all_gather_rows, reduce_scatter_rows
 from megadistill.comm.topology import Topology
@@ -25,7 +26,7 @@ class StudentHead:
     `vocab_size` is the true vocabulary; V is padded.
     """
 
-    def __init__(self, parameter: Parameter, *, vocab_size: int, tied: bool, topology: Topology) -> None:
+    def __init__(self, parameter: Any, *, vocab_size: int, tied: bool, topology: Topology) -> None:
         padded, self._width = parameter.ds_shape
         ranges = block_cyclic_ranges(padded, topology.world, topology.group_size, topology.rank)
         self.vocab = VocabSlice(ranges=ranges, size=vocab_size, group=topology.vocab_group)

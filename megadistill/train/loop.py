@@ -93,11 +93,13 @@ def _run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
 def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | None]:
     """Student and teacher of this rank. The teacher's stage comes first: a live `zero.Init` would partition it too."""
     recipe = setup.recipe
-    placement = {"dtype": PRECISIONS[recipe.train.precision], "device": topology.device}
+    dtype, device = PRECISIONS[recipe.train.precision], topology.device
     stage = None
     if recipe.teacher is not None:
         path = Path(recipe.teacher.path)
-        stage = TeacherStage.load(path, stage=topology.group_rank, stages=topology.group_size, **placement)
+        stage = TeacherStage.load(
+            path, stage=topology.group_rank, stages=topology.group_size, dtype=dtype, device=device
+        )
     student = StudentEngine(
         setup.student_config,
         section=recipe.student,
@@ -110,7 +112,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
     )
     if stage is None:
         return student, None
-    head = head_rows(path, student.head.vocab, **placement)
+    head = head_rows(path, student.head.vocab, dtype=dtype, device=device)
     return student, Teacher(pipeline=TeacherPipeline(stage, topology), head=head)
 
 

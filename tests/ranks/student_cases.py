@@ -107,7 +107,9 @@ class RandomTeacher:
         self.dtype = dtype
 
     def signal(self, batch: TokenBatch) -> TeacherSignal:
-        return TeacherSignal(hidden=teacher_hidden(batch.slots).to(self.dtype), slots=batch.slots, digests=batch.digests)
+        return TeacherSignal(
+            hidden=teacher_hidden(batch.slots).to(self.dtype), slots=batch.slots, digests=batch.digests
+        )
 
 
 def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> Teacher:
@@ -226,7 +228,7 @@ def dense_truth(case: Case) -> Found:
                 hidden, head, labels, token_weights=weights, z_loss=case.loss.z_loss, vocab_size=VOCAB
             )
         optimizer.zero_grad()
-        terms.loss.backward()
+        terms.loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), case.clip)
         for group in optimizer.param_groups:

@@ -171,7 +171,7 @@ def test_what_is_saved_is_the_whole_model() -> None:
 
 def _head_gathers(topology: Topology) -> int:
     student = build(Case(), topology)
-    head = student.head._parameter
+    head: Any = student.head._parameter
     gathers = 0
     original = head.all_gather
 

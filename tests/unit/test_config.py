@@ -38,7 +38,7 @@ def test_defaults_are_filled_in_and_frozen(tmp_path: Path) -> None:
     assert recipe.loss.divergence == "forward_kl"
     assert recipe.train.schedule.kind == "cosine"
     with pytest.raises(ValueError, match="frozen"):
-        recipe.train.steps = 3  # type: ignore[misc]
+        recipe.train.steps = 3
 
 
 def test_extends_and_overrides_merge_in_order(tmp_path: Path) -> None:
