@@ -1,0 +1,75 @@
+"""What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.commands import PLAIN, TORCHRUN_2, run, settings
+from tests.e2e.conftest import Place
+
+
+def assert_refused(*command: str, says: tuple[str, ...]) -> None:
+    finished = run(*command)
+    assert finished.code == 2, finished.said
+    lines = [line for line in finished.err.splitlines() if line.startswith("megadistill: ")]
+    assert len(lines) == 1, finished.said
+    assert "Traceback" not in finished.err
+    for part in says:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"train__stpes": 3}, ("train.stpes", "did you mean 'steps'")),
+        ({"train__global_batch": 7}, ("train.global_batch 7", "nearest that fit")),
+        ({"comm__vocab_group": 3}, ("comm.vocab_group is 3", "must divide")),
+        ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
+        ({"student__deepspeed": "nowhere.json"}, ("student.deepspeed", "nowhere.json")),
+        ({"student__config__hiden_size": 3}, ("hiden_size", "hidden_size")),
+        ({"student__config__model_type": "mamba"}, ("mamba", "llama")),
+        ({"student__config__max_position_embeddings": 16}, ("max_position_embeddings", "16", "32")),
+        ({"student__config__vocab_size": 77}, ("vocab_size is 77", "400")),
+        ({"teacher__path": "nowhere"}, ("teacher.path", "nowhere")),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(place: Place, overrides: dict[str, object], says: tuple[str, ...]) -> None:
+    folder = place.folder / "refused"
+    command = place.distill("refused", steps=2, checkpoint_every=2)
+    assert_refused(*PLAIN, *command, *settings(**{"comm__vocab_group": 1, **overrides}), says=says)
+    assert not folder.exists()
+
+
+def test_every_rank_refuses_and_one_says_so(place: Place) -> None:
+    finished = run(*TORCHRUN_2, *place.distill("refused", steps=2, checkpoint_every=2), *settings(train__clip=-1.0))
+    assert finished.code != 0
+    assert finished.err.count("megadistill: ") == 1
+    assert "train.clip" in finished.err
+
+
+def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Path) -> None:
+    other = tmp_path / "teacher"
+    other.mkdir()
+    for file in place.teacher.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "tokenizer.model").write_bytes(b"another tokenizer")
+    command = place.distill("refused", steps=2, checkpoint_every=2)
+    assert_refused(*PLAIN, *command, *settings(comm__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
+
+
+def test_other_verbs_refuse_alike(place: Place, tmp_path: Path) -> None:
+    assert_refused(*PLAIN, "export", str(tmp_path), "--output", str(tmp_path / "x"), says=("no run folder",))
+    assert_refused(*PLAIN, "export", str(place.folder / "teacher"), "--output", str(tmp_path / "x"), "--step", "5",
+                   says=("--step 5", "it has 6"))  # fmt: skip
+    assert_refused(*PLAIN, "evaluate", str(tmp_path), "--data", place.heldout, says=("config.json",))
+    assert_refused(*PLAIN, "tokenize", str(tmp_path), "--vocab-size", "300", "--sequence-length", "8", "--output",
+                   str(tmp_path / "d"), says=(str(tmp_path),))  # fmt: skip
+    assert_refused(*PLAIN, "train", str(tmp_path / "no.yaml"), says=("no recipe",))
+
+
+def test_plan_says_what_a_recipe_needs(place: Place) -> None:
+    recipe = place.distill("planned", steps=2, checkpoint_every=2)[1:]
+    finished = run(*PLAIN, "plan", *recipe, "--ranks", "2")
+    assert finished.code == 0, finished.said
+    for part in ("student", "teacher", "ZeRO-3 states", "logit chunk", "GFLOP"):
+        assert part in finished.out
