@@ -50,18 +50,18 @@ $(SMOKE)/data/heldout/manifest.json: | $(READY)
 
 $(SMOKE)/teacher-hf/config.json: $(SMOKE)/data/heldout/manifest.json
 	rm -rf $(SMOKE)/teacher-hf
-	$(BIN)/torchrun --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml
 	$(BIN)/megadistill export $(SMOKE)/teacher --output $(SMOKE)/teacher-hf --max-shard-mb 4
 
 $(SMOKE)/labels-hf/config.json: $(SMOKE)/data/heldout/manifest.json
 	rm -rf $(SMOKE)/labels-hf
-	$(BIN)/megadistill train recipes/smoke-labels.yaml
+	OMP_NUM_THREADS=2 $(BIN)/megadistill train recipes/smoke-labels.yaml
 	$(BIN)/megadistill export $(SMOKE)/labels --output $(SMOKE)/labels-hf
 
 # Stopped half-way on purpose, then started again by the same command: it goes on from its checkpoint.
 $(SMOKE)/distill-hf/config.json: $(SMOKE)/teacher-hf/config.json
 	rm -rf $(SMOKE)/distill-hf
-	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml --stop-after 80
+	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml --stop-after 200
 	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml
 	$(BIN)/megadistill export $(SMOKE)/distill --output $(SMOKE)/distill-hf
 

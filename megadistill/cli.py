@@ -199,8 +199,8 @@ def _train(options: argparse.Namespace) -> int:
 
     outcome = train(recipe, stop_after=options.stop_after)
     if os.environ.get("RANK", "0") == "0":
-        how = "done" if outcome.done else "stopped as asked; give the same command without --stop-after to go on"
-        print(f"{recipe.run.folder}: {how} at step {outcome.step} of {recipe.train.steps}")
+        where = f"{recipe.run.folder}: step {outcome.step} of {recipe.train.steps}"
+        print(f"{where}, done" if outcome.done else f"{where}, stopped as asked; without --stop-after it goes on")
     return 0
 
 

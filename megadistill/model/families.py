@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from megadistill.errors import UserError, nearest
 from megadistill.model.checkpoint import SafetensorsFolder
@@ -173,6 +174,7 @@ def load_pretrained(folder: Path, *, what: str, device: torch.device) -> PreTrai
     """
     load_config(folder, what=what)
     SafetensorsFolder(folder)
+    disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )

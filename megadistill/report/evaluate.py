@@ -77,11 +77,16 @@ def evaluate(models: Sequence[Path], data: Path, *, teacher: Path | None, batch:
 
 
 def table(results: Sequence[Evaluation]) -> Table:
-    """The evaluations as a table, best cross-entropy in bold."""
-    shown = Table(title=f"held-out split, {results[0].tokens:,} tokens", title_justify="left")
-    shown.add_column("model")
-    for heading in ("parameters", "cross-entropy", "perplexity", "bits a byte", "KL to teacher", "agreement"):
-        shown.add_column(heading, justify="right")
+    """The evaluations as a table that fits a terminal of 80 columns."""
+    shown = Table(
+        title=f"held-out split, {results[0].tokens:,} tokens",
+        caption="CE: cross-entropy, nats a token. KL and agreement: with the teacher.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown.add_column("model", overflow="fold")
+    for heading in ("parameters", "CE", "perplexity", "bits/byte", "KL", "agree"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         shown.add_row(
             result.model,

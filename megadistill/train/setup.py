@@ -79,7 +79,8 @@ def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 def where_it_runs(setup: Setup, topology: Topology) -> str:
     """One line: on what, and what that leaves out."""
     processes = f"{topology.world} {'process' if topology.world == 1 else 'processes'}"
-    layout = f"{processes}, vocabulary and teacher over {topology.group_size}, {setup.recipe.train.precision}"
+    shared = "vocabulary" if setup.teacher_config is None else "vocabulary and teacher"
+    layout = f"{processes}, {shared} over {topology.group_size}, {setup.recipe.train.precision}"
     if topology.device.type != "cpu":
         name = torch.get_device_module(topology.device).get_device_name(topology.device)
         return f"running on {name}: {layout}"

@@ -54,10 +54,10 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     assert [line["step"] for line in place.metrics("deepspeed")] == list(range(1, 7))
     second = succeed(*command)
     assert "going on after step 6" in second.out
-    assert "done at step 12" in second.out
+    assert "step 12 of 12, done" in second.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
     again = succeed(*command)
-    assert "done at step 12" in again.out
+    assert "step 12 of 12, done" in again.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
 
 
