@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megadistill.errors import UserError
+from megadistill.errors import RestartFault, UserError
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
     """The process groups of a run, from `init_process_group` to `destroy_process_group`.
 
     Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
-    started becomes a world of one.
+    started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
+    for peers that may be waiting themselves.
+
+    Raises:
+        RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
     """
     device = local_device(launch.local_rank)
     if "MASTER_ADDR" not in os.environ:  # DeepSpeed reads these too, and looks for MPI where they are missing
@@ -132,8 +136,17 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
     )
     try:
         yield topology_of_world(launch, vocab_group=vocab_group, device=device)
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if _is_communication(error):
+            reason = str(error).splitlines()[0]
+            raise RestartFault(f"lost another rank in a collective, look for its own reason first: {reason}") from error
+        raise
+    dist.destroy_process_group()
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """gloo reports a lost peer as a plain RuntimeError that names its own source."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection closed" in str(error)
 
 
 def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device) -> Topology:

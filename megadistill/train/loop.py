@@ -44,10 +44,11 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome:
     launch = Launch.from_environment()
     setup = prepare(recipe, launch)
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=recipe.comm.timeout_minutes) as topology:
-        return _run(setup, topology, stop_after)
+        return run(setup, topology, stop_after)
 
 
-def _run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
+def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
+    """The run of a setup on an initialised world. Collective; see `train`."""
     recipe, section = setup.recipe, setup.recipe.train
     student, teacher = build(setup, topology)
     step, cursor = resume(setup.folder / "checkpoints", student, topology)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megadistill.comm.collectives import all_reduce_sum
 from megadistill.comm.topology import Topology
 from megadistill.config import LossSection
-from megadistill.loss import Divergence, distill_loss, label_loss
+from megadistill.loss import Divergence, DivergenceKind, distill_loss, label_loss
 from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, TokenBatch
 from megadistill.student.engine import StudentEngine
 from megadistill.teacher.pipeline import TeacherPipeline
@@ -118,6 +118,7 @@ def _loss(
 def divergence(loss: LossSection) -> Divergence:
     """The recipe's loss section as the loss room's own value."""
     return Divergence(
+        kind=DivergenceKind(loss.divergence),
         temperature=loss.temperature,
         temperature_squared=loss.temperature_squared,
         kd_weight=loss.kd_weight,
