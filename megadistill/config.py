@@ -3,7 +3,6 @@
 One section a room. Paths are relative to the current directory; `extends:` is relative to the file that says it.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from megadistill.errors import UserError, nearest
-
-# Keys of a DeepSpeed file whose value the recipe owns: two owners of one number drift apart.
-OWNED_BY_RECIPE = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch / (ranks x train.micro_batch)",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.adamw",
-    "scheduler": "train.schedule",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "tensorboard": "the run folder",
-}
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -223,31 +208,6 @@ def validate_recipe(values: Any, *, source: str) -> Recipe:
         raise UserError(f"{source}: {_explain(error)}") from None
 
 
-def load_deepspeed(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file, which may hold only what DeepSpeed owns.
-
-    Raises:
-        UserError: it is missing, no JSON object, holds "auto", or sets what the recipe owns.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"student.deepspeed: no file {path} (paths are relative to {Path.cwd()})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"student.deepspeed: {path} cannot be read as JSON: {_first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"student.deepspeed: {path} must hold a JSON object, found {type(values).__name__}")
-    for key, owner in OWNED_BY_RECIPE.items():
-        if key in values:
-            raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")
-    automatic = _find_auto(values)
-    if automatic:
-        raise UserError(
-            f'{path} sets {automatic} to "auto", which only the Hugging Face Trainer fills in: give a value'
-        )
-    return values
-
-
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     resolved = path.resolve()
     if resolved in seen:
@@ -310,17 +270,6 @@ def _known_keys(places: Sequence[str]) -> list[str]:
         options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
     return list(model.model_fields)
-
-
-def _find_auto(value: Any, place: str = "") -> str | None:
-    if value == "auto":
-        return place
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        found = _find_auto(child, f"{place}.{key}" if place else str(key))
-        if found:
-            return found
-    return None
 
 
 def _first_line(error: Exception) -> str:

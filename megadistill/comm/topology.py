@@ -47,7 +47,7 @@ class Launch:
             )
         try:
             world = int(os.environ["WORLD_SIZE"])
-            return cls(
+            launch = cls(
                 rank=int(os.environ["RANK"]),
                 world=world,
                 local_rank=int(os.environ["LOCAL_RANK"]),
@@ -55,6 +55,9 @@ class Launch:
             )
         except ValueError as error:
             raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+        if not 0 <= launch.rank < world:
+            raise UserError(f"RANK is {launch.rank} and WORLD_SIZE is {world}: ranks count from 0 to {world - 1}")
+        return launch
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
         RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
     """
     device = local_device(launch.local_rank)
-    if "MASTER_ADDR" not in os.environ:  # DeepSpeed reads these too, and looks for MPI where they are missing
+    if (
+        not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    ):  # DeepSpeed reads these too, and looks for MPI where they are missing
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

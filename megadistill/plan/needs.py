@@ -12,9 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from megadistill.comm.topology import Launch, vocab_group_size
-from megadistill.comm.vocabulary import padded_vocabulary
+from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Manifest
+from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, parameter_counts
 from megadistill.model.split import stage_layers
@@ -34,8 +35,9 @@ class ModelNeeds:
     parameters: ParameterCounts
     forward: Flops
     """Of one token."""
-    passes: int
-    """Forward passes' worth of work a token costs: 3 to train, 1 to teach."""
+    flops: int
+    """Of a token of the run: three forward passes to train, and the body's once more where activations are recomputed;
+    one forward pass to teach."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Needs:
     memory: dict[str, int]
     """Bytes of a rank, by what holds them. Activations are those of activation checkpointing, or left out."""
     wire: dict[str, int]
-    """Bytes a rank receives for each token of its micro-batch."""
+    """Bytes a rank receives for each token of its micro-batch. An untied head is never gathered over the world."""
 
     @property
     def flops_per_token(self) -> int:
-        return sum(model.passes * model.forward.forward for model in self.models)
+        return sum(model.flops for model in self.models)
 
 
 def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
@@ -64,6 +66,8 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
     Raises:
         UserError: the recipe, its data or its models are wrong, or do not divide over the ranks.
     """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: a run needs at least one")
     recipe = load_recipe(path, overrides)
     manifest = Manifest.load(Path(recipe.data.manifest))
     source = recipe.student.config
@@ -99,26 +103,30 @@ def needs(
     """
     accumulation = recipe.accumulation(ranks)
     micro_tokens = recipe.train.micro_batch * sequence_length
-    models = [ModelNeeds("student", parameter_counts(student), flops_per_token(student, sequence_length), passes=3)]
+    trained = flops_per_token(student, sequence_length)
+    again = trained.body + trained.attention if recipe.student.activation_checkpointing else 0
+    models = [ModelNeeds("student", parameter_counts(student), trained, flops=3 * trained.forward + again)]
     if teacher is not None:
-        forward = flops_per_token(teacher, sequence_length)
-        models.append(ModelNeeds("teacher", parameter_counts(teacher), forward, passes=1))
+        frozen = flops_per_token(teacher, sequence_length)
+        models.append(ModelNeeds("teacher", parameter_counts(teacher), frozen, flops=frozen.forward))
     element = ELEMENT_BYTES[recipe.train.precision]
     padded = padded_vocabulary(vocab_size, recipe.student.vocab_multiple)
-    trained = models[0].parameters.total
-    rows = padded // group_size
+    counts = models[0].parameters
+    rows = sum(stop - start for start, stop in block_cyclic_ranges(padded, ranks, group_size, rank=0))
     memory = {
-        "ZeRO-3 states": trained * (element + FLOAT32_COPIES * FLOAT32_BYTES) // ranks,
-        "gathered layers (two)": 2 * element * models[0].parameters.body // student.num_hidden_layers,
+        "ZeRO-3 states": counts.total * (element + FLOAT32_COPIES * FLOAT32_BYTES) // ranks,
+        "gathered layers (two)": 2 * element * counts.body // student.num_hidden_layers,
         "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
         "logit chunk": (1 if teacher is None else 2)
         * FLOAT32_BYTES
         * min(recipe.loss.chunk_tokens, micro_tokens * group_size)
         * rows,
     }
+    if group_size < ranks:  # else ZeRO-3's own partition is the slice
+        memory["head rows"] = element * rows * student.hidden_size
     if recipe.student.activation_checkpointing:
         memory["checkpointed activations"] = element * student.num_hidden_layers * student.hidden_size * micro_tokens
-    wire = {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * element * trained // micro_tokens}
+    wire = {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * element * (counts.total - counts.head) // micro_tokens}
     if group_size > 1:
         wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
     if teacher is not None:
@@ -148,18 +156,15 @@ def _models(found: Needs) -> Table:
     total = found.flops_per_token * found.tokens
     table = Table(
         title=f"{found.ranks} ranks, vocabulary and teacher over {found.group_size}, accumulation {found.accumulation}",
-        caption=f"{found.tokens:,} tokens x {found.flops_per_token / 1e9:.3g} GFLOP = {total / 1e18:.3g} EFLOP",
+        caption=f"{found.tokens:,} tokens x {readable(found.flops_per_token, 'FLOP')} = {total:.3g} FLOP",
     )
-    for heading in ("model", "parameters", "body", "embedding", "head", "GFLOP a token, forward", "passes"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for heading in ("model", "parameters", "body", "embedding", "head", "forward", "a token"):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for model in found.models:
         counts = model.parameters
-        table.add_row(
-            model.role,
-            *(f"{count:,}" for count in (counts.total, counts.body, counts.embedding, counts.head)),
-            f"{model.forward.forward / 1e9:.4g}",
-            str(model.passes),
-        )
+        sizes = (counts.total, counts.body, counts.embedding, counts.head)
+        work = (model.forward.forward, model.flops)
+        table.add_row(model.role, *(readable(size, "") for size in sizes), *(readable(flops, "FLOP") for flops in work))
     return table
 
 
@@ -169,15 +174,16 @@ def _amounts(title: str, amounts: dict[str, int]) -> Table:
     table.add_column("bytes", justify="right")
     rows: Sequence[tuple[str, int]] = sorted(amounts.items(), key=lambda item: -item[1])
     for what, amount in rows:
-        table.add_row(what, _readable(amount))
+        table.add_row(what, readable(amount, "B"))
     table.add_section()
-    table.add_row("together", _readable(sum(amounts.values())))
+    table.add_row("together", readable(sum(amounts.values()), "B"))
     return table
 
 
-def _readable(amount: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}"
+def readable(amount: float, unit: str) -> str:
+    """Three significant digits with a decimal prefix: `8.03 G`, `16.1 GB`."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while amount >= 999.5 and len(prefixes) > 1:
         amount /= 1000
-    return f"{amount:.4g} TB"
+        prefixes.pop(0)
+    return f"{amount:.3g} {prefixes[0]}{unit}".rstrip()

@@ -167,4 +167,4 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     shared = 0
     while len(folders) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    return ["/".join(p[shared:]) if len(folders) > 1 else folders[0].name for p in parts]
+    return ["/".join(p[shared:]) if len(folders) > 1 else p[-1] for p in parts]

@@ -35,10 +35,10 @@ from deepspeed.utils import (
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
-from megadistill.errors import UserError
 from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, rebuild_rotary
 from megadistill.model.initialise import initial_tensor
 from megadistill.student.head import StudentHead
+from megadistill.student.profile import deepspeed_config
 
 # DeepSpeed would compile this operator with the system's compiler at every start on a CPU (a minute, and a lock that
 # hangs every later run when the build is killed). It serves inference alone.
@@ -68,36 +68,6 @@ class Partition:
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
-    """The profile (what DeepSpeed owns) with the sizes that the recipe owns.
-
-    Raises:
-        UserError: the profile is not one that this trainer's gradients are right under.
-    """
-    zero = profile.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise UserError(f"student.deepspeed: zero_optimization.stage must be 3, found {zero.get('stage')!r}")
-    if zero.get("memory_efficient_linear", True):
-        raise UserError(
-            "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
-            "torch.nn.functional.linear patched for every model of the process, the teacher's too"
-        )
-    accumulated = profile.get("data_types", {}).get("grad_accum_dtype")
-    if accumulated != "fp32":
-        raise UserError(
-            f"student.deepspeed: data_types.grad_accum_dtype must be 'fp32', found {accumulated!r}: "
-            "under bfloat16 the gradients of an accumulation window would be summed in bfloat16"
-        )
-    return {
-        **profile,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip,
-        "bf16": {"enabled": train.precision == "bfloat16"},
-        "steps_per_print": 2**31,
-    }
 
 
 def _hidden_states(self: Module, tokens: Tensor) -> Tensor:

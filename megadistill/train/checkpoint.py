@@ -7,8 +7,11 @@ ranks can read what any number of ranks wrote. No file here is a pickle.
 """
 
 import hashlib
+import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.comm.collectives import barrier, everywhere
+from megadistill.comm.collectives import everywhere
 from megadistill.comm.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 
@@ -62,14 +65,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / "manifest.json"
-        try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise OperatorFault(f"{path}: {path.stat().st_size} bytes is no manifest")
-            self.manifest = CheckpointManifest.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise OperatorFault(f"{path} is no checkpoint manifest: {str(error).splitlines()[0]}") from None
-        if self.manifest.format != FORMAT:
-            raise OperatorFault(f"{path}: format {self.manifest.format}, this version reads {FORMAT}")
+        self.manifest = _read_manifest(path)
         expected = [_rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
         if sorted(self.manifest.files) != expected:
             raise OperatorFault(f"{path}: lists {len(self.manifest.files)} files, {self.manifest.world} ranks wrote it")
@@ -127,14 +123,20 @@ class Checkpoint:
         return state
 
 
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every complete checkpoint below `folder`, oldest first. What never was renamed is invisible."""
+    named = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*"))
+    return dict(sorted((int(name[1]), path) for name, path in named if name and (path / "manifest.json").exists()))
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below `folder`, or None where there is none. What never was renamed is invisible.
+    """The newest checkpoint below `folder`, or None where there is none.
 
     Raises:
         OperatorFault: the newest is damaged. A run never silently starts from scratch, nor from something older.
     """
-    complete = sorted(path for path in folder.glob("step-*") if (path / "manifest.json").exists())
-    return Checkpoint(complete[-1]) if complete else None
+    complete = checkpoint_folders(folder)
+    return Checkpoint(complete[max(complete)]) if complete else None
 
 
 def save_checkpoint(
@@ -156,20 +158,9 @@ def save_checkpoint(
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-step-{step:08d}"
-    if topology.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(topology.world_group)
-    problem = _write_rank(temporary, state, topology)
-    if not everywhere(problem is None, topology.device, topology.world_group):
-        raise RestartFault(f"checkpoint of step {step} was not written: {problem or 'another rank says why'}")
-    if topology.is_first:
-        files = {}
-        for rank in range(topology.world):
-            name = _rank_file(rank, topology.world)
-            files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
-            (temporary / f"{name}.json").unlink()
-        manifest = CheckpointManifest(
+
+    def manifest_of(files: dict[str, FileRecord]) -> CheckpointManifest:
+        return CheckpointManifest(
             format=FORMAT,
             step=step,
             tokens=tokens,
@@ -180,26 +171,68 @@ def save_checkpoint(
             versions=versions,
             files=files,
         )
-        _write_durably(temporary / "manifest.json", manifest.model_dump_json(indent=1).encode())
-        if target.exists():  # the same step saved again after a resume: the older one goes only now
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync_folder(folder)
-    barrier(topology.world_group)
+
+    def on_first(work: Callable[[], None]) -> Callable[[], None]:
+        return work if topology.is_first else lambda: None
+
+    _all_or_none(on_first(lambda: _make_empty(temporary)), step, topology)
+    _all_or_none(lambda: _write_rank(temporary, state, topology), step, topology)
+    _all_or_none(on_first(lambda: _commit(temporary, target, manifest_of, topology.world)), step, topology)
     return target
 
 
-def _write_rank(temporary: Path, state: dict[str, Tensor], topology: Topology) -> str | None:
-    """Why this rank's file could not be written, or None. Each rank leaves its file's size and hash beside it."""
-    name = _rank_file(topology.rank, topology.world)
+def _all_or_none(work: Callable[[], None], step: int, topology: Topology) -> None:
+    """`work` on every rank; a rank that cannot write fails all of them, after all of them tried. Collective."""
+    problem = None
     try:
-        save_file(state, temporary / name)
-        with open(temporary / name, "rb") as file:
-            os.fsync(file.fileno())
-        _write_durably(temporary / f"{name}.json", _record(temporary / name).model_dump_json().encode())
+        work()
     except (OSError, SafetensorError) as error:
-        return f"rank {topology.rank}: {error}"
-    return None
+        problem = f"rank {topology.rank}: {error}"
+    if not everywhere(problem is None, topology.device, topology.world_group):
+        raise RestartFault(f"the checkpoint of step {step} was not written: {problem or 'another rank says why'}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_rank(temporary: Path, state: dict[str, Tensor], topology: Topology) -> None:
+    """This rank's file, durable, and its size and hash beside it."""
+    name = _rank_file(topology.rank, topology.world)
+    save_file(state, temporary / name)
+    with open(temporary / name, "rb") as file:
+        os.fsync(file.fileno())
+    _write_durably(temporary / f"{name}.json", _record(temporary / name).model_dump_json().encode())
+
+
+def _commit(
+    temporary: Path, target: Path, manifest_of: Callable[[dict[str, FileRecord]], CheckpointManifest], world: int
+) -> None:
+    """The manifest, then the name: the one instant at which the checkpoint comes to be."""
+    files = {}
+    for name in (_rank_file(rank, world) for rank in range(world)):
+        files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
+        (temporary / f"{name}.json").unlink()
+    _write_durably(temporary / "manifest.json", manifest_of(files).model_dump_json(indent=1).encode())
+    temporary.rename(target)
+    _sync_folder(target.parent)
+
+
+def _read_manifest(path: Path) -> CheckpointManifest:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise OperatorFault(f"{path}: {path.stat().st_size} bytes is no manifest")
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict) and values.get("format") != FORMAT:  # before its keys, which a new format may add
+            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
+        return CheckpointManifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise OperatorFault(f"{path} is no checkpoint manifest: {place}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise OperatorFault(f"{path} is no checkpoint manifest: {str(error).splitlines()[0]}") from None
 
 
 def _rank_file(rank: int, world: int) -> str:

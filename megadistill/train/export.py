@@ -10,7 +10,7 @@ from megadistill.config import Recipe, validate_recipe
 from megadistill.errors import UserError
 from megadistill.model.export import export_model
 from megadistill.model.families import load_config
-from megadistill.train.checkpoint import Checkpoint, newest_checkpoint
+from megadistill.train.checkpoint import Checkpoint, checkpoint_folders, newest_checkpoint
 from megadistill.train.run_folder import TOKENIZER_FOLDER
 
 
@@ -61,8 +61,8 @@ def _checkpoint_of(run: Path, step: int | None) -> Checkpoint:
         if newest is None:
             raise UserError(f"{run} has no checkpoint yet: train it, or lower train.checkpoint_every")
         return newest
-    wanted = folder / f"step-{step:08d}"
-    if not wanted.is_dir():
-        found = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(folder.glob("step-*")))
-        raise UserError(f"--step {step}: {run} has no checkpoint of it; it has {found or 'none'}")
-    return Checkpoint(wanted)
+    complete = checkpoint_folders(folder)
+    if step not in complete:
+        found = ", ".join(map(str, complete)) or "none"
+        raise UserError(f"--step {step}: {run} has no checkpoint of it; it has {found}")
+    return Checkpoint(complete[step])

@@ -166,7 +166,6 @@ def meter_of(setup: Setup, topology: Topology) -> Meter:
         teacher=setup.teacher_config,
         sequence_length=setup.manifest.sequence_length,
         tokens_per_step=setup.tokens_per_step,
-        recompute=setup.recipe.student.activation_checkpointing,
         precision=setup.recipe.train.precision,
         topology=topology,
     )

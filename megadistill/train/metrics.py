@@ -43,7 +43,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Meter:
-    """Turns a step's numbers into a report: throughput, model FLOPs, memory."""
+    """Turns a step's numbers into a report: throughput, MFU, memory.
+
+    Model FLOPs are what the mathematics needs (PaLM, 2204.02311, appendix B): recomputation does not count.
+    """
 
     def __init__(
         self,
@@ -52,14 +55,12 @@ class Meter:
         teacher: Any | None,
         sequence_length: int,
         tokens_per_step: int,
-        recompute: bool,
         precision: str,
         topology: Topology,
     ) -> None:
         forward = flops_per_token(student, sequence_length)
-        again = forward.body + forward.attention if recompute else 0
         frozen = flops_per_token(teacher, sequence_length).forward if teacher is not None else 0
-        self._flops_per_token = 3 * forward.forward + again + frozen
+        self._flops_per_token = 3 * forward.forward + frozen
         self._tokens_per_step = tokens_per_step
         self._device = topology.device
         peak = peak_flops(topology.device, precision)
@@ -173,9 +174,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of metrics.jsonl; a last line that a kill cut short is left out."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            yield json.loads(line)
+            values = json.loads(line)
         except ValueError:
             return
+        if not isinstance(values, dict):
+            return
+        yield values
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from megadistill.config import Recipe
 from megadistill.data import Manifest
 from megadistill.errors import UserError
-from megadistill.model.split import stage_layers
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
@@ -30,7 +29,11 @@ def check_fit(recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | N
         return
     assert recipe.teacher is not None
     _positions_fit("teacher.path", teacher, manifest)
-    stage_layers(teacher.num_hidden_layers, stages)
+    if stages > teacher.num_hidden_layers:
+        raise UserError(
+            f"comm.vocab_group is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
+            f"{teacher.num_hidden_layers} layers: set comm.vocab_group to {teacher.num_hidden_layers} or less"
+        )
     if teacher.vocab_size < manifest.vocab_size:
         raise UserError(
             f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "

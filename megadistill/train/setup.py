@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from megadistill.comm.topology import Launch, Topology, vocab_group_size
-from megadistill.config import Recipe, load_deepspeed
+from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
+from megadistill.config import Recipe
 from megadistill.data import Manifest
 from megadistill.model.families import load_config
+from megadistill.student.profile import deepspeed_config, deepspeed_profile
 from megadistill.train.preflight import check_fit
 from megadistill.train.run_folder import refuse_other_recipe
 
@@ -44,7 +46,10 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.comm.vocab_group, launch)
     profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
+    deepspeed_config(profile, recipe.train, accumulation)
     manifest = Manifest.load(Path(recipe.data.manifest))
+    padded = padded_vocabulary(manifest.vocab_size, recipe.student.vocab_multiple)
+    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher_config = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
@@ -65,17 +70,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     )
 
 
-def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings in force, and the names of those that the file switches on and a CPU does without."""
-    asked = load_deepspeed(path)
-    cpu = path.with_suffix(".cpu.json")
-    if torch.accelerator.is_available() or not cpu.is_file():
-        return asked, ()
-    used = load_deepspeed(cpu)
-    flat_asked, flat_used = _leaves(asked), _leaves(used)
-    return used, tuple(key for key, value in flat_asked.items() if value is True and flat_used.get(key) is not True)
-
-
 def where_it_runs(setup: Setup, topology: Topology) -> str:
     """One line: on what, and what that leaves out."""
     processes = f"{topology.world} {'process' if topology.world == 1 else 'processes'}"
@@ -91,9 +85,3 @@ def where_it_runs(setup: Setup, topology: Topology) -> str:
     )
     without = f"; left out: {', '.join(setup.left_out)}" if setup.left_out else ""
     return f"running on a CPU (no accelerator found): {layout}{slow}; MFU unknown{without}"
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {name: leaf for key, child in value.items() for name, leaf in _leaves(child, key).items()}

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import VocabSlice
-from megadistill.config import LossSection, Recipe, StudentSection, TrainSection, load_deepspeed
+from megadistill.config import LossSection, Recipe, StudentSection, TrainSection
 from megadistill.loss import reference
 from megadistill.model.families import build_causal_lm, load_config
 from megadistill.model.initialise import initial_tensor
 from megadistill.records import TeacherSignal, TokenBatch, token_digest
 from megadistill.student.engine import StudentEngine
+from megadistill.student.profile import load_deepspeed
 from megadistill.train.step import Teacher, divergence, train_step
 from tests.paths import DS_CONFIGS
 

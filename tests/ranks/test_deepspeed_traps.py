@@ -9,11 +9,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from megadistill.comm.topology import Topology
-from megadistill.config import load_deepspeed
-from megadistill.errors import UserError
+from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import build_causal_lm
 from megadistill.model.initialise import initial_tensor
-from megadistill.student.engine import deepspeed_config
+from megadistill.student.profile import deepspeed_config, load_deepspeed
 from megadistill.teacher import TeacherStage
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
@@ -188,3 +187,26 @@ def _head_gathers(topology: Topology) -> int:
 def test_the_head_is_never_gathered() -> None:
     """Touching lm_head through the module would gather [V, D] on every rank, every micro-batch."""
     assert run_ranks(2, _head_gathers) == [0, 0]
+
+
+def _a_step_with_an_infinite_gradient(topology: Topology, precision: str) -> tuple[str, bool]:
+    case = Case(precision=precision)
+    student = build(case, topology)
+    before = student.full_parameters()
+    head: Any = student.head.weight()
+    head.register_hook(lambda gradient: gradient * torch.inf)
+    try:
+        run_steps(case, student, topology, range(1))
+        said = "nothing"
+    except OperatorFault as fault:
+        said = str(fault)
+    after = student.full_parameters()
+    return said, all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gradient_that_is_not_finite_moves_nothing(precision: str) -> None:
+    """Clipping by an infinite norm would turn every weight into NaN; DeepSpeed skips the step, and the run says so."""
+    for said, unmoved in run_ranks(2, _a_step_with_an_infinite_gradient, precision):
+        assert "grad_norm is inf" in said
+        assert unmoved

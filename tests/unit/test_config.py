@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megadistill.config import Recipe, load_deepspeed, load_recipe
+from megadistill.config import Recipe, load_recipe
 from megadistill.errors import UserError
-from tests.paths import DS_CONFIGS, RECIPES
+from tests.paths import RECIPES
 
 MINIMAL = """
 objective: labels
@@ -117,39 +116,3 @@ def test_accumulation_follows_from_the_batch_or_names_what_fits(tmp_path: Path) 
     assert [recipe.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match=r"global_batch 8 .* 3 ranks .* 6 or 12"):
         recipe.accumulation(3)
-
-
-@pytest.mark.parametrize("name", ["zero3.json", "zero3.cpu.json"])
-def test_the_deepspeed_files_that_we_ship_are_accepted(name: str) -> None:
-    assert load_deepspeed(DS_CONFIGS / name)["zero_optimization"]["stage"] == 3
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "owner"),
-    [
-        ("train_micro_batch_size_per_gpu", 4, "train.micro_batch"),
-        ("gradient_accumulation_steps", 2, "train.global_batch"),
-        ("gradient_clipping", 1.0, "train.clip"),
-        ("bf16", {"enabled": True}, "train.precision"),
-        ("optimizer", {"type": "AdamW"}, "train.adamw"),
-    ],
-)
-def test_a_deepspeed_file_that_sets_what_the_recipe_owns_is_refused(
-    tmp_path: Path, key: str, value: Any, owner: str
-) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: value}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"sets {key}.*{owner}"):
-        load_deepspeed(path)
-
-
-def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "auto"}}), encoding="utf-8")
-    with pytest.raises(UserError, match=r"zero_optimization\.reduce_bucket_size"):
-        load_deepspeed(path)
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="JSON"):
-        load_deepspeed(path)
-    with pytest.raises(UserError, match="no file"):
-        load_deepspeed(tmp_path / "missing.json")

@@ -1,0 +1,100 @@
+"""From two training ranks to a Hugging Face folder: what transformers loads is the model that was trained.
+
+Legend: B sequences, S tokens of a sequence, N = B·S, V true vocabulary, P padded vocabulary, D width.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megadistill.comm.collectives import all_gather_rows
+from megadistill.comm.topology import Topology
+from megadistill.model.families import EMBEDDING, HEAD
+from megadistill.train.checkpoint import save_checkpoint
+from megadistill.train.export import export_run
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import MULTIPLE, VOCAB, Case, build, config_of, global_batch, recipe_for, run_steps
+
+STEPS = 2
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the training model says after its last step."""
+
+    logits_NP: Tensor
+    start_PD: Tensor
+    """The rows of the head before the first step."""
+    head_PD: Tensor
+
+
+def _tokens_BS() -> Tensor:
+    return global_batch(99).tokens[:3]
+
+
+def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
+    student = build(case, topology)
+
+    def whole_head() -> Tensor:
+        with torch.no_grad():  # the whole world is one vocab group, so the slices in rank order are the head
+            return all_gather_rows(student.head.weight().detach(), topology.vocab_group).clone()
+
+    start_PD = whole_head()
+    run_steps(case, student, topology, range(STEPS))
+    head_PD = whole_head()
+    with torch.no_grad():
+        logits_NP = torch.nn.functional.linear(student.hidden(_tokens_BS()), head_PD)
+    save_checkpoint(
+        Path(run) / "checkpoints",
+        student.local_state(),
+        step=STEPS,
+        tokens=0,
+        vocab_size=VOCAB,
+        cursor={},
+        parameters=student.parameters,
+        versions={},
+        topology=topology,
+    )
+    return Trained(logits_NP=logits_NP, start_PD=start_PD, head_PD=head_PD)
+
+
+def _describe(run: Path, case: Case) -> None:
+    """The run folder, as far as an export reads it."""
+    config_of(case).save_pretrained(run / "config")
+    recipe = recipe_for("manifest.json", str(run), student={"config": str(run / "config")}).snapshot()
+    recipe["train"]["precision"] = case.precision
+    (run / "recipe.json").write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.model").write_bytes(b"pieces")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_transformers_loads_the_model_that_was_trained(precision: str, tied: bool, tmp_path: Path) -> None:
+    case = Case(precision=precision, tied=tied)
+    trained = run_ranks(2, _train_and_save, case, str(tmp_path))[0]
+    assert trained.logits_NP.dtype == PRECISIONS[precision]
+    assert (trained.head_PD[:VOCAB] != trained.start_PD[:VOCAB]).float().mean() > 0.5, "training moved the head"
+    assert trained.head_PD.shape[0] == MULTIPLE
+
+    _describe(tmp_path, case)
+    output = tmp_path / "exported"
+    assert export_run(tmp_path, output, step=None, max_shard_bytes=40_000) == STEPS
+    model, info = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
+
+    assert not any(info.values()), info
+    assert model.dtype == PRECISIONS[precision]
+    parameters = dict(model.named_parameters())
+    assert (HEAD in parameters) != tied
+    assert model.config.vocab_size == parameters[EMBEDDING].shape[0] == VOCAB, "padding is removed"
+    assert torch.equal(model.get_output_embeddings().weight, trained.head_PD[:VOCAB])
+    with torch.no_grad():
+        logits_NV = model(input_ids=_tokens_BS(), use_cache=False).logits.flatten(0, 1)
+    assert torch.equal(logits_NV, trained.logits_NP[:, :VOCAB])
+    assert (output / "tokenizer.model").read_bytes() == b"pieces"

@@ -1,0 +1,177 @@
+"""What a recipe needs, against numbers written out from SCIENCE.md's planning arithmetic.
+
+Legend: N parameters, V padded vocabulary, D and E widths of student and teacher, L layers, p ranks of a vocab group.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megadistill.config import Recipe
+from megadistill.errors import UserError
+from megadistill.model.families import load_config
+from megadistill.plan.needs import Needs, needs, read_needs, tables
+from tests.unit.model.test_flops import LLAMA3_8B
+
+LLAMA3_8B_TOTAL, LLAMA3_8B_BODY = 8_030_261_248, 6_979_588_096
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 250,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+# a layer: q, o 32·32 each; k, v 16·32 each; gate, up, down 32·48 each; two norms of 32
+TINY_LAYER = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+TINY_BODY = 2 * TINY_LAYER + 32
+TINY_TOTAL = TINY_BODY + 2 * 250 * 32
+
+
+def _recipe(*, distill: bool, precision: str, global_batch: int, micro_batch: int, **student: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "objective": "distill" if distill else "labels",
+            "run": {"folder": "run"},
+            "data": {"manifest": "manifest.json"},
+            "student": {"config": {"model_type": "llama"}, **student},
+            "train": {
+                "steps": 100,
+                "global_batch": global_batch,
+                "micro_batch": micro_batch,
+                "precision": precision,
+                "adamw": {"learning_rate": 1e-3},
+            },
+            "teacher": {"path": "teacher"} if distill else None,
+        }
+    )
+
+
+def _tiny(*, ranks: int = 2, group_size: int = 1, global_batch: int = 8, **student: Any) -> Needs:
+    """A tiny student from labels, in float32."""
+    return needs(
+        _recipe(
+            distill=False,
+            precision="float32",
+            global_batch=global_batch,
+            micro_batch=2,
+            **{"vocab_multiple": 256, **student},
+        ),
+        student=load_config(TINY, what="test"),
+        teacher=None,
+        vocab_size=250,
+        sequence_length=32,
+        ranks=ranks,
+        group_size=group_size,
+    )
+
+
+def _large(*, ranks: int = 64, group_size: int = 8) -> Needs:
+    """Llama-3-8B, from another of its size, in bfloat16 with activation checkpointing: 8 nodes of 8."""
+    return needs(
+        _recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True),
+        student=load_config(LLAMA3_8B, what="test"),
+        teacher=load_config(LLAMA3_8B, what="test"),
+        vocab_size=128_256,
+        sequence_length=8192,
+        ranks=ranks,
+        group_size=group_size,
+    )
+
+
+def test_a_tiny_student_from_labels() -> None:
+    found = _tiny()
+    assert (found.ranks, found.group_size, found.accumulation) == (2, 1, 2)
+    assert found.tokens == 100 * 8 * 32
+    (student,) = found.models
+    assert (student.role, student.parameters.total) == ("student", TINY_TOTAL)
+    assert found.flops_per_token == 3 * (2 * TINY_BODY + 2 * 250 * 32 + 2 * 2 * 32 * 32)
+    assert found.memory == {
+        "ZeRO-3 states": 20 * TINY_TOTAL // 2,  # float32: 4 + gradient 4 + master 4 + moments 8
+        "gathered layers (two)": 2 * 4 * (TINY_BODY // 2),
+        "head gradient": 256 * 32 * 4,
+        "logit chunk": 4 * (2 * 32) * 256,  # the micro-batch has fewer tokens than a chunk
+        "head rows": 4 * 256 * 32,  # a group of one gathers the whole head
+    }
+    assert found.wire == {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * 4 * (TINY_TOTAL - 250 * 32) // (2 * 32)}
+
+
+def test_llama_3_8b_distilled_on_64_ranks() -> None:
+    found = _large()
+    assert found.accumulation == 4
+    assert found.tokens == 100 * 256 * 8192
+    assert [(model.role, model.parameters.total) for model in found.models] == [
+        ("student", LLAMA3_8B_TOTAL),
+        ("teacher", LLAMA3_8B_TOTAL),
+    ]
+    body, head, attention = 2 * LLAMA3_8B_BODY, 2 * 128_256 * 4096, 2 * 32 * 8192 * 4096
+    recomputed = 3 * (body + head + attention) + body + attention  # 3·fwd, and the body once more
+    assert found.flops_per_token == recomputed + body + head + attention
+    assert found.memory == {
+        "ZeRO-3 states": 2_258_510_976,  # bfloat16: 2 + gradient 4 + master 4 + moments 8 = 18 N / 64
+        "gathered layers (two)": 2 * 2 * LLAMA3_8B_BODY // 32,
+        "head gradient": 4 * 16_128 * 4096,  # V is padded to 129,024, an eighth of it is 16,128 rows
+        "logit chunk": 2 * 4 * 1024 * 16_128,  # 2·4·chunk·V/p
+        "checkpointed activations": 2 * 32 * 4096 * 8192,  # 2·L·D·micro_tokens
+        "teacher stage": 2 * (LLAMA3_8B_BODY // 8 + 128_256 * 4096),  # 4 of 32 layers, and the first one's embedding
+        "head rows": 2 * 16_128 * 4096,  # the slice is gathered from 8 ranks' pieces
+        "teacher head rows": 2 * 16_128 * 4096,  # 2·V·E/p
+        "teacher hidden states": 2 * 4096 * 8192 * 8,
+    }
+    assert found.wire == {
+        "ZeRO-3 (two gathers, one reduce-scatter)": 6
+        * (LLAMA3_8B_TOTAL - 128_256 * 4096)
+        // 8192,  # 6 N; the head stays
+        "student hidden states, and their gradient": (2 + 4) * 4096 * 8,
+        "teacher hidden states": 2 * 4096 * (1 + 8),
+    }
+
+
+def test_the_largest_stage_is_what_a_rank_must_hold() -> None:
+    """32 layers over 3 stages are 10, 11 and 11."""
+    recipe = _recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=3)
+    found = needs(
+        recipe,
+        student=load_config(TINY, what="test"),
+        teacher=load_config({**TINY, "num_hidden_layers": 32}, what="test"),
+        vocab_size=250,
+        sequence_length=32,
+        ranks=3,
+        group_size=3,
+    )
+    assert found.memory["teacher stage"] == 4 * ((32 * TINY_LAYER + 32) * 11 // 32 + 250 * 32)
+
+
+def test_states_shrink_with_the_ranks_and_the_head_with_the_group() -> None:
+    few, many = _large(ranks=8), _large(ranks=64)
+    assert few.memory["ZeRO-3 states"] == 8 * many.memory["ZeRO-3 states"]
+    assert few.memory["logit chunk"] == many.memory["logit chunk"]
+    assert _large(group_size=4).memory["logit chunk"] == 2 * many.memory["logit chunk"]
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch 8 .* 3 ranks"):
+        _tiny(ranks=3)
+    with pytest.raises(UserError, match=r"32 layers .* 64 stages"):
+        _large(group_size=64)
+    with pytest.raises(UserError, match="padded vocabulary of 256"):
+        _tiny(ranks=7, global_batch=14)
+    with pytest.raises(UserError, match="--ranks 0"):
+        read_needs(Path("recipe.yaml"), [], ranks=0)
+
+
+def test_the_tables_say_all_of_it() -> None:
+    out = io.StringIO()
+    for table in tables(_large()):
+        Console(file=out, width=80).print(table)
+    said = out.getvalue()
+    for part in ("8.03 G", "6.98 G", "64 ranks", "209,715,200 tokens", *_large().memory, *_large().wire):
+        assert part in said, part
+    assert "2.26 GB" in said, "the ZeRO-3 states"
+    assert "5.5 MB" in said, "ZeRO-3's traffic"

@@ -1,0 +1,100 @@
+"""What the tests of this folder share: a world of one, a data set that is only described, small recipes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.comm.topology import Topology
+from megadistill.config import Recipe
+from megadistill.data import Manifest
+from tests.paths import DS_CONFIGS
+
+VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"
+
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def topology(*, rank: int = 0, world: int = 1) -> Topology:
+    """A rank that talks to nobody."""
+    return Topology(
+        rank=rank,
+        world=world,
+        local_rank=rank,
+        group_size=1,
+        device=torch.device("cpu"),
+        world_group=None,
+        vocab_group=None,
+        slice_group=None,
+        pipeline_group=None,
+    )
+
+
+def described_data(folder: Path) -> Path:
+    """The manifest of a data set whose shards nobody reads."""
+    values = {
+        "version": 1,
+        "split": "train",
+        "sequence_length": SEQUENCE,
+        "dtype": "uint16",
+        "vocab_size": VOCAB,
+        "tokenizer": {
+            "kind": "sentencepiece",
+            "file": "tokenizer/tokenizer.model",
+            "sha256": hashlib.sha256(TOKENIZER).hexdigest(),
+        },
+        "packer": {"name": "chunk", "version": 1, "bos": True, "eos": True},
+        "documents": 3,
+        "tokens": 8 * SEQUENCE,
+        "text_bytes": 1000,
+        "source": {"inputs": ["text"], "include": ["*"], "exclude": [], "heldout_fraction": 0.1},
+        "shards": [
+            {
+                "name": "shard-00000.tar",
+                "units": 8,
+                "bytes": 1,
+                "sha256": "0" * 64,
+                "index": "shard-00000.tar.idx.npy",
+                "index_sha256": "0" * 64,
+            }
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    Manifest.load(path)
+    return path
+
+
+def described_teacher(folder: Path, *, tokenizer: bytes | None = TOKENIZER, **changes: Any) -> Path:
+    """A model folder with its config and its tokenizer; there are no weights to read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**MODEL, "vocab_size": VOCAB, **changes}), encoding="utf-8")
+    if tokenizer is not None:
+        (folder / "tokenizer.model").write_bytes(tokenizer)
+    return folder
+
+
+def recipe(manifest: Path, run: Path, *, teacher: Path | None = None, **sections: Any) -> Recipe:
+    """A small valid recipe; `sections` replace keys of the sections that they name."""
+    values: dict[str, Any] = {
+        "objective": "labels" if teacher is None else "distill",
+        "run": {"folder": str(run)},
+        "data": {"manifest": str(manifest)},
+        "student": {"config": MODEL, "deepspeed": str(DS_CONFIGS / "zero3.json"), "vocab_multiple": 256},
+        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "adamw": {"learning_rate": 1e-3}},
+        "teacher": None if teacher is None else {"path": str(teacher)},
+    }
+    for name, section in sections.items():
+        values[name] = {**(values.get(name) or {}), **section}
+    return Recipe.model_validate(values)

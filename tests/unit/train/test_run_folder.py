@@ -1,0 +1,106 @@
+"""A run folder belongs to one recipe: what differs is listed, and only what moves no number may."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.errors import UserError
+from megadistill.train.run_folder import (
+    MAY_CHANGE,
+    PACKAGES,
+    describe,
+    keep_tokenizer,
+    refuse_other_recipe,
+    write_description,
+)
+from tests.unit.train.cases import recipe
+
+
+def _snapshot(**sections: Any) -> dict[str, Any]:
+    return recipe(Path("data/manifest.json"), Path("run"), **sections).snapshot()
+
+
+def _refused(folder: Path, snapshot: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        refuse_other_recipe(folder, snapshot)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "a"
+    write_description(folder, describe(_snapshot(), {"zero_optimization": {"stage": 3}}))
+    return folder
+
+
+def test_the_description_is_plain_json_with_recipe_settings_and_versions(begun: Path) -> None:
+    written = json.loads((begun / "recipe.json").read_text(encoding="utf-8"))
+    assert written["recipe"] == _snapshot()
+    assert written["deepspeed"] == {"zero_optimization": {"stage": 3}}
+    assert written["versions"].keys() == {"python", *PACKAGES}
+    assert [path.name for path in begun.iterdir()] == ["recipe.json"], "nothing temporary is left"
+
+
+def test_the_same_recipe_goes_on_and_a_new_folder_is_free(begun: Path, tmp_path: Path) -> None:
+    refuse_other_recipe(begun, _snapshot())
+    refuse_other_recipe(tmp_path / "new", _snapshot())
+
+
+def test_what_differs_is_listed_with_both_values(begun: Path) -> None:
+    message = _refused(
+        begun, _snapshot(train={"clip": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
+    )
+    assert "train.clip was 1.0, is 0.5" in message
+    assert "student.config.model_type was 'llama', is 'qwen3'" in message
+    assert "student.config.hidden_size was 32, is None" in message
+    assert "log_every" not in message
+    assert "train.steps" not in message
+
+
+def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
+    """Every other key of the recipe is refused when it has another value."""
+
+    def changed(values: dict[str, Any], prefix: str = "") -> list[str]:
+        refused = []
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                refused += changed(value, f"{name}.")
+                continue
+            values[key] = "another value"
+            try:
+                refuse_other_recipe(begun, snapshot)
+            except UserError:
+                refused.append(name)
+            else:
+                assert name in MAY_CHANGE, f"{name} may change in silence"
+            values[key] = value
+        return refused
+
+    snapshot = _snapshot()
+    refused = changed(snapshot)
+    assert not set(refused) & set(MAY_CHANGE)
+    assert {"run.seed", "data.manifest", "student.config.hidden_size", "train.adamw.learning_rate"} <= set(refused)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": ', "\udcff"])
+def test_a_broken_description_is_refused(begun: Path, content: str) -> None:
+    (begun / "recipe.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = _refused(begun, _snapshot())
+    assert "recipe.json cannot be read" in message
+    assert "run.folder" in message
+
+
+def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    run.mkdir()
+    (source / "tokenizer.model").write_bytes(b"one")
+    keep_tokenizer(run, source)
+    (source / "tokenizer.model").write_bytes(b"two")
+    keep_tokenizer(run, source)
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
+    assert [path.name for path in run.iterdir()] == ["tokenizer"]

@@ -1,0 +1,145 @@
+"""What `prepare` refuses before anything starts: one line, the value, the way out, and nothing written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadistill.comm.topology import Launch
+from megadistill.config import Recipe
+from megadistill.errors import UserError
+from megadistill.student.profile import deepspeed_profile
+from megadistill.train.run_folder import describe, write_description
+from megadistill.train.setup import prepare, where_it_runs
+from tests.unit.train.cases import MODEL, SEQUENCE, VOCAB, described_data, described_teacher, recipe, topology
+
+
+def _launch(world: int = 2) -> Launch:
+    return Launch(rank=0, world=world, local_rank=0, local_world=world)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return described_data(tmp_path / "data" / "train")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return described_teacher(tmp_path / "teacher")
+
+
+def _refused(given: Recipe, *, world: int = 2) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(given, _launch(world))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not Path(given.run.folder).exists()
+    return message
+
+
+def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    found = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
+    assert (found.accumulation, found.group_size) == (2, 2)
+    assert found.tokens_per_step == 8 * SEQUENCE
+    assert found.student_config.vocab_size == VOCAB
+    assert found.teacher_config is not None
+    assert found.profile["zero_optimization"]["stage"] == 3
+    assert not (tmp_path / "run").exists()
+    assert prepare(recipe(manifest, tmp_path / "run"), _launch(1)).teacher_config is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"global_batch": 6}}, ["train.global_batch 6", "4 or 8"]),
+        ({"comm": {"vocab_group": 3}}, ["comm.vocab_group is 3", "1, 2"]),
+        ({"student": {"deepspeed": "none.json"}}, ["student.deepspeed", "none.json"]),
+        ({"student": {"config": {**MODEL, "hidden_sizes": 3}}}, ["student.config", "hidden_sizes", "hidden_size"]),
+        ({"student": {"config": {**MODEL, "vocab_size": 77}}}, ["student.config", "77", "250", "leave it out"]),
+        ({"student": {"config": {**MODEL, "max_position_embeddings": 16}}}, ["student.config", "16", "32", "raise it"]),
+        ({"data": {"manifest": "none/manifest.json"}}, ["none/manifest.json", "tokenize"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    manifest: Path, tmp_path: Path, sections: dict[str, Any], says: list[str]
+) -> None:
+    message = _refused(recipe(manifest, tmp_path / "run", **sections))
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_position_embeddings": 16}, ["teacher.path", "16", "32"]),
+        ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer"]),
+        ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
+        ({"tokenizer": None}, ["tokenizer.model does not exist", "copy"]),
+        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words"]),
+        ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(
+    manifest: Path, tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
+    unfit = described_teacher(tmp_path / "unfit", **changes)
+    message = _refused(recipe(manifest, tmp_path / "run", teacher=unfit))
+    for part in says:
+        assert part in message
+
+
+def test_a_teacher_with_padding_rows_is_welcome(manifest: Path, tmp_path: Path) -> None:
+    padded = described_teacher(tmp_path / "padded", vocab_size=VOCAB + 6)
+    found = prepare(recipe(manifest, tmp_path / "run", teacher=padded), _launch())
+    assert found.teacher_config is not None
+
+
+def test_the_folder_of_another_recipe_is_refused(manifest: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_description(run, describe(recipe(manifest, run, train={"steps": 7}).snapshot(), {}))
+    with pytest.raises(UserError, match=r"train\.steps was 7, is 6"):
+        prepare(recipe(manifest, run), _launch())
+
+
+def _profile(folder: Path, name: str, **zero: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}), encoding="utf-8")
+    return path
+
+
+def test_a_cpu_takes_its_own_settings_and_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _profile(tmp_path, "zero3.json", overlap_comm=True, reduce_scatter=True, contiguous_gradients=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ()), "without a file for CPUs, the file itself"
+    cpu = _profile(tmp_path, "zero3.cpu.json", overlap_comm=False, reduce_scatter=True)
+    assert deepspeed_profile(asked) == (json.loads(cpu.read_text()), ("overlap_comm",))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ())
+
+
+def test_one_line_says_where_it_runs(manifest: Path, tmp_path: Path) -> None:
+    precise = prepare(recipe(manifest, tmp_path / "run", train={"precision": "float32"}), _launch(1))
+    line = where_it_runs(precise, topology())
+    assert "CPU" in line
+    assert "1 process, vocabulary over 1, float32" in line
+    assert "slower" not in line
+    short = prepare(recipe(manifest, tmp_path / "run", train={"precision": "bfloat16"}), _launch(1))
+    assert "bfloat16 products are many times slower" in where_it_runs(short, topology())
+
+
+def test_a_vocabulary_that_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks.*vocab_multiple"):
+        prepare(recipe(manifest, tmp_path / "run", train={"global_batch": 6}), Launch(0, 3, 0, 3))
+
+
+def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    profile = tmp_path / "ds.json"
+    profile.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    with pytest.raises(UserError, match="stage must be 3, found 2"):
+        prepare(recipe(manifest, tmp_path / "run", student={"deepspeed": str(profile)}), Launch(0, 1, 0, 1))
