@@ -71,5 +71,5 @@ def test_plan_says_what_a_recipe_needs(place: Place) -> None:
     recipe = place.distill("planned", steps=2, checkpoint_every=2)[1:]
     finished = run(*PLAIN, "plan", *recipe, "--ranks", "2")
     assert finished.code == 0, finished.said
-    for part in ("student", "teacher", "ZeRO-3 states", "logit chunk", "GFLOP"):
+    for part in ("student", "teacher", "ZeRO-3 states", "logit chunk", "FLOP"):
         assert part in finished.out
