@@ -1,8 +1,6 @@
 """`python -m megadistill`: what every launcher starts. It knows the command line only."""
 
-import sys
-
-from megadistill.cli import main
+from megadistill.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from megadistill import __version__
-from megadistill.errors import OperatorFault, RestartFault, UserError
+from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
 EXIT_CODES = "exit codes: 0 done; 2 wrong input; 3 a fault that a restart can mend; 4 a fault that needs a person"
 
@@ -31,12 +31,13 @@ A run folder that already holds a checkpoint is gone on with; give the same comm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code. Errors for people are one line without a traceback."""
     options = parser().parse_args(arguments)
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # what is wrong for all ranks of a node is said once
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    speaks = not local_rank.isdigit() or int(local_rank) == 0  # what is wrong for all ranks of a node is said once
     try:
         code: int = options.run(options)
         return code
     except UserError as error:
-        if speaks:
+        if speaks or isinstance(error, RankUserError):
             print(f"megadistill: {error}", file=sys.stderr)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
@@ -47,6 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return OperatorFault.exit_code
+
+
+def entry() -> NoReturn:
+    """What the console script and `python -m` run. A fault ends the process at once: the interpreter's own end would
+    take down process groups whose peers are gone, and abort with a code that is none of ours."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (RestartFault.exit_code, OperatorFault.exit_code):
+        os._exit(code)
+    sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -222,6 +222,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of sections, found a {type(loaded).__name__}")
+    _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), path)
     parent = loaded.pop("extends", None)
     if parent is None:
         return loaded
@@ -241,7 +242,7 @@ def _refuse_resolvers(value: Any, path: Path) -> None:
     elif isinstance(value, list):
         for child in value:
             _refuse_resolvers(child, path)
-    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+    elif isinstance(value, str) and re.search(r"\$\{.*:", value, flags=re.DOTALL):  # nested ones too
         raise UserError(
             f"{path}: {value!r} calls a resolver; a recipe may only refer to its own keys, as in ${{run.seed}}"
         )

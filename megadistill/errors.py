@@ -17,6 +17,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class RankUserError(UserError):
+    """The input is wrong as one rank met it, after the ranks had joined: that rank says so, whoever it is."""
+
+
 class RestartFault(RuntimeError):
     """Something broke that starting again from the newest checkpoint can mend."""
 

@@ -55,6 +55,8 @@ class Launch:
             )
         except ValueError as error:
             raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+        if launch.local_world < 1:
+            raise UserError(f"LOCAL_WORLD_SIZE is {launch.local_world}: a node has at least one process")
         if not 0 <= launch.rank < world:
             raise UserError(f"RANK is {launch.rank} and WORLD_SIZE is {world}: ranks count from 0 to {world - 1}")
         return launch
@@ -125,22 +127,22 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
         RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
     """
     device = local_device(launch.local_rank)
-    if (
-        not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    ):  # DeepSpeed reads these too, and looks for MPI where they are missing
+    # DeepSpeed reads these too, and looks for MPI where they are missing.
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank))
+    timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         backend=dist.get_default_backend_for_device(device),
         rank=launch.rank,
         world_size=launch.world,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
     )
     try:
-        yield topology_of_world(launch, vocab_group=vocab_group, device=device)
+        yield topology_of_world(launch, vocab_group=vocab_group, device=device, timeout=timeout)
     except RuntimeError as error:
         if _is_communication(error):
             reason = str(error).splitlines()[0]
@@ -154,8 +156,8 @@ def _is_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection closed" in str(error)
 
 
-def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device) -> Topology:
-    """The groups of an initialised world. Collective: every rank creates every group, in the same order."""
+def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device, timeout: timedelta) -> Topology:
+    """The groups of an initialised world, each with `timeout`: a group does not inherit the world's. Collective."""
     world, p = launch.world, vocab_group
     consecutive = [list(range(first, first + p)) for first in range(0, world, p)]
     strided = [list(range(place, world, p)) for place in range(p)]
@@ -166,18 +168,18 @@ def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device)
         group_size=p,
         device=device,
         world_group=dist.group.WORLD if world > 1 else None,
-        vocab_group=_own_group(consecutive, launch.rank),
-        slice_group=_own_group(strided, launch.rank),
-        pipeline_group=_own_group(consecutive, launch.rank),
+        vocab_group=_own_group(consecutive, launch.rank, timeout),
+        slice_group=_own_group(strided, launch.rank, timeout),
+        pipeline_group=_own_group(consecutive, launch.rank, timeout),
     )
 
 
-def _own_group(partition: list[list[int]], rank: int) -> ProcessGroup | None:
+def _own_group(partition: list[list[int]], rank: int, timeout: timedelta) -> ProcessGroup | None:
     own = None
     for ranks in partition:
         if len(ranks) == 1:
             continue
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
             own = group
     return own

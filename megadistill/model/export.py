@@ -105,6 +105,7 @@ def _write_shards(
     for file, names in split.filename_to_tensors.items():
         shard = {name: readers[name]()[: shapes[name][0]].to("cpu", dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

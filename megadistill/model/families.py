@@ -172,8 +172,11 @@ def load_pretrained(folder: Path, *, what: str, device: torch.device) -> PreTrai
     Raises:
         UserError: the folder holds no model of a supported family, or its weights cannot be read.
     """
-    load_config(folder, what=what)
-    SafetensorsFolder(folder)
+    config = load_config(folder, what=what)
+    weights = SafetensorsFolder(folder)
+    for name, shape in parameter_shapes(config).items():  # transformers would fill a missing one with random numbers
+        if weights.shape(name) != shape:
+            raise UserError(f"{what}: {name} is {list(weights.shape(name))}, but config.json says {list(shape)}")
     disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", attn_implementation="sdpa", use_safetensors=True, local_files_only=True

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megadistill.comm.topology import local_device
 from megadistill.data import Manifest, TokenStream
-from megadistill.errors import UserError
+from megadistill.data.shards import file_sha256
+from megadistill.errors import OperatorFault, UserError
 from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
 from megadistill.model.families import decoder, load_pretrained
 from megadistill.records import LossTerms, TokenBatch
@@ -70,6 +71,9 @@ def evaluate(models: Sequence[Path], data: Path, *, teacher: Path | None, batch:
                 total += _sums(model, held, judge, judged, manifest.vocab_size)
             progress.advance(task, len(held))
     names = _short_names(folders)
+    for name, total in zip(names, totals, strict=True):
+        if not total.isfinite().all():
+            raise OperatorFault(f"{name}: its cross-entropy, KL or agreement is not finite: look at its weights")
     return [
         _evaluation(name, model, total / tokens, tokens, manifest, with_teacher=teacher is not None)
         for name, model, total in zip(names, loaded, totals, strict=True)
@@ -103,7 +107,9 @@ def table(results: Sequence[Evaluation]) -> Table:
 def write_json(results: Sequence[Evaluation], path: Path) -> None:
     """The evaluations as a JSON list, one object a model."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps([asdict(result) for result in results], indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
@@ -112,6 +118,14 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
         raise UserError(
             f"{folder}: a vocabulary of {model.config.vocab_size} ids, the split was made with {manifest.vocab_size}"
         )
+    if model.config.max_position_embeddings < manifest.sequence_length:
+        raise UserError(
+            f"{folder}: {model.config.max_position_embeddings} positions, the split has sequences of "
+            f"{manifest.sequence_length} tokens"
+        )
+    tokenizer = folder / "tokenizer.model"
+    if tokenizer.is_file() and file_sha256(tokenizer) != manifest.tokenizer.sha256:
+        raise UserError(f"{folder}: its tokenizer.model is not the one that the split was made with")
     return model
 
 

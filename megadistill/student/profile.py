@@ -69,12 +69,19 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
         UserError: the profile is not one that this trainer's gradients are right under.
     """
     zero = profile.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"student.deepspeed: zero_optimization must be an object, found {zero!r}")
     if zero.get("stage") != 3:
         raise UserError(f"student.deepspeed: zero_optimization.stage must be 3, found {zero.get('stage')!r}")
     if zero.get("memory_efficient_linear", True):
         raise UserError(
             "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
             "torch.nn.functional.linear patched for every model of the process, the teacher's too"
+        )
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        raise UserError(
+            "student.deepspeed: zero_optimization.zero_hpz_partition_size is not supported: a resume would go on from "
+            "its stale secondary copy of the weights; remove it"
         )
     accumulated = profile.get("data_types", {}).get("grad_accum_dtype")
     if accumulated != "fp32":
@@ -89,6 +96,7 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
         "gradient_clipping": train.clip,
         "bf16": {"enabled": train.precision == "bfloat16"},
         "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps where an offloaded state is
     }
 
 

@@ -124,19 +124,20 @@ class Checkpoint:
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every complete checkpoint below `folder`, oldest first. What never was renamed is invisible."""
+    """Step -> folder of every checkpoint below `folder`, oldest first. What never got its name is not one."""
     named = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*"))
-    return dict(sorted((int(name[1]), path) for name, path in named if name and (path / "manifest.json").exists()))
+    return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint below `folder`, or None where there is none.
 
     Raises:
-        OperatorFault: the newest is damaged. A run never silently starts from scratch, nor from something older.
+        OperatorFault: the newest is damaged, be it that its manifest is gone. A run never goes on from something older
+            in silence.
     """
-    complete = checkpoint_folders(folder)
-    return Checkpoint(complete[max(complete)]) if complete else None
+    found = checkpoint_folders(folder)
+    return Checkpoint(found[max(found)]) if found else None
 
 
 def save_checkpoint(
@@ -201,6 +202,7 @@ def _write_rank(temporary: Path, state: dict[str, Tensor], topology: Topology) -
     """This rank's file, durable, and its size and hash beside it."""
     name = _rank_file(topology.rank, topology.world)
     save_file(state, temporary / name)
+    (temporary / name).chmod(0o644)  # safetensors makes files that nobody else can read
     with open(temporary / name, "rb") as file:
         os.fsync(file.fileno())
     _write_durably(temporary / f"{name}.json", _record(temporary / name).model_dump_json().encode())
@@ -232,7 +234,10 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         place = ".".join(str(part) for part in first["loc"])
         raise OperatorFault(f"{path} is no checkpoint manifest: {place}: {first['msg']}") from None
     except (OSError, ValueError) as error:
-        raise OperatorFault(f"{path} is no checkpoint manifest: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise OperatorFault(
+            f"{path} is no checkpoint manifest ({reason}); move {path.parent} away to go on from an older one"
+        ) from None
 
 
 def _rank_file(rank: int, world: int) -> str:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from megadistill.comm.collectives import everywhere
+from megadistill.comm.collectives import all_reduce_sum, everywhere
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, RankUserError, UserError
 from megadistill.records import Cursor
 from megadistill.student.engine import PRECISIONS, StudentEngine
 from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
-from megadistill.train.checkpoint import RNG_KEY, Checkpoint, newest_checkpoint, save_checkpoint
+from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
 from megadistill.train.schedule import learning_rate
@@ -44,7 +44,10 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome:
     launch = Launch.from_environment()
     setup = prepare(recipe, launch)
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=recipe.comm.timeout_minutes) as topology:
-        return run(setup, topology, stop_after)
+        try:
+            return run(setup, topology, stop_after)
+        except UserError as error:
+            raise RankUserError(f"rank {topology.rank}: {error}") from error
 
 
 def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
@@ -121,28 +124,34 @@ def resume(folder: Path, student: StudentEngine, topology: Topology) -> tuple[in
     """Restores the newest checkpoint; (step, cursor) to go on from, (0, None) where there is none. Collective.
 
     Raises:
-        OperatorFault: the newest checkpoint is damaged.
+        OperatorFault: the newest checkpoint is damaged, or not every rank sees the same one.
     """
-    checkpoint = newest_checkpoint(folder)
+    checkpoint, problem = None, None
+    try:
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is not None and topology.is_first:
+            checkpoint.verify()
+    except OperatorFault as fault:
+        problem = fault
+    # Every rank must have opened the same one: ranks that see different folders would train on from different steps.
+    step = checkpoint.manifest.step if checkpoint is not None else 0
+    first_step = int(
+        all_reduce_sum(torch.tensor(step if topology.is_first else 0, device=topology.device), topology.world_group)
+    )
+    if problem is None and step != first_step:
+        problem = OperatorFault(
+            f"rank {topology.rank} sees step {step} as the newest checkpoint of {folder}, rank 0 sees step "
+            f"{first_step}: run.folder must be one folder that every node shares"
+        )
+    if not everywhere(problem is None, topology.device, topology.world_group):
+        raise problem or OperatorFault(f"the newest checkpoint of {folder} cannot be used: another rank says why")
     if checkpoint is None:
         return 0, None
-    problem = verification_problem(checkpoint) if topology.is_first else None
-    if not everywhere(problem is None, topology.device, topology.world_group):
-        raise problem or OperatorFault(f"{checkpoint.folder} is damaged: rank 0 says how")
     student.load_local_state(checkpoint.read)
     rng = checkpoint.rng_state(topology.rank, topology.world)
     if rng is not None:
         torch.set_rng_state(rng)
-    return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
-
-
-def verification_problem(checkpoint: Checkpoint) -> OperatorFault | None:
-    """What is wrong with the checkpoint's content, as a value that ranks can agree on before anybody raises."""
-    try:
-        checkpoint.verify()
-    except OperatorFault as fault:
-        return fault
-    return None
+    return step, Cursor.from_state(checkpoint.manifest.cursor)
 
 
 def save(setup: Setup, student: StudentEngine, step: int, cursor: Cursor, topology: Topology) -> Path:

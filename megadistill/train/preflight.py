@@ -18,6 +18,11 @@ def check_fit(recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | N
         UserError: the first thing that does not fit, with both values and the way out.
     """
     _positions_fit("student.config", student, manifest)
+    if getattr(student, "attention_dropout", 0.0):
+        raise UserError(
+            f"student.config: attention_dropout is {student.attention_dropout}; pretraining here uses none, and a "
+            "resume could not repeat it on another number of ranks: set it to 0"
+        )
     source = recipe.student.config
     declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", manifest.vocab_size)
     if declared != manifest.vocab_size:

@@ -10,8 +10,18 @@ from typing import Any
 
 from megadistill.errors import UserError
 
-# What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number.
-MAY_CHANGE = ("run.folder", "train.log_every", "train.checkpoint_every", "comm.timeout_minutes")
+# What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
+# more than float32 rounding. The layout follows the ranks that one has today.
+MAY_CHANGE = (
+    "run.folder",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.micro_batch",
+    "comm.timeout_minutes",
+    "comm.vocab_group",
+    "loss.chunk_tokens",
+    "student.activation_checkpointing",
+)
 
 TOKENIZER_FOLDER = "tokenizer"
 """Beside recipe.json: a run can be exported where its data is no longer at hand."""

@@ -157,8 +157,8 @@ def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
     assert changed.code == 2
     message = changed.err.strip().splitlines()[-1]
     assert "train.clip was 1.0, is 0.5" in message
-    assert "comm.vocab_group was 2, is 1" in message
     assert "checkpoint_every" not in message
+    assert "comm.vocab_group" not in message, "the layout follows the ranks of today"
     assert "Traceback" not in changed.err
 
 

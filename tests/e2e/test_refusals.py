@@ -1,8 +1,10 @@
 """What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.commands import PLAIN, TORCHRUN_2, run, settings
 from tests.e2e.conftest import Place
@@ -73,3 +75,24 @@ def test_plan_says_what_a_recipe_needs(place: Place) -> None:
     assert finished.code == 0, finished.said
     for part in ("student", "teacher", "ZeRO-3 states", "logit chunk", "FLOP"):
         assert part in finished.out
+
+
+def test_a_rank_that_alone_meets_wrong_input_says_so(place: Place, tmp_path: Path) -> None:
+    """The second stage's weights are read by rank 1 alone, so nobody else can say what is wrong with them."""
+    broken = tmp_path / "teacher"
+    shutil.copytree(place.teacher, broken)
+    weights = load_file(broken / "model.safetensors")
+    missing = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in weights.items() if name != missing}, broken / "model.safetensors")
+    command = place.distill("refused", steps=2, checkpoint_every=2)
+    finished = run(*TORCHRUN_2, *command, *settings(teacher__path=broken))
+    assert finished.code != 0
+    assert f"rank 1: {broken} has no tensor '{missing}'" in finished.err, finished.said
+    assert_refused(*PLAIN, "evaluate", str(broken), "--data", place.heldout, says=(missing,))
+
+
+def test_evaluate_refuses_a_model_of_another_tokenizer(place: Place, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(place.teacher, other)
+    (other / "tokenizer.model").write_bytes(b"another tokenizer")
+    assert_refused(*PLAIN, "evaluate", str(other), "--data", place.heldout, says=("tokenizer.model",))

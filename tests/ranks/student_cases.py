@@ -37,6 +37,7 @@ class Case:
     precision: str = "float32"
     clip: float = 0.05
     persistence: int = 0
+    offload_optimizer: bool = False
     activation_checkpointing: bool = False
     model_type: str = "llama"
     loss: LossSection = field(
@@ -138,6 +139,8 @@ class WatchedStudent(StudentEngine):
 def build(case: Case, topology: Topology) -> WatchedStudent:
     profile = load_deepspeed(DS_CONFIGS / "zero3.cpu.json")
     profile["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistence
+    if case.offload_optimizer:
+        profile["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     student = WatchedStudent(
         config_of(case),
         section=StudentSection(

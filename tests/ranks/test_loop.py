@@ -9,6 +9,7 @@ import pytest
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe
 from megadistill.data import Manifest, tokenize
+from megadistill.errors import OperatorFault
 from megadistill.train.loop import run
 from megadistill.train.setup import prepare
 from tests.paths import DS_CONFIGS
@@ -78,3 +79,33 @@ def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, worl
     assert run_ranks(world, _train, str(manifest), str(tmp_path / "run")) == [STEPS] * world
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def _train_in_a_folder_of_its_own(topology: Topology, manifest: str, folder: str) -> str:
+    """What a rank says when rank 1 sees another run folder than rank 0."""
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    own = Path(folder) / ("shared" if topology.is_first else "unshared")
+    try:
+        run(prepare(recipe(Path(manifest), own), launch), topology, stop_after=None)
+    except OperatorFault as fault:
+        return str(fault)
+    return "nothing"
+
+
+def test_ranks_that_see_other_checkpoints_do_not_train_on(manifest: Path, tmp_path: Path) -> None:
+    """A folder that the nodes do not share would go on from different steps, with weights of two runs."""
+    run_ranks(2, _train, str(manifest), str(tmp_path / "shared"))
+    (tmp_path / "unshared").mkdir()
+    first, second = run_ranks(2, _train_in_a_folder_of_its_own, str(manifest), str(tmp_path))
+    assert "another rank says why" in first
+    assert "sees step 0" in second
+    assert f"rank 0 sees step {STEPS}" in second
+
+
+def _timeouts(topology: Topology) -> list[float]:
+    groups: list[Any] = [topology.world_group, topology.vocab_group, topology.slice_group, topology.pipeline_group]
+    return [group._get_backend(topology.device).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_has_the_time_limit_of_the_run() -> None:
+    assert run_ranks(4, _timeouts, vocab_group=2) == [[60.0] * 4] * 4

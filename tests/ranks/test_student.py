@@ -74,11 +74,19 @@ def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumul
     [
         Case(persistence=10_000, tied=True),
         Case(activation_checkpointing=True),
+        Case(offload_optimizer=True, tied=True),
         Case(model_type="qwen2"),
         Case(model_type="qwen3", tied=True),
         Case(model_type="mistral"),
     ],
-    ids=["small parameters stay gathered", "activation checkpointing", "qwen2", "qwen3", "mistral"],
+    ids=[
+        "small parameters stay gathered",
+        "activation checkpointing",
+        "optimizer offloaded",
+        "qwen2",
+        "qwen3",
+        "mistral",
+    ],
 )
 def test_variants_equal_the_dense_truth(case: Case) -> None:
     for found in run_ranks(2, three_steps, case):

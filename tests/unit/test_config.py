@@ -116,3 +116,17 @@ def test_accumulation_follows_from_the_batch_or_names_what_fits(tmp_path: Path) 
     assert [recipe.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match=r"global_batch 8 .* 3 ranks .* 6 or 12"):
         recipe.accumulation(3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MINIMAL.replace("runs/x", "'${oc.${objective}:A_SECRET}'"),
+        "extends: ${oc.env:A_SECRET}/base.yaml\n",
+    ],
+)
+def test_a_resolver_that_hides_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    message = refused(write(tmp_path, text), "objective=env")
+    assert "resolver" in message
+    assert "hunter2" not in message

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from megadistill.config import TrainSection
 from megadistill.errors import UserError
-from megadistill.student.profile import load_deepspeed
+from megadistill.student.profile import deepspeed_config, load_deepspeed
 from tests.paths import DS_CONFIGS
 
 
@@ -45,3 +46,20 @@ def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
         load_deepspeed(path)
     with pytest.raises(UserError, match="no file"):
         load_deepspeed(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        (3, "must be an object, found 3"),
+        ({"stage": 2, "memory_efficient_linear": False}, "stage must be 3, found 2"),
+        ({"stage": 3}, "memory_efficient_linear must be false"),
+        ({"stage": 3, "memory_efficient_linear": False, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size"),
+    ],
+)
+def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> None:
+    train = TrainSection.model_validate(
+        {"steps": 1, "global_batch": 1, "micro_batch": 1, "adamw": {"learning_rate": 1e-3}}
+    )
+    with pytest.raises(UserError, match=says):
+        deepspeed_config({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}, train, accumulation=1)

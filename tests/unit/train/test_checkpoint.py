@@ -103,8 +103,6 @@ def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-00000006").mkdir()
     for name in ("manifest.json", FILE):
         (tmp_path / ".tmp-step-00000006" / name).write_bytes((complete / name).read_bytes())
-    (tmp_path / "step-00000008").mkdir()
-    (tmp_path / "step-00000008" / FILE).write_bytes((complete / FILE).read_bytes())
     assert _newest(tmp_path).folder == complete
     shutil.rmtree(complete)
     assert newest_checkpoint(tmp_path) is None
@@ -259,4 +257,12 @@ def test_a_checkpoint_that_was_renamed_aside_is_out_of_the_way(tmp_path: Path) -
 def test_a_newer_format_is_named_before_its_new_keys(tmp_path: Path) -> None:
     _edit_manifest(_save(tmp_path, 4), format=2, something_new=1)
     with pytest.raises(OperatorFault, match="format 2, this version reads 1"):
+        _newest(tmp_path)
+
+
+def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> None:
+    """The manifest is there before the name, so it was lost since: going on from an older one would be silent."""
+    _save(tmp_path, 2)
+    (_save(tmp_path, 4) / "manifest.json").unlink()
+    with pytest.raises(OperatorFault, match=r"step-00000004.*move .* away"):
         _newest(tmp_path)
