@@ -39,7 +39,9 @@ clean:
 	rm -rf $(SMOKE)
 
 # The main job, by the verbs that a cluster uses. A second `make smoke` goes on where the first one stopped.
-smoke: $(SMOKE)/evaluation.json
+smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
+	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
+	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json
 	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
 
 $(SMOKE)/data/heldout/manifest.json: | $(READY)
@@ -64,7 +66,3 @@ $(SMOKE)/distill-hf/config.json: $(SMOKE)/teacher-hf/config.json
 	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml --stop-after 200
 	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml
 	$(BIN)/megadistill export $(SMOKE)/distill --output $(SMOKE)/distill-hf
-
-$(SMOKE)/evaluation.json: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
-	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
-	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json

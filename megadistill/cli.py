@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RestartFault, OperatorFault) as error:
         print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a folder that cannot be written, a disk that is full: a person's, and no trace helps
+        print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return OperatorFault.exit_code
     except KeyboardInterrupt:
+        print("megadistill: interrupted; a run goes on from its newest checkpoint", file=sys.stderr)
         return RestartFault.exit_code
     except Exception:
         traceback.print_exc()

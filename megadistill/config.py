@@ -21,11 +21,11 @@ MAX_RECIPE_BYTES = 1 << 20
 class Section(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
-    folder: str
+    folder: str = Field(min_length=1)
     """Where the run writes everything."""
     seed: int = Field(default=1, ge=0)
     """Seed of the student's initialisation."""
@@ -206,6 +206,16 @@ def validate_recipe(values: Any, *, source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys as `--set` spells them: `{"train": {"clip": 1.0}}` -> `{"train.clip": 1.0}`."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, child in values.items():
+        flat.update(dotted(child, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:

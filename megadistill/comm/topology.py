@@ -134,6 +134,9 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
             port = probe.getsockname()[1]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # torchrun sets it; under the deepspeed launcher each rank would take all cores, and all of them wait.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         backend=dist.get_default_backend_for_device(device),

@@ -89,7 +89,13 @@ class Tokenizer:
         return len(self._processor.id_to_piece(id).replace(SPACE, " ").encode())
 
     def write(self, folder: Path) -> None:
-        """Writes tokenizer.model into `folder`, and what Hugging Face needs beside it."""
+        """Writes tokenizer.model, and tokenizer.json and its config for `AutoTokenizer.from_pretrained(folder)`.
+
+        The ids of both are exactly the same.
+
+        Raises:
+            UserError: the model does something that the written form cannot repeat exactly.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model)
         _huggingface(self, self._processor, self._name).save_pretrained(folder)
@@ -128,17 +134,6 @@ def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> Tokenizer:
     except RuntimeError as error:
         raise UserError(f"--vocab-size {vocab_size} does not fit the text: {_reason(error)}") from None
     return Tokenizer(model.getvalue(), name="the trained tokenizer")
-
-
-def write_huggingface_tokenizer(model_file: Path, folder: Path) -> None:
-    """Writes tokenizer.model, tokenizer.json and tokenizer_config.json, for `AutoTokenizer.from_pretrained(folder)`.
-
-    Its ids are exactly SentencePiece's.
-
-    Raises:
-        UserError: the model does something that the written form cannot repeat exactly.
-    """
-    Tokenizer.load(model_file).write(folder)
 
 
 def _huggingface(tokenizer: Tokenizer, processor: SentencePieceProcessor, name: str) -> PreTrainedTokenizerFast:

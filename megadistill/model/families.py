@@ -128,7 +128,8 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
 def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
     """The model without its head, with these layers alone, on meta.
 
-    Built from its class: `from_config` would partition it where an HfDeepSpeedConfig is alive (DEEPSPEED.md, trap 6).
+    Built from its class: `from_config` would partition it where an HfDeepSpeedConfig is alive (trap 6 of
+    tests/ranks/test_deepspeed_traps.py).
     """
     config = copy.deepcopy(config)
     config.use_cache = False
@@ -149,7 +150,7 @@ def rebuild_rotary(model: PreTrainedModel) -> None:
     """Replaces the rotary embedding by one in float32, on the device of the parameters. Call it outside `zero.Init`.
 
     Its buffers are in no checkpoint, so a model built on meta has none; and `zero.Init` casts them to bfloat16, which
-    turns position 8192 by up to 22 rad (DEEPSPEED.md, trap 1). Computed on the CPU, as `from_pretrained` does.
+    turns position 8192 by up to 22 rad (trap 1 there). Computed on the CPU, as `from_pretrained` does.
     """
     inner = decoder(model)
     device = next(inner.parameters()).device

@@ -49,7 +49,10 @@ def parameter_counts(config: PretrainedConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
-    """`fwd = 2B + 2Vd + 2Lsa` (SCIENCE.md, planning arithmetic); a sliding window counts as full attention."""
+    """`fwd = 2B + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
+
+    A sliding window counts as full causal attention.
+    """
     attention_width = config.num_attention_heads * head_dim(config)
     return Flops(
         body=2 * parameter_counts(config).body,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megadistill.config import TrainSection
-from megadistill.errors import UserError
+from megadistill.config import TrainSection, dotted
+from megadistill.errors import UserError, nearest
 
 # Keys of a DeepSpeed file whose value the recipe owns: two owners of one number drift apart.
 OWNED_BY_RECIPE = {
@@ -23,6 +23,18 @@ OWNED_BY_RECIPE = {
     "tensorboard": "the run folder",
 }
 
+# What a file may hold: a key that nobody knows is a typing mistake, and DeepSpeed itself would keep it in silence.
+KNOWN = (
+    "zero_optimization",
+    "data_types",
+    "communication_data_type",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+)
+
 
 def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The settings in force, and the names of those that the file switches on and a CPU does without."""
@@ -31,7 +43,7 @@ def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if torch.accelerator.is_available() or not cpu.is_file():
         return asked, ()
     used = load_deepspeed(cpu)
-    flat_asked, flat_used = _leaves(asked), _leaves(used)
+    flat_asked, flat_used = dotted(asked), dotted(used)
     return used, tuple(
         key.rpartition(".")[2] for key, value in flat_asked.items() if value is True and flat_used.get(key) is not True
     )
@@ -54,6 +66,9 @@ def load_deepspeed(path: Path) -> dict[str, Any]:
     for key, owner in OWNED_BY_RECIPE.items():
         if key in values:
             raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")
+    unknown = [key for key in values if key not in KNOWN]
+    if unknown:
+        raise UserError(f"{path}: no such key {unknown[0]}{nearest(unknown[0], KNOWN)}; it may hold {', '.join(KNOWN)}")
     automatic = _find_auto(values)
     if automatic:
         raise UserError(
@@ -68,9 +83,10 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
     Raises:
         UserError: the profile is not one that this trainer's gradients are right under.
     """
-    zero = profile.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"student.deepspeed: zero_optimization must be an object, found {zero!r}")
+    zero, types = profile.get("zero_optimization", {}), profile.get("data_types", {})
+    for name, value in (("zero_optimization", zero), ("data_types", types)):
+        if not isinstance(value, dict):
+            raise UserError(f"student.deepspeed: {name} must be an object, found {value!r}")
     if zero.get("stage") != 3:
         raise UserError(f"student.deepspeed: zero_optimization.stage must be 3, found {zero.get('stage')!r}")
     if zero.get("memory_efficient_linear", True):
@@ -83,7 +99,7 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
             "student.deepspeed: zero_optimization.zero_hpz_partition_size is not supported: a resume would go on from "
             "its stale secondary copy of the weights; remove it"
         )
-    accumulated = profile.get("data_types", {}).get("grad_accum_dtype")
+    accumulated = types.get("grad_accum_dtype")
     if accumulated != "fp32":
         raise UserError(
             f"student.deepspeed: data_types.grad_accum_dtype must be 'fp32', found {accumulated!r}: "
@@ -109,9 +125,3 @@ def _find_auto(value: Any, place: str = "") -> str | None:
         if found:
             return found
     return None
-
-
-def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {name: leaf for key, child in value.items() for name, leaf in _leaves(child, f"{prefix}.{key}").items()}

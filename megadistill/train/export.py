@@ -23,6 +23,8 @@ def export_run(run: Path, output: Path, *, step: int | None, max_shard_bytes: in
         UserError: no run folder, no such checkpoint, or an output that exists.
         OperatorFault: the checkpoint is damaged.
     """
+    if max_shard_bytes < 1:
+        raise UserError("--max-shard-mb: a shard needs at least 1 MB")
     recipe = _recipe_of(run)
     checkpoint = _checkpoint_of(run, step)
     checkpoint.verify()

@@ -19,6 +19,7 @@ def require_finite(step: int, metrics: Mapping[str, float]) -> None:
         if not math.isfinite(metrics[name]):
             culprit = "the teacher is broken" if name in TEACHER_TERMS else "the student diverged"
             raise OperatorFault(
-                f"step {step}: {name} is {metrics[name]}, so {culprit}; nothing was stepped or saved since. Look at "
-                "metrics.jsonl, then lower train.adamw.learning_rate or train.clip, or mend what feeds this run"
+                f"step {step}: {name} is {metrics[name]}, so {culprit}; this step moved and saved nothing. Look at "
+                "metrics.jsonl: if it went wrong earlier, move the checkpoints since then away; then lower "
+                "train.adamw.learning_rate or train.clip, or mend what feeds this run"
             )

@@ -74,9 +74,9 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
         batches = iter(stream)
         while step < last:
             step += 1
+            began = time.perf_counter()  # a step is everything up to the next: the wait for data counts
             batch, cursor = next(batches)
             rate = learning_rate(step, steps=section.steps, peak=section.adamw.learning_rate, schedule=section.schedule)
-            began = time.perf_counter()
             outcome = train_step(
                 student,
                 teacher,
@@ -135,9 +135,8 @@ def resume(folder: Path, student: StudentEngine, topology: Topology) -> tuple[in
         problem = fault
     # Every rank must have opened the same one: ranks that see different folders would train on from different steps.
     step = checkpoint.manifest.step if checkpoint is not None else 0
-    first_step = int(
-        all_reduce_sum(torch.tensor(step if topology.is_first else 0, device=topology.device), topology.world_group)
-    )
+    told = torch.tensor(step if topology.is_first else 0, device=topology.device)
+    first_step = int(all_reduce_sum(told, topology.world_group))
     if problem is None and step != first_step:
         problem = OperatorFault(
             f"rank {topology.rank} sees step {step} as the newest checkpoint of {folder}, rank 0 sees step "

@@ -111,17 +111,16 @@ class RunLog:
         _keep_until(path, start_step)
         self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            )
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
             self._task = self._progress.add_task("training", total=steps, completed=start_step)
             self._progress.start()
 
     def say(self, line: str) -> None:
         """One line for a person, above the bar where there is one."""
         if self._active:
-            (self._progress.console if self._progress else self._console).print(line, markup=False, highlight=False)
+            self._console.print(line, markup=False, highlight=False)
 
     def step(self, report: StepReport) -> None:
         """Logs one step: a line of JSON (flushed, so that a kill loses nothing), TensorBoard, the terminal."""
@@ -133,11 +132,10 @@ class RunLog:
         for name, value in values.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(_board_name(name), value, report.step)
-        line = self._line(report)
+        if report.step % self._log_every == 0 or report.step == self._steps:
+            self.say(self._line(report))
         if self._progress:
-            self._progress.update(self._task, completed=report.step, description=line)
-        elif report.step % self._log_every == 0 or report.step == self._steps:
-            self.say(line)
+            self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}")
 
     def close(self) -> None:
         if not self._active:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megadistill.config import dotted
 from megadistill.errors import UserError
 
 # What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
@@ -45,6 +46,8 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     Raises:
         UserError: it holds another recipe, or something that is no recipe.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.folder: {folder} is a file; name a folder")
     path = folder / "recipe.json"
     if not path.exists():
         return
@@ -52,7 +55,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         written = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
-    before, now = _flatten(written), _flatten(recipe)
+    before, now = dotted(written), dotted(recipe)
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -80,12 +83,3 @@ def keep_tokenizer(folder: Path, source: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source, temporary)
         temporary.rename(target)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

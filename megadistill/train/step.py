@@ -49,7 +49,9 @@ def train_step(
 ) -> StepOutcome:
     """Accumulates over this rank's rows in micro-batches and takes one optimizer step. Collective over the world.
 
-    The division by the global token count stands here, and nowhere else: it is in the tokens' weights.
+    The division by the global token count stands here, and nowhere else: it is in the tokens' weights. Besides the
+    metrics and the gradient norm, the host waits for the device in each micro-batch, where the ranks of the loss agree
+    on their token counts and where the teacher's digests are compared.
 
     Raises:
         OperatorFault: a number is not finite; the optimizer has not moved.
@@ -72,7 +74,7 @@ def train_step(
         totals += terms.metrics()
         if index == len(micro_batches) - 1:
             all_reduce_sum(totals, topology.world_group)
-            metrics = dict(zip(METRIC_NAMES, totals.tolist(), strict=True))  # the step's one device sync of ours
+            metrics = dict(zip(METRIC_NAMES, totals.tolist(), strict=True))  # a device sync, one a step
             require_finite(step, metrics)
         student.backward(terms.loss)
         grad_norm = student.step(learning_rate)

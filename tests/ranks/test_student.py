@@ -146,3 +146,21 @@ def test_a_resume_on_another_world_goes_on_alike(
     assert resumed.steps[0]["loss"] == pytest.approx(true.steps[2]["loss"], rel=1e-6)
     for name, parameter in true.parameters.items():
         assert relative_error(resumed.parameters[name][: parameter.shape[0]], parameter) < 5e-6, name
+
+
+def _layer_forwards(topology: Topology, case: Case) -> int:
+    student = build(case, topology)
+    ran = 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    student._model.get_submodule("model.layers.0.mlp").register_forward_hook(count)
+    run_steps(case, student, topology, range(1))
+    return ran
+
+
+def test_activation_checkpointing_computes_each_layer_twice() -> None:
+    assert run_ranks(1, _layer_forwards, Case()) == [1]
+    assert run_ranks(1, _layer_forwards, Case(activation_checkpointing=True)) == [2]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megadistill import __version__
-from megadistill.cli import main
-from megadistill.errors import OperatorFault, RestartFault, UserError
+from megadistill.cli import entry, main
+from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
 VERBS = ("tokenize", "train", "export", "evaluate", "plan")
 EXPORT = ("export", "run", "--output", "out")
@@ -145,3 +145,32 @@ def test_a_launcher_may_put_the_rank_before_the_verb(option: str, export: Callab
 def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "recipe.yaml", "--stop-after", "0"]) == 2
     assert "--stop-after 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "at_once"), [(0, False), (2, False), (3, True), (4, True)])
+def test_a_fault_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch, code: int, at_once: bool) -> None:
+    """Process groups whose peers are gone abort the interpreter's own end, with a code that is none of ours."""
+    ended: list[int] = []
+    monkeypatch.setattr("megadistill.cli.main", lambda: code)
+    monkeypatch.setattr("os._exit", ended.append)
+    with pytest.raises(SystemExit) as caught:
+        entry()
+    assert caught.value.code == code
+    assert ended == ([code] if at_once else [])
+
+
+def test_what_the_disk_refuses_is_one_line(
+    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(_raises(PermissionError(13, "Permission denied", "/there")))
+    assert main(EXPORT) == 4
+    assert capsys.readouterr().err == "megadistill: rank 0: [Errno 13] Permission denied: '/there'\n"
+
+
+def test_a_rank_that_alone_met_wrong_input_speaks(
+    export: Callable[[Export], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    export(_raises(RankUserError("rank 1: it is not there")))
+    assert main(EXPORT) == 2
+    assert capsys.readouterr().err == "megadistill: rank 1: it is not there\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer, LlamaConfig
 
-from megadistill.data.tokenizer import Tokenizer, train_tokenizer, write_huggingface_tokenizer
+from megadistill.data.tokenizer import Tokenizer, train_tokenizer
 from megadistill.errors import UserError
 from tests.unit.data.conftest import STDLIB
 
@@ -91,7 +91,7 @@ def _auto(folder: Path) -> AutoTokenizer:
 
 def test_the_folder_of_a_model_gives_the_same_tokenizer(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
     """Beside a Llama config, AutoTokenizer must not rebuild a LlamaTokenizer with its own rules."""
-    write_huggingface_tokenizer(folder / "tokenizer.model", tmp_path)
+    Tokenizer.load(folder / "tokenizer.model").write(tmp_path)
     LlamaConfig(vocab_size=1000, hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
     fast = AutoTokenizer.from_pretrained(tmp_path)
     assert fast(AWKWARD).input_ids == tokenizer.encode(AWKWARD).tolist()

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, against published counts, SCIENCE.md's arithmetic and torch's own counter."""
+"""Parameters and FLOPs, against published counts, the arithmetic written out and torch's own counter."""
 
 import pytest
 import torch

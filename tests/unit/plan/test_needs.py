@@ -1,4 +1,4 @@
-"""What a recipe needs, against numbers written out from SCIENCE.md's planning arithmetic.
+"""What a recipe needs, against numbers written out by hand.
 
 Legend: N parameters, V padded vocabulary, D and E widths of student and teacher, L layers, p ranks of a vocab group.
 """

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill.data import Manifest
 from megadistill.data.shards import write_shards
-from megadistill.errors import UserError
+from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import load_config
 from megadistill.report.evaluate import Evaluation, _short_names, evaluate, table, write_json
 
@@ -193,3 +194,18 @@ def test_the_json_is_the_table(tmp_path: Path) -> None:
     path = tmp_path / "new" / "evaluation.json"
     write_json([LARGE], path)
     assert json.loads(path.read_text(encoding="utf-8")) == [asdict(LARGE)]
+
+
+def test_a_model_with_too_few_positions_is_refused(place: Path, tmp_path: Path) -> None:
+    short = _saved(tmp_path / "short", {**STUDENT, "max_position_embeddings": SEQUENCE - 1}, seed=3)
+    with pytest.raises(UserError, match=f"{SEQUENCE - 1} positions.* {SEQUENCE} tokens"):
+        evaluate([short], place / "heldout" / "manifest.json", teacher=None, batch=2)
+
+
+def test_numbers_that_are_not_finite_are_a_fault(place: Path, tmp_path: Path) -> None:
+    broken = _saved(tmp_path / "broken", STUDENT, seed=3)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OperatorFault, match=r"broken: .* not finite"):
+        evaluate([broken], place / "heldout" / "manifest.json", teacher=None, batch=2)

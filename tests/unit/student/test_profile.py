@@ -63,3 +63,10 @@ def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> 
     )
     with pytest.raises(UserError, match=says):
         deepspeed_config({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}, train, accumulation=1)
+
+
+def test_a_mistyped_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"comunication_data_type": "fp32"}), encoding="utf-8")
+    with pytest.raises(UserError, match="no such key comunication_data_type; did you mean 'communication_data_type'"):
+        load_deepspeed(path)

@@ -50,7 +50,7 @@ def test_a_bfloat16_stage_keeps_its_rotary_embedding_in_float32(tmp_path: Path) 
 def test_a_stage_is_whole_where_transformers_partitions_new_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A live HfDeepSpeedConfig (DEEPSPEED.md, trap 6) answers yes to this question in `from_config`."""
+    """A live HfDeepSpeedConfig (trap 6 of the rank tests) answers yes to this question in `from_config`."""
     truth = final_hidden(saved_model("llama", tmp_path), torch.arange(8).unsqueeze(0))
     monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
     stage = _load(tmp_path, 0, 1)

@@ -143,3 +143,16 @@ def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(t
     profile.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
     with pytest.raises(UserError, match="stage must be 3, found 2"):
         prepare(recipe(manifest, tmp_path / "run", student={"deepspeed": str(profile)}), Launch(0, 1, 0, 1))
+
+
+def test_attention_dropout_is_refused(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    config = {**MODEL, "attention_dropout": 0.1}
+    with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set it to 0"):
+        prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file"):
+        prepare(recipe(described_data(tmp_path / "data" / "train"), tmp_path / "run"), _launch(1))
