@@ -130,7 +130,7 @@ class StudentEngine:
             engine_config=engine_config,
         )
         if section.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         tied = bool(config.tie_word_embeddings)
         # The learning rate is set at each step from the run's own step count.
         self._optimizer = torch.optim.AdamW(

@@ -156,7 +156,8 @@ def _layer_forwards(topology: Topology, case: Case) -> int:
         nonlocal ran
         ran += 1
 
-    student._model.get_submodule("model.layers.0.mlp").register_forward_hook(count)
+    # Before the forward, not after: a recomputation ends as soon as it has what it needs.
+    student._model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(count)
     run_steps(case, student, topology, range(1))
     return ran
 
