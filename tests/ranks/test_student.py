@@ -165,3 +165,20 @@ def _layer_forwards(topology: Topology, case: Case) -> int:
 def test_activation_checkpointing_computes_each_layer_twice() -> None:
     assert run_ranks(1, _layer_forwards, Case()) == [1]
     assert run_ranks(1, _layer_forwards, Case(activation_checkpointing=True)) == [2]
+
+
+def _loaded_back_after_a_step(topology: Topology, case: Case) -> tuple[dict[str, float], dict[str, float]]:
+    """The same step twice, from the same state: the second time it is loaded into an engine that has moved on."""
+    student = build(case, topology)
+    run_steps(case, student, topology, range(1))
+    state = student.local_state()
+    (first,) = run_steps(case, student, topology, range(1, 2))
+    student.load_local_state(lambda key, start, stop: state[key])  # each rank reads back its own pieces
+    (second,) = run_steps(case, student, topology, range(1, 2))
+    return first, second
+
+
+def test_a_load_reaches_the_parameters_that_stay_gathered() -> None:
+    """Small parameters are not gathered again by a forward; they would keep what they had before the load."""
+    for first, second in run_ranks(2, _loaded_back_after_a_step, Case(persistence=10_000, tied=True)):
+        assert first == second
