@@ -3,8 +3,10 @@
 Legend: B sequences of this rank in a micro-batch (or step), S tokens of a sequence, N = B·S tokens, E teacher width.
 """
 
+import math
 import zlib
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -108,30 +110,116 @@ class SignalMismatch(AssertionError):
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its head's products before the softmax: `softcap · tanh(scale · (x Wᵀ + bias) / softcap)`.
+
+    Without a softcap `scale · (x Wᵀ + bias)`. The order is that of the Hugging Face models: Gemma 2 has a softcap
+    (`final_logit_softcapping`), Cohere a scale (`logit_scale`), Granite the inverse of one (`logits_scaling`).
+
+    Raises:
+        ValueError: a softcap that is not positive, or a scale that is zero or not finite.
+    """
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap is {self.softcap}; it bounds the logits, so pass a positive number, or None")
+        if not (math.isfinite(self.scale) and self.scale != 0):
+            raise ValueError(f"scale is {self.scale}; it multiplies the logits, so pass a finite number other than 0")
+
+
+class Tail(Enum):
+    """What becomes of the probability that the kept ids do not hold."""
+
+    OTHER = "other"
+    """One more event, "any other id": a lower bound of the full KL (log-sum inequality)."""
+    RENORMALISED = "renormalised"
+    """The kept probabilities are scaled to 1. Biased for the most likely ids; right for counts of independent draws."""
+    DROPPED = "dropped"
+    """The sum over the kept ids alone. The kept probabilities stay what they are, and their sum is below 1."""
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """What is kept of the teacher's distribution, for the N tokens of one rank.
+
+    ids [N, K] int64 global ids, distinct in a row, -1 where a row has fewer than K; probs [N, K] their targets, 0 where
+    there is no id: the teacher's own probabilities, or for `Tail.RENORMALISED` numbers that add up to 1 (counts/draws).
+    log_tail [N] is the log of what the kept ids do not hold, added up directly: `1 - Σ` has no digits left when the
+    tail is small. It is -inf for `Tail.RENORMALISED`. Both were made at `temperature`.
+    """
+
+    ids: Tensor
+    probs: Tensor
+    log_tail: Tensor
+    tail: Tail
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+TOP_K = (16, 64, 256)
+"""The k of `Diagnostics.top_k_mass`."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """A closer look at teacher and student, at temperature 1: sums like those of `LossTerms`, detached."""
+
+    acceptance: Tensor
+    """Σ min(p_t, p_s): the acceptance rate of speculative decoding, 1 - total variation."""
+    reverse_kl: Tensor
+    jsd: Tensor
+    """Jensen-Shannon divergence, β = 0.5."""
+    top_k_mass: Tensor
+    """[3]: what the teacher gives to its `TOP_K` most likely ids."""
+    kl_by_entropy_decile: Tensor
+    """[10]: forward KL of the tokens in each tenth of the call's tokens of the vocab group, from the lowest teacher
+    entropy to the highest. The ten add up to the forward KL."""
+
+
+@dataclass(frozen=True)
 class LossTerms:
     """Sums over this rank's tokens, each token times its weight; with weights 1/count they are means.
 
     `loss` is differentiable; the rest are detached scalars. Natural logarithms throughout. Terms that the objective
-    does not have (those of the teacher, when training from labels) are zero.
+    does not have (those of the teacher, when training from labels or from stored targets) are zero.
     """
 
     loss: Tensor
+    divergence: Tensor
+    """The divergence asked for, over all tokens, at the loss's temperature (no T² factor)."""
     kl: Tensor
-    """KL of the divergence asked for, teacher against student, at the loss's temperature (no T² factor)."""
+    """Forward KL, whatever the divergence asked for, at the loss's temperature."""
     student_ce: Tensor
     teacher_ce: Tensor
+    student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
     """1 where teacher and student have the same most likely token."""
     log_z: Tensor
     """Log of the student's partition function: the quantity that the z-loss holds near zero."""
+    diagnostics: Diagnostics | None = None
 
     def metrics(self) -> Tensor:
-        """[7] float64: `METRIC_NAMES`, in that order, for one reduction over ranks."""
+        """[9] float64: `METRIC_NAMES`, in that order, for one reduction over ranks."""
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = ("loss", "kl", "student_ce", "teacher_ce", "teacher_entropy", "agreement", "log_z")
+METRIC_NAMES = (
+    "loss",
+    "divergence",
+    "kl",
+    "student_ce",
+    "teacher_ce",
+    "student_entropy",
+    "teacher_entropy",
+    "agreement",
+    "log_z",
+)
 
 
 @dataclass(frozen=True)
@@ -142,9 +230,11 @@ class StepReport:
     tokens: int
     """Tokens seen since the run began, this step included."""
     loss: float
+    divergence: float
     kl: float
     student_ce: float
     teacher_ce: float
+    student_entropy: float
     teacher_entropy: float
     agreement: float
     log_z: float

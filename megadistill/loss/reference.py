@@ -3,14 +3,19 @@
 Every dtype is kept (float64 in, float64 out) and autograd finds the gradients, so nothing here is clever. It builds
 the `[N, V]` logits of both models.
 
-Legend: N tokens, D student width, E teacher width, V rows of the heads (padding included), U ≤ V the true vocabulary.
+Legend: N tokens, D student width, E teacher width, V rows of the heads (padding included), U ≤ V the true vocabulary,
+K ids kept of a token.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from megadistill.loss.divergence import Divergence
-from megadistill.records import IGNORED_LABEL, LossTerms
+from megadistill.loss.divergence import Divergence, DivergenceKind
+from megadistill.records import IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
+
+DECILES = 10
 
 
 def distill_loss(
@@ -23,6 +28,11 @@ def distill_loss(
     token_weights: Tensor,
     divergence: Divergence,
     vocab_size: int,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logits: LogitTransform = LogitTransform(),
+    teacher_logits: LogitTransform = LogitTransform(),
+    diagnose: bool = False,
 ) -> LossTerms:
     """`divergence` of student against teacher, summed over the tokens, each times its weight.
 
@@ -30,34 +40,48 @@ def distill_loss(
         student_hidden: [N, D], what the student's head reads.
         student_weight: [V, D], the student's head. Rows from `vocab_size` on are padding, which no softmax sees.
         teacher_hidden: [N, E]; no gradient flows to it, nor to `teacher_weight`.
-        teacher_weight: [V, E].
+        teacher_weight: [V', E], its padding may be another.
         labels: [N] int64; `IGNORED_LABEL` where there is none: such a token has no cross-entropy term, student's or
             teacher's, and keeps the others.
         token_weights: [N]. A token of weight 0 is not there: nothing of it is read.
         divergence: the terms of the loss and their weights.
         vocab_size: U, the number of true ids.
+        student_bias, teacher_bias: [V] and [V'], added to the products. A teacher's bias of -inf says that it does not
+            know an id.
+        student_logits, teacher_logits: what each model does to its products before the softmax.
+        diagnose: whether `LossTerms.diagnostics` is wanted.
 
     Returns:
-        `LossTerms` in nats; cross-entropies, teacher entropy, agreement and log Z at temperature 1.
+        `LossTerms` in nats; cross-entropies, entropies, agreement and log Z at temperature 1.
     """
     live = token_weights != 0
-    weights_N, labels_N = token_weights[live].to(student_hidden.dtype), labels[live]
-    logits_NU = student_hidden[live] @ student_weight[:vocab_size].T
-    teacher_logits_NU = (teacher_hidden[live] @ teacher_weight[:vocab_size].T).detach()
+    weights_N, labels_N, T = token_weights[live].to(student_hidden.dtype), labels[live], divergence.temperature
+    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
+    teacher_NU = logits(teacher_hidden[live], teacher_weight, teacher_bias, teacher_logits, vocab_size).detach()
+    log_p_t, log_p_s = (teacher_NU / T).log_softmax(dim=1), (logits_NU / T).log_softmax(dim=1)
+    value_N = divergence_value(log_p_t, log_p_s, divergence)
 
-    kl_N = _forward_kl(teacher_logits_NU / divergence.temperature, logits_NU / divergence.temperature)
-    student_loss, student_ce, log_z = _label_terms(logits_NU, labels_N, weights_N, divergence)
-    teacher_log_p_NU = teacher_logits_NU.log_softmax(dim=1)
-    same_best_N = logits_NU.argmax(dim=1) == teacher_logits_NU.argmax(dim=1)
-    kl = (weights_N * kl_N).sum()
+    entropy_N = entropy(teacher_NU)
+    routed_N = _surest(entropy_N, labels_N, divergence.label_fraction)
+    ce_N = label_ce(logits_NU, labels_N)
+    kd_N = torch.where(routed_N, divergence.kd_weight * ce_N, divergence.kd_factor * value_N)
+    log_z_N = logits_NU.logsumexp(dim=1)
+    loss_N = kd_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
+
+    def total(values_N: Tensor) -> Tensor:
+        return (weights_N * values_N).sum()
+
     return LossTerms(
-        loss=divergence.kd_factor * kl + student_loss,
-        kl=kl.detach(),
-        student_ce=student_ce.detach(),
-        teacher_ce=(weights_N * _label_ce(teacher_logits_NU, labels_N)).sum(),
-        teacher_entropy=-(weights_N * (teacher_log_p_NU.exp() * teacher_log_p_NU).sum(dim=1)).sum(),
-        agreement=(weights_N * same_best_N).sum(),
-        log_z=log_z.detach(),
+        loss=total(loss_N),
+        divergence=total(value_N).detach(),
+        kl=total(kl(log_p_t, log_p_s)).detach(),
+        student_ce=total(ce_N).detach(),
+        teacher_ce=total(label_ce(teacher_NU, labels_N)),
+        student_entropy=total(entropy(logits_NU)).detach(),
+        teacher_entropy=total(entropy_N),
+        agreement=total((logits_NU.argmax(dim=1) == teacher_NU.argmax(dim=1)).to(weights_N.dtype)),
+        log_z=total(log_z_N).detach(),
+        diagnostics=_diagnostics(teacher_NU, logits_NU.detach(), weights_N) if diagnose else None,
     )
 
 
@@ -69,43 +93,161 @@ def label_loss(
     token_weights: Tensor,
     vocab_size: int,
     z_loss: float = 0.0,
+    student_bias: Tensor | None = None,
+    student_logits: LogitTransform = LogitTransform(),
 ) -> LossTerms:
     """Cross-entropy against the labels plus `z_loss · (ln Z)²`: `distill_loss` without a teacher (its terms are 0)."""
     live = token_weights != 0
-    logits_NU = student_hidden[live] @ student_weight[:vocab_size].T
+    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
     weights_N = token_weights[live].to(student_hidden.dtype)
+    none_N = torch.zeros_like(weights_N)
     divergence = Divergence(kd_weight=0.0, ce_weight=1.0, z_loss=z_loss)
-    loss, ce, log_z = _label_terms(logits_NU, labels[live], weights_N, divergence)
-    zero = torch.zeros_like(ce.detach())
-    return LossTerms(
-        loss=loss,
-        kl=zero,
-        student_ce=ce.detach(),
-        teacher_ce=zero,
-        teacher_entropy=zero,
-        agreement=zero,
-        log_z=log_z.detach(),
-    )
+    return _without_teacher(logits_NU, labels[live], weights_N, none_N, divergence)
 
 
-def _forward_kl(teacher_logits_NU: Tensor, student_logits_NU: Tensor) -> Tensor:
-    """[N]: Σ p_t (ln p_t - ln p_s)."""
-    log_p_t, log_p_s = teacher_logits_NU.log_softmax(dim=1), student_logits_NU.log_softmax(dim=1)
-    return (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)
+def sparse_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    targets: SparseTargets,
+    labels: Tensor,
+    *,
+    token_weights: Tensor,
+    divergence: Divergence,
+    vocab_size: int,
+    student_bias: Tensor | None = None,
+    student_logits: LogitTransform = LogitTransform(),
+) -> LossTerms:
+    """Forward KL against what was kept of the teacher's distribution: Σ over the kept ids q (ln q - ln p_s), and for
+    `Tail.OTHER` the same for the one event that stands for all other ids. The other terms are those of `distill_loss`.
+
+    With `Tail.DROPPED` the sum is of a measure that is smaller than 1, and may be negative.
+
+    Raises:
+        ValueError: another divergence than forward KL, or another temperature than the targets'.
+    """
+    require_sparse(divergence, targets)
+    live = token_weights != 0
+    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
+    ids_NK, q_NK = targets.ids[live], targets.probs[live].to(logits_NU.dtype)
+    log_p_s = (logits_NU / divergence.temperature).log_softmax(dim=1)
+    kept_NK = (ids_NK >= 0) & (q_NK > 0)
+    picked_NK = log_p_s.gather(1, ids_NK.clamp_min(0))
+    value_N = torch.where(kept_NK, q_NK * (q_NK.log() - picked_NK), 0).sum(dim=1)
+    if targets.tail is Tail.OTHER:
+        log_r_t = targets.log_tail[live].to(logits_NU.dtype)
+        inside_NU = torch.zeros_like(log_p_s).scatter_add(1, ids_NK.clamp_min(0), (ids_NK >= 0).to(log_p_s.dtype)) > 0
+        # Where no id is left outside, the tail holds nothing; a number keeps the gradient of what is not used finite.
+        outside_NU = torch.where((log_r_t == -math.inf).unsqueeze(1), False, ~inside_NU)
+        log_r_s = torch.where(outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, -1e300).logsumexp(dim=1), 0)
+        value_N = value_N + torch.where(log_r_t > -math.inf, log_r_t.exp() * (log_r_t - log_r_s), 0)
+    return _without_teacher(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, divergence)
 
 
-def _label_ce(logits_NU: Tensor, labels_N: Tensor) -> Tensor:
+def require_sparse(divergence: Divergence, targets: SparseTargets) -> None:
+    """Refuses what kept ids cannot tell.
+
+    Raises:
+        ValueError: see `sparse_distill_loss`.
+    """
+    if divergence.formula is not DivergenceKind.FORWARD_KL:
+        raise ValueError(
+            f"{divergence.kind.value} needs the teacher's whole distribution; sparse targets have forward KL"
+        )
+    if divergence.label_fraction > 0:
+        raise ValueError("label_fraction needs the teacher's entropy, which sparse targets do not tell")
+    if divergence.temperature != targets.temperature:
+        raise ValueError(
+            f"the targets were made at temperature {targets.temperature}, the loss is at {divergence.temperature}: "
+            "make them again, or set the loss's temperature to theirs"
+        )
+
+
+def logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transform: LogitTransform, vocab_size: int
+) -> Tensor:
+    """[N, U]: what the softmax reads."""
+    raw_NU = hidden_ND @ weight_VD[:vocab_size].T
+    if bias_V is not None:
+        raw_NU = raw_NU + bias_V[:vocab_size]
+    scaled_NU = raw_NU * transform.scale
+    return scaled_NU if transform.softcap is None else transform.softcap * torch.tanh(scaled_NU / transform.softcap)
+
+
+def divergence_value(log_p_t: Tensor, log_p_s: Tensor, divergence: Divergence) -> Tensor:
+    """[N]: the divergence asked for, from the log-probabilities [N, U] of teacher and student."""
+    formula, share = divergence.formula, divergence.mixture
+    if formula is DivergenceKind.FORWARD_KL:
+        return kl(log_p_t, log_p_s)
+    if formula is DivergenceKind.REVERSE_KL:
+        return kl(log_p_s, log_p_t)
+    if formula is DivergenceKind.TVD:
+        return 0.5 * (log_p_t.exp() - log_p_s.exp()).abs().sum(dim=1)
+    log_m = torch.logaddexp(log_p_t + math.log(share), log_p_s + math.log(1 - share))
+    if formula is DivergenceKind.SKEW_KL:
+        return kl(log_p_t, log_m)
+    return share * kl(log_p_t, log_m) + (1 - share) * kl(log_p_s, log_m)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[N]: KL(p ‖ q) = Σ p (ln p - ln q), where p is 0 nothing."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum(dim=1)
+
+
+def entropy(logits_NU: Tensor) -> Tensor:
+    """[N]: -Σ p ln p."""
+    entropy_N: Tensor = torch.special.entr(logits_NU.softmax(dim=1)).sum(dim=1)
+    return entropy_N
+
+
+def label_ce(logits_NU: Tensor, labels_N: Tensor) -> Tensor:
     """[N]: -ln p[label], 0 where there is no label."""
     has_label_N = labels_N != IGNORED_LABEL
     picked_N1 = logits_NU.log_softmax(dim=1).gather(1, (labels_N * has_label_N).unsqueeze(1))
-    return -picked_N1.squeeze(1) * has_label_N
+    return torch.where(has_label_N, -picked_N1.squeeze(1), 0)
 
 
-def _label_terms(
-    logits_NU: Tensor, labels_N: Tensor, weights_N: Tensor, divergence: Divergence
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The terms without the teacher: their loss, the cross-entropy and log Z, summed over the tokens."""
-    log_z_N = logits_NU.logsumexp(dim=1)
-    ce = (weights_N * _label_ce(logits_NU, labels_N)).sum()
-    z = (weights_N * log_z_N.square()).sum()
-    return divergence.ce_weight * ce + divergence.z_loss * z, ce, (weights_N * log_z_N).sum()
+def _surest(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Tensor:
+    """[N] bool: of the labelled tokens, the share `fraction` with the lowest entropy, rounded down; the first of equals."""
+    labelled_N = labels_N != IGNORED_LABEL
+    count = math.floor(fraction * int(labelled_N.sum()))
+    order_N = torch.where(labelled_N, entropy_N, math.inf).argsort(stable=True)
+    return torch.zeros_like(labelled_N).index_fill(0, order_N[:count], True)
+
+
+def _without_teacher(
+    logits_NU: Tensor, labels_N: Tensor, weights_N: Tensor, value_N: Tensor, divergence: Divergence
+) -> LossTerms:
+    """The terms that need no teacher beside `value_N`, its divergence of each token."""
+    ce_N, log_z_N = label_ce(logits_NU, labels_N), logits_NU.logsumexp(dim=1)
+    loss_N = divergence.kd_factor * value_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
+    value = (weights_N * value_N).sum().detach()
+    zero = torch.zeros_like(value)
+    return LossTerms(
+        loss=(weights_N * loss_N).sum(),
+        divergence=value,
+        kl=value,
+        student_ce=(weights_N * ce_N).sum().detach(),
+        teacher_ce=zero,
+        student_entropy=(weights_N * entropy(logits_NU)).sum().detach(),
+        teacher_entropy=zero,
+        agreement=zero,
+        log_z=(weights_N * log_z_N).sum().detach(),
+    )
+
+
+def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> Diagnostics:
+    log_p_t, log_p_s = teacher_NU.log_softmax(dim=1), student_NU.log_softmax(dim=1)
+    N, U = teacher_NU.shape
+    kept_NU = log_p_t.exp().sort(dim=1, descending=True).values
+    place_N = torch.empty(N, dtype=torch.int64).scatter_(0, entropy(teacher_NU).argsort(stable=True), torch.arange(N))
+    decile_N = place_N * DECILES // max(1, N)
+    return Diagnostics(
+        acceptance=(weights_N * torch.minimum(log_p_t.exp(), log_p_s.exp()).sum(dim=1)).sum(),
+        reverse_kl=(weights_N * kl(log_p_s, log_p_t)).sum(),
+        jsd=(weights_N * divergence_value(log_p_t, log_p_s, Divergence(DivergenceKind.JSD))).sum(),
+        top_k_mass=torch.stack([(weights_N * kept_NU[:, : min(k, U)].sum(dim=1)).sum() for k in TOP_K]),
+        kl_by_entropy_decile=weights_N.new_zeros(DECILES).index_add_(
+            0, decile_N.to(weights_N.device), weights_N * kl(log_p_t, log_p_s)
+        ),
+    )
