@@ -4,7 +4,7 @@ Every dtype is kept (float64 in, float64 out) and autograd finds the gradients, 
 the `[N, V]` logits of both models.
 
 Legend: N tokens, D student width, E teacher width, V rows of the heads (padding included), U ≤ V the true vocabulary,
-K ids kept of a token.
+K ids kept of a token, M draws.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill.loss.divergence import Divergence, DivergenceKind
+from megadistill.loss.targets import Sampled, Selection, Threshold, TopK
 from megadistill.records import IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
 
 DECILES = 10
@@ -250,4 +251,55 @@ def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> D
         kl_by_entropy_decile=weights_N.new_zeros(DECILES).index_add_(
             0, decile_N.to(weights_N.device), weights_N * kl(log_p_t, log_p_s)
         ),
+    )
+
+
+def sparse_targets(
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    selection: Selection,
+    tail: Tail,
+    vocab_size: int,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: LogitTransform = LogitTransform(),
+) -> SparseTargets:
+    """What `selection` keeps of the teacher's distribution; see `loss.targets.sparse_targets` for the arguments."""
+    logits_NU = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, vocab_size)
+    log_p = (logits_NU / temperature).log_softmax(dim=1)
+    p = log_p.exp()
+    order_NU = log_p.argsort(dim=1, descending=True, stable=True)
+    sorted_NU = p.gather(1, order_NU)
+    if isinstance(selection, Sampled):
+        assert uniforms is not None
+        drawn_NM = (p.cumsum(dim=1).unsqueeze(2) <= uniforms.unsqueeze(1)).sum(dim=1).clamp_max(vocab_size - 1)
+        counts_NU = torch.zeros_like(p).scatter_add(1, drawn_NM, torch.ones_like(uniforms, dtype=p.dtype))
+        kept_NU, target_NU = counts_NU > 0, counts_NU / selection.draws
+        order_NU = torch.arange(vocab_size).expand_as(order_NU)
+    else:
+        place_NU = torch.arange(vocab_size).expand_as(sorted_NU)
+        if isinstance(selection, TopK):
+            first_NU = place_NU < selection.k
+        elif isinstance(selection, Threshold):
+            first_NU = (sorted_NU >= selection.epsilon) | ((place_NU == 0) & (tail is Tail.RENORMALISED))
+        else:
+            before_NU = sorted_NU.cumsum(dim=1).roll(1, dims=1).index_fill(1, torch.tensor([0]), 0)
+            first_NU = (before_NU < selection.mass) & (place_NU < selection.max_ids)
+        kept_NU = torch.zeros_like(first_NU).scatter(1, order_NU, first_NU) & (log_p > -math.inf)
+        target_NU = torch.where(kept_NU, log_p, -math.inf).softmax(dim=1) if tail is Tail.RENORMALISED else p
+
+    # The kept ids of a row, in order, then nothing.
+    first_NK = kept_NU.gather(1, order_NU).argsort(dim=1, descending=True, stable=True)
+    first_NK = first_NK[:, : int(kept_NU.sum(dim=1).amax()) if len(p) else 0]
+    ids_NK = order_NU.gather(1, first_NK)
+    none_NK = ~kept_NU.gather(1, ids_NK)
+    outside_N = torch.where(kept_NU, -math.inf, log_p).logsumexp(dim=1)
+    return SparseTargets(
+        ids=ids_NK.masked_fill(none_NK, -1),
+        probs=target_NU.gather(1, ids_NK).masked_fill(none_NK, 0),
+        log_tail=torch.full_like(outside_N, -math.inf) if tail is Tail.RENORMALISED else outside_N,
+        tail=tail,
+        temperature=temperature,
     )
