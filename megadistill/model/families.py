@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from megadistill.errors import UserError, nearest
 from megadistill.model.checkpoint import SafetensorsFolder
+from megadistill.records import LogitTransform
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type`s that are supported: pre-norm decoders whose layers hand on nothing but hidden states."""
@@ -111,6 +112,23 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
 def head_dim(config: PretrainedConfig) -> int:
     """The width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the model does to its head's products, by the names that transformers' families give it.
+
+    Gemma 2 bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
+    (`logits_scaling`). A key that is absent or None does nothing.
+
+    Raises:
+        ValueError, ZeroDivisionError: a softcap that is not positive, or a scale that is 0.
+    """
+    multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = 1.0 if multiplied is None else float(multiplied)
+    return LogitTransform(
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale if divided is None else scale / divided,
+    )
 
 
 def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype) -> PreTrainedModel:

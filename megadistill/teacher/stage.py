@@ -1,14 +1,14 @@
 """Room `teacher`: one stage of the frozen teacher, and its head's rows. It knows no other stage and no student.
 
-Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this rank's vocabulary slice.
+Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this rank's vocabulary slice, u of them true.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.errors import UserError
@@ -84,21 +84,56 @@ class TeacherStage(nn.Module):
         return hidden_BSE
 
 
-def head_rows(folder: Path, vocab: VocabSlice, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def head_rows(
+    folder: Path, vocab: VocabSlice, *, dtype: torch.dtype, device: torch.device, ids: Tensor | None = None
+) -> Tensor:
     """[v, E]: this rank's rows of the teacher's head; only they are read. From `vocab.size` on they are zero.
 
+    `ids` [vocab.size] int64, on the host: the teacher's id of each of the student's, -1 where it has none: such a row
+    is zero too, and `unknown_bias` is what keeps it out of the softmax. By default both have the same ids.
+
     Raises:
-        UserError: the teacher's vocabulary is smaller than `vocab.size`.
+        UserError: the teacher's vocabulary is smaller than `vocab.size`, or than an id of `ids`.
     """
     config = load_config(folder, what=f"teacher {folder}")
     weights = SafetensorsFolder(folder)
     name = EMBEDDING if config.tie_word_embeddings else HEAD
     teacher_rows = weights.shape(name)[0]
-    if teacher_rows < vocab.size:
+    if ids is None and teacher_rows < vocab.size:
         raise UserError(
             f"the teacher in {folder} has {teacher_rows} vocabulary rows, the student's tokenizer has {vocab.size} "
-            "ids: teacher and student must share a tokenizer"
+            "ids: teacher and student must share a tokenizer, or teacher.vocab_map must say how the ids map"
         )
-    true_ranges = [(start, min(stop, vocab.size)) for start, stop in vocab.ranges if start < vocab.size]
-    true_weight = weights.rows(name, true_ranges).to(device, dtype)
-    return pad(true_weight, (0, 0, 0, vocab.rows - vocab.true_rows))
+    if ids is not None and int(ids.max()) >= teacher_rows:
+        raise UserError(
+            f"teacher.vocab_map: holds id {int(ids.max())}, the teacher in {folder} has {teacher_rows} vocabulary rows"
+        )
+    true_ids_u = vocab.global_ids()[: vocab.true_rows]
+    wanted_u = true_ids_u if ids is None else ids[true_ids_u]
+    known_u = wanted_u >= 0
+    rows_vE = torch.zeros(vocab.rows, weights.shape(name)[1], dtype=dtype, device=device)
+    found = weights.rows(name, _runs(wanted_u[known_u])).to(device, dtype)
+    rows_vE[: vocab.true_rows][known_u.to(device)] = found
+    return rows_vE
+
+
+def unknown_bias(vocab: VocabSlice, ids: Tensor, *, device: torch.device) -> Tensor | None:
+    """[v] float32: -inf in the rows of this rank that the teacher has no id for, else 0. None where it has all of them.
+
+    `ids` as for `head_rows`. Every rank of the group gets a bias, or none does.
+    """
+    if bool((ids >= 0).all()):
+        return None
+    bias_v = torch.zeros(vocab.rows)
+    bias_v[: vocab.true_rows][ids[vocab.global_ids()[: vocab.true_rows]] < 0] = -math.inf
+    return bias_v.to(device)
+
+
+def _runs(ids: Tensor) -> list[tuple[int, int]]:
+    """The ids as half-open ranges, in their order: a range for each stretch of consecutive ids."""
+    if ids.numel() == 0:
+        return []
+    breaks = (ids.diff() != 1).nonzero().flatten() + 1
+    starts = torch.cat([ids[:1], ids[breaks]])
+    stops = torch.cat([ids[breaks - 1], ids[-1:]]) + 1
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))

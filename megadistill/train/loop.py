@@ -19,7 +19,7 @@ from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
-from megadistill.train.schedule import learning_rate
+from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import Teacher, train_step
 
@@ -76,7 +76,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
             step += 1
             began = time.perf_counter()  # a step is everything up to the next: the wait for data counts
             batch, cursor = next(batches)
-            rate = learning_rate(step, steps=section.steps, peak=section.adamw.learning_rate, schedule=section.schedule)
+            rate = scheduled(section.adamw.learning_rate, step=step, steps=section.steps, schedule=section.schedule)
             outcome = train_step(
                 student,
                 teacher,

@@ -1,16 +1,16 @@
-"""Learning rate as a pure function of the step. It knows no optimizer."""
+"""A number that changes with the step, as a pure function of it. It knows no optimizer and no loss."""
 
 import math
 
 from megadistill.config import ScheduleSection
 
 
-def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleSection) -> float:
-    """The learning rate of optimizer step `step` (1 to `steps`).
+def scheduled(peak: float, *, step: int, steps: int, schedule: ScheduleSection) -> float:
+    """What a number with this peak is at optimizer step `step` (1 to `steps`): a learning rate, the weight of a term.
 
-    Linear warm-up over the first `warmup_steps`. Then `cosine`: half a cosine down to `final_ratio` of the peak at the
-    last step (Loshchilov and Hutter, 2017). Or `wsd`: constant, then linear down to it over the last `decay_steps`
-    (Hu et al., 2404.06395).
+    Linear warm-up from 0 over the first `warmup_steps`. Then `cosine`: half a cosine down to `final_ratio` of the peak
+    at the last step (Loshchilov and Hutter, 2017). Or `wsd`: constant, then linear down to it over the last
+    `decay_steps` (Hu et al., 2404.06395).
     """
     warmup = schedule.warmup_steps
     if step <= warmup:

@@ -3,13 +3,16 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megadistill.errors import UserError
-from megadistill.model.families import build_causal_lm, decoder, load_config, rebuild_rotary
+from megadistill.model.families import build_causal_lm, decoder, load_config, logit_transform, rebuild_rotary
+from megadistill.records import LogitTransform
 from tests.unit.model.cases import CASES, SIZES, VOCAB, whole_model
 
 
@@ -107,3 +110,44 @@ def test_a_rebuilt_rotary_embedding_is_float32_and_transformers_own(case: str) -
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, truth)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("keys", "transform"),
+    [
+        ({}, LogitTransform()),
+        ({"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": None}, LogitTransform()),
+        ({"final_logit_softcapping": 30.0}, LogitTransform(softcap=30.0)),
+        ({"logit_scale": 0.0625}, LogitTransform(scale=0.0625)),
+        ({"logits_scaling": 8.0}, LogitTransform(scale=0.125)),
+    ],
+)
+def test_the_logit_transform_is_read_from_the_config(keys: dict[str, Any], transform: LogitTransform) -> None:
+    assert logit_transform(SimpleNamespace(**keys)) == transform
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 3.0}),
+    ],
+)
+def test_the_logit_transform_is_transformers_own(model_type: str, keys: dict[str, Any]) -> None:
+    """Against the logits of the families that have one, supported or not."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[model_type](**sizes, **keys)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(VOCAB, (2, 9))
+    with torch.no_grad():
+        products = model.base_model(input_ids=tokens).last_hidden_state @ model.get_output_embeddings().weight.T
+        truth = model(input_ids=tokens).logits
+    transform = logit_transform(config)
+    found = products * transform.scale
+    if transform.softcap is not None:
+        found = transform.softcap * torch.tanh(found / transform.softcap)
+    torch.testing.assert_close(found, truth)
+    assert torch.equal(found, products) == (model_type == "llama"), "the case must tell the transforms apart"

@@ -11,7 +11,7 @@ from megadistill.comm.vocabulary import VocabSlice
 from megadistill.errors import UserError
 from megadistill.model.checkpoint import SafetensorsFolder
 from megadistill.model.families import EMBEDDING, HEAD
-from megadistill.teacher.stage import TeacherStage, head_rows
+from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
 from tests.unit.model.cases import CASES, VOCAB, final_hidden, saved_model
 
 SHARD_SIZES = {"one file": "5GB", "many files": "30KB"}
@@ -147,3 +147,31 @@ def test_a_larger_vocabulary_of_the_teacher_is_cut_and_a_smaller_one_refused(tmp
     assert not found[240:].any()
     with pytest.raises(UserError, match="250 vocabulary rows, the student's tokenizer has 251 ids"):
         rows(251)
+
+
+@pytest.mark.parametrize("ranges", [((0, 256),), ((0, 64), (128, 192)), ((64, 128), (192, 256)), ((250, 256),), ()])
+def test_head_rows_follow_a_map_of_the_vocabulary(ranges: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+    """Stretches of consecutive ids, ids alone, the last row, and ids that the teacher does not have."""
+    model = saved_model("llama", tmp_path)
+    ids = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))[:240]
+    ids[3:100] = torch.arange(0, 97)
+    ids[100:200] = -1
+    ids[200:240] = torch.arange(VOCAB - 40, VOCAB).flip(0)
+    vocab = VocabSlice(ranges=ranges, size=240)
+    whole = torch.zeros(256, 64)
+    whole[:240][ids >= 0] = model.lm_head.weight.detach()[ids[ids >= 0]]
+    found = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU, ids=ids)
+    assert torch.equal(found, whole[vocab.global_ids().long()])
+    bias = unknown_bias(vocab, ids, device=CPU)
+    assert bias is not None
+    unknown = torch.nn.functional.pad(ids < 0, (0, 16))[vocab.global_ids().long()]
+    assert torch.equal(bias == -torch.inf, unknown)
+    assert not bias[~unknown].any()
+
+
+def test_a_map_without_gaps_needs_no_bias_and_one_past_the_teacher_is_refused(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    vocab = VocabSlice.contiguous(0, 4, 3)
+    assert unknown_bias(vocab, torch.tensor([5, 0, 3]), device=CPU) is None
+    with pytest.raises(UserError, match=r"vocab_map: holds id 250, .* has 250 vocabulary rows"):
+        head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU, ids=torch.tensor([5, 250, -1]))

@@ -1,4 +1,4 @@
-"""The learning rate: its corners by hand, its shape for every schedule that a recipe may ask for."""
+"""Scheduled numbers: their corners by hand, the shape of every schedule that a recipe may ask for."""
 
 import itertools
 import math
@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megadistill.config import ScheduleSection
-from megadistill.train.schedule import learning_rate
+from megadistill.train.schedule import scheduled
 
 PEAK = 3e-4
 
 
 def rates(steps: int, schedule: ScheduleSection) -> list[float]:
     """Of steps 1 to `steps`."""
-    return [learning_rate(step, steps=steps, peak=PEAK, schedule=schedule) for step in range(1, steps + 1)]
+    return [scheduled(PEAK, step=step, steps=steps, schedule=schedule) for step in range(1, steps + 1)]
 
 
 def test_cosine_by_hand() -> None:
