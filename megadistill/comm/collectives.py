@@ -3,6 +3,8 @@
 Legend: g ranks of the group, n rows.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,22 +19,47 @@ def group_rank(group: ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way. Its source must stay as it is until `wait` returns."""
+
+    result: Tensor
+    source: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """The result, which the device's later work may read."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
     """[n, ...] of every rank -> [g·n, ...], in rank order. Every rank passes the same shape."""
     if group is None:
-        return rows
+        return Pending(rows, rows, None)
+    source = rows.contiguous()
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_single(gathered, rows.contiguous(), group=group)
-    return gathered
+    return Pending(gathered, source, dist.all_gather_single(gathered, source, group=group, async_op=True))
+
+
+def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
+    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
+    if group is None:
+        return Pending(rows, rows, None)
+    source = rows.contiguous()
+    block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
+    return Pending(block, source, dist.reduce_scatter_single(block, source, group=group, async_op=True))
+
+
+def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """`start_all_gather_rows`, waited for."""
+    return start_all_gather_rows(rows, group).wait()
 
 
 def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
-    if group is None:
-        return rows
-    block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
-    dist.reduce_scatter_single(block, rows.contiguous(), group=group)
-    return block
+    """`start_reduce_scatter_rows`, waited for."""
+    return start_reduce_scatter_rows(rows, group).wait()
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -6,6 +6,14 @@ what they compute.
 
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.loss.divergence import Divergence, DivergenceKind, Elementwise
-from megadistill.loss.vocab_parallel import distill_loss, label_loss
+from megadistill.loss.vocab_parallel import distill_loss, label_loss, sparse_distill_loss
 
-__all__ = ["Divergence", "DivergenceKind", "Elementwise", "VocabSlice", "distill_loss", "label_loss"]
+__all__ = [
+    "Divergence",
+    "DivergenceKind",
+    "Elementwise",
+    "VocabSlice",
+    "distill_loss",
+    "label_loss",
+    "sparse_distill_loss",
+]

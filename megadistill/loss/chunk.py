@@ -1,190 +1,246 @@
-"""A chunk of tokens on one slice of the vocabulary: from both models' logits to the terms of the loss and its slope.
+"""A chunk of tokens on one slice of the vocabulary: from the softmaxes to the terms of the loss and its slope.
 
-It knows logits, the softmax over the whole vocabulary and the one small all-gather that it takes; it does not know
-hidden states or heads, nor what becomes of the slope.
+It knows the softmax over the whole vocabulary, and what each kind of target asks of it; it does not know hidden states
+or heads, nor what becomes of the slope.
 
 Legend: g ranks of the vocab group; n tokens of a chunk (of the whole group), b of them in a block; v this rank's true
-rows of the vocabulary; T the temperature; Q temperatures (1, and T where it differs); S = 3 + Q statistics of a slice;
-p_t, p_s the distributions of teacher and student; "slope": the derivative of the loss by the student's logits.
+rows of the vocabulary; K ids kept of a token; T the temperature; p_t, p_s the distributions of teacher and student at
+T; q the targets of kept ids; r_t, r_s what teacher and student hold outside of them; "slope": the derivative of the
+loss by the student's products.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import all_gather_rows, group_size
+from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, group_size
 from megadistill.comm.vocabulary import VocabSlice
-from megadistill.loss.divergence import Divergence
-from megadistill.records import IGNORED_LABEL
+from megadistill.loss import pointwise
+from megadistill.loss.divergence import Divergence, DivergenceKind
+from megadistill.loss.softmax import Kept, Softmax, at_rows
+from megadistill.records import TOP_K, LogitTransform, Tail
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elementwise work goes over blocks of about this many logits: its temporaries stay small, and in a CPU's cache."""
+SHARES = 3
+"""What `write_slope` returns of a token, in parts that add up over the slices: divergence, forward KL, both weighted,
+and the divergence as it counts in the loss."""
 
-
-@dataclass(frozen=True)
-class Softmax:
-    """One model's softmax over the whole vocabulary, for the tokens of a chunk, seen from this rank's slice.
-
-    Sums are kept apart from maxima: what is left is below the maximum, so that a constant added to a row of logits
-    changes nothing, however large it is.
-    """
-
-    logits_nv: Tensor
-    maximum_n: Tensor
-    best_n: Tensor
-    """The most likely id; the lowest where several are."""
-    label_n: Tensor
-    """The label's logit, less the maximum."""
-    log_sum_n: dict[float, Tensor]
-    """ln Σ e^((z - maximum)/τ), for each temperature τ."""
-
-    @property
-    def log_z_n(self) -> Tensor:
-        return self.maximum_n + self.log_sum_n[1.0]
-
-    @property
-    def label_ce_n(self) -> Tensor:
-        return self.log_sum_n[1.0] - self.label_n
-
-    def log_p(self, rows: slice, temperature: float) -> Tensor:
-        """[b, v]: ln p of a block of rows, on this slice."""
-        below_bv = self.logits_nv[rows] - self.maximum_n[rows].unsqueeze(1)
-        return below_bv.div_(temperature).sub_(self.log_sum_n[temperature][rows].unsqueeze(1))
+PAIRWISE = 4
+"""What `pointwise.diagnostics` returns of a token: forward KL, reverse KL, JSD, acceptance."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The tokens of a chunk with the softmax of both models; `finish` then turns them into terms and slope."""
+class Tokens:
+    """What the loss is told of the tokens of a chunk, apart from logits."""
 
-    student: Softmax
-    teacher: Softmax | None
-    divergence: Divergence
     weights_n: Tensor
     labelled_n: Tensor
     """1 where a token has a label, 0 where it has none."""
     label_rows_n: Tensor
     """The label's row of this slice, -1 where another rank holds it."""
+    kd_n: Tensor
+    """What the divergence of a token is multiplied with in the loss."""
+    ce_n: Tensor
+    """What its cross-entropy is multiplied with."""
 
-    @classmethod
-    def read(
-        cls, logits: Sequence[Tensor], *, labels_n: Tensor, weights_n: Tensor, divergence: Divergence, vocab: VocabSlice
-    ) -> "Chunk":
-        """Reads the logits [n, v] of the student, and of the teacher if there is one. One small all-gather."""
-        g, n, v = group_size(vocab.group), labels_n.shape[0], vocab.true_rows
-        temperatures = tuple(dict.fromkeys((1.0, divergence.temperature)))
-        label_rows_n, ids_v = vocab.local_rows(labels_n), vocab.global_ids(labels_n.device)[:v]
-        statistics = [
-            torch.cat([_statistics(z[rows], label_rows_n[rows], ids_v, temperatures) for rows in _row_blocks(n, v)])
-            for z in logits
-        ]
-        everyone_gnS = all_gather_rows(torch.cat(statistics, dim=1), vocab.group).view(g, n, -1).chunk(len(logits), 2)
-        softmaxes = [_merged(z, told_gnS, temperatures) for z, told_gnS in zip(logits, everyone_gnS, strict=True)]
-        return cls(
-            student=softmaxes[0],
-            teacher=softmaxes[1] if len(softmaxes) == 2 else None,
-            divergence=divergence,
-            weights_n=weights_n,
-            labelled_n=(labels_n != IGNORED_LABEL).to(weights_n.dtype),
-            label_rows_n=label_rows_n,
-        )
 
-    def token_sums(self, own: slice) -> Tensor:
-        """[5]: student CE, teacher CE, agreement, log Z and (log Z)² of the tokens `own`, weighted."""
-        student, teacher, nothing_n = self.student, self.teacher, torch.zeros_like(self.weights_n)
-        terms_5n = torch.stack(
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of a chunk with the student's softmax, and with the teacher's or its kept ids."""
+
+    tokens: Tokens
+    student: Softmax
+    teacher: Softmax | None
+    kept: Kept | None
+    divergence: Divergence
+    transform: LogitTransform
+    """The student's."""
+    vocab: VocabSlice
+
+    def own_sums(self, own: slice) -> Tensor:
+        """[10]: what every rank knows of a token whole, summed over the tokens `own`, weighted."""
+        student, teacher, tokens = self.student, self.teacher, self.tokens
+        nothing_n = torch.zeros_like(tokens.weights_n)
+        labelled_ce_n = torch.where(tokens.labelled_n > 0, student.label_ce_n, 0)
+        tail_n = self._other_value()
+        weighted_8n = tokens.weights_n * torch.stack(
             [
-                student.label_ce_n * self.labelled_n,
-                teacher.label_ce_n * self.labelled_n if teacher else nothing_n,
+                labelled_ce_n,
+                torch.where(tokens.labelled_n > 0, teacher.label_ce_n, 0) if teacher else nothing_n,
+                student.entropy_n,
+                teacher.entropy_n if teacher else nothing_n,
                 (teacher.best_n == student.best_n).to(nothing_n.dtype) if teacher else nothing_n,
                 student.log_z_n,
                 student.log_z_n.square(),
+                tail_n,
             ]
         )
-        return terms_5n[:, own] @ self.weights_n[own]
+        in_loss_2n = torch.stack([tokens.ce_n * labelled_ce_n, tokens.kd_n * tail_n])
+        return torch.cat([weighted_8n, in_loss_2n])[:, own].sum(dim=1)
 
-    def finish(self, *, with_slope: bool) -> Tensor:
-        """[n, 2]: this slice's share of KL and teacher entropy, weighted. The slope overwrites the student's logits."""
-        n, v = self.student.logits_nv.shape
-        shares_n2 = self.weights_n.new_zeros(n, 2)
-        for rows in _row_blocks(n, v) if v > 0 else ():
-            kl_slope_bv = None
-            if self.teacher is not None:
-                shares_n2[rows], kl_slope_bv = self._teacher_terms(self.teacher, rows)
+    def write_slope(self, *, with_slope: bool) -> Tensor:
+        """[n, SHARES] of this slice. The slope overwrites the student's logits, which nobody needs any more."""
+        if self.teacher is not None:
+            if self.divergence.formula is DivergenceKind.FORWARD_KL:
+                value_n, kl_n = self._forward_kl(self.teacher, with_slope)
+            else:
+                value_n, kl_n = self._centred(self.teacher, with_slope)
+        elif self.kept is not None:
+            value_n = kl_n = self._kept_ids(self.kept, with_slope)
+        else:
+            value_n = kl_n = torch.zeros_like(self.tokens.weights_n)
             if with_slope:
-                self._write_slope(rows, kl_slope_bv)
-        return shares_n2 * self.weights_n.unsqueeze(1)
+                self._student_slope(kl_n)
+        w_n = self.tokens.weights_n
+        return torch.stack([w_n * value_n, w_n * kl_n, self.tokens.kd_n * value_n], dim=1)
 
-    def _teacher_terms(self, teacher: Softmax, rows: slice) -> tuple[Tensor, Tensor]:
-        """Shares of KL and teacher entropy [b, 2], and the KL's derivative by the student's logits over T [b, v]."""
-        T = self.divergence.temperature
-        log_p_t_bv = teacher.log_p(rows, T)
-        kl_b, kl_slope_bv = _forward_kl(log_p_t_bv, self.student.log_p(rows, T))
-        if T != 1.0:
-            log_p_t_bv = teacher.log_p(rows, 1.0)
-        entropy_b = -(log_p_t_bv.exp() * log_p_t_bv).sum(dim=1)
-        return torch.stack([kl_b, entropy_b], dim=1), kl_slope_bv
+    def diagnose(self) -> Tensor:
+        """[n, PAIRWISE] of this slice. Reads the logits: call it before the slope is written."""
+        assert self.teacher is not None
+        logits, found_n4 = self.student.logits, self.tokens.weights_n.new_zeros(len(self.tokens.weights_n), PAIRWISE)
+        stage = logits.stage(pointwise.diagnostics)
+        student_2n, teacher_2n = self.student.at_one_2n, self.teacher.at_one_2n
+        for rows in logits.blocks():
+            found_n4[rows] = stage(
+                logits.z_nv[rows], self.teacher.logits.z_nv[rows], student_2n[:, rows], teacher_2n[:, rows]
+            )
+        return found_n4
 
-    def _write_slope(self, rows: slice, kl_slope_bv: Tensor | None) -> None:
-        """Over the student's logits, which nobody needs any more. d CE = p - onehot(label), d (ln Z)² = 2 ln Z · p."""
-        d, weights_b, label_rows_b = self.divergence, self.weights_n[rows], self.label_rows_n[rows]
-        slope_bv = self.student.logits_nv[rows]
-        pull_b = weights_b * (d.ce_weight * self.labelled_n[rows] + 2 * d.z_loss * self.student.log_z_n[rows])
-        torch.mul(self.student.log_p(rows, 1.0).exp_(), pull_b.unsqueeze(1), out=slope_bv)
-        push_b = torch.where(label_rows_b >= 0, -d.ce_weight * weights_b, 0)
-        slope_bv.scatter_add_(1, label_rows_b.clamp_min(0).unsqueeze(1), push_b.unsqueeze(1))
-        if kl_slope_bv is not None:
-            slope_bv.addcmul_(kl_slope_bv, (d.kd_factor / d.temperature * weights_b).unsqueeze(1))
+    def top_k_mass(self) -> Tensor:
+        """[n, 3]: the teacher's mass on its `TOP_K` most likely ids, at temperature 1. Collective."""
+        assert self.teacher is not None
+        z_nv, most = self.teacher.logits.z_nv, max(TOP_K)
+        best_nk = z_nv.topk(min(most, z_nv.shape[1]), dim=1).values
+        best_nk = torch.nn.functional.pad(best_nk, (0, most - best_nk.shape[1]), value=-math.inf)
+        n, g = len(best_nk), group_size(self.vocab.group)
+        everyone_nk = all_gather_rows(best_nk, self.vocab.group).view(g, n, most).transpose(0, 1).flatten(1)
+        best_nk = everyone_nk.topk(most, dim=1).values  # in descending order
+        teacher_2n = self.teacher.at_one_2n
+        mass_nk = pointwise.log_p(best_nk, teacher_2n[0], teacher_2n[1], 1.0).exp().cumsum(dim=1)
+        return mass_nk[:, [k - 1 for k in TOP_K]]
+
+    @property
+    def _pull_n(self) -> Tensor | None:
+        """What p_s at temperature 1 pulls at every id: d CE = p - onehot(label), d (ln Z)² = 2 ln Z · p."""
+        d = self.divergence
+        if d.ce_weight == d.z_loss == d.label_fraction == 0:
+            return None
+        return self.tokens.ce_n + 2 * d.z_loss * self.tokens.weights_n * self.student.log_z_n
+
+    def _forward_kl(self, teacher: Softmax, with_slope: bool) -> tuple[Tensor, Tensor]:
+        student, logits, T = self.student, self.student.logits, self.divergence.temperature
+        stage, kl_n = logits.stage(pointwise.forward_kl), torch.zeros_like(self.tokens.weights_n)
+        student_3n, teacher_2n, kd_n, pull_n = self._of_rows(teacher)
+        label = self._label_slope() if with_slope else None
+        for rows in logits.blocks():
+            kl_n[rows] = stage(
+                logits.z_nv[rows],
+                teacher.logits.z_nv[rows],
+                student_3n[:, rows],
+                teacher_2n[:, rows],
+                kd_n[rows],
+                None if pull_n is None else pull_n[rows],
+                T,
+                self.transform.scale,
+                self.transform.softcap,
+                with_slope,
+            )
+        if label is not None:
+            add_at_rows_(student.logits.z_nv, self.tokens.label_rows_n, label)
+        return kl_n, kl_n
+
+    def _centred(self, teacher: Softmax, with_slope: bool) -> tuple[Tensor, Tensor]:
+        """The divergences whose slope is centred on Σ p_s g: one more small all-reduce, of a number a token."""
+        logits, d = self.student.logits, self.divergence
+        stage, found_n3 = logits.stage(pointwise.centred), self.tokens.weights_n.new_zeros(len(logits.z_nv), 3)
+        student_3n, teacher_2n, kd_n, pull_n = self._of_rows(teacher)
+        for rows in logits.blocks():
+            block = (logits.z_nv[rows], teacher.logits.z_nv[rows], student_3n[:, rows], teacher_2n[:, rows])
+            found_n3[rows] = stage(d.formula, *block, d.mixture, d.temperature)
+        value_n, kl_n, centre_n = found_n3.unbind(dim=1)
+        if with_slope:
+            centre_n, label = all_reduce_sum(centre_n.contiguous(), self.vocab.group), self._label_slope()
+            stage = logits.stage(pointwise.centred_slope)
+            for rows in logits.blocks():
+                block = (logits.z_nv[rows], teacher.logits.z_nv[rows], student_3n[:, rows], teacher_2n[:, rows])
+                pull_b = None if pull_n is None else pull_n[rows]
+                back = (self.transform.scale, self.transform.softcap)
+                stage(d.formula, *block, centre_n[rows], kd_n[rows], pull_b, d.mixture, d.temperature, *back)
+            add_at_rows_(logits.z_nv, self.tokens.label_rows_n, label)
+        return value_n, kl_n
+
+    def _kept_ids(self, kept: Kept, with_slope: bool) -> Tensor:
+        """[n]: this slice's share of Σ q (ln q - ln p_s). The slope is p_s Σ q - q inside and p_s Σ q outside, with an
+        "other" event p_s - q and p_s (1 - r_t/r_s); `_other_value` has that event's value, which no slice owns.
+        """
+        z_nv, T = self.student.logits.z_nv, self.divergence.temperature
+        student_3n, q_nK, held_nK = self.student.at_temperature_3n, kept.probs_nK, kept.rows_nK >= 0
+        picked_nK = at_rows(z_nv, kept.rows_nK)
+        log_p_nK = (picked_nK - student_3n[0].unsqueeze(1)) / T - student_3n[1].unsqueeze(1)
+        d_nK = torch.where(held_nK & (q_nK > 0), q_nK.log() - log_p_nK, 0)
+        no_cancelling = kept.tail is Tail.OTHER  # whose targets add up to 1, as `kl_terms` asks
+        share_nK = pointwise.kl_terms(q_nK, log_p_nK.exp(), d_nK) if no_cancelling else q_nK * d_nK
+        if with_slope:
+            outside_n, inside_n = self._kept_factors(kept)
+            kd_n = self.tokens.kd_n / T
+            push_nK = kd_n.unsqueeze(1) * (log_p_nK.exp() * (inside_n - outside_n).unsqueeze(1) - q_nK)
+            push_nK = push_nK * pointwise.chain(picked_nK, self.transform.scale, self.transform.softcap)
+            self._student_slope(kd_n * outside_n)
+            add_at_rows_(z_nv, kept.rows_nK, push_nK)
+        return torch.where(held_nK, share_nK, 0).sum(dim=1)
+
+    def _kept_factors(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """[n] each: what p_s is multiplied with in the slope, outside and inside of the kept ids."""
+        if kept.tail is not Tail.OTHER:
+            mass_n = kept.probs_nK.sum(dim=1)
+            return mass_n, mass_n
+        log_r_t = kept.log_tail_n
+        outside_n = torch.where(log_r_t > -math.inf, -torch.expm1(log_r_t - self._log_r_s()), 1)
+        return outside_n, torch.ones_like(outside_n)
+
+    def _other_value(self) -> Tensor:
+        """[n]: the "other" event's part of the divergence, r_t (ln r_t - ln r_s), in the form that does not cancel."""
+        if self.kept is None or self.kept.tail is not Tail.OTHER:
+            return torch.zeros_like(self.tokens.weights_n)
+        log_r_t, log_r_s = self.kept.log_tail_n, self._log_r_s()
+        d_n = torch.where(log_r_t > -math.inf, log_r_t - log_r_s, 0)
+        value_n = pointwise.kl_terms(log_r_t.exp(), log_r_s.exp(), d_n)
+        return torch.where(log_r_t > -math.inf, value_n, log_r_s.exp())
+
+    def _log_r_s(self) -> Tensor:
+        assert self.student.log_outside_n is not None
+        return self.student.log_outside_n - self.student.log_warm_n
+
+    def _student_slope(self, kd_n: Tensor) -> None:
+        """Writes kd · p_s plus the label's slope over the student's logits."""
+        logits, stage = self.student.logits, self.student.logits.stage(pointwise.student_slope)
+        student_3n, pull_n, label = self.student.at_temperature_3n, self._pull_n, self._label_slope()
+        for rows in logits.blocks():
+            stage(
+                logits.z_nv[rows],
+                student_3n[:, rows],
+                kd_n[rows],
+                None if pull_n is None else pull_n[rows],
+                self.divergence.temperature,
+                self.transform.scale,
+                self.transform.softcap,
+            )
+        add_at_rows_(logits.z_nv, self.tokens.label_rows_n, label)
+
+    def _label_slope(self) -> Tensor:
+        """[n]: what the label itself is pushed up by. Reads its logit: call it before the slope is written."""
+        z_n = at_rows(self.student.logits.z_nv, self.tokens.label_rows_n)
+        return -self.tokens.ce_n * pointwise.chain(z_n, self.transform.scale, self.transform.softcap)
+
+    def _of_rows(self, teacher: Softmax) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        kd_n = self.tokens.kd_n / self.divergence.temperature
+        return self.student.at_temperature_3n, teacher.at_temperature_3n[:2], kd_n, self._pull_n
 
 
-def _statistics(logits_bv: Tensor, label_rows_b: Tensor, ids_v: Tensor, temperatures: tuple[float, ...]) -> Tensor:
-    """[b, S]: what a slice tells of a block: maximum, its id, the label's logit (0 where others hold it), the sums.
-
-    An empty slice tells a maximum of -inf and sums of 0.
-    """
-    if ids_v.numel() == 0:
-        nothing_S = logits_bv.new_tensor([-math.inf, math.inf, 0.0, *(0.0 for _ in temperatures)])
-        return nothing_S.expand(logits_bv.shape[0], -1)
-    maximum_b, row_b = logits_bv.max(dim=1)  # the first of equals, which is the lowest id: ranges ascend
-    label_b = logits_bv.gather(1, label_rows_b.clamp_min(0).unsqueeze(1)).squeeze(1)
-    label_b = torch.where(label_rows_b >= 0, label_b, 0)
-    below_bv = logits_bv - maximum_b.unsqueeze(1)
-    sums = [(below_bv / temperature).exp_().sum(dim=1) for temperature in temperatures]
-    return torch.stack([maximum_b, ids_v[row_b].to(maximum_b.dtype), label_b, *sums], dim=1)
-
-
-def _merged(logits_nv: Tensor, statistics_gnS: Tensor, temperatures: tuple[float, ...]) -> Softmax:
-    maxima_gn, best_gn, label_gn, *sums = statistics_gnS.unbind(dim=2)
-    maximum_n = maxima_gn.amax(dim=0)
-    below_gn = maxima_gn - maximum_n
-    return Softmax(
-        logits_nv=logits_nv,
-        maximum_n=maximum_n,
-        best_n=torch.where(below_gn == 0, best_gn, math.inf).amin(dim=0),
-        label_n=label_gn.sum(dim=0) - maximum_n,
-        log_sum_n={
-            temperature: ((below_gn / temperature).exp() * sum_gn).sum(dim=0).log()
-            for temperature, sum_gn in zip(temperatures, sums, strict=True)
-        },
-    )
-
-
-def _forward_kl(log_p_t_bv: Tensor, log_p_s_bv: Tensor) -> tuple[Tensor, Tensor]:
-    """This slice's share of KL(p_t ‖ p_s) [b], and its derivative by the student's logits over T, p_s - p_t [b, v].
-
-    With d = ln p_t - ln p_s the share is Σ p_t (d + expm1(-d)). Over the whole vocabulary that adds Σ p_s - Σ p_t = 0
-    to the textbook sum; but every term is positive, and nothing cancels when the student is near the teacher. Where
-    the student holds an id far likelier than the teacher does, expm1 would overflow and the plain sum is exact enough.
-    """
-    d_bv = log_p_t_bv - log_p_s_bv
-    p_t_bv = log_p_t_bv.exp()
-    slope_bv = log_p_s_bv.exp() - p_t_bv
-    share_bv = torch.where(d_bv > -1, p_t_bv * (d_bv + torch.expm1(-d_bv)), p_t_bv * d_bv + slope_bv)
-    return share_bv.sum(dim=1), slope_bv
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def add_at_rows_(z_nv: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Adds to the logit at a row of each token (`rows` [n] or [n, K]); nothing where another rank holds it (-1)."""
+    if z_nv.shape[1] == 0:
+        return
+    wanted, added = (rows, values) if rows.ndim == 2 else (rows.unsqueeze(1), values.unsqueeze(1))
+    z_nv.scatter_add_(1, wanted.clamp_min(0), torch.where(wanted >= 0, added, 0))

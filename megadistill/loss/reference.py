@@ -209,7 +209,7 @@ def label_ce(logits_NU: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def _surest(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Tensor:
-    """[N] bool: of the labelled tokens, the share `fraction` with the lowest entropy, rounded down; the first of equals."""
+    """[N] bool: the share `fraction` (rounded down) of the labelled tokens, of lowest entropy; of equals the first."""
     labelled_N = labels_N != IGNORED_LABEL
     count = math.floor(fraction * int(labelled_N.sum()))
     order_N = torch.where(labelled_N, entropy_N, math.inf).argsort(stable=True)

@@ -3,13 +3,24 @@
 Legend: N tokens, D student width, E teacher width, V rows of the heads, U ≤ V the true vocabulary.
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from megadistill.loss import Divergence, reference
-from megadistill.records import IGNORED_LABEL, LossTerms
+from megadistill.loss import (
+    Divergence,
+    DivergenceKind,
+    VocabSlice,
+    distill_loss,
+    label_loss,
+    reference,
+    sparse_distill_loss,
+)
+from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LogitTransform, LossTerms, SparseTargets, Tail
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -18,10 +29,40 @@ DIVERGENCES = {
     "kl at 2": Divergence(temperature=2.0),
     "kl at 2, squared": Divergence(temperature=2.0, temperature_squared=True),
     "kl at 1/2": Divergence(temperature=0.5),
+    "reverse kl": Divergence(DivergenceKind.REVERSE_KL),
+    "reverse kl at 2": Divergence(DivergenceKind.REVERSE_KL, temperature=2.0),
+    "jsd": Divergence(DivergenceKind.JSD),
+    "jsd of 0.9 at 2": Divergence(DivergenceKind.JSD, temperature=2.0, temperature_squared=True, beta=0.9),
+    "jsd of 0": Divergence(DivergenceKind.JSD, beta=0.0),
+    "jsd of 1": Divergence(DivergenceKind.JSD, beta=1.0),
+    "skew kl": Divergence(DivergenceKind.SKEW_KL),
+    "skew kl of 0.7 at 2": Divergence(DivergenceKind.SKEW_KL, temperature=2.0, alpha=0.7),
+    "skew kl of 0": Divergence(DivergenceKind.SKEW_KL, alpha=0.0),
+    "tvd": Divergence(DivergenceKind.TVD),
+    "tvd at 2": Divergence(DivergenceKind.TVD, temperature=2.0),
     "ce": Divergence(kd_weight=0.0, ce_weight=1.0),
     "z-loss": Divergence(kd_weight=0.0, z_loss=1.0),
     "all": Divergence(temperature=2.0, temperature_squared=True, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
+    "all with jsd": Divergence(DivergenceKind.JSD, beta=0.3, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
+    "all with tvd at 2": Divergence(DivergenceKind.TVD, temperature=2.0, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
+    "routed": Divergence(label_fraction=0.4),
+    "routed, all with skew kl at 2": Divergence(
+        DivergenceKind.SKEW_KL, temperature=2.0, kd_weight=0.7, ce_weight=0.3, z_loss=0.01, label_fraction=0.3
+    ),
 }
+
+TAILS = {
+    "sampled": (Tail.RENORMALISED, Divergence()),
+    "top-k": (Tail.RENORMALISED, Divergence(temperature=2.0, temperature_squared=True)),
+    "top-k and other": (Tail.OTHER, Divergence()),
+    "top-k and other, all at 2": (
+        Tail.OTHER,
+        Divergence(temperature=2.0, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
+    ),
+    "dropped": (Tail.DROPPED, Divergence(kd_weight=0.7, ce_weight=0.3)),
+}
+
+BEND = {"student_logits": LogitTransform(softcap=3.0, scale=0.7), "teacher_logits": LogitTransform(softcap=5.0)}
 
 
 @dataclass(frozen=True)
@@ -35,11 +76,24 @@ class Problem:
     labels: Tensor
     token_weights: Tensor
     size: int
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    student_logits: LogitTransform = LogitTransform()
+    teacher_logits: LogitTransform = LogitTransform()
 
     def cast(self, dtype: torch.dtype) -> "Problem":
         """The same numbers, hidden states and heads in `dtype`; token weights stay as they are."""
-        names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+        names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "student_bias", "teacher_bias")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(self, **{name: values.to(dtype) for name, values in given.items()})
+
+    def bent(self) -> "Problem":
+        """With everything that a model may do to its logits, and an id that the teacher does not know."""
+        generator = torch.Generator().manual_seed(99)
+        biases = [torch.randn(len(w), generator=generator).double() for w in (self.student_weight, self.teacher_weight)]
+        biases[1][self.size // 2] = -math.inf
+        known = torch.where(self.labels == self.size // 2, IGNORED_LABEL, self.labels)
+        return replace(self, labels=known, student_bias=biases[0], teacher_bias=biases[1], **BEND)
 
 
 @dataclass(frozen=True)
@@ -47,6 +101,7 @@ class Truth:
     terms: LossTerms
     hidden_grad: Tensor
     weight_grad: Tensor
+    bias_grad: Tensor | None = None
 
 
 def problem(
@@ -73,14 +128,47 @@ def problem(
     )
 
 
-def truth(p: Problem, divergence: Divergence | None, *, z_loss: float = 0.0) -> Truth:
-    """In float64; `divergence=None` is the label loss."""
+def sparse(p: Problem, tail: Tail, *, kept: int, temperature: float = 1.0, seed: int = 0) -> SparseTargets:
+    """Random targets: up to `kept` distinct ids a token, some of them none, the rest of the mass in the tail."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = len(p.labels)
+    kept = min(kept, p.size)
+    order = torch.rand(tokens, p.size, generator=generator, dtype=torch.float64)
+    ids = order.argsort(dim=1)[:, :kept]
+    probs = torch.rand(tokens, kept + 1, generator=generator, dtype=torch.float64).float().double()
+    ids[1::3, kept // 2 :] = -1
+    probs[:, :-1] *= ids >= 0
+    if tail is Tail.RENORMALISED:
+        probs[:, -1] = 0
+        probs[:, 0] += 1e-3
+    if kept == p.size:  # nothing is outside
+        probs[(ids >= 0).all(dim=1), -1] = 0
+    probs = probs / probs.sum(dim=1, keepdim=True)
+    return SparseTargets(ids, probs[:, :-1], probs[:, -1].log(), tail, temperature)
+
+
+def truth(
+    p: Problem,
+    divergence: Divergence | None,
+    *,
+    z_loss: float = 0.0,
+    targets: SparseTargets | None = None,
+    diagnose: bool = False,
+) -> Truth:
+    """In float64; `divergence=None` is the label loss, `targets` those of the sparse one."""
     p = p.cast(torch.float64)
     hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
+    bias = None if p.student_bias is None else p.student_bias.clone().requires_grad_()
+    shared: dict[str, Any] = {
+        "token_weights": p.token_weights,
+        "vocab_size": p.size,
+        "student_bias": bias,
+        "student_logits": p.student_logits,
+    }
     if divergence is None:
-        terms = reference.label_loss(
-            hidden, weight, p.labels, token_weights=p.token_weights, vocab_size=p.size, z_loss=z_loss
-        )
+        terms = reference.label_loss(hidden, weight, p.labels, z_loss=z_loss, **shared)
+    elif targets is not None:
+        terms = reference.sparse_distill_loss(hidden, weight, targets, p.labels, divergence=divergence, **shared)
     else:
         terms = reference.distill_loss(
             hidden,
@@ -88,12 +176,81 @@ def truth(p: Problem, divergence: Divergence | None, *, z_loss: float = 0.0) -> 
             p.teacher_hidden,
             p.teacher_weight,
             p.labels,
-            token_weights=p.token_weights,
             divergence=divergence,
-            vocab_size=p.size,
+            teacher_bias=p.teacher_bias,
+            teacher_logits=p.teacher_logits,
+            diagnose=diagnose,
+            **shared,
         )
-    hidden_grad, weight_grad = torch.autograd.grad(terms.loss, (hidden, weight))
-    return Truth(terms, hidden_grad, weight_grad)
+    wanted = (hidden, weight) if bias is None else (hidden, weight, bias)
+    return Truth(terms, *torch.autograd.grad(terms.loss, wanted))
+
+
+def run(
+    p: Problem,
+    divergence: Divergence | None,
+    *,
+    vocab: VocabSlice,
+    targets: SparseTargets | None = None,
+    upstream: float = 1.0,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Truth:
+    """The operator and its backward on what a rank holds; arguments as in `truth`."""
+    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
+    bias = None if p.student_bias is None else p.student_bias.clone().requires_grad_()
+    shared: dict[str, Any] = {
+        "token_weights": p.token_weights,
+        "vocab": vocab,
+        "student_bias": bias,
+        "student_logits": p.student_logits,
+        **options,
+    }
+    if divergence is None:
+        terms = label_loss(hidden, weight, p.labels, z_loss=z_loss, **shared)
+    elif targets is not None:
+        terms = sparse_distill_loss(hidden, weight, targets, p.labels, divergence=divergence, **shared)
+    else:
+        terms = distill_loss(
+            hidden,
+            weight,
+            p.teacher_hidden,
+            p.teacher_weight,
+            p.labels,
+            divergence=divergence,
+            teacher_bias=p.teacher_bias,
+            teacher_logits=p.teacher_logits,
+            **shared,
+        )
+    wanted = (hidden, weight) if bias is None else (hidden, weight, bias)
+    gradients = torch.autograd.grad(terms.loss * upstream, wanted)
+    return Truth(replace(terms, loss=terms.loss.detach()), *gradients)
+
+
+def scalars(terms: LossTerms) -> dict[str, float]:
+    """Every number of the terms, those of the diagnostics too, by name."""
+    found = {name: getattr(terms, name).item() for name in METRIC_NAMES}
+    for name, values in vars(terms.diagnostics).items() if terms.diagnostics else ():
+        found |= {f"{name} {i}": value for i, value in enumerate(values.flatten().tolist())}
+    return found
+
+
+def assert_terms(found: LossTerms, expected: LossTerms, tolerance: float, *, absolute: float | None = None) -> None:
+    """Every number within `tolerance`, relative, or within `absolute` (a hundredth of it where nothing is said)."""
+    told, true = scalars(found), scalars(expected)
+    assert told.keys() == true.keys()
+    for name, value in told.items():
+        assert value == pytest.approx(true[name], rel=tolerance, abs=absolute or tolerance * 1e-2), name
+
+
+def assert_same(found: Truth, expected: Truth, tolerance: float) -> None:
+    """Values and gradients."""
+    assert_terms(found.terms, expected.terms, tolerance)
+    assert relative_error(found.hidden_grad, expected.hidden_grad) < tolerance
+    assert relative_error(found.weight_grad, expected.weight_grad) < tolerance
+    assert (found.bias_grad is None) == (expected.bias_grad is None)
+    if found.bias_grad is not None and expected.bias_grad is not None:
+        assert relative_error(found.bias_grad, expected.bias_grad) < tolerance
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
