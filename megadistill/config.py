@@ -58,18 +58,120 @@ class StudentSection(Section):
 class TeacherSection(Section):
     path: str
     """A Hugging Face folder: config.json, safetensors, tokenizer.model."""
+    vocab_map: str | None = None
+    """A JSON list with the teacher's id for each of the student's ids, -1 where it has none. None: the same ids."""
+
+
+class ScheduleSection(Section):
+    """How a number changes over the run: the learning rate, or the weight of the divergence."""
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Length of the final decay; for wsd only."""
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    """The last value as a share of the peak."""
+
+    def require_fit(self, steps: int, key: str) -> None:
+        """Refuses what does not fit into a run of `steps`. `key` is this schedule's name in the recipe.
+
+        Raises:
+            ValueError: one line.
+        """
+        if self.kind == "wsd" and self.decay_steps is None:
+            raise ValueError(f"{key}.kind wsd needs {key}.decay_steps (a tenth of train.steps is common)")
+        if self.kind == "cosine" and self.decay_steps is not None:
+            raise ValueError(f"{key}.decay_steps belongs to {key}.kind wsd; cosine decays over all of train.steps")
+        if self.warmup_steps + (self.decay_steps or 0) > steps:
+            raise ValueError(
+                f"{key}.warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps or 0} "
+                f"do not fit into steps {steps}; shorten them or train longer"
+            )
+
+
+class TargetsSection(Section):
+    """What is kept of the teacher's distribution, where the student does not learn from all of it."""
+
+    select: Literal["sampled", "top_k", "threshold", "top_p"] = "sampled"
+    draws: int | None = Field(default=None, ge=1)
+    """sampled: independent draws for each token; the target is counts/draws. 50 where nothing is said."""
+    k: int | None = Field(default=None, ge=1)
+    """top_k: how many of the most likely ids."""
+    epsilon: float | None = Field(default=None, gt=0, lt=1)
+    """threshold: the lowest probability that is kept."""
+    mass: float | None = Field(default=None, gt=0, lt=1)
+    """top_p: the probability that the most likely ids reach together."""
+    max_ids: int | None = Field(default=None, ge=1)
+    """top_p: how many of them at most."""
+    tail: Literal["other", "renormalised", "dropped"] | None = None
+    """What becomes of the rest; "other" where nothing is said. Draws leave none, so `sampled` has no tail."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """Filled in here, so that a run's recipe.json says them."""
+        if not isinstance(values, dict):
+            return values
+        sampled = values.get("select", "sampled") == "sampled"
+        return {"draws": 50, **values} if sampled else {"tail": "other", **values}
+
+    @model_validator(mode="after")
+    def _keys_belong(self) -> "TargetsSection":
+        owners = {"draws": "sampled", "k": "top_k", "epsilon": "threshold", "mass": "top_p", "max_ids": "top_p"}
+        for key, owner in owners.items():
+            value = getattr(self, key)
+            if value is None and owner == self.select:
+                raise ValueError(f"select {self.select} needs {key}")
+            if value is not None and owner != self.select:
+                raise ValueError(f"{key} is {value}, but it belongs to select {owner}, not {self.select}")
+        if self.select == "sampled" and self.tail is not None:
+            raise ValueError(f"tail is {self.tail}, but counts of draws add up to 1 and leave none: remove it")
+        if self.select != "sampled" and self.tail is None:
+            raise ValueError(f"select {self.select} needs a tail: other, renormalised or dropped")
+        return self
 
 
 class LossSection(Section):
-    divergence: Literal["forward_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    beta: float | None = Field(default=None, ge=0, le=1)
+    """jsd: the teacher's share of the mixture; 0.5 where nothing is said."""
+    alpha: float | None = Field(default=None, ge=0, lt=1)
+    """skew_kl: the teacher's share of the mixture; 0.1 where nothing is said."""
     temperature: float = Field(default=1.0, gt=0)
     temperature_squared: bool = False
     """Multiply the divergence by T²: keeps its gradient's size when T grows (Hinton et al., 2015)."""
     kd_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=0.0, ge=0)
     z_loss: float = Field(default=0.0, ge=0)
-    chunk_tokens: int = Field(default=1024, ge=1)
-    """Tokens of a vocab group whose logits exist at one time."""
+    label_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the tokens, where the teacher is surest, that learn from the label instead (Goyal et al.,
+    2509.01649). The surest are looked for among the tokens of a vocab group's micro-batch."""
+    schedule: ScheduleSection | None = None
+    """The divergence's weight over the run, as a share of `kd_weight` (Peng et al., 2410.16215); what it gives up goes
+    to the label's cross-entropy. None: constant."""
+    targets: TargetsSection | None = None
+    """Learn from a part of the teacher's distribution, chosen anew at every step. None: from all of it."""
+    logit_memory_mb: int = Field(default=256, ge=1)
+    """MiB of logits that exist at one time on a rank: tokens go through the loss in chunks that fit."""
+    elementwise: Literal["eager", "compiled"] = "eager"
+    """Who does the arithmetic between the products: torch's operations, or kernels that `torch.compile` makes."""
+    diagnose_every: int = Field(default=0, ge=0)
+    """Steps between closer looks at teacher and student, at the cost of a second pass; 0: never."""
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> "LossSection":
+        for name, owner in (("beta", "jsd"), ("alpha", "skew_kl")):
+            value = getattr(self, name)
+            if value is not None and self.divergence != owner:
+                raise ValueError(f"{name} is {value}, but it belongs to divergence {owner}, not {self.divergence}")
+        if self.targets is not None:
+            if self.divergence != "forward_kl":
+                raise ValueError(f"targets keep a part of the teacher, but {self.divergence} needs all of it")
+            for name, reason in (("label_fraction", "entropy"), ("diagnose_every", "whole distribution")):
+                if getattr(self, name) != 0:
+                    raise ValueError(f"{name} needs the teacher's {reason}, which targets do not tell: set it to 0")
+        return self
 
 
 class AdamWSection(Section):
@@ -79,16 +181,6 @@ class AdamWSection(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled, on matrices only: norms and biases are not decayed."""
-
-
-class ScheduleSection(Section):
-    kind: Literal["cosine", "wsd"] = "cosine"
-    """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
-    warmup_steps: int = Field(default=0, ge=0)
-    decay_steps: int | None = Field(default=None, ge=1)
-    """Length of the final decay; for wsd only."""
-    final_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last learning rate as a share of the peak."""
 
 
 class TrainSection(Section):
@@ -108,16 +200,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":
-        schedule = self.schedule
-        if schedule.kind == "wsd" and schedule.decay_steps is None:
-            raise ValueError("schedule.kind wsd needs schedule.decay_steps (a tenth of train.steps is common)")
-        if schedule.kind == "cosine" and schedule.decay_steps is not None:
-            raise ValueError("schedule.decay_steps belongs to schedule.kind wsd; cosine decays over all of train.steps")
-        if schedule.warmup_steps + (schedule.decay_steps or 0) > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps or 0} "
-                f"do not fit into steps {self.steps}; shorten them or train longer"
-            )
+        self.schedule.require_fit(self.steps, "schedule")
         return self
 
 
@@ -142,12 +225,19 @@ class Recipe(Section):
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":
-            unused = ("divergence", "temperature", "temperature_squared", "kd_weight", "ce_weight")
-            moved = [name for name in unused if getattr(self.loss, name) != getattr(LossSection(), name)]
+            used = ("z_loss", "logit_memory_mb", "elementwise")
+            plain = LossSection()
+            moved = [
+                name
+                for name in LossSection.model_fields
+                if name not in used and getattr(self.loss, name) != getattr(plain, name)
+            ]
             if moved:
                 raise ValueError(
                     f"objective labels does not use loss.{moved[0]}: remove it, or set objective to distill"
                 )
+        if self.loss.schedule is not None:
+            self.loss.schedule.require_fit(self.train.steps, "loss.schedule")
         return self
 
     def accumulation(self, world: int) -> int:

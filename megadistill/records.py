@@ -248,3 +248,5 @@ class StepReport:
     """Model FLOPs over peak FLOPs, both models together; None where the device's peak is not known."""
     memory_bytes: int
     """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
+    diagnostics: dict[str, float] | None = None
+    """What the closer look found, by name, on the steps that take one."""

@@ -37,7 +37,7 @@ class ModelNeeds:
     """Of one token."""
     flops: int
     """Of a token of the run: three forward passes to train, and the body's once more where activations are recomputed;
-    one forward pass to teach."""
+    one forward pass to teach, and its head once more where the surest tokens are looked for first."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,21 @@ def needs(
     models = [ModelNeeds("student", parameter_counts(student), trained, flops=3 * trained.forward + again)]
     if teacher is not None:
         frozen = flops_per_token(teacher, sequence_length)
-        models.append(ModelNeeds("teacher", parameter_counts(teacher), frozen, flops=frozen.forward))
+        twice = frozen.head if recipe.loss.label_fraction > 0 else 0
+        models.append(ModelNeeds("teacher", parameter_counts(teacher), frozen, flops=frozen.forward + twice))
     element = ELEMENT_BYTES[recipe.train.precision]
     padded = padded_vocabulary(vocab_size, recipe.student.vocab_multiple)
     counts = models[0].parameters
     rows = sum(stop - start for start, stop in block_cyclic_ranges(padded, ranks, group_size, rank=0))
+    # Truncated targets are made before the loss, one model's logits at a time.
+    logit_buffers = 1 if teacher is None or recipe.loss.targets is not None else 2
     memory = {
         "ZeRO-3 states": counts.total * (element + FLOAT32_COPIES * FLOAT32_BYTES) // ranks,
         "gathered layers (two)": 2 * element * counts.body // student.num_hidden_layers,
         "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
-        "logit chunk": (1 if teacher is None else 2)
-        * FLOAT32_BYTES
-        * min(recipe.loss.chunk_tokens, micro_tokens * group_size)
-        * rows,
+        "logit chunk": min(
+            recipe.loss.logit_memory_mb << 20, logit_buffers * FLOAT32_BYTES * micro_tokens * group_size * rows
+        ),
     }
     if group_size < ranks:  # else ZeRO-3's own partition is the slice
         memory["head rows"] = element * rows * student.hidden_size

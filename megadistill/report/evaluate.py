@@ -20,7 +20,7 @@ from megadistill.data import Manifest, TokenStream
 from megadistill.data.shards import file_sha256
 from megadistill.errors import OperatorFault, UserError
 from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.model.families import decoder, load_pretrained
+from megadistill.model.families import decoder, load_pretrained, logit_transform
 from megadistill.records import LossTerms, TokenBatch
 
 
@@ -116,7 +116,8 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
     model = load_pretrained(folder, what=str(folder), device=device)
     if model.config.vocab_size < manifest.vocab_size:
         raise UserError(
-            f"{folder}: a vocabulary of {model.config.vocab_size} ids, the split was made with {manifest.vocab_size}"
+            f"{folder}: a vocabulary of {model.config.vocab_size} ids, the split was made with {manifest.vocab_size}; "
+            "an evaluation reads no teacher.vocab_map: all models must have the split's ids"
         )
     if model.config.max_position_embeddings < manifest.sequence_length:
         raise UserError(
@@ -125,7 +126,10 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
         )
     tokenizer = folder / "tokenizer.model"
     if tokenizer.is_file() and file_sha256(tokenizer) != manifest.tokenizer.sha256:
-        raise UserError(f"{folder}: its tokenizer.model is not the one that the split was made with")
+        raise UserError(
+            f"{folder}: its tokenizer.model is not the one that the split was made with, and an evaluation reads no "
+            "teacher.vocab_map: tokenize a split with this model's own"
+        )
     return model
 
 
@@ -144,7 +148,9 @@ def _sums(model: Any, batch: TokenBatch, judge: Any, judged: Tensor | None, voca
     vocab = VocabSlice.contiguous(0, vocab_size, size=vocab_size)
     terms: LossTerms
     if judged is None:
-        terms = label_loss(hidden, head, labels, token_weights=weights, vocab=vocab)
+        terms = label_loss(
+            hidden, head, labels, token_weights=weights, vocab=vocab, student_logits=logit_transform(model.config)
+        )
     else:
         terms = distill_loss(
             hidden,
@@ -155,6 +161,8 @@ def _sums(model: Any, batch: TokenBatch, judge: Any, judged: Tensor | None, voca
             token_weights=weights,
             divergence=Divergence(),
             vocab=vocab,
+            student_logits=logit_transform(model.config),
+            teacher_logits=logit_transform(judge.config),
         )
     return torch.stack([terms.student_ce, terms.kl, terms.agreement]).double().cpu()
 

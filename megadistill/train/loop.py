@@ -13,11 +13,13 @@ from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
 from megadistill.errors import OperatorFault, RankUserError, UserError
+from megadistill.model.families import logit_transform
 from megadistill.records import Cursor
 from megadistill.student.engine import PRECISIONS, StudentEngine
-from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
+from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows, unknown_bias
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
 from megadistill.train.metrics import Meter, RunLog
+from megadistill.train.objective import Objective
 from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
@@ -67,6 +69,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
         start=cursor,
     )
     meter = meter_of(setup, topology)
+    objective = objective_of(setup)
     last = min(section.steps, stop_after or section.steps)
     with run_log(setup, topology, start_step=step) as log:
         log.say(where_it_runs(setup, topology))
@@ -84,11 +87,20 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
                 step=step,
                 micro_batch=section.micro_batch,
                 learning_rate=rate,
-                loss=recipe.loss,
+                objective=objective,
                 topology=topology,
             )
             seconds = time.perf_counter() - began  # the step ended in a device sync: the gradient norm was read
-            log.step(meter.report(step, outcome.metrics, rate, outcome.grad_norm, seconds, outcome.teacher_seconds))
+            report = meter.report(
+                step,
+                outcome.metrics,
+                rate,
+                outcome.grad_norm,
+                seconds,
+                outcome.teacher_seconds,
+                outcome.diagnostics,
+            )
+            log.step(report, weights=objective.moving_weights(step))
             if step % section.checkpoint_every == 0 or step == last:
                 log.say(f"saved {save(setup, student, step, cursor, topology)}")
     return Outcome(step=step, done=step >= section.steps)
@@ -116,8 +128,25 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
     )
     if stage is None:
         return student, None
-    head = head_rows(path, student.head.vocab, dtype=dtype, device=device)
-    return student, Teacher(pipeline=TeacherPipeline(stage, topology), head=head)
+    vocab, ids = student.head.vocab, setup.vocab_map
+    teacher = Teacher(
+        pipeline=TeacherPipeline(stage, topology),
+        head=head_rows(path, vocab, dtype=dtype, device=device, ids=ids),
+        bias=None if ids is None else unknown_bias(vocab, ids, device=device),
+        logits=logit_transform(setup.teacher_config),
+        ids=ids,
+    )
+    return student, teacher
+
+
+def objective_of(setup: Setup) -> Objective:
+    recipe = setup.recipe
+    return Objective(
+        loss=recipe.loss,
+        steps=recipe.train.steps,
+        seed=recipe.run.seed,
+        student_logits=logit_transform(setup.student_config),
+    )
 
 
 def resume(folder: Path, student: StudentEngine, topology: Topology) -> tuple[int, Cursor | None]:
@@ -187,7 +216,7 @@ def run_log(setup: Setup, topology: Topology, start_step: int) -> Iterator[RunLo
         start_step=start_step,
         steps=setup.recipe.train.steps,
         log_every=setup.recipe.train.log_every,
-        distill=setup.recipe.objective == "distill",
+        loss=setup.recipe.loss if setup.recipe.objective == "distill" else None,
         topology=topology,
     )
     try:

@@ -14,10 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megadistill.comm.topology import Topology
+from megadistill.config import LossSection
 from megadistill.model.flops import flops_per_token
 from megadistill.records import StepReport
 
-TEACHER_METRICS = ("kl", "teacher_ce", "teacher_entropy", "agreement", "teacher_seconds")
+WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
+"""What a run with truncated targets does not know."""
+
+TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
+"""What a run from labels does not have."""
 
 # Dense peak of the matrix units, FLOP/s, from the vendors' data sheets: device name contains -> precision -> peak.
 PEAK_FLOPS = {
@@ -74,6 +79,7 @@ class Meter:
         grad_norm: float,
         seconds: float,
         teacher_seconds: float,
+        diagnostics: dict[str, float] | None = None,
     ) -> StepReport:
         tokens_per_second = self._tokens_per_step / seconds
         return StepReport(
@@ -87,22 +93,31 @@ class Meter:
             teacher_seconds=teacher_seconds,
             mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
             memory_bytes=peak_memory(self._device),
+            diagnostics=diagnostics,
         )
 
 
 class RunLog:
     """Writes one rank's view of a run; on every rank but the first it writes nothing.
 
-    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it.
+    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it. `loss` is
+    what a distillation asks for; None in a run from labels.
     """
 
     def __init__(
-        self, folder: Path, *, start_step: int, steps: int, log_every: int, distill: bool, topology: Topology
+        self,
+        folder: Path,
+        *,
+        start_step: int,
+        steps: int,
+        log_every: int,
+        loss: LossSection | None,
+        topology: Topology,
     ) -> None:
         self._active = topology.is_first
         self._steps = steps
         self._log_every = log_every
-        self._distill = distill
+        self._loss = loss
         self._console = Console(stderr=False, soft_wrap=True)
         self._progress: Progress | None = None
         if not self._active:
@@ -122,14 +137,17 @@ class RunLog:
         if self._active:
             self._console.print(line, markup=False, highlight=False)
 
-    def step(self, report: StepReport) -> None:
-        """Logs one step: a line of JSON (flushed, so that a kill loses nothing), TensorBoard, the terminal."""
+    def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
+        """Logs one step: a line of JSON (flushed, so that a kill loses nothing), TensorBoard, the terminal.
+
+        `weights` are those of the loss's terms, by name, where a schedule moves them.
+        """
         if not self._active:
             return
-        values = self._values(report)
+        values = {**self._values(report), **(weights or {})}
         self._lines.write(json.dumps(values) + "\n")
         self._lines.flush()
-        for name, value in values.items():
+        for name, value in _flat(values).items():
             if name != "step" and value is not None:
                 self._board.add_scalar(_board_name(name), value, report.step)
         if report.step % self._log_every == 0 or report.step == self._steps:
@@ -146,11 +164,21 @@ class RunLog:
         self._board.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
-        values = asdict(report)
-        return values if self._distill else {k: v for k, v in values.items() if k not in TEACHER_METRICS}
+        hidden: tuple[str, ...] = ("diagnostics",) if report.diagnostics is None else ()
+        if self._loss is None:
+            hidden += TEACHER_METRICS
+        elif self._loss.targets is not None:
+            hidden += WHOLE_DISTRIBUTION_METRICS
+        return {name: value for name, value in asdict(report).items() if name not in hidden}
 
     def _line(self, report: StepReport) -> str:
-        teacher = f" | kl {report.kl:.4f} | agree {report.agreement:.3f}" if self._distill else ""
+        teacher = ""
+        if self._loss is not None:
+            if self._loss.divergence != "forward_kl":
+                teacher += f" | {self._loss.divergence} {report.divergence:.4f}"
+            teacher += f" | kl {report.kl:.4f}"
+            if self._loss.targets is None:
+                teacher += f" | agree {report.agreement:.3f}"
         mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
         return (
             f"step {report.step}/{self._steps} | loss {report.loss:.4f} | ce {report.student_ce:.4f}{teacher}"
@@ -163,9 +191,18 @@ def _board_name(name: str) -> str:
     """TensorBoard groups by the part before the slash."""
     if name in ("tokens", "seconds", "tokens_per_second", "teacher_seconds", "mfu", "memory_bytes"):
         return f"system/{name}"
-    if name in ("learning_rate", "grad_norm"):
+    if name in ("learning_rate", "grad_norm", "kd_weight", "ce_weight"):
         return f"optimizer/{name}"
+    if name.startswith("diagnostics/"):
+        return name
     return f"teacher/{name}" if name in ("teacher_ce", "teacher_entropy") else f"student/{name}"
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a step without nesting: those of `diagnostics` as `diagnostics/NAME`."""
+    closer = values.get("diagnostics") or {}
+    outer = {name: value for name, value in values.items() if name != "diagnostics"}
+    return {**outer, **{f"diagnostics/{name}": value for name, value in closer.items()}}
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

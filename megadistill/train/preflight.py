@@ -1,18 +1,25 @@
 """Whether recipe, data and models fit together, asked before anything is started. It knows no ranks."""
 
 import hashlib
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import Recipe
+import torch
+from torch import Tensor
+
+from megadistill.config import LossSection, Recipe
 from megadistill.data import Manifest
 from megadistill.errors import UserError
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
 
-def check_fit(recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | None, *, stages: int) -> None:
-    """Sequence length, vocabulary, tokenizer and stages.
+def check_fit(
+    recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
+) -> None:
+    """Sequence length, vocabulary, tokenizer and stages. `vocab_map` is what `teacher.vocab_map` names, if it does.
 
     Raises:
         UserError: the first thing that does not fit, with both values and the way out.
@@ -39,23 +46,52 @@ def check_fit(recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | N
             f"comm.vocab_group is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
             f"{teacher.num_hidden_layers} layers: set comm.vocab_group to {teacher.num_hidden_layers} or less"
         )
+    if vocab_map is not None:  # the map says what the tokenizers would have shown
+        _divergence_is_finite(recipe.loss, vocab_map)
+        return
     if teacher.vocab_size < manifest.vocab_size:
         raise UserError(
             f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
-            f"{manifest.vocab_size}: tokenize the text with the teacher's own tokenizer"
+            f"{manifest.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
+            "how the ids map"
         )
     tokenizer = Path(recipe.teacher.path) / "tokenizer.model"
     if not tokenizer.is_file():
         raise UserError(
             f"{tokenizer} does not exist, so nothing shows that the teacher reads the ids of {recipe.data.manifest}: "
-            "copy the tokenizer that the teacher was trained with there"
+            "copy the tokenizer that the teacher was trained with there, or let teacher.vocab_map say how the ids map"
         )
     found = _sha256(tokenizer)
     if found != manifest.tokenizer.sha256:
         raise UserError(
             f"teacher.path: {tokenizer} has sha256 {found[:12]}…, the shards were made with "
             f"{manifest.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
-            "Tokenize the text with the teacher's tokenizer"
+            "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
+        )
+
+
+def check_compiler(loss: LossSection) -> None:
+    """Asked as torch would ask, which does so at the first step.
+
+    Raises:
+        UserError: `loss.elementwise` is compiled, and this CPU has no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if loss.elementwise == "compiled" and not torch.accelerator.is_available() and shutil.which(compiler) is None:
+        raise UserError(
+            f"loss.elementwise is compiled, which needs a C++ compiler on a CPU, and {compiler} is not on the PATH: "
+            "install g++, name another in the environment variable CXX (as in CXX=clang++), or set loss.elementwise "
+            "to eager"
+        )
+
+
+def _divergence_is_finite(loss: LossSection, vocab_map: Tensor) -> None:
+    unknown = int((vocab_map < 0).sum())
+    reverse = loss.divergence == "reverse_kl" or (loss.divergence == "jsd" and loss.beta == 1.0)
+    if reverse and unknown:
+        raise UserError(
+            f"loss.divergence: reverse KL is infinite where the teacher gives no probability, and teacher.vocab_map "
+            f"leaves {unknown} ids without one of the teacher's: choose another divergence"
         )
 
 

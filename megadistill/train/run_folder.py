@@ -12,7 +12,8 @@ from megadistill.config import dotted
 from megadistill.errors import UserError
 
 # What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
-# more than float32 rounding. The layout follows the ranks that one has today.
+# more than float32 rounding. The layout follows the ranks that one has today; with `loss.label_fraction` it says among
+# which tokens the surest are looked for, as the number of ranks does, which no recipe holds.
 MAY_CHANGE = (
     "run.folder",
     "train.log_every",
@@ -20,7 +21,9 @@ MAY_CHANGE = (
     "train.micro_batch",
     "comm.timeout_minutes",
     "comm.vocab_group",
-    "loss.chunk_tokens",
+    "loss.logit_memory_mb",
+    "loss.elementwise",
+    "loss.diagnose_every",
     "student.activation_checkpointing",
 )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megadistill.comm.topology import Launch, Topology, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
@@ -12,8 +13,9 @@ from megadistill.config import Recipe
 from megadistill.data import Manifest
 from megadistill.model.families import load_config
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
-from megadistill.train.preflight import check_fit
+from megadistill.train.preflight import check_compiler, check_fit
 from megadistill.train.run_folder import refuse_other_recipe
+from megadistill.train.vocab_map import read_vocab_map
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Setup:
     accumulation: int
     profile: dict[str, Any]
     """The DeepSpeed settings in force: on a CPU those of `NAME.cpu.json`, where there is one."""
+    vocab_map: Tensor | None
+    """[manifest.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
     left_out: tuple[str, ...]
     """What the recipe's DeepSpeed file switches on and a CPU does without."""
 
@@ -53,7 +57,13 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher_config = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
-    check_fit(recipe, manifest, student_config, teacher_config, stages=group_size)
+    vocab_map = None
+    if recipe.teacher is not None and recipe.teacher.vocab_map is not None:
+        assert teacher_config is not None
+        path, teacher_ids = Path(recipe.teacher.vocab_map), teacher_config.vocab_size
+        vocab_map = read_vocab_map(path, student_ids=manifest.vocab_size, teacher_ids=teacher_ids)
+    check_fit(recipe, manifest, student_config, teacher_config, stages=group_size, vocab_map=vocab_map)
+    check_compiler(recipe.loss)
     student_config.vocab_size = manifest.vocab_size
     folder = Path(recipe.run.folder)
     refuse_other_recipe(folder, recipe.snapshot())
@@ -66,6 +76,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         group_size=group_size,
         accumulation=accumulation,
         profile=profile,
+        vocab_map=vocab_map,
         left_out=left_out,
     )
 

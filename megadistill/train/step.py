@@ -3,6 +3,7 @@
 Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,12 +12,32 @@ from torch import Tensor
 
 from megadistill.comm.collectives import all_reduce_sum
 from megadistill.comm.topology import Topology
-from megadistill.config import LossSection
-from megadistill.loss import Divergence, DivergenceKind, distill_loss, label_loss
-from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, TokenBatch
+from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
+from megadistill.loss.targets import sparse_targets
+from megadistill.records import (
+    IGNORED_LABEL,
+    METRIC_NAMES,
+    TOP_K,
+    Diagnostics,
+    LogitTransform,
+    LossTerms,
+    SparseTargets,
+    TokenBatch,
+)
 from megadistill.student.engine import StudentEngine
 from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.train.health import require_finite
+from megadistill.train.objective import Objective, selection, uniforms
+from megadistill.train.vocab_map import translated
+
+DECILES = 10
+DIAGNOSTIC_NAMES = (
+    "acceptance",
+    "reverse_kl",
+    "jsd",
+    *(f"top_{k}_mass" for k in TOP_K),
+    *(f"kl_entropy_decile_{decile}" for decile in range(1, DECILES + 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,16 @@ class Teacher:
 
     pipeline: TeacherPipeline
     head: Tensor
+    bias: Tensor | None = None
+    """[v]: -inf for an id that the teacher does not know; None where it knows all."""
+    logits: LogitTransform = LogitTransform()
+    ids: Tensor | None = None
+    """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
+
+    def hidden(self, batch: TokenBatch, device: torch.device) -> Tensor:
+        """[N, E]: what the teacher says of the batch. Collective over its stages; see `TeacherPipeline.signal`."""
+        read = (batch if self.ids is None else translated(batch, self.ids)).to(device)
+        return self.pipeline.signal(read).hidden_for(read)
 
 
 @dataclass(frozen=True)
@@ -34,6 +65,9 @@ class StepOutcome:
     metrics: dict[str, float]
     grad_norm: float
     teacher_seconds: float
+    diagnostics: dict[str, float] | None = None
+    """By `DIAGNOSTIC_NAMES`, on the steps that take the closer look, but for what is infinite: the reverse KL against a
+    teacher that does not know some ids. The KL of a decile is the mean over its own tokens."""
 
 
 def train_step(
@@ -44,7 +78,7 @@ def train_step(
     step: int,
     micro_batch: int,
     learning_rate: float,
-    loss: LossSection,
+    objective: Objective,
     topology: Topology,
 ) -> StepOutcome:
     """Accumulates over this rank's rows in micro-batches and takes one optimizer step. Collective over the world.
@@ -56,74 +90,138 @@ def train_step(
     Raises:
         OperatorFault: a number is not finite; the optimizer has not moved.
         SignalMismatch: the teacher answered another batch.
+        UserError: a token that the teacher has no id for.
     """
     count = torch.tensor(batch.valid_tokens, dtype=torch.float64, device=topology.device)
     count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
-    totals = torch.zeros(len(METRIC_NAMES), dtype=torch.float64, device=topology.device)
+    diagnose = teacher is not None and objective.diagnoses(step)
+    names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES) if diagnose else METRIC_NAMES
+    totals = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
+    loss = _Loss(student, teacher, objective, objective.divergence(step), diagnose=diagnose)
     teacher_seconds = 0.0
     grad_norm: float | None = None
     micro_batches = batch.micro_batches(micro_batch)
     for index, micro in enumerate(micro_batches):
-        on_device = micro.to(topology.device)
         teacher_hidden = None
         if teacher is not None:
             began = time.perf_counter()
-            teacher_hidden = teacher.pipeline.signal(on_device).hidden_for(on_device)
+            teacher_hidden = teacher.hidden(micro, topology.device)
             teacher_seconds += time.perf_counter() - began
-        terms = _loss(student, teacher, teacher_hidden, on_device, count, loss)
-        totals += terms.metrics()
+        terms = loss.terms(micro.to(topology.device), teacher_hidden, count)
+        totals += _numbers(terms)
         if index == len(micro_batches) - 1:
             all_reduce_sum(totals, topology.world_group)
-            metrics = dict(zip(METRIC_NAMES, totals.tolist(), strict=True))  # a device sync, one a step
+            means = dict(zip(names, totals.tolist(), strict=True))  # a device sync, one a step
+            metrics = {name: means[name] for name in METRIC_NAMES}
             require_finite(step, metrics)
         student.backward(terms.loss)
         grad_norm = student.step(learning_rate)
     assert grad_norm is not None, "the last micro-batch ends the accumulation window"
     require_finite(step, {"grad_norm": grad_norm})
-    return StepOutcome(metrics=metrics, grad_norm=grad_norm, teacher_seconds=teacher_seconds)
+    return StepOutcome(
+        metrics=metrics,
+        grad_norm=grad_norm,
+        teacher_seconds=teacher_seconds,
+        diagnostics=_finite(means, DIAGNOSTIC_NAMES) if diagnose else None,
+    )
 
 
-def _loss(
-    student: StudentEngine,
-    teacher: Teacher | None,
-    teacher_hidden: Tensor | None,
-    batch: TokenBatch,
-    count: Tensor,
-    loss: LossSection,
-) -> LossTerms:
-    labels = batch.labels.flatten()
-    weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
-    hidden = student.hidden(batch.tokens)
-    if teacher is None or teacher_hidden is None:
-        return label_loss(
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of one step, for its micro-batches."""
+
+    student: StudentEngine
+    teacher: Teacher | None
+    objective: Objective
+    divergence: Divergence
+    diagnose: bool
+
+    def terms(self, batch: TokenBatch, teacher_hidden: Tensor | None, count: Tensor) -> LossTerms:
+        """Of a micro-batch; `teacher_hidden` is what its teacher says of it."""
+        student, teacher, objective = self.student, self.teacher, self.objective
+        labels = batch.labels.flatten()
+        weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
+        hidden = student.hidden(batch.tokens)
+        if teacher is None or teacher_hidden is None:
+            return label_loss(
+                hidden,
+                student.head.weight(),
+                labels,
+                token_weights=weights,
+                vocab=student.head.vocab,
+                z_loss=objective.loss.z_loss,
+                student_logits=objective.student_logits,
+                logit_memory=objective.logit_memory,
+                elementwise=objective.elementwise,
+            )
+        if objective.loss.targets is not None:
+            return sparse_distill_loss(
+                hidden,
+                student.head.weight(),
+                self._targets(teacher, teacher_hidden, batch),
+                labels,
+                token_weights=weights,
+                divergence=self.divergence,
+                vocab=student.head.vocab,
+                student_logits=objective.student_logits,
+                logit_memory=objective.logit_memory,
+                elementwise=objective.elementwise,
+            )
+        return distill_loss(
             hidden,
             student.head.weight(),
+            teacher_hidden,
+            teacher.head,
             labels,
             token_weights=weights,
+            divergence=self.divergence,
             vocab=student.head.vocab,
-            z_loss=loss.z_loss,
-            chunk_tokens=loss.chunk_tokens,
+            teacher_bias=teacher.bias,
+            student_logits=objective.student_logits,
+            teacher_logits=teacher.logits,
+            logit_memory=objective.logit_memory,
+            elementwise=objective.elementwise,
+            diagnose=self.diagnose,
         )
-    return distill_loss(
-        hidden,
-        student.head.weight(),
-        teacher_hidden,
-        teacher.head,
-        labels,
-        token_weights=weights,
-        divergence=divergence(loss),
-        vocab=student.head.vocab,
-        chunk_tokens=loss.chunk_tokens,
+
+    def _targets(self, teacher: Teacher, teacher_hidden: Tensor, batch: TokenBatch) -> SparseTargets:
+        section = self.objective.loss.targets
+        assert section is not None
+        kept, tail = selection(section)
+        draws = None
+        if section.draws is not None:
+            sequence = batch.tokens.shape[1]
+            draws = uniforms(batch.slots, sequence=sequence, draws=section.draws, seed=self.objective.seed)
+            draws = draws.to(teacher_hidden.device)
+        return sparse_targets(
+            teacher_hidden,
+            teacher.head,
+            selection=kept,
+            tail=tail,
+            vocab=self.student.head.vocab,
+            temperature=self.divergence.temperature,
+            uniforms=draws,
+            teacher_bias=teacher.bias,
+            teacher_logits=teacher.logits,
+            logit_memory=self.objective.logit_memory,
+        )
+
+
+def _numbers(terms: LossTerms) -> Tensor:
+    """[9] float64: `METRIC_NAMES`; with the closer look [25], `DIAGNOSTIC_NAMES` after them. One reduction for all."""
+    if terms.diagnostics is None:
+        return terms.metrics()
+    d: Diagnostics = terms.diagnostics
+    return torch.cat(
+        [
+            terms.metrics(),
+            torch.stack([d.acceptance, d.reverse_kl, d.jsd]).double(),
+            d.top_k_mass.double(),
+            # A decile's sum has the weights of all tokens, of which it holds a tenth.
+            DECILES * d.kl_by_entropy_decile.double(),
+        ]
     )
 
 
-def divergence(loss: LossSection) -> Divergence:
-    """The recipe's loss section as the loss room's own value."""
-    return Divergence(
-        kind=DivergenceKind(loss.divergence),
-        temperature=loss.temperature,
-        temperature_squared=loss.temperature_squared,
-        kd_weight=loss.kd_weight,
-        ce_weight=loss.ce_weight,
-        z_loss=loss.z_loss,
-    )
+def _finite(means: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    return {name: means[name] for name in names if math.isfinite(means[name])}

@@ -17,8 +17,8 @@ from tests.paths import ROOT
 
 CLOCK = {"seconds", "tokens_per_second", "teacher_seconds", "memory_bytes", "mfu"}
 DISTILL_METRICS = {
-    "step", "tokens", "loss", "kl", "student_ce", "teacher_ce", "teacher_entropy", "agreement", "log_z",
-    "learning_rate", "grad_norm",
+    "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
+    "agreement", "log_z", "learning_rate", "grad_norm",
 } | CLOCK  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_every_step_is_logged_with_what_the_field_looks_at(undisturbed: list[dic
     for line in undisturbed:
         assert set(line) == DISTILL_METRICS
         assert line["tokens"] == line["step"] * 8 * 32
-        assert line["loss"] == line["kl"] > 0
+        assert line["loss"] == line["kl"] == line["divergence"] > 0
         assert line["teacher_ce"] >= line["teacher_entropy"] * 0.5 > 0
         assert 0 <= line["agreement"] <= 1
     assert undisturbed[-1]["kl"] < undisturbed[0]["kl"]

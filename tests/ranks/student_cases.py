@@ -20,7 +20,8 @@ from megadistill.model.initialise import initial_tensor
 from megadistill.records import TeacherSignal, TokenBatch, token_digest
 from megadistill.student.engine import StudentEngine
 from megadistill.student.profile import load_deepspeed
-from megadistill.train.step import Teacher, divergence, train_step
+from megadistill.train.objective import Objective
+from megadistill.train.step import Teacher, train_step
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
@@ -40,9 +41,15 @@ class Case:
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     model_type: str = "llama"
-    loss: LossSection = field(
-        default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3, chunk_tokens=24)
-    )
+    loss: LossSection = field(default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3))
+
+
+class SmallChunks(Objective):
+    """So little memory that a micro-batch goes through the loss in several chunks."""
+
+    @property
+    def logit_memory(self) -> int:
+        return 2 * 4 * 12 * VOCAB
 
 
 def config_of(case: Case) -> Any:
@@ -169,7 +176,7 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
             step=step,
             micro_batch=GLOBAL_BATCH // topology.world // case.accumulation,
             learning_rate=RATE * (step + 1) / 3,
-            loss=case.loss,
+            objective=SmallChunks(case.loss, steps=3, seed=SEED),
             topology=topology,
         )
         found.append({**outcome.metrics, "grad_norm": outcome.grad_norm})
@@ -224,7 +231,7 @@ def dense_truth(case: Case) -> Found:
                 teacher_head().double(),
                 labels,
                 token_weights=weights,
-                divergence=divergence(case.loss),
+                divergence=Objective(case.loss, steps=3, seed=SEED).divergence(step),
                 vocab_size=VOCAB,
             )
         else:

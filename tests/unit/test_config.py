@@ -35,6 +35,8 @@ def refused(path: Path, *overrides: str) -> str:
 def test_defaults_are_filled_in_and_frozen(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     assert recipe.loss.divergence == "forward_kl"
+    assert recipe.loss.targets is None
+    assert recipe.loss.schedule is None
     assert recipe.train.schedule.kind == "cosine"
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.steps = 3
@@ -78,6 +80,13 @@ def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
         ("objective=distill", ["distill", "teacher.path"]),
         ("objective=distil", ["objective", "distil", "labels"]),
         ("loss.temperature=2.0", ["labels", "loss.temperature"]),
+        ("loss.label_fraction=0.1", ["labels", "loss.label_fraction"]),
+        ("loss.diagnose_every=10", ["labels", "loss.diagnose_every"]),
+        ("loss.targets.select=sampled", ["labels", "loss.targets"]),
+        ("loss.schedule.kind=cosine", ["labels", "loss.schedule"]),
+        ("loss.chunk_tokens=1024", ["loss.chunk_tokens", "no such key"]),
+        ("loss.elementwise=fused", ["loss.elementwise", "fused", "eager"]),
+        ("loss.logit_memory_mb=0", ["loss.logit_memory_mb", "0"]),
         ("steps", ["steps", "key=value"]),
     ],
 )
@@ -90,6 +99,71 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path: Path, override: str, says:
 def test_distilling_with_no_weight_on_the_teacher_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     assert "kd_weight 0" in refused(path, "objective=distill", "teacher.path=t", "loss.kd_weight=0.0")
+
+
+DISTILL = ("objective=distill", "teacher.path=t")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["loss.divergence=jds"], ["loss.divergence", "jds", "jsd"]),
+        (["loss.beta=0.3"], ["loss", "beta is 0.3", "jsd", "forward_kl"]),
+        (["loss.divergence=jsd", "loss.alpha=0.3"], ["alpha is 0.3", "skew_kl", "jsd"]),
+        (["loss.divergence=skew_kl", "loss.alpha=1.0"], ["loss.alpha", "1.0", "less than 1"]),
+        (["loss.divergence=jsd", "loss.beta=1.5"], ["loss.beta", "1.5", "1"]),
+        (["loss.label_fraction=1.0"], ["loss.label_fraction", "less than 1"]),
+        (["loss.schedule.kind=wsd"], ["loss.schedule.kind wsd", "loss.schedule.decay_steps"]),
+        (["loss.schedule.warmup_steps=11"], ["loss.schedule.warmup_steps 11", "steps 10"]),
+        (["loss.targets.select=top_k"], ["loss.targets", "select top_k needs k"]),
+        (["loss.targets.select=threshold"], ["threshold needs epsilon"]),
+        (["loss.targets.select=threshold", "loss.targets.k=3"], ["k is 3", "top_k", "threshold"]),
+        (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.draws=9"], ["draws is 9", "sampled"]),
+        (["loss.targets.select=top_p", "loss.targets.mass=0.9"], ["top_p needs max_ids"]),
+        (["loss.targets.draws=9", "loss.targets.tail=other"], ["tail is other", "remove it"]),
+        (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.tail=lost"], ["tail", "lost", "dropped"]),
+        (["loss.targets.draws=9", "loss.divergence=tvd"], ["targets", "tvd"]),
+        (["loss.targets.draws=9", "loss.label_fraction=0.1"], ["label_fraction", "entropy", "0"]),
+        (["loss.targets.draws=9", "loss.diagnose_every=1"], ["diagnose_every", "whole distribution", "0"]),
+    ],
+)
+def test_terms_of_the_loss_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], says: list[str]) -> None:
+    message = refused(write(tmp_path, MINIMAL), *DISTILL, *overrides)
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "targets"),
+    [
+        (["loss.targets.select=sampled"], {"draws": 50}),
+        (["loss.targets.draws=9"], {"draws": 9}),
+        (["loss.targets.select=top_k", "loss.targets.k=12"], {"k": 12, "tail": "other"}),
+        (
+            ["loss.targets.select=threshold", "loss.targets.epsilon=1.0e-3", "loss.targets.tail=dropped"],
+            {"epsilon": 1e-3, "tail": "dropped"},
+        ),
+        (
+            ["loss.targets.select=top_p", "loss.targets.mass=0.95", "loss.targets.max_ids=50"],
+            {"mass": 0.95, "max_ids": 50, "tail": "other"},
+        ),
+    ],
+)
+def test_targets_say_what_they_keep_in_the_snapshot_too(
+    tmp_path: Path, overrides: list[str], targets: dict[str, object]
+) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), [*DISTILL, *overrides])
+    kept = {key: value for key, value in recipe.snapshot()["loss"]["targets"].items() if value is not None}
+    assert kept.pop("select") in ("sampled", "top_k", "threshold", "top_p")
+    assert kept == targets
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.snapshot()))) == recipe
+
+
+def test_a_schedule_of_the_weight_has_the_shapes_of_the_learning_rates(tmp_path: Path) -> None:
+    overrides = ["loss.schedule.kind=wsd", "loss.schedule.warmup_steps=2", "loss.schedule.decay_steps=3"]
+    schedule = load_recipe(write(tmp_path, MINIMAL), [*DISTILL, *overrides]).loss.schedule
+    assert schedule is not None
+    assert (schedule.kind, schedule.warmup_steps, schedule.decay_steps) == ("wsd", 2, 3)
 
 
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Legend: B sequences, S tokens of a sequence, N = B·S, E teacher width.
 import json
 import zlib
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -90,12 +91,13 @@ def test_a_cursor_survives_json() -> None:
 
 
 def test_metrics_are_the_terms_by_name_and_carry_no_gradient() -> None:
-    terms = LossTerms(**{name: torch.tensor(float(i)) for i, name in enumerate(METRIC_NAMES)})
+    numbers: dict[str, Any] = {name: torch.tensor(float(i)) for i, name in enumerate(METRIC_NAMES)}
+    terms = LossTerms(**numbers)
     terms = replace(terms, loss=torch.tensor(9.0, requires_grad=True))
     found = terms.metrics()
     assert dict(zip(METRIC_NAMES, found.tolist(), strict=True))["loss"] == 9.0
     assert found.tolist()[1:] == [float(i) for i in range(1, len(METRIC_NAMES))]
     assert found.dtype == torch.float64
     assert not found.requires_grad
-    assert set(METRIC_NAMES) == {field.name for field in fields(LossTerms)}
+    assert {*METRIC_NAMES, "diagnostics"} == {field.name for field in fields(LossTerms)}
     assert set(METRIC_NAMES) < {field.name for field in fields(StepReport)}, "every term is reported"

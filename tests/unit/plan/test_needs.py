@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megadistill.config import Recipe
+from megadistill.config import LossSection, Recipe
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.plan.needs import Needs, needs, read_needs, tables
@@ -72,10 +72,11 @@ def _tiny(*, ranks: int = 2, group_size: int = 1, global_batch: int = 8, **stude
     )
 
 
-def _large(*, ranks: int = 64, group_size: int = 8) -> Needs:
+def _large(*, ranks: int = 64, group_size: int = 8, loss: dict[str, Any] | None = None) -> Needs:
     """Llama-3-8B, from another of its size, in bfloat16 with activation checkpointing: 8 nodes of 8."""
+    recipe = _recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
     return needs(
-        _recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True),
+        recipe.model_copy(update={"loss": LossSection.model_validate(loss or {})}),
         student=load_config(LLAMA3_8B, what="test"),
         teacher=load_config(LLAMA3_8B, what="test"),
         vocab_size=128_256,
@@ -96,7 +97,7 @@ def test_a_tiny_student_from_labels() -> None:
         "ZeRO-3 states": 20 * TINY_TOTAL // 2,  # float32: 4 + gradient 4 + master 4 + moments 8
         "gathered layers (two)": 2 * 4 * (TINY_BODY // 2),
         "head gradient": 256 * 32 * 4,
-        "logit chunk": 4 * (2 * 32) * 256,  # the micro-batch has fewer tokens than a chunk
+        "logit chunk": 4 * (2 * 32) * 256,  # the micro-batch's own: less than the recipe allows
         "head rows": 4 * 256 * 32,  # a group of one gathers the whole head
     }
     assert found.wire == {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * 4 * (TINY_TOTAL - 250 * 32) // (2 * 32)}
@@ -117,7 +118,7 @@ def test_llama_3_8b_distilled_on_64_ranks() -> None:
         "ZeRO-3 states": 2_258_510_976,  # bfloat16: 2 + gradient 4 + master 4 + moments 8 = 18 N / 64
         "gathered layers (two)": 2 * 2 * LLAMA3_8B_BODY // 32,
         "head gradient": 4 * 16_128 * 4096,  # V is padded to 129,024, an eighth of it is 16,128 rows
-        "logit chunk": 2 * 4 * 1024 * 16_128,  # 2·4·chunk·V/p
+        "logit chunk": 256 << 20,  # what the recipe allows: less than 2·4·V/p for the micro-batches of 8 ranks
         "checkpointed activations": 2 * 32 * 4096 * 8192,  # 2·L·D·micro_tokens
         "teacher stage": 2 * (LLAMA3_8B_BODY // 8 + 128_256 * 4096),  # 4 of 32 layers, and the first one's embedding
         "head rows": 2 * 16_128 * 4096,  # the slice is gathered from 8 ranks' pieces
@@ -131,6 +132,20 @@ def test_llama_3_8b_distilled_on_64_ranks() -> None:
         "student hidden states, and their gradient": (2 + 4) * 4096 * 8,
         "teacher hidden states": 2 * 4096 * (1 + 8),
     }
+
+
+def test_looking_for_the_surest_tokens_costs_the_teachers_head_once_more() -> None:
+    routed = _large(loss={"label_fraction": 0.15})
+    assert routed.flops_per_token == _large().flops_per_token + 2 * 128_256 * 4096
+    assert routed.memory == _large().memory
+
+
+def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
+    room: dict[str, Any] = {"logit_memory_mb": 1 << 20}
+    targets, whole = _large(loss={**room, "targets": {}}), _large(loss=room)
+    assert targets.memory["logit chunk"] == 4 * 8 * 8192 * 16_128
+    assert whole.memory["logit chunk"] == 2 * targets.memory["logit chunk"]
+    assert targets.flops_per_token == whole.flops_per_token
 
 
 def test_the_largest_stage_is_what_a_rank_must_hold() -> None:
@@ -152,7 +167,9 @@ def test_states_shrink_with_the_ranks_and_the_head_with_the_group() -> None:
     few, many = _large(ranks=8), _large(ranks=64)
     assert few.memory["ZeRO-3 states"] == 8 * many.memory["ZeRO-3 states"]
     assert few.memory["logit chunk"] == many.memory["logit chunk"]
-    assert _large(group_size=4).memory["logit chunk"] == 2 * many.memory["logit chunk"]
+    smaller_group = _large(group_size=4).memory
+    assert smaller_group["head gradient"] == 2 * many.memory["head gradient"]
+    assert smaller_group["logit chunk"] == many.memory["logit chunk"], "the recipe's word; chunks get shorter"
 
 
 def test_what_does_not_divide_is_refused() -> None:

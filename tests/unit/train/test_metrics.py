@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megadistill.config import LossSection, TargetsSection
 from megadistill.model.families import load_config
 from megadistill.records import METRIC_NAMES, StepReport
 from megadistill.train import metrics
@@ -18,9 +20,11 @@ REPORT = StepReport(
     step=1,
     tokens=256,
     loss=1.5,
+    divergence=0.25,
     kl=0.5,
     student_ce=2.5,
     teacher_ce=2.0,
+    student_entropy=2.1,
     teacher_entropy=1.9,
     agreement=0.4,
     log_z=0.1,
@@ -34,18 +38,30 @@ REPORT = StepReport(
 )
 
 
-def _log(folder: Path, steps: range, *, distill: bool = True, rank: int = 0, log_every: int = 1) -> None:
+FORWARD_KL = LossSection()
+
+
+def _log(
+    folder: Path,
+    steps: range,
+    *,
+    loss: LossSection | None = FORWARD_KL,
+    rank: int = 0,
+    log_every: int = 1,
+    weights: dict[str, float] | None = None,
+    **changes: Any,
+) -> None:
     """A run that goes on after the step before the first of `steps`."""
     log = RunLog(
         folder,
         start_step=steps.start - 1,
         steps=9,
         log_every=log_every,
-        distill=distill,
+        loss=loss,
         topology=topology(rank=rank, world=rank + 1),
     )
     for step in steps:
-        log.step(replace(REPORT, step=step, tokens=256 * step))
+        log.step(replace(REPORT, step=step, tokens=256 * step, **changes), weights=weights)
     log.close()
 
 
@@ -56,7 +72,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_step_is_a_line_of_json(tmp_path: Path) -> None:
     _log(tmp_path, range(1, 4))
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
-    assert _lines(tmp_path)[0] == REPORT.__dict__
+    assert _lines(tmp_path)[0] == {name: value for name, value in REPORT.__dict__.items() if name != "diagnostics"}
     assert any((tmp_path / "tensorboard").iterdir())
 
 
@@ -80,11 +96,47 @@ def test_a_last_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
 
 
 def test_a_run_from_labels_says_nothing_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _log(tmp_path, range(1, 2), distill=False)
+    _log(tmp_path, range(1, 2), loss=None)
     (line,) = _lines(tmp_path)
-    assert set(line) == set(REPORT.__dict__) - set(TEACHER_METRICS)
-    assert not [name for name in line if "teacher" in name or name in ("kl", "agreement")]
+    assert set(line) == set(REPORT.__dict__) - {*TEACHER_METRICS, "diagnostics"}
+    assert not [name for name in line if "teacher" in name or name in ("divergence", "kl", "agreement")]
     assert "kl" not in capsys.readouterr().out
+
+
+def test_the_closer_look_is_an_object_on_the_steps_that_take_one(tmp_path: Path) -> None:
+    closer = {"acceptance": 0.75, "kl_entropy_decile_10": 0.5}
+    _log(tmp_path, range(1, 2))
+    _log(tmp_path, range(2, 3), diagnostics=closer)
+    first, second = _lines(tmp_path)
+    assert "diagnostics" not in first
+    assert second["diagnostics"] == closer
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    for name, value in closer.items():
+        assert [(event.step, event.value) for event in board.Scalars(f"diagnostics/{name}")] == [(2, value)]
+
+
+def test_what_truncated_targets_do_not_tell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 2), loss=LossSection(targets=TargetsSection()))
+    (line,) = _lines(tmp_path)
+    assert not {"teacher_ce", "teacher_entropy", "agreement"} & set(line)
+    assert line["kl"] == 0.5
+    said = capsys.readouterr().out
+    assert "kl 0.5000" in said
+    assert "agree" not in said
+
+
+def test_another_divergence_is_shown_beside_the_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 2))
+    assert "0.2500" not in capsys.readouterr().out
+    _log(tmp_path, range(2, 3), loss=LossSection(divergence="jsd"))
+    assert "| jsd 0.2500 | kl 0.5000 |" in capsys.readouterr().out
+
+
+def test_weights_are_logged_where_a_schedule_moves_them(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 2), weights={"kd_weight": 0.25, "ce_weight": 0.75})
+    (line,) = _lines(tmp_path)
+    assert (line["kd_weight"], line["ce_weight"]) == (0.25, 0.75)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

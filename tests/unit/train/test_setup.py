@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megadistill.comm.topology import Launch
-from megadistill.config import Recipe
+from megadistill.config import Recipe, TeacherSection
 from megadistill.errors import UserError
 from megadistill.student.profile import deepspeed_profile
 from megadistill.train.run_folder import describe, write_description
@@ -74,10 +74,10 @@ def test_what_does_not_fit_is_refused(
     ("changes", "says"),
     [
         ({"max_position_embeddings": 16}, ["teacher.path", "16", "32"]),
-        ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer"]),
+        ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer", "teacher.vocab_map"]),
         ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
-        ({"tokenizer": None}, ["tokenizer.model does not exist", "copy"]),
-        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words"]),
+        ({"tokenizer": None}, ["tokenizer.model does not exist", "copy", "teacher.vocab_map"]),
+        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words", "teacher.vocab_map"]),
         ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
     ],
 )
@@ -156,3 +156,44 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_bytes(b"")
     with pytest.raises(UserError, match="is a file"):
         prepare(recipe(described_data(tmp_path / "data" / "train"), tmp_path / "run"), _launch(1))
+
+
+def _mapped(manifest: Path, folder: Path, ids: list[int], **loss: Any) -> Recipe:
+    """A teacher of another tokenizer with 90 ids, and a map to them."""
+    other = described_teacher(folder / "other", tokenizer=None, vocab_size=90)
+    (folder / "map.json").write_text(json.dumps(ids), encoding="utf-8")
+    made = recipe(manifest, folder / "run", teacher=other, loss=loss)
+    teacher = TeacherSection(path=str(other), vocab_map=str(folder / "map.json"))
+    return made.model_copy(update={"teacher": teacher})
+
+
+def test_a_map_of_the_vocabulary_stands_in_for_the_tokenizer(manifest: Path, tmp_path: Path) -> None:
+    ids = [*range(89, -1, -1), *[-1] * (VOCAB - 90)]
+    found = prepare(_mapped(manifest, tmp_path, ids, divergence="jsd"), _launch())
+    assert found.vocab_map is not None
+    assert found.vocab_map.tolist() == ids
+
+
+@pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}])
+def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
+    message = _refused(_mapped(manifest, tmp_path, [0, *[-1] * (VOCAB - 1)], **loss))
+    assert "reverse KL is infinite" in message
+    assert f"{VOCAB - 1} ids" in message
+
+
+def test_a_compiled_loss_needs_a_compiler(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(manifest, tmp_path / "run", loss={"elementwise": "compiled"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = _refused(asked)
+    for part in ("loss.elementwise", "no-such-compiler", "CXX", "eager"):
+        assert part in message
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++ is not on the PATH" in _refused(asked)
+    (tmp_path / "g++").write_bytes(b"")
+    (tmp_path / "g++").chmod(0o755)
+    assert prepare(asked, _launch()).recipe.loss.elementwise == "compiled"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    (tmp_path / "g++").unlink()
+    prepare(asked, _launch())

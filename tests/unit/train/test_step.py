@@ -1,13 +1,35 @@
-"""The recipe's loss section says what the loss room computes, name by name."""
+"""The numbers of a step, side by side for one reduction."""
 
-from dataclasses import asdict
+import math
+from typing import Any
 
-from megadistill.config import LossSection
-from megadistill.train.step import divergence
+import pytest
+import torch
+
+from megadistill.records import METRIC_NAMES, Diagnostics, LossTerms
+from megadistill.train.step import DIAGNOSTIC_NAMES, _finite, _numbers
 
 
-def test_every_key_of_the_recipe_reaches_the_loss() -> None:
-    section = LossSection(temperature=2.5, temperature_squared=True, kd_weight=0.7, ce_weight=0.3, z_loss=1e-4)
-    found = asdict(divergence(section))
-    assert found.pop("kind").value == section.divergence
-    assert found == section.model_dump(exclude={"divergence", "chunk_tokens"})
+def _terms(diagnostics: Diagnostics | None) -> LossTerms:
+    numbers: dict[str, Any] = {name: torch.tensor(float(place)) for place, name in enumerate(METRIC_NAMES)}
+    return LossTerms(**numbers, diagnostics=diagnostics)
+
+
+def test_every_number_has_its_name() -> None:
+    closer = Diagnostics(
+        acceptance=torch.tensor(0.5),
+        reverse_kl=torch.tensor(math.inf),
+        jsd=torch.tensor(0.25),
+        top_k_mass=torch.tensor([0.1, 0.2, 0.3]),
+        kl_by_entropy_decile=torch.arange(10) / 10,
+    )
+    names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES)
+    found = dict(zip(names, _numbers(_terms(closer)).tolist(), strict=True))
+    assert [found[name] for name in METRIC_NAMES] == list(range(9))
+    assert found["acceptance"] == 0.5
+    assert found["top_64_mass"] == pytest.approx(0.2)
+    assert found["kl_entropy_decile_1"] == 0.0
+    assert found["kl_entropy_decile_10"] == pytest.approx(9.0), "the mean over the decile's own tenth of the tokens"
+    assert "reverse_kl" not in _finite(found, DIAGNOSTIC_NAMES), "JSON has no infinity"
+    assert len(_finite(found, DIAGNOSTIC_NAMES)) == len(DIAGNOSTIC_NAMES) - 1
+    assert _numbers(_terms(None)).tolist() == list(range(9))
