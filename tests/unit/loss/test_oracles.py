@@ -117,7 +117,7 @@ def test_cross_entropy_with_soft_targets(fused: bool) -> None:
     """Its gradient is that of forward KL; its value is larger by the teacher's entropy, which no student changes."""
     p = _means(2)
     p_t = (p.teacher_hidden @ p.teacher_weight.T).softmax(dim=1)
-    entropy = (p.token_weights * torch.special.entr(p_t).sum(dim=1)).sum()
+    entropy: Tensor = (p.token_weights * torch.special.entr(p_t).sum(dim=1)).sum()
 
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
         if fused:
