@@ -33,6 +33,10 @@ def assert_refused(*command: str, says: tuple[str, ...]) -> None:
         ({"student__config__max_position_embeddings": 16}, ("max_position_embeddings", "16", "32")),
         ({"student__config__vocab_size": 77}, ("vocab_size is 77", "400")),
         ({"teacher__path": "nowhere"}, ("teacher.path", "nowhere")),
+        ({"teacher__vocab_map": "nowhere.json"}, ("teacher.vocab_map", "nowhere.json does not exist")),
+        ({"loss__beta": 0.3}, ("beta is 0.3", "jsd", "forward_kl")),
+        ({"loss__chunk_tokens": 1024}, ("loss.chunk_tokens", "no such key")),
+        ({"loss__targets__select": "top_k"}, ("loss.targets", "top_k needs k")),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused(place: Place, overrides: dict[str, object], says: tuple[str, ...]) -> None:

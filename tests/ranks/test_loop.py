@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe
-from megadistill.data import Manifest, tokenize
-from megadistill.errors import OperatorFault
+from megadistill.data import Manifest, TokenStream, tokenize
+from megadistill.errors import OperatorFault, UserError
+from megadistill.model.families import EMBEDDING, HEAD, load_config
 from megadistill.train.loop import run
 from megadistill.train.setup import prepare
 from tests.paths import DS_CONFIGS
@@ -37,6 +40,16 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set" / "train" / "manifest.json"
 
 
+STUDENT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
 def recipe(manifest: Path, folder: Path) -> Recipe:
     values: dict[str, Any] = {
         "objective": "labels",
@@ -45,14 +58,7 @@ def recipe(manifest: Path, folder: Path) -> Recipe:
         "student": {
             "deepspeed": str(DS_CONFIGS / "zero3.json"),
             "vocab_multiple": 64,
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-            },
+            "config": STUDENT,
         },
         "train": {
             "steps": STEPS,
@@ -109,3 +115,170 @@ def _timeouts(topology: Topology) -> list[float]:
 
 def test_every_group_has_the_time_limit_of_the_run() -> None:
     assert run_ranks(4, _timeouts, vocab_group=2) == [[60.0] * 4] * 4
+
+
+# Distillation by what a recipe may ask for. Each rank's micro-batch is all that it has of a step, so that the tokens
+# of the vocab group, among which the surest are looked for, are the same on one rank and on two.
+
+ROUTED = {
+    "divergence": "jsd",
+    "beta": 0.3,
+    "temperature": 1.5,
+    "label_fraction": 0.2,
+    "schedule": {"kind": "wsd", "warmup_steps": 2, "decay_steps": 2, "final_ratio": 0.0},
+    "diagnose_every": 2,
+}
+TOP_P = {"select": "top_p", "mass": 0.8, "max_ids": 20}
+LOSSES: dict[str, dict[str, Any]] = {
+    "routed": ROUTED,
+    "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
+    "top-p": {"targets": TOP_P},
+}
+CLOCK = {"seconds", "tokens_per_second", "teacher_seconds", "memory_bytes", "mfu"}
+
+
+def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
+    """Two layers, so that they make two stages. Its id for the student's i is ids[i], where that is not -1."""
+    torch.manual_seed(5)
+    config = {**STUDENT, "hidden_size": 48, "num_hidden_layers": 2, "vocab_size": manifest.vocab_size}
+    model = AutoModelForCausalLM.from_config(load_config({**config, "initializer_range": 0.3}, what="test"))
+    teacher_ids = int(ids.max()) + 1
+    state, known = model.state_dict(), ids >= 0
+    for name in (EMBEDDING, HEAD):
+        rows = torch.randn(teacher_ids, 48)  # ids that the student does not have, and that must not matter
+        rows[ids[known]] = state[name][known]
+        state[name] = rows
+    wider = AutoModelForCausalLM.from_config(load_config({**config, "vocab_size": teacher_ids}, what="test"))
+    wider.load_state_dict(state)
+    wider.save_pretrained(folder)
+    tokenizer = manifest.tokenizer_folder / "tokenizer.model"
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same ids as the student."""
+    described = Manifest.load(manifest)
+    return _teacher(tmp_path_factory.mktemp("teacher"), described, torch.arange(described.vocab_size))
+
+
+def _distill(
+    topology: Topology,
+    manifest: str,
+    folder: str,
+    loss: dict[str, Any],
+    teacher: dict[str, str],
+    stop_after: int | None,
+) -> str:
+    """What stopped the run, or nothing."""
+    base = recipe(Path(manifest), Path(folder)).snapshot()
+    changes = {
+        "objective": "distill",
+        "teacher": teacher,
+        "loss": loss,
+        "train": {**base["train"], "micro_batch": BATCH // topology.world},
+    }
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    setup = prepare(Recipe.model_validate({**base, **changes}), launch)
+    try:
+        run(setup, topology, stop_after=stop_after)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _numbers(folder: Path) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def _run(
+    world: int,
+    manifest: Path,
+    folder: Path,
+    loss: dict[str, Any],
+    *,
+    stops: tuple[int | None, ...] = (None,),
+    **teacher: Path,
+) -> list[dict[str, Any]]:
+    paths = {key: str(path) for key, path in teacher.items()}
+    for stop in stops:
+        assert run_ranks(world, _distill, str(manifest), str(folder), loss, paths, stop) == [""] * world
+    return _numbers(folder)
+
+
+def _assert_alike(found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
+    assert len(found) == len(truth) == STEPS
+    for ours, theirs in zip(found, truth, strict=True):
+        assert ours.keys() == theirs.keys()
+        closer, theirs_closer = ours.pop("diagnostics", {}), theirs.pop("diagnostics", {})
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-7)
+        assert closer == pytest.approx(theirs_closer, rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_ranks_learn_as_one_and_a_resume_as_if_nothing_had_happened(
+    manifest: Path, teacher: Path, tmp_path: Path, name: str
+) -> None:
+    loss = LOSSES[name]
+    whole = _run(2, manifest, tmp_path / "two", loss, path=teacher)
+    assert _run(2, manifest, tmp_path / "resumed", loss, stops=(3, None), path=teacher) == whole
+    _assert_alike(_run(1, manifest, tmp_path / "one", loss, path=teacher), whole)
+
+
+def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    lines = _run(1, manifest, tmp_path / "run", ROUTED, path=teacher)
+    assert [line["kd_weight"] for line in lines] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+    assert [line["kd_weight"] + line["ce_weight"] for line in lines] == pytest.approx([1.0] * STEPS)
+    assert ["diagnostics" in line for line in lines] == [False, True, False, True, False]
+    for line in (lines[1], lines[3]):
+        closer = line["diagnostics"]
+        assert 0 < closer["acceptance"] < 1
+        assert 0 < closer["jsd"] < closer["reverse_kl"]
+        assert 0 < closer["top_16_mass"] < closer["top_64_mass"] < closer["top_256_mass"] <= 1 + 1e-6
+        assert len([name for name in closer if name.startswith("kl_entropy_decile_")]) == 10
+        assert line["divergence"] != line["kl"]
+    last = lines[-1]
+    assert last["loss"] == pytest.approx(last["student_ce"], rel=1e-6), "at the end the label has all the weight"
+    assert lines[2]["loss"] != pytest.approx(lines[2]["divergence"], rel=1e-3), "some tokens learn from the label"
+
+
+def test_a_teacher_of_other_ids_teaches_the_same_through_a_map(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    """The same teacher with its rows shuffled among others, and without the ids that the text never uses."""
+    described = Manifest.load(manifest)
+    U = described.vocab_size
+    stream = TokenStream(described, seed=0, batch_slots=1, rank=0, world_size=1)
+    every = stream.batch(range(described.units))
+    used = torch.zeros(U, dtype=torch.bool)
+    used[every.tokens.flatten()] = used[every.labels.flatten()] = True
+    assert not used.all(), "the case needs an id that the text does not use"
+    shuffled = torch.randperm(U + 9, generator=torch.Generator().manual_seed(2))[:U]
+
+    def mapped(name: str, ids: torch.Tensor, loss: dict[str, Any], world: int) -> list[dict[str, Any]]:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+        other = _teacher(tmp_path / f"{name}-teacher", described, ids)
+        (other / "tokenizer.model").unlink()
+        return _run(world, manifest, tmp_path / f"{name}-{world}", loss, path=other, vocab_map=path)
+
+    _assert_alike(mapped("all", shuffled, {}, 2), _run(2, manifest, tmp_path / "same", {}, path=teacher))
+    gaps = torch.where(used, shuffled, -1)
+    few = {"diagnose_every": 1}
+    two, one = mapped("some", gaps, few, 2), mapped("some", gaps, few, 1)
+    assert all("reverse_kl" not in line["diagnostics"] for line in two), "it is infinite"
+    assert all(line["kl"] > 0 for line in two)
+    _assert_alike(two, one)
+
+
+def test_a_token_that_the_teacher_has_no_id_for_stops_the_run(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    described = Manifest.load(manifest)
+    first = TokenStream(described, seed=1, batch_slots=BATCH, rank=0, world_size=1).batch(range(1)).tokens[0, 5]
+    ids = torch.arange(described.vocab_size)
+    ids[first] = -1
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    paths = {"path": str(teacher), "vocab_map": str(path)}
+    (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None)
+    assert f"no teacher's id for {int(first)}" in said
+    assert "slot 0" in said
