@@ -11,6 +11,7 @@ teacher's and student's distributions at T, d = ln p_t - ln p_s; M the mixture o
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +31,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def transform_(z_bv: Tensor, bias_v: Tensor | None, scale: float, softcap: float | None) -> None:
-    """Products -> logits, in place: softcap · tanh(scale · (z + bias) / softcap)."""
+    """Products -> logits, in place: softcap · tanh(scale · (z + bias) / softcap); -inf where the bias is."""
     if bias_v is not None:
         z_bv.add_(bias_v)
     if scale != 1.0:
         z_bv.mul_(scale)
     if softcap is not None:
         z_bv.div_(softcap).tanh_().mul_(softcap)
+        if bias_v is not None:
+            z_bv.masked_fill_(bias_v == -math.inf, -math.inf)
 
 
 def statistics(z_bv: Tensor, temperature: float) -> Tensor:

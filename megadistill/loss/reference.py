@@ -171,7 +171,10 @@ def logits(
     if bias_V is not None:
         raw_NU = raw_NU + bias_V[:vocab_size]
     scaled_NU = raw_NU * transform.scale
-    return scaled_NU if transform.softcap is None else transform.softcap * torch.tanh(scaled_NU / transform.softcap)
+    if transform.softcap is None:
+        return scaled_NU
+    capped_NU = transform.softcap * torch.tanh(scaled_NU / transform.softcap)
+    return capped_NU if bias_V is None else capped_NU.masked_fill(bias_V[:vocab_size] == -math.inf, -math.inf)
 
 
 def divergence_value(log_p_t: Tensor, log_p_s: Tensor, divergence: Divergence) -> Tensor:

@@ -287,6 +287,8 @@ def _read_logits(request: _Request, weight_vE: Tensor, start: int, stop: int, *,
         out.mul_(transform.scale)
     if transform.softcap is not None:
         out.div_(transform.softcap).tanh_().mul_(transform.softcap)
+        if request.bias_w is not None:
+            out.masked_fill_(request.bias_w[: out.shape[1]] == -math.inf, -math.inf)
     if request.temperature != 1.0:
         out.div_(request.temperature)
 

@@ -391,10 +391,11 @@ class _Everyone:
     @classmethod
     def gather(cls, problem: _Problem, plan: _Plan) -> "_Everyone":
         group, longest = problem.vocab.group, plan.longest
+        g = group_size(group)
         labels_L = _padded(problem.labels_N, longest, IGNORED_LABEL)
         weights_L = _padded(problem.weights_N.to(problem.dtype), longest, 0)
-        labels_gL = all_gather_rows(labels_L, group).view(-1, longest)
-        weights_gL = all_gather_rows(weights_L, group).view(-1, longest)
+        labels_gL = all_gather_rows(labels_L, group).view(g, longest)
+        weights_gL = all_gather_rows(weights_L, group).view(g, longest)
         return cls(labels_gL, weights_gL, torch.zeros_like(labels_gL, dtype=torch.bool))
 
     @property

@@ -4,7 +4,7 @@ Every gradient is compared in size too (a factor of g, as a differentiated colle
 more): rank by rank, the tokens' gradients and the slice's rows.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,10 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import block_cyclic_ranges
-from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.records import LossTerms
+from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss, label_loss
+from megadistill.records import IGNORED_LABEL, SparseTargets, Tail
 from tests.ranks.harness import run_ranks
-from tests.unit.loss.problems import DIVERGENCES, TOLERANCE, Problem, problem, relative_error, truth
+from tests.unit.loss.problems import (
+    DIVERGENCES,
+    TAILS,
+    TOLERANCE,
+    Problem,
+    Truth,
+    assert_terms,
+    problem,
+    relative_error,
+    run,
+    scalars,
+    sparse,
+    truth,
+)
 
 ROWS, SIZE, UPSTREAM = 24, 21, 3.0
 
@@ -60,14 +73,30 @@ class Case:
     divergence: Divergence | None
     dtype: torch.dtype
     chunk_tokens: int
+    tail: Tail | None = None
+    bent: bool = False
 
     def problem(self) -> Problem:
         """Of the whole group. The labels walk over the first and the last true row of every slice."""
-        p = problem(self.seed, tokens=sum(self.tokens), rows=ROWS, size=SIZE)
+        # Logits of about 1: the rounding of a float32 product, which is nobody's mistake, grows with them.
+        p = problem(self.seed, tokens=sum(self.tokens), rows=ROWS, size=SIZE, scale=0.5)
+        p = p.bent() if self.bent else p
         edges = [row for ranges in self.slices for first, stop in ranges for row in (first, stop - 1) if row < SIZE]
         labels = p.labels.clone()
         labels[: len(edges)] = torch.tensor(edges)[: len(labels)]
+        if self.bent:  # the id that the teacher does not know is nobody's label
+            labels[labels == SIZE // 2] = IGNORED_LABEL
         return replace(p, labels=labels)
+
+    @property
+    def diagnosed(self) -> bool:
+        return self.divergence is not None and self.tail is None and not self.bent
+
+    def targets(self) -> SparseTargets | None:
+        """Of the whole group."""
+        if self.tail is None or self.divergence is None:
+            return None
+        return sparse(self.problem(), self.tail, kept=6, temperature=self.divergence.temperature, seed=self.seed)
 
     def tokens_of(self, rank: int) -> slice:
         return slice(sum(self.tokens[:rank]), sum(self.tokens[: rank + 1]))
@@ -76,89 +105,118 @@ class Case:
         return torch.tensor([row for first, stop in self.slices[rank] for row in range(first, stop)], dtype=torch.int64)
 
 
+OBJECTIVES: list[tuple[Divergence | None, Tail | None, bool]] = [
+    *((divergence, None, False) for divergence in DIVERGENCES.values()),
+    *((d, None, True) for d in DIVERGENCES.values() if d.formula is not DivergenceKind.REVERSE_KL),
+    *((divergence, tail, bent) for tail, divergence in TAILS.values() for bent in (False, True)),
+    (None, None, False),
+    (None, None, True),
+]
+"""What is asked for, the tail of sparse targets, and whether the logits are bent (softcap, scale, bias)."""
+
+
 def _cases(g: int) -> list[Case]:
-    """Every slicing with every distribution of tokens, in both dtypes; the divergences are dealt out among them."""
-    divergences: list[Divergence | None] = [*DIVERGENCES.values(), None]
+    """Every slicing with every distribution of tokens, in both dtypes; the objectives are dealt out among them."""
     cases: list[Case] = []
     for i, (name, slices) in enumerate(SLICINGS[g].items()):
         for j, (whose, tokens) in enumerate(TOKENS.items()):
-            for divergence in divergences[(i + j) % 4 :: 4]:
+            for divergence, tail, bent in OBJECTIVES[(i + j) % 4 :: 4]:
                 for dtype in TOLERANCE:
                     case = Case(
-                        name=f"{name}; {whose}; {dtype}; {divergence}",
+                        name=f"{name}; {whose}; {dtype}; {divergence}; {tail}; {'bent' if bent else 'plain'}",
                         seed=len(cases),
                         slices=slices,
                         tokens=tokens[:g],
                         divergence=divergence,
                         dtype=dtype,
                         chunk_tokens=(1, 5, 8, 1024)[(i + j + len(cases)) % 4],
+                        tail=tail,
+                        bent=bent,
                     )
                     cases.append(case)
     return cases
 
 
-@dataclass(frozen=True)
-class Found:
-    terms: LossTerms
-    hidden_grad: Tensor
-    weight_grad: Tensor
+def _logit_memory(case: Case, g: int) -> int:
+    """What holds `case.chunk_tokens` tokens on the rank that has most rows."""
+    models = 1 if case.divergence is None or case.tail is not None else 2
+    most = max(sum(max(0, min(stop, SIZE) - first) for first, stop in ranges) for ranges in case.slices)
+    in_flight = 1 if g == 1 else 2
+    return case.chunk_tokens * in_flight * models * most * (8 if case.dtype == torch.float64 else 4)
 
 
-def _run_case(topology: Topology, case: Case) -> Found:
+def _run_case(topology: Topology, case: Case) -> Truth:
     rank = topology.group_rank
     tokens, rows = case.tokens_of(rank), case.rows_of(rank)
-    p = case.problem().cast(case.dtype)
-    hidden, weight = p.student_hidden[tokens].requires_grad_(), p.student_weight[rows].requires_grad_()
-    shared: dict[str, Any] = {
-        "token_weights": p.token_weights[tokens],
-        "vocab": VocabSlice(case.slices[rank], SIZE, topology.vocab_group),
-        "chunk_tokens": case.chunk_tokens,
-    }
-    if case.divergence is None:
-        terms = label_loss(hidden, weight, p.labels[tokens], z_loss=0.1, **shared)
-    else:
-        terms = distill_loss(
-            hidden,
-            weight,
-            p.teacher_hidden[tokens],
-            p.teacher_weight[rows],
-            p.labels[tokens],
-            divergence=case.divergence,
-            **shared,
+    p, targets = case.problem().cast(case.dtype), case.targets()
+    mine = replace(
+        p,
+        student_hidden=p.student_hidden[tokens],
+        student_weight=p.student_weight[rows],
+        teacher_hidden=p.teacher_hidden[tokens],
+        teacher_weight=p.teacher_weight[rows],
+        labels=p.labels[tokens],
+        token_weights=p.token_weights[tokens],
+        student_bias=None if p.student_bias is None else p.student_bias[rows],
+        teacher_bias=None if p.teacher_bias is None else p.teacher_bias[rows],
+    )
+    if targets is not None:
+        # Ranks may keep different numbers of ids: this one has a place more that it does not use.
+        spare = (0, rank % 2)
+        targets = replace(
+            targets,
+            ids=torch.nn.functional.pad(targets.ids[tokens], spare, value=-1),
+            probs=torch.nn.functional.pad(targets.probs[tokens], spare),
+            log_tail=targets.log_tail[tokens],
         )
-    hidden_grad, weight_grad = torch.autograd.grad(terms.loss * UPSTREAM, (hidden, weight))
-    return Found(replace(terms, loss=terms.loss.detach()), hidden_grad, weight_grad)
+    options: dict[str, Any] = {"logit_memory": _logit_memory(case, topology.group_size)}
+    if case.diagnosed:
+        options["diagnose"] = True
+    vocab = VocabSlice(case.slices[rank], SIZE, topology.vocab_group)
+    return run(mine, case.divergence, vocab=vocab, targets=targets, upstream=UPSTREAM, z_loss=0.1, **options)
 
 
-def _run_cases(topology: Topology, cases: list[Case]) -> list[Found]:
+def _run_cases(topology: Topology, cases: list[Case]) -> list[Truth]:
     return [_run_case(topology, case) for case in cases]
 
 
-def _check(case: Case, rank: int, found: Found) -> None:
-    p, tolerance = case.problem(), TOLERANCE[case.dtype]
-    tokens, rows = case.tokens_of(rank), case.rows_of(rank)
-    whole = truth(p, case.divergence, z_loss=0.1)
-    only_mine = torch.zeros_like(p.token_weights)
-    only_mine[tokens] = p.token_weights[tokens]
-    mine = truth(replace(p, token_weights=only_mine), case.divergence, z_loss=0.1)
-    for field in fields(LossTerms):
-        value, true = getattr(found.terms, field.name).item(), getattr(mine.terms, field.name).item()
-        assert value == pytest.approx(true, rel=tolerance, abs=tolerance * 1e-2), field.name
-    assert found.terms.kl >= 0
-    assert relative_error(found.hidden_grad, UPSTREAM * whole.hidden_grad[tokens]) < tolerance
-    assert relative_error(found.weight_grad, UPSTREAM * whole.weight_grad[rows]) < tolerance
-    assert not found.weight_grad[rows >= SIZE].any()
+def _check(case: Case, founds: list[Truth]) -> None:
+    """The gradients, put together, and the terms of all ranks added up; each rank's own where no token's part in the
+    loss hangs on the others' (a share of all tokens' entropies does)."""
+    p, tolerance, targets = case.problem(), TOLERANCE[case.dtype], case.targets()
+    whole = truth(p, case.divergence, z_loss=0.1, targets=targets, diagnose=case.diagnosed)
+    told = [scalars(found.terms) for found in founds]
+    for name, true in scalars(whole.terms).items():
+        total = sum(terms[name] for terms in told)
+        assert total == pytest.approx(true, rel=tolerance, abs=tolerance * 1e-2), name
+    rows = torch.cat([case.rows_of(rank) for rank in range(len(founds))])
+    hidden_grad = torch.cat([found.hidden_grad for found in founds])
+    weight_grad = torch.cat([found.weight_grad for found in founds])
+    assert relative_error(hidden_grad, UPSTREAM * whole.hidden_grad) < tolerance
+    assert relative_error(weight_grad, UPSTREAM * whole.weight_grad[rows]) < tolerance
+    assert not weight_grad[rows >= SIZE].any()
+    if whole.bias_grad is not None:
+        bias_grad = torch.cat([found.bias_grad for found in founds if found.bias_grad is not None])
+        assert relative_error(bias_grad, UPSTREAM * whole.bias_grad[rows]) < tolerance
+    for rank, found in enumerate(founds):
+        tokens = case.tokens_of(rank)
+        if case.tail is None:
+            assert found.terms.kl >= 0
+        if case.divergence is None or case.divergence.label_fraction == 0:
+            only_mine = torch.zeros_like(p.token_weights)
+            only_mine[tokens] = p.token_weights[tokens]
+            mine = truth(replace(p, token_weights=only_mine), case.divergence, z_loss=0.1, targets=targets)
+            assert_terms(replace(found.terms, diagnostics=None), mine.terms, tolerance)
 
 
 @pytest.mark.parametrize("g", SLICINGS)
 def test_loss_and_gradients_are_the_references(g: int) -> None:
     cases = _cases(g)
-    for rank, founds in enumerate(run_ranks(g, _run_cases, cases)):
-        for case, found in zip(cases, founds, strict=True):
-            try:
-                _check(case, rank, found)
-            except AssertionError as error:
-                raise AssertionError(f"rank {rank} of {g}, {case.name}: {error}") from error
+    for case, founds in zip(cases, zip(*run_ranks(g, _run_cases, cases), strict=True), strict=True):
+        try:
+            _check(case, list(founds))
+        except AssertionError as error:
+            raise AssertionError(f"{g} ranks, {case.name}: {error}") from error
 
 
 class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -191,7 +249,7 @@ def _count_collectives(topology: Topology, case: Case) -> list[list[tuple[str, i
             token_weights=p.token_weights[tokens],
             divergence=case.divergence,
             vocab=VocabSlice(case.slices[rank], SIZE, topology.vocab_group),
-            chunk_tokens=case.chunk_tokens,
+            logit_memory=_logit_memory(case, topology.group_size),
         ).loss
 
     with _Collectives() as forward:
@@ -203,23 +261,41 @@ def _count_collectives(topology: Topology, case: Case) -> list[list[tuple[str, i
     return [forward.calls, backward.calls, evaluation.calls]
 
 
-@pytest.mark.parametrize(("temperature", "statistics"), [(1.0, 4), (2.0, 5)])
-def test_a_chunk_has_one_small_collective(temperature: float, statistics: int) -> None:
-    """A chunk: both hidden states in, one gather of a few numbers for each token, model and slice, one gradient out."""
+@pytest.mark.parametrize("divergence", [Divergence(), Divergence(temperature=2.0, ce_weight=0.5, z_loss=0.1)])
+def test_a_chunk_of_forward_kl_has_one_small_collective(divergence: Divergence) -> None:
+    """A chunk: both hidden states in, one gather of six numbers for each token, model and slice, one gradient out.
+
+    The gathers of the next chunk are sent before the statistics of this one, and its gradient after those.
+    """
     g, k, longest, D, E = 2, 2, 5, 5, 7
-    case = Case("", 0, SLICINGS[2]["uneven"], [longest, 3], Divergence(temperature=temperature), torch.float64, g * k)
+    case = Case("", 0, SLICINGS[2]["uneven"], [longest, 3], divergence, torch.float64, g * k)
     gather, scatter, reduce = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
-    counts_labels_weights = [(gather, g * 4), (gather, g * longest), (gather, g * longest)]
-    with_gradient, without = list(counts_labels_weights), list(counts_labels_weights)
-    for n in (g * k, g * k, g * 1):
-        gathers = [(gather, n * D), (gather, n * E), (gather, g * n * 2 * statistics)]
-        with_gradient += [*gathers, (scatter, n // g * D)]
-        without += gathers
-    kl_and_entropy = (reduce, g * 2)
+    once = [(gather, g * 7), (gather, g * longest), (gather, g * longest)]
+    sizes = [g * k, g * k, g * 1]
+    hidden = [[(gather, n * D), (gather, n * E)] for n in sizes]
+    statistics = [(gather, g * n * 2 * 6) for n in sizes]
+    gradient = [(scatter, n // g * D) for n in sizes]
+    kl = (reduce, g * 3)
+    with_gradient = [
+        *once, *hidden[0], *hidden[1], statistics[0], *hidden[2], statistics[1], gradient[0], statistics[2],
+        gradient[1], gradient[2], kl,
+    ]  # fmt: skip
+    without = [call for call in with_gradient if call[0] != scatter]
     for forward, backward, evaluation in run_ranks(g, _count_collectives, case):
-        assert forward == [*with_gradient, kl_and_entropy]
+        assert forward == with_gradient
         assert backward == []
-        assert evaluation == [*without, kl_and_entropy]
+        assert evaluation == without
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DivergenceKind if kind is not DivergenceKind.FORWARD_KL])
+def test_the_other_divergences_add_one_number_a_token(kind: DivergenceKind) -> None:
+    g, k, longest = 2, 2, 4
+    case = Case("", 0, SLICINGS[2]["uneven"], [longest, 3], Divergence(kind), torch.float64, g * k)
+    plain = replace(case, divergence=Divergence())
+    for more, less in zip(run_ranks(g, _count_collectives, case), run_ranks(g, _count_collectives, plain), strict=True):
+        assert sorted(more[0]) == sorted([*less[0], *[("allreduce_", g * k)] * 2])
+        assert more[1] == []
+        assert more[2] == less[2]
 
 
 def _agreement(topology: Topology, best: int) -> float:

@@ -62,8 +62,6 @@ TAILS = {
     "dropped": (Tail.DROPPED, Divergence(kd_weight=0.7, ce_weight=0.3)),
 }
 
-BEND = {"student_logits": LogitTransform(softcap=3.0, scale=0.7), "teacher_logits": LogitTransform(softcap=5.0)}
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -93,7 +91,14 @@ class Problem:
         biases = [torch.randn(len(w), generator=generator).double() for w in (self.student_weight, self.teacher_weight)]
         biases[1][self.size // 2] = -math.inf
         known = torch.where(self.labels == self.size // 2, IGNORED_LABEL, self.labels)
-        return replace(self, labels=known, student_bias=biases[0], teacher_bias=biases[1], **BEND)
+        return replace(
+            self,
+            labels=known,
+            student_bias=biases[0],
+            teacher_bias=biases[1],
+            student_logits=LogitTransform(softcap=3.0, scale=0.7),
+            teacher_logits=LogitTransform(softcap=5.0),
+        )
 
 
 @dataclass(frozen=True)

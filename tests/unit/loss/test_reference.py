@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from megadistill.loss import Divergence, reference
-from megadistill.records import IGNORED_LABEL, LossTerms
+from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms
 from tests.unit.loss.problems import Problem, problem, truth
 
 
@@ -76,5 +76,5 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
         divergence=Divergence(ce_weight=1.0, z_loss=0.1),
         vocab_size=p.size,
     )
-    assert {value.dtype for value in vars(terms).values()} == {dtype}
-    assert all(not getattr(terms, name).requires_grad for name in vars(terms) if name != "loss")
+    assert {getattr(terms, name).dtype for name in METRIC_NAMES} == {dtype}
+    assert all(not getattr(terms, name).requires_grad for name in METRIC_NAMES if name != "loss")

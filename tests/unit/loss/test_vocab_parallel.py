@@ -1,7 +1,8 @@
 """The operator in one process against the reference in float64: values, gradients, and what its docstring promises."""
 
+import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,67 +12,105 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.loss import chunk as chunk_module
+from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss
+from megadistill.loss import softmax as softmax_module
 from megadistill.loss import vocab_parallel as operator_module
-from megadistill.records import IGNORED_LABEL, LossTerms
-from tests.unit.loss.problems import DIVERGENCES, TOLERANCE, Problem, Truth, problem, relative_error, truth
+from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets, Tail
+from tests.unit.loss.problems import (
+    DIVERGENCES,
+    TAILS,
+    TOLERANCE,
+    Problem,
+    Truth,
+    assert_same,
+    assert_terms,
+    problem,
+    relative_error,
+    run,
+    sparse,
+    truth,
+)
 
 ALL_TERMS = DIVERGENCES["all"]
 
 
-def _run(
-    p: Problem, divergence: Divergence | None, *, upstream: float = 1.0, z_loss: float = 0.0, chunk_tokens: int = 4
-) -> Truth:
+def _run(p: Problem, divergence: Divergence | None, *, chunk_tokens: int = 4, **options: Any) -> Truth:
     """The operator and its backward, on the whole vocabulary; `divergence=None` is the label loss."""
-    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
     vocab = VocabSlice.contiguous(0, p.student_weight.shape[0], p.size)
-    if divergence is None:
-        terms = label_loss(
-            hidden,
-            weight,
-            p.labels,
-            token_weights=p.token_weights,
-            vocab=vocab,
-            z_loss=z_loss,
-            chunk_tokens=chunk_tokens,
-        )
-    else:
-        terms = distill_loss(
-            hidden,
-            weight,
-            p.teacher_hidden,
-            p.teacher_weight,
-            p.labels,
-            token_weights=p.token_weights,
-            divergence=divergence,
-            vocab=vocab,
-            chunk_tokens=chunk_tokens,
-        )
-    hidden_grad, weight_grad = torch.autograd.grad(terms.loss * upstream, (hidden, weight))
-    return Truth(terms, hidden_grad, weight_grad)
-
-
-def _assert_equal(found: Truth, expected: Truth, tolerance: float) -> None:
-    for field in fields(LossTerms):
-        value, true = getattr(found.terms, field.name).item(), getattr(expected.terms, field.name).item()
-        assert value == pytest.approx(true, rel=tolerance, abs=tolerance * 1e-2), field.name
-    assert relative_error(found.hidden_grad, expected.hidden_grad) < tolerance
-    assert relative_error(found.weight_grad, expected.weight_grad) < tolerance
+    models = 1 if divergence is None or options.get("targets") is not None else 2
+    memory = chunk_tokens * models * vocab.true_rows * (8 if p.student_hidden.dtype == torch.float64 else 4)
+    return run(p, divergence, vocab=vocab, logit_memory=memory, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_distill_loss_is_the_reference(name: str, dtype: torch.dtype) -> None:
     p, divergence = problem(1), DIVERGENCES[name]
-    _assert_equal(_run(p.cast(dtype), divergence), truth(p, divergence), TOLERANCE[dtype])
+    found = _run(p.cast(dtype), divergence, diagnose=True)
+    assert_same(found, truth(p, divergence, diagnose=True), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_softcap_scale_bias_and_ids_that_the_teacher_does_not_know(name: str, dtype: torch.dtype) -> None:
+    p, divergence = problem(1).bent(), DIVERGENCES[name]
+    if divergence.formula is DivergenceKind.REVERSE_KL:  # infinite where the teacher does not know an id
+        assert p.teacher_bias is not None
+        p = replace(p, teacher_bias=p.teacher_bias.clamp_min(-3))
+    assert_same(_run(p.cast(dtype), divergence), truth(p, divergence), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_label_loss_is_the_reference(z_loss: float, dtype: torch.dtype) -> None:
-    p = problem(2)
-    _assert_equal(_run(p.cast(dtype), None, z_loss=z_loss), truth(p, None, z_loss=z_loss), TOLERANCE[dtype])
+    for p in (problem(2), problem(2).bent()):
+        assert_same(_run(p.cast(dtype), None, z_loss=z_loss), truth(p, None, z_loss=z_loss), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kept", [1, 3, 21])
+@pytest.mark.parametrize("name", TAILS)
+def test_sparse_distill_loss_is_the_reference(name: str, kept: int, dtype: torch.dtype) -> None:
+    tail, divergence = TAILS[name]
+    for p in (problem(1), problem(1).bent()):
+        targets = sparse(p, tail, kept=kept, temperature=divergence.temperature)
+        found = _run(p.cast(dtype), divergence, targets=targets)
+        assert_same(found, truth(p, divergence, targets=targets), TOLERANCE[dtype])
+
+
+def test_everything_kept_is_the_full_kl_and_a_bucket_is_a_lower_bound() -> None:
+    """The data-processing inequality; and the reference of the sparse loss held against that of the full one."""
+    p = replace(problem(30), token_weights=torch.full((13,), 1 / 13, dtype=torch.float64))
+    log_p_t = (p.teacher_hidden @ p.teacher_weight[:21].T).log_softmax(1)
+    ids = log_p_t.argsort(dim=1, descending=True)
+    bound = []
+    for kept in (1, 5, 20, 21):
+        probs = log_p_t.gather(1, ids[:, :kept]).exp()
+        tail = log_p_t.gather(1, ids[:, kept:]).logsumexp(1)
+        bound.append(_run(p, Divergence(), targets=SparseTargets(ids[:, :kept], probs, tail, Tail.OTHER)))
+    full = truth(p, Divergence())
+    values = [found.terms.kl.item() for found in bound]
+    assert values[0] < values[1] < values[2] - 1e-3
+    assert values[1] < full.terms.kl.item() * 0.999
+    assert_same(bound[-1], replace(full, terms=bound[-1].terms), 1e-12)
+    assert values[-1] == pytest.approx(full.terms.kl.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("log_mass", [math.log(6e-7), math.log(1e-9)])
+def test_a_small_tail_keeps_its_gradient_in_float32(log_mass: float) -> None:
+    """Where 1 - Σ in float32 has lost the tail: the gradient outside of the kept ids, against float64."""
+    p = problem(31, tokens=6, D=8, rows=40, size=40)
+    ids = torch.arange(3).expand(6, 3)
+    tall = replace(p, student_weight=p.student_weight.clone(), student_hidden=p.student_hidden.abs())
+    tall.student_weight[:3] = tall.student_weight[:3].abs() + 2.5  # the student's tail is small too
+    probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).expand(6, 3) * (1 - math.exp(log_mass))
+    log_tail = torch.full((6,), log_mass, dtype=torch.float64)
+    targets = SparseTargets(ids, probs, log_tail, Tail.OTHER)
+    found, expected = (
+        _run(tall.cast(torch.float32), Divergence(), targets=targets),
+        truth(tall, Divergence(), targets=targets),
+    )
+    assert relative_error(found.weight_grad[3:], expected.weight_grad[3:]) < 1e-5
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,15 +138,37 @@ def test_any_shape_chunk_and_magnitude(
 ) -> None:
     p = problem(seed, tokens=tokens, D=widths[0], E=widths[1], rows=size + padding, size=size, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunk_module, "BLOCK_ELEMENTS", block)
+        patch.setattr(softmax_module, "BLOCK_ELEMENTS", block)
         found = _run(p, divergence, chunk_tokens=chunk_tokens)
     expected = truth(p, divergence)
-    for field in fields(LossTerms):
-        value, true = getattr(found.terms, field.name).item(), getattr(expected.terms, field.name).item()
-        assert value == pytest.approx(true, rel=1e-10, abs=1e-12), field.name
+    far = scale > 1 and divergence.formula is DivergenceKind.TVD  # p_s - p_t of nearly certain models: absolute error
+    assert_terms(found.terms, expected.terms, 1e-10, absolute=1e-12)
     assert found.terms.kl >= 0
-    torch.testing.assert_close(found.hidden_grad, expected.hidden_grad, rtol=1e-10, atol=1e-12 * max(1.0, scale))
-    torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=1e-12 * max(1.0, scale))
+    assert found.terms.divergence >= -1e-15
+    atol = 1e-12 * max(1.0, scale) * (10 if far else 1)
+    torch.testing.assert_close(found.hidden_grad, expected.hidden_grad, rtol=1e-10, atol=atol)
+    torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=atol)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(0, 9),
+    size=st.integers(1, 17),
+    kept=st.integers(1, 20),
+    chunk_tokens=st.integers(1, 12),
+    name=st.sampled_from(list(TAILS)),
+)
+def test_any_sparse_targets(seed: int, tokens: int, size: int, kept: int, chunk_tokens: int, name: str) -> None:
+    p, (tail, divergence) = problem(seed, tokens=tokens, rows=size + 1, size=size), TAILS[name]
+    targets = sparse(p, tail, kept=kept, temperature=divergence.temperature, seed=seed)
+    found, expected = (
+        _run(p, divergence, chunk_tokens=chunk_tokens, targets=targets),
+        truth(p, divergence, targets=targets),
+    )
+    assert_terms(found.terms, expected.terms, 1e-10, absolute=1e-12)
+    torch.testing.assert_close(found.hidden_grad, expected.hidden_grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=1e-12)
 
 
 def test_the_gradient_is_the_slope_of_the_value() -> None:
@@ -123,13 +184,25 @@ def test_the_gradient_is_the_slope_of_the_value() -> None:
         assert (gradient * direction).sum().item() == pytest.approx(slope, rel=1e-8)
 
 
-def test_kl_of_equal_logits_is_zero_and_has_no_gradient() -> None:
+@pytest.mark.parametrize("kind", DivergenceKind)
+def test_of_equal_logits_every_divergence_is_zero_and_has_no_gradient(kind: DivergenceKind) -> None:
     p = problem(5, D=6, E=6).cast(torch.float32)
-    found = _run(replace(p, teacher_hidden=p.student_hidden, teacher_weight=p.student_weight), Divergence())
-    assert found.terms.kl == found.terms.loss == 0
+    found = _run(replace(p, teacher_hidden=p.student_hidden, teacher_weight=p.student_weight), Divergence(kind))
+    assert found.terms.kl == found.terms.divergence == found.terms.loss == 0
     assert found.terms.agreement.item() == pytest.approx(p.token_weights.sum().item(), rel=1e-6)
     assert not found.hidden_grad.any()
     assert not found.weight_grad.any()
+
+
+@pytest.mark.parametrize("name", ["reverse kl", "jsd", "jsd of 0.9 at 2", "skew kl", "skew kl of 0.7 at 2"])
+def test_other_small_divergences_keep_their_digits_in_float32(name: str) -> None:
+    p, divergence = problem(6, tokens=16, D=32, E=32, rows=512, size=512, scale=0.3), DIVERGENCES[name]
+    noise = torch.randn(512, 32, generator=torch.Generator().manual_seed(7)) * 1e-3
+    student = replace(p, student_hidden=p.teacher_hidden, student_weight=(p.teacher_weight + noise).float().double())
+    found, expected = _run(student.cast(torch.float32), divergence), truth(student, divergence)
+    value = expected.terms.divergence.item() / p.token_weights.sum().item()
+    assert 1e-8 < value < 5e-6
+    assert found.terms.divergence.item() == pytest.approx(expected.terms.divergence.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("distance", [1e-3, 3e-5])
@@ -163,7 +236,7 @@ def test_logits_of_ten_thousand(temperature: float, dtype: torch.dtype) -> None:
     divergence = Divergence(temperature=temperature, ce_weight=1.0, z_loss=1e-6)
     expected = truth(p, divergence)
     assert expected.terms.kl > 1e3
-    _assert_equal(_run(p.cast(dtype), divergence), expected, TOLERANCE[dtype])
+    assert_same(_run(p.cast(dtype), divergence), expected, TOLERANCE[dtype])
 
 
 def test_a_constant_added_to_a_row_of_logits_changes_nothing() -> None:
@@ -185,7 +258,7 @@ def test_a_constant_added_to_a_row_of_logits_changes_nothing() -> None:
     )
     divergence = Divergence(temperature=2.0, ce_weight=0.5)
     before, after = _run(dyadic, divergence), _run(shifted, divergence)
-    for name in ("loss", "kl", "student_ce", "teacher_ce", "teacher_entropy", "agreement"):
+    for name in METRIC_NAMES[:-1]:  # all but log Z, which moves with the constant
         assert torch.equal(getattr(before.terms, name), getattr(after.terms, name)), name
     # Products of another width may add in another order.
     assert relative_error(after.hidden_grad[:, :5], before.hidden_grad) < 1e-6
@@ -223,7 +296,7 @@ def test_padding_rows_are_never_read_and_get_no_gradient() -> None:
     poisoned.student_weight[p.size :] = float("nan")
     poisoned.teacher_weight[p.size :] = 1e9
     found = _run(poisoned, ALL_TERMS)
-    _assert_equal(found, truth(p, ALL_TERMS), 1e-12)
+    assert_same(found, truth(p, ALL_TERMS), 1e-12)
     assert not found.weight_grad[p.size :].any()
 
 
@@ -251,7 +324,7 @@ def test_bf16_accumulates_in_float32(asked: torch.dtype | None) -> None:
         token_weights=p.token_weights,
         divergence=ALL_TERMS,
         vocab=VocabSlice.contiguous(0, 24, p.size),
-        chunk_tokens=3,
+        logit_memory=3 * 2 * 21 * 4,
     )
     torch.autograd.backward(terms.loss)
     assert hidden.grad is not None
@@ -274,7 +347,7 @@ def _call(p: Problem, hidden: Tensor, weight: Tensor) -> LossTerms:
         token_weights=p.token_weights,
         divergence=ALL_TERMS,
         vocab=vocab,
-        chunk_tokens=4,
+        logit_memory=4 * 2 * 21 * 8,
     )
 
 
@@ -291,7 +364,7 @@ def test_only_the_loss_is_differentiable_and_the_teacher_gets_nothing() -> None:
     p.teacher_hidden.requires_grad_()
     p.teacher_weight.requires_grad_()
     terms = _call(p, p.student_hidden.requires_grad_(), p.student_weight.requires_grad_())
-    assert [name for name in vars(terms) if getattr(terms, name).requires_grad] == ["loss"]
+    assert [name for name in METRIC_NAMES if getattr(terms, name).requires_grad] == ["loss"]
     torch.autograd.backward(terms.loss)
     assert p.teacher_hidden.grad is None
     assert p.teacher_weight.grad is None
@@ -332,8 +405,8 @@ class _LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk_tokens, size = 32, 200
-    monkeypatch.setattr(chunk_module, "BLOCK_ELEMENTS", 2 * size)
-    p = problem(19, tokens=100, rows=size, size=size).cast(torch.float32)
+    monkeypatch.setattr(softmax_module, "BLOCK_ELEMENTS", 2 * size)
+    p = problem(19, tokens=96, rows=size, size=size).cast(torch.float32)
     with _LargeStorages(chunk_tokens * size * 4) as large:
         _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
     assert sorted(storage.nbytes() for storage in large.kept.values()) == [chunk_tokens * size * 4] * 2
@@ -343,12 +416,14 @@ def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None
     ("change", "message"),
     [
         ({"student_hidden": torch.zeros(12, 5).double()}, r"student hidden states \[12, 5\].*13 labels"),
-        ({"teacher_weight": torch.zeros(23, 7).double()}, r"teacher.*head \[23, 7\].*24 rows"),
+        ({"student_weight": torch.zeros(24, 4).double()}, r"student hidden states \[13, 5\] and head \[24, 4\]"),
         ({"student_weight": torch.zeros(24, 5)}, "cast both"),
         ({"token_weights": torch.zeros(12)}, r"\[12\] token weights for 13 labels"),
         ({"labels": torch.full((13,), 21)}, r"\[13\] labels \(by rank\).*below 21"),
         ({"labels": torch.full((13,), -1)}, "mark positions without a label with -100"),
         ({"size": 25}, "do not add up to a vocabulary of 25"),
+        ({"teacher_weight": torch.zeros(20, 7).double()}, r"teacher.*head \[20, 7\]"),
+        ({"student_bias": torch.zeros(21).double()}, r"student bias \[21\].*\[24, 5\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
@@ -356,6 +431,30 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         _run(replace(problem(20), **change), ALL_TERMS)
 
 
-def test_a_chunk_needs_a_token() -> None:
-    with pytest.raises(ValueError, match="chunk_tokens is 0"):
+def test_a_chunk_needs_some_memory() -> None:
+    with pytest.raises(ValueError, match="logit_memory is 0 bytes"):
         _run(problem(21), ALL_TERMS, chunk_tokens=0)
+
+
+def test_the_teachers_padding_may_be_another() -> None:
+    p = problem(22)
+    wider = replace(p, teacher_weight=torch.cat([p.teacher_weight[:21], torch.full((9, 7), math.nan).double()]))
+    assert_same(_run(wider, ALL_TERMS), truth(p, ALL_TERMS), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "divergence", "message"),
+    [
+        ({}, Divergence(DivergenceKind.JSD), "jsd needs the teacher's whole distribution"),
+        ({}, Divergence(label_fraction=0.1), "label_fraction needs the teacher's entropy"),
+        ({}, Divergence(temperature=2.0), r"made at temperature 1.0, the loss is at 2.0"),
+        ({"ids": torch.full((13, 3), 21)}, Divergence(), r"\[39\] target ids \(by rank\) are not below 21"),
+        ({"probs": torch.zeros(13, 2).double()}, Divergence(), r"ids \[13, 3\], probs \[13, 2\]"),
+    ],
+)
+def test_sparse_targets_that_do_not_fit_are_refused(
+    change: dict[str, Any], divergence: Divergence, message: str
+) -> None:
+    p = problem(23)
+    with pytest.raises(ValueError, match=message):
+        _run(p, divergence, targets=replace(sparse(p, Tail.OTHER, kept=3), **change))

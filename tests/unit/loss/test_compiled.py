@@ -1,0 +1,48 @@
+"""The compiled arithmetic against its eager twin: the same values and gradients, for what a run may ask for."""
+
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice
+from megadistill.records import Tail
+from tests.unit.loss.problems import assert_same, problem, run, sparse, truth
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler: install g++, or set CXX"
+)
+
+VOCAB = VocabSlice.contiguous(0, 24, 21)
+LOGIT_MEMORY = 5 * 2 * 21 * 4  # chunks of 5, 5 and 3 tokens
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        Divergence(),
+        Divergence(temperature=2.0, ce_weight=0.3, z_loss=0.01, label_fraction=0.3),
+        Divergence(DivergenceKind.JSD, beta=0.3, ce_weight=0.3),
+        Divergence(DivergenceKind.REVERSE_KL),
+        Divergence(DivergenceKind.SKEW_KL),
+        Divergence(DivergenceKind.TVD),
+    ],
+    ids=lambda d: d.kind.value,
+)
+def test_compiled_is_the_reference_too(divergence: Divergence) -> None:
+    p = problem(1)
+    options: dict[str, Any] = {"logit_memory": LOGIT_MEMORY, "elementwise": Elementwise.COMPILED, "diagnose": True}
+    found = run(p.cast(torch.float32), divergence, vocab=VOCAB, **options)
+    assert_same(found, truth(p, divergence, diagnose=True), 1e-6)
+
+
+def test_bent_logits_and_sparse_targets_and_labels() -> None:
+    p = problem(1).bent()
+    options: dict[str, Any] = {"logit_memory": LOGIT_MEMORY, "elementwise": Elementwise.COMPILED}
+    targets = sparse(p, Tail.OTHER, kept=5)
+    assert_same(run(p.cast(torch.float32), Divergence(), vocab=VOCAB, **options), truth(p, Divergence()), 1e-6)
+    found = run(p.cast(torch.float32), Divergence(), vocab=VOCAB, targets=targets, **options)
+    assert_same(found, truth(p, Divergence(), targets=targets), 1e-6)
+    assert_same(run(p.cast(torch.float32), None, vocab=VOCAB, **options), truth(p, None), 1e-6)
