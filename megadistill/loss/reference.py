@@ -139,7 +139,9 @@ def sparse_distill_loss(
         inside_NU = torch.zeros_like(log_p_s).scatter_add(1, ids_NK.clamp_min(0), (ids_NK >= 0).to(log_p_s.dtype)) > 0
         # Where no id is left outside, the tail holds nothing; a number keeps the gradient of what is not used finite.
         outside_NU = torch.where((log_r_t == -math.inf).unsqueeze(1), False, ~inside_NU)
-        log_r_s = torch.where(outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, -1e300).logsumexp(dim=1), 0)
+        log_r_s = torch.where(
+            outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, torch.finfo(log_p_s.dtype).min).logsumexp(dim=1), 0
+        )
         value_N = value_N + torch.where(log_r_t > -math.inf, log_r_t.exp() * (log_r_t - log_r_s), 0)
     return _without_teacher(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, divergence)
 

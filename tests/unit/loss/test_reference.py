@@ -1,12 +1,14 @@
 """The reference against torch's own losses, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from megadistill.loss import Divergence, reference
-from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms
-from tests.unit.loss.problems import Problem, problem, truth
+from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, Tail
+from tests.unit.loss.problems import Problem, problem, sparse, truth
 
 
 def _logits(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,3 +80,14 @@ def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     )
     assert {getattr(terms, name).dtype for name in METRIC_NAMES} == {dtype}
     assert all(not getattr(terms, name).requires_grad for name in METRIC_NAMES if name != "loss")
+
+
+def test_a_sparse_loss_with_an_other_event_stays_in_its_dtype() -> None:
+    p = problem(6)
+    targets = sparse(p, Tail.OTHER, kept=4)
+    single = p.cast(torch.float32)
+    shared: dict[str, Any] = {"divergence": Divergence(), "vocab_size": p.size, "token_weights": p.token_weights}
+    found = reference.sparse_distill_loss(single.student_hidden, single.student_weight, targets, p.labels, **shared)
+    expected = reference.sparse_distill_loss(p.student_hidden, p.student_weight, targets, p.labels, **shared)
+    assert found.loss.dtype == torch.float32
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
