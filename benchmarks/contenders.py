@@ -1,0 +1,210 @@
+"""What is measured: our loss, its floor, and what a user would pick instead. It knows no clocks.
+
+Every contender makes the same thing: dX and dW of the mean forward KL, from hidden states and heads.
+
+Legend: N tokens, D student width, E teacher width, V vocabulary, n tokens of a chunk.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import LinearCrossEntropyOptions
+
+from megadistill.loss import Divergence, Elementwise, VocabSlice, distill_loss
+from megadistill.loss.vocab_parallel import LOGIT_MEMORY
+
+Gradients = tuple[Tensor, ...]
+"""dX [N, D] and dW [V, D]."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    vocab: int
+    student_width: int
+    teacher_width: int
+
+    def __str__(self) -> str:
+        return f"N {self.tokens}, V {self.vocab}, D {self.student_width}, E {self.teacher_width}"
+
+    @property
+    def output_bytes(self) -> int:
+        """Of dX and dW, in float32."""
+        return 4 * self.student_width * (self.tokens + self.vocab)
+
+    def chunk_tokens(self, logit_memory: int, models: int = 2) -> int:
+        """n, on one process: as many tokens as `logit_memory` holds the logits of, in chunks of equal size."""
+        fit = max(1, logit_memory // (4 * models * self.vocab))
+        return math.ceil(self.tokens / math.ceil(self.tokens / fit))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """float32, of one process or of one rank's share."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+    token_weights: Tensor
+    vocab: VocabSlice
+
+    @classmethod
+    def random(cls, shape: Shape) -> "Inputs":
+        """Logits of standard deviation 1 (student) and 3 (teacher)."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(rows: int, width: int, deviation: float) -> Tensor:
+            return torch.randn(rows, width, generator=generator).mul_(deviation)
+
+        N, V, D, E = shape.tokens, shape.vocab, shape.student_width, shape.teacher_width
+        return cls(
+            student_hidden=normal(N, D, 1.0).requires_grad_(),
+            student_weight=normal(V, D, D**-0.5).requires_grad_(),
+            teacher_hidden=normal(N, E, 1.0),
+            teacher_weight=normal(V, E, 3 * E**-0.5),
+            labels=torch.randint(V, (N,), generator=generator),
+            token_weights=torch.full((N,), 1 / N),
+            vocab=VocabSlice.contiguous(0, V, V),
+        )
+
+    def share(self, rank: int, ranks: int, vocab: VocabSlice) -> "Inputs":
+        """The tokens and the rows of `vocab` that a rank has."""
+        per_rank = self.labels.shape[0] // ranks
+        tokens, rows = slice(rank * per_rank, (rank + 1) * per_rank), vocab.global_ids()
+        return replace(
+            self,
+            student_hidden=self.student_hidden.detach()[tokens].clone().requires_grad_(),
+            student_weight=self.student_weight.detach()[rows].requires_grad_(),
+            teacher_hidden=self.teacher_hidden[tokens].clone(),
+            teacher_weight=self.teacher_weight[rows],
+            labels=self.labels[tokens].clone(),
+            token_weights=self.token_weights[tokens].clone(),
+            vocab=vocab,
+        )
+
+
+def gradients(inputs: Inputs, loss: Tensor) -> Gradients:
+    return torch.autograd.grad(loss, (inputs.student_hidden, inputs.student_weight))
+
+
+class Products:
+    """The floor: the products that the gradient cannot do without, and nothing between them.
+
+    Student logits, teacher logits (where there is a teacher), dX and dW, chunk by chunk into memory that is allocated
+    once, before the clock starts. What ours does between and around them is what its ratio shows.
+    """
+
+    def __init__(self, inputs: Inputs, chunk_tokens: int, *, teacher: bool = True) -> None:
+        self._X, self._W = inputs.student_hidden.detach(), inputs.student_weight.detach()
+        self._teacher = (inputs.teacher_hidden, inputs.teacher_weight.T) if teacher else None
+        self._n = chunk_tokens
+        n, V = min(chunk_tokens, self._X.shape[0]), self._W.shape[0]
+        self._z_s, self._z_t = torch.zeros(n, V), torch.zeros(n, V) if teacher else None
+        self._dX, self._dW = torch.zeros_like(self._X), torch.zeros_like(self._W)
+
+    def __call__(self) -> None:
+        for start in range(0, self._X.shape[0], self._n):
+            tokens = slice(start, start + self._n)
+            X = self._X[tokens]
+            z_s = self._z_s[: len(X)]
+            torch.mm(X, self._W.T, out=z_s)
+            if self._teacher is not None and self._z_t is not None:
+                torch.mm(self._teacher[0][tokens], self._teacher[1], out=self._z_t[: len(X)])
+            torch.mm(z_s, self._W, out=self._dX[tokens])
+            torch.addmm(self._dW, z_s.T, X, beta=0 if start == 0 else 1, out=self._dW)
+
+
+def ours(
+    inputs: Inputs,
+    elementwise: Elementwise,
+    logit_memory: int = LOGIT_MEMORY,
+    divergence: Divergence = Divergence(),  # noqa: B008 - frozen
+) -> Gradients:
+    terms = distill_loss(
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.teacher_hidden,
+        inputs.teacher_weight,
+        inputs.labels,
+        token_weights=inputs.token_weights,
+        divergence=divergence,
+        vocab=inputs.vocab,
+        logit_memory=logit_memory,
+        elementwise=elementwise,
+    )
+    return gradients(inputs, terms.loss)
+
+
+def kl_div(inputs: Inputs) -> Gradients:
+    """What everybody writes first."""
+    log_p_s = F.log_softmax(inputs.student_hidden @ inputs.student_weight.T, dim=1)
+    log_p_t = F.log_softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, dim=1)
+    return gradients(inputs, F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True))
+
+
+def linear_cross_entropy(inputs: Inputs, options: LinearCrossEntropyOptions | None) -> Gradients:
+    """Torch's own, against the teacher's softmax `[N, V]`, which is part of the price.
+
+    With options torch would work in chunks, but not against soft targets: it warns, and sets the options aside.
+    """
+    p_t = F.softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = F.linear_cross_entropy(inputs.student_hidden, inputs.student_weight, p_t, options=options)
+    return gradients(inputs, loss)
+
+
+def liger(inputs: Inputs, *, compiled: bool) -> Gradients:
+    """liger-kernel's JSD at β = 0, which is forward KL, in its own chunks of 1024 tokens.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # noqa: PLC0415 - the extra `oracles`
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
+    return gradients(
+        inputs,
+        loss(
+            inputs.student_hidden,
+            inputs.student_weight,
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.labels,
+        ),
+    )
+
+
+OURS: dict[str, Callable[[Inputs], Gradients]] = {
+    "ours, eager": partial(ours, elementwise=Elementwise.EAGER),
+    "ours, compiled": partial(ours, elementwise=Elementwise.COMPILED),
+}
+
+THEIRS: dict[str, Callable[[Inputs], Gradients]] = {
+    "F.kl_div": kl_div,
+    "F.linear_cross_entropy": partial(linear_cross_entropy, options=None),
+    "F.linear_cross_entropy, options": partial(linear_cross_entropy, options=LinearCrossEntropyOptions()),
+    "liger-kernel, eager": partial(liger, compiled=False),
+    "liger-kernel, compiled": partial(liger, compiled=True),
+}
+
+CONTENDERS = OURS | THEIRS
+
+PEAK_LOGITS = {"F.kl_div": 8, "F.linear_cross_entropy": 7, "F.linear_cross_entropy, options": 7}
+"""About how many [N, V] tensors a contender holds at its peak; liger holds some 9 of [1024, V]."""
+
+
+def estimated_peak(name: str, shape: Shape) -> int:
+    """Bytes, generously: enough to tell whether a machine can run it at all."""
+    if name in OURS:
+        return 2 * LOGIT_MEMORY + 2 * shape.output_bytes
+    tokens = shape.tokens if name in PEAK_LOGITS else min(shape.tokens, 2047)
+    return PEAK_LOGITS.get(name, 9) * 4 * tokens * shape.vocab + 2 * shape.output_bytes

@@ -1,0 +1,183 @@
+"""How time and memory are taken. It knows no losses.
+
+Time is taken in rounds: each round runs every contender once, in alternating order, and a ratio is made of the two
+times of one round. A machine that slows down for a while slows both.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.comm.topology import Launch, Topology, joined
+
+Run = Callable[[], object]
+
+_fresh = multiprocessing.get_context("spawn")
+"""Processes that share nothing with this one: no warm caches, no memory."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the lowest and highest of what it is the median of."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def of_ratios(cls, above: list[float], below: list[float]) -> "Spread":
+        """Of the ratios of the two times of each round."""
+        return cls.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+def seconds(run: Run) -> float:
+    """Of one call; what it returns is dropped after the clock stops."""
+    start = time.perf_counter()
+    result = run()
+    stop = time.perf_counter()
+    del result
+    return stop - start
+
+
+def rounds(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """`repeats` seconds of each contender, interleaved. Each has been warmed up by the caller, and times itself."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in range(repeats):
+            order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
+            for name in order:
+                times[name].append(contenders[name]())
+    finally:
+        gc.enable()
+    return times
+
+
+def available_memory() -> int:
+    """Bytes that the kernel would give without swapping."""
+    return 1024 * _field("/proc/meminfo", "MemAvailable")
+
+
+def peak(run: Run) -> int:
+    """Bytes of resident memory that a call takes at its highest, beyond what was resident before it.
+
+    Linux alone: writing 5 to clear_refs sets the high-water mark back to what is resident now.
+    """
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that the warm-up freed would be taken again, and not counted
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _field("/proc/self/status", "VmRSS")
+    result = run()
+    highest = _field("/proc/self/status", "VmHWM")
+    del result
+    return 1024 * (highest - before)
+
+
+def _field(file: str, name: str) -> int:
+    """kB."""
+    for line in Path(file).read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"{file} has no {name}; memory is measured on Linux alone")
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in a process of its own; `function` is at the top level of its module.
+
+    Raises:
+        RuntimeError: it failed there, with its traceback, or the process died.
+    """
+    ours, theirs = _fresh.Pipe()
+    process = _fresh.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        failure, result = ours.recv()
+    except EOFError:
+        failure, result = "it died without a word (out of memory?)", None
+    process.join()
+    if failure is not None:
+        raise RuntimeError(f"{function.__name__} failed in its own process:\n{failure}")
+    return result
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        pipe.send((None, function(*arguments)))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+@contextmanager
+def two_ranks(make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterator[Callable[[str], float]]:
+    """Two processes of one thread each, joined by gloo; yields `time(name)`: the slower one's seconds for that run.
+
+    `make(topology, *arguments)`, at the top level of its module, gives each rank its runs by name.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(2):
+        ours, theirs = _fresh.Pipe()
+        process = _fresh.Process(target=_serve, args=(rank, port, theirs, make, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+
+    def slower(name: str) -> float:
+        for pipe in pipes:
+            pipe.send(name)
+        answers = [pipe.recv() for pipe in pipes]
+        for answer in answers:
+            if isinstance(answer, str):
+                raise RuntimeError(f"a rank failed:\n{answer}")
+        return max(answers)
+
+    try:
+        yield slower
+        for pipe in pipes:
+            pipe.send(None)
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _serve(
+    rank: int, port: int, pipe: Connection, make: Callable[..., Mapping[str, Run]], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    launch = Launch(rank=rank, world=2, local_rank=rank, local_world=2)
+    try:
+        with joined(launch, vocab_group=2, timeout_minutes=10.0) as topology:
+            _serve_runs(topology, pipe, make(topology, *arguments))
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def _serve_runs(topology: Topology, pipe: Connection, runs: Mapping[str, Run]) -> None:
+    torch.set_num_threads(1)
+    while (name := pipe.recv()) is not None:
+        pipe.send(seconds(runs[name]))
