@@ -1,15 +1,19 @@
-"""What the loss costs: time against its own matrix products, memory beyond them, and what a user would pick instead.
+"""What the loss costs: against its own matrix products, against what a user would pick instead, on two processes, in
+memory, and each divergence. Prints tables and appends every number to a CSV file.
 
-python -m benchmarks.loss            # everything, some minutes
-python -m benchmarks.loss --only speed --repeats 9
+    python -m benchmarks.loss --help
 """
 
 import argparse
 import csv
 import os
 import platform
-from collections.abc import Mapping
-from datetime import date
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -17,138 +21,374 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, OURS, Inputs, Products, Shape, estimated_peak, ours
+from benchmarks.contenders import (
+    CONTENDERS,
+    OURS,
+    Gradients,
+    Inputs,
+    Products,
+    Shape,
+    estimated_peak,
+    gradients,
+    ours,
+)
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, rounds, seconds, two_ranks
 from megadistill.comm.topology import Topology
-from megadistill.loss import Elementwise, VocabSlice
+from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
+from megadistill.loss.targets import Sampled, TopK, sparse_targets
 from megadistill.loss.vocab_parallel import LOGIT_MEMORY
+from megadistill.records import SparseTargets, Tail
 
-RESULTS = Path(__file__).parent / "results" / "loss.csv"
-NARROW, WIDE = Shape(2048, 32768, 256, 512), Shape(2048, 32768, 1024, 2048)
-LARGE = Shape(1024, 262144, 256, 512)
+QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("megadistill/loss", "megadistill/comm", "benchmarks/*.py")
+
+COLUMNS = (
+    *("date", "commit", "cpu", "cores", "threads", "python", "torch", "question", "shape", "contender"),
+    *("median", "low", "high", "unit", "ratio", "ratio_low", "ratio_high", "ratio_to", "repeats"),
+)
+
+HELP = """\
+questions (all of them, when --only does not choose):
+  speed        ours, forward and backward, against its own four products: student logits, teacher logits, dX, dW
+  others       F.kl_div, F.linear_cross_entropy, liger-kernel (pip install -e '.[oracles]'), beside ours and the floor
+  ranks        two gloo processes of one thread each against one process of two threads, the same total work
+  memory       peak memory beyond inputs, dX and dW, each contender in a process of its own
+  divergences  what each divergence costs, against the floor of its own products
+
+how to read it:
+  floor    the products alone, in memory that was allocated before the clock started: all tokens at once, or in the
+           chunks that ours works in, whichever is faster
+  ratio    median over rounds of (seconds of this / seconds of that) in the same round, then the lowest and highest
+  beyond   highest resident memory during the call, less what was resident before it, less the bytes of dX and dW
+
+on a busy machine the ratios stay near; the seconds do not. A first look in a minute:
+  python -m benchmarks.loss --only speed --tokens 256 --vocab 4096 --widths 64x128 --repeats 3 --no-csv"""
 
 
-def speed(shape: Shape, names: list[str], repeats: int) -> dict[str, tuple[Spread, Spread]]:
-    """Seconds of each contender, and their ratios to the floor: the faster of the products in chunks and at one go."""
-    inputs = Inputs.random(shape)
-    floors = {
-        "products, in chunks": Products(inputs, shape.chunk_tokens(LOGIT_MEMORY)),
-        "products, at one go": Products(inputs, shape.tokens),
+@dataclass
+class Report:
+    """The tables on the screen, and the rows of the CSV file."""
+
+    threads: int
+    repeats: int
+    console: Console = field(default_factory=lambda: Console(width=120))
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+    def add(
+        self,
+        question: str,
+        shape: Shape,
+        contender: str,
+        value: Spread | float,
+        unit: str = "s",
+        *,
+        ratio: Spread | None = None,
+        to: str = "",
+    ) -> None:
+        spread = value if isinstance(value, Spread) else Spread(value, value, value)
+        row: dict[str, object] = {"question": question, "shape": str(shape), "contender": contender, "unit": unit}
+        row |= {name: f"{getattr(spread, name):.6g}" for name in ("median", "low", "high")}
+        if ratio is not None:
+            row |= {"ratio": f"{ratio.median:.4f}", "ratio_low": f"{ratio.low:.4f}", "ratio_high": f"{ratio.high:.4f}"}
+        self.rows.append(row | {"ratio_to": to, "repeats": self.repeats if isinstance(value, Spread) else 1})
+
+    def table(self, title: str, *columns: str) -> Table:
+        table = Table(title=title, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        return table
+
+    def append_to(self, file: Path) -> None:
+        """Rows are only ever added."""
+        about = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "commit": _commit(),
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "threads": self.threads,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not file.exists()
+        with file.open("a", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            writer.writerows(about | row for row in self.rows)
+
+
+def _commit() -> str:
+    """Short, with a + where the measured code differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    status = subprocess.run([*git, "status", "--short", "--", *MEASURED], capture_output=True, text=True, check=False)
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _shown(spread: Spread) -> str:
+    return f"{spread.median:.3f}  ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _warm(contenders: dict[str, Callable[..., Gradients]], inputs: Inputs, report: Report) -> dict[str, Run]:
+    """The contenders that run here, after one call each; one that makes another gradient than ours is an error."""
+    expected = ours(inputs, Elementwise.EAGER)
+    warm: dict[str, Run] = {}
+    for name, contender in contenders.items():
+        start = time.perf_counter()
+        try:
+            found = contender(inputs)
+        except ImportError as missing:
+            report.console.print(f"  {name} is left out: {missing}", highlight=False)
+            continue
+        error = max(_relative_error(a, b) for a, b in zip(found, expected, strict=True))
+        assert error < 1e-4, f"{name} makes another gradient than ours: relative error {error:.1e}"
+        report.console.print(f"  {name}: first call {time.perf_counter() - start:.1f} s", highlight=False)
+        warm[name] = partial(contender, inputs)
+    return warm
+
+
+def _timed(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    return rounds({name: partial(seconds, run) for name, run in runs.items()}, repeats)
+
+
+def _floors(inputs: Inputs, shape: Shape) -> dict[str, Run]:
+    """Both, warmed up."""
+    floors: dict[str, Run] = {
+        "floor, all at once": Products(inputs, shape.tokens),
+        "floor, in chunks": Products(inputs, shape.chunk_tokens(LOGIT_MEMORY)),
     }
-    runs: dict[str, Run] = {**floors, **{name: partial(CONTENDERS[name], inputs) for name in names}}
+    for floor in floors.values():
+        floor()
+    return floors
+
+
+def speed(shape: Shape, report: Report, *, others: bool) -> None:
+    """Ours, and with `others` what there is instead, against the faster floor."""
+    question = "others" if others else "speed"
+    report.console.print(f"\n[bold]{question}[/bold], {shape}", highlight=False)
+    inputs = Inputs.random(shape)
+    floors = _floors(inputs, shape)
+    contenders = _warm(CONTENDERS if others else OURS, inputs, report)
+    times = _timed(floors | contenders, report.repeats)
+    floor = min(floors, key=lambda name: Spread.of(times[name]).median)
+    table = report.table(f"{question}: {shape}", "", "seconds", f"to the floor ({floor[7:]})", "to ours, compiled")
+    for name, own in times.items():
+        to_floor = Spread.of_ratios(own, times[floor])
+        to_ours = Spread.of_ratios(own, times["ours, compiled"])
+        report.add(question, shape, name, Spread.of(own), ratio=to_floor, to=floor)
+        table.add_row(name, f"{Spread.of(own).median:.3f}", _shown(to_floor), _shown(to_ours))
+    report.console.print(table)
+
+
+def _rank_runs(topology: Topology, shape: Shape) -> dict[str, Run]:
+    """Half the tokens and half the vocabulary, warmed up."""
+    half = shape.vocab // 2
+    rows = slice(topology.rank * half, (topology.rank + 1) * half)
+    vocab = VocabSlice.contiguous(rows.start, rows.stop, shape.vocab, topology.vocab_group)
+    inputs = Inputs.random(shape).share(topology.rank, 2, vocab)
+    runs: dict[str, Run] = {name: partial(contender, inputs) for name, contender in OURS.items()}
     for run in runs.values():
         run()
-    times = rounds({name: partial(seconds, run) for name, run in runs.items()}, repeats)
-    floor = min(floors, key=lambda name: Spread.of(times[name]).median)
-    return {name: (Spread.of(taken), Spread.of_ratios(taken, times[floor])) for name, taken in times.items()}
+    return runs
 
 
-def ranks_runs(topology: Topology, shape: Shape) -> Mapping[str, Run]:
-    rows = shape.vocab // 2
-    vocab = VocabSlice.contiguous(topology.rank * rows, (topology.rank + 1) * rows, shape.vocab, topology.vocab_group)
-    mine = Inputs.random(shape).share(topology.rank, 2, vocab)
-    run = partial(ours, mine, Elementwise.COMPILED)
-    run()
-    return {"two processes": run}
-
-
-def two_processes(shape: Shape, repeats: int) -> dict[str, tuple[Spread, Spread]]:
-    """One process of two threads against two processes of one, the same total work."""
+def two_processes(shape: Shape, report: Report) -> None:
+    """The ratio of two processes' time to one's."""
+    report.console.print(f"\n[bold]ranks[/bold], {shape}", highlight=False)
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    one = partial(ours, Inputs.random(shape), Elementwise.COMPILED)
-    one()
-    with two_ranks(ranks_runs, shape) as slower:
-        slower("two processes")
-        times = rounds(
-            {"one process": partial(seconds, one), "two processes": partial(slower, "two processes")}, repeats
-        )
-    return {name: (Spread.of(taken), Spread.of_ratios(taken, times["one process"])) for name, taken in times.items()}
-
-
-def memory(shape: Shape, name: str, logit_memory: int) -> int:
-    """Bytes beyond inputs and outputs, in a process of its own."""
     inputs = Inputs.random(shape)
-    few = Inputs.random(Shape(4, 64, shape.student_width, shape.teacher_width))
-    run: Run = partial(CONTENDERS[name], inputs)
+    with two_ranks(_rank_runs, shape) as slower:
+        runs: dict[str, Callable[[], float]] = {}
+        for name, contender in OURS.items():
+            contender(inputs)
+            slower(name)
+            runs[f"one process: {name}"] = partial(seconds, partial(contender, inputs))
+            runs[f"two processes: {name}"] = partial(slower, name)
+        times = rounds(runs, report.repeats)
+    torch.set_num_threads(threads)
+    table = report.table(f"ranks: {shape}", "", "one process, s", "two processes, s", "ratio")
+    for name in OURS:
+        one, two = times[f"one process: {name}"], times[f"two processes: {name}"]
+        ratio = Spread.of_ratios(two, one)
+        report.add("ranks", shape, f"one process: {name}", Spread.of(one))
+        report.add("ranks", shape, f"two processes: {name}", Spread.of(two), ratio=ratio, to="one process")
+        table.add_row(name, f"{Spread.of(one).median:.3f}", f"{Spread.of(two).median:.3f}", _shown(ratio))
+    report.console.print(table)
+
+
+def _peak_of(name: str, shape: Shape, logit_memory: int) -> int:
+    """In a fresh process: a warm-up on a small problem, so that code and caches are not counted, then the call."""
+    warnings.simplefilter("ignore")
+    contender = CONTENDERS[name]
     if name in OURS:
-        elementwise = Elementwise.COMPILED if name == "ours, compiled" else Elementwise.EAGER
-        run = partial(ours, inputs, elementwise, logit_memory)
-    CONTENDERS[name](few)  # imports, threads and kernels are not the call's
-    return peak(run) - shape.output_bytes
+        contender = partial(contender, logit_memory=logit_memory)
+    small = Inputs.random(Shape(48, 1000, shape.student_width, shape.teacher_width))
+    contender(small)
+    inputs = Inputs.random(shape)
+    return peak(partial(contender, inputs))
 
 
-def keep(rows: list[dict[str, object]]) -> None:
-    """Appends to the CSV, with where and when."""
-    where = {"date": date.today().isoformat(), "cpu": platform.processor() or platform.machine()}
-    where |= {"cores": str(os.cpu_count()), "torch": torch.__version__, "python": platform.python_version()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, [*where, "question", "shape", "contender", "median", "low", "high", "ratio", "unit"]
-        )
-        if new:
-            writer.writeheader()
-        writer.writerows([where | row for row in rows])
-
-
-def show(console: Console, question: str, shape: Shape, found: Mapping[str, tuple[Spread, Spread]]) -> None:
-    table = Table(title=f"{question}: {shape}", title_justify="left")
-    for heading in ("", "seconds", "low", "high", "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, (taken, ratio) in found.items():
-        table.add_row(name, f"{taken.median:.3f}", f"{taken.low:.3f}", f"{taken.high:.3f}", f"{ratio.median:.3f}")
-    console.print(table)
-    rows: list[dict[str, object]] = []
-    for name, (taken, ratio) in found.items():
-        numbers = {key: f"{getattr(taken, key):.4f}" for key in ("median", "low", "high")}
-        rows.append(
-            {"question": question, "shape": str(shape), "contender": name, "unit": "s", "ratio": f"{ratio.median:.4f}"}
-            | numbers
-        )
-    keep(rows)
-
-
-def show_memory(console: Console, shape: Shape) -> None:
-    table = Table(title=f"memory beyond inputs and outputs: {shape}", title_justify="left")
-    table.add_column("")
-    table.add_column("MiB", justify="right")
-    questions = [(name, LOGIT_MEMORY) for name in CONTENDERS] + [("ours, compiled", LOGIT_MEMORY // 4)]
-    for name, logit_memory in questions:
-        label = f"{name}, {logit_memory >> 20} MiB of logits" if name in OURS else name
-        if estimated_peak(name, shape) > 0.8 * available_memory():
-            table.add_row(label, "not enough memory here")
+def memory(shape: Shape, report: Report) -> None:
+    """Peak memory beyond inputs, dX and dW; ours with the default logit memory and with an eighth of it."""
+    report.console.print(f"\n[bold]memory[/bold], {shape}", highlight=False)
+    table = report.table(f"memory: {shape}", "", "MiB beyond", "the two logit buffers, MiB", "in [N, V] float32")
+    logits = 4 * shape.tokens * shape.vocab
+    inputs = 4 * shape.vocab * (shape.student_width + shape.teacher_width)
+    for name in CONTENDERS:
+        needed, free = estimated_peak(name, shape) + 2 * inputs, available_memory()
+        if needed > free:
+            report.console.print(f"  {name} is left out: it wants some {needed >> 20} MiB, {free >> 20} are free")
             continue
-        try:
-            found = in_fresh_process(memory, shape, name, logit_memory)
-        except RuntimeError as error:
-            table.add_row(
-                label, "not installed" if "ImportError" in str(error) or "ModuleNotFound" in str(error) else "failed"
-            )
-            continue
-        table.add_row(label, f"{found / 2**20:,.0f}")
-        keep([{"question": "memory", "shape": str(shape), "contender": label, "median": found, "unit": "bytes"}])
-    console.print(table)
+        for budget in (LOGIT_MEMORY, LOGIT_MEMORY // 8) if name in OURS else (LOGIT_MEMORY,):
+            shown = f"{name}, logit_memory {budget >> 20} MiB" if name in OURS else name
+            try:
+                beyond = in_fresh_process(_peak_of, name, shape, budget) - shape.output_bytes
+            except RuntimeError as error:
+                report.console.print(f"  {shown} is left out: {str(error).splitlines()[-1]}", highlight=False)
+                continue
+            predicted = 8 * shape.chunk_tokens(budget) * shape.vocab
+            report.add("memory", shape, shown, float(beyond), "bytes")
+            buffers = f"{predicted / 2**20:.0f}" if name in OURS else ""
+            table.add_row(shown, f"{beyond / 2**20:.0f}", buffers, f"{beyond / logits:.2f}")
+    report.console.print(table)
+
+
+DIVERGENCES = {
+    "forward KL": Divergence(),
+    "forward KL, T = 2": Divergence(temperature=2.0, temperature_squared=True),
+    "0.7 forward KL + 0.3 CE + z-loss": Divergence(kd_weight=0.7, ce_weight=0.3, z_loss=1e-4),
+    "reverse KL": Divergence(DivergenceKind.REVERSE_KL),
+    "JSD, β = 0.5": Divergence(DivergenceKind.JSD),
+    "skew KL, α = 0.1": Divergence(DivergenceKind.SKEW_KL),
+    "TVD": Divergence(DivergenceKind.TVD),
+}
+
+
+def _from_labels(inputs: Inputs, elementwise: Elementwise) -> Gradients:
+    terms = label_loss(
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.labels,
+        token_weights=inputs.token_weights,
+        vocab=inputs.vocab,
+        elementwise=elementwise,
+    )
+    return gradients(inputs, terms.loss)
+
+
+def _from_targets(inputs: Inputs, targets: SparseTargets, elementwise: Elementwise) -> Gradients:
+    terms = sparse_distill_loss(
+        inputs.student_hidden,
+        inputs.student_weight,
+        targets,
+        inputs.labels,
+        token_weights=inputs.token_weights,
+        divergence=Divergence(),
+        vocab=inputs.vocab,
+        elementwise=elementwise,
+    )
+    return gradients(inputs, terms.loss)
+
+
+def divergences(shape: Shape, report: Report) -> None:
+    """Each divergence in its own rounds with its own floor: four products with a teacher, three without."""
+    report.console.print(f"\n[bold]divergences[/bold], {shape}", highlight=False)
+    inputs = Inputs.random(shape)
+    make_targets = partial(sparse_targets, inputs.teacher_hidden, inputs.teacher_weight, vocab=inputs.vocab)
+    uniforms = torch.rand(shape.tokens, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # What a step reads from storage: how long the targets took to make is not in these times.
+    targets = {
+        "top 64 + other, stored": make_targets(selection=TopK(64), tail=Tail.OTHER),
+        "50 draws, stored": make_targets(selection=Sampled(50), tail=Tail.RENORMALISED, uniforms=uniforms),
+    }
+    with_teacher = {name: partial(ours, divergence=divergence) for name, divergence in DIVERGENCES.items()}
+    without: dict[str, Callable[..., Gradients]] = {
+        name: partial(_from_targets, targets=stored) for name, stored in targets.items()
+    } | {"labels alone": _from_labels}
+    table = report.table(f"divergences: {shape}", "", "floor, s", "eager, to the floor", "compiled, to the floor")
+    for name, loss in (with_teacher | without).items():
+        has_teacher = name in with_teacher
+        chunk = shape.chunk_tokens(LOGIT_MEMORY, models=2 if has_teacher else 1)
+        floors: dict[str, Run] = {
+            f"floor, {tokens} tokens": Products(inputs, tokens, teacher=has_teacher) for tokens in (shape.tokens, chunk)
+        }
+        runs = floors | {kind.value: partial(loss, inputs, elementwise=kind) for kind in Elementwise}
+        for run in runs.values():
+            run()
+        times = _timed(runs, report.repeats)
+        floor = min(floors, key=lambda candidate: Spread.of(times[candidate]).median)
+        ratios = {kind: Spread.of_ratios(times[kind.value], times[floor]) for kind in Elementwise}
+        for kind, ratio in ratios.items():
+            taken = Spread.of(times[kind.value])
+            report.add("divergences", shape, f"{name}, {kind.value}", taken, ratio=ratio, to=floor)
+        table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(_shown(ratio) for ratio in ratios.values()))
+    report.console.print(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss",
+        description=__doc__.split("\n\n")[0] if __doc__ else None,
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
+    parser.add_argument("--tokens", type=int, default=2048, help="N (default %(default)s; memory, divergences: half)")
+    parser.add_argument("--vocab", type=int, default=32768, help="V of all but memory (default %(default)s)")
+    parser.add_argument(
+        "--widths",
+        default="256x512,1024x2048",
+        help="DxE, by commas (default %(default)s); the last two take the first",
+    )
+    parser.add_argument("--memory-vocab", default="32768,262144", help="V of memory (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/loss.csv", help="where rows are added")
+    parser.add_argument("--no-csv", action="store_true", help="only print")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("speed", "others", "ranks", "memory"), help="one question alone")
-    parser.add_argument("--repeats", type=int, default=7, help="paired rounds of each timing (default: 7)")
-    asked = parser.parse_args()
-    console = Console()
-    for question in (asked.only,) if asked.only else ("speed", "others", "ranks", "memory"):
-        if question == "speed":
-            for shape in (NARROW, WIDE):
-                show(console, "speed", shape, speed(shape, list(OURS), asked.repeats))
-        elif question == "others":
-            names = [name for name in CONTENDERS if not name.startswith("liger")]
-            show(console, "others", NARROW, speed(NARROW, names, asked.repeats))
-        elif question == "ranks":
-            show(console, "ranks", NARROW, two_processes(NARROW, asked.repeats))
-        else:
-            for shape in (Shape(1024, 32768, 256, 512), LARGE):
-                show_memory(console, shape)
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    widths = [tuple(map(int, pair.split("x"))) for pair in arguments.widths.split(",")]
+    shapes = [Shape(arguments.tokens, arguments.vocab, D, E) for D, E in widths]
+    fewer, (D, E) = arguments.tokens // 2, widths[0]
+    report = Report(threads=arguments.threads, repeats=arguments.repeats)
+    report.console.print(
+        f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {arguments.threads} threads, python "
+        f"{platform.python_version()}, torch {torch.__version__}, commit {_commit()}",
+        highlight=False,
+    )
+    jobs: dict[str, list[Callable[[], None]]] = {
+        "speed": [partial(speed, shape, report, others=False) for shape in shapes],
+        "others": [partial(speed, shape, report, others=True) for shape in shapes],
+        "ranks": [partial(two_processes, shape, report) for shape in shapes],
+        "memory": [
+            partial(memory, Shape(fewer, int(vocab), D, E), report) for vocab in arguments.memory_vocab.split(",")
+        ],
+        "divergences": [partial(divergences, Shape(fewer, arguments.vocab, D, E), report)],
+    }
+    for question in QUESTIONS:
+        for job in jobs[question] if question in arguments.only else ():
+            job()
+            if not arguments.no_csv:
+                report.append_to(arguments.csv)
+                report.rows.clear()
 
 
 if __name__ == "__main__":

@@ -63,8 +63,8 @@ def rounds(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[
     gc.disable()
     try:
         for repeat in range(repeats):
-            order = list(contenders) if repeat % 2 == 0 else list(reversed(contenders))
-            for name in order:
+            names = list(contenders)
+            for name in names if repeat % 2 == 0 else reversed(names):
                 times[name].append(contenders[name]())
     finally:
         gc.enable()
@@ -147,11 +147,13 @@ def two_ranks(make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterat
     def slower(name: str) -> float:
         for pipe in pipes:
             pipe.send(name)
-        answers = [pipe.recv() for pipe in pipes]
-        for answer in answers:
+        slowest = 0.0
+        for pipe in pipes:
+            answer = pipe.recv()
             if isinstance(answer, str):
                 raise RuntimeError(f"a rank failed:\n{answer}")
-        return max(answers)
+            slowest = max(slowest, answer)
+        return slowest
 
     try:
         yield slower
