@@ -42,11 +42,13 @@ def transform_(z_bv: Tensor, bias_v: Tensor | None, scale: float, softcap: float
             z_bv.masked_fill_(bias_v == -math.inf, -math.inf)
 
 
-def statistics(z_bv: Tensor, temperature: float) -> Tensor:
-    """[b, 5]: of a slice: maximum m, its row (the first of equals), Σ e^(z-m), Σ e^(z-m) (z-m), Σ e^((z-m)/T)."""
+def statistics(z_bv: Tensor, ids_v: Tensor, temperature: float) -> Tensor:
+    """[b, 5]: of a slice: maximum m, its id (the lowest of equals), Σ e^(z-m), Σ e^(z-m) (z-m), Σ e^((z-m)/T).
+
+    `ids_v` are the global ids, in the dtype of z: made here, they would cost as much as an exponential.
+    """
     maximum_b = z_bv.amax(dim=1)
-    rows_v = torch.arange(z_bv.shape[1], dtype=z_bv.dtype, device=z_bv.device)
-    best_b = torch.where(z_bv == maximum_b.unsqueeze(1), rows_v, z_bv.shape[1]).amin(dim=1)  # `max` would not vectorise
+    best_b = torch.where(z_bv == maximum_b.unsqueeze(1), ids_v, math.inf).amin(dim=1)  # `max` would not vectorise
     # -inf is 0 times -inf in the entropy's sum; this finite number is 0 times a number.
     y_bv = (z_bv - _anchor(maximum_b).unsqueeze(1)).clamp_min(-1e30)
     e_bv = y_bv.exp()

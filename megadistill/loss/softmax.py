@@ -71,11 +71,9 @@ class Logits:
         if v == 0:
             return told_nS
         statistics = self.stage(pointwise.statistics)
-        ids_v = vocab.global_ids(self.z_nv.device)[:v]
+        ids_v = vocab.global_ids(self.z_nv.device)[:v].to(self.z_nv.dtype)
         for rows in self.blocks():
-            maximum_b, row_b, *sums = statistics(self.z_nv[rows], self.temperature).unbind(dim=1)
-            # Ranges ascend, so the first row of equals is the lowest id; NaN has no row.
-            best_b = ids_v[row_b.to(torch.int64).clamp_max(v - 1)].to(maximum_b.dtype)
+            maximum_b, best_b, *sums = statistics(self.z_nv[rows], ids_v, self.temperature).unbind(dim=1)
             told_nS[rows] = torch.stack([maximum_b, best_b, told_nS[rows, 2], *sums], dim=1)
         told_nS[:, 2] = at_rows(self.z_nv, label_rows_n)
         return told_nS

@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 
 from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, group_rank, group_size, reduce_scatter_rows
 from megadistill.comm.vocabulary import VocabSlice
+from megadistill.loss.heads import Head, multiply, operand, padded
+from megadistill.loss.pointwise import transform_
 from megadistill.records import LogitTransform, SparseTargets, Tail
 
 BLOCK_ELEMENTS = 1 << 18
@@ -106,7 +108,7 @@ def sparse_targets(
     Args:
         teacher_hidden: [N, E], what the teacher's head reads; float64, float32 or bfloat16, products accumulate in
             float32 (float64 for float64).
-        teacher_weight: [w, E], this rank's rows, of the same dtype. Padding rows are never read.
+        teacher_weight: [w, E], this rank's rows, of the same dtype. Padding rows are never read, and may be missing.
         selection: which ids are kept.
         tail: what becomes of the mass outside; `Tail.RENORMALISED` alone for `Sampled`. A token of which a threshold
             keeps nothing is all tail; with `Tail.RENORMALISED` it keeps its most likely id.
@@ -128,21 +130,17 @@ def sparse_targets(
             vocabulary.
     """
     request = _Request(
-        hidden_NE=teacher_hidden,
-        weight_wE=teacher_weight,
-        bias_w=teacher_bias,
+        head=Head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_logits),
         uniforms_NM=uniforms,
         selection=selection,
         tail=tail,
         vocab=vocab,
         temperature=temperature,
-        transform=teacher_logits,
         logit_memory=logit_memory,
     )
     agreed = _agree(request)
     tokens, g, rank = teacher_hidden.shape[0], group_size(vocab.group), group_rank(vocab.group)
-    # True rows come first, so padding is cut off before any product.
-    weight_vE = _operand(teacher_weight[: vocab.true_rows], request.dtype)
+    weight_vE = request.head.rows(vocab, request.dtype)
     buffer = teacher_hidden.new_empty((g * agreed.chunk, vocab.true_rows), dtype=request.dtype)
     found = []
     for start in range(0, agreed.longest, agreed.chunk):
@@ -164,31 +162,16 @@ def sparse_targets(
 class _Request:
     """The arguments of a call, and what follows from them."""
 
-    hidden_NE: Tensor
-    weight_wE: Tensor
-    bias_w: Tensor | None
+    head: Head
     uniforms_NM: Tensor | None
     selection: Selection
     tail: Tail
     vocab: VocabSlice
     temperature: float
-    transform: LogitTransform
     logit_memory: int
 
     def __post_init__(self) -> None:
-        hidden, weight, rows = self.hidden_NE, self.weight_wE, self.vocab.rows
-        if hidden.ndim != 2 or weight.shape != (rows, hidden.shape[1]):
-            raise ValueError(
-                f"teacher hidden states {list(hidden.shape)} and head {list(weight.shape)} do not fit the {rows} rows "
-                f"of the slice; pass [tokens, width] and [{rows}, width]"
-            )
-        if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float64, torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"teacher hidden states are {hidden.dtype} and the head is {weight.dtype}; cast both to one of "
-                "float64, float32 or bfloat16"
-            )
-        if self.bias_w is not None and self.bias_w.shape != (rows,):
-            raise ValueError(f"a teacher bias of {list(self.bias_w.shape)} for the {rows} rows of the slice")
+        self.head.require_fit(self.head.hidden_ND.shape[0], self.vocab)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature is {self.temperature}; it divides the logits, so pass a positive number")
         if self.logit_memory < 1:
@@ -205,7 +188,7 @@ class _Request:
             raise ValueError(
                 f"tail is {self.tail.value}, but counts of draws add up to 1 and leave none; pass Tail.RENORMALISED"
             )
-        shape = (self.hidden_NE.shape[0], self.selection.draws)
+        shape = (self.head.hidden_ND.shape[0], self.selection.draws)
         if self.uniforms_NM is None or self.uniforms_NM.shape != shape or self.uniforms_NM.dtype != torch.float64:
             given = "none" if self.uniforms_NM is None else f"{list(self.uniforms_NM.shape)} {self.uniforms_NM.dtype}"
             raise ValueError(
@@ -216,7 +199,7 @@ class _Request:
     @property
     def dtype(self) -> torch.dtype:
         """Of the logits and of the result."""
-        return torch.float64 if self.hidden_NE.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.head.hidden_ND.dtype == torch.float64 else torch.float32
 
     @property
     def uniforms(self) -> Tensor:
@@ -251,7 +234,7 @@ class _Ranges:
 
 def _agree(request: _Request) -> _Agreed:
     """Two small all-gathers of what the ranks must know of each other, with host-device syncs."""
-    vocab, hidden = request.vocab, request.hidden_NE
+    vocab, hidden = request.vocab, request.head.hidden_ND
     g, v, u = group_size(vocab.group), vocab.true_rows, request.uniforms_NM
     affordable = request.logit_memory // (max(1, v) * request.dtype.itemsize * g)
     ranges = [(start, min(stop, vocab.size)) for start, stop in vocab.ranges if start < min(stop, vocab.size)]
@@ -264,7 +247,7 @@ def _agree(request: _Request) -> _Agreed:
         raise ValueError(f"{list(outside)} uniforms (by rank) are not in [0, 1); torch.rand makes numbers that are")
 
     starts = torch.tensor([start for start, _ in ranges], dtype=torch.int64, device=hidden.device)
-    everyone = all_gather_rows(_padded(starts, max(counts), vocab.size), vocab.group)
+    everyone = all_gather_rows(padded(starts, max(counts), vocab.size), vocab.group)
     lengths = torch.tensor([stop - start for start, stop in ranges], dtype=torch.int64, device=hidden.device)
     places_R = torch.searchsorted(everyone.sort().values, starts)
     longest = int(max(tokens))
@@ -278,17 +261,10 @@ def _agree(request: _Request) -> _Agreed:
 
 def _read_logits(request: _Request, weight_vE: Tensor, start: int, stop: int, *, out: Tensor) -> None:
     """The group's tokens `start` to `stop` (of each rank): z on this slice."""
-    hidden_nE = _operand(_gathered(request.hidden_NE, start, stop, request.vocab), request.dtype)
-    _multiply(hidden_nE, weight_vE.T, out=out)
-    transform = request.transform
-    if request.bias_w is not None:
-        out.add_(request.bias_w[: out.shape[1]].to(out.dtype))
-    if transform.scale != 1.0:
-        out.mul_(transform.scale)
-    if transform.softcap is not None:
-        out.div_(transform.softcap).tanh_().mul_(transform.softcap)
-        if request.bias_w is not None:
-            out.masked_fill_(request.bias_w[: out.shape[1]] == -math.inf, -math.inf)
+    head = request.head
+    hidden_nE = operand(_gathered(head.hidden_ND, start, stop, request.vocab), request.dtype)
+    multiply(hidden_nE, weight_vE.T, out=out)
+    transform_(out, head.bias(request.vocab, request.dtype), head.transform.scale, head.transform.softcap)
     if request.temperature != 1.0:
         out.div_(request.temperature)
 
@@ -312,7 +288,7 @@ class _Kept:
 
 def _assembled(found: list[_Kept], request: _Request) -> SparseTargets:
     """The chunks of this rank's tokens, as wide as the token of the group that keeps most."""
-    tokens, hidden = request.hidden_NE.shape[0], request.hidden_NE
+    tokens, hidden = request.head.hidden_ND.shape[0], request.head.hidden_ND
     own = torch.tensor([max((kept.width for kept in found), default=0)], device=hidden.device)
     K = int(all_gather_rows(own, request.vocab.group).max())
     ids_NK = hidden.new_full((tokens, K), -1, dtype=torch.int64)
@@ -508,25 +484,4 @@ def _row_blocks(z_nv: Tensor) -> Iterator[slice]:
 
 def _gathered(rows: Tensor, start: int, stop: int, vocab: VocabSlice) -> Tensor:
     """Rows `start` to `stop` of every rank, one rank after the other; zeros after a rank's last one."""
-    return all_gather_rows(_padded(rows[start:stop], stop - start, 0), vocab.group)
-
-
-def _padded(rows: Tensor, length: int, fill: int) -> Tensor:
-    """`rows` [m, ...] followed by rows of `fill`, `length` in all."""
-    padded = rows.new_full((length, *rows.shape[1:]), fill)
-    padded[: rows.shape[0]] = rows
-    return padded
-
-
-def _operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix as a product takes it: in the accumulator's dtype, or bf16 where the device accumulates in float32."""
-    accumulates = matrix.device.type != "cpu" and matrix.dtype == torch.bfloat16 and dtype == torch.float32
-    return matrix if accumulates else matrix.to(dtype)
-
-
-def _multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
-    """out = left @ right, in the dtype of `out` from the first partial sum to the last."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    return all_gather_rows(padded(rows[start:stop], stop - start, 0), vocab.group)

@@ -377,9 +377,9 @@ def test_a_selection_says_what_it_takes(make: Callable[[], Selection], message: 
     ("change", "message"),
     [
         ({"teacher_hidden": torch.zeros(13, 6).double()}, r"hidden states \[13, 6\] and head \[24, 7\].*24 rows"),
-        ({"teacher_weight": torch.zeros(23, 7).double()}, r"head \[23, 7\].*24 rows"),
+        ({"teacher_weight": torch.zeros(20, 7).double()}, r"head \[20, 7\].*24 rows"),
         ({"teacher_weight": torch.zeros(24, 7)}, "cast both"),
-        ({"teacher_bias": torch.zeros(21)}, r"a teacher bias of \[21\] for the 24 rows"),
+        ({"teacher_bias": torch.zeros(21)}, r"teacher bias \[21\] does not fit its head \[24, 7\]"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"logit_memory": 0}, "logit_memory is 0"),
         ({"vocab": VocabSlice.contiguous(0, 24, 25)}, "do not add up to a vocabulary of 25"),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss
+from megadistill.loss import Divergence, DivergenceKind, VocabSlice, buffers, distill_loss, passes
 from megadistill.loss import softmax as softmax_module
-from megadistill.loss import vocab_parallel as operator_module
+from megadistill.loss.chunk import Chunk
 from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets, Tail
 from tests.unit.loss.problems import (
     DIVERGENCES,
@@ -377,7 +377,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any) -> None:
         raise AssertionError("gradient work")
 
-    monkeypatch.setattr(operator_module._Gradients, "zeros", refuse)
+    monkeypatch.setattr(passes.Gradients, "zeros", refuse)
     with torch.no_grad():
         terms = _call(p, p.student_hidden.clone().requires_grad_(), p.student_weight)
     for found in (terms, _call(p, p.student_hidden, p.student_weight)):
@@ -406,16 +406,46 @@ class _LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk_tokens, size = 32, 200
     monkeypatch.setattr(softmax_module, "BLOCK_ELEMENTS", 2 * size)
+    monkeypatch.setattr(buffers, "_spare", [])
     p = problem(19, tokens=96, rows=size, size=size).cast(torch.float32)
     with _LargeStorages(chunk_tokens * size * 4) as large:
         _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
-    assert sorted(storage.nbytes() for storage in large.kept.values()) == [chunk_tokens * size * 4] * 2
+    assert [storage.nbytes() for storage in large.kept.values()] == [2 * chunk_tokens * size * 4]
+    with _LargeStorages(chunk_tokens * size * 4) as large:
+        _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
+    assert not large.kept, "a second call takes the first one's memory"
+
+
+def test_memory_that_is_taken_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_spare", [])
+    like = torch.zeros(0)
+    first, second = buffers.take(100, like), buffers.take(100, like)
+    assert first.data_ptr() != second.data_ptr()
+    buffers.give(first)
+    assert buffers.take(60, like).data_ptr() == first.data_ptr()
+    buffers.give(second)
+    assert buffers.take(60, like.double()).data_ptr() != second.data_ptr(), "of another dtype"
+    buffers.give(second)
+    assert buffers.take(101, like).numel() == 101, "too small to serve"
+
+
+def test_a_call_that_fails_half_way_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, expected = problem(24), truth(problem(24), ALL_TERMS)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunk, "write_slope", fail)
+        with pytest.raises(RuntimeError, match="half-way"):
+            _run(p, ALL_TERMS)
+    assert_same(_run(p, ALL_TERMS), expected, 1e-12)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"student_hidden": torch.zeros(12, 5).double()}, r"student hidden states \[12, 5\].*13 labels"),
+        ({"student_hidden": torch.zeros(12, 5).double()}, r"student hidden states \[12, 5\].*13 tokens"),
         ({"student_weight": torch.zeros(24, 4).double()}, r"student hidden states \[13, 5\] and head \[24, 4\]"),
         ({"student_weight": torch.zeros(24, 5)}, "cast both"),
         ({"token_weights": torch.zeros(12)}, r"\[12\] token weights for 13 labels"),
