@@ -4,11 +4,14 @@ Every gradient is compared in size too (a factor of g, as a differentiated colle
 more): rank by rank, the tokens' gradients and the slice's rows.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,7 +84,9 @@ class Case:
         # Logits of about 1: the rounding of a float32 product, which is nobody's mistake, grows with them.
         p = problem(self.seed, tokens=sum(self.tokens), rows=ROWS, size=SIZE, scale=0.5)
         p = p.bent() if self.bent else p
-        edges = [row for ranges in self.slices for first, stop in ranges for row in (first, stop - 1) if row < SIZE]
+        edges = [
+            row for ranges in self.slices for first, stop in ranges for row in (first, stop - 1) if first <= row < SIZE
+        ]
         labels = p.labels.clone()
         labels[: len(edges)] = torch.tensor(edges)[: len(labels)]
         if self.bent:  # the id that the teacher does not know is nobody's label
@@ -212,6 +217,10 @@ def _check(case: Case, founds: list[Truth]) -> None:
 @pytest.mark.parametrize("g", SLICINGS)
 def test_loss_and_gradients_are_the_references(g: int) -> None:
     cases = _cases(g)
+    _check_all(g, cases)
+
+
+def _check_all(g: int, cases: list[Case]) -> None:
     for case, founds in zip(cases, zip(*run_ranks(g, _run_cases, cases), strict=True), strict=True):
         try:
             _check(case, list(founds))
@@ -219,8 +228,37 @@ def test_loss_and_gradients_are_the_references(g: int) -> None:
             raise AssertionError(f"{g} ranks, {case.name}: {error}") from error
 
 
+def _drawn_case(draw: st.DrawFn, g: int) -> Case:
+    """Any slices (contiguous or dealt out in blocks), any tokens, any objective, any chunk."""
+    cuts = sorted(draw(st.lists(st.integers(0, ROWS), min_size=2 * g - 1, max_size=2 * g - 1)))
+    blocks = list(itertools.pairwise([0, *cuts, ROWS]))  # two for each rank, some of them empty
+    owners = draw(st.permutations([*range(g), *range(g)]))
+    divergence, tail, bent = draw(st.sampled_from(OBJECTIVES))
+    return Case(
+        name="drawn",
+        seed=draw(st.integers(0, 10_000)),
+        slices=[
+            tuple(block for block, owner in zip(blocks, owners, strict=True) if owner == rank) for rank in range(g)
+        ],
+        tokens=draw(st.lists(st.integers(0, 6), min_size=g, max_size=g)),
+        divergence=divergence,
+        dtype=torch.float64,
+        chunk_tokens=draw(st.integers(1, 20)),
+        tail=tail,
+        bent=bent,
+    )
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), g=st.integers(2, 4))
+def test_any_slices_tokens_and_objectives(data: st.DataObject, g: int) -> None:
+    """Each example is many cases: the ranks start once for all of them."""
+    cases = data.draw(st.lists(st.composite(_drawn_case)(g), min_size=20, max_size=20))
+    _check_all(g, cases)
+
+
 class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every collective: (operation, elements of its result)."""
+    """Records every collective: (operation, bytes of its result)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -229,7 +267,7 @@ class _Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             result = args[0][0] if isinstance(args[0], list) else args[0]
-            self.calls.append((func.overloadpacket.__name__, result.numel()))
+            self.calls.append((func.overloadpacket.__name__, result.nbytes))
         return func(*args, **(kwargs or {}))
 
 
@@ -270,12 +308,12 @@ def test_a_chunk_of_forward_kl_has_one_small_collective(divergence: Divergence) 
     g, k, longest, D, E = 2, 2, 5, 5, 7
     case = Case("", 0, SLICINGS[2]["uneven"], [longest, 3], divergence, torch.float64, g * k)
     gather, scatter, reduce = "_allgather_base_", "_reduce_scatter_base_", "allreduce_"
-    once = [(gather, g * 7), (gather, g * longest), (gather, g * longest)]
+    once = [(gather, 8 * g * 7), (gather, 8 * g * longest), (gather, 8 * g * longest)]
     sizes = [g * k, g * k, g * 1]
-    hidden = [[(gather, n * D), (gather, n * E)] for n in sizes]
-    statistics = [(gather, g * n * 2 * 6) for n in sizes]
-    gradient = [(scatter, n // g * D) for n in sizes]
-    kl = (reduce, g * 3)
+    hidden = [[(gather, 8 * n * D), (gather, 8 * n * E)] for n in sizes]
+    statistics = [(gather, 8 * g * n * 2 * 6) for n in sizes]
+    gradient = [(scatter, 8 * n // g * D) for n in sizes]
+    kl = (reduce, 8 * g * 3)
     with_gradient = [
         *once, *hidden[0], *hidden[1], statistics[0], *hidden[2], statistics[1], gradient[0], statistics[2],
         gradient[1], gradient[2], kl,
@@ -293,7 +331,7 @@ def test_the_other_divergences_add_one_number_a_token(kind: DivergenceKind) -> N
     case = Case("", 0, SLICINGS[2]["uneven"], [longest, 3], Divergence(kind), torch.float64, g * k)
     plain = replace(case, divergence=Divergence())
     for more, less in zip(run_ranks(g, _count_collectives, case), run_ranks(g, _count_collectives, plain), strict=True):
-        assert sorted(more[0]) == sorted([*less[0], *[("allreduce_", g * k)] * 2])
+        assert sorted(more[0]) == sorted([*less[0], *[("allreduce_", 8 * g * k)] * 2])
         assert more[1] == []
         assert more[2] == less[2]
 

@@ -4,12 +4,14 @@ Legend: N tokens, D student width, E teacher width, V rows of the heads, U ≤ V
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.loss import (
     Divergence,
@@ -262,3 +264,19 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖; where nothing is expected, ‖found‖."""
     scale = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (scale if scale > 0 else 1.0)
+
+
+class LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps every storage of at least `bytes_` that an operation returns."""
+
+    def __init__(self, bytes_: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes_ = bytes_
+        self.kept: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.bytes_:
+                self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return result

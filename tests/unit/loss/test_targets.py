@@ -10,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.loss import VocabSlice, reference
 from megadistill.loss import targets as targets_module
 from megadistill.loss.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
 from megadistill.records import LogitTransform, SparseTargets, Tail
-from tests.unit.loss.problems import TOLERANCE, problem
+from tests.unit.loss.problems import TOLERANCE, LargeStorages, problem
 
 TAILS = [Tail.OTHER, Tail.DROPPED, Tail.RENORMALISED]
 KEPT: list[tuple[Selection, Tail]] = [
@@ -322,29 +321,13 @@ def test_the_same_uniforms_give_the_same_ids_in_any_chunk() -> None:
 # Memory and refusals.
 
 
-class _LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every storage of at least `bytes_` that an operation returns."""
-
-    def __init__(self, bytes_: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes_ = bytes_
-        self.kept: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.bytes_:
-                self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return result
-
-
 @pytest.mark.parametrize(("selection", "tail"), [*KEPT[3:6], *KEPT[9:15], *KEPT[15:18], CASES[-1]])
 def test_memory_is_one_chunk_of_logits(selection: Selection, tail: Tail, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the buffer is as large as a chunk's logits, though blocks are float64."""
     size, chunk = 400, 32
     monkeypatch.setattr(targets_module, "BLOCK_ELEMENTS", 2 * size)
     p, memory = problem(8, tokens=100, rows=size, size=size).cast(torch.float32), chunk * size * 4
-    with _LargeStorages(memory) as large:
+    with LargeStorages(memory) as large:
         _made(
             p.teacher_hidden,
             p.teacher_weight,

@@ -1,7 +1,6 @@
 """The operator in one process against the reference in float64: values, gradients, and what its docstring promises."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.loss import Divergence, DivergenceKind, VocabSlice, buffers, distill_loss, passes
 from megadistill.loss import softmax as softmax_module
@@ -20,6 +18,7 @@ from tests.unit.loss.problems import (
     DIVERGENCES,
     TAILS,
     TOLERANCE,
+    LargeStorages,
     Problem,
     Truth,
     assert_same,
@@ -387,31 +386,15 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
         _call(p, p.student_hidden, p.student_weight.requires_grad_())
 
 
-class _LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps every storage of at least `bytes_` that an operation returns."""
-
-    def __init__(self, bytes_: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes_ = bytes_
-        self.kept: dict[int, torch.UntypedStorage] = {}
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= self.bytes_:
-                self.kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return result
-
-
 def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk_tokens, size = 32, 200
     monkeypatch.setattr(softmax_module, "BLOCK_ELEMENTS", 2 * size)
     monkeypatch.setattr(buffers, "_spare", [])
     p = problem(19, tokens=96, rows=size, size=size).cast(torch.float32)
-    with _LargeStorages(chunk_tokens * size * 4) as large:
+    with LargeStorages(chunk_tokens * size * 4) as large:
         _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
     assert [storage.nbytes() for storage in large.kept.values()] == [2 * chunk_tokens * size * 4]
-    with _LargeStorages(chunk_tokens * size * 4) as large:
+    with LargeStorages(chunk_tokens * size * 4) as large:
         _run(p, ALL_TERMS, chunk_tokens=chunk_tokens)
     assert not large.kept, "a second call takes the first one's memory"
 
