@@ -93,7 +93,8 @@ class Chunk:
             if with_slope:
                 self._student_slope(kl_n)
         w_n = self.tokens.weights_n
-        return torch.stack([w_n * value_n, w_n * kl_n, self.tokens.kd_n * value_n], dim=1)
+        shares_n3 = torch.stack([w_n * value_n, w_n * kl_n, self.tokens.kd_n * value_n], dim=1)
+        return shares_n3.masked_fill(w_n.unsqueeze(1) == 0, 0)  # reverse KL may be infinite, and 0 times that is NaN
 
     def diagnose(self) -> Tensor:
         """[n, PAIRWISE] of this slice. Reads the logits: call it before the slope is written."""

@@ -43,7 +43,8 @@ class CloserLook:
         """[16]: the fields of `Diagnostics`, one after the other, of this rank's tokens. Collective."""
         group, rank = vocab.group, group_rank(vocab.group)
         pairwise_L4 = all_reduce_sum(self.pairwise_gL4, group)[rank]
-        kl, *others = (weights_gL[rank].unsqueeze(1) * pairwise_L4).unbind(dim=1)
+        weights_L1 = weights_gL[rank].unsqueeze(1)  # reverse KL may be infinite, and 0 times that is no number
+        kl, *others = torch.where(weights_L1 == 0, 0, weights_L1 * pairwise_L4).unbind(dim=1)
         reverse, jsd, acceptance = (other.sum() for other in others)
         live_gL = weights_gL != 0
         place_L = places(torch.where(live_gL, self.entropy_gL, math.inf))[rank]

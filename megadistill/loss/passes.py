@@ -95,7 +95,9 @@ class Everyone:
     def gather(cls, problem: Problem, plan: Plan) -> "Everyone":
         group, longest = problem.vocab.group, plan.longest
         g = group_size(group)
-        labels_L = padded(problem.labels_N, longest, IGNORED_LABEL)
+        # A token of weight 0 is not there; a label that its teacher does not know would cost it an infinity.
+        labels_N = problem.labels_N.masked_fill(problem.weights_N == 0, IGNORED_LABEL)
+        labels_L = padded(labels_N, longest, IGNORED_LABEL)
         weights_L = padded(problem.weights_N.to(problem.dtype), longest, 0)
         labels_gL = all_gather_rows(labels_L, group).view(g, longest)
         weights_gL = all_gather_rows(weights_L, group).view(g, longest)

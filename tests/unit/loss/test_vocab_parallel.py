@@ -26,6 +26,7 @@ from tests.unit.loss.problems import (
     problem,
     relative_error,
     run,
+    scalars,
     sparse,
     truth,
 )
@@ -56,7 +57,8 @@ def test_softcap_scale_bias_and_ids_that_the_teacher_does_not_know(name: str, dt
     if divergence.formula is DivergenceKind.REVERSE_KL:  # infinite where the teacher does not know an id
         assert p.teacher_bias is not None
         p = replace(p, teacher_bias=p.teacher_bias.clamp_min(-3))
-    assert_same(_run(p.cast(dtype), divergence), truth(p, divergence), TOLERANCE[dtype])
+    found = _run(p.cast(dtype), divergence, diagnose=True)
+    assert_same(found, truth(p, divergence, diagnose=True), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -287,6 +289,30 @@ def test_a_token_of_weight_zero_is_not_there(poison: float) -> None:
     assert torch.equal(found.hidden_grad, clean.hidden_grad)
     assert torch.equal(found.weight_grad, clean.weight_grad)
     assert not found.hidden_grad[dead].any()
+
+
+def test_a_token_of_weight_zero_costs_no_infinity() -> None:
+    """Its label is an id that the teacher does not know, and so reverse KL is infinite there."""
+    p = problem(12)
+    bias = torch.zeros(24).double()
+    bias[7] = -math.inf
+    dead = replace(
+        p, teacher_bias=bias, labels=torch.full_like(p.labels, 7), token_weights=torch.zeros_like(p.token_weights)
+    )
+    terms = _run(dead, Divergence(DivergenceKind.REVERSE_KL), diagnose=True).terms
+    assert set(scalars(terms).values()) == {0.0}
+
+
+def test_targets_of_a_token_of_weight_zero_are_not_read() -> None:
+    p = problem(12)
+    targets, dead = sparse(p, Tail.OTHER, kept=4), p.token_weights == 0
+    poisoned = replace(targets, probs=targets.probs.clone(), log_tail=targets.log_tail.clone())
+    poisoned.probs[dead] = math.nan
+    poisoned.log_tail[dead] = math.nan
+    clean, found = _run(p, Divergence(), targets=targets), _run(p, Divergence(), targets=poisoned)
+    assert torch.equal(found.terms.metrics(), clean.terms.metrics())
+    assert torch.equal(found.hidden_grad, clean.hidden_grad)
+    assert torch.equal(found.weight_grad, clean.weight_grad)
 
 
 def test_padding_rows_are_never_read_and_get_no_gradient() -> None:
