@@ -291,6 +291,18 @@ def test_a_token_of_weight_zero_is_not_there(poison: float) -> None:
     assert not found.hidden_grad[dead].any()
 
 
+def test_deciles_are_of_the_tokens_that_are_there() -> None:
+    """The hidden states of a token of weight 0 are zeros: here that would make it the surest of all."""
+    p = problem(12, scale=4.0)
+    bias = torch.zeros(24).double()
+    bias[3] = 20.0
+    sure = replace(p, teacher_bias=bias, teacher_hidden=torch.cat([p.teacher_hidden, torch.ones(13, 1)], dim=1))
+    column = torch.zeros(24, 1).double()
+    column[3] = -20.0  # undoes the bias where the hidden states are not zeros
+    sure = replace(sure, teacher_weight=torch.cat([p.teacher_weight, column], dim=1))
+    assert_same(_run(sure, Divergence(), diagnose=True), truth(sure, Divergence(), diagnose=True), 1e-12)
+
+
 def test_a_token_of_weight_zero_costs_no_infinity() -> None:
     """Its label is an id that the teacher does not know, and so reverse KL is infinite there."""
     p = problem(12)
@@ -308,7 +320,7 @@ def test_targets_of_a_token_of_weight_zero_are_not_read() -> None:
     targets, dead = sparse(p, Tail.OTHER, kept=4), p.token_weights == 0
     poisoned = replace(targets, probs=targets.probs.clone(), log_tail=targets.log_tail.clone())
     poisoned.probs[dead] = math.nan
-    poisoned.log_tail[dead] = math.nan
+    poisoned.log_tail[dead] = math.inf
     clean, found = _run(p, Divergence(), targets=targets), _run(p, Divergence(), targets=poisoned)
     assert torch.equal(found.terms.metrics(), clean.terms.metrics())
     assert torch.equal(found.hidden_grad, clean.hidden_grad)
