@@ -53,7 +53,10 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Outcome:
     if problem.divergence.label_fraction > 0:
         everyone = replace(everyone, routed_gL=_surest(problem, plan, everyone))
 
-    gradients = Gradients.zeros(problem.student, problem.dtype) if with_gradient else None
+    gradients = None
+    if with_gradient:
+        written = problem.vocab.true_rows if plan.longest > 0 else 0
+        gradients = Gradients.before(problem.student, problem.dtype, rows=written)
     own_sums = everyone.weights_gL.new_zeros(10)
     shares_g = everyone.weights_gL.new_zeros(g, SHARES)
     closer = CloserLook.empty(everyone.weights_gL) if problem.diagnose else None
@@ -67,7 +70,12 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Outcome:
             closer.add(chunk, begun.span, own)
         shares_g += chunk.write_slope(with_slope=with_gradient).view(g, k, SHARES).sum(dim=1)
         if gradients is not None:
-            returning.append((begun.span, gradients.add(chunk.student.logits.z_nv, begun.hidden_nD, problem)))
+            returning.append(
+                (
+                    begun.span,
+                    gradients.add(chunk.student.logits.z_nv, begun.hidden_nD, problem, first=begun.span.start == 0),
+                )
+            )
             if len(returning) == plan.in_flight:
                 gradients.receive(*returning.popleft())
     while gradients is not None and returning:
@@ -217,11 +225,17 @@ class Gradients:
     bias_w: Tensor | None
 
     @classmethod
-    def zeros(cls, head: Head, dtype: torch.dtype) -> "Gradients":
-        bias_w = None if head.bias_w is None else torch.zeros_like(head.bias_w, dtype=dtype)
-        return cls(torch.zeros_like(head.hidden_ND), torch.zeros_like(head.weight_wD, dtype=dtype), bias_w)
+    def before(cls, head: Head, dtype: torch.dtype, *, rows: int) -> "Gradients":
+        """What the first chunk writes to, and the zeros of what it does not: all but the first `rows` of the head.
 
-    def add(self, slope_nv: Tensor, hidden_nD: Tensor, problem: Problem) -> Pending:
+        Zeros for the first chunk to add to would be one more pass over a matrix of the head's size.
+        """
+        bias_w = None if head.bias_w is None else torch.zeros_like(head.bias_w, dtype=dtype)
+        weight_wD = torch.empty_like(head.weight_wD, dtype=dtype)
+        weight_wD[rows:] = 0
+        return cls(torch.empty_like(head.hidden_ND), weight_wD, bias_w)
+
+    def add(self, slope_nv: Tensor, hidden_nD: Tensor, problem: Problem, *, first: bool) -> Pending:
         """Adds a chunk. The rows' gradient needs no collective; that of the tokens is on its way to their owners."""
         weight_vD = problem.operands[0]
         v = len(weight_vD)
@@ -229,7 +243,7 @@ class Gradients:
             self.bias_w[:v] += slope_nv.sum(dim=0)
         # On an accelerator a bf16 product wants a bf16 slope; its rounding is 2^-9 of each entry, without a bias.
         slope_nv = slope_nv.to(hidden_nD.dtype)
-        multiply(slope_nv.T, hidden_nD, out=self.weight_wD[:v], add=True)
+        multiply(slope_nv.T, hidden_nD, out=self.weight_wD[:v], add=not first)
         hidden_grad_nD = self.weight_wD.new_empty(hidden_nD.shape)
         multiply(slope_nv, weight_vD, out=hidden_grad_nD)
         return start_reduce_scatter_rows(hidden_grad_nD, problem.vocab.group)

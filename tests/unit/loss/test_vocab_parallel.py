@@ -414,7 +414,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any) -> None:
         raise AssertionError("gradient work")
 
-    monkeypatch.setattr(passes.Gradients, "zeros", refuse)
+    monkeypatch.setattr(passes.Gradients, "before", refuse)
     with torch.no_grad():
         terms = _call(p, p.student_hidden.clone().requires_grad_(), p.student_weight)
     for found in (terms, _call(p, p.student_hidden, p.student_weight)):
