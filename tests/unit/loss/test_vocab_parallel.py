@@ -411,7 +411,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
     p = problem(18)
     expected = truth(p, ALL_TERMS)
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("gradient work")
 
     monkeypatch.setattr(passes.Gradients, "before", refuse)
