@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from megadistill.loss import Divergence, Elementwise, VocabSlice, distill_loss
-from megadistill.loss.vocab_parallel import LOGIT_MEMORY
+from megadistill.loss.buffers import LOGIT_MEMORY
 
 Gradients = tuple[Tensor, ...]
 """dX [N, D] and dW [V, D]."""

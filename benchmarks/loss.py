@@ -35,8 +35,8 @@ from benchmarks.contenders import (
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, rounds, seconds, two_ranks
 from megadistill.comm.topology import Topology
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
+from megadistill.loss.buffers import LOGIT_MEMORY
 from megadistill.loss.targets import Sampled, TopK, sparse_targets
-from megadistill.loss.vocab_parallel import LOGIT_MEMORY
 from megadistill.records import SparseTargets, Tail
 
 QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")

@@ -152,7 +152,7 @@ class LossSection(Section):
     to the label's cross-entropy. None: constant."""
     targets: TargetsSection | None = None
     """Learn from a part of the teacher's distribution, chosen anew at every step. None: from all of it."""
-    logit_memory_mb: int = Field(default=256, ge=1)
+    logit_memory_mb: int = Field(default=512, ge=1)
     """MiB of logits that exist at one time on a rank: tokens go through the loss in chunks that fit."""
     elementwise: Literal["eager", "compiled"] = "eager"
     """Who does the arithmetic between the products: torch's operations, or kernels that `torch.compile` makes."""

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, group_rank, group_size, reduce_scatter_rows
 from megadistill.comm.vocabulary import VocabSlice
+from megadistill.loss.buffers import LOGIT_MEMORY
 from megadistill.loss.heads import Head, multiply, operand, padded
 from megadistill.loss.pointwise import transform_
 from megadistill.records import LogitTransform, SparseTargets, Tail
@@ -97,7 +98,7 @@ def sparse_targets(
     uniforms: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     teacher_logits: LogitTransform = LogitTransform(),
-    logit_memory: int = 256 << 20,
+    logit_memory: int = LOGIT_MEMORY,
 ) -> SparseTargets:
     """What `selection` keeps of the teacher's distribution at `temperature`, for this rank's tokens.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill.comm.vocabulary import VocabSlice
+from megadistill.loss.buffers import LOGIT_MEMORY
 from megadistill.loss.diagnostics import unpacked
 from megadistill.loss.divergence import Divergence, Elementwise
 from megadistill.loss.heads import Head
@@ -20,9 +21,6 @@ from megadistill.loss.passes import evaluate
 from megadistill.loss.problem import Problem
 from megadistill.loss.reference import require_sparse
 from megadistill.records import METRIC_NAMES, LogitTransform, LossTerms, SparseTargets
-
-LOGIT_MEMORY = 256 << 20
-"""Bytes of logits that exist at a time, by default."""
 
 
 def distill_loss(
