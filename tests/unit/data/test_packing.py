@@ -1,5 +1,6 @@
 """Both packers against plain lists: what is predicted, once each, and what is cut, padded and dropped."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -29,7 +30,7 @@ def _framed(documents: list[Ids], bos: int | None) -> list[list[int]]:
 
 def _documents_of(unit: Unit) -> list[list[int]]:
     edges = unit.bounds.tolist()
-    return [unit.tokens[start:stop].tolist() for start, stop in zip(edges, edges[1:], strict=False)]
+    return [unit.tokens[start:stop].tolist() for start, stop in itertools.pairwise(edges)]
 
 
 def _check_form(units: list[Unit], sequence_length: int) -> None:
@@ -83,7 +84,7 @@ def test_bestfit_predicts_every_token_but_a_documents_first_exactly_once(
         padding = np.arange(sequence_length + 1) >= np.array([unit.bounds[-1] for unit in units])[:, None]
         assert (tokens_BU[padding] == PAD).all()
     expected = Counter(
-        pair for document in _framed(documents, bos) for pair in zip(document, document[1:], strict=False)
+        pair for document in _framed(documents, bos) for pair in itertools.pairwise(document)
     )
     assert found == expected
 
