@@ -1,0 +1,292 @@
+"""The corpus: files to documents, one after the other. It knows no tokenizer, no splits and no shards.
+
+| file                                          | a document                                          |
+|-----------------------------------------------|-----------------------------------------------------|
+| `.jsonl`, `.json.gz`, `.json.zst`, `.jsonl.gz`, `.jsonl.zst` | a line: an object with the text in one field |
+| `.parquet`                                    | a row: the text in one column                       |
+| any other                                     | the whole file; `.gz` and `.zst` are decompressed   |
+
+Memory holds one document, or one batch of rows, however long the file. What is left out is counted; what is damaged is
+refused, since half a file is never a shorter corpus.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from backports import zstd
+
+from megadistill.errors import UserError
+
+MAX_DOCUMENT_BYTES: Final = 1 << 28
+
+LINES: Final = (".jsonl", ".json.gz", ".json.zst", ".jsonl.gz", ".jsonl.zst")
+"""A `.json` file that is not compressed is one document: as many of them are one as are lines."""
+PARQUET: Final = ".parquet"
+
+_DIGEST_BYTES = 8
+_ROWS_AT_A_TIME = 128
+_FIELDS_NAMED = 20
+_SKIP_BYTES = 1 << 20
+_LARGEST_WINDOW: dict[int, int] = {
+    zstd.DecompressionParameter.window_log_max: 31
+}  # what `zstd --long=31` writes; 27 by default
+_DAMAGED = (EOFError, zlib.error, zstd.ZstdError)
+
+
+class LeftOut(StrEnum):
+    """Why a document is no part of the data set."""
+
+    EMPTY = "empty"
+    INVALID = "not UTF-8"
+    NOT_JSON = "no JSON object"
+    NO_TEXT = "without the text field"
+    TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is valid UTF-8 and not blank."""
+
+    data: bytes
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the text: copies have the same, whatever file they lie in."""
+        return hashlib.blake2b(self.data, digest_size=_DIGEST_BYTES).digest()
+
+    @property
+    def text(self) -> str:
+        return self.data.decode()
+
+
+class Corpus:
+    """One pass over the documents of some files, in order."""
+
+    def __init__(self, files: Iterable[Path], *, text_field: str) -> None:
+        self._files = files
+        self._text_field = text_field
+        self._fields: set[str] = set()
+        self.left_out: Counter[LeftOut] = Counter()
+        self.bytes_read = 0
+        """Of the files as they lie on the disk, compressed ones too."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """Raises UserError: a file cannot be read, or is damaged."""
+        for path in self._files:
+            before = self.bytes_read
+            for text in self._texts(path):
+                document = text if isinstance(text, LeftOut) else _document(text)
+                if isinstance(document, LeftOut):
+                    self.left_out[document] += 1
+                else:
+                    yield document
+            self.bytes_read = before + path.stat().st_size
+
+    def nothing(self) -> UserError:
+        """The error of a corpus without a document: what was there instead."""
+        fields = ", ".join(repr(field) for field in sorted(self._fields))
+        way_out = f": the fields are {fields}, name one with --text-field" if fields else ": give other files"
+        return UserError(f"no text to tokenize: {in_words(self.left_out) or 'the files hold no document'}{way_out}")
+
+    def _texts(self, path: Path) -> Iterator[bytes | LeftOut]:
+        name = path.name.lower()
+        with _readable(path):
+            if name.endswith(PARQUET):
+                yield from self._rows(path)
+                return
+            with open(path, "rb") as raw, _decompressed(raw, path) as stream:
+                if name.endswith(LINES):
+                    yield from self._objects(stream, raw)
+                else:
+                    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+                    yield data if len(data) <= MAX_DOCUMENT_BYTES else LeftOut.TOO_LONG
+
+    def _objects(self, stream: BinaryIO, raw: BinaryIO) -> Iterator[bytes | LeftOut]:
+        before = self.bytes_read
+        for line in _lines(stream):
+            self.bytes_read = before + raw.tell()
+            yield line if isinstance(line, LeftOut) else self._text_of(line)
+
+    def _text_of(self, line: bytes) -> bytes | LeftOut:
+        try:
+            values = json.loads(line.decode())
+        except UnicodeDecodeError:
+            return LeftOut.INVALID
+        except (ValueError, RecursionError):
+            return LeftOut.NOT_JSON
+        if not isinstance(values, dict):
+            return LeftOut.NOT_JSON
+        text = values.get(self._text_field)
+        if not isinstance(text, str):
+            self._remember(values)
+            return LeftOut.NO_TEXT
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+            return LeftOut.INVALID
+
+    def _rows(self, path: Path) -> Iterator[bytes | LeftOut]:
+        before, size = self.bytes_read, path.stat().st_size
+        parquet, arrow = _parquet(path)
+        try:
+            with parquet.ParquetFile(
+                path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+            ) as file:
+                rows = file.metadata.num_rows
+                column = file.schema_arrow.get_field_index(self._text_field)
+                if column < 0 or not _is_text(file.schema_arrow.field(column).type, arrow.types):
+                    self._remember(file.schema_arrow.names)
+                    self.left_out[LeftOut.NO_TEXT] += rows
+                    return
+                done = 0
+                for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[self._text_field]):
+                    done += len(batch)
+                    self.bytes_read = before + size * done // rows
+                    for value in batch.column(0).cast(arrow.large_binary()).to_pylist():
+                        yield LeftOut.NO_TEXT if value is None else cast(bytes, value)
+        except arrow.ArrowException as error:
+            raise _damaged(path, error) from None
+
+    def _remember(self, fields: Iterable[str]) -> None:
+        for field in fields:
+            if len(self._fields) < _FIELDS_NAMED:
+                self._fields.add(field[:100])
+
+
+def find_files(inputs: Sequence[Path], include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+    """Files as they are given, and those of folders in sorted order, without following symbolic links.
+
+    Of a folder's files those are taken that match a pattern of `include` and none of `exclude`. A pattern matches the
+    path relative to the folder (`*` crosses `/`), the same with a leading `/`, or the file's name.
+
+    Raises:
+        UserError: an input does not exist, a folder cannot be read, or nothing matches.
+    """
+    found = False
+    for given in inputs:
+        if not given.exists():
+            raise UserError(f"{given} does not exist: give files of text, or folders of them")
+        for path in [given] if given.is_file() else _walk(given, include, exclude):
+            found = True
+            yield path
+    if not found:
+        raise UserError(
+            f"no file of {', '.join(map(str, inputs))} matches --include {' '.join(include)}"
+            f"{f' and not --exclude {chr(32).join(exclude)}' if exclude else ''}: change the patterns"
+        )
+
+
+def in_words(left_out: Counter[LeftOut]) -> str:
+    """`"2 empty, 1 not UTF-8"`; an empty string where nothing was left out."""
+    return ", ".join(f"{left_out[reason]:,} {reason}" for reason in LeftOut if left_out[reason])
+
+
+def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from None
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            wanted = _matches(relative, include) and not _matches(relative, exclude)
+            if wanted and path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _matches(relative: str, patterns: Iterable[str]) -> bool:
+    forms = (relative, f"/{relative}", relative.rpartition("/")[2])
+    return any(fnmatchcase(form, pattern) for pattern in patterns for form in forms)
+
+
+def _document(data: bytes) -> Document | LeftOut:
+    if len(data) > MAX_DOCUMENT_BYTES:
+        return LeftOut.TOO_LONG
+    try:
+        return Document(data) if data.decode().strip() else LeftOut.EMPTY
+    except UnicodeDecodeError:
+        return LeftOut.INVALID
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | LeftOut]:
+    """Lines that are not blank. One above the bound is passed over without being held."""
+    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+        if len(line) <= MAX_DOCUMENT_BYTES:
+            if not line.isspace():
+                yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(_SKIP_BYTES)
+        yield LeftOut.TOO_LONG
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+    except OSError as error:
+        if error.errno is None:  # what gzip and pyarrow raise for bad bytes
+            raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
+
+
+@contextmanager
+def _decompressed(raw: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    if path.suffix.lower() == ".zst":
+        with zstd.ZstdFile(raw, options=_LARGEST_WINDOW) as stream:
+            yield cast(BinaryIO, stream)
+    elif path.suffix.lower() == ".gz":
+        if not os.fstat(raw.fileno()).st_size:
+            raise EOFError("it is empty")  # to the gzip module this is no text, to gzip -t a broken file
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        yield raw
+
+
+def _unreadable(path: Path | str, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}): make it readable, or --exclude it")
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged or cut off ({' '.join(str(error).split())}): copy it again, or --exclude it")
+
+
+def _parquet(path: Path) -> tuple[Any, Any]:
+    """pyarrow.parquet and pyarrow, which only those need who have such files."""
+    try:
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'megadistill[parquet]'") from None
+    return pyarrow.parquet, pyarrow
+
+
+def _is_text(kind: Any, types: Any) -> bool:
+    """Whether an Arrow type holds strings, or bytes that a writer did not mark as strings."""
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        test(value)
+        for test in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+        )
+    )
