@@ -5,21 +5,15 @@ memory, and each divergence. Prints tables and appends every number to a CSV fil
 """
 
 import argparse
-import csv
 import os
 import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.contenders import (
     CONTENDERS,
@@ -33,6 +27,7 @@ from benchmarks.contenders import (
     ours,
 )
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, rounds, seconds, two_ranks
+from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.comm.topology import Topology
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
 from megadistill.loss.buffers import LOGIT_MEMORY
@@ -40,13 +35,7 @@ from megadistill.loss.targets import Sampled, TopK, sparse_targets
 from megadistill.records import SparseTargets, Tail
 
 QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")
-ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("megadistill/loss", "megadistill/comm", "benchmarks/*.py")
-
-COLUMNS = (
-    *("date", "commit", "cpu", "cores", "threads", "python", "torch", "question", "shape", "contender"),
-    *("median", "low", "high", "unit", "ratio", "ratio_low", "ratio_high", "ratio_to", "repeats"),
-)
 
 HELP = """\
 questions (all of them, when --only does not choose):
@@ -64,78 +53,6 @@ how to read it:
 
 on a busy machine the ratios stay near; the seconds do not. A first look in a minute:
   python -m benchmarks.loss --only speed --tokens 256 --vocab 4096 --widths 64x128 --repeats 3 --no-csv"""
-
-
-@dataclass
-class Report:
-    """The tables on the screen, and the rows of the CSV file."""
-
-    threads: int
-    repeats: int
-    console: Console = field(default_factory=lambda: Console(width=120))
-    rows: list[dict[str, object]] = field(default_factory=list)
-
-    def add(
-        self,
-        question: str,
-        shape: Shape,
-        contender: str,
-        value: Spread | float,
-        unit: str = "s",
-        *,
-        ratio: Spread | None = None,
-        to: str = "",
-    ) -> None:
-        spread = value if isinstance(value, Spread) else Spread(value, value, value)
-        row: dict[str, object] = {"question": question, "shape": str(shape), "contender": contender, "unit": unit}
-        row |= {name: f"{getattr(spread, name):.6g}" for name in ("median", "low", "high")}
-        if ratio is not None:
-            row |= {"ratio": f"{ratio.median:.4f}", "ratio_low": f"{ratio.low:.4f}", "ratio_high": f"{ratio.high:.4f}"}
-        self.rows.append(row | {"ratio_to": to, "repeats": self.repeats if isinstance(value, Spread) else 1})
-
-    def table(self, title: str, *columns: str) -> Table:
-        table = Table(title=title, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        return table
-
-    def append_to(self, file: Path) -> None:
-        """Rows are only ever added."""
-        about = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "commit": _commit(),
-            "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "threads": self.threads,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not file.exists()
-        with file.open("a", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerows(about | row for row in self.rows)
-
-
-def _commit() -> str:
-    """Short, with a + where the measured code differs from it."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    status = subprocess.run([*git, "status", "--short", "--", *MEASURED], capture_output=True, text=True, check=False)
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _shown(spread: Spread) -> str:
-    return f"{spread.median:.3f}  ({spread.low:.2f} to {spread.high:.2f})"
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -189,7 +106,7 @@ def speed(shape: Shape, report: Report, *, others: bool) -> None:
         to_floor = Spread.of_ratios(own, times[floor])
         to_ours = Spread.of_ratios(own, times["ours, compiled"])
         report.add(question, shape, name, Spread.of(own), ratio=to_floor, to=floor)
-        table.add_row(name, f"{Spread.of(own).median:.3f}", _shown(to_floor), _shown(to_ours))
+        table.add_row(name, f"{Spread.of(own).median:.3f}", shown(to_floor), shown(to_ours))
     report.console.print(table)
 
 
@@ -226,7 +143,7 @@ def two_processes(shape: Shape, report: Report) -> None:
         ratio = Spread.of_ratios(two, one)
         report.add("ranks", shape, f"one process: {name}", Spread.of(one))
         report.add("ranks", shape, f"two processes: {name}", Spread.of(two), ratio=ratio, to="one process")
-        table.add_row(name, f"{Spread.of(one).median:.3f}", f"{Spread.of(two).median:.3f}", _shown(ratio))
+        table.add_row(name, f"{Spread.of(one).median:.3f}", f"{Spread.of(two).median:.3f}", shown(ratio))
     report.console.print(table)
 
 
@@ -335,7 +252,7 @@ def divergences(shape: Shape, report: Report) -> None:
         for kind, ratio in ratios.items():
             taken = Spread.of(times[kind.value])
             report.add("divergences", shape, f"{name}, {kind.value}", taken, ratio=ratio, to=floor)
-        table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(_shown(ratio) for ratio in ratios.values()))
+        table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(shown(ratio) for ratio in ratios.values()))
     report.console.print(table)
 
 
@@ -368,10 +285,10 @@ def main() -> None:
     widths = [tuple(map(int, pair.split("x"))) for pair in arguments.widths.split(",")]
     shapes = [Shape(arguments.tokens, arguments.vocab, D, E) for D, E in widths]
     fewer, (D, E) = arguments.tokens // 2, widths[0]
-    report = Report(threads=arguments.threads, repeats=arguments.repeats)
+    report = Report(threads=arguments.threads, repeats=arguments.repeats, measured=MEASURED)
     report.console.print(
-        f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, {arguments.threads} threads, python "
-        f"{platform.python_version()}, torch {torch.__version__}, commit {_commit()}",
+        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, {arguments.threads} threads, python "
+        f"{platform.python_version()}, torch {torch.__version__}, commit {commit(MEASURED)}",
         highlight=False,
     )
     jobs: dict[str, list[Callable[[], None]]] = {

@@ -31,11 +31,60 @@ class RunSection(Section):
     """Seed of the student's initialisation."""
 
 
+class StageSection(Section):
+    """A stretch of the run, and what it reads."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """How long it is; the last stage has no end."""
+    weights: dict[str, float] = Field(min_length=1)
+    """Source -> share of the sequences, in any unit: {web: 0.8, code: 0.2} or {web: 4, code: 1}."""
+
+    @model_validator(mode="after")
+    def _weights_are_positive(self) -> "StageSection":
+        for name, weight in self.weights.items():
+            if weight <= 0:
+                raise ValueError(f"the weight of {name} is {weight}: give a positive one, or leave the source out")
+        return self
+
+
 class DataSection(Section):
-    manifest: str
-    """manifest.json of the training split, as `megadistill tokenize` wrote it."""
+    manifest: str | None = None
+    """manifest.json of the training split, as `megadistill tokenize` wrote it: a path, or a URL that fsspec knows."""
+    sources: dict[str, str] = {}
+    """For a mixture, in place of `manifest`: name -> manifest.json of a split."""
+    stages: list[StageSection] = []
+    """For a mixture: what is read, one stage after the other. Stages that lie in the future may be edited."""
     seed: int = Field(default=1, ge=0)
     """Seed of the order of the stream."""
+    document_mask: bool = False
+    """Each document is read by itself: no token attends to another document, and positions restart."""
+    on_fault: Literal["fail", "quarantine"] = "fail"
+    """What a damaged unit does: end the run, or become a masked row in its place, which the state remembers."""
+    max_holes_per_million: int = Field(default=100, ge=0)
+    """quarantine: more damaged units than this in any million sequences end the run all the same."""
+    skip: list[list[int]] = []
+    """Ranges [first, stop) of sequence numbers to leave out, after a loss spike: they must lie ahead."""
+    prefetch: int = Field(default=2, ge=0)
+    """Batches that a thread reads ahead of the step; 0: none."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> "DataSection":
+        if (self.manifest is None) == (not self.sources):
+            raise ValueError("give either manifest, or sources and stages")
+        if bool(self.sources) != bool(self.stages):
+            raise ValueError("sources and stages go together: stages say by which weights the sources are read")
+        for number, stage in enumerate(self.stages, 1):
+            for name in stage.weights:
+                if name not in self.sources:
+                    raise ValueError(f"stage {number} weighs {name}, no such source{nearest(name, self.sources)}")
+            if (stage.tokens is None) != (number == len(self.stages)):
+                last = number == len(self.stages)
+                what = "the last stage has no end: remove its" if last else f"stage {number} needs"
+                raise ValueError(f"{what} tokens (train.steps ends the run)")
+        for skipped in self.skip:
+            if len(skipped) != 2 or not 0 <= skipped[0] < skipped[1]:
+                raise ValueError(f"skip has {skipped}: a range is [first, one behind the last]")
+        return self
 
 
 class CommSection(Section):

@@ -3,10 +3,11 @@
 Legend: B sequences of this rank in a micro-batch (or step), S tokens of a sequence, N = B·S tokens, E teacher width.
 """
 
+import json
 import math
-import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,20 +19,38 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Cursor:
-    """A position in the token stream: about a hundred bytes, the same on every rank.
+    """A position in the token stream: some hundred bytes, the same on every rank, whatever the position.
 
-    `fingerprint` names the order (manifest, seed, batch); `next_slot` is the first slot not yet delivered.
+    `fingerprint` names the order and `order` describes it, as JSON (sources, stages, seed), so that a resume can tell
+    an edit of what is to come from one of what was read. `next_slot` is the first slot not yet delivered. `holes` are
+    slots that were delivered empty because their unit was damaged, `skips` ranges [start, stop) of slots that were left
+    out on purpose: both hold on a resume, whatever has been mended or asked for since.
     """
 
     fingerprint: str
     next_slot: int
+    holes: tuple[int, ...] = ()
+    skips: tuple[tuple[int, int], ...] = ()
+    order: str = "{}"
 
     def state(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "next_slot": self.next_slot}
+        return {
+            "fingerprint": self.fingerprint,
+            "next_slot": self.next_slot,
+            "holes": list(self.holes),
+            "skips": [list(skip) for skip in self.skips],
+            "order": json.loads(self.order),
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Cursor":
-        return cls(fingerprint=str(state["fingerprint"]), next_slot=int(state["next_slot"]))
+        return cls(
+            fingerprint=str(state["fingerprint"]),
+            next_slot=int(state["next_slot"]),
+            holes=tuple(int(slot) for slot in state["holes"]),
+            skips=tuple((int(start), int(stop)) for start, stop in state["skips"]),
+            order=json.dumps(state["order"], sort_keys=True),
+        )
 
 
 @dataclass(frozen=True)
@@ -39,13 +58,18 @@ class TokenBatch:
     """This rank's rows of a batch; the student and the teacher read the same one.
 
     tokens [B, S] int64; labels [B, S] int64, the next token, `IGNORED_LABEL` where there is none;
-    slots [B] int64, the stream position of each row; digests [B] int64, crc32 of each row's tokens.
+    slots [B] int64, the stream position of each row; digests [B] int64 of each row's tokens (`token_digest`);
+    starts [B, S] bool, where a document begins; `document_mask`: whether each document is read by itself.
     """
 
     tokens: Tensor
     labels: Tensor
     slots: Tensor
     digests: Tensor
+    starts: Tensor
+    document_mask: bool = False
+    faults: tuple[tuple[int, str], ...] = ()
+    """Slots of this rank's rows found damaged just now, with what is wrong: masked rows, holes from now on."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -53,30 +77,52 @@ class TokenBatch:
     def micro_batches(self, size: int) -> list["TokenBatch"]:
         """The rows in micro-batches of `size`, in order. `size` divides B."""
         assert len(self) % size == 0, f"{len(self)} rows do not divide into micro-batches of {size}"
+        by_row = {field.name: getattr(self, field.name) for field in fields(self)}
+        by_row = {name: value for name, value in by_row.items() if isinstance(value, Tensor)}
         return [
-            TokenBatch(
-                tokens=self.tokens[start : start + size],
-                labels=self.labels[start : start + size],
-                slots=self.slots[start : start + size],
-                digests=self.digests[start : start + size],
-            )
+            replace(self, faults=(), **{name: rows[start : start + size] for name, rows in by_row.items()})
             for start in range(0, len(self), size)
         ]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The tokens and labels on `device`; slots and digests stay on the host, where they are compared."""
-        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
+        """What models read on `device`; slots and digests stay on the host, where they are compared."""
+        return replace(
+            self, tokens=self.tokens.to(device), labels=self.labels.to(device), starts=self.starts.to(device)
+        )
 
     @property
     def valid_tokens(self) -> int:
         """How many positions carry a loss."""
         return int((self.labels != IGNORED_LABEL).sum())
 
+    @property
+    def positions(self) -> Tensor | None:
+        """[B, S] int64: each token's place in its own document, if documents are read by themselves, else None."""
+        return document_positions(self.starts) if self.document_mask else None
+
+
+def document_positions(starts: Tensor) -> Tensor:
+    """[B, S] int64: how far each token is behind the start of its document, for `starts` [B, S] bool."""
+    places = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    return places - torch.where(starts, places, 0).cummax(dim=1).values
+
 
 def token_digest(tokens: Tensor) -> Tensor:
-    """[B] int64: crc32 of each row of `tokens` [B, S], as little-endian int64. Tells batches apart, proves nothing."""
-    rows = tokens.to(device="cpu", dtype=torch.int64).numpy().astype("<i8")
-    return torch.tensor([zlib.crc32(row.tobytes()) for row in rows], dtype=torch.int64)
+    """[B] int64 on the tokens' device: Σ tokens[s] · m[s] mod 2^64 for each row of `tokens` [B, S], with odd m.
+
+    Any one changed token changes it. Tells batches apart, proves nothing.
+    """
+    return (tokens.to(torch.int64) * _multipliers(tokens.shape[1]).to(tokens.device)).sum(dim=1)
+
+
+@lru_cache(maxsize=8)
+def _multipliers(length: int) -> Tensor:
+    """[length] int64: odd numbers, by an affine recurrence mod 2^64 (MMIX's; Knuth, 1997)."""
+    numbers, state = [], 1
+    for _ in range(length):
+        state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        numbers.append((state | 1) - (1 << 63))  # as int64, odd all the same
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -242,6 +288,8 @@ class StepReport:
     grad_norm: float
     seconds: float
     tokens_per_second: float
+    data_seconds: float
+    """Seconds of the step that rank 0 waited for its batch."""
     teacher_seconds: float
     """Seconds of the step that the student waited for the teacher's signal, on rank 0."""
     mfu: float | None

@@ -1,53 +1,84 @@
-"""The order of the stream: slot to (shard, unit), a pure function. It knows counts and a seed, no files, no batches.
+"""The order inside one source: position to (shard, unit), a pure function. It knows counts and a seed, no files.
 
-Nothing is stored or shuffled: each epoch permutes its units with a Feistel network keyed by (seed, epoch), so that any
-slot of any epoch is found in constant memory and time. The arithmetic is this module's own, because the streams of
-numpy's generators may change between versions (NEP 19); tests/golden/order.json holds it still.
+Nothing is stored or shuffled. An epoch numbers its units from a shift of its own, cuts them into blocks of BLOCK
+neighbours, permutes the blocks, and permutes the units inside each window of WINDOW blocks. Reads stay near each other,
+as if a buffer of 65,536 units were shuffled, and any position of any epoch is found in constant memory and time. The
+units behind the last whole block come last; the shift makes them other ones in each epoch.
 
-Legend: N slots asked for, P shards.
+The arithmetic is this module's own, because the streams of numpy's generators may change between versions (NEP 19);
+tests/golden/order.json holds it still.
+
+Legend: N positions asked for, P shards.
 """
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Part of every stream's fingerprint. Raise it when a golden vector moves: old checkpoints are then refused."""
 
+BLOCK = 64
+"""Neighbouring units that stay in one window."""
+WINDOW = 1024
+"""Blocks whose units are mixed."""
 ROUNDS = 6
 
 Words = NDArray[np.uint64]
 Positions = NDArray[np.int64]
 
 
-class Order:
-    """Where the unit of each slot lies, for shards of `counts` [P] units.
+class SourceOrder:
+    """Where the unit at each position of a source's endless stream lies, for shards of `counts` [P] units.
 
-    Epoch e is slots e·units to (e + 1)·units - 1, and visits every unit once.
+    Epoch e is positions e·units to (e + 1)·units - 1, and visits every unit once.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int) -> None:
+    def __init__(self, counts: Sequence[int], *, seed: int, name: str) -> None:
         self._ends_P = np.cumsum(np.asarray(counts, dtype=np.int64))
-        self._seed = seed
+        self._starts_P = self._ends_P - counts
+        self._key = f"{seed}/{name}"
         self.units = int(self._ends_P[-1])
+        self._blocks = self.units // BLOCK
 
-    def locate(self, slots_N: Positions) -> Positions:
-        """[N, 2] int64: the shard, and the unit in that shard, of each slot [N] int64."""
-        units_N = self.unit_of(slots_N)
+    def locate(self, positions_N: Positions) -> Positions:
+        """[N, 2] int64: the shard, and the unit in that shard, at each position [N] int64."""
+        units_N = self.unit_of(positions_N)
         shards_N = np.searchsorted(self._ends_P, units_N, side="right")
-        starts_N = np.concatenate([[0], self._ends_P])[shards_N]
-        return np.stack([shards_N, units_N - starts_N], axis=1)
+        return np.stack([shards_N, units_N - self._starts_P[shards_N]], axis=1)
 
-    def unit_of(self, slots_N: Positions) -> Positions:
-        """[N] int64: the unit of each slot [N], numbered through all shards."""
-        epochs_N, places_N = np.divmod(np.asarray(slots_N, dtype=np.int64), self.units)
+    def unit_of(self, positions_N: Positions) -> Positions:
+        """[N] int64: the unit at each position [N], numbered through all shards."""
+        epochs_N, places_N = np.divmod(np.asarray(positions_N, dtype=np.int64), self.units)
         units_N = np.empty_like(places_N)
         for epoch in np.unique(epochs_N).tolist():
             here = epochs_N == epoch
-            units_N[here] = permute(places_N[here], size=self.units, keys=_epoch_keys(self._seed, epoch))
+            units_N[here] = self._in_epoch(epoch, places_N[here])
         return units_N
+
+    def _in_epoch(self, epoch: int, places_N: Positions) -> Positions:
+        whole = self._blocks * BLOCK
+        units_N = np.empty_like(places_N)
+        windows_N = np.where(places_N < whole, places_N // (BLOCK * WINDOW), -1)
+        for window in np.unique(windows_N).tolist():
+            here = windows_N == window
+            if window < 0:
+                size, keys = self.units - whole, _keys(self._key, epoch, "rest")
+                units_N[here] = whole + permute(places_N[here] - whole, size=size, keys=keys)
+            else:
+                units_N[here] = self._in_window(epoch, window, places_N[here] - window * BLOCK * WINDOW)
+        shift = int(_keys(self._key, epoch, "shift")[0]) % self.units
+        return (units_N + shift) % self.units
+
+    def _in_window(self, epoch: int, window: int, places_N: Positions) -> Positions:
+        blocks = min(WINDOW, self._blocks - window * WINDOW)
+        mixed_N = permute(places_N, size=blocks * BLOCK, keys=_keys(self._key, epoch, f"window {window}"))
+        block_N, unit_N = np.divmod(mixed_N, BLOCK)
+        block_N = permute(window * WINDOW + block_N, size=self._blocks, keys=_keys(self._key, epoch, "blocks"))
+        return block_N * BLOCK + unit_N
 
 
 def permute(places_N: Positions, *, size: int, keys: Words) -> Positions:
@@ -81,6 +112,7 @@ def _mix(words: Words) -> Words:
     return words ^ (words >> np.uint64(31))
 
 
-def _epoch_keys(seed: int, epoch: int) -> Words:
-    digest = hashlib.blake2b(f"order/{ORDER_VERSION}/{seed}/{epoch}".encode(), digest_size=8 * ROUNDS).digest()
+@lru_cache(maxsize=256)
+def _keys(key: str, epoch: int, use: str) -> Words:
+    digest = hashlib.blake2b(f"order/{ORDER_VERSION}/{key}/{epoch}/{use}".encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -112,6 +113,16 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
 def head_dim(config: PretrainedConfig) -> int:
     """The width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def reading(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """What a decoder is called with: x is tokens [B, S], or hidden states [B, S, E] of the layers before.
+
+    `positions` [B, S] int64 restart at 0 where a document begins. transformers' masks follow from them: where they do
+    not go up by one, another document begins, and no token attends to one before it. None: a row is one document.
+    """
+    name = "input_ids" if x.dim() == 2 else "inputs_embeds"
+    return {name: x, "position_ids": positions, "use_cache": False}
 
 
 def logit_transform(config: Any) -> LogitTransform:

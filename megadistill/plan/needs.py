@@ -14,7 +14,7 @@ from rich.table import Table
 from megadistill.comm.topology import Launch, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
-from megadistill.data import Manifest
+from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, parameter_counts
@@ -69,18 +69,18 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: a run needs at least one")
     recipe = load_recipe(path, overrides)
-    manifest = Manifest.load(Path(recipe.data.manifest))
+    data = Mixture.load(recipe.data)
     source = recipe.student.config
     student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
-    student.vocab_size = manifest.vocab_size
+    student.vocab_size = data.vocab_size
     teacher = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
     launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
     return needs(
         recipe,
         student=student,
         teacher=teacher,
-        vocab_size=manifest.vocab_size,
-        sequence_length=manifest.sequence_length,
+        vocab_size=data.vocab_size,
+        sequence_length=data.sequence_length,
         ranks=ranks,
         group_size=vocab_group_size(recipe.comm.vocab_group, launch),
     )

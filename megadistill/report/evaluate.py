@@ -16,12 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from megadistill.comm.topology import local_device
-from megadistill.data import Manifest, TokenStream
-from megadistill.data.shards import file_sha256
+from megadistill.data import Manifest, TokenStream, tokenizer_sha256
 from megadistill.errors import OperatorFault, UserError
 from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.model.families import decoder, load_pretrained, logit_transform
-from megadistill.records import LossTerms, TokenBatch
+from megadistill.model.families import decoder, load_pretrained, logit_transform, reading
+from megadistill.records import IGNORED_LABEL, LossTerms, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class Evaluation:
     tokens: int
     cross_entropy: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where the split does not say how many bytes of text it holds."""
     kl: float | None
     """KL of the teacher against the model; None without a teacher."""
     agreement: float | None
@@ -58,7 +58,8 @@ def evaluate(models: Sequence[Path], data: Path, *, teacher: Path | None, batch:
     ]
     loaded = [_load(folder, manifest, device) for folder in folders]
     judge = loaded[0] if teacher else None
-    stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
+    masked = manifest.packer.name == "bestfit"  # whole documents side by side: what was packed together is chance
+    stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
     totals = [torch.zeros(3, dtype=torch.float64) for _ in loaded]
     tokens = 0
     with Progress(transient=True) as progress, torch.no_grad():
@@ -97,7 +98,7 @@ def table(results: Sequence[Evaluation]) -> Table:
             f"{result.parameters:,}",
             f"{result.cross_entropy:.4f}",
             f"{result.perplexity:.2f}",
-            f"{result.bits_per_byte:.4f}",
+            "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}",
             "-" if result.kl is None else f"{result.kl:.4f}",
             "-" if result.agreement is None else f"{result.agreement:.1%}",
         )
@@ -124,10 +125,10 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
             f"{folder}: {model.config.max_position_embeddings} positions, the split has sequences of "
             f"{manifest.sequence_length} tokens"
         )
-    tokenizer = folder / "tokenizer.model"
-    if tokenizer.is_file() and file_sha256(tokenizer) != manifest.tokenizer.sha256:
+    found = tokenizer_sha256(folder, kind=manifest.tokenizer.kind)
+    if found is not None and found != manifest.tokenizer.sha256:
         raise UserError(
-            f"{folder}: its tokenizer.model is not the one that the split was made with, and an evaluation reads no "
+            f"{folder}: its tokenizer is not the one that the split was made with, and an evaluation reads no "
             "teacher.vocab_map: tokenize a split with this model's own"
         )
     return model
@@ -135,7 +136,7 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
 
 def _hidden(model: Any, batch: TokenBatch) -> Tensor:
     """[N, D]: final hidden states, which the head has not read yet."""
-    hidden: Tensor = decoder(model)(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
     return hidden.flatten(0, 1)
 
 
@@ -143,7 +144,7 @@ def _sums(model: Any, batch: TokenBatch, judge: Any, judged: Tensor | None, voca
     """[3] float64: sums over the batch of cross-entropy, KL and agreement."""
     hidden = judged if model is judge and judged is not None else _hidden(model, batch)
     labels = batch.labels.flatten()
-    weights = torch.ones_like(labels, dtype=torch.float32)
+    weights = (labels != IGNORED_LABEL).float()
     head = model.get_output_embeddings().weight[:vocab_size]
     vocab = VocabSlice.contiguous(0, vocab_size, size=vocab_size)
     terms: LossTerms
@@ -171,13 +172,14 @@ def _evaluation(
     name: str, model: Any, means: Tensor, tokens: int, manifest: Manifest, *, with_teacher: bool
 ) -> Evaluation:
     cross_entropy, kl, agreement = means.tolist()
+    bytes_per_token = manifest.text_bytes / manifest.tokens if manifest.text_bytes is not None else None
     return Evaluation(
         model=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=tokens,
         cross_entropy=cross_entropy,
         perplexity=math.exp(cross_entropy),
-        bits_per_byte=cross_entropy / math.log(2) * manifest.tokens / manifest.text_bytes,
+        bits_per_byte=cross_entropy / math.log(2) / bytes_per_token if bytes_per_token is not None else None,
         kl=kl if with_teacher else None,
         agreement=agreement if with_teacher else None,
     )

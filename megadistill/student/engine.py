@@ -35,7 +35,7 @@ from deepspeed.utils import (
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
-from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, rebuild_rotary
+from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, reading, rebuild_rotary
 from megadistill.model.initialise import initial_tensor
 from megadistill.student.head import StudentHead
 from megadistill.student.profile import deepspeed_config
@@ -70,9 +70,10 @@ class Partition:
     stop: int
 
 
-def _hidden_states(self: Module, tokens: Tensor) -> Tensor:
+def _hidden_states(self: Module, tokens: Tensor, positions: Tensor | None) -> Tensor:
     """The student's forward: tokens [B, S] -> hidden [B, S, D] after the last norm. The head is the loss's work."""
-    hidden: Tensor = self.model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[operator]
+    read = reading(tokens, positions)
+    hidden: Tensor = self.model(**read).last_hidden_state  # type: ignore[operator]
     return hidden
 
 
@@ -146,9 +147,9 @@ class StudentEngine:
         head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] -> hidden [B·S, D], differentiable."""
-        hidden: Tensor = self._engine(tokens)
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> hidden [B·S, D], differentiable; `positions` [B, S] restart where a document begins."""
+        hidden: Tensor = self._engine(tokens, positions)
         return hidden.flatten(0, 1)
 
     def backward(self, loss: Tensor) -> None:

@@ -43,7 +43,11 @@ class TeacherPipeline:
             OperatorFault: this rank's hidden states are not finite: the teacher is broken, and a restart repeats it.
         """
         tokens_gBS = all_gather_rows(batch.tokens.to(self.stage.device), self.group)
-        finished = self._wave(tokens_gBS)
+        # Every stage needs to know where documents begin, and cannot tell from hidden states.
+        positions = batch.positions
+        if positions is not None:
+            positions = all_gather_rows(positions.to(self.stage.device), self.group)
+        finished = self._wave(tokens_gBS, positions)
         B, S = batch.tokens.shape
         parcel = scatter_rows(
             torch.stack(finished) if self.link.is_last else None,
@@ -63,11 +67,13 @@ class TeacherPipeline:
             )
         return TeacherSignal(hidden=hidden_BSE.flatten(0, 1), slots=batch.slots, digests=torch.tensor(digests))
 
-    def _wave(self, tokens_gBS: Tensor) -> list[Tensor]:
+    def _wave(self, tokens_gBS: Tensor, positions_gBS: Tensor | None) -> list[Tensor]:
         """Each rank's micro-batch through this stage; g finished parcels on the last stage, else none."""
         finished, sends = [], []
-        for x, digests_B in self._arrivals(tokens_gBS):
-            parcel = _pack(self.stage(x), digests_B)
+        stages = self.link.stages
+        positions = [None] * stages if positions_gBS is None else positions_gBS.chunk(stages)
+        for (x, digests_B), positions_BS in zip(self._arrivals(tokens_gBS), positions, strict=True):
+            parcel = _pack(self.stage(x, positions_BS), digests_B)
             if self.link.is_last:
                 finished.append(parcel)
             else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.errors import UserError
 from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.families import EMBEDDING, HEAD, load_config, rebuild_rotary
+from megadistill.model.families import EMBEDDING, HEAD, load_config, reading, rebuild_rotary
 from megadistill.model.split import stage_decoder
 
 
@@ -76,10 +76,9 @@ class TeacherStage(nn.Module):
 
     # Not inference mode: its tensors could not be saved for the student's backward pass.
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]."""
-        read = {"input_ids": x} if self.is_first else {"inputs_embeds": x}
-        hidden_BSE = self.decoder(**read, use_cache=False).last_hidden_state
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]. `positions` as for `reading`."""
+        hidden_BSE = self.decoder(**reading(x, positions)).last_hidden_state
         assert isinstance(hidden_BSE, Tensor)
         return hidden_BSE
 

@@ -1,5 +1,6 @@
 """The training loop, top to bottom: one page that joins the rooms. It knows no mathematics."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from megadistill.comm.collectives import all_reduce_sum, everywhere
+from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, everywhere
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
 from megadistill.errors import OperatorFault, RankUserError, UserError
 from megadistill.model.families import logit_transform
-from megadistill.records import Cursor
+from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import PRECISIONS, StudentEngine
 from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows, unknown_bias
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
@@ -59,15 +60,8 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     step, cursor = resume(setup.folder / "checkpoints", student, topology)
     if topology.is_first:
         write_description(setup.folder, describe(recipe.snapshot(), setup.profile))
-        keep_tokenizer(setup.folder, setup.manifest.tokenizer_folder)
-    stream = TokenStream(
-        setup.manifest,
-        seed=recipe.data.seed,
-        batch_slots=section.global_batch,
-        rank=topology.rank,
-        world_size=topology.world,
-        start=cursor,
-    )
+        keep_tokenizer(setup.folder, setup.data)
+    stream = stream_of(setup, topology, start=cursor)
     meter = meter_of(setup, topology)
     objective = objective_of(setup)
     last = min(section.steps, stop_after or section.steps)
@@ -79,6 +73,9 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
             step += 1
             began = time.perf_counter()  # a step is everything up to the next: the wait for data counts
             batch, cursor = next(batches)
+            data_seconds = time.perf_counter() - began
+            if recipe.data.on_fault == "quarantine":
+                cursor = stream.with_holes(cursor, holes_of_all(batch, topology))
             rate = scheduled(section.adamw.learning_rate, step=step, steps=section.steps, schedule=section.schedule)
             outcome = train_step(
                 student,
@@ -97,6 +94,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
                 rate,
                 outcome.grad_norm,
                 seconds,
+                data_seconds,
                 outcome.teacher_seconds,
                 outcome.diagnostics,
             )
@@ -121,7 +119,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
         section=recipe.student,
         train=recipe.train,
         profile=setup.profile,
-        vocab_size=setup.manifest.vocab_size,
+        vocab_size=setup.data.vocab_size,
         seed=recipe.run.seed,
         accumulation=setup.accumulation,
         topology=topology,
@@ -189,7 +187,7 @@ def save(setup: Setup, student: StudentEngine, step: int, cursor: Cursor, topolo
         {**student.local_state(), RNG_KEY: torch.get_rng_state()},
         step=step,
         tokens=step * setup.tokens_per_step,
-        vocab_size=setup.manifest.vocab_size,
+        vocab_size=setup.data.vocab_size,
         cursor=cursor.state(),
         parameters=student.parameters,
         versions=versions(),
@@ -197,11 +195,39 @@ def save(setup: Setup, student: StudentEngine, step: int, cursor: Cursor, topolo
     )
 
 
+def stream_of(setup: Setup, topology: Topology, *, start: Cursor | None) -> TokenStream:
+    data = setup.recipe.data
+    return TokenStream(
+        setup.data,
+        seed=data.seed,
+        batch_slots=setup.recipe.train.global_batch,
+        rank=topology.rank,
+        world_size=topology.world,
+        start=start,
+        document_mask=data.document_mask,
+        on_fault=data.on_fault,
+        max_holes_per_million=data.max_holes_per_million,
+        skips=[(first, stop) for first, stop in data.skip],
+        prefetch=data.prefetch,
+    )
+
+
+def holes_of_all(batch: TokenBatch, topology: Topology) -> list[int]:
+    """The slots of a global batch that were found damaged, by any rank; this rank says what it found. Collective."""
+    for slot, message in batch.faults:
+        print(f"rank {topology.rank}: {message}: masked, and left out from now on (slot {slot})", file=sys.stderr)
+    found = torch.full((len(batch),), -1, dtype=torch.int64)
+    slots = [slot for slot, _ in batch.faults]
+    found[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
+    everyones = all_gather_rows(found.to(topology.device), topology.world_group)
+    return [slot for slot in everyones.tolist() if slot >= 0]
+
+
 def meter_of(setup: Setup, topology: Topology) -> Meter:
     return Meter(
         student=setup.student_config,
         teacher=setup.teacher_config,
-        sequence_length=setup.manifest.sequence_length,
+        sequence_length=setup.data.sequence_length,
         tokens_per_step=setup.tokens_per_step,
         precision=setup.recipe.train.precision,
         topology=topology,

@@ -78,6 +78,7 @@ class Meter:
         rate: float,
         grad_norm: float,
         seconds: float,
+        data_seconds: float,
         teacher_seconds: float,
         diagnostics: dict[str, float] | None = None,
     ) -> StepReport:
@@ -90,6 +91,7 @@ class Meter:
             grad_norm=grad_norm,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
+            data_seconds=data_seconds,
             teacher_seconds=teacher_seconds,
             mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
             memory_bytes=peak_memory(self._device),
@@ -189,7 +191,7 @@ class RunLog:
 
 def _board_name(name: str) -> str:
     """TensorBoard groups by the part before the slash."""
-    if name in ("tokens", "seconds", "tokens_per_second", "teacher_seconds", "mfu", "memory_bytes"):
+    if name in ("tokens", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "mfu", "memory_bytes"):
         return f"system/{name}"
     if name in ("learning_rate", "grad_norm", "kd_weight", "ce_weight"):
         return f"optimizer/{name}"

@@ -1,6 +1,5 @@
 """Whether recipe, data and models fit together, asked before anything is started. It knows no ranks."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,37 +9,35 @@ import torch
 from torch import Tensor
 
 from megadistill.config import LossSection, Recipe
-from megadistill.data import Manifest
+from megadistill.data import Mixture, tokenizer_sha256
 from megadistill.errors import UserError
-
-MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def check_fit(
-    recipe: Recipe, manifest: Manifest, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
+    recipe: Recipe, data: Mixture, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
 ) -> None:
     """Sequence length, vocabulary, tokenizer and stages. `vocab_map` is what `teacher.vocab_map` names, if it does.
 
     Raises:
         UserError: the first thing that does not fit, with both values and the way out.
     """
-    _positions_fit("student.config", student, manifest)
+    _positions_fit("student.config", student, data)
     if getattr(student, "attention_dropout", 0.0):
         raise UserError(
             f"student.config: attention_dropout is {student.attention_dropout}; pretraining here uses none, and a "
             "resume could not repeat it on another number of ranks: set it to 0"
         )
     source = recipe.student.config
-    declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", manifest.vocab_size)
-    if declared != manifest.vocab_size:
+    declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", data.vocab_size)
+    if declared != data.vocab_size:
         raise UserError(
-            f"student.config: vocab_size is {declared}, the shards were made with {manifest.vocab_size} ids: "
+            f"student.config: vocab_size is {declared}, the shards were made with {data.vocab_size} ids: "
             "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
         )
     if teacher is None:
         return
     assert recipe.teacher is not None
-    _positions_fit("teacher.path", teacher, manifest)
+    _positions_fit("teacher.path", teacher, data)
     if stages > teacher.num_hidden_layers:
         raise UserError(
             f"comm.vocab_group is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
@@ -49,23 +46,23 @@ def check_fit(
     if vocab_map is not None:  # the map says what the tokenizers would have shown
         _divergence_is_finite(recipe.loss, vocab_map)
         return
-    if teacher.vocab_size < manifest.vocab_size:
+    if teacher.vocab_size < data.vocab_size:
         raise UserError(
             f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
-            f"{manifest.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
+            f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
             "how the ids map"
         )
-    tokenizer = Path(recipe.teacher.path) / "tokenizer.model"
-    if not tokenizer.is_file():
+    found = tokenizer_sha256(Path(recipe.teacher.path), kind=data.tokenizer.kind)
+    if found is None:
         raise UserError(
-            f"{tokenizer} does not exist, so nothing shows that the teacher reads the ids of {recipe.data.manifest}: "
-            "copy the tokenizer that the teacher was trained with there, or let teacher.vocab_map say how the ids map"
+            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows that "
+            "the teacher reads the ids of the shards: copy the tokenizer that the teacher was trained with there, or "
+            "let teacher.vocab_map say how the ids map"
         )
-    found = _sha256(tokenizer)
-    if found != manifest.tokenizer.sha256:
+    if found != data.tokenizer.sha256:
         raise UserError(
-            f"teacher.path: {tokenizer} has sha256 {found[:12]}…, the shards were made with "
-            f"{manifest.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
+            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {found[:12]}…, the shards were made with "
+            f"{data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
             "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
         )
 
@@ -95,17 +92,10 @@ def _divergence_is_finite(loss: LossSection, vocab_map: Tensor) -> None:
         )
 
 
-def _positions_fit(what: str, config: Any, manifest: Manifest) -> None:
-    if manifest.sequence_length > config.max_position_embeddings:
+def _positions_fit(what: str, config: Any, data: Mixture) -> None:
+    if data.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"{what}: max_position_embeddings is {config.max_position_embeddings}, the shards hold sequences of "
-            f"{manifest.sequence_length} tokens: raise it, or tokenize with --sequence-length "
+            f"{data.sequence_length} tokens: raise it, or tokenize with --sequence-length "
             f"{config.max_position_embeddings}"
         )
-
-
-def _sha256(path: Path) -> str:
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size} bytes is no SentencePiece model")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,17 +4,26 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megadistill.config import dotted
+from megadistill.data import Mixture
 from megadistill.errors import UserError
+from megadistill.model.export import TOKENIZER_FILES
 
 # What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
 # more than float32 rounding. The layout follows the ranks that one has today; with `loss.label_fraction` it says among
 # which tokens the surest are looked for, as the number of ranks does, which no recipe holds.
 MAY_CHANGE = (
+    "data.manifest",  # the stream compares what was read, wherever it lies today
+    "data.stages",
+    "data.on_fault",
+    "data.max_holes_per_million",
+    "data.skip",
+    "data.prefetch",
     "run.folder",
     "train.log_every",
     "train.checkpoint_every",
@@ -29,6 +38,8 @@ MAY_CHANGE = (
 
 TOKENIZER_FOLDER = "tokenizer"
 """Beside recipe.json: a run can be exported where its data is no longer at hand."""
+
+MAX_TOKENIZER_BYTES = 256 << 20
 
 PACKAGES = ("megadistill", "torch", "deepspeed", "transformers", "safetensors", "numpy")
 
@@ -62,7 +73,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in MAY_CHANGE
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith("data.sources")
     ]
     if differing:
         raise UserError(
@@ -78,11 +89,22 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
     os.replace(temporary, folder / "recipe.json")
 
 
-def keep_tokenizer(folder: Path, source: Path) -> None:
-    """Copies the tokenizer of the data into the run folder, once."""
+def keep_tokenizer(folder: Path, data: Mixture) -> None:
+    """Copies the tokenizer of the data into the run folder, once.
+
+    Raises:
+        UserError: the data has none, or it cannot be read.
+    """
     target = folder / TOKENIZER_FOLDER
-    if not target.exists():
-        temporary = folder / f".{TOKENIZER_FOLDER}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
-        temporary.rename(target)
+    if target.exists():
+        return
+    temporary = folder / f".{TOKENIZER_FOLDER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        with suppress(FileNotFoundError):
+            (temporary / name).write_bytes(data.tokenizer_file(name, max_bytes=MAX_TOKENIZER_BYTES))
+    main = data.tokenizer.file.rpartition("/")[2]
+    if not (temporary / main).exists():
+        raise UserError(f"data: {main}, the tokenizer of the shards, is not where their manifest says: restore it")
+    temporary.rename(target)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megadistill.comm.topology import Launch, Topology, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe
-from megadistill.data import Manifest
+from megadistill.data import Mixture
 from megadistill.model.families import load_config
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
 from megadistill.train.preflight import check_compiler, check_fit
@@ -24,7 +24,7 @@ class Setup:
 
     recipe: Recipe
     folder: Path
-    manifest: Manifest
+    data: Mixture
     student_config: Any
     teacher_config: Any | None
     group_size: int
@@ -32,13 +32,13 @@ class Setup:
     profile: dict[str, Any]
     """The DeepSpeed settings in force: on a CPU those of `NAME.cpu.json`, where there is one."""
     vocab_map: Tensor | None
-    """[manifest.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
+    """[data.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
     left_out: tuple[str, ...]
     """What the recipe's DeepSpeed file switches on and a CPU does without."""
 
     @property
     def tokens_per_step(self) -> int:
-        return self.recipe.train.global_batch * self.manifest.sequence_length
+        return self.recipe.train.global_batch * self.data.sequence_length
 
 
 def prepare(recipe: Recipe, launch: Launch) -> Setup:
@@ -51,8 +51,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     group_size = vocab_group_size(recipe.comm.vocab_group, launch)
     profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
     deepspeed_config(profile, recipe.train, accumulation)
-    manifest = Manifest.load(Path(recipe.data.manifest))
-    padded = padded_vocabulary(manifest.vocab_size, recipe.student.vocab_multiple)
+    data = Mixture.load(recipe.data)
+    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
@@ -61,16 +61,16 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     if recipe.teacher is not None and recipe.teacher.vocab_map is not None:
         assert teacher_config is not None
         path, teacher_ids = Path(recipe.teacher.vocab_map), teacher_config.vocab_size
-        vocab_map = read_vocab_map(path, student_ids=manifest.vocab_size, teacher_ids=teacher_ids)
-    check_fit(recipe, manifest, student_config, teacher_config, stages=group_size, vocab_map=vocab_map)
+        vocab_map = read_vocab_map(path, student_ids=data.vocab_size, teacher_ids=teacher_ids)
+    check_fit(recipe, data, student_config, teacher_config, stages=group_size, vocab_map=vocab_map)
     check_compiler(recipe.loss)
-    student_config.vocab_size = manifest.vocab_size
+    student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
     refuse_other_recipe(folder, recipe.snapshot())
     return Setup(
         recipe=recipe,
         folder=folder,
-        manifest=manifest,
+        data=data,
         student_config=student_config,
         teacher_config=teacher_config,
         group_size=group_size,

@@ -141,7 +141,7 @@ class _Loss:
         student, teacher, objective = self.student, self.teacher, self.objective
         labels = batch.labels.flatten()
         weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
-        hidden = student.hidden(batch.tokens)
+        hidden = student.hidden(batch.tokens, batch.positions)
         if teacher is None or teacher_hidden is None:
             return label_loss(
                 hidden,

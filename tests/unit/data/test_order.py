@@ -14,21 +14,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.data.order import ORDER_VERSION, Order
+from megadistill.data.order import BLOCK, ORDER_VERSION, WINDOW, SourceOrder
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.json"
 
 CASES: list[dict[str, Any]] = [
-    {"counts": [1], "seed": 0, "first_slot": 0},
-    {"counts": [3, 2], "seed": 1, "first_slot": 3},
-    {"counts": [500, 500, 137], "seed": 1, "first_slot": 0},
-    {"counts": [500, 500, 137], "seed": 2, "first_slot": 1_137_000},
-    {"counts": [4096] * 10_000, "seed": 20_240, "first_slot": 10**12},
+    {"counts": [1], "seed": 0, "name": "data", "first": 0},
+    {"counts": [3, 2], "seed": 1, "name": "data", "first": 3},
+    {"counts": [500, 500, 137], "seed": 1, "name": "data", "first": 0},
+    {"counts": [500, 500, 137], "seed": 2, "name": "web", "first": 1_137_000},
+    {"counts": [4096] * 10_000, "seed": 20_240, "name": "data", "first": 10**12},
 ]
 
 
+def _order(counts: list[int], seed: int, name: str = "data") -> SourceOrder:
+    return SourceOrder(counts, seed=seed, name=name)
+
+
 def _first(case: dict[str, Any]) -> Any:
-    return Order(case["counts"], case["seed"]).locate(np.arange(8) + case["first_slot"]).tolist()
+    return _order(case["counts"], case["seed"], case["name"]).locate(np.arange(8) + case["first"]).tolist()
 
 
 def test_golden_vectors() -> None:
@@ -47,54 +51,56 @@ def test_golden_vectors() -> None:
 )
 def test_an_epoch_visits_every_unit_once(counts: list[int], seed: int, epoch: int) -> None:
     units = sum(counts)
-    places = Order(counts, seed).locate(np.arange(units) + epoch * units)
+    places = _order(counts, seed).locate(np.arange(units) + epoch * units)
     expected = {(shard, unit) for shard, count in enumerate(counts) for unit in range(count)}
     assert len(places) == units
     assert {(shard, unit) for shard, unit in places.tolist()} == expected
 
 
-def test_every_size_up_to_300_and_around_powers_of_four() -> None:
-    for units in [*range(1, 301), 4095, 4096, 4097, 65_537]:
-        assert np.array_equal(np.sort(Order([units], 5).unit_of(np.arange(units))), np.arange(units)), units
+@pytest.mark.parametrize("units", [*range(1, 300, 7), 63, 64, 65, 4095, 4096, 4097, 65_536, 65_537, 200_001])
+def test_every_unit_once_for_sizes_around_blocks_and_windows(units: int) -> None:
+    assert np.array_equal(np.sort(_order([units], 5).unit_of(np.arange(units))), np.arange(units))
 
 
-def test_epochs_and_seeds_differ() -> None:
+def test_epochs_seeds_and_names_differ() -> None:
     n = 1000
     slots = np.arange(n)
-    order = Order([n], 7)
-    orders = [order.unit_of(slots), order.unit_of(slots + n), Order([n], 8).unit_of(slots), slots]
+    order = _order([n], 7)
+    orders = [order.unit_of(slots), order.unit_of(slots + n), _order([n], 8).unit_of(slots), slots]
+    orders.append(_order([n], 7, "other").unit_of(slots))
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).mean() < 0.02, "two permutations of 1,000 agree in about one place"
 
 
-def test_neighbours_are_spread() -> None:
-    """The mean distance of consecutive units is a third of the whole, as for a uniform permutation."""
-    n = 100_000
-    units = Order([n], 3).unit_of(np.arange(n))
+def test_the_units_behind_the_last_block_are_others_in_each_epoch() -> None:
+    n = 10 * BLOCK + 30
+    order = _order([n], 7)
+    last = [set(order.unit_of(np.arange(10 * BLOCK, n) + epoch * n).tolist()) for epoch in range(8)]
+    assert all(len(units) == 30 for units in last)
+    assert len(set.union(*last)) > 120, "eight times 30 of 670, at random places"
+
+
+def test_a_window_draws_its_blocks_from_everywhere_and_mixes_their_units() -> None:
+    """As far from sorted as independent draws: neighbours in the order are a third of the whole apart."""
+    n = 4 * BLOCK * WINDOW
+    units = _order([n], 3).unit_of(np.arange(BLOCK * WINDOW))
     assert abs(np.abs(np.diff(units)).mean() / n - 1 / 3) < 0.01
+    assert len(np.unique(units // BLOCK)) < 1.6 * WINDOW, "whole blocks, cut once more by the shift"
 
 
-def test_a_slot_alone_is_the_slot_in_a_batch_that_spans_epochs() -> None:
-    order = Order([5, 6], 1)
-    slots = np.arange(8, 40)
+def test_a_batch_is_as_varied_as_one_of_a_shuffle_buffer() -> None:
+    """Units of a shard resemble each other: the variance of a batch's mean, to that of independent draws (1.0)."""
+    shard, shards, batch = 4096, 256, 256
+    n = shard * shards
+    units = _order([shard] * shards, 3).unit_of(np.arange(n))
+    values = np.random.default_rng(0).normal(size=shards)[units // shard]
+    inflation = values.reshape(-1, batch).mean(axis=1).var() / (values.var() / batch)
+    assert inflation < 2.5
+
+
+def test_a_position_alone_is_the_position_in_a_batch_that_spans_epochs() -> None:
+    order = _order([50, 60], 1)
+    slots = np.arange(80, 400)
     together = order.locate(slots)
     assert np.array_equal(together, np.concatenate([order.locate(slots[i : i + 1]) for i in range(len(slots))]))
-
-
-def test_far_slots_of_a_huge_set_need_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trillion tokens of 2,048, at slot 10^12: nothing as long as the 488 million units may be made."""
-    order = Order([4096] * 119_210, 1)
-    arange = np.arange(10**12, 10**12 + 256)
-
-    def refuse(*arguments: object, **options: object) -> None:
-        raise AssertionError("an array over the units")
-
-    for name in ("arange", "argsort", "random"):
-        monkeypatch.setattr(np, name, refuse)
-    places = order.locate(arange)
-    assert places.shape == (256, 2)
-    assert len({tuple(place) for place in places.tolist()}) == 256
-    assert (places >= 0).all()
-    assert places[:, 0].max() < 119_210
-    assert places[:, 1].max() < 4096

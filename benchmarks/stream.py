@@ -1,0 +1,273 @@
+"""What reading the stream costs: CPU seconds a token against plain WebDataset iteration and a flat memory map, over the
+same tokens, page cache warm; how soon a far position is found; what prefetching leaves of the wait.
+
+    python -m benchmarks.stream --help
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from benchmarks.measure import Spread, rounds
+from benchmarks.report import ROOT, Report, commit, cpu, shown
+from megadistill.data import Manifest, TokenStream
+from megadistill.data.manifest import PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
+from megadistill.data.mixture import Order, Source, Stage
+from megadistill.data.packing import Unit
+from megadistill.data.shards import write_shard
+
+QUESTIONS = ("speed", "position", "wait")
+MEASURED = ("megadistill/data", "megadistill/records.py", "benchmarks/*.py")
+VOCAB = 50_000
+BATCH = 256
+DOCUMENT = 700
+"""Tokens of a document: the units say where documents begin."""
+
+HELP = """\
+questions (all of them, when --only does not choose):
+  speed     CPU seconds of this process to read every sequence once into int64 tokens and labels, in batches of 256:
+            ours in its shuffled order, every byte checked (crc32) and every id; a flat numpy memmap read at random
+            places, unchecked; plain webdataset, .npy members; Megatron's IndexedDataset (pip install -e
+            '.[oracles]') and mosaic-streaming (pip install mosaicml-streaming), where they are installed
+  position  seconds to find 256 slots in the middle of a manifest of 10^12 tokens, and memory for it
+  wait      seconds that a step of --step-ms waits for its batch, with and without the thread that reads ahead
+
+how to read it: million tokens a CPU second; a ratio is the median over rounds of this / that in the same round"""
+
+Read = Callable[[], int]
+"""Reads all sequences once; how many there were."""
+
+
+def _write(folder: Path, sequences: int, sequence: int) -> Manifest:
+    """Random tokens: our shards, the same tokens flat in tokens.bin, in order."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, VOCAB, (sequences, sequence + 1), dtype=np.uint16)
+    bounds = np.array([*range(0, sequence + 1, DOCUMENT), sequence + 1], dtype=np.int32)
+    tokens.tofile(folder / "tokens.bin")
+    per_shard = 4096
+    shards = tuple(
+        write_shard(
+            folder / f"shard-{number:05d}.tar",
+            (Unit(row.astype(np.int32), bounds) for row in tokens[start : start + per_shard]),
+            dtype="uint16",
+        )
+        for number, start in enumerate(range(0, sequences, per_shard))
+    )
+    Manifest(
+        version=2,
+        split="train",
+        sequence_length=sequence,
+        dtype="uint16",
+        vocab_size=VOCAB,
+        unit=UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
+        packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
+        documents=None,
+        tokens=sequences * sequence,
+        text_bytes=None,
+        source=SourceRecord(inputs=("random",)),
+        shards=shards,
+    ).write(folder)
+    return Manifest.load(folder / "manifest.json")
+
+
+def ours(manifest: Manifest) -> int:
+    stream = TokenStream(manifest, seed=1, batch_slots=BATCH, rank=0, world_size=1)
+    read = 0
+    for batch, _ in stream:
+        read += len(batch)
+        if read >= manifest.units:
+            return read
+    raise AssertionError("the stream has no end")
+
+
+def memmap(folder: Path, sequences: int, sequence: int) -> int:
+    """As nanoGPT does: rows of a flat file at random places, cast to int64 twice."""
+    flat = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
+    places = np.random.default_rng(1).permutation(sequences) * (sequence + 1)
+    for start in range(0, sequences, BATCH):
+        rows = places[start : start + BATCH].tolist()
+        torch.stack([torch.from_numpy(flat[i : i + sequence].astype(np.int64)) for i in rows])
+        torch.stack([torch.from_numpy(flat[i + 1 : i + 1 + sequence].astype(np.int64)) for i in rows])
+    return sequences
+
+
+def plain_webdataset(manifest: Manifest) -> int:
+    paths = [f"{manifest.folder.location}/{shard.name}" for shard in manifest.shards]
+    samples = webdataset.WebDataset(paths, shardshuffle=False).decode()
+    return _in_batches(sample["tokens.npy"] for sample in samples)
+
+
+def megatron(folder: Path, sequences: int) -> int:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(folder / "megatron"))
+    return _in_batches(dataset[i] for i in np.random.default_rng(1).permutation(sequences).tolist())
+
+
+def mosaic(folder: Path) -> int:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
+    return _in_batches(sample["tokens"] for sample in dataset)
+
+
+def _in_batches(units: Iterator[np.ndarray]) -> int:
+    """Int64 tokens and labels, as ours gives them."""
+    read = 0
+    rows: list[np.ndarray] = []
+    for unit in units:
+        rows.append(unit)
+        if len(rows) == BATCH:
+            batch = np.stack(rows).astype(np.int64)
+            torch.from_numpy(np.ascontiguousarray(batch[:, :-1]))
+            torch.from_numpy(np.ascontiguousarray(batch[:, 1:]))
+            read += len(rows)
+            rows.clear()
+    return read + len(rows)
+
+
+def _write_for_others(folder: Path, sequences: int, sequence: int, report: Report) -> dict[str, Read]:
+    """Their readers, for those that are installed."""
+    tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16).reshape(sequences, sequence + 1)
+    found: dict[str, Read] = {}
+    try:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
+        for row in tokens:
+            builder.add_document(row, [len(row)])
+        builder.finalize(str(folder / "megatron.idx"))
+        found["Megatron's IndexedDataset"] = partial(megatron, folder, sequences)
+    except ImportError as missing:
+        report.console.print(f"  Megatron's IndexedDataset is left out: {missing}", highlight=False)
+    try:
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(folder / "mosaic"), columns={"tokens": f"ndarray:uint16:{sequence + 1}"}) as writer:
+            for row in tokens:
+                writer.write({"tokens": row})
+        found["mosaic-streaming"] = partial(mosaic, folder)
+    except ImportError as missing:
+        report.console.print(f"  mosaic-streaming is left out: {missing}", highlight=False)
+    return found
+
+
+def _cpu_seconds(read: Read, sequences: int) -> float:
+    began = time.process_time()
+    count = read()
+    taken = time.process_time() - began
+    assert count == sequences, f"{count} sequences of {sequences}"
+    return taken
+
+
+def speed(folder: Path, manifest: Manifest, sequences: int, sequence: int, report: Report) -> None:
+    shape = f"{sequences} sequences of {sequence}, uint16"
+    report.console.print(f"\n[bold]speed[/bold], {shape}", highlight=False)
+    reads: dict[str, Read] = {
+        "ours, all checked": partial(ours, manifest),
+        "flat memmap, at random": partial(memmap, folder, sequences, sequence),
+        "webdataset, .npy": partial(plain_webdataset, manifest),
+        **_write_for_others(folder, sequences, sequence, report),
+    }
+    for read in reads.values():
+        read()
+    times = rounds({name: partial(_cpu_seconds, read, sequences) for name, read in reads.items()}, report.repeats)
+    table = report.table(f"speed: {shape}", "", "M tokens a CPU second", "its CPU seconds to ours")
+    for name, own in times.items():
+        ratio = Spread.of_ratios(own, times["ours, all checked"])
+        report.add("speed", shape, name, Spread.of(own), unit="cpu s", ratio=ratio, to="ours, all checked")
+        table.add_row(name, f"{sequences * sequence / Spread.of(own).median / 1e6:,.0f}", shown(ratio))
+    report.console.print(table)
+
+
+def position(report: Report) -> None:
+    shape = "10^12 tokens, sequences of 2048, 119210 shards"
+    counts = [4096] * 119_210
+    stages = [Stage(10**8, {"a": 0.9, "b": 0.1}), Stage(None, {"a": 0.5, "b": 0.5})]
+    began = time.perf_counter()
+    order = Order({"a": Source("a", counts), "b": Source("b", counts)}, stages, seed=1)
+    opened = time.perf_counter() - began
+    found = []
+    for repeat in range(report.repeats):
+        began = time.perf_counter()
+        order.locate(np.arange(256) + (repeat + 1) * 10**8)
+        found.append(time.perf_counter() - began)
+    report.add("position", shape, "the order made", opened)
+    report.add("position", shape, "256 slots found", Spread.of(found))
+    table = report.table(f"position: {shape}", "", "ms")
+    table.add_row("the order made from the shards' counts, once", f"{opened * 1e3:.1f}")
+    table.add_row("256 slots found, each time in another epoch or window", f"{Spread.of(found).median * 1e3:.2f}")
+    report.console.print(table)
+
+
+def wait(manifest: Manifest, step_ms: float, report: Report) -> None:
+    """A step that sleeps, as a host does while its device computes."""
+    shape = f"batches of {BATCH} sequences of {manifest.sequence_length}, steps of {step_ms:.0f} ms"
+    table = report.table(f"wait: {shape}", "batches read ahead", "ms a step waits")
+    for prefetch in (0, 2):
+        stream = TokenStream(manifest, seed=1, batch_slots=BATCH, rank=0, world_size=1, prefetch=prefetch)
+        waited, batches = [], iter(stream)
+        for _ in range(20):
+            began = time.perf_counter()
+            next(batches)
+            waited.append(time.perf_counter() - began)
+            time.sleep(step_ms / 1e3)
+        spread = Spread.of(waited[1:])
+        report.add("wait", shape, f"{prefetch} ahead", spread)
+        table.add_row(str(prefetch), f"{spread.median * 1e3:.2f}")
+    report.console.print(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stream",
+        description=__doc__.split("\n\n")[0] if __doc__ else None,
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
+    parser.add_argument("--sequences", type=int, default=32_768, help="how many (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of each (default %(default)s)")
+    parser.add_argument("--step-ms", type=float, default=50.0, help="of wait (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the data goes for the time of the run (default: a temporary)")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/stream.csv", help="where rows are added")
+    parser.add_argument("--no-csv", action="store_true", help="only print")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    report = Report(threads=1, repeats=arguments.repeats, measured=MEASURED)
+    report.console.print(
+        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, one thread, python {platform.python_version()}, "
+        f"torch {torch.__version__}, commit {commit(MEASURED)}",
+        highlight=False,
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        if {"speed", "wait"} & set(arguments.only):
+            manifest = _write(folder, arguments.sequences, arguments.sequence_length)
+        if "speed" in arguments.only:
+            speed(folder, manifest, arguments.sequences, arguments.sequence_length, report)
+        if "position" in arguments.only:
+            position(report)
+        if "wait" in arguments.only:
+            wait(manifest, arguments.step_ms, report)
+    if not arguments.no_csv:
+        report.append_to(arguments.csv)
+
+
+if __name__ == "__main__":
+    main()
