@@ -240,7 +240,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of each (default %(default)s)")
     parser.add_argument("--step-ms", type=float, default=50.0, help="of wait (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the data goes for the time of the run (default: a temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the data goes for the time of the run (default: a temporary)"
+    )
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/stream.csv", help="where rows are added")
     parser.add_argument("--no-csv", action="store_true", help="only print")
     return parser.parse_args()

@@ -1,9 +1,9 @@
 """The mixture: slot to (source, shard, unit), through stages and weights; a pure function. It knows no files.
 
-A stage deals its slots out to its sources by integer quotas: of each period of P slots, source k gets q_k. The k-th unit
-of a source falls into the slots [floor((k-1)·P/q), ceil(k·P/q)), which earliest deadline first always meets (Baruah,
-Cohen, Plaxton and Varvel, 1996, "Proportionate progress"): so no prefix strays from its share by a whole unit. A source
-goes on in a later stage where it stopped in the earlier one, epochs included.
+A stage deals its slots out to its sources by integer quotas: of each period of P slots a source gets q. Its k-th unit
+falls into the slots [floor((k-1)·P/q), ceil(k·P/q)), which earliest deadline first always meets (Baruah, Cohen, Plaxton
+and Varvel, 1996, "Proportionate progress"): so no prefix strays from its share by a whole unit. A source goes on in a
+later stage where it stopped in the earlier one, epochs included.
 
 Legend: N slots asked for, P slots of a period, K sources.
 """
@@ -52,7 +52,8 @@ class Order:
         Raises:
             UserError: a weight that is too small for its period.
         """
-        assert stages and stages[-1].slots is None and all(stage.slots for stage in stages[:-1])
+        assert stages[-1].slots is None
+        assert all(stage.slots for stage in stages[:-1])
         self.names = tuple(sorted(sources))
         self._orders = [SourceOrder(sources[name].counts, seed=seed, name=name) for name in self.names]
         self._dealt: list[_DealtStage] = []

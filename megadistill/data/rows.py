@@ -1,7 +1,7 @@
-"""Units to rows: which token is read where, which one is its label, where documents begin. The one place that says so.
+"""Units to rows: what is read, which label follows, where documents begin. The one place that says so.
 
-A unit is S + 1 tokens and its *bounds* [D + 1]: document d is tokens `bounds[d]:bounds[d + 1]`, and what lies behind the
-last bound is padding (flash-attention calls the same numbers `cu_seqlens`). A unit may begin in the middle of a
+A unit is S + 1 tokens and its *bounds* [D + 1]: document d is tokens `bounds[d]:bounds[d + 1]`, and what lies behind
+the last bound is padding (flash-attention calls the same numbers `cu_seqlens`). A unit may begin in the middle of a
 document; its first bound is 0 all the same.
 
 Legend: B rows, S tokens of a sequence, D documents of a unit.

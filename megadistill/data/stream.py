@@ -259,9 +259,7 @@ class _Raised:
     error: BaseException
 
 
-def _ahead(
-    batches: Iterator[tuple[TokenBatch, Cursor]], depth: int
-) -> Iterator[tuple[TokenBatch, Cursor]]:
+def _ahead(batches: Iterator[tuple[TokenBatch, Cursor]], depth: int) -> Iterator[tuple[TokenBatch, Cursor]]:
     """The same, read by a thread up to `depth` batches ahead; what it raises is raised in its place."""
     waiting: queue.Queue[tuple[TokenBatch, Cursor] | _Raised] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

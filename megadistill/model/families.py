@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,

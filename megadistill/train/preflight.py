@@ -55,9 +55,9 @@ def check_fit(
     found = tokenizer_sha256(Path(recipe.teacher.path), kind=data.tokenizer.kind)
     if found is None:
         raise UserError(
-            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows that "
-            "the teacher reads the ids of the shards: copy the tokenizer that the teacher was trained with there, or "
-            "let teacher.vocab_map say how the ids map"
+            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows "
+            "that the teacher reads the ids of the shards: copy the tokenizer that it was trained with there, or let "
+            "teacher.vocab_map say how the ids map"
         )
     if found != data.tokenizer.sha256:
         raise UserError(

@@ -15,7 +15,7 @@ from tests.e2e.commands import DEEPSPEED_2, PLAIN, TORCHRUN_2, environment, run,
 from tests.e2e.conftest import TINY, Place
 from tests.paths import ROOT
 
-CLOCK = {"seconds", "tokens_per_second", "teacher_seconds", "memory_bytes", "mfu"}
+CLOCK = {"seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
 DISTILL_METRICS = {
     "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
     "agreement", "log_z", "learning_rate", "grad_norm",

@@ -91,7 +91,9 @@ def global_batch(step: int) -> TokenBatch:
     labels[0, :5] = -100
     labels[3, 7] = -100
     slots = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
-    return TokenBatch(tokens=units[:, :-1], labels=labels, slots=slots, digests=token_digest(units[:, :-1]))
+    tokens = units[:, :-1]
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    return TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
 
 
 def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:

@@ -1,16 +1,18 @@
 """The loop on real ranks: how many steps each takes is the recipe's word, never a rank's own view of the data."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.comm.topology import Launch, Topology
-from megadistill.config import Recipe
-from megadistill.data import Manifest, TokenStream, tokenize
+from megadistill.config import DataSection, Recipe
+from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import EMBEDDING, HEAD, load_config
 from megadistill.train.loop import run
@@ -134,7 +136,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
     "top-p": {"targets": TOP_P},
 }
-CLOCK = {"seconds", "tokens_per_second", "teacher_seconds", "memory_bytes", "mfu"}
+CLOCK = {"seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
 
 
 def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
@@ -151,8 +153,8 @@ def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
     wider = AutoModelForCausalLM.from_config(load_config({**config, "vocab_size": teacher_ids}, what="test"))
     wider.load_state_dict(state)
     wider.save_pretrained(folder)
-    tokenizer = manifest.tokenizer_folder / "tokenizer.model"
-    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    tokenizer = Mixture.of(manifest).tokenizer_file("tokenizer.model", max_bytes=1 << 20)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
     return folder
 
 
@@ -170,6 +172,7 @@ def _distill(
     loss: dict[str, Any],
     teacher: dict[str, str],
     stop_after: int | None,
+    data: dict[str, Any],
 ) -> str:
     """What stopped the run, or nothing."""
     base = recipe(Path(manifest), Path(folder)).snapshot()
@@ -177,6 +180,7 @@ def _distill(
         "objective": "distill",
         "teacher": teacher,
         "loss": loss,
+        "data": {**base["data"], **data},
         "train": {**base["train"], "micro_batch": BATCH // topology.world},
     }
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
@@ -200,11 +204,12 @@ def _run(
     loss: dict[str, Any],
     *,
     stops: tuple[int | None, ...] = (None,),
+    data: dict[str, Any] | None = None,
     **teacher: Path,
 ) -> list[dict[str, Any]]:
     paths = {key: str(path) for key, path in teacher.items()}
     for stop in stops:
-        assert run_ranks(world, _distill, str(manifest), str(folder), loss, paths, stop) == [""] * world
+        assert run_ranks(world, _distill, str(manifest), str(folder), loss, paths, stop, data or {}) == [""] * world
     return _numbers(folder)
 
 
@@ -225,6 +230,61 @@ def test_two_ranks_learn_as_one_and_a_resume_as_if_nothing_had_happened(
     whole = _run(2, manifest, tmp_path / "two", loss, path=teacher)
     assert _run(2, manifest, tmp_path / "resumed", loss, stops=(3, None), path=teacher) == whole
     _assert_alike(_run(1, manifest, tmp_path / "one", loss, path=teacher), whole)
+
+
+@pytest.fixture
+def mixed(manifest: Path, tmp_path: Path) -> dict[str, Any]:
+    """Two sources, one of them with a damaged unit that the first step reads, and all that `data` may ask for."""
+    sources = {}
+    for name in ("train", "heldout"):
+        shutil.copytree(manifest.parent.parent / name, tmp_path / "set" / name)
+        sources[name] = str(tmp_path / "set" / name / "manifest.json")
+    shutil.copytree(manifest.parent.parent / "tokenizer", tmp_path / "set" / "tokenizer")
+    stages = [{"tokens": 64 * 3 * BATCH, "weights": {"train": 2, "heldout": 1}}, {"weights": {"heldout": 1}}]
+    data = {"manifest": None, "sources": sources, "stages": stages, "document_mask": True, "skip": [[5, 9]]}
+    order = Mixture.load(DataSection.model_validate(data)).order(1)
+    source, shard, unit = order.locate(np.array([2]))[0].tolist()
+    path = tmp_path / "set" / order.names[source] / f"shard-{shard:05d}.tar"
+    damaged = bytearray(path.read_bytes())
+    damaged[np.load(f"{path}.idx.npy")[unit][0] + 700] ^= 1
+    path.write_bytes(damaged)
+    return {**data, "on_fault": "quarantine"}
+
+
+def _cursor(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "checkpoints").iterdir())
+    cursor: dict[str, Any] = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))["cursor"]
+    return cursor
+
+
+def test_a_mixture_with_masks_skips_and_a_hole_is_learned_alike(
+    manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    whole = _run(2, manifest, tmp_path / "two", {}, data=mixed, path=teacher)
+    assert _run(2, manifest, tmp_path / "resumed", {}, stops=(3, None), data=mixed, path=teacher) == whole
+    _assert_alike(_run(1, manifest, tmp_path / "one", {}, data=mixed, path=teacher), whole)
+    cursors = [_cursor(tmp_path / name) for name in ("one", "two", "resumed")]
+    assert cursors[0] == cursors[1] == cursors[2]
+    assert 2 in cursors[0]["holes"]
+    assert cursors[0]["skips"] == [[5, 9]]
+    assert cursors[0]["next_slot"] == STEPS * BATCH + 4
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["data_seconds"] >= 0 for line in lines)
+
+
+def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
+    manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    folder = tmp_path / "run"
+    paths = {"path": str(teacher)}
+    assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, 2, mixed) == [""] * 2
+    first, last = mixed["stages"]
+    other = {**mixed, "stages": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
+    for said in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
+        assert "stage 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
+    edited = {**mixed, "stages": [first, {"weights": {"train": 1}}]}
+    assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
+    assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
 
 
 def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:
@@ -279,6 +339,6 @@ def test_a_token_that_the_teacher_has_no_id_for_stops_the_run(manifest: Path, te
     path = tmp_path / "map.json"
     path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
     paths = {"path": str(teacher), "vocab_map": str(path)}
-    (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None)
+    (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None, {})
     assert f"no teacher's id for {int(first)}" in said
     assert "slot 0" in said

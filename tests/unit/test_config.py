@@ -42,6 +42,42 @@ def test_defaults_are_filled_in_and_frozen(tmp_path: Path) -> None:
         recipe.train.steps = 3
 
 
+MIXTURE = MINIMAL.replace(
+    "data: {manifest: data/manifest.json}",
+    """
+data:
+  sources: {web: web/manifest.json, code: s3://bucket/code/manifest.json}
+  stages:
+    - {tokens: 800_000_000, weights: {web: 0.8, code: 0.2}}
+    - {weights: {code: 1}}
+""",
+)
+
+
+def test_a_mixture_is_sources_and_stages(tmp_path: Path) -> None:
+    data = load_recipe(write(tmp_path, MIXTURE)).data
+    assert [stage.tokens for stage in data.stages] == [800_000_000, None]
+    assert data.stages[0].weights == {"web": 0.8, "code": 0.2}
+    assert load_recipe(write(tmp_path, MIXTURE), ["data.skip=[[3,5],[9,10]]"]).data.skip == [[3, 5], [9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("data.manifest=x/manifest.json", "data: give either manifest, or sources and stages"),
+        ("data.stages=[]", "data: sources and stages go together"),
+        ("data.stages=[{weights: {wbe: 1}}]", "stage 1 weighs wbe, no such source; did you mean 'web'?"),
+        ("data.stages=[{tokens: 5, weights: {web: 1}}]", "the last stage has no end: remove its tokens"),
+        ("data.stages=[{weights: {web: 1}}, {weights: {web: 1}}]", "stage 1 needs tokens"),
+        ("data.stages=[{weights: {web: 0}}]", "data.stages.0: the weight of web is 0"),
+        ("data.skip=[[5,5]]", "skip has [5, 5]: a range is [first, one behind the last]"),
+        ("data.on_fault=ignore", "data.on_fault: input should be 'fail' or 'quarantine', found 'ignore'"),
+    ],
+)
+def test_data_that_does_not_fit_together_is_refused(tmp_path: Path, change: str, says: str) -> None:
+    assert says in refused(write(tmp_path, MIXTURE), change)
+
+
 def test_extends_and_overrides_merge_in_order(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL, "base.yaml")
     child = write(tmp_path, "extends: base.yaml\ntrain: {steps: 20}\nstudent: {config: {hidden_size: 8}}\n")

@@ -4,7 +4,6 @@ Legend: B sequences, S tokens of a sequence, N = B·S, E teacher width.
 """
 
 import json
-import zlib
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from megadistill.records import (
     StepReport,
     TeacherSignal,
     TokenBatch,
+    document_positions,
     token_digest,
 )
 
@@ -31,7 +31,11 @@ def _batch() -> TokenBatch:
     labels = units[:, 1:].clone()
     labels[2, 1:] = IGNORED_LABEL
     tokens = units[:, :-1]
-    return TokenBatch(tokens=tokens, labels=labels, slots=torch.arange(10, 10 + B), digests=token_digest(tokens))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 0] = starts[1, 2] = True
+    return TokenBatch(
+        tokens=tokens, labels=labels, slots=torch.arange(10, 10 + B), digests=token_digest(tokens), starts=starts
+    )
 
 
 def _signal(batch: TokenBatch) -> TeacherSignal:
@@ -43,9 +47,9 @@ def test_micro_batches_are_the_batch_in_order(size: int) -> None:
     batch = _batch()
     parts = batch.micro_batches(size)
     assert [len(part) for part in parts] == [size] * (B // size)
-    for field in fields(TokenBatch):
-        whole = torch.cat([getattr(part, field.name) for part in parts])
-        assert torch.equal(whole, getattr(batch, field.name)), field.name
+    for name in ("tokens", "labels", "slots", "digests", "starts"):
+        whole = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(whole, getattr(batch, name)), name
     assert sum(part.valid_tokens for part in parts) == batch.valid_tokens == B * S - 3
 
 
@@ -56,16 +60,40 @@ def test_a_batch_that_does_not_divide_is_a_bug() -> None:
 
 def test_slots_and_digests_stay_on_the_host() -> None:
     moved = _batch().to(torch.device("meta"))
-    assert (moved.tokens.device.type, moved.labels.device.type) == ("meta", "meta")
+    assert {moved.tokens.device.type, moved.labels.device.type, moved.starts.device.type} == {"meta"}
     assert (moved.slots.device.type, moved.digests.device.type) == ("cpu", "cpu")
 
 
-def test_a_digest_is_the_crc32_of_the_ids_whatever_their_type() -> None:
+def test_a_digest_tells_every_change_of_one_token_and_every_swap() -> None:
+    row = torch.tensor([5, 2, 9, 2, 0, 65_535])
+    others = [row.clone() for _ in range(6 * 3)]
+    for place in range(6):
+        for kind, value in enumerate((1, 70_000, 1 << 23)):
+            others[3 * place + kind][place] += value
+    others += [row[[1, 0, 2, 3, 4, 5]], row[[0, 1, 2, 3, 5, 4]]]
+    digests = token_digest(torch.stack([row, *others]))
+    assert len(set(digests.tolist())) == len(others) + 1
+
+
+def test_a_digest_is_of_the_ids_whatever_their_type_and_place_in_memory() -> None:
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4]])
-    expected = [zlib.crc32(b"".join(int(i).to_bytes(8, "little") for i in row)) for row in tokens]
-    assert token_digest(tokens).tolist() == expected
-    assert token_digest(tokens.int()).tolist() == expected
+    assert token_digest(tokens).tolist() == token_digest(tokens.int()).tolist()
     assert token_digest(tokens[:, :2]).tolist() == [token_digest(torch.tensor([[1, 2]])).item()] * 2, "not contiguous"
+    odd = token_digest(torch.eye(2048, dtype=torch.int64)) % 2
+    assert odd.all(), "an even multiplier would lose a high bit"
+
+
+def test_positions_restart_where_a_document_begins() -> None:
+    starts = torch.tensor([[1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    assert document_positions(starts).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
+    batch = _batch()
+    assert batch.positions is None
+    assert replace(batch, document_mask=True).positions is not None
+
+
+def test_a_cursor_survives_json() -> None:
+    cursor = Cursor("f", 17, holes=(3, 9), skips=((1, 2), (5, 6)), order=json.dumps({"seed": 1}))
+    assert Cursor.from_state(json.loads(json.dumps(cursor.state()))) == cursor
 
 
 def test_a_signal_that_answers_the_batch_is_its_hidden_states() -> None:
@@ -83,11 +111,6 @@ def test_a_signal_for_other_slots_or_other_tokens_is_refused() -> None:
         signal.hidden_for(replace(batch, digests=batch.digests.flip(0)))
     with pytest.raises(SignalMismatch):
         signal.hidden_for(batch.micro_batches(3)[0])
-
-
-def test_a_cursor_survives_json() -> None:
-    cursor = Cursor("abc", 10**13)
-    assert Cursor.from_state(json.loads(json.dumps(cursor.state()))) == cursor
 
 
 def test_metrics_are_the_terms_by_name_and_carry_no_gradient() -> None:

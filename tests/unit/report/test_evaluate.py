@@ -4,6 +4,7 @@ Legend: U units, S tokens of a sequence, V true vocabulary, P rows of a model th
 """
 
 import io
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -18,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megadistill.data import Manifest
-from megadistill.data.shards import write_shards
+from megadistill.data.packing import Unit
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import load_config
 from megadistill.report.evaluate import Evaluation, _short_names, evaluate, table, write_json
+from tests.unit.data.splits import random_units, write_split
 
 UNITS, SEQUENCE, VOCAB, TEXT_BYTES = 7, 16, 250, 401
 
@@ -56,23 +57,9 @@ def units() -> Tensor:
 def place(tmp_path_factory: pytest.TempPathFactory, units: Tensor) -> Path:
     """heldout/, a student with tied embeddings, and a teacher with six padding rows."""
     folder = tmp_path_factory.mktemp("report")
-    shards = write_shards(folder / "heldout", list(units.numpy()), vocab_size=VOCAB, units_per_shard=4)
-    Manifest.model_validate(
-        {
-            "version": 1,
-            "split": "heldout",
-            "sequence_length": SEQUENCE,
-            "dtype": "uint16",
-            "vocab_size": VOCAB,
-            "tokenizer": {"kind": "sentencepiece", "file": "tokenizer/tokenizer.model", "sha256": "0" * 64},
-            "packer": {"name": "chunk", "version": 1, "bos": True, "eos": True},
-            "documents": 1,
-            "tokens": UNITS * SEQUENCE,
-            "text_bytes": TEXT_BYTES,
-            "source": {"inputs": ("text",), "include": ("*",), "exclude": (), "heldout_fraction": 0.1},
-            "shards": shards,
-        }
-    ).write(folder / "heldout")
+    whole = np.array([0, SEQUENCE + 1], dtype=np.int32)
+    rows = [Unit(unit.astype(np.int32), whole) for unit in units.numpy()]
+    write_split(folder / "heldout", rows, vocab=VOCAB, per_shard=4, text_bytes=TEXT_BYTES)
     _saved(folder / "student", STUDENT, seed=1)
     _saved(folder / "teacher", TEACHER, seed=2)
     return folder
@@ -113,6 +100,29 @@ def test_it_is_what_transformers_logits_say(place: Path, units: Tensor) -> None:
     assert student.agreement == pytest.approx((log_t.argmax(-1) == log_s.argmax(-1)).double().mean().item())
     assert teacher.kl == pytest.approx(0.0, abs=1e-6)
     assert teacher.agreement == 1.0
+
+
+def test_whole_documents_are_read_by_themselves(place: Path, tmp_path: Path) -> None:
+    """Each document alone through transformers, padding left out; without its text bytes there are no bits a byte."""
+    units = random_units(6, seed=3, sequence=SEQUENCE, vocab=VOCAB, full=False)
+    write_split(tmp_path, units, vocab=VOCAB, packer="bestfit", text_bytes=None)
+    (found,) = evaluate([place / "student"], tmp_path / "manifest.json", teacher=None, batch=4)
+    model = AutoModelForCausalLM.from_pretrained(place / "student")
+    nats, count = 0.0, 0
+    for unit in units:
+        for start, stop in itertools.pairwise(unit.bounds.tolist()):
+            document = torch.from_numpy(unit.tokens[start:stop].astype(np.int64))
+            if len(document) > 1:
+                with torch.no_grad():
+                    log_p = model(input_ids=document[None, :-1]).logits[0, :, :VOCAB].double().log_softmax(-1)
+                nats += torch.nn.functional.nll_loss(log_p, document[1:], reduction="sum").item()
+                count += len(document) - 1
+    assert found.tokens == count
+    assert found.cross_entropy == pytest.approx(nats / count, rel=1e-5)
+    assert found.bits_per_byte is None
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(table([found]))
+    assert f"{found.cross_entropy:.4f}" in shown.getvalue()
 
 
 def test_parameters_are_counted_once_where_they_are_tied(place: Path) -> None:

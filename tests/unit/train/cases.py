@@ -43,17 +43,18 @@ def topology(*, rank: int = 0, world: int = 1) -> Topology:
 def described_data(folder: Path) -> Path:
     """The manifest of a data set whose shards nobody reads."""
     values = {
-        "version": 1,
+        "version": 2,
         "split": "train",
         "sequence_length": SEQUENCE,
         "dtype": "uint16",
         "vocab_size": VOCAB,
+        "unit": {"kind": "npy", "tokens": "tokens.npy", "bounds": "bounds.npy"},
         "tokenizer": {
             "kind": "sentencepiece",
-            "file": "tokenizer/tokenizer.model",
+            "file": "../tokenizer/tokenizer.model",
             "sha256": hashlib.sha256(TOKENIZER).hexdigest(),
         },
-        "packer": {"name": "chunk", "version": 1, "bos": True, "eos": True},
+        "packer": {"name": "chunk", "version": 2, "bos": None, "eos": 2},
         "documents": 3,
         "tokens": 8 * SEQUENCE,
         "text_bytes": 1000,
@@ -64,16 +65,13 @@ def described_data(folder: Path) -> Path:
                 "units": 8,
                 "bytes": 1,
                 "sha256": "0" * 64,
-                "index": "shard-00000.tar.idx.npy",
                 "index_sha256": "0" * 64,
             }
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    Manifest.load(path)
-    return path
+    Manifest.model_validate_json(json.dumps(values)).write(folder)
+    return folder / "manifest.json"
 
 
 def described_teacher(folder: Path, *, tokenizer: bytes | None = TOKENIZER, **changes: Any) -> Path:

@@ -32,6 +32,7 @@ REPORT = StepReport(
     grad_norm=0.7,
     seconds=2.0,
     tokens_per_second=128.0,
+    data_seconds=0.125,
     teacher_seconds=0.25,
     mfu=None,
     memory_bytes=10,
@@ -167,7 +168,15 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
         precision="bfloat16",
         topology=topology(world=2),
     )
-    return meter.report(3, dict.fromkeys(METRIC_NAMES, 1.0), rate=1e-3, grad_norm=2.0, seconds=0.5, teacher_seconds=0.1)
+    return meter.report(
+        3,
+        dict.fromkeys(METRIC_NAMES, 1.0),
+        rate=1e-3,
+        grad_norm=2.0,
+        seconds=0.5,
+        data_seconds=0.01,
+        teacher_seconds=0.1,
+    )
 
 
 @pytest.mark.parametrize("teacher", [False, True])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megadistill.data import Manifest, Mixture
 from megadistill.errors import UserError
 from megadistill.train.run_folder import (
     MAY_CHANGE,
@@ -15,7 +16,7 @@ from megadistill.train.run_folder import (
     refuse_other_recipe,
     write_description,
 )
-from tests.unit.train.cases import recipe
+from tests.unit.train.cases import described_data, recipe
 
 
 def _snapshot(**sections: Any) -> dict[str, Any]:
@@ -83,7 +84,13 @@ def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
     snapshot = _snapshot()
     refused = changed(snapshot)
     assert not set(refused) & set(MAY_CHANGE)
-    assert {"run.seed", "data.manifest", "student.config.hidden_size", "train.adamw.learning_rate"} <= set(refused)
+    assert {
+        "run.seed",
+        "data.seed",
+        "data.document_mask",
+        "student.config.hidden_size",
+        "train.adamw.learning_rate",
+    } <= set(refused)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": ', "\udcff"])
@@ -95,12 +102,17 @@ def test_a_broken_description_is_refused(begun: Path, content: str) -> None:
 
 
 def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
-    source, run = tmp_path / "source", tmp_path / "run"
+    source, run = tmp_path / "set" / "tokenizer", tmp_path / "run"
+    data = Mixture.of(Manifest.load(described_data(tmp_path / "set" / "train")))
     source.mkdir()
     run.mkdir()
+    with pytest.raises(UserError, match="tokenizer.model, the tokenizer of the shards, is not where"):
+        keep_tokenizer(run, data)
     (source / "tokenizer.model").write_bytes(b"one")
-    keep_tokenizer(run, source)
+    (source / "tokenizer_config.json").write_bytes(b"{}")
+    keep_tokenizer(run, data)
     (source / "tokenizer.model").write_bytes(b"two")
-    keep_tokenizer(run, source)
+    keep_tokenizer(run, data)
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
+    assert (run / "tokenizer" / "tokenizer_config.json").read_bytes() == b"{}"
     assert [path.name for path in run.iterdir()] == ["tokenizer"]

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(
         ({"max_position_embeddings": 16}, ["teacher.path", "16", "32"]),
         ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer", "teacher.vocab_map"]),
         ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
-        ({"tokenizer": None}, ["tokenizer.model does not exist", "copy", "teacher.vocab_map"]),
+        ({"tokenizer": None}, ["has no tokenizer.model", "copy", "teacher.vocab_map"]),
         ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words", "teacher.vocab_map"]),
         ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
     ],

@@ -61,7 +61,8 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytes
 
 def _batch(tokens: list[int], labels: list[int]) -> TokenBatch:
     rows = torch.tensor([tokens])
-    return TokenBatch(rows, torch.tensor([labels]), slots=torch.tensor([17]), digests=token_digest(rows))
+    starts = torch.zeros_like(rows, dtype=torch.bool)
+    return TokenBatch(rows, torch.tensor([labels]), torch.tensor([17]), token_digest(rows), starts)
 
 
 def test_the_teacher_reads_its_own_ids_and_answers_for_them() -> None:
