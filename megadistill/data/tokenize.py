@@ -1,56 +1,48 @@
-"""Tokenizing: text files to a data set (tokenizer, train split, held-out split). It knows no order and no batches.
+"""Tokenizing: a corpus to a data set (tokenizer, train split, held-out split). It knows no order and no batches.
 
-One file is one document, and a document's text decides its split, so that copies of a text land on the same side.
-Files are read once to sort them into splits and once to encode them: memory holds one document and one shard's worth
-of tokens, not the text.
-
-Legend: S tokens of a sequence; a unit has S + 1.
+Documents are read one after the other, sorted into the splits by their text, and cut into runs; each run becomes a
+shard, by itself. The same command, started again after it was broken off at any instant, keeps what is whole and goes
+on; what it gives is the same to the byte.
 """
 
-import hashlib
-import math
+import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol
+from typing import Final
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megadistill.data.packing import CHUNK, CHUNK_VERSION, Ids, chunk
-from megadistill.data.shards import (
+from megadistill.data.corpus import Corpus, LeftOut, find_files, in_words
+from megadistill.data.encode import PACKERS, Finished, PackerName, Rules, disk_faults
+from megadistill.data.manifest import (
     FORMAT_VERSION,
+    MANIFEST,
     Manifest,
     PackerRecord,
     SourceRecord,
-    TokenizerRecord,
+    UnitRecord,
     refuse_finished,
     token_dtype,
-    write_shards,
 )
-from megadistill.data.stream import shift
-from megadistill.data.tokenizer import MODEL_FILE, Tokenizer, train_tokenizer
+from megadistill.data.packing import CHUNK
+from megadistill.data.progress import ShowProgress, console_progress
+from megadistill.data.runs import HELDOUT, SHARD_PREFIX, TRAIN, cut, split_of
+from megadistill.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
+from megadistill.data.training_sample import RECORD, TrainingSample, trained_tokenizer
+from megadistill.data.workers import Done, Work, encode_all
 from megadistill.errors import UserError
 
-TRAIN, HELDOUT = "train", "heldout"
-TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FOLDER: Final = "tokenizer"
+UNFINISHED: Final = ".unfinished"
+"""Lies in the output from the first moment to the last, and is locked while somebody writes there."""
 
-SAMPLE_BYTES = 10_000_000
-"""Text that a tokenizer is trained on, at most: whole documents in the order of their digests."""
-
-LINE_SECONDS = 10.0
-"""Between plain lines where there is no terminal."""
-
-
-class ShowProgress(Protocol):
-    """Told of work as it is done: `stage` in words, bytes of text done and in all, tokens made of them."""
-
-    def __call__(self, stage: str, *, done: int, total: int, tokens: int) -> None: ...
+SHARD_MB: Final = 32
+UNIT: Final = UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
 
 
 @dataclass(frozen=True)
@@ -62,35 +54,42 @@ class SplitReport:
     shards: int
     tokens: int
     text_bytes: int
+    dropped: int
+    """Tokens that are in no unit: what is left at the end of a shard."""
+    padding: float
+    """Share of the units' tokens."""
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What `tokenize` did. `empty` and `invalid` count documents left out: blank ones, and those that are not UTF-8."""
+    """What `tokenize` did."""
 
     output: Path
     vocab_size: int
     train: SplitReport
-    heldout: SplitReport
-    empty: int
-    invalid: int
+    heldout: SplitReport | None
+    left_out: Counter[LeftOut]
+    kept: int
+    """Shards that an earlier start had written."""
     seconds: float
 
     def table(self) -> Table:
         """For a person: a row a split, and what was left out below."""
+        resumed = f"; {self.kept:,} shards were kept from an earlier start" if self.kept else ""
         shown = Table(
             title=f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s",
-            caption=f"left out: {self.empty:,} empty documents, {self.invalid:,} that are not UTF-8",
+            caption=f"left out: {in_words(self.left_out) or 'nothing'}{resumed}",
             title_justify="left",
             caption_justify="left",
         )
         shown.add_column("split")
-        for heading in ("documents", "sequences", "shards", "tokens", "text", "bytes a token"):
+        for heading in ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "dropped"):
             shown.add_column(heading, justify="right")
         for name, split in ((TRAIN, self.train), (HELDOUT, self.heldout)):
-            counts = [f"{count:,}" for count in (split.documents, split.units, split.shards, split.tokens)]
-            per_token = f"{split.text_bytes / split.tokens:.2f}"
-            shown.add_row(name, *counts, f"{split.text_bytes / 1e6:.1f} MB", per_token)
+            if split is not None:
+                counts = [f"{count:,}" for count in (split.documents, split.units, split.shards, split.tokens)]
+                text = [f"{split.text_bytes / 1e6:.1f} MB", f"{split.text_bytes / split.tokens:.2f}"]
+                shown.add_row(name, *counts, *text, f"{split.padding:.2%}", f"{split.dropped:,}")
         return shown
 
 
@@ -102,300 +101,274 @@ def tokenize(
     vocab_size: int | None,
     sequence_length: int,
     heldout_fraction: float,
+    packer: PackerName = CHUNK,
+    text_field: str = "text",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    units_per_shard: int = 4096,
+    shard_mb: float = SHARD_MB,
+    processes: int | None = None,
     progress: ShowProgress | None = None,
 ) -> TokenizeReport:
     """Writes `output`/tokenizer, `output`/train and `output`/heldout; the same text gives the same bytes.
 
-    `inputs` are text files, taken as they are, and folders, walked in sorted order without following symbolic links.
-    Of a folder's files those are taken that match a pattern of `include` and none of `exclude`. A pattern matches the
-    path relative to the folder (`*` crosses `/`), the same with a leading `/`, or the file's name.
+    `inputs` are files, taken as they are, and folders, of whose files `include` and `exclude` choose (see
+    `corpus.find_files`); `corpus` says what a document is in each kind of file. A share of `heldout_fraction` of the
+    documents is held out; with 0 there is no such split.
 
-    Either `tokenizer`, a SentencePiece model, makes the ids, or one of `vocab_size` pieces is trained on the training
-    documents. `progress` is told how it goes; by default a bar on a terminal, a line every ten seconds elsewhere.
+    Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
+    `vocab_size` pieces is trained on the training documents. `shard_mb` is the text of a shard in 10^6 bytes.
+    `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
+    that calls this must keep its own acts under `if __name__ == "__main__"`. `progress` is told how it goes; by default
+    a bar on a terminal, plain lines elsewhere.
 
     Raises:
         UserError: an argument, the text or the output folder does not do; no manifest was written.
+        OperatorFault: the disk is full. RestartFault: a process was killed. The same command goes on.
     """
     began = time.perf_counter()
-    _check(inputs, tokenizer, vocab_size, sequence_length, heldout_fraction, units_per_shard)
-    for split in (TRAIN, HELDOUT):
-        refuse_finished(output / split)
-    with nullcontext(progress) if progress else _console_progress() as show:
-        model = Tokenizer.load(tokenizer) if tokenizer else None
-        corpus = _read_corpus(_files(inputs, include, exclude), heldout_fraction)
-        if model is None:
+    _check(
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        heldout_fraction=heldout_fraction,
+        packer=packer,
+        shard_mb=shard_mb,
+        processes=processes,
+    )
+    reading = _Reading(inputs, include, exclude, text_field, heldout_fraction)
+    with (
+        nullcontext(progress) if progress else console_progress() as show,
+        disk_faults(output),
+        _unfinished(output, reading.splits),
+    ):
+        if tokenizer is not None:
+            model = load_tokenizer(tokenizer)
+        else:
             assert vocab_size is not None
-            model = _train(corpus.train, vocab_size, show)
+            model = _trained(reading, output / TOKENIZER_FOLDER, vocab_size, show)
         model.write(output / TOKENIZER_FOLDER)
-        source = SourceRecord(
-            inputs=tuple(path.resolve().name for path in inputs),  # no folders above: moving the text changes nothing
-            include=tuple(include),
-            exclude=tuple(exclude),
-            heldout_fraction=heldout_fraction,
+        dtype = token_dtype(model.vocab_size)
+        rules = Rules.of(model, packer=packer, sequence_length=sequence_length, dtype=dtype)
+        corpus = reading.corpus()
+        done = _encoded(
+            Work(output, output / TOKENIZER_FOLDER / model.file, rules),
+            corpus,
+            reading,
+            run_bytes=round(shard_mb * 1e6),
+            processes=processes or len(os.sched_getaffinity(0)),
+            show=show,
         )
-        manifests = [
-            _write_split(
-                output / split,
-                documents,
-                model,
-                sequence_length=sequence_length,
-                units_per_shard=units_per_shard,
-                source=source,
-                show=show,
-            )
-            for split, documents in ((TRAIN, corpus.train), (HELDOUT, corpus.heldout))
-        ]
-    for manifest in manifests:  # last, when nothing can fail any more
-        manifest.write(output / manifest.split)
-    train, heldout = map(_split_report, manifests)
+        manifests = {split: _manifest(split, done, model, rules, reading) for split in reading.splits}
+        for split, manifest in manifests.items():  # last, when nothing can fail any more
+            manifest.write(output / split)
+        _clear(output, manifests.values())
+    reports = {split: _split_report(manifests[split], done) for split in manifests}
     return TokenizeReport(
         output=output,
         vocab_size=model.vocab_size,
-        train=train,
-        heldout=heldout,
-        empty=corpus.empty,
-        invalid=corpus.invalid,
+        train=reports[TRAIN],
+        heldout=reports.get(HELDOUT),
+        left_out=corpus.left_out,
+        kept=sum(one.kept and one.finished.shard is not None for one in done),
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass(frozen=True)
-class _Document:
-    path: Path
-    size: int
-    digest: bytes
-    """Of its text: decides the split, and the order in which documents train a tokenizer."""
+class _Reading:
+    """What is read; each pass over it reads the same."""
 
-    def read(self) -> str:
-        return self.path.read_bytes().decode()  # not read_text, which would rewrite line ends
+    inputs: Sequence[Path]
+    include: Sequence[str]
+    exclude: Sequence[str]
+    text_field: str
+    heldout_fraction: float
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN, HELDOUT) if self.heldout_fraction else (TRAIN,)
 
-@dataclass(frozen=True)
-class _Corpus:
-    train: list[_Document]
-    heldout: list[_Document]
-    empty: int
-    invalid: int
+    def corpus(self) -> Corpus:
+        return Corpus(self._files(), text_field=self.text_field)
+
+    def file_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> Iterator[Path]:
+        return find_files(self.inputs, self.include, self.exclude)
+
+    def refuse_one_sided(self, documents: Counter[str], corpus: Corpus) -> None:
+        """Raises UserError: there is no document, or not one in each split."""
+        if not documents:
+            raise corpus.nothing()
+        empty = next((split for split in self.splits if not documents[split]), None)
+        if empty is not None:
+            full = HELDOUT if empty == TRAIN else TRAIN
+            raise UserError(
+                f"--heldout-fraction {self.heldout_fraction} puts all {documents.total()} documents into {full}: "
+                f"{'lower' if full == HELDOUT else 'raise'} it, or give more documents (one stays whole)"
+            )
+
+    def record(self) -> SourceRecord:
+        return SourceRecord(
+            inputs=tuple(path.resolve().name for path in self.inputs),  # no folders above: moving it changes nothing
+            include=tuple(self.include),
+            exclude=tuple(self.exclude),
+            heldout_fraction=self.heldout_fraction,
+        )
 
 
 def _check(
-    inputs: Sequence[Path],
+    *,
     tokenizer: Path | None,
     vocab_size: int | None,
     sequence_length: int,
     heldout_fraction: float,
-    units_per_shard: int,
+    packer: str,
+    shard_mb: float,
+    processes: int | None,
 ) -> None:
     if (tokenizer is None) == (vocab_size is None):
-        raise UserError("give either --tokenizer, a SentencePiece model, or --vocab-size, to train one")
+        raise UserError(
+            "give either --tokenizer, a SentencePiece model or a Hugging Face tokenizer, or --vocab-size, to train one"
+        )
     if vocab_size is not None and vocab_size < 300:
         raise UserError(
             f"--vocab-size {vocab_size}: 256 byte pieces and 3 control pieces leave no room; 300 is the least"
         )
-    for option, value in (("--sequence-length", sequence_length), ("--units-per-shard", units_per_shard)):
-        if value < 1:
+    for option, value in (("--sequence-length", sequence_length), ("--processes", processes)):
+        if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
-    if not 0 < heldout_fraction < 1:
+    if not 1e-6 <= shard_mb < 1e6:
+        raise UserError(f"--shard-mb {shard_mb}: give the millions of bytes of text in a shard, such as {SHARD_MB}")
+    if not 0 <= heldout_fraction < 1:
         raise UserError(f"--heldout-fraction {heldout_fraction}: give a share between 0 and 1, such as 0.01")
-    for path in inputs:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give text files, or folders of them")
+    if packer not in PACKERS:
+        raise UserError(f"--packer {packer}: give {' or '.join(PACKERS)}")
 
 
-def _files(inputs: Sequence[Path], include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
-    found = False
-    for given in inputs:
-        for path in [given] if given.is_file() else _walk(given, include, exclude):
-            found = True
-            yield path
-    if not found:
-        raise UserError(
-            f"no file of {', '.join(map(str, inputs))} matches --include {' '.join(include)}"
-            f"{f' and not --exclude {chr(32).join(exclude)}' if exclude else ''}: change the patterns"
-        )
+@contextmanager
+def _unfinished(output: Path, splits: Iterable[str]) -> Iterator[None]:
+    """Marks the output as unfinished, and keeps a second process from writing there.
 
-
-def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error) from None
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent, name)
-            relative = path.relative_to(folder).as_posix()
-            wanted = _matches(relative, include) and not _matches(relative, exclude)
-            if wanted and path.is_file() and not path.is_symlink():
-                yield path
-
-
-def _unreadable(error: OSError) -> UserError:
-    return UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable, or --exclude it")
-
-
-def _matches(relative: str, patterns: Iterable[str]) -> bool:
-    forms = (relative, f"/{relative}", relative.rpartition("/")[2])
-    return any(fnmatchcase(form, pattern) for pattern in patterns for form in forms)
-
-
-def _read_corpus(files: Iterable[Path], heldout_fraction: float) -> _Corpus:
-    corpus = {TRAIN: list[_Document](), HELDOUT: list[_Document]()}
-    empty = invalid = 0
-    for path in files:
+    Raises:
+        UserError: it holds a finished split, or somebody writes there.
+    """
+    if not (output / UNFINISHED).exists():
+        for split in (TRAIN, HELDOUT):
+            refuse_finished(output / split)
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / UNFINISHED, "ab") as file:
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise _unreadable(error) from None
-        try:
-            blank = not data.decode().strip()
-        except UnicodeDecodeError:
-            invalid += 1
-            continue
-        if blank:
-            empty += 1
-            continue
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        held_out = int.from_bytes(digest, "big") < heldout_fraction * 2**64
-        corpus[HELDOUT if held_out else TRAIN].append(_Document(path, len(data), digest))
-    train, heldout = corpus[TRAIN], corpus[HELDOUT]
-    if not train and not heldout:
-        raise UserError(f"no text to tokenize: {empty} documents are empty, {invalid} are not UTF-8")
-    if not train or not heldout:
-        raise UserError(
-            f"--heldout-fraction {heldout_fraction} puts all {len(train) + len(heldout)} documents into "
-            f"{'train' if train else 'heldout'}: {'raise' if train else 'lower'} it, or give more documents "
-            "(a document is one file, and stays whole)"
-        )
-    return _Corpus(train=train, heldout=heldout, empty=empty, invalid=invalid)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `megadistill tokenize` is writing to {output}: wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        for split in splits:
+            (output / split).mkdir(exist_ok=True)
+        for split in (TRAIN, HELDOUT):
+            (output / split / MANIFEST).unlink(missing_ok=True)  # broken off between two manifests
+        yield
 
 
-def _train(documents: Sequence[_Document], vocab_size: int, show: ShowProgress) -> Tokenizer:
-    total = min(SAMPLE_BYTES, sum(document.size for document in documents))
-    show("tokenizer", done=0, total=total, tokens=0)
-    model = train_tokenizer(_sample(documents), vocab_size=vocab_size)
-    show("tokenizer", done=total, total=total, tokens=0)
+def _trained(reading: _Reading, folder: Path, vocab_size: int, show: ShowProgress) -> Tokenizer:
+    total = reading.file_bytes()
+    corpus = reading.corpus()
+    sample = TrainingSample()
+    documents: Counter[str] = Counter()
+    show("sample", done=0, total=total, tokens=0)
+    for document in corpus:
+        split = split_of(document, reading.heldout_fraction)
+        documents[split] += 1
+        if split == TRAIN:
+            sample.add(document)
+        show("sample", done=corpus.bytes_read, total=total, tokens=0)
+    reading.refuse_one_sided(documents, corpus)
+    show("sample", done=total, total=total, tokens=0)
+    show("tokenizer", done=0, total=sample.bytes, tokens=0)
+    model = trained_tokenizer(sample, folder, vocab_size=vocab_size)
+    show("tokenizer", done=sample.bytes, total=sample.bytes, tokens=0)
     return model
 
 
-def _sample(documents: Sequence[_Document]) -> Iterator[str]:
-    """Lines of about SAMPLE_BYTES of text: a random choice of documents, and always the same one."""
-    left = SAMPLE_BYTES
-    for document in sorted(documents, key=lambda document: document.digest):
-        for line in document.read().split("\n"):
-            if left <= 0:
-                return
-            left -= len(line.encode()) + 1
-            yield line
+def _encoded(
+    work: Work, corpus: Corpus, reading: _Reading, *, run_bytes: int, processes: int, show: ShowProgress
+) -> list[Done]:
+    """What became of each run, in order."""
+    total = reading.file_bytes()
+    read = tokens = 0
+    done: list[Done] = []
+    show("shards", done=0, total=total, tokens=0)
+    runs = cut(corpus, heldout_fraction=reading.heldout_fraction, run_bytes=run_bytes)
+    for one in encode_all(work, runs, processes=processes):
+        done.append(one)
+        read += one.file_bytes
+        tokens += 0 if one.kept else one.finished.tokens
+        show("shards", done=min(read, total), total=total, tokens=tokens)
+    documents: Counter[str] = Counter()
+    for one in done:
+        documents[one.split] += one.finished.documents
+    reading.refuse_one_sided(documents, corpus)
+    if read < total:  # what was left out behind the last run
+        show("shards", done=total, total=total, tokens=tokens)
+    return sorted(done, key=lambda one: one.number)
 
 
-def _write_split(
-    folder: Path,
-    documents: Sequence[_Document],
-    model: Tokenizer,
-    *,
-    sequence_length: int,
-    units_per_shard: int,
-    source: SourceRecord,
-    show: ShowProgress,
-) -> Manifest:
-    """Writes the shards of a split and returns its manifest, which is not written yet."""
-    text_bytes = 0
+def _of(split: str, done: Iterable[Done]) -> list[Finished]:
+    return [one.finished for one in done if one.split == split]
 
-    def counted(units: Iterable[Ids]) -> Iterator[Ids]:
-        nonlocal text_bytes
-        for unit in units:
-            _, labels = shift(unit)
-            text_bytes += int(model.piece_bytes[labels].sum())
-            yield unit
 
-    encoded = _encoded(documents, model, folder.name, show)
-    shards = write_shards(
-        folder,
-        counted(chunk(encoded, sequence_length=sequence_length, eos=model.eos)),
-        vocab_size=model.vocab_size,
-        units_per_shard=units_per_shard,
-    )
+def _manifest(split: str, done: Iterable[Done], model: Tokenizer, rules: Rules, reading: _Reading) -> Manifest:
+    finished = _of(split, done)
+    shards = tuple(one.shard for one in finished if one.shard is not None)
+    documents = sum(one.documents for one in finished)
     if not shards:
         raise UserError(
-            f"the {folder.name} split, {len(documents)} documents, has fewer than the {sequence_length + 1} tokens of "
+            f"the {split} split, {documents} documents, has fewer than the {rules.sequence_length + 1} tokens of "
             "one sequence: shorten --sequence-length, change --heldout-fraction, or give more text"
         )
     return Manifest(
         version=FORMAT_VERSION,
-        split=folder.name,
-        sequence_length=sequence_length,
-        dtype=token_dtype(model.vocab_size),
+        split=split,
+        sequence_length=rules.sequence_length,
+        dtype=rules.dtype,
         vocab_size=model.vocab_size,
-        tokenizer=TokenizerRecord(kind="sentencepiece", file=f"{TOKENIZER_FOLDER}/{MODEL_FILE}", sha256=model.sha256),
-        packer=PackerRecord(name=CHUNK, version=CHUNK_VERSION, bos=False, eos=True),
-        documents=len(documents),
-        tokens=sum(shard.units for shard in shards) * sequence_length,
-        text_bytes=text_bytes,
-        source=source,
+        unit=UNIT,
+        tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
+        packer=PackerRecord(name=rules.packer, version=rules.packer_version, bos=rules.bos, eos=rules.eos),
+        documents=documents,
+        tokens=sum(one.tokens for one in finished),
+        text_bytes=sum(one.text_bytes for one in finished),
+        source=reading.record(),
         shards=shards,
     )
 
 
-def _encoded(documents: Sequence[_Document], model: Tokenizer, stage: str, show: ShowProgress) -> Iterator[Ids]:
-    total = sum(document.size for document in documents)
-    done = tokens = 0
-    show(stage, done=0, total=total, tokens=0)
-    for document in documents:
-        ids = model.encode(document.read())
-        done += document.size
-        tokens += len(ids)
-        show(stage, done=done, total=total, tokens=tokens)
-        yield ids
+def _clear(output: Path, manifests: Iterable[Manifest]) -> None:
+    """Deletes what a later start would have needed, and shards of an earlier start that are of no use any more."""
+    (output / UNFINISHED).unlink()
+    (output / TOKENIZER_FOLDER / RECORD).unlink(missing_ok=True)
+    listed = {
+        output / one.split / name for one in manifests for shard in one.shards for name in (shard.name, shard.index)
+    }
+    for split in (TRAIN, HELDOUT):
+        for record in list((output / split).glob(f".{SHARD_PREFIX}*")):
+            shard = record.name[1:].partition(".")[0]
+            for path in {record, *record.parent.glob(f"{shard}.tar*")} - listed:
+                path.unlink()
 
 
-def _split_report(manifest: Manifest) -> SplitReport:
+def _split_report(manifest: Manifest, done: Iterable[Done]) -> SplitReport:
+    finished = _of(manifest.split, done)
+    assert manifest.documents is not None
+    assert manifest.text_bytes is not None
     return SplitReport(
         documents=manifest.documents,
         units=manifest.units,
         shards=len(manifest.shards),
         tokens=manifest.tokens,
         text_bytes=manifest.text_bytes,
+        dropped=sum(one.dropped for one in finished),
+        padding=sum(one.padding for one in finished) / (manifest.units * (manifest.sequence_length + 1)),
     )
-
-
-@contextmanager
-def _console_progress() -> Iterator[ShowProgress]:
-    """A bar a stage on a terminal; elsewhere a line when a stage begins, every LINE_SECONDS, and when it ends."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _plain_lines(lambda line: console.print(line, highlight=False, soft_wrap=True))
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console) as bars:
-        tasks = {}
-        began = {}
-
-        def show(stage: str, *, done: int, total: int, tokens: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-                began[stage] = time.perf_counter()
-            bars.update(tasks[stage], completed=done, rate=_rate(tokens, time.perf_counter() - began[stage]))
-
-        yield show
-
-
-def _plain_lines(say: Callable[[str], None]) -> ShowProgress:
-    began: dict[str, float] = {}
-    said: dict[str, float] = {}
-
-    def show(stage: str, *, done: int, total: int, tokens: int) -> None:
-        now = time.perf_counter()
-        began.setdefault(stage, now)
-        if done < total and now - said.get(stage, -math.inf) < LINE_SECONDS:
-            return
-        said[stage] = now
-        say(f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB {_rate(tokens, now - began[stage])}".rstrip())
-
-    return show
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
