@@ -1,11 +1,21 @@
 """Where files of a data set lie: a local folder, mapped into memory, or a URL, read in blocks. It knows no format."""
 
+import errno
+import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
+from urllib.parse import urlsplit
+
+from megadistill.errors import UserError
+
+HASH_BYTES = 1 << 22
+"""Hashed at a time."""
 
 
 class Bytes(Protocol):
@@ -19,10 +29,10 @@ class Bytes(Protocol):
 
 
 class Folder(Protocol):
-    """Files by name. Raises OSError for what is not there, cannot be read, or cannot be reached."""
+    """Files by name. Raises OSError for what is not there, is empty, cannot be read, or cannot be reached."""
 
     location: str
-    """The path or the URL, without a slash at the end: what messages say."""
+    """The path or the URL, without a slash at the end: what messages say. Credentials are left out of it."""
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
         """All of a file. Raises OSError: it has more than `max_bytes`, which is never allocated."""
@@ -30,17 +40,147 @@ class Folder(Protocol):
 
     def open(self, name: str) -> Bytes: ...
 
+    def prefetch(self, ranges: Iterable[tuple[Bytes, int, int]]) -> None:
+        """Fetches ranges (file, start, length) of open files at the same time, for the reads that follow.
+
+        What cannot be fetched is an error of those reads. Nothing happens, and `ranges` is not consumed, where files
+        are mapped.
+        """
+        ...
+
     def sibling(self, path: str) -> "Folder":
         """The folder at `path` relative to this one; one leading `../` is allowed."""
         ...
 
 
 def folder_of(location: str) -> Folder:
-    """The folder at a path, or at a URL `scheme://...`."""
-    raise NotImplementedError
+    """The folder at a path, or at a URL `scheme://...`.
+
+    Raises:
+        UserError: a URL needs a package that is not installed, or nobody knows its scheme.
+    """
+    if location.startswith("file://"):
+        location = location.removeprefix("file://")
+    if "://" not in location:
+        return LocalFolder(Path(location))
+    try:
+        from megadistill.data.remote import RemoteFolder  # noqa: PLC0415  an extra; most data is local
+    except ImportError:
+        raise UserError(f"{shown(location)} is a URL, which needs fsspec: pip install 'megadistill[remote]'") from None
+    return RemoteFolder(location)
+
+
+class LocalFolder:
+    """A folder of this machine's file system."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        self.location = str(self._path)
+
+    def read_whole(self, name: str, *, max_bytes: int) -> bytes:
+        with _opened(self._path / name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {max_bytes} allowed", file.name)
+            return file.read(max_bytes)
+
+    def open(self, name: str) -> "MappedFile":
+        return MappedFile(self._path / name)
+
+    def prefetch(self, ranges: Iterable[tuple[Bytes, int, int]]) -> None:
+        pass  # the page cache does it
+
+    def sibling(self, path: str) -> "LocalFolder":
+        return LocalFolder(self._path / path)
+
+
+class MappedFile:
+    """A file mapped into memory: reads copy nothing. It must not shrink while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        with _opened(path) as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size == 0:
+                raise OSError(errno.EINVAL, "it is empty", str(path))
+            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._path = path
+
+    def read(self, start: int, length: int) -> memoryview:
+        data = self._bytes[start : start + length]
+        if len(data) != length or start < 0:
+            raise outside(str(self._path), start, length, self.size)
+        return data
+
+
+def outside(path: str, start: int, length: int, size: int) -> OSError:
+    return OSError(errno.EINVAL, f"it has {size} bytes, none from {start} to {start + length}", path)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file: a pipe would wait for its writer, and a device has no size."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    file = os.fdopen(descriptor, "rb")
+    return file
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that bears its name only once all of it is on the disk."""
-    raise NotImplementedError
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def sha256_of(file: Bytes, *, progress: Callable[[int], None] | None = None) -> str:
+    """Of all of an open file; `progress` is told how many bytes were hashed, after each part.
+
+    Raises:
+        OSError: a part cannot be read.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, file.size, HASH_BYTES):
+        length = min(HASH_BYTES, file.size - start)
+        digest.update(file.read(start, length))
+        if progress:
+            progress(length)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path, *, progress: Callable[[int], None] | None = None) -> str:
+    """Of a local file, which may be empty. Raises OSError: it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(HASH_BYTES):
+            digest.update(part)
+            if progress:
+                progress(len(part))
+    return digest.hexdigest()
+
+
+def shown(location: Path | str) -> str:
+    """A path as it is; a URL without its credentials: no user, no password, no query."""
+    text = str(location)
+    if "://" not in text:
+        return text
+    parts = urlsplit(text)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def scrubbed(message: str) -> str:
+    """A message whose URLs are `shown`."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: shown(url[0]), message)
