@@ -150,8 +150,8 @@ def disk_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{error.filename or folder} cannot be written ({error.strerror})"
-        if error.errno in _DISK_FAULTS:
+        what = f"{error.filename or folder} cannot be written ({error.strerror or error})"
+        if error.errno is None or error.errno in _DISK_FAULTS:  # numpy's short write has no number
             raise OperatorFault(
                 f"{what}: make room, and start the same command again: it keeps what is whole"
             ) from None

@@ -283,7 +283,7 @@ def _trained(reading: _Reading, folder: Path, vocab_size: int, show: ShowProgres
         documents[split] += 1
         if split == TRAIN:
             sample.add(document)
-        show("sample", done=corpus.bytes_read, total=total, tokens=0)
+        show("sample", done=min(corpus.bytes_read, total - 1), total=total, tokens=0)  # `total` is said once, last
     reading.refuse_one_sided(documents, corpus)
     show("sample", done=total, total=total, tokens=0)
     show("tokenizer", done=0, total=sample.bytes, tokens=0)
@@ -301,17 +301,18 @@ def _encoded(
     done: list[Done] = []
     show("shards", done=0, total=total, tokens=0)
     runs = cut(corpus, heldout_fraction=reading.heldout_fraction, run_bytes=run_bytes)
+    if total <= run_bytes:
+        processes = 1  # for one shard or two it is quicker not to start any
     for one in encode_all(work, runs, processes=processes):
         done.append(one)
         read += one.file_bytes
         tokens += 0 if one.kept else one.finished.tokens
-        show("shards", done=min(read, total), total=total, tokens=tokens)
+        show("shards", done=min(read, total - 1), total=total, tokens=tokens)
     documents: Counter[str] = Counter()
     for one in done:
         documents[one.split] += one.finished.documents
     reading.refuse_one_sided(documents, corpus)
-    if read < total:  # what was left out behind the last run
-        show("shards", done=total, total=total, tokens=tokens)
+    show("shards", done=total, total=total, tokens=tokens)
     return sorted(done, key=lambda one: one.number)
 
 

@@ -60,7 +60,7 @@ def trained_tokenizer(sample: TrainingSample, folder: Path, *, vocab_size: int) 
 
     Where the record there says so already, it is not trained again.
     """
-    wanted = {"vocab_size": vocab_size, "sample": sample.digest}
+    wanted: dict[str, str | int] = {"vocab_size": vocab_size, "sample": sample.digest}
     earlier = _earlier(folder, wanted)
     if earlier is not None:
         return earlier
