@@ -11,7 +11,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -63,6 +63,8 @@ class UnitRecord(_Record):
     """The member with the tokens [S + 1], such as `tokens.npy`."""
     bounds: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)] | None
     """The member with the documents' bounds [D + 1] (see `packing`), such as `bounds.npy`; None: they are not known."""
+    array: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    """The array with the tokens, in an npz that holds several; None: it holds one."""
 
 
 class TokenizerRecord(_Record):

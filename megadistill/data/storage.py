@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from megadistill.errors import UserError
 
@@ -60,7 +61,7 @@ def folder_of(location: str) -> Folder:
         UserError: a URL needs a package that is not installed, or nobody knows its scheme.
     """
     if location.startswith("file://"):
-        location = location.removeprefix("file://")
+        location = url2pathname(urlsplit(location).path)
     if "://" not in location:
         return LocalFolder(Path(location))
     try:
@@ -78,10 +79,9 @@ class LocalFolder:
         self.location = str(self._path)
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
-        with _opened(self._path / name) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {max_bytes} allowed", file.name)
+        path = self._path / name
+        with _opened(path) as file:
+            refuse_larger(str(path), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read(max_bytes)
 
     def open(self, name: str) -> "MappedFile":
@@ -112,6 +112,11 @@ class MappedFile:
         return data
 
 
+def refuse_larger(path: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {max_bytes} allowed", path)
+
+
 def outside(path: str, start: int, length: int, size: int) -> OSError:
     return OSError(errno.EINVAL, f"it has {size} bytes, none from {start} to {start + length}", path)
 
@@ -122,8 +127,7 @@ def _opened(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    file = os.fdopen(descriptor, "rb")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 @contextmanager
@@ -174,11 +178,10 @@ def file_sha256(path: Path, *, progress: Callable[[int], None] | None = None) ->
 
 def shown(location: Path | str) -> str:
     """A path as it is; a URL without its credentials: no user, no password, no query."""
-    text = str(location)
-    if "://" not in text:
-        return text
-    parts = urlsplit(text)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    scheme, mark, rest = str(location).partition("://")
+    if not mark:
+        return scheme
+    return scheme + mark + re.sub(r"^[^/]*@", "", rest.partition("?")[0])
 
 
 def scrubbed(message: str) -> str:

@@ -1,0 +1,299 @@
+"""Reading: places in a split to units, each checked before anybody sees it. It knows no slots and no order.
+
+The shards are somebody else's bytes. A shard is checked when it is opened (its size, the sha256 of its index, the
+ranges in it), a unit each time it is read (crc32, array headers, ids, bounds). What does not hold is reported for the
+unit that it damages, and changes no other.
+
+Legend: N places asked for, S tokens of a sequence, U units of a shard, D documents of a unit.
+"""
+
+import hashlib
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadistill.data.manifest import Manifest, Shard
+from megadistill.data.members import Misfit, Row, npy_header_of, npy_row, row_of
+from megadistill.data.shards import MAX_UNIT_BYTES, Column, Index
+from megadistill.data.storage import Bytes
+from megadistill.errors import OperatorFault
+
+OPEN_SHARDS: Final = 64
+"""Shards kept open at a time; where they are mapped, they cost address space."""
+
+Places = NDArray[np.int64]
+Tokens = NDArray[np.unsignedinteger[Any]]
+
+
+class ShardFault(OperatorFault):
+    """A shard does not hold what its manifest says. One line: where, what was expected, what was found."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units, a row each. A row that is a fault has tokens of zero and one document."""
+
+    tokens: Tokens
+    """[N, S + 1], in the manifest's dtype."""
+    bounds: list[NDArray[np.int64]]
+    """N arrays [D + 1], see `rows`; [0, S + 1] where the manifest knows none."""
+    faults: dict[int, ShardFault]
+    """By row."""
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard whose size and index are what the manifest says."""
+
+    path: str
+    file: Bytes
+    rows_U7: Index
+
+    def fault(self, unit: int, message: str) -> ShardFault:
+        return ShardFault(f"{self.path} unit {unit} at byte {self.rows_U7[unit, Column.START]}: {message}")
+
+
+def open_shard(manifest: Manifest, number: int) -> OpenShard:
+    """Opens shard `number` of `manifest`.
+
+    Raises:
+        ShardFault: a file is missing or out of reach, the size or the index is not the manifest's.
+    """
+    shard = manifest.shards[number]
+    path = f"{manifest.folder.location}/{shard.name}"
+    rows_U7 = _index(manifest, shard, path)
+    try:
+        file = manifest.folder.open(shard.name)
+    except OSError as error:
+        raise ShardFault(f"{path}: expected a file of {shard.bytes} bytes, found: {error.strerror or error}") from None
+    if file.size != shard.bytes:
+        raise ShardFault(f"{path}: expected {shard.bytes} bytes, found {file.size}")
+    return OpenShard(path, file, rows_U7)
+
+
+def _index(manifest: Manifest, shard: Shard, tar: str) -> Index:
+    path = f"{manifest.folder.location}/{shard.index}"
+    expected = len(_table_header(shard)) + shard.units * len(Column) * 8
+    try:
+        file = manifest.folder.open(shard.index)
+        if file.size != expected:
+            raise ShardFault(f"{path}: expected {expected} bytes, found {file.size}")
+        data = file.read(0, file.size)
+    except OSError as error:
+        raise ShardFault(f"{path}: expected the index of {tar}, found: {error.strerror or error}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != shard.index_sha256:
+        raise ShardFault(
+            f"{path}: expected the index with sha256 {shard.index_sha256[:12]}…, found one with {digest[:12]}…"
+        )
+    rows_U7 = _table(data, shard, path)
+    wrong = _unsound(rows_U7, shard, with_bounds=manifest.unit.bounds is not None)
+    if wrong is not None:
+        unit, what = wrong
+        raise ShardFault(f"{path} unit {unit}: expected {what}, found {rows_U7[unit].tolist()}")
+    return rows_U7
+
+
+def _table(data: memoryview, shard: Shard, path: str) -> Index:
+    """[U, 7] int64, not copied."""
+    header = _table_header(shard)
+    if data[: len(header)] != header:
+        raise ShardFault(
+            f"{path}: expected an .npy of ({shard.units}, {len(Column)}) int64, found {bytes(data[:100])!r}"
+        )
+    return np.frombuffer(data, dtype="<i8", offset=len(header)).reshape(shard.units, len(Column))
+
+
+def _table_header(shard: Shard) -> bytes:
+    return npy_header_of((shard.units, len(Column)), "<i8")
+
+
+def _unsound(rows_U7: Index, shard: Shard, *, with_bounds: bool) -> tuple[int, str] | None:
+    """The first unit whose ranges are impossible, and what they should be."""
+    start, length, crc32, tokens_at, tokens_bytes, bounds_at, bounds_bytes = rows_U7.T
+    sizes_U6 = np.delete(rows_U7, Column.CRC32, axis=1)
+    checks = (  # the first two keep the sums of the others from overflowing
+        ((sizes_U6 >= 0).all(axis=1) & (sizes_U6 <= shard.bytes).all(axis=1), f"places in {shard.bytes} bytes"),
+        ((crc32 >= 0) & (crc32 < 1 << 32), "a crc32"),
+        ((length > 0) & (length <= MAX_UNIT_BYTES), f"at most {MAX_UNIT_BYTES} bytes"),
+        (start == np.append(0, (start + length)[:-1]), "units that touch each other"),
+        (start + length <= shard.bytes, f"a range that ends before byte {shard.bytes}"),
+        ((tokens_bytes > 0) & (tokens_at + tokens_bytes <= length), "a tokens member inside the unit"),
+        (bounds_at + bounds_bytes <= length, "a bounds member inside the unit"),
+        ((bounds_bytes > 0) == with_bounds, "a bounds member" if with_bounds else "no bounds member"),
+    )
+    for holds_U, what in checks:
+        if not holds_U.all():
+            return int(holds_U.argmin()), what
+    return None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The rows of a batch that lie in one shard, and what its index says of each."""
+
+    shard: OpenShard
+    rows: list[int]
+    units: list[int]
+    entries: list[list[int]]
+
+
+class UnitReader:
+    """Units of one split by their places. Keeps OPEN_SHARDS shards open; one thread at a time."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._length = manifest.sequence_length + 1
+        self._dtype = np.dtype(manifest.dtype)
+        self._record = manifest.unit
+        self._header = _plain_header(manifest)
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._broken: dict[int, ShardFault] = {}
+
+    def read(self, places_N2: Places) -> Units:
+        """The units at `places_N2` [N, 2] int64: shard, and unit in the shard. Faults are reported, not raised."""
+        places_N2 = np.asarray(places_N2, dtype=np.int64)
+        tokens_NU = np.zeros((len(places_N2), self._length), dtype=self._dtype)
+        bounds: dict[int, Row] = {}
+        faults: dict[int, ShardFault] = {}
+        groups = self._groups(places_N2, faults)
+        self._manifest.folder.prefetch(
+            (group.shard.file, start, length) for group in groups for start, length, *_ in group.entries
+        )
+        for group in groups:
+            wrong = self._copy(group, tokens_NU, bounds)
+            faults.update((row, group.shard.fault(unit, what)) for row, (unit, what) in wrong.items())
+        sound, unsound = _climbing(bounds, self._length)
+        unsound |= self._large_ids(tokens_NU)
+        for group in groups if unsound else ():
+            for row, unit in zip(group.rows, group.units, strict=True):
+                if row in unsound and row not in faults:
+                    faults[row] = group.shard.fault(unit, unsound[row])
+        whole = np.array([0, self._length])
+        for row in faults:
+            tokens_NU[row] = 0
+            sound.pop(row, None)
+        return Units(tokens_NU, [sound.get(row, whole) for row in range(len(places_N2))], faults)
+
+    def _groups(self, places_N2: Places, faults: dict[int, ShardFault]) -> list[_Group]:
+        """The rows of each shard that opens; the others are faults."""
+        order_N = np.argsort(places_N2[:, 0], kind="stable")
+        shards_N, units_N = places_N2[order_N].T
+        edges = np.flatnonzero(np.diff(shards_N, prepend=-1, append=-1)).tolist()
+        groups = []
+        for first, stop in pairwise(edges):
+            rows, units_n = order_N[first:stop].tolist(), units_N[first:stop]
+            shard = self._shard(int(shards_N[first]))
+            if isinstance(shard, ShardFault):
+                faults.update(dict.fromkeys(rows, shard))
+            else:
+                groups.append(_Group(shard, rows, units_n.tolist(), shard.rows_U7[units_n].tolist()))
+        return groups
+
+    def _shard(self, number: int) -> OpenShard | ShardFault:
+        """Opened once; what does not open is not tried again."""
+        if number in self._broken:
+            return self._broken[number]
+        shard = self._open.get(number)
+        if shard is None:
+            try:
+                shard = open_shard(self._manifest, number)
+            except ShardFault as fault:
+                self._broken[number] = fault
+                return fault
+            self._open[number] = shard
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return shard
+
+    def _copy(self, group: _Group, tokens_NU: Tokens, bounds: dict[int, Row]) -> dict[int, tuple[int, str]]:
+        """The hot loop: copies each unit whose crc32 holds into its row; returns what is wrong, by row, with the unit.
+
+        Nearly every array begins with the very bytes that numpy writes for a row of the manifest's dtype and length;
+        the others are parsed.
+        """
+        read, crc32 = group.shard.file.read, zlib.crc32
+        flat, width = tokens_NU.data.cast("B"), tokens_NU.strides[0]
+        header, begin = self._header, len(self._header or b"")
+        wrong: dict[int, tuple[int, str]] = {}
+        for row, unit, entry in zip(group.rows, group.units, group.entries, strict=True):
+            start, length, crc, tokens_at, tokens_bytes, bounds_at, bounds_bytes = entry
+            try:
+                data = read(start, length)
+                if crc32(data) != crc:
+                    raise Misfit(f"expected crc32 {crc:#010x}, found {crc32(data):#010x}")
+                numbers_at = tokens_at + begin
+                if tokens_bytes == begin + width and bytes(data[tokens_at:numbers_at]) == header:
+                    flat[row * width : (row + 1) * width] = data[numbers_at : numbers_at + width]
+                else:
+                    tokens_NU[row] = self._parsed(data[tokens_at : tokens_at + tokens_bytes])
+                if bounds_bytes:
+                    bounds[row] = _bounds(data[bounds_at : bounds_at + bounds_bytes])
+            except Misfit as misfit:
+                wrong[row] = unit, str(misfit)
+            except OSError as error:
+                wrong[row] = unit, f"expected {length} bytes, found: {error.strerror or error}"
+        return wrong
+
+    def _parsed(self, data: memoryview) -> Row:
+        """[S + 1], in a dtype that may be wider than the manifest's; each id fits into that."""
+        row = row_of(data, self._record, dtype=self._manifest.dtype, length=self._length)
+        if row.min() < 0 or row.max() >= self._manifest.vocab_size:
+            raise Misfit(_ids_below(self._manifest.vocab_size, row.min() if row.min() < 0 else row.max()))
+        return row
+
+    def _large_ids(self, tokens_NU: Tokens) -> dict[int, str]:
+        """What is wrong with each row that has an id past the vocabulary."""
+        vocab_size = self._manifest.vocab_size
+        if tokens_NU.size == 0 or tokens_NU.max() < vocab_size:
+            return {}
+        largest_N = tokens_NU.max(axis=1)
+        return {row: _ids_below(vocab_size, largest_N[row]) for row in np.flatnonzero(largest_N >= vocab_size).tolist()}
+
+
+def _ids_below(vocab_size: int, found: Any) -> str:
+    return f"expected ids from 0 to {vocab_size - 1}, found {found}"
+
+
+def _plain_header(manifest: Manifest) -> bytes | None:
+    """What a tokens member begins with when there is nothing to parse; None: there always is."""
+    if manifest.unit.kind == "npy":
+        return npy_header_of((manifest.sequence_length + 1,), np.dtype(manifest.dtype).newbyteorder("<").str)
+    return b"" if manifest.unit.kind == "raw" else None
+
+
+def _bounds(data: memoryview) -> Row:
+    row = npy_row(data)
+    if len(row) < 2:
+        raise Misfit(f"expected bounds of one document at least, found {row.tolist()}")
+    return row
+
+
+def _climbing(bounds: dict[int, Row], length: int) -> tuple[dict[int, NDArray[np.int64]], dict[int, str]]:
+    """The bounds as int64, and what is wrong with each row whose bounds do not climb from 0 to `length` at most."""
+    if not bounds:
+        return {}, {}
+    values = np.concatenate(list(bounds.values()), dtype=np.int64)
+    stops_n = np.cumsum([len(row) for row in bounds.values()])
+    starts_n = np.append(0, stops_n[:-1])
+    steps = np.diff(values)
+    steps[stops_n[:-1] - 1] = 1  # from one row to the next
+    unsound_n = (values[starts_n] != 0) | (values[stops_n - 1] > length)
+    unsound_n[np.searchsorted(stops_n, np.flatnonzero(steps <= 0), side="right")] = True
+    rows = dict(zip(bounds, map(slice, starts_n.tolist(), stops_n.tolist()), strict=True))
+    wrong = [row for row, unsound in zip(bounds, unsound_n.tolist(), strict=True) if unsound]
+    return {row: values[at] for row, at in rows.items()}, {
+        row: f"expected bounds that climb from 0 to {length} at most, found {_short(values[rows[row]])}"
+        for row in wrong
+    }
+
+
+def _short(values: NDArray[np.int64]) -> str:
+    text = ", ".join(map(str, values[:8].tolist()))
+    return f"[{text}{', …' if len(values) > 8 else ''}]"
