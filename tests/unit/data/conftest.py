@@ -21,7 +21,7 @@ def run_tokenize(output: Path) -> TokenizeReport:
         sequence_length=SEQUENCE,
         heldout_fraction=0.2,
         include=["*.py"],
-        units_per_shard=400,
+        shard_mb=0.06,
         progress=lambda stage, **numbers: None,
     )
 
