@@ -5,6 +5,7 @@ same tokens, page cache warm; how soon a far position is found; what prefetching
 """
 
 import argparse
+import importlib
 import os
 import platform
 import tempfile
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,17 +109,21 @@ def plain_webdataset(manifest: Manifest) -> int:
     return _in_batches(sample["tokens.npy"] for sample in samples)
 
 
-def megatron(folder: Path, sequences: int) -> int:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def megatron_datasets() -> Any:
+    return importlib.import_module("megatron.core.datasets.indexed_dataset")
 
-    dataset = IndexedDataset(str(folder / "megatron"))
+
+def mosaic_streaming() -> Any:
+    return importlib.import_module("streaming")
+
+
+def megatron(folder: Path, sequences: int) -> int:
+    dataset = megatron_datasets().IndexedDataset(str(folder / "megatron"))
     return _in_batches(dataset[i] for i in np.random.default_rng(1).permutation(sequences).tolist())
 
 
 def mosaic(folder: Path) -> int:
-    from streaming import StreamingDataset
-
-    dataset = StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
+    dataset = mosaic_streaming().StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
     return _in_batches(sample["tokens"] for sample in dataset)
 
 
@@ -141,9 +147,7 @@ def _write_for_others(folder: Path, sequences: int, sequence: int, report: Repor
     tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16).reshape(sequences, sequence + 1)
     found: dict[str, Read] = {}
     try:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
+        builder = megatron_datasets().IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
         for row in tokens:
             builder.add_document(row, [len(row)])
         builder.finalize(str(folder / "megatron.idx"))
@@ -151,9 +155,8 @@ def _write_for_others(folder: Path, sequences: int, sequence: int, report: Repor
     except ImportError as missing:
         report.console.print(f"  Megatron's IndexedDataset is left out: {missing}", highlight=False)
     try:
-        from streaming import MDSWriter
-
-        with MDSWriter(out=str(folder / "mosaic"), columns={"tokens": f"ndarray:uint16:{sequence + 1}"}) as writer:
+        columns = {"tokens": f"ndarray:uint16:{sequence + 1}"}
+        with mosaic_streaming().MDSWriter(out=str(folder / "mosaic"), columns=columns) as writer:
             for row in tokens:
                 writer.write({"tokens": row})
         found["mosaic-streaming"] = partial(mosaic, folder)
@@ -240,9 +243,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of each (default %(default)s)")
     parser.add_argument("--step-ms", type=float, default=50.0, help="of wait (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
-    parser.add_argument(
-        "--folder", type=Path, help="where the data goes for the time of the run (default: a temporary)"
-    )
+    parser.add_argument("--folder", type=Path, help="where the data goes for the time of the run")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/stream.csv", help="where rows are added")
     parser.add_argument("--no-csv", action="store_true", help="only print")
     return parser.parse_args()

@@ -19,7 +19,7 @@ EXIT_CODES = "exit codes: 0 done; 2 wrong input; 3 a fault that a restart can me
 TOKENIZE_EPILOG = f"""\
 examples:
   megadistill tokenize ~/text --include '*.txt' --vocab-size 32000 --sequence-length 2048 --output data/mine
-  megadistill tokenize crawl/ --include '*.jsonl.zst' --tokenizer teacher/ --sequence-length 4096 --packing bestfit \\
+  megadistill tokenize crawl/ --include '*.jsonl.zst' --tokenizer teacher/ --sequence-length 4096 --packer bestfit \\
       --output data/crawl
 
 A run that was stopped, or that met a full disk, goes on by the same command: finished shards are kept.
@@ -154,7 +154,7 @@ def _tokenize_parser(verbs: Verbs) -> None:
     )
     verb.add_argument("--sequence-length", type=int, required=True, metavar="S", help="tokens of a sequence")
     verb.add_argument(
-        "--packing",
+        "--packer",
         choices=("chunk", "bestfit"),
         default="chunk",
         help="chunk lays documents end to end and cuts; bestfit keeps those whole that fit, and pads (default chunk)",
@@ -288,7 +288,7 @@ def _tokenize(options: argparse.Namespace) -> int:
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
         sequence_length=options.sequence_length,
-        packing=options.packing,
+        packer=options.packer,
         text_field=options.text_field,
         heldout_fraction=options.heldout_fraction,
         include=options.include or ["*"],

@@ -125,8 +125,8 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
             f"{folder}: {model.config.max_position_embeddings} positions, the split has sequences of "
             f"{manifest.sequence_length} tokens"
         )
-    found = tokenizer_sha256(folder, kind=manifest.tokenizer.kind)
-    if found is not None and found != manifest.tokenizer.sha256:
+    found = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
+    if found is not None and found != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
         raise UserError(
             f"{folder}: its tokenizer is not the one that the split was made with, and an evaluation reads no "
             "teacher.vocab_map: tokenize a split with this model's own"

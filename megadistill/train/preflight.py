@@ -52,16 +52,16 @@ def check_fit(
             f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
             "how the ids map"
         )
-    found = tokenizer_sha256(Path(recipe.teacher.path), kind=data.tokenizer.kind)
-    if found is None:
+    kind, sha256 = tokenizer_sha256(Path(recipe.teacher.path), prefer=data.tokenizer.kind) or (None, "")
+    if kind != data.tokenizer.kind:
         raise UserError(
             f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows "
             "that the teacher reads the ids of the shards: copy the tokenizer that it was trained with there, or let "
             "teacher.vocab_map say how the ids map"
         )
-    if found != data.tokenizer.sha256:
+    if sha256 != data.tokenizer.sha256:
         raise UserError(
-            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {found[:12]}…, the shards were made with "
+            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made with "
             f"{data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
             "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
         )

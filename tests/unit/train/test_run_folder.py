@@ -106,7 +106,7 @@ def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
     data = Mixture.of(Manifest.load(described_data(tmp_path / "set" / "train")))
     source.mkdir()
     run.mkdir()
-    with pytest.raises(UserError, match="tokenizer.model, the tokenizer of the shards, is not where"):
+    with pytest.raises(UserError, match=r"tokenizer\.model, the tokenizer of the shards, is not where"):
         keep_tokenizer(run, data)
     (source / "tokenizer.model").write_bytes(b"one")
     (source / "tokenizer_config.json").write_bytes(b"{}")
