@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +26,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from backports import zstd
-
 from megadistill.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 MAX_DOCUMENT_BYTES: Final = 1 << 28
 
