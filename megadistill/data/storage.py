@@ -106,10 +106,10 @@ class MappedFile:
         self._path = path
 
     def read(self, start: int, length: int) -> memoryview:
-        data = self._bytes[start : start + length]
-        if len(data) != length or start < 0:
+        stop = start + length
+        if not 0 <= start <= stop <= self.size:
             raise outside(str(self._path), start, length, self.size)
-        return data
+        return self._bytes[start:stop]
 
 
 def refuse_larger(path: str, size: int, max_bytes: int) -> None:
