@@ -25,9 +25,15 @@ from megadistill.errors import OperatorFault
 
 OPEN_SHARDS: Final = 64
 """Shards kept open at a time; where they are mapped, they cost address space."""
+HEADER_BYTES: Final = 128
+"""Of the .npy that numpy writes for a row of integers."""
+KNOWN_HEADERS: Final = 4096
+"""Of bounds members, kept with the number of bounds that each announces."""
 
 Places = NDArray[np.int64]
 Tokens = NDArray[np.unsignedinteger[Any]]
+Packed = memoryview | bytes
+"""Bounds [D + 1] as little-endian uint32."""
 
 
 class ShardFault(OperatorFault):
@@ -152,6 +158,7 @@ class UnitReader:
         self._dtype = np.dtype(manifest.dtype)
         self._record = manifest.unit
         self._header = _plain_header(manifest)
+        self._counts: dict[bytes, int] = {}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._broken: dict[int, ShardFault] = {}
 
@@ -159,26 +166,23 @@ class UnitReader:
         """The units at `places_N2` [N, 2] int64: shard, and unit in the shard. Faults are reported, not raised."""
         places_N2 = np.asarray(places_N2, dtype=np.int64)
         tokens_NU = np.zeros((len(places_N2), self._length), dtype=self._dtype)
-        bounds: dict[int, Row] = {}
+        packed: dict[int, Packed] = {}
         faults: dict[int, ShardFault] = {}
         groups = self._groups(places_N2, faults)
         self._manifest.folder.prefetch(
             (group.shard.file, start, length) for group in groups for start, length, *_ in group.entries
         )
         for group in groups:
-            wrong = self._copy(group, tokens_NU, bounds)
-            faults.update((row, group.shard.fault(unit, what)) for row, (unit, what) in wrong.items())
-        sound, unsound = _climbing(bounds, self._length)
-        unsound |= self._large_ids(tokens_NU)
-        for group in groups if unsound else ():
-            for row, unit in zip(group.rows, group.units, strict=True):
-                if row in unsound and row not in faults:
-                    faults[row] = group.shard.fault(unit, unsound[row])
-        whole = np.array([0, self._length])
+            faults |= self._copy(group, tokens_NU, packed)
+        bounds, wrong = _unpacked(packed, rows=len(places_N2), length=self._length)
+        wrong |= self._large_ids(tokens_NU)
+        for group in groups if wrong else ():
+            at_fault = ((row, unit) for row, unit in zip(group.rows, group.units, strict=True) if row in wrong)
+            faults |= {row: group.shard.fault(unit, wrong[row]) for row, unit in at_fault if row not in faults}
         for row in faults:
             tokens_NU[row] = 0
-            sound.pop(row, None)
-        return Units(tokens_NU, [sound.get(row, whole) for row in range(len(places_N2))], faults)
+            bounds[row] = np.array([0, self._length])
+        return Units(tokens_NU, bounds, faults)
 
     def _groups(self, places_N2: Places, faults: dict[int, ShardFault]) -> list[_Group]:
         """The rows of each shard that opens; the others are faults."""
@@ -212,16 +216,15 @@ class UnitReader:
         self._open.move_to_end(number)
         return shard
 
-    def _copy(self, group: _Group, tokens_NU: Tokens, bounds: dict[int, Row]) -> dict[int, tuple[int, str]]:
-        """The hot loop: copies each unit whose crc32 holds into its row; returns what is wrong, by row, with the unit.
+    def _copy(self, group: _Group, tokens_NU: Tokens, packed: dict[int, Packed]) -> dict[int, ShardFault]:
+        """The hot loop: copies the tokens of each unit whose crc32 holds into its row, and its bounds into `packed`.
 
-        Nearly every array begins with the very bytes that numpy writes for a row of the manifest's dtype and length;
-        the others are parsed.
+        Nearly every member begins with the very bytes that numpy writes for it; the others are parsed.
         """
-        read, crc32 = group.shard.file.read, zlib.crc32
+        read, crc32, counts = group.shard.file.read, zlib.crc32, self._counts
         flat, width = tokens_NU.data.cast("B"), tokens_NU.strides[0]
         header, begin = self._header, len(self._header or b"")
-        wrong: dict[int, tuple[int, str]] = {}
+        faults: dict[int, ShardFault] = {}
         for row, unit, entry in zip(group.rows, group.units, group.entries, strict=True):
             start, length, crc, tokens_at, tokens_bytes, bounds_at, bounds_bytes = entry
             try:
@@ -234,12 +237,27 @@ class UnitReader:
                 else:
                     tokens_NU[row] = self._parsed(data[tokens_at : tokens_at + tokens_bytes])
                 if bounds_bytes:
-                    bounds[row] = _bounds(data[bounds_at : bounds_at + bounds_bytes])
+                    numbers_at, stop = bounds_at + HEADER_BYTES, bounds_at + bounds_bytes
+                    count = counts.get(bytes(data[bounds_at:numbers_at]))
+                    if count is not None and stop == numbers_at + 4 * count:
+                        packed[row] = data[numbers_at:stop]
+                    else:
+                        packed[row] = self._parsed_bounds(data[bounds_at:stop])
             except Misfit as misfit:
-                wrong[row] = unit, str(misfit)
+                faults[row] = group.shard.fault(unit, str(misfit))
             except OSError as error:
-                wrong[row] = unit, f"expected {length} bytes, found: {error.strerror or error}"
-        return wrong
+                faults[row] = group.shard.fault(unit, f"expected {length} bytes, found: {error.strerror or error}")
+        return faults
+
+    def _parsed_bounds(self, data: memoryview) -> bytes:
+        """[D + 1] uint32, of a member whose header has not been seen before or is an unusual one."""
+        row = npy_row(data)
+        if len(row) < 2 or row.min() < 0 or row.max() > self._length:
+            raise Misfit(f"{_climbing(self._length)}, found {_short(row)}")
+        header = npy_header_of(row.shape, "<u4")
+        if len(self._counts) < KNOWN_HEADERS and len(header) == HEADER_BYTES and data[:HEADER_BYTES] == header:
+            self._counts[header] = len(row)
+        return row.astype("<u4").tobytes()
 
     def _parsed(self, data: memoryview) -> Row:
         """[S + 1], in a dtype that may be wider than the manifest's; each id fits into that."""
@@ -268,32 +286,28 @@ def _plain_header(manifest: Manifest) -> bytes | None:
     return b"" if manifest.unit.kind == "raw" else None
 
 
-def _bounds(data: memoryview) -> Row:
-    row = npy_row(data)
-    if len(row) < 2:
-        raise Misfit(f"expected bounds of one document at least, found {row.tolist()}")
-    return row
-
-
-def _climbing(bounds: dict[int, Row], length: int) -> tuple[dict[int, NDArray[np.int64]], dict[int, str]]:
-    """The bounds as int64, and what is wrong with each row whose bounds do not climb from 0 to `length` at most."""
-    if not bounds:
-        return {}, {}
-    values = np.concatenate(list(bounds.values()), dtype=np.int64)
-    stops_n = np.cumsum([len(row) for row in bounds.values()])
+def _unpacked(packed: dict[int, Packed], *, rows: int, length: int) -> tuple[list[NDArray[np.int64]], dict[int, str]]:
+    """The bounds of each row, and what is wrong with those that do not climb from 0 to `length` at most."""
+    bounds = [np.array([0, length])] * rows
+    if not packed:
+        return bounds, {}
+    values = np.frombuffer(b"".join(packed.values()), dtype="<u4").astype(np.int64)
+    stops_n = np.cumsum([len(part) for part in packed.values()]) // 4
     starts_n = np.append(0, stops_n[:-1])
+    for row, start, stop in zip(packed, starts_n.tolist(), stops_n.tolist(), strict=True):
+        bounds[row] = values[start:stop]
     steps = np.diff(values)
     steps[stops_n[:-1] - 1] = 1  # from one row to the next
     unsound_n = (values[starts_n] != 0) | (values[stops_n - 1] > length)
     unsound_n[np.searchsorted(stops_n, np.flatnonzero(steps <= 0), side="right")] = True
-    rows = dict(zip(bounds, map(slice, starts_n.tolist(), stops_n.tolist()), strict=True))
-    wrong = [row for row, unsound in zip(bounds, unsound_n.tolist(), strict=True) if unsound]
-    return {row: values[at] for row, at in rows.items()}, {
-        row: f"expected bounds that climb from 0 to {length} at most, found {_short(values[rows[row]])}"
-        for row in wrong
-    }
+    unsound = [row for row, is_unsound in zip(packed, unsound_n.tolist(), strict=True) if is_unsound]
+    return bounds, {row: f"{_climbing(length)}, found {_short(bounds[row])}" for row in unsound}
 
 
-def _short(values: NDArray[np.int64]) -> str:
+def _climbing(length: int) -> str:
+    return f"expected bounds that climb from 0 to {length} at most"
+
+
+def _short(values: Row) -> str:
     text = ", ".join(map(str, values[:8].tolist()))
     return f"[{text}{', …' if len(values) > 8 else ''}]"
