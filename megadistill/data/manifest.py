@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from megadistill.data.storage import Folder, folder_of, written_whole
+from megadistill.data.storage import Folder, folder_of, shown, written_whole
 from megadistill.errors import UserError
 
 FORMAT_VERSION: Final = 2
@@ -149,15 +149,13 @@ class Manifest(_Record):
             text = folder.read_whole(name, max_bytes=MAX_MANIFEST_BYTES)
         except OSError as error:
             raise UserError(
-                f"{location} cannot be read ({error.strerror or error}): give the manifest.json of a split, "
+                f"{shown(location)} cannot be read ({error.strerror or error}): give the manifest.json of a split, "
                 "which `megadistill tokenize` writes"
             ) from None
-        manifest = cls._parse(text, location, again)
-        manifest._folder = folder
-        return manifest
+        return cls._parse(text, shown(location), again).lying_in(folder)
 
     @classmethod
-    def _parse(cls, text: bytes, location: Path | str, again: str) -> "Manifest":
+    def _parse(cls, text: bytes, location: str, again: str) -> "Manifest":
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -182,6 +180,12 @@ class Manifest(_Record):
                 f"{location} was changed after it was written: its content has sha256 {manifest.fingerprint[:12]}…, "
                 f"it says {str(said)[:12]}…; a manifest is immutable: {again}"
             )
+        return manifest
+
+    def lying_in(self, folder: Folder) -> "Manifest":
+        """The same, with its shards in `folder`."""
+        manifest = self.model_copy()
+        manifest._folder = folder
         return manifest
 
     def write(self, folder: Path) -> None:

@@ -20,6 +20,8 @@ from megadistill.data.manifest import TokenDtype, UnitRecord
 
 MAX_HEADER_BYTES: Final = 10_000
 """Numpy's own bound on the text that it parses."""
+MAX_LENGTH: Final = (1 << 24) + 1
+"""Of a unit: what a manifest allows, and the last label."""
 DTYPES: Final = tuple(np.dtype(name) for name in ("<u2", "<u4", "<i4", "<i8"))
 
 Row = NDArray[np.integer[Any]]
@@ -43,16 +45,18 @@ def max_member_bytes(length: int) -> int:
     return MAX_HEADER_BYTES + length * max(dtype.itemsize for dtype in DTYPES)
 
 
-def row_of(data: memoryview, record: UnitRecord, *, dtype: TokenDtype, length: int) -> Row:
-    """[L]: the tokens in the bytes of a member, as they are on the disk; `length` is what L should be.
+def row_of(data: memoryview, record: UnitRecord, *, dtype: TokenDtype, length: int | None) -> Row:
+    """[L]: the tokens in the bytes of a member, as they are on the disk; `length` is what L should be, if that is known.
 
     Raises:
         Misfit: the bytes hold something else.
     """
     if record.kind == "npz":
-        data = _unzipped(data, array=record.array, max_bytes=max_member_bytes(length))
+        data = _unzipped(data, array=record.array, max_bytes=max_member_bytes(length or MAX_LENGTH))
+    if record.kind == "raw" and len(data) % np.dtype(dtype).itemsize:
+        raise Misfit(f"expected {dtype} tokens, found {len(data)} bytes")
     row = np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")) if record.kind == "raw" else npy_row(data)
-    if len(row) != length:
+    if length is not None and len(row) != length:
         raise Misfit(f"expected {length} tokens, found {len(row)}")
     return row
 

@@ -81,7 +81,7 @@ def write_shard(path: Path, units: Iterable[Unit], *, dtype: TokenDtype) -> Shar
 
 def publish(path: Path, rows_U7: Index) -> Shard:
     """Writes the index of the tar `path`; returns what the manifest says of both."""
-    index = path.with_name(path.name + INDEX_SUFFIX)
+    index = index_path(path)
     with written_whole(index) as file:
         np.save(file, rows_U7, allow_pickle=False)
     return Shard(
@@ -91,6 +91,10 @@ def publish(path: Path, rows_U7: Index) -> Shard:
         sha256=file_sha256(path),
         index_sha256=file_sha256(index),
     )
+
+
+def index_path(path: Path) -> Path:
+    return path.with_name(path.name + INDEX_SUFFIX)
 
 
 def _narrowed(ids: NDArray[np.int32], dtype: TokenDtype) -> NDArray[np.unsignedinteger[Any]]:
@@ -125,15 +129,15 @@ def index_tar(path: Path, record: UnitRecord) -> Index:
     Raises:
         UserError: the tar is damaged, or a sample is no such unit; one line.
     """
-    file = _mapped(path)
+    file = mapped(path)
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     for sample in samples(path):
         where = f"{path} sample {sample.key} at byte {sample.start}"
         length = sample.stop - sample.start
         if length > MAX_UNIT_BYTES:
             raise UserError(f"{where} has {length} bytes, more than the {MAX_UNIT_BYTES} allowed: leave it out")
-        tokens = _wanted(sample, record.tokens, where)
-        bounds = _wanted(sample, record.bounds, where) if record.bounds else Member("", sample.start, 0, True)
+        tokens = member_of(sample, record.tokens, where)
+        bounds = member_of(sample, record.bounds, where) if record.bounds else Member("", sample.start, 0, True)
         crc = zlib.crc32(file.read(sample.start, length))
         places = (tokens.at - sample.start, tokens.bytes, bounds.at - sample.start, bounds.bytes)
         rows.append((sample.start, length, crc, *places))
@@ -181,7 +185,8 @@ def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
         yield Sample(key, start, stop, members)
 
 
-def _wanted(sample: Sample, suffix: str, where: str) -> Member:
+def member_of(sample: Sample, suffix: str, where: str) -> Member:
+    """The member of a sample with the suffix. Raises UserError, which says `where`: there is none, or it is no file."""
     member = sample.members.get(suffix.lower())
     if member is None:
         raise UserError(f"{where} has no member {suffix}, only {', '.join(list(sample.members)[:10])}: leave it out")
@@ -206,7 +211,8 @@ def _refuse_rest(path: Path, file: BinaryIO, end: int) -> None:
         )
 
 
-def _mapped(path: Path) -> MappedFile:
+def mapped(path: Path) -> MappedFile:
+    """The tar `path`, to read ranges of. Raises UserError: it cannot be read."""
     try:
         return MappedFile(path)
     except OSError as error:
