@@ -94,6 +94,7 @@ def test_bestfit_cuts_no_document_that_fits(lengths: list[int], sequence_length:
     documents = _framed(_documents(lengths), bos)
     units = bestfit(_documents(lengths), sequence_length=sequence_length, bos=bos, eos=EOS, pad=PAD)
     placed = Counter(tuple(piece) for unit in units for piece in _documents_of(unit))
+    assert all(len(piece) > 1 for piece in placed), "one token alone predicts nothing"
     for document in documents:
         if 1 < len(document) <= sequence_length + 1:
             assert placed[tuple(document)] == documents.count(document)
