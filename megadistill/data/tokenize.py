@@ -5,12 +5,11 @@ shard, by itself. The same command, started again after it was broken off at any
 on; what it gives is the same to the byte.
 """
 
-import fcntl
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,25 +20,20 @@ from megadistill.data.corpus import Corpus, LeftOut, find_files, in_words
 from megadistill.data.encode import PACKERS, Finished, PackerName, Rules, disk_faults
 from megadistill.data.manifest import (
     FORMAT_VERSION,
-    MANIFEST,
     Manifest,
     PackerRecord,
     SourceRecord,
     UnitRecord,
-    refuse_finished,
     token_dtype,
 )
 from megadistill.data.packing import CHUNK
 from megadistill.data.progress import ShowProgress, console_progress
-from megadistill.data.runs import HELDOUT, SHARD_PREFIX, TRAIN, cut, split_of
+from megadistill.data.runs import HELDOUT, TRAIN, cut, split_of
 from megadistill.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
-from megadistill.data.training_sample import RECORD, TrainingSample, trained_tokenizer
+from megadistill.data.training_sample import TrainingSample, trained_tokenizer
+from megadistill.data.unfinished import TOKENIZER_FOLDER, clear, unfinished
 from megadistill.data.workers import Done, Work, encode_all
 from megadistill.errors import UserError
-
-TOKENIZER_FOLDER: Final = "tokenizer"
-UNFINISHED: Final = ".unfinished"
-"""Lies in the output from the first moment to the last, and is locked while somebody writes there."""
 
 SHARD_MB: Final = 32
 UNIT: Final = UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
@@ -139,7 +133,7 @@ def tokenize(
     with (
         nullcontext(progress) if progress else console_progress() as show,
         disk_faults(output),
-        _unfinished(output, reading.splits),
+        unfinished(output, reading.splits),
     ):
         if tokenizer is not None:
             model = load_tokenizer(tokenizer)
@@ -161,7 +155,7 @@ def tokenize(
         manifests = {split: _manifest(split, done, model, rules, reading) for split in reading.splits}
         for split, manifest in manifests.items():  # last, when nothing can fail any more
             manifest.write(output / split)
-        _clear(output, manifests.values())
+        clear(output, manifests.values())
     reports = {split: _split_report(manifests[split], done) for split in manifests}
     return TokenizeReport(
         output=output,
@@ -247,31 +241,6 @@ def _check(
         raise UserError(f"--packer {packer}: give {' or '.join(PACKERS)}")
 
 
-@contextmanager
-def _unfinished(output: Path, splits: Iterable[str]) -> Iterator[None]:
-    """Marks the output as unfinished, and keeps a second process from writing there.
-
-    Raises:
-        UserError: it holds a finished split, or somebody writes there.
-    """
-    if not (output / UNFINISHED).exists():
-        for split in (TRAIN, HELDOUT):
-            refuse_finished(output / split)
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / UNFINISHED, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another `megadistill tokenize` is writing to {output}: wait for it") from None
-        except OSError:  # a file system without locks
-            pass
-        for split in splits:
-            (output / split).mkdir(exist_ok=True)
-        for split in (TRAIN, HELDOUT):
-            (output / split / MANIFEST).unlink(missing_ok=True)  # broken off between two manifests
-        yield
-
-
 def _trained(reading: _Reading, folder: Path, vocab_size: int, show: ShowProgress) -> Tokenizer:
     total = reading.file_bytes()
     corpus = reading.corpus()
@@ -344,20 +313,6 @@ def _manifest(split: str, done: Iterable[Done], model: Tokenizer, rules: Rules, 
         source=reading.record(),
         shards=shards,
     )
-
-
-def _clear(output: Path, manifests: Iterable[Manifest]) -> None:
-    """Deletes what a later start would have needed, and shards of an earlier start that are of no use any more."""
-    (output / UNFINISHED).unlink()
-    (output / TOKENIZER_FOLDER / RECORD).unlink(missing_ok=True)
-    listed = {
-        output / one.split / name for one in manifests for shard in one.shards for name in (shard.name, shard.index)
-    }
-    for split in (TRAIN, HELDOUT):
-        for record in list((output / split).glob(f".{SHARD_PREFIX}*")):
-            shard = record.name[1:].partition(".")[0]
-            for path in {record, *record.parent.glob(f"{shard}.tar*")} - listed:
-                path.unlink()
 
 
 def _split_report(manifest: Manifest, done: Iterable[Done]) -> SplitReport:

@@ -83,9 +83,7 @@ def test_bestfit_predicts_every_token_but_a_documents_first_exactly_once(
         found.update(zip(tokens_BU[:, :-1][inside_BS].tolist(), tokens_BU[:, 1:][inside_BS].tolist(), strict=True))
         padding = np.arange(sequence_length + 1) >= np.array([unit.bounds[-1] for unit in units])[:, None]
         assert (tokens_BU[padding] == PAD).all()
-    expected = Counter(
-        pair for document in _framed(documents, bos) for pair in itertools.pairwise(document)
-    )
+    expected = Counter(pair for document in _framed(documents, bos) for pair in itertools.pairwise(document))
     assert found == expected
 
 
