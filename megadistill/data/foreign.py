@@ -76,6 +76,7 @@ def index(
 class _Form:
     """What all units have in common; the `first` one decided it."""
 
+    folder: str
     split: str
     unit: UnitRecord
     dtype: TokenDtype
@@ -111,16 +112,17 @@ def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: st
     sample = next(samples(tar), None)
     if sample is None:
         raise UserError(f"{tar} holds no samples: leave it out of the folder")
-    where = f"{tar} sample {sample.key}"
+    where = f"{tar} sample {sample.key[:200]!r}"
     unit, dtype_on_disk = _unit_record(sample, member, dtype, token_dtype(model.vocab_size), where)
     tokens = member_of(sample, unit.tokens, where)
     try:
         row = row_of(mapped(tar).read(tokens.at, tokens.bytes), unit, dtype=dtype_on_disk, length=None)
     except Misfit as misfit:
-        raise UserError(f"{where} member {tokens.name}: {misfit}: name another --member") from None
+        raise UserError(f"{where} member {unit.tokens}: {misfit}: name another --member") from None
     if not 2 <= len(row) <= MAX_LENGTH:
         raise UserError(f"{where} has {len(row)} tokens: a unit has 2 to {MAX_LENGTH}")
     return _Form(
+        folder=tar.resolve().parent.name,
         split=split,
         unit=unit,
         dtype=dtype_on_disk,
@@ -136,7 +138,7 @@ def _unit_record(
 ) -> tuple[UnitRecord, TokenDtype]:
     """Which member holds the tokens, and how; the dtype is that of raw bytes, or what the ids are read into."""
     candidates = [name for name in sample.members if name.endswith(("npy", "npz")) and name != BOUNDS]
-    has = f"{where} has {', '.join(list(sample.members)[:10])}"
+    has = f"{where} has {sample.suffixes}"
     if member is None and len(candidates) != 1:
         raise UserError(f"{has}: say with --member which one holds the tokens")
     suffix, _, array = (candidates[0] if member is None else member).partition(":")
@@ -213,6 +215,6 @@ def _manifest(form: _Form, shards: Sequence[Shard], tokens: int) -> Manifest:
         documents=None,
         tokens=tokens,
         text_bytes=None,
-        source=SourceRecord(inputs=tuple(shard.name for shard in shards)),
+        source=SourceRecord(inputs=(form.folder,)),
         shards=tuple(shards),
     )

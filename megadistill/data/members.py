@@ -46,7 +46,7 @@ def max_member_bytes(length: int) -> int:
 
 
 def row_of(data: memoryview, record: UnitRecord, *, dtype: TokenDtype, length: int | None) -> Row:
-    """[L]: the tokens in the bytes of a member, as they are on the disk; `length` is what L should be, if that is known.
+    """[L]: the tokens in the bytes of a member, as they are on the disk; `length` is what L should be, where known.
 
     Raises:
         Misfit: the bytes hold something else.
@@ -109,6 +109,10 @@ def npy_header(data: bytes) -> NpyHeader:
     return NpyHeader(dtype, shape[0], stream.tell())
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name[:100]) for name in names[:10]) or "none"
+
+
 def _unzipped(data: memoryview, *, array: str | None, max_bytes: int) -> memoryview:
     """The .npy in an .npz: the only one, or the one that `array` names."""
     try:
@@ -116,9 +120,7 @@ def _unzipped(data: memoryview, *, array: str | None, max_bytes: int) -> memoryv
             names = archive.namelist()
             wanted = [name for name in names if array is None or name == f"{array}.npy"]
             if len(wanted) != 1:
-                raise Misfit(
-                    f"expected one array{f' {array}' if array else ''} in the .npz, found {', '.join(names[:10])}"
-                )
+                raise Misfit(f"expected one array{f' {array}' if array else ''} in the .npz, found {_listed(names)}")
             size = archive.getinfo(wanted[0]).file_size
             if size > max_bytes:
                 raise Misfit(f"expected an array of at most {max_bytes} bytes, found {size}")

@@ -121,6 +121,12 @@ class Sample:
     start: int
     stop: int
     members: dict[str, Member]
+    """By suffix, in small letters."""
+
+    @property
+    def suffixes(self) -> str:
+        """For messages, in which nothing from a tar may break the line."""
+        return ", ".join(repr(suffix[:100]) for suffix in list(self.members)[:10])
 
 
 def index_tar(path: Path, record: UnitRecord) -> Index:
@@ -132,7 +138,7 @@ def index_tar(path: Path, record: UnitRecord) -> Index:
     file = mapped(path)
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     for sample in samples(path):
-        where = f"{path} sample {sample.key} at byte {sample.start}"
+        where = f"{path} sample {sample.key[:200]!r} at byte {sample.start}"
         length = sample.stop - sample.start
         if length > MAX_UNIT_BYTES:
             raise UserError(f"{where} has {length} bytes, more than the {MAX_UNIT_BYTES} allowed: leave it out")
@@ -177,7 +183,9 @@ def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
             yield Sample(key, start, stop, members)
             start, members = stop, {}
         if suffix in members:
-            raise UserError(f"{path} at byte {entry.offset} has {entry.name} twice in one sample: write it again")
+            raise UserError(
+                f"{path} at byte {entry.offset} has {entry.name[:200]!r} twice in one sample: write it again"
+            )
         key, stop = prefix, tar.offset
         plain = entry.isreg() and not entry.issparse()
         members[suffix] = Member(entry.name, entry.offset_data, entry.size, plain)
@@ -189,9 +197,11 @@ def member_of(sample: Sample, suffix: str, where: str) -> Member:
     """The member of a sample with the suffix. Raises UserError, which says `where`: there is none, or it is no file."""
     member = sample.members.get(suffix.lower())
     if member is None:
-        raise UserError(f"{where} has no member {suffix}, only {', '.join(list(sample.members)[:10])}: leave it out")
+        raise UserError(f"{where} has no member {suffix}, only {sample.suffixes}: leave it out")
     if not member.plain:
-        raise UserError(f"{where}: its member {member.name} is not a plain file: write the tar again without links")
+        raise UserError(
+            f"{where}: its member {member.name[:200]!r} is not a plain file: write the tar again without links"
+        )
     return member
 
 

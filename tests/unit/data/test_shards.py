@@ -1,237 +1,211 @@
-"""What a shard or a manifest must not say, and where each fault is named."""
+"""Tars that plain webdataset reads, and indices that say where everything in a tar lies."""
 
-import hashlib
+import gzip
 import io
-import json
-import pickle
-import shutil
-from collections.abc import Callable
+import tarfile
+import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from webdataset import TarWriter
+from webdataset import WebDataset
 
-from megadistill.data import Manifest, ShardFault, TokenStream
-from megadistill.data.shards import ShardReader, _index, token_dtype, write_shards
-from megadistill.errors import OperatorFault, UserError
-from tests.unit.data.conftest import SEQUENCE
+from megadistill.data.manifest import Shard, UnitRecord
+from megadistill.data.packing import Unit
+from megadistill.data.shards import MAX_TAR_HEADER_BYTES, OWN_UNIT, Column, index_tar, write_shard
+from megadistill.data.storage import file_sha256
+from megadistill.errors import UserError
+from tests.unit.data.splits import random_units
 
-
-@pytest.fixture
-def split(data_set: Path, tmp_path: Path) -> Path:
-    """A copy of the training split, to be broken."""
-    return Path(shutil.copytree(data_set / "train", tmp_path / "train"))
+FOREIGN = UnitRecord(kind="raw", tokens="u16", bounds=None)
 
 
-def _manifest(split: Path) -> Manifest:
-    return Manifest.load(split / "manifest.json")
+def _entry(name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE) -> tuple[tarfile.TarInfo, bytes]:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = len(data), kind
+    return entry, data
 
 
-def _edit(split: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = split / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def _tar(path: Path, *entries: tuple[tarfile.TarInfo, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for entry, data in entries:
+            tar.addfile(entry, io.BytesIO(data))
+    return path
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _replace_first_unit(split: Path, data: bytes) -> None:
-    """A shard whose size, index and crc32 are all in order, with a first unit that is not."""
-    manifest = _manifest(split)
-    shard = manifest.shards[0]
-    reader = ShardReader(manifest, 0)
-    units: list[Any] = [data, *(reader.unit(number) for number in range(1, shard.units))]
-    with open(split / shard.name, "wb") as file, TarWriter(file, mtime=0) as tar:
-        for number, unit in enumerate(units):
-            tar.write({"__key__": f"{number:010d}", "tokens.npy": unit})
-    _publish(split, _index(split / shard.name))
-
-
-def _publish(split: Path, index: np.ndarray[Any, Any]) -> None:
-    shard = _manifest(split).shards[0]
-    np.save(split / shard.index, index)
-
-    def agree(content: dict[str, Any]) -> None:
-        content["shards"][0]["bytes"] = (split / shard.name).stat().st_size
-        content["shards"][0]["index_sha256"] = _sha256(split / shard.index)
-
-    _edit(split, agree)
-
-
-def _npy(array: np.ndarray[Any, Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def _refused(split: Path, match: str) -> None:
+def _refused(path: Path, match: str, record: UnitRecord = FOREIGN) -> None:
     with pytest.raises(UserError, match=match) as refused:
-        _manifest(split)
+        index_tar(path, record)
     assert "\n" not in str(refused.value)
-    assert "manifest.json" in str(refused.value)
+    assert str(path) in str(refused.value)
 
 
-def test_units_round_trip_with_their_dtype(tmp_path: Path) -> None:
-    units = [np.arange(5, dtype=np.int32) + 65_530 + k for k in range(7)]
-    shards = write_shards(tmp_path, units, vocab_size=70_000, units_per_shard=3)
-    assert [shard.units for shard in shards] == [3, 3, 1]
-    assert [(_sha256(tmp_path / s.name), (tmp_path / s.name).stat().st_size) for s in shards] == [
-        (s.sha256, s.bytes) for s in shards
-    ]
-    assert (token_dtype(65_536), token_dtype(65_537)) == ("uint16", "uint32")
+def test_plain_webdataset_reads_the_same_units(tmp_path: Path) -> None:
+    units = random_units(20, seed=0, vocab=70_000)
+    write_shard(tmp_path / "shard.tar", units, dtype="uint32")
+    samples = list(WebDataset(str(tmp_path / "shard.tar"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{number:010d}" for number in range(20)]
+    for unit, sample in zip(units, samples, strict=True):
+        assert sample["tokens.npy"].dtype == sample["bounds.npy"].dtype == np.uint32
+        np.testing.assert_array_equal(sample["tokens.npy"], unit.tokens)
+        np.testing.assert_array_equal(sample["bounds.npy"], unit.bounds)
 
 
-def test_what_the_manifest_says_is_on_the_disk(manifest: Manifest) -> None:
-    assert len(manifest.shards) > 2
-    for shard in manifest.shards:
-        assert _sha256(manifest.folder / shard.name) == shard.sha256
-        assert _sha256(manifest.folder / shard.index) == shard.index_sha256
+def test_the_index_says_where_every_byte_of_a_unit_lies(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    units = random_units(9, seed=1)
+    write_shard(path, units, dtype="uint16")
+    rows, data = np.load(tmp_path / "shard.tar.idx.npy"), path.read_bytes()
+    assert (rows.dtype, rows.shape) == (np.int64, (9, len(Column)))
+    end = 0
+    for unit, row in zip(units, rows.tolist(), strict=True):
+        start, length, crc32, tokens_at, tokens_bytes, bounds_at, bounds_bytes = row
+        assert start == end
+        end = start + length
+        assert crc32 == zlib.crc32(data[start:end])
+        here = data[start:end]
+        np.testing.assert_array_equal(np.load(io.BytesIO(here[tokens_at : tokens_at + tokens_bytes])), unit.tokens)
+        np.testing.assert_array_equal(np.load(io.BytesIO(here[bounds_at : bounds_at + bounds_bytes])), unit.bounds)
+    assert not any(data[end:])
+    assert tarfile.TarInfo.frombuf(data[:512], "utf-8", "strict").name == "0000000000.bounds.npy"
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_place(manifest: Manifest, split: Path) -> None:
-    assert _manifest(split).fingerprint == manifest.fingerprint
-    _edit(split, lambda content: content["source"].update(inputs=["other"]))
-    assert _manifest(split).fingerprint != manifest.fingerprint
+def test_the_record_is_what_lies_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.tar"
+    shard = write_shard(path, random_units(3, seed=2), dtype="uint16")
+    assert shard == Shard(
+        name="shard-00000.tar",
+        units=3,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        index_sha256=file_sha256(tmp_path / shard.index),
+    )
 
 
-@pytest.mark.parametrize(
-    "name", ["../shard-00000.tar", "/etc/passwd", "a/../../b", "sub/shard.tar", ".hidden", "", "a\\b"]
-)
-@pytest.mark.parametrize("field", ["name", "index"])
-def test_a_name_that_leaves_the_folder_is_refused(split: Path, field: str, name: str) -> None:
-    _edit(split, lambda content: content["shards"][0].update({field: name}))
-    _refused(split, rf"shards\.0\.{field}")
+def test_the_same_units_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (write_shard(tmp_path / name, random_units(5, seed=3), dtype="uint16") for name in ("a", "b"))
+    other = write_shard(tmp_path / "c", random_units(5, seed=4), dtype="uint16")
+    assert (first.sha256, first.index_sha256) == (second.sha256, second.index_sha256)
+    assert other.sha256 != first.sha256
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.update(version=2), "format version 2; this release reads version 1"),
-        (lambda m: m.update(vocab_size=10**12), "vocab_size"),
-        (lambda m: m.update(vocab_size=70_000), "dtype uint16 does not go with vocab_size 70000"),
-        (lambda m: m.update(sequence_length=0), "sequence_length"),
-        (lambda m: m.update(sequence_length=10**15), "sequence_length"),
-        (lambda m: m.update(sequence_length="64"), "sequence_length"),
-        (lambda m: m.update(tokens=m["tokens"] + 1), "tokens is"),
-        (lambda m: m.update(text_bytes=0), "text_bytes"),
-        (lambda m: m.update(shards=[]), "shards"),
-        (lambda m: m["shards"][1].update(name=m["shards"][0]["name"]), "same name"),
-        (lambda m: m["shards"][0].update(units=-1), "units"),
-        (lambda m: m["shards"][0].update(bytes=10**20), "bytes"),
-        (lambda m: m["shards"][0].update(sha256="abc"), "sha256"),
-        (lambda m: m.update(extra=1), "extra"),
-        (lambda m: m.pop("dtype"), "dtype"),
-        (lambda m: m["tokenizer"].update(file="../../tokenizer.model"), r"tokenizer\.file"),
-        (lambda m: m["packer"].update(name="other"), r"packer\.name"),
-    ],
-)
-def test_a_hand_edited_manifest_is_refused(split: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
-    _edit(split, change)
-    _refused(split, message)
+def test_no_units_or_ids_that_do_not_fit_leave_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one unit at least"):
+        write_shard(tmp_path / "a.tar", [], dtype="uint16")
+    bounds = np.array([0, 2], dtype=np.int32)
+    for ids in ([1, 65_536], [-1, 2]):
+        units = [*random_units(2, seed=0), Unit(np.array(ids, dtype=np.int32), bounds)]
+        with pytest.raises(ValueError, match="do not fit into uint16"):
+            write_shard(tmp_path / "a.tar", units, dtype="uint16")
+    assert not list(tmp_path.iterdir())
 
 
-def test_no_manifest_bad_json_and_a_folder_are_refused(split: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        Manifest.load(split)
-    for junk in (b"{", b"[]", b"\xff\xfe", b""):
-        (split / "manifest.json").write_bytes(junk)
-        _refused(split, "not a valid manifest")
-    (split / "manifest.json").unlink()
-    _refused(split, "No such file")
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_folders_and_other_members_lie_inside_the_units(tmp_path: Path, format: int) -> None:
+    long = f"data/{'n' * 180}é"
+    path = _tar(
+        tmp_path / "a.tar",
+        _entry("data", kind=tarfile.DIRTYPE),
+        _entry("__meta__", b"x"),
+        _entry(f"{long}0.U16", b"abcd"),
+        _entry(f"{long}0.txt", b"text" * 200),
+        _entry("README", b"no sample"),
+        _entry(f"{long}1.txt", b""),
+        _entry(f"{long}1.u16", b"efgh"),
+        format=format,
+    )
+    data = path.read_bytes()
+    rows = index_tar(path, FOREIGN).tolist()
+    assert [data[row[0] + row[3] :][: row[4]] for row in rows] == [b"abcd", b"efgh"]
+    assert rows[0][0] == 0
+    assert rows[1][0] == rows[0][1]
+    assert not any(data[rows[1][0] + rows[1][1] :])
+    assert all(row[5:] == [0, 0] for row in rows)
 
 
-def _read_all(split: Path) -> None:
-    manifest = _manifest(split)
-    TokenStream(manifest, seed=1, batch_slots=1, rank=0, world_size=1).batch(range(manifest.units))
-
-
-def _faulty(split: Path, match: str) -> str:
-    with pytest.raises(ShardFault, match=match) as fault:
-        _read_all(split)
-    assert isinstance(fault.value, OperatorFault)
-    assert "\n" not in str(fault.value)
-    assert str(fault.value).startswith("slot ")
-    return str(fault.value)
-
-
-def test_an_intact_copy_reads(split: Path) -> None:
-    _read_all(split)
-
-
-def test_a_flipped_byte_is_named_by_slot_shard_unit_and_offset(split: Path) -> None:
-    manifest = _manifest(split)
-    shard = manifest.shards[1]
-    offset, length, _ = np.load(split / shard.index)[5].tolist()
-    with open(split / shard.name, "r+b") as file:
-        file.seek(offset + length - 1)
-        last = file.read(1)[0]
-        file.seek(offset + length - 1)
-        file.write(bytes([last ^ 1]))
-    message = _faulty(split, "expected crc32")
-    assert f"shard 1: {split / shard.name} unit 5 at byte {offset}" in message
-
-
-def test_a_truncated_empty_or_missing_tar(split: Path) -> None:
-    path = split / _manifest(split).shards[0].name
+def test_every_cut_of_a_tar_is_refused(tmp_path: Path) -> None:
+    path = _tar(tmp_path / "a.tar", *(_entry(f"{number}.u16", b"ab" * 300) for number in range(3)))
     whole = path.read_bytes()
-    for left in (whole[:-3000], b"", whole + b"\0"):
-        path.write_bytes(left)
-        _faulty(split, f"expected {len(whole)} bytes, found {len(left)}")
+    end = 3 * (512 + 1024)
+    index_tar(path, FOREIGN)
+    for cut in (1, 511, 512, 600, 1023, 1024, 1536, 2048, 3072, end - 1, end, end + 512, end + 1023):
+        path.write_bytes(whole[:cut])
+        _refused(path, "not a whole tar|is cut off")
+    path.write_bytes(whole[: end + 1024])
+    index_tar(path, FOREIGN)
+    path.write_bytes(b"")
+    _refused(path, "empty")
     path.unlink()
-    _faulty(split, "No such file")
+    _refused(path, "No such file")
 
 
-def test_swapped_shards_are_found(split: Path) -> None:
-    first, second = (split / shard.name for shard in _manifest(split).shards[:2])
-    assert first.stat().st_size == second.stat().st_size
-    keep = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(keep)
-    _faulty(split, "expected crc32")
-
-
-def test_a_wrong_or_missing_index(split: Path) -> None:
-    shard = _manifest(split).shards[0]
-    rows = np.load(split / shard.index)
-    np.save(split / shard.index, rows[::-1])
-    _faulty(split, "expected the index with sha256")
-    for bad, message in (
-        (rows[:-1], "expected .* int64, found"),
-        (rows.astype(np.int32), "int32"),
-        (np.add(rows, [shard.bytes, 0, 0]), "byte ranges"),
-        (rows * [1, -1, 1], "byte ranges"),
-        (np.array([None, 1], dtype=object), "plain numbers"),
-    ):
-        _publish(split, bad)
-        _faulty(split, message)
-    (split / shard.index).unlink()
-    _faulty(split, "No such file")
-
-
-class _Bomb:
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return (pytest.fail, ("a pickle was loaded",))
+def test_a_broken_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = _tar(tmp_path / "a.tar", *(_entry(f"{number}.u16", b"ab") for number in range(3)))
+    data = bytearray(path.read_bytes())
+    data[1024 + 3] ^= 1
+    path.write_bytes(data)
+    assert len(list(WebDataset(str(path), shardshuffle=False))) == 1
+    _refused(path, "at byte 1024 a tar header was expected")
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("entries", "match"),
     [
-        (_npy(np.full(SEQUENCE + 1, 600, dtype=np.uint16)), "expected ids below 600, found 600"),
-        (_npy(np.zeros(SEQUENCE, dtype=np.uint16)), r"found \(64,\) uint16"),
-        (_npy(np.zeros((SEQUENCE + 1, 1), dtype=np.uint16)), r"found \(65, 1\)"),
-        (_npy(np.zeros(SEQUENCE + 1, dtype=np.int64)), "found .* int64"),
-        (_npy(np.zeros(SEQUENCE + 1, dtype=np.uint16)) + b"more", "expected"),
-        (_npy(np.zeros(SEQUENCE + 1, dtype=np.uint16))[:-1], "plain numbers"),
-        (_npy(np.array([_Bomb()] * (SEQUENCE + 1), dtype=object)), "plain numbers"),
-        (pickle.dumps(_Bomb()), "plain numbers"),
-        (b"", "plain numbers"),
+        ([_entry("0.u16", b"ab"), _entry("1.txt", b"ab")], "sample '1' at byte 1024 has no member u16, only 'txt'"),
+        ([_entry("0.u16", kind=tarfile.SYMTYPE)], "'0.u16' is not a plain file"),
+        ([_entry("0.u16", kind=tarfile.LNKTYPE)], "'0.u16' is not a plain file"),
+        ([_entry("0.u16", kind=tarfile.CHRTYPE)], "'0.u16' is not a plain file"),
+        ([_entry("0.u16", kind=tarfile.DIRTYPE)], "'0.u16' is not a plain file"),
+        ([_entry("0.u16", b"ab"), _entry("0.u16", b"cd")], "'0.u16' twice in one sample"),
+        ([_entry("README", b"ab")], "holds no samples"),
+        ([], "holds no samples"),
+        ([_entry("a\nb.txt", b"ab")], r"sample 'a\\nb'"),
     ],
 )
-def test_a_unit_that_is_no_unit_though_its_crc_holds(split: Path, data: bytes, message: str) -> None:
-    _replace_first_unit(split, data)
-    assert "unit 0 at byte 512" in _faulty(split, message)
+def test_a_sample_that_is_no_unit_is_refused(
+    tmp_path: Path, entries: list[tuple[tarfile.TarInfo, bytes]], match: str
+) -> None:
+    _refused(_tar(tmp_path / "a.tar", *entries), match)
+
+
+def test_sizes_are_bounded_before_memory_is_set_aside(tmp_path: Path) -> None:
+    """A PAX header and a member that claim more than they may, in a file with a hole of that size."""
+    huge = MAX_TAR_HEADER_BYTES + 1
+    for kind, match in ((tarfile.XHDTYPE, "has a header of"), (tarfile.GNUTYPE_LONGNAME, "has a header of")):
+        entry = tarfile.TarInfo("0.u16")
+        entry.size, entry.type = huge, kind
+        path = tmp_path / "a.tar"
+        path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT))
+        with open(path, "r+b") as file:
+            file.truncate(huge + 10_240)
+        _refused(path, match)
+    entry = tarfile.TarInfo("0.u16")
+    entry.size = 1 << 29
+    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT))
+    with open(path, "r+b") as file:
+        file.truncate((1 << 29) + 10_240)
+    _refused(path, f"has {(1 << 29) + 512} bytes, more than")
+
+
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    entry = tarfile.TarInfo("0.u16")
+    entry.type = tarfile.GNUTYPE_SPARSE
+    buffer = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    buffer[386 : 386 + 24] = b"%011o\0%011o\0" % (0, 4)
+    buffer[483 : 483 + 12] = b"%011o\0" % 4
+    buffer[148:156] = b" " * 8
+    buffer[148:156] = b"%06o\0 " % sum(buffer)
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(buffer) + bytes(10_240))
+    _refused(path, "is not a plain file")
+
+
+def test_own_shards_are_indexed_by_reading_them_back(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", random_units(4, seed=5), dtype="uint16")
+    np.testing.assert_array_equal(index_tar(tmp_path / "a.tar", OWN_UNIT), np.load(tmp_path / "a.tar.idx.npy"))
+
+
+def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
+    whole = _tar(tmp_path / "a.tar", _entry("0.u16", b"ab")).read_bytes()
+    (tmp_path / "a.tar").write_bytes(gzip.compress(whole))
+    _refused(tmp_path / "a.tar", "is not a whole tar")
