@@ -10,6 +10,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +113,10 @@ def token_digest(tokens: Tensor) -> Tensor:
 
     Any one changed token changes it. Tells batches apart, proves nothing.
     """
-    return (tokens.to(torch.int64) * _multipliers(tokens.shape[1]).to(tokens.device)).sum(dim=1)
+    multipliers = _multipliers(tokens.shape[1])
+    if tokens.device.type == "cpu":  # numpy needs no product as large as the tokens
+        return torch.from_numpy(np.einsum("bs,s->b", tokens.to(torch.int64).numpy(), multipliers.numpy()))
+    return (tokens.to(torch.int64) * multipliers.to(tokens.device)).sum(dim=1)
 
 
 @lru_cache(maxsize=8)

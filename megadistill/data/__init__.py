@@ -1,10 +1,21 @@
-"""The token stream: text to shards, shards to batches. It knows no models, no ranks' groups, no recipe.
+"""The token stream: text to shards, shards to batches. It knows no models, no ranks' groups; of the recipe its `data`.
 
-`tokenize` writes a data set, `Manifest` describes one of its splits, `TokenStream` reads it.
+`tokenize` writes a data set, `Manifest` describes one of its splits, `Mixture` joins splits, `TokenStream` reads them.
 """
 
-from megadistill.data.shards import Manifest, ShardFault
+from megadistill.data.manifest import Manifest
+from megadistill.data.reader import ShardFault
+from megadistill.data.sources import Mixture
 from megadistill.data.stream import TokenStream
 from megadistill.data.tokenize import TokenizeReport, tokenize
+from megadistill.data.tokenizer import tokenizer_sha256
 
-__all__ = ["Manifest", "ShardFault", "TokenStream", "TokenizeReport", "tokenize"]
+__all__ = [
+    "Manifest",
+    "Mixture",
+    "ShardFault",
+    "TokenStream",
+    "TokenizeReport",
+    "tokenize",
+    "tokenizer_sha256",
+]

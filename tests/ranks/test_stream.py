@@ -43,7 +43,7 @@ def _rows(batch: TokenBatch) -> Tensor:
 def _global_batches(topology: Topology, folder: Path) -> dict[tuple[int, int], list[Tensor]]:
     """By micro-batch and prefetch."""
     rows = SLOTS // topology.world
-    micros = [size for size in (1, 2, 3, 6, 12, 24, 48) if rows % size == 0]
+    micros = [size for size in range(1, rows + 1) if rows % size == 0]
     settings = itertools.product(micros, (0, 1, 3))
     return {(micro, prefetch): _steps(topology, folder, micro, prefetch) for micro, prefetch in settings}
 

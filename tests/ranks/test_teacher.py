@@ -93,7 +93,7 @@ def _mixed_up(topology: Topology, folder: str) -> str:
     """A last stage that gives each rank another one's micro-batch."""
     pipeline: Any = _pipeline(topology, folder)
     wave = pipeline._wave
-    pipeline._wave = lambda tokens: wave(tokens)[::-1]
+    pipeline._wave = lambda *arguments: wave(*arguments)[::-1]
     batch = _batch(topology.rank, 0)
     try:
         pipeline.signal(batch).hidden_for(batch)

@@ -86,7 +86,7 @@ def test_a_window_draws_its_blocks_from_everywhere_and_mixes_their_units() -> No
     n = 4 * BLOCK * WINDOW
     units = _order([n], 3).unit_of(np.arange(BLOCK * WINDOW))
     assert abs(np.abs(np.diff(units)).mean() / n - 1 / 3) < 0.01
-    assert len(np.unique(units // BLOCK)) < 1.6 * WINDOW, "whole blocks, cut once more by the shift"
+    assert len(np.unique(units // BLOCK)) <= 2 * WINDOW, "whole blocks, which the shift cuts in two"
 
 
 def test_a_batch_is_as_varied_as_one_of_a_shuffle_buffer() -> None:
