@@ -68,7 +68,7 @@ class TokenizeReport:
     seconds: float
 
     def table(self) -> Table:
-        """For a person: a row a split, and what was left out below."""
+        """For a person: a column a split, and what was left out below."""
         resumed = f"; {self.kept:,} shards were kept from an earlier start" if self.kept else ""
         shown = Table(
             title=f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s",
@@ -76,15 +76,22 @@ class TokenizeReport:
             title_justify="left",
             caption_justify="left",
         )
-        shown.add_column("split")
-        for heading in ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "dropped"):
-            shown.add_column(heading, justify="right")
-        for name, split in ((TRAIN, self.train), (HELDOUT, self.heldout)):
-            if split is not None:
-                counts = [f"{count:,}" for count in (split.documents, split.units, split.shards, split.tokens)]
-                text = [f"{split.text_bytes / 1e6:.1f} MB", f"{split.text_bytes / split.tokens:.2f}"]
-                shown.add_row(name, *counts, *text, f"{split.padding:.2%}", f"{split.dropped:,}")
+        splits = {TRAIN: self.train} | ({HELDOUT: self.heldout} if self.heldout else {})
+        shown.add_column("")
+        for name in splits:
+            shown.add_column(name, justify="right")
+        for heading, cells in zip(_HEADINGS, zip(*map(_cells, splits.values()), strict=True), strict=True):
+            shown.add_row(heading, *cells)
         return shown
+
+
+_HEADINGS = ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "tokens dropped")
+
+
+def _cells(split: SplitReport) -> tuple[str, ...]:
+    counts = (f"{count:,}" for count in (split.documents, split.units, split.shards, split.tokens))
+    text = (f"{split.text_bytes / 1e6:,.1f} MB", f"{split.text_bytes / split.tokens:.2f}")
+    return (*counts, *text, f"{split.padding:.2%}", f"{split.dropped:,}")
 
 
 def tokenize(
