@@ -169,8 +169,12 @@ class Corpus:
                 self._fields.add(field[:100])
 
 
-def find_files(inputs: Sequence[Path], include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+def find_files(
+    inputs: Sequence[Path], include: Sequence[str], exclude: Sequence[str], *, output: Path
+) -> Iterator[Path]:
     """Files as they are given, and those of folders in sorted order, without following symbolic links.
+
+    `output`, which may lie inside of a folder, is left out: what is written there is no input.
 
     Of a folder's files those are taken that match a pattern of `include` and none of `exclude`. A pattern matches the
     path relative to the folder (`*` crosses `/`), the same with a leading `/`, or the file's name.
@@ -182,7 +186,7 @@ def find_files(inputs: Sequence[Path], include: Sequence[str], exclude: Sequence
     for given in inputs:
         if not given.exists():
             raise UserError(f"{given} does not exist: give files of text, or folders of them")
-        for path in [given] if given.is_file() else _walk(given, include, exclude):
+        for path in [given] if given.is_file() else _walk(given, include, exclude, output.resolve()):
             found = True
             yield path
     if not found:
@@ -197,12 +201,12 @@ def in_words(left_out: Counter[LeftOut]) -> str:
     return ", ".join(f"{left_out[reason]:,} {reason}" for reason in LeftOut if left_out[reason])
 
 
-def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str]) -> Iterator[Path]:
+def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], output: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error.filename, error) from None
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
+        folders[:] = [name for name in sorted(folders) if Path(parent, name).resolve() != output]
         for name in sorted(names):
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()

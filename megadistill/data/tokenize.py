@@ -136,7 +136,7 @@ def tokenize(
         shard_mb=shard_mb,
         processes=processes,
     )
-    reading = _Reading(inputs, include, exclude, text_field, heldout_fraction)
+    reading = _Reading(inputs, output, include, exclude, text_field, heldout_fraction)
     with (
         nullcontext(progress) if progress else console_progress() as show,
         disk_faults(output),
@@ -180,6 +180,7 @@ class _Reading:
     """What is read; each pass over it reads the same."""
 
     inputs: Sequence[Path]
+    output: Path
     include: Sequence[str]
     exclude: Sequence[str]
     text_field: str
@@ -196,7 +197,7 @@ class _Reading:
         return sum(path.stat().st_size for path in self._files())
 
     def _files(self) -> Iterator[Path]:
-        return find_files(self.inputs, self.include, self.exclude)
+        return find_files(self.inputs, self.include, self.exclude, output=self.output)
 
     def refuse_one_sided(self, documents: Counter[str], corpus: Corpus) -> None:
         """Raises UserError: there is no document, or not one in each split."""

@@ -63,11 +63,14 @@ def _write_files(folder: Path, texts: list[str]) -> None:
         (folder / f"{i}{suffix}").write_bytes(forms[suffix])
 
 
+NOWHERE = Path("nowhere")
+"""The output of a corpus that is only read."""
+
 WRITERS = [_write_jsonl, _write_gzip, _write_zstd, _write_parquet, _write_files]
 
 
 def _read(folder: Path, **options: Any) -> tuple[list[str], Corpus]:
-    read = Corpus(find_files([folder], ["*"], []), **{"text_field": "text"} | options)
+    read = Corpus(find_files([folder], ["*"], [], output=NOWHERE), **{"text_field": "text"} | options)
     return [document.text for document in read], read
 
 
@@ -85,7 +88,7 @@ def test_bytes_read_never_goes_back_and_says_how_far_a_pass_is(
     write: Callable[[Path, list[str]], None], tmp_path: Path
 ) -> None:
     write(tmp_path, TEXTS)
-    read = Corpus(find_files([tmp_path], ["*"], []), text_field="text")
+    read = Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")
     seen = [read.bytes_read for _ in read]
     assert seen == sorted(seen)
     assert seen[-1] <= read.bytes_read
@@ -189,13 +192,13 @@ def test_a_flipped_byte_in_the_middle_is_refused(name: str, tmp_path: Path) -> N
 def test_an_input_that_is_not_there_or_matches_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="nowhere does not exist"):
-        list(find_files([tmp_path / "a.txt", tmp_path / "nowhere"], ["*"], []))
+        list(find_files([tmp_path / "a.txt", tmp_path / "nowhere"], ["*"], [], output=NOWHERE))
     with pytest.raises(UserError, match=r"matches --include \*\.md and not --exclude a\*"):
-        list(find_files([tmp_path], ["*.md"], ["a*"]))
+        list(find_files([tmp_path], ["*.md"], ["a*"], output=NOWHERE))
 
 
 def test_copies_have_one_digest(tmp_path: Path) -> None:
     for write in WRITERS:
         write(tmp_path, TEXTS)
-    digests = {document.digest for document in Corpus(find_files([tmp_path], ["*"], []), text_field="text")}
+    digests = {document.digest for document in Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")}
     assert len(digests) == len(TEXTS)

@@ -156,6 +156,15 @@ def test_chunks_are_the_documents_of_a_shard_in_order(corpus: Path, given: Path,
     assert manifest.packer.model_dump() == {"name": "chunk", "version": 2, "bos": None, "eos": tokenizer.eos}
 
 
+def test_an_output_inside_of_the_input_is_no_input(tmp_path: Path) -> None:
+    """A trained tokenizer is written before the text is read a second time."""
+    inside = write_texts(tmp_path / "inside", document_texts())
+    outside = write_texts(tmp_path / "outside", document_texts())
+    inner = _run(inside, inside / "made" / "set", tokenizer=None, vocab_size=300)
+    outer = _run(outside, tmp_path / "set", tokenizer=None, vocab_size=300)
+    assert (inner.train, inner.heldout) == (outer.train, outer.heldout)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
 def test_bestfit_keeps_documents_whole_and_counts_what_it_predicts(
     kind: str, corpus: Path, given: Path, tmp_path: Path
