@@ -321,7 +321,7 @@ def _shards_info(options: argparse.Namespace) -> int:
 
 
 def _shards_index(options: argparse.Namespace) -> int:
-    from megadistill.data.verify import index
+    from megadistill.data.foreign import index
 
     manifest = index(
         options.folder, tokenizer=options.tokenizer, member=options.member, dtype=options.dtype, split=options.split

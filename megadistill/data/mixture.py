@@ -115,7 +115,8 @@ class _DealtStage:
     def count(self, slots: int) -> Positions:
         """[K]: units of each source in the first `slots` slots of this stage."""
         rounds, places = divmod(slots, len(self._period_P))
-        return rounds * self._quotas_K + np.bincount(self._period_P[:places], minlength=len(self._quotas_K))
+        begun_K = np.bincount(self._period_P[:places], minlength=len(self._quotas_K)).astype(np.int64)
+        return rounds * self._quotas_K + begun_K
 
 
 def quotas(weights: Mapping[str, float], *, stage: int) -> dict[str, int]:

@@ -61,8 +61,8 @@ def check_fit(
         )
     if sha256 != data.tokenizer.sha256:
         raise UserError(
-            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made with "
-            f"{data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
+            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made "
+            f"with {data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
             "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
         )
 

@@ -200,5 +200,7 @@ def test_an_input_that_is_not_there_or_matches_nothing_is_refused(tmp_path: Path
 def test_copies_have_one_digest(tmp_path: Path) -> None:
     for write in WRITERS:
         write(tmp_path, TEXTS)
-    digests = {document.digest for document in Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")}
+    digests = {
+        document.digest for document in Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")
+    }
     assert len(digests) == len(TEXTS)

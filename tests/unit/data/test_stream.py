@@ -51,7 +51,7 @@ def _take(data: Manifest | Mixture, count: int, **options: Any) -> Batches:
 
 
 def _joined(parts: Sequence[TokenBatch]) -> TokenBatch:
-    rows = {name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS}
+    rows: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS}
     return dataclasses.replace(parts[0], **rows, faults=sum((part.faults for part in parts), ()))
 
 
