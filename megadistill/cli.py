@@ -306,6 +306,8 @@ def _shards_verify(options: argparse.Namespace) -> int:
     from megadistill.data.verify import verify
 
     report = verify(options.data, quick=options.quick)
+    for line in report.lines():
+        print(line)
     Console().print(report.table())
     return 0 if report.ok else OperatorFault.exit_code
 

@@ -109,8 +109,8 @@ class _DealtStage:
         """The source [N] of each slot [N] of this stage, and the position [N] in that source's stream."""
         rounds_N, places_N = np.divmod(slots_N - self.start, len(self._period_P))
         sources_N = self._period_P[places_N]
-        taken_N = self._taken_K[sources_N]
-        return sources_N, taken_N + rounds_N * self._quotas_K[sources_N] + self._earlier_P[places_N]
+        taken_N = self._taken_K[sources_N] + self._quotas_K[sources_N] * rounds_N + self._earlier_P[places_N]
+        return sources_N, taken_N.astype(np.int64, copy=False)
 
     def count(self, slots: int) -> Positions:
         """[K]: units of each source in the first `slots` slots of this stage."""

@@ -214,8 +214,8 @@ def stream_of(setup: Setup, topology: Topology, *, start: Cursor | None) -> Toke
 
 def holes_of_all(batch: TokenBatch, topology: Topology) -> list[int]:
     """The slots of a global batch that were found damaged, by any rank; this rank says what it found. Collective."""
-    for slot, message in batch.faults:
-        print(f"rank {topology.rank}: {message}: masked, and left out from now on (slot {slot})", file=sys.stderr)
+    for _, message in batch.faults:
+        print(f"rank {topology.rank}: {message}: masked", file=sys.stderr)
     found = torch.full((len(batch),), -1, dtype=torch.int64)
     slots = [slot for slot, _ in batch.faults]
     found[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
