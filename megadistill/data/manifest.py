@@ -220,5 +220,5 @@ def refuse_finished(folder: Path) -> None:
     """Raises UserError where `folder` holds a manifest: a finished split is immutable."""
     if (folder / MANIFEST).exists():
         raise UserError(
-            f"{folder / MANIFEST} exists, and a split is never changed: give another --output, or delete it"
+            f"{folder / MANIFEST} exists, and a split is never changed: give another folder, or delete it"
         )

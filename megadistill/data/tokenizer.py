@@ -6,6 +6,7 @@ Legend: L tokens of a text, V ids of the vocabulary.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
 import numpy as np
@@ -71,7 +72,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece `.model` file, a `tokenizer.json`, or a folder with one of them.
 
-    A folder with both is read by its `tokenizer.json`.
+    A folder with both is read by its `tokenizer.json`, unless that is what was written of the model: a data set that is
+    tokenized with another one's tokenizer records the same original.
 
     Raises:
         UserError: there is none, it cannot be used, or nothing says which id ends a document.
@@ -81,7 +83,23 @@ def load_tokenizer(path: Path) -> Tokenizer:
         file = next((path / name for name in (TOKENIZER_FILE, MODEL_FILE) if (path / name).is_file()), path)
         if file == path:
             raise UserError(f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer")
+        if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_of_model(path):
+            file = path / MODEL_FILE
     return HuggingFaceTokenizer.load(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
+
+
+def _written_of_model(folder: Path) -> bool:
+    """Whether the `tokenizer.json` of a folder is what `SentencePieceTokenizer.write` makes of its `tokenizer.model`."""
+    try:
+        with TemporaryDirectory() as made:
+            SentencePieceTokenizer.load(folder / MODEL_FILE).write(Path(made))
+            shas = [
+                huggingface_tokenizer.canonical_sha256(huggingface_tokenizer.read_json(place / TOKENIZER_FILE))
+                for place in (folder, Path(made))
+            ]
+    except UserError:
+        return False
+    return shas[0] == shas[1]
 
 
 def tokenizer_record(tokenizer: Tokenizer, folder: str) -> TokenizerRecord:

@@ -237,10 +237,10 @@ def test_a_byte_level_tokenizer_loses_nothing_and_takes_names_of_special_tokens_
 _tokenizers: dict[Path, Tokenizer] = {}
 
 
-def _loaded_once(folder: Path) -> Tokenizer:
-    if folder not in _tokenizers:
-        _tokenizers[folder] = load_tokenizer(folder)
-    return _tokenizers[folder]
+def _loaded_once(path: Path) -> Tokenizer:
+    if path not in _tokenizers:
+        _tokenizers[path] = load_tokenizer(path)
+    return _tokenizers[path]
 
 
 def test_begin_end_size_and_bytes_are_the_tokenizers_own(byte_level: Path) -> None:
@@ -358,13 +358,21 @@ def test_the_hash_is_of_what_makes_the_ids(copy: Path, tmp_path: Path) -> None:
 def test_the_hash_of_a_folder_with_both_kinds_is_of_the_one_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     sentencepiece = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
     assert tokenizer_sha256(folder, prefer="sentencepiece") == ("sentencepiece", sentencepiece)
-    assert tokenizer_sha256(folder, prefer="huggingface") == ("huggingface", load_tokenizer(folder).sha256)
+    assert tokenizer_sha256(folder, prefer="huggingface") == (
+        "huggingface",
+        load_tokenizer(folder / "tokenizer.json").sha256,
+    )
     assert tokenizer_sha256(folder / "tokenizer.model", prefer="huggingface") == ("sentencepiece", sentencepiece)
     assert tokenizer_sha256(tmp_path, prefer="huggingface") is None
 
 
-def test_a_folder_is_read_by_its_tokenizer_json_or_else_its_model(folder: Path, tmp_path: Path) -> None:
-    assert load_tokenizer(folder).kind == "huggingface"
+def test_a_folder_is_read_by_its_original(folder: Path, byte_level: Path, tmp_path: Path) -> None:
+    """A tokenizer.json that was written of the model beside it is a copy; any other one counts."""
+    assert load_tokenizer(folder).kind == "sentencepiece"
+    assert load_tokenizer(folder / "tokenizer.json").kind == "huggingface"
+    both = Path(shutil.copytree(byte_level, tmp_path / "both"))
+    shutil.copy(folder / "tokenizer.model", both)
+    assert load_tokenizer(both).sha256 == load_tokenizer(byte_level).sha256
     shutil.copy(folder / "tokenizer.model", tmp_path)
     alone = load_tokenizer(tmp_path)
     assert (alone.kind, alone.bos) == ("sentencepiece", None)
@@ -377,7 +385,7 @@ def test_a_folder_is_read_by_its_tokenizer_json_or_else_its_model(folder: Path, 
 def test_what_is_written_of_a_model_of_sentencepiece_is_read_as_the_same_tokenizer(
     tokenizer: SentencePieceTokenizer, folder: Path, text: str
 ) -> None:
-    read = _loaded_once(folder)
+    read = _loaded_once(folder / "tokenizer.json")
     assert read.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert read.piece_bytes.tolist() == tokenizer.piece_bytes.tolist()
     assert (read.vocab_size, read.eos) == (tokenizer.vocab_size, tokenizer.eos)
