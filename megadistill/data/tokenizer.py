@@ -89,7 +89,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _written_of_model(folder: Path) -> bool:
-    """Whether the `tokenizer.json` of a folder is what `SentencePieceTokenizer.write` makes of its `tokenizer.model`."""
+    """Whether a folder's `tokenizer.json` is what `SentencePieceTokenizer.write` makes of its `tokenizer.model`."""
     try:
         with TemporaryDirectory() as made:
             SentencePieceTokenizer.load(folder / MODEL_FILE).write(Path(made))
