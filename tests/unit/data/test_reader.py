@@ -147,6 +147,8 @@ def test_more_shards_are_read_than_are_kept_open(tmp_path: Path) -> None:
     reader = UnitReader(_manifest(tmp_path))
     for _ in range(2):
         np.testing.assert_array_equal(reader.read(places).tokens, [unit.tokens for unit in written])
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/" in line]
+    assert len(mapped) == 2 * OPEN_SHARDS  # the tar and its index
 
 
 @pytest.mark.parametrize("left", [-3000, -1, 0])
@@ -270,6 +272,14 @@ def test_bounds_that_do_not_climb_though_their_crc_holds(
         found = found.replace("-1", str((1 << 32) - 1))
     message = f"expected bounds that climb from 0 to {LENGTH} at most, found {found}"
     _check(_read(split), faults={PER_SHARD + 3: message})
+
+
+def test_bounds_with_a_known_header_and_other_bytes(split: Path) -> None:
+    bounds = UNITS[PER_SHARD + 3].bounds
+    assert any(len(unit.bounds) == len(bounds) for unit in UNITS[:PER_SHARD])
+    for data in (_npy(bounds, np.uint32) + bytes(4), _npy(bounds, np.uint32)[:-4]):
+        _rewrite(split, 3, bounds=data)
+        _check(_read(split), faults={PER_SHARD + 3: "as its header says, found"})
 
 
 def test_other_dtypes_of_integers_are_read_into_the_manifests(split: Path) -> None:

@@ -227,8 +227,8 @@ def test_a_prefetch_that_fails_is_an_error_of_the_reads_and_not_waited_for_again
             file.read(start, 5)
     assert len(server.requests) == asked
     server.always = None
-    remote.prefetch([(file, 0, 10)])
-    assert file.read(0, 10) == data[:10]
+    remote.prefetch([(file, BLOCK_BYTES, 10)])
+    assert file.read(0, 10) == data[:10]  # errors do not outlive the next prefetch
 
 
 def test_a_dead_server_costs_its_patience_once(remote: RemoteFolder, server: Server, data: bytes) -> None:
@@ -277,6 +277,13 @@ def test_retries_leave_the_global_generator_alone(remote: RemoteFolder, server: 
     before = random.getstate()
     file.read(0, 1)
     assert random.getstate() == before
+
+
+def test_a_file_that_shrank_since_it_was_opened_is_an_error(memory: RemoteFolder, data: bytes) -> None:
+    file = memory.open("shard.tar")
+    fsspec.filesystem("memory").pipe("/storage-test/split/shard.tar", data[:100])
+    with pytest.raises(OSError, match=f"the answer has 100 bytes, not {BLOCK_BYTES}"):
+        file.read(0, 10)
 
 
 def test_pauses_double_up_to_a_bound() -> None:
