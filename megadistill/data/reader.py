@@ -8,13 +8,13 @@ Legend: N places asked for, S tokens of a sequence, U units of a shard, D docume
 """
 
 import hashlib
-import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from megadistill.data.manifest import Manifest, Shard
@@ -219,9 +219,10 @@ class UnitReader:
     def _copy(self, group: _Group, tokens_NU: Tokens, packed: dict[int, Packed]) -> dict[int, ShardFault]:
         """The hot loop: copies the tokens of each unit whose crc32 holds into its row, and its bounds into `packed`.
 
-        Nearly every member begins with the very bytes that numpy writes for it; the others are parsed.
+        Nearly every member begins with the very bytes that numpy writes for it; the others are parsed. isal's crc32 is
+        zlib's, in an eighth of the time.
         """
-        read, crc32, counts = group.shard.file.read, zlib.crc32, self._counts
+        read, crc32, counts = group.shard.file.read, isal_zlib.crc32, self._counts
         flat, width = tokens_NU.data.cast("B"), tokens_NU.strides[0]
         header, begin = self._header, len(self._header or b"")
         faults: dict[int, ShardFault] = {}
