@@ -158,7 +158,7 @@ class Manifest(_Record):
     def _parse(cls, text: bytes, location: str, again: str) -> "Manifest":
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{location} is not a valid manifest: {error}: {again}") from None
         if not isinstance(values, dict):
             raise UserError(f"{location} is not a valid manifest: it holds a {type(values).__name__}: {again}")
