@@ -18,7 +18,7 @@ from megadistill.data.manifest import MANIFEST, Manifest
 from megadistill.data.progress import ShowProgress, console_progress
 from megadistill.data.reader import ShardFault, UnitReader, open_shard
 from megadistill.data.rows import predicted
-from megadistill.data.storage import LocalFolder, sha256_of, shown
+from megadistill.data.storage import LocalFolder, folder_of, sha256_of, shown
 from megadistill.data.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
 
@@ -113,11 +113,18 @@ def manifests_at(location: Path | str) -> list[str]:
     """The manifests at a location: itself, in it, or in the folders below.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is out of reach.
     """
     text = str(location).rstrip("/")
     if "://" in text:
-        return [text if text.endswith(f"/{MANIFEST}") else f"{text}/{MANIFEST}"]
+        folder = text.removesuffix(f"/{MANIFEST}")
+        try:
+            folder_of(folder).open(MANIFEST)
+        except OSError as error:
+            raise UserError(
+                f"{shown(folder)} holds no {MANIFEST} ({error.strerror or error}): give the URL of a split"
+            ) from None
+        return [f"{folder}/{MANIFEST}"]
     if Path(text).name == MANIFEST and Path(text).is_file():
         return [text]
     found = sorted(str(path) for path in Path(location).rglob(MANIFEST))
@@ -151,7 +158,7 @@ def _unlisted(manifest: Manifest, folder: Path) -> list[str]:
 
 def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
     record = manifest.tokenizer
-    path = folder / record.file
+    path = (folder / record.file).resolve()
     try:
         found = tokenizer_sha256(path, prefer=record.kind)
     except UserError as error:

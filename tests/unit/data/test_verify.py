@@ -152,6 +152,8 @@ def test_a_split_behind_a_url_is_verified(broken: Path) -> None:
         assert _verify(f"{server.url}/train/manifest.json", quick=True).ok
         _flip(broken / "train" / manifest.shards[0].name, 700)
         lines = _verify(f"{server.url}/train").lines()
+        with pytest.raises(UserError, match=r"/other holds no manifest\.json \(.*404 Not Found\)"):
+            _verify(f"{server.url}/other")
     assert len(lines) == 2
     assert all(line.startswith(f"shard 0: {server.url}/train/shard-00000.tar") for line in lines)
 
@@ -160,6 +162,11 @@ def test_a_place_without_a_manifest_is_refused(tmp_path: Path) -> None:
     for location in (tmp_path, tmp_path / "manifest.json", tmp_path / "other"):
         with pytest.raises(UserError, match=r"holds no manifest\.json"):
             _verify(location)
+
+
+def test_a_url_whose_package_is_missing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"pip install 'megadistill\[remote\]'"):
+        _verify("dropbox://a/b")
 
 
 def test_info_says_what_the_manifest_says(data_set: Path) -> None:
