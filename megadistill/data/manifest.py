@@ -219,6 +219,4 @@ def token_dtype(vocab_size: int) -> TokenDtype:
 def refuse_finished(folder: Path) -> None:
     """Raises UserError where `folder` holds a manifest: a finished split is immutable."""
     if (folder / MANIFEST).exists():
-        raise UserError(
-            f"{folder / MANIFEST} exists, and a split is never changed: give another folder, or delete it"
-        )
+        raise UserError(f"{folder / MANIFEST} exists, and a split is never changed: give another folder, or delete it")
