@@ -194,8 +194,10 @@ class TokenStream:
             whole: slice | Positions = slice(None) if len(here) == rows else here
             tokens_BS[whole], labels_BS[whole] = shift(units.tokens)
             starts_BS[whole] = document_starts(units.bounds, sequence_length=sequence)
-            if not self._across_documents(source):
-                learned = predicted(units.bounds, sequence_length=sequence, across_documents=False)
+            packer = self._mixture.sources[self._order.names[source]].packer.name
+            if packer != "chunk" or self._document_mask:  # whose units are full, and learned across documents
+                across = packer != "bestfit" and not self._document_mask
+                learned = predicted(units.bounds, sequence_length=sequence, across_documents=across)
                 labels_BS[whole] = labels_of(labels_BS[whole], learned)
             for row, fault in units.faults.items():
                 slot, shard = int(slots_B[here[row]]), int(places_B3[here[row], 1])
@@ -217,11 +219,6 @@ class TokenStream:
             document_mask=self._document_mask,
             faults=found,
         )
-
-    def _across_documents(self, source: int) -> bool:
-        """Whether a document's last token is asked for the next document's first. Units of `chunk` are full."""
-        packer = self._mixture.sources[self._order.names[source]].packer.name
-        return packer != "bestfit" and not self._document_mask
 
 
 def _merged(skips: Skips, start: Cursor) -> tuple[tuple[int, int], ...]:

@@ -34,7 +34,7 @@ def write_split(
     *,
     per_shard: int = 40,
     vocab: int = VOCAB,
-    packer: Literal["chunk", "bestfit"] = "chunk",
+    packer: Literal["chunk", "bestfit", "foreign"] = "chunk",
     tokenizer_sha256: str = "0" * 64,
     text_bytes: int | None = 1000,
 ) -> Manifest:

@@ -106,6 +106,12 @@ def test_whole_documents_learn_nothing_of_each_other_nor_of_padding(tmp_path: Pa
     assert batch.document_mask is False
 
 
+def test_padding_of_somebody_elses_units_is_not_learned(tmp_path: Path) -> None:
+    units = random_units(30, seed=5, full=False)
+    split = write_split(tmp_path, units, packer="foreign")
+    assert _stream(split).batch(range(30)).valid_tokens == sum(int(unit.bounds[-1]) - 1 for unit in units)
+
+
 def test_a_mask_needs_to_know_the_documents(manifest: Manifest) -> None:
     unit = manifest.unit.model_copy(update={"bounds": None})
     blind = manifest.model_copy(update={"unit": unit})
