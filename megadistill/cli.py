@@ -34,8 +34,8 @@ exit codes: 0 all is well; 2 wrong input; 4 something is damaged"""
 
 INDEX_EPILOG = f"""\
 Any WebDataset tar whose samples have one member of tokens, all of one length L, as .npy, as .npz with one array, or as
-raw little-endian bytes (--member u16 --dtype uint16); of an .npz with several arrays, --member npz:NAME. A sequence is then L - 1 tokens: the last one is only a label.
-The indices, the tokenizer and manifest.json go beside the tars; a member bounds.npy, if there is one, says where
+raw little-endian bytes (--member u16 --dtype uint16); of an .npz with several arrays, --member npz:NAME. A sequence is
+then L - 1 tokens: the last one is only a label. The indices, the tokenizer and manifest.json go beside the tars; a member bounds.npy, if there is one, says where
 documents begin (0, the starts, the end).
 
 example: megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy
