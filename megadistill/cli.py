@@ -33,10 +33,10 @@ length and ids. One line a fault: shard, sequence, byte offset, what was expecte
 exit codes: 0 all is well; 2 wrong input; 4 something is damaged"""
 
 INDEX_EPILOG = f"""\
-Any WebDataset tar whose samples have one member of tokens, all of one length L, as .npy, as .npz with one array, or as
-raw little-endian bytes (--member u16 --dtype uint16); of an .npz with several arrays, --member npz:NAME. A sequence is
-then L - 1 tokens: the last one is only a label. The indices, the tokenizer and manifest.json go beside the tars; a member bounds.npy, if there is one, says where
-documents begin (0, the starts, the end).
+Any WebDataset tar whose samples have one member of tokens, all of one length L: .npy; .npz with one array, or with
+several and --member npz:NAME; raw little-endian bytes with --member u16 --dtype uint16. A sequence is then L - 1
+tokens, as the last one is only a label. The indices, the tokenizer and manifest.json go beside the tars. A member
+bounds.npy, if there is one, says where documents begin: 0, the starts, the end.
 
 example: megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy
 
