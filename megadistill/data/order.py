@@ -84,25 +84,27 @@ class SourceOrder:
 def permute(places_N: Positions, *, size: int, keys: Words) -> Positions:
     """The images [N] of `places_N` under the permutation of range(size) that `keys` [ROUNDS] choose.
 
-    A balanced Feistel network permutes the smallest 4^h that is not below `size`; a value that lands outside walks its
-    cycle until it is inside again (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains"), under four
+    A Feistel network permutes the smallest power of two that is not below `size`; a value that lands outside walks its
+    cycle until it is inside again (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains"), under two
     applications on average.
     """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    values_N = _feistel(places_N.astype(np.uint64), half_bits, keys)
-    outside_N = values_N >= size
-    while outside_N.any():
-        values_N[outside_N] = _feistel(values_N[outside_N], half_bits, keys)
-        outside_N = values_N >= size
+    bits = max(2, (size - 1).bit_length())
+    values_N = _feistel(places_N.astype(np.uint64), bits, keys)
+    outside_N = np.flatnonzero(values_N >= size)
+    while len(outside_N):
+        values_N[outside_N] = _feistel(values_N[outside_N], bits, keys)
+        outside_N = outside_N[values_N[outside_N] >= size]
     return values_N.astype(np.int64)
 
 
-def _feistel(values: Words, half_bits: int, keys: Words) -> Words:
-    mask = np.uint64((1 << half_bits) - 1)
-    left, right = values >> np.uint64(half_bits), values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << np.uint64(half_bits)) | right
+def _feistel(values: Words, bits: int, keys: Words) -> Words:
+    """Halves that differ by a bit where `bits` is odd; they change places each round, so the rounds are even."""
+    low, high = bits // 2, bits - bits // 2
+    left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
+    masks = (np.uint64((1 << high) - 1), np.uint64((1 << low) - 1))
+    for number, key in enumerate(keys):
+        left, right = right, left ^ (_mix(right + key) & masks[number % 2])
+    return (left << np.uint64(low)) | right
 
 
 def _mix(words: Words) -> Words:
