@@ -8,12 +8,12 @@ Legend: S tokens of a sequence; a unit has S + 1.
 """
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from megadistill.data.storage import Folder, folder_of, shown, written_whole
 from megadistill.errors import UserError
@@ -40,7 +40,8 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Shard(_Record):
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))  # there may be 100,000 of them
+class Shard:
     """One tar file; its index lies beside it, under the same name with `INDEX_SUFFIX`."""
 
     name: FileName
@@ -157,28 +158,23 @@ class Manifest(_Record):
     @classmethod
     def _parse(cls, text: bytes, location: str, again: str) -> "Manifest":
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{location} is not a valid manifest: {error}: {again}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{location} is not a valid manifest: it holds a {type(values).__name__}: {again}")
-        if values.get("version") != FORMAT_VERSION:
-            raise UserError(
-                f"{location} has format version {values.get('version')!r}; this release reads version "
-                f"{FORMAT_VERSION}: tokenize the text again with it, or use the release that wrote the data"
-            )
-        said = values.pop("sha256", None)
-        try:
-            manifest = cls.model_validate_json(json.dumps(values))
+            stored = _Stored.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             value = "" if isinstance(first["input"], (dict, list, bytes)) else f", not {str(first['input'])[:80]!r}"
+            if where == "version":
+                version = None if first["type"] == "missing" else first["input"]
+                raise UserError(
+                    f"{location} has format version {version!r}; this release reads version {FORMAT_VERSION}: "
+                    "tokenize the text again with it, or use the release that wrote the data"
+                ) from None
             raise UserError(f"{location} is not a valid manifest: {where}: {first['msg']}{value}: {again}") from None
-        if said != manifest.fingerprint:
+        manifest = cls(**{name: getattr(stored, name) for name in cls.model_fields})
+        if stored.sha256 != manifest.fingerprint:
             raise UserError(
                 f"{location} was changed after it was written: its content has sha256 {manifest.fingerprint[:12]}…, "
-                f"it says {str(said)[:12]}…; a manifest is immutable: {again}"
+                f"it says {stored.sha256[:12]}…; a manifest is immutable: {again}"
             )
         return manifest
 
@@ -190,9 +186,9 @@ class Manifest(_Record):
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/manifest.json, whole or not at all. The last act of writing a split."""
-        content = {**self.model_dump(mode="json"), "sha256": self.fingerprint}
+        stored = _Stored(sha256=self.fingerprint, **{name: getattr(self, name) for name in type(self).model_fields})
         with written_whole(folder / MANIFEST) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+            file.write(stored.model_dump_json(indent=1).encode() + b"\n")
 
     @property
     def folder(self) -> Folder:
@@ -206,9 +202,15 @@ class Manifest(_Record):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON: the same wherever the folder lies."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """sha256 of the JSON without white space, in the order of the fields: the same wherever the folder lies."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class _Stored(Manifest):
+    """A manifest as it lies in its file."""
+
+    sha256: Sha256
+    """The fingerprint of the rest."""
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:

@@ -1,5 +1,6 @@
 """Units as they were written, and every fault reported in its own row, with no other row touched."""
 
+import dataclasses
 import io
 import pickle
 import shutil
@@ -93,7 +94,7 @@ def _publish(split: Path, shard: int, rows: np.ndarray | None = None) -> None:
     manifest = _manifest(split)
     tar, _ = _paths(split, shard)
     record = publish(tar, index_tar(tar, manifest.unit) if rows is None else rows)
-    record = record.model_copy(update={"units": manifest.shards[shard].units})
+    record = dataclasses.replace(record, units=manifest.shards[shard].units)
     shards = (*manifest.shards[:shard], record, *manifest.shards[shard + 1 :])
     (split / "manifest.json").unlink()
     _changed(manifest, shards=shards).write(split)
