@@ -6,6 +6,7 @@ A verb imports its room when it runs, so that `--help` and a mistyped option ans
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,10 @@ A run folder that already holds a checkpoint is gone on with; give the same comm
 {EXIT_CODES}"""
 
 
+SPEAKING_SECONDS = 10.0
+"""How long a rank waits for the one that says what is wrong: launchers end all ranks when the first one leaves."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code. Errors for people are one line without a traceback."""
     options = parser().parse_args(arguments)
@@ -65,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if speaks or isinstance(error, RankUserError):
             print(f"megadistill: {error}", file=sys.stderr)
+        else:
+            time.sleep(SPEAKING_SECONDS)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
         print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
@@ -183,7 +190,7 @@ def _tokenize_parser(verbs: Verbs) -> None:
     )
     verb.add_argument(
         "--shard-mb",
-        type=int,
+        type=float,
         default=32,
         metavar="MB",
         help="text of a shard, which is also a worker's piece of work; each process holds about two (default 32)",

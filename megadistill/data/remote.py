@@ -28,6 +28,7 @@ CACHE_BYTES: Final = 512 << 20
 REQUESTS: Final = 16
 """At the same time, for one folder."""
 
+ABSENT_STATUS: Final = (404, 410)
 PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
 PASSING_STATUS: Final = (408, 425, 429)
 """Of the 4xx, those that another attempt may not meet."""
@@ -53,11 +54,12 @@ _draws = random.Random()  # its own: a retry must not move anybody's seeded stre
 
 
 class _Refusal(Exception):
-    """An attempt failed; `passing`: another one may not."""
+    """An attempt failed; `passing`: another one may not; `absent`: there is no such file."""
 
-    def __init__(self, reason: str, *, passing: bool) -> None:
+    def __init__(self, reason: str, *, passing: bool, absent: bool = False) -> None:
         super().__init__(reason)
         self.passing = passing
+        self.absent = absent
 
 
 class _Server(Protocol):
@@ -170,7 +172,8 @@ class RemoteFolder:
                 return answer
         self._given_up = refusal.passing
         tries = f"{attempt} attempt{'s' if attempt > 1 else ''}"
-        raise OSError(errno.EIO, f"{what} could not be read in {tries}: {refusal}", shown(url))
+        number = errno.ENOENT if refusal.absent else errno.EIO  # OSError is FileNotFoundError by its number
+        raise OSError(number, f"{what} could not be read in {tries}: {refusal}", shown(url))
 
 
 class RemoteFile:
@@ -248,7 +251,8 @@ class _Http:
         async with session.get(self._files.encode_url(url), headers=headers, **options) as answer:
             if answer.status >= 400 and answer.status != 416:
                 passing = answer.status >= 500 or answer.status in PASSING_STATUS
-                raise _Refusal(f"{answer.status} {answer.reason}", passing=passing)
+                absent = answer.status in ABSENT_STATUS
+                raise _Refusal(f"{answer.status} {answer.reason}", passing=passing, absent=absent)
             if answer.status not in (206, 416):
                 raise _Refusal(f"status {answer.status}: the server does not answer ranged requests", passing=False)
             yield answer
@@ -309,7 +313,8 @@ def _refusal(error: Exception, limit: float) -> _Refusal:
     status = getattr(error, "status", getattr(error, "code", None))
     refused = isinstance(status, int) and 400 <= status < 500 and status not in PASSING_STATUS
     reason = " ".join(scrubbed(f"{type(error).__name__}: {error}").split())[:200]
-    return _Refusal(reason, passing=not refused and not isinstance(error, PERMANENT))
+    absent = isinstance(error, FileNotFoundError) or status in ABSENT_STATUS
+    return _Refusal(reason, passing=not refused and not isinstance(error, PERMANENT), absent=absent)
 
 
 def _numbers(start: int, length: int) -> range:

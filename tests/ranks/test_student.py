@@ -1,5 +1,6 @@
 """The ZeRO-3 student against one dense float64 process: loss, every gradient, gradient norm, three optimizer steps."""
 
+import itertools
 from functools import cache
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megadistill.comm.topology import Topology
+from megadistill.records import document_positions
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import Case, Found, build, dense_truth, run_steps, three_steps
+from tests.ranks.student_cases import Case, Found, build, dense_truth, global_batch, run_steps, three_steps
 
 # (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
 LAYOUTS = [
@@ -182,3 +184,22 @@ def test_a_load_reaches_the_parameters_that_stay_gathered() -> None:
     """Small parameters are not gathered again by a forward; they would keep what they had before the load."""
     for first, second in run_ranks(2, _loaded_back_after_a_step, Case(persistence=10_000, tied=True)):
         assert first == second
+
+
+def _documents_alone_and_together(topology: Topology, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of a row of three documents, and of each by itself, in a row of its own."""
+    student = build(case, topology)
+    tokens = global_batch(0).tokens[topology.rank : topology.rank + 1]
+    bounds = [0, 5, 6, tokens.shape[1]]
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, bounds[:-1]] = True
+    together = student.hidden(tokens, document_positions(starts)).detach()
+    pairs = list(itertools.pairwise(bounds))
+    alone = [student.hidden(tokens[:, start:stop].contiguous()).detach() for start, stop in pairs]
+    return [together[start:stop] for start, stop in pairs], alone
+
+
+def test_a_document_does_not_depend_on_its_neighbours() -> None:
+    for together, alone in run_ranks(2, _documents_alone_and_together, Case()):
+        for packed, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-6)

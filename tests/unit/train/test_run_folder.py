@@ -16,6 +16,7 @@ from megadistill.train.run_folder import (
     refuse_other_recipe,
     write_description,
 )
+from tests.unit.data.servers import serving
 from tests.unit.train.cases import described_data, recipe
 
 
@@ -116,3 +117,12 @@ def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
     assert (run / "tokenizer" / "tokenizer_config.json").read_bytes() == b"{}"
     assert [path.name for path in run.iterdir()] == ["tokenizer"]
+
+
+def test_the_tokenizer_of_remote_shards_is_copied_too(tmp_path: Path) -> None:
+    described_data(tmp_path / "set" / "train")
+    (tmp_path / "set" / "tokenizer").mkdir()
+    (tmp_path / "set" / "tokenizer" / "tokenizer.model").write_bytes(b"one")
+    with serving(tmp_path) as server:
+        keep_tokenizer(tmp_path / "run", Mixture.of(Manifest.load(f"{server.url}/set/train/manifest.json")))
+    assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
