@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import PRECISIONS, StudentEngine
 from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows, unknown_bias
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
+from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
 from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
-from megadistill.train.step import Teacher, train_step
+from megadistill.train.step import Teacher, lessons, train_step
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,24 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     with run_log(setup, topology, start_step=step) as log:
         log.say(where_it_runs(setup, topology))
         log.say(f"{setup.folder}: {'starting' if step == 0 else f'going on after step {step}'}, {section.steps} steps")
-        batches = iter(stream)
+        if teacher is not None:
+            log.say(ahead_of(setup, teacher))
+        ahead = Lookahead(islice(stream, last - step), micro_batch=section.micro_batch)
+        taught = lessons(teacher, ahead.micro_batches())
         while step < last:
             step += 1
-            began = time.perf_counter()  # a step is everything up to the next: the wait for data counts
-            batch, cursor = next(batches)
-            data_seconds = time.perf_counter() - began
+            began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
+            batch, cursor = ahead.step()
             if recipe.data.on_fault == "quarantine":
                 cursor = stream.with_holes(cursor, holes_of_all(batch, topology))
             rate = scheduled(section.adamw.learning_rate, step=step, steps=section.steps, schedule=section.schedule)
             outcome = train_step(
                 student,
                 teacher,
-                batch,
+                taught,
                 step=step,
-                micro_batch=section.micro_batch,
+                accumulation=setup.accumulation,
+                valid_tokens=batch.valid_tokens,
                 learning_rate=rate,
                 objective=objective,
                 topology=topology,
@@ -94,7 +99,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
                 rate,
                 outcome.grad_norm,
                 seconds,
-                data_seconds,
+                ahead.waited - read_before,
                 outcome.teacher_seconds,
                 outcome.diagnostics,
             )
@@ -135,6 +140,16 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
         ids=ids,
     )
     return student, teacher
+
+
+def ahead_of(setup: Setup, teacher: Teacher) -> str:
+    """One line: how far the teacher runs ahead, and what that holds."""
+    pipeline, rows = teacher.pipeline, setup.recipe.train.micro_batch
+    held = pipeline.bytes_in_flight(rows, setup.data.sequence_length)
+    return (
+        f"the teacher runs {pipeline.ahead} micro-batches ahead; a rank holds {held / (1 << 20):.1f} MiB of hidden "
+        "states in flight"
+    )
 
 
 def objective_of(setup: Setup) -> Objective:

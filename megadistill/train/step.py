@@ -5,6 +5,8 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 
 import math
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,10 @@ DIAGNOSTIC_NAMES = (
 )
 
 
+Lesson = tuple[TokenBatch, Tensor | None]
+"""A micro-batch, and the teacher's hidden states [N, E] for it."""
+
+
 @dataclass(frozen=True)
 class Teacher:
     """The frozen side of the loss: the pipeline, and the head's rows of this rank's slice of the vocabulary [v, E]."""
@@ -52,10 +58,28 @@ class Teacher:
     ids: Tensor | None = None
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
 
-    def hidden(self, batch: TokenBatch, device: torch.device) -> Tensor:
-        """[N, E]: what the teacher says of the batch. Collective over its stages; see `TeacherPipeline.signal`."""
-        read = (batch if self.ids is None else translated(batch, self.ids)).to(device)
-        return self.pipeline.signal(read).hidden_for(read)
+    def lessons(self, batches: Iterator[TokenBatch]) -> Iterator[Lesson]:
+        """Each batch with the hidden states [N, E] that answer it. Collective; see `TeacherPipeline.signals`.
+
+        Raises:
+            UserError: a token that the teacher has no id for; SignalMismatch: the teacher answered another batch.
+        """
+        under_way: deque[tuple[TokenBatch, TokenBatch]] = deque()
+
+        def entering() -> Iterator[TokenBatch]:
+            for batch in batches:
+                read = batch if self.ids is None else translated(batch, self.ids)
+                under_way.append((batch, read))
+                yield read
+
+        for signal in self.pipeline.signals(entering()):
+            batch, read = under_way.popleft()
+            yield batch, signal.hidden_for(read)
+
+
+def lessons(teacher: Teacher | None, batches: Iterator[TokenBatch]) -> Iterator[Lesson]:
+    """The micro-batches of a run with what the teacher says of each; None where there is no teacher."""
+    return teacher.lessons(batches) if teacher is not None else ((batch, None) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -73,26 +97,27 @@ class StepOutcome:
 def train_step(
     student: StudentEngine,
     teacher: Teacher | None,
-    batch: TokenBatch,
+    lessons: Iterator[Lesson],
     *,
     step: int,
-    micro_batch: int,
+    accumulation: int,
+    valid_tokens: int,
     learning_rate: float,
     objective: Objective,
     topology: Topology,
 ) -> StepOutcome:
-    """Accumulates over this rank's rows in micro-batches and takes one optimizer step. Collective over the world.
+    """Accumulates over the next `accumulation` lessons and takes one optimizer step. Collective over the world.
 
-    The division by the global token count stands here, and nowhere else: it is in the tokens' weights. Besides the
-    metrics and the gradient norm, the host waits for the device in each micro-batch, where the ranks of the loss agree
-    on their token counts and where the teacher's digests are compared.
+    `valid_tokens` are those of this rank's share of the step. The division by the global token count stands here, and
+    nowhere else: it is in the tokens' weights. Besides the metrics and the gradient norm, the host waits for the device
+    in each micro-batch, where the ranks of the loss agree on their token counts and where the teacher's digests are
+    compared.
 
     Raises:
         OperatorFault: a number is not finite; the optimizer has not moved.
-        SignalMismatch: the teacher answered another batch.
-        UserError: a token that the teacher has no id for.
+        SignalMismatch, UserError: see `Teacher.lessons`.
     """
-    count = torch.tensor(batch.valid_tokens, dtype=torch.float64, device=topology.device)
+    count = torch.tensor(valid_tokens, dtype=torch.float64, device=topology.device)
     count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
     diagnose = teacher is not None and objective.diagnoses(step)
     names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES) if diagnose else METRIC_NAMES
@@ -100,16 +125,13 @@ def train_step(
     loss = _Loss(student, teacher, objective, objective.divergence(step), diagnose=diagnose)
     teacher_seconds = 0.0
     grad_norm: float | None = None
-    micro_batches = batch.micro_batches(micro_batch)
-    for index, micro in enumerate(micro_batches):
-        teacher_hidden = None
-        if teacher is not None:
-            began = time.perf_counter()
-            teacher_hidden = teacher.hidden(micro, topology.device)
-            teacher_seconds += time.perf_counter() - began
+    for index in range(accumulation):
+        began = time.perf_counter()
+        micro, teacher_hidden = next(lessons)
+        teacher_seconds += time.perf_counter() - began
         terms = loss.terms(micro.to(topology.device), teacher_hidden, count)
         totals += _numbers(terms)
-        if index == len(micro_batches) - 1:
+        if index == accumulation - 1:
             all_reduce_sum(totals, topology.world_group)
             means = dict(zip(names, totals.tolist(), strict=True))  # a device sync, one a step
             metrics = {name: means[name] for name in METRIC_NAMES}

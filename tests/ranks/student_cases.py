@@ -4,6 +4,7 @@ The truth is one process, one dense transformers model in float64, torch's own c
 the initial values and the definition of the loss.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from megadistill.records import TeacherSignal, TokenBatch, token_digest
 from megadistill.student.engine import StudentEngine
 from megadistill.student.profile import load_deepspeed
 from megadistill.train.objective import Objective
-from megadistill.train.step import Teacher, train_step
+from megadistill.train.step import Teacher, lessons, train_step
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
@@ -117,10 +118,10 @@ class RandomTeacher:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def signal(self, batch: TokenBatch) -> TeacherSignal:
-        return TeacherSignal(
-            hidden=teacher_hidden(batch.slots).to(self.dtype), slots=batch.slots, digests=batch.digests
-        )
+    def signals(self, batches: Iterator[TokenBatch]) -> Iterator[TeacherSignal]:
+        for batch in batches:
+            hidden = teacher_hidden(batch.slots).to(self.dtype)
+            yield TeacherSignal(hidden=hidden, slots=batch.slots, digests=batch.digests)
 
 
 def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> Teacher:
@@ -171,12 +172,14 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
     teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else None
     found = []
     for step in steps:
+        batch = rows_of(global_batch(step), topology)
         outcome = train_step(
             student,
             teacher,
-            rows_of(global_batch(step), topology),
+            lessons(teacher, iter(batch.micro_batches(GLOBAL_BATCH // topology.world // case.accumulation))),
             step=step,
-            micro_batch=GLOBAL_BATCH // topology.world // case.accumulation,
+            accumulation=case.accumulation,
+            valid_tokens=batch.valid_tokens,
             learning_rate=RATE * (step + 1) / 3,
             objective=SmallChunks(case.loss, steps=3, seed=SEED),
             topology=topology,

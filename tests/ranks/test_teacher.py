@@ -34,7 +34,7 @@ def _pipeline(topology: Topology, folder: str, dtype: torch.dtype = torch.float3
 
 def _signals(topology: Topology, folder: str) -> list[TeacherSignal]:
     pipeline = _pipeline(topology, folder)
-    return [pipeline.signal(_batch(topology.rank, index)) for index in range(len(SHAPES))]
+    return list(pipeline.signals(_batch(topology.rank, index) for index in range(len(SHAPES))))
 
 
 @pytest.mark.parametrize(("world", "p"), [(1, 1), (2, 2), (3, 3), (4, 2), (2, 1)])
@@ -50,7 +50,8 @@ def test_each_rank_gets_the_unsplit_models_answer_to_its_own_tokens(world: int, 
 
 def _with_documents(topology: Topology, folder: str) -> list[Tensor]:
     pipeline = _pipeline(topology, folder)
-    return [pipeline.signal(_documents(_batch(topology.rank, index))).hidden for index in range(len(SHAPES))]
+    batches = (_documents(_batch(topology.rank, index)) for index in range(len(SHAPES)))
+    return [signal.hidden for signal in pipeline.signals(batches)]
 
 
 def _documents(batch: TokenBatch) -> TokenBatch:
@@ -78,7 +79,7 @@ def test_every_stage_knows_where_documents_begin(case: str, tmp_path: Path) -> N
 
 
 def _bfloat16(topology: Topology, folder: str) -> Tensor:
-    return _pipeline(topology, folder, torch.bfloat16).signal(_batch(topology.rank, 1)).hidden
+    return next(_pipeline(topology, folder, torch.bfloat16).signals(iter([_batch(topology.rank, 1)]))).hidden
 
 
 def test_bfloat16_travels_as_it_is(tmp_path: Path) -> None:
@@ -92,11 +93,12 @@ def test_bfloat16_travels_as_it_is(tmp_path: Path) -> None:
 def _mixed_up(topology: Topology, folder: str) -> str:
     """A last stage that gives each rank another one's micro-batch."""
     pipeline: Any = _pipeline(topology, folder)
-    wave = pipeline._wave
-    pipeline._wave = lambda *arguments: wave(*arguments)[::-1]
+    work = pipeline._work
+    if pipeline.link.is_last:
+        pipeline._work = lambda *arguments: work(*arguments).flip(0)
     batch = _batch(topology.rank, 0)
     try:
-        pipeline.signal(batch).hidden_for(batch)
+        next(pipeline.signals(iter([batch]))).hidden_for(batch)
     except SignalMismatch as error:
         return str(error)
     return "not noticed"
@@ -118,7 +120,7 @@ def _broken(topology: Topology, folder: str) -> list[str]:
         if (topology.rank, index) == (1, 0):
             batch.tokens[0, 3] = VOCAB - 1
         try:
-            pipeline.signal(batch)
+            next(pipeline.signals(iter([batch])))
             words.append("finite")
         except OperatorFault as error:
             words.append(str(error))
