@@ -14,7 +14,7 @@ doubled or delivered to the wrong rank does not answer that rank's batch.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class TeacherPipeline:
         return 2 * self.link.stages * self._parcel_bytes(B, S) if self.ahead else 0
 
     @torch.no_grad()
-    def signals(self, batches: Iterator[TokenBatch]) -> Iterator[TeacherSignal]:
+    def signals(self, batches: Iterator[TokenBatch]) -> Generator[TeacherSignal, None, None]:
         """The teacher's final hidden states for each of this rank's `batches`, in order.
 
         `batches` is read `ahead` of what has been answered. Collective: all ranks have as many batches, of the same

@@ -1,5 +1,6 @@
 """The teacher's pipeline on real ranks, each against the unsplit model on its own tokens."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,86 @@ def test_a_teacher_that_is_not_finite_stops_its_own_rank_and_hangs_nobody(tmp_pa
     assert first == ["finite", "finite"]
     assert "not finite in slots [1000]" in second[0]
     assert second[1] == "finite"
+
+
+ROUNDS = 7
+
+
+def _counted(topology: Topology, folder: str) -> list[tuple[int, int]]:
+    """At each answer: batches read so far, and micro-batches that this rank's stage has worked on."""
+    pipeline = _pipeline(topology, folder)
+    read = worked = 0
+
+    def count(*_: object) -> None:
+        nonlocal worked
+        worked += 1
+
+    def batches() -> Iterator[TokenBatch]:
+        nonlocal read
+        for index in range(ROUNDS):
+            read += 1
+            yield _batch(topology.rank, index % len(SHAPES))
+
+    pipeline.stage.register_forward_hook(count)
+    return [(read, worked) for _ in pipeline.signals(batches())]
+
+
+@pytest.mark.parametrize(("world", "p"), [(3, 3), (4, 2), (1, 1)])
+def test_stage_j_works_one_round_ahead_of_the_stage_behind_it(world: int, p: int, tmp_path: Path) -> None:
+    """So no beat between the first answer and the last has an idle stage: the bubble is at both ends of the run."""
+    saved_model("llama", tmp_path)
+    for rank, found in enumerate(run_ranks(world, _counted, str(tmp_path), vocab_group=p)):
+        ahead = p - 1 - rank % p
+        rounds = range(ROUNDS)
+        assert [read for read, _ in found] == [min(ROUNDS, answered + p) for answered in rounds]
+        assert [worked for _, worked in found] == [p * min(ROUNDS, answered + 1 + ahead) for answered in rounds]
+
+
+def _closed_and_begun_again(topology: Topology, folder: str) -> list[TeacherSignal]:
+    """Closed with rounds under way, as a stop does; then a run from the position that was reached."""
+    pipeline = _pipeline(topology, folder)
+    taken: list[TeacherSignal] = []
+    while len(taken) < len(SHAPES):
+        signals = pipeline.signals(_batch(topology.rank, index) for index in range(len(taken), len(SHAPES)))
+        taken.append(next(signals))
+        signals.close()
+    return taken
+
+
+def test_a_run_that_stops_at_any_moment_goes_on_exactly(tmp_path: Path) -> None:
+    model = saved_model("qwen3", tmp_path)
+    for rank, signals in enumerate(run_ranks(3, _closed_and_begun_again, str(tmp_path))):
+        for index, signal in enumerate(signals):
+            batch = _batch(rank, index)
+            assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
+
+
+def test_what_is_in_flight_is_bounded(tmp_path: Path) -> None:
+    """Measured: the parcels that a rank receives and sends at a time are what it says."""
+    saved_model("llama", tmp_path)
+    for said, held in run_ranks(3, _held, str(tmp_path)):
+        assert 0 < held <= said
+
+
+def _held(topology: Topology, folder: str) -> tuple[int, int]:
+    pipeline: Any = _pipeline(topology, folder)
+    B, S = SHAPES[1]
+    most = 0
+    expect, send, link = pipeline.link.expect, pipeline.link.send, pipeline.link
+    held = {"coming": 0, "going": 0}
+
+    class Watched:
+        is_first, is_last, stage, stages = link.is_first, link.is_last, link.stage, link.stages
+
+        def expect(self, buffer: Tensor) -> Any:
+            held["coming"] = buffer.numel()
+            return expect(buffer)
+
+        def send(self, parcels: Tensor) -> Any:
+            held["going"] = parcels.numel()
+            return send(parcels)
+
+    pipeline.link = Watched()
+    for _ in pipeline.signals(_batch(topology.rank, 1) for _ in range(ROUNDS)):
+        most = max(most, sum(held.values()))
+    return pipeline.bytes_in_flight(B, S), most
