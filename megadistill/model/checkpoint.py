@@ -1,11 +1,12 @@
 """Room `model`: reads a folder of safetensors, tensor by tensor or row by row. It knows no architecture and no ranks.
 
 Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when a tensor of it is asked for,
-so a rank never touches the files of the other stages.
+so a rank never touches the files of the other stages. What is read is a view of the file, mapped into memory: pages
+that were touched count as this process's memory until the last view is gone, so copy what you keep and drop the view.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, Any] = {}
         if (folder / INDEX_FILE).is_file():
             self._files = self._read_index()
         elif (folder / SINGLE_FILE).is_file():
-            self._files = dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+            self._files = dict.fromkeys(self._header(SINGLE_FILE).keys(), SINGLE_FILE)
         elif any(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder} holds pickled weights only (pytorch_model*.bin), which can run code when read; convert "
@@ -57,10 +58,15 @@ class SafetensorsFolder:
             raise UserError(f"{name} in {self.folder} is stored as {stored}: quantised weights are not supported")
         return _FLOATS[stored]
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, as it is stored."""
-        self.dtype(name)
-        return self._read(name, slice(None))
+    def tensors(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """The whole tensors, one after the other, as they are stored: views of the mapped files, on the CPU."""
+        opened: dict[str, Any] = {}
+        for name in names:
+            self.dtype(name)
+            file = self._files[name]
+            if file not in opened:
+                opened[file] = self._opened(file)
+            yield opened[file].get_tensor(name)
 
     def rows(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """The rows of half-open `ranges`, one range after the other. Only these rows are read."""
@@ -68,36 +74,35 @@ class SafetensorsFolder:
         # safetensors, like Python, would cut a range that reaches too far
         assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, asked for {ranges}"
         self.dtype(name)
-        return torch.cat([self._read(name, slice(start, stop)) for start, stop in ranges or [(0, 0)]])
-
-    def _read(self, name: str, rows: slice) -> Tensor:
-        tensor = self._slice(name)[rows]
-        assert isinstance(tensor, Tensor)
-        return tensor
+        stored = self._opened(self._files[name]).get_slice(name)
+        return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
 
     def _slice(self, name: str) -> Any:
         file = self._files.get(name)
         if file is None:
             raise UserError(f"{self.folder} has no tensor {name!r}{nearest(name, self._files)}")
         try:
-            return self._file(file).get_slice(name)
+            return self._header(file).get_slice(name)
         except SafetensorError as error:
             raise UserError(
                 f"{self.folder / file} does not hold {name!r}, which {INDEX_FILE} promises: {error}"
             ) from None
 
-    def _file(self, file: str) -> Any:
-        if file not in self._open:
-            path = self.folder / file
-            try:
-                self._open[file] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path} does not exist, but {INDEX_FILE} names it: the download is not complete"
-                ) from None
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-        return self._open[file]
+    def _header(self, file: str) -> Any:
+        """The file, kept open for names, shapes and types: no tensor is read through it."""
+        if file not in self._headers:
+            self._headers[file] = self._opened(file)
+        return self._headers[file]
+
+    def _opened(self, file: str) -> Any:
+        """The file, mapped. safetensors reads its header, and holds the tensors' places against the file's size."""
+        path = self.folder / file
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist, but {INDEX_FILE} names it: the download is not complete") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a readable safetensors file, or not a whole one: {error}") from None
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX_FILE

@@ -16,7 +16,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from megadistill import __version__
 from megadistill.errors import UserError
 from megadistill.model.checkpoint import INDEX_FILE
-from megadistill.model.families import EMBEDDING, HEAD, parameter_shapes
+from megadistill.model.experts import pieces
+from megadistill.model.families import EMBEDDING, HEAD, family, parameter_shapes
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -36,8 +37,9 @@ def export_model(
 ) -> None:
     """Writes the model where `AutoModelForCausalLM.from_pretrained(folder)` finds it: whole, or not at all.
 
-    Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger tensor) is what is
-    held in memory. The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head.
+    Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger parameter) is what
+    is held in memory, and one parameter more. Fused experts are written one by one, as their family's checkpoints are.
+    The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head.
 
     Raises:
         UserError: the folder exists, the tensors are not those of the config, or there is no tokenizer to copy.
@@ -53,7 +55,7 @@ def export_model(
         unfinished = Path(beside) / folder.name
         unfinished.mkdir()
         config.save_pretrained(unfinished)
-        _write_shards(unfinished, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        _write_shards(unfinished, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if tokenizer_folder is not None:
             _copy_tokenizer(tokenizer_folder, unfinished)
         (unfinished / "README.md").write_text(_model_card(folder.name, config, shapes), encoding="utf-8")
@@ -90,6 +92,7 @@ def _checked(tensors: Iterable[NamedReader], shapes: dict[str, torch.Size], *, t
 
 def _write_shards(
     folder: Path,
+    config: PretrainedConfig,
     readers: dict[str, Callable[[], Tensor]],
     shapes: dict[str, torch.Size],
     *,
@@ -102,13 +105,25 @@ def _write_shards(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
+    weight_map: dict[str, str] = {}
     for file, names in split.filename_to_tensors.items():
-        shard = {name: readers[name]()[: shapes[name][0]].to("cpu", dtype).contiguous() for name in names}
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            shard |= _stored(config, name, readers[name]()[: shapes[name][0]].to("cpu", dtype))
+        weight_map |= dict.fromkeys(shard, file)
         save_file(shard, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stored(config: PretrainedConfig, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """Checkpoint name -> tensor. An expert is copied out of its stack: safetensors refuses views of one storage."""
+    found = pieces(name, parameter.shape, family(config).experts)
+    if len(found) == 1:
+        return {found[0].name: found[0].of(parameter).contiguous()}
+    return {piece.name: piece.of(parameter).clone(memory_format=torch.contiguous_format) for piece in found}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

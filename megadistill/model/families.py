@@ -7,7 +7,7 @@ Code that comes with a checkpoint is never run: the classes are transformers' ow
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,47 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from megadistill.errors import UserError, nearest
-from megadistill.model.checkpoint import SafetensorsFolder
+from megadistill.model.experts import ExpertNames
 from megadistill.records import LogitTransform
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""The `model_type`s that are supported: pre-norm decoders whose layers hand on nothing but hidden states."""
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a `model_type` apart, beyond the transformers class that it names."""
+
+    attention: str = "sdpa"
+    """The implementation that computes all of the family's attention: torch's own knows no softcap on the scores."""
+    neutral_norm: float = 1.0
+    """The weight with which a norm only normalises, and from which it is trained: Gemma's norms add 1 to theirs."""
+    more_keys: tuple[str, ...] = ()
+    """Keys of its configs that transformers reads, but does not declare."""
+    experts: ExpertNames | None = None
+    """How a mixture names its experts. A student's router learns from the loss alone: the auxiliary losses that keep
+    experts evenly loaded (`router_aux_loss_coef`) are left out."""
+
+
+FAMILIES = {
+    "gemma2": Family(attention="eager", neutral_norm=0.0),
+    "gemma3_text": Family(neutral_norm=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")),
+    "olmo2": Family(more_keys=("head_dim",)),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(
+        more_keys=("head_dim",), experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    ),
+}
+"""The `model_type`s that are supported: causal decoders whose layers hand on nothing but hidden states."""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -88,7 +116,8 @@ def _read_json(folder: Path, what: str) -> dict[str, Any]:
 
 def _refuse_unknown_keys(keys: Mapping[str, Any], what: str) -> None:
     config_class = CONFIG_MAPPING[keys["model_type"]]
-    known = {"model_type", *_LEGACY_KEYS, *(field.name for field in fields(config_class))}
+    more = FAMILIES[keys["model_type"]].more_keys
+    known = {"model_type", *_LEGACY_KEYS, *more, *(field.name for field in fields(config_class))}
     for key in keys:
         if key not in known:
             raise UserError(f"{what}: a {keys['model_type']} model has no {key!r}{nearest(str(key), sorted(known))}")
@@ -108,6 +137,24 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     kinds = getattr(config, "layer_types", None) or []
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have full and sliding attention")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{what}: use_bidirectional_attention is set; a language model must not see the next token")
+    if family(config).experts is not None:
+        _refuse_inconsistent_experts(config, what)
+
+
+def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= experts:
+        raise UserError(f"{what}: num_experts_per_tok is {chosen}, of {experts} experts; a token takes 1 to {experts}")
+    for name in ("moe_intermediate_size", "decoder_sparse_step"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
+
+
+def family(config: PretrainedConfig) -> Family:
+    """The family of a config that `load_config` has let through."""
+    return FAMILIES[config.model_type]
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -128,30 +175,36 @@ def reading(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
 def logit_transform(config: Any) -> LogitTransform:
     """What the model does to its head's products, by the names that transformers' families give it.
 
-    Gemma 2 bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
-    (`logits_scaling`). A key that is absent or None does nothing.
+    Gemma bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
+    (`logits_scaling`). A key does nothing where it is absent or None, nor where the family does not have it:
+    transformers keeps a stray one in silence, and does not obey it.
 
     Raises:
         ValueError, ZeroDivisionError: a softcap that is not positive, or a scale that is 0.
     """
-    multiplied, divided = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    scale = 1.0 if multiplied is None else float(multiplied)
-    return LogitTransform(
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=scale if divided is None else scale / divided,
+    declared = {field.name for field in fields(config)}
+    softcap, multiplied, divided = (
+        getattr(config, name) if name in declared else None
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
     )
+    scale = 1.0 if multiplied is None else float(multiplied)
+    return LogitTransform(softcap=softcap, scale=scale if divided is None else scale / divided)
 
 
 def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its head, over `vocab_size` rows (padding included), in the caller's context and device.
 
-    Inside `zero.Init` its parameters come out partitioned, wrongly initialised, and its rotary buffers in `dtype`: fill
-    the parameters with `initial_tensor` and call `rebuild_rotary` outside.
+    Every token's embedding is trained: torch would leave out the row of a `pad_token_id`, which Gemma and OLMo 2 set to
+    0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
+
+    Inside `zero.Init` its parameters come out partitioned, wrongly initialised, and its buffers in `dtype`: fill the
+    parameters with `initial_tensor` and call `rebuild_buffers` outside.
     """
     config = copy.deepcopy(config)
     config.vocab_size = vocab_size
+    config.pad_token_id = None
     config.use_cache = False
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family(config).attention)
 
 
 def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
@@ -162,12 +215,20 @@ def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel
     """
     config = copy.deepcopy(config)
     config.use_cache = False
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = family(config).attention
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers.start : layers.stop]
+    if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
+        config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
+        config.decoder_sparse_step = 1
     config.num_hidden_layers = len(layers)
     with torch.device("meta"):
         return MODEL_MAPPING[type(config)](config)
+
+
+def _has_experts(config: PretrainedConfig, layer: int) -> bool:
+    """transformers' rule for Qwen's mixtures, which have dense layers as well."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -175,11 +236,13 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     return model.base_model
 
 
-def rebuild_rotary(model: PreTrainedModel) -> None:
-    """Replaces the rotary embedding by one in float32, on the device of the parameters. Call it outside `zero.Init`.
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Computes again what is in no checkpoint, on the device of the parameters. Call it outside `zero.Init`.
 
-    Its buffers are in no checkpoint, so a model built on meta has none; and `zero.Init` casts them to bfloat16, which
-    turns position 8192 by up to 22 rad (trap 1 there). Computed on the CPU, as `from_pretrained` does.
+    The rotary embedding in float32, local and global where a family has both: a model built on meta has none, and
+    `zero.Init` casts it to bfloat16, which turns position 8192 by up to 22 rad (trap 1 there). Computed on the CPU, as
+    `from_pretrained` does. And the factor of Gemma's embeddings, which the embedding itself applies (so it scales on
+    the first stage alone) after rounding it to the weights' type.
     """
     inner = decoder(model)
     device = next(inner.parameters()).device
@@ -187,28 +250,16 @@ def rebuild_rotary(model: PreTrainedModel) -> None:
         rotary = type(inner.rotary_emb)(config=inner.config)
     assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
     inner.rotary_emb = rotary.to(device)
+    embedding = inner.embed_tokens
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
 
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Checkpoint name -> shape of each parameter, the head's included; a tied head has none of its own."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    """Name -> shape of each parameter of transformers' model, the head's included; a tied head has none of its own.
 
-
-def load_pretrained(folder: Path, *, what: str, device: torch.device) -> PreTrainedModel:
-    """A whole model from its folder, in the precision that it is stored in, for evaluation. Only safetensors are read.
-
-    Raises:
-        UserError: the folder holds no model of a supported family, or its weights cannot be read.
+    Built from its class, as `build_decoder` says.
     """
-    config = load_config(folder, what=what)
-    weights = SafetensorsFolder(folder)
-    for name, shape in parameter_shapes(config).items():  # transformers would fill a missing one with random numbers
-        if weights.shape(name) != shape:
-            raise UserError(f"{what}: {name} is {list(weights.shape(name))}, but config.json says {list(shape)}")
-    disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa", use_safetensors=True, local_files_only=True
-    )
-    return model.to(device).eval()
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -1,14 +1,18 @@
 """Room `model`: parameters and FLOPs of a model, counted on meta. It knows no hardware and no schedule.
 
-Legend: B body parameters, V vocabulary, d width, L layers, s sequence length, a attention width (heads × head size).
+Legend: B body parameters, A those of them that a token passes through (all, but in a mixture of experts), V vocabulary,
+d width, L layers, s sequence length, a attention width (heads × head size).
 """
 
-import math
 from dataclasses import dataclass
 
+from torch import Size
 from transformers import PretrainedConfig
 
-from megadistill.model.families import EMBEDDING, HEAD, head_dim, parameter_shapes
+from megadistill.model.experts import active_share
+from megadistill.model.families import EMBEDDING, HEAD, family, head_dim, parameter_shapes
+
+LAYERS = "model.layers."
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,9 @@ class ParameterCounts:
     """Parameters of a model. A tied head is the embedding, so it counts 0."""
 
     body: int
-    """B: all but embedding and head."""
+    """B: all but embedding and head; what memory and traffic are counted by."""
+    active_body: int
+    """A: what FLOPs are counted by."""
     embedding: int
     head: int
 
@@ -30,7 +36,7 @@ class Flops:
     """Floating-point operations of one token's forward pass; a backward pass costs twice as much."""
 
     body: int
-    """2B: a multiplication and an addition for each body parameter."""
+    """2A: a multiplication and an addition for each active body parameter."""
     head: int
     """2Vd: tied or not."""
     attention: int
@@ -43,19 +49,37 @@ class Flops:
 
 def parameter_counts(config: PretrainedConfig) -> ParameterCounts:
     """Counted from the real model, built on meta: no weights are allocated."""
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-    embedding, head = sizes.pop(EMBEDDING), sizes.pop(HEAD, 0)
-    return ParameterCounts(body=sum(sizes.values()), embedding=embedding, head=head)
+    shapes = parameter_shapes(config)
+    embedding, head = shapes.pop(EMBEDDING), shapes.pop(HEAD, None)
+    return ParameterCounts(
+        body=sum(shape.numel() for shape in shapes.values()),
+        active_body=sum(_active(config, name, shape) for name, shape in shapes.items()),
+        embedding=embedding.numel(),
+        head=head.numel() if head is not None else 0,
+    )
+
+
+def layer_costs(config: PretrainedConfig) -> list[int]:
+    """Active parameters of each layer, which its FLOPs a token are twice of, attention's scores aside."""
+    costs = [0] * config.num_hidden_layers
+    for name, shape in parameter_shapes(config).items():
+        if name.startswith(LAYERS):
+            costs[int(name.removeprefix(LAYERS).split(".")[0])] += _active(config, name, shape)
+    return costs
+
+
+def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
+    return active_share(name, shape, config.num_experts_per_tok) if family(config).experts else shape.numel()
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
-    """`fwd = 2B + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
+    """`fwd = 2A + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
 
     A sliding window counts as full causal attention.
     """
     attention_width = config.num_attention_heads * head_dim(config)
     return Flops(
-        body=2 * parameter_counts(config).body,
+        body=2 * parameter_counts(config).active_body,
         head=2 * config.vocab_size * config.hidden_size,
         attention=2 * config.num_hidden_layers * sequence_length * attention_width,
     )

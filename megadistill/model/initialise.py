@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 
-def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int) -> Tensor:
-    """float32 on the CPU: matrices normal(0, `std`), norms one, biases zero, as transformers fills a Llama.
+def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, norm: float = 1.0) -> Tensor:
+    """float32 on the CPU: matrices (and experts' stacks of them) normal(0, `std`), biases zero, norms `norm`.
 
+    As transformers fills them; `norm` is the family's `neutral_norm`.
     Row-major draws: the first rows of an embedding or head do not depend on how many padding rows follow.
     (transformers zeroes the embedding of `pad_token_id`, which is never trained; here it is drawn like the others.)
     """
     if name.endswith(".bias"):
         return torch.zeros(*shape)
     if len(shape) == 1:
-        return torch.ones(*shape)
+        return torch.full(tuple(shape), norm)
     # numpy's normal is drawn one value after the other; torch's works in blocks of 16, so that its tail depends on
     # the size, and its last digits on the vector unit.
     normal = np.random.Generator(np.random.Philox(key=_key(name, seed))).standard_normal(tuple(shape), dtype=np.float32)

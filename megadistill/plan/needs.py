@@ -132,7 +132,7 @@ def needs(
     if group_size > 1:
         wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
     if teacher is not None:
-        largest = max(len(layers) for layers in stage_layers(teacher.num_hidden_layers, group_size))
+        largest = max(len(layers) for layers in stage_layers(teacher, group_size))
         body = models[1].parameters.body * largest // teacher.num_hidden_layers
         memory["teacher stage"] = element * (body + models[1].parameters.embedding)
         memory["teacher head rows"] = element * rows * teacher.hidden_size

@@ -19,7 +19,8 @@ from megadistill.comm.topology import local_device
 from megadistill.data import Manifest, TokenStream, tokenizer_sha256
 from megadistill.errors import OperatorFault, UserError
 from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.model.families import decoder, load_pretrained, logit_transform, reading
+from megadistill.model.families import decoder, logit_transform, reading
+from megadistill.model.weights import load_pretrained
 from megadistill.records import IGNORED_LABEL, LossTerms, TokenBatch
 
 

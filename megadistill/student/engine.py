@@ -35,7 +35,7 @@ from deepspeed.utils import (
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
-from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, reading, rebuild_rotary
+from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, family, reading, rebuild_buffers
 from megadistill.model.initialise import initial_tensor
 from megadistill.student.head import StudentHead
 from megadistill.student.profile import deepspeed_config
@@ -83,8 +83,8 @@ def build_partitioned(
     """A model whose parameters ZeRO-3 has partitioned, initialised the same for every world size.
 
     Inside `zero.Init` transformers initialises parameters of size 0 and casts RoPE's frequencies to bfloat16, so both
-    are done again: each parameter is gathered alone and filled from an RNG keyed by its name, and the rotary embedding
-    is rebuilt outside. `forward` is replaced on the model itself: a wrapper would prefix every name in a checkpoint.
+    are done again: each parameter is gathered alone and filled from an RNG keyed by its name, and the buffers are
+    rebuilt outside. `forward` is replaced on the model itself: a wrapper would prefix every name in a checkpoint.
     """
     with deepspeed.zero.Init(config_dict_or_path=engine_config):
         model: Module = build_causal_lm(config, vocab_size=padded, dtype=PRECISIONS[precision])
@@ -92,10 +92,11 @@ def build_partitioned(
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
-                values = initial_tensor(name, (rows, *parameter.shape[1:]), std=config.initializer_range, seed=seed)
+                shape, norm = (rows, *parameter.shape[1:]), family(config).neutral_norm
+                values = initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
                 parameter.data.zero_()
                 parameter.data[:rows].copy_(values)
-    rebuild_rotary(model)
+    rebuild_buffers(model)
     model.forward = MethodType(_hidden_states, model)
     return model
 

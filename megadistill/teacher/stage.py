@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.errors import UserError
 from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.families import EMBEDDING, HEAD, load_config, reading, rebuild_rotary
+from megadistill.model.families import EMBEDDING, HEAD, load_config, reading, rebuild_buffers
 from megadistill.model.split import stage_decoder
+from megadistill.model.weights import read_parameter
 
 
 class TeacherStage(nn.Module):
@@ -34,22 +35,21 @@ class TeacherStage(nn.Module):
     def load(cls, folder: Path, *, stage: int, stages: int, dtype: torch.dtype, device: torch.device) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
+        In bfloat16, what stays in float32 are the buffers; no parameter of a supported family has to. The host's memory
+        peaks at the stage (none of it, where `device` is another) and one parameter.
+
         Raises:
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
         """
         config = load_config(folder, what=f"teacher {folder}")
         weights = SafetensorsFolder(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages)
-        for stored_name, name in names.items():
-            tensor, expected = weights.tensor(stored_name), decoder.get_parameter(name).shape
-            if tensor.shape != expected:
-                raise UserError(
-                    f"{stored_name} in {folder} is {list(tensor.shape)}, but its config.json says {list(expected)}"
-                )
+        for whole_name, name in names.items():
+            shape = decoder.get_parameter(name).shape
+            tensor = read_parameter(weights, config, whole_name, shape, dtype=dtype, device=device)
             module, _, leaf = name.rpartition(".")
-            frozen = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-            setattr(decoder.get_submodule(module), leaf, frozen)
-        rebuild_rotary(decoder)
+            setattr(decoder.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        rebuild_buffers(decoder)
         left = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
         assert not left, f"still on meta: {left}"
         return cls(decoder, stage=stage, stages=stages)

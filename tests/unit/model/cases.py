@@ -21,6 +21,9 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 
+# What published Gemma configs say of their special tokens; with 0 for the padding, as theirs.
+_GEMMA = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "head_dim": 24, "query_pre_attn_scalar": 20}
+
 # A window shorter than the test's sequences; for Qwen on the last three layers only, so that a stage which took the
 # kinds of the first layers would be wrong.
 _SOME_SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
@@ -42,13 +45,56 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", **SIZES, "sliding_window": 6, "head_dim": 24},
     "qwen2": {"model_type": "qwen2", **SIZES, **_SOME_SLIDING, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **SIZES, **_SOME_SLIDING, "head_dim": 24},
+    # Softcaps so low that they bite; windows on layers 0, 2 and 4.
+    "gemma2": {
+        "model_type": "gemma2",
+        **SIZES,
+        **_GEMMA,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    # Global attention on layer 2 alone, with a rotary embedding of its own, stretched as in the larger Gemma 3.
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **SIZES,
+        **_GEMMA,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "mixtral": {"model_type": "mixtral", **SIZES, "num_local_experts": 4, "sliding_window": 6},
+    # Experts on layers 1 and 4; with `decoder_sparse_step` on 1 and 3. Both rules count from the whole model's first.
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "head_dim": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 2, 3],
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe-step": {
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"model_type": "olmo2", **SIZES, "pad_token_id": 1},
 }
 
 
 def whole_model(case: str, *, seed: int = 0) -> Any:
     """The unsplit transformers model, with norms and biases that are not one and zero."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(load_config(CASES[case], what=case), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(load_config(CASES[case], what=case))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -35,23 +35,23 @@ def test_names_shapes_dtypes_tensors_and_rows(write: object, tmp_path: Path) -> 
     assert folder.names == sorted(TENSORS)
     for name, tensor in TENSORS.items():
         assert (folder.shape(name), folder.dtype(name)) == (tensor.shape, tensor.dtype)
-        assert torch.equal(folder.tensor(name), tensor)
+        assert torch.equal(next(folder.tensors([name])), tensor)
     rows = folder.rows("a.weight", [(1, 3), (3, 3), (8, 10)])
     assert torch.equal(rows, TENSORS["a.weight"][[1, 2, 8, 9]])
     assert folder.rows("a.weight", []).shape == (0, 2)
     with pytest.raises(AssertionError, match="has 10 rows"):
         folder.rows("a.weight", [(8, 11)])
     with pytest.raises(UserError, match=r"no tensor 'a\.weigt'; did you mean 'a\.weight'"):
-        folder.tensor("a.weigt")
+        next(folder.tensors(["a.weigt"]))
 
 
 def test_a_file_is_opened_only_when_a_tensor_of_it_is_asked_for(tmp_path: Path) -> None:
     _sharded(tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
     folder = SafetensorsFolder(tmp_path)
-    assert torch.equal(folder.tensor("a.weight"), TENSORS["a.weight"])
+    assert torch.equal(next(folder.tensors(["a.weight"])), TENSORS["a.weight"])
     with pytest.raises(UserError, match=r"model-1\.safetensors does not exist"):
-        folder.tensor("b.weight")
+        next(folder.tensors(["b.weight"]))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_an_index_that_promises_too_much_and_quantised_weights_are_refused(tmp_p
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
     folder = SafetensorsFolder(tmp_path)
     with pytest.raises(UserError, match="does not hold 'b'"):
-        folder.tensor("b")
+        next(folder.tensors(["b"]))
     with pytest.raises(UserError, match="stored as I8: quantised"):
-        folder.tensor("a")
+        next(folder.tensors(["a"]))
     with pytest.raises(UserError, match="stored as I8: quantised"):
         folder.rows("a", [(0, 1)])

@@ -3,15 +3,22 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModelForCausalLM
 
 from megadistill.errors import UserError
-from megadistill.model.families import build_causal_lm, decoder, load_config, logit_transform, rebuild_rotary
+from megadistill.model.families import (
+    EMBEDDING,
+    FAMILIES,
+    build_causal_lm,
+    decoder,
+    load_config,
+    logit_transform,
+    rebuild_buffers,
+)
 from megadistill.records import LogitTransform
 from tests.unit.model.cases import CASES, SIZES, VOCAB, whole_model
 
@@ -37,7 +44,7 @@ def _content(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "lama"}, r"model_type is 'lama'; supported are llama, .*did you mean 'llama'"),
+        ({"model_type": "lama"}, r"model_type is 'lama'; supported are gemma2, .*did you mean 'llama'"),
         ({"model_type": None}, r"model_type is None"),
         ({"hiden_size": 64}, r"no 'hiden_size'; did you mean 'hidden_size'"),
         ({"hidden_size": 66}, r"66 is not a multiple of num_attention_heads 4|66\) is not a multiple"),
@@ -54,6 +61,14 @@ def _content(config: Any) -> dict[str, Any]:
         ({"model_type": "qwen3", "layer_types": ["full_attention"]}, r"num_hidden_layers.*5.*layer_types.*1"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 5}, r"chunked_attention"),
         ({"quantization_config": {"bits": 4}}, r"quantised weights"),
+        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are gemma2, gemma3_text, llama"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, r"use_bidirectional_attention is set"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, r"is 3, of 2 experts"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 0}, r"is 0, of 8 experts; a token takes 1 to 8"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, r"of 0 experts"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, r"decoder_sparse_step is 0|division"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 0}, r"moe_intermediate_size is 0"),
+        ({"model_type": "llama", "sliding_window_pattern": 3}, r"a llama model has no 'sliding_window_pattern'"),
     ],
 )
 def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], words: str) -> None:
@@ -99,31 +114,81 @@ def test_the_model_has_the_padded_vocabulary_and_the_callers_config_is_untouched
     assert config.to_dict() == before
 
 
-@pytest.mark.parametrize("case", ["llama", "llama3-rope", "qwen3"])
-def test_a_rebuilt_rotary_embedding_is_float32_and_transformers_own(case: str) -> None:
-    truth = whole_model(case).model.rotary_emb.inv_freq.clone()
+@pytest.mark.parametrize("case", ["llama", "llama3-rope", "qwen3", "gemma2", "gemma3"])
+def test_rebuilt_buffers_are_float32_and_transformers_own(case: str) -> None:
+    truth = {name: buffer.clone() for name, buffer in whole_model(case).named_buffers()}
     model = whole_model(case).bfloat16()  # casts the buffers too, as zero.Init does
     assert decoder(model) is model.model
     assert decoder(model.model) is model.model
-    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), truth)
-    rebuild_rotary(model)
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert torch.equal(model.model.rotary_emb.inv_freq, truth)
+    assert not all(torch.equal(buffer.float(), truth[name]) for name, buffer in model.named_buffers())
+    rebuild_buffers(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    rebuilt = dict(model.named_buffers())
+    assert rebuilt.keys() == truth.keys()
+    for name, buffer in rebuilt.items():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, truth[name]), name
+
+
+def test_gemma3_has_two_rotary_embeddings_and_a_scaled_embedding() -> None:
+    """What the case above has to rebuild: else it would compare nothing."""
+    buffers = dict(whole_model("gemma3").named_buffers())
+    local, globally = (buffers[f"model.rotary_emb.{kind}_attention_inv_freq"] for kind in ("sliding", "full"))
+    assert not torch.equal(local, globally)
+    assert buffers["model.embed_tokens.embed_scale"] == 8.0
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_no_family_has_parameters_that_must_stay_in_float32(model_type: str) -> None:
+    """Stages load all parameters in one type. transformers says here where it would not."""
+    assert not MODEL_MAPPING[CONFIG_MAPPING[model_type]]._keep_in_fp32_modules_strict
+
+
+@pytest.mark.parametrize("case", ["gemma2", "olmo2"])
+def test_the_embedding_of_the_padding_id_is_trained_like_the_others(case: str) -> None:
+    config = load_config(CASES[case], what="test")
+    model = build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32)
+    padding = config.pad_token_id
+    assert padding is not None
+    decoder(model)(input_ids=torch.tensor([[5, padding, 7]])).last_hidden_state.square().sum().backward()
+    gradient = model.get_parameter(EMBEDDING).grad
+    assert gradient is not None
+    assert gradient[padding].any()
 
 
 @pytest.mark.parametrize(
-    ("keys", "transform"),
+    ("model_type", "keys", "transform"),
     [
-        ({}, LogitTransform()),
-        ({"final_logit_softcapping": None, "logit_scale": None, "logits_scaling": None}, LogitTransform()),
-        ({"final_logit_softcapping": 30.0}, LogitTransform(softcap=30.0)),
-        ({"logit_scale": 0.0625}, LogitTransform(scale=0.0625)),
-        ({"logits_scaling": 8.0}, LogitTransform(scale=0.125)),
+        ("gemma2", {}, LogitTransform(softcap=30.0)),
+        ("gemma2", {"final_logit_softcapping": None}, LogitTransform()),
+        ("gemma3_text", {}, LogitTransform()),
+        ("gemma3_text", {"final_logit_softcapping": 20.0, "logit_scale": 2.0}, LogitTransform(softcap=20.0)),
+        ("cohere", {}, LogitTransform(scale=0.0625)),
+        ("cohere", {"logit_scale": None}, LogitTransform()),
+        ("granite", {"logits_scaling": 8.0}, LogitTransform(scale=0.125)),
     ],
 )
-def test_the_logit_transform_is_read_from_the_config(keys: dict[str, Any], transform: LogitTransform) -> None:
-    assert logit_transform(SimpleNamespace(**keys)) == transform
+def test_the_logit_transform_is_read_from_the_config(
+    model_type: str, keys: dict[str, Any], transform: LogitTransform
+) -> None:
+    assert logit_transform(CONFIG_MAPPING[model_type](**keys)) == transform
+
+
+STRAY = {"final_logit_softcapping": 0.5, "logit_scale": 3.0, "logits_scaling": 3.0, "attn_logit_softcapping": 0.5}
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", "olmo2"])
+def test_a_stray_key_changes_no_logit_here_or_in_transformers(case: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CASES[case] | STRAY))
+    config = load_config(tmp_path, what="test")
+    assert config.final_logit_softcapping == 0.5
+    assert logit_transform(config) == LogitTransform()
+    model = whole_model(case)
+    tokens = torch.randint(VOCAB, (1, 9))
+    with torch.no_grad():
+        truth = model(tokens).logits
+        model.config.update(STRAY)
+        assert torch.equal(model(tokens).logits, truth)
 
 
 @pytest.mark.parametrize(

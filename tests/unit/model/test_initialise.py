@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.model.families import EMBEDDING, load_config
+from megadistill.model.families import EMBEDDING, family, load_config
 from megadistill.model.initialise import initial_tensor
 from tests.unit.model.cases import CASES
 
@@ -37,8 +37,9 @@ def test_the_true_rows_do_not_depend_on_the_padding(width: int, padded: int) -> 
 def test_every_parameter_has_the_mean_and_spread_that_transformers_gives_it(case: str) -> None:
     config = load_config(CASES[case], what="test")
     torch.manual_seed(0)
+    norm = family(config).neutral_norm
     for name, theirs in AutoModelForCausalLM.from_config(config).named_parameters():
-        ours = initial_tensor(name, theirs.shape, std=config.initializer_range, seed=0)
+        ours = initial_tensor(name, theirs.shape, std=config.initializer_range, seed=0, norm=norm)
         assert (ours.dtype, ours.shape) == (torch.float32, theirs.shape)
         if theirs.std() == 0:
             assert torch.equal(ours, theirs), name

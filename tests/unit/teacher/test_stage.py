@@ -1,16 +1,20 @@
 """Stages against the unsplit transformers model, in one process; what a stage reads; the head's rows."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.errors import UserError
 from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.families import EMBEDDING, HEAD
+from megadistill.model.families import EMBEDDING, HEAD, load_config
+from megadistill.model.split import stage_layers
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
 from tests.unit.model.cases import CASES, VOCAB, final_hidden, saved_model
 
@@ -36,15 +40,50 @@ def test_the_chain_of_stages_is_the_unsplit_model(case: str, files: str, tmp_pat
         assert torch.equal(x, truth_BSE), f"{stages} stages"
 
 
-def test_a_bfloat16_stage_keeps_its_rotary_embedding_in_float32(tmp_path: Path) -> None:
-    model = saved_model("llama", tmp_path)
-    stage = _load(tmp_path, 0, 1, dtype=torch.bfloat16)
-    assert stage.dtype == torch.bfloat16
-    assert torch.equal(stage.decoder.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
-    # transformers' own way to bfloat16 keeps the buffer as well
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_stages_are_what_transformers_loads_in_bfloat16(case: str, tmp_path: Path) -> None:
+    model = saved_model(case, tmp_path)
     theirs = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     tokens_BS = torch.randint(VOCAB, (2, 20))
-    assert torch.equal(stage(tokens_BS), final_hidden(theirs, tokens_BS))
+    x = tokens_BS
+    for place in range(2):
+        stage = _load(tmp_path, place, 2, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in stage.parameters()} == {torch.bfloat16}
+        for name, buffer in stage.decoder.named_buffers():
+            assert buffer.dtype == torch.float32, "what stays in float32: the rotary frequencies, Gemma's factor"
+            assert torch.equal(buffer, model.model.get_buffer(name))
+        x = stage(x)
+    assert torch.equal(x, final_hidden(theirs, tokens_BS))
+
+
+@pytest.mark.parametrize("width", [640, 1152, 2304, 2560, 3584, 3840, 4608, 5376])
+def test_the_factor_of_gemmas_embedding_is_rounded_as_transformers_rounds_it(width: int, tmp_path: Path) -> None:
+    """The widths of published Gemma 2 and 3: in bfloat16, the square root of some is rounded up, of some down."""
+    small = {"num_hidden_layers": 1, "intermediate_size": 8, "head_dim": 2, "num_attention_heads": 1}
+    config = load_config({**CASES["gemma2"], **small, "num_key_value_heads": 1, "hidden_size": width}, what="test")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        stage = _load(tmp_path, 0, 1, dtype=dtype)
+        tokens = torch.arange(VOCAB)
+        assert torch.equal(stage.decoder.embed_tokens(tokens), theirs.model.embed_tokens(tokens))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_packed_document_does_not_depend_on_its_neighbours(case: str, tmp_path: Path) -> None:
+    """Every family's masks, windows and rotary embeddings follow the positions, on every stage."""
+    model = saved_model(case, tmp_path)
+    tokens_BS = torch.randint(VOCAB, (2, 20))
+    bounds = [[0, 9, 10, 20], [0, 13, 20, 20]]  # longer than the window of 6, and of one token
+    positions_BS = torch.tensor([[*range(9), 0, *range(10)], [*range(13), *range(7)]])
+    x = tokens_BS
+    for place in range(3):
+        x = _load(tmp_path, place, 3)(x, positions_BS)
+    for row, ends in enumerate(bounds):
+        for start, stop in itertools.pairwise(ends):
+            if start < stop:
+                alone_1SE = final_hidden(model, tokens_BS[row : row + 1, start:stop])
+                torch.testing.assert_close(x[row, start:stop], alone_1SE[0], rtol=1e-4, atol=2e-5)
 
 
 def test_a_stage_is_whole_where_transformers_partitions_new_models(
@@ -65,30 +104,32 @@ def test_a_stage_is_frozen(tmp_path: Path) -> None:
     assert not stage(torch.zeros(1, 4, dtype=torch.int64)).requires_grad
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3", "mixtral", "qwen3_moe"])
 def test_a_stage_reads_and_holds_its_own_tensors_alone(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = saved_model(case, tmp_path)
-    expected = {name for name, _ in model.named_parameters()} - {HEAD}
+    saved_model(case, tmp_path)
+    stored = SafetensorsFolder(tmp_path)
     read: list[str] = []
-    tensor = SafetensorsFolder.tensor
+    tensors = SafetensorsFolder.tensors
 
-    def noted(folder: SafetensorsFolder, name: str) -> Tensor:
-        read.append(name)
-        return tensor(folder, name)
+    def noted(folder: SafetensorsFolder, names: Sequence[str]) -> Iterator[Tensor]:
+        read.extend(names)
+        return tensors(folder, names)
 
-    monkeypatch.setattr(SafetensorsFolder, "tensor", noted)
+    monkeypatch.setattr(SafetensorsFolder, "tensors", noted)
     reads = []
     for place in range(3):
         stage = _load(tmp_path, place, 3)
         held = sum(parameter.numel() for parameter in stage.parameters())
-        assert held == sum(model.get_parameter(name).numel() for name in read)
+        assert held == sum(stored.shape(name).numel() for name in read)
         reads.append(read.copy())
         read.clear()
-    assert sorted(name for names in reads for name in names) == sorted(expected), "each tensor once, and no head"
+    expected = [name for name in stored.names if name != HEAD]
+    assert sorted(name for names in reads for name in names) == expected, "each tensor once, and no head"
     assert EMBEDDING in reads[0]
-    assert {name.split(".")[2] for name in reads[1]} == {"1", "2"}
+    middle = stage_layers(load_config(tmp_path, what="test"), 3)[1]
+    assert {int(name.split(".")[2]) for name in reads[1]} == set(middle)
     assert "model.norm.weight" in reads[2]
 
 
@@ -129,7 +170,7 @@ def test_head_rows_are_the_slice_and_padding_is_zero(
     case: str, files: str, ranges: tuple[tuple[int, int], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_model(case, tmp_path, shard_size=SHARD_SIZES[files])
-    monkeypatch.delattr(SafetensorsFolder, "tensor")  # rows alone are read
+    monkeypatch.delattr(SafetensorsFolder, "tensors")  # rows alone are read
     vocab = VocabSlice(ranges=ranges, size=VOCAB)
     padded = torch.nn.functional.pad(model.lm_head.weight.detach(), (0, 0, 0, 6))
     found = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU)
