@@ -1,6 +1,8 @@
 """Stages against the unsplit transformers model, in one process; what a stage reads; the head's rows."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from megadistill.model.checkpoint import SafetensorsFolder
 from megadistill.model.families import EMBEDDING, HEAD, load_config
 from megadistill.model.split import stage_layers
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
-from tests.unit.model.cases import CASES, VOCAB, final_hidden, saved_model
+from tests.unit.model.cases import CASES, SIZES, VOCAB, final_hidden, saved_model
 
 SHARD_SIZES = {"one file": "5GB", "many files": "30KB"}
 CPU = torch.device("cpu")
@@ -131,6 +133,61 @@ def test_a_stage_reads_and_holds_its_own_tensors_alone(
     middle = stage_layers(load_config(tmp_path, what="test"), 3)[1]
     assert {int(name.split(".")[2]) for name in reads[1]} == set(middle)
     assert "model.norm.weight" in reads[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("model_type", "files", "dtype"),
+    [("llama", "1GB", "float32"), ("llama", "20MB", "bfloat16"), ("mixtral", "1GB", "bfloat16")],
+)
+def test_loading_a_stage_peaks_at_the_stage_and_one_tensor(
+    model_type: str, files: str, dtype: str, tmp_path: Path
+) -> None:
+    """In a fresh process; files mapped into memory count as well. The whole model is four stages."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_local_experts": 4}
+    mapping = {**SIZES, "model_type": model_type, **sizes, "vocab_size": 1000, "tie_word_embeddings": True}
+    if model_type == "llama":
+        del mapping["num_local_experts"]
+        mapping |= {"hidden_size": 1024, "intermediate_size": 3072}
+    model = AutoModelForCausalLM.from_config(load_config(mapping, what="test"))
+    model.save_pretrained(tmp_path, max_shard_size=files)
+    largest = max(parameter.numel() for parameter in model.parameters()) * 4
+    stage_bytes, peak = _loaded_elsewhere(tmp_path, dtype)
+    whole = sum(parameter.numel() for parameter in model.parameters()) * 4
+    assert whole > 300e6
+    assert stage_bytes == pytest.approx(whole / 4 * (1 if dtype == "float32" else 1 / 2), rel=0.05)
+    assert peak > 0.9 * stage_bytes, "what is measured"
+    assert peak < stage_bytes + largest + 12e6
+
+
+def _loaded_elsewhere(folder: Path, dtype: str) -> tuple[int, int]:
+    """Bytes of the third of four stages, and by how much the peak of a process's memory rose while it was loaded."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        import torch
+        from megadistill.teacher.stage import TeacherStage
+
+        def load(stages, stage):
+            return TeacherStage.load(folder, stage=stage, stages=stages, dtype=dtype, device=torch.device("cpu"))
+
+        def kilobytes(key):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+        folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+        load(8, 0)  # one layer, so that what is imported and compiled on first use is there
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is there now
+        before = kilobytes("VmRSS")
+        stage = load(4, 2)
+        held = sum(parameter.nbytes for parameter in stage.parameters())
+        print(held, 1024 * (kilobytes("VmHWM") - before))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), dtype], capture_output=True, text=True, check=True, timeout=100
+    )
+    held, peak = done.stdout.split()[-2:]
+    return int(held), int(peak)
 
 
 def test_a_stage_needs_no_file_but_its_own(tmp_path: Path) -> None:
