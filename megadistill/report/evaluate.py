@@ -128,7 +128,7 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
     found = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
     if found is not None and found != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
         raise UserError(
-            f"{folder}: its tokenizer is not the one that the split was made with, and an evaluation reads no "
+            f"{folder}: its {manifest.tokenizer.file.rpartition('/')[2]} is not the one that the split was made with, and an evaluation reads no "
             "teacher.vocab_map: tokenize a split with this model's own"
         )
     return model
