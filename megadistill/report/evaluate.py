@@ -128,8 +128,9 @@ def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
         )
     found = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
     if found is not None and found != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
+        file = manifest.tokenizer.file.rpartition("/")[2]
         raise UserError(
-            f"{folder}: its tokenizer is not the one that the split was made with, and an evaluation reads no "
+            f"{folder}: its {file} is not the one that the split was made with, and an evaluation reads no "
             "teacher.vocab_map: tokenize a split with this model's own"
         )
     return model
