@@ -9,13 +9,18 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
+from megadistill.comm.bridge import Bridge, Heartbeat
+from megadistill.comm.roles import Roles
 from megadistill.errors import RestartFault, UserError
 
 
@@ -76,6 +81,10 @@ class Topology:
     vocab_group: ProcessGroup | None
     slice_group: ProcessGroup | None
     pipeline_group: ProcessGroup | None
+    role: Literal["student", "teacher"] = "student"
+    """The teacher's ranks have a world of their own, where the teacher is not colocated."""
+    bridge: Bridge | None = None
+    """To the other role; None where there is none."""
 
     @property
     def group_rank(self) -> int:
@@ -85,7 +94,7 @@ class Topology:
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks for the run (logs, tables, manifests)."""
-        return self.rank == 0
+        return self.rank == 0 and self.role == "student"
 
 
 def vocab_group_size(asked: int | None, launch: Launch) -> int:
@@ -116,12 +125,14 @@ def local_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Iterator[Topology]:
+def joined(
+    launch: Launch, *, vocab_group: int, timeout_minutes: float, roles: Roles | None = None
+) -> Iterator[Topology]:
     """The process groups of a run, from `init_process_group` to `destroy_process_group`.
 
     Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
     started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
-    for peers that may be waiting themselves.
+    for peers that may be waiting themselves. With `roles`, student and teacher are a world each, joined by a bridge.
 
     Raises:
         RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
@@ -134,24 +145,66 @@ def joined(launch: Launch, *, vocab_group: int, timeout_minutes: float) -> Itera
             port = probe.getsockname()[1]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank))
+    timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # torchrun sets it; under the deepspeed launcher each rank would take all cores, and all of them wait.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
-    timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(
-        backend=dist.get_default_backend_for_device(device),
-        rank=launch.rank,
-        world_size=launch.world,
-        timeout=timeout,
-    )
+    backend = dist.get_default_backend_for_device(device)
+    store: Store | None = None
+    own = launch
+    if roles is not None:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        own = _own_launch(launch, roles)
+        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
+        name = "student" if roles.is_student(launch.rank) else "teacher"
+        prefixed = PrefixStore(name, store)
+        dist.init_process_group(backend, store=prefixed, rank=own.rank, world_size=own.world, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=timeout)
     try:
-        yield topology_of_world(launch, vocab_group=vocab_group, device=device, timeout=timeout)
+        if roles is None or roles.is_student(launch.rank):
+            topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
+        else:
+            topology = _teachers_topology(own, roles, device)
+        if roles is None:
+            yield topology
+        else:
+            assert store is not None
+            bridge = Bridge(store, roles, launch.rank, device=device, timeout=timeout)
+            limit = timeout.total_seconds()
+            heartbeat = Heartbeat(store, launch.rank, roles.partners(launch.rank), limit=limit)
+            yield replace(topology, bridge=bridge)
+            bridge.barrier()  # nobody leaves while the other role may still look for it
+            heartbeat.stop()
     except RuntimeError as error:
         if _is_communication(error):
             reason = str(error).splitlines()[0]
             raise RestartFault(f"lost another rank in a collective, look for its own reason first: {reason}") from error
         raise
     dist.destroy_process_group()
+
+
+def _own_launch(launch: Launch, roles: Roles) -> Launch:
+    """The launch as this rank's role sees it."""
+    if roles.is_student(launch.rank):
+        return replace(launch, world=roles.students)
+    return replace(launch, rank=launch.rank - roles.students, world=roles.teachers)
+
+
+def _teachers_topology(launch: Launch, roles: Roles, device: torch.device) -> Topology:
+    """Of a teacher's rank: its stages talk over the bridge, so it has no groups."""
+    return Topology(
+        rank=launch.rank,
+        world=launch.world,
+        local_rank=launch.local_rank,
+        group_size=roles.stages,
+        device=device,
+        world_group=None,
+        vocab_group=None,
+        slice_group=None,
+        pipeline_group=None,
+        role="teacher",
+    )
 
 
 def _is_communication(error: RuntimeError) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, joined
 
 PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tests.ranks.preload"]
@@ -27,6 +28,7 @@ def _serve(
     launch: Launch,
     port: int,
     vocab_group: int,
+    roles: Roles | None,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     pipe: Connection,
@@ -36,7 +38,7 @@ def _serve(
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(launch.local_world))
     try:
-        with joined(launch, vocab_group=vocab_group, timeout_minutes=1.0) as topology:
+        with joined(launch, vocab_group=vocab_group, timeout_minutes=1.0, roles=roles) as topology:
             result = function(topology, *arguments)
         pipe.send_bytes(pickle.dumps((None, result)))
     except BaseException:
@@ -44,7 +46,12 @@ def _serve(
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, vocab_group: int | None = None, deadline: float = 120.0
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    vocab_group: int | None = None,
+    roles: Roles | None = None,
+    deadline: float = 120.0,
 ) -> list[Any]:
     """`function(topology, *arguments)` on `world` ranks; what each returned, in rank order.
 
@@ -62,7 +69,17 @@ def run_ranks(
         ours, theirs = _context.Pipe(duplex=False)
         launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
         process = _context.Process(
-            target=_serve, args=(launch, port, vocab_group or world, function, arguments, theirs), daemon=True
+            target=_serve,
+            args=(
+                launch,
+                port,
+                vocab_group or (roles.students if roles else world),
+                roles,
+                function,
+                arguments,
+                theirs,
+            ),
+            daemon=True,
         )
         process.start()
         theirs.close()

@@ -1,0 +1,250 @@
+"""Room `teacher`: a teacher that has ranks of its own, and how the student's ranks ask it. It knows no student.
+
+Legend: B sequences of a client's micro-batch, S tokens of each, E width.
+
+A client sends *requests* (tokens, slots), `queue` of them at most before the oldest is answered: that bounds what
+waits on either side. The first stage takes one request of each client in turn; its *parcels* go from stage to stage,
+each stage working as they come, and the last one sends the *answer* back: hidden states, slots, and the digests of the
+tokens that the first stage read. A client that has asked all that it will says stop.
+"""
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadistill.comm.bridge import Bridge, Message
+from megadistill.errors import OperatorFault
+from megadistill.records import TeacherSignal, TokenBatch, token_digest
+from megadistill.teacher.stage import TeacherStage
+from megadistill.teacher.wire import Wire
+
+RECEIVES = 2
+"""Parcels that a stage expects at a time."""
+
+_STOP, _WORK = 0, 1
+
+
+@dataclass(frozen=True)
+class RequestForm:
+    """How a micro-batch travels: [1 + B·(1 + S)] int64, with positions [1 + B·(1 + 2·S)]."""
+
+    B: int
+    S: int
+    masked: bool
+
+    def __len__(self) -> int:
+        return 1 + self.B * (1 + self.S * (2 if self.masked else 1))
+
+    def written(self, batch: TokenBatch | None, device: torch.device) -> Tensor:
+        """None: stop."""
+        if batch is None:
+            return torch.full((len(self),), _STOP, dtype=torch.int64, device=device)
+        assert batch.tokens.shape == (self.B, self.S), "the micro-batches of a run have one shape"
+        parts = [torch.tensor([_WORK]), batch.slots, batch.tokens.flatten()]
+        if self.masked:
+            assert batch.positions is not None
+            parts.append(batch.positions.flatten())
+        return torch.cat(parts).to(device)
+
+    def read(self, request: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Slots [B], tokens [B, S], positions [B, S]; None: stop."""
+        if request[0].item() == _STOP:
+            return None
+        slots, rest = request[1 : 1 + self.B], request[1 + self.B :].view(-1, self.B, self.S)
+        return slots, rest[0], rest[1] if self.masked else None
+
+
+class RemoteTeacher:
+    """A client's side: what `TeacherPipeline` is where the teacher lives on the same ranks."""
+
+    def __init__(self, bridge: Bridge, form: RequestForm, wire: Wire, *, queue: int, device: torch.device) -> None:
+        roles = bridge.roles
+        replica = roles.replica(bridge.rank)
+        self._bridge, self._form, self._wire = bridge, form, wire
+        self._first, self._last = roles.rank_of(replica, 0), roles.rank_of(replica, roles.stages - 1)
+        self._queue = queue
+        self._device = device
+        self.waited = 0.0
+        """Seconds that this rank has waited for answers."""
+
+    @property
+    def ahead(self) -> int:
+        """Micro-batches that are asked for after one before it is answered."""
+        return self._queue - 1
+
+    def bytes_in_flight(self, B: int, S: int) -> int:
+        """What a rank holds for answers under way, at most."""
+        return self._queue * self._wire.bytes(B, S)
+
+    def signals(self, batches: Iterator[TokenBatch]) -> Generator[TeacherSignal, None, None]:
+        """As `TeacherPipeline.signals`; closed early, what was asked for is received and dropped, and the teacher told.
+
+        Raises:
+            OperatorFault: the hidden states are not finite.
+        """
+        asked: deque[tuple[TokenBatch, Message, Message]] = deque()
+        more = True
+        try:
+            while True:
+                while more and len(asked) < self._queue:
+                    batch = next(batches, None)
+                    if batch is None:
+                        more = False
+                    else:
+                        asked.append(self._ask(batch))
+                if not asked:
+                    break
+                batch, request, answer = asked.popleft()
+                request.wait()
+                began = time.perf_counter()
+                arrived = answer.wait()
+                self.waited += time.perf_counter() - began
+                yield self._signal(batch, arrived)
+        except GeneratorExit:
+            for _, request, answer in asked:
+                request.wait()
+                answer.wait()
+            self._stop()
+            raise
+        self._stop()
+
+    def _ask(self, batch: TokenBatch) -> tuple[TokenBatch, Message, Message]:
+        empty = torch.empty(self._wire.bytes(self._form.B, self._form.S), dtype=torch.uint8, device=self._device)
+        answer = self._bridge.expect(empty, self._last)
+        return batch, self._bridge.send(self._form.written(batch, self._device), self._first), answer
+
+    def _stop(self) -> None:
+        self._bridge.send(self._form.written(None, self._device), self._first).wait()
+
+    def _signal(self, batch: TokenBatch, answer: Tensor) -> TeacherSignal:
+        hidden_BSE, slots_B, digests_B = self._wire.unpack(answer, self._form.B, self._form.S)
+        finite = hidden_BSE.sum(dtype=torch.float32).isfinite()
+        *tags, is_finite = torch.cat([slots_B, digests_B, finite.long().unsqueeze(0)]).tolist()
+        if not is_finite:
+            raise OperatorFault(
+                f"the teacher's hidden states are not finite in slots {batch.slots.tolist()}: check its weights and "
+                "its dtype before starting again"
+            )
+        slots, digests = torch.tensor(tags[: self._form.B]), torch.tensor(tags[self._form.B :])
+        return TeacherSignal(hidden=hidden_BSE.flatten(0, 1), slots=slots, digests=digests)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A micro-batch on its way through the stages."""
+
+    client: int
+    slots_B: Tensor
+    digests_B: Tensor
+    positions_BS: Tensor | None
+    x: Tensor
+    """Tokens [B, S] on the first stage, hidden states [B, S, E] on the others."""
+
+
+class TeacherServer:
+    """A stage's side: answers until every client has said stop."""
+
+    def __init__(self, stage: TeacherStage, bridge: Bridge, form: RequestForm, wire: Wire, *, queue: int) -> None:
+        self._stage, self._bridge, self._form, self._wire, self._queue = stage, bridge, form, wire, queue
+        roles = bridge.roles
+        replica = roles.replica(bridge.rank)
+        self._clients = list(roles.clients(replica))
+        self._before = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
+        self._after = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
+        self._going: deque[Message] = deque()
+        self.answered = 0
+        """Micro-batches that passed through this stage."""
+
+    @torch.no_grad()
+    def serve(self) -> None:
+        """Until the last client has said stop. On its way are two receives at most, and `queue` sends a client."""
+        for job in self._jobs():
+            y = self._stage(job.x, job.positions_BS)
+            self.answered += 1
+            if self._after is None:
+                self._send(self._wire.pack(y, job.slots_B, job.digests_B), job.client)
+            else:
+                self._send(self._parcel(job, y), self._after)
+        if self._after is not None:
+            for _ in range(RECEIVES):  # one for each receive that is posted there
+                self._send(self._parcel(None, None), self._after)
+        while self._going:
+            self._going.popleft().wait()
+
+    def _jobs(self) -> Iterator[_Job]:
+        return self._asked() if self._before is None else self._arrived()
+
+    def _asked(self) -> Iterator[_Job]:
+        """One request of each client in turn; the next one of each is always expected."""
+        coming = {client: self._expected_request(client) for client in self._clients}
+        while coming:
+            for client in list(coming):
+                found = self._form.read(coming[client].wait())
+                if found is None:
+                    del coming[client]
+                    continue
+                slots_B, tokens_BS, positions_BS = found
+                coming[client] = self._expected_request(client)
+                yield _Job(client, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
+
+    def _expected_request(self, client: int) -> Message:
+        buffer = torch.empty(len(self._form), dtype=torch.int64, device=self._stage.device)
+        return self._bridge.expect(buffer, client)
+
+    def _arrived(self) -> Iterator[_Job]:
+        """From the stage before, received ahead: one is worked on while the next one comes."""
+        coming = deque(self._expected_parcel() for _ in range(RECEIVES))
+        while (job := self._unpacked(coming.popleft().wait())) is not None:
+            coming.append(self._expected_parcel())
+            yield job
+        for parcel in coming:
+            parcel.wait()
+
+    def _expected_parcel(self) -> Message:
+        assert self._before is not None
+        buffer = torch.empty(self._parcel_bytes, dtype=torch.uint8, device=self._stage.device)
+        return self._bridge.expect(buffer, self._before)
+
+    def _send(self, message: Tensor, to: int) -> None:
+        self._going.append(self._bridge.send(message, to))
+        if len(self._going) > self._queue * len(self._clients):
+            self._going.popleft().wait()
+
+    # A parcel: client (or -1 for stop), slots, digests and positions as int64, then the hidden states.
+
+    @property
+    def _head(self) -> int:
+        """int64 numbers in front of the hidden states."""
+        B, S = self._form.B, self._form.S
+        return 1 + 2 * B + (B * S if self._form.masked else 0)
+
+    @property
+    def _parcel_bytes(self) -> int:
+        elements = torch.Size(self._stage.hidden_shape(self._form.B, self._form.S)).numel()
+        return 8 * self._head + elements * self._stage.dtype.itemsize
+
+    def _parcel(self, job: _Job | None, hidden_BSE: Tensor | None) -> Tensor:
+        parcel = torch.zeros(self._parcel_bytes, dtype=torch.uint8, device=self._stage.device)
+        head = parcel[: 8 * self._head].view(torch.int64)
+        if job is None or hidden_BSE is None:
+            head[0] = -1
+            return parcel
+        parts = [head.new_tensor([job.client]), job.slots_B, job.digests_B]
+        if job.positions_BS is not None:
+            parts.append(job.positions_BS.flatten())
+        head.copy_(torch.cat(parts))
+        parcel[8 * self._head :] = hidden_BSE.flatten().view(torch.uint8)
+        return parcel
+
+    def _unpacked(self, parcel: Tensor) -> _Job | None:
+        B, S = self._form.B, self._form.S
+        head = parcel[: 8 * self._head].view(torch.int64)
+        if head[0].item() < 0:
+            return None
+        hidden = parcel[8 * self._head :].view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
+        positions_BS = head[1 + 2 * B :].view(B, S) if self._form.masked else None
+        return _Job(int(head[0].item()), head[1 : 1 + B], head[1 + B : 1 + 2 * B], positions_BS, hidden)
