@@ -79,14 +79,30 @@ class TokenizerRecord(_Record):
 
 
 class PackerRecord(_Record):
-    """How documents became units; what somebody else packed is `foreign`."""
+    """How documents became units; what somebody else packed is `foreign`, a prompt and what follows it `generated`."""
 
-    name: Literal["chunk", "bestfit", "foreign"]
+    name: Literal["chunk", "bestfit", "foreign", "generated"]
     version: Annotated[int, Field(ge=1)]
     bos: TokenId | None
     """The id that stands before each document; None where there is none."""
     eos: TokenId | None
     """The id that stands after each document."""
+
+
+class GeneratedRecord(_Record):
+    """What decided the units that a teacher wrote: prompts from a stream, and what it says after each."""
+
+    teacher: Sha256
+    """`teacher_fingerprint` of its folder."""
+    order: Sha256
+    """Fingerprint of the prompts' stream."""
+    first_slot: Annotated[int, Field(ge=0, le=1 << 60)]
+    stop_slot: Annotated[int, Field(ge=1, le=1 << 60)]
+    prompt_tokens: Annotated[int, Field(ge=1, le=1 << 24)]
+    new_tokens: Annotated[int, Field(ge=1, le=1 << 24)]
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    seed: int
 
 
 class SourceRecord(_Record):
@@ -96,6 +112,8 @@ class SourceRecord(_Record):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    generated: GeneratedRecord | None = Field(default=None, exclude_if=lambda record: record is None)
+    """None, and not written, where people wrote the text: the fingerprints of those manifests stay what they were."""
 
 
 class Manifest(_Record):

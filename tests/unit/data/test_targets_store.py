@@ -29,6 +29,7 @@ from megadistill.errors import UserError
 from megadistill.loss.targets import sparse_targets
 from megadistill.records import SparseTargets
 from megadistill.train.objective import selection, uniforms
+from tests.unit.data.servers import serving
 
 SEQUENCE, VOCAB, WIDTH = 16, 500, 12
 
@@ -321,6 +322,16 @@ def test_a_damaged_sample_is_named_and_its_neighbours_are_read(tmp_path: Path) -
         _read(reader, [5, 6])
     assert "\n" not in str(fault.value)
     _require_equal(_read(reader, [5, 7]), _live(torch.tensor([5, 7]), key))
+
+
+def test_targets_behind_a_url_are_the_same(tmp_path: Path) -> None:
+    key = _key()
+    _stored(tmp_path / "set", list(range(12)), key, shard_bytes=2500)
+    with serving(tmp_path) as server:
+        reader = TargetReader(f"{server.url}/set", key)
+        _require_equal(_read(reader, [3, 11, 0]), _live(torch.tensor([3, 11, 0]), key))
+        with pytest.raises(UserError, match="finished target set"):
+            TargetReader(server.url, key)
 
 
 def test_missing_slots_other_tokens_and_broken_files_are_faults(tmp_path: Path) -> None:

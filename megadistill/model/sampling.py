@@ -1,0 +1,70 @@
+"""Room `model`: continuations that a causal language model samples. It knows no slots and no files.
+
+Legend: B prompts, P tokens of each, N new tokens of each, V ids of the true vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megadistill.errors import OperatorFault
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    prompts_BP: Tensor,
+    uniforms_BN: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    eos: int,
+    vocab_size: int,
+) -> Tensor:
+    """[B, N] int64 on the host: what the model says after each prompt, and `eos` in every place after an `eos`.
+
+    The keys and values of what was read are kept, so each token is read once. A prompt's continuation depends on its
+    own row of `uniforms_BN` (float64 in [0, 1), on the host) and of `prompts_BP` alone, but for the rounding of the
+    model's products, which may vary with B. A device sync a token.
+
+    Raises:
+        OperatorFault: the model's logits are not finite.
+    """
+    N = uniforms_BN.shape[1]
+    uniforms_BN = uniforms_BN.to(model.device)
+    read, cache = prompts_BP.to(model.device), None
+    found_BN = torch.full(uniforms_BN.shape, eos, device=model.device)
+    ended_B = torch.zeros(len(prompts_BP), dtype=torch.bool, device=model.device)
+    for place in range(N):
+        output: Any = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits_BV = output.logits[:, -1, :vocab_size].double()
+        chosen_B = drawn(logits_BV, uniforms_BN[:, place], temperature=temperature, top_p=top_p)
+        found_BN[:, place] = torch.where(ended_B, eos, chosen_B)
+        ended_B |= found_BN[:, place] == eos
+        all_ended, finite = torch.stack([ended_B.all(), logits_BV.isfinite().all()]).tolist()
+        if not finite:
+            raise OperatorFault("the teacher's logits are not finite: check its weights and its dtype")
+        if all_ended:
+            break
+        read = found_BN[:, place : place + 1]
+    return found_BN.cpu()
+
+
+def drawn(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """[B]: for each row the id at which the most likely ids, one after the other, add up to more than its uniform
+    number of what the fewest of them hold that reach `top_p`. Of equals the lowest id comes first.
+
+    At temperature 0 the most likely id. `logits_BV` and `uniforms_B` are float64.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(dim=1)
+    z_BV, ids_BV = logits_BV.sort(dim=1, descending=True, stable=True)
+    cdf_BV = (z_BV / temperature).softmax(dim=1).cumsum(dim=1)
+    last_B1 = torch.searchsorted(cdf_BV, top_p * cdf_BV[:, -1:])  # rounding may put the end of the sum below 1
+    last_B1.clamp_(max=cdf_BV.shape[1] - 1)  # a NaN lies behind every number: the caller refuses it, an index may not
+    point_B1 = uniforms_B.unsqueeze(1) * cdf_BV.gather(1, last_B1)
+    place_B1 = torch.minimum(torch.searchsorted(cdf_BV, point_B1, right=True), last_B1)
+    return ids_BV.gather(1, place_B1).squeeze(1)
