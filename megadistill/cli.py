@@ -62,7 +62,7 @@ SPEAKING_SECONDS = 10.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code. Errors for people are one line without a traceback."""
     options = parser().parse_args(arguments)
-    local_rank = os.environ.get("LOCAL_RANK", "0")
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     speaks = not local_rank.isdigit() or int(local_rank) == 0  # what is wrong for all ranks of a node is said once
     try:
         code: int = options.run(options)
@@ -74,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(SPEAKING_SECONDS)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
-        print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        print(f"megadistill: rank {rank}: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a folder that cannot be written, a disk that is full: a person's, and no trace helps
-        print(f"megadistill: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        print(f"megadistill: rank {rank}: {error}", file=sys.stderr)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
         print("megadistill: interrupted; a run goes on from its newest checkpoint", file=sys.stderr)
@@ -351,7 +351,7 @@ def _train(options: argparse.Namespace) -> int:
     from megadistill.train.loop import train
 
     outcome = train(recipe, stop_after=options.stop_after)
-    if os.environ.get("RANK", "0") == "0":
+    if outcome is not None and os.environ.get("RANK", "0") == "0":
         where = f"{recipe.run.folder}: step {outcome.step} of {recipe.train.steps}"
         print(f"{where}, done" if outcome.done else f"{where}, stopped as asked; without --stop-after it goes on")
     return 0

@@ -109,6 +109,26 @@ class TeacherSection(Section):
     """A Hugging Face folder: config.json, safetensors, tokenizer.model."""
     vocab_map: str | None = None
     """A JSON list with the teacher's id for each of the student's ids, -1 where it has none. None: the same ids."""
+    placement: Literal["colocated", "disaggregated"] = "colocated"
+    """Where the teacher lives: a stage on each of the student's ranks, or on ranks of its own, the launch's last."""
+    ranks: int | None = Field(default=None, ge=1)
+    """disaggregated: how many of the launch's processes are the teacher's."""
+    stages: int | None = Field(default=None, ge=1)
+    """disaggregated: ranks of one pipeline; `ranks` may hold several. All of `ranks` where nothing is said."""
+    queue: int = Field(default=4, ge=1)
+    """disaggregated: micro-batches of each of the student's ranks that are asked for before the oldest is answered."""
+    wire: Literal["whole", "float8"] = "whole"
+    """disaggregated: how hidden states cross: in the run's precision, or in 8 bits with a scale for each token."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_placement(self) -> "TeacherSection":
+        plain = {"ranks": None, "stages": None, "queue": 4, "wire": "whole"}
+        moved = [name for name, value in plain.items() if getattr(self, name) != value]
+        if self.placement == "colocated" and moved:
+            raise ValueError(f"{moved[0]} belongs to placement disaggregated: remove it, or set the placement")
+        if self.placement == "disaggregated" and self.ranks is None:
+            raise ValueError("placement disaggregated needs ranks: how many processes are the teacher's")
+        return self
 
 
 class ScheduleSection(Section):

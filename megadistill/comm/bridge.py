@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -70,34 +71,38 @@ def _group(store: Store, rank: int, world: int, device: torch.device, timeout: t
 
 
 class Heartbeat:
-    """A thread that shows that this rank lives, and ends the process when a partner shows no life for `limit` seconds.
+    """Shows that this rank lives, and ends the process when a partner shows no life for `limit` seconds.
 
-    A collective cannot be waited for with a limit and given up: the process is ended, with one line and the exit code
-    of a fault that a restart can mend.
+    One thread talks to the store, which hangs where its host does; another one looks at the clock. A collective cannot
+    be given up by whoever waits in it, so the process is ended: with one line, and the exit code of a fault that a
+    restart can mend.
     """
 
     def __init__(self, store: Store, rank: int, partners: Sequence[int], *, limit: float) -> None:
-        self._store = PrefixStore("alive", store)
+        anything: Any = store
+        self._store = PrefixStore("alive", anything.clone())  # a connection of its own: the run's may wait
         self._rank = rank
         self._limit = limit
         self._seen = {partner: (-1, time.monotonic()) for partner in partners}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._thread.start()
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
 
     def _beat(self) -> None:
         beats = 0
         while not self._stopped.wait(BEAT_SECONDS):
             beats += 1
-            try:
+            with suppress(RuntimeError):  # the store is gone, and its host with it
                 self._store.set(str(self._rank), str(beats))
-                silent = self._silent()
-            except RuntimeError:  # the store is gone, and its host with it
-                silent = sorted(self._seen)
+                self._look()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            silent = [partner for partner, (_, since) in self._seen.items() if now - since > self._limit]
             if silent and not self._stopped.is_set():
                 print(
                     f"megadistill: rank {self._rank}: no sign of life from rank {silent[0]} for {self._limit:.0f} s: "
@@ -107,12 +112,8 @@ class Heartbeat:
                 )
                 os._exit(RestartFault.exit_code)
 
-    def _silent(self) -> list[int]:
-        now = time.monotonic()
-        for partner, (beats, since) in self._seen.items():
+    def _look(self) -> None:
+        for partner, (beats, _) in self._seen.items():
             found = int(self._store.get(str(partner))) if self._store.check([str(partner)]) else -1
             if found != beats:
-                self._seen[partner] = (found, now)
-            elif now - since > self._limit:
-                return [partner]
-        return []
+                self._seen[partner] = (found, time.monotonic())

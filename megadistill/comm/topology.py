@@ -171,7 +171,7 @@ def joined(
         else:
             assert store is not None
             bridge = Bridge(store, roles, launch.rank, device=device, timeout=timeout)
-            limit = timeout.total_seconds()
+            limit = min(60.0, timeout.total_seconds() / 2)  # sooner than a collective gives up, which names nobody
             heartbeat = Heartbeat(store, launch.rank, roles.partners(launch.rank), limit=limit)
             yield replace(topology, bridge=bridge)
             bridge.barrier()  # nobody leaves while the other role may still look for it

@@ -1,6 +1,17 @@
 """The frozen teacher: one stage of its layers a rank, hidden states as its signal. It never meets the student."""
 
 from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.remote import RemoteTeacher, RequestForm, TeacherServer
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
+from megadistill.teacher.wire import Wire
 
-__all__ = ["TeacherPipeline", "TeacherStage", "head_rows", "unknown_bias"]
+__all__ = [
+    "RemoteTeacher",
+    "RequestForm",
+    "TeacherPipeline",
+    "TeacherServer",
+    "TeacherStage",
+    "Wire",
+    "head_rows",
+    "unknown_bias",
+]

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,16 @@ from megadistill.errors import OperatorFault, RankUserError, UserError
 from megadistill.model.families import logit_transform
 from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import PRECISIONS, StudentEngine
-from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows, unknown_bias
+from megadistill.teacher import (
+    RemoteTeacher,
+    RequestForm,
+    TeacherPipeline,
+    TeacherServer,
+    TeacherStage,
+    Wire,
+    head_rows,
+    unknown_bias,
+)
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
@@ -37,10 +46,11 @@ class Outcome:
     done: bool
 
 
-def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome:
+def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
     """Runs a recipe on the ranks that the launcher started, from the newest checkpoint of its folder if there is one.
 
-    `stop_after`: save and stop after this step; the same command without it goes on.
+    `stop_after`: save and stop after this step; the same command without it goes on. None on a rank of the teacher's
+    own.
 
     Raises:
         UserError: the recipe does not fit the launch, the data, the teacher or the folder; nothing was started.
@@ -48,8 +58,12 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome:
     """
     launch = Launch.from_environment()
     setup = prepare(recipe, launch)
-    with joined(launch, vocab_group=setup.group_size, timeout_minutes=recipe.comm.timeout_minutes) as topology:
+    minutes = recipe.comm.timeout_minutes
+    with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
+            if topology.role == "teacher":
+                serve(setup, topology)
+                return None
             return run(setup, topology, stop_after)
         except UserError as error:
             raise RankUserError(f"rank {topology.rank}: {error}") from error
@@ -67,13 +81,13 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     meter = meter_of(setup, topology)
     objective = objective_of(setup)
     last = min(section.steps, stop_after or section.steps)
-    with run_log(setup, topology, start_step=step) as log:
+    with run_log(setup, topology, start_step=step) as log, ExitStack() as stack:
         log.say(where_it_runs(setup, topology))
         log.say(f"{setup.folder}: {'starting' if step == 0 else f'going on after step {step}'}, {section.steps} steps")
         if teacher is not None:
             log.say(ahead_of(setup, teacher))
         ahead = Lookahead(islice(stream, last - step), micro_batch=section.micro_batch)
-        taught = lessons(teacher, ahead.micro_batches())
+        taught = stack.enter_context(closing(lessons(teacher, ahead.micro_batches())))
         while step < last:
             step += 1
             began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
@@ -113,12 +127,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
     """Student and teacher of this rank. The teacher's stage comes first: a live `zero.Init` would partition it too."""
     recipe = setup.recipe
     dtype, device = PRECISIONS[recipe.train.precision], topology.device
-    stage = None
-    if recipe.teacher is not None:
-        path = Path(recipe.teacher.path)
-        stage = TeacherStage.load(
-            path, stage=topology.group_rank, stages=topology.group_size, dtype=dtype, device=device
-        )
+    pipeline = pipeline_of(setup, topology)
     student = StudentEngine(
         setup.student_config,
         section=recipe.student,
@@ -129,17 +138,56 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
         accumulation=setup.accumulation,
         topology=topology,
     )
-    if stage is None:
+    if pipeline is None:
         return student, None
+    assert recipe.teacher is not None
+    path = Path(recipe.teacher.path)
     vocab, ids = student.head.vocab, setup.vocab_map
     teacher = Teacher(
-        pipeline=TeacherPipeline(stage, topology),
+        pipeline=pipeline,
         head=head_rows(path, vocab, dtype=dtype, device=device, ids=ids),
         bias=None if ids is None else unknown_bias(vocab, ids, device=device),
         logits=logit_transform(setup.teacher_config),
         ids=ids,
     )
     return student, teacher
+
+
+def pipeline_of(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher | None:
+    """What answers this rank's micro-batches: its stage and its group's, or ranks of the teacher's own."""
+    teacher = setup.recipe.teacher
+    if teacher is None:
+        return None
+    if topology.bridge is None:
+        stage = stage_of(setup, topology, topology.group_rank, topology.group_size)
+        return TeacherPipeline(stage, topology)
+    return RemoteTeacher(topology.bridge, *forms_of(setup), queue=teacher.queue, device=topology.device)
+
+
+def serve(setup: Setup, topology: Topology) -> None:
+    """A rank of the teacher's own, until the student's ranks need no more."""
+    teacher, bridge = setup.recipe.teacher, topology.bridge
+    assert teacher is not None
+    assert bridge is not None
+    stage = stage_of(setup, topology, topology.rank % topology.group_size, topology.group_size)
+    TeacherServer(stage, bridge, *forms_of(setup), queue=teacher.queue).serve()
+
+
+def stage_of(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
+    assert setup.recipe.teacher is not None
+    dtype = PRECISIONS[setup.recipe.train.precision]
+    path = Path(setup.recipe.teacher.path)
+    return TeacherStage.load(path, stage=stage, stages=stages, dtype=dtype, device=topology.device)
+
+
+def forms_of(setup: Setup) -> tuple[RequestForm, Wire]:
+    """How micro-batches and hidden states travel between the student's ranks and the teacher's."""
+    recipe = setup.recipe
+    assert recipe.teacher is not None
+    assert setup.teacher_config is not None
+    form = RequestForm(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
+    width, dtype = int(setup.teacher_config.hidden_size), PRECISIONS[recipe.train.precision]
+    return form, Wire(width, dtype, float8=recipe.teacher.wire == "float8")
 
 
 def ahead_of(setup: Setup, teacher: Teacher) -> str:

@@ -39,9 +39,10 @@ def check_fit(
     assert recipe.teacher is not None
     _positions_fit("teacher.path", teacher, data)
     if stages > teacher.num_hidden_layers:
+        key = "comm.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
         raise UserError(
-            f"comm.vocab_group is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
-            f"{teacher.num_hidden_layers} layers: set comm.vocab_group to {teacher.num_hidden_layers} or less"
+            f"{key} is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
+            f"{teacher.num_hidden_layers} layers: set {key} to {teacher.num_hidden_layers} or less"
         )
     if vocab_map is not None:  # the map says what the tokenizers would have shown
         _divergence_is_finite(recipe.loss, vocab_map)

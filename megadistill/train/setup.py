@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, Topology, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe
@@ -27,6 +28,10 @@ class Setup:
     data: Mixture
     student_config: Any
     teacher_config: Any | None
+    launch: Launch
+    """As the student sees it: the teacher's own ranks, where it has some, do not count."""
+    roles: Roles | None
+    """None where the teacher is colocated, or absent."""
     group_size: int
     accumulation: int
     profile: dict[str, Any]
@@ -47,13 +52,15 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     Raises:
         UserError: one line.
     """
+    roles = roles_of(recipe, launch)
+    whole, launch = launch, launch if roles is None else _students_launch(launch, roles)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.comm.vocab_group, launch)
     profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
     deepspeed_config(profile, recipe.train, accumulation)
     data = Mixture.load(recipe.data)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
+    block_cyclic_ranges(padded, launch.world, group_size, launch.rank % launch.world)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher_config = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
@@ -62,7 +69,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         assert teacher_config is not None
         path, teacher_ids = Path(recipe.teacher.vocab_map), teacher_config.vocab_size
         vocab_map = read_vocab_map(path, student_ids=data.vocab_size, teacher_ids=teacher_ids)
-    check_fit(recipe, data, student_config, teacher_config, stages=group_size, vocab_map=vocab_map)
+    stages = group_size if roles is None else roles.stages
+    check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
@@ -73,6 +81,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         data=data,
         student_config=student_config,
         teacher_config=teacher_config,
+        launch=whole,
+        roles=roles,
         group_size=group_size,
         accumulation=accumulation,
         profile=profile,
@@ -81,11 +91,28 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     )
 
 
+def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:
+    """Raises UserError: the ranks of the launch cannot be shared out as the recipe says."""
+    teacher = recipe.teacher
+    if teacher is None or teacher.placement == "colocated":
+        return None
+    assert teacher.ranks is not None
+    return Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
+
+
+def _students_launch(launch: Launch, roles: Roles) -> Launch:
+    """The student's part of the launch, to every rank: the teacher's own ranks check the same recipe."""
+    local = min(launch.local_world, roles.students)
+    return Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
+
+
 def where_it_runs(setup: Setup, topology: Topology) -> str:
     """One line: on what, and what that leaves out."""
     processes = f"{topology.world} {'process' if topology.world == 1 else 'processes'}"
-    shared = "vocabulary" if setup.teacher_config is None else "vocabulary and teacher"
+    shared = "vocabulary" if setup.teacher_config is None or setup.roles else "vocabulary and teacher"
     layout = f"{processes}, {shared} over {topology.group_size}, {setup.recipe.train.precision}"
+    if setup.roles is not None:
+        layout += f"; teacher on {setup.roles.teachers} more, {setup.roles.replicas} x {setup.roles.stages} stages"
     if topology.device.type != "cpu":
         name = torch.get_device_module(topology.device).get_device_name(topology.device)
         return f"running on {name}: {layout}"

@@ -6,7 +6,8 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from megadistill.records import (
     TokenBatch,
 )
 from megadistill.student.engine import StudentEngine
-from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher import RemoteTeacher, TeacherPipeline
 from megadistill.train.health import require_finite
 from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.train.vocab_map import translated
@@ -50,7 +51,7 @@ Lesson = tuple[TokenBatch, Tensor | None]
 class Teacher:
     """The frozen side of the loss: the pipeline, and the head's rows of this rank's slice of the vocabulary [v, E]."""
 
-    pipeline: TeacherPipeline
+    pipeline: TeacherPipeline | RemoteTeacher
     head: Tensor
     bias: Tensor | None = None
     """[v]: -inf for an id that the teacher does not know; None where it knows all."""
@@ -58,7 +59,7 @@ class Teacher:
     ids: Tensor | None = None
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
 
-    def lessons(self, batches: Iterator[TokenBatch]) -> Iterator[Lesson]:
+    def lessons(self, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
         """Each batch with the hidden states [N, E] that answer it. Collective; see `TeacherPipeline.signals`.
 
         Raises:
@@ -72,13 +73,17 @@ class Teacher:
                 under_way.append((batch, read))
                 yield read
 
-        for signal in self.pipeline.signals(entering()):
-            batch, read = under_way.popleft()
-            yield batch, signal.hidden_for(read)
+        with closing(self.pipeline.signals(entering())) as signals:
+            for signal in signals:
+                batch, read = under_way.popleft()
+                yield batch, signal.hidden_for(read)
 
 
-def lessons(teacher: Teacher | None, batches: Iterator[TokenBatch]) -> Iterator[Lesson]:
-    """The micro-batches of a run with what the teacher says of each; None where there is no teacher."""
+def lessons(teacher: Teacher | None, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
+    """The micro-batches of a run with what the teacher says of each; None where there is no teacher.
+
+    Close it when the run ends: the teacher's ranks are told then.
+    """
     return teacher.lessons(batches) if teacher is not None else ((batch, None) for batch in batches)
 
 

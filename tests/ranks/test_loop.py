@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import DataSection, Recipe
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import EMBEDDING, HEAD, load_config
-from megadistill.train.loop import run
+from megadistill.train.loop import run, serve
 from megadistill.train.setup import prepare
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
@@ -170,23 +171,29 @@ def _distill(
     manifest: str,
     folder: str,
     loss: dict[str, Any],
-    teacher: dict[str, str],
+    teacher: dict[str, Any],
     stop_after: int | None,
     data: dict[str, Any],
 ) -> str:
     """What stopped the run, or nothing."""
     base = recipe(Path(manifest), Path(folder)).snapshot()
-    changes = {
+    changes: dict[str, Any] = {
         "objective": "distill",
         "teacher": teacher,
         "loss": loss,
         "data": {**base["data"], **data},
         "train": {**base["train"], "micro_batch": BATCH // topology.world},
     }
-    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
-    setup = prepare(Recipe.model_validate({**base, **changes}), launch)
+    rank, world = topology.rank, topology.world
+    if topology.bridge is not None:
+        rank, world = topology.bridge.rank, topology.bridge.roles.world
+        changes["train"]["micro_batch"] = BATCH // topology.bridge.roles.students
+    setup = prepare(Recipe.model_validate({**base, **changes}), Launch(rank, world, topology.local_rank, world))
     try:
-        run(setup, topology, stop_after=stop_after)
+        if topology.role == "teacher":
+            serve(setup, topology)
+        else:
+            run(setup, topology, stop_after=stop_after)
     except UserError as error:
         return str(error)
     return ""
@@ -205,11 +212,13 @@ def _run(
     *,
     stops: tuple[int | None, ...] = (None,),
     data: dict[str, Any] | None = None,
-    **teacher: Path,
+    roles: Roles | None = None,
+    **teacher: Any,
 ) -> list[dict[str, Any]]:
-    paths = {key: str(path) for key, path in teacher.items()}
+    section = {key: str(value) if isinstance(value, Path) else value for key, value in teacher.items()}
     for stop in stops:
-        assert run_ranks(world, _distill, str(manifest), str(folder), loss, paths, stop, data or {}) == [""] * world
+        arguments = (str(manifest), str(folder), loss, section, stop, data or {})
+        assert run_ranks(world, _distill, *arguments, roles=roles) == [""] * world
     return _numbers(folder)
 
 
@@ -285,6 +294,33 @@ def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
     edited = {**mixed, "stages": [first, {"weights": {"train": 1}}]}
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
     assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
+
+
+DISAGGREGATED: dict[str, Any] = {"placement": "disaggregated", "queue": 3}
+
+
+@pytest.mark.parametrize("roles", [Roles(3, 1, 1), Roles(4, 2, 2), Roles(4, 2, 1)])
+def test_a_teacher_on_ranks_of_its_own_teaches_the_same(
+    manifest: Path, teacher: Path, tmp_path: Path, roles: Roles
+) -> None:
+    """Masks included, which must reach its stages; stopped in the middle, and gone on with colocated."""
+    data = {"document_mask": True}
+    whole = _run(2, manifest, tmp_path / "colocated", {}, data=data, path=teacher)
+    keys: dict[str, Any] = {**DISAGGREGATED, "ranks": roles.teachers, "stages": roles.stages, "path": teacher}
+    apart = _run(roles.world, manifest, tmp_path / "apart", {}, data=data, roles=roles, **keys)
+    _assert_alike(apart, whole)
+    folder = tmp_path / "moved"
+    _run(roles.world, manifest, folder, {}, data=data, roles=roles, stops=(2,), **keys)
+    _assert_alike(_run(2, manifest, folder, {}, data=data, path=teacher), whole)
+
+
+def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    roles = Roles(2, 1, 1)
+    keys: dict[str, Any] = {**DISAGGREGATED, "ranks": 1, "path": teacher}
+    exact = _run(2, manifest, tmp_path / "whole", {}, roles=roles, **keys)
+    short = _run(2, manifest, tmp_path / "float8", {}, roles=roles, wire="float8", **keys)
+    errors = [abs(a["kl"] - b["kl"]) / b["kl"] for a, b in zip(short, exact, strict=True)]
+    assert 0 < max(errors) < 0.02
 
 
 def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:
