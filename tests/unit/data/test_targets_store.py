@@ -1,10 +1,13 @@
 """Stored targets: what is read is what was stored, to the bit; and nothing that belongs to another run is read."""
 
+import hashlib
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ import torch
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.config import TargetsSection
 from megadistill.data import ShardFault, target_writer
 from megadistill.data.manifest import Shard
+from megadistill.data.members import Misfit
 from megadistill.data.shards import Index, publish
 from megadistill.data.target_reader import TargetReader
+from megadistill.data.target_rows import RowFormat
 from megadistill.data.target_writer import TargetWriter, finish_targets
 from megadistill.data.targets import TARGETS, SlotMap, TargetKey, TargetManifest, TargetShard, slot_runs
 from megadistill.errors import UserError
@@ -360,6 +366,82 @@ def test_missing_slots_other_tokens_and_broken_files_are_faults(tmp_path: Path) 
     tar.unlink()
     with pytest.raises(ShardFault, match="No such file"):
         _read(TargetReader(folder, key), [5])
+
+
+def _forged(folder: Path, manifest: TargetManifest, rows: Index) -> None:
+    """The set as somebody would leave it who changes an index, and what is said of it."""
+    shard = manifest.shards[0]
+    np.save(folder / shard.file.index, rows)
+    file = replace(shard.file, index_sha256=hashlib.sha256((folder / shard.file.index).read_bytes()).hexdigest())
+    TargetManifest(version=1, key=manifest.key, shards=(TargetShard(file, shard.runs),)).write(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "words"),
+    [
+        (1, 0, 9, "slot 6 .* found slot 9"),
+        (1, 2, 1 << 40, "samples inside of"),
+        (1, 3, 1 << 29, "samples inside of"),
+        (1, 3, -1, "samples inside of"),
+        (1, 6, 1 << 62, "samples inside of"),
+        (0, 7, 1 << 20, "samples inside of"),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_a_fault(
+    tmp_path: Path, row: int, column: int, value: int, words: str
+) -> None:
+    key = _key()
+    manifest = _stored(tmp_path / "set", [5, 6, 7], key)
+    rows = np.load(tmp_path / "set" / manifest.shards[0].file.index)
+    _forged(tmp_path / "set", manifest, rows)
+    _read(TargetReader(tmp_path / "set", key), [5, 6, 7])
+    rows[row, column] = value
+    _forged(tmp_path / "set", manifest, rows)
+    with pytest.raises(ShardFault, match=words):
+        _read(TargetReader(tmp_path / "set", key), [6])
+
+
+def _bytes_of(member: NDArray[Any]) -> memoryview:
+    stream = io.BytesIO()
+    np.save(stream, member)
+    return memoryview(stream.getvalue())
+
+
+TOP_K = TargetsSection(select="top_k", k=8)
+
+
+def _with_last(member: NDArray[Any], value: Any) -> NDArray[Any]:
+    changed = member.copy()
+    changed[-1] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("targets", "name", "change", "words"),
+    [
+        (TargetsSection(), "codes", lambda codes: codes[1:], "codes.npy to be an .npy"),
+        (TargetsSection(), "codes", lambda codes: _with_last(codes, [0, 0]), "50 draws of token 15"),
+        (TargetsSection(), "codes", lambda codes: _with_last(codes, [255, 255]), "draws|ids below"),
+        (TargetsSection(), "kept", lambda kept: kept[1:], "kept.npy to be an .npy"),
+        (TargetsSection(), "kept", lambda kept: _with_last(kept, 51), "at most 50 ids a token, found 51"),
+        (TargetsSection(), "kept", lambda kept: kept.astype(np.int64), "kept.npy to be an .npy"),
+        (TOP_K, "ids", lambda ids: _with_last(ids, [244, 1]), "ids below 500, found 500"),
+        (TOP_K, "probs", lambda probs: _with_last(probs, np.nan), "probabilities"),
+        (TOP_K, "probs", lambda probs: _with_last(probs, 1.01), "probabilities"),
+        (TOP_K, "log_tail", lambda log_tail: _with_last(log_tail, np.nan), "tail"),
+        (TOP_K, "log_tail", lambda log_tail: _with_last(log_tail, 0.01), "tail"),
+    ],
+)
+def test_a_sample_that_holds_something_else_is_a_misfit(
+    targets: TargetsSection, name: str, change: Callable[[NDArray[Any]], NDArray[Any]], words: str
+) -> None:
+    key = _key(targets=targets)
+    live, form = _live(torch.tensor([3]), key), RowFormat(key)
+    members = form.encoded(live.ids.numpy(), live.probs.numpy(), live.log_tail.numpy())
+    form.decoded({suffix: _bytes_of(member) for suffix, member in members.items()})
+    members[f"{name}.npy"] = change(members[f"{name}.npy"])
+    with pytest.raises(Misfit, match=words):
+        form.decoded({suffix: _bytes_of(member) for suffix, member in members.items()})
 
 
 def test_a_manifest_that_was_changed_or_is_none_is_refused(tmp_path: Path) -> None:
