@@ -272,6 +272,20 @@ def test_a_killed_writer_goes_on_behind_its_last_whole_shard(tmp_path: Path, mon
     assert {path.name for path in folder.iterdir()} == {TARGETS, *listed}
 
 
+def test_a_shard_that_was_cut_off_since_is_made_again(tmp_path: Path) -> None:
+    key, folder = _key(), tmp_path / "set"
+    _store_by_fours(folder, key)
+    tar = folder / "shard-00000-000001.tar"
+    os.truncate(tar, tar.stat().st_size - 512)
+    writer = TargetWriter(folder, key)
+    assert writer.first_missing(0, 20) == 4
+    _add(writer, list(range(20)), key)
+    writer.flush()
+    assert finish_targets(folder, key).slots == 20
+    assert not tar.exists()
+    _require_equal(_read(TargetReader(folder, key), list(range(20))), _live(torch.arange(20), key))
+
+
 def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
     key = _key()
     manifest = _stored(tmp_path / "set", list(range(12)), key, shard_bytes=2500)

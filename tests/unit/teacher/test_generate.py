@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
+from megadistill.data.progress import ShowProgress
 from megadistill.data.tokenizer import load_tokenizer
 from megadistill.data.verify import verify
 from megadistill.errors import OperatorFault, UserError
@@ -240,18 +241,25 @@ def test_neither_batches_nor_jobs_change_a_byte(teacher: Path, data_set: Path, t
 
 
 def test_what_was_broken_off_goes_on_behind_its_whole_shards(teacher: Path, data_set: Path, tmp_path: Path) -> None:
-    calls = itertools.count()
+    def breaks_after(shards: int) -> ShowProgress:
+        calls = itertools.count()
 
-    def breaks(stage: str, **numbers: int) -> None:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
+        def breaks(stage: str, **numbers: int) -> None:
+            if next(calls) == shards:
+                raise KeyboardInterrupt
+
+        return breaks
 
     _generate(teacher, data_set, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        _generate(teacher, data_set, tmp_path / "out", progress=breaks)
+        _generate(teacher, data_set, tmp_path / "out", progress=breaks_after(3))
     damaged = tmp_path / "out" / "train" / "shard-00001.tar"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
+    with pytest.raises(KeyboardInterrupt):  # shards of other slots are not taken for these
+        _generate(teacher, data_set, tmp_path / "elsewhere", shard_slots=12, progress=breaks_after(2))
+    assert _generate(teacher, data_set, tmp_path / "elsewhere").kept == 0
+    assert _files(tmp_path / "elsewhere") == _files(tmp_path / "whole")
     report = _generate(teacher, data_set, tmp_path / "out")
     assert report.kept == 2  # of the three that were written, one was damaged since
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
