@@ -26,7 +26,7 @@ from benchmarks.contenders import (
     gradients,
     ours,
 )
-from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, rounds, seconds, two_ranks
+from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, ranks, rounds, seconds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.comm.topology import Topology
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
@@ -128,7 +128,7 @@ def two_processes(shape: Shape, report: Report) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     inputs = Inputs.random(shape)
-    with two_ranks(_rank_runs, shape) as slower:
+    with ranks(2, _rank_runs, shape) as slower:
         runs: dict[str, Callable[[], float]] = {}
         for name, contender in OURS.items():
             contender(inputs)

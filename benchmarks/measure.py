@@ -127,8 +127,8 @@ def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any
 
 
 @contextmanager
-def two_ranks(make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterator[Callable[[str], float]]:
-    """Two processes of one thread each, joined by gloo; yields `time(name)`: the slower one's seconds for that run.
+def ranks(world: int, make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterator[Callable[[str], float]]:
+    """Processes of one thread each, joined by gloo; yields `time(name)`: the slowest one's seconds for that run.
 
     `make(topology, *arguments)`, at the top level of its module, gives each rank its runs by name.
     """
@@ -136,9 +136,9 @@ def two_ranks(make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes, processes = [], []
-    for rank in range(2):
+    for rank in range(world):
         ours, theirs = _fresh.Pipe()
-        process = _fresh.Process(target=_serve, args=(rank, port, theirs, make, arguments), daemon=True)
+        process = _fresh.Process(target=_serve, args=(rank, world, port, theirs, make, arguments), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -167,13 +167,18 @@ def two_ranks(make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterat
 
 
 def _serve(
-    rank: int, port: int, pipe: Connection, make: Callable[..., Mapping[str, Run]], arguments: tuple[Any, ...]
+    rank: int,
+    world: int,
+    port: int,
+    pipe: Connection,
+    make: Callable[..., Mapping[str, Run]],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    launch = Launch(rank=rank, world=2, local_rank=rank, local_world=2)
+    launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
     try:
-        with joined(launch, vocab_group=2, timeout_minutes=10.0) as topology:
+        with joined(launch, vocab_group=world, timeout_minutes=10.0) as topology:
             _serve_runs(topology, pipe, make(topology, *arguments))
     except BaseException:
         pipe.send(traceback.format_exc())

@@ -105,8 +105,14 @@ class StudentSection(Section):
 
 
 class TeacherSection(Section):
-    path: str
-    """A Hugging Face folder: config.json, safetensors, tokenizer.model."""
+    source: Literal["live", "cache"] = "live"
+    """live: its forward pass runs with the student's. cache: `targets`, which it said once; it is not in memory."""
+    path: str | None = None
+    """A Hugging Face folder: config.json, safetensors, the tokenizer. For cache, to be sure whose targets they are."""
+    targets: str | None = None
+    """cache: a folder, or a URL, of stored targets, which `megadistill cache` or `keep_targets` wrote."""
+    keep_targets: str | None = None
+    """live, with loss.targets: a folder in which the targets are stored as the run makes them."""
     vocab_map: str | None = None
     """A JSON list with the teacher's id for each of the student's ids, -1 where it has none. None: the same ids."""
     placement: Literal["colocated", "disaggregated"] = "colocated"
@@ -119,6 +125,20 @@ class TeacherSection(Section):
     """disaggregated: micro-batches of each of the student's ranks that are asked for before the oldest is answered."""
     wire: Literal["whole", "float8"] = "whole"
     """disaggregated: how hidden states cross: in the run's precision, or in 8 bits with a scale for each token."""
+
+    @model_validator(mode="after")
+    def _keys_of_the_source(self) -> "TeacherSection":
+        if self.source == "live":
+            if self.path is None:
+                raise ValueError("path is required: the teacher's Hugging Face folder")
+            if self.targets is not None:
+                raise ValueError("targets belongs to source cache: remove it, or set the source")
+            return self
+        if self.targets is None:
+            raise ValueError("source cache needs targets: a folder of stored targets")
+        if self.placement != "colocated" or self.keep_targets is not None:
+            raise ValueError("source cache has no live teacher: remove placement and keep_targets")
+        return self
 
     @model_validator(mode="after")
     def _keys_of_the_placement(self) -> "TeacherSection":
@@ -291,6 +311,11 @@ class Recipe(Section):
             raise ValueError("objective distill needs teacher.path; to train from labels, set objective to labels")
         if self.objective == "labels" and self.teacher is not None:
             raise ValueError("objective labels reads no teacher: set teacher to null, or objective to distill")
+        if self.teacher is not None and self.loss.targets is None:
+            if self.teacher.source == "cache":
+                raise ValueError("teacher.source cache needs loss.targets: which of the targets were stored")
+            if self.teacher.keep_targets is not None:
+                raise ValueError("teacher.keep_targets needs loss.targets: which targets to make and to store")
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":

@@ -210,6 +210,10 @@ class SparseTargets:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def to(self, device: torch.device | str) -> "SparseTargets":
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "probs", "log_tail")}
+        return replace(self, **moved)
+
 
 TOP_K = (16, 64, 256)
 """The k of `Diagnostics.top_k_mass`."""

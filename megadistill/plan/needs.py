@@ -73,7 +73,10 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
     source = recipe.student.config
     student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     student.vocab_size = data.vocab_size
-    teacher = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
+    teacher = None
+    if recipe.teacher is not None and recipe.teacher.source == "live":
+        assert recipe.teacher.path is not None
+        teacher = load_config(Path(recipe.teacher.path), what="teacher.path")
     launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
     return needs(
         recipe,

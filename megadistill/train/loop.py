@@ -10,32 +10,24 @@ from pathlib import Path
 
 import torch
 
-from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, everywhere
+from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier, everywhere
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
 from megadistill.errors import OperatorFault, RankUserError, UserError
 from megadistill.model.families import logit_transform
 from megadistill.records import Cursor, TokenBatch
-from megadistill.student.engine import PRECISIONS, StudentEngine
-from megadistill.teacher import (
-    RemoteTeacher,
-    RequestForm,
-    TeacherPipeline,
-    TeacherServer,
-    TeacherStage,
-    Wire,
-    head_rows,
-    unknown_bias,
-)
+from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
+from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
 from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
-from megadistill.train.step import Teacher, lessons, train_step
+from megadistill.train.step import train_step
+from megadistill.train.teaching import StoredTeacher, Teacher, lessons
 
 
 @dataclass(frozen=True)
@@ -81,10 +73,12 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     meter = meter_of(setup, topology)
     objective = objective_of(setup)
     last = min(section.steps, stop_after or section.steps)
+    if isinstance(teacher, Teacher) and step < last:
+        teacher = keeping(setup, teacher, topology)
     with run_log(setup, topology, start_step=step) as log, ExitStack() as stack:
         log.say(where_it_runs(setup, topology))
         log.say(f"{setup.folder}: {'starting' if step == 0 else f'going on after step {step}'}, {section.steps} steps")
-        if teacher is not None:
+        if isinstance(teacher, Teacher):
             log.say(ahead_of(setup, teacher))
         ahead = Lookahead(islice(stream, last - step), micro_batch=section.micro_batch)
         taught = stack.enter_context(closing(lessons(teacher, ahead.micro_batches())))
@@ -119,14 +113,19 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
             )
             log.step(report, weights=objective.moving_weights(step))
             if step % section.checkpoint_every == 0 or step == last:
+                if isinstance(teacher, Teacher) and teacher.store is not None:
+                    teacher.store.flush()  # before a checkpoint says that these slots are done
                 log.say(f"saved {save(setup, student, step, cursor, topology)}")
+    if step >= section.steps and isinstance(teacher, Teacher) and teacher.store is not None:
+        barrier(topology.world_group)
+        if topology.is_first:
+            print(finish(setup))
     return Outcome(step=step, done=step >= section.steps)
 
 
-def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | None]:
+def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | StoredTeacher | None]:
     """Student and teacher of this rank. The teacher's stage comes first: a live `zero.Init` would partition it too."""
     recipe = setup.recipe
-    dtype, device = PRECISIONS[recipe.train.precision], topology.device
     pipeline = pipeline_of(setup, topology)
     student = StudentEngine(
         setup.student_config,
@@ -138,66 +137,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | No
         accumulation=setup.accumulation,
         topology=topology,
     )
-    if pipeline is None:
-        return student, None
-    assert recipe.teacher is not None
-    path = Path(recipe.teacher.path)
-    vocab, ids = student.head.vocab, setup.vocab_map
-    teacher = Teacher(
-        pipeline=pipeline,
-        head=head_rows(path, vocab, dtype=dtype, device=device, ids=ids),
-        bias=None if ids is None else unknown_bias(vocab, ids, device=device),
-        logits=logit_transform(setup.teacher_config),
-        ids=ids,
-    )
-    return student, teacher
-
-
-def pipeline_of(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher | None:
-    """What answers this rank's micro-batches: its stage and its group's, or ranks of the teacher's own."""
-    teacher = setup.recipe.teacher
-    if teacher is None:
-        return None
-    if topology.bridge is None:
-        stage = stage_of(setup, topology, topology.group_rank, topology.group_size)
-        return TeacherPipeline(stage, topology)
-    return RemoteTeacher(topology.bridge, *forms_of(setup), queue=teacher.queue, device=topology.device)
-
-
-def serve(setup: Setup, topology: Topology) -> None:
-    """A rank of the teacher's own, until the student's ranks need no more."""
-    teacher, bridge = setup.recipe.teacher, topology.bridge
-    assert teacher is not None
-    assert bridge is not None
-    stage = stage_of(setup, topology, topology.rank % topology.group_size, topology.group_size)
-    TeacherServer(stage, bridge, *forms_of(setup), queue=teacher.queue).serve()
-
-
-def stage_of(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
-    assert setup.recipe.teacher is not None
-    dtype = PRECISIONS[setup.recipe.train.precision]
-    path = Path(setup.recipe.teacher.path)
-    return TeacherStage.load(path, stage=stage, stages=stages, dtype=dtype, device=topology.device)
-
-
-def forms_of(setup: Setup) -> tuple[RequestForm, Wire]:
-    """How micro-batches and hidden states travel between the student's ranks and the teacher's."""
-    recipe = setup.recipe
-    assert recipe.teacher is not None
-    assert setup.teacher_config is not None
-    form = RequestForm(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
-    width, dtype = int(setup.teacher_config.hidden_size), PRECISIONS[recipe.train.precision]
-    return form, Wire(width, dtype, float8=recipe.teacher.wire == "float8")
-
-
-def ahead_of(setup: Setup, teacher: Teacher) -> str:
-    """One line: how far the teacher runs ahead, and what that holds."""
-    pipeline, rows = teacher.pipeline, setup.recipe.train.micro_batch
-    held = pipeline.bytes_in_flight(rows, setup.data.sequence_length)
-    return (
-        f"the teacher runs {pipeline.ahead} micro-batches ahead; a rank holds {held / (1 << 20):.1f} MiB of hidden "
-        "states in flight"
-    )
+    return student, teacher_of(setup, pipeline, student.head.vocab, topology)
 
 
 def objective_of(setup: Setup) -> Objective:

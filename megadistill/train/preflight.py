@@ -37,6 +37,7 @@ def check_fit(
     if teacher is None:
         return
     assert recipe.teacher is not None
+    assert recipe.teacher.path is not None
     _positions_fit("teacher.path", teacher, data)
     if stages > teacher.num_hidden_layers:
         key = "comm.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"

@@ -13,6 +13,7 @@ from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe
 from megadistill.data import Mixture
 from megadistill.model.families import load_config
+from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
 from megadistill.train.preflight import check_compiler, check_fit
 from megadistill.train.run_folder import refuse_other_recipe
@@ -63,10 +64,9 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank % launch.world)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
-    teacher_config = load_config(Path(recipe.teacher.path), what="teacher.path") if recipe.teacher else None
+    teacher_config = _live_teacher_config(recipe)
     vocab_map = None
-    if recipe.teacher is not None and recipe.teacher.vocab_map is not None:
-        assert teacher_config is not None
+    if teacher_config is not None and recipe.teacher is not None and recipe.teacher.vocab_map is not None:
         path, teacher_ids = Path(recipe.teacher.vocab_map), teacher_config.vocab_size
         vocab_map = read_vocab_map(path, student_ids=data.vocab_size, teacher_ids=teacher_ids)
     stages = group_size if roles is None else roles.stages
@@ -89,6 +89,17 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         vocab_map=vocab_map,
         left_out=left_out,
     )
+
+
+def _live_teacher_config(recipe: Recipe) -> Any | None:
+    """Its weights' headers are looked at too; None where no teacher runs."""
+    section = recipe.teacher
+    if section is None or section.source == "cache":
+        return None
+    assert section.path is not None
+    config = load_config(Path(section.path), what="teacher.path")
+    check_weights(Path(section.path), config)
+    return config
 
 
 def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:

@@ -5,9 +5,7 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 
 import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,22 +14,19 @@ from torch import Tensor
 from megadistill.comm.collectives import all_reduce_sum
 from megadistill.comm.topology import Topology
 from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
-from megadistill.loss.targets import sparse_targets
 from megadistill.records import (
     IGNORED_LABEL,
     METRIC_NAMES,
     TOP_K,
     Diagnostics,
-    LogitTransform,
     LossTerms,
     SparseTargets,
     TokenBatch,
 )
 from megadistill.student.engine import StudentEngine
-from megadistill.teacher import RemoteTeacher, TeacherPipeline
 from megadistill.train.health import require_finite
-from megadistill.train.objective import Objective, selection, uniforms
-from megadistill.train.vocab_map import translated
+from megadistill.train.objective import Objective
+from megadistill.train.teaching import Lesson, StoredTeacher, Teacher
 
 DECILES = 10
 DIAGNOSTIC_NAMES = (
@@ -41,50 +36,6 @@ DIAGNOSTIC_NAMES = (
     *(f"top_{k}_mass" for k in TOP_K),
     *(f"kl_entropy_decile_{decile}" for decile in range(1, DECILES + 1)),
 )
-
-
-Lesson = tuple[TokenBatch, Tensor | None]
-"""A micro-batch, and the teacher's hidden states [N, E] for it."""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The frozen side of the loss: the pipeline, and the head's rows of this rank's slice of the vocabulary [v, E]."""
-
-    pipeline: TeacherPipeline | RemoteTeacher
-    head: Tensor
-    bias: Tensor | None = None
-    """[v]: -inf for an id that the teacher does not know; None where it knows all."""
-    logits: LogitTransform = LogitTransform()
-    ids: Tensor | None = None
-    """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
-
-    def lessons(self, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
-        """Each batch with the hidden states [N, E] that answer it. Collective; see `TeacherPipeline.signals`.
-
-        Raises:
-            UserError: a token that the teacher has no id for; SignalMismatch: the teacher answered another batch.
-        """
-        under_way: deque[tuple[TokenBatch, TokenBatch]] = deque()
-
-        def entering() -> Iterator[TokenBatch]:
-            for batch in batches:
-                read = batch if self.ids is None else translated(batch, self.ids)
-                under_way.append((batch, read))
-                yield read
-
-        with closing(self.pipeline.signals(entering())) as signals:
-            for signal in signals:
-                batch, read = under_way.popleft()
-                yield batch, signal.hidden_for(read)
-
-
-def lessons(teacher: Teacher | None, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
-    """The micro-batches of a run with what the teacher says of each; None where there is no teacher.
-
-    Close it when the run ends: the teacher's ranks are told then.
-    """
-    return teacher.lessons(batches) if teacher is not None else ((batch, None) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -101,7 +52,7 @@ class StepOutcome:
 
 def train_step(
     student: StudentEngine,
-    teacher: Teacher | None,
+    teacher: Teacher | StoredTeacher | None,
     lessons: Iterator[Lesson],
     *,
     step: int,
@@ -120,7 +71,7 @@ def train_step(
 
     Raises:
         OperatorFault: a number is not finite; the optimizer has not moved.
-        SignalMismatch, UserError: see `Teacher.lessons`.
+        SignalMismatch, UserError, ShardFault: see `lessons`.
     """
     count = torch.tensor(valid_tokens, dtype=torch.float64, device=topology.device)
     count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
@@ -132,9 +83,9 @@ def train_step(
     grad_norm: float | None = None
     for index in range(accumulation):
         began = time.perf_counter()
-        micro, teacher_hidden = next(lessons)
+        micro, said = next(lessons)
         teacher_seconds += time.perf_counter() - began
-        terms = loss.terms(micro.to(topology.device), teacher_hidden, count)
+        terms = loss.terms(micro.to(topology.device), said, count)
         totals += _numbers(terms)
         if index == accumulation - 1:
             all_reduce_sum(totals, topology.world_group)
@@ -158,18 +109,18 @@ class _Loss:
     """The loss of one step, for its micro-batches."""
 
     student: StudentEngine
-    teacher: Teacher | None
+    teacher: Teacher | StoredTeacher | None
     objective: Objective
     divergence: Divergence
     diagnose: bool
 
-    def terms(self, batch: TokenBatch, teacher_hidden: Tensor | None, count: Tensor) -> LossTerms:
-        """Of a micro-batch; `teacher_hidden` is what its teacher says of it."""
+    def terms(self, batch: TokenBatch, said: Tensor | SparseTargets | None, count: Tensor) -> LossTerms:
+        """Of a micro-batch; `said` is what its teacher says of it."""
         student, teacher, objective = self.student, self.teacher, self.objective
         labels = batch.labels.flatten()
         weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
         hidden = student.hidden(batch.tokens, batch.positions)
-        if teacher is None or teacher_hidden is None:
+        if said is None:
             return label_loss(
                 hidden,
                 student.head.weight(),
@@ -181,11 +132,13 @@ class _Loss:
                 logit_memory=objective.logit_memory,
                 elementwise=objective.elementwise,
             )
-        if objective.loss.targets is not None:
+        if isinstance(teacher, Teacher) and isinstance(said, Tensor) and objective.loss.targets is not None:
+            said = teacher.targets(said, batch, objective, student.head.vocab)
+        if isinstance(said, SparseTargets):
             return sparse_distill_loss(
                 hidden,
                 student.head.weight(),
-                self._targets(teacher, teacher_hidden, batch),
+                said,
                 labels,
                 token_weights=weights,
                 divergence=self.divergence,
@@ -194,10 +147,11 @@ class _Loss:
                 logit_memory=objective.logit_memory,
                 elementwise=objective.elementwise,
             )
+        assert isinstance(teacher, Teacher)
         return distill_loss(
             hidden,
             student.head.weight(),
-            teacher_hidden,
+            said,
             teacher.head,
             labels,
             token_weights=weights,
@@ -209,28 +163,6 @@ class _Loss:
             logit_memory=objective.logit_memory,
             elementwise=objective.elementwise,
             diagnose=self.diagnose,
-        )
-
-    def _targets(self, teacher: Teacher, teacher_hidden: Tensor, batch: TokenBatch) -> SparseTargets:
-        section = self.objective.loss.targets
-        assert section is not None
-        kept, tail = selection(section)
-        draws = None
-        if section.draws is not None:
-            sequence = batch.tokens.shape[1]
-            draws = uniforms(batch.slots, sequence=sequence, draws=section.draws, seed=self.objective.seed)
-            draws = draws.to(teacher_hidden.device)
-        return sparse_targets(
-            teacher_hidden,
-            teacher.head,
-            selection=kept,
-            tail=tail,
-            vocab=self.student.head.vocab,
-            temperature=self.divergence.temperature,
-            uniforms=draws,
-            teacher_bias=teacher.bias,
-            teacher_logits=teacher.logits,
-            logit_memory=self.objective.logit_memory,
         )
 
 

@@ -22,7 +22,8 @@ from megadistill.records import TeacherSignal, TokenBatch, token_digest
 from megadistill.student.engine import StudentEngine
 from megadistill.student.profile import load_deepspeed
 from megadistill.train.objective import Objective
-from megadistill.train.step import Teacher, lessons, train_step
+from megadistill.train.step import train_step
+from megadistill.train.teaching import Teacher, lessons
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3

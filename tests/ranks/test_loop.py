@@ -16,7 +16,9 @@ from megadistill.config import DataSection, Recipe
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import EMBEDDING, HEAD, load_config
-from megadistill.train.loop import run, serve
+from megadistill.train.cache import store_targets
+from megadistill.train.loop import run
+from megadistill.train.placement import serve
 from megadistill.train.setup import prepare
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
@@ -321,6 +323,51 @@ def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Pa
     short = _run(2, manifest, tmp_path / "float8", {}, roles=roles, wire="float8", **keys)
     errors = [abs(a["kl"] - b["kl"]) / b["kl"] for a, b in zip(short, exact, strict=True)]
     assert 0 < max(errors) < 0.02
+
+
+def _stored(
+    topology: Topology, manifest: str, folder: str, loss: dict[str, Any], teacher: dict[str, Any]
+) -> str | None:
+    """What `cache` says, of ranks that hold the vocabulary and the teacher's stages between them."""
+    base = recipe(Path(manifest), Path(folder) / "no-run").snapshot()
+    section = {**teacher, "keep_targets": folder}
+    train = {**base["train"], "micro_batch": BATCH // topology.world}
+    changes = {"objective": "distill", "teacher": section, "loss": loss, "train": train}
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    setup = prepare(Recipe.model_validate({**base, **changes}), launch)
+    return store_targets(setup, topology, STEPS, lambda stage, **numbers: None)
+
+
+@pytest.mark.parametrize("name", ["sampled", "top-p"])
+def test_stored_targets_teach_as_the_live_teacher_does(
+    manifest: Path, teacher: Path, tmp_path: Path, name: str
+) -> None:
+    """Stored beside a live run, or made by the teacher alone on another number of ranks: the run from them is the same
+    to the last digit, and has no teacher in memory."""
+    loss = LOSSES[name]
+    live = _run(2, manifest, tmp_path / "live", loss, path=teacher, keep_targets=tmp_path / "beside")
+    for world in (1, 2):
+        said = run_ranks(world, _stored, str(manifest), str(tmp_path / f"{world}"), loss, {"path": str(teacher)})
+        assert f"targets of {STEPS * BATCH} sequences" in said[0]
+    for folder in ("beside", "1", "2"):
+        run_ = tmp_path / f"from-{folder}"
+        found = _run(2, manifest, run_, loss, source="cache", targets=tmp_path / folder, stops=(2, None))
+        if folder == "1":  # other slices of the vocabulary: the sums behind the probabilities have another order
+            _assert_alike(found, live)
+        else:
+            assert found == live, folder
+
+
+def test_stored_targets_of_another_run_are_refused(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    run_ranks(1, _stored, str(manifest), str(tmp_path / "kept"), LOSSES["sampled"], {"path": str(teacher)})
+    section = {"source": "cache", "targets": str(tmp_path / "kept")}
+    for loss, says in (({"targets": {"draws": 9}}, "loss.targets was"), (LOSSES["top-p"], "loss.targets was")):
+        (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), loss, section, None, {})
+        assert says in said
+    (said,) = run_ranks(
+        1, _distill, str(manifest), str(tmp_path / "run"), LOSSES["sampled"], section, None, {"seed": 3}
+    )
+    assert "the seed was 1, is 3" in said
 
 
 def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:

@@ -1,0 +1,258 @@
+"""What the teacher costs a run: a colocated step against its parts alone, and the bubble of a pipeline that drains at
+each step against one that runs ahead. Prints tables and appends every number to a CSV file.
+
+    python -m benchmarks.teacher --help
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.measure import Run, Spread, ranks, rounds
+from benchmarks.report import ROOT, Report, commit, cpu, shown
+from megadistill.comm.topology import Launch, Topology
+from megadistill.config import Recipe
+from megadistill.data.manifest import Manifest, PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
+from megadistill.data.packing import Unit
+from megadistill.data.shards import write_shard
+from megadistill.loss import distill_loss
+from megadistill.model.families import load_config
+from megadistill.records import TokenBatch
+from megadistill.teacher import TeacherPipeline
+from megadistill.train.loop import build, objective_of, stream_of
+from megadistill.train.setup import Setup, prepare
+from megadistill.train.step import train_step
+from megadistill.train.teaching import Teacher, lessons
+
+QUESTIONS = ("step", "bubble")
+MEASURED = ("megadistill", "benchmarks/*.py")
+SEQUENCE, VOCAB, MICRO, ACCUMULATION = 256, 4096, 2, 4
+STUDENT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+TEACHER = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+
+HELP = """\
+questions (both, when --only does not choose):
+  step     two ranks of one thread each: a whole colocated step, in turn with its parts run alone on the same cores
+           (the student's layers forward and backward with the optimizer; this rank's stage on both ranks' micro-batches;
+           the loss on hidden states that lie there)
+  bubble   2 and 4 stages, the teacher alone: beats in which a stage has nothing to do, and the time of a step, when the
+           pipeline is drained at the end of each step and when it runs ahead through all of them
+
+a ratio is the median over rounds of this / that in the same round; a machine with fewer cores than ranks shows the
+bubble in beats alone, since an idle stage gives its core to another one"""
+
+
+def write_inputs(folder: Path) -> Path:
+    """A random teacher and random shards; the recipe that names them."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (512, SEQUENCE + 1)).astype(np.int32)
+    data = folder / "data"
+    data.mkdir()
+    (data / "tokenizer.model").write_bytes(b"random")
+    bounds = np.array([0, SEQUENCE + 1], dtype=np.int32)
+    shard = write_shard(data / "shard-00000.tar", (Unit(row, bounds) for row in tokens), dtype="uint16")
+    Manifest(
+        version=2,
+        split="train",
+        sequence_length=SEQUENCE,
+        dtype="uint16",
+        vocab_size=VOCAB,
+        unit=UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
+        packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
+        documents=None,
+        tokens=512 * SEQUENCE,
+        text_bytes=None,
+        source=SourceRecord(inputs=("random",)),
+        shards=(shard,),
+    ).write(data)
+    disable_progress_bar()
+    sizes = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": VOCAB}
+    config = load_config({**sizes, **TEACHER, "max_position_embeddings": SEQUENCE}, what="teacher")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
+    (folder / "map.json").write_text(str(list(range(VOCAB))))
+    return folder
+
+
+def setup_of(topology: Topology, folder: Path) -> Setup:
+    config = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, **STUDENT}
+    values: dict[str, Any] = {
+        "objective": "distill",
+        "run": {"folder": str(folder / "run")},
+        "data": {"manifest": str(folder / "data" / "manifest.json")},
+        "student": {"config": {**config, "max_position_embeddings": SEQUENCE}},
+        "teacher": {"path": str(folder / "teacher"), "vocab_map": str(folder / "map.json")},
+        "train": {
+            "steps": 1_000_000,
+            "global_batch": topology.world * MICRO * ACCUMULATION,
+            "micro_batch": MICRO,
+            "precision": "float32",
+            "adamw": {"learning_rate": 1e-3},
+        },
+    }
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    return prepare(Recipe.model_validate(values), launch)
+
+
+def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
+    """A whole step, and its parts, of one rank."""
+    setup = setup_of(topology, folder)
+    student, teacher = build(setup, topology)
+    assert isinstance(teacher, Teacher)
+    assert isinstance(teacher.pipeline, TeacherPipeline)
+    pipeline, objective = teacher.pipeline, objective_of(setup)
+    batches = (batch for batch, _ in stream_of(setup, topology, start=None))
+    taught = lessons(teacher, (micro for batch in batches for micro in batch.micro_batches(MICRO)))
+    valid = MICRO * ACCUMULATION * SEQUENCE
+
+    def step() -> None:
+        train_step(
+            student,
+            teacher,
+            taught,
+            step=1,
+            accumulation=ACCUMULATION,
+            valid_tokens=valid,
+            learning_rate=1e-6,
+            objective=objective,
+            topology=topology,
+        )
+
+    tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
+
+    def student_alone() -> None:
+        for _ in range(ACCUMULATION):
+            alone: Any = student
+            alone.backward(student.hidden(tokens).mean() + 0.0 * student.head.weight().sum())
+            student.step(1e-6)
+
+    entering = tokens if pipeline.stage.is_first else torch.randn(MICRO, SEQUENCE, TEACHER["hidden_size"])
+
+    def stage_alone() -> None:
+        for _ in range(ACCUMULATION * topology.group_size):
+            pipeline.stage(entering)
+
+    hidden = torch.randn(MICRO * SEQUENCE, STUDENT["hidden_size"], requires_grad=True)
+    teacher_hidden = torch.randn(MICRO * SEQUENCE, TEACHER["hidden_size"])
+    labels, weights = tokens.flatten(), torch.full((MICRO * SEQUENCE,), 1 / valid)
+    head = student.head.weight().detach().clone().requires_grad_()
+
+    def loss_alone() -> None:
+        for _ in range(ACCUMULATION):
+            distill_loss(
+                hidden,
+                head,
+                teacher_hidden,
+                teacher.head,
+                labels,
+                token_weights=weights,
+                divergence=objective.divergence(1),
+                vocab=student.head.vocab,
+            ).loss.backward()
+
+    return {"whole step": step, "student": student_alone, "stage": stage_alone, "loss": loss_alone}
+
+
+def bubble_runs(topology: Topology, folder: Path) -> dict[str, Run]:
+    """Eight steps of the teacher alone, drained at each step or not."""
+    setup = setup_of(topology, folder)
+    _, teacher = build(setup, topology)
+    assert isinstance(teacher, Teacher)
+    pipeline: Any = teacher.pipeline
+    tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
+    batch = TokenBatch(tokens, tokens, torch.arange(MICRO), torch.zeros(MICRO, dtype=torch.int64), tokens < 0)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with closing(pipeline.signals(iter([batch] * (8 // count * ACCUMULATION)))) as signals:
+                for _ in signals:
+                    pass
+
+    return {"drained": partial(steps, 8), "ahead": partial(steps, 1)}
+
+
+def _timed(slower: Callable[[str], float], names: list[str], repeats: int) -> dict[str, list[float]]:
+    for name in names:
+        slower(name)
+    return rounds({name: partial(slower, name) for name in names}, repeats)
+
+
+def step_question(folder: Path, report: Report) -> None:
+    widths = (f"{sizes['hidden_size']} x {sizes['num_hidden_layers']} layers" for sizes in (STUDENT, TEACHER))
+    shape = f"student {next(widths)}, teacher {next(widths)}, V {VOCAB}"
+    parts = ["student", "stage", "loss"]
+    with ranks(2, step_runs, folder) as slower:
+        times = _timed(slower, ["whole step", *parts], report.repeats)
+    together = [sum(values) for values in zip(*(times[part] for part in parts), strict=True)]
+    table = report.table(f"step, 2 ranks: {shape}", "", "ms a step", "to the parts together")
+    for name, own in {**times, "parts together": together}.items():
+        ratio = Spread.of_ratios(own, together)
+        report.add("step", shape, name, Spread.of(own), ratio=ratio, to="parts together")
+        table.add_row(name, f"{Spread.of(own).median * 1e3:.0f}", shown(ratio))
+    report.console.print(table)
+
+
+def bubble_question(folder: Path, report: Report) -> None:
+    for stages in (2, 4):
+        shape = f"{stages} stages, {ACCUMULATION} rounds a step"
+        with ranks(stages, bubble_runs, folder) as slower:
+            times = _timed(slower, ["drained", "ahead"], report.repeats)
+        rounds_ = 8 * ACCUMULATION
+        beats = {"drained": 8 * (ACCUMULATION + stages - 1), "ahead": rounds_ + stages - 1}
+        table = report.table(f"bubble: {shape}, 8 steps", "", "idle beats of a stage", "ms a step", "to ahead")
+        for name, own in times.items():
+            ratio = Spread.of_ratios(own, times["ahead"])
+            report.add("bubble", shape, name, Spread.of(own), ratio=ratio, to="ahead")
+            idle = 1 - rounds_ / beats[name]
+            report.add("bubble", shape, f"{name}, idle beats", idle, unit="share")
+            table.add_row(name, f"{idle:.1%}", f"{Spread.of(own).median / 8 * 1e3:.0f}", shown(ratio))
+        report.console.print(table)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.teacher",
+        description=__doc__.split("\n\n")[0] if __doc__ else None,
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
+    parser.add_argument(
+        "--csv", type=Path, default=ROOT / "benchmarks/results/teacher.csv", help="where rows are added"
+    )
+    parser.add_argument("--no-csv", action="store_true", help="only print")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    report = Report(threads=1, repeats=arguments.repeats, measured=MEASURED, console=Console(width=120))
+    report.console.print(
+        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, one thread a rank, python {platform.python_version()}, "
+        f"torch {torch.__version__}, commit {commit(MEASURED)}",
+        highlight=False,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_inputs(Path(name))
+        if "step" in arguments.only:
+            step_question(folder, report)
+        if "bubble" in arguments.only:
+            bubble_question(folder, report)
+    if not arguments.no_csv:
+        report.append_to(arguments.csv)
+
+
+if __name__ == "__main__":
+    main()
