@@ -45,8 +45,8 @@ TEACHER = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8
 HELP = """\
 questions (both, when --only does not choose):
   step     two ranks of one thread each: a whole colocated step, in turn with its parts run alone on the same cores
-           (the student's layers forward and backward with the optimizer; this rank's stage on both ranks' micro-batches;
-           the loss on hidden states that lie there)
+           (the student's layers forward and backward with the optimizer; this rank's stage on both micro-batches; the
+           loss on hidden states that lie there)
   bubble   2 and 4 stages, the teacher alone: beats in which a stage has nothing to do, and the time of a step, when the
            pipeline is drained at the end of each step and when it runs ahead through all of them
 

@@ -55,6 +55,25 @@ A run folder that already holds a checkpoint is gone on with; give the same comm
 {EXIT_CODES}"""
 
 
+CACHE_EPILOG = f"""\
+What is kept of the distribution is the recipe's loss.targets; `teacher.keep_targets` stores the same beside a live run.
+A run learns from them with teacher.source=cache and teacher.targets=DIR, and equals the live run. Targets belong to a
+tokenizer, an order of the data, a teacher and a seed: a run that differs is refused with what differs.
+
+example: torchrun --nproc_per_node 8 -m megadistill cache recipes/smoke.yaml --set loss.targets.draws=50 --output targets
+
+{EXIT_CODES}"""
+
+GENERATE_EPILOG = f"""\
+Sequence-level distillation: `objective: labels` trains on the shards that come out, unchanged. What is drawn depends on
+(seed, sequence) alone, not on --batch or --jobs. Jobs write their shares in any order; the same command with --jobs 1
+then keeps what is whole and writes the manifest.
+
+example: megadistill generate teacher/ --data data/mine/train/manifest.json --sequences 10000 --prompt-tokens 64 \\
+    --new-tokens 192 --output data/written
+
+{EXIT_CODES}"""
+
 SPEAKING_SECONDS = 10.0
 """How long a rank waits for the one that says what is wrong: launchers end all ranks when the first one leaves."""
 
@@ -112,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
     _tokenize_parser(verbs)
     _shards_parser(verbs)
     _train_parser(verbs)
+    _cache_parser(verbs)
+    _generate_parser(verbs)
     _export_parser(verbs)
     _evaluate_parser(verbs)
     _plan_parser(verbs)
@@ -247,6 +268,42 @@ def _train_parser(verbs: Verbs) -> None:
     verb.set_defaults(run=_train)
 
 
+def _cache_parser(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs, "cache", "store what a recipe's teacher says, for runs that keep no teacher in memory", CACHE_EPILOG
+    )
+    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe with a live teacher and loss.targets")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the targets go")
+    verb.add_argument("--steps", type=int, metavar="N", help="of the first N steps alone (default: of train.steps)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    verb.set_defaults(run=_cache)
+
+
+def _generate_parser(verbs: Verbs) -> None:
+    verb = _verb(
+        verbs,
+        "generate",
+        "let a teacher continue prompts from the stream, as token shards to train on",
+        GENERATE_EPILOG,
+    )
+    verb.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
+    verb.add_argument("--data", required=True, metavar="MANIFEST", help="manifest.json of the prompts' split")
+    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="where train/ and tokenizer/ go")
+    verb.add_argument("--sequences", type=int, required=True, metavar="N", help="prompts: the first N of the stream")
+    verb.add_argument("--prompt-tokens", type=int, required=True, metavar="P", help="tokens of a prompt")
+    verb.add_argument("--new-tokens", type=int, required=True, metavar="T", help="tokens of a continuation, at most")
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0: the most likely token (default 1)"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="X", help="share that is drawn from (default 1: all)")
+    verb.add_argument("--seed", type=int, default=1, metavar="N", help="of the draws (default 1)")
+    verb.add_argument("--order-seed", type=int, default=1, metavar="N", help="of the order of the stream (default 1)")
+    verb.add_argument("--batch", type=int, default=32, metavar="N", help="continuations at a time (default 32)")
+    verb.add_argument("--job", type=int, default=0, metavar="K", help="which of --jobs this is, from 0 (default 0)")
+    verb.add_argument("--jobs", type=int, default=1, metavar="N", help="that share the work (default 1)")
+    verb.set_defaults(run=_generate)
+
+
 def _export_parser(verbs: Verbs) -> None:
     verb = _verb(verbs, "export", "write a run's student as a Hugging Face folder (one process, no GPU)")
     verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
@@ -354,6 +411,55 @@ def _train(options: argparse.Namespace) -> int:
     if outcome is not None and os.environ.get("RANK", "0") == "0":
         where = f"{recipe.run.folder}: step {outcome.step} of {recipe.train.steps}"
         print(f"{where}, done" if outcome.done else f"{where}, stopped as asked; without --stop-after it goes on")
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from megadistill.config import load_recipe
+
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps}: give at least 1")
+    recipe = load_recipe(options.recipe, options.set)
+    from megadistill.train.cache import cache
+
+    said = cache(recipe, options.output, steps=options.steps)
+    if said is not None:
+        print(said)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    if options.sequences < 1:
+        raise UserError(f"--sequences {options.sequences}: give at least 1")
+    from megadistill.comm.topology import local_device
+    from megadistill.data import Manifest, Mixture
+    from megadistill.data.progress import console_progress
+    from megadistill.teacher.generate import Sampling, generate
+
+    sampling = Sampling(
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    with console_progress() as show:
+        report = generate(
+            options.teacher,
+            Mixture.of(Manifest.load(options.data)),
+            options.output,
+            slots=range(options.sequences),
+            order_seed=options.order_seed,
+            sampling=sampling,
+            batch=options.batch,
+            device=local_device(0),
+            progress=show,
+            rank=options.job,
+            world=options.jobs,
+        )
+    Console().print(report.table())
     return 0
 
 
