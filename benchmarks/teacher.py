@@ -159,7 +159,7 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
                 token_weights=weights,
                 divergence=objective.divergence(1),
                 vocab=student.head.vocab,
-            ).loss.backward()
+            ).loss.backward()  # type: ignore[no-untyped-call]
 
     return {"whole step": step, "student": student_alone, "stage": stage_alone, "loss": loss_alone}
 

@@ -60,7 +60,7 @@ What is kept of the distribution is the recipe's loss.targets; `teacher.keep_tar
 A run learns from them with teacher.source=cache and teacher.targets=DIR, and equals the live run. Targets belong to a
 tokenizer, an order of the data, a teacher and a seed: a run that differs is refused with what differs.
 
-example: torchrun --nproc_per_node 8 -m megadistill cache recipes/smoke.yaml --set loss.targets.draws=50 --output targets
+example: megadistill cache recipes/mine.yaml --set loss.targets.draws=50 --output targets (or under torchrun)
 
 {EXIT_CODES}"""
 

@@ -71,6 +71,9 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         vocab_map = read_vocab_map(path, student_ids=data.vocab_size, teacher_ids=teacher_ids)
     stages = group_size if roles is None else roles.stages
     check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
+    if teacher_config is not None:
+        assert recipe.teacher is not None
+        check_weights(Path(str(recipe.teacher.path)), teacher_config)
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
@@ -92,14 +95,12 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
 
 
 def _live_teacher_config(recipe: Recipe) -> Any | None:
-    """Its weights' headers are looked at too; None where no teacher runs."""
+    """None where no teacher runs."""
     section = recipe.teacher
     if section is None or section.source == "cache":
         return None
     assert section.path is not None
-    config = load_config(Path(section.path), what="teacher.path")
-    check_weights(Path(section.path), config)
-    return config
+    return load_config(Path(section.path), what="teacher.path")
 
 
 def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:

@@ -39,7 +39,7 @@ def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _shard_of(folder: Path, name: str) -> Path:
-    return folder / json.loads((folder / INDEX_FILE).read_text())["weight_map"][name]
+    return folder / str(json.loads((folder / INDEX_FILE).read_text())["weight_map"][name])
 
 
 NAME = "model.layers.4.mlp.experts.5.up_proj.weight"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from megadistill.comm.topology import Topology
 from megadistill.config import Recipe
 from megadistill.data import Manifest
+from megadistill.model.families import FAMILIES, load_config, parameter_shapes
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"
@@ -75,9 +77,13 @@ def described_data(folder: Path) -> Path:
 
 
 def described_teacher(folder: Path, *, tokenizer: bytes | None = TOKENIZER, **changes: Any) -> Path:
-    """A model folder with its config and its tokenizer; there are no weights to read."""
+    """A model folder with its config, its tokenizer, and weights of zero."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**MODEL, "vocab_size": VOCAB, **changes}), encoding="utf-8")
+    keys = {**MODEL, "vocab_size": VOCAB, **changes}
+    (folder / "config.json").write_text(json.dumps(keys), encoding="utf-8")
+    if keys["model_type"] in FAMILIES:
+        shapes = parameter_shapes(load_config(folder, what="test"))
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     if tokenizer is not None:
         (folder / "tokenizer.model").write_bytes(tokenizer)
     return folder
