@@ -34,7 +34,8 @@ def cache(recipe: Recipe, folder: Path, *, steps: int | None = None) -> str | No
         raise UserError("cache stores loss.targets of a live teacher: the recipe needs both, and objective distill")
     teacher = recipe.teacher.model_copy(update={"keep_targets": str(folder)})
     launch = Launch.from_environment()
-    setup = prepare(recipe.model_copy(update={"teacher": teacher}), launch)
+    run = recipe.run.model_copy(update={"folder": str(folder)})  # no run is begun, so none is in the way
+    setup = prepare(recipe.model_copy(update={"teacher": teacher, "run": run}), launch)
     minutes = recipe.comm.timeout_minutes
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import dotted
+from megadistill.config import dotted, validate_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.export import TOKENIZER_FILES
@@ -24,6 +24,9 @@ MAY_CHANGE = (
     "data.max_holes_per_million",
     "data.skip",
     "data.prefetch",
+    "teacher.source",
+    "teacher.targets",
+    "teacher.keep_targets",
     "teacher.placement",
     "teacher.ranks",
     "teacher.stages",
@@ -73,6 +76,8 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         written = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
+    with suppress(UserError):  # keys that are newer than the folder have their defaults
+        written = validate_recipe(written, source=str(path)).snapshot()
     before, now = dotted(written), dotted(recipe)
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

@@ -94,6 +94,15 @@ def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
     } <= set(refused)
 
 
+def test_a_key_that_is_newer_than_the_folder_has_its_default(begun: Path) -> None:
+    written = json.loads((begun / "recipe.json").read_text())
+    del written["recipe"]["data"]["prefetch"], written["recipe"]["data"]["document_mask"]
+    (begun / "recipe.json").write_text(json.dumps(written))
+    refuse_other_recipe(begun, _snapshot())
+    with pytest.raises(UserError, match=r"data\.document_mask was False, is True"):
+        refuse_other_recipe(begun, _snapshot(data={"document_mask": True}))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": ', "\udcff"])
 def test_a_broken_description_is_refused(begun: Path, content: str) -> None:
     (begun / "recipe.json").write_bytes(content.encode("utf-8", "surrogateescape"))
