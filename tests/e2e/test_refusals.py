@@ -1,11 +1,13 @@
 """What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megadistill.data import Manifest, TokenStream
 from tests.e2e.commands import PLAIN, TORCHRUN_2, run, settings
 from tests.e2e.conftest import Place
 
@@ -82,16 +84,34 @@ def test_plan_says_what_a_recipe_needs(place: Place) -> None:
 
 
 def test_a_rank_that_alone_meets_wrong_input_says_so(place: Place, tmp_path: Path) -> None:
-    """The second stage's weights are read by rank 1 alone, so nobody else can say what is wrong with them."""
+    """A token that the teacher has no id for, in the rows that rank 1 reads."""
+    data = Manifest.load(place.folder / "data" / "train" / "manifest.json")
+    stream = TokenStream(data, seed=1, batch_slots=8, rank=0, world_size=1)
+    first = stream.batch(range(8))
+    ids = list(range(data.vocab_size))
+    alone = set(first.tokens[4:6].flatten().tolist()) - {
+        id for rows in (first.tokens[:4], first.labels[:4]) for id in rows.flatten().tolist()
+    }
+    ids[min(alone)] = -1
+    (tmp_path / "map.json").write_text(json.dumps(ids))
+    command = place.distill("refused", steps=2, checkpoint_every=2)
+    finished = run(*TORCHRUN_2, *command, *settings(teacher__vocab_map=tmp_path / "map.json"))
+    assert finished.code != 0
+    assert f"rank 1: teacher.vocab_map has no teacher's id for {min(alone)}" in finished.err, finished.said
+
+
+def test_weights_that_are_missing_are_found_before_anything_starts(place: Place, tmp_path: Path) -> None:
+    """The second stage's are read by rank 1 alone, but their headers are everybody's."""
     broken = tmp_path / "teacher"
     shutil.copytree(place.teacher, broken)
     weights = load_file(broken / "model.safetensors")
     missing = "model.layers.1.mlp.up_proj.weight"
     save_file({name: tensor for name, tensor in weights.items() if name != missing}, broken / "model.safetensors")
-    command = place.distill("refused", steps=2, checkpoint_every=2)
+    command = place.distill("missing", steps=2, checkpoint_every=2)
     finished = run(*TORCHRUN_2, *command, *settings(teacher__path=broken))
     assert finished.code != 0
-    assert f"rank 1: {broken} has no tensor '{missing}'" in finished.err, finished.said
+    assert f"megadistill: {broken} has no tensor '{missing}'" in finished.err, finished.said
+    assert not (place.folder / "missing").exists()
     assert_refused(*PLAIN, "evaluate", str(broken), "--data", place.heldout, says=(missing,))
 
 
