@@ -29,8 +29,6 @@ class Setup:
     data: Mixture
     student_config: Any
     teacher_config: Any | None
-    launch: Launch
-    """As the student sees it: the teacher's own ranks, where it has some, do not count."""
     roles: Roles | None
     """None where the teacher is colocated, or absent."""
     group_size: int
@@ -54,14 +52,15 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         UserError: one line.
     """
     roles = roles_of(recipe, launch)
-    whole, launch = launch, launch if roles is None else _students_launch(launch, roles)
+    if roles is not None:
+        launch = _students_launch(launch, roles)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.comm.vocab_group, launch)
     profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
     deepspeed_config(profile, recipe.train, accumulation)
     data = Mixture.load(recipe.data)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, launch.world, group_size, launch.rank % launch.world)
+    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher_config = _live_teacher_config(recipe)
@@ -84,7 +83,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         data=data,
         student_config=student_config,
         teacher_config=teacher_config,
-        launch=whole,
         roles=roles,
         group_size=group_size,
         accumulation=accumulation,
