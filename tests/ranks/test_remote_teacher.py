@@ -100,6 +100,17 @@ def test_eight_bits_are_near(tmp_path: Path) -> None:
         assert error.max() > 0
 
 
+def test_each_token_has_a_scale_of_its_own() -> None:
+    """Tokens a million times smaller than their neighbours keep three bits of mantissa too."""
+    hidden = torch.randn(1, 4, E, generator=torch.Generator().manual_seed(1))
+    hidden *= torch.tensor([1.0, 1e-6, 1e6, 1e-3])[None, :, None]
+    wire = Wire(E, torch.float32, float8=True)
+    found, slots, digests = wire.unpack(wire.pack(hidden, torch.tensor([7]), torch.tensor([-9])), 1, 4)
+    assert (slots.tolist(), digests.tolist()) == ([7], [-9])
+    largest = hidden.abs().amax(dim=-1, keepdim=True)
+    assert ((found - hidden).abs() <= hidden.abs() / 16 + largest / 448 / 512).all()
+
+
 def test_half_the_bytes() -> None:
     plain, short = Wire(4096, torch.bfloat16), Wire(4096, torch.bfloat16, float8=True)
     assert short.bytes(8, 2048) / plain.bytes(8, 2048) == pytest.approx(0.5, abs=0.001)

@@ -11,7 +11,7 @@ from tests.paths import ROOT
 
 FLOORS = {
     "tests/e2e": 20,
-    "tests/ranks": 68,
+    "tests/ranks": 69,
     "tests/unit": 43,
     "tests/unit/student": 5,
     "tests/unit/comm": 13,
