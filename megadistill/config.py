@@ -29,6 +29,8 @@ class RunSection(Section):
     """Where the run writes everything."""
     seed: int = Field(default=1, ge=0)
     """Seed of the student's initialisation."""
+    minutes: float | None = Field(default=None, gt=0)
+    """A time budget: the run saves and stops after the step at which it is spent. None: no limit."""
 
 
 class StageSection(Section):
@@ -91,7 +93,7 @@ class CommSection(Section):
     vocab_group: int | None = Field(default=None, ge=1)
     """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
     timeout_minutes: float = Field(default=10.0, gt=0)
-    """How long a collective may wait before the run is given up."""
+    """How long a collective may wait before the run is given up: start-up and saving are slow."""
 
 
 class StudentSection(Section):
@@ -293,6 +295,39 @@ class TrainSection(Section):
         return self
 
 
+class CheckpointSection(Section):
+    keep_last: int = Field(default=3, ge=1)
+    """The newest checkpoints that are kept. Nothing is deleted before a newer one is whole."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of steps that this divides are kept for good; 0: none."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while the run goes on; false: the run waits for the disk."""
+
+
+class FaultsSection(Section):
+    """What the run takes for a fault, and what it does about it."""
+
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Steps in a row that may be skipped because a loss or a gradient is not finite; one more ends the run."""
+    spike_zscore: float = Field(default=10.0, gt=0)
+    """A loss this many robust standard deviations above the median of the last `spike_window` steps is a spike."""
+    spike_window: int = Field(default=128, ge=8)
+    max_rollbacks: int = Field(default=0, ge=0)
+    """How often a spike may roll the run back to an older checkpoint and skip what it read; 0: it is only reported."""
+    rollback_steps: int = Field(default=16, ge=1)
+    """A rollback leaves out the sequences of this many steps, the spike's being the last."""
+    teacher_zscore: float = Field(default=10.0, gt=0)
+    """As `spike_zscore`, in either direction, for the teacher's cross-entropy: reported, with what to look at."""
+    teacher_hash_every: int = Field(default=1000, ge=0)
+    """Steps between comparisons of the teacher's weights with what was loaded; 0: never."""
+    recompute_every: int = Field(default=0, ge=0)
+    """Steps between micro-batches that are computed twice and compared to the last bit; 0: never."""
+    straggler_every: int = Field(default=100, ge=0)
+    """Steps between comparisons of how fast the ranks compute; 0: never."""
+    stall_seconds: float = Field(default=600.0, gt=0)
+    """A step that takes longer is a hang: every rank writes its stacks, the culprit is named, the run ends (exit 3)."""
+
+
 class Recipe(Section):
     """Everything that decides a run's numbers."""
 
@@ -302,6 +337,8 @@ class Recipe(Section):
     student: StudentSection
     train: TrainSection
     comm: CommSection = CommSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    faults: FaultsSection = FaultsSection()
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
 

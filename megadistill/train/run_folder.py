@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "teacher.stages",
     "teacher.queue",
     "run.folder",
+    "run.minutes",
     "train.log_every",
     "train.checkpoint_every",
     "train.micro_batch",
@@ -42,6 +43,8 @@ MAY_CHANGE = (
     "loss.diagnose_every",
     "student.activation_checkpointing",
 )
+
+MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "faults.")
 
 TOKENIZER_FOLDER = "tokenizer"
 """Beside recipe.json: a run can be exported where its data is no longer at hand."""
@@ -82,7 +85,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     differing = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith("data.sources")
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS)
     ]
     if differing:
         raise UserError(
