@@ -4,7 +4,9 @@ Legend: B body parameters, A those of them that a token passes through (all, but
 d width, L layers, s sequence length, a attention width (heads × head size).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Size
 from transformers import PretrainedConfig
@@ -61,11 +63,20 @@ def parameter_counts(config: PretrainedConfig) -> ParameterCounts:
 
 def layer_costs(config: PretrainedConfig) -> list[int]:
     """Active parameters of each layer, which its FLOPs a token are twice of, attention's scores aside."""
-    costs = [0] * config.num_hidden_layers
+    return _by_layer(config, partial(_active, config))
+
+
+def layer_parameters(config: PretrainedConfig) -> list[int]:
+    """Parameters of each layer, every expert's too: what a stage's memory is counted by."""
+    return _by_layer(config, lambda name, shape: shape.numel())
+
+
+def _by_layer(config: PretrainedConfig, count: Callable[[str, Size], int]) -> list[int]:
+    counts = [0] * config.num_hidden_layers
     for name, shape in parameter_shapes(config).items():
         if name.startswith(LAYERS):
-            costs[int(name.removeprefix(LAYERS).split(".")[0])] += _active(config, name, shape)
-    return costs
+            counts[int(name.removeprefix(LAYERS).split(".")[0])] += count(name, shape)
+    return counts
 
 
 def _active(config: PretrainedConfig, name: str, shape: Size) -> int:

@@ -17,7 +17,7 @@ from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
-from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, parameter_counts
+from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, layer_parameters, parameter_counts
 from megadistill.model.split import stage_layers
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
@@ -135,9 +135,7 @@ def needs(
     if group_size > 1:
         wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
     if teacher is not None:
-        largest = max(len(layers) for layers in stage_layers(teacher, group_size))
-        body = models[1].parameters.body * largest // teacher.num_hidden_layers
-        memory["teacher stage"] = element * (body + models[1].parameters.embedding)
+        memory["teacher stage"] = element * _largest_stage(teacher, models[1].parameters, group_size)
         memory["teacher head rows"] = element * rows * teacher.hidden_size
         memory["teacher hidden states"] = element * micro_tokens * teacher.hidden_size * group_size
         wire["teacher hidden states"] = element * teacher.hidden_size * (1 + group_size if group_size > 1 else 0)
@@ -150,6 +148,16 @@ def needs(
         memory=memory,
         wire=wire,
     )
+
+
+def _largest_stage(teacher: Any, counts: ParameterCounts, stages: int) -> int:
+    """Parameters of the stage that holds most: stages are cut by what a token uses, and only the first has the
+    embedding."""
+    sizes = layer_parameters(teacher)
+    held = [sum(sizes[layer] for layer in layers) for layers in stage_layers(teacher, stages)]
+    held[0] += counts.embedding
+    held[-1] += counts.body - sum(sizes)  # the final norm
+    return max(held)
 
 
 def tables(found: Needs) -> list[Table]:

@@ -120,7 +120,8 @@ def test_llama_3_8b_distilled_on_64_ranks() -> None:
         "head gradient": 4 * 16_128 * 4096,  # V is padded to 129,024, an eighth of it is 16,128 rows
         "logit chunk": 512 << 20,  # what the recipe allows: less than 2·4·V/p for the micro-batches of 8 ranks
         "checkpointed activations": 2 * 32 * 4096 * 8192,  # 2·L·D·micro_tokens
-        "teacher stage": 2 * (LLAMA3_8B_BODY // 8 + 128_256 * 4096),  # 4 of 32 layers, and the first one's embedding
+        # 4 of 32 layers, and the first one's embedding
+        "teacher stage": 2 * ((LLAMA3_8B_BODY - 4096) // 8 + 128_256 * 4096),
         "head rows": 2 * 16_128 * 4096,  # the slice is gathered from 8 ranks' pieces
         "teacher head rows": 2 * 16_128 * 4096,  # 2·V·E/p
         "teacher hidden states": 2 * 4096 * 8192 * 8,
@@ -148,19 +149,51 @@ def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
     assert targets.flops_per_token == whole.flops_per_token
 
 
-def test_the_largest_stage_is_what_a_rank_must_hold() -> None:
-    """32 layers over 3 stages are 10, 11 and 11."""
-    recipe = _recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=3)
+def _stage(teacher: dict[str, Any], *, stages: int) -> int:
+    """Parameters of the largest stage of a teacher with TINY's vocabulary."""
+    recipe = _recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=6)
     found = needs(
         recipe,
         student=load_config(TINY, what="test"),
-        teacher=load_config({**TINY, "num_hidden_layers": 32}, what="test"),
+        teacher=load_config({**TINY, **teacher}, what="test"),
         vocab_size=250,
         sequence_length=32,
-        ranks=3,
-        group_size=3,
+        ranks=stages,
+        group_size=stages,
     )
-    assert found.memory["teacher stage"] == 4 * ((32 * TINY_LAYER + 32) * 11 // 32 + 250 * 32)
+    parameters, rest = divmod(found.memory["teacher stage"], 4)
+    assert rest == 0
+    return parameters
+
+
+def test_the_largest_stage_is_what_a_rank_must_hold() -> None:
+    embedding, norm = 250 * 32, 32
+    assert _stage({"num_hidden_layers": 2}, stages=1) == TINY_BODY + embedding
+    # 32 layers over 3 stages are 10, 11 and 11: a layer is smaller than the embedding
+    assert _stage({"num_hidden_layers": 32}, stages=3) == 10 * TINY_LAYER + embedding
+    # 7 over 6 are 1, 1, 1, 1, 1 and 2; a layer of this width is larger than the embedding
+    gate_up_down = 3 * 32 * (400 - 48)
+    wide = {"num_hidden_layers": 7, "intermediate_size": 400}
+    assert _stage(wide, stages=6) == 2 * (TINY_LAYER + gate_up_down) + norm
+
+
+def test_a_stage_of_a_mixture_is_cut_by_the_experts_that_work_and_holds_them_all() -> None:
+    """Layers 0 and 1 are dense, 2 and 3 mixtures of 8 experts, of which one works: the dense ones cost more."""
+    mixture = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "intermediate_size": 400,
+        "mlp_only_layers": [0, 1],
+        "moe_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 1,
+    }
+    attention = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 8 + 2 * 32  # with a norm each of queries and keys
+    dense, sparse = attention + 3 * 32 * 400, attention + 8 * 32 + 8 * 3 * 32 * 40
+    # 1, 1 and 2 layers: the mixtures go together, for a token uses an eighth of their experts
+    assert _stage(mixture, stages=3) == max(dense + 250 * 32, 2 * sparse + 32)
+    assert 2 * sparse + 32 > dense + 250 * 32
 
 
 def test_states_shrink_with_the_ranks_and_the_head_with_the_group() -> None:
