@@ -109,6 +109,9 @@ class TeacherPipeline:
                     arrival.wait()
             raise
 
+    def dismiss(self) -> None:
+        """Nobody waits for more: the stages are the ranks that ask. See `RemoteTeacher.dismiss`."""
+
     def _entered(self, batch: TokenBatch) -> _Round:
         positions = batch.positions
         if positions is not None:  # every stage must know where documents begin, and cannot tell from hidden states

@@ -5,7 +5,8 @@ Legend: B sequences of a client's micro-batch, S tokens of each, E width.
 A client sends *requests* (tokens, slots), `queue` of them at most before the oldest is answered: that bounds what
 waits on either side. The first stage takes one request of each client in turn; its *parcels* go from stage to stage,
 each stage working as they come, and the last one sends the *answer* back: hidden states, slots, and the digests of the
-tokens that the first stage read. A client that has asked all that it will says stop.
+tokens that the first stage read. Requests come in *conversations*, one for each `signals`, of which a server sees no
+end: all clients of it ask as much in each. A client that will ask no more says stop.
 """
 
 import time
@@ -68,6 +69,7 @@ class RemoteTeacher:
         self._first, self._last = roles.rank_of(replica, 0), roles.rank_of(replica, roles.stages - 1)
         self._queue = queue
         self._device = device
+        self._asked: deque[tuple[TokenBatch, Message, Message]] = deque()
         self.waited = 0.0
         """Seconds that this rank has waited for answers."""
 
@@ -81,44 +83,49 @@ class RemoteTeacher:
         return self._queue * self._wire.bytes(B, S)
 
     def signals(self, batches: Iterator[TokenBatch]) -> Generator[TeacherSignal, None, None]:
-        """As `TeacherPipeline.signals`; closed early, what was asked for is received and dropped, and the teacher told.
+        """As `TeacherPipeline.signals`. The teacher listens on when they end, or are closed early: see `dismiss`.
 
         Raises:
             OperatorFault: the hidden states are not finite.
         """
-        asked: deque[tuple[TokenBatch, Message, Message]] = deque()
+        self._drop()
         more = True
-        try:
-            while True:
-                while more and len(asked) < self._queue:
-                    batch = next(batches, None)
-                    if batch is None:
-                        more = False
-                    else:
-                        asked.append(self._ask(batch))
-                if not asked:
-                    break
-                batch, request, answer = asked.popleft()
-                request.wait()
-                began = time.perf_counter()
-                arrived = answer.wait()
-                self.waited += time.perf_counter() - began
-                yield self._signal(batch, arrived)
-        except GeneratorExit:
-            for _, request, answer in asked:
-                request.wait()
-                answer.wait()
-            self._stop()
-            raise
-        self._stop()
+        while True:
+            while more and len(self._asked) < self._queue:
+                batch = next(batches, None)
+                if batch is None:
+                    more = False
+                else:
+                    self._asked.append(self._ask(batch))
+            if not self._asked:
+                return
+            batch, request, answer = self._asked.popleft()
+            request.wait()
+            began = time.perf_counter()
+            arrived = answer.wait()
+            self.waited += time.perf_counter() - began
+            yield self._signal(batch, arrived)
+
+    def dismiss(self) -> None:
+        """Tells the teacher that this client asks no more; it ends when all of them have. Once, at the end of a run."""
+        self._drop()
+        self._bridge.send(self._form.written(None, self._device), self._first).wait()
+
+    def _drop(self) -> None:
+        """Receives what the last conversation asked for and did not take.
+
+        Not when it is closed: where an error closes it, other clients may ask no more, and their turn would be waited
+        for.
+        """
+        while self._asked:
+            _, request, answer = self._asked.popleft()
+            request.wait()
+            answer.wait()
 
     def _ask(self, batch: TokenBatch) -> tuple[TokenBatch, Message, Message]:
         empty = torch.empty(self._wire.bytes(self._form.B, self._form.S), dtype=torch.uint8, device=self._device)
         answer = self._bridge.expect(empty, self._last)
         return batch, self._bridge.send(self._form.written(batch, self._device), self._first), answer
-
-    def _stop(self) -> None:
-        self._bridge.send(self._form.written(None, self._device), self._first).wait()
 
     def _signal(self, batch: TokenBatch, answer: Tensor) -> TeacherSignal:
         hidden_BSE, slots_B, digests_B = self._wire.unpack(answer, self._form.B, self._form.S)
@@ -146,7 +153,7 @@ class _Job:
 
 
 class TeacherServer:
-    """A stage's side: answers until every client has said stop."""
+    """A stage's side: answers until every client has dismissed it."""
 
     def __init__(self, stage: TeacherStage, bridge: Bridge, form: RequestForm, wire: Wire, *, queue: int) -> None:
         self._stage, self._bridge, self._form, self._wire, self._queue = stage, bridge, form, wire, queue
@@ -161,7 +168,7 @@ class TeacherServer:
 
     @torch.no_grad()
     def serve(self) -> None:
-        """Until the last client has said stop. On its way are two receives at most, and `queue` sends a client."""
+        """Until the last client has dismissed it. On its way are two receives at most, and `queue` sends a client."""
         for job in self._jobs():
             y = self._stage(job.x, job.positions_BS)
             self.answered += 1

@@ -70,6 +70,7 @@ def store_targets(setup: Setup, topology: Topology, steps: int, show: ShowProgre
             tokens = number * setup.tokens_per_step // setup.accumulation
             whole = (steps - done) * setup.tokens_per_step
             show("targets, tokens", done=tokens, total=whole, tokens=tokens)
+    teacher.pipeline.dismiss()
     teacher.store.flush()
     barrier(topology.world_group)
     return finish(setup) if topology.is_first else None

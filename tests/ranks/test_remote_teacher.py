@@ -1,11 +1,14 @@
 """A teacher with ranks of its own: each client gets the unsplit model's answer to its own tokens."""
 
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from megadistill.comm.collectives import barrier
 from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Topology
 from megadistill.errors import UserError
@@ -27,6 +30,16 @@ def _batch(rank: int, index: int, *, masked: bool = False) -> TokenBatch:
     return TokenBatch(tokens, tokens, slots, token_digest(tokens), starts, document_mask=masked)
 
 
+def _served(topology: Topology, folder: str, form: RequestForm, wire: Wire, queue: int) -> int:
+    """How many micro-batches passed through this rank of the teacher's."""
+    assert topology.bridge is not None
+    place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
+    stage = TeacherStage.load(Path(folder), **place, dtype=torch.float32, device=topology.device)
+    server = TeacherServer(stage, topology.bridge, form, wire, queue=queue)
+    server.serve()
+    return server.answered
+
+
 def _answers(
     topology: Topology, folder: str, masked: bool, float8: bool, queue: int, stops_after: int
 ) -> list[TeacherSignal] | int:
@@ -35,11 +48,7 @@ def _answers(
     assert bridge is not None
     form, wire = RequestForm(B, S, masked), Wire(E, torch.float32, float8)
     if topology.role == "teacher":
-        place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
-        stage = TeacherStage.load(Path(folder), **place, dtype=torch.float32, device=topology.device)
-        server = TeacherServer(stage, bridge, form, wire, queue=queue)
-        server.serve()
-        return server.answered
+        return _served(topology, folder, form, wire, queue)
     remote = RemoteTeacher(bridge, form, wire, queue=queue, device=topology.device)
     read = 0
 
@@ -55,6 +64,7 @@ def _answers(
         taken.append(next(signals))
         assert read == min(ROUNDS, answered + queue), "asks ahead, and no further than it may"
     signals.close()
+    remote.dismiss()
     return taken
 
 
@@ -86,6 +96,67 @@ def test_a_client_may_stop_at_any_moment(tmp_path: Path) -> None:
         for index, signal in enumerate(signals):
             batch = _batch(rank, index)
             assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
+
+
+def _conversations(topology: Topology, folder: str, takes: list[int]) -> list[list[TeacherSignal]] | int:
+    """One after the other on the same ranks, each closed after as many signals."""
+    bridge = topology.bridge
+    assert bridge is not None
+    form, wire = RequestForm(B, S, masked=False), Wire(E, torch.float32)
+    if topology.role == "teacher":
+        return _served(topology, folder, form, wire, queue=3)
+    remote = RemoteTeacher(bridge, form, wire, queue=3, device=topology.device)
+    found = []
+    for conversation, take in enumerate(takes):
+        batches = (_batch(topology.rank, 10 * conversation + index) for index in range(ROUNDS))
+        with closing(remote.signals(batches)) as signals:
+            found.append(list(islice(signals, take)))
+    remote.dismiss()
+    return found
+
+
+@pytest.mark.parametrize(("students", "stages"), [(1, 1), (2, 2)])
+def test_a_conversation_that_ends_early_leaves_nothing_to_the_next_one(
+    students: int, stages: int, tmp_path: Path
+) -> None:
+    """As a rollback does: what was asked for is dropped, and other batches are asked for on the same ranks."""
+    model = saved_model("llama", tmp_path)
+    takes = [2, ROUNDS, 0, 1]
+    found = run_ranks(
+        students + stages, _conversations, str(tmp_path), takes, roles=Roles(students + stages, stages, stages)
+    )
+    asked = (2 + 2) + ROUNDS + 0 + (1 + 2)
+    assert found[students:] == [students * asked] * stages
+    for rank, conversations in enumerate(found[:students]):
+        assert [len(signals) for signals in conversations] == takes
+        for conversation, signals in enumerate(conversations):
+            for index, signal in enumerate(signals):
+                batch = _batch(rank, 10 * conversation + index)
+                assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
+
+
+def _closed_alone(topology: Topology, folder: str) -> int:
+    """Client 0 closes while client 1 has asked nothing, so that the teacher waits for client 1's turn."""
+    bridge = topology.bridge
+    assert bridge is not None
+    form, wire = RequestForm(B, S, masked=False), Wire(E, torch.float32)
+    if topology.role == "teacher":
+        return _served(topology, folder, form, wire, queue=3)
+    remote = RemoteTeacher(bridge, form, wire, queue=3, device=topology.device)
+    if topology.rank == 1:
+        barrier(topology.world_group)
+    with closing(remote.signals(_batch(topology.rank, index) for index in range(ROUNDS))) as signals:
+        next(signals)
+    if topology.rank == 0:
+        barrier(topology.world_group)
+    remote.dismiss()
+    return 0
+
+
+def test_closing_waits_for_nobody(tmp_path: Path) -> None:
+    """A rank that an error ends must not wait for answers behind requests that the others will never send."""
+    saved_model("llama", tmp_path)
+    assert run_ranks(3, _closed_alone, str(tmp_path), roles=Roles(3, 1, 1), deadline=20) == [0, 0, 2 * 3]
 
 
 def test_eight_bits_are_near(tmp_path: Path) -> None:
