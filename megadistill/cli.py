@@ -410,8 +410,13 @@ def _train(options: argparse.Namespace) -> int:
     outcome = train(recipe, stop_after=options.stop_after)
     if outcome is not None and os.environ.get("RANK", "0") == "0":
         where = f"{recipe.run.folder}: step {outcome.step} of {recipe.train.steps}"
-        print(f"{where}, done" if outcome.done else f"{where}, stopped as asked; without --stop-after it goes on")
-    return 0
+        if outcome.done:
+            print(f"{where}, done")
+        elif outcome.stopped_by is not None:
+            print(f"{where}, stopped; the same command goes on")
+        else:
+            print(f"{where}, stopped as asked; without --stop-after it goes on")
+    return RestartFault.exit_code if outcome is not None and outcome.stopped_by is not None else 0
 
 
 def _cache(options: argparse.Namespace) -> int:

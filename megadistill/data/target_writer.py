@@ -85,6 +85,8 @@ class TargetWriter:
         log_tail_BS = targets.log_tail.cpu().numpy().reshape(shape_BSK[:2])
         missing_B = self._stored.locate(slots.numpy())[:, 0] < 0
         for row in np.flatnonzero(missing_B).tolist():
+            if int(slots[row]) in self._waiting:
+                continue
             members = self._format.encoded(ids_BSK[row], probs_BSK[row], log_tail_BS[row])
             self._waiting[int(slots[row])] = int(digests[row]), members
             self._waiting_bytes += sum(member.nbytes for member in members.values())

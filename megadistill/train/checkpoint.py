@@ -1,17 +1,16 @@
-"""Checkpoints: complete or invisible, and readable without this package. It knows no engine.
+"""Checkpoints: complete or invisible, and readable without this package. It knows no engine and no ranks.
 
 `checkpoints/step-00001000/` holds one safetensors file a rank (its piece of every flattened parameter's float32
 master copy and AdamW moments, see `student.engine.local_state`) and `manifest.json` (step, stream cursor, shapes,
 every file's size and sha256). The pieces of the ranks, one after the other, are the parameter, so that any number of
-ranks can read what any number of ranks wrote. No file here is a pickle.
+ranks can read what any number of ranks wrote. No file here is a pickle. Who writes is in `train.saver`, who chooses
+among several in `train.store`.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.comm.collectives import everywhere
-from megadistill.comm.topology import Topology
-from megadistill.errors import OperatorFault, RestartFault
+from megadistill.errors import OperatorFault
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""Format 1 did not say its attempt, its recipe and its rollbacks."""
 RNG_KEY = "rng"
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -52,7 +51,15 @@ class CheckpointManifest(BaseModel):
     cursor: dict[str, Any]
     parameters: dict[str, tuple[int, ...]]
     versions: dict[str, str]
+    attempt: int = Field(default=0, ge=0)
+    """Which start of the run wrote it; 0: not known."""
+    recipe: dict[str, Any] = {}
+    recipe_sha256: str = ""
+    rollbacks: int = Field(default=0, ge=0)
+    """How many rollbacks lie behind this line of the run."""
     files: dict[str, FileRecord]
+    sha256: str = ""
+    """Of the manifest's own values without this one, see `_own_sha256`."""
 
 
 class Checkpoint:
@@ -66,26 +73,30 @@ class Checkpoint:
         self.folder = folder
         path = folder / "manifest.json"
         self.manifest = _read_manifest(path)
-        expected = [_rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
+        expected = [rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
         if sorted(self.manifest.files) != expected:
             raise OperatorFault(f"{path}: lists {len(self.manifest.files)} files, {self.manifest.world} ranks wrote it")
 
-    def verify(self) -> None:
-        """Reads every file once and compares it with the manifest."""
-        for name, record in self.manifest.files.items():
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every file once and compares it with the manifest; of several ranks each takes its part of the files.
+
+        Raises:
+            OperatorFault: a file is missing, or damaged. OSError: it cannot be read, which says nothing of its bytes.
+        """
+        for name, record in list(self.manifest.files.items())[part::parts]:
             path = self.folder / name
             if not path.is_file():
-                raise OperatorFault(f"{path} is missing: move {self.folder} away to go on from an older checkpoint")
-            found = _record(path)
+                raise OperatorFault(f"{path} is missing")
+            found = record_of(path)
             if found != record:
                 raise OperatorFault(
                     f"{path} is damaged: {found.bytes} bytes with sha256 {found.sha256[:12]}…, the manifest says "
-                    f"{record.bytes} and {record.sha256[:12]}…; move {self.folder} away to go on from an older one"
+                    f"{record.bytes} and {record.sha256[:12]}…"
                 )
 
     @cached_property
     def _files(self) -> list[Any]:
-        names = [_rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
+        names = [rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
         return [safe_open(self.folder / name, framework="pt") for name in names]
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
@@ -130,95 +141,52 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below `folder`, or None where there is none.
+    """The newest checkpoint below `folder`, or None where there is none; for a reader that changes nothing.
 
     Raises:
-        OperatorFault: the newest is damaged, be it that its manifest is gone. A run never goes on from something older
-            in silence.
+        OperatorFault: the newest is damaged, be it that its manifest is gone. Nothing older is taken in silence.
     """
     found = checkpoint_folders(folder)
     return Checkpoint(found[max(found)]) if found else None
 
 
-def save_checkpoint(
-    folder: Path,
-    state: dict[str, Tensor],
-    *,
-    step: int,
-    tokens: int,
-    vocab_size: int,
-    cursor: dict[str, Any],
-    parameters: dict[str, tuple[int, ...]],
-    versions: dict[str, str],
-    topology: Topology,
-) -> Path:
-    """Writes this rank's `state`; the checkpoint appears under its name once every rank's file is durable. Collective.
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_rank(folder: Path, state: dict[str, Tensor], *, rank: int, world: int) -> FileRecord:
+    """Writes this rank's file, durable, and its size and hash beside it.
 
     Raises:
-        RestartFault: some rank could not write (a full disk); older checkpoints are as they were.
+        OSError, SafetensorError: the disk refuses it.
     """
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".tmp-step-{step:08d}"
-
-    def manifest_of(files: dict[str, FileRecord]) -> CheckpointManifest:
-        return CheckpointManifest(
-            format=FORMAT,
-            step=step,
-            tokens=tokens,
-            world=topology.world,
-            vocab_size=vocab_size,
-            cursor=cursor,
-            parameters=parameters,
-            versions=versions,
-            files=files,
-        )
-
-    def on_first(work: Callable[[], None]) -> Callable[[], None]:
-        return work if topology.is_first else lambda: None
-
-    _all_or_none(on_first(lambda: _make_empty(temporary)), step, topology)
-    _all_or_none(lambda: _write_rank(temporary, state, topology), step, topology)
-    _all_or_none(on_first(lambda: _commit(temporary, target, manifest_of, topology.world)), step, topology)
-    return target
-
-
-def _all_or_none(work: Callable[[], None], step: int, topology: Topology) -> None:
-    """`work` on every rank; a rank that cannot write fails all of them, after all of them tried. Collective."""
-    problem = None
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {topology.rank}: {error}"
-    if not everywhere(problem is None, topology.device, topology.world_group):
-        raise RestartFault(f"the checkpoint of step {step} was not written: {problem or 'another rank says why'}")
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_rank(temporary: Path, state: dict[str, Tensor], topology: Topology) -> None:
-    """This rank's file, durable, and its size and hash beside it."""
-    name = _rank_file(topology.rank, topology.world)
-    save_file(state, temporary / name)
-    (temporary / name).chmod(0o644)  # safetensors makes files that nobody else can read
-    with open(temporary / name, "rb") as file:
+    name = rank_file(rank, world)
+    save_file(state, folder / name)
+    (folder / name).chmod(0o644)  # safetensors makes files that nobody else can read
+    with open(folder / name, "rb") as file:
         os.fsync(file.fileno())
-    _write_durably(temporary / f"{name}.json", _record(temporary / name).model_dump_json().encode())
+    record = record_of(folder / name)
+    write_durably(folder / f"{name}.json", record.model_dump_json().encode())
+    return record
 
 
-def _commit(
-    temporary: Path, target: Path, manifest_of: Callable[[dict[str, FileRecord]], CheckpointManifest], world: int
-) -> None:
-    """The manifest, then the name: the one instant at which the checkpoint comes to be."""
+def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
+    """The manifest with every rank's record, then the name: the one instant at which the checkpoint comes to be.
+
+    Raises:
+        OSError: the disk refuses it, or `target` exists.
+    """
     files = {}
-    for name in (_rank_file(rank, world) for rank in range(world)):
+    for name in (rank_file(rank, manifest.world) for rank in range(manifest.world)):
         files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
+    values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+    values["sha256"] = _own_sha256(values)
+    write_durably(temporary / "manifest.json", json.dumps(values, indent=1).encode())
+    for name in files:
         (temporary / f"{name}.json").unlink()
-    _write_durably(temporary / "manifest.json", manifest_of(files).model_dump_json(indent=1).encode())
+    sync_folder(temporary)
     temporary.rename(target)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _read_manifest(path: Path) -> CheckpointManifest:
@@ -226,38 +194,44 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise OperatorFault(f"{path}: {path.stat().st_size} bytes is no manifest")
         values = json.loads(path.read_bytes())
-        if isinstance(values, dict) and values.get("format") != FORMAT:  # before its keys, which a new format may add
-            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
-        return CheckpointManifest.model_validate(values)
+        if isinstance(values, dict) and values.get("format") not in READABLE_FORMATS:  # before its keys
+            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {READABLE_FORMATS}")
+        manifest = CheckpointManifest.model_validate(values)
+        if manifest.format > 1 and manifest.sha256 != _own_sha256(values):
+            raise OperatorFault(f"{path} is damaged: its values are not those that its own sha256 was made of")
+        return manifest
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise OperatorFault(f"{path} is no checkpoint manifest: {place}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise OperatorFault(
-            f"{path} is no checkpoint manifest ({reason}); move {path.parent} away to go on from an older one"
-        ) from None
+        raise OperatorFault(f"{path} is no checkpoint manifest ({reason})") from None
 
 
-def _rank_file(rank: int, world: int) -> str:
+def _own_sha256(values: dict[str, Any]) -> str:
+    canonical = json.dumps({key: value for key, value in values.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def rank_file(rank: int, world: int) -> str:
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
 
-def _record(path: Path) -> FileRecord:
+def record_of(path: Path) -> FileRecord:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(bytes=path.stat().st_size, sha256=digest)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

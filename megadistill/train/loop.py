@@ -2,44 +2,47 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 
-from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier, everywhere
+from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
-from megadistill.errors import OperatorFault, RankUserError, UserError
+from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 from megadistill.model.families import logit_transform
 from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import StudentEngine
-from megadistill.train.checkpoint import RNG_KEY, newest_checkpoint, save_checkpoint
+from megadistill.train.health import SkippedSteps, Vigil, not_finite
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
 from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
-from megadistill.train.run_folder import describe, keep_tokenizer, versions, write_description
+from megadistill.train.recovery import Recovery
+from megadistill.train.run_folder import describe, keep_tokenizer, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
-from megadistill.train.step import train_step
-from megadistill.train.teaching import StoredTeacher, Teacher, lessons
+from megadistill.train.step import StepOutcome, train_step
+from megadistill.train.stop import StopRequests, asked
+from megadistill.train.teaching import Lesson, StoredTeacher, Teacher, lessons
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, and whether that was the last one."""
+    """How a run ended: after which step, whether that was the last one, and what asked it to stop before it."""
 
     step: int
     done: bool
+    stopped_by: str | None = None
 
 
 def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
-    """Runs a recipe on the ranks that the launcher started, from the newest checkpoint of its folder if there is one.
+    """Runs a recipe on the ranks that the launcher started, from the newest checkpoint of its folder that holds.
 
     `stop_after`: save and stop after this step; the same command without it goes on. None on a rank of the teacher's
     own.
@@ -63,64 +66,182 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
 
 def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     """The run of a setup on an initialised world. Collective; see `train`."""
-    recipe, section = setup.recipe, setup.recipe.train
-    student, teacher = build(setup, topology)
-    step, cursor = resume(setup.folder / "checkpoints", student, topology)
-    if topology.is_first:
-        write_description(setup.folder, describe(recipe.snapshot(), setup.profile))
-        keep_tokenizer(setup.folder, setup.data)
-    stream = stream_of(setup, topology, start=cursor)
-    meter = meter_of(setup, topology)
-    objective = objective_of(setup)
-    last = min(section.steps, stop_after or section.steps)
-    if isinstance(teacher, Teacher) and step < last:
-        teacher = keeping(setup, teacher, topology)
-    with run_log(setup, topology, start_step=step) as log, ExitStack() as stack:
-        log.say(where_it_runs(setup, topology))
-        log.say(f"{setup.folder}: {'starting' if step == 0 else f'going on after step {step}'}, {section.steps} steps")
-        if isinstance(teacher, Teacher):
-            log.say(ahead_of(setup, teacher))
-        ahead = Lookahead(islice(stream, last - step), micro_batch=section.micro_batch)
-        taught = stack.enter_context(closing(lessons(teacher, ahead.micro_batches())))
-        while step < last:
-            step += 1
-            began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
-            batch, cursor = ahead.step()
-            if recipe.data.on_fault == "quarantine":
-                cursor = stream.with_holes(cursor, holes_of_all(batch, topology))
-            rate = scheduled(section.adamw.learning_rate, step=step, steps=section.steps, schedule=section.schedule)
-            outcome = train_step(
-                student,
-                teacher,
-                taught,
-                step=step,
-                accumulation=setup.accumulation,
-                valid_tokens=batch.valid_tokens,
-                learning_rate=rate,
-                objective=objective,
-                topology=topology,
-            )
-            seconds = time.perf_counter() - began  # the step ended in a device sync: the gradient norm was read
-            report = meter.report(
-                step,
-                outcome.metrics,
-                rate,
-                outcome.grad_norm,
-                seconds,
-                ahead.waited - read_before,
-                outcome.teacher_seconds,
-                outcome.diagnostics,
-            )
-            log.step(report, weights=objective.moving_weights(step))
-            if step % section.checkpoint_every == 0 or step == last:
-                if isinstance(teacher, Teacher) and teacher.store is not None:
-                    teacher.store.flush()  # before a checkpoint says that these slots are done
-                log.say(f"saved {save(setup, student, step, cursor, topology)}")
-    if step >= section.steps and isinstance(teacher, Teacher) and teacher.store is not None:
-        barrier(topology.world_group)
+    minutes = setup.recipe.run.minutes
+    with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
+        recovery = Recovery(setup, topology)
+        this = Run(setup, topology, recovery, stops)
+        try:
+            outcome = this.until(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
+        except (RestartFault, OperatorFault) as fault:
+            recovery.events.fault(str(fault), step=this.step, rank=topology.rank, exit_code=fault.exit_code)
+            raise
+        finally:
+            recovery.close()
+        stops.obeyed()
+    return outcome
+
+
+class Run:
+    """One attempt at a run, on one of its ranks. All of them call the same methods."""
+
+    def __init__(self, setup: Setup, topology: Topology, recovery: Recovery, stops: StopRequests) -> None:
+        self.step = 0
+        """The last step that was taken."""
+        self._setup, self._topology, self._recovery, self._stops = setup, topology, recovery, stops
+        self._student, self._teacher = build(setup, topology)
         if topology.is_first:
-            print(finish(setup))
-    return Outcome(step=step, done=step >= section.steps)
+            write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile))
+            keep_tokenizer(setup.folder, setup.data)
+        self._objective = objective_of(setup)
+        self._meter = meter_of(setup, topology)
+
+    def until(self, last: int) -> Outcome:
+        """Takes steps up to `last`, or until something asks the run to stop."""
+        setup, topology = self._setup, self._topology
+        outcome = None
+        while outcome is None:
+            self.step, cursor = self._recovery.resume(self._student)
+            if isinstance(self._teacher, Teacher) and self.step < last:
+                self._teacher = keeping(setup, self._teacher, topology)  # anew after a rollback, which stored some
+            outcome = self._line(last, cursor)
+        if isinstance(self._teacher, Teacher):
+            self._teacher.pipeline.dismiss()
+        if outcome.done and isinstance(self._teacher, Teacher) and self._teacher.store is not None:
+            barrier(topology.world_group)
+            if topology.is_first:
+                print(finish(setup))
+        return outcome
+
+    def _line(self, last: int, cursor: Cursor | None) -> Outcome | None:
+        """From a checkpoint to the end of the run; None: a rollback ends the line before it."""
+        setup, recovery = self._setup, self._recovery
+        vigil = recovery.vigil(self.step)
+        skipped = SkippedSteps(setup.recipe.faults.max_skipped_steps)
+        skips = [rollback.skip for rollback in recovery.rollbacks]
+        stream = stream_of(setup, self._topology, start=cursor, skips=skips)
+        next_slots = deque([stream.start.next_slot], maxlen=setup.recipe.faults.rollback_steps + 1)
+        with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
+            self._introduce(log)
+            stopped_by = self._asked_before_a_step()
+            if stopped_by is not None:
+                return self._stopped(stopped_by, log)
+            ahead = Lookahead(islice(stream, last - self.step), micro_batch=setup.recipe.train.micro_batch)
+            taught = stack.enter_context(closing(lessons(self._teacher, ahead.micro_batches())))
+            while self.step < last:
+                self.step += 1
+                began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
+                batch, cursor = ahead.step()
+                if setup.recipe.data.on_fault == "quarantine":
+                    cursor = self._with_holes(stream, batch, cursor)
+                rate, outcome = self._take_step(batch, taught)
+                recovery.require_newest(outcome.notices)
+                seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
+                if outcome.skipped:
+                    reason = not_finite(outcome.metrics, outcome.grad_norm)
+                    recovery.events.write("skip", step=self.step, reason=reason)
+                    log.say(f"step {self.step}: {reason}: this step moved nothing")
+                else:
+                    recovery.step_done(seconds)
+                    report = self._meter.report(
+                        self.step,
+                        outcome.metrics,
+                        rate,
+                        outcome.grad_norm,
+                        seconds,
+                        ahead.waited - read_before,
+                        outcome.teacher_seconds,
+                        outcome.diagnostics,
+                    )
+                    log.step(report, weights=self._objective.moving_weights(self.step))
+                skipped.count(self.step, skipped=outcome.skipped, reason=reason if outcome.skipped else "")
+                for said in recovery.settle(outcome.notices):
+                    log.say(said)
+                next_slots.append(cursor.next_slot)
+                if not outcome.skipped and self._goes_back(vigil, outcome, list(next_slots), log):
+                    return None
+                stopped_by = asked(outcome.notices)
+                ends = self.step == last or stopped_by is not None
+                if ends or self.step % setup.recipe.train.checkpoint_every == 0:
+                    self._save(cursor, log, last=ends)
+                if stopped_by is not None and self.step < last:
+                    return self._stopped(stopped_by, log)
+            return self._ended(log)
+
+    def _introduce(self, log: RunLog) -> None:
+        setup = self._setup
+        log.say(where_it_runs(setup, self._topology))
+        log.say(f"{setup.folder}: {self._recovery.goes_on(self.step)}, {setup.recipe.train.steps} steps")
+        if isinstance(self._teacher, Teacher):
+            log.say(ahead_of(setup, self._teacher))
+
+    def _take_step(self, batch: TokenBatch, taught: Iterator[Lesson]) -> tuple[float, StepOutcome]:
+        """The learning rate, and what the step computed."""
+        section, every = self._setup.recipe.train, self._setup.recipe.faults.recompute_every
+        rate = scheduled(section.adamw.learning_rate, step=self.step, steps=section.steps, schedule=section.schedule)
+        outcome = train_step(
+            self._student,
+            self._teacher,
+            taught,
+            step=self.step,
+            accumulation=self._setup.accumulation,
+            valid_tokens=batch.valid_tokens,
+            learning_rate=rate,
+            objective=self._objective,
+            topology=self._topology,
+            notices=lambda: {**self._stops.counts(), **self._recovery.notices()},
+            recompute=every > 0 and self.step % every == 0,
+        )
+        return rate, outcome
+
+    def _with_holes(self, stream: TokenStream, batch: TokenBatch, cursor: Cursor) -> Cursor:
+        holes = holes_of_all(batch, self._topology)
+        if holes:
+            self._recovery.events.write("hole", step=self.step, slots=holes)
+        return stream.with_holes(cursor, holes)
+
+    def _goes_back(self, vigil: Vigil, outcome: StepOutcome, next_slots: list[int], log: RunLog) -> bool:
+        """Looks at a step's numbers; whether the run goes back to before it. `next_slots`: before each of the last."""
+        recovery, metrics = self._recovery, outcome.metrics
+        if self._setup.teacher_config is not None and self._setup.recipe.loss.targets is None:
+            alarm = vigil.teacher_alarm(self.step, metrics["teacher_ce"], (next_slots[-2], next_slots[-1] - 1))
+            if alarm is not None:
+                recovery.events.write(alarm.event, step=self.step, **alarm.values)
+                log.say(alarm.line)
+        spike = vigil.spike(self.step, metrics["loss"])
+        if spike is None:
+            return False
+        recovery.events.write(spike.event, step=self.step, **spike.values)
+        log.say(spike.line)
+        slots_before = {self.step - back: slot for back, slot in enumerate(reversed(next_slots[:-1]))}
+        rollback, why = recovery.roll_back(spike, self.step, slots_before=slots_before, slots_end=next_slots[-1])
+        if why:
+            log.say(why)
+        return rollback is not None
+
+    def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
+        if isinstance(self._teacher, Teacher) and self._teacher.store is not None:
+            self._teacher.store.flush()  # before a checkpoint says that these slots are done
+        for said in self._recovery.save(self._student, self.step, cursor, last=last):
+            log.say(said)
+
+    def _asked_before_a_step(self) -> str | None:
+        """What has asked any rank to stop while the run was starting. Collective."""
+        counts = self._stops.counts()
+        told = torch.tensor(list(counts.values()), device=self._topology.device)
+        summed = all_reduce_sum(told, self._topology.world_group).tolist()
+        return asked(dict(zip(counts, summed, strict=True)))
+
+    def _stopped(self, stopped_by: str, log: RunLog) -> Outcome:
+        self._recovery.events.write("stop", step=self.step, reason=stopped_by)
+        log.say(f"stopped after step {self.step}, as {stopped_by} asked; {self._recovery.goodput()}")
+        return Outcome(step=self.step, done=False, stopped_by=stopped_by)
+
+    def _ended(self, log: RunLog) -> Outcome:
+        done = self.step >= self._setup.recipe.train.steps
+        if done:
+            self._recovery.done(self.step)
+        log.say(self._recovery.goodput())
+        return Outcome(step=self.step, done=done)
 
 
 def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher | StoredTeacher | None]:
@@ -150,55 +271,10 @@ def objective_of(setup: Setup) -> Objective:
     )
 
 
-def resume(folder: Path, student: StudentEngine, topology: Topology) -> tuple[int, Cursor | None]:
-    """Restores the newest checkpoint; (step, cursor) to go on from, (0, None) where there is none. Collective.
-
-    Raises:
-        OperatorFault: the newest checkpoint is damaged, or not every rank sees the same one.
-    """
-    checkpoint, problem = None, None
-    try:
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is not None and topology.is_first:
-            checkpoint.verify()
-    except OperatorFault as fault:
-        problem = fault
-    # Every rank must have opened the same one: ranks that see different folders would train on from different steps.
-    step = checkpoint.manifest.step if checkpoint is not None else 0
-    told = torch.tensor(step if topology.is_first else 0, device=topology.device)
-    first_step = int(all_reduce_sum(told, topology.world_group))
-    if problem is None and step != first_step:
-        problem = OperatorFault(
-            f"rank {topology.rank} sees step {step} as the newest checkpoint of {folder}, rank 0 sees step "
-            f"{first_step}: run.folder must be one folder that every node shares"
-        )
-    if not everywhere(problem is None, topology.device, topology.world_group):
-        raise problem or OperatorFault(f"the newest checkpoint of {folder} cannot be used: another rank says why")
-    if checkpoint is None:
-        return 0, None
-    student.load_local_state(checkpoint.read)
-    rng = checkpoint.rng_state(topology.rank, topology.world)
-    if rng is not None:
-        torch.set_rng_state(rng)
-    return step, Cursor.from_state(checkpoint.manifest.cursor)
-
-
-def save(setup: Setup, student: StudentEngine, step: int, cursor: Cursor, topology: Topology) -> Path:
-    """A checkpoint of exactly this step. Collective."""
-    return save_checkpoint(
-        setup.folder / "checkpoints",
-        {**student.local_state(), RNG_KEY: torch.get_rng_state()},
-        step=step,
-        tokens=step * setup.tokens_per_step,
-        vocab_size=setup.data.vocab_size,
-        cursor=cursor.state(),
-        parameters=student.parameters,
-        versions=versions(),
-        topology=topology,
-    )
-
-
-def stream_of(setup: Setup, topology: Topology, *, start: Cursor | None) -> TokenStream:
+def stream_of(
+    setup: Setup, topology: Topology, *, start: Cursor | None, skips: Sequence[tuple[int, int]] = ()
+) -> TokenStream:
+    """The tokens of this rank; `skips` are left out beside those of the recipe."""
     data = setup.recipe.data
     return TokenStream(
         setup.data,
@@ -210,7 +286,7 @@ def stream_of(setup: Setup, topology: Topology, *, start: Cursor | None) -> Toke
         document_mask=data.document_mask,
         on_fault=data.on_fault,
         max_holes_per_million=data.max_holes_per_million,
-        skips=[(first, stop) for first, stop in data.skip],
+        skips=[*((first, stop) for first, stop in data.skip), *skips],
         prefetch=data.prefetch,
     )
 

@@ -3,7 +3,7 @@
 import json
 import os
 import resource
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megadistill.comm.topology import Topology
 from megadistill.config import LossSection
+from megadistill.events import JsonLines, read_lines
 from megadistill.model.flops import flops_per_token
 from megadistill.records import StepReport
 
@@ -122,11 +123,12 @@ class RunLog:
         self._loss = loss
         self._console = Console(stderr=False, soft_wrap=True)
         self._progress: Progress | None = None
+        self._refused = False
         if not self._active:
             return
         path = folder / "metrics.jsonl"
         _keep_until(path, start_step)
-        self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._lines = JsonLines(path)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -140,18 +142,21 @@ class RunLog:
             self._console.print(line, markup=False, highlight=False)
 
     def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
-        """Logs one step: a line of JSON (flushed, so that a kill loses nothing), TensorBoard, the terminal.
+        """Logs one step: a line of JSON (written at once, so that a kill loses nothing), TensorBoard, the terminal.
 
         `weights` are those of the loss's terms, by name, where a schedule moves them.
         """
         if not self._active:
             return
         values = {**self._values(report), **(weights or {})}
-        self._lines.write(json.dumps(values) + "\n")
-        self._lines.flush()
+        problem = self._lines.append(values)
+        if problem is not None and not self._refused:
+            self.say(f"{self._lines.path}: {problem}; its lines wait until the disk takes them")
+        self._refused = problem is not None
         for name, value in _flat(values).items():
             if name != "step" and value is not None:
-                self._board.add_scalar(_board_name(name), value, report.step)
+                with suppress(OSError):  # a full disk costs the picture, not the run
+                    self._board.add_scalar(_board_name(name), value, report.step)
         if report.step % self._log_every == 0 or report.step == self._steps:
             self.say(self._line(report))
         if self._progress:
@@ -162,8 +167,8 @@ class RunLog:
             return
         if self._progress:
             self._progress.stop()
-        self._lines.close()
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
         hidden: tuple[str, ...] = ("diagnostics",) if report.diagnostics is None else ()
@@ -207,23 +212,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {**outer, **{f"diagnostics/{name}": value for name, value in closer.items()}}
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of metrics.jsonl; a last line that a kill cut short is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(values, dict):
-            return
-        yield values
-
-
 def _keep_until(path: Path, step: int) -> None:
     """Rewrites metrics.jsonl up to `step`, atomically."""
     if not path.exists():
         return
-    kept = [json.dumps(values) for values in read_metrics(path) if values["step"] <= step]
+    kept = [json.dumps(values) for values in read_lines(path) if values["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

@@ -77,6 +77,8 @@ def keeping(setup: Setup, teacher: Teacher, topology: Topology) -> Teacher:
     section = setup.recipe.teacher
     if section is None or section.keep_targets is None:
         return teacher
+    if teacher.store is not None:
+        teacher.store.flush()
     store = TargetWriter(Path(section.keep_targets), target_key(setup), rank=topology.rank)
     barrier(topology.world_group)  # nobody stores before all have seen what is stored
     return replace(teacher, store=store)

@@ -4,15 +4,17 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 """
 
 import math
+import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import all_reduce_sum
+from megadistill.comm.collectives import all_reduce_sum, everywhere
 from megadistill.comm.topology import Topology
+from megadistill.errors import OperatorFault
 from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
 from megadistill.records import (
     IGNORED_LABEL,
@@ -24,7 +26,7 @@ from megadistill.records import (
     TokenBatch,
 )
 from megadistill.student.engine import StudentEngine
-from megadistill.train.health import require_finite
+from megadistill.train.health import finite, require_sound_teacher
 from megadistill.train.objective import Objective
 from megadistill.train.teaching import Lesson, StoredTeacher, Teacher
 
@@ -44,10 +46,18 @@ class StepOutcome:
 
     metrics: dict[str, float]
     grad_norm: float
+    """Not finite where the step moved nothing, since a loss or a gradient was not."""
+    notices: dict[str, float]
+    """What the ranks told each other, summed over them."""
     teacher_seconds: float
     diagnostics: dict[str, float] | None = None
     """By `DIAGNOSTIC_NAMES`, on the steps that take the closer look, but for what is infinite: the reverse KL against a
     teacher that does not know some ids. The KL of a decile is the mean over its own tokens."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step moved nothing: the same on every rank."""
+        return not math.isfinite(self.grad_norm)
 
 
 def train_step(
@@ -61,8 +71,16 @@ def train_step(
     learning_rate: float,
     objective: Objective,
     topology: Topology,
+    notices: Callable[[], Mapping[str, float]] = dict,
+    recompute: bool = False,
 ) -> StepOutcome:
     """Accumulates over the next `accumulation` lessons and takes one optimizer step. Collective over the world.
+
+    `notices`, what this rank has to tell the others, is asked before the one reduction of the step's numbers, and rides
+    on it; every rank gives the same names. `recompute`: the first micro-batch is computed twice and compared.
+
+    A loss or a gradient that is not finite on any rank makes the step move nothing on all of them: its last gradient is
+    made not finite everywhere, and DeepSpeed discards a step whose gradient norm is not.
 
     `valid_tokens` are those of this rank's share of the step. The division by the global token count stands here, and
     nowhere else: it is in the tokens' weights. Besides the metrics and the gradient norm, the host waits for the device
@@ -70,7 +88,8 @@ def train_step(
     compared.
 
     Raises:
-        OperatorFault: a number is not finite; the optimizer has not moved.
+        OperatorFault: the teacher's numbers are not finite, or computing twice gives two results; the optimizer has not
+            moved.
         SignalMismatch, UserError, ShardFault: see `lessons`.
     """
     count = torch.tensor(valid_tokens, dtype=torch.float64, device=topology.device)
@@ -87,18 +106,25 @@ def train_step(
         teacher_seconds += time.perf_counter() - began
         terms = loss.terms(micro.to(topology.device), said, count)
         totals += _numbers(terms)
+        if recompute and index == 0:
+            again = replace(loss, teacher=replace(teacher, store=None)) if isinstance(teacher, Teacher) else loss
+            _require_same(terms, again, micro.to(topology.device), said, count, topology)
+        objective_value = terms.loss
         if index == accumulation - 1:
-            all_reduce_sum(totals, topology.world_group)
-            means = dict(zip(names, totals.tolist(), strict=True))  # a device sync, one a step
+            told = notices()
+            sums = _reduced(totals, list(told.values()), topology)  # a device sync, one a step
+            means = dict(zip((*names, *told), sums, strict=True))
             metrics = {name: means[name] for name in METRIC_NAMES}
-            require_finite(step, metrics)
-        student.backward(terms.loss)
+            require_sound_teacher(step, metrics)
+            if not finite(metrics):
+                objective_value = objective_value * math.nan
+        student.backward(objective_value)
         grad_norm = student.step(learning_rate)
     assert grad_norm is not None, "the last micro-batch ends the accumulation window"
-    require_finite(step, {"grad_norm": grad_norm})
     return StepOutcome(
         metrics=metrics,
         grad_norm=grad_norm,
+        notices={name: means[name] for name in told},
         teacher_seconds=teacher_seconds,
         diagnostics=_finite(means, DIAGNOSTIC_NAMES) if diagnose else None,
     )
@@ -164,6 +190,41 @@ class _Loss:
             elementwise=objective.elementwise,
             diagnose=self.diagnose,
         )
+
+
+def _reduced(totals: Tensor, told: list[float], topology: Topology) -> list[float]:
+    numbers = torch.cat([totals, torch.tensor(told, dtype=totals.dtype).to(totals.device)])
+    reduced: list[float] = all_reduce_sum(numbers, topology.world_group).tolist()
+    return reduced
+
+
+def _require_same(
+    terms: LossTerms,
+    loss: _Loss,
+    micro: TokenBatch,
+    said: Tensor | SparseTargets | None,
+    count: Tensor,
+    topology: Topology,
+) -> None:
+    """Computes the terms of a micro-batch once more. Collective.
+
+    Raises:
+        OperatorFault: the result differs in a bit, on this rank or on another one.
+    """
+    with torch.no_grad():
+        again = _numbers(loss.terms(micro, said, count))
+    before = _numbers(terms)
+    same = bool((again.view(torch.int64) == before.view(torch.int64)).all())
+    if everywhere(same, topology.device, topology.world_group):
+        return
+    if same:
+        raise OperatorFault("another rank computed a micro-batch twice and got two results: its own line says so")
+    differing = [f"{a!r} and {b!r}" for a, b in zip(before.tolist(), again.tolist(), strict=True) if a != b]
+    raise OperatorFault(
+        f"rank {topology.rank} on {socket.gethostname()} computed a micro-batch twice and got two results "
+        f"({', '.join(differing[:3]) or 'zeros of two signs'}): its device or its memory is not to be trusted; leave "
+        "the node out and start again"
+    )
 
 
 def _numbers(terms: LossTerms) -> Tensor:
