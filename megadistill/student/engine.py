@@ -25,6 +25,7 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -179,6 +180,37 @@ class StudentEngine:
         """Name (Hugging Face's) -> shape of each parameter, the vocabulary padded; tied ones once."""
         return {partition.name: partition.shape for partition in self._partitions()}
 
+    def replicated(self) -> list[tuple[str, Tensor]]:
+        """Name and value of each parameter that every rank holds whole: those too small for ZeRO-3 to gather anew.
+
+        Between steps they are the same everywhere. None before the first forward pass.
+        """
+        return [
+            (name, parameter.detach())
+            for name, parameter in ((each.name, each.parameter) for each in self._partitions())
+            if parameter.ds_persist and parameter.ds_status == ZeroParamStatus.AVAILABLE
+        ]
+
+    @torch.no_grad()
+    def unlike_master(self) -> list[str]:
+        """Names of the parameters of which this rank computes with something else than it optimizes. Between steps.
+
+        What is optimized is the float32 master; computed with are this rank's piece of it in the model's precision
+        and, where it holds the parameter whole, that piece of the whole. A host-device sync each.
+        """
+        whole = dict(self.replicated())
+        unlike = []
+        for partition in self._partitions():
+            start, stop = partition.start, partition.stop
+            piece = partition.parameter.ds_tensor[: stop - start]
+            rounded = safe_get_local_fp32_param(partition.parameter)[: stop - start].to(piece.device, piece.dtype)
+            copies = [piece]
+            if partition.name in whole:
+                copies.append(whole[partition.name].flatten()[start:stop].to(piece.device))
+            if not all(_same_bits(copy, rounded) for copy in copies):
+                unlike.append(partition.name)
+        return unlike
+
     def local_state(self) -> dict[str, Tensor]:
         """This rank's share of the training state, flattened: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`.
 
@@ -236,6 +268,11 @@ class StudentEngine:
             size = parameter.ds_tensor.numel()
             start = min(self._topology.rank * size, numel)
             yield Partition(name, parameter, tuple(parameter.ds_shape), start, min(start + size, numel))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Bytes, since a NaN is not equal to itself."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -70,6 +70,12 @@ class TeacherStage(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """All that the stage computes with, by names that count its own layers: parameters and buffers."""
+        where = f"of stage {self.stage} of {self.stages}"
+        named = [*self.decoder.named_parameters(), *self.decoder.named_buffers()]
+        return [(f"{name} {where}", tensor) for name, tensor in named]
+
     def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
         """(B, S, E): what every stage gives, and every stage but the first reads."""
         return batch, sequence, int(self.decoder.config.hidden_size)

@@ -1,0 +1,104 @@
+"""One bit that flips on one rank is found, and the rank is named on all of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadistill.comm.topology import Topology
+from megadistill.errors import OperatorFault
+from megadistill.train.corruption import FrozenWeights, require_sound_student
+from tests.ranks import student_cases
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import Case
+
+
+@contextmanager
+def _flipped(tensor: Tensor, here: bool) -> Iterator[None]:
+    """The lowest bit of the second element, on this rank or on none."""
+    raw = tensor.detach().view(-1).view(torch.uint8)
+    mask = int(here)
+    raw[tensor.dtype.itemsize] ^= mask
+    yield
+    raw[tensor.dtype.itemsize] ^= mask
+
+
+def _said(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except OperatorFault as fault:
+        return str(fault)
+    return ""
+
+
+NORM, MATRIX = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+def _student(topology: Topology, precision: str, offload: bool) -> dict[str, str]:
+    """What this rank says of a student that is sound, and of the same one with a bit flipped on rank 1."""
+    case = Case(precision=precision, persistence=100, offload_optimizer=offload)
+    student = student_cases.build(case, topology)
+    student_cases.run_steps(case, student, topology, range(2))
+    parameters: dict[str, Any] = dict(student._model.named_parameters())
+    here = topology.rank == 1
+
+    def check() -> None:
+        require_sound_student(student, topology)
+
+    said = {"sound": _said(check)}
+    assert len(student.replicated()) == 5, "two norms of each layer, and the last one"
+    with _flipped(parameters[MATRIX].ds_tensor, here):
+        said["piece"] = _said(check)
+    assert parameters[NORM].numel() == 64
+    with _flipped(parameters[NORM].data, here):  # in a part of which rank 0 has the master
+        said["copy"] = _said(check)
+    with _flipped(parameters[NORM].data[64 // topology.world :], here):
+        said["copy of its own piece"] = _said(check)
+    said["sound again"] = _said(check)
+    return said
+
+
+def _require_found(found: list[dict[str, str]], copies: str) -> None:
+    for rank, said in enumerate(found):
+        assert said["sound"] == said["sound again"] == ""
+        assert f"{NORM}, {copies}" in said["copy"]
+        if rank == 1:
+            assert f"the student's {MATRIX} is not its float32 master, rounded" in said["piece"]
+            assert f"the student's {NORM} is not its float32 master" in said["copy of its own piece"]
+        else:
+            assert "corrupt on another rank" in said["piece"]
+
+
+def test_a_bit_of_the_student() -> None:
+    _require_found(run_ranks(4, _student, "bfloat16", False), "on rank 1 of 4")
+
+
+def test_of_two_ranks_none_has_the_majority() -> None:
+    _require_found(run_ranks(2, _student, "float32", True), "and no majority of ranks 0, 1")
+
+
+def _teacher(topology: Topology) -> list[str]:
+    """Rank 1 of the world, the second place of the first vocab group, has a bit of its own: at once, and later."""
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(topology.group_rank))
+    here = topology.rank == 1
+    with _flipped(weights, here):
+        loaded = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
+        found = [_said(lambda: loaded.require_same_replicas(topology))]
+    sound = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
+    found += [_said(lambda: sound.require_same_replicas(topology)), _said(lambda: sound.require_unchanged(topology))]
+    with _flipped(weights, here):
+        found.append(_said(lambda: sound.require_unchanged(topology)))
+    return found
+
+
+def test_a_bit_of_the_teacher() -> None:
+    for rank, (unlike, alike, unchanged, changed) in enumerate(run_ranks(4, _teacher, vocab_group=2)):
+        assert alike == unchanged == ""
+        if rank % 2:  # the replicas of that stage: ranks 1 and 3
+            assert "k, and no majority of ranks 1, 3" in unlike
+        else:
+            assert "not loaded alike on other ranks" in unlike
+        assert ("rank 1 on" in changed) == (rank == 1)
+        assert ("changed in another rank's memory" in changed) == (rank != 1)
