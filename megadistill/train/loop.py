@@ -89,6 +89,7 @@ class Run:
         """The last step that was taken."""
         self._setup, self._topology, self._recovery, self._stops = setup, topology, recovery, stops
         self._student, self._teacher = build(setup, topology)
+        torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
         if topology.is_first:
             write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile))
             keep_tokenizer(setup.folder, setup.data)
