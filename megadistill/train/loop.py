@@ -28,7 +28,7 @@ from megadistill.train.run_folder import describe, keep_tokenizer, write_descrip
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import StepOutcome, train_step
-from megadistill.train.stop import StopRequests, asked
+from megadistill.train.stop import StopRequests, asked, deaf
 from megadistill.train.teaching import Lesson, StoredTeacher, Teacher, lessons
 
 
@@ -57,7 +57,8 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":
-                serve(setup, topology)
+                with deaf(topology.rank):
+                    serve(setup, topology)
                 return None
             return run(setup, topology, stop_after)
         except UserError as error:

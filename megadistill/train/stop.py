@@ -8,7 +8,8 @@ step. A second signal leaves at once, without a checkpoint.
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,6 +72,23 @@ class StopRequests:
 
     def _say(self, line: str) -> None:
         os.write(2, f"megadistill: rank {self._rank}: {line}\n".encode())  # print is not safe in a handler
+
+
+@contextmanager
+def deaf(rank: int) -> Iterator[None]:
+    """For a rank of the teacher's own, which the student's ranks need for the step at hand: they stop the run."""
+
+    def say(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        line = f"megadistill: rank {rank} of the teacher: {name}: the student's ranks stop the run when they get it\n"
+        os.write(2, line.encode())
+
+    before = {each: signal.signal(each, say) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def asked(counts: dict[str, float]) -> str | None:
