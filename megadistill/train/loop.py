@@ -18,6 +18,7 @@ from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserE
 from megadistill.model.families import logit_transform
 from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import StudentEngine
+from megadistill.train.corruption import FrozenWeights, frozen_weights, require_sound_student
 from megadistill.train.health import SkippedSteps, Vigil, not_finite
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
@@ -29,6 +30,7 @@ from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import StepOutcome, train_step
 from megadistill.train.stop import StopRequests, asked, deaf
+from megadistill.train.stragglers import Stragglers
 from megadistill.train.teaching import Lesson, StoredTeacher, Teacher, lessons
 
 
@@ -96,6 +98,15 @@ class Run:
             keep_tokenizer(setup.folder, setup.data)
         self._objective = objective_of(setup)
         self._meter = meter_of(setup, topology)
+        self._frozen = self._frozen_weights()
+
+    def _frozen_weights(self) -> FrozenWeights | None:
+        """The teacher's, to be compared with what was loaded; None where nobody asks, or no teacher is here."""
+        if not isinstance(self._teacher, Teacher) or not self._setup.recipe.faults.teacher_hash_every:
+            return None
+        frozen = frozen_weights(self._teacher)
+        frozen.require_same_replicas(self._topology)
+        return frozen
 
     def until(self, last: int) -> Outcome:
         """Takes steps up to `last`, or until something asks the run to stop."""
@@ -116,12 +127,13 @@ class Run:
 
     def _line(self, last: int, cursor: Cursor | None) -> Outcome | None:
         """From a checkpoint to the end of the run; None: a rollback ends the line before it."""
-        setup, recovery = self._setup, self._recovery
+        setup, recovery, faults = self._setup, self._recovery, self._setup.recipe.faults
         vigil = recovery.vigil(self.step)
-        skipped = SkippedSteps(setup.recipe.faults.max_skipped_steps)
+        skipped = SkippedSteps(faults.max_skipped_steps)
         skips = [rollback.skip for rollback in recovery.rollbacks]
         stream = stream_of(setup, self._topology, start=cursor, skips=skips)
-        next_slots = deque([stream.start.next_slot], maxlen=setup.recipe.faults.rollback_steps + 1)
+        next_slots = deque([stream.start.next_slot], maxlen=faults.rollback_steps + 1)
+        stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
             self._introduce(log)
             stopped_by = self._asked_before_a_step()
@@ -158,6 +170,11 @@ class Run:
                 skipped.count(self.step, skipped=outcome.skipped, reason=reason if outcome.skipped else "")
                 for said in recovery.settle(outcome.notices):
                     log.say(said)
+                if stragglers is not None and self.step % faults.straggler_every == 0:
+                    self._name(stragglers.look(ahead.waited - waited_before), log)
+                    waited_before = ahead.waited
+                if self._frozen is not None and self.step % faults.teacher_hash_every == 0:
+                    self._frozen.require_unchanged(self._topology)
                 next_slots.append(cursor.next_slot)
                 if not outcome.skipped and self._goes_back(vigil, outcome, list(next_slots), log):
                     return None
@@ -209,6 +226,9 @@ class Run:
             if alarm is not None:
                 recovery.events.write(alarm.event, step=self.step, **alarm.values)
                 log.say(alarm.line)
+                if self._frozen is not None:
+                    self._frozen.require_unchanged(self._topology)
+                    log.say("the teacher's weights are those that were loaded")
         spike = vigil.spike(self.step, metrics["loss"])
         if spike is None:
             return False
@@ -220,7 +240,13 @@ class Run:
             log.say(why)
         return rollback is not None
 
+    def _name(self, stragglers: list[str], log: RunLog) -> None:
+        for line in stragglers:
+            self._recovery.events.write("straggler", step=self.step, line=line)
+            log.say(f"step {self.step}: {line}")
+
     def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
+        require_sound_student(self._student, self._topology)
         if isinstance(self._teacher, Teacher) and self._teacher.store is not None:
             self._teacher.store.flush()  # before a checkpoint says that these slots are done
         for said in self._recovery.save(self._student, self.step, cursor, last=last):

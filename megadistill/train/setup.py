@@ -15,6 +15,7 @@ from megadistill.data import Mixture
 from megadistill.model.families import load_config
 from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
+from megadistill.train.jit_locks import refuse_stale_jit_locks
 from megadistill.train.preflight import check_compiler, check_fit
 from megadistill.train.run_folder import refuse_other_recipe
 from megadistill.train.vocab_map import read_vocab_map
@@ -51,6 +52,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     Raises:
         UserError: one line.
     """
+    refuse_stale_jit_locks()
     roles = roles_of(recipe, launch)
     if roles is not None:
         launch = _students_launch(launch, roles)
