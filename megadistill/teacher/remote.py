@@ -163,19 +163,20 @@ class TeacherServer:
         self._before = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
         self._after = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
         self._going: deque[Message] = deque()
-        self.answered = 0
-        """Micro-batches that passed through this stage."""
 
     @torch.no_grad()
-    def serve(self) -> None:
-        """Until the last client has dismissed it. On its way are two receives at most, and `queue` sends a client."""
-        for job in self._jobs():
+    def answers(self) -> Iterator[int]:
+        """Works until the last client has dismissed it; after each micro-batch, how many passed through this stage.
+
+        On its way are two receives at most, and `queue` sends a client.
+        """
+        for answered, job in enumerate(self._jobs(), 1):
             y = self._stage(job.x, job.positions_BS)
-            self.answered += 1
             if self._after is None:
                 self._send(self._wire.pack(y, job.slots_B, job.digests_B), job.client)
             else:
                 self._send(self._parcel(job, y), self._after)
+            yield answered
         if self._after is not None:
             for _ in range(RECEIVES):  # one for each receive that is posted there
                 self._send(self._parcel(None, None), self._after)

@@ -28,6 +28,7 @@ from megadistill.teacher import (
     head_rows,
     unknown_bias,
 )
+from megadistill.train.corruption import FrozenWeights
 from megadistill.train.setup import Setup
 from megadistill.train.teaching import StoredTeacher, Teacher
 
@@ -85,12 +86,20 @@ def keeping(setup: Setup, teacher: Teacher, topology: Topology) -> Teacher:
 
 
 def serve(setup: Setup, topology: Topology) -> None:
-    """A rank of the teacher's own, until the student's ranks need no more."""
-    teacher, bridge = setup.recipe.teacher, topology.bridge
+    """A rank of the teacher's own, until the student's ranks need no more.
+
+    Raises:
+        OperatorFault: its weights changed in memory, looked at every `faults.teacher_hash_every` steps of its clients.
+    """
+    teacher, bridge, every = setup.recipe.teacher, topology.bridge, setup.recipe.faults.teacher_hash_every
     assert teacher is not None
     assert bridge is not None
     stage = stage_of(setup, topology, topology.rank % topology.group_size, topology.group_size)
-    TeacherServer(stage, bridge, *forms_of(setup), queue=teacher.queue).serve()
+    frozen = FrozenWeights.of(stage.weights()) if every else None
+    a_step = setup.accumulation * len(bridge.roles.clients(0))  # as many in every replica
+    for answered in TeacherServer(stage, bridge, *forms_of(setup), queue=teacher.queue).answers():
+        if frozen is not None and answered % (every * a_step) == 0:
+            frozen.require_unchanged(topology)
 
 
 def stage_of(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:

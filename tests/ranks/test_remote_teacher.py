@@ -35,9 +35,8 @@ def _served(topology: Topology, folder: str, form: RequestForm, wire: Wire, queu
     assert topology.bridge is not None
     place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
     stage = TeacherStage.load(Path(folder), **place, dtype=torch.float32, device=topology.device)
-    server = TeacherServer(stage, topology.bridge, form, wire, queue=queue)
-    server.serve()
-    return server.answered
+    *_, answered = TeacherServer(stage, topology.bridge, form, wire, queue=queue).answers()
+    return answered
 
 
 def _answers(
