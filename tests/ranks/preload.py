@@ -1,3 +1,18 @@
-"""Imported once by the fork server: everything heavy that a rank test needs."""
+"""Imported once by the fork server: everything heavy that a rank test needs, out of the garbage collector's sight."""
 
-import megadistill.student.engine  # noqa: F401
+import atexit
+import gc
+
+# What DeepSpeed's engine imports when it is made: torch's compiler, which takes longer than most tests.
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+import pytest  # noqa: F401
+
+import megadistill.train.loop  # noqa: F401
+import tests.ranks.student_cases
+import tests.unit.loss.problems  # noqa: F401
+
+# DeepSpeed collects garbage when it starts, and would walk through all that was imported, in each rank.
+gc.collect()
+gc.freeze()
+# The server's own end: extensions count then what was never freed, and say so.
+atexit.register(gc.unfreeze)
