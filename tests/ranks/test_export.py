@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from megadistill.comm.collectives import all_gather_rows
 from megadistill.comm.topology import Topology
 from megadistill.model.families import EMBEDDING, HEAD
-from megadistill.train.checkpoint import save_checkpoint
 from megadistill.train.export import export_run
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, VOCAB, Case, build, config_of, global_batch, recipe_for, run_steps
+from tests.unit.train.cases import save_checkpoint
 
 STEPS = 2
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,13 +53,10 @@ def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
     save_checkpoint(
         Path(run) / "checkpoints",
         student.local_state(),
-        step=STEPS,
-        tokens=0,
+        STEPS,
+        rank=topology,
         vocab_size=VOCAB,
-        cursor={},
         parameters=student.parameters,
-        versions={},
-        topology=topology,
     )
     return Trained(logits_NP=logits_NP, start_PD=start_PD, head_PD=head_PD)
 

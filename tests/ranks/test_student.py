@@ -2,6 +2,7 @@
 
 import itertools
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from megadistill.comm.topology import Topology
 from megadistill.records import document_positions
+from megadistill.train.checkpoint import newest_checkpoint
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import Case, Found, build, dense_truth, global_batch, run_steps, three_steps
+from tests.unit.train.cases import save_checkpoint
 
 # (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
 LAYOUTS = [
@@ -96,11 +99,7 @@ def test_variants_equal_the_dense_truth(case: Case) -> None:
 
 
 def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: int, last: int) -> Found:
-    """Steps `first` to `last`; from step 0 freshly built, else from what `_save` left in `folder`."""
-    from pathlib import Path
-
-    from megadistill.train.checkpoint import newest_checkpoint, save_checkpoint
-
+    """Steps `first` to `last`; from step 0 freshly built, else from what an earlier call left in `folder`."""
     student = build(case, topology)
     if first > 0:
         checkpoint = newest_checkpoint(Path(folder))
@@ -110,17 +109,7 @@ def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: in
     steps = run_steps(case, student, topology, range(first, last))
     if first == 0:
         state = {**student.local_state(), "rng": torch.get_rng_state()}
-        save_checkpoint(
-            Path(folder),
-            state,
-            step=last,
-            tokens=0,
-            vocab_size=250,
-            cursor={},
-            parameters=student.parameters,
-            versions={},
-            topology=topology,
-        )
+        save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.parameters)
     return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 

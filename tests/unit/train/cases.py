@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megadistill.comm.topology import Topology
 from megadistill.config import Recipe
 from megadistill.data import Manifest
 from megadistill.model.families import FAMILIES, load_config, parameter_shapes
+from megadistill.train.attempt import Attempt
+from megadistill.train.checkpoint import FORMAT, CheckpointManifest
+from megadistill.train.saver import Saver, require_saved
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"
@@ -102,3 +106,35 @@ def recipe(manifest: Path, run: Path, *, teacher: Path | None = None, **sections
     for name, section in sections.items():
         values[name] = {**(values.get(name) or {}), **section}
     return Recipe.model_validate(values)
+
+
+def manifest_of(step: int, *, world: int = 1, **changes: Any) -> CheckpointManifest:
+    """What a checkpoint of `step` says of itself, without its files."""
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "tokens": 64 * step,
+        "world": world,
+        "vocab_size": 5,
+        "cursor": {"fingerprint": "f", "next_slot": 8 * step},
+        "parameters": {"w": (6, 2), "b": (3,)},
+        "versions": {"torch": "some"},
+        "attempt": 1,
+        "files": {},
+    }
+    return CheckpointManifest.model_validate(values | changes)
+
+
+def save_checkpoint(
+    folder: Path, state: dict[str, Tensor], step: int, *, rank: Topology | None = None, **manifest: Any
+) -> Path:
+    """Writes a checkpoint below `folder` at once, as the first attempt at the run above it; its path. Collective."""
+    rank = rank or topology()
+    saver = Saver(folder, rank, Attempt(folder.parent, 1), asynchronous=False, keep_last=99, keep_every=0)
+    try:
+        (result,) = saver.start(state, manifest_of(step, world=rank.world, **manifest))
+    finally:
+        saver.close()
+    path = require_saved(result).path
+    assert path is not None
+    return path
