@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from megadistill.comm.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.train.corruption import FrozenWeights, require_sound_student
+from megadistill.train.step import train_step
 from tests.ranks import student_cases
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import Case
+from tests.ranks.student_cases import Case, Found, three_steps
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def _flipped(tensor: Tensor, here: bool) -> Iterator[None]:
     raw[tensor.dtype.itemsize] ^= mask
 
 
-def _said(check: Callable[[], None]) -> str:
+def _said(check: Callable[[], object]) -> str:
     try:
         check()
     except OperatorFault as fault:
@@ -102,3 +105,53 @@ def test_a_bit_of_the_teacher() -> None:
             assert "not loaded alike on other ranks" in unlike
         assert ("rank 1 on" in changed) == (rank == 1)
         assert ("changed in another rank's memory" in changed) == (rank != 1)
+
+
+def _computed_twice(topology: Topology, case: Case, recompute: bool) -> Found:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student_cases, "train_step", partial(train_step, recompute=recompute))
+        return three_steps(topology, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(accumulation=2, persistence=100),
+        Case(tied=True, precision="bfloat16", activation_checkpointing=True),
+        Case(objective="labels"),
+    ],
+    ids=["accumulation", "tied", "labels"],
+)
+def test_computing_twice_moves_nothing(case: Case) -> None:
+    """Losses, gradients and parameters of three steps, to the last bit."""
+    once, twice = (run_ranks(2, _computed_twice, case, recompute)[0] for recompute in (False, True))
+    assert once.steps == twice.steps
+    for ours, theirs in zip((*once.gradients, once.parameters), (*twice.gradients, twice.parameters), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _computes_wrongly(topology: Topology) -> str:
+    """The second time, rank 1 gets one bit of its hidden states wrong."""
+    student = student_cases.build(Case(), topology)
+    compute, calls = student.hidden, 0
+
+    def hidden(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = compute(tokens, positions)
+        if (topology.rank, calls) == (1, 2):
+            found[3, 5] *= 1 + 2**-10
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "hidden", hidden)
+        patch.setattr(student_cases, "train_step", partial(train_step, recompute=True))
+        said = _said(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
+    return said
+
+
+def test_a_rank_that_computes_two_results_is_named() -> None:
+    first, second = run_ranks(2, _computes_wrongly)
+    assert first.startswith("another rank computed a micro-batch twice")
+    assert second.startswith("rank 1 on")
+    assert "computed a micro-batch twice and got two results" in second
