@@ -24,6 +24,7 @@ from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
 from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
+from megadistill.train.probe import check_probe
 from megadistill.train.recovery import Recovery
 from megadistill.train.run_folder import describe, keep_tokenizer, write_description
 from megadistill.train.schedule import scheduled
@@ -136,6 +137,7 @@ class Run:
         stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
             self._introduce(log)
+            self._probe(stream, log)
             stopped_by = self._asked_before_a_step()
             if stopped_by is not None:
                 return self._stopped(stopped_by, log)
@@ -192,6 +194,15 @@ class Run:
         log.say(f"{setup.folder}: {self._recovery.goes_on(self.step)}, {setup.recipe.train.steps} steps")
         if isinstance(self._teacher, Teacher):
             log.say(ahead_of(setup, self._teacher))
+
+    def _probe(self, stream: TokenStream, log: RunLog) -> None:
+        """Whether the teacher is the one that the run was started with."""
+        if isinstance(self._teacher, Teacher):
+            first = stream.start.next_slot
+            rows = range(first, first + self._setup.recipe.train.micro_batch)
+            vocab = self._student.head.vocab
+            said = check_probe(self._setup, self._teacher, vocab, self._topology, rows=lambda: stream.batch(rows))
+            log.say(said)
 
     def _take_step(self, batch: TokenBatch, taught: Iterator[Lesson]) -> tuple[float, StepOutcome]:
         """The learning rate, and what the step computed."""
