@@ -204,7 +204,7 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise OperatorFault(f"{path} is no checkpoint manifest: {place}: {first['msg']}") from None
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise OperatorFault(f"{path} is no checkpoint manifest ({reason})") from None
 

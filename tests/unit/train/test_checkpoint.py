@@ -1,15 +1,14 @@
 """Checkpoints in a world of one: complete or invisible, refused by name, and the same whoever cut them into pieces.
 
-Several ranks that write together are in tests/ranks/test_student.py.
+Who writes them is tested in test_saver.py, who chooses among them in test_store.py, several ranks in
+tests/ranks/test_checkpoint.py.
 """
 
 import hashlib
 import json
-import resource
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.errors import OperatorFault, RestartFault
+from megadistill.errors import OperatorFault
 from megadistill.train.checkpoint import (
     FORMAT,
     RNG_KEY,
     Checkpoint,
     checkpoint_folders,
+    commit,
     newest_checkpoint,
-    save_checkpoint,
+    write_rank,
 )
-from tests.unit.train.cases import topology
+from tests.unit.train.cases import manifest_of, save_checkpoint
 
 WEIGHT, BIAS = torch.arange(12, dtype=torch.float32).reshape(6, 2), torch.tensor([0.5, -0.5, 2.0])
 FILE = "rank-00000-of-00001.safetensors"
@@ -46,16 +46,8 @@ def _state(scale: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def _save(folder: Path, step: int, state: dict[str, Tensor] | None = None, **changes: Any) -> Path:
-    options: dict[str, Any] = {
-        "tokens": 64 * step,
-        "vocab_size": 5,
-        "cursor": {"fingerprint": "f", "next_slot": 8 * step},
-        "parameters": {"w": (6, 2), "b": (3,)},
-        "versions": {"torch": "some"},
-        "topology": topology(),
-    }
-    return save_checkpoint(folder, _state() if state is None else state, step=step, **(options | changes))
+def _save(folder: Path, step: int, state: dict[str, Tensor] | None = None, **manifest: Any) -> Path:
+    return save_checkpoint(folder, _state() if state is None else state, step, **manifest)
 
 
 def _newest(folder: Path) -> Checkpoint:
@@ -72,9 +64,14 @@ def _refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def _edit_manifest(checkpoint: Path, **changes: Any) -> None:
+def _edit_manifest(checkpoint: Path, *, signed: bool = True, **changes: Any) -> None:
+    """`signed`: with the sha256 of the new values, so that nothing but they is wrong."""
     path = checkpoint / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    if signed:
+        del values["sha256"]
+        values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
@@ -100,19 +97,11 @@ def _not_none(value: Tensor | None) -> Tensor:
 
 def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
     complete = _save(tmp_path, 4)
-    (tmp_path / ".tmp-step-00000006").mkdir()
-    for name in ("manifest.json", FILE):
-        (tmp_path / ".tmp-step-00000006" / name).write_bytes((complete / name).read_bytes())
+    for hidden in (".tmp-step-00000006-a1", ".removed-step-00000006", ".corrupt-a1-step-00000006"):
+        shutil.copytree(complete, tmp_path / hidden)
     assert _newest(tmp_path).folder == complete
     shutil.rmtree(complete)
     assert newest_checkpoint(tmp_path) is None
-
-
-def test_what_a_killed_save_left_is_written_over(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-step-00000004").mkdir(parents=True)
-    (tmp_path / ".tmp-step-00000004" / "half").write_bytes(b"half")
-    assert sorted(path.name for path in _save(tmp_path, 4).iterdir()) == ["manifest.json", FILE]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -134,7 +123,7 @@ def test_a_changed_file_is_named(tmp_path: Path, damage: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads {FORMAT}"),
+        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads (1, {FORMAT})"),
         ({"world": 2}, "lists 1 files, 2 ranks wrote it"),
         ({"files": {}}, "lists 0 files, 1 ranks wrote it"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "lists 1 files"),  # only the ranks' own are opened
@@ -155,29 +144,6 @@ def test_what_is_not_there_is_refused(tmp_path: Path, key: str, start: int, stop
     _save(tmp_path, 4)
     with pytest.raises(OperatorFault, match=key):
         _newest(tmp_path).read(key, start, stop)
-
-
-@contextmanager
-def _full_disk(free: int) -> Iterator[None]:
-    """No file of this process may grow past `free` bytes: the system's own error, for root too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_is_a_restart_fault_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
-    _save(tmp_path, 2)
-    large = {**_state(), "exp_avg_sq/w": torch.zeros(100_000)}
-    with _full_disk(100_000), pytest.raises(RestartFault, match="checkpoint of step 4 was not written: rank 0: "):
-        _save(tmp_path, 4, large)
-    older = _newest(tmp_path)
-    older.verify()
-    assert older.manifest.step == 2
-    _save(tmp_path, 4, large)
-    assert _newest(tmp_path).manifest.step == 4, "the next attempt is not in the way of the first"
 
 
 def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
@@ -229,24 +195,6 @@ def test_every_range_is_that_of_the_whole(pieces: list[int]) -> None:
                 assert torch.equal(found.read("master/w", start, stop), whole[start:stop]), (start, stop)
 
 
-def test_what_is_in_the_way_is_a_fault_that_a_restart_can_mend(tmp_path: Path) -> None:
-    _save(tmp_path, 2)
-    (tmp_path / ".tmp-step-00000004").write_bytes(b"in the way")
-    with pytest.raises(RestartFault, match="step 4 was not written"):
-        _save(tmp_path, 4)
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(RestartFault, match="step 6 was not written"):
-        _save(tmp_path / "file", 6)
-    assert _newest(tmp_path).manifest.step == 2
-
-
-def test_a_disk_that_fills_up_at_the_manifest_is_a_fault_too(tmp_path: Path) -> None:
-    _save(tmp_path, 2)
-    with _full_disk(100_000), pytest.raises(RestartFault, match="step 4 was not written"):
-        _save(tmp_path, 4, versions={"x": "y" * 200_000})
-    assert _newest(tmp_path).manifest.step == 2
-
-
 def test_a_checkpoint_that_was_renamed_aside_is_out_of_the_way(tmp_path: Path) -> None:
     _save(tmp_path, 2)
     _save(tmp_path, 4).rename(tmp_path / "step-00000004.damaged")
@@ -255,14 +203,99 @@ def test_a_checkpoint_that_was_renamed_aside_is_out_of_the_way(tmp_path: Path) -
 
 
 def test_a_newer_format_is_named_before_its_new_keys(tmp_path: Path) -> None:
-    _edit_manifest(_save(tmp_path, 4), format=2, something_new=1)
-    with pytest.raises(OperatorFault, match="format 2, this version reads 1"):
+    _edit_manifest(_save(tmp_path, 4), format=FORMAT + 1, something_new=1)
+    with pytest.raises(OperatorFault, match=f"format {FORMAT + 1}, this version reads"):
         _newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000],
+    ids=["none", "half", "list", "null", "bytes", "deep"],
+)
+def test_what_is_no_manifest_is_damage(tmp_path: Path, content: bytes) -> None:
+    (_save(tmp_path, 4) / "manifest.json").write_bytes(content)
+    assert "no checkpoint manifest" in _refused(tmp_path)
+
+
+def test_a_manifest_whose_values_changed_is_damage(tmp_path: Path) -> None:
+    """A flipped digit of the cursor is as bad as one of the weights, and no file's hash covers it."""
+    _edit_manifest(_save(tmp_path, 4), signed=False, cursor={"fingerprint": "f", "next_slot": 33})
+    assert "manifest.json is damaged" in _refused(tmp_path)
+    _edit_manifest(_newest_folder(tmp_path), signed=True)
+    _newest(tmp_path).verify()
+
+
+def _newest_folder(folder: Path) -> Path:
+    return checkpoint_folders(folder)[max(checkpoint_folders(folder))]
+
+
+def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
+    with open(_save(tmp_path, 4) / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)
+    assert "is no manifest" in _refused(tmp_path)
 
 
 def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> None:
     """The manifest is there before the name, so it was lost since: going on from an older one would be silent."""
     _save(tmp_path, 2)
     (_save(tmp_path, 4) / "manifest.json").unlink()
-    with pytest.raises(OperatorFault, match=r"step-00000004.*move .* away"):
-        _newest(tmp_path)
+    assert "step-00000004" in _refused(tmp_path)
+
+
+def test_of_several_readers_each_file_has_one(tmp_path: Path) -> None:
+    """Three files, two readers: what is damaged is found by one of them, whichever file it is."""
+    _write_by_hand(tmp_path, [2, 2, 2])
+    for damaged in range(3):
+        path = tmp_path / f"rank-{damaged:05d}-of-00003.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = [_damage(Checkpoint(tmp_path), part, 2) for part in range(2)]
+        assert sum(path.name in said for said in found) == 1
+        assert sorted(found)[0] == ""
+        path.write_bytes(content)
+    assert [_damage(Checkpoint(tmp_path), part, 5) for part in range(5)] == [""] * 5
+
+
+def _damage(checkpoint: Checkpoint, part: int, parts: int) -> str:
+    try:
+        checkpoint.verify(part, parts)
+    except OperatorFault as fault:
+        return str(fault)
+    return ""
+
+
+def test_a_checkpoint_never_replaces_another(tmp_path: Path) -> None:
+    before = _save(tmp_path, 4)
+    content = {path.name: path.read_bytes() for path in before.iterdir()}
+    temporary = tmp_path / ".tmp-step-00000004-a2"
+    temporary.mkdir()
+    write_rank(temporary, _state(scale=2.0), rank=0, world=1)
+    with pytest.raises(OSError, match="step-00000004"):
+        commit(temporary, before, manifest_of(4))
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == content
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """Whoever reads a run folder of a shared disk is not who wrote it."""
+    assert {path.stat().st_mode & 0o777 for path in _save(tmp_path, 4).iterdir()} == {0o644}
+
+
+def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the system calls: files, the manifest, their folder; the name; the folder of the name."""
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    _save(tmp_path / "checkpoints", 4)
+    temporary = ".tmp-step-00000004-a1"
+    assert done == [FILE, f"{FILE}.json", "manifest.json", temporary, "rename", "checkpoints"]
