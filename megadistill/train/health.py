@@ -73,11 +73,12 @@ class RobustWindow:
 
     z = (value - median) / s, with s = 1.4826 · median |x - median|, at least `floor` · |median|. A value that leaves
     does not enter the window, so that a spike does not hide the next one. While there is less than half a window
-    nothing is told. A loss that falls, as a young one does, has its median above it, and its fall widens s.
+    nothing is told. A loss that falls, as a young one does, has its median above it, and its fall widens s. What is not
+    finite neither leaves nor enters: a step that has such a number moves nothing, and says so elsewhere.
     """
 
     def __init__(self, window: int, zscore: float, *, floor: float, values: Iterable[float] = ()) -> None:
-        self._values = deque((value for value in values if math.isfinite(value)), maxlen=window)
+        self._values = deque(filter(math.isfinite, values), maxlen=window)
         self._window = window
         self._zscore = zscore
         self._floor = floor
@@ -89,6 +90,8 @@ class RobustWindow:
 
     def leaves(self, value: float, *, either_way: bool = False) -> float | None:
         """The z-score of a value that is too high (or too low, `either_way`); None for one that is not, and stays."""
+        if not math.isfinite(value):
+            return None
         if len(self._values) >= max(2, self._window // 2):
             middle = self.median
             spread = NORMAL_MAD * median(abs(each - middle) for each in self._values)
@@ -101,7 +104,7 @@ class RobustWindow:
     def restart(self, values: Iterable[float] = ()) -> None:
         """The level has changed for good: what was before it tells nothing."""
         self._values.clear()
-        self._values.extend(values)
+        self._values.extend(filter(math.isfinite, values))
 
 
 @dataclass(frozen=True)
