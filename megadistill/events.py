@@ -46,7 +46,7 @@ class JsonLines:
         """Why the disk refuses the line; None where it took it."""
         self._waiting.append((json.dumps(values) + "\n").encode())
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             return str(error)
         try:
@@ -61,7 +61,13 @@ class JsonLines:
 
 
 def _append_whole(descriptor: int, line: bytes) -> None:
-    """One write, so that lines of several processes stay whole; what a full disk took of it is taken back."""
+    """One write, so that lines of several processes stay whole; what a full disk took of it is taken back.
+
+    A last line that a dead machine left without its end gets one first, or this line would be lost with it.
+    """
+    size = os.fstat(descriptor).st_size
+    if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line
     written = os.write(descriptor, line)
     if written < len(line):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)

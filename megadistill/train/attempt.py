@@ -31,6 +31,7 @@ _NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}|xox[a-z]-[\w-]+"
     r"|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+    r"|(?<=[?&])[\w.-]*(?i:key|token|secret|passw|credential|sig)[\w.-]*=[^&#\s]+"  # of a presigned URL
 )
 
 

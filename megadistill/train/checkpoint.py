@@ -135,9 +135,17 @@ class Checkpoint:
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every checkpoint below `folder`, oldest first. What never got its name is not one."""
-    named = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*"))
-    return dict(sorted((int(name[1]), path) for name, path in named if name))
+    """Step -> folder of every checkpoint below `folder`, oldest first. What never got its name is not one.
+
+    Raises:
+        OSError: the folder cannot be read, which is not the same as that there is none.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return {}
+    steps = ((re.fullmatch(r"step-(\d{8,})", name), name) for name in names)
+    return dict(sorted((int(step[1]), folder / name) for step, name in steps if step))
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

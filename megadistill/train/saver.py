@@ -181,8 +181,8 @@ class Saver:
         return self._done(save)
 
     def close(self) -> None:
-        """Ends the thread when what it does is done; a save that was not settled stays invisible."""
-        self._thread.shutdown(wait=True)
+        """Waits for nothing, be the disk ever so slow: a save that was not settled stays invisible."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make_room(self, temporary: Path, bytes_: int) -> str | None:
         """Makes the temporary folder; a line where there is no room for what all ranks will write. Collective."""
@@ -221,8 +221,12 @@ class Saver:
                 continue
             if not self._attempt.is_newest():
                 break
-            remove(found[step])
-            removed.append(found[step].name)
+            try:
+                remove(found[step])
+            except OSError as error:  # the new checkpoint is whole nonetheless
+                _say(f"rank 0: {found[step]} is no longer needed and cannot be deleted: {error}")
+            else:
+                removed.append(found[step].name)
         return tuple(removed)
 
     def _done(self, save: _Save) -> SaveResult:
@@ -290,6 +294,10 @@ def _reason(future: Future[float] | Future[tuple[str, ...]] | None, rank: int) -
     if not isinstance(error, OSError | SafetensorError | OperatorFault):
         raise error
     reason = f"rank {rank}: {error}"
-    with suppress(OSError):
-        print(f"megadistill: {reason}", file=sys.stderr, flush=True)
+    _say(reason)
     return reason
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        print(f"megadistill: {line}", file=sys.stderr, flush=True)

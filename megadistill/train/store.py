@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from megadistill.train.saver import remove
 
 READ_ATTEMPTS, READ_PAUSE_SECONDS = 3, 2.0
 KEEP_ABANDONED = 2
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def newest_valid(
     """
     aside: list[SetAside] = []
     while True:
-        found = checkpoint_folders(folder)
+        found = _readable(lambda: checkpoint_folders(folder), folder, topology)
         step = max(found, default=0)
         _require_one_folder(folder, step, topology)
         if not found:
@@ -81,22 +84,7 @@ def _looked_at(
     path: Path, topology: Topology, abandoned: Callable[[CheckpointManifest], bool]
 ) -> tuple[Checkpoint | None, str, bool]:
     """The checkpoint, if every rank finds its part of it whole and it was not given up; else why not. Collective."""
-    checkpoint, damage, unreadable = None, "", ""
-    for left in reversed(range(READ_ATTEMPTS)):
-        try:
-            checkpoint = Checkpoint(path)
-            checkpoint.verify(topology.rank, topology.world)
-            unreadable = ""
-            break
-        except OperatorFault as fault:
-            damage, unreadable = str(fault), ""
-            break
-        except OSError as error:
-            unreadable = f"{path} cannot be read: {error}"
-            if left:
-                time.sleep(READ_PAUSE_SECONDS)
-    if not everywhere(not unreadable, topology.device, topology.world_group):
-        raise RestartFault(unreadable or f"{path} cannot be read: another rank says why")
+    checkpoint, damage = _readable(lambda: _verified(path, topology), path, topology)
     given_up = checkpoint is not None and abandoned(checkpoint.manifest)
     if everywhere(not damage, topology.device, topology.world_group):
         assert checkpoint is not None
@@ -106,6 +94,37 @@ def _looked_at(
     if damage:
         print(f"megadistill: rank {topology.rank}: {damage}", file=sys.stderr, flush=True)
     return None, damage or "another rank says why", False
+
+
+def _verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
+    """The checkpoint, or why it is damaged, as far as this rank's part of its files goes."""
+    try:
+        checkpoint = Checkpoint(path)
+        checkpoint.verify(topology.rank, topology.world)
+    except OperatorFault as fault:
+        return None, str(fault)
+    return checkpoint, ""
+
+
+def _readable(read: Callable[[], Found], path: Path, topology: Topology) -> Found:
+    """What `read` returns, on every rank; an error of the disk is given time to pass. Collective.
+
+    Raises:
+        RestartFault: it has not passed, on this rank or on another one.
+    """
+    found: list[Found] = []
+    problem = ""
+    for left in reversed(range(READ_ATTEMPTS)):
+        try:
+            found.append(read())
+            break
+        except OSError as error:
+            problem = f"{path} cannot be read: {error}"
+            if left:
+                time.sleep(READ_PAUSE_SECONDS)
+    if everywhere(bool(found), topology.device, topology.world_group):
+        return found[0]
+    raise RestartFault(f"{path} cannot be read: another rank says why" if found else problem)
 
 
 def _require_one_folder(folder: Path, step: int, topology: Topology) -> None:
