@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -19,8 +19,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from megadistill.comm.bridge import Bridge, Heartbeat
+from megadistill.comm.bridge import Bridge
+from megadistill.comm.collectives import barrier
 from megadistill.comm.roles import Roles
+from megadistill.comm.watch import Watch
+from megadistill.comm.whereabouts import collectives_joined
 from megadistill.errors import RestartFault, UserError
 
 
@@ -85,6 +88,8 @@ class Topology:
     """The teacher's ranks have a world of their own, where the teacher is not colocated."""
     bridge: Bridge | None = None
     """To the other role; None where there is none."""
+    watch: Watch = field(default_factory=Watch)
+    """To be told what this rank begins: it finds who holds up the launch."""
 
     @property
     def group_rank(self) -> int:
@@ -133,6 +138,7 @@ def joined(
     Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
     started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
     for peers that may be waiting themselves. With `roles`, student and teacher are a world each, joined by a bridge.
+    The topology's watch is at work; no phase has a limit before the caller stamps one.
 
     Raises:
         RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
@@ -149,39 +155,60 @@ def joined(
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # torchrun sets it; under the deepspeed launcher each rank would take all cores, and all of them wait.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
-    backend = dist.get_default_backend_for_device(device)
-    store: Store | None = None
-    own = launch
-    if roles is not None:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        own = _own_launch(launch, roles)
-        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
-        name = "student" if roles.is_student(launch.rank) else "teacher"
-        prefixed = PrefixStore(name, store)
-        dist.init_process_group(backend, store=prefixed, rank=own.rank, world_size=own.world, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world, timeout=timeout)
+    own = launch if roles is None else _own_launch(launch, roles)
+    role = "student" if roles is None or roles.is_student(launch.rank) else "teacher"
+    watch = Watch()
     try:
-        if roles is None or roles.is_student(launch.rank):
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        watch = _started_watch(launch, role, store, timeout)
+        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
+        backend = dist.get_default_backend_for_device(device)
+        of_role = PrefixStore(role, store)
+        dist.init_process_group(backend, store=of_role, rank=own.rank, world_size=own.world, timeout=timeout)
+        if roles is None or role == "student":
             topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
         else:
             topology = _teachers_topology(own, roles, device)
-        if roles is None:
-            yield topology
+        bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
+        watch.count(lambda: collectives_joined(role, but=topology.pipeline_group))
+        yield replace(topology, bridge=bridge, watch=watch)
+        # Nobody leaves while another may still look for it.
+        if bridge is not None:
+            bridge.barrier()
         else:
-            assert store is not None
-            bridge = Bridge(store, roles, launch.rank, device=device, timeout=timeout)
-            limit = min(60.0, timeout.total_seconds() / 2)  # sooner than a collective gives up, which names nobody
-            heartbeat = Heartbeat(store, launch.rank, roles.partners(launch.rank), limit=limit)
-            yield replace(topology, bridge=bridge)
-            bridge.barrier()  # nobody leaves while the other role may still look for it
-            heartbeat.stop()
+            barrier(topology.world_group)
     except RuntimeError as error:
-        if _is_communication(error):
-            reason = str(error).splitlines()[0]
-            raise RestartFault(f"lost another rank in a collective, look for its own reason first: {reason}") from error
+        if not _is_communication(error):
+            watch.failed(_one_line(error))
+            raise
+        raise RestartFault(_lost(watch, error)) from error
+    except BaseException as error:
+        watch.failed(_one_line(error))
         raise
+    watch.stop()
     dist.destroy_process_group()
+
+
+def _started_watch(launch: Launch, role: str, store: Store, timeout: timedelta) -> Watch:
+    return Watch(
+        store if launch.world > 1 else None,
+        rank=launch.rank,
+        world=launch.world,
+        silence=min(60.0, timeout.total_seconds() / 2),  # sooner than a collective gives up, which names nobody
+        speaks=launch.rank == 1 or launch.local_rank == 0,
+    ).start()
+
+
+def _lost(watch: Watch, error: RuntimeError) -> str:
+    missing = watch.lost() or "look for its own reason first"
+    reason = f"lost another rank in a collective: {missing} ({str(error).splitlines()[0]})"
+    if watch.on_verdict is not None:
+        watch.on_verdict(reason)
+    return reason
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _own_launch(launch: Launch, roles: Roles) -> Launch:
