@@ -1,0 +1,1 @@
+"""The drill: a real run, killed, frozen, starved and poisoned, and compared with an undisturbed one."""

@@ -1,0 +1,521 @@
+"""The cases of the drill. Each makes a fault, goes on by the same command, and compares with the truth.
+
+A case returns a `Found`, or raises AssertionError.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadistill.events import read_lines
+from megadistill.train.checkpoint import checkpoint_folders
+from tests.drill.launch import Ranks, until
+from tests.drill.place import EVERY, STEPS, Place
+from tests.drill.record import Record, lost_steps, names
+from tests.e2e.commands import settings
+
+RESTART, PERSON = 3, 4
+
+SLOW = "slow:60"
+"""So that there is time to do something to a run in the middle."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """After how many seconds the run had ended by the fault, how many steps it cost, and what came out."""
+
+    seconds: float | None
+    steps: int | None
+    result: str
+
+
+Case = Callable[[Place], Found]
+CASES: dict[str, tuple[str, Case]] = {}
+
+
+def case(name: str, fault: str) -> Callable[[Case], Case]:
+    def named(function: Case) -> Case:
+        CASES[name] = fault, function
+        return function
+
+    return named
+
+
+def truth(place: Place) -> Record:
+    """The undisturbed run, made once."""
+    folder = place.run_folder("truth")
+    if not (folder / "DONE").exists():
+        assert place.attempt("truth").wait() == [0, 0]
+    return Record.of(folder)
+
+
+def steps_of(folder: Path) -> int:
+    """The last step that is logged."""
+    return max((int(line["step"]) for line in read_lines(folder / "metrics.jsonl")), default=0)
+
+
+def until_step(folder: Path, step: int, ranks: Ranks) -> None:
+    until(lambda: steps_of(folder) >= step or not ranks.alive, 60.0, f"{folder} did not come to step {step}")
+    assert ranks.alive, f"the run ended before step {step}\n{ranks.said}"
+
+
+def since(moment: float) -> float:
+    return time.monotonic() - moment
+
+
+def goes_on(place: Place, name: str, *changes: str, seconds: float | None) -> Found:
+    """The same command ends the run, and it is the undisturbed one."""
+    ranks = place.attempt(name, *changes)
+    assert ranks.wait() == [0, 0], ranks.said
+    folder = place.run_folder(name)
+    return Found(seconds, lost_steps(folder), Record.of(folder).require_same(truth(place)))
+
+
+def half_way(place: Place, name: str) -> Path:
+    """A run that stopped after three checkpoints, as a copy of one that did."""
+    base = place.run_folder("half")
+    if not base.exists():
+        assert place.attempt("half", "--stop-after", str(3 * EVERY)).wait() == [0, 0]
+    folder = place.run_folder(name)
+    shutil.copytree(base, folder)
+    return folder
+
+
+def require_no_checkpoint_but(folder: Path, expected: list[int]) -> None:
+    found = list(checkpoint_folders(folder / "checkpoints"))
+    assert found == expected, f"checkpoints {found}, not {expected}"
+
+
+@case("clean", "none: two clean runs")
+def clean(place: Place) -> Found:
+    truth(place)
+    return goes_on(place, "clean", seconds=None)
+
+
+@case("kill-rank", "SIGKILL to a rank in mid-step")
+def kill_rank(place: Place) -> Found:
+    ranks = place.attempt("kill-rank", faults={1: ["die:11"]})
+    ranks.processes[1].join(60)
+    began = time.monotonic()
+    codes = ranks.wait(30)
+    assert codes == [RESTART, -signal.SIGKILL], f"{codes}\n{ranks.said}"
+    return goes_on(place, "kill-rank", seconds=since(began))
+
+
+@case("kill-in-save", "SIGKILL to all in a save, after the bytes, before the rename")
+def kill_in_save(place: Place) -> Found:
+    folder = place.run_folder("kill-in-save")
+    ranks = place.attempt("kill-in-save", faults={0: ["before_rename:8", SLOW]})
+    ranks.until_blocked()
+    ranks.send(signal.SIGKILL)
+    ranks.wait(10)
+    require_no_checkpoint_but(folder, [4])
+    assert list((folder / "checkpoints").glob(".tmp-*")), "the bytes were there"
+    found = goes_on(place, "kill-in-save", seconds=0.0)
+    assert not list((folder / "checkpoints").glob(".tmp-*")), "what was left over is still there"
+    return found
+
+
+def newest_file(folder: Path, *, back: int = 0) -> Path:
+    steps = sorted(checkpoint_folders(folder / "checkpoints").items())
+    return sorted(steps[-1 - back][1].glob("rank-*.safetensors"))[0]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def flip(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@case("truncated", "the newest checkpoint truncated")
+def truncated(place: Place) -> Found:
+    folder = half_way(place, "truncated")
+    truncate(newest_file(folder))
+    found = goes_on(place, "truncated", seconds=None)
+    (aside,) = Record.of(folder).named("set_aside")
+    assert aside["step"] == 12, aside
+    return found
+
+
+@case("flipped", "a byte flipped in the newest, a file missing in the next")
+def flipped(place: Place) -> Found:
+    folder = half_way(place, "flipped")
+    flip(newest_file(folder))
+    newest_file(folder, back=1).unlink()
+    found = goes_on(place, "flipped", seconds=None)
+    assert [each["step"] for each in Record.of(folder).named("set_aside")] == [12, 8]
+    return found
+
+
+@case("only-damaged", "the only checkpoint damaged")
+def only_damaged(place: Place) -> Found:
+    folder = half_way(place, "only-damaged")
+    for step, path in checkpoint_folders(folder / "checkpoints").items():
+        if step < 3 * EVERY:
+            shutil.rmtree(path)
+    flip(newest_file(folder))
+    began = time.monotonic()
+    ranks = place.attempt("only-damaged")
+    assert ranks.wait() == [PERSON, PERSON], ranks.said
+    assert "does not begin from scratch" in ranks.said
+    (aside,) = (folder / "checkpoints").glob(".corrupt-*")
+    flip(next(aside.glob("rank-00000-*.safetensors")))  # a person mends it, and gives it its name back
+    aside.rename(folder / "checkpoints" / aside.name[aside.name.index("step-") :])
+    return goes_on(place, "only-damaged", seconds=since(began))
+
+
+@case("full-disk", "a full disk (tmpfs), in mid-run and at the last save")
+def full_disk(place: Place) -> Found:
+    truth(place)
+    folder = place.run_folder("full-disk")
+    one = sum(path.stat().st_size for path in newest_file(place.run_folder("truth")).parent.iterdir())
+    folder.mkdir(parents=True)
+    size = int(2.6 * one) + (400 << 10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        began = time.monotonic()
+        ranks = place.attempt("full-disk", *settings(checkpoint__keep_last=8))
+        codes = ranks.wait()
+        assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+        assert not (folder / "DONE").exists(), "a last save that failed must not look done"
+        failed = [each for each in read_lines(folder / "events.jsonl") if each["event"] == "save_failed"]
+        assert failed, "no event says that a save failed"
+        require_no_checkpoint_but(folder, [4, 8])
+        assert steps_of(folder) == STEPS, "the run did not live on"
+        seconds = since(began)
+        subprocess.run(["mount", "-o", f"remount,size={64 << 20}", str(folder)], check=True)
+        return goes_on(place, "full-disk", *settings(checkpoint__keep_last=8), seconds=seconds)
+    finally:
+        subprocess.run(["umount", str(folder)], check=False)
+
+
+@case("shard", "a shard corrupted, under quarantine; killed and resumed")
+def shard(place: Place) -> Found:
+    data = place.folder / "data-damaged"
+    shutil.copytree(place.data, data)
+    tars = sorted((data / "train").glob("*.tar"))
+    for tar in tars:
+        with open(tar, "r+b") as file:
+            for place_ in range(600, tar.stat().st_size, 40_000):
+                file.seek(place_)
+                byte = file.read(1)[0]
+                file.seek(place_)
+                file.write(bytes([byte ^ 4]))
+    changes = settings(data__on_fault="quarantine", data__max_holes_per_million=100_000)
+    assert place.attempt("shard-truth", *changes, data=data).wait() == [0, 0]
+    expected = Record.of(place.run_folder("shard-truth"))
+    assert expected.cursor["holes"], "the run read nothing that was damaged"
+    assert expected.named("hole")
+    ranks = place.attempt("shard", *changes, data=data, faults={0: ["die:15"]})
+    ranks.wait(60)
+    ranks = place.attempt("shard", *changes, data=data)
+    assert ranks.wait() == [0, 0], ranks.said
+    folder = place.run_folder("shard")
+    result = Record.of(folder).require_same(expected)
+    return Found(None, lost_steps(folder), f"{len(expected.cursor['holes'])} rows masked, {result}")
+
+
+def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str) -> Found:
+    """Asked to stop by `stop`, all ranks save the same step, and the run goes on from there."""
+    folder = place.run_folder(name)
+    ranks = place.attempt(name, *changes, faults={rank: [SLOW] for rank in range(2)})
+    until_step(folder, 6, ranks)
+    began = time.monotonic()
+    stop(ranks, folder)
+    codes = ranks.wait()
+    seconds = since(began)
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    record = Record.of(folder)
+    assert record.step == steps_of(folder) < STEPS, "the checkpoint is not of the step at which it stopped"
+    (event,) = record.named("stop")
+    assert reason in event["reason"], event
+    found = goes_on(place, name, *settings(run__minutes="null"), seconds=seconds)
+    assert found.steps == 0, "a clean stop costs no step"
+    return found
+
+
+@case("usr2", "SIGUSR2 to one rank")
+def usr2(place: Place) -> Found:
+    return stopped(place, "usr2", lambda ranks, _: ranks.send(signal.SIGUSR2, rank=1), reason="SIGUSR2")
+
+
+@case("term", "SIGTERM to all")
+def term(place: Place) -> Found:
+    return stopped(place, "term", lambda ranks, _: ranks.send(signal.SIGTERM), reason="SIGTERM")
+
+
+@case("stop-file", "the file STOP")
+def stop_file(place: Place) -> Found:
+    return stopped(place, "stop-file", lambda _, folder: (folder / "STOP").touch(), reason="STOP")
+
+
+@case("budget", "the time budget is spent")
+def budget(place: Place) -> Found:
+    return stopped(place, "budget", lambda *_: None, *settings(run__minutes=0.04), reason="run.minutes")
+
+
+@case("second-signal", "a second signal")
+def second_signal(place: Place) -> Found:
+    folder = place.run_folder("second-signal")
+    ranks = place.attempt("second-signal", faults={0: ["slow:4000"]})
+    until_step(folder, 1, ranks)
+    began = time.monotonic()
+    ranks.send(signal.SIGTERM)
+    time.sleep(2.2)
+    ranks.send(signal.SIGTERM)
+    codes = ranks.wait(20)
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    require_no_checkpoint_but(folder, [])
+    return goes_on(place, "second-signal", seconds=since(began))
+
+
+@case("frozen", "SIGSTOP to one rank")
+def frozen(place: Place) -> Found:
+    folder = place.run_folder("frozen")
+    ranks = place.attempt("frozen", faults={rank: [SLOW] for rank in range(2)})
+    until_step(folder, 6, ranks)
+    ranks.send(signal.SIGSTOP, rank=1)
+    began = time.monotonic()
+    ranks.processes[0].join(60)
+    seconds = since(began)
+    ranks.send(signal.SIGKILL, rank=1)  # as its launcher does; a stopped process takes no other signal
+    assert ranks.wait(10) == [RESTART, -signal.SIGKILL], ranks.said
+    assert "rank 1" in ranks.logs[0].read_text().rpartition("megadistill")[2], ranks.said
+    return goes_on(place, "frozen", seconds=seconds)
+
+
+@case("stuck", "a rank stuck in Python")
+def stuck(place: Place) -> Found:
+    folder = place.run_folder("stuck")
+    ranks = place.attempt("stuck", faults={1: ["stuck:7"]})
+    until_step(folder, 6, ranks)
+    began = time.monotonic()
+    codes = ranks.wait(60)
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    assert "rank 1" in ranks.said
+    assert "_stuck" in ranks.said or any("_stuck" in path.read_text() for path in folder.rglob("*rank-00001*")), (
+        "no stack shows where it was stuck"
+    )
+    return goes_on(place, "stuck", seconds=since(began))
+
+
+@case("nan", "a NaN in one rank")
+def nan(place: Place) -> Found:
+    ranks = place.attempt("nan", faults={1: ["nan:7"]})
+    assert ranks.wait() == [0, 0], ranks.said
+    record = Record.of(place.run_folder("nan"))
+    (skip,) = record.named("skip")
+    assert skip["step"] == 7
+    before, clean_run = record.steps, truth(place).steps
+    assert sorted(before) == [step for step in clean_run if step != 7], "another step was left out"
+    assert all(before[step] == clean_run[step] for step in range(1, 7))
+    return Found(0.0, 1, "one step moved nothing, on all ranks")
+
+
+@case("nan-for-good", "NaNs in one rank for good")
+def nan_for_good(place: Place) -> Found:
+    began = time.monotonic()
+    ranks = place.attempt("nan-for-good", faults={1: ["nan_from:9"]})
+    codes = ranks.wait()
+    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
+    assert "steps in a row moved nothing" in ranks.said
+    return goes_on(place, "nan-for-good", seconds=since(began))
+
+
+@case("teacher-nan", "a NaN in the teacher")
+def teacher_nan(place: Place) -> Found:
+    ranks = place.attempt("teacher-nan", faults={1: ["teacher_nan:9"]})
+    began = time.monotonic()
+    codes = ranks.wait()
+    assert PERSON in codes, f"{codes}\n{ranks.said}"
+    assert set(codes) <= {PERSON, RESTART}, f"{codes}\n{ranks.said}"
+    assert "teacher" in ranks.said
+    assert steps_of(place.run_folder("teacher-nan")) <= 9
+    return goes_on(place, "teacher-nan", seconds=since(began))
+
+
+@case("wrong-teacher", "the teacher's weights exchanged under a resume")
+def wrong_teacher(place: Place) -> Found:
+    half_way(place, "wrong-teacher")
+    kept = place.folder / "teacher-kept"
+    shutil.copytree(place.teacher, kept)
+    began = time.monotonic()
+    try:
+        for path in place.teacher.glob("*.safetensors"):
+            exchange(path)
+        ranks = place.attempt("wrong-teacher")
+        codes = ranks.wait()
+    finally:
+        shutil.rmtree(place.teacher)
+        kept.rename(place.teacher)
+    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
+    assert "probe" in ranks.said
+    return goes_on(place, "wrong-teacher", seconds=since(began))
+
+
+def exchange(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+def spiking(place: Place, name: str, *, faults: list[str]) -> Ranks:
+    rolling = settings(
+        faults__max_rollbacks=1, faults__rollback_steps=2, faults__spike_window=8, faults__spike_zscore=8
+    )
+    return place.attempt(name, *rolling, faults={rank: ["spike:140", *faults] for rank in range(2)})
+
+
+@case("spike", "a loss spike: rollback, skipped; killed after it and resumed")
+def spike(place: Place) -> Found:
+    ranks = spiking(place, "spike", faults=[])
+    assert ranks.wait() == [0, 0], ranks.said
+    record = Record.of(place.run_folder("spike"))
+    (rollback,) = record.named("rollback")
+    first, stop = rollback["skip"]
+    assert first <= 140 < stop, rollback
+    assert place.attempt("skipped", *settings(data__skip=f"[[{first},{stop}]]")).wait() == [0, 0]
+    result = record.require_same(Record.of(place.run_folder("skipped")))
+    killed = spiking(place, "spike-killed", faults=["slow:100"])
+    path = place.run_folder("spike-killed") / "rollbacks.json"
+    until(lambda: path.exists() or not killed.alive, 60.0, "no rollback")
+    killed.send(signal.SIGKILL)
+    killed.wait(10)
+    ranks = spiking(place, "spike-killed", faults=[])
+    assert ranks.wait() == [0, 0], ranks.said
+    Record.of(place.run_folder("spike-killed")).require_same(record)
+    return Found(None, rollback["step"] - rollback["to_step"], f"as a run that skips slots {first} to {stop}: {result}")
+
+
+@case("zombie", "a frozen attempt thaws while a later one has finished")
+def zombie(place: Place) -> Found:
+    folder = place.run_folder("zombie")
+    ranks = place.attempt("zombie", faults={rank: [SLOW] for rank in range(2)})
+    until_step(folder, 6, ranks)
+    ranks.send(signal.SIGSTOP)
+    later = place.attempt("zombie")
+    assert later.wait() == [0, 0], later.said
+    record, before = Record.of(folder), names(folder)
+    began = time.monotonic()
+    ranks.send(signal.SIGCONT)
+    codes = ranks.wait(60)
+    assert 0 not in codes, f"{codes}\n{ranks.said}"
+    assert names(folder) == before, "the old attempt changed the checkpoints"
+    assert Record.of(folder).steps == record.steps, "the old attempt wrote to the log"
+    return Found(since(began), lost_steps(folder), Record.of(folder).require_same(truth(place)))
+
+
+@case("worlds", "other worlds: 2, then 1, then 4")
+def worlds(place: Place) -> Found:
+    for world, stop in ((2, 7), (1, 15), (4, STEPS)):
+        layout = settings(comm__vocab_group=min(world, 2), train__micro_batch=1 if world == 4 else 2)
+        ranks = place.attempt("worlds", *layout, "--stop-after", str(stop), world=world)
+        assert ranks.wait() == [0] * world, ranks.said
+    return Found(None, 0, Record.of(place.run_folder("worlds")).require_close(truth(place)))
+
+
+APART = settings(teacher__placement="disaggregated", teacher__ranks=1, comm__vocab_group=2)
+
+
+def apart(place: Place, name: str, dies: int) -> Found:
+    expected_folder = place.run_folder("apart")
+    if not expected_folder.exists():
+        ranks = place.attempt("apart", *APART, world=3)
+        assert ranks.wait() == [0, 0, 0], ranks.said
+    expected = Record.of(expected_folder)
+    expected.require_close(truth(place))
+    folder = place.run_folder(name)
+    ranks = place.attempt(name, *APART, world=3, faults={rank: [SLOW] for rank in range(2)})
+    until_step(folder, 6, ranks)
+    ranks.send(signal.SIGKILL, rank=dies)
+    began = time.monotonic()
+    codes = ranks.wait(90)
+    seconds = since(began)
+    others = [code for rank, code in enumerate(codes) if rank != dies]
+    assert others == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    ranks = place.attempt(name, *APART, world=3)
+    assert ranks.wait() == [0, 0, 0], ranks.said
+    return Found(seconds, lost_steps(folder), Record.of(folder).require_same(expected))
+
+
+@case("teacher-dies", "disaggregated: SIGKILL to a rank of the teacher")
+def teacher_dies(place: Place) -> Found:
+    return apart(place, "teacher-dies", dies=2)
+
+
+@case("student-dies", "disaggregated: SIGKILL to a rank of the student")
+def student_dies(place: Place) -> Found:
+    return apart(place, "student-dies", dies=1)
+
+
+@case("jit-lock", "a JIT lock left behind")
+def jit_lock(place: Place) -> Found:
+    extensions = place.folder / "extensions"
+    lock = extensions / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    began = time.monotonic()
+    ranks = place.attempt("jit-lock", environment={"TORCH_EXTENSIONS_DIR": str(extensions)})
+    codes = ranks.wait()
+    seconds = since(began)
+    assert codes == [2, 2], f"{codes}\n{ranks.said}"
+    assert str(lock) in ranks.said
+    return goes_on(place, "jit-lock", seconds=seconds)
+
+
+FAULTS = 20
+LONG = 150
+"""Steps of the run that meets twenty faults."""
+
+
+@case("twenty", f"{FAULTS} random faults in a row")
+def twenty(place: Place) -> Found:
+    seed = int(os.environ.get("DRILL_SEED", "1"))
+    draw = random.Random(seed)
+    assert place.attempt("twenty-truth", steps=LONG).wait(240) == [0, 0]
+    folder, done, said = place.run_folder("twenty"), 0, []
+    while done < FAULTS:
+        ranks = place.attempt("twenty", steps=LONG, faults={rank: ["slow:20"] for rank in range(2)})
+        began_at = newest_step(folder)
+        until_between(ranks, folder, began_at, min(began_at + draw.randint(2, 9), LONG - 2))
+        fault = draw.choice(("kill-one", "kill-all", "usr2", "term", "kill-and-truncate", "kill-and-flip"))
+        if fault == "usr2":
+            ranks.send(signal.SIGUSR2, rank=draw.randint(0, 1))
+        elif fault == "term":
+            ranks.send(signal.SIGTERM)
+        elif fault == "kill-one":
+            ranks.send(signal.SIGKILL, rank=draw.randint(0, 1))
+        else:
+            ranks.send(signal.SIGKILL)
+        ranks.wait(60)
+        saved = list(checkpoint_folders(folder / "checkpoints"))
+        if fault.startswith("kill-and") and len(saved) > 1:
+            (truncate if fault.endswith("truncate") else flip)(newest_file(folder))
+        said.append(fault)
+        done += 1
+    ranks = place.attempt("twenty", steps=LONG)
+    assert ranks.wait(240) == [0, 0], ranks.said
+    result = Record.of(folder).require_same(Record.of(place.run_folder("twenty-truth")))
+    return Found(None, lost_steps(folder), f"{result} (seed {seed})")
+
+
+def until_between(ranks: Ranks, folder: Path, began_at: int, target: int) -> None:
+    """Until this attempt, which goes on after `began_at`, has come to the step `target`."""
+    until(lambda: began_at < steps_of(folder) >= target or not ranks.alive, 60.0, "the run stood still")
+
+
+def newest_step(folder: Path) -> int:
+    return max(checkpoint_folders(folder / "checkpoints"), default=0)

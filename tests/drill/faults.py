@@ -1,0 +1,152 @@
+"""What goes wrong inside a rank. The package knows nothing of it: a drill replaces functions before the rank runs.
+
+A fault is `NAME` or `NAME:NUMBER`, the number being a step (or a slot). `slow:MS` may stand beside others.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEP = 0
+"""Of this rank, at the moment."""
+SLOTS: tuple[int, ...] = ()
+"""Of the micro-batch that this rank works on."""
+
+BLOCKED = "blocked"
+"""A file that a rank makes, in the folder DRILL_SIGNS, where it waits to be killed."""
+
+
+def inject(faults: list[str]) -> None:
+    """Makes this process one that has them."""
+    if not faults:
+        return
+    import megadistill.train.loop
+
+    loop: Any = megadistill.train.loop
+    real_step = loop.train_step
+
+    def train_step(student: Any, teacher: Any, lessons: Iterator[Any], **keys: Any) -> Any:
+        global STEP
+        STEP = keys["step"]
+        for fault in _at_step(faults):
+            fault()
+        return real_step(student, teacher, _told(lessons), **keys)
+
+    loop.train_step = train_step
+    for fault in faults:
+        name, _, number = fault.partition(":")
+        if name in _PATCHES:
+            _PATCHES[name](int(number or 0))
+
+
+def _told(lessons: Iterator[Any]) -> Iterator[Any]:
+    global SLOTS
+    for micro, said in lessons:
+        SLOTS = tuple(micro.slots.tolist())
+        yield micro, said
+
+
+def _at_step(faults: list[str]) -> Iterator[Callable[[], None]]:
+    for fault in faults:
+        name, _, number = fault.partition(":")
+        if name == "slow":
+            yield partial(time.sleep, int(number) / 1000)
+        elif name == "stuck" and int(number) == STEP:
+            yield _stuck
+        elif name == "blocked" and int(number) == STEP:
+            yield block
+
+
+def _stuck() -> None:
+    while True:
+        pass
+
+
+def block() -> None:
+    """Waits here to be killed."""
+    (Path(os.environ["DRILL_SIGNS"]) / BLOCKED).touch()
+    time.sleep(600)
+
+
+def _die_in_backward(step: int) -> None:
+    """SIGKILL in the middle of a step: the forward pass is done, the peers are in the reduction of gradients."""
+    from megadistill.student.engine import StudentEngine
+
+    real = StudentEngine.backward
+
+    def backward(self: Any, loss: Tensor) -> None:
+        if step == STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, loss)
+
+    StudentEngine.backward = backward  # type: ignore[method-assign]
+
+
+def _block_before_rename(step: int) -> None:
+    """All bytes of a checkpoint are written, and it has no name yet."""
+    import megadistill.train.saver
+
+    saver: Any = megadistill.train.saver
+    real = saver.commit
+
+    def commit(temporary: Path, target: Path, manifest: Any) -> None:
+        if manifest.step == step:
+            paths: Any = Path
+            paths.rename = lambda self, target: block()
+        real(temporary, target, manifest)
+
+    saver.commit = commit
+
+
+def _hidden(changed: Callable[[Tensor], Tensor | None]) -> None:
+    from megadistill.student.engine import StudentEngine
+
+    real = StudentEngine.hidden
+
+    def hidden(self: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        found = real(self, tokens, positions)
+        other = changed(found)
+        return found if other is None else other
+
+    StudentEngine.hidden = hidden  # type: ignore[method-assign]
+
+
+def _nan(step: int) -> None:
+    _hidden(lambda found: found * torch.nan if step == STEP else None)
+
+
+def _nan_from(step: int) -> None:
+    _hidden(lambda found: found * torch.nan if step <= STEP else None)
+
+
+def _spike(slot: int) -> None:
+    """Whoever reads this slot computes nonsense: the loss is high on it, whenever it is read."""
+    _hidden(lambda found: found * -30.0 if slot in SLOTS else None)
+
+
+def _teacher_nan(step: int) -> None:
+    from megadistill.teacher.stage import TeacherStage
+
+    real = TeacherStage.forward
+
+    def forward(self: Any, *inputs: Any, **keys: Any) -> Any:
+        return real(self, *inputs, **keys) * (torch.nan if step <= STEP else 1.0)
+
+    TeacherStage.forward = forward  # type: ignore[method-assign]
+
+
+_PATCHES: dict[str, Callable[[int], None]] = {
+    "die": _die_in_backward,
+    "before_rename": _block_before_rename,
+    "nan": _nan,
+    "nan_from": _nan_from,
+    "spike": _spike,
+    "teacher_nan": _teacher_nan,
+}
