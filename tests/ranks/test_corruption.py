@@ -3,19 +3,28 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count, islice, repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megadistill.comm.topology import Topology
+from megadistill.comm.roles import Roles
+from megadistill.comm.topology import Launch, Topology
+from megadistill.config import Recipe
 from megadistill.errors import OperatorFault
+from megadistill.records import TokenBatch, token_digest
+from megadistill.train import placement
 from megadistill.train.corruption import FrozenWeights, require_sound_student
+from megadistill.train.placement import pipeline_of, stage_of
+from megadistill.train.setup import prepare
 from megadistill.train.step import train_step
 from tests.ranks import student_cases
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import Case, Found, three_steps
+from tests.unit.train.cases import SEQUENCE, described_data, described_teacher, recipe
 
 
 @contextmanager
@@ -155,3 +164,38 @@ def test_a_rank_that_computes_two_results_is_named() -> None:
     assert first.startswith("another rank computed a micro-batch twice")
     assert second.startswith("rank 1 on")
     assert "computed a micro-batch twice and got two results" in second
+
+
+def _serves(topology: Topology, folder: str) -> str:
+    """One micro-batch after the other for two steps of four; in the sixth a bit of the teacher's rank flips."""
+    bridge, path = topology.bridge, Path(folder)
+    assert bridge is not None
+    teacher = {"placement": "disaggregated", "ranks": 1, "queue": 1}
+    base = recipe(path / "data" / "manifest.json", path / "run", teacher=path / "teacher").snapshot()
+    values = {**base, "teacher": {**base["teacher"], **teacher}, "faults": {"teacher_hash_every": 1}}
+    setup = prepare(Recipe.model_validate(values), Launch(bridge.rank, 2, topology.local_rank, 2))
+    if topology.role == "student":
+        pipeline = pipeline_of(setup, topology)
+        assert pipeline is not None
+        tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
+        batch = TokenBatch(tokens, tokens, torch.arange(2), token_digest(tokens), tokens == 0)
+        return str(len(list(islice(pipeline.signals(repeat(batch)), 8))))
+    stage, calls = stage_of(setup, topology, 0, 1), count(1)
+
+    def flip(*_: object) -> None:
+        if next(calls) == 6:
+            stage.decoder.norm.weight.view(torch.uint8)[0] ^= 1
+
+    stage.register_forward_hook(flip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "stage_of", lambda *_: stage)
+        return _said(lambda: placement.serve(setup, topology))
+
+
+def test_a_teachers_own_rank_looks_at_its_weights_after_each_step(tmp_path: Path) -> None:
+    described_data(tmp_path / "data")
+    described_teacher(tmp_path / "teacher")
+    student, teacher = run_ranks(2, _serves, str(tmp_path), roles=Roles(2, 1, 1))
+    assert student == "8", "the first look, after four, found nothing"
+    assert teacher.startswith("the teacher's rank 0 on")
+    assert "norm.weight of stage 0 of 1 changed in memory" in teacher
