@@ -106,7 +106,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(values, dict):
             yield values

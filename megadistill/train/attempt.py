@@ -128,6 +128,6 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             values = json.loads(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

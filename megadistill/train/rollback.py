@@ -44,7 +44,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
         return [Rollback.model_validate(value) for value in values]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, ValidationError) as error:
+    except (ValueError, TypeError, RecursionError, ValidationError) as error:
         raise OperatorFault(f"{path} is damaged ({str(error).splitlines()[0]}): bring it back from a copy") from None
 
 
