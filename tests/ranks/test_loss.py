@@ -121,24 +121,25 @@ OBJECTIVES: list[tuple[Divergence | None, Tail | None, bool]] = [
 
 
 def _cases(g: int) -> list[Case]:
-    """Every slicing with every distribution of tokens, in both dtypes; the objectives are dealt out among them."""
+    """Every slicing with every distribution of tokens, in both dtypes; the objectives are dealt out among them, so that
+    each meets every slicing, and both dtypes."""
     cases: list[Case] = []
     for i, (name, slices) in enumerate(SLICINGS[g].items()):
         for j, (whose, tokens) in enumerate(TOKENS.items()):
-            for divergence, tail, bent in OBJECTIVES[(i + j) % 4 :: 4]:
-                for dtype in TOLERANCE:
-                    case = Case(
-                        name=f"{name}; {whose}; {dtype}; {divergence}; {tail}; {'bent' if bent else 'plain'}",
-                        seed=len(cases),
-                        slices=slices,
-                        tokens=tokens[:g],
-                        divergence=divergence,
-                        dtype=dtype,
-                        chunk_tokens=(1, 5, 8, 1024)[(i + j + len(cases)) % 4],
-                        tail=tail,
-                        bent=bent,
-                    )
-                    cases.append(case)
+            for k, (divergence, tail, bent) in enumerate(OBJECTIVES[(i + j) % 4 :: 4]):
+                dtype = list(TOLERANCE)[(i + k) % 2]
+                case = Case(
+                    name=f"{name}; {whose}; {dtype}; {divergence}; {tail}; {'bent' if bent else 'plain'}",
+                    seed=len(cases),
+                    slices=slices,
+                    tokens=tokens[:g],
+                    divergence=divergence,
+                    dtype=dtype,
+                    chunk_tokens=(1, 5, 8, 1024)[(i + j + len(cases)) % 4],
+                    tail=tail,
+                    bent=bent,
+                )
+                cases.append(case)
     return cases
 
 

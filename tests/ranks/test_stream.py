@@ -44,7 +44,7 @@ def _global_batches(topology: Topology, folder: Path) -> dict[tuple[int, int], l
     """By micro-batch and prefetch."""
     rows = SLOTS // topology.world
     micros = [size for size in range(1, rows + 1) if rows % size == 0]
-    settings = itertools.product(micros, (0, 1, 3))
+    settings = [*((micro, 0) for micro in micros), (micros[0], 3), (micros[-1], 1)]
     return {(micro, prefetch): _steps(topology, folder, micro, prefetch) for micro, prefetch in settings}
 
 
