@@ -7,6 +7,7 @@ vocab group: together they store the rows that each of them computes on.
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from megadistill.errors import RestartFault, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says: torchrun and deepspeed set the same variables; plain python sets none of them."""
+    """What the launcher says: torchrun and deepspeed set the same variables, srun its own, plain python none."""
 
     rank: int
     world: int
@@ -38,7 +39,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE).
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), else those of a Slurm step.
 
         Raises:
             UserError: some of them are set and others are not, or they are no numbers.
@@ -46,7 +47,7 @@ class Launch:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         present = [name for name in names if name in os.environ]
         if not present:
-            return cls(rank=0, world=1, local_rank=0, local_world=1)
+            return cls._of_slurm_step() if _in_slurm_step() else cls(rank=0, world=1, local_rank=0, local_world=1)
         missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
@@ -68,6 +69,56 @@ class Launch:
         if not 0 <= launch.rank < world:
             raise UserError(f"RANK is {launch.rank} and WORLD_SIZE is {world}: ranks count from 0 to {world - 1}")
         return launch
+
+    @classmethod
+    def _of_slurm_step(cls) -> "Launch":
+        """srun's variables. In a heterogeneous job they count over all components of the step."""
+        try:
+            rank, world, local_rank, node = (
+                int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
+            )
+            local_world = _per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[node]
+            launch = cls(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"this is a step of a Slurm job, but its variables do not say which rank this is ({error!r}): start it "
+                "with srun --nodes --ntasks --ntasks-per-node, or set RANK, WORLD_SIZE and LOCAL_RANK"
+            ) from None
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if world > 1 and missing:
+            raise UserError(
+                f"srun started {world} tasks, and the environment does not set {' and '.join(missing)}: export the "
+                "first node's name and a free port before srun, as slurm/train.sbatch does"
+            )
+        return launch
+
+
+_FIRST_STEP_THAT_IS_NONE = 0xFFFFFFF0
+"""Slurm numbers what is no parallel step from here on: batch scripts, `salloc`'s shell, what came with `--x11`."""
+
+
+def _in_slurm_step() -> bool:
+    """Whether srun started this process. A batch script's or an allocation's shell has tasks in its variables too."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if step.isdigit() and int(step) < _FIRST_STEP_THAT_IS_NONE:
+        return True
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1":
+        print(
+            f"megadistill: one process in a Slurm allocation of {tasks} tasks: srun starts one a task, as "
+            "slurm/train.sbatch shows",
+            file=sys.stderr,
+        )
+    return False
+
+
+def _per_node(tasks: str) -> list[int]:
+    """Of Slurm's `2(x3),1`: 2, 2, 2, 1."""
+    counts = []
+    for run in tasks.split(","):
+        count, _, repeated = run.partition("(x")
+        counts += [int(count)] * int(repeated.rstrip(")") or "1")
+    return counts
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,21 @@ from megadistill.errors import UserError
 EVERY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 COMMON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MASTER}
+# As srun 22.05 sets them for a rank of the second component of a heterogeneous job, of nodes with 2, 2 and 4 tasks.
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),4",
+    **MASTER,
+}
 
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in EVERY:
+    for name in {*EVERY, *STEP}:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -31,8 +41,25 @@ def _launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Launch:
         ({**COMMON, "LOCAL_SIZE": "2"}, (5, 8, 1, 2)),
         ({**COMMON, "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, (5, 8, 1, 4)),
         (COMMON, (5, 8, 1, 8)),
+        (STEP, (5, 8, 1, 4)),
+        ({**STEP, "SLURM_NODEID": "1"}, (5, 8, 1, 2)),
+        ({**STEP, **COMMON, "RANK": "3", "LOCAL_WORLD_SIZE": "2"}, (3, 8, 1, 2)),
+        ({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)}, (0, 1, 0, 1)),
+        ({**STEP, "SLURM_STEP_ID": ""}, (0, 1, 0, 1)),
     ],
-    ids=["plain python", "an address alone", "torchrun", "deepspeed", "both", "no size of a node"],
+    ids=[
+        "plain python",
+        "an address alone",
+        "torchrun",
+        "deepspeed",
+        "both",
+        "no size of a node",
+        "srun",
+        "srun, a node with fewer",
+        "torchrun under srun",
+        "salloc's shell",
+        "a batch script",
+    ],
 )
 def test_each_launcher_is_understood(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int, int]
@@ -51,6 +78,30 @@ def test_half_an_environment_is_refused_and_says_what_is_missing(monkeypatch: py
 def test_what_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(UserError, match=r"whole numbers.*'two'"):
         _launched(monkeypatch, **{**COMMON, name: "two"})
+
+
+def test_one_process_in_an_allocation_of_many_tasks_is_told_of_srun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _launched(monkeypatch, SLURM_NTASKS="8", SLURM_PROCID="0")
+    assert "one process in a Slurm allocation of 8 tasks: srun starts" in capsys.readouterr().err
+    _launched(monkeypatch, SLURM_NTASKS="1")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_without_a_meeting_point_is_refused_unless_it_is_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name in MASTER:
+        del alone[name]
+    assert _launched(monkeypatch, **alone).world == 1
+    with pytest.raises(UserError, match=r"8 tasks, and .* does not set MASTER_ADDR and MASTER_PORT: export"):
+        _launched(monkeypatch, SLURM_NTASKS="8")
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"])
+def test_a_step_that_does_not_say_who_is_who_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(UserError, match=r"step of a Slurm job, .*'two'.* start it with srun"):
+        _launched(monkeypatch, **{**STEP, name: "two"})
 
 
 def _launch(world: int, local_world: int) -> Launch:
