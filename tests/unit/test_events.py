@@ -1,0 +1,186 @@
+"""Lines of a run's own record: none lost, none twice, none half, whatever the disk does; and where its time went."""
+
+import ast
+import errno
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, read_lines
+from tests.paths import ROOT
+
+
+class Disk:
+    """Takes `room` more bytes: the last of them in the middle of a line, as a full disk does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = 1 << 30
+        write, truncate = os.write, os.ftruncate
+
+        def limited(descriptor: int, content: bytes) -> int:
+            if self.room == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = write(descriptor, content[: self.room])
+            self.room -= written
+            return written
+
+        def freeing(descriptor: int, size: int) -> None:
+            self.room += os.fstat(descriptor).st_size - size
+            truncate(descriptor, size)
+
+        monkeypatch.setattr(os, "write", limited)
+        monkeypatch.setattr(os, "ftruncate", freeing)
+
+
+def _numbers(path: Path) -> list[int]:
+    """Every line parsed, so that half a line fails the test."""
+    return [json.loads(line)["n"] for line in path.read_bytes().decode().splitlines()]
+
+
+def test_lines_are_there_when_append_returns(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "a.jsonl")
+    for n in range(3):
+        assert lines.append({"n": n, "text": "ä\n\u2028"}) is None
+        assert list(read_lines(lines.path))[n] == {"n": n, "text": "ä\n\u2028"}
+    assert lines.path.read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_disk_that_is_full_now_and_then_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    disk, lines, chance = Disk(monkeypatch), JsonLines(tmp_path / "a.jsonl"), random.Random(seed)
+    refused = 0
+    for n in range(100):
+        disk.room = chance.choice([0, 1, 7, 40, 100, 1000])
+        why = lines.append({"n": n, "filler": "x" * chance.randrange(30)})
+        refused += why is not None
+        assert _numbers(lines.path) == list(range(len(_numbers(lines.path)))), "whole lines, in order"
+        assert (why is None) == (len(_numbers(lines.path)) == n + 1)
+    assert 0 < refused < 100
+    disk.room = 1 << 30
+    assert lines.append({"n": 100}) is None
+    assert _numbers(lines.path) == list(range(101))
+
+
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, lines = Disk(monkeypatch), JsonLines(tmp_path / "a.jsonl")
+    for room in (0, 5):
+        disk.room = room
+        assert "No space left" in str(lines.append({"n": 1}))
+        assert lines.path.stat().st_size == 0
+
+
+def test_a_folder_that_is_away_for_a_while_loses_nothing(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "there" / "a.jsonl")
+    assert "No such file" in str(lines.append({"n": 0}))
+    (tmp_path / "there").mkdir()
+    assert lines.append({"n": 1}) is None
+    assert _numbers(lines.path) == [0, 1]
+
+
+@pytest.mark.parametrize("torn", [b'{"n": 7, "te', b"\0\0\0\0", b"\xff"])
+def test_what_a_dead_machine_left_of_a_line_costs_that_line_alone(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    JsonLines(path).append({"n": 0})
+    with open(path, "ab") as file:
+        file.write(torn)
+    for n in (1, 2):
+        JsonLines(path).append({"n": n})
+    assert [line["n"] for line in read_lines(path)] == [0, 1, 2]
+
+
+def test_two_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
+    """Any rank may write its fault."""
+    first, second = JsonLines(tmp_path / "a.jsonl"), JsonLines(tmp_path / "a.jsonl")
+    for n in range(0, 20, 2):
+        first.append({"n": n})
+        second.append({"n": n + 1})
+    assert _numbers(first.path) == list(range(20))
+
+
+def test_what_is_no_line_of_a_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n\n3\n[]\nnull\n{"n"\n' + b"[" * 99_999 + b'\n{"n": 2}\n{"n": 3')
+    assert [line["n"] for line in read_lines(path)] == [1, 2]
+    assert list(read_lines(tmp_path / "none")) == []
+
+
+def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
+    log, other = EventLog(tmp_path, 3, speaks=True), EventLog(tmp_path, 3, speaks=False)
+    for each in (log, other):
+        each.write("saved", step=8, bytes=5)
+        each.fault("it broke", step=9, rank=int(each is other), exit_code=4)
+    found = list(read_lines(tmp_path / "events.jsonl"))
+    assert [(line["event"], line["step"], line["attempt"]) for line in found] == [
+        ("saved", 8, 3),
+        ("fault", 9, 3),
+        ("fault", 9, 3),
+    ]
+    assert found[0]["bytes"] == 5
+    assert [line["rank"] for line in found[1:]] == [0, 1], "one rank speaks, but a fault is any rank's"
+    assert found[0]["time"] == pytest.approx(found[2]["time"], abs=60)
+    with pytest.raises(AssertionError, match="svaed"):
+        log.write("svaed", step=8)
+
+
+def _names_written(node: ast.AST) -> list[str]:
+    """The literal first arguments of `….events.write(…)`, and those of `Finding(…)`."""
+    names = []
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+            called = ast.unparse(call.func)
+            if called.endswith("events.write") or called == "Finding":
+                names.append(call.args[0].value)
+    return names
+
+
+def test_every_event_that_the_package_writes_has_a_name() -> None:
+    """A misspelt one would end a run on the day of its first fault."""
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megadistill").rglob("*.py")]
+    written = [name for source in sources for name in _names_written(source)]
+    assert {"start", "saved", "spike"} <= set(written), "the search finds them"
+    assert set(written) <= EVENTS.keys()
+
+
+def _run(folder: Path, events: list[dict[str, Any]], seconds: list[Any]) -> Goodput:
+    for event in events:
+        JsonLines(folder / "events.jsonl").append({"attempt": 1, "step": 0, **event})
+    for step, taken in enumerate(seconds, start=1):
+        JsonLines(folder / "metrics.jsonl").append({"step": step, "seconds": taken})
+    return goodput(folder)
+
+
+def test_goodput_counts_each_step_once_and_each_second_once(tmp_path: Path) -> None:
+    """100 s: two starts of 10 and 5, three saves of 1, 20 steps of 3; the rest is what a fault cost."""
+    events = [
+        {"time": 1000.0, "event": "start"},
+        {"time": 1010.0, "event": "resume", "seconds": 10.0},
+        {"time": 1030.0, "event": "saved", "stall_seconds": 1.0},
+        {"time": 1040.0, "event": "fault"},
+        {"time": 1050.0, "event": "start"},
+        {"time": 1055.0, "event": "resume", "seconds": 5.0},
+        {"time": 1070.0, "event": "saved", "stall_seconds": 1.0},
+        {"time": 1071.0, "event": "save_failed", "stall_seconds": 9.0},
+        {"time": 1100.0, "event": "saved", "stall_seconds": 1.0},
+    ]
+    found = _run(tmp_path, events, [3.0] * 20)
+    assert (found.wall, found.useful, found.starting, found.saving) == (100.0, 60.0, 15.0, 3.0)
+    assert found.lost == pytest.approx(22.0)
+    assert found.ratio == pytest.approx(0.6)
+    assert str(found) == "goodput 60.0% of 100 s (starting 15.0%, saving 3.0%, lost 22.0%)"
+
+
+def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:
+    assert goodput(tmp_path) == Goodput()
+    assert Goodput().ratio == 0.0
+    assert "0.0%" in str(Goodput())
+
+
+def test_more_step_time_than_wall_time_is_not_lost_time(tmp_path: Path) -> None:
+    events = [{"time": 1.0, "event": "start"}, {"time": 2.0, "event": "done"}]
+    assert _run(tmp_path, events, [3.0, None]).lost == 0.0
