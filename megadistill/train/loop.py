@@ -137,7 +137,7 @@ class Run:
         stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
             self._introduce(log)
-            self._probe(stream, log)
+            self._probe(cursor, skips, log)
             stopped_by = self._asked_before_a_step()
             if stopped_by is not None:
                 return self._stopped(stopped_by, log)
@@ -195,14 +195,20 @@ class Run:
         if isinstance(self._teacher, Teacher):
             log.say(ahead_of(setup, self._teacher))
 
-    def _probe(self, stream: TokenStream, log: RunLog) -> None:
+    def _probe(self, cursor: Cursor | None, skips: Sequence[tuple[int, int]], log: RunLog) -> None:
         """Whether the teacher is the one that the run was started with."""
-        if isinstance(self._teacher, Teacher):
+        if not isinstance(self._teacher, Teacher):
+            return
+        setup, topology = self._setup, self._topology
+
+        def rows() -> TokenBatch:
+            stream = stream_of(
+                setup, topology, start=cursor, skips=skips
+            )  # its own: what is damaged is the run's to find
             first = stream.start.next_slot
-            rows = range(first, first + self._setup.recipe.train.micro_batch)
-            vocab = self._student.head.vocab
-            said = check_probe(self._setup, self._teacher, vocab, self._topology, rows=lambda: stream.batch(rows))
-            log.say(said)
+            return stream.batch(range(first, first + setup.recipe.train.micro_batch))
+
+        log.say(check_probe(setup, self._teacher, self._student.head.vocab, topology, rows=rows))
 
     def _take_step(self, batch: TokenBatch, taught: Iterator[Lesson]) -> tuple[float, StepOutcome]:
         """The learning rate, and what the step computed."""
@@ -239,7 +245,8 @@ class Run:
                 log.say(alarm.line)
                 if self._frozen is not None:
                     self._frozen.require_unchanged(self._topology)
-                    log.say("the teacher's weights are those that were loaded")
+                    held = "weights are" if self._topology.bridge is None else "rows of the head, here, are"
+                    log.say(f"the teacher's {held} those that were loaded")
         spike = vigil.spike(self.step, metrics["loss"])
         if spike is None:
             return False

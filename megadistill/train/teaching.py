@@ -103,6 +103,6 @@ class StoredTeacher:
 def lessons(teacher: Teacher | StoredTeacher | None, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
     """The micro-batches of a run with what the teacher says of each; None where there is no teacher.
 
-    Close it when the run ends: the teacher's ranks are told then.
+    Close it before others are begun; a teacher on ranks of its own listens until it is dismissed.
     """
     return teacher.lessons(batches) if teacher is not None else ((batch, None) for batch in batches)
