@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -103,6 +103,8 @@ def test_any_shape_chunk_and_magnitude(
     block: int,
 ) -> None:
     """`room` is the tokens of a chunk; `unknown` the share of ids with a bias of -inf (one id at least is known)."""
+    # A softcap that is saturated makes logits equal but for rounding, and no two products of one order.
+    assume(scale <= 1 or transform.softcap != 3.0)
     selection, tail = case
     p = problem(seed, tokens=tokens, E=width, rows=size + padding, size=size, scale=scale)
     bias = None
