@@ -175,7 +175,7 @@ def _lagging(signs: Mapping[int, Sign], late: Mapping[int, Sign]) -> list[int]:
     crowd, size = Counter(sign.place for sign in late.values()).most_common(1)[0]
     slow = sorted(rank for rank, sign in late.items() if sign.step == lowest)
     apart = sorted(rank for rank, sign in late.items() if sign.place != crowd)
-    if len(slow) < len(signs) or len(signs) == 1:
+    if len(slow) < sum(sign.limit is not None for sign in signs.values()) or len(signs) == 1:
         return slow
     return apart if 2 * size > len(late) else []
 

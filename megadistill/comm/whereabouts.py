@@ -74,8 +74,8 @@ def _talks(frame: FrameType) -> bool:
 
 
 def _deepspeed_waits(file: str, name: str) -> bool:
-    """Its handles call torch's own `wait`, which has no frame."""
-    return f"{os.sep}deepspeed{os.sep}" in file and "wait" in name
+    """ZeRO's handles call torch's own `wait`, which has no frame. (Others of its waits are for a disk.)"""
+    return os.path.join("deepspeed", "runtime", "zero", "") in file and name == "wait"
 
 
 def _place(innermost: FrameType) -> str:

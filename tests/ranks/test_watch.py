@@ -110,7 +110,7 @@ def _launched(world: int, fault: Callable[[], None], culprit: int, folder: Path)
         processes[-1].start()
     end = time.monotonic() + 25
     for rank, process in enumerate(processes):
-        process.join(max(0.1, end - time.monotonic()) if rank != culprit else 0)
+        process.join(max(0.1, end - time.monotonic()) if rank != culprit or world == 1 else 0)
     codes = []
     for process in processes:
         process.join(1.0)
@@ -185,3 +185,11 @@ def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
 
 def _nothing() -> None:
     return
+
+
+def test_a_process_alone_ends_too(tmp_path: Path) -> None:
+    (ended,) = _launched(1, _sleep, 0, tmp_path)
+    assert ended.code == 3, ended
+    assert "rank 0 (" in ended.said
+    assert "is stuck: in train of step 3 at " in ended.said
+    assert "in _sleep\n" in _stacks(tmp_path, 0)
