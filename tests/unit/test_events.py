@@ -135,7 +135,7 @@ def _names_written(node: ast.AST) -> list[str]:
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
             called = ast.unparse(call.func)
             if called.endswith("events.write") or called == "Finding":
-                names.append(call.args[0].value)
+                names.append(str(call.args[0].value))
     return names
 
 

@@ -126,13 +126,19 @@ def manifest_of(step: int, *, world: int = 1, **changes: Any) -> CheckpointManif
 
 
 def save_checkpoint(
-    folder: Path, state: dict[str, Tensor], step: int, *, rank: Topology | None = None, **manifest: Any
+    folder: Path,
+    state: dict[str, Tensor],
+    step: int,
+    *,
+    rank: Topology | None = None,
+    attempt: int = 1,
+    **manifest: Any,
 ) -> Path:
-    """Writes a checkpoint below `folder` at once, as the first attempt at the run above it; its path. Collective."""
+    """Writes a checkpoint below `folder` at once, as an attempt at the run above it; its path. Collective."""
     rank = rank or topology()
-    saver = Saver(folder, rank, Attempt(folder.parent, 1), asynchronous=False, keep_last=99, keep_every=0)
+    saver = Saver(folder, rank, Attempt(folder.parent, attempt), asynchronous=False, keep_last=99, keep_every=0)
     try:
-        (result,) = saver.start(state, manifest_of(step, world=rank.world, **manifest))
+        (result,) = saver.start(state, manifest_of(step, world=rank.world, attempt=attempt, **manifest))
     finally:
         saver.close()
     path = require_saved(result).path
