@@ -73,7 +73,10 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     minutes = setup.recipe.run.minutes
     with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
         recovery = Recovery(setup, topology)
+        topology.watch.keep_stacks(setup.folder, recovery.attempt.number)
+        topology.watch.stamp("starting", 0, limit=60 * setup.recipe.comm.timeout_minutes)
         this = Run(setup, topology, recovery, stops)
+        topology.watch.on_verdict = this.ended_by_the_watch
         try:
             outcome = this.until(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
         except (RestartFault, OperatorFault) as fault:
@@ -133,6 +136,7 @@ class Run:
         skipped = SkippedSteps(faults.max_skipped_steps)
         skips = [rollback.skip for rollback in recovery.rollbacks]
         stream = stream_of(setup, self._topology, start=cursor, skips=skips)
+        limits = deque([max(60 * setup.recipe.comm.timeout_minutes, faults.stall_seconds), faults.stall_seconds])
         next_slots = deque([stream.start.next_slot], maxlen=faults.rollback_steps + 1)
         stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
@@ -145,6 +149,7 @@ class Run:
             taught = stack.enter_context(closing(lessons(self._teacher, ahead.micro_batches())))
             while self.step < last:
                 self.step += 1
+                self._stamp("step", limit=limits.popleft() if len(limits) > 1 else limits[0])
                 began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
                 batch, cursor = ahead.step()
                 if setup.recipe.data.on_fault == "quarantine":
@@ -258,12 +263,21 @@ class Run:
             log.say(why)
         return rollback is not None
 
+    def _stamp(self, phase: str, *, limit: float) -> None:
+        self._topology.watch.stamp(phase, self.step, limit=limit)
+
+    def ended_by_the_watch(self, reason: str) -> None:
+        """The last thing that this process does: the record says why."""
+        rank = self._topology.rank
+        self._recovery.events.fault(reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code)
+
     def _name(self, stragglers: list[str], log: RunLog) -> None:
         for line in stragglers:
             self._recovery.events.write("straggler", step=self.step, line=line)
             log.say(f"step {self.step}: {line}")
 
     def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
+        self._stamp("saving", limit=60 * self._setup.recipe.comm.timeout_minutes)
         require_sound_student(self._student, self._topology)
         if isinstance(self._teacher, Teacher) and self._teacher.store is not None:
             self._teacher.store.flush()  # before a checkpoint says that these slots are done
