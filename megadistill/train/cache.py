@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megadistill.comm.collectives import barrier
+from megadistill.comm.orphans import end_with_launcher
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.comm.vocabulary import VocabSlice
 from megadistill.config import Recipe
@@ -37,6 +38,7 @@ def cache(recipe: Recipe, folder: Path, *, steps: int | None = None) -> str | No
     run = recipe.run.model_copy(update={"folder": str(folder)})  # no run is begun, so none is in the way
     setup = prepare(recipe.model_copy(update={"teacher": teacher, "run": run}), launch)
     minutes = recipe.comm.timeout_minutes
+    end_with_launcher(60 * minutes)
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 
 from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier
+from megadistill.comm.orphans import end_with_launcher
 from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
@@ -57,6 +58,7 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
     launch = Launch.from_environment()
     setup = prepare(recipe, launch)
     minutes = recipe.comm.timeout_minutes
+    end_with_launcher(60 * minutes)
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":

@@ -71,7 +71,8 @@ class StopRequests:
         self._asked.add(name)
 
     def _say(self, line: str) -> None:
-        os.write(2, f"megadistill: rank {self._rank}: {line}\n".encode())  # print is not safe in a handler
+        with suppress(OSError):  # whoever read it is gone
+            os.write(2, f"megadistill: rank {self._rank}: {line}\n".encode())  # print is not safe in a handler
 
 
 @contextmanager
@@ -81,7 +82,8 @@ def deaf(rank: int) -> Iterator[None]:
     def say(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         line = f"megadistill: rank {rank} of the teacher: {name}: the student's ranks stop the run when they get it\n"
-        os.write(2, line.encode())
+        with suppress(OSError):
+            os.write(2, line.encode())
 
     before = {each: signal.signal(each, say) for each in SIGNALS}
     try:
