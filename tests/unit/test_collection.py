@@ -12,6 +12,7 @@ from tests.paths import ROOT
 FLOORS = {
     "tests/e2e": 20,
     "tests/ranks": 69,
+    "tests/slurm": 11,
     "tests/unit": 43,
     "tests/unit/student": 5,
     "tests/unit/comm": 13,

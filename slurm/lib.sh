@@ -1,0 +1,175 @@
+# shellcheck shell=bash
+# What the sbatch files share. It knows nodes, signals and markers; it knows no training.
+#
+# Markers decide, not exit codes: srun's is 0 after a node has lost its power, and 137 for a clean stop whose last rank was
+# slow. In the folder of the work: the marker of its end (DONE), HOLD (a person has to look), and what `progress` prints.
+# What the ranks themselves say is in logs/JOB/TRY/: rank-00000.err, and rank-00000.code with the exit code.
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
+. "${MEGADISTILL_ENV:-slurm/env.sh}" || exit 2
+
+MAX_STARTS=3      # without progress; then HOLD
+CHECK_SECONDS=60  # a node that has not answered by then is not used
+CHECKS_AT_ONCE=128
+SPARES=${SPARES:-0}
+NOTICE=""         # USR2: stop with a checkpoint and go on in another job; TERM: somebody ends this one
+STEP_PID=""
+
+log() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}: $*"; }
+
+on_notice() {
+  log "SIG$1"
+  [ -z "$NOTICE" ] || return # the ranks take a second signal as the wish to leave without a checkpoint
+  NOTICE=$1
+  # TERM is not passed on: srun would kill the ranks. Slurm sends it to them itself.
+  if [ "$1" = USR2 ] && [ -n "$STEP_PID" ]; then kill -USR2 "$STEP_PID"; fi
+}
+trap 'on_notice USR2' USR2
+trap 'on_notice TERM' TERM
+
+# leave CODE REASON: the work goes on in this job when it starts again, or in the next one of an array or a chain.
+leave() {
+  if scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
+    log "$2: back into the queue"
+    trap - USR2 TERM # requeuing ends this script with TERM
+    scontrol requeue "$SLURM_JOB_ID" && sleep 300
+  fi
+  log "$2: the next job of the array or chain goes on"
+  exit "$1"
+}
+
+# hold FOLDER CODE REASON
+hold() {
+  log "HOLD: $3"
+  printf '%s\njob %s, %s\nWhen it is mended, delete this file and submit again.\n' "$3" "$SLURM_JOB_ID" "$(date)" >"$1/HOLD"
+  rm -f "$1/starts-without-progress"
+  exit "$2"
+}
+
+# require_open FOLDER MARKER: nothing to do where the work is done, nothing may be done where a person has to look.
+require_open() {
+  if [ -e "$1/$2" ]; then
+    log "$1/$2 exists: nothing is left to do"
+    exit 0
+  fi
+  if [ -e "$1/HOLD" ]; then
+    log "$1/HOLD exists: $(head -n 1 "$1/HOLD")"
+    exit 4
+  fi
+}
+
+# count_start FOLDER: before the start, so that one that ends this script counts too.
+count_start() {
+  local count=0 before="" now
+  now=$(progress)
+  [ -s "$1/starts-without-progress" ] && read -r count before <"$1/starts-without-progress"
+  [ "$before" = "$now" ] || count=0
+  [ "$count" -lt "$MAX_STARTS" ] || hold "$1" 4 "$count starts without progress after ${now:-the beginning}"
+  echo "$((count + 1)) $now" >"$1/starts-without-progress"
+}
+
+# usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in the order of LIST.
+# It does not wait for the others once it has enough.
+usable_nodes() {
+  local passed node state pids=() found
+  passed=$(mktemp -d "$LOGS/nodes.XXXXXX")
+  while read -r node state; do
+    case $state in down* | drain* | fail* | maint* | *'*')
+      log "$node is $state" >&2
+      continue ;;
+    esac
+    while [ "$(jobs -rp | wc -l)" -ge "$CHECKS_AT_ONCE" ]; do sleep 0.2; done
+    check_node "$passed" "$node" "${@:3}" &
+    pids+=($!)
+  done < <(sinfo -h -N -n "$1" -o '%N %T' | sort -u)
+  while found=$(find "$passed" -type f | wc -l) && [ "$found" -lt "$2" ] && kill -0 "${pids[@]}" 2>/dev/null; do sleep 0.2; done
+  for node in $(scontrol show hostnames "$1"); do [ ! -e "$passed/$node" ] || echo "$node"; done | head -n "$2"
+}
+
+check_node() { # FOLDER NODE [SRUN OPTION]
+  local said
+  if said=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 "${@:3}" \
+    bash slurm/check-node.sh 2>&1); then
+    touch "$1/$2"
+  else
+    log "$2 is not used: $(tail -n 1 <<<"${said:-no answer within $CHECK_SECONDS s}")" >&2
+  fi
+}
+
+# component NODES RANKS_PER_NODE COMMAND...: adds one rank a task on these nodes (one a line) to the step STEP.
+component() {
+  local nodes per=$2 count cpus
+  mapfile -t nodes <<<"$1"
+  count=${#nodes[@]} cpus=$((SLURM_CPUS_ON_NODE / per))
+  [ "$cpus" -ge 1 ] || cpus=1
+  [ -n "${MASTER_ADDR:-}" ] || export MASTER_ADDR=${nodes[0]}
+  STEP+=(--nodes="$count" --ntasks=$((count * per)) --ntasks-per-node="$per" --cpus-per-task="$cpus" --distribution=block
+    --nodelist="$(IFS=, && echo "${nodes[*]}")" --overlap --mem=0 --immediate=60 --kill-on-bad-exit=1 --wait=60 --output=0
+    bash slurm/rank.sh "${@:3}")
+}
+
+# run_step: starts STEP, waits for its end, and says how it ended.
+run_step() {
+  local began=$SECONDS code=0
+  srun "${STEP[@]}" &
+  STEP_PID=$!
+  while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID" || code=$?; done # a signal ends wait, not srun
+  STEP_PID=""
+  log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $(cat "$LOGS"/*.code 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')"
+  find "$LOGS" -name 'rank-*.err' -empty -delete
+}
+
+# first_rank_with CODE...: its number, and its last line.
+first_rank_with() {
+  local file
+  for file in "$LOGS"/rank-*.code; do
+    [ -e "$file" ] || return 1
+    case " $* " in *" $(cat "$file") "*)
+      echo "${file##*/rank-} $(tail -n 1 "${file%.code}.err" 2>/dev/null)" | sed 's/\.code / exit code '"$(cat "$file")"': /'
+      return 0 ;;
+    esac
+  done
+  return 1
+}
+
+newest_attempt() { find "$1/attempts" -name '*.json' 2>/dev/null | sort | tail -n 1; }
+
+# is_superseded FOLDER BEFORE: whether another job has begun to work in FOLDER since the attempt BEFORE.
+is_superseded() {
+  local now
+  now=$(newest_attempt "$1")
+  [ "$now" != "$2" ] && ! { grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"; }
+}
+
+# until_done FOLDER MARKER LAYOUT COMMAND...: starts COMMAND again and again, until FOLDER/MARKER says that it is done, or
+# this job has to go. LAYOUT, a function, fills STEP for the command with usable nodes; it fails where they are too few.
+until_done() {
+  local folder=$1 marker=$2 layout=$3 before why try=0
+  shift 3
+  mkdir -p "$folder"
+  require_open "$folder" "$marker"
+  while true; do
+    try=$((try + 1))
+    count_start "$folder"
+    export LOGS=$folder/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}-$try
+    export MASTER_PORT=$((12000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 17 + try) % 20000))
+    unset MASTER_ADDR # another port and another first node for each try: the last one's ranks may still hold theirs
+    mkdir -p "$LOGS"
+    STEP=()
+    "$layout" "$@" || leave 3 "too few usable nodes"
+    [ -z "$NOTICE" ] || leave 0 "asked to stop"
+    before=$(newest_attempt "$folder")
+    log "start $try on ${STEP_NODES//$'\n'/ }, from ${from:=$(progress)}"
+    run_step
+    [ ! -e "$folder/$marker" ] || { log "done" && exit 0; }
+    if is_superseded "$folder" "$before"; then
+      log "another job works in $folder: this one leaves"
+      exit 1
+    fi
+    if why=$(first_rank_with 2 4); then hold "$folder" 4 "rank $why"; fi
+    if why=$(first_rank_with 3); then log "rank $why"; fi
+    [ "$NOTICE" != USR2 ] || leave 0 "stopped at $(progress)"
+    [ "$NOTICE" != TERM ] || exit 143
+    sleep 3 # the controller hears of a lost node later than the ranks do
+  done
+}

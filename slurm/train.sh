@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# What the training scripts share: the command, what counts as progress, and which nodes get which ranks.
+TRAIN=("${MEGADISTILL[@]}" train "${RECIPE:?}" --set run.folder="${RUN_FOLDER:?}" "${OVERRIDES[@]}")
+if [ -z "${RANKS_PER_NODE:-}" ]; then # a rank a GPU; not SLURM_GPUS_ON_NODE, which under --exclusive is all that there are
+  RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:?ask for --gpus-per-node, or set RANKS_PER_NODE}}
+  RANKS_PER_NODE=${RANKS_PER_NODE##*:} # of h100:8
+fi
+
+progress() { # the newest checkpoint
+  find "$RUN_FOLDER/checkpoints" -maxdepth 1 -name 'step-*' ! -name '*.*' 2>/dev/null | sort | tail -n 1 | sed 's|.*/||'
+}
+
+one_kind_of_node() { # COMMAND...
+  local want=$((SLURM_JOB_NUM_NODES - SPARES))
+  STEP_NODES=$(usable_nodes "$SLURM_JOB_NODELIST" "$want")
+  [ "$(wc -l <<<"$STEP_NODES")" -eq "$want" ] && component "$STEP_NODES" "$RANKS_PER_NODE" "$@"
+}
+
+ranks_of_group() { # a rank a GPU
+  local gpus=SLURM_GPUS_PER_NODE_HET_GROUP_$1
+  echo "${!gpus##*:}"
+}
+
+student_and_teacher() { # COMMAND...: the student's ranks come first
+  local group list nodes count
+  STEP_NODES=""
+  for group in 0 1; do
+    list=SLURM_JOB_NODELIST_HET_GROUP_$group count=SLURM_JOB_NUM_NODES_HET_GROUP_$group
+    nodes=$(usable_nodes "${!list}" "${!count}" --het-group="$group")
+    [ "$(wc -l <<<"$nodes")" -eq "${!count}" ] || return 1
+    STEP+=(--het-group="$group")
+    component "$nodes" "$(ranks_of_group "$group")" "$@"
+    [ "$group" = 1 ] || STEP+=(:)
+    STEP_NODES+="$nodes"$'\n'
+  done
+}

@@ -1,0 +1,164 @@
+"""A real Slurm of a few nodes on this machine, and jobs on it as a person submits them: the sbatch files themselves."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.paths import ROOT
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
+COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+SCRIPTS = Path(__file__).parent / "cluster"
+OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def missing() -> str | None:
+    """Why no Slurm can be started here, and what would change that."""
+    absent = [command for command in COMMANDS if shutil.which(command) is None]
+    if absent:
+        return f"no {', '.join(absent)}: apt-get install --no-install-recommends {' '.join(PACKAGES)}"
+    if os.geteuid() != 0:
+        return "nodes are network namespaces, which need root"
+    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    return None if tried.returncode == 0 else f"no namespaces: {tried.stderr.strip()}; a privileged container has them"
+
+
+def until(what: str, holds: Callable[[], bool], seconds: float, said: Callable[[], str] = lambda: "") -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{said()}"
+        time.sleep(0.1)
+
+
+def environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OF_A_LAUNCHER and not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and what is known of it. `folder` is that of its run."""
+
+    cluster: "Cluster"
+    number: str
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        logs = sorted(self.folder.parent.glob(f"{self.folder.name}-{self.number}*.log"))
+        return "".join(path.read_text(encoding="utf-8") for path in logs)
+
+    @property
+    def errors(self) -> str:
+        """What all ranks of all starts said on standard error."""
+        files = sorted(self.folder.glob("logs/*/*/rank-*.err"))
+        return "".join(f"--- {path.relative_to(self.folder)}\n{path.read_text(encoding='utf-8')}" for path in files)
+
+    def said(self) -> str:
+        return f"{self.cluster.call('squeue', '-l')}\n{self.log}\n{self.errors}"
+
+    def shown(self, key: str) -> str:
+        """A value of `scontrol show job`."""
+        fields = self.cluster.call("scontrol", "show", "job", self.number).split()
+        return next(field.partition("=")[2] for field in fields if field.startswith(f"{key}="))
+
+    def ends(self, seconds: float = 120) -> "Job":
+        until("the job leaves the queue", lambda: not self._queued(), seconds, self.said)
+        return self
+
+    def _queued(self) -> bool:
+        return bool(self.cluster.call("squeue", "-h", "-j", self.number).strip())
+
+    def says(self, line: str, seconds: float = 90) -> None:
+        until(f"the log says {line!r}", lambda: line in self.log, seconds, self.said)
+
+    def reaches(self, step: int, seconds: float = 90) -> None:
+        until(f"step {step}", lambda: self._step() >= step, seconds, self.said)
+
+    def _step(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+    def notify(self) -> None:
+        """The notice before the time limit, as `--signal=B:USR2@…` sends it."""
+        self.cluster.call("scancel", "--batch", "--signal=USR2", self.number)
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        lines = (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+class Cluster:
+    """Nodes n1, n2, … and what may befall them."""
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self._environment = {
+            **environment(),
+            "CLUSTER_DIR": str(folder),
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "NODES": str(nodes),
+        }
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+
+    def call(self, *command: str, **variables: str) -> str:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**self._environment, **variables}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def node(self, act: str, node: str, *arguments: str) -> None:
+        self.call(str(SCRIPTS / "node.sh"), act, node, *arguments)
+
+    def submit(self, script: str, folder: Path, *options: str, **settings: str) -> Job:
+        """`settings`: further lines of the env file."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.parent / f"{folder.name}.env.sh"
+        lines = {
+            "MEGADISTILL": f"({sys.executable} -m megadistill)",
+            "RUN_FOLDER": str(folder),
+            "SPARES": "0",
+            "NODE_CHECK": "()",
+            **settings,
+        }
+        file.write_text("".join(f"{key}={value}\n" for key, value in lines.items()), encoding="utf-8")
+        asked = {
+            "SBATCH_GPUS_PER_NODE": "1",
+            "SBATCH_TIMELIMIT": "10",
+            "SBATCH_OUTPUT": str(folder.parent / f"{folder.name}-%j.log"),
+            "MEGADISTILL_ENV": str(file),
+        }
+        number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", **asked).strip()
+        return Job(self, number, folder)
+
+    def are_idle(self) -> None:
+        """All nodes are up, and no job has them."""
+
+        def states() -> list[str]:
+            return self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split()
+
+        until("all nodes are idle", lambda: states() == ["idle"] * len(self.nodes), 60, lambda: " ".join(states()))
+
+
+@contextmanager
+def started(nodes: int) -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="mdslurm", dir="/tmp"))  # a socket's path may not be long
+    cluster = Cluster(folder, nodes)
+    try:
+        cluster.call(str(SCRIPTS / "start.sh"))
+        yield cluster
+    finally:
+        cluster.call(str(SCRIPTS / "stop.sh"))
+        shutil.rmtree(folder)
