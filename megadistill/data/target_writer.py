@@ -35,6 +35,8 @@ from megadistill.records import SparseTargets
 SHARD_BYTES: Final = 256 << 20
 """Of targets; a rank holds as many in memory until it writes them."""
 MAX_RECORD_BYTES: Final = 64 << 20
+SHARDS: Final = "shard-?????-??????"
+"""By rank and number; a token shard, `shard-00000`, is none of them."""
 
 
 class TargetWriter:
@@ -44,10 +46,11 @@ class TargetWriter:
         """`shard_bytes`: a shard is written when it has as many.
 
         Raises:
-            UserError: the folder holds a finished target set, or the beginning of another one.
+            UserError: the folder holds a finished target set, the beginning of another one, or something else.
         """
         assert key.teacher is not None, "stored targets are some teacher's"
         refuse_finished_targets(folder)
+        _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._key, self._rank, self._shard_bytes = folder, key, rank, shard_bytes
         whole = _whole_shards(folder, key)
@@ -122,7 +125,7 @@ def finish_targets(folder: Path, key: TargetKey) -> TargetManifest:
         raise UserError(f"{folder} holds no stored targets: nothing to finish")
     TargetManifest(version=1, key=key, shards=tuple(shards)).write(folder)
     listed = {name for shard in shards for name in (shard.file.name, shard.file.index)}
-    for path in [*folder.glob("shard-*.tar*"), *folder.glob(".shard-*")]:  # the records, and what was broken off
+    for path in [*folder.glob(f"{SHARDS}.tar*"), *folder.glob(f".{SHARDS}*")]:  # the records, and what was broken off
         if path.name not in listed:
             path.unlink()
     return TargetManifest.load(folder)
@@ -139,7 +142,7 @@ class _Record(BaseModel):
 
 def _whole_shards(folder: Path, key: TargetKey) -> list[TargetShard]:
     """By name. Raises UserError: one is of another key."""
-    return [shard for path in sorted(folder.glob(".shard-*.json")) for shard in _recorded(path, key)]
+    return [shard for path in sorted(folder.glob(f".{SHARDS}.json")) for shard in _recorded(path, key)]
 
 
 def _recorded(path: Path, key: TargetKey) -> Iterator[TargetShard]:
@@ -159,6 +162,12 @@ def _recorded(path: Path, key: TargetKey) -> Iterator[TargetShard]:
     tar = path.parent / record.shard.file.name
     if tar.is_file() and tar.stat().st_size == record.shard.file.bytes and index_path(tar).is_file():
         yield record.shard
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob(f"*{SHARDS}*")))):
+        return
+    raise UserError(f"{folder} exists, and holds no beginning of targets: give them a folder of their own")
 
 
 def _prefix(rank: int) -> str:

@@ -36,10 +36,13 @@ from megadistill.errors import UserError
 from megadistill.model.export import TOKENIZER_FILES
 from megadistill.model.families import load_config
 from megadistill.model.fingerprint import teacher_fingerprint
+from megadistill.model.weights import check_weights
 from megadistill.teacher.generated_shards import PACKER, PACKER_VERSION, Done, Shards, Speaker
 
 SHARD_SLOTS: Final = 1024
 MAX_TOKENIZER_BYTES: Final = 256 << 20
+BEGUN: Final = ".generate"
+"""Lies in the output from the first moment until the manifest is written: what is there is no other command's."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def generate(
     stream = TokenStream(data, seed=order_seed, batch_slots=1, rank=0, world_size=1)
     _check(teacher, data, sampling, slots=slots, batch=batch, shard_slots=shard_slots, rank=rank, world=world)
     refuse_finished(output / TRAIN)
+    _refuse_foreign(output)
     record = GeneratedRecord(
         teacher=teacher_fingerprint(teacher),
         order=stream.fingerprint,
@@ -154,7 +158,9 @@ def generate(
         seed=sampling.seed,
     )
     with disk_faults(output):
-        (output / TRAIN).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / BEGUN).touch()
+        (output / TRAIN).mkdir(exist_ok=True)
         tokenizer = _kept_tokenizer(data, output / TOKENIZER_FOLDER, rank=rank)
         speaker = Speaker(teacher, batch=batch, device=device, dtype=dtype)
         shards = Shards(output / TRAIN, stream, speaker, tokenizer, record)
@@ -226,6 +232,13 @@ def _finish(shards: Shards, done: list[Done], data: Mixture, *, inputs: tuple[st
     for path in [*folder.glob(f"{SHARD_PREFIX}*.tar*"), *folder.glob(f".{SHARD_PREFIX}*")]:
         if path.name not in names:
             path.unlink()
+    (folder.parent / BEGUN).unlink()
+
+
+def _refuse_foreign(output: Path) -> None:
+    if not output.exists() or (output / BEGUN).exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    raise UserError(f"--output {output} exists, and nothing says that generate began it: give another folder")
 
 
 def _check(
@@ -267,8 +280,10 @@ def _check(
     if tokenizer_sha256(teacher, prefer=data.tokenizer.kind) != (data.tokenizer.kind, data.tokenizer.sha256):
         raise UserError(
             f"the tokenizer in {teacher} is missing, or not that of the data (sha256 {data.tokenizer.sha256[:12]}…): "
-            "tokenize the text with the teacher's own, or copy there the one that it was trained with"
+            "tokenize the text with the teacher's own, or copy there the one that it was trained with (there is no "
+            "teacher.vocab_map here: what a teacher writes is in its own ids)"
         )
+    check_weights(teacher, config)
 
 
 def _kept_tokenizer(data: Mixture, folder: Path, *, rank: int) -> Tokenizer:

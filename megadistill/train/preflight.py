@@ -34,6 +34,8 @@ def check_fit(
             f"student.config: vocab_size is {declared}, the shards were made with {data.vocab_size} ids: "
             "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
         )
+    if isinstance(source, str):
+        _same_tokenizer(Path(source), data)
     if teacher is None:
         return
     assert recipe.teacher is not None
@@ -66,6 +68,17 @@ def check_fit(
             f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made "
             f"with {data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
             "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
+        )
+
+
+def _same_tokenizer(folder: Path, data: Mixture) -> None:
+    """The student's folder need not hold a tokenizer; one of another kind cannot be compared."""
+    kind, sha256 = tokenizer_sha256(folder, prefer=data.tokenizer.kind) or (None, "")
+    if kind == data.tokenizer.kind and sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"student.config: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
+            f"{data.tokenizer.sha256[:12]}…: tokenize the text with that of the folder, or name a folder that holds "
+            "config.json alone (an export gets the tokenizer of the shards)"
         )
 
 

@@ -308,6 +308,24 @@ def test_a_folder_is_kept_for_the_targets_that_it_was_begun_with(tmp_path: Path)
         finish_targets(tmp_path / "elsewhere", _key())
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    """Token shards have nearly the same names."""
+    tokens = tmp_path / "tokens" / "shard-00000.tar"
+    tokens.parent.mkdir()
+    tokens.write_bytes(b"tokens")
+    for folder in (tokens.parent, tokens):
+        with pytest.raises(UserError, match="holds no beginning of targets: give them a folder of their own"):
+            TargetWriter(folder, _key())
+    with pytest.raises(UserError, match="no stored targets"):
+        finish_targets(tokens.parent, _key())
+    writer = TargetWriter(tmp_path / "set", _key())
+    _add(writer, [0], _key())
+    writer.flush()
+    (tmp_path / "set" / "shard-00000.tar").write_bytes(b"tokens")
+    finish_targets(tmp_path / "set", _key())
+    assert (tmp_path / "set" / "shard-00000.tar").exists()
+
+
 def test_what_is_no_target_of_the_key_is_not_stored(tmp_path: Path) -> None:
     key = _key()
     writer = TargetWriter(tmp_path, key)

@@ -4,6 +4,7 @@ Legend: B prompts, P tokens of each, N new tokens, V ids.
 """
 
 import itertools
+import json
 import shutil
 import sysconfig
 from pathlib import Path
@@ -306,9 +307,41 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_teacher_of_another_shape_is_refused_before_anything_is_written(
+    teacher: Path, data_set: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "teacher"
+    shutil.copytree(teacher, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "intermediate_size": 49}))
+    with pytest.raises(UserError, match=r"is \[48, 32\], but its config.json says \[49, 32\]"):
+        _generate(other, data_set, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_something_else_began_is_left_alone(teacher: Path, data_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "shard-00000.tar").write_bytes(b"somebody's")
+    (tmp_path / "file").write_bytes(b"somebody's")
+    before = _files(tmp_path)
+    for output in ("out", "file"):
+        with pytest.raises(UserError, match=f"{output} exists, and nothing says that generate began it"):
+            _generate(teacher, data_set, tmp_path / output)
+    assert _files(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert _generate(teacher, data_set, tmp_path / "empty", slots=range(2)).finished
+
+
 @pytest.mark.parametrize(
     "numbers",
-    [{"prompt_tokens": 0}, {"new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0}],
+    [
+        {"prompt_tokens": 0},
+        {"new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+    ],
 )
 def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--" + next(iter(numbers)).replace("_", "-")):

@@ -13,7 +13,16 @@ from megadistill.errors import UserError
 from megadistill.student.profile import deepspeed_profile
 from megadistill.train.run_folder import describe, write_description
 from megadistill.train.setup import prepare, where_it_runs
-from tests.unit.train.cases import MODEL, SEQUENCE, VOCAB, described_data, described_teacher, recipe, topology
+from tests.unit.train.cases import (
+    MODEL,
+    SEQUENCE,
+    TOKENIZER,
+    VOCAB,
+    described_data,
+    described_teacher,
+    recipe,
+    topology,
+)
 
 
 def _launch(world: int = 2) -> Launch:
@@ -86,6 +95,37 @@ def test_a_teacher_that_does_not_fit_is_refused(
 ) -> None:
     unfit = described_teacher(tmp_path / "unfit", **changes)
     message = _refused(recipe(manifest, tmp_path / "run", teacher=unfit))
+    for part in says:
+        assert part in message
+
+
+def test_a_students_folder_with_another_tokenizer_is_refused(manifest: Path, tmp_path: Path) -> None:
+    """One without a tokenizer, or with the data's own, is only an architecture."""
+    for tokenizer in (None, TOKENIZER):
+        folder = described_teacher(tmp_path / f"student-{tokenizer is None}", tokenizer=tokenizer)
+        assert prepare(recipe(manifest, tmp_path / "run", student={"config": str(folder)}), _launch())
+    other = described_teacher(tmp_path / "other", tokenizer=b"other pieces")
+    message = _refused(recipe(manifest, tmp_path / "run", student={"config": str(other)}))
+    for part in ("student.config", "sha256", "config.json alone"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "says"),
+    [
+        ({"ranks": 3, "stages": 3}, 4, ["teacher.stages is 3", "2 layers", "2 or less"]),
+        ({"ranks": 3, "stages": 2}, 4, ["teacher.ranks 3", "teacher.stages 2", "a multiple of 2"]),
+        ({"ranks": 2, "stages": 1}, 5, ["3 ranks of the student", "2 replicas"]),
+        ({"ranks": 4}, 4, ["teacher.ranks is 4", "4 processes"]),
+    ],
+)
+def test_a_teachers_own_ranks_that_do_not_fit_are_refused(
+    manifest: Path, teacher: Path, tmp_path: Path, changes: dict[str, Any], world: int, says: list[str]
+) -> None:
+    given = recipe(manifest, tmp_path / "run", teacher=teacher, comm={"vocab_group": 1})
+    assert given.teacher is not None
+    section = TeacherSection.model_validate({"path": str(teacher), "placement": "disaggregated", **changes})
+    message = _refused(given.model_copy(update={"teacher": section}), world=world)
     for part in says:
         assert part in message
 
