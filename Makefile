@@ -1,5 +1,6 @@
 # make smoke   the whole job on this machine: text, teacher, two students, a table
 # make test    the tests           make check   format, lint, types, floors and walls
+# make drill   every fault that a run is to survive, on a real run (ten minutes)
 # make lock    the versions in constraints.txt, from the environment that just passed
 
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ SMOKE := runs/smoke
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: smoke test check format lock clean
+.PHONY: smoke test drill check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+drill: $(READY)
+	$(BIN)/python -m tests.drill
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from megadistill.events import read_lines
 from megadistill.train.checkpoint import checkpoint_folders
-from tests.drill.launch import Ranks, until
+from tests.drill.launch import Ranks, left_over, marked, until
 from tests.drill.place import EVERY, STEPS, Place
 from tests.drill.record import Record, lost_steps, names
-from tests.e2e.commands import settings
+from tests.e2e.commands import DEEPSPEED_2, TORCHRUN_2, environment, settings
+from tests.paths import ROOT
 
 RESTART, PERSON = 3, 4
 
@@ -478,6 +479,35 @@ def jit_lock(place: Place) -> Found:
     return goes_on(place, "jit-lock", seconds=seconds)
 
 
+def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> Found:
+    """The launcher's first process is killed, as by a person who means the run: its ranks stop by themselves."""
+    folder = place.run_folder(name)
+    command = [*launcher, *place.command(name, steps=400)]
+    with open(place.folder / f"{name}.log", "wb") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**environment(), **marked()}, stdout=said, stderr=said, start_new_session=True
+        )
+    until(lambda: steps_of(folder) >= 6, 90.0, f"{name} did not come to step 6")
+    process.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    process.wait()
+    until(lambda: not left_over(), 60.0, "the ranks of a killed launcher were still there")
+    seconds, record = since(began), Record.of(folder)
+    assert record.step == steps_of(folder), "the checkpoint is not of the step at which it stopped"
+    assert "SIGTERM" in record.named("stop")[0]["reason"]
+    return Found(seconds, lost_steps(folder), "no process was left, and a checkpoint of the step at hand")
+
+
+@case("torchrun-dies", "SIGKILL to torchrun")
+def torchrun_dies(place: Place) -> Found:
+    return launcher_dies(place, "torchrun-dies", TORCHRUN_2)
+
+
+@case("deepspeed-dies", "SIGKILL to the deepspeed runner")
+def deepspeed_dies(place: Place) -> Found:
+    return launcher_dies(place, "deepspeed-dies", DEEPSPEED_2)
+
+
 FAULTS = 20
 LONG = 150
 """Steps of the run that meets twenty faults."""
@@ -490,9 +520,9 @@ def twenty(place: Place) -> Found:
     assert place.attempt("twenty-truth", steps=LONG).wait(240) == [0, 0]
     folder, done, said = place.run_folder("twenty"), 0, []
     while done < FAULTS:
+        before = len(starts(folder))
         ranks = place.attempt("twenty", steps=LONG, faults={rank: ["slow:20"] for rank in range(2)})
-        began_at = newest_step(folder)
-        until_between(ranks, folder, began_at, min(began_at + draw.randint(2, 9), LONG - 2))
+        until_begun(ranks, folder, before, steps=draw.randint(1, 8))
         fault = draw.choice(("kill-one", "kill-all", "usr2", "term", "kill-and-truncate", "kill-and-flip"))
         if fault == "usr2":
             ranks.send(signal.SIGUSR2, rank=draw.randint(0, 1))
@@ -514,10 +544,13 @@ def twenty(place: Place) -> Found:
     return Found(None, lost_steps(folder), f"{result} (seed {seed})")
 
 
-def until_between(ranks: Ranks, folder: Path, began_at: int, target: int) -> None:
-    """Until this attempt, which goes on after `began_at`, has come to the step `target`."""
-    until(lambda: began_at < steps_of(folder) >= target or not ranks.alive, 60.0, "the run stood still")
+def until_begun(ranks: Ranks, folder: Path, before: int, *, steps: int) -> None:
+    """Until an attempt, the one after `before` others, has taken so many steps."""
+    until(lambda: len(starts(folder)) > before or not ranks.alive, 60.0, "no attempt began")
+    last = starts(folder)[-1]
+    until(lambda: steps_of(folder) >= min(last + steps, LONG - 2) or not ranks.alive, 60.0, "the run stood still")
 
 
-def newest_step(folder: Path) -> int:
-    return max(checkpoint_folders(folder / "checkpoints"), default=0)
+def starts(folder: Path) -> list[int]:
+    """The step after which each attempt went on."""
+    return [int(event["step"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resume"]

@@ -114,7 +114,7 @@ def launch(
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
             "DRILL_SIGNS": str(folder),
-            MARK: str(os.getpid()),
+            **marked(),
             **environment,
         }
         log = folder / f"rank-{rank}.log"
@@ -124,6 +124,11 @@ def launch(
         processes.append(process)
         logs.append(log)
     return Ranks(processes, logs, folder)
+
+
+def marked() -> dict[str, str]:
+    """What the environment of this drill's processes says."""
+    return {MARK: str(os.getpid())}
 
 
 def left_over() -> list[int]:

@@ -54,19 +54,9 @@ class Place:
     def run_folder(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def attempt(
-        self,
-        name: str,
-        *changes: str,
-        world: int = 2,
-        faults: Mapping[int, Sequence[str]] | None = None,
-        steps: int = STEPS,
-        data: Path | None = None,
-        environment: dict[str, str] | None = None,
-    ) -> Ranks:
-        """The run of that name, begun or gone on with; `changes` are further arguments."""
-        said = self.folder / "said" / name
-        arguments = [
+    def command(self, name: str, *, steps: int = STEPS, data: Path | None = None) -> list[str]:
+        """What is given to `megadistill`."""
+        return [
             "train",
             "recipes/smoke.yaml",
             *TINY,
@@ -80,8 +70,21 @@ class Place:
                 comm__timeout_minutes=1,
                 faults__stall_seconds=6,
             ),
-            *changes,
         ]
+
+    def attempt(
+        self,
+        name: str,
+        *changes: str,
+        world: int = 2,
+        faults: Mapping[int, Sequence[str]] | None = None,
+        steps: int = STEPS,
+        data: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Ranks:
+        """The run of that name, begun or gone on with; `changes` are further arguments."""
+        said = self.folder / "said" / name
+        arguments = [*self.command(name, steps=steps, data=data), *changes]
         number = len(list(said.glob("*"))) + 1
         return launch(
             arguments, world=world, faults=faults or {}, folder=said / f"{number:02d}", environment=environment or {}
