@@ -188,6 +188,8 @@ class Run:
                 if not outcome.skipped and self._goes_back(vigil, outcome, list(next_slots), log):
                     return None
                 stopped_by = asked(outcome.notices)
+                if stopped_by is not None:
+                    recovery.events.write("signal", step=self.step, reason=stopped_by)
                 ends = self.step == last or stopped_by is not None
                 if ends or self.step % setup.recipe.train.checkpoint_every == 0:
                     self._save(cursor, log, last=ends)
