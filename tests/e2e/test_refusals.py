@@ -1,25 +1,46 @@
-"""What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left."""
+"""What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left.
 
+A command that is refused starts nothing, so most of these run in the tests' own process.
+"""
+
+import io
 import json
+import os
 import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megadistill.cli import main
 from megadistill.data import Manifest, TokenStream
-from tests.e2e.commands import PLAIN, TORCHRUN_2, run, settings
+from tests.e2e.commands import PLAIN, TORCHRUN_2, Finished, run, settings
 from tests.e2e.conftest import Place
+from tests.paths import ROOT
 
 
-def assert_refused(*command: str, says: tuple[str, ...]) -> None:
-    finished = run(*command)
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def _refusal(finished: Finished) -> str:
     assert finished.code == 2, finished.said
     lines = [line for line in finished.err.splitlines() if line.startswith("megadistill: ")]
     assert len(lines) == 1, finished.said
     assert "Traceback" not in finished.err
+    return lines[0]
+
+
+def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
+    err = io.StringIO()
+    with redirect_stderr(err):
+        code = main(arguments)
+    line = _refusal(Finished(code, "", err.getvalue()))
     for part in says:
-        assert part in lines[0], lines[0]
+        assert part in line, line
 
 
 @pytest.mark.parametrize(
@@ -44,8 +65,13 @@ def assert_refused(*command: str, says: tuple[str, ...]) -> None:
 def test_a_recipe_that_cannot_run_is_refused(place: Place, overrides: dict[str, object], says: tuple[str, ...]) -> None:
     folder = place.folder / "refused"
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert_refused(*PLAIN, *command, *settings(**{"comm__vocab_group": 1, **overrides}), says=says)
+    assert_refused(*command, *settings(**{"comm__vocab_group": 1, **overrides}), says=says)
     assert not folder.exists()
+
+
+def test_a_process_that_refuses_ends_with_2(place: Place) -> None:
+    command = place.distill("refused", steps=2, checkpoint_every=2)
+    assert "comm.vocab_group is 2, but this run has 1 process" in _refusal(run(*PLAIN, *command))
 
 
 def test_every_rank_refuses_and_one_says_so(place: Place) -> None:
@@ -62,17 +88,17 @@ def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Pat
         (other / file.name).write_bytes(file.read_bytes())
     (other / "tokenizer.model").write_bytes(b"another tokenizer")
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert_refused(*PLAIN, *command, *settings(comm__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
+    assert_refused(*command, *settings(comm__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
 
 
 def test_other_verbs_refuse_alike(place: Place, tmp_path: Path) -> None:
-    assert_refused(*PLAIN, "export", str(tmp_path), "--output", str(tmp_path / "x"), says=("no run folder",))
-    assert_refused(*PLAIN, "export", str(place.folder / "teacher"), "--output", str(tmp_path / "x"), "--step", "5",
+    assert_refused("export", str(tmp_path), "--output", str(tmp_path / "x"), says=("no run folder",))
+    assert_refused("export", str(place.folder / "teacher"), "--output", str(tmp_path / "x"), "--step", "5",
                    says=("--step 5", "it has 6"))  # fmt: skip
-    assert_refused(*PLAIN, "evaluate", str(tmp_path), "--data", place.heldout, says=("config.json",))
-    assert_refused(*PLAIN, "tokenize", str(tmp_path), "--vocab-size", "300", "--sequence-length", "8", "--output",
+    assert_refused("evaluate", str(tmp_path), "--data", place.heldout, says=("config.json",))
+    assert_refused("tokenize", str(tmp_path), "--vocab-size", "300", "--sequence-length", "8", "--output",
                    str(tmp_path / "d"), says=(str(tmp_path),))  # fmt: skip
-    assert_refused(*PLAIN, "train", str(tmp_path / "no.yaml"), says=("no recipe",))
+    assert_refused("train", str(tmp_path / "no.yaml"), says=("no recipe",))
 
 
 def test_plan_says_what_a_recipe_needs(place: Place) -> None:
@@ -112,11 +138,136 @@ def test_weights_that_are_missing_are_found_before_anything_starts(place: Place,
     assert finished.code != 0
     assert f"megadistill: {broken} has no tensor '{missing}'" in finished.err, finished.said
     assert not (place.folder / "missing").exists()
-    assert_refused(*PLAIN, "evaluate", str(broken), "--data", place.heldout, says=(missing,))
+    assert_refused("evaluate", str(broken), "--data", place.heldout, says=(missing,))
+
+
+def _missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _cut_shard(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 65}))
+
+
+def _other_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"another tokenizer")
+
+
+DAMAGES: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
+    (_missing_shard, ("has neither model.safetensors nor",)),
+    (_cut_shard, ("model.safetensors", "not a whole one")),
+    (_other_shape, ("[64, 32]", "its config.json says [65, 32]")),
+    (_other_tokenizer, ("tokenizer", "sha256")),
+]
+
+
+@pytest.mark.parametrize("verb", ["train", "cache", "generate"])
+@pytest.mark.parametrize(("damage", "says"), DAMAGES)
+def test_a_damaged_teacher_is_refused_by_whoever_reads_it(
+    place: Place, tmp_path: Path, verb: str, damage: Callable[[Path], None], says: tuple[str, ...]
+) -> None:
+    teacher, output = tmp_path / "teacher", tmp_path / "output"
+    shutil.copytree(place.teacher, teacher)
+    damage(teacher)
+    assert_refused(*_reads(verb, place, teacher, output), says=says)
+    assert not output.exists()
+
+
+def _reads(verb: str, place: Place, teacher: Path, output: Path) -> list[str]:
+    """The arguments of a verb that reads a teacher and writes to `output`, as one process."""
+    if verb == "generate":
+        return _generate(place, output, teacher=teacher)
+    changes = settings(teacher__path=teacher, comm__vocab_group=1, run__folder=output)
+    recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *changes]
+    return ["train", *recipe] if verb == "train" else _cache(recipe, output)
+
+
+def _cache(recipe: list[str], output: Path) -> list[str]:
+    return ["cache", *recipe, *settings(loss__targets__draws=5), "--output", str(output)]
+
+
+def _generate(place: Place, output: Path, **options: object) -> list[str]:
+    data = place.folder / "data" / "train" / "manifest.json"
+    values = {"data": data, "sequences": 4, "prompt_tokens": 8, "new_tokens": 8, "output": output, **options}
+    teacher = values.pop("teacher", place.teacher)
+    return ["generate", str(teacher), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch": 0}, ("a batch of 0", "at least 1")),
+        ({"top_p": 0}, ("--top-p 0.0", "above 0")),
+        ({"top_p": 1.5}, ("--top-p 1.5", "up to 1")),
+        ({"temperature": -1}, ("--temperature -1.0",)),
+        ({"sequences": 0}, ("--sequences 0", "at least 1")),
+        ({"prompt_tokens": 33}, ("--prompt-tokens 33", "have 32 tokens")),
+        ({"job": 2, "jobs": 2}, ("job 2 of 2",)),
+        ({"data": "nowhere/manifest.json"}, ("nowhere/manifest.json",)),
+        ({"teacher": Path("nowhere")}, ("nowhere",)),
+    ],
+)
+def test_generate_refuses(place: Place, tmp_path: Path, options: dict[str, object], says: tuple[str, ...]) -> None:
+    assert_refused(*_generate(place, tmp_path / "output", **options), says=says)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss__targets": "null"}, ("cache stores loss.targets of a live teacher",)),
+        ({"objective": "labels", "teacher": "null"}, ("objective labels does not use loss.targets",)),
+        ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
+        ({"loss__targets__draws": 0}, ("loss.targets.draws", "greater than or equal to 1")),
+    ],
+)
+def test_cache_refuses(place: Place, tmp_path: Path, changes: dict[str, object], says: tuple[str, ...]) -> None:
+    recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *settings(comm__vocab_group=1)]
+    assert_refused(*_cache(recipe, tmp_path / "output"), *settings(**changes), says=says)
+    assert not (tmp_path / "output").exists()
+    assert_refused(*_cache(recipe, tmp_path / "output"), "--steps", "0", says=("--steps 0", "at least 1"))
+
+
+@pytest.mark.parametrize("verb", ["cache", "generate"])
+def test_a_folder_that_is_not_theirs_is_left_alone(place: Place, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "shard-00000.tar").write_bytes(b"somebody's")
+    assert_refused(*_reads(verb, place, place.teacher, tmp_path), says=(str(tmp_path), "exists", "folder"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("shard-00000.tar", b"somebody's")]
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "says"),
+    [
+        (4, {"comm__vocab_group": 4}, ("comm.vocab_group is 4", "2 layers", "2 or less")),
+        (4, {"comm__vocab_group": 3}, ("comm.vocab_group is 3", "must divide")),
+        (4, {"teacher__placement": "disaggregated", "teacher__ranks": 3}, ("teacher.stages is 3", "2 layers")),
+        (
+            5,
+            {"teacher__placement": "disaggregated", "teacher__ranks": 2, "teacher__stages": 1},
+            ("3 ranks of the student", "2 replicas"),
+        ),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, world: int, changes: dict[str, object], says: tuple[str, ...]
+) -> None:
+    """Asked as the first rank of a launch, which refuses before it looks for the others."""
+    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, str(value))
+    command = [*place.distill("unfit", steps=2, checkpoint_every=2), *settings(train__global_batch=120)]
+    assert_refused(*command, *settings(**{"comm__vocab_group": 1, **changes}), says=says)
+    assert not (place.folder / "unfit").exists()
 
 
 def test_evaluate_refuses_a_model_of_another_tokenizer(place: Place, tmp_path: Path) -> None:
     other = tmp_path / "model"
     shutil.copytree(place.teacher, other)
     (other / "tokenizer.model").write_bytes(b"another tokenizer")
-    assert_refused(*PLAIN, "evaluate", str(other), "--data", place.heldout, says=("tokenizer.model",))
+    assert_refused("evaluate", str(other), "--data", place.heldout, says=("tokenizer.model",))

@@ -123,6 +123,8 @@ def test_each_fault_has_its_exit_code(
 def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("megadistill.cli.SPEAKING_SECONDS", 0.0)
+
     def said(error: Exception, rank: str, local_rank: str) -> str:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
