@@ -49,10 +49,14 @@ class SkippedSteps:
         self._most = most
         self._in_a_row = 0
 
-    def count(self, step: int, *, skipped: bool, reason: str) -> None:
+    def count(self, step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
         """Raises OperatorFault: one more than `most` were skipped in a row."""
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if math.isfinite(grad_norm):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
         if self._in_a_row > self._most:
+            reason = not_finite(metrics, grad_norm)
             raise OperatorFault(
                 f"step {step}: {reason}, and {self._in_a_row} steps in a row moved nothing "
                 f"(faults.max_skipped_steps is {self._most}), so the student diverged. Look at metrics.jsonl: if it "

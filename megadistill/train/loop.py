@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -77,12 +78,12 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
         recovery = Recovery(setup, topology)
         topology.watch.keep_stacks(setup.folder, recovery.attempt.number)
         topology.watch.stamp("starting", 0, limit=60 * setup.recipe.comm.timeout_minutes)
-        this = Run(setup, topology, recovery, stops)
-        topology.watch.on_verdict = this.ended_by_the_watch
+        topology.watch.on_verdict = partial(recovery.ended, rank=topology.rank, exit_code=RestartFault.exit_code)
         try:
+            this = Run(setup, topology, recovery, stops)
             outcome = this.until(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
         except (RestartFault, OperatorFault) as fault:
-            recovery.events.fault(str(fault), step=this.step, rank=topology.rank, exit_code=fault.exit_code)
+            recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
             raise
         finally:
             recovery.close()
@@ -138,7 +139,7 @@ class Run:
         skipped = SkippedSteps(faults.max_skipped_steps)
         skips = [rollback.skip for rollback in recovery.rollbacks]
         stream = stream_of(setup, self._topology, start=cursor, skips=skips)
-        limits = deque([max(60 * setup.recipe.comm.timeout_minutes, faults.stall_seconds), faults.stall_seconds])
+        limit = max(60 * setup.recipe.comm.timeout_minutes, faults.stall_seconds)  # a first step compiles, and warms up
         next_slots = deque([stream.start.next_slot], maxlen=faults.rollback_steps + 1)
         stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
@@ -151,7 +152,8 @@ class Run:
             taught = stack.enter_context(closing(lessons(self._teacher, ahead.micro_batches())))
             while self.step < last:
                 self.step += 1
-                self._stamp("step", limit=limits.popleft() if len(limits) > 1 else limits[0])
+                self._stamp("step", limit=limit)
+                limit = faults.stall_seconds
                 began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
                 batch, cursor = ahead.step()
                 if setup.recipe.data.on_fault == "quarantine":
@@ -159,24 +161,8 @@ class Run:
                 rate, outcome = self._take_step(batch, taught)
                 recovery.require_newest(outcome.notices)
                 seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
-                if outcome.skipped:
-                    reason = not_finite(outcome.metrics, outcome.grad_norm)
-                    recovery.events.write("skip", step=self.step, reason=reason)
-                    log.say(f"step {self.step}: {reason}: this step moved nothing")
-                else:
-                    recovery.step_done(seconds)
-                    report = self._meter.report(
-                        self.step,
-                        outcome.metrics,
-                        rate,
-                        outcome.grad_norm,
-                        seconds,
-                        ahead.waited - read_before,
-                        outcome.teacher_seconds,
-                        outcome.diagnostics,
-                    )
-                    log.step(report, weights=self._objective.moving_weights(self.step))
-                skipped.count(self.step, skipped=outcome.skipped, reason=reason if outcome.skipped else "")
+                self._report(outcome, rate, seconds, ahead.waited - read_before, log)
+                skipped.count(self.step, outcome.metrics, outcome.grad_norm)
                 for said in recovery.settle(outcome.notices):
                     log.say(said)
                 if stragglers is not None and self.step % faults.straggler_every == 0:
@@ -238,6 +224,25 @@ class Run:
         )
         return rate, outcome
 
+    def _report(self, outcome: StepOutcome, rate: float, seconds: float, data_seconds: float, log: RunLog) -> None:
+        if outcome.skipped:
+            reason = not_finite(outcome.metrics, outcome.grad_norm)
+            self._recovery.events.write("skip", step=self.step, reason=reason)
+            log.say(f"step {self.step}: {reason}: this step moved nothing")
+            return
+        self._recovery.step_done(seconds)
+        report = self._meter.report(
+            self.step,
+            outcome.metrics,
+            rate,
+            outcome.grad_norm,
+            seconds,
+            data_seconds,
+            outcome.teacher_seconds,
+            outcome.diagnostics,
+        )
+        log.step(report, weights=self._objective.moving_weights(self.step))
+
     def _with_holes(self, stream: TokenStream, batch: TokenBatch, cursor: Cursor) -> Cursor:
         holes = holes_of_all(batch, self._topology)
         if holes:
@@ -269,11 +274,7 @@ class Run:
 
     def _stamp(self, phase: str, *, limit: float) -> None:
         self._topology.watch.stamp(phase, self.step, limit=limit)
-
-    def ended_by_the_watch(self, reason: str) -> None:
-        """The last thing that this process does: the record says why."""
-        rank = self._topology.rank
-        self._recovery.events.fault(reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code)
+        self._recovery.step = self.step
 
     def _name(self, stragglers: list[str], log: RunLog) -> None:
         for line in stragglers:

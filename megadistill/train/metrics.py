@@ -138,8 +138,12 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """One line for a person, above the bar where there is one."""
-        if self._active:
+        if not self._active:
+            return
+        try:
             self._console.print(line, markup=False, highlight=False)
+        except (OSError, SystemExit):  # the reader is gone, as when a launcher was killed; rich would leave for that
+            self._console.quiet = True
 
     def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
         """Logs one step: a line of JSON (written at once, so that a kill loses nothing), TensorBoard, the terminal.

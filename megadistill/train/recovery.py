@@ -60,6 +60,8 @@ class Recovery:
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
         self._lost = 0
+        self.step = 0
+        """That the run is at."""
         self._goodput = Goodput()
         self._goodput_since = time.perf_counter()
 
@@ -200,6 +202,10 @@ class Recovery:
         self.events.write("rollback", step=at_step, to_step=plan.to_step, skip=list(plan.skip))
         line = f"rolling back to step {plan.to_step}; slots {plan.skip[0]} to {plan.skip[1] - 1} are left out"
         return plan, "; ".join([*ended, line])
+
+    def ended(self, reason: str, *, rank: int, exit_code: int) -> None:
+        """The attempt ends by a fault, as this rank met it."""
+        self.events.fault(reason, step=self.step, rank=rank, exit_code=exit_code)
 
     def done(self, step: int) -> None:
         """The last step is saved: whoever looks at the folder finds the file DONE."""
