@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -228,6 +229,8 @@ class Recovery:
             if result.path is None:
                 self.events.write("save_failed", step=result.step, reason=result.problem, stall_seconds=stall)
                 lines.append(f"the checkpoint of step {result.step} was not written: {result.problem}")
+                if not self._topology.is_first:  # whose log says it; a person may look at any rank's
+                    print(f"megadistill: rank {self._topology.rank}: {lines[-1]}", file=sys.stderr, flush=True)
                 continue
             self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
             self.events.write(
