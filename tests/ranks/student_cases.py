@@ -42,6 +42,7 @@ class Case:
     persistence: int = 0
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
+    document_mask: bool = False
     model_type: str = "llama"
     loss: LossSection = field(default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3))
 
@@ -85,8 +86,8 @@ def train_section(case: Case, world: int) -> TrainSection:
     )
 
 
-def global_batch(step: int) -> TokenBatch:
-    """The whole batch of a step; a few labels are missing, unevenly over the rows."""
+def global_batch(step: int, *, document_mask: bool = False) -> TokenBatch:
+    """The whole batch of a step; a few labels are missing, unevenly over the rows; each has documents of its own."""
     generator = torch.Generator().manual_seed(100 + step)
     units = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
     labels = units[:, 1:].clone()
@@ -94,8 +95,10 @@ def global_batch(step: int) -> TokenBatch:
     labels[3, 7] = -100
     slots = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
     tokens = units[:, :-1]
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    return TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
+    starts = torch.rand(tokens.shape, generator=generator) < 0.25
+    starts[:, 0] = True
+    digests = token_digest(tokens)
+    return TokenBatch(tokens, labels, slots, digests, starts, document_mask=document_mask)
 
 
 def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:
@@ -173,7 +176,7 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
     teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else None
     found = []
     for step in steps:
-        batch = rows_of(global_batch(step), topology)
+        batch = rows_of(global_batch(step, document_mask=case.document_mask), topology)
         outcome = train_step(
             student,
             teacher,
@@ -205,6 +208,15 @@ def three_steps(topology: Topology, case: Case) -> Found:
     return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 
+def masked(starts_BS: Tensor) -> dict[str, Tensor]:
+    """What makes a dense model read each document by itself: who sees whom, [B, 1, S, S], and restarting positions."""
+    S = starts_BS.shape[1]
+    document_BS = starts_BS.long().cumsum(dim=1)
+    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
+    sees_BSS = same_BSS & torch.ones(S, S, dtype=torch.bool).tril()
+    return {"attention_mask": sees_BSS[:, None], "position_ids": sees_BSS.sum(dim=2) - 1}
+
+
 def dense_truth(case: Case) -> Found:
     """The same three steps on one dense model in float64, from the same initial values, without padding."""
     config = config_of(case)
@@ -227,7 +239,8 @@ def dense_truth(case: Case) -> Found:
         batch = global_batch(step)
         labels = batch.labels.flatten()
         weights = (labels != -100).double() / batch.valid_tokens
-        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        seen = masked(batch.starts) if case.document_mask else {}
+        hidden = model.base_model(input_ids=batch.tokens, use_cache=False, **seen).last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings().weight
         if case.objective == "distill":
             terms = reference.distill_loss(
