@@ -51,17 +51,17 @@ def test_a_bad_gradient_is_named_where_all_else_is_fine() -> None:
 
 def test_a_few_skipped_steps_in_a_row_are_borne_and_one_more_is_not() -> None:
     skipped = SkippedSteps(2)
-    for step, bad in enumerate([True, True, False, True, True, False, False, True, True], start=1):
-        skipped.count(step, FINE, math.nan if bad else 1.0)
-    with pytest.raises(OperatorFault, match=r"^step 10: grad_norm is nan, and 3 steps in a row moved nothing .* is 2\)"):
-        skipped.count(10, FINE, math.nan)
+    for step, norm in enumerate([math.inf, math.nan, 1.0, math.inf, math.inf, 1.0, 1.0, math.inf, math.inf], start=1):
+        skipped.count(step, FINE, norm)
+    with pytest.raises(OperatorFault, match=r"^step 10: loss is nan, and 3 steps in a row moved nothing .* is 2\)"):
+        skipped.count(10, {**FINE, "loss": math.nan}, math.inf)
 
 
 def test_of_no_skipped_steps_the_first_is_too_many() -> None:
     skipped = SkippedSteps(0)
-    skipped.count(1, FINE, 1.0)
-    with pytest.raises(OperatorFault, match=r"^step 2: loss is inf, and 1 steps in a row"):
-        skipped.count(2, {**FINE, "loss": math.inf}, math.nan)
+    skipped.count(1, FINE, 0.0)
+    with pytest.raises(OperatorFault, match=r"^step 2: grad_norm is inf, and 1 steps in a row"):
+        skipped.count(2, FINE, math.inf)
 
 
 def _window(values: list[float], *, zscore: float = 10.0, floor: float = 0.01) -> RobustWindow:
