@@ -46,7 +46,7 @@ HELP = """\
 questions (both, when --only does not choose):
   step     two ranks of one thread each: a whole colocated step, in turn with its parts run alone on the same cores
            (the student's layers forward and backward with the optimizer; this rank's stage on both micro-batches; the
-           loss on hidden states that lie there)
+           loss on hidden states that lie there), and of another step the time that a rank waits for other stages
   bubble   2 and 4 stages, the teacher alone: beats in which a stage has nothing to do, and the time of a step, when the
            pipeline is drained at the end of each step and when it runs ahead through all of them
 
@@ -129,6 +129,11 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
             topology=topology,
         )
 
+    def waiting() -> float:
+        before = pipeline.waited
+        step()
+        return pipeline.waited - before
+
     tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
 
     def student_alone() -> None:
@@ -161,7 +166,13 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
                 vocab=student.head.vocab,
             ).loss.backward()  # type: ignore[no-untyped-call]
 
-    return {"whole step": step, "student": student_alone, "stage": stage_alone, "loss": loss_alone}
+    return {
+        "whole step": step,
+        "student": student_alone,
+        "stage": stage_alone,
+        "loss": loss_alone,
+        "of a step, waiting for other stages": waiting,
+    }
 
 
 def bubble_runs(topology: Topology, folder: Path) -> dict[str, Run]:
@@ -193,7 +204,7 @@ def step_question(folder: Path, report: Report) -> None:
     shape = f"student {next(widths)}, teacher {next(widths)}, V {VOCAB}"
     parts = ["student", "stage", "loss"]
     with ranks(2, step_runs, folder) as slower:
-        times = _timed(slower, ["whole step", *parts], report.repeats)
+        times = _timed(slower, ["whole step", *parts, "of a step, waiting for other stages"], report.repeats)
     together = [sum(values) for values in zip(*(times[part] for part in parts), strict=True)]
     table = report.table(f"step, 2 ranks: {shape}", "", "ms a step", "to the parts together")
     for name, own in {**times, "parts together": together}.items():
