@@ -338,6 +338,21 @@ def test_an_attempt_that_thaws_in_the_middle_of_a_save_changes_nothing(
     _require_whole(folder, 8)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_attempt_that_is_replaced_before_its_commit_publishes_nothing(
+    attempt: Attempt, folder: Path, waits: bool
+) -> None:
+    """The later one has only just started: it has deleted nothing yet, and may already have looked for the newest."""
+    with _saver(attempt) as saver:
+        saver.start(_state(4), manifest_of(4))
+        while not saver.notices()["save_ended"]:
+            time.sleep(0.001)
+        claim(attempt.folder, {})
+        with pytest.raises(OperatorFault, match="attempt 1 of"):
+            saver.finish() if waits else _settled(saver)
+    assert _names(folder) == [".tmp-step-00000004-a1"], "it is the later one's to delete"
+
+
 def test_an_attempt_that_is_replaced_after_its_commit_deletes_nothing(
     attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
