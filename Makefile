@@ -1,6 +1,6 @@
 # make smoke   the whole job on this machine: text, teacher, two students, a table
 # make test    the tests           make check   format, lint, types, floors and walls
-# make drill   every fault that a run is to survive, on a real run (ten minutes)
+# make drill   every fault that a run is to survive, on a real run (about ten minutes)
 # make lock    the versions in constraints.txt, from the environment that just passed
 
 PYTHON ?= python3.11
