@@ -55,6 +55,15 @@ A run folder that already holds a checkpoint is gone on with; give the same comm
 {EXIT_CODES}"""
 
 
+DOCTOR_EPILOG = """\
+Started as the run will be: in one process, or under the launcher in the run's own allocation. It takes a minute at
+most, and leaves nothing behind. After the table, where nodes are to blame, a last line `bad nodes: a,b` names them.
+
+  torchrun --nproc_per_node 8 -m megadistill doctor RECIPE
+  srun --ntasks-per-node 1 megadistill doctor RECIPE --node
+
+exit codes: 0 nothing stands against the run; 2 something does"""
+
 CACHE_EPILOG = f"""\
 What is kept of the distribution is the recipe's loss.targets; `teacher.keep_targets` stores the same beside a live run.
 A run learns from them with teacher.source=cache and teacher.targets=DIR, and equals the live run. Targets belong to a
@@ -131,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     _tokenize_parser(verbs)
     _shards_parser(verbs)
     _train_parser(verbs)
+    _doctor_parser(verbs)
     _cache_parser(verbs)
     _generate_parser(verbs)
     _export_parser(verbs)
@@ -266,6 +276,17 @@ def _train_parser(verbs: Verbs) -> None:
         help="save and stop after this step; without it, a later start goes on",
     )
     verb.set_defaults(run=_train)
+
+
+def _doctor_parser(verbs: Verbs) -> None:
+    verb = _verb(verbs, "doctor", "look for what would stop a run, before it starts", DOCTOR_EPILOG)
+    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    verb.add_argument(
+        "--node", action="store_true", help="only what one node can say by itself: started by no launcher, once a node"
+    )
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    verb.set_defaults(run=_doctor)
 
 
 def _cache_parser(verbs: Verbs) -> None:
@@ -417,6 +438,33 @@ def _train(options: argparse.Namespace) -> int:
         else:
             print(f"{where}, stopped as asked; without --stop-after it goes on")
     return RestartFault.exit_code if outcome is not None and outcome.stopped_by is not None else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from megadistill.train.findings import Report
+
+    def tell(report: Report) -> None:
+        Console().print(report.table())
+        if options.json:
+            options.json.write_text(json.dumps(report.values(), indent=1) + "\n", encoding="utf-8")
+        if report.bad_nodes:
+            print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
+
+    if options.node:
+        from megadistill.train.doctor import examine_node
+
+        report = examine_node(options.recipe, options.set)
+        tell(report)
+        return 0 if report.ok else UserError.exit_code
+    from megadistill.plan.needs import rank_memory
+    from megadistill.train.doctor import examine
+
+    well = examine(options.recipe, options.set, memory=rank_memory, tell=tell)
+    return 0 if well else UserError.exit_code
 
 
 def _cache(options: argparse.Namespace) -> int:

@@ -4,13 +4,14 @@ Legend: V padded vocabulary, D and E widths of student and teacher, L layers, p 
 the teacher), v = V/p rows of a slice, n tokens of a rank's micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
@@ -19,12 +20,15 @@ from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, layer_parameters, parameter_counts
 from megadistill.model.split import stage_layers
+from megadistill.student.profile import load_deepspeed
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 FLOAT32_BYTES = 4
 # ZeRO-3 keeps of each parameter, partitioned: the working copy, and in float32 the gradient, the master copy and
 # AdamW's two moments.
 FLOAT32_COPIES = 4
+SAVED_COPIES = 3
+"""Of these, a checkpoint has all but the gradient, and the host a copy of it while it is written."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ class Needs:
     """Of the whole run."""
     models: tuple[ModelNeeds, ...]
     memory: dict[str, int]
-    """Bytes of a rank, by what holds them. Activations are those of activation checkpointing, or left out."""
+    """Bytes on the device of one of the student's ranks, by what holds them. Activations are those of activation
+    checkpointing, or left out."""
+    host: dict[str, int]
+    """Bytes on the host, of the same rank."""
+    teacher_memory: dict[str, int]
+    """Bytes on the device of one of the teacher's own ranks; nothing where it has none."""
     wire: dict[str, int]
     """Bytes a rank receives for each token of its micro-batch. An untied head is never gathered over the world."""
 
@@ -61,7 +70,7 @@ class Needs:
 
 
 def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
-    """The needs of a recipe file and of what it names, with every rank on one node.
+    """The needs of a recipe file and of what it names, with every rank on one node. `ranks`: the teacher's own, too.
 
     Raises:
         UserError: the recipe, its data or its models are wrong, or do not divide over the ranks.
@@ -77,6 +86,11 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
     if recipe.teacher is not None and recipe.teacher.source == "live":
         assert recipe.teacher.path is not None
         teacher = load_config(Path(recipe.teacher.path), what="teacher.path")
+    roles = None
+    if recipe.teacher is not None and recipe.teacher.placement == "disaggregated":
+        assert recipe.teacher.ranks is not None
+        roles = Roles(ranks, recipe.teacher.ranks, recipe.teacher.stages or recipe.teacher.ranks)
+        ranks = roles.students
     launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
     return needs(
         recipe,
@@ -86,7 +100,41 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
         sequence_length=data.sequence_length,
         ranks=ranks,
         group_size=vocab_group_size(recipe.comm.vocab_group, launch),
+        roles=roles,
+        profile=load_deepspeed(Path(recipe.student.deepspeed)),
     )
+
+
+def rank_memory(
+    recipe: Recipe,
+    *,
+    student: Any,
+    teacher: Any | None,
+    data: Mixture,
+    rank: int,
+    ranks: int,
+    group_size: int,
+    roles: Roles | None,
+    profile: Mapping[str, Any],
+) -> dict[str, dict[str, int]]:
+    """Bytes that rank `rank` of a launch will hold, by what holds them, on its `device` and on its `host`.
+
+    `ranks` are the student's; see `needs`.
+    """
+    found = needs(
+        recipe,
+        student=student,
+        teacher=teacher,
+        vocab_size=data.vocab_size,
+        sequence_length=data.sequence_length,
+        ranks=ranks,
+        group_size=group_size,
+        roles=roles,
+        profile=profile,
+    )
+    if rank >= ranks:
+        return {"device": found.teacher_memory, "host": {}}
+    return {"device": found.memory, "host": found.host}
 
 
 def needs(
@@ -98,8 +146,12 @@ def needs(
     sequence_length: int,
     ranks: int,
     group_size: int,
+    roles: Roles | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> Needs:
-    """`student` and `teacher` are Hugging Face configs; the vocabulary is the data's.
+    """`student` and `teacher` are Hugging Face configs; the vocabulary is the data's. `ranks` are the student's.
+
+    `roles`: of a teacher with ranks of its own. `profile`: DeepSpeed's settings, which may keep states on the host.
 
     Raises:
         UserError: the batch does not divide over the ranks, or the teacher has fewer layers than stages.
@@ -119,8 +171,9 @@ def needs(
     rows = sum(stop - start for start, stop in block_cyclic_ranges(padded, ranks, group_size, rank=0))
     # Truncated targets are made before the loss, one model's logits at a time.
     logit_buffers = 1 if teacher is None or recipe.loss.targets is not None else 2
-    memory = {
-        "ZeRO-3 states": counts.total * (element + FLOAT32_COPIES * FLOAT32_BYTES) // ranks,
+    memory, host = _states(counts.total // ranks, element, profile or {})
+    host["checkpoint on its way to the disk"] = SAVED_COPIES * FLOAT32_BYTES * counts.total // ranks
+    memory |= {
         "gathered layers (two)": 2 * element * counts.body // student.num_hidden_layers,
         "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
         "logit chunk": min(
@@ -135,7 +188,9 @@ def needs(
     if group_size > 1:
         wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
     if teacher is not None:
-        memory["teacher stage"] = element * _largest_stage(teacher, models[1].parameters, group_size)
+        stage = element * _largest_stage(teacher, models[1].parameters, roles.stages if roles else group_size)
+        if roles is None:
+            memory["teacher stage"] = stage
         memory["teacher head rows"] = element * rows * teacher.hidden_size
         memory["teacher hidden states"] = element * micro_tokens * teacher.hidden_size * group_size
         wire["teacher hidden states"] = element * teacher.hidden_size * (1 + group_size if group_size > 1 else 0)
@@ -146,8 +201,23 @@ def needs(
         tokens=recipe.train.steps * recipe.train.global_batch * sequence_length,
         models=tuple(models),
         memory=memory,
+        host=host,
+        teacher_memory={} if roles is None else {"teacher stage": stage},
         wire=wire,
     )
+
+
+def _states(parameters: int, element: int, profile: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """What a rank's partition of ZeRO-3 takes on the device, and on the host where DeepSpeed's file offloads it."""
+    weights, trained = element * parameters, FLOAT32_COPIES * FLOAT32_BYTES * parameters
+    zero = profile.get("zero_optimization", {})
+    on_host = 0
+    device = weights + trained
+    for key, size in (("offload_param", weights), ("offload_optimizer", trained)):
+        place = (zero.get(key) or {}).get("device", "none")
+        device -= 0 if place == "none" else size
+        on_host += size if place == "cpu" else 0
+    return {"ZeRO-3 states": device}, {"offloaded ZeRO-3 states": on_host} if on_host else {}
 
 
 def _largest_stage(teacher: Any, counts: ParameterCounts, stages: int) -> int:
@@ -162,7 +232,10 @@ def _largest_stage(teacher: Any, counts: ParameterCounts, stages: int) -> int:
 
 def tables(found: Needs) -> list[Table]:
     """Models, memory and traffic, for a person."""
-    return [_models(found), _amounts("memory of a rank", found.memory), _amounts("received a token", found.wire)]
+    shown = {"memory of a rank": found.memory, "memory of its host": found.host, "received a token": found.wire}
+    if found.teacher_memory:
+        shown["memory of a teacher's rank"] = found.teacher_memory
+    return [_models(found), *(_amounts(title, amounts) for title, amounts in shown.items())]
 
 
 def _models(found: Needs) -> Table:

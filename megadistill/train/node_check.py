@@ -1,0 +1,181 @@
+"""Room `train`: what a node can say of itself before a run: devices, memory, disk, leftovers. It knows no other one."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadistill.comm.topology import local_device
+from megadistill.errors import UserError
+from megadistill.train.attempt import MAX_RECORD_BYTES
+from megadistill.train.findings import Examined, Mark, some
+from megadistill.train.jit_locks import extensions_folder, refuse_stale_jit_locks
+from megadistill.train.run_folder import versions
+from megadistill.train.stragglers import product_seconds
+
+WRITTEN_BYTES = 16 << 20
+_VERB = "train"
+
+
+def check_node(own: Examined, folder: Path | None) -> None:
+    """What one process of a node looks at for all of them; `folder` is the run's, where it is known."""
+    own.look("JIT locks", _no_stale_locks, of_node=True)
+    if folder is None:
+        return
+    said = f"{folder}: written, synced, renamed and read back"
+    own.facts["write"] = own.look("run folder", lambda: (written_and_read(folder), said), of_node=True)
+    leftovers = left_of_earlier_runs(folder)
+    if leftovers:
+        own.note("earlier runs", Mark.BAD, "; ".join(leftovers), of_node=True)
+        return
+    others = other_runs()
+    if others:
+        pids = some(map(str, others))
+        own.note(
+            "earlier runs", Mark.DOUBTFUL, f"other training here shares the devices: processes {pids}", of_node=True
+        )
+    else:
+        own.note("earlier runs", Mark.GOOD, "none of their processes is left")
+
+
+def check_device(own: Examined, device: torch.device, *, local_world: int) -> None:
+    """A product on this rank's device, its name and its free memory."""
+    own.facts["versions"] = versions()
+    own.facts["device"] = name = device_name(device)
+    own.facts["free"], total = free_memory(device)
+    own.facts["host_free"] = host_memory()
+    try:
+        own.facts["product"] = product_seconds(device)
+    except RuntimeError as error:
+        own.note("device", Mark.BAD, f"{name} cannot multiply: {str(error).splitlines()[0]}", of_node=True)
+        return
+    visible = torch.accelerator.device_count()
+    if device.type != "cpu" and visible < local_world:
+        said = f"{local_world} ranks share {visible} devices: start one a device"
+        own.note("device", Mark.BAD, said, of_node=True)
+        return
+    own.note("device", Mark.GOOD, f"{name}, {total / 1e9:.0f} GB", of_node=True)
+
+
+def check_devices(own: Examined) -> None:
+    """All devices that one process of a node sees, where nobody else looks at them."""
+    for index in range(max(1, torch.accelerator.device_count())):
+        check_device(own, local_device(index), local_world=1)
+        if any(finding.mark is Mark.BAD for finding in own.findings):
+            return
+
+
+def written_and_read(folder: Path) -> float:
+    """Writes, syncs, renames and reads a file of the run folder, which is made if it is not there; bytes a second.
+
+    Raises:
+        UserError: what came back is not what was written. OSError: the disk refuses.
+    """
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f".doctor-{socket.gethostname()}-{os.getpid()}"
+    temporary, final = folder / f"{name}.tmp", folder / name
+    content = os.urandom(1 << 16) * (WRITTEN_BYTES >> 16)
+    try:
+        began = time.perf_counter()
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(final)
+        seconds = time.perf_counter() - began
+        if hashlib.sha256(final.read_bytes()).digest() != hashlib.sha256(content).digest():
+            raise UserError(f"{folder}: a file that was written and renamed has another content when it is read")
+    finally:
+        for path in (temporary, final):
+            with suppress(OSError):
+                path.unlink()
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+    return WRITTEN_BYTES / seconds
+
+
+def left_of_earlier_runs(folder: Path) -> list[str]:
+    """A line for each attempt at this run folder whose first process still runs on this host."""
+    lines = []
+    for path in sorted((folder / "attempts").glob("*.json")):
+        record = _attempt(path)
+        process = record.get("pid")
+        if record.get("host") == socket.gethostname() and isinstance(process, int) and _trains(process):
+            lines.append(
+                f"process {process} of attempt {path.stem} at {folder} still runs here: stop it (kill {process})"
+            )
+    return lines
+
+
+def other_runs() -> list[int]:
+    """Processes of this host that train, whoever started them."""
+    found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _trains(int(path.name))]
+    return sorted(found)
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free on this rank's device, and all that it has; a CPU's are the host's."""
+    if device.type == "cpu":
+        return host_memory(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory that this process may still take, with the limit of its control group."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, IndexError, ValueError):
+        (line,) = [each for each in Path("/proc/meminfo").read_text().splitlines() if each.startswith("MemAvailable:")]
+        available = int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - used)
+    return available
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
+def _no_stale_locks() -> tuple[None, str]:
+    refuse_stale_jit_locks()
+    return None, f"none that is stale in {extensions_folder()}"
+
+
+def _attempt(path: Path) -> dict[str, Any]:
+    """What an attempt says of itself; nothing where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            values = json.loads(file.read(MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _trains(process: int) -> bool:
+    """Whether a process of this host runs this package's training verb. A number may have been given away since."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any("megadistill" in part for part in command[:6]) and _VERB in command
