@@ -91,7 +91,7 @@ def clock_offsets(topology: Topology) -> list[float]:
 
 def gathered_texts(text: str, topology: Topology) -> list[str]:
     """The text of every rank, in rank order, on every rank. Collective over the world."""
-    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
     lengths = all_gather_rows(torch.tensor([len(own)], device=topology.device), topology.world_group).tolist()
     padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own))).unsqueeze(0)
     rows = all_gather_rows(padded.to(topology.device), topology.world_group).cpu()

@@ -41,6 +41,8 @@ from megadistill.train.setup import Setup
 
 TIMEOUT_MINUTES = 2.0
 """For the ranks to meet, and for each collective: a launch that takes longer is not well."""
+TELLING_SECONDS = 10.0
+"""For the first rank to learn what broke on another one, and to tell: launchers end all ranks when one leaves."""
 SEEN_SECONDS = 5.0
 """That a file may take until another node sees it."""
 
@@ -73,7 +75,7 @@ def examine(path: Path, overrides: Sequence[str], *, memory: MemoryOf, tell: Cal
 
     try:
         with joined(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
-            topology.watch.on_verdict = lambda reason: tell_first(Row("together", Mark.BAD, reason))
+            topology.watch.on_verdict = lambda reason: tell_first(Row("all ranks", Mark.BAD, reason))
             topology.watch.stamp("comparing the ranks", 0, limit=60 * TIMEOUT_MINUTES)
             examined = _gathered(own, topology)
             rows = [*rows_of(examined), *_compared(examined), *_measured(topology, examined)]
@@ -85,7 +87,9 @@ def examine(path: Path, overrides: Sequence[str], *, memory: MemoryOf, tell: Cal
                 rows.append(Row("rehearsal", Mark.GOOD, said))
             tell_first()
     except Exception as error:  # what the run would have met, whatever it is
-        tell_first(Row("together", Mark.BAD, " ".join(f"{type(error).__name__}: {error}".split())))
+        tell_first(Row("all ranks", Mark.BAD, " ".join(f"{type(error).__name__}: {error}".split())))
+        if launch.rank > 0:
+            time.sleep(TELLING_SECONDS)
         return False
     return Report(tuple(rows)).ok
 

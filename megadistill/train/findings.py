@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from rich.table import Table
+from rich.text import Text
 
 from megadistill.errors import UserError
 
@@ -106,7 +107,7 @@ class Report:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for row in self.rows:
-            table.add_row(row.mark.value, row.what, row.said)
+            table.add_row(row.mark.value, row.what, Text(row.said))  # what is said may look like markup
         return table
 
     def values(self) -> dict[str, Any]:
