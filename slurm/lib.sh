@@ -2,14 +2,15 @@
 # What the sbatch files share. It knows nodes, signals and markers; it knows no training.
 #
 # Markers decide, not exit codes: srun's is 0 after a node has lost its power, and 137 for a clean stop whose last rank was
-# slow. In the folder of the work: the marker of its end (DONE), HOLD (a person has to look), and what `progress` prints.
-# What the ranks themselves say is in logs/JOB/TRY/: rank-00000.err, and rank-00000.code with the exit code.
+# slow. Those are the marker of the end (DONE), HOLD (a person has to look), and what `progress` prints. What the ranks
+# themselves say is in logs/JOB/TRY/: rank-00000.err, and rank-00000.code with the exit code.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
+# shellcheck source=slurm/env.sh.example
 . "${MEGADISTILL_ENV:-slurm/env.sh}" || exit 2
 
 MAX_STARTS=3      # without progress; then HOLD
-CHECK_SECONDS=60  # a node that has not answered by then is not used
+CHECK_SECONDS=120 # a node that has not answered by then is not used
 CHECKS_AT_ONCE=128
 SPARES=${SPARES:-0}
 NOTICE=""         # USR2: stop with a checkpoint and go on in another job; TERM: somebody ends this one
@@ -48,8 +49,8 @@ hold() {
 
 # require_open FOLDER MARKER: nothing to do where the work is done, nothing may be done where a person has to look.
 require_open() {
-  if [ -e "$1/$2" ]; then
-    log "$1/$2 exists: nothing is left to do"
+  if [ -e "$2" ]; then
+    log "$2 exists: nothing is left to do"
     exit 0
   fi
   if [ -e "$1/HOLD" ]; then
@@ -92,7 +93,8 @@ check_node() { # FOLDER NODE [SRUN OPTION]
     bash slurm/check-node.sh 2>&1); then
     touch "$1/$2"
   else
-    log "$2 is not used: $(tail -n 1 <<<"${said:-no answer within $CHECK_SECONDS s}")" >&2
+    said=$(grep '✗' <<<"$said" || grep -v '^srun: ' <<<"$said" | tail -n 1) # a row of doctor's, else a last word
+    log "$2 is not used: ${said:-no answer within $CHECK_SECONDS s}" >&2
   fi
 }
 
@@ -141,8 +143,9 @@ is_superseded() {
   [ "$now" != "$2" ] && ! { grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"; }
 }
 
-# until_done FOLDER MARKER LAYOUT COMMAND...: starts COMMAND again and again, until FOLDER/MARKER says that it is done, or
+# until_done FOLDER MARKER LAYOUT COMMAND...: starts COMMAND again and again, until the file MARKER says that it is done, or
 # this job has to go. LAYOUT, a function, fills STEP for the command with usable nodes; it fails where they are too few.
+# FOLDER is for what is kept of the jobs: logs, HOLD and the count of starts.
 until_done() {
   local folder=$1 marker=$2 layout=$3 before why try=0
   shift 3
@@ -151,7 +154,7 @@ until_done() {
   while true; do
     try=$((try + 1))
     count_start "$folder"
-    export LOGS=$folder/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}-$try
+    export FOLDER=$folder LOGS=$folder/logs/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}-$try
     export MASTER_PORT=$((12000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 17 + try) % 20000))
     unset MASTER_ADDR # another port and another first node for each try: the last one's ranks may still hold theirs
     mkdir -p "$LOGS"
@@ -159,9 +162,9 @@ until_done() {
     "$layout" "$@" || leave 3 "too few usable nodes"
     [ -z "$NOTICE" ] || leave 0 "asked to stop"
     before=$(newest_attempt "$folder")
-    log "start $try on ${STEP_NODES//$'\n'/ }, from ${from:=$(progress)}"
+    log "start $try on $(xargs <<<"$STEP_NODES"), after $(progress | grep . || echo nothing)"
     run_step
-    [ ! -e "$folder/$marker" ] || { log "done" && exit 0; }
+    [ ! -e "$marker" ] || { log "done" && exit 0; }
     if is_superseded "$folder" "$before"; then
       log "another job works in $folder: this one leaves"
       exit 1
@@ -172,4 +175,14 @@ until_done() {
     [ "$NOTICE" != TERM ] || exit 143
     sleep 3 # the controller hears of a lost node later than the ranks do
   done
+}
+
+# to_the_end COMMAND...: a command of one process, on this node, that goes on where it was stopped.
+to_the_end() {
+  local code=0
+  "$@" &
+  STEP_PID=$!
+  while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID" || code=$?; done
+  [ "$NOTICE" != USR2 ] || leave 0 "stopped"
+  exit "$code"
 }

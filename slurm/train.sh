@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # What the training scripts share: the command, what counts as progress, and which nodes get which ranks.
+# shellcheck disable=SC2034 # the scripts use it
 TRAIN=("${MEGADISTILL[@]}" train "${RECIPE:?}" --set run.folder="${RUN_FOLDER:?}" "${OVERRIDES[@]}")
 if [ -z "${RANKS_PER_NODE:-}" ]; then # a rank a GPU; not SLURM_GPUS_ON_NODE, which under --exclusive is all that there are
   RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:?ask for --gpus-per-node, or set RANKS_PER_NODE}}

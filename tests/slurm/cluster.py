@@ -93,7 +93,8 @@ class Job:
 
     def notify(self) -> None:
         """The notice before the time limit, as `--signal=B:USR2@…` sends it."""
-        self.cluster.call("scancel", "--batch", "--signal=USR2", self.number)
+        running = self.cluster.call("squeue", "-h", "-t", "R", "-j", self.number, "-o", "%i").split()
+        self.cluster.call("scancel", "--batch", "--signal=USR2", running[0])
 
     def events(self, kind: str) -> list[dict[str, object]]:
         lines = (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -130,10 +131,10 @@ class Cluster:
             "MEGADISTILL": f"({sys.executable} -m megadistill)",
             "RUN_FOLDER": str(folder),
             "SPARES": "0",
-            "NODE_CHECK": "()",
+            "NODE_CHECK": "(true)",
             **settings,
         }
-        file.write_text("".join(f"{key}={value}\n" for key, value in lines.items()), encoding="utf-8")
+        file.write_text("".join(f"{key}={value}\n" for key, value in lines.items() if value), encoding="utf-8")
         asked = {
             "SBATCH_GPUS_PER_NODE": "1",
             "SBATCH_TIMELIMIT": "10",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.paths import ROOT
 from tests.slurm.cluster import Cluster, environment, missing, started
 
-STEPS, CHECKPOINT_EVERY = 160, 10
+STEPS, CHECKPOINT_EVERY = 120, 10
 
 TINY = {
     "student.config.hidden_size": 32,

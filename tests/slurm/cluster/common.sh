@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # What start, stop and node share: where the cluster lies, and which processes are its own.
 #
 #   CLUSTER_DIR   a folder with a short path (it holds a socket); everything of the cluster is in it

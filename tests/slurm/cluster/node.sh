@@ -5,6 +5,7 @@
 #   cut, heal   the link alone: what runs on the node goes on
 #   slow, quick   the link carries a megabit a second, so a tiny run lasts as long as a test needs
 #   forbid, allow   FOLDER cannot be written from this node, as with a file system that is mounted read-only
+# shellcheck source=tests/slurm/cluster/common.sh
 . "$(dirname "$0")/common.sh"
 act=$1 node=$2 folder=${3:-}
 space=$PREFIX$node

@@ -2,6 +2,7 @@
 # Starts a Slurm of its own with NODES nodes on this machine: n1, n2, … Each is a network namespace with an address, a
 # host name and mounts of its own, and a link that can be cut. Needs root and Debian's slurmctld, slurmd, slurm-client,
 # munge and iproute2. Everything lies in CLUSTER_DIR; stop.sh ends what this started and nothing else.
+# shellcheck source=tests/slurm/cluster/common.sh
 . "$(dirname "$0")/common.sh"
 NODES=${NODES:-3}
 CPUS=4 # a node: more than the machine has, as they only wait for each other
@@ -87,10 +88,16 @@ done
 setsid munged --foreground --force --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" --pid-file="$DIR/munge/pid" \
   --log-file="$DIR/munge/log" --seed-file="$DIR/munge/seed" >>"$DIR/log/munged.out" 2>&1 </dev/null &
 record munged $!
-for _ in {1..50}; do munge -n --socket="$DIR/munge/socket" >/dev/null 2>&1 && break || sleep 0.1; done
+for _ in {1..50}; do
+  if munge -n --socket="$DIR/munge/socket" >/dev/null 2>&1; then break; fi
+  sleep 0.1
+done
 setsid slurmctld -D -f "$SLURM_CONF" >>"$DIR/log/slurmctld.out" 2>&1 </dev/null &
 record slurmctld $!
-for _ in {1..100}; do scontrol ping 2>/dev/null | grep -q UP && break || sleep 0.1; done
+for _ in {1..100}; do
+  if scontrol ping 2>/dev/null | grep -q UP; then break; fi
+  sleep 0.1
+done
 for ((i = 1; i <= NODES; i++)); do mkdir -p "$DIR/spool/n$i" && start_slurmd "n$i"; done
 for _ in {1..150}; do
   [ "$(sinfo -h -N -p main -o %T | grep -c '^idle$')" = "$NODES" ] && exit 0

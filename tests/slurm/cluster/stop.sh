@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Ends the cluster in CLUSTER_DIR: its jobs, what still runs in its nodes, its daemons, and the network it made.
+# shellcheck source=tests/slurm/cluster/common.sh
 . "$(dirname "$0")/common.sh"
 set +e
 [ -s "$DIR/pids" ] || exit 0
@@ -9,7 +10,10 @@ timeout 5 squeue -h -o %A 2>/dev/null | sort -u | xargs -r timeout 10 scancel --
 for node in $nodes; do ip netns pids "$PREFIX$node" 2>/dev/null | xargs -r kill -KILL 2>/dev/null; done
 for name in slurmctld munged; do
   for pid in $(pids_of "$name"); do kill -TERM "$pid"; done
-  for _ in {1..40}; do [ -z "$(pids_of "$name")" ] && break || sleep 0.1; done
+  for _ in {1..40}; do
+    if [ -z "$(pids_of "$name")" ]; then break; fi
+    sleep 0.1
+  done
   for pid in $(pids_of "$name"); do kill -KILL "$pid"; done
 done
 for node in $nodes; do
