@@ -449,6 +449,7 @@ def test_an_end_does_not_wait_for_the_disk(attempt: Attempt, folder: Path, monke
     with _saver(attempt) as saver:
         saver.start(_state(4), manifest_of(4))
         assert gate.reached.wait(30)
+    assert saver.notices()["save_ended"] == 0.0, "the disk still hangs"
     gate.opened.set()
     saver._thread.shutdown(wait=True)
     assert newest_checkpoint(folder) is None
