@@ -1,5 +1,6 @@
 # make smoke   the whole job on this machine: text, teacher, two students, a table
 # make test    the tests           make check   format, lint, types, floors and walls
+# make slurm-test   those that start a Slurm of their own; `make test` has them too where one can be started
 # make drill   every fault that a run is to survive, on a real run (about ten minutes)
 # make lock    the versions in constraints.txt, from the environment that just passed
 
@@ -12,7 +13,7 @@ SMOKE := runs/smoke
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: smoke test drill check format lock clean
+.PHONY: smoke test slurm-test drill check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+slurm-test: $(READY)
+	$(BIN)/python -m pytest tests/slurm -rs
 
 drill: $(READY)
 	$(BIN)/python -m tests.drill

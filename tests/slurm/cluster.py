@@ -92,9 +92,13 @@ class Job:
         return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
     def notify(self) -> None:
-        """The notice before the time limit, as `--signal=B:USR2@…` sends it."""
-        running = self.cluster.call("squeue", "-h", "-t", "R", "-j", self.number, "-o", "%i").split()
-        self.cluster.call("scancel", "--batch", "--signal=USR2", running[0])
+        """The notice before the time limit, as `--signal=B:USR2@…` sends it.
+
+        For a task of an array scancel 22.05 sends it again and again until the task has ended, and then says that it
+        failed: a script has to take all that for one notice.
+        """
+        running = self.cluster.call("squeue", "-h", "-t", "R", "-j", self.number, "-o", "%A").split()
+        self.cluster.call("scancel", "--batch", "--signal=USR2", running[0], check=False)
 
     def events(self, kind: str) -> list[dict[str, object]]:
         lines = (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -113,11 +117,11 @@ class Cluster:
         }
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
 
-    def call(self, *command: str, **variables: str) -> str:
+    def call(self, *command: str, check: bool = True, **variables: str) -> str:
         done = subprocess.run(
             command, cwd=ROOT, env={**self._environment, **variables}, capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0 or not check, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def node(self, act: str, node: str, *arguments: str) -> None:
