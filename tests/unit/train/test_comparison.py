@@ -49,7 +49,7 @@ def test_unlike_devices_are_doubtful() -> None:
 
 def test_memory_is_the_worst_ranks() -> None:
     needs = {"device": {"states": 30 * GB, "stage": 20 * GB}, "host": {"copy": 6 * GB}}
-    common = {"needs": [needs] * 4, "on_cpu": [False] * 4, "local_world": [2] * 4}
+    common: dict[str, list[Any]] = {"needs": [needs] * 4, "on_cpu": [False] * 4, "local_world": [2] * 4}
     device, host = memory_rows(_ranks(**common, free=[79 * GB] * 3 + [40 * GB], host_free=[100 * GB] * 4))
     assert (device.mark, device.nodes, host.mark) == (Mark.BAD, ("b",), Mark.GOOD)
     assert device.said == "rank 3 needs 50 GB of the 40 GB that are free (states 30 GB, stage 20 GB)"

@@ -32,7 +32,7 @@ def test_a_disk_that_refuses_or_forgets_is_a_matter_of_the_node(
     check_node(own, tmp_path / "file" / "run")
     found = {each.what: each for each in own.findings}
     assert (found["run folder"].mark, found["run folder"].of_node) == (Mark.BAD, True)
-    monkeypatch.setattr(node_check.Path, "read_bytes", lambda self: b"zeros")
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"zeros")
     own = Examined(0, "a")
     check_node(own, tmp_path)
     found = {each.what: each for each in own.findings}

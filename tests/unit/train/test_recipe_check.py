@@ -1,0 +1,73 @@
+"""Every part of a recipe is looked at, whatever is wrong with another; what a run refuses is never missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.comm.topology import Launch
+from megadistill.errors import UserError
+from megadistill.train import recipe_check
+from megadistill.train.findings import Examined, Mark
+from megadistill.train.recipe_check import check_recipe
+from tests.unit.train.cases import described_data, described_teacher, recipe
+
+ONE = Launch(0, 1, 0, 1)
+
+
+def _marks(own: Examined) -> dict[str, Mark]:
+    return {each.what: each.mark for each in own.findings}
+
+
+def _checked(folder: Path, values: dict[str, Any], launch: Launch = ONE) -> tuple[Examined, bool]:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    own = Examined(0, "a")
+    _, setup = check_recipe(own, path, [], launch)
+    return own, setup is not None
+
+
+def _well(folder: Path) -> dict[str, Any]:
+    teacher = described_teacher(folder / "teacher")
+    return recipe(described_data(folder / "data"), folder / "run", teacher=teacher).snapshot()
+
+
+def test_one_fault_does_not_hide_the_next(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    values["train"]["global_batch"] = 9
+    values["student"]["vocab_multiple"] = 255
+    values["student"]["deepspeed"] = "none.json"
+    own, runs = _checked(tmp_path, values, Launch(0, 2, 0, 2))
+    marks = _marks(own)
+    assert not runs
+    bad = {what for what, mark in marks.items() if mark is Mark.BAD}
+    assert bad == {"launch", "DeepSpeed's file", "shards", "vocabulary", "teacher's weights"}
+    assert "together" not in marks  # what `prepare` refuses first has been said
+
+
+def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["student"]["config"]["max_position_embeddings"] = 8
+    own, runs = _checked(tmp_path, values)
+    assert not runs
+    assert _marks(own)["together"] is Mark.BAD
+    assert _marks(own)["student"] is Mark.GOOD
+
+
+def test_a_recipe_that_cannot_be_read_ends_the_look_at_it(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["trian"] = values.pop("train")
+    own, runs = _checked(tmp_path, values)
+    assert not runs
+    assert _marks(own) == {"recipe": Mark.BAD}
+
+
+def test_whatever_prepare_learns_to_refuse_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("the moon is full")
+
+    monkeypatch.setattr(recipe_check, "prepare", refuse)
+    own, _ = _checked(tmp_path, _well(tmp_path))
+    assert own.findings[-1].said == "the moon is full"
