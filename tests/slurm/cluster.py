@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +57,8 @@ class Job:
 
     @property
     def log(self) -> str:
-        logs = sorted(self.folder.parent.glob(f"{self.folder.name}-{self.number}*.log"))
-        return "".join(path.read_text(encoding="utf-8") for path in logs)
+        path = self.folder.parent / f"{self.folder.name}-{self.number}.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
 
     @property
     def errors(self) -> str:
@@ -117,9 +117,14 @@ class Cluster:
         }
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
 
-    def call(self, *command: str, check: bool = True, **variables: str) -> str:
+    def call(self, *command: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
-            command, cwd=ROOT, env={**self._environment, **variables}, capture_output=True, text=True, timeout=60
+            command,
+            cwd=ROOT,
+            env={**self._environment, **(variables or {})},
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0 or not check, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -142,10 +147,10 @@ class Cluster:
         asked = {
             "SBATCH_GPUS_PER_NODE": "1",
             "SBATCH_TIMELIMIT": "10",
-            "SBATCH_OUTPUT": str(folder.parent / f"{folder.name}-%j.log"),
+            "SBATCH_OUTPUT": str(folder.parent / f"{folder.name}-%A.log"),
             "MEGADISTILL_ENV": str(file),
         }
-        number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", **asked).strip()
+        number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", variables=asked).strip()
         return Job(self, number, folder)
 
     def are_idle(self) -> None:
