@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from megadistill.comm.topology import Topology
+from megadistill.records import LossTerms
+from megadistill.train import step as step_module
+from megadistill.train.health import finite
 from megadistill.train.step import StepOutcome, train_step
 from megadistill.train.teaching import lessons
 from tests.ranks.harness import run_ranks
@@ -33,7 +36,7 @@ CASES = [
     (2, Case(accumulation=2)),
     (2, Case(accumulation=2, offload_optimizer=True)),
 ]
-BAD = ("hidden", "gradient")
+BAD = ("hidden", "number", "gradient")
 
 
 def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) -> StepOutcome:
@@ -57,8 +60,9 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
 
 @contextmanager
 def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
-    """The hidden states of the first micro-batch hold a NaN, or the gradient of its head an infinity; on this rank."""
-    hidden, spoilt = student.hidden, here
+    """On this rank, in the first micro-batch: a NaN in the hidden states; or in a number of the loss that no gradient
+    shows; or an infinity in a gradient that no number of the loss shows."""
+    hidden, numbers, spoilt = student.hidden, step_module._numbers, here
 
     def spoil(values: Tensor, by: float) -> Tensor:
         nonlocal spoilt
@@ -73,13 +77,16 @@ def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
         found: Any = hidden(*arguments)
         if what == "hidden":
             found = spoil(found, torch.nan)
-        elif spoilt:
+        elif what == "gradient" and spoilt:
             found.register_hook(lambda gradient: spoil(gradient, torch.inf))
         return found  # type: ignore[no-any-return]
 
-    student.hidden = bad_hidden
+    def bad_numbers(terms: LossTerms) -> Tensor:
+        return spoil(numbers(terms), torch.nan) if what == "number" else numbers(terms)
+
+    student.hidden, step_module._numbers = bad_hidden, bad_numbers
     yield
-    student.hidden = hidden
+    student.hidden, step_module._numbers = hidden, numbers
     assert not spoilt, "it was spoilt"
 
 
@@ -90,8 +97,8 @@ class Found:
     """This rank's, after each of the outcomes."""
 
 
-def _good_bad_bad_good(topology: Topology, case: Case, bad: bool) -> Found:
-    """Steps 0 and 3, and between them, if `bad`, two that the last rank spoils."""
+def _steps(topology: Topology, case: Case, bad: bool) -> Found:
+    """Steps 0 and 4, and between them, if `bad`, three that the last rank spoils."""
     student = build(case, topology)
     found = Found([_step(student, case, topology, 0)], [student.local_state()])
     if bad:
@@ -99,7 +106,7 @@ def _good_bad_bad_good(topology: Topology, case: Case, bad: bool) -> Found:
             with _spoiled(student, what, here=topology.rank == topology.world - 1):
                 found.outcomes.append(_step(student, case, topology, step))
             found.states.append(student.local_state())
-    found.outcomes.append(_step(student, case, topology, 3))
+    found.outcomes.append(_step(student, case, topology, 4))
     found.states.append(student.local_state())
     return found
 
@@ -113,11 +120,13 @@ def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     ("world", "case"), CASES, ids=["one", "bfloat16, accumulated", "gathered", "accumulated", "offloaded"]
 )
 def test_a_step_that_is_not_finite_leaves_no_trace(world: int, case: Case) -> None:
-    clean_ranks = run_ranks(world, _good_bad_bad_good, case, False)
-    for clean, found in zip(clean_ranks, run_ranks(world, _good_bad_bad_good, case, True), strict=True):
-        assert [outcome.skipped for outcome in found.outcomes] == [False, True, True, False], "on every rank alike"
-        assert not torch.isfinite(torch.tensor(found.outcomes[1].metrics["loss"])), "the loss of all ranks says it"
-        assert torch.isfinite(torch.tensor(found.outcomes[2].metrics["loss"])), "a gradient alone is enough"
+    clean_ranks = run_ranks(world, _steps, case, False)
+    for clean, found in zip(clean_ranks, run_ranks(world, _steps, case, True), strict=True):
+        assert [outcome.skipped for outcome in found.outcomes] == [False, True, True, True, False], (
+            "on every rank alike"
+        )
+        said = [finite(outcome.metrics) for outcome in found.outcomes]
+        assert said == [True, False, False, True, True], "either is enough, and what one rank computed all ranks know"
         before, *after_bad, after = found.states
         assert len(before) == 1 + 3 * sum(name.startswith("master/") for name in before), "moments, and the step count"
         for state in after_bad:
