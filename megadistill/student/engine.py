@@ -9,21 +9,14 @@ left patched, hyperparameters after a resume.
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import Module
-
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import deepspeed
+import torch
 from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
@@ -32,6 +25,8 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import Tensor
+from torch.nn import Module
 
 from megadistill.comm.topology import Topology
 from megadistill.comm.vocabulary import padded_vocabulary
@@ -247,13 +242,19 @@ class StudentEngine:
             piece.copy_(values["master"])
             for moment in OPTIMIZER_MOMENTS:
                 safe_set_local_optimizer_state(partition.parameter, values[moment], moment)
-        self._refresh_persistent()
+        self._refresh_copies()
 
-    def _refresh_persistent(self) -> None:
-        """Small parameters stay gathered between steps: bring them up to what their partitions now hold."""
+    def _refresh_copies(self) -> None:
+        """Brings what ZeRO-3 holds beside the partitions up to what they hold now.
+
+        Small parameters stay gathered between steps; hpZ keeps a second partition within each node, which is made
+        anew from the first one when it is gone, and which letting a parameter go would fill with what it held before.
+        """
         persistent = self._engine.optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
+        self._engine.optimizer.invalidate_secondary_tensor()
+        if persistent:
             persistent[0].all_gather(persistent)
 
     def _optimizer_step(self) -> Tensor:

@@ -41,8 +41,8 @@ def check_recipe(
         return None, None
     content = own.facts.setdefault("content", {})
     content["recipe"] = hashlib.sha256(json.dumps(recipe.snapshot(), sort_keys=True).encode()).hexdigest()[:12]
-    own.look("launch", lambda: _launched(recipe, launch))
-    own.look("DeepSpeed's file", lambda: _deepspeed(recipe))
+    accumulation = own.look("launch", lambda: _launched(recipe, launch))
+    own.look("DeepSpeed's file", lambda: _deepspeed(recipe, accumulation))
     data = own.look("data", lambda: _data(recipe))
     if data is not None:
         content["data"] = data.order(recipe.data.seed).fingerprint[:12]
@@ -76,19 +76,20 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
     return roles, Launch(0, students, 0, min(launch.local_world, students))
 
 
-def _launched(recipe: Recipe, launch: Launch) -> tuple[None, str]:
+def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     roles, students = students_of(recipe, launch)
     accumulation, group = recipe.accumulation(students.world), vocab_group_size(recipe.comm.vocab_group, students)
     ranks = f"{students.world} {'rank' if students.world == 1 else 'ranks'}"
     said = f"{ranks}, vocabulary over {group}, accumulation {accumulation}"
     if roles is not None:
         said += f"; the teacher on {roles.teachers} more, {roles.replicas} x {roles.stages} stages"
-    return None, said
+    return accumulation, said
 
 
-def _deepspeed(recipe: Recipe) -> tuple[None, str]:
+def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
     profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
-    deepspeed_config(profile, recipe.train, 1)
+    if accumulation is not None:
+        deepspeed_config(profile, recipe.train, accumulation)
     without = f"; a CPU does without {', '.join(left_out)}" if left_out else ""
     return None, f"{recipe.student.deepspeed}{without}"
 

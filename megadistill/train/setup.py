@@ -12,6 +12,7 @@ from megadistill.comm.topology import Launch, Topology, vocab_group_size
 from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe
 from megadistill.data import Mixture
+from megadistill.data.target_writer import refuse_foreign
 from megadistill.model.families import load_config
 from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
@@ -35,7 +36,7 @@ class Setup:
     group_size: int
     accumulation: int
     profile: dict[str, Any]
-    """The DeepSpeed settings in force: on a CPU those of `NAME.cpu.json`, where there is one."""
+    """The DeepSpeed settings in force: on a CPU without what only a GPU can do."""
     vocab_map: Tensor | None
     """[data.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
     left_out: tuple[str, ...]
@@ -75,6 +76,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     if teacher_config is not None:
         assert recipe.teacher is not None
         check_weights(Path(str(recipe.teacher.path)), teacher_config)
+    if recipe.teacher is not None and recipe.teacher.keep_targets is not None:
+        refuse_foreign(Path(recipe.teacher.keep_targets))
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)

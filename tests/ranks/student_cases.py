@@ -150,8 +150,9 @@ class WatchedStudent(StudentEngine):
         return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self._model.named_parameters()}
 
 
-def build(case: Case, topology: Topology) -> WatchedStudent:
-    profile = load_deepspeed(DS_CONFIGS / "zero3.cpu.json")
+def build(case: Case, topology: Topology, profile: dict[str, Any] | None = None) -> WatchedStudent:
+    """`profile`: other settings of DeepSpeed's than a CPU's."""
+    profile = profile or load_deepspeed(DS_CONFIGS / "cpu.json")
     profile["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistence
     if case.offload_optimizer:
         profile["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

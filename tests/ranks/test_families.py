@@ -52,7 +52,7 @@ def _student(
     name: str, topology: Topology, *, checkpointing: bool = False, precision: str = "float32"
 ) -> tuple[WatchedStudent, Any]:
     config = load_config(CASES[name], what="test")
-    profile = load_deepspeed(DS_CONFIGS / "zero3.cpu.json")
+    profile = load_deepspeed(DS_CONFIGS / "cpu.json")
     profile["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     student = WatchedStudent(
         config,

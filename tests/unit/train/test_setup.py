@@ -149,14 +149,15 @@ def _profile(folder: Path, name: str, **zero: Any) -> Path:
     return path
 
 
-def test_a_cpu_takes_its_own_settings_and_says_what_it_leaves_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = _profile(tmp_path, "zero3.json", overlap_comm=True, reduce_scatter=True, contiguous_gradients=False)
+def test_a_cpu_does_without_what_only_a_gpu_can_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _profile(tmp_path, "gpu.json", overlap_comm=True, reduce_scatter=True, zero_quantized_weights=True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ()), "without a file for CPUs, the file itself"
-    cpu = _profile(tmp_path, "zero3.cpu.json", overlap_comm=False, reduce_scatter=True)
-    assert deepspeed_profile(asked) == (json.loads(cpu.read_text()), ("overlap_comm",))
+    used, left_out = deepspeed_profile(asked)
+    assert left_out == ("overlap_comm", "zero_quantized_weights")
+    zero = used["zero_optimization"]
+    assert (zero["overlap_comm"], zero["zero_quantized_weights"], zero["reduce_scatter"]) == (False, False, True)
+    plain = _profile(tmp_path, "plain.json", reduce_scatter=True)
+    assert deepspeed_profile(plain) == (json.loads(plain.read_text()), ())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ())
 
