@@ -39,6 +39,13 @@ SHARDS: Final = "shard-?????-??????"
 """By rank and number; a token shard, `shard-00000`, is none of them."""
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where `folder` holds something, and no targets."""
+    if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob(f"*{SHARDS}*")))):
+        return
+    raise UserError(f"{folder} exists, and holds no beginning of targets: give them a folder of their own")
+
+
 class TargetWriter:
     """Stores what one rank says of its slots. One writer a rank at a time."""
 
@@ -50,7 +57,7 @@ class TargetWriter:
         """
         assert key.teacher is not None, "stored targets are some teacher's"
         refuse_finished_targets(folder)
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._key, self._rank, self._shard_bytes = folder, key, rank, shard_bytes
         whole = _whole_shards(folder, key)
@@ -162,12 +169,6 @@ def _recorded(path: Path, key: TargetKey) -> Iterator[TargetShard]:
     tar = path.parent / record.shard.file.name
     if tar.is_file() and tar.stat().st_size == record.shard.file.bytes and index_path(tar).is_file():
         yield record.shard
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or any(folder.glob(f"*{SHARDS}*")))):
-        return
-    raise UserError(f"{folder} exists, and holds no beginning of targets: give them a folder of their own")
 
 
 def _prefix(rank: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import PLAIN, TORCHRUN_2, settings, succeed
+from tests.e2e.commands import TORCHRUN_2, in_process, settings, succeed, succeeded
 
 TINY = settings(
     student__config__hidden_size=32,
@@ -68,9 +68,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     library = Path(json.__file__).parent.parent
     corpus = [str(path) for letter in "ajt" for path in sorted(library.glob(f"{letter}*.py"))]
     split = ["--vocab-size", "400", "--sequence-length", "32", "--heldout-fraction", "0.2"]
-    text = succeed(*PLAIN, "tokenize", *corpus, *split, "--output", str(folder / "data"))
-    assert "heldout" in text.out
+    text = in_process("tokenize", *corpus, *split, "--output", str(folder / "data"))
+    assert "heldout" in succeeded(text).out
     teacher = ["train", "recipes/smoke-teacher.yaml", *TINY, *made.data, *made.run_folder("teacher")]
     succeed(*TORCHRUN_2, *teacher, *settings(train__steps=6, train__checkpoint_every=6))
-    succeed(*PLAIN, "export", str(folder / "teacher"), "--output", str(made.teacher))
+    succeeded(in_process("export", str(folder / "teacher"), "--output", str(made.teacher)))
     return made

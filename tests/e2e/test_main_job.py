@@ -11,7 +11,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.commands import DEEPSPEED_2, PLAIN, TORCHRUN_2, environment, run, settings, succeed
+from tests.e2e.commands import (
+    DEEPSPEED_2,
+    PLAIN,
+    TORCHRUN_2,
+    environment,
+    in_process,
+    run,
+    settings,
+    succeed,
+    succeeded,
+)
 from tests.e2e.conftest import TINY, Place
 from tests.paths import ROOT
 
@@ -56,7 +66,7 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     assert "going on after step 6" in second.out
     assert "step 12 of 12, done" in second.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
-    again = succeed(*command)
+    again = succeed(*PLAIN, *place.distill("deepspeed", steps=12, checkpoint_every=4), *settings(comm__vocab_group=1))
     assert "step 12 of 12, done" in again.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
 
@@ -117,17 +127,8 @@ def test_export_evaluate_and_what_a_run_folder_holds(place: Place, undisturbed: 
         assert model(torch.arange(10)[None]).logits.isfinite().all()
 
     found = place.folder / "evaluation.json"
-    shown = succeed(
-        *PLAIN,
-        "evaluate",
-        str(exported),
-        "--teacher",
-        str(place.teacher),
-        "--data",
-        place.heldout,
-        "--json",
-        str(found),
-    )
+    sources = ["--teacher", str(place.teacher), "--data", place.heldout]
+    shown = succeeded(in_process("evaluate", str(exported), *sources, "--json", str(found)))
     teacher, student = json.loads(found.read_text())
     assert "student-hf" in shown.out
     assert teacher["kl"] == pytest.approx(0, abs=1e-6)
@@ -152,8 +153,8 @@ def test_export_evaluate_and_what_a_run_folder_holds(place: Place, undisturbed: 
 def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
     place: Place, undisturbed: list[dict[str, float]]
 ) -> None:
-    changed = run(*PLAIN, *place.distill("undisturbed", steps=12, checkpoint_every=5),
-                  *settings(comm__vocab_group=1, train__clip=0.5))  # fmt: skip
+    changed = in_process(*place.distill("undisturbed", steps=12, checkpoint_every=5),
+                         *settings(comm__vocab_group=1, train__clip=0.5))  # fmt: skip
     assert changed.code == 2
     message = changed.err.strip().splitlines()[-1]
     assert "train.clip was 1.0, is 0.5" in message

@@ -3,27 +3,19 @@
 A command that is refused starts nothing, so most of these run in the tests' own process.
 """
 
-import io
 import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from megadistill.cli import main
 from megadistill.data import Manifest, TokenStream
-from tests.e2e.commands import PLAIN, TORCHRUN_2, Finished, run, settings
+from tests.e2e.commands import PLAIN, TORCHRUN_2, Finished, in_process, run, settings, succeeded
 from tests.e2e.conftest import Place
-from tests.paths import ROOT
-
-
-@pytest.fixture(autouse=True)
-def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def _refusal(finished: Finished) -> str:
@@ -35,10 +27,7 @@ def _refusal(finished: Finished) -> str:
 
 
 def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
-    err = io.StringIO()
-    with redirect_stderr(err):
-        code = main(arguments)
-    line = _refusal(Finished(code, "", err.getvalue()))
+    line = _refusal(in_process(*arguments))
     for part in says:
         assert part in line, line
 
@@ -103,8 +92,7 @@ def test_other_verbs_refuse_alike(place: Place, tmp_path: Path) -> None:
 
 def test_plan_says_what_a_recipe_needs(place: Place) -> None:
     recipe = place.distill("planned", steps=2, checkpoint_every=2)[1:]
-    finished = run(*PLAIN, "plan", *recipe, "--ranks", "2")
-    assert finished.code == 0, finished.said
+    finished = succeeded(in_process("plan", *recipe, "--ranks", "2"))
     for part in ("student", "teacher", "ZeRO-3 states", "logit chunk", "FLOP"):
         assert part in finished.out
 
@@ -238,6 +226,7 @@ def test_cache_refuses(place: Place, tmp_path: Path, changes: dict[str, object],
 def test_a_folder_that_is_not_theirs_is_left_alone(place: Place, tmp_path: Path, verb: str) -> None:
     (tmp_path / "shard-00000.tar").write_bytes(b"somebody's")
     assert_refused(*_reads(verb, place, place.teacher, tmp_path), says=(str(tmp_path), "exists", "folder"))
+    assert not torch.distributed.is_initialized(), "it was refused too late"
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("shard-00000.tar", b"somebody's")]
 
 
@@ -258,7 +247,8 @@ def test_stages_that_do_not_fit_are_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, world: int, changes: dict[str, object], says: tuple[str, ...]
 ) -> None:
     """Asked as the first rank of a launch, which refuses before it looks for the others."""
-    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    launch = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
     for name, value in launch.items():
         monkeypatch.setenv(name, str(value))
     command = [*place.distill("unfit", steps=2, checkpoint_every=2), *settings(train__global_batch=120)]

@@ -1,12 +1,8 @@
 """What a teacher says, kept: targets that a run learns from without it, and texts that it wrote, as commands."""
 
-import pytest
-
-from megadistill.cli import main
 from megadistill.data import Manifest
-from tests.e2e.commands import PLAIN, settings, succeed
+from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
 from tests.e2e.conftest import Place
-from tests.paths import ROOT
 
 
 def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
@@ -25,16 +21,13 @@ def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
     assert [line["loss"] for line in found] == [line["loss"] for line in live]
 
 
-def test_a_recipe_reads_what_the_teacher_wrote(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_recipe_reads_what_the_teacher_wrote(place: Place) -> None:
     written, data = place.folder / "written", place.folder / "data" / "train" / "manifest.json"
     sizes = ["--sequences", "20", "--prompt-tokens", "8", "--new-tokens", "25", "--batch", "16"]
-    assert main(["generate", str(place.teacher), "--data", str(data), *sizes, "--output", str(written)]) == 0
+    done = in_process("generate", str(place.teacher), "--data", str(data), *sizes, "--output", str(written))
+    assert "tokens written" in succeeded(done).out
     manifest = written / "train" / "manifest.json"
     assert Manifest.load(manifest).sequence_length == 32
     recipe = ["recipes/smoke-sequence.yaml", *settings(data__manifest=manifest)]
-    assert main(["plan", *recipe, "--ranks", "1"]) == 0
-    assert "tokens written" in capsys.readouterr().out
-    assert main(["shards", "verify", str(written)]) == 0
+    succeeded(in_process("plan", *recipe, "--ranks", "1"))
+    succeeded(in_process("shards", "verify", str(written)))
