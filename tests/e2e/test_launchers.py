@@ -1,0 +1,116 @@
+"""One recipe under every launcher of docs/launch.md: the same parameters, to the last bit."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.drill.record import Record
+from tests.e2e.commands import BIN, PLAIN, TORCHRUN_2, succeed
+from tests.e2e.conftest import Place
+from tests.e2e.nodes import Node, missing, two_nodes
+
+PORT = "29531"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with two_nodes(tmp_path_factory.mktemp("nodes") / "of") as both:
+        yield both
+
+
+def _run(place: Place, name: str) -> list[str]:
+    return place.distill(name, steps=4, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def truth(place: Place) -> Record:
+    succeed(*TORCHRUN_2, *_run(place, "launched-torchrun"))
+    return Record.of(place.folder / "launched-torchrun")
+
+
+def _ends_well(*launchers: "subprocess.Popen[str]") -> str:
+    said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n---\n".join(said)
+    return "".join(said)
+
+
+def test_deepspeed_over_ssh(place: Place, nodes: tuple[Node, Node], truth: Record, tmp_path: Path) -> None:
+    hostfile, variables = tmp_path / "hostfile", tmp_path / "deepspeed_env"
+    hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+    variables.write_text("OMP_NUM_THREADS=1\n")
+    first, _ = nodes
+    command = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--master_port", PORT, "--module", "megadistill"]
+    launcher = first.start(*command, *_run(place, "launched-ssh"), variables={"DS_ENV_FILE": str(variables)})
+    assert "step 4 of 4, done" in _ends_well(launcher)
+    Record.of(place.folder / "launched-ssh").require_same(truth)
+
+
+def test_deepspeed_on_each_node_by_itself(
+    place: Place, nodes: tuple[Node, Node], truth: Record, tmp_path: Path
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+    command = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--master_addr", "n1"]
+    launchers = [
+        node.start(
+            *command,
+            "--master_port",
+            PORT,
+            "--node_rank",
+            str(rank),
+            "--module",
+            "megadistill",
+            *_run(place, "launched-no-ssh"),
+        )
+        for rank, node in enumerate(nodes)
+    ]
+    _ends_well(*launchers)
+    Record.of(place.folder / "launched-no-ssh").require_same(truth)
+
+
+def test_torchrun_on_each_node_by_itself(place: Place, nodes: tuple[Node, Node], truth: Record) -> None:
+    command = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "n1"]
+    launchers = [
+        node.start(
+            *command,
+            "--master_port",
+            PORT,
+            "--node_rank",
+            str(rank),
+            "-m",
+            "megadistill",
+            *_run(place, "launched-torchrun-2"),
+        )
+        for rank, node in enumerate(nodes)
+    ]
+    _ends_well(*launchers)
+    Record.of(place.folder / "launched-torchrun-2").require_same(truth)
+
+
+def test_what_srun_sets(place: Place, nodes: tuple[Node, Node], truth: Record) -> None:
+    """A real srun runs in tests/slurm; this is its environment, without its scheduler."""
+    ranks = [
+        node.start(
+            *PLAIN,
+            *_run(place, "launched-srun"),
+            variables={
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_ID": "0",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": "0",
+                "SLURM_NODEID": str(rank),
+                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+                "MASTER_ADDR": "n1",
+                "MASTER_PORT": PORT,
+            },
+        )
+        for rank, node in enumerate(nodes)
+    ]
+    _ends_well(*ranks)
+    Record.of(place.folder / "launched-srun").require_same(truth)
