@@ -1,5 +1,6 @@
 """Training under a real Slurm: whatever befalls the job, the run ends with the parameters of an undisturbed one."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,13 @@ def test_two_nodes_do_what_two_processes_do(cluster: Cluster, work: Work) -> Non
 
 def test_before_the_time_limit_a_job_saves_requeues_itself_and_goes_on(cluster: Cluster, work: Work) -> None:
     cluster.node("slow", "n1")
-    limit = ("--time=1", "--signal=B:USR2@5")
-    job = cluster.submit("train", work.folder / "walltime", "--nodes=2", *limit, **work.settings)
+    job = cluster.submit("train", work.folder / "walltime", "--nodes=2", "--signal=B:USR2@60", **work.settings)
+    job.says("start 1 on n1 n2")
+    began = time.monotonic()
+    job.reaches(1)
+    # Slurm looks at limits every 30 s, and sends the notice as long before its time.
+    minutes = (time.monotonic() - began) // 60 + 2
+    cluster.call("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes:.0f}")
     job.says("back into the queue", 120)
     until("the job waits in the queue", lambda: job.shown("JobState") == "PENDING", 30, job.said)
     cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
