@@ -1,4 +1,4 @@
-"""One recipe under every launcher of docs/launch.md: the same parameters, to the last bit."""
+"""One recipe under every launcher of docs/launch.md: the same parameters, to the last bit. srun is in tests/slurm."""
 
 import subprocess
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.drill.record import Record
-from tests.e2e.commands import BIN, PLAIN, TORCHRUN_2, succeed
+from tests.e2e.commands import BIN, TORCHRUN_2, succeed
 from tests.e2e.conftest import Place
 from tests.e2e.nodes import Node, missing, two_nodes
 
@@ -90,27 +90,3 @@ def test_torchrun_on_each_node_by_itself(place: Place, nodes: tuple[Node, Node],
     ]
     _ends_well(*launchers)
     Record.of(place.folder / "launched-torchrun-2").require_same(truth)
-
-
-def test_what_srun_sets(place: Place, nodes: tuple[Node, Node], truth: Record) -> None:
-    """A real srun runs in tests/slurm; this is its environment, without its scheduler."""
-    ranks = [
-        node.start(
-            *PLAIN,
-            *_run(place, "launched-srun"),
-            variables={
-                "SLURM_JOB_ID": "7",
-                "SLURM_STEP_ID": "0",
-                "SLURM_NTASKS": "2",
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": "0",
-                "SLURM_NODEID": str(rank),
-                "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-                "MASTER_ADDR": "n1",
-                "MASTER_PORT": PORT,
-            },
-        )
-        for rank, node in enumerate(nodes)
-    ]
-    _ends_well(*ranks)
-    Record.of(place.folder / "launched-srun").require_same(truth)
