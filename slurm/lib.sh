@@ -112,10 +112,10 @@ component() {
 
 # run_step: starts STEP, waits for its end, and says how it ended.
 run_step() {
-  local began=$SECONDS code=0
+  local began=$SECONDS code
   srun "${STEP[@]}" &
   STEP_PID=$!
-  while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID" || code=$?; done # a signal ends wait, not srun
+  while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done # a signal ends wait, not srun
   STEP_PID=""
   log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $(cat "$LOGS"/*.code 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')"
   find "$LOGS" -name 'rank-*.err' -empty -delete
@@ -179,10 +179,10 @@ until_done() {
 
 # to_the_end COMMAND...: a command of one process, on this node, that goes on where it was stopped.
 to_the_end() {
-  local code=0
+  local code
   "$@" &
   STEP_PID=$!
-  while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID" || code=$?; done
+  while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done
   [ "$NOTICE" != USR2 ] || leave 0 "stopped"
   exit "$code"
 }
