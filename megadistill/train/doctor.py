@@ -165,6 +165,7 @@ def _shared_folder(topology: Topology, examined: Sequence[Examined]) -> list[Row
         return []
     token = gathered_texts(secrets.token_hex(8) if topology.is_first else "", topology)[0]
     path = Path(named) / f".doctor-{token}"
+    existed = path.parent.exists()
     if topology.is_first:
         with suppress(OSError):  # the row of the run folder says so
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +180,9 @@ def _shared_folder(topology: Topology, examined: Sequence[Examined]) -> list[Row
     rows = rows_of(_gathered(own, topology))  # and nobody still looks for it
     if topology.is_first:
         path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()  # only if it is empty
+        if not existed:
+            with suppress(OSError):
+                path.parent.rmdir()
     return rows
 
 

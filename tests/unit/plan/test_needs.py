@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megadistill.comm.roles import Roles
 from megadistill.config import LossSection, Recipe
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
-from megadistill.plan.needs import Needs, needs, read_needs, tables
+from megadistill.plan.needs import Needs, needs, rank_memory, read_needs, tables
 from tests.unit.model.test_flops import LLAMA3_8B
 
 LLAMA3_8B_TOTAL, LLAMA3_8B_BODY = 8_030_261_248, 6_979_588_096
@@ -69,6 +70,24 @@ def _tiny(*, ranks: int = 2, group_size: int = 1, global_batch: int = 8, **stude
         sequence_length=32,
         ranks=ranks,
         group_size=group_size,
+    )
+
+
+class _Data:
+    vocab_size, sequence_length = 250, 32
+
+
+def _tiny_under(profile: dict[str, Any]) -> Needs:
+    """The same under settings of DeepSpeed's."""
+    return needs(
+        _recipe(distill=False, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256),
+        student=load_config(TINY, what="test"),
+        teacher=None,
+        vocab_size=250,
+        sequence_length=32,
+        ranks=2,
+        group_size=1,
+        profile=profile,
     )
 
 
@@ -225,3 +244,38 @@ def test_the_tables_say_all_of_it() -> None:
         assert part in said, part
     assert "2.26 GB" in said, "the ZeRO-3 states"
     assert "5.5 MB" in said, "ZeRO-3's traffic"
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    def held(**zero: Any) -> tuple[int, int]:
+        found = _tiny_under({"zero_optimization": zero})
+        return found.memory["ZeRO-3 states"], found.host.get("offloaded ZeRO-3 states", 0)
+
+    each = TINY_TOTAL // 2
+    assert held() == (20 * each, 0)
+    assert held(offload_optimizer={"device": "cpu"}) == (4 * each, 16 * each)
+    assert held(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}) == (0, 20 * each)
+    assert held(offload_optimizer={"device": "nvme"}) == (4 * each, 0)
+    assert _tiny_under({}).host == {"checkpoint on its way to the disk": 12 * TINY_TOTAL // 2}
+
+
+def test_a_teacher_with_ranks_of_its_own_is_on_none_of_the_students() -> None:
+    recipe = _recipe(distill=True, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256)
+    model = load_config(TINY, what="test")
+
+    def memory(rank: int) -> dict[str, int]:
+        return rank_memory(
+            recipe,
+            student=model,
+            teacher=model,
+            data=_Data(),  # type: ignore[arg-type]
+            rank=rank,
+            ranks=2,
+            group_size=2,
+            roles=Roles(4, 2, 2),
+            profile={},
+        )["device"]
+
+    assert "teacher stage" not in memory(0)
+    assert "teacher head rows" in memory(0)
+    assert memory(2) == {"teacher stage": 4 * (TINY_LAYER + 250 * 32)}  # a layer, and the embedding
