@@ -73,13 +73,14 @@ def check_devices(own: Examined) -> None:
 
 
 def written_and_read(folder: Path) -> float:
-    """Writes, syncs, renames and reads a file of the run folder, which is made if it is not there; bytes a second.
+    """Writes, syncs, renames and reads a file of the run folder, or of the nearest folder above it; bytes a second.
+
+    A run folder that is not there is not made: nodes that look at the same time would take it from each other.
 
     Raises:
         UserError: what came back is not what was written. OSError: the disk refuses.
     """
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _nearest(folder)
     name = f".doctor-{socket.gethostname()}-{os.getpid()}"
     temporary, final = folder / f"{name}.tmp", folder / name
     content = os.urandom(1 << 16) * (WRITTEN_BYTES >> 16)
@@ -97,9 +98,6 @@ def written_and_read(folder: Path) -> float:
         for path in (temporary, final):
             with suppress(OSError):
                 path.unlink()
-        if not existed:
-            with suppress(OSError):
-                folder.rmdir()
     return WRITTEN_BYTES / seconds
 
 
@@ -145,10 +143,15 @@ def host_memory() -> int:
 
 def free_space(folder: Path) -> int:
     """Bytes that are free where `folder` is, or will be."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first one above it that exists."""
     place = folder.resolve()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def device_name(device: torch.device) -> str:
