@@ -141,6 +141,7 @@ class StudentEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         self._topology = topology
         self._model = model
+        self._set_moments(steps=torch.zeros(()))
         head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
 
@@ -223,12 +224,7 @@ class StudentEngine:
     @torch.no_grad()
     def load_local_state(self, read: ReadRange) -> None:
         """The inverse of `local_state`, from any number of ranks: each piece is read by its range of elements."""
-        steps = read("optimizer_step", 0, 1).reshape(())
-        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:  # AdamW makes its state at its first step
-            self._optimizer.state[flat] = {
-                "step": steps.to(flat.device, copy=True),
-                **{moment: torch.zeros_like(flat) for moment in OPTIMIZER_MOMENTS},
-            }
+        self._set_moments(steps=read("optimizer_step", 0, 1).reshape(()))
         for partition in self._partitions():
             piece = partition.parameter.ds_tensor
             padding = piece.numel() - (partition.stop - partition.start)
@@ -243,6 +239,14 @@ class StudentEngine:
             for moment in OPTIMIZER_MOMENTS:
                 safe_set_local_optimizer_state(partition.parameter, values[moment], moment)
         self._refresh_copies()
+
+    def _set_moments(self, *, steps: Tensor) -> None:
+        """Zeros. AdamW would make its state at its first step, which a run may skip before it saves."""
+        for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
+            self._optimizer.state[flat] = {
+                "step": steps.to(flat.device, copy=True),
+                **{moment: torch.zeros_like(flat) for moment in OPTIMIZER_MOMENTS},
+            }
 
     def _refresh_copies(self) -> None:
         """Brings what ZeRO-3 holds beside the partitions up to what they hold now.

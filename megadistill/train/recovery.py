@@ -197,6 +197,7 @@ class Recovery:
         )
         if plan is None:
             return None, f"no rollback: no checkpoint is {faults.rollback_steps} steps older"
+        self._began = time.perf_counter()  # what comes until the next step is a start
         self.rollbacks.append(plan)
         if self._topology.is_first:
             record_rollbacks(self._folder, self.rollbacks)

@@ -137,3 +137,21 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world: int, case: Case) -> No
         assert found.outcomes[-1].grad_norm == clean.outcomes[-1].grad_norm
         for outcome in (*found.outcomes, *clean.outcomes):
             assert outcome.notices == {"rank": world * (world - 1) / 2, "one": float(world)}, "summed on any step"
+
+
+def _a_bad_first_step(topology: Topology) -> tuple[bool, list[str], int]:
+    student = build(Case(), topology)
+    with _spoiled(student, "hidden", here=True):
+        skipped = _step(student, Case(), topology, 0).skipped
+    state = student.local_state()
+    _step(student, Case(), topology, 1)
+    moved = student.local_state()
+    student.load_local_state(lambda key, start, stop: state[key])
+    return skipped, _differ(student.local_state(), state), len(_differ(moved, state))
+
+
+def test_the_very_first_step_may_be_skipped_and_saved() -> None:
+    ((skipped, differing, moved),) = run_ranks(1, _a_bad_first_step)
+    assert skipped
+    assert differing == []
+    assert moved > 10
