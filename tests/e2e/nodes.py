@@ -5,6 +5,7 @@ Processes have a namespace of their own because the deepspeed launcher ends what
 """
 
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
 
 def _start(name: str, folder: Path) -> "subprocess.Popen[str]":
     apart = ["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-    script = NODE.format(name=name, folder=folder, home=Path("/root/.ssh"))
+    script = NODE.format(name=name, folder=folder, home=Path(pwd.getpwuid(0).pw_dir) / ".ssh")
     process = subprocess.Popen(
         [*apart, "bash", "-ec", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
