@@ -123,7 +123,7 @@ def test_each_fault_has_its_exit_code(
 def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megadistill.cli.SPEAKING_SECONDS", 0.0)
+    monkeypatch.setattr("megadistill.cli.front.SPEAKING_SECONDS", 0.0)
 
     def said(error: Exception, rank: str, local_rank: str) -> str:
         monkeypatch.setenv("RANK", rank)
@@ -153,7 +153,7 @@ def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) ->
 def test_a_fault_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch, code: int, at_once: bool) -> None:
     """Process groups whose peers are gone abort the interpreter's own end, with a code that is none of ours."""
     ended: list[int] = []
-    monkeypatch.setattr("megadistill.cli.main", lambda: code)
+    monkeypatch.setattr("megadistill.cli.front.main", lambda: code)
     monkeypatch.setattr("os._exit", ended.append)
     with pytest.raises(SystemExit) as caught:
         entry()
