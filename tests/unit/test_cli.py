@@ -138,6 +138,25 @@ def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
         assert said(fault, rank="9", local_rank="1") == "megadistill: rank 9: no\n"
 
 
+def test_a_step_of_slurm_says_its_rank_itself(
+    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megadistill.cli.front.SPEAKING_SECONDS", 0.0)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "9")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    export(_raises(RestartFault("no")))
+    main(EXPORT)
+    assert capsys.readouterr().err == "megadistill: rank 0: no\n", "in a batch script, outside a step"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    main(EXPORT)
+    assert capsys.readouterr().err == "megadistill: rank 9: no\n"
+    export(_raises(UserError("no")))
+    main(EXPORT)
+    assert capsys.readouterr().err == "", "said by the node's first rank"
+
+
 @pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
 def test_a_launcher_may_put_the_rank_before_the_verb(option: str, export: Callable[[Export], None]) -> None:
     export(lambda *arguments, **options: 3)
