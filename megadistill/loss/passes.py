@@ -61,7 +61,7 @@ def evaluate(problem: Problem, *, with_gradient: bool) -> Outcome:
     shares_g = everyone.weights_gL.new_zeros(g, SHARES)
     closer = CloserLook.empty(everyone.weights_gL) if problem.diagnose else None
     returning: deque[tuple[slice, Pending]] = deque()
-    for begun in _walk(problem, plan, everyone):
+    for begun in walk(problem, plan, everyone):
         chunk = begun.chunk(problem)
         k = begun.span.stop - begun.span.start
         own = slice(rank * k, (rank + 1) * k)
@@ -125,7 +125,7 @@ class Everyone:
 
 
 @dataclass(frozen=True)
-class _Begun:
+class Begun:
     """A chunk whose logits are made and read, the small all-gather under way."""
 
     span: slice
@@ -148,7 +148,7 @@ class _Begun:
         )
 
 
-def _walk(problem: Problem, plan: Plan, everyone: Everyone, first_head: int = 0) -> Iterator[_Begun]:
+def walk(problem: Problem, plan: Plan, everyone: Everyone, first_head: int = 0) -> Iterator[Begun]:
     """The chunks, in order: gathers hidden states, multiplies them with the heads, reads the softmaxes. Collective.
 
     The next chunk's hidden states travel while this one's products run, and this one's statistics while the next
@@ -171,7 +171,7 @@ def _walk(problem: Problem, plan: Plan, everyone: Everyone, first_head: int = 0)
 
     spans = plan.spans()
     arriving = send(spans[0]) if spans else []
-    begun: deque[_Begun] = deque()
+    begun: deque[Begun] = deque()
     for i, span in enumerate(spans):
         arrived = [pending.wait() for pending in arriving]
         arriving = send(spans[i + 1]) if i + 1 < len(spans) else []
@@ -185,7 +185,7 @@ def _walk(problem: Problem, plan: Plan, everyone: Everyone, first_head: int = 0)
             )
         ]
         reading = Reading.start(logits, tokens.label_rows_n, vocab, kept)
-        begun.append(_Begun(span, hidden[0], tokens, kept, reading))
+        begun.append(Begun(span, hidden[0], tokens, kept, reading))
         if len(begun) == plan.in_flight:
             yield begun.popleft()
     yield from begun
@@ -205,7 +205,7 @@ def _logits(head: Head, hidden_nD: Tensor, weight_vD: Tensor, out_nv: Tensor, pr
 def _surest(problem: Problem, plan: Plan, everyone: Everyone) -> Tensor:
     """[g, L] bool: the labelled tokens with the lowest teacher entropy. One pass over the teacher's head."""
     entropy_gL = torch.zeros_like(everyone.weights_gL)
-    for begun in _walk(problem, plan, everyone, first_head=1):
+    for begun in walk(problem, plan, everyone, first_head=1):
         (softmax,) = begun.reading.wait(problem.vocab)
         entropy_gL[:, begun.span] = softmax.entropy_n.view(len(entropy_gL), -1)
     labelled = (everyone.weights_gL != 0) & (everyone.labels_gL != IGNORED_LABEL)
