@@ -1,0 +1,116 @@
+"""Kinds of GPU: peak, memory and links, from a data file. It knows no torch, no model and no cluster."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from megadistill.errors import UserError, nearest
+
+GB, TFLOP = 1e9, 1e12
+
+
+class Accelerator(BaseModel):
+    """One GPU, in the units of the vendors' data sheets; the properties are in bytes, FLOP/s and bytes/s."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1)
+    devices: list[str] = []
+    """Parts of the device's name as the driver says it."""
+    peak_tflops: dict[str, float] = Field(min_length=1)
+    """Precision of the recipe -> dense peak."""
+    memory_gb: float = Field(gt=0)
+    node_gb_per_s: float = Field(gt=0)
+    """One way, to the GPUs of the same node."""
+    network_gb_per_s: float = Field(gt=0)
+    """One way, to other nodes."""
+    source: str = Field(min_length=1)
+    """Where these numbers are from."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * GB)
+
+    @property
+    def node_bandwidth(self) -> float:
+        return self.node_gb_per_s * GB
+
+    @property
+    def network_bandwidth(self) -> float:
+        return self.network_gb_per_s * GB
+
+    def peak_flops(self, precision: str) -> float:
+        """Dense, FLOP/s.
+
+        Raises:
+            UserError: it has no such matrix units, or nobody wrote their peak down.
+        """
+        if precision not in self.peak_tflops:
+            known = ", ".join(self.peak_tflops)
+            raise UserError(
+                f"train.precision is {precision}, and for {self.name} only the peaks of {known} are known: describe "
+                "it in a file of your own (--gpu FILE)"
+            )
+        return self.peak_tflops[precision] * TFLOP
+
+
+def accelerators() -> dict[str, Accelerator]:
+    """The kinds that come with the package, by the name that `--gpu` takes."""
+    with files("megadistill").joinpath("accelerators.yaml").open(encoding="utf-8") as file:
+        return _validated(OmegaConf.to_container(OmegaConf.load(file)), "accelerators.yaml")
+
+
+def accelerator(kind: str) -> Accelerator:
+    """The kind that `--gpu` names: one that comes with the package, or the only one of a YAML file.
+
+    Raises:
+        UserError: no such kind, or the file does not describe one kind.
+    """
+    known = accelerators()
+    if kind in known:
+        return known[kind]
+    if not kind.endswith((".yaml", ".yml")):
+        raise UserError(
+            f"--gpu {kind}: no such kind{nearest(kind, known)}; known are {', '.join(known)}, or a YAML file"
+        )
+    described = _validated(_read(Path(kind)), kind)
+    if len(described) != 1:
+        raise UserError(f"--gpu {kind}: describes {len(described)} kinds ({', '.join(described)}): leave one")
+    return next(iter(described.values()))
+
+
+def accelerator_of(device: str) -> Accelerator | None:
+    """The kind of a device by its driver's name; of several parts that fit, the longest decides."""
+    fitting = [(len(part), kind) for kind in accelerators().values() for part in kind.devices if part in device]
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"--gpu {path}: no such file (paths are relative to {Path.cwd()})") from None
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"--gpu {path}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+
+
+def _validated(values: Any, source: str) -> dict[str, Accelerator]:
+    if not isinstance(values, Mapping) or not values:
+        raise UserError(
+            f"--gpu {source}: holds no kind: write NAME: and below it {', '.join(Accelerator.model_fields)}"
+        )
+    found = {}
+    for kind, described in values.items():
+        try:
+            found[str(kind)] = Accelerator.model_validate(described)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join([str(kind), *map(str, first["loc"])])
+            raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {first['input']!r}") from None
+    return found

@@ -1,0 +1,61 @@
+"""Seconds of a micro-step, against the worked numbers of the design and the arithmetic written out."""
+
+from dataclasses import replace
+
+import pytest
+
+from megadistill.plan.throughput import StepTimes, drained_bubble, hiding_tokens
+
+ALONE = StepTimes(
+    students=8,
+    micro_steps=4,
+    student_forward=1.0,
+    student_backward=2.0,
+    gather=1.5,
+    reduce=1.0,
+    vocabulary=0.25,
+)
+COLOCATED = replace(ALONE, stages=(0.1, 0.1, 0.2, 0.1), parcel=0.01, answer=0.005)
+BESIDE = replace(ALONE, stages=(0.5, 0.5), parcel=0.01, answer=0.005, replicas=2)
+
+
+def test_traffic_hides_behind_compute_and_what_is_longer_shows() -> None:
+    assert ALONE.exposed == 0
+    assert ALONE.micro_step == pytest.approx(3.25)
+    assert replace(ALONE, gather=3.0).exposed == pytest.approx(1.0)
+    assert ALONE.step == pytest.approx(4 * 3.25)
+    assert ALONE.seconds(10) == pytest.approx(40 * 3.25)
+
+
+def test_a_colocated_teacher_takes_its_turn_at_the_pace_of_its_largest_stage() -> None:
+    assert COLOCATED.clients == 4
+    assert COLOCATED.micro_step == pytest.approx(3.25 + 4 * 0.2 + 4 * 0.005)
+    assert COLOCATED.seconds(1) == pytest.approx(COLOCATED.step + 3 * 0.8), "filled once"
+
+
+def test_a_teacher_beside_the_student_is_as_fast_as_the_slower_side() -> None:
+    assert BESIDE.clients == 4
+    assert BESIDE.micro_step == pytest.approx(3.25), "2.0 s a round of four: the teacher waits"
+    assert replace(BESIDE, stages=(0.5, 1.0)).micro_step == pytest.approx(4.0), "the student waits"
+    assert replace(BESIDE, parcel=0.9).micro_step == pytest.approx(3.6), "the link between stages is what is slow"
+    assert replace(BESIDE, answer=1.0).micro_step == pytest.approx(4.0), "the wire back is what is slow"
+
+
+def test_the_micro_step_that_hides_zero_3() -> None:
+    """0.75 · MFU · peak / bandwidth with full recomputation: about 5,900 tokens at 40 % and 50 GB/s."""
+    parameters = 8e9
+    found = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=8 * parameters, mfu=0.4, peak=989e12)
+    assert found == pytest.approx(0.75 * 0.4 * 989e12 / 50e9)
+    assert round(found, -2) == 5_900
+    less = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=6 * parameters, mfu=0.4, peak=989e12)
+    assert less == pytest.approx(found * 8 / 6), "without recomputation there is less to hide behind"
+
+
+def test_a_bubble_a_step_or_once_a_run() -> None:
+    assert drained_bubble(8, 8) == pytest.approx(7 / 15)
+    assert drained_bubble(1, 8) == 0
+    # The same stages, run ahead over 1,000 steps of one round: filled once.
+    times = replace(COLOCATED, stages=(0.5,) * 4, micro_steps=1, student_forward=0, student_backward=0, gather=0)
+    times = replace(times, reduce=0, vocabulary=0, answer=0)
+    busy = 1000 * times.beat
+    assert 1 - busy / times.seconds(1000) == pytest.approx(drained_bubble(4, 1000))
