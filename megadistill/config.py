@@ -99,6 +99,8 @@ class CommSection(Section):
 class StudentSection(Section):
     config: dict[str, Any] | str
     """A Hugging Face config (inline, with model_type) or a folder that holds config.json."""
+    weights: str | None = None
+    """A Hugging Face folder whose weights the student starts from, a pruned teacher's say. None: `run.seed` decides."""
     deepspeed: str = "ds_configs/zero3.json"
     """What DeepSpeed alone owns: sharding, buckets, offload, communication."""
     vocab_multiple: int = Field(default=1024, ge=1)
@@ -288,6 +290,8 @@ class TrainSection(Section):
     checkpoint_every: int = Field(default=1000, ge=1)
     log_every: int = Field(default=10, ge=1)
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
+    histograms_every: int = Field(default=0, ge=0)
+    """Steps between histograms of all weights and of their smoothed gradients, for TensorBoard; 0: never."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":

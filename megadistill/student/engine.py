@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -33,6 +34,7 @@ from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
 from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, family, reading, rebuild_buffers
 from megadistill.model.initialise import initial_tensor
+from megadistill.model.starting import StartingWeights
 from megadistill.student.head import StudentHead
 from megadistill.student.profile import deepspeed_config
 
@@ -74,9 +76,18 @@ def _hidden_states(self: Module, tokens: Tensor, positions: Tensor | None) -> Te
 
 
 def build_partitioned(
-    config: Any, *, vocab_size: int, padded: int, seed: int, precision: str, rank: int, engine_config: dict[str, Any]
+    config: Any,
+    *,
+    vocab_size: int,
+    padded: int,
+    seed: int | None,
+    precision: str,
+    rank: int,
+    engine_config: dict[str, Any],
 ) -> Module:
     """A model whose parameters ZeRO-3 has partitioned, initialised the same for every world size.
+
+    `seed` None: they are left as they are, for values that will be loaded.
 
     Inside `zero.Init` transformers initialises parameters of size 0 and casts RoPE's frequencies to bfloat16, so both
     are done again: each parameter is gathered alone and filled from an RNG keyed by its name, and the buffers are
@@ -84,7 +95,7 @@ def build_partitioned(
     """
     with deepspeed.zero.Init(config_dict_or_path=engine_config):
         model: Module = build_causal_lm(config, vocab_size=padded, dtype=PRECISIONS[precision])
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if seed is not None else ():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
@@ -99,6 +110,8 @@ def build_partitioned(
 
 class StudentEngine:
     """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
+
+    Where `section.weights` names a folder its parameters have no values until `load_weights` or `load_local_state`.
 
     Raises:
         UserError: sizes that do not fit the world (see `StudentHead` and `deepspeed_config`).
@@ -122,7 +135,7 @@ class StudentEngine:
             config,
             vocab_size=vocab_size,
             padded=padded,
-            seed=seed,
+            seed=seed if section.weights is None else None,
             precision=train.precision,
             rank=topology.rank,
             engine_config=engine_config,
@@ -138,6 +151,7 @@ class StudentEngine:
             eps=train.adamw.epsilon,
             fused=True,
         )
+        self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         self._topology = topology
         self._model = model
@@ -207,6 +221,19 @@ class StudentEngine:
                 unlike.append(partition.name)
         return unlike
 
+    def distributions(self) -> dict[str, Tensor]:
+        """This rank's pieces, flat and float32, of what is worth a look at: `weights/NAME`, `gradient_mean/NAME`.
+
+        A step frees its gradients; their running mean, AdamW's first moment, stays.
+        """
+        found = {}
+        for partition in self._partitions():
+            keep = partition.stop - partition.start
+            found[f"weights/{partition.name}"] = safe_get_local_fp32_param(partition.parameter)[:keep]
+            mean = safe_get_local_optimizer_state(partition.parameter, "exp_avg")
+            found[f"gradient_mean/{partition.name}"] = mean[:keep]
+        return {name: piece.detach() for name, piece in found.items()}
+
     def local_state(self) -> dict[str, Tensor]:
         """This rank's share of the training state, flattened: `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`.
 
@@ -239,6 +266,23 @@ class StudentEngine:
             for moment in OPTIMIZER_MOMENTS:
                 safe_set_local_optimizer_state(partition.parameter, values[moment], moment)
         self._refresh_copies()
+
+    def load_weights(self, folder: Path) -> None:
+        """The parameters of a Hugging Face folder of the same model, and no step taken: see `model.starting`.
+
+        Each rank reads its own pieces; the master copies are what is stored, in float32. Collective.
+
+        Raises:
+            UserError: a tensor is missing, or cannot be read.
+        """
+        weights = StartingWeights(folder, self._config, vocab_size=self.head.vocab.size)
+        shapes = self.parameters
+
+        def read(key: str, start: int, stop: int) -> Tensor:
+            kind, _, name = key.partition("/")
+            return weights.read(name, shapes[name], start, stop) if kind == "master" else torch.zeros(stop - start)
+
+        self.load_local_state(read)
 
     def _set_moments(self, *, steps: Tensor) -> None:
         """Zeros. AdamW would make its state at its first step, which a run may skip before it saves."""

@@ -22,13 +22,14 @@ from megadistill.records import Cursor, TokenBatch
 from megadistill.student.engine import StudentEngine
 from megadistill.train.corruption import FrozenWeights, frozen_weights, require_sound_student
 from megadistill.train.health import SkippedSteps, Vigil, not_finite
+from megadistill.train.histograms import histograms
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
 from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
 from megadistill.train.probe import check_probe
 from megadistill.train.recovery import Recovery
-from megadistill.train.run_folder import describe, keep_tokenizer, write_description
+from megadistill.train.run_folder import describe, keep_tokenizer, started_from, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import StepOutcome, train_step
@@ -101,7 +102,8 @@ class Run:
         self._student, self._teacher = build(setup, topology)
         torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
         if topology.is_first:
-            write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile))
+            first = started_from(setup.folder, setup.recipe.student.weights)
+            write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile, started_from=first))
             keep_tokenizer(setup.folder, setup.data)
         self._objective = objective_of(setup)
         self._meter = meter_of(setup, topology)
@@ -242,6 +244,9 @@ class Run:
             outcome.diagnostics,
         )
         log.step(report, weights=self._objective.moving_weights(self.step))
+        every = self._setup.recipe.train.histograms_every
+        if every > 0 and self.step % every == 0:
+            log.histograms(self.step, histograms(self._student.distributions(), self._topology))
 
     def _with_holes(self, stream: TokenStream, batch: TokenBatch, cursor: Cursor) -> Cursor:
         holes = holes_of_all(batch, self._topology)
@@ -381,14 +386,7 @@ def meter_of(setup: Setup, topology: Topology) -> Meter:
 @contextmanager
 def run_log(setup: Setup, topology: Topology, start_step: int) -> Iterator[RunLog]:
     """The run's log, closed however the run ends."""
-    log = RunLog(
-        setup.folder,
-        start_step=start_step,
-        steps=setup.recipe.train.steps,
-        log_every=setup.recipe.train.log_every,
-        loss=setup.recipe.loss if setup.recipe.objective == "distill" else None,
-        topology=topology,
-    )
+    log = RunLog(setup.folder, setup.recipe, start_step=start_step, topology=topology)
     try:
         yield log
     finally:

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from megadistill.comm.topology import Topology
-from megadistill.config import LossSection
+from megadistill.config import Recipe
 from megadistill.events import JsonLines, read_lines
 from megadistill.model.flops import flops_per_token
 from megadistill.records import StepReport
+from megadistill.train.board import Board
+from megadistill.train.histograms import Histogram
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 """What a run with truncated targets does not know."""
@@ -103,24 +103,14 @@ class Meter:
 class RunLog:
     """Writes one rank's view of a run; on every rank but the first it writes nothing.
 
-    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it. `loss` is
-    what a distillation asks for; None in a run from labels.
+    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        start_step: int,
-        steps: int,
-        log_every: int,
-        loss: LossSection | None,
-        topology: Topology,
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, start_step: int, topology: Topology) -> None:
         self._active = topology.is_first
-        self._steps = steps
-        self._log_every = log_every
-        self._loss = loss
+        self._steps = recipe.train.steps
+        self._log_every = recipe.train.log_every
+        self._loss = recipe.loss if recipe.objective == "distill" else None
         self._console = Console(stderr=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._refused = False
@@ -129,11 +119,11 @@ class RunLog:
         path = folder / "metrics.jsonl"
         _keep_until(path, start_step)
         self._lines = JsonLines(path)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._board = Board(folder / "tensorboard", recipe, start_step=start_step)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console)
-            self._task = self._progress.add_task("training", total=steps, completed=start_step)
+            self._task = self._progress.add_task("training", total=self._steps, completed=start_step)
             self._progress.start()
 
     def say(self, line: str) -> None:
@@ -157,22 +147,23 @@ class RunLog:
         if problem is not None and not self._refused:
             self.say(f"{self._lines.path}: {problem}; its lines wait until the disk takes them")
         self._refused = problem is not None
-        for name, value in _flat(values).items():
-            if name != "step" and value is not None:
-                with suppress(OSError):  # a full disk costs the picture, not the run
-                    self._board.add_scalar(_board_name(name), value, report.step)
+        self._board.numbers(report.step, _flat(values))
         if report.step % self._log_every == 0 or report.step == self._steps:
             self.say(self._line(report))
         if self._progress:
             self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}")
+
+    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+        """For TensorBoard alone."""
+        if self._active:
+            self._board.histograms(step, found)
 
     def close(self) -> None:
         if not self._active:
             return
         if self._progress:
             self._progress.stop()
-        with suppress(OSError):
-            self._board.close()
+        self._board.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
         hidden: tuple[str, ...] = ("diagnostics",) if report.diagnostics is None else ()
@@ -196,17 +187,6 @@ class RunLog:
             f" | lr {report.learning_rate:.2e} | grad {report.grad_norm:.3f}"
             f" | {report.tokens_per_second:,.0f} tok/s{mfu}"
         )
-
-
-def _board_name(name: str) -> str:
-    """TensorBoard groups by the part before the slash."""
-    if name in ("tokens", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "mfu", "memory_bytes"):
-        return f"system/{name}"
-    if name in ("learning_rate", "grad_norm", "kd_weight", "ce_weight"):
-        return f"optimizer/{name}"
-    if name.startswith("diagnostics/"):
-        return name
-    return f"teacher/{name}" if name in ("teacher_ce", "teacher_entropy") else f"student/{name}"
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from megadistill.config import dotted, validate_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.export import TOKENIZER_FILES
+from megadistill.model.fingerprint import teacher_fingerprint
+from megadistill.train.checkpoint import checkpoint_folders
 
 # What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
 # more than float32 rounding. The layout follows the ranks that one has today; with `loss.label_fraction` it says among
@@ -34,6 +36,7 @@ MAY_CHANGE = (
     "run.folder",
     "run.minutes",
     "train.log_every",
+    "train.histograms_every",
     "train.checkpoint_every",
     "train.micro_batch",
     "comm.timeout_minutes",
@@ -59,9 +62,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def describe(recipe: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any]:
-    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, and the versions."""
-    return {"recipe": recipe, "deepspeed": profile, "versions": versions()}
+def describe(
+    recipe: dict[str, Any], profile: dict[str, Any], *, started_from: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, and the versions.
+
+    And what `started_from` below says of the student's first weights, where a folder had them.
+    """
+    first = {} if started_from is None else {"started_from": started_from}
+    return {"recipe": recipe, "deepspeed": profile, **first, "versions": versions()}
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a run goes on from a checkpoint, or not at all; it does not begin again."""
+    return bool(checkpoint_folders(folder / "checkpoints"))
+
+
+def started_from(folder: Path, weights: str | None) -> dict[str, str] | None:
+    """Folder and fingerprint of the weights that a run's student started from; None where `run.seed` decided.
+
+    A run that has saved knows from its recipe.json: it reads the weights no more, and they need not be there.
+    """
+    if weights is None:
+        return None
+    if not has_saved(folder):
+        return {"weights": weights, "fingerprint": teacher_fingerprint(Path(weights))}
+    try:
+        kept = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("started_from")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return kept if isinstance(kept, dict) else None
 
 
 def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:

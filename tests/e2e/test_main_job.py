@@ -142,7 +142,7 @@ def test_export_evaluate_and_what_a_run_folder_holds(place: Place, undisturbed: 
     assert recipe["versions"]["torch"] == torch.__version__
     board = EventAccumulator(str(run_folder / "tensorboard"))
     board.Reload()
-    for tag in ("student/kl", "student/student_ce", "teacher/teacher_ce", "optimizer/learning_rate"):
+    for tag in ("loss/kl", "loss/student_ce", "teacher/teacher_ce", "optimizer/learning_rate"):
         values = {event.step: event.value for event in board.Scalars(tag)}
         assert sorted(values) == list(range(1, 13)), tag
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [

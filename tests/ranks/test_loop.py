@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from megadistill.comm.roles import Roles
@@ -17,6 +18,7 @@ from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import EMBEDDING, HEAD, load_config
 from megadistill.train.cache import store_targets
+from megadistill.train.checkpoint import newest_checkpoint
 from megadistill.train.loop import run
 from megadistill.train.placement import serve
 from megadistill.train.setup import prepare
@@ -71,6 +73,7 @@ def recipe(manifest: Path, folder: Path) -> Recipe:
             "micro_batch": 1,
             "precision": "float32",
             "adamw": {"learning_rate": 1e-3},
+            "histograms_every": STEPS,
         },
     }
     return Recipe.model_validate(values)
@@ -90,6 +93,22 @@ def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, worl
     assert run_ranks(world, _train, str(manifest), str(tmp_path / "run")) == [STEPS] * world
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    _require_histograms_of_the_whole(tmp_path / "run")
+
+
+def _require_histograms_of_the_whole(folder: Path) -> None:
+    """What TensorBoard shows of the last step is the checkpoint's own tensors, however many ranks held them."""
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    board.Reload()
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    for name in checkpoint.manifest.parameters:
+        (shown,) = [event.histogram_value for event in board.Histograms(f"weights/{name}")]
+        values = checkpoint.parameter(name).double()
+        assert shown.num == values.numel()
+        assert (shown.min, shown.max) == (float(values.min()), float(values.max()))
+        assert shown.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-9)
+        assert board.Histograms(f"gradient_mean/{name}")[0].histogram_value.num == values.numel()
 
 
 def _train_in_a_folder_of_its_own(topology: Topology, manifest: str, folder: str) -> str:

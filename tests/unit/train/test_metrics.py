@@ -14,7 +14,7 @@ from megadistill.model.families import load_config
 from megadistill.records import METRIC_NAMES, StepReport
 from megadistill.train import metrics
 from megadistill.train.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
-from tests.unit.train.cases import MODEL, VOCAB, topology
+from tests.unit.train.cases import MODEL, VOCAB, recipe, topology
 
 REPORT = StepReport(
     step=1,
@@ -53,12 +53,13 @@ def _log(
     **changes: Any,
 ) -> None:
     """A run that goes on after the step before the first of `steps`."""
+    asked: dict[str, Any] = {"train": {"steps": 9, "log_every": log_every}}
+    if loss is not None:
+        asked["loss"] = loss.model_dump()
     log = RunLog(
         folder,
+        recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **asked),
         start_step=steps.start - 1,
-        steps=9,
-        log_every=log_every,
-        loss=loss,
         topology=topology(rank=rank, world=rank + 1),
     )
     for step in steps:
@@ -111,7 +112,8 @@ def test_the_closer_look_is_an_object_on_the_steps_that_take_one(tmp_path: Path)
     first, second = _lines(tmp_path)
     assert "diagnostics" not in first
     assert second["diagnostics"] == closer
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    last = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    board = EventAccumulator(str(last))  # files of one second are read in the order of a counter's digits
     board.Reload()
     for name, value in closer.items():
         assert [(event.step, event.value) for event in board.Scalars(f"diagnostics/{name}")] == [(2, value)]
