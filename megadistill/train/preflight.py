@@ -11,6 +11,7 @@ from torch import Tensor
 from megadistill.config import LossSection, Recipe
 from megadistill.data import Mixture, tokenizer_sha256
 from megadistill.errors import UserError
+from megadistill.model.starting import check_starting_weights
 
 
 def check_fit(
@@ -35,7 +36,7 @@ def check_fit(
             "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
         )
     if isinstance(source, str):
-        _same_tokenizer(Path(source), data)
+        _same_tokenizer(Path(source), data, key="student.config")
     if teacher is None:
         return
     assert recipe.teacher is not None
@@ -71,14 +72,24 @@ def check_fit(
         )
 
 
-def _same_tokenizer(folder: Path, data: Mixture) -> None:
+def check_start(folder: Path, student: Any, data: Mixture) -> None:
+    """Whether the student can start from the weights of `folder`: the model of `student`, and the data's ids.
+
+    Raises:
+        UserError: it cannot; one line.
+    """
+    check_starting_weights(folder, student, vocab_size=data.vocab_size)
+    _same_tokenizer(folder, data, key="student.weights")
+
+
+def _same_tokenizer(folder: Path, data: Mixture, *, key: str) -> None:
     """The student's folder need not hold a tokenizer; one of another kind cannot be compared."""
     kind, sha256 = tokenizer_sha256(folder, prefer=data.tokenizer.kind) or (None, "")
     if kind == data.tokenizer.kind and sha256 != data.tokenizer.sha256:
         raise UserError(
-            f"student.config: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
+            f"{key}: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
             f"{data.tokenizer.sha256[:12]}…: tokenize the text with that of the folder, or name a folder that holds "
-            "config.json alone (an export gets the tokenizer of the shards)"
+            "no tokenizer (an export gets that of the shards)"
         )
 
 

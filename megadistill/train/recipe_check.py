@@ -25,7 +25,8 @@ from megadistill.model.flops import parameter_counts
 from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
 from megadistill.train.findings import Examined, Mark
-from megadistill.train.run_folder import refuse_other_recipe
+from megadistill.train.preflight import check_start
+from megadistill.train.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup import Setup, prepare, roles_of
 
 SHARD_SECONDS = 10.0
@@ -49,10 +50,13 @@ def check_recipe(
         own.look("shards", lambda: _shards(recipe, data, launch))
         own.look("vocabulary", lambda: _vocabulary(recipe, data, launch))
     own.look("student", lambda: _student(recipe, data))
+    if recipe.student.weights is not None and data is not None:
+        folder = Path(recipe.student.weights)
+        content["student"] = own.look("student's weights", lambda: _start(recipe, folder, data))
     if recipe.teacher is not None and recipe.teacher.path is not None:
-        folder = Path(recipe.teacher.path)
-        own.look("teacher", lambda: _teacher(folder))
-        content["teacher"] = own.look("teacher's weights", lambda: _fingerprint(folder))
+        path_of_teacher = Path(recipe.teacher.path)
+        own.look("teacher", lambda: _teacher(path_of_teacher))
+        content["teacher"] = own.look("teacher's weights", lambda: _fingerprint(path_of_teacher))
     own.look("earlier checkpoints", lambda: _may_go_on(recipe))
     said = {finding.said for finding in own.findings}
     try:
@@ -141,11 +145,23 @@ def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, st
 
 
 def _student(recipe: Recipe, data: Mixture | None) -> tuple[None, str]:
+    return None, _described(_student_config(recipe, data))
+
+
+def _student_config(recipe: Recipe, data: Mixture | None) -> Any:
     source = recipe.student.config
     config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     if data is not None:
         config.vocab_size = data.vocab_size
-    return None, _described(config)
+    return config
+
+
+def _start(recipe: Recipe, weights: Path, data: Mixture) -> tuple[str | None, str]:
+    if has_saved(Path(recipe.run.folder)):
+        return None, f"{weights}: not read, the run goes on from a checkpoint"
+    check_start(weights, _student_config(recipe, data), data)
+    found = teacher_fingerprint(weights)[:12]
+    return found, f"every tensor is there in its shape, of the student's model; fingerprint {found}"
 
 
 def _teacher(folder: Path) -> tuple[None, str]:

@@ -73,6 +73,8 @@ class Recovery:
     def resume(self, student: StudentEngine) -> tuple[int, Cursor | None]:
         """Restores the newest checkpoint that holds: (step, cursor) to go on from, (0, None) for a run without one.
 
+        That begins from `student.weights` where the recipe names them, and no other start reads them again.
+
         Raises:
             OperatorFault: the run has saved, and no checkpoint holds; or not every rank sees the same ones.
             RestartFault: a checkpoint cannot be read at the moment.
@@ -86,8 +88,11 @@ class Recovery:
         )
         for each in aside:
             self.events.write("set_aside", step=each.step, path=each.path.name, reason=each.reason)
-        step, cursor = (0, None) if checkpoint is None else self._restore(checkpoint, student)
-        return step, cursor
+        if checkpoint is not None:
+            return self._restore(checkpoint, student)
+        if self._setup.recipe.student.weights is not None:
+            student.load_weights(Path(self._setup.recipe.student.weights))
+        return 0, None
 
     def _restore(self, checkpoint: Checkpoint, student: StudentEngine) -> tuple[int, Cursor]:
         student.load_local_state(checkpoint.read)

@@ -17,8 +17,8 @@ from megadistill.model.families import load_config
 from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
 from megadistill.train.jit_locks import refuse_stale_jit_locks
-from megadistill.train.preflight import check_compiler, check_fit
-from megadistill.train.run_folder import refuse_other_recipe
+from megadistill.train.preflight import check_compiler, check_fit, check_start
+from megadistill.train.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.vocab_map import read_vocab_map
 
 
@@ -81,6 +81,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
+    if recipe.student.weights is not None and not has_saved(folder):
+        check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
     return Setup(
         recipe=recipe,
