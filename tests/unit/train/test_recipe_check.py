@@ -56,6 +56,18 @@ def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert _marks(own)["student"] is Mark.GOOD
 
 
+def test_the_students_weights_are_looked_at_like_the_teachers(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["student"]["weights"] = values["teacher"]["path"]
+    own, runs = _checked(tmp_path, values)
+    assert _marks(own)["student's weights"] is Mark.GOOD
+    assert own.facts["content"]["student"] == own.facts["content"]["teacher"]
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    own, runs = _checked(tmp_path, values)
+    assert not runs
+    assert _marks(own)["student's weights"] is Mark.BAD
+
+
 def test_a_recipe_that_cannot_be_read_ends_the_look_at_it(tmp_path: Path) -> None:
     values = _well(tmp_path)
     values["trian"] = values.pop("train")

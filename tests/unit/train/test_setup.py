@@ -111,6 +111,31 @@ def test_a_students_folder_with_another_tokenizer_is_refused(manifest: Path, tmp
 
 
 @pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 64}, ["hidden_size is 64 there, 32 here"]),
+        ({"vocab_size": 249}, ["249", "250", "tokenize the text"]),
+        ({"tokenizer": b"other pieces"}, ["sha256", "no tokenizer"]),
+        ({"model_type": "gpt2"}, ["gpt2"]),
+    ],
+)
+def test_weights_that_the_student_cannot_start_from_are_refused(
+    manifest: Path, tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
+    given = recipe(manifest, tmp_path / "run", student={"weights": str(described_teacher(tmp_path / "w", **changes))})
+    message = _refused(given)
+    for part in ["student.weights", *says]:
+        assert part in message
+
+
+def test_weights_are_not_asked_for_once_the_run_has_saved(manifest: Path, tmp_path: Path) -> None:
+    given = recipe(manifest, tmp_path / "run", student={"weights": str(tmp_path / "gone")})
+    assert "gone" in _refused(given)
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert prepare(given, _launch())
+
+
+@pytest.mark.parametrize(
     ("changes", "world", "says"),
     [
         ({"ranks": 3, "stages": 3}, 4, ["teacher.stages is 3", "2 layers", "2 or less"]),
