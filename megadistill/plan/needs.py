@@ -1,7 +1,6 @@
-"""Parameters, FLOPs, memory and bytes of a recipe on a number of ranks. It knows no hardware and starts nothing.
+"""What a recipe needs on a number of ranks: parameters, FLOPs, memory, bytes. It knows no hardware and starts nothing.
 
-Legend: V padded vocabulary, D and E widths of student and teacher, L layers, p ranks of a vocab group (and stages of
-the teacher), v = V/p rows of a slice, n tokens of a rank's micro-batch.
+`measure` counts the models once; `needs` is arithmetic, quick enough to be asked for thousands of layouts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,35 +12,52 @@ from rich.table import Table
 
 from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, vocab_group_size
-from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
-from megadistill.model.flops import Flops, ParameterCounts, flops_per_token, layer_parameters, parameter_counts
-from megadistill.model.split import stage_layers
+from megadistill.model.flops import Flops, ParameterCounts
+from megadistill.plan.assignment import Assignment
+from megadistill.plan.measured import Measured, MeasuredModel, measure
+from megadistill.plan.memory import Lines, host_memory, student_memory, teacher_memory
+from megadistill.plan.storage import TargetBytes, checkpoint_bytes, target_bytes
+from megadistill.plan.traffic import Link, student_traffic, teacher_traffic
+from megadistill.plan.zero import Zero
 from megadistill.student.profile import load_deepspeed
 
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
-FLOAT32_BYTES = 4
-# ZeRO-3 keeps of each parameter, partitioned: the working copy, and in float32 the gradient, the master copy and
-# AdamW's two moments.
-FLOAT32_COPIES = 4
-SAVED_COPIES = 3
-"""Of these, a checkpoint has all but the gradient, and the host a copy of it while it is written."""
+__all__ = ["Measured", "Needs", "measure", "needs", "rank_memory", "read_needs", "readable", "tables"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a token of the run. A backward pass costs twice a forward pass."""
+
+    body: int
+    head: int
+    attention: int
+    recompute: int
+    """Of what is computed a second time: the student's layers with activation checkpointing, the teacher's head where
+    the surest tokens are looked for first."""
+
+    @property
+    def total(self) -> int:
+        return self.body + self.head + self.attention + self.recompute
 
 
 @dataclass(frozen=True)
 class ModelNeeds:
-    """One model, counted on the meta device."""
+    """One model."""
 
     role: str
     parameters: ParameterCounts
     forward: Flops
     """Of one token."""
-    flops: int
-    """Of a token of the run: three forward passes to train, and the body's once more where activations are recomputed;
-    one forward pass to teach, and its head once more where the surest tokens are looked for first."""
+    work: Work
+    """Three forward passes to train, one to teach. A teacher's head is computed by the student's ranks."""
+
+    @property
+    def flops(self) -> int:
+        return self.work.total
 
 
 @dataclass(frozen=True)
@@ -49,20 +65,42 @@ class Needs:
     """What a recipe needs."""
 
     ranks: int
+    """The student's."""
     group_size: int
     accumulation: int
     tokens: int
     """Of the whole run."""
     models: tuple[ModelNeeds, ...]
-    memory: dict[str, int]
-    """Bytes on the device of one of the student's ranks, by what holds them. Activations are those of activation
-    checkpointing, or left out."""
-    host: dict[str, int]
+    """The student, and the teacher where one is in memory."""
+    phases: dict[str, Lines]
+    """Of a student's rank: what its device holds in each phase of a step (`plan.memory.student_memory`)."""
+    host: Lines
     """Bytes on the host, of the same rank."""
-    teacher_memory: dict[str, int]
+    teacher_memory: Lines
     """Bytes on the device of one of the teacher's own ranks; nothing where it has none."""
-    wire: dict[str, int]
-    """Bytes a rank receives for each token of its micro-batch. An untied head is never gathered over the world."""
+    traffic: dict[str, Link]
+    """Bytes that a student's rank receives for each token of its micro-batch."""
+    teacher_traffic: dict[str, Link]
+    """Bytes that a teacher's own rank receives for each token that passes through it."""
+    stage_costs: tuple[int, ...]
+    """Active parameters of each stage of the teacher: a token's FLOPs in it are twice as many, attention aside."""
+    checkpoint_bytes: int
+    target_bytes: TargetBytes | None
+    """Of `loss.targets`, where the recipe has them."""
+
+    @property
+    def phase(self) -> str:
+        """The one that takes most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def memory(self) -> Lines:
+        """Bytes on the device of one of the student's ranks in the phase that takes most."""
+        return self.phases[self.phase]
+
+    @property
+    def wire(self) -> dict[str, int]:
+        return {name: round(link.received) for name, link in self.traffic.items()}
 
     @property
     def flops_per_token(self) -> int:
@@ -94,11 +132,10 @@ def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
     launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
     return needs(
         recipe,
-        student=student,
-        teacher=teacher,
+        measure(student, teacher, sequence_length=data.sequence_length),
         vocab_size=data.vocab_size,
-        sequence_length=data.sequence_length,
         ranks=ranks,
+        ranks_per_node=ranks if roles is None else roles.world,
         group_size=vocab_group_size(recipe.comm.vocab_group, launch),
         roles=roles,
         profile=load_deepspeed(Path(recipe.student.deepspeed)),
@@ -116,18 +153,17 @@ def rank_memory(
     group_size: int,
     roles: Roles | None,
     profile: Mapping[str, Any],
-) -> dict[str, dict[str, int]]:
+) -> dict[str, Lines]:
     """Bytes that rank `rank` of a launch will hold, by what holds them, on its `device` and on its `host`.
 
     `ranks` are the student's; see `needs`.
     """
     found = needs(
         recipe,
-        student=student,
-        teacher=teacher,
+        measure(student, teacher, sequence_length=data.sequence_length),
         vocab_size=data.vocab_size,
-        sequence_length=data.sequence_length,
         ranks=ranks,
+        ranks_per_node=ranks,
         group_size=group_size,
         roles=roles,
         profile=profile,
@@ -139,95 +175,59 @@ def rank_memory(
 
 def needs(
     recipe: Recipe,
+    measured: Measured,
     *,
-    student: Any,
-    teacher: Any | None,
     vocab_size: int,
-    sequence_length: int,
     ranks: int,
+    ranks_per_node: int,
     group_size: int,
     roles: Roles | None = None,
     profile: Mapping[str, Any] | None = None,
 ) -> Needs:
-    """`student` and `teacher` are Hugging Face configs; the vocabulary is the data's. `ranks` are the student's.
+    """The vocabulary is the data's. `ranks` are the student's, `ranks_per_node` those of a node of the launch.
 
-    `roles`: of a teacher with ranks of its own. `profile`: DeepSpeed's settings, which may keep states on the host.
+    `roles`: of a teacher with ranks of its own. `profile`: DeepSpeed's settings; None: DeepSpeed's defaults.
 
     Raises:
-        UserError: the batch does not divide over the ranks, or the teacher has fewer layers than stages.
+        UserError: the batch or the vocabulary does not divide over the ranks, or the teacher has fewer layers than
+            stages.
     """
-    accumulation = recipe.accumulation(ranks)
-    micro_tokens = recipe.train.micro_batch * sequence_length
-    trained = flops_per_token(student, sequence_length)
-    again = trained.body + trained.attention if recipe.student.activation_checkpointing else 0
-    models = [ModelNeeds("student", parameter_counts(student), trained, flops=3 * trained.forward + again)]
-    if teacher is not None:
-        frozen = flops_per_token(teacher, sequence_length)
-        twice = frozen.head if recipe.loss.label_fraction > 0 else 0
-        models.append(ModelNeeds("teacher", parameter_counts(teacher), frozen, flops=frozen.forward + twice))
-    element = ELEMENT_BYTES[recipe.train.precision]
-    padded = padded_vocabulary(vocab_size, recipe.student.vocab_multiple)
-    counts = models[0].parameters
-    rows = sum(stop - start for start, stop in block_cyclic_ranges(padded, ranks, group_size, rank=0))
-    # Truncated targets are made before the loss, one model's logits at a time.
-    logit_buffers = 1 if teacher is None or recipe.loss.targets is not None else 2
-    memory, host = _states(counts.total // ranks, element, profile or {})
-    host["checkpoint on its way to the disk"] = SAVED_COPIES * FLOAT32_BYTES * counts.total // ranks
-    memory |= {
-        "gathered layers (two)": 2 * element * counts.body // student.num_hidden_layers,
-        "head gradient": rows * student.hidden_size * FLOAT32_BYTES,
-        "logit chunk": min(
-            recipe.loss.logit_memory_mb << 20, logit_buffers * FLOAT32_BYTES * micro_tokens * group_size * rows
-        ),
-    }
-    if group_size < ranks:  # else ZeRO-3's own partition is the slice
-        memory["head rows"] = element * rows * student.hidden_size
-    if recipe.student.activation_checkpointing:
-        memory["checkpointed activations"] = element * student.num_hidden_layers * student.hidden_size * micro_tokens
-    wire = {"ZeRO-3 (two gathers, one reduce-scatter)": 3 * element * (counts.total - counts.head) // micro_tokens}
-    if group_size > 1:
-        wire["student hidden states, and their gradient"] = (element + FLOAT32_BYTES) * student.hidden_size * group_size
-    if teacher is not None:
-        stage = element * _largest_stage(teacher, models[1].parameters, roles.stages if roles else group_size)
-        if roles is None:
-            memory["teacher stage"] = stage
-        memory["teacher head rows"] = element * rows * teacher.hidden_size
-        memory["teacher hidden states"] = element * micro_tokens * teacher.hidden_size * group_size
-        wire["teacher hidden states"] = element * teacher.hidden_size * (1 + group_size if group_size > 1 else 0)
+    run = Assignment(recipe, measured, vocab_size, ranks, ranks_per_node, group_size, roles, Zero.of(profile or {}))
+    models = [_model("student", measured.student, _trained(run))]
+    if measured.teacher is not None:
+        models.append(_model("teacher", measured.teacher, _taught(run, measured.teacher)))
+    targets = recipe.loss.targets
+    S = measured.student.sequence_length
     return Needs(
         ranks=ranks,
         group_size=group_size,
-        accumulation=accumulation,
-        tokens=recipe.train.steps * recipe.train.global_batch * sequence_length,
+        accumulation=run.accumulation,
+        tokens=recipe.train.steps * recipe.train.global_batch * S,
         models=tuple(models),
-        memory=memory,
-        host=host,
-        teacher_memory={} if roles is None else {"teacher stage": stage},
-        wire=wire,
+        phases=student_memory(run),
+        host=host_memory(run),
+        teacher_memory=teacher_memory(run),
+        traffic=student_traffic(run),
+        teacher_traffic=teacher_traffic(run),
+        stage_costs=measured.teacher.stage_costs(run.stages) if measured.teacher is not None else (),
+        checkpoint_bytes=checkpoint_bytes(run),
+        target_bytes=None if targets is None else target_bytes(targets, vocab_size=vocab_size, sequence_length=S),
     )
 
 
-def _states(parameters: int, element: int, profile: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    """What a rank's partition of ZeRO-3 takes on the device, and on the host where DeepSpeed's file offloads it."""
-    weights, trained = element * parameters, FLOAT32_COPIES * FLOAT32_BYTES * parameters
-    zero = profile.get("zero_optimization", {})
-    on_host = 0
-    device = weights + trained
-    for key, size in (("offload_param", weights), ("offload_optimizer", trained)):
-        place = (zero.get(key) or {}).get("device", "none")
-        device -= 0 if place == "none" else size
-        on_host += size if place == "cpu" else 0
-    return {"ZeRO-3 states": device}, {"offloaded ZeRO-3 states": on_host} if on_host else {}
+def _model(role: str, model: MeasuredModel, work: Work) -> ModelNeeds:
+    return ModelNeeds(role, model.parameters, model.forward, work)
 
 
-def _largest_stage(teacher: Any, counts: ParameterCounts, stages: int) -> int:
-    """Parameters of the stage that holds most: stages are cut by what a token uses, and only the first has the
-    embedding."""
-    sizes = layer_parameters(teacher)
-    held = [sum(sizes[layer] for layer in layers) for layers in stage_layers(teacher, stages)]
-    held[0] += counts.embedding
-    held[-1] += counts.body - sum(sizes)  # the final norm
-    return max(held)
+def _trained(run: Assignment) -> Work:
+    once = run.student.forward
+    again = once.body + once.attention if run.recipe.student.activation_checkpointing else 0
+    return Work(3 * once.body, 3 * once.head, 3 * once.attention, again)
+
+
+def _taught(run: Assignment, teacher: MeasuredModel) -> Work:
+    once = teacher.forward
+    return Work(once.body, once.head, once.attention, once.head if run.recipe.loss.label_fraction > 0 else 0)
 
 
 def tables(found: Needs) -> list[Table]:

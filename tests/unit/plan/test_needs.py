@@ -4,6 +4,7 @@ Legend: N parameters, V padded vocabulary, D and E widths of student and teacher
 """
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megadistill.comm.roles import Roles
 from megadistill.config import LossSection, Recipe
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
-from megadistill.plan.needs import Needs, needs, rank_memory, read_needs, tables
+from megadistill.plan.needs import Measured, Needs, measure, needs, rank_memory, read_needs, tables
 from tests.unit.model.test_flops import LLAMA3_8B
 
 LLAMA3_8B_TOTAL, LLAMA3_8B_BODY = 8_030_261_248, 6_979_588_096
@@ -64,11 +65,10 @@ def _tiny(*, ranks: int = 2, group_size: int = 1, global_batch: int = 8, **stude
             micro_batch=2,
             **{"vocab_multiple": 256, **student},
         ),
-        student=load_config(TINY, what="test"),
-        teacher=None,
+        measure(load_config(TINY, what="test"), None, sequence_length=32),
         vocab_size=250,
-        sequence_length=32,
         ranks=ranks,
+        ranks_per_node=ranks,
         group_size=group_size,
     )
 
@@ -81,14 +81,19 @@ def _tiny_under(profile: dict[str, Any]) -> Needs:
     """The same under settings of DeepSpeed's."""
     return needs(
         _recipe(distill=False, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256),
-        student=load_config(TINY, what="test"),
-        teacher=None,
+        measure(load_config(TINY, what="test"), None, sequence_length=32),
         vocab_size=250,
-        sequence_length=32,
         ranks=2,
+        ranks_per_node=2,
         group_size=1,
         profile=profile,
     )
+
+
+@cache
+def _llamas() -> Measured:
+    llama = load_config(LLAMA3_8B, what="test")
+    return measure(llama, llama, sequence_length=8192)
 
 
 def _large(*, ranks: int = 64, group_size: int = 8, loss: dict[str, Any] | None = None) -> Needs:
@@ -96,11 +101,10 @@ def _large(*, ranks: int = 64, group_size: int = 8, loss: dict[str, Any] | None 
     recipe = _recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
     return needs(
         recipe.model_copy(update={"loss": LossSection.model_validate(loss or {})}),
-        student=load_config(LLAMA3_8B, what="test"),
-        teacher=load_config(LLAMA3_8B, what="test"),
+        _llamas(),
         vocab_size=128_256,
-        sequence_length=8192,
         ranks=ranks,
+        ranks_per_node=8,
         group_size=group_size,
     )
 
@@ -173,11 +177,10 @@ def _stage(teacher: dict[str, Any], *, stages: int) -> int:
     recipe = _recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=6)
     found = needs(
         recipe,
-        student=load_config(TINY, what="test"),
-        teacher=load_config({**TINY, **teacher}, what="test"),
+        measure(load_config(TINY, what="test"), load_config({**TINY, **teacher}, what="test"), sequence_length=32),
         vocab_size=250,
-        sequence_length=32,
         ranks=stages,
+        ranks_per_node=stages,
         group_size=stages,
     )
     parameters, rest = divmod(found.memory["teacher stage"], 4)
