@@ -1,196 +1,168 @@
-"""Models on a held-out split: cross-entropy, perplexity, bits a byte, KL and agreement. One process; it trains nothing.
+"""Models on held-out splits, over the ranks of a launch; each holds each model whole. It trains nothing."""
 
-Legend: N tokens of a batch, V true vocabulary, D and E widths of a model and of the teacher.
-"""
-
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
-from rich.table import Table
+import numpy as np
 from torch import Tensor
 
-from megadistill.comm.topology import local_device
-from megadistill.data import Manifest, TokenStream, tokenizer_sha256
+from megadistill.comm.topology import Launch, Topology, joined, local_device, topology_of_world
 from megadistill.errors import OperatorFault, UserError
-from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss
-from megadistill.model.families import decoder, logit_transform, reading
 from megadistill.model.weights import load_pretrained
-from megadistill.records import IGNORED_LABEL, LossTerms, TokenBatch
+from megadistill.records import TokenBatch
+from megadistill.report.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
+from megadistill.report.models import check_model, token_numbers
+from megadistill.report.progress import ShowTokens
+from megadistill.report.splits import Split, batches, share, short_names
+from megadistill.report.tally import COLUMNS, Deciles, Floats, Tally, Totals, deciles
+
+TIMEOUT_MINUTES = 60.0
+"""How much later than the first rank the last one may be done with its share."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One model on one split; means over its tokens, in nats unless they say otherwise."""
-
-    model: str
-    parameters: int
-    tokens: int
-    cross_entropy: float
-    perplexity: float
-    bits_per_byte: float | None
-    """None where the split does not say how many bytes of text it holds."""
-    kl: float | None
-    """KL of the teacher against the model; None without a teacher."""
-    agreement: float | None
-    """Share of positions where both have the same most likely token."""
+@contextmanager
+def ranks(launch: Launch) -> Iterator[Topology]:
+    """Those that share an evaluation. One process makes no groups."""
+    if launch.world == 1:
+        yield topology_of_world(launch, vocab_group=1, device=local_device(launch.local_rank), timeout=timedelta(0))
+    else:
+        with joined(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
+            yield topology
 
 
-def evaluate(models: Sequence[Path], data: Path, *, teacher: Path | None, batch: int) -> list[Evaluation]:
-    """Every model of `models`, and the teacher first, on every sequence of the split that `data` describes.
+def evaluate(
+    models: Sequence[Path],
+    splits: Sequence[Split],
+    *,
+    teacher: Path | None,
+    batch: int,
+    topology: Topology,
+    progress: ShowTokens,
+) -> list[Evaluation]:
+    """Every model of `models`, and the teacher first, on every sequence of the splits. Collective: all ranks get it.
 
-    The teacher runs once a batch, however many models are compared with it.
+    The teacher runs once a batch, however many models are compared with it. `batch` sequences are read at a time.
 
     Raises:
-        UserError: a folder is no model of a supported family, or its vocabulary is smaller than the split's.
+        UserError: a folder is no model of a supported family, or it does not go with the splits.
+        OperatorFault: a model's numbers are not finite.
     """
     if batch < 1:
         raise UserError(f"--batch {batch}: a forward pass needs at least one sequence")
-    manifest = Manifest.load(data)
-    device = local_device(0)
     folders = [
         *([teacher] if teacher else []),
         *(m for m in models if teacher is None or m.resolve() != teacher.resolve()),
     ]
-    loaded = [_load(folder, manifest, device) for folder in folders]
-    judge = loaded[0] if teacher else None
-    masked = manifest.packer.name == "bestfit"  # whole documents side by side: what was packed together is chance
-    stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
-    totals = [torch.zeros(3, dtype=torch.float64) for _ in loaded]
-    tokens = 0
-    with Progress(transient=True) as progress, torch.no_grad():
-        task = progress.add_task("evaluating", total=manifest.units)
-        for start in range(0, manifest.units, batch):
-            held = stream.batch(range(start, min(start + batch, manifest.units))).to(device)
-            tokens += held.valid_tokens
-            judged = _hidden(judge, held) if judge is not None else None
-            for total, model in zip(totals, loaded, strict=True):
-                total += _sums(model, held, judge, judged, manifest.vocab_size)
-            progress.advance(task, len(held))
-    names = _short_names(folders)
+    for folder in folders:
+        for split in splits:
+            check_model(folder, split.manifest)
+    loaded = [load_pretrained(folder, what=str(folder), device=topology.device) for folder in folders]
+    tallies = [Tally(len(splits)) for _ in loaded]
+    entropies: list[Tensor] = []
+    vocab_size = splits[0].manifest.vocab_size
+    for source, held in _own_batches(splits, batch, topology, progress):
+        found = token_numbers(loaded, held, vocab_size, first_teaches=teacher is not None)
+        for tally, terms in zip(tallies, found, strict=True):
+            tally.add(terms, source)
+        if found[0].teacher is not None:
+            entropies.append(found[0].teacher.teacher_entropy)
+    tenths = deciles(entropies, topology) if teacher else None
+    totals = [tally.totals(tenths.of_token_N if tenths else None, topology) for tally in tallies]
+    names = short_names([folder.resolve().parts for folder in folders])
     for name, total in zip(names, totals, strict=True):
-        if not total.isfinite().all():
+        if not np.isfinite(total.by_source_KC).all():
             raise OperatorFault(f"{name}: its cross-entropy, KL or agreement is not finite: look at its weights")
     return [
-        _evaluation(name, model, total / tokens, tokens, manifest, with_teacher=teacher is not None)
+        _evaluation(name, _parameters(model), total, tenths, splits)
         for name, model, total in zip(names, loaded, totals, strict=True)
     ]
 
 
-def table(results: Sequence[Evaluation]) -> Table:
-    """The evaluations as a table that fits a terminal of 80 columns."""
-    shown = Table(
-        title=f"held-out split, {results[0].tokens:,} tokens",
-        caption="CE: cross-entropy, nats a token. KL and agreement: with the teacher.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    shown.add_column("model", overflow="fold")
-    for heading in ("parameters", "CE", "perplexity", "bits/byte", "KL", "agree"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        shown.add_row(
-            result.model,
-            f"{result.parameters:,}",
-            f"{result.cross_entropy:.4f}",
-            f"{result.perplexity:.2f}",
-            "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}",
-            "-" if result.kl is None else f"{result.kl:.4f}",
-            "-" if result.agreement is None else f"{result.agreement:.1%}",
-        )
-    return shown
+def _own_batches(
+    splits: Sequence[Split], size: int, topology: Topology, progress: ShowTokens
+) -> Iterator[tuple[int, TokenBatch]]:
+    """This rank's share of the sequences, with the number of their split. The first rank tells of its own."""
+    own = share(batches(splits, size), topology.rank, topology.world)
+    streams = [split.stream() for split in splits]
+    lengths = [split.manifest.sequence_length for split in splits]
+    total = sum(len(batch.slots) * lengths[batch.split] for batch in own)
+    tokens = 0
+    for batch in own:
+        if topology.is_first:
+            progress(tokens, total)
+        yield batch.split, streams[batch.split].batch(batch.slots).to(topology.device)
+        tokens += len(batch.slots) * lengths[batch.split]
+    if topology.is_first:
+        progress(tokens, total)
 
 
-def write_json(results: Sequence[Evaluation], path: Path) -> None:
-    """The evaluations as a JSON list, one object a model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps([asdict(result) for result in results], indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
-
-
-def _load(folder: Path, manifest: Manifest, device: torch.device) -> Any:
-    model = load_pretrained(folder, what=str(folder), device=device)
-    if model.config.vocab_size < manifest.vocab_size:
-        raise UserError(
-            f"{folder}: a vocabulary of {model.config.vocab_size} ids, the split was made with {manifest.vocab_size}; "
-            "an evaluation reads no teacher.vocab_map: all models must have the split's ids"
-        )
-    if model.config.max_position_embeddings < manifest.sequence_length:
-        raise UserError(
-            f"{folder}: {model.config.max_position_embeddings} positions, the split has sequences of "
-            f"{manifest.sequence_length} tokens"
-        )
-    found = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
-    if found is not None and found != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
-        file = manifest.tokenizer.file.rpartition("/")[2]
-        raise UserError(
-            f"{folder}: its {file} is not the one that the split was made with, and an evaluation reads no "
-            "teacher.vocab_map: tokenize a split with this model's own"
-        )
-    return model
-
-
-def _hidden(model: Any, batch: TokenBatch) -> Tensor:
-    """[N, D]: final hidden states, which the head has not read yet."""
-    hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
-    return hidden.flatten(0, 1)
-
-
-def _sums(model: Any, batch: TokenBatch, judge: Any, judged: Tensor | None, vocab_size: int) -> Tensor:
-    """[3] float64: sums over the batch of cross-entropy, KL and agreement."""
-    hidden = judged if model is judge and judged is not None else _hidden(model, batch)
-    labels = batch.labels.flatten()
-    weights = (labels != IGNORED_LABEL).float()
-    head = model.get_output_embeddings().weight[:vocab_size]
-    vocab = VocabSlice.contiguous(0, vocab_size, size=vocab_size)
-    terms: LossTerms
-    if judged is None:
-        terms = label_loss(
-            hidden, head, labels, token_weights=weights, vocab=vocab, student_logits=logit_transform(model.config)
-        )
-    else:
-        terms = distill_loss(
-            hidden,
-            head,
-            judged,
-            judge.get_output_embeddings().weight[:vocab_size],
-            labels,
-            token_weights=weights,
-            divergence=Divergence(),
-            vocab=vocab,
-            student_logits=logit_transform(model.config),
-            teacher_logits=logit_transform(judge.config),
-        )
-    return torch.stack([terms.student_ce, terms.kl, terms.agreement]).double().cpu()
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _evaluation(
-    name: str, model: Any, means: Tensor, tokens: int, manifest: Manifest, *, with_teacher: bool
+    name: str, parameters: int, total: Totals, tenths: Deciles | None, splits: Sequence[Split]
 ) -> Evaluation:
-    cross_entropy, kl, agreement = means.tolist()
-    bytes_per_token = manifest.text_bytes / manifest.tokens if manifest.text_bytes is not None else None
+    taught = tenths is not None
+    by_source = tuple(
+        SourceResult(source=split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], taught=taught))
+        for split, sums_C, bins_B3 in zip(splits, total.by_source_KC, total.by_bin_KB3, strict=True)
+    )
+    sums_C, bins_B3 = total.by_source_KC.sum(axis=0), total.by_bin_KB3.sum(axis=0)
     return Evaluation(
         model=name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tokens=tokens,
-        cross_entropy=cross_entropy,
-        perplexity=math.exp(cross_entropy),
-        bits_per_byte=cross_entropy / math.log(2) / bytes_per_token if bytes_per_token is not None else None,
-        kl=kl if with_teacher else None,
-        agreement=agreement if with_teacher else None,
+        parameters=parameters,
+        **_means(sums_C, bins_B3, splits, total.by_source_KC[:, 0].tolist(), taught=taught),
+        calibration=tuple(_bin(*bin_3.tolist()) for bin_3 in bins_B3),
+        by_decile=tuple(
+            _decile(bounds, *sums_4.tolist()) for bounds, sums_4 in zip(tenths.bounds, total.by_decile_D4, strict=True)
+        )
+        if tenths
+        else None,
+        by_source=by_source,
     )
 
 
-def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The folders without the parts that they all share."""
-    parts = [folder.resolve().parts for folder in folders]
-    shared = 0
-    while len(folders) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ["/".join(p[shared:]) if len(folders) > 1 else p[-1] for p in parts]
+def _means(
+    sums_C: Floats, bins_B3: Floats, splits: Sequence[Split], tokens: Sequence[float], *, taught: bool
+) -> dict[str, Any]:
+    """What `Evaluation` and `SourceResult` share; `tokens` is how many there were in each of the splits."""
+    count = sums_C[0]
+    means = dict(zip(COLUMNS[1:], (sums_C[1:] / count).tolist(), strict=True))
+    bytes_ = _text_bytes(splits, tokens)
+    return {
+        "tokens": int(count),
+        "cross_entropy": means["cross_entropy"],
+        "perplexity": math.exp(means["cross_entropy"]),
+        "bits_per_byte": None if bytes_ is None else float(sums_C[1] / math.log(2) / bytes_),
+        "calibration_error": float(np.abs(bins_B3[:, 1] - bins_B3[:, 2]).sum() / count),
+        **{name: means[name] if taught else None for name in COLUMNS[2:]},
+    }
+
+
+def _text_bytes(splits: Sequence[Split], tokens: Sequence[float]) -> float | None:
+    """Bytes of the text of so many tokens of each split, as its manifest counts them."""
+    bytes_ = 0.0
+    for split, count in zip(splits, tokens, strict=True):
+        if split.manifest.text_bytes is None:
+            return None
+        bytes_ += split.manifest.text_bytes * count / split.manifest.tokens
+    return bytes_
+
+
+def _bin(count: float, confidence: float, correct: float) -> CalibrationBin:
+    if count == 0:
+        return CalibrationBin(0, None, None)
+    return CalibrationBin(int(count), confidence / count, correct / count)
+
+
+def _decile(
+    bounds: tuple[float, float] | None, tokens: float, cross_entropy: float, kl: float, agreement: float
+) -> Decile:
+    if tokens == 0:
+        return Decile(None, 0, None, None, None)
+    return Decile(bounds, int(tokens), cross_entropy / tokens, kl / tokens, agreement / tokens)

@@ -1,0 +1,84 @@
+"""The models of an evaluation: whether they go with a split, and what they say of its tokens. It knows no sums.
+
+Legend: N tokens of a batch that have a label, D width of a model.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadistill.data import Manifest, tokenizer_sha256
+from megadistill.errors import UserError
+from megadistill.loss import TokenTerms, VocabSlice, token_terms
+from megadistill.model.families import decoder, load_config, logit_transform, reading
+from megadistill.model.weights import check_weights
+from megadistill.records import IGNORED_LABEL, LogitTransform, TokenBatch
+
+
+def check_model(folder: Path, manifest: Manifest) -> None:
+    """Whether the model in `folder` can be measured on a split; reads no weights.
+
+    Raises:
+        UserError: it is no model of a supported family, or its vocabulary, positions or tokenizer are not the split's.
+    """
+    config = load_config(folder, what=str(folder))
+    if config.vocab_size < manifest.vocab_size:
+        raise UserError(
+            f"{folder}: a vocabulary of {config.vocab_size} ids, the split was made with {manifest.vocab_size}; "
+            "an evaluation reads no teacher.vocab_map: all models must have the split's ids"
+        )
+    if config.max_position_embeddings < manifest.sequence_length:
+        raise UserError(
+            f"{folder}: {config.max_position_embeddings} positions, the split has sequences of "
+            f"{manifest.sequence_length} tokens"
+        )
+    found = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
+    if found is not None and found != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
+        file = manifest.tokenizer.file.rpartition("/")[2]
+        raise UserError(
+            f"{folder}: its {file} is not the one that the split was made with, and an evaluation reads no "
+            "teacher.vocab_map: tokenize a split with this model's own"
+        )
+    check_weights(folder, config)
+
+
+@torch.no_grad()
+def token_numbers(
+    models: Sequence[Any], batch: TokenBatch, vocab_size: int, *, first_teaches: bool
+) -> list[TokenTerms]:
+    """What each model says of the batch's N tokens with a label; against the first one, if that is the teacher."""
+    learned = batch.labels.flatten() != IGNORED_LABEL
+    labels_N = batch.labels.flatten()[learned]
+    teacher = models[0] if first_teaches else None
+    taught_ND = _hidden(teacher, batch, learned) if teacher is not None else None
+    found = []
+    for model in models:
+        hidden_ND = taught_ND if model is teacher and taught_ND is not None else _hidden(model, batch, learned)
+        found.append(
+            token_terms(
+                hidden_ND,
+                _head(model, vocab_size),
+                labels_N,
+                vocab=VocabSlice.contiguous(0, vocab_size, size=vocab_size),
+                teacher_hidden=taught_ND,
+                teacher_weight=None if teacher is None else _head(teacher, vocab_size),
+                student_logits=logit_transform(model.config),
+                teacher_logits=LogitTransform() if teacher is None else logit_transform(teacher.config),
+            )
+        )
+    return found
+
+
+def _hidden(model: Any, batch: TokenBatch, learned: Tensor) -> Tensor:
+    """[N, D]: final hidden states, which the head has not read yet."""
+    hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
+    return hidden.flatten(0, 1)[learned]
+
+
+def _head(model: Any, vocab_size: int) -> Tensor:
+    """[V, D], without padding rows."""
+    weight: Tensor = model.get_output_embeddings().weight[:vocab_size]
+    return weight

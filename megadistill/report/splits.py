@@ -1,0 +1,90 @@
+"""The held-out splits of an evaluation, by name, and which of their batches a rank reads. It knows no models.
+
+Legend: w ranks.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from megadistill.data import Manifest, TokenStream
+from megadistill.errors import UserError
+
+_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One source of an evaluation."""
+
+    name: str
+    manifest: Manifest
+
+    def stream(self) -> TokenStream:
+        """Its units, by slot: range(0, units) visits each once."""
+        masked = self.manifest.packer.name == "bestfit"  # documents side by side: what was packed together is chance
+        return TokenStream(self.manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that are read at a time."""
+
+    split: int
+    slots: range
+
+
+def load_splits(given: Sequence[str]) -> list[Split]:
+    """The splits that `--data` names, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
+
+    Raises:
+        UserError: a manifest cannot be read, has no token to predict, or does not go with the first one; or two splits
+            have the same name.
+    """
+    named = [(found[1], found[2]) if (found := _NAMED.fullmatch(one)) else (None, one) for one in given]
+    unnamed = [PurePosixPath(location).parent.parts for name, location in named if name is None]
+    folders = iter(short_names(unnamed) if unnamed else [])
+    splits = [Split(name or next(folders), Manifest.load(location)) for name, location in named]
+    first = splits[0]
+    for split in splits:
+        if split.manifest.tokens == 0:
+            raise UserError(f"--data {split.name}: it has no token to predict: give another split")
+        for what, its, firsts in (
+            ("a vocabulary of", split.manifest.vocab_size, first.manifest.vocab_size),
+            ("the tokenizer", split.manifest.tokenizer.sha256[:12], first.manifest.tokenizer.sha256[:12]),
+        ):
+            if its != firsts:
+                raise UserError(
+                    f"--data {split.name} has {what} {its}, {first.name} has {firsts}: models are compared on one "
+                    "tokenizer's ids, so tokenize one of the two again"
+                )
+    names = [split.name for split in splits]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--data: two splits are called {twice}: give them names, as in --data web=MANIFEST")
+    return splits
+
+
+def batches(splits: Sequence[Split], size: int) -> list[Batch]:
+    """All sequences of all splits, `size` at a time: which ones are read together does not depend on the ranks."""
+    return [
+        Batch(number, range(start, min(start + size, split.manifest.units)))
+        for number, split in enumerate(splits)
+        for start in range(0, split.manifest.units, size)
+    ]
+
+
+def share(whole: Sequence[Batch], rank: int, world: int) -> Sequence[Batch]:
+    """Rank `rank`'s run of them; the runs in rank order are all of them."""
+    return whole[len(whole) * rank // world : len(whole) * (rank + 1) // world]
+
+
+def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """The paths, by their parts, without the leading parts that they all share; of a single one its last part."""
+    if len(paths) == 1:
+        return [paths[0][-1]] if paths[0] else ["."]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == paths[0][shared] for p in paths):
+        shared += 1
+    return ["/".join(p[shared:]) or "." for p in paths]
