@@ -35,7 +35,11 @@ LARGE = Evaluation(
 ALONE = replace(
     LARGE,
     model="s",
-    **dict.fromkeys(("kl", "jsd", "agreement", "acceptance", "by_decile")),
+    kl=None,
+    jsd=None,
+    agreement=None,
+    acceptance=None,
+    by_decile=None,
     by_source=LARGE.by_source[:1],
 )
 
