@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megadistill.accelerators import accelerator_of
 from megadistill.comm.topology import Topology
 from megadistill.config import Recipe
 from megadistill.events import JsonLines, read_lines
@@ -25,20 +26,14 @@ WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
 """What a run from labels does not have."""
 
-# Dense peak of the matrix units, FLOP/s, from the vendors' data sheets: device name contains -> precision -> peak.
-PEAK_FLOPS = {
-    "H200": {"bfloat16": 989e12, "float32": 67e12},
-    "H100": {"bfloat16": 989e12, "float32": 67e12},
-    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
-}
-
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """The peak of one device at a precision, or None where it is not known (every CPU)."""
     if device.type == "cpu":
         return None
     name = torch.get_device_module(device).get_device_name(device)
-    return next((peaks.get(precision) for part, peaks in PEAK_FLOPS.items() if part in name), None)
+    kind = accelerator_of(name)
+    return kind.peak_flops(precision) if kind is not None and precision in kind.peak_tflops else None
 
 
 def peak_memory(device: torch.device) -> int:
