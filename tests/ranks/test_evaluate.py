@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ VOCAB, SEQUENCE = 120, 12
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two splits, one of whole documents; a teacher and a student."""
     folder = tmp_path_factory.mktemp("shared")
-    for name, count, packer in (("web", 9, "chunk"), ("code", 4, "bestfit")):
+    packers: tuple[tuple[str, int, Literal["chunk", "bestfit"]], ...] = (("web", 9, "chunk"), ("code", 4, "bestfit"))
+    for name, count, packer in packers:
         units = random_units(count, seed=count, sequence=SEQUENCE, vocab=VOCAB, full=packer == "chunk")
         write_split(folder / name, units, vocab=VOCAB, packer=packer, text_bytes=500)
     for seed, name in enumerate(("student", "teacher")):
