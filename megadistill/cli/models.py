@@ -16,6 +16,15 @@ example: megadistill generate teacher/ --data data/mine/train/manifest.json --se
 
 {EXIT_CODES}"""
 
+EXPORT_EPILOG = f"""\
+A checkpoint of any number of ranks is read tensor by tensor; --max-shard-mb, and one tensor more, is what is held in
+memory. The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer; its README.md says what the model
+was trained on, as far as the run wrote it down.
+
+example: megadistill export runs/mine/checkpoints/step-00010000 --output mine-10000 --dtype bfloat16
+
+{EXIT_CODES}"""
+
 
 def add(verbs: Verbs) -> None:
     _generate_parser(verbs)
@@ -48,12 +57,19 @@ def _generate_parser(verbs: Verbs) -> None:
 
 
 def _export_parser(verbs: Verbs) -> None:
-    verb = add_verb(verbs, "export", "write a run's student as a Hugging Face folder (one process, no GPU)")
-    verb.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    verb = add_verb(
+        verbs, "export", "write a checkpoint's student as a Hugging Face folder (one process, no GPU)", EXPORT_EPILOG
+    )
+    verb.add_argument("source", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints/step-…")
     verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     verb.add_argument("--step", type=int, metavar="STEP", help="the checkpoint of this step (default: the newest)")
     verb.add_argument(
         "--max-shard-mb", type=int, default=4096, metavar="MB", help="largest safetensors file (default 4096)"
+    )
+    verb.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the weights that are written (default: the run's precision)",
     )
     verb.set_defaults(run=_export)
 
@@ -97,7 +113,11 @@ def _export(options: argparse.Namespace) -> int:
     from megadistill.train.export import export_run
 
     step = export_run(
-        options.run_folder, options.output, step=options.step, max_shard_bytes=options.max_shard_mb * 1_000_000
+        options.source,
+        options.output,
+        step=options.step,
+        max_shard_bytes=options.max_shard_mb * 1_000_000,
+        dtype=options.dtype,
     )
-    print(f"{options.output}: the student of {options.run_folder} at step {step}")
+    print(f"{options.output}: the student of {options.source} at step {step}")
     return 0

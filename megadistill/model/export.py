@@ -34,19 +34,21 @@ def export_model(
     true_vocab: int,
     max_shard_bytes: int,
     tokenizer_folder: Path | None,
+    card: str | None = None,
 ) -> None:
     """Writes the model where `AutoModelForCausalLM.from_pretrained(folder)` finds it: whole, or not at all.
 
     Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger parameter) is what
     is held in memory, and one parameter more. Fused experts are written one by one, as their family's checkpoints are.
-    The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head.
+    The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head. `card` is the
+    text of README.md; None: one that tells the sizes alone.
 
     Raises:
         UserError: the folder exists, the tensors are not those of the config, or there is no tokenizer to copy.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or export to another folder")
-    config = _exported_config(config, dtype=dtype, true_vocab=true_vocab)
+    config = exported_config(config, dtype=dtype, true_vocab=true_vocab)
     shapes = parameter_shapes(config)
     readers = {name: read for name, _, read in _checked(tensors, shapes, tied=config.tie_word_embeddings)}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,11 +60,13 @@ def export_model(
         _write_shards(unfinished, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if tokenizer_folder is not None:
             _copy_tokenizer(tokenizer_folder, unfinished)
-        (unfinished / "README.md").write_text(_model_card(folder.name, config, shapes), encoding="utf-8")
+        card = card or _model_card(folder.name, config, shapes)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         unfinished.rename(folder)
 
 
-def _exported_config(config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int) -> PretrainedConfig:
+def exported_config(config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int) -> PretrainedConfig:
+    """The config of the folder that `export_model` writes."""
     config = copy.deepcopy(config)
     config.vocab_size = true_vocab
     config.dtype = dtype

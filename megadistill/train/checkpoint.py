@@ -126,6 +126,10 @@ class Checkpoint:
         shape = self.manifest.parameters[name]
         return self.read(f"master/{name}", 0, torch.Size(shape).numel()).reshape(shape)
 
+    def release(self) -> None:
+        """Lets go of the files. What was read of them is mapped, and counts as this process's memory, until then."""
+        self.__dict__.pop("_files", None)
+
     def rng_state(self, rank: int, world: int) -> Tensor | None:
         """The rank's RNG state, or None when another number of ranks wrote this checkpoint."""
         if world != self.manifest.world:

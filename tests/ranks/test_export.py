@@ -4,8 +4,10 @@ Legend: B sequences, S tokens of a sequence, N = B·S, V true vocabulary, P padd
 """
 
 import json
+import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.comm.collectives import all_gather_rows
 from megadistill.comm.topology import Topology
-from megadistill.model.families import EMBEDDING, HEAD
+from megadistill.model.families import EMBEDDING, HEAD, load_config, parameter_shapes
+from megadistill.records import Cursor
 from megadistill.train.export import export_run
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, VOCAB, Case, build, config_of, global_batch, recipe_for, run_steps
 from tests.unit.train.cases import save_checkpoint
 
 STEPS = 2
+CURSOR = Cursor(
+    "f", 8 * STEPS, order=json.dumps({"sources": {"data": "f"}, "stages": [{"slots": None, "quotas": {"data": 1}}]})
+)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,6 +63,7 @@ def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
         rank=topology,
         vocab_size=VOCAB,
         parameters=student.parameters,
+        cursor=CURSOR.state(),
     )
     return Trained(logits_NP=logits_NP, start_PD=start_PD, head_PD=head_PD)
 
@@ -82,7 +89,7 @@ def test_transformers_loads_the_model_that_was_trained(precision: str, tied: boo
 
     _describe(tmp_path, case)
     output = tmp_path / "exported"
-    assert export_run(tmp_path, output, step=None, max_shard_bytes=40_000) == STEPS
+    assert export_run(tmp_path, output, step=None, max_shard_bytes=40_000, dtype=None) == STEPS
     model, info = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
 
     assert not any(info.values()), info
@@ -95,3 +102,46 @@ def test_transformers_loads_the_model_that_was_trained(precision: str, tied: boo
         logits_NV = model(input_ids=_tokens_BS(), use_cache=False).logits.flatten(0, 1)
     assert torch.equal(logits_NV, trained.logits_NP[:, :VOCAB])
     assert (output / "tokenizer.model").read_bytes() == b"pieces"
+
+
+SHARD, SLACK = 16 << 20, 80 << 20
+LARGE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def _export_large(topology: Topology, run: str) -> int:
+    """Bytes by which the peak of this process grew. A forked child's peak begins at what it holds then."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    export_run(Path(run), Path(run) / "exported", step=None, max_shard_bytes=SHARD, dtype=None)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def test_an_export_holds_a_shard_and_a_parameter_not_the_model(tmp_path: Path) -> None:
+    shapes = parameter_shapes(load_config(LARGE, what="test"))
+    save_checkpoint(
+        tmp_path / "checkpoints",
+        {f"master/{name}": torch.zeros(shape.numel()) for name, shape in shapes.items()},
+        STEPS,
+        vocab_size=LARGE["vocab_size"],
+        parameters={name: tuple(shape) for name, shape in shapes.items()},
+        cursor=CURSOR.state(),
+    )
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
+    recipe = recipe_for("manifest.json", str(tmp_path), student={"config": str(tmp_path / "config")})
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe.snapshot()}), encoding="utf-8")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"pieces")
+    model = 4 * sum(shape.numel() for shape in shapes.values())
+    parameter = 4 * max(shape.numel() for shape in shapes.values())
+    (grown,) = run_ranks(1, _export_large, str(tmp_path))
+    assert grown < 2 * SHARD + 2 * parameter + SLACK < model / 2
+    written = sum(path.stat().st_size for path in (tmp_path / "exported").glob("*.safetensors"))
+    assert written > model / 2

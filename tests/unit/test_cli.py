@@ -94,7 +94,7 @@ def test_a_verb_that_ends_well_is_0(export: Callable[[Export], None], capsys: py
 
     export(export_run)
     assert main([*EXPORT, "--step", "7", "--max-shard-mb", "4"]) == 0
-    assert calls == [(Path("run"), Path("out"), {"step": 7, "max_shard_bytes": 4_000_000})]
+    assert calls == [(Path("run"), Path("out"), {"step": 7, "max_shard_bytes": 4_000_000, "dtype": None})]
     assert "step 7" in capsys.readouterr().out
 
 
