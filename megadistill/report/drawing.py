@@ -1,0 +1,160 @@
+"""Room `report`: a matplotlib figure as SVG for the page and as PNG beside it, in one style. It knows no run.
+
+The SVG is written for a page: its colours are the page's variables, so that they follow a reader's light or dark
+scheme; what belongs to a run has the class `run-N`, so that the page can hide it; its text is text.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers. Light first, then dark schemes.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#56b4e9", "#7a5195", "#6b6b6b")
+PALETTE_DARK = ("#4aa8e0", "#ff8540", "#2ec79a", "#e59cc6", "#f0bf3a", "#8fd0f7", "#b794d6", "#a8a8a8")
+DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)))
+MOST_RUNS = len(PALETTE) * len(DASHES)
+"""That a reader can tell apart, at best."""
+
+TEXT, GRID = "#1b1b1e", "#d9d9de"
+WIDTH, HEIGHT = 5.6, 3.0
+LONGEST_LABEL = 40
+
+STYLE = {
+    "text.parse_math": False,  # names of runs are not formulas
+    "text.usetex": False,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, drawn twice."""
+
+    name: str
+    """Of its PNG file, without the ending."""
+    title: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures are made and drawn inside; a glyph that the font lacks is no news to a reader."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def new_figure(*, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.add_subplot()
+
+
+def colour(run: int) -> str:
+    return PALETTE[run % len(PALETTE)]
+
+
+def dashes(run: int) -> object:
+    """Solid for as many runs as there are colours."""
+    return DASHES[run // len(PALETTE) % len(DASHES)]
+
+
+def label(text: str) -> str:
+    """A name as a figure shows it: its end, where it is long."""
+    return text if len(text) <= LONGEST_LABEL else "…" + text[-LONGEST_LABEL + 1 :]
+
+
+def draw(
+    figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[str] = (), models: Sequence[str] = ()
+) -> Drawing:
+    """The figure as it goes to a page, and as it goes to a file, with its title.
+
+    A legend says which line is which of `models`, or, in the file alone, of `runs`: the page has one for all figures.
+    """
+    if models:
+        _legend(figure, models)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = for_page(buffer.getvalue(), prefix=name, title=title)
+    figure.axes[0].set_title(title, loc="left")
+    if runs:
+        _legend(figure, runs)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=160, facecolor="white", bbox_inches="tight")
+    return Drawing(name=name, title=title, caption=caption, svg=svg, png=picture.getvalue())
+
+
+def _legend(figure: Figure, names: Sequence[str]) -> None:
+    handles = []
+    for index in range(len(names)):
+        style: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index)}
+        handles.append(Line2D([], [], linewidth=1.6, **style))
+    figure.legend(handles, [label(each) for each in names], loc="outside lower left", ncols=2)
+
+
+def for_page(svg: bytes, *, prefix: str, title: str) -> str:
+    """matplotlib's SVG as an element of a page that holds several: ids of its own, classes, the page's colours."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):  # a style would be the whole page's
+                parent.remove(child)
+    for element in root.iter():
+        _adapt(element, prefix)
+    view = root.get("viewBox", "")
+    root.attrib.clear()
+    root.attrib.update({"viewBox": view, "role": "img", "aria-label": title})
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _adapt(element: ElementTree.Element, prefix: str) -> None:
+    name = element.attrib.pop("id", None)
+    if name is not None and re.fullmatch(r"run-\d+", name):
+        element.set("class", name)
+    elif name is not None and element.tag != f"{{{_SVG}}}g":  # what others point at: clips, markers, glyphs
+        element.set("id", f"{prefix}-{name}")
+    for key, value in element.attrib.items():
+        if key == "d":
+            element.set(key, re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", value))
+        elif key == f"{{{_XLINK}}}href":
+            element.set(key, value.replace("#", f"#{prefix}-", 1))
+        else:
+            element.set(key, _page_colours(value.replace("url(#", f"url(#{prefix}-")))
+
+
+def _page_colours(style: str) -> str:
+    for index, shade in enumerate(PALETTE):
+        style = style.replace(shade, f"var(--run-{index})")
+    return style.replace(TEXT, "var(--text)").replace(GRID, "var(--grid)").replace("'DejaVu Sans'", "inherit")
