@@ -16,6 +16,7 @@ from yaml import YAMLError
 from megadistill.errors import UserError, nearest
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_TIMELINE_STEPS = 100
 
 
 class Section(BaseModel):
@@ -31,6 +32,17 @@ class RunSection(Section):
     """Seed of the student's initialisation."""
     minutes: float | None = Field(default=None, gt=0)
     """A time budget: the run saves and stops after the step at which it is spent. None: no limit."""
+    timeline: list[int] | None = None
+    """[first, last]: steps of which every rank records what it does, for `megadistill timeline`. None: none."""
+
+    @model_validator(mode="after")
+    def _timeline_is_a_range(self) -> "RunSection":
+        if self.timeline is not None:
+            if len(self.timeline) != 2 or not 1 <= self.timeline[0] <= self.timeline[1]:
+                raise ValueError(f"timeline is {self.timeline}: give [first, last], as in [101, 103]")
+            if self.timeline[1] - self.timeline[0] >= MAX_TIMELINE_STEPS:
+                raise ValueError(f"timeline is {self.timeline}: a picture shows {MAX_TIMELINE_STEPS} steps at most")
+        return self
 
 
 class StageSection(Section):

@@ -4,6 +4,8 @@ It is a process group over all ranks of the launch that torch's default world kn
 over the whole default world, so the student must be a world of its own.
 """
 
+import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Work
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from megadistill import timeline
 from megadistill.comm.roles import Roles
 
 
@@ -22,9 +25,17 @@ class Message:
 
     buffer: Tensor
     work: Work
+    what: str
+    source: int
+    to: int
+    number: int
+    """Of those from one rank to the other."""
+    kind: timeline.Kind
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        verb = "wait for" if self.kind == timeline.WAIT else "get rid of"
+        with timeline.message_span(self.kind, verb, self.what, self.source, self.to, self.number):
+            self.work.wait()
         return self.buffer
 
 
@@ -36,13 +47,24 @@ class Bridge:
         self.rank = rank
         """Among all ranks of the launch."""
         self._group = _group(PrefixStore("bridge", store), rank, roles.world, device, timeout)
+        self._sent, self._expected = Counter[int](), Counter[int]()
         self._group.barrier().wait()
+        self.met = time.monotonic()
+        """When all ranks of the launch were there, by this one's clock: those of two nodes can be compared."""
 
-    def send(self, message: Tensor, to: int) -> Message:
-        return Message(message, self._group.send([message], to, 0))
+    def send(self, message: Tensor, to: int, *, what: str) -> Message:
+        """`what` it is: a word for a timeline."""
+        number = self._sent[to]
+        self._sent[to] += 1
+        with timeline.message_span(timeline.SEND, "send", what, self.rank, to, number):
+            work = self._group.send([message], to, 0)
+        return Message(message, work, what, self.rank, to, number, timeline.SEND)
 
-    def expect(self, buffer: Tensor, source: int) -> Message:
-        return Message(buffer, self._group.recv([buffer], source, 0))
+    def expect(self, buffer: Tensor, source: int, *, what: str) -> Message:
+        number = self._expected[source]
+        self._expected[source] += 1
+        work = self._group.recv([buffer], source, 0)
+        return Message(buffer, work, what, source, self.rank, number, timeline.WAIT)
 
     def barrier(self) -> None:
         """Of all ranks of the launch."""

@@ -1,21 +1,31 @@
 """Point-to-point links between neighbouring stages of a pipeline group."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from megadistill import timeline
+
 
 @dataclass(frozen=True)
 class Arrival:
-    """A tensor on its way: `wait()` returns it once it is there."""
+    """Parcel `number` on its way; `wait()` returns it once it is there, or once its buffer may be written again."""
 
     buffer: Tensor
     work: Work
+    source: int
+    to: int
+    number: int
+    kind: timeline.Kind
 
     def wait(self) -> Tensor:
-        self.work.wait()
+        verb = "wait for" if self.kind == timeline.WAIT else "get rid of"
+        with timeline.message_span(self.kind, verb, "parcel", self.source, self.to, self.number):
+            self.work.wait()
         return self.buffer
 
 
@@ -26,6 +36,8 @@ class StageLink:
     group: ProcessGroup | None
     stage: int
     stages: int
+    _sends: Iterator[int] = field(default_factory=count)
+    _receives: Iterator[int] = field(default_factory=count)
 
     @property
     def is_first(self) -> bool:
@@ -39,10 +51,17 @@ class StageLink:
         """Posts the receive of `buffer` from the stage before; the shape is known, so nothing else travels."""
         work = dist.irecv(buffer, group=self.group, group_src=self.stage - 1)
         assert work is not None
-        return Arrival(buffer, work)
+        ranks = self._rank(self.stage - 1), self._rank(self.stage)
+        return Arrival(buffer, work, *ranks, next(self._receives), timeline.WAIT)
 
     def send(self, hidden: Tensor) -> Arrival:
         """Starts sending `hidden` to the stage after; the caller keeps the handle until it has waited for it."""
-        work = dist.isend(hidden, group=self.group, group_dst=self.stage + 1)
+        ranks, number = (self._rank(self.stage), self._rank(self.stage + 1)), next(self._sends)
+        with timeline.message_span(timeline.SEND, "send", "parcel", *ranks, number):
+            work = dist.isend(hidden, group=self.group, group_dst=self.stage + 1)
         assert work is not None
-        return Arrival(hidden, work)
+        return Arrival(hidden, work, *ranks, number, timeline.SEND)
+
+    def _rank(self, stage: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, stage)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadistill import timeline
 from megadistill.comm.collectives import all_gather_rows, scatter_rows
 from megadistill.comm.links import Arrival, StageLink
 from megadistill.comm.topology import Topology
@@ -48,6 +49,7 @@ class TeacherPipeline:
         self.stage = stage
         self.group = topology.pipeline_group
         self.link = StageLink(topology.pipeline_group, stage=stage.stage, stages=stage.stages)
+        self._name = f"teacher stage {stage.stage}"
         self.waited = 0.0
         """Seconds that this rank has waited for other stages."""
 
@@ -87,7 +89,8 @@ class TeacherPipeline:
                 mine = beat - self.link.stage
                 finished = None
                 if first <= mine <= last:
-                    parcels = self._work(rounds[mine - first], coming)
+                    with timeline.span(timeline.COMPUTE, self._name, mine):
+                        parcels = self._work(rounds[mine - first], coming)
                     if going is not None:
                         self._wait(going)
                     going = None
@@ -114,9 +117,10 @@ class TeacherPipeline:
 
     def _entered(self, batch: TokenBatch) -> _Round:
         positions = batch.positions
-        if positions is not None:  # every stage must know where documents begin, and cannot tell from hidden states
-            positions = all_gather_rows(positions.to(self.stage.device), self.group)
-        return _Round(batch, all_gather_rows(batch.tokens.to(self.stage.device), self.group), positions)
+        with timeline.span(timeline.WAIT, "share tokens"):
+            if positions is not None:  # every stage must know where documents begin, and cannot tell from hidden states
+                positions = all_gather_rows(positions.to(self.stage.device), self.group)
+            return _Round(batch, all_gather_rows(batch.tokens.to(self.stage.device), self.group), positions)
 
     def _work(self, entered: _Round, coming: Arrival | None) -> Tensor:
         """[g, bytes]: a round through this stage."""
@@ -143,9 +147,11 @@ class TeacherPipeline:
         """This rank's part of a round, from the last stage."""
         B, S = entered.batch.tokens.shape
         began = time.perf_counter()
-        parcel = scatter_rows(
-            finished, self._empty_parcel(B, S).unsqueeze(0), source=self.link.stages - 1, group=self.group
-        )[0]
+        kind, name = (timeline.SEND, "send answers") if self.link.is_last else (timeline.WAIT, "wait for answer")
+        with timeline.span(kind, name):
+            parcel = scatter_rows(
+                finished, self._empty_parcel(B, S).unsqueeze(0), source=self.link.stages - 1, group=self.group
+            )[0]
         self.waited += time.perf_counter() - began
         hidden_BSE, digests_B = self._unpack(parcel, B, S)
         # One number instead of B·S·E flags: a NaN or an infinity stays one in the sum. It crosses to the host with the

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadistill import timeline
 from megadistill.comm.bridge import Bridge, Message
 from megadistill.errors import OperatorFault
 from megadistill.records import TeacherSignal, TokenBatch, token_digest
@@ -26,7 +27,8 @@ from megadistill.teacher.wire import Wire
 RECEIVES = 2
 """Parcels that a stage expects at a time."""
 
-_STOP, _WORK = 0, 1
+_STOP, _WORK, _RECORDED_WORK = 0, 1, 2
+"""The first number of a request. Recorded: in a step that is; the stages then record what they do."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,19 @@ class RequestForm:
         if batch is None:
             return torch.full((len(self),), _STOP, dtype=torch.int64, device=device)
         assert batch.tokens.shape == (self.B, self.S), "the micro-batches of a run have one shape"
-        parts = [torch.tensor([_WORK]), batch.slots, batch.tokens.flatten()]
+        parts = [torch.tensor([_RECORDED_WORK if timeline.recording() else _WORK]), batch.slots, batch.tokens.flatten()]
         if self.masked:
             assert batch.positions is not None
             parts.append(batch.positions.flatten())
         return torch.cat(parts).to(device)
 
-    def read(self, request: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Slots [B], tokens [B, S], positions [B, S]; None: stop."""
-        if request[0].item() == _STOP:
+    def read(self, request: Tensor) -> tuple[bool, Tensor, Tensor, Tensor | None] | None:
+        """Whether it is recorded, slots [B], tokens [B, S], positions [B, S]; None: stop."""
+        asked = request[0].item()
+        if asked == _STOP:
             return None
         slots, rest = request[1 : 1 + self.B], request[1 + self.B :].view(-1, self.B, self.S)
-        return slots, rest[0], rest[1] if self.masked else None
+        return asked == _RECORDED_WORK, slots, rest[0], rest[1] if self.masked else None
 
 
 class RemoteTeacher:
@@ -109,7 +112,7 @@ class RemoteTeacher:
     def dismiss(self) -> None:
         """Tells the teacher that this client asks no more; it ends when all of them have. Once, at the end of a run."""
         self._drop()
-        self._bridge.send(self._form.written(None, self._device), self._first).wait()
+        self._bridge.send(self._form.written(None, self._device), self._first, what="request").wait()
 
     def _drop(self) -> None:
         """Receives what the last conversation asked for and did not take.
@@ -124,8 +127,9 @@ class RemoteTeacher:
 
     def _ask(self, batch: TokenBatch) -> tuple[TokenBatch, Message, Message]:
         empty = torch.empty(self._wire.bytes(self._form.B, self._form.S), dtype=torch.uint8, device=self._device)
-        answer = self._bridge.expect(empty, self._last)
-        return batch, self._bridge.send(self._form.written(batch, self._device), self._first), answer
+        answer = self._bridge.expect(empty, self._last, what="answer")
+        request = self._bridge.send(self._form.written(batch, self._device), self._first, what="request")
+        return batch, request, answer
 
     def _signal(self, batch: TokenBatch, answer: Tensor) -> TeacherSignal:
         hidden_BSE, slots_B, digests_B = self._wire.unpack(answer, self._form.B, self._form.S)
@@ -145,6 +149,7 @@ class _Job:
     """A micro-batch on its way through the stages."""
 
     client: int
+    recorded: bool
     slots_B: Tensor
     digests_B: Tensor
     positions_BS: Tensor | None
@@ -163,6 +168,7 @@ class TeacherServer:
         self._before = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
         self._after = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
         self._going: deque[Message] = deque()
+        self._name = f"teacher stage {stage.stage}"
 
     @torch.no_grad()
     def answers(self) -> Iterator[int]:
@@ -171,11 +177,12 @@ class TeacherServer:
         On its way are two receives at most, and `queue` sends a client.
         """
         for answered, job in enumerate(self._jobs(), 1):
-            y = self._stage(job.x, job.positions_BS)
-            if self._after is None:
-                self._send(self._wire.pack(y, job.slots_B, job.digests_B), job.client)
-            else:
-                self._send(self._parcel(job, y), self._after)
+            timeline.follow(job.recorded)
+            with timeline.span(timeline.COMPUTE, self._name, answered):
+                y = self._stage(job.x, job.positions_BS)
+                last = self._after is None
+                message = self._wire.pack(y, job.slots_B, job.digests_B) if last else self._parcel(job, y)
+            self._send(message, job.client if self._after is None else self._after)
             yield answered
         if self._after is not None:
             for _ in range(RECEIVES):  # one for each receive that is posted there
@@ -195,13 +202,13 @@ class TeacherServer:
                 if found is None:
                     del coming[client]
                     continue
-                slots_B, tokens_BS, positions_BS = found
+                recorded, slots_B, tokens_BS, positions_BS = found
                 coming[client] = self._expected_request(client)
-                yield _Job(client, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
+                yield _Job(client, recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
 
     def _expected_request(self, client: int) -> Message:
         buffer = torch.empty(len(self._form), dtype=torch.int64, device=self._stage.device)
-        return self._bridge.expect(buffer, client)
+        return self._bridge.expect(buffer, client, what="request")
 
     def _arrived(self) -> Iterator[_Job]:
         """From the stage before, received ahead: one is worked on while the next one comes."""
@@ -215,20 +222,21 @@ class TeacherServer:
     def _expected_parcel(self) -> Message:
         assert self._before is not None
         buffer = torch.empty(self._parcel_bytes, dtype=torch.uint8, device=self._stage.device)
-        return self._bridge.expect(buffer, self._before)
+        return self._bridge.expect(buffer, self._before, what="parcel")
 
     def _send(self, message: Tensor, to: int) -> None:
-        self._going.append(self._bridge.send(message, to))
+        self._going.append(self._bridge.send(message, to, what="answer" if self._after is None else "parcel"))
         if len(self._going) > self._queue * len(self._clients):
             self._going.popleft().wait()
 
-    # A parcel: client (or -1 for stop), slots, digests and positions as int64, then the hidden states.
+    # A parcel: client (or -1 for stop), whether its step is recorded, slots, digests and positions as int64, then the
+    # hidden states.
 
     @property
     def _head(self) -> int:
         """int64 numbers in front of the hidden states."""
         B, S = self._form.B, self._form.S
-        return 1 + 2 * B + (B * S if self._form.masked else 0)
+        return 2 + 2 * B + (B * S if self._form.masked else 0)
 
     @property
     def _parcel_bytes(self) -> int:
@@ -241,7 +249,7 @@ class TeacherServer:
         if job is None or hidden_BSE is None:
             head[0] = -1
             return parcel
-        parts = [head.new_tensor([job.client]), job.slots_B, job.digests_B]
+        parts = [head.new_tensor([job.client, job.recorded]), job.slots_B, job.digests_B]
         if job.positions_BS is not None:
             parts.append(job.positions_BS.flatten())
         head.copy_(torch.cat(parts))
@@ -251,8 +259,9 @@ class TeacherServer:
     def _unpacked(self, parcel: Tensor) -> _Job | None:
         B, S = self._form.B, self._form.S
         head = parcel[: 8 * self._head].view(torch.int64)
-        if head[0].item() < 0:
+        client, recorded = head[:2].tolist()
+        if client < 0:
             return None
         hidden = parcel[8 * self._head :].view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
-        positions_BS = head[1 + 2 * B :].view(B, S) if self._form.masked else None
-        return _Job(int(head[0].item()), head[1 : 1 + B], head[1 + B : 1 + 2 * B], positions_BS, hidden)
+        positions_BS = head[2 + 2 * B :].view(B, S) if self._form.masked else None
+        return _Job(client, bool(recorded), head[2 : 2 + B], head[2 + B : 2 + 2 * B], positions_BS, hidden)

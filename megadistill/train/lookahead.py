@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from megadistill import timeline
 from megadistill.records import Cursor, TokenBatch
 
 
@@ -34,7 +35,8 @@ class Lookahead:
 
     def _read(self) -> bool:
         began = time.perf_counter()
-        pair = next(self._batches, None)
+        with timeline.span(timeline.DATA, "read tokens"):
+            pair = next(self._batches, None)
         self.waited += time.perf_counter() - began
         if pair is None:
             return False

@@ -11,6 +11,7 @@ from itertools import islice
 
 import torch
 
+from megadistill import timeline
 from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier
 from megadistill.comm.orphans import end_with_launcher
 from megadistill.comm.topology import Launch, Topology, joined
@@ -28,6 +29,7 @@ from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
 from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
 from megadistill.train.probe import check_probe
+from megadistill.train.recording import recorded, recorded_service
 from megadistill.train.recovery import Recovery
 from megadistill.train.run_folder import describe, keep_tokenizer, started_from, write_description
 from megadistill.train.schedule import scheduled
@@ -64,7 +66,7 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":
-                with deaf(topology.rank):
+                with deaf(topology.rank), recorded_service(setup, topology):
                     serve(setup, topology)
                 return None
             return run(setup, topology, stop_after)
@@ -152,8 +154,10 @@ class Run:
                 return self._stopped(stopped_by, log)
             ahead = Lookahead(islice(stream, last - self.step), micro_batch=setup.recipe.train.micro_batch)
             taught = stack.enter_context(closing(lessons(self._teacher, ahead.micro_batches())))
+            recording = stack.enter_context(recorded(setup, self._topology, log.say))
             while self.step < last:
                 self.step += 1
+                recording.step(self.step)
                 self._stamp("step", limit=limit)
                 limit = faults.stall_seconds
                 began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
@@ -163,7 +167,8 @@ class Run:
                 rate, outcome = self._take_step(batch, taught)
                 recovery.require_newest(outcome.notices)
                 seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
-                self._report(outcome, rate, seconds, ahead.waited - read_before, log)
+                with timeline.span(timeline.HOST, "report"):
+                    self._report(outcome, rate, seconds, ahead.waited - read_before, log)
                 skipped.count(self.step, outcome.metrics, outcome.grad_norm)
                 for said in recovery.settle(outcome.notices):
                     log.say(said)
@@ -288,6 +293,10 @@ class Run:
 
     def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
         self._stamp("saving", limit=60 * self._setup.recipe.comm.timeout_minutes)
+        with timeline.span(timeline.SAVE, "save"):
+            self._save_now(cursor, log, last=last)
+
+    def _save_now(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
         require_sound_student(self._student, self._topology)
         if isinstance(self._teacher, Teacher) and self._teacher.store is not None:
             self._teacher.store.flush()  # before a checkpoint says that these slots are done

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "teacher.queue",
     "run.folder",
     "run.minutes",
+    "run.timeline",
     "train.log_every",
     "train.histograms_every",
     "train.checkpoint_every",

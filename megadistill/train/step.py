@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megadistill import timeline
 from megadistill.comm.collectives import all_reduce_sum, everywhere
 from megadistill.comm.topology import Topology
 from megadistill.errors import OperatorFault
@@ -93,7 +94,8 @@ def train_step(
         SignalMismatch, UserError, ShardFault: see `lessons`.
     """
     count = torch.tensor(valid_tokens, dtype=torch.float64, device=topology.device)
-    count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
+    with timeline.span(timeline.WAIT, "count tokens"):
+        count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
     diagnose = teacher is not None and objective.diagnoses(step)
     names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES) if diagnose else METRIC_NAMES
     totals = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
@@ -118,8 +120,10 @@ def train_step(
             require_sound_teacher(step, metrics)
             if not finite(metrics):
                 objective_value = objective_value * math.nan
-        student.backward(objective_value)
-        grad_norm = student.step(learning_rate)
+        with timeline.span(timeline.COMPUTE, "student backward"):
+            student.backward(objective_value)
+        with timeline.span(timeline.COMPUTE, "optimizer step" if index == accumulation - 1 else "accumulate"):
+            grad_norm = student.step(learning_rate)
     assert grad_norm is not None, "the last micro-batch ends the accumulation window"
     return StepOutcome(
         metrics=metrics,
@@ -142,10 +146,15 @@ class _Loss:
 
     def terms(self, batch: TokenBatch, said: Tensor | SparseTargets | None, count: Tensor) -> LossTerms:
         """Of a micro-batch; `said` is what its teacher says of it."""
+        with timeline.span(timeline.COMPUTE, "student forward"):
+            hidden = self.student.hidden(batch.tokens, batch.positions)
+        with timeline.span(timeline.COMPUTE, "loss"):
+            return self._of(hidden, batch, said, count)
+
+    def _of(self, hidden: Tensor, batch: TokenBatch, said: Tensor | SparseTargets | None, count: Tensor) -> LossTerms:
         student, teacher, objective = self.student, self.teacher, self.objective
         labels = batch.labels.flatten()
         weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
-        hidden = student.hidden(batch.tokens, batch.positions)
         if said is None:
             return label_loss(
                 hidden,
@@ -159,7 +168,8 @@ class _Loss:
                 elementwise=objective.elementwise,
             )
         if isinstance(teacher, Teacher) and isinstance(said, Tensor) and objective.loss.targets is not None:
-            said = teacher.targets(said, batch, objective, student.head.vocab)
+            with timeline.span(timeline.COMPUTE, "teacher targets"):
+                said = teacher.targets(said, batch, objective, student.head.vocab)
         if isinstance(said, SparseTargets):
             return sparse_distill_loss(
                 hidden,
@@ -194,7 +204,8 @@ class _Loss:
 
 def _reduced(totals: Tensor, told: list[float], topology: Topology) -> list[float]:
     numbers = torch.cat([totals, torch.tensor(told, dtype=totals.dtype).to(totals.device)])
-    reduced: list[float] = all_reduce_sum(numbers, topology.world_group).tolist()
+    with timeline.span(timeline.WAIT, "numbers of the step"):
+        reduced: list[float] = all_reduce_sum(numbers, topology.world_group).tolist()
     return reduced
 
 
