@@ -1,9 +1,10 @@
-"""Verbs that look at what a model has learnt: evaluate."""
+"""Verbs that look at what a model has learnt: evaluate, sample."""
 
 import argparse
 from pathlib import Path
 
 from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.errors import UserError
 
 EVALUATE_EPILOG = f"""\
 Several --data are measured together and one by one; NAME=MANIFEST gives one a name. Sequences are dealt out to the
@@ -13,9 +14,19 @@ ranks of any launcher, and the numbers are those of one process:
 
 {EXIT_CODES}"""
 
+SAMPLE_EPILOG = f"""\
+MODEL is a Hugging Face folder with its tokenizer, such as `megadistill export` writes. The same command writes the same
+text; --seed gives another.
+
+example: megadistill sample student/ --prompt 'def main():' --count 3 --temperature 0.8
+         megadistill sample student/ --data data/mine/heldout/manifest.json --prompt-tokens 32
+
+{EXIT_CODES}"""
+
 
 def add(verbs: Verbs) -> None:
     _evaluate_parser(verbs)
+    _sample_parser(verbs)
 
 
 def _evaluate_parser(verbs: Verbs) -> None:
@@ -36,7 +47,34 @@ def _evaluate_parser(verbs: Verbs) -> None:
     verb.add_argument("--teacher", type=Path, metavar="DIR", help="the teacher's Hugging Face folder")
     verb.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a forward pass (default 8)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="also write what was found as JSON")
+    verb.add_argument("--plots", type=Path, metavar="DIR", help="also draw calibration.png and deciles.png there")
     verb.set_defaults(run=_evaluate)
+
+
+def _sample_parser(verbs: Verbs) -> None:
+    verb = add_verb(verbs, "sample", "let a model continue prompts, for a look at what it writes", SAMPLE_EPILOG)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with its tokenizer")
+    verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    verb.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a text file that is one prompt; may be repeated",
+    )
+    verb.add_argument("--data", metavar="MANIFEST", help="manifest.json of a split whose sequences begin the prompts")
+    verb.add_argument("--sequences", type=int, default=3, metavar="N", help="prompts from --data (default 3)")
+    verb.add_argument("--prompt-tokens", type=int, default=32, metavar="P", help="tokens of each (default 32)")
+    verb.add_argument("--tokens", type=int, default=64, metavar="N", help="of a continuation, at most (default 64)")
+    verb.add_argument("--count", type=int, default=1, metavar="N", help="continuations of each prompt (default 1)")
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0: the most likely token (default 1)"
+    )
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="X", help="share that is drawn from (default 1: all)")
+    verb.add_argument("--seed", type=int, default=1, metavar="N", help="of the draws (default 1)")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write prompts and continuations as JSON")
+    verb.set_defaults(run=_sample)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -57,7 +95,48 @@ def _evaluate(options: argparse.Namespace) -> int:
         if topology.is_first:
             if options.json:
                 write_json(results, options.json)
+            if options.plots:
+                from megadistill.report.evaluation_plots import write_plots
+
+                write_plots(results, options.plots)
             console = Console()
             for shown in tables(results):
                 console.print(shown, end="\n\n")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    if not (options.prompt or options.prompt_file or options.data):
+        raise UserError("there is nothing to continue: give --prompt TEXT, --prompt-file FILE or --data MANIFEST")
+    from megadistill.comm.topology import local_device
+    from megadistill.data import Manifest
+    from megadistill.report.prompts import held_out_prompts, typed_prompts
+    from megadistill.report.sample import Draws, load_for_sampling, samples, show, write_json
+
+    draws = Draws(
+        tokens=options.tokens,
+        count=options.count,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    manifest = Manifest.load(options.data) if options.data else None
+    tokenizer = load_for_sampling(options.model, manifest)
+    prompts = typed_prompts(options.prompt, options.prompt_file, tokenizer)
+    if manifest is not None:
+        prompts += held_out_prompts(
+            manifest,
+            tokenizer,
+            sequences=options.sequences,
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.tokens,
+        )
+    console, found = Console(), []
+    for number, sample in enumerate(samples(options.model, prompts, tokenizer, draws, local_device(0)), start=1):
+        found.append(sample)
+        show(sample, console, title=f"prompt {number} of {len(prompts)}")
+    if options.json:
+        write_json(found, options.json)
     return 0

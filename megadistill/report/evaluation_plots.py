@@ -1,0 +1,99 @@
+"""What an evaluation found, as pictures: calibration, and where in the teacher's entropy the models differ.
+
+It knows records and matplotlib, and computes nothing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megadistill.report.drawing import colour, dashes, label, style
+from megadistill.report.evaluation import Evaluation
+
+DPI = 160
+PANELS = 4
+"""Models in a row of reliability diagrams."""
+
+
+def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
+    """Writes `calibration.png`, and `deciles.png` where there is a teacher; what was written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figures = {"calibration.png": _calibration(results)}
+        if results[0].by_decile is not None:
+            figures["deciles.png"] = _deciles(results)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=DPI, facecolor="white")
+    return [folder / name for name in figures]
+
+
+def _calibration(results: Sequence[Evaluation]) -> Figure:
+    """A reliability diagram a model (Guo et al., 2017, arXiv:1706.04599, figure 1), over the counts of its bins."""
+    columns = min(PANELS, len(results))
+    lines = -(-len(results) // columns)
+    figure = Figure(figsize=(max(4.4, 2.6 * columns), 3.6 * lines))
+    grid = figure.subplots(2 * lines, columns, sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1] * lines)
+    most = max(one.count for result in results for one in result.calibration) / min(r.tokens for r in results)
+    for place, result in enumerate(results):
+        above, below = (grid[2 * (place // columns) + half, place % columns] for half in (0, 1))
+        _reliability(above, result, colour(place))
+        _counts(below, result, colour(place), most)
+        if place % columns == 0:
+            above.set_ylabel("accuracy")
+            below.set_ylabel("% of tokens")
+        below.set_xlabel("confidence")
+    for rest in range(len(results), lines * columns):
+        for half in (0, 1):
+            grid[2 * (rest // columns) + half, rest % columns].set_axis_off()
+    figure.suptitle("Calibration: how often the most likely token is the right one", x=0.01, ha="left", fontsize=9.5)
+    return figure
+
+
+def _reliability(axes: Axes, result: Evaluation, shade: str) -> None:
+    bins = result.calibration
+    filled = [(number, one) for number, one in enumerate(bins) if one.count]
+    width = 1 / len(bins)
+    middles = [(number + 0.5) * width for number, _ in filled]
+    accuracies = [one.accuracy or 0.0 for _, one in filled]
+    axes.bar(middles, accuracies, width=0.9 * width, color=shade, alpha=0.35, label="accuracy of the bin")
+    axes.plot([0, 1], [0, 1], color="#8a8a90", linewidth=0.8)
+    # Where in its bin the mean lies: the distance to the diagonal is what the error adds up.
+    confidences = [one.confidence or 0.0 for _, one in filled]
+    axes.plot(confidences, accuracies, "o", color=shade, markersize=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"{label(result.model)}\nerror {result.calibration_error:.2%}", fontsize=8.5)
+
+
+def _counts(axes: Axes, result: Evaluation, shade: str, most: float) -> None:
+    width = 1 / len(result.calibration)
+    middles = (np.arange(len(result.calibration)) + 0.5) * width
+    shares = [100 * one.count / result.tokens for one in result.calibration]
+    axes.bar(middles, shares, width=0.9 * width, color=shade)
+    axes.set_ylim(0, 105 * most)
+
+
+def _deciles(results: Sequence[Evaluation]) -> Figure:
+    """Cross-entropy of all models and KL of the students, by tenth of the tokens."""
+    students = results[1:]
+    panels = [("cross-entropy, nats a token", "cross_entropy", results)]
+    if students:
+        panels.append(("KL from the teacher, nats a token", "kl", students))
+    figure = Figure(figsize=(max(4.4, 3.8 * len(panels)), 3.6))
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, name, among) in zip(grid, panels, strict=True):
+        for result in among:
+            place = results.index(result)
+            values = [np.nan if (value := getattr(one, name)) is None else value for one in result.by_decile or ()]
+            look: dict[str, Any] = {"color": colour(place), "linestyle": dashes(place)}
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, **look)
+        axes.set_xticks(range(1, len(results[0].by_decile or ()) + 1))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tenth of the tokens, by the teacher's entropy")
+        axes.set_title(title, loc="left")
+    names = [label(result.model) for result in results]
+    figure.legend(grid[0].get_lines(), names, loc="outside lower left", ncols=len(panels))
+    return figure
