@@ -22,7 +22,9 @@ MAX_TIMELINE_STEPS = 100
 class Section(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -118,6 +120,7 @@ class StudentSection(Section):
     vocab_multiple: int = Field(default=1024, ge=1)
     """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
     activation_checkpointing: bool = False
+    """Keep what enters each layer and compute the rest again in the backward pass: a third more work, less memory."""
 
 
 class TeacherSection(Section):
@@ -173,6 +176,7 @@ class ScheduleSection(Section):
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Linear from 0 to the peak over these."""
     decay_steps: int | None = Field(default=None, ge=1)
     """Length of the final decay; for wsd only."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -199,6 +203,7 @@ class TargetsSection(Section):
     """What is kept of the teacher's distribution, where the student does not learn from all of it."""
 
     select: Literal["sampled", "top_k", "threshold", "top_p"] = "sampled"
+    """Drawn by the teacher's probability, its k most likely ids, those above a probability, or a nucleus."""
     draws: int | None = Field(default=None, ge=1)
     """sampled: independent draws for each token; the target is counts/draws. 50 where nothing is said."""
     k: int | None = Field(default=None, ge=1)
@@ -239,16 +244,21 @@ class TargetsSection(Section):
 
 class LossSection(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    """Between the teacher's distribution p and the student's q; forward_kl is KL(p ‖ q)."""
     beta: float | None = Field(default=None, ge=0, le=1)
     """jsd: the teacher's share of the mixture; 0.5 where nothing is said."""
     alpha: float | None = Field(default=None, ge=0, lt=1)
     """skew_kl: the teacher's share of the mixture; 0.1 where nothing is said."""
     temperature: float = Field(default=1.0, gt=0)
+    """Both models' logits are divided by it in the divergence; the label's cross-entropy stays at 1."""
     temperature_squared: bool = False
     """Multiply the divergence by T²: keeps its gradient's size when T grows (Hinton et al., 2015)."""
     kd_weight: float = Field(default=1.0, ge=0)
+    """Weight of the divergence."""
     ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy of the label."""
     z_loss: float = Field(default=0.0, ge=0)
+    """Weight of (log Z)² of the student: keeps logits from drifting; 1e-4 is common."""
     label_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The share of the tokens, where the teacher is surest, that learn from the label instead (Goyal et al.,
     2509.01649). The surest are looked for among the tokens of a vocab group's micro-batch."""
@@ -281,25 +291,32 @@ class LossSection(Section):
 
 class AdamWSection(Section):
     learning_rate: float = Field(gt=0)
+    """The peak of the schedule."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the running mean of its square."""
     epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled, on matrices only: norms and biases are not decayed."""
 
 
 class TrainSection(Section):
     steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
     global_batch: int = Field(ge=1)
     """Sequences of an optimizer step, over all ranks: fixed, whatever the world size."""
     micro_batch: int = Field(ge=1)
     """Sequences of one forward pass on one rank; accumulation follows from it."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """What both models compute in. Master weights, moments and accumulated gradients are float32 in any case."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     adamw: AdamWSection
     schedule: ScheduleSection = ScheduleSection()
     checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step of a run always is one."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
     histograms_every: int = Field(default=0, ge=0)
@@ -328,6 +345,7 @@ class FaultsSection(Section):
     spike_zscore: float = Field(default=10.0, gt=0)
     """A loss this many robust standard deviations above the median of the last `spike_window` steps is a spike."""
     spike_window: int = Field(default=128, ge=8)
+    """Steps whose losses say what is usual, for `spike_zscore` and `teacher_zscore`."""
     max_rollbacks: int = Field(default=0, ge=0)
     """How often a spike may roll the run back to an older checkpoint and skip what it read; 0: it is only reported."""
     rollback_steps: int = Field(default=16, ge=1)
@@ -348,6 +366,7 @@ class Recipe(Section):
     """Everything that decides a run's numbers."""
 
     objective: Literal["labels", "distill"]
+    """labels: ordinary next-token training. distill: a teacher says what every token should have been."""
     run: RunSection
     data: DataSection
     student: StudentSection
@@ -357,6 +376,7 @@ class Recipe(Section):
     faults: FaultsSection = FaultsSection()
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
+    """For objective distill alone."""
 
     @model_validator(mode="after")
     def _objective_fits(self) -> "Recipe":
