@@ -98,7 +98,8 @@ def _run(folder: Path, *, teacher: Path | None = None, **sections: Any) -> tuple
 def _export(source: Path, output: Path, **options: Any) -> ModelCard:
     defaults: dict[str, Any] = {"step": None, "max_shard_bytes": 10_000, "dtype": None}
     assert export_run(source, output, **(defaults | options)) == STEP
-    return ModelCard.load(output / "README.md")
+    card: ModelCard = ModelCard.load(output / "README.md")
+    return card
 
 
 def _metadata(card: ModelCard) -> dict[str, Any]:

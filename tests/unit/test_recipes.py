@@ -1,0 +1,152 @@
+"""The recipes of the repository: each one loads, and those at scale start, as far as this machine can say.
+
+A run's own checks are asked with the published configs, data that is only described, and no weights.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megadistill.comm.topology import Launch
+from megadistill.config import Recipe, load_recipe
+from megadistill.data import Manifest
+from megadistill.model.families import load_config
+from megadistill.model.flops import parameter_counts
+from megadistill.plan.needs import Measured, measure, needs
+from megadistill.train.setup import Setup, prepare
+from tests.paths import RECIPES, ROOT
+from tests.unit.train.cases import TOKENIZER, described_data
+
+MODELS = RECIPES / "models"
+SEQUENCE, GPUS_PER_NODE = 8192, 8
+H100_BYTES, MARGIN = 80e9, 0.8
+"""What a driver's context, NCCL's buffers and an allocator's gaps take is left to the margin."""
+
+AT_SCALE = sorted(path for path in RECIPES.glob("*/*-nodes.yaml"))
+
+PUBLISHED = {
+    "gemma-2-2b": 2.61e9,
+    "gemma-2-9b": 9.24e9,
+    "gemma-2-27b": 27.2e9,
+    "llama-3.1-8b": 8.03e9,
+    "llama-3.1-70b": 70.6e9,
+    "llama-3.1-minitron-4b-width": 4.51e9,
+}
+"""Parameters, by the models' own cards."""
+
+TEACHERS = {
+    "models/gemma-2-27b": "gemma-2-27b",
+    "models/llama-3.1-70b": "llama-3.1-70b",
+    "models/llama-3.1-8b-corrected": "llama-3.1-8b",
+}
+"""teacher.path of a recipe -> its config here."""
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(RECIPES).with_suffix("").as_posix()
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe's paths are relative to where one starts."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES.rglob("*.yaml") if "base" not in path.stem], ids=_name)
+def test_a_recipe_is_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    if isinstance(recipe.student.config, dict) or Path(recipe.student.config).is_relative_to("recipes"):
+        source = recipe.student.config
+        load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    assert Path(recipe.student.deepspeed).is_file()
+
+
+@pytest.mark.parametrize("folder", sorted(MODELS.iterdir()), ids=lambda folder: folder.name)
+def test_a_config_is_the_published_model(folder: Path) -> None:
+    counted = parameter_counts(load_config(folder, what="test")).total
+    assert counted == pytest.approx(PUBLISHED[folder.name], rel=0.01)
+
+
+def _nodes(path: Path) -> int:
+    return int(path.stem.removesuffix("-nodes"))
+
+
+def _described(recipe: Recipe, folder: Path) -> list[str]:
+    """Overrides that put described data, and a teacher's config, where the recipe has the real ones."""
+    student = load_config(Path(str(recipe.student.config)), what="test")
+    plain = Manifest.load(described_data(folder / "plain"))
+    changes = {"sequence_length": SEQUENCE, "vocab_size": student.vocab_size, "dtype": "uint32"}
+    (folder / "data").mkdir()
+    Manifest.model_validate_json(json.dumps(plain.model_dump(mode="json") | changes)).write(folder / "data")
+    manifest = folder / "data" / "manifest.json"
+    sources = [f"sources.{name}" for name in recipe.data.sources] or ["manifest"]
+    found = [f"data.{name}={manifest}" for name in sources]
+    assert recipe.teacher is not None
+    teacher = folder / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_bytes((MODELS / TEACHERS[str(recipe.teacher.path)] / "config.json").read_bytes())
+    (teacher / "tokenizer.model").write_bytes(TOKENIZER)
+    return [*found, f"teacher.path={teacher}", f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
+
+
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadistill.train.setup.check_weights", lambda *folder_and_config: None)
+    monkeypatch.setattr("megadistill.train.setup.check_start", lambda *folder_config_data: None)
+
+
+@cache
+def _measured(student: str, teacher: str) -> Measured:
+    """Once for each pair: the models are built on meta for it."""
+    configs = [load_config(Path(folder), what="test") for folder in (student, str(MODELS / teacher))]
+    return measure(*configs, sequence_length=SEQUENCE)
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize("path", AT_SCALE, ids=_name)
+def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Path) -> None:
+    plain, ranks = load_recipe(path), _nodes(path) * GPUS_PER_NODE
+    overrides = _described(plain, tmp_path)
+    for rank in (0, ranks - 1):
+        setup = prepare(load_recipe(path, overrides), Launch(rank, ranks, rank % GPUS_PER_NODE, GPUS_PER_NODE))
+    assert 4e6 <= setup.tokens_per_step <= 17e6
+    assert plain.checkpoint.keep_every % plain.train.checkpoint_every == 0
+    assert plain.train.steps % plain.checkpoint.keep_every == 0, "the last checkpoint is one that is kept"
+    _fits(setup, plain, ranks)
+
+
+def _fits(setup: Setup, recipe: Recipe, ranks: int) -> None:
+    assert recipe.teacher is not None
+    found = needs(
+        recipe,
+        _measured(str(recipe.student.config), TEACHERS[str(recipe.teacher.path)]),
+        vocab_size=setup.data.vocab_size,
+        ranks=ranks if setup.roles is None else setup.roles.students,
+        ranks_per_node=GPUS_PER_NODE,
+        group_size=setup.group_size,
+        roles=setup.roles,
+        profile=setup.profile,
+    )
+    for device in (found.memory, found.teacher_memory):
+        assert sum(device.values()) < MARGIN * H100_BYTES, device
+
+
+@pytest.mark.parametrize("path", AT_SCALE, ids=_name)
+def test_a_recipe_says_how_it_is_planned_and_started(path: Path) -> None:
+    recipe, nodes = load_recipe(path), _nodes(path)
+    head = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    head = head.replace("\\ ", " ")
+    assert recipe.teacher is not None
+    plan = f"megadistill plan {path.relative_to(ROOT)} --nodes {nodes} --gpus-per-node {GPUS_PER_NODE} --gpu h100"
+    assert " ".join(head.split()).count(plan) == 1
+    assert f"--teacher-config recipes/models/{TEACHERS[str(recipe.teacher.path)]}" in head
+    script = "train" if recipe.teacher.placement == "colocated" else "train-disaggregated"
+    started = re.search(rf"sbatch --nodes=(\d+) slurm/{script}\.sbatch .*SPARES=(\d+)", head)
+    assert started is not None
+    assert int(started[1]) - int(started[2]) == nodes
+    if recipe.teacher.ranks is not None:
+        assert f"TEACHER_NODES={recipe.teacher.ranks // GPUS_PER_NODE}" in head
+        assert recipe.teacher.ranks % GPUS_PER_NODE == 0
