@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megadistill import __version__
-from megadistill.cli import data, evaluate, models, plan, reference, report, run, timeline
+from megadistill.cli import data, evaluate, models, plan, prune, reference, report, run, timeline
 from megadistill.cli.verbs import EXIT_CODES
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
@@ -76,6 +76,6 @@ def parser() -> argparse.ArgumentParser:
     # The deepspeed launcher puts this in front of the verb; the rank is read from the environment.
     top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     verbs = top.add_subparsers(required=True, metavar="VERB")
-    for group in (data, run, models, evaluate, report, plan, timeline, reference):
+    for group in (data, run, models, prune, evaluate, report, plan, timeline, reference):
         group.add(verbs)
     return top
