@@ -2,6 +2,7 @@
 # make test    the tests           make check   format, lint, types, floors and walls
 # make slurm-test   those that start a Slurm of their own; `make test` has them too where one can be started
 # make drill   every fault that a run is to survive, on a real run (about ten minutes)
+# make results the table of docs/results/distillation.md: 26 small runs, within an hour; goes on where it stopped
 # make lock    the versions in constraints.txt, from the environment that just passed
 
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ SMOKE := runs/smoke
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: smoke test slurm-test drill check format lock clean
+.PHONY: smoke test slurm-test drill results check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,9 @@ slurm-test: $(READY)
 
 drill: $(READY)
 	$(BIN)/python -m tests.drill
+
+results: $(READY)
+	$(BIN)/python -m benchmarks.distillation
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,261 @@
+"""What a student learns from a teacher, by what it is told: trains, measures, and writes the page of results.
+
+python -m benchmarks.distillation      (`make results`)
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from benchmarks.distillation_page import PAGE, Row, read_results, result_table, write_page
+from benchmarks.distillation_plots import draw
+from benchmarks.jobs import Ended, Job, Pace, Step, run
+from megadistill.config import Recipe, load_recipe
+from megadistill.errors import RestartFault, UserError
+from megadistill.train.run_folder import refuse_other_recipe
+
+RECIPES = Path("recipes/results")
+FOLDER = Path("runs/results")
+SEEDS = (1, 2, 3)
+LINE_SECONDS = 60.0
+"""Between plain lines where there is no terminal."""
+
+HELP = """\
+A teacher is pretrained on this Python's standard library, then the same student learns the same tokens from the
+signal of each recipe in recipes/results. What is finished in runs/results is not done again, and a run that was
+stopped goes on from its checkpoint; remove the folder to start afresh. At the end: the table, its CSV file, and
+docs/results/distillation.md with its figures."""
+
+ROWS = (
+    Row("labels", "labels only (from scratch)", main=True),
+    Row("full-kl", "full forward KL", main=True),
+    Row("sampled-50", "sampled counts, N = 50", main=True),
+    Row("sampled-16", "sampled counts, N = 16"),
+    Row("kl-ce", "0.7 KL + 0.3 CE", main=True),
+    Row("top-50-other", "top-50 + other"),
+    Row("top-12-other", "top-12 + other", main=True),
+    Row("top-12-other-ce", "0.7 (top-12 + other) + 0.3 CE"),
+    Row("top-p-50", "top-p 0.95 of at most 50, renormalised"),
+    Row("top-50-renormalised", "top-50 renormalised"),
+    Row("top-12-renormalised", "top-12 renormalised"),
+    Row("jsd", "Jensen-Shannon divergence"),
+    Row("reverse-kl", "reverse KL", main=True),
+    Row("top-1", "teacher's top-1"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything of `make results` lies."""
+
+    folder: Path
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "data/train/manifest.json"
+
+    @property
+    def heldout(self) -> Path:
+        return self.folder / "data/heldout/manifest.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.folder / "teacher-hf"
+
+    def run(self, row: Row, seed: int) -> Path:
+        return self.folder / f"{row.name}-{seed}"
+
+    def evaluation(self, row: Row, seed: int) -> Path:
+        return self.folder / "evaluations" / f"{row.name}-{seed}.json"
+
+
+def runs(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+    """Every row with the first seed, then the main rows with the others: a table is there as early as can be."""
+    return [(row, seed) for seed in SEEDS for row in rows if row.main or seed == SEEDS[0]]
+
+
+def tokenize_job(place: Place) -> Job:
+    data = place.folder / "data"
+    command = (
+        *("tokenize", sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "site-packages/*"),
+        *("--vocab-size", "2048", "--sequence-length", "128", "--heldout-fraction", "0.02", "--output", str(data)),
+    )
+    log = place.folder / "logs/tokenize.log"
+    return Job("the text, tokenized", (_verb(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)
+
+
+def teacher_job(place: Place) -> Job:
+    """Two ranks: nothing else can run before there is a teacher."""
+    folder = place.folder / "teacher"
+    recipe, settings = _recipe("teacher", folder, seed=None)
+    train = (
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        *("-m", "megadistill", "train", str(RECIPES / "teacher.yaml"), *_set(settings)),
+    )
+    steps = (
+        Step(train, folder / f"checkpoints/step-{recipe.train.steps:08d}"),
+        _verb(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
+    )
+    log = place.folder / "logs/teacher.log"
+    return Job("the teacher", steps, log, weight=800, fraction=lambda: _trained(folder, recipe))
+
+
+def student_job(place: Place, row: Row, seed: int) -> Job:
+    folder = place.run(row, seed)
+    recipe, settings = _recipe(row.name, folder, seed=seed)
+    exported = folder.with_name(f"{folder.name}-hf")
+    evaluation = place.evaluation(row, seed)
+    measure = ("evaluate", str(exported), "--teacher", str(place.teacher), "--data", str(place.heldout))
+    steps = (
+        _verb(
+            ("train", str(RECIPES / f"{row.name}.yaml"), *_set(settings)),
+            folder / f"checkpoints/step-{recipe.train.steps:08d}",
+        ),
+        _verb(("export", str(folder), "--output", str(exported)), exported / "config.json"),
+        _verb((*measure, "--json", str(evaluation)), evaluation),
+    )
+    return Job(
+        f"{row.name}, seed {seed}",
+        steps,
+        place.folder / f"logs/{folder.name}.log",
+        weight=90 if recipe.objective == "labels" else 160,
+        fraction=lambda: _trained(folder, recipe),
+    )
+
+
+def refuse_stale(place: Place, rows: Sequence[Row]) -> None:
+    """What lies there from an earlier time must be of today's recipes, and of the teacher that lies there.
+
+    Raises:
+        UserError: a run's recipe has changed since, or its student is older than the teacher.
+    """
+    found = [("teacher", place.folder / "teacher", None), *((r.name, place.run(r, s), s) for r, s in runs(rows))]
+    for name, folder, seed in found:
+        if not folder.exists():
+            continue
+        try:
+            refuse_other_recipe(folder, _recipe(name, folder, seed=seed)[0].snapshot())
+        except UserError as error:
+            raise UserError(f"{error}. Or remove {folder}*, which `make results` then makes again") from None
+    teacher = place.teacher / "config.json"
+    for row, seed in runs(rows):
+        evaluation = place.evaluation(row, seed)
+        if evaluation.exists() and (not teacher.exists() or evaluation.stat().st_mtime < teacher.stat().st_mtime):
+            raise UserError(f"{evaluation} is of an earlier teacher: remove {place.folder} to start afresh")
+
+
+def _recipe(name: str, folder: Path, *, seed: int | None) -> tuple[Recipe, list[str]]:
+    """And the settings that make it of the recipe's file. The recipe itself says where text and teacher lie."""
+    settings = [f"run.folder={folder}"]
+    if seed is not None:
+        settings += [f"run.seed={seed}", f"data.seed={seed}"]
+    return load_recipe(RECIPES / f"{name}.yaml", settings), settings
+
+
+def _set(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def _verb(arguments: Sequence[str], product: Path) -> Step:
+    return Step((sys.executable, "-m", "megadistill", *arguments), product)
+
+
+def _trained(folder: Path, recipe: Recipe) -> float:
+    """The last step of the run so far, as a share of all; measuring is small beside it."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            last = file.read().rstrip(b"\n").rpartition(b"\n")[2]
+        return float(json.loads(last)["step"]) / recipe.train.steps * 0.95
+    except (OSError, ValueError, KeyError):  # none yet, or half a line
+        return 0.0
+
+
+def follow(jobs: Sequence[Job], *, side_by_side: int, pace: Pace, console: Console) -> list[Ended]:
+    """Runs the jobs and says how far they are: a bar on a terminal, lines elsewhere. Returns those that failed."""
+    failed = []
+    said = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
+    with (
+        closing(run(jobs, side_by_side=side_by_side)) as events,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars,
+    ):
+        bar = bars.add_task("results", total=pace.total, left="")
+        for ended in events:
+            bars.update(bar, completed=pace.done, left=pace.left())
+            if ended is not None and ended.failure is not None:
+                failed.append(ended)
+            if ended is not None or (not console.is_terminal and time.monotonic() - said > LINE_SECONDS):
+                said = time.monotonic()
+                console.print(_line(ended, pace), highlight=False, soft_wrap=True, markup=False)
+    return failed
+
+
+def _line(ended: Ended | None, pace: Pace) -> str:
+    far = ", ".join(part for part in (f"{pace.done / pace.total:.0%} of all", pace.left()) if part)
+    if ended is None:
+        return far
+    if ended.failure is not None:
+        return f"{ended.job.name}: FAILED: {ended.failure}"
+    return f"{ended.job.name}: done in {ended.seconds:.0f} s; {far}"
+
+
+def results(place: Place, console: Console) -> int:
+    """Everything that is not there yet, then the table and, where all of it is there, the page. An exit code."""
+    refuse_stale(place, ROWS)
+    first = [tokenize_job(place), teacher_job(place)]
+    students = [student_job(place, row, seed) for row, seed in runs(ROWS)]
+    pace = Pace([*first, *students])
+    for job in first:
+        if follow([job], side_by_side=1, pace=pace, console=console):
+            return 1
+    failed = follow(students, side_by_side=cores(), pace=pace, console=console)
+    there = [(row, seed) for row, seed in runs(ROWS) if place.evaluation(row, seed).exists()]
+    found = read_results({(row, seed): place.evaluation(row, seed) for row, seed in there})
+    console.print(result_table(found))
+    for ended in failed:
+        console.print(f"{ended.job.name}: FAILED: {ended.failure}", highlight=False, soft_wrap=True, markup=False)
+    if failed:
+        console.print("the page is left as it is; the same command tries the failed runs again", highlight=False)
+        return 1
+    folders = {(row, seed): place.run(row, seed) for row, seed in there}
+    draw(found, folders, PAGE.parent)
+    write_page(found, folders)
+    return 0
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.distillation",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(results(Place(FOLDER), Console()))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(RestartFault.exit_code)
+    except UserError as error:
+        print(f"results: {error}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The results of the distillation runs as a table, a CSV file and a page. It trains and measures nothing.
+
+The gap is what the teacher's whole distribution gains over labels, of the same seed: CE of `labels` less CE of
+`full-kl`. A row's share of it is 0 where it does as `labels` does and 100 where it does as `full-kl`.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from benchmarks.markdown import put, table
+from benchmarks.report import ROOT, cpu
+from megadistill.errors import UserError
+
+PAGE = ROOT / "docs/results/distillation.md"
+CSV = ROOT / "benchmarks/results/distillation.csv"
+LABELS, FULL = "labels", "full-kl"
+MEASURES = (
+    *("parameters", "tokens", "cross_entropy", "bits_per_byte", "kl", "jsd"),
+    *("acceptance", "calibration_error", "agreement"),
+)
+HEADING = ("training signal", "held-out CE", "share of the gap", "KL", "acceptance", "calibration error %", "agreement")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a student is told at each token."""
+
+    name: str
+    """Of the recipe."""
+    signal: str
+    """In words."""
+    main: bool = False
+    """With every seed; the others have the first one alone."""
+
+
+Key = tuple[Row, int]
+"""A row and a seed."""
+
+
+@dataclass(frozen=True)
+class Results:
+    students: Mapping[Key, Mapping[str, Any]]
+    """What `megadistill evaluate` measured."""
+    teacher: Mapping[str, Any]
+
+    def rows(self) -> list[Row]:
+        """The best first, by their first seed."""
+        found = list(dict.fromkeys(row for row, _ in self.students))
+        return sorted(found, key=lambda row: fmean(self.values(row, "cross_entropy")))
+
+    def values(self, row: Row, measure: str) -> list[float]:
+        """One value a seed."""
+        return [float(found[measure]) for (other, _), found in self.students.items() if other == row]
+
+    def shares(self, row: Row) -> list[float]:
+        """Of the gap of the same seed, in percent; empty where a seed's `labels` or `full-kl` is not there."""
+        by_name = {(r.name, seed): float(found["cross_entropy"]) for (r, seed), found in self.students.items()}
+        shares = []
+        for seed in (seed for other, seed in self.students if other == row):
+            zero, hundred = by_name.get((LABELS, seed)), by_name.get((FULL, seed))
+            if zero is not None and hundred is not None:
+                shares.append(100 * (zero - by_name[row.name, seed]) / (zero - hundred))
+        return shares
+
+
+def read_results(evaluations: Mapping[Key, Path]) -> Results:
+    """What `megadistill evaluate` wrote: the teacher first, then the student.
+
+    Raises:
+        UserError: there is none, or one lacks a measure.
+    """
+    if not evaluations:
+        raise UserError("no run has come to an evaluation yet: look at the logs")
+    students = {}
+    for key, path in evaluations.items():
+        teacher, student = json.loads(path.read_text(encoding="utf-8"))
+        lacking = [measure for measure in MEASURES if student.get(measure) is None]
+        if lacking:
+            raise UserError(f"{path} has no {', '.join(lacking)}: remove it, and the model is measured again")
+        students[key] = student
+    return Results(students, teacher)
+
+
+def cells(results: Results, row: Row) -> tuple[str, ...]:
+    """A row of the table. With several seeds CE and share are means, ± half the range."""
+    acceptance, calibration, agreement, kl = (
+        fmean(results.values(row, measure)) for measure in ("acceptance", "calibration_error", "agreement", "kl")
+    )
+    return (
+        row.signal,
+        _with_range(results.values(row, "cross_entropy"), digits=3),
+        _with_range(results.shares(row), digits=0),
+        f"{kl:.3f}",
+        f"{acceptance:.3f}",
+        f"{100 * calibration:.1f}",
+        f"{100 * agreement:.1f} %",
+    )
+
+
+def _with_range(values: Sequence[float], *, digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{fmean(values):.{digits}f}"
+    mean = mean.replace("-0", "0") if float(mean) == 0 else mean
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def teacher_cells(teacher: Mapping[str, Any]) -> tuple[str, ...]:
+    calibration = f"{100 * teacher['calibration_error']:.1f}"
+    return ("the teacher itself", f"{teacher['cross_entropy']:.3f}", "", "0", "1", calibration, "100 %")
+
+
+def result_table(results: Results) -> Table:
+    """For a terminal of 80 columns: the share without its range."""
+    shown = Table(
+        box=SIMPLE_HEAD,
+        padding=0,
+        caption="CE, KL: nats a token of held-out text. ±: half the range of the seeds.",
+        caption_justify="left",
+    )
+    for i, heading in enumerate(("training signal", "CE", "gap %", "KL", "accept", "calib. %", "agree")):
+        shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for row in results.rows():
+        signal, cross_entropy, share, *others = cells(results, row)
+        shown.add_row(signal, cross_entropy, share.partition(" ")[0], *others)
+    shown.add_row(*teacher_cells(results.teacher))
+    return shown
+
+
+def write_page(results: Results, folders: Mapping[Key, Path]) -> None:
+    """The page's table and what was run, and the CSV file. `folders` are the run folders."""
+    described = json.loads((next(iter(folders.values())) / "recipe.json").read_text(encoding="utf-8"))
+    write_csv(results, described["versions"], CSV)
+    put(
+        PAGE,
+        "table",
+        table(HEADING, [*(cells(results, row) for row in results.rows()), teacher_cells(results.teacher)]),
+    )
+    put(PAGE, "what was run", what_was_run(results, described))
+
+
+def what_was_run(results: Results, described: Mapping[str, Any]) -> str:
+    student, teacher = next(iter(results.students.values())), results.teacher
+    train = described["recipe"]["train"]
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    sequence = 128
+    return "\n".join(
+        (
+            f"* Student: {student['parameters']:,} parameters; {train['steps']:,} steps of "
+            f"{train['global_batch'] * sequence:,} tokens, learning rate {train['adamw']['learning_rate']}.",
+            f"* Teacher: {teacher['parameters']:,} parameters, held-out CE {teacher['cross_entropy']:.3f}.",
+            f"* Held out: {student['tokens']:,} tokens.",
+            f"* {versions}; {cpu()}, {len(os.sched_getaffinity(0))} cores.",
+        )
+    )
+
+
+def write_csv(results: Results, versions: Mapping[str, str], path: Path) -> None:
+    """A line a run, and the teacher's."""
+    about = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), **versions}
+    lines: list[dict[str, object]] = [
+        {"row": row.name, "seed": seed} | {name: found[name] for name in MEASURES} | about
+        for (row, seed), found in results.students.items()
+    ]
+    lines.append({"row": "teacher", "seed": ""} | {name: results.teacher[name] for name in MEASURES} | about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)

@@ -1,0 +1,103 @@
+"""Figures of the distillation runs. It knows the results and the runs' metrics.jsonl, and measures nothing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.distillation_page import LABELS, Key, Results
+
+WINDOW = 64
+"""Steps of a curve's moving average."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
+
+
+def draw(results: Results, folders: Mapping[Key, Path], to: Path) -> None:
+    """`distillation-ce.png`, `-curves.png` and `-deciles.png` in the folder `to`."""
+    matplotlib.use("Agg")
+    _save(_by_row(results), to / "distillation-ce.png")
+    _save(_curves(results, folders), to / "distillation-curves.png")
+    _save(_by_decile(results), to / "distillation-deciles.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # the same results give the same bytes
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _by_row(results: Results) -> Figure:
+    """A dot a seed; what lies on the same side of `labels` is better or worse than no teacher."""
+    figure, axes = _figure(8, 4.5)
+    rows = results.rows()[::-1]
+    for place, row in enumerate(rows):
+        values = results.values(row, "cross_entropy")
+        axes.scatter(values, [place] * len(values), s=28, color=COLOURS[0], alpha=0.8, zorder=3)
+    for row in rows:
+        if row.name == LABELS:
+            axes.axvline(fmean(results.values(row, "cross_entropy")), color=COLOURS[1], lw=1, label="labels only, mean")
+    axes.axvline(results.teacher["cross_entropy"], color="black", lw=1, ls="--", label="the teacher")
+    axes.set_yticks(range(len(rows)), [row.signal for row in rows])
+    axes.set_xlabel("held-out cross-entropy, nats a token (a dot a seed)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _curves(results: Results, folders: Mapping[Key, Path]) -> Figure:
+    figure, axes = _figure(8, 4.5)
+    main = [row for row in results.rows() if row.main]
+    lowest = []
+    for colour, row in zip(COLOURS, main, strict=False):
+        of_row = [_cross_entropies(folders[key]) for key in results.students if key[0] == row]
+        tokens, values = of_row[0][0], np.mean([curve for _, curve in of_row], axis=0)
+        axes.plot(tokens / 1e3, values, color=colour, label=row.signal)
+        lowest.append(values.min())
+    axes.set_ylim(min(lowest) - 0.05, min(lowest) + 1.6)
+    axes.set_xlabel("thousand tokens")
+    axes.set_ylabel("training cross-entropy, nats a token")
+    axes.set_title(f"moving average of {WINDOW} steps, mean of the seeds", fontsize="medium", loc="left")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _cross_entropies(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and the student's cross-entropy on what it reads."""
+    steps = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        step = json.loads(line)
+        steps[step["step"]] = (step["tokens"], step["student_ce"])  # a step is there twice where a run went on
+    tokens, values = np.array([steps[number] for number in sorted(steps)]).T
+    return tokens[WINDOW - 1 :], np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
+
+
+def _by_decile(results: Results) -> Figure:
+    """What a signal gains over labels, from the tokens where the teacher is surest to those where it is least so."""
+    figure, axes = _figure(8, 4)
+    labels = {seed: _deciles(found) for (row, seed), found in results.students.items() if row.name == LABELS}
+    main = [row for row in results.rows() if row.main and row.name != LABELS]
+    for colour, row in zip(COLOURS, main, strict=False):
+        gains = [_deciles(found) - labels[seed] for (other, seed), found in results.students.items() if other == row]
+        axes.plot(range(1, 11), np.mean(gains, axis=0), marker="o", ms=4, color=colour, label=row.signal)
+    axes.axhline(0, color="black", lw=1)
+    axes.set_xticks(range(1, 11))
+    axes.set_xlabel("tenth of the held-out tokens, by the teacher's entropy: 1 surest, 10 least sure")
+    axes.set_ylabel("cross-entropy less that of labels, nats")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _deciles(evaluation: Mapping[str, object]) -> np.ndarray:
+    by_decile = evaluation["by_decile"]
+    assert isinstance(by_decile, list)
+    return np.array([tenth["cross_entropy"] for tenth in by_decile])

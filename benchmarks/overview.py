@@ -1,0 +1,89 @@
+"""The benchmarks of loss, stream and teacher as one page: what was measured last, on what. It measures nothing.
+
+python -m benchmarks.overview      writes the tables of docs/results/benchmarks.md from benchmarks/results/*.csv
+"""
+
+import csv
+import sys
+from collections.abc import Sequence
+
+from benchmarks.markdown import put, table
+from benchmarks.report import ROOT
+from megadistill.errors import UserError
+
+PAGE = ROOT / "docs/results/benchmarks.md"
+RESULTS = ROOT / "benchmarks/results"
+SUBJECTS = ("loss", "stream", "teacher")
+
+Line = dict[str, str]
+
+
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """Of each question and shape what its last run measured: lines are only ever added, the last is of today's code."""
+    last = {(line["question"], line["shape"]): (line["date"], line["commit"]) for line in lines}
+    by_contender = {
+        (line["question"], line["shape"], line["contender"]): line
+        for line in lines
+        if (line["date"], line["commit"]) == last[line["question"], line["shape"]]
+    }
+    return list(by_contender.values())
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """A heading and a table for each question and shape, and on what it was measured."""
+    parts = []
+    for question, shape in dict.fromkeys((line["question"], line["shape"]) for line in lines):
+        these = [line for line in lines if (line["question"], line["shape"]) == (question, shape)]
+        parts += [f"### {question}: {shape}", _table(these), _about(these[0])]
+    return "\n\n".join(parts)
+
+
+def _table(lines: Sequence[Line]) -> str:
+    return table(
+        ("", "median", "lowest to highest", "ratio", "to"),
+        [
+            (
+                line["contender"],
+                amount(float(line["median"]), line["unit"]),
+                "" if line["repeats"] == "1" else f"{_bare(line, 'low')} to {_bare(line, 'high')}",
+                f"{float(line['ratio']):.2f}" if line["ratio"] else "",
+                line["ratio_to"],
+            )
+            for line in lines
+        ],
+    )
+
+
+def _about(line: Line) -> str:
+    rounds = "once" if line["repeats"] == "1" else f"{line['repeats']} rounds"
+    return (
+        f"{line['date']}, commit {line['commit']}; {line['cpu']}, {line['cores']} cores, {line['threads']} threads; "
+        f"Python {line['python']}, torch {line['torch']}; {rounds}."
+    )
+
+
+def _bare(line: Line, column: str) -> str:
+    return amount(float(line[column]), line["unit"])
+
+
+def amount(value: float, unit: str) -> str:
+    """Three digits, in a unit of a fitting size."""
+    if unit == "bytes":
+        return f"{value / 1e6:,.0f} MB"
+    if unit.endswith("s") and value < 0.1:
+        return f"{value * 1e3:.3g} {unit.removesuffix('s')}ms"
+    return f"{value:.3g} {unit}"
+
+
+def main() -> None:
+    try:
+        for subject in SUBJECTS:
+            with (RESULTS / f"{subject}.csv").open(encoding="utf-8", newline="") as stream:
+                put(PAGE, subject, tables(newest(list(csv.DictReader(stream)))))
+    except UserError as error:
+        print(f"overview: {error}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+
+
+if __name__ == "__main__":
+    main()
