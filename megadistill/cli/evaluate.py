@@ -1,4 +1,4 @@
-"""Verbs that look at what a model has learnt: evaluate, sample."""
+"""Verbs that look at what a model has learnt: evaluate, sample, benchmark."""
 
 import argparse
 from pathlib import Path
@@ -23,10 +23,20 @@ example: megadistill sample student/ --prompt 'def main():' --count 3 --temperat
 
 {EXIT_CODES}"""
 
+BENCHMARK_EPILOG = f"""\
+Needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'. `lm-eval ls tasks` lists its tasks; most of them fetch
+their questions from the Hugging Face hub, those of --include may have them in a local file. A task's file may name
+Python code that is run: include only what you trust.
+
+example: megadistill benchmark student/ --tasks hellaswag arc_easy --fewshot 5 --json student-tasks.json
+
+{EXIT_CODES}"""
+
 
 def add(verbs: Verbs) -> None:
     _evaluate_parser(verbs)
     _sample_parser(verbs)
+    _benchmark_parser(verbs)
 
 
 def _evaluate_parser(verbs: Verbs) -> None:
@@ -75,6 +85,18 @@ def _sample_parser(verbs: Verbs) -> None:
     verb.add_argument("--seed", type=int, default=1, metavar="N", help="of the draws (default 1)")
     verb.add_argument("--json", type=Path, metavar="FILE", help="also write prompts and continuations as JSON")
     verb.set_defaults(run=_sample)
+
+
+def _benchmark_parser(verbs: Verbs) -> None:
+    verb = add_verb(verbs, "benchmark", "measure a model on the tasks of lm-evaluation-harness", BENCHMARK_EPILOG)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with its tokenizer")
+    verb.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="tasks or groups, by their names")
+    verb.add_argument("--include", type=Path, metavar="DIR", help="a folder with the YAML files of more tasks")
+    verb.add_argument("--fewshot", type=int, metavar="N", help="examples before a question (default: the task's)")
+    verb.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    verb.add_argument("--batch", type=int, default=8, metavar="N", help="questions of a forward pass (default 8)")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    verb.set_defaults(run=_benchmark)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -139,4 +161,25 @@ def _sample(options: argparse.Namespace) -> int:
         show(sample, console, title=f"prompt {number} of {len(prompts)}")
     if options.json:
         write_json(found, options.json)
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megadistill.comm.topology import local_device
+    from megadistill.report.benchmark import benchmark
+
+    found = benchmark(
+        options.model,
+        options.tasks,
+        include=options.include,
+        fewshot=options.fewshot,
+        batch=options.batch,
+        limit=options.limit,
+        device=local_device(0),
+    )
+    Console().print(found.table())
+    if options.json:
+        found.write_json(options.json)
     return 0
