@@ -58,9 +58,11 @@ class Curve:
 
 
 OVER_TOKENS = (
-    Curve("loss", "Loss", "nats a token", _of("loss"), marks=True, caption="What each run minimises."),
+    Curve("loss", "Loss", "nats a token", _of("loss"), marks=True,
+          caption="What each run minimises: other things where objectives differ."),
     Curve("cross_entropy", "Cross-entropy", "nats a token", _of("student_ce"), _of("teacher_ce"), TEACHERS),
-    Curve("kl", "KL of the teacher against the student", "nats a token", _of("kl")),
+    Curve("kl", "KL of the teacher against the student", "nats a token", _of("kl"),
+          caption="With truncated targets: of what was kept of it."),
     Curve("agreement", "Agreement with the teacher", "% of tokens", _of("agreement", scale=100)),
     Curve("entropy", "Entropy", "nats a token", _of("student_entropy"), _of("teacher_entropy"), TEACHERS),
     Curve("grad_norm", "Gradient norm", "before clipping", _of("grad_norm")),
@@ -91,14 +93,16 @@ def curves_over_tokens(runs: Sequence[RunRecord]) -> list[Drawing]:
     """The figures that any of the runs has something to show in."""
     size, name = unit(max((run.series["tokens"].max() for run in runs if len(run)), default=0.0), COUNTS, "")
     places = [run.series["tokens"] / size for run in runs]
-    return _drawn(OVER_TOKENS, runs, places, [None] * len(runs), f"tokens ({name})" if name else "tokens")
+    axis = f"tokens ({name})" if name else "tokens"
+    return _drawn(OVER_TOKENS, runs, places, [None] * len(runs), axis, reach=None)
 
 
 def curves_over_time(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> list[Drawing]:
     """As `curves_over_tokens`. A line is broken between two starts of its run."""
     size, name = unit(max(clock.wall for clock in clocks), TIMES, "seconds")
     places, starts = [clock.ends / size for clock in clocks], [clock.start for clock in clocks]
-    return _drawn(OVER_TIME, runs, places, starts, f"{name} since the run began")
+    reach = max(clock.wall for clock in clocks) / size
+    return _drawn(OVER_TIME, runs, places, starts, f"{name} since the run began", reach=reach)
 
 
 def _drawn(
@@ -107,7 +111,10 @@ def _drawn(
     places: Sequence[Floats],
     starts: Sequence[Starts | None],
     axis: str,
+    *,
+    reach: float | None,
 ) -> list[Drawing]:
+    """`reach`: the last place, for axes that are to line up; None: as far as there are values."""
     drawn = []
     for curve in curves:
         figure, axes = new_figure()
@@ -122,6 +129,8 @@ def _drawn(
         if seen:
             _frame(axes, seen, from_zero=curve.from_zero)
             axes.set(xlabel=axis, ylabel=curve.axis)
+            if reach:
+                axes.set_xlim(-0.01 * reach, 1.02 * reach)
             if curve.counts:
                 axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
             drawn.append(draw(figure, curve.name, curve.title, curve.caption, runs=[run.name for run in runs]))

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megadistill.report.folder import printable
+
 # Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers. Light first, then dark schemes.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#56b4e9", "#7a5195", "#6b6b6b")
 PALETTE_DARK = ("#4aa8e0", "#ff8540", "#2ec79a", "#e59cc6", "#f0bf3a", "#8fd0f7", "#b794d6", "#a8a8a8")
@@ -28,6 +30,7 @@ MOST_RUNS = len(PALETTE) * len(DASHES)
 TEXT, GRID = "#1b1b1e", "#d9d9de"
 WIDTH, HEIGHT = 5.6, 3.0
 LONGEST_LABEL = 40
+LEGEND_COLUMNS, LEGEND_LINE = 2, 0.18
 
 STYLE = {
     "text.parse_math": False,  # names of runs are not formulas
@@ -90,27 +93,25 @@ def dashes(run: int) -> object:
 
 
 def label(text: str) -> str:
-    """A name as a figure shows it: its end, where it is long."""
+    """A name as a figure shows it: its end, where it is long, and nothing that XML does not take."""
+    text = printable(text)
     return text if len(text) <= LONGEST_LABEL else "…" + text[-LONGEST_LABEL + 1 :]
 
 
-def draw(
-    figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[str] = (), models: Sequence[str] = ()
-) -> Drawing:
-    """The figure as it goes to a page, and as it goes to a file, with its title.
+def draw(figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[str] = ()) -> Drawing:
+    """The figure as it goes to a page, and as it goes to a file, with its title where it has none of its own.
 
-    A legend says which line is which of `models`, or, in the file alone, of `runs`: the page has one for all figures.
+    A legend in the file says which line is which of `runs`: the page has one for all figures.
     """
-    if models:
-        _legend(figure, models)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = for_page(buffer.getvalue(), prefix=name, title=title)
-    figure.axes[0].set_title(title, loc="left")
+    if not any(axes.get_title() or axes.get_title(loc="left") for axes in figure.axes):
+        figure.axes[0].set_title(title, loc="left")
     if runs:
         _legend(figure, runs)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160, facecolor="white", bbox_inches="tight")
+    figure.savefig(picture, format="png", dpi=160, facecolor="white")
     return Drawing(name=name, title=title, caption=caption, svg=svg, png=picture.getvalue())
 
 
@@ -119,7 +120,9 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
     for index in range(len(names)):
         style: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index)}
         handles.append(Line2D([], [], linewidth=1.6, **style))
-    figure.legend(handles, [label(each) for each in names], loc="outside lower left", ncols=2)
+    lines = -(-len(names) // LEGEND_COLUMNS)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
+    figure.legend(handles, [label(each) for each in names], loc="outside lower left", ncols=LEGEND_COLUMNS)
 
 
 def for_page(svg: bytes, *, prefix: str, title: str) -> str:

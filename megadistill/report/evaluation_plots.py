@@ -23,15 +23,15 @@ def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
     """Writes `calibration.png`, and `deciles.png` where there is a teacher; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     with style():
-        figures = {"calibration.png": _calibration(results)}
+        figures = {"calibration.png": calibration_figure(results)}
         if results[0].by_decile is not None:
-            figures["deciles.png"] = _deciles(results)
+            figures["deciles.png"] = deciles_figure(results)
         for name, figure in figures.items():
             figure.savefig(folder / name, dpi=DPI, facecolor="white")
     return [folder / name for name in figures]
 
 
-def _calibration(results: Sequence[Evaluation]) -> Figure:
+def calibration_figure(results: Sequence[Evaluation]) -> Figure:
     """A reliability diagram a model (Guo et al., 2017, arXiv:1706.04599, figure 1), over the counts of its bins."""
     columns = min(PANELS, len(results))
     lines = -(-len(results) // columns)
@@ -76,7 +76,7 @@ def _counts(axes: Axes, result: Evaluation, shade: str, most: float) -> None:
     axes.set_ylim(0, 105 * most)
 
 
-def _deciles(results: Sequence[Evaluation]) -> Figure:
+def deciles_figure(results: Sequence[Evaluation]) -> Figure:
     """Cross-entropy of all models and KL of the students, by tenth of the tokens."""
     students = results[1:]
     panels = [("cross-entropy, nats a token", "cross_entropy", results)]

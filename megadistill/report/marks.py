@@ -45,7 +45,8 @@ PARTS = {"useful": "#2a7f78", "starting": "#8fc1bb", "saving": "#d9b44a", "lost"
 
 def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing:
     """A lane a run: a bar an attempt, and the events on it."""
-    size, name = unit(max(clock.wall for clock in clocks), TIMES, "seconds")
+    longest = max(clock.wall for clock in clocks)
+    size, name = unit(longest, TIMES, "seconds")
     figure, axes = new_figure(height=1.2 + 0.4 * len(runs))
     for lane, (run, clock) in enumerate(zip(runs, clocks, strict=True)):
         bars = [(first / size, (last - first) / size) for first, last in _attempts(run, clock)]
@@ -56,6 +57,8 @@ def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing
             _mark(axes, lane, times, np.full(len(times), lane), marker)
     axes.set_yticks(range(len(runs)), [label(run.name) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
+    if longest > 0:
+        axes.set_xlim(-0.01 * longest / size, 1.02 * longest / size)
     axes.set_xlabel(f"{name} since the run began")
     _legend(axes, [kind for kind in MARKS if any(event.kind == kind for run in runs for event in run.events)])
     return draw(figure, "events", "Events", "A bar is an attempt, from its start to the last that is known of it.")

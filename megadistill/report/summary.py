@@ -26,7 +26,7 @@ def summary_table(
 ) -> Table:
     headings = [
         "run", "state", "objective", "student", "teacher", "steps", "tokens", "loss", "KL", "CE", "tokens/s", "MFU",
-        "waited for teacher", "for data", "memory", "wall time", "goodput",
+        "teacher wait", "data wait", "memory", "wall time", "goodput",
     ]  # fmt: skip
     rows = [
         [
@@ -57,7 +57,7 @@ def event_counts(runs: Sequence[RunRecord]) -> Table:
     """How often each kind of event was met, and what it means."""
     counts = [Counter(event.kind for event in run.events) for run in runs]
     rows = [
-        [kind, *(f"{each[kind]:,}" for each in counts), meaning]
+        [kind, *(f"{each[kind]:,}" for each in counts), meaning.replace("`", "")]
         for kind, meaning in EVENTS.items()
         if any(each[kind] for each in counts)
     ]

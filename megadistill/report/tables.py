@@ -28,7 +28,7 @@ def text(value: Any) -> str:
     if value is None:
         return NOTHING
     said = value if isinstance(value, str) else json.dumps(value, default=str)
-    said = printable(said[: LONGEST_CELL + 1])
+    said = printable(" ".join(said[: 2 * LONGEST_CELL].split()))
     return said if len(said) <= LONGEST_CELL else said[:LONGEST_CELL] + "…"
 
 

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from megadistill.report.evaluation import CalibrationBin
-from megadistill.report.evaluation_plots import _calibration, _deciles, write_plots
+from megadistill.report.evaluation_plots import calibration_figure, deciles_figure, write_plots
 from tests.unit.report.test_evaluation_table import ALONE, LARGE
 
 BINS = (CalibrationBin(250_000_000, 0.02, 0.04), CalibrationBin(750_000_000, 0.07, 0.05))
@@ -17,7 +17,7 @@ FIRST = replace(LARGE, calibration=(*BINS, *[CalibrationBin(0, None, None)] * 19
 
 
 def test_a_reliability_diagram_has_the_accuracies_and_the_shares_of_its_bins() -> None:
-    figure = _calibration([FIRST, *[replace(FIRST, model=f"model {n}") for n in range(5)]])
+    figure = calibration_figure([FIRST, *[replace(FIRST, model=f"model {n}") for n in range(5)]])
     shown = [axes for axes in figure.axes if axes.axison]
     assert len(shown) == 12, "two for each model"
     bars = sorted(([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] for axes in shown), key=len)
@@ -29,10 +29,10 @@ def test_a_reliability_diagram_has_the_accuracies_and_the_shares_of_its_bins() -
 
 def test_the_deciles_are_drawn_of_each_model_and_the_kl_of_the_students() -> None:
     student = replace(LARGE, model="student")
-    cross_entropy, kl = _deciles([LARGE, student]).axes
+    cross_entropy, kl = deciles_figure([LARGE, student]).axes
     assert (len(cross_entropy.get_lines()), len(kl.get_lines())) == (2, 1)
     assert np.asarray(kl.get_lines()[0].get_ydata())[:9] == pytest.approx([0.125 * n for n in range(9)])
-    assert len(_deciles([LARGE]).axes) == 1
+    assert len(deciles_figure([LARGE]).axes) == 1
 
 
 def test_what_needs_a_teacher_is_drawn_with_one(tmp_path: Path) -> None:
