@@ -15,6 +15,7 @@ FLOORS = {
     "tests/slurm": 11,
     "tests/unit": 43,
     "tests/unit/student": 6,
+    "tests/unit/benchmarks": 22,
     "tests/unit/comm": 30,
     "tests/unit/data": 221,
     "tests/unit/loss": 73,
