@@ -29,5 +29,5 @@ def test_a_recipe_reads_what_the_teacher_wrote(place: Place) -> None:
     manifest = written / "train" / "manifest.json"
     assert Manifest.load(manifest).sequence_length == 32
     recipe = ["recipes/smoke-sequence.yaml", *settings(data__manifest=manifest)]
-    succeeded(in_process("plan", *recipe, "--ranks", "1"))
+    succeeded(in_process("plan", *recipe, "--nodes", "1", "--gpus-per-node", "1", "--gpu", "h100"))
     succeeded(in_process("shards", "verify", str(written)))

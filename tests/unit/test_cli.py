@@ -79,7 +79,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [(), ("trian", "x"), ("plan", "x"), ("plan", "x", "--ranks", "two"), ("train",)])
+@pytest.mark.parametrize("arguments", [(), ("trian", "x"), ("plan", "x"), ("plan", "x", "--nodes", "two"), ("train",)])
 def test_a_mistyped_command_is_wrong_input(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert _exits(*arguments) == 2
     assert "usage: megadistill" in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""Amounts as a person reads them: three digits and a prefix, days, hours. It knows no plan."""
+
+
+def readable(amount: float, unit: str) -> str:
+    """Three significant digits with a decimal prefix: `8.03 G`, `16.1 GB`."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    while amount >= 999.5 and len(prefixes) > 1:
+        amount /= 1000
+        prefixes.pop(0)
+    prefix = prefixes[0]
+    joint = " " if len(unit) > 4 and prefix else ""
+    return f"{amount:.3g} {prefix}{joint}{unit}".rstrip()
+
+
+def spell(seconds: float) -> str:
+    """A stretch of time in the unit that suits it: `750 ms`, `12.3 s`, `19 min`, `5.1 h`, `7.0 days`."""
+    if seconds == 0:
+        return "0"
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return days(seconds)
+
+
+def days(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days"
+
+
+def hours(gpu_hours: float) -> str:
+    return f"{gpu_hours:,.0f} GPU-hours"
