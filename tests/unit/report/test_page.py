@@ -242,13 +242,13 @@ def test_what_is_refused(tmp_path: Path, started: Path) -> None:
     assert "evaluate --json FILE` writes one" in refused(started, evaluations=(tmp_path / "none.json",))
 
 
+WRONG: list[dict[str, Any]] = [{"tokens": 0}, {"calibration": []}, {"kl": float("nan")}, {"parameters": "many"}]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{}", "[]", "[3]", '[{"model": "m"}]', "[" * 200_000]
-    + [
-        json.dumps([{**asdict(_evaluation()), **wrong}])
-        for wrong in ({"tokens": 0}, {"calibration": []}, {"kl": float("nan")}, {"parameters": "many"})
-    ],
+    + [json.dumps([{**asdict(_evaluation()), **wrong}]) for wrong in WRONG],
     ids=lambda content: content[:20],
 )
 def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
