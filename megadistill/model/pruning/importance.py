@@ -66,7 +66,7 @@ def measure(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> Importance
         neurons=[tally.score(f"model.layers.{layer}.mlp.down_proj") for layer in layers],
         heads=[tally.score(f"model.layers.{layer}.self_attn.o_proj") for layer in layers],
         layers=torch.stack([tally.sums[f"model.layers.{layer}"] for layer in layers]) / tally.tokens,
-        shares={name: tally.sums[name] / tally.tokens for name in tally.sums if name.endswith("norm")},
+        shares={name: _shares(total) for name, total in tally.sums.items() if name.endswith("norm")},
         sequences=sequences,
         tokens=tally.tokens,
     )
@@ -107,6 +107,12 @@ class _Tally:
 def _add(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
     more = more.cpu()
     sums[name] = sums[name] + more if name in sums else more
+
+
+def _shares(totals_W: Tensor) -> Tensor:
+    """Where a norm reads zeros a token has no shares: of a padding id's embedding, or behind a layer that is silent."""
+    total = totals_W.sum()
+    return torch.full_like(totals_W, 1 / len(totals_W)) if total == 0 else totals_W / total
 
 
 @contextmanager
