@@ -66,6 +66,8 @@ def _of_plan(options: argparse.Namespace) -> int:
     for option in ("nodes", "gpu", "output"):
         if getattr(options, option) is None:
             raise UserError(f"the timeline of a plan needs --{option}, as in --nodes 8 --gpu h100 --output DIR")
+    from dataclasses import replace
+
     from megadistill.plan.search import what_would_help
     from megadistill.plan.timeline import Pipeline, simulate
 
@@ -75,18 +77,22 @@ def _of_plan(options: argparse.Namespace) -> int:
     if shown is None:
         raise UserError(what_would_help(plan))
     recipe = shown.placed.recipe
+    pipelines = list(Pipeline) if shown.times.stages else [Pipeline.RUNS_AHEAD]
+    where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {plan.cluster.accelerator.name}"
+    assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
+    found = [
+        simulate(
+            shown.times,
+            steps=STEPS if options.steps is None else options.steps,
+            run_steps=recipe.train.steps,
+            pipeline=pipeline,
+            queue=recipe.teacher.queue if recipe.teacher is not None else 1,
+            ranks_per_node=options.gpus_per_node,
+        )
+        for pipeline in pipelines
+    ]
     _write(
-        [
-            simulate(
-                shown.times,
-                steps=STEPS if options.steps is None else options.steps,
-                run_steps=recipe.train.steps,
-                pipeline=pipeline,
-                queue=recipe.teacher.queue if recipe.teacher is not None else 1,
-                ranks_per_node=options.gpus_per_node,
-            )
-            for pipeline in (Pipeline if shown.times.stages else [Pipeline.RUNS_AHEAD])
-        ],
+        [replace(each, title=f"{where}: {each.title}", note=f"{each.note}; {assumed}") for each in found],
         options.output,
     )
     settings = plan.settings(shown)

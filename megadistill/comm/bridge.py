@@ -6,6 +6,7 @@ over the whole default world, so the student must be a world of its own.
 
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -30,13 +31,17 @@ class Message:
     to: int
     number: int
     """Of those from one rank to the other."""
-    kind: timeline.Kind
+    is_sent: bool
 
     def wait(self) -> Tensor:
-        verb = "wait for" if self.kind == timeline.WAIT else "get rid of"
-        with timeline.message_span(self.kind, verb, self.what, self.source, self.to, self.number):
+        with self._span():
             self.work.wait()
         return self.buffer
+
+    def _span(self) -> AbstractContextManager[None]:
+        if self.is_sent:
+            return timeline.span(timeline.SEND, "flush")
+        return timeline.message_span(timeline.WAIT, "wait for", self.what, self.source, self.to, self.number)
 
 
 class Bridge:
@@ -58,13 +63,13 @@ class Bridge:
         self._sent[to] += 1
         with timeline.message_span(timeline.SEND, "send", what, self.rank, to, number):
             work = self._group.send([message], to, 0)
-        return Message(message, work, what, self.rank, to, number, timeline.SEND)
+        return Message(message, work, what, self.rank, to, number, is_sent=True)
 
     def expect(self, buffer: Tensor, source: int, *, what: str) -> Message:
         number = self._expected[source]
         self._expected[source] += 1
         work = self._group.recv([buffer], source, 0)
-        return Message(buffer, work, what, source, self.rank, number, timeline.WAIT)
+        return Message(buffer, work, what, source, self.rank, number, is_sent=False)
 
     def barrier(self) -> None:
         """Of all ranks of the launch."""

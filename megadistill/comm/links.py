@@ -1,6 +1,7 @@
 """Point-to-point links between neighbouring stages of a pipeline group."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -20,13 +21,17 @@ class Arrival:
     source: int
     to: int
     number: int
-    kind: timeline.Kind
+    is_sent: bool
 
     def wait(self) -> Tensor:
-        verb = "wait for" if self.kind == timeline.WAIT else "get rid of"
-        with timeline.message_span(self.kind, verb, "parcel", self.source, self.to, self.number):
+        with self._span():
             self.work.wait()
         return self.buffer
+
+    def _span(self) -> AbstractContextManager[None]:
+        if self.is_sent:
+            return timeline.span(timeline.SEND, "flush")
+        return timeline.message_span(timeline.WAIT, "wait for", "parcel", self.source, self.to, self.number)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class StageLink:
         work = dist.irecv(buffer, group=self.group, group_src=self.stage - 1)
         assert work is not None
         ranks = self._rank(self.stage - 1), self._rank(self.stage)
-        return Arrival(buffer, work, *ranks, next(self._receives), timeline.WAIT)
+        return Arrival(buffer, work, *ranks, next(self._receives), is_sent=False)
 
     def send(self, hidden: Tensor) -> Arrival:
         """Starts sending `hidden` to the stage after; the caller keeps the handle until it has waited for it."""
@@ -60,7 +65,7 @@ class StageLink:
         with timeline.message_span(timeline.SEND, "send", "parcel", *ranks, number):
             work = dist.isend(hidden, group=self.group, group_dst=self.stage + 1)
         assert work is not None
-        return Arrival(hidden, work, *ranks, number, timeline.SEND)
+        return Arrival(hidden, work, *ranks, number, is_sent=True)
 
     def _rank(self, stage: int) -> int:
         assert self.group is not None

@@ -4,6 +4,6 @@ Below the rooms that it looks at: they say what they do (`span`), and somebody a
 """
 
 from megadistill.timeline.recorder import follow, message_span, recording, span
-from megadistill.timeline.spans import COMPUTE, DATA, HOST, SAVE, SEND, WAIT, Kind
+from megadistill.timeline.spans import COMPUTE, DATA, HOST, SAVE, SEND, WAIT
 
-__all__ = ["COMPUTE", "DATA", "HOST", "SAVE", "SEND", "WAIT", "Kind", "follow", "message_span", "recording", "span"]
+__all__ = ["COMPUTE", "DATA", "HOST", "SAVE", "SEND", "WAIT", "follow", "message_span", "recording", "span"]

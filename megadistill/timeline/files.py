@@ -57,8 +57,8 @@ class RankFile(_Stored):
     world: Annotated[int, Field(ge=1, le=MAX_RANKS)]
     """Ranks of the launch."""
     role: Literal["student", "teacher"]
-    place: Name
-    """What it holds, for a person."""
+    stage: Number | None = None
+    """Of the teacher, which it holds."""
     node: Name
     clock: Literal["host", "device"]
     window: Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -171,7 +171,8 @@ def _lane(kept: RankFile, offset: float, path: Path) -> Lane:
     steps = tuple(Step(step.number, step.begin - offset, step.end - offset) for step in kept.steps)
     if any(not step.begin <= step.end for step in steps):
         raise UserError(f"{path} is damaged: a step ends before it begins; remove the folder and record again")
-    return Lane(kept.rank, f"{kept.role} {kept.place}", kept.node, spans, steps)
+    stage = "" if kept.stage is None else f" stage {kept.stage}" if kept.role == "teacher" else f", stage {kept.stage}"
+    return Lane(kept.rank, f"{kept.role}{stage}", kept.node, spans, steps)
 
 
 def _offsets(files: Sequence[RankFile]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
             event = {**_event(span, max(begin, span.begin), min(end, span.end)), **place}
             yield event
             if span.message is not None and span.kind in ("send", "wait"):
-                ends.setdefault((span.message, span.kind), event)  # the first of two: that hands it over
+                ends.setdefault((span.message, span.kind), event)
     yield from _arrows(ends)
 
 

@@ -101,13 +101,12 @@ def _write(
     bridge, window = topology.bridge, setup.recipe.run.timeline
     assert window is not None
     spans, steps = recorder.recorded()
-    stage = f"stage {topology.group_rank}"
-    staged = topology.role == "teacher" or (bridge is None and setup.teacher_config is not None)
+    has_stage = topology.role == "teacher" or (bridge is None and setup.teacher_config is not None)
     kept = RankFile(
         rank=topology.rank if bridge is None else bridge.rank,
         world=topology.world if bridge is None else bridge.roles.world,
         role=topology.role,
-        place=stage if topology.role == "teacher" else f"and {stage}" if staged else "alone",
+        stage=topology.group_rank if has_stage else None,
         node=_node(),
         clock="host" if topology.device.type == "cpu" else "device",
         window=window,
