@@ -119,7 +119,7 @@ def step_times(
     second, read = tokens / (assumed.student_mfu * peak), tokens / (assumed.teacher_mfu * peak)
     frozen = counted.models[1].work if len(counted.models) > 1 else None
     teachers_head = read * (frozen.head + frozen.recompute) if frozen is not None else 0.0
-    forward = student.forward.forward
+    forward, section = student.forward.forward, placed.recipe.teacher
 
     def spent(name: str) -> float:
         link = counted.traffic.get(name, NOTHING)
@@ -144,6 +144,7 @@ def step_times(
         parcel=parcel,
         answer=spent(ANSWERS),
         replicas=0 if placed.roles is None else placed.roles.replicas,
+        queue=1 if placed.roles is None or section is None else section.queue,
     )
 
 

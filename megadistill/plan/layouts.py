@@ -129,7 +129,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // part for part in small)})
 
 
-def recipe_of(layout: Layout, recipe: Recipe) -> Recipe:
+def recipe_of(layout: Layout, recipe: Recipe, cluster: Cluster) -> Recipe:
     """The recipe that asks for this layout, validated like any other."""
     values = recipe.snapshot()
     values["comm"]["vocab_group"] = layout.vocab_group
@@ -142,9 +142,17 @@ def recipe_of(layout: Layout, recipe: Recipe) -> Recipe:
             ranks=layout.teacher_ranks if own else None,
             stages=layout.stages if own else None,
         )
-        if not own:
+        if own:
+            clients = (cluster.ranks - layout.teacher_ranks) * layout.stages // layout.teacher_ranks
+            values["teacher"]["queue"] = max(values["teacher"]["queue"], _queue(layout.stages, clients))
+        else:
             values["teacher"].update(queue=4, wire="whole")
     return validate_recipe(values, source=f"{asdict(layout)}")
+
+
+def _queue(stages: int, clients: int) -> int:
+    """Rounds that keep all stages at work: those that an answer takes, and one that is being used."""
+    return -(-(stages + clients - 1) // clients) + 1
 
 
 def overrides(proposed: Recipe, recipe: Recipe) -> list[str]:

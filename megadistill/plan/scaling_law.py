@@ -8,6 +8,8 @@ Legend: N non-embedding parameters of the student, D tokens that it reads, L_T t
 
 from dataclasses import dataclass
 
+from megadistill.plan.units import count
+
 PARAMETERS = (143e6, 12.6e9)
 """Of the models that it was fitted on; the largest students had 7.75e9."""
 TOKENS = (4e9, 512e9)
@@ -74,9 +76,9 @@ def expectation(*, parameters: int, tokens: int, teacher: float, flops: int, tea
 def _outside(parameters: float, tokens: float, distilled: float) -> tuple[str, ...]:
     said = []
     if not PARAMETERS[0] <= parameters <= PARAMETERS[1]:
-        said.append(f"{parameters:.3g} parameters (143M to 12.6B were fitted)")
+        said.append(f"{count(parameters)} parameters (143M to 12.6B were fitted)")
     if not TOKENS[0] <= tokens <= TOKENS[1]:
-        said.append(f"{tokens:.3g} tokens (4B to 512B)")
+        said.append(f"{count(tokens)} tokens (4B to 512B)")
     if distilled < LOWEST_LOSS:
         said.append(f"a loss of {distilled:.2f} (above {LOWEST_LOSS})")
     return tuple(said)

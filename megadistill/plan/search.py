@@ -58,7 +58,8 @@ def plan(subject: Subject, cluster: Cluster, assumed: Assumed) -> Plan:
         own = estimate(placed(subject.recipe, subject, cluster), subject, measured, cluster, assumed)
     except UserError as error:
         refused = str(error)
-    found = list(_search(subject, measured, cluster, assumed))
+    found = [each for each in _search(subject, measured, cluster, assumed) if own is None or each.layout != own.layout]
+    found += [] if own is None else [own]
     fitting = sorted((each for each in found if each.fits), key=_cost)
     nearest = max(found, key=lambda each: each.margin, default=None) if not fitting else None
     return Plan(subject, measured, cluster, assumed, own, refused, _distinct(fitting), nearest, len(found))
@@ -76,7 +77,7 @@ def _search(subject: Subject, measured: Measured, cluster: Cluster, assumed: Ass
             if _stage_is_too_large(layout, subject, measured, cluster):
                 break
             try:
-                recipe = recipe_of(layout, subject.recipe)
+                recipe = recipe_of(layout, subject.recipe, cluster)
                 found = estimate(placed(recipe, subject, cluster), subject, measured, cluster, assumed)
             except UserError:
                 continue

@@ -15,7 +15,7 @@ from megadistill.plan.memory import Lines
 from megadistill.plan.scaling_law import Expectation
 from megadistill.plan.search import Plan
 from megadistill.plan.storage import signal_bytes, target_bytes
-from megadistill.plan.units import hours, readable, spell
+from megadistill.plan.units import count, readable, spell
 
 BAR = 20
 DRAWS = TargetsSection()
@@ -52,8 +52,8 @@ def verdict(found: Plan, *, price: float | None) -> Text:
     if shown is not None:
         word, style = _fit(shown)
         said.append(f"{word}: {_room(shown)}\n", style=f"bold {style}")
-        cost = f"{readable(shown.tokens_per_second, 'tokens/s')}, {spell(shown.seconds)}, {hours(shown.gpu_hours)}"
-        said.append(cost + _priced(shown, price) + f" for {readable(shown.needs.tokens, 'tokens')}\n", style="bold")
+        cost = f"{count(shown.tokens_per_second)} tokens/s, {spell(shown.seconds)}, {shown.gpu_hours:,.0f} GPU-hours"
+        said.append(cost + _priced(shown, price) + f" for {count(shown.needs.tokens)} tokens\n", style="bold")
     said.append(
         f"assumed, not measured: the student's products run at {found.assumed.student_mfu:.0%} of the peak of "
         f"{cluster.accelerator.peak_tflops[found.subject.recipe.train.precision]:g} TFLOP/s, the teacher's at "
@@ -102,7 +102,7 @@ def _models(found: Estimate) -> RenderableType:
     for model in models:
         work = model.work
         parts = (readable(part, "") for part in (work.body, work.head, work.attention, work.recompute, work.total))
-        table.add_row(model.role, readable(model.parameters.total, ""), *parts, f"{work.total / total:.0%}")
+        table.add_row(model.role, count(model.parameters.total), *parts, f"{work.total / total:.0%}")
     note = f"{total * found.needs.tokens:.3g} FLOP in all; to train takes three forward passes, and recompute."
     if len(models) > 1:
         student, teacher = models
@@ -210,7 +210,7 @@ def _layouts(found: Plan, *, price: float | None) -> RenderableType:
     for number, each in enumerate(rows, 1):
         own = found.own is not None and each.layout == found.own.layout
         paid = spell(each.seconds) if price is None else f"{each.gpu_hours * price:,.0f}"
-        cost = (readable(each.tokens_per_second, ""), f"{each.gpu_hours:,.0f}", paid)
+        cost = (count(each.tokens_per_second), f"{each.gpu_hours:,.0f}", paid)
         share = f"{each.memory / each.cluster.accelerator.memory_bytes:.0%}"
         table.add_row(f"{number}{'*' if own else ''}", *_chosen(each), share, *cost)
         how.append(f"{number}: " + ("the recipe as it is" if own else _spelled(found.settings(each))))
@@ -278,9 +278,9 @@ def _law(found: Plan, law: Expectation | None) -> RenderableType:
     table = _table("", "")
     table.show_header = False
     table.add_row("the teacher", f"{law.teacher:.3f}")
-    table.add_row(f"the student, distilled on {readable(law.tokens, 'tokens')}", f"{law.distilled:.3f}")
+    table.add_row(f"the student, distilled on {count(law.tokens)} tokens", f"{law.distilled:.3f}")
     table.add_row("from labels, on as many tokens", f"{law.labels:.3f}")
-    more = f"from labels, for as many FLOPs: {readable(law.labels_tokens, 'tokens')}"
+    more = f"from labels, for as many FLOPs: {count(law.labels_tokens)} tokens"
     table.add_row(more, f"{law.labels_equal_compute:.3f}")
     return _part(title, table, _range(law))
 

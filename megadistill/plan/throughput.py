@@ -5,17 +5,27 @@ Legend: G student's ranks, P stages of a teacher's pipeline, m micro-batches.
 
 from dataclasses import dataclass
 
+from megadistill.errors import UserError
+
 
 @dataclass(frozen=True)
 class Assumed:
     """Shares of the peak that the models' products reach: assumptions, until a run has measured them.
 
     Of the FLOPs that are done: recomputed activations count as work, unlike in a run's own `mfu`.
+
+    Raises:
+        UserError: it is no share.
     """
 
     student_mfu: float = 0.40
     teacher_mfu: float = 0.45
     """Forward passes alone, of large frozen matrices."""
+
+    def __post_init__(self) -> None:
+        for option, share in (("--student-mfu", self.student_mfu), ("--teacher-mfu", self.teacher_mfu)):
+            if not 0 < share <= 1:
+                raise UserError(f"{option} {share:g}: a share of the peak is above 0, and 1 at most")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class StepTimes:
     """One micro-batch's hidden states, from the last stage to the rank that asked."""
     replicas: int = 0
     """Pipelines of a teacher on ranks of its own; 0 where its stages are on the student's ranks."""
+    queue: int = 1
+    """Of a teacher on ranks of its own: micro-batches that a rank asks for before the oldest is answered."""
 
     @property
     def compute(self) -> float:
@@ -74,11 +86,18 @@ class StepTimes:
         return self.clients * max(*self.stages, self.parcel) if self.stages else 0.0
 
     @property
+    def latency(self) -> float:
+        """From asking a teacher on ranks of its own, all clients at once, to the last one's answer."""
+        hops = len(self.stages) - 1
+        return sum(self.stages) + (self.clients - 1) * max(self.stages) + hops * self.parcel + self.answer
+
+    @property
     def micro_step(self) -> float:
         """Between two micro-steps of a filled pipeline. A teacher on ranks of its own works beside the student, and
-        answers travel beside both; a colocated one takes its turn, and its answers are waited for."""
+        answers travel beside both, if enough is asked ahead; a colocated one takes its turn, and its answers are
+        waited for."""
         if self.replicas:
-            return max(self.student, self.beat, self.clients * self.answer)
+            return max(self.student, self.beat, self.clients * self.answer, self.latency / self.queue)
         return self.student + self.beat + (self.clients * self.answer)
 
     @property

@@ -7,9 +7,12 @@ def readable(amount: float, unit: str) -> str:
     while amount >= 999.5 and len(prefixes) > 1:
         amount /= 1000
         prefixes.pop(0)
-    prefix = prefixes[0]
-    joint = " " if len(unit) > 4 and prefix else ""
-    return f"{amount:.3g} {prefix}{joint}{unit}".rstrip()
+    return f"{amount:.3g} {prefixes[0]}{unit}".rstrip()
+
+
+def count(number: float) -> str:
+    """Parameters and tokens, as people write them: `8.03B`, `2T`."""
+    return readable(number, "").replace(" ", "").replace("G", "B")
 
 
 def spell(seconds: float) -> str:
@@ -26,7 +29,3 @@ def spell(seconds: float) -> str:
 
 def days(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
-
-
-def hours(gpu_hours: float) -> str:
-    return f"{gpu_hours:,.0f} GPU-hours"

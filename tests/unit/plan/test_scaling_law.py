@@ -55,7 +55,7 @@ def test_the_teachers_flops_spent_on_labels() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "tokens", "says"),
-    [(143e6, 8e9, ""), (100e6, 8e9, "1e+08 parameters"), (20e9, 64e9, "2e+10 parameters"), (143e6, 1e12, "1e+12 tok")],
+    [(143e6, 8e9, ""), (100e6, 8e9, "100M parameters"), (20e9, 64e9, "20B parameters"), (143e6, 1e12, "1T tok")],
 )
 def test_what_lies_outside_the_fit_is_said(parameters: float, tokens: float, says: str) -> None:
     found = expectation(parameters=int(parameters), tokens=int(tokens), teacher=2.4, flops=1, teacher_flops=1)

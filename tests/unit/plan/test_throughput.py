@@ -16,7 +16,7 @@ ALONE = StepTimes(
     vocabulary=0.25,
 )
 COLOCATED = replace(ALONE, stages=(0.1, 0.1, 0.2, 0.1), parcel=0.01, answer=0.005)
-BESIDE = replace(ALONE, stages=(0.5, 0.5), parcel=0.01, answer=0.005, replicas=2)
+BESIDE = replace(ALONE, stages=(0.5, 0.5), parcel=0.01, answer=0.005, replicas=2, queue=4)
 
 
 def test_traffic_hides_behind_compute_and_what_is_longer_shows() -> None:
@@ -38,6 +38,8 @@ def test_a_teacher_beside_the_student_is_as_fast_as_the_slower_side() -> None:
     assert BESIDE.micro_step == pytest.approx(3.25), "2.0 s a round of four: the teacher waits"
     assert replace(BESIDE, stages=(0.5, 1.0)).micro_step == pytest.approx(4.0), "the student waits"
     assert replace(BESIDE, parcel=0.9).micro_step == pytest.approx(3.6), "the link between stages is what is slow"
+    assert BESIDE.latency == pytest.approx(0.5 + 0.5 + 3 * 0.5 + 0.01 + 0.005)
+    assert replace(BESIDE, stages=(0.5, 1.0), queue=1).micro_step == pytest.approx(4.515), "too little is asked ahead"
     assert replace(BESIDE, answer=1.0).micro_step == pytest.approx(4.0), "the wire back is what is slow"
 
 
