@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from benchmarks.distillation_page import PAGE, Row, read_results, result_table, write_page
+from benchmarks.distillation_page import PAGE, Key, Row, read_results, result_table, write_page
 from benchmarks.distillation_plots import draw
 from benchmarks.jobs import Ended, Job, Pace, Step, run
 from megadistill.config import Recipe, load_recipe
@@ -28,6 +28,8 @@ from megadistill.train.run_folder import refuse_other_recipe
 RECIPES = Path("recipes/results")
 FOLDER = Path("runs/results")
 SEEDS = (1, 2, 3)
+MEASURE_SECONDS = 25.0
+"""Of one core, roughly, for a model on the held-out text."""
 LINE_SECONDS = 60.0
 """Between plain lines where there is no terminal."""
 
@@ -76,13 +78,26 @@ class Place:
     def run(self, row: Row, seed: int) -> Path:
         return self.folder / f"{row.name}-{seed}"
 
+    def exported(self, row: Row, seed: int) -> Path:
+        return self.folder / f"{row.name}-{seed}-hf"
+
     def evaluation(self, row: Row, seed: int) -> Path:
         return self.folder / "evaluations" / f"{row.name}-{seed}.json"
 
+    @property
+    def round(self) -> Path:
+        """What one call of `evaluate` measured, before it is shared out."""
+        return self.folder / "evaluations/round.json"
 
-def runs(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+
+def rounds(rows: Sequence[Row]) -> tuple[list[Key], list[Key]]:
     """Every row with the first seed, then the main rows with the others: a table is there as early as can be."""
-    return [(row, seed) for seed in SEEDS for row in rows if row.main or seed == SEEDS[0]]
+    first, *others = SEEDS
+    return [(row, first) for row in rows], [(row, seed) for seed in others for row in rows if row.main]
+
+
+def runs(rows: Sequence[Row]) -> list[Key]:
+    return [key for keys in rounds(rows) for key in keys]
 
 
 def tokenize_job(place: Place) -> Job:
@@ -99,10 +114,7 @@ def teacher_job(place: Place) -> Job:
     """Two ranks: nothing else can run before there is a teacher."""
     folder = place.folder / "teacher"
     recipe, settings = _recipe("teacher", folder, seed=None)
-    train = (
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "megadistill", "train", str(RECIPES / "teacher.yaml"), *_set(settings)),
-    )
+    train = (*_ranks(2), "train", str(RECIPES / "teacher.yaml"), *_set(settings))
     steps = (
         Step(train, folder / f"checkpoints/step-{recipe.train.steps:08d}"),
         _verb(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
@@ -114,24 +126,44 @@ def teacher_job(place: Place) -> Job:
 def student_job(place: Place, row: Row, seed: int) -> Job:
     folder = place.run(row, seed)
     recipe, settings = _recipe(row.name, folder, seed=seed)
-    exported = folder.with_name(f"{folder.name}-hf")
-    evaluation = place.evaluation(row, seed)
-    measure = ("evaluate", str(exported), "--teacher", str(place.teacher), "--data", str(place.heldout))
+    exported = place.exported(row, seed)
     steps = (
         _verb(
             ("train", str(RECIPES / f"{row.name}.yaml"), *_set(settings)),
             folder / f"checkpoints/step-{recipe.train.steps:08d}",
         ),
         _verb(("export", str(folder), "--output", str(exported)), exported / "config.json"),
-        _verb((*measure, "--json", str(evaluation)), evaluation),
     )
     return Job(
         f"{row.name}, seed {seed}",
         steps,
         place.folder / f"logs/{folder.name}.log",
-        weight=90 if recipe.objective == "labels" else 160,
+        weight=50 if recipe.objective == "labels" else 80,
         fraction=lambda: _trained(folder, recipe),
     )
+
+
+def measure_job(place: Place, keys: Sequence[Key]) -> Job:
+    """One call for many students: the teacher reads the held-out text once for all of them."""
+    models = [str(place.exported(row, seed)) for row, seed in keys]
+    what = ("--teacher", str(place.teacher), "--data", str(place.heldout), "--json", str(place.round))
+    step = Step((*_ranks(cores()), "evaluate", *models, *what), place.round)
+    weight = MEASURE_SECONDS * len(models)
+    return Job(f"{len(models)} measured", (step,), place.folder / "logs/evaluate.log", weight, fraction=lambda: 0.0)
+
+
+def measurement(place: Place, key: Key) -> Job:
+    """One student's part of `measure_job`, for the time left: it is never run by itself."""
+    step = Step((), place.evaluation(*key))
+    return Job("measurement", (step,), place.folder / "logs/evaluate.log", MEASURE_SECONDS, fraction=lambda: 0.0)
+
+
+def share_out(place: Place, keys: Sequence[Key]) -> None:
+    """A file a student, of the teacher and it: what is there is not measured again."""
+    teacher, *students = json.loads(place.round.read_text(encoding="utf-8"))
+    for (row, seed), student in zip(keys, students, strict=True):
+        place.evaluation(row, seed).write_text(json.dumps([teacher, student], indent=1) + "\n", encoding="utf-8")
+    place.round.unlink()
 
 
 def refuse_stale(place: Place, rows: Sequence[Row]) -> None:
@@ -150,9 +182,9 @@ def refuse_stale(place: Place, rows: Sequence[Row]) -> None:
             raise UserError(f"{error}. Or remove {folder}*, which `make results` then makes again") from None
     teacher = place.teacher / "config.json"
     for row, seed in runs(rows):
-        evaluation = place.evaluation(row, seed)
-        if evaluation.exists() and (not teacher.exists() or evaluation.stat().st_mtime < teacher.stat().st_mtime):
-            raise UserError(f"{evaluation} is of an earlier teacher: remove {place.folder} to start afresh")
+        for made in (place.exported(row, seed) / "config.json", place.evaluation(row, seed)):
+            if made.exists() and (not teacher.exists() or made.stat().st_mtime < teacher.stat().st_mtime):
+                raise UserError(f"{made} is of an earlier teacher: remove {place.folder} to start afresh")
 
 
 def _recipe(name: str, folder: Path, *, seed: int | None) -> tuple[Recipe, list[str]]:
@@ -169,6 +201,11 @@ def _set(settings: Sequence[str]) -> list[str]:
 
 def _verb(arguments: Sequence[str], product: Path) -> Step:
     return Step((sys.executable, "-m", "megadistill", *arguments), product)
+
+
+def _ranks(count: int) -> tuple[str, ...]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
+    return (*launcher, "-m", "megadistill")
 
 
 def _trained(folder: Path, recipe: Recipe) -> float:
@@ -215,24 +252,37 @@ def results(place: Place, console: Console) -> int:
     """Everything that is not there yet, then the table and, where all of it is there, the page. An exit code."""
     refuse_stale(place, ROWS)
     first = [tokenize_job(place), teacher_job(place)]
-    students = [student_job(place, row, seed) for row, seed in runs(ROWS)]
-    pace = Pace([*first, *students])
+    students = {key: student_job(place, *key) for key in runs(ROWS)}
+    pace = Pace([*first, *students.values(), *(measurement(place, key) for key in students)])
     for job in first:
         if follow([job], side_by_side=1, pace=pace, console=console):
             return 1
-    failed = follow(students, side_by_side=cores(), pace=pace, console=console)
-    there = [(row, seed) for row, seed in runs(ROWS) if place.evaluation(row, seed).exists()]
-    found = read_results({(row, seed): place.evaluation(row, seed) for row, seed in there})
-    console.print(result_table(found))
+    failed: list[Ended] = []
+    for keys in rounds(ROWS):
+        failed += follow([students[key] for key in keys], side_by_side=cores(), pace=pace, console=console)
+        new = [key for key in keys if students[key].done and not place.evaluation(*key).exists()]
+        if new:
+            place.round.unlink(missing_ok=True)
+            failed += follow([measure_job(place, new)], side_by_side=1, pace=pace, console=console)
+        if place.round.exists():
+            share_out(place, new)
+            if len(_measured(place)) < len(students):
+                console.print(result_table(read_results(_measured(place))))
     for ended in failed:
-        console.print(f"{ended.job.name}: FAILED: {ended.failure}", highlight=False, soft_wrap=True, markup=False)
+        console.print(_line(ended, pace), highlight=False, soft_wrap=True, markup=False)
     if failed:
         console.print("the page is left as it is; the same command tries the failed runs again", highlight=False)
         return 1
-    folders = {(row, seed): place.run(row, seed) for row, seed in there}
+    found = read_results(_measured(place))
+    folders = {key: place.run(*key) for key in found.students}
     draw(found, folders, PAGE.parent)
     write_page(found, folders)
+    console.print(result_table(found))
     return 0
+
+
+def _measured(place: Place) -> dict[Key, Path]:
+    return {key: place.evaluation(*key) for key in runs(ROWS) if place.evaluation(*key).exists()}
 
 
 def cores() -> int:

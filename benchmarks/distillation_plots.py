@@ -10,19 +10,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.distillation_page import LABELS, Key, Results
+from benchmarks.distillation_page import FULL, LABELS, Key, Results
 
 WINDOW = 64
 """Steps of a curve's moving average."""
+CALIBRATION = (LABELS, FULL, "top-12-other", "top-12-renormalised", "reverse-kl", "top-1")
+FEWEST = 100
+"""Tokens of a bin of the calibration diagram; fewer say nothing."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
 
 
 def draw(results: Results, folders: Mapping[Key, Path], to: Path) -> None:
-    """`distillation-ce.png`, `-curves.png` and `-deciles.png` in the folder `to`."""
+    """`distillation-ce.png`, `-curves.png`, `-deciles.png` and `-calibration.png` in the folder `to`."""
     matplotlib.use("Agg")
     _save(_by_row(results), to / "distillation-ce.png")
     _save(_curves(results, folders), to / "distillation-curves.png")
     _save(_by_decile(results), to / "distillation-deciles.png")
+    _save(_calibration(results), to / "distillation-calibration.png")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -101,3 +105,19 @@ def _deciles(evaluation: Mapping[str, object]) -> np.ndarray:
     by_decile = evaluation["by_decile"]
     assert isinstance(by_decile, list)
     return np.array([tenth["cross_entropy"] for tenth in by_decile])
+
+
+def _calibration(results: Results) -> Figure:
+    """How often the most likely token is right, by the probability that the student gives it; the first seed's."""
+    figure, axes = _figure(6, 5)
+    axes.plot([0, 1], [0, 1], color="black", lw=1, ls="--", label="as sure as right")
+    shown = [row for row in results.rows() if row.name in CALIBRATION]
+    for colour, row in zip(COLOURS, shown, strict=False):
+        found = next(found for (other, _), found in results.students.items() if other == row)
+        bins = [one for one in found["calibration"] if one["count"] >= FEWEST]
+        sure, right = ([one[name] for one in bins] for name in ("confidence", "accuracy"))
+        axes.plot(sure, right, marker="o", ms=3, color=colour, label=row.signal)
+    axes.set_xlabel("probability of the most likely token")
+    axes.set_ylabel("share of tokens where it is the next one")
+    axes.legend(frameon=False)
+    return figure

@@ -139,9 +139,9 @@ class Pace:
         return sum(job.weight if job.done else job.weight * job.fraction() for job in self.jobs)
 
     def left(self) -> str:
-        """In words; nothing before there is a pace."""
+        """In words; nothing before there is a pace, which takes a hundredth of the work."""
         done = self.done
-        if done <= self.at_first:
+        if done - self.at_first < self.total / 100:
             return ""
         seconds = (self.total - done) * (time.monotonic() - self.began) / (done - self.at_first)
         return f"about {timedelta(seconds=round(seconds))} left"

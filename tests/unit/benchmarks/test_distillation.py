@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import distillation, jobs
 from benchmarks.distillation import FOLDER, RECIPES, ROWS, SEEDS, Place
-from benchmarks.distillation_page import MEASURES, Row
+from benchmarks.distillation_page import MEASURES, Key, Results, Row
 from benchmarks.jobs import Job, Step
 from megadistill.config import dotted, load_recipe
 from megadistill.errors import UserError
@@ -56,7 +56,7 @@ def test_no_student_reads_in_the_order_of_its_teacher() -> None:
 
 def test_the_first_seed_of_every_row_comes_before_the_other_seeds_of_the_main_rows() -> None:
     main, other = Row("a", "a", main=True), Row("b", "b")
-    assert distillation.runs([main, other]) == [(main, 1), (other, 1), (main, 2), (main, 3)]
+    assert distillation.rounds([main, other]) == ([(main, 1), (other, 1)], [(main, 2), (main, 3)])
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -103,7 +103,8 @@ class Invented:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.failing: set[str] = set()
-        self.pages: list[int] = []
+        self.measured: list[list[str]] = []
+        self.pages: list[dict[str, float]] = []
         monkeypatch.setattr(distillation, "ROWS", (Row("labels", "labels", main=True), Row("full-kl", "full KL")))
         monkeypatch.setattr(distillation, "refuse_stale", lambda place, rows: None)
         for name in ("tokenize_job", "teacher_job"):
@@ -111,16 +112,29 @@ class Invented:
         monkeypatch.setattr(
             distillation,
             "student_job",
-            lambda place, row, seed: self.job(f"{row.name}-{seed}", place.evaluation(row, seed)),
+            lambda place, row, seed: self.job(f"{row.name}-{seed}", place.exported(row, seed)),
         )
+        monkeypatch.setattr(distillation, "measure_job", self.measure)
         monkeypatch.setattr(distillation, "draw", lambda found, folders, to: None)
-        monkeypatch.setattr(distillation, "write_page", lambda found, folders: self.pages.append(len(folders)))
+        monkeypatch.setattr(distillation, "write_page", self.page)
 
-    def job(self, name: str, product: Path) -> Job:
-        measures = dict.fromkeys(MEASURES, 1.0) | {"cross_entropy": 2.0 if "full" in name else 3.0}
-        script = f"mkdir -p {product.parent} && echo '{json.dumps([measures, measures])}' > {product}"
+    def job(self, name: str, product: Path, text: str = "") -> Job:
+        script = f"mkdir -p {product.parent} && echo '{text}' > {product}"
         command = ("sh", "-c", "echo no luck; exit 4" if name in self.failing else script)
         return Job(name, (Step(command, product),), self.folder / f"{name}.log", 1.0, lambda: 0.0)
+
+    def page(self, found: Results, folders: dict[Key, Path]) -> None:
+        assert found.teacher["cross_entropy"] == 1.0
+        self.pages.append({folders[key].name: student["cross_entropy"] for key, student in found.students.items()})
+
+    def measure(self, place: Place, keys: list[Key]) -> Job:
+        """A student's cross-entropy tells which it is."""
+        self.measured.append([f"{row.name}-{seed}" for row, seed in keys])
+        of_students = [self.evaluation(2.0 if row.name == "full-kl" else 3.0 + seed) for row, seed in keys]
+        return self.job("measure", place.round, json.dumps([self.evaluation(1.0), *of_students]))
+
+    def evaluation(self, cross_entropy: float) -> dict[str, float]:
+        return {**dict.fromkeys(MEASURES, 1.0), "cross_entropy": cross_entropy}
 
     def results(self) -> tuple[int, str]:
         console = Console(file=StringIO(), width=80)
@@ -140,13 +154,25 @@ def test_a_failed_run_is_told_and_leaves_the_page_until_it_is_mended(
     assert "labels-2: FAILED" in said
     assert "no luck" in said
     assert "labels-3: done" in said, "the others go on"
-    assert "left" in said or "100% of all" in said
+    assert invented.measured == [["labels-1", "full-kl-1"], ["labels-3"]]
     invented.failing = set()
     code, said = invented.results()
     assert code == 0
-    assert invented.pages == [4]
+    assert invented.pages == [{"labels-1": 4.0, "full-kl-1": 2.0, "labels-2": 5.0, "labels-3": 6.0}]
     assert "labels-2: done" in said
     assert "labels-3: done" not in said, "what is finished is not done again"
+    assert invented.measured[2:] == [["labels-2"]], "nor measured again"
+
+
+def test_a_failed_measurement_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    invented = Invented(tmp_path, monkeypatch)
+    invented.failing = {"measure"}
+    code, said = invented.results()
+    assert (code, invented.pages) == (1, [])
+    assert said.count("measure: FAILED") == 4, "as they happen, and at the end"
+    invented.failing = set()
+    assert invented.results()[0] == 0
+    assert len(invented.pages[0]) == 4
 
 
 def test_without_a_teacher_no_student_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
