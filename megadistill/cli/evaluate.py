@@ -122,8 +122,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
                 write_plots(results, options.plots)
             console = Console()
-            for shown in tables(results):
-                console.print(shown, end="\n\n")
+            for number, shown in enumerate(tables(results)):
+                if number:
+                    console.print()
+                console.print(shown)
     return 0
 
 
