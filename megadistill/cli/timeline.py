@@ -86,7 +86,6 @@ def _of_plan(options: argparse.Namespace) -> int:
             steps=STEPS if options.steps is None else options.steps,
             run_steps=recipe.train.steps,
             pipeline=pipeline,
-            queue=recipe.teacher.queue if recipe.teacher is not None else 1,
             ranks_per_node=options.gpus_per_node,
         )
         for pipeline in pipelines

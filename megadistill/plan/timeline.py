@@ -26,10 +26,8 @@ class Pipeline(Enum):
     """As where it waits for the optimizer. For comparison: no recipe asks for it."""
 
 
-def simulate(
-    times: StepTimes, *, steps: int, run_steps: int, pipeline: Pipeline, queue: int, ranks_per_node: int
-) -> Timeline:
-    """The first `steps` of a run of `run_steps`. `queue` is `teacher.queue`, of a teacher on ranks of its own.
+def simulate(times: StepTimes, *, steps: int, run_steps: int, pipeline: Pipeline, ranks_per_node: int) -> Timeline:
+    """The first `steps` of a run of `run_steps`.
 
     Raises:
         UserError: they are no steps of the run, or more than a picture can show.
@@ -42,7 +40,7 @@ def simulate(
             f"--steps {steps}, of {times.micro_steps} micro-batches on {times.clients} ranks: some {spans:,} spans are "
             f"more than {MOST_SPANS:,}; give fewer steps"
         )
-    play = _Play(times, steps, run_steps, pipeline, queue, ranks_per_node)
+    play = _Play(times, steps, run_steps, pipeline, ranks_per_node)
     play.play()
     ranks, everybody = play.students + play.apart, times.students + times.replicas * len(times.stages)
     note = "simulated" + (
@@ -90,10 +88,8 @@ class _Rank:
 class _Play:
     """One pipeline of a plan, and the ranks that it answers."""
 
-    def __init__(
-        self, times: StepTimes, steps: int, run_steps: int, pipeline: Pipeline, queue: int, ranks_per_node: int
-    ) -> None:
-        self._times, self._steps, self._queue = times, steps, queue
+    def __init__(self, times: StepTimes, steps: int, run_steps: int, pipeline: Pipeline, ranks_per_node: int) -> None:
+        self._times, self._steps, self._queue = times, steps, times.queue
         self._m, self._drains = times.micro_steps, pipeline is Pipeline.DRAINS
         self._shown, self._rounds = steps * self._m, run_steps * self._m
         staged = bool(times.stages) and not times.replicas

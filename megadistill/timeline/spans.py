@@ -97,7 +97,11 @@ def first_unnested(spans: Sequence[Span]) -> Span | None:
     for span in spans:
         while around and around[-1].end <= span.begin and around[-1].depth >= span.depth:
             around.pop()
-        if len(around) != span.depth or (around and not around[-1].begin <= span.begin <= span.end <= around[-1].end):
+        if (
+            span.begin > span.end
+            or len(around) != span.depth
+            or (around and not around[-1].begin <= span.begin <= span.end <= around[-1].end)
+        ):
             return span
         around.append(span)
     return None

@@ -18,6 +18,7 @@ TEACHING_ALONE = StepTimes(
     reduce=0.0,
     vocabulary=0.0,
     stages=(1.0,) * 4,
+    queue=50,
 )
 COLOCATED = StepTimes(
     students=8,
@@ -30,15 +31,16 @@ COLOCATED = StepTimes(
     stages=(0.25, 0.26, 0.25, 0.24),
     parcel=0.02,
     answer=0.01,
+    queue=50,
 )
 APART = replace(COLOCATED, replicas=2)
 SLOW_TEACHER = replace(APART, stages=(1.0, 1.2, 1.0, 0.9))
 
 
 def _simulated(
-    times: StepTimes, pipeline: Pipeline = Pipeline.RUNS_AHEAD, *, steps: int = 3, run_steps: int = 3, queue: int = 50
+    times: StepTimes, pipeline: Pipeline = Pipeline.RUNS_AHEAD, *, steps: int = 3, run_steps: int = 3
 ) -> Timeline:
-    return simulate(times, steps=steps, run_steps=run_steps, pipeline=pipeline, queue=queue, ranks_per_node=4)
+    return simulate(times, steps=steps, run_steps=run_steps, pipeline=pipeline, ranks_per_node=4)
 
 
 def _idle(lane: Lane, found: Timeline) -> float:
@@ -85,17 +87,15 @@ def test_traffic_shows_where_compute_does_not_hide_it() -> None:
     assert not any(span.name.startswith("ZeRO-3") for lane in hidden.lanes for span in lane.spans)
 
 
-def test_a_short_queue_makes_the_student_wait() -> None:
-    """Asked for only when the last one is used up, an answer takes all stages' time; a longer queue hides it."""
-
-    def waits(queue: int) -> float:
-        found = _simulated(APART, run_steps=100, queue=queue)
-        last = found.steps[-1]
-        return seconds_by_kind(found.lanes[0], last.begin, last.end)["wait"] / 5
-
-    ahead, at_once = waits(4), waits(1)
-    assert ahead == pytest.approx(APART.vocabulary + APART.exposed)
-    assert at_once - ahead > sum(APART.stages)
+@pytest.mark.parametrize("queue", [1, 2])
+def test_what_is_asked_for_late_is_waited_for(queue: int) -> None:
+    """A rank asks when it has learnt from the micro-batch `queue` before: so many micro-steps take an answer's way and
+    one micro-step. Four ranks ask at once, so the last one's way is three parts longer."""
+    way = sum(SLOW_TEACHER.stages) + 3 * max(SLOW_TEACHER.stages) + 3 * SLOW_TEACHER.parcel + SLOW_TEACHER.answer
+    found = _simulated(replace(SLOW_TEACHER, queue=queue, micro_steps=6), steps=8, run_steps=100)
+    last = found.steps[-1].end - found.steps[-2].end
+    period = max((way + SLOW_TEACHER.student) / queue, SLOW_TEACHER.beat)
+    assert last == pytest.approx(6 * period)
 
 
 @pytest.mark.parametrize("times", [COLOCATED, APART, SLOW_TEACHER, replace(COLOCATED, stages=())])
