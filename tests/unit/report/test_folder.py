@@ -21,8 +21,8 @@ def test_everything_that_a_run_wrote(tmp_path: Path) -> None:
     run = read_run(run_with_faults(tmp_path / "run").write(), "run")
     assert run.series["step"].tolist() == [*range(1, 31), *range(32, 41)]
     assert run.series["kl"][9] == step_line(10, 0.5)["kl"]
-    assert [event.kind for event in run.events][:4] == ["start", "resume", "saved", "fault"]
-    assert run.events[3].values == {"rank": 1, "reason": "rank 1 is gone", "exit_code": 3}
+    assert [event.kind for event in run.events][:5] == ["start", "resume", "saved", "saved", "fault"]
+    assert run.events[4].values == {"rank": 1, "reason": "rank 1 is gone", "exit_code": 3}
     assert run.setting("train.adamw.beta2") == 0.95, "today's defaults"
     assert run.setting("teacher.path") == "models/teacher-hf"
     assert run.setting("teacher.no_such.key") is None

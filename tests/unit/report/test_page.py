@@ -158,7 +158,7 @@ def test_a_name_in_a_figures_legend_is_a_name() -> None:
     with style():
         figure, axes = new_figure()
         axes.plot([1, 2])
-        drawing = draw(figure, "name", HOSTILE, "", runs=[HOSTILE, "_hidden"])
+        drawing = draw(figure, "name", HOSTILE, "", runs=[HOSTILE, "_hidden", "$\\frac$"])
     assert drawing.png.startswith(b"\x89PNG")
     assert "<script" not in drawing.svg
 

@@ -98,7 +98,9 @@ def run_with_faults(folder: Path) -> WrittenRun:
     """Two attempts and a rollback: a kill, a pause, a skipped step, a spike."""
     run = WrittenRun(folder)
     run.begin()
-    run.steps(1, 10)
+    run.steps(1, 5)
+    run.save(5)
+    run.steps(6, 10)
     run.save(10)
     run.steps(11, 14)
     run.event("fault", 14, rank=1, reason="rank 1 is gone", exit_code=3)
