@@ -46,6 +46,7 @@ def calibration_figure(results: Sequence[Evaluation]) -> Figure:
             above.set_ylabel("accuracy")
             below.set_ylabel("% of tokens")
         below.set_xlabel("confidence")
+        below.tick_params(labelbottom=True)  # the lowest row may not reach this column
     for rest in range(len(results), lines * columns):
         for half in (0, 1):
             grid[2 * (rest // columns) + half, rest % columns].set_axis_off()
