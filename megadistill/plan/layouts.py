@@ -17,7 +17,8 @@ from megadistill.plan.subject import Subject
 from megadistill.student.profile import deepspeed_config
 
 LARGEST_GROUP_NODES = 4
-"""A vocab group exchanges hidden states of all its ranks: over more nodes than that nobody wants it."""
+"""A vocab group exchanges hidden states of all its ranks: it leaves a node only for the stages of a colocated teacher
+that is too large for one, and then not for more nodes than that."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def _with_group(
 ) -> Iterator[Layout]:
     for group in divisors(students):
         within = cluster.nodes == 1 or cluster.gpus_per_node % group == 0
-        over = group % cluster.gpus_per_node == 0 and group <= LARGEST_GROUP_NODES * cluster.gpus_per_node
+        over = (
+            teachers == 0
+            and group % cluster.gpus_per_node == 0
+            and group <= LARGEST_GROUP_NODES * cluster.gpus_per_node
+        )
         if not (within or over):
             continue
         for micro in divisors(subject.recipe.train.global_batch // students):

@@ -1,0 +1,70 @@
+"""A tiny recipe that is planned in milliseconds, and a GPU that it does not fit."""
+
+from typing import Any
+
+from megadistill.accelerators import Accelerator
+from megadistill.config import validate_recipe
+from megadistill.model.families import load_config
+from megadistill.plan.layouts import Cluster
+from megadistill.plan.subject import Subject
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 250,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def gpu(*, memory_gb: float = 80.0) -> Accelerator:
+    return Accelerator(
+        name="a GPU of the tests",
+        peak_tflops={"bfloat16": 100.0, "float32": 10.0},
+        memory_gb=memory_gb,
+        node_gb_per_s=100.0,
+        network_gb_per_s=10.0,
+        source="invented",
+    )
+
+
+def cluster(nodes: int = 1, gpus_per_node: int = 4, *, memory_gb: float = 80.0) -> Cluster:
+    return Cluster(nodes, gpus_per_node, gpu(memory_gb=memory_gb))
+
+
+def subject(
+    *, teacher: dict[str, Any] | None = TINY, placement: dict[str, Any] | None = None, **sections: dict[str, Any]
+) -> Subject:
+    """`sections` are merged into the recipe's own. `teacher` is its model, None for a run from labels; `placement` is
+    merged into its section."""
+    values: dict[str, Any] = {
+        "objective": "labels" if teacher is None else "distill",
+        "run": {"folder": "run"},
+        "data": {"manifest": "manifest.json"},
+        "student": {"config": TINY, "vocab_multiple": 48},  # 288 rows: whole ones on 1 to 4, 6, 8 and 12 ranks
+        "train": {
+            "steps": 100,
+            "global_batch": 24,
+            "micro_batch": 1,
+            "precision": "float32",
+            "adamw": {"learning_rate": 1e-3},
+        },
+        "teacher": None if teacher is None else {"path": "teacher", **(placement or {})},
+    }
+    for name, section in sections.items():
+        values[name] = {**(values.get(name) or {}), **section}
+    return Subject(
+        recipe=validate_recipe(values, source="test"),
+        student=load_config(TINY, what="test"),
+        teacher=None if teacher is None else load_config(teacher, what="test"),
+        vocab_size=250,
+        sequence_length=32,
+        profile={
+            "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "reduce_bucket_size": 1000},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        without_data=True,
+    )
