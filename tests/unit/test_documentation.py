@@ -2,13 +2,14 @@
 
 import re
 import shlex
+import tomllib
 
 import pytest
 
 from megadistill.cli import parser
+from tests.documented import PAGES, every_command
 from tests.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LAUNCHERS = {
     "megadistill": r"^megadistill ",
     "torchrun": r"^torchrun .*-m megadistill ",
@@ -16,20 +17,14 @@ LAUNCHERS = {
 }
 
 
-def commands() -> list[str]:
-    """Indented command lines, with their continuation lines."""
-    found = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        found += re.findall(r"^    ((?:make|megadistill|torchrun|deepspeed) [^\n]*)$", text, flags=re.MULTILINE)
-    return sorted({command.split("  #")[0].strip() for command in found})
+PARSED = [command.line for command in every_command() if command.program in ("make", *LAUNCHERS)]
 
 
 def test_there_are_commands() -> None:
-    assert {command.split()[0] for command in commands()} == {"make", *LAUNCHERS}
+    assert {line.split()[0] for line in PARSED} == {"make", *LAUNCHERS}
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", PARSED)
 def test_a_documented_command_parses(command: str) -> None:
     program = command.split()[0]
     if program == "make":
@@ -49,3 +44,14 @@ def test_links_lead_somewhere(page: object) -> None:
     assert isinstance(page, Path)
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_documented_extras_are_the_projects() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    said = {
+        name.strip()
+        for page in PAGES
+        for names in re.findall(r"megadistill\[([a-z0-9, -]+)\]", page.read_text(encoding="utf-8"))
+        for name in names.split(",")
+    }
+    assert said <= set(extras), said - set(extras)

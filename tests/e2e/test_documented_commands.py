@@ -1,0 +1,156 @@
+"""Every command of the documentation is run as it stands there, in a folder in which its names mean something small.
+
+What needs more than this machine has is run by another test, which `ELSEWHERE` names.
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import webdataset
+from backports import zstd
+
+from megadistill.cli import main
+from tests.documented import Command, every_command
+from tests.e2e.commands import BIN, Finished, environment, in_process, succeeded
+from tests.e2e.conftest import Place
+from tests.paths import ROOT
+
+ELSEWHERE = {
+    r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
+    r"--hostfile hostfile --no_ssh": "tests/e2e/test_launchers.py::test_deepspeed_on_each_node_by_itself",
+    r"--hostfile hostfile": "tests/e2e/test_launchers.py::test_deepspeed_over_ssh",
+    r"--nnodes": "tests/e2e/test_launchers.py::test_torchrun_on_each_node_by_itself",
+    r"sbatch ": "tests/slurm/test_training.py",
+    r"^python -m benchmarks": "tests/unit/benchmarks",
+    r"^tensorboard ": "tests/unit/train/test_board.py",
+    r"^pip install": "tests/unit/test_documentation.py::test_documented_extras_are_the_projects",
+}
+
+SMALLER = {
+    r"--vocab-size \d+": "--vocab-size 300",
+    r"--sequences \d+": "--sequences 64",
+}
+"""Sizes that would take long; everything else of a command is run to the letter."""
+
+DOCUMENT = 2000
+"""Characters: a hundredth of the documents is a held-out split of some."""
+
+STARTS_PROCESSES = re.compile(r"^(torchrun|deepspeed|megadistill (train|doctor|cache)) ")
+
+LOCAL = [c for c in every_command() if not any(re.search(pattern, c.line) for pattern in ELSEWHERE)]
+
+
+@pytest.fixture(scope="module")
+def sandbox(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes of a few steps, and under the documented names a corpus, tars, a tokenizer, a teacher and its data."""
+    folder = tmp_path_factory.mktemp("documented")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for recipe in (folder / "recipes").glob("smoke*.yaml"):
+        recipe.write_text(_shortened(recipe.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in ("ds_configs", "slurm", "tests", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    _write_corpus(folder)
+    for name in ("runs/smoke/teacher-hf", "runs/smoke/labels-hf", "runs/smoke/distill-hf", "teacher"):
+        shutil.copytree(place.teacher, folder / name)
+    split = ["--tokenizer", str(place.teacher), "--sequence-length", "128", "--heldout-fraction", "0.2"]
+    text = in_process("tokenize", str(folder / "text"), *split, "--output", str(folder / "runs" / "smoke" / "data"))
+    succeeded(text)
+    return folder
+
+
+def _shortened(recipe: str) -> str:
+    for key, value in (
+        ("steps", 4),
+        ("decay_steps", 2),
+        ("warmup_steps", 1),
+        ("checkpoint_every", 2),
+        ("log_every", 1),
+    ):
+        recipe = re.sub(rf"^(\s*{key}:) \d+", rf"\1 {value}", recipe, flags=re.MULTILINE)
+    return recipe
+
+
+def _write_corpus(folder: Path) -> None:
+    library = Path(json.__file__).parent.parent
+    (folder / "text").mkdir()
+    (folder / "crawl").mkdir()
+    (folder / "tars").mkdir()
+    found = sorted(path for letter in "ajt" for path in library.glob(f"{letter}*.py"))
+    whole = "".join(path.read_text(encoding="utf-8") for path in found)
+    documents = [whole[start : start + DOCUMENT] for start in range(0, len(whole), DOCUMENT)]
+    for number, document in enumerate(documents):
+        (folder / "text" / f"{number:04}.txt").write_text(document, encoding="utf-8")
+    lines = [json.dumps({"text": document}) for document in documents]
+    (folder / "crawl" / "a.jsonl.zst").write_bytes(zstd.compress("\n".join(lines).encode()))
+    with webdataset.TarWriter(str(folder / "tars" / "some.tar")) as tar:
+        for index in range(4):
+            tokens = np.arange(33, dtype=np.uint16) + index
+            buffer = io.BytesIO()
+            np.save(buffer, tokens)
+            tar.write({"__key__": f"{index:04}", "tokens.npy": buffer.getvalue()})
+
+
+@pytest.mark.parametrize("command", LOCAL, ids=lambda command: command.line)
+def test_a_documented_command_runs(command: Command, sandbox: Path) -> None:
+    line = command.line
+    for pattern, smaller in SMALLER.items():
+        line = re.sub(pattern, smaller, line)
+    _make_room(sandbox, line)
+    finished = _process(sandbox, line) if STARTS_PROCESSES.match(line) else _here(sandbox, line)
+    assert finished.code == 0, f"{command.page}: {finished.said}"
+    assert (finished.out + finished.err).strip(), f"{command.page}: {line} says nothing"
+
+
+def _make_room(sandbox: Path, line: str) -> None:
+    """Takes away what an earlier command wrote to the same place, or this one would find its work done."""
+    for written in re.findall(r"--output (\S+)", line):
+        shutil.rmtree(sandbox / written, ignore_errors=True)
+    for recipe in re.findall(r" train recipes/smoke(\S*)\.yaml", line):
+        shutil.rmtree(sandbox / "runs" / "smoke" / (recipe.removeprefix("-") or "distill"), ignore_errors=True)
+
+
+def _process(sandbox: Path, line: str) -> Finished:
+    there = {**environment(), "HOME": str(sandbox), "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", line], cwd=sandbox, env=there, capture_output=True, text=True, timeout=240)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def _here(sandbox: Path, line: str) -> Finished:
+    """Without the seconds of imports that a process costs."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        chdir(sandbox),
+        patch.dict(os.environ, HOME=str(sandbox), COLUMNS="80"),
+    ):
+        code = main([os.path.expanduser(word) for word in shlex.split(line)[1:]])
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize("target", sorted({c.line for c in every_command() if c.program == "make"}))
+def test_a_documented_target_is_there(target: str) -> None:
+    """CI runs check, smoke and test; the others are asked what they would do."""
+    done = subprocess.run(["make", "--dry-run", *target.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_what_runs_elsewhere_is_there() -> None:
+    """And nothing stands in the table that no page says."""
+    lines = [command.line for command in every_command()]
+    for pattern, where in ELSEWHERE.items():
+        path, _, name = where.partition("::")
+        assert (ROOT / path).exists(), where
+        assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), where
+        assert any(re.search(pattern, line) for line in lines), f"no page says {pattern}"
