@@ -13,7 +13,8 @@ Legend: S tokens of the sequence, D width.
 """
 
 import weakref
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -34,14 +35,36 @@ class Activations:
     """By all layers for backward, their inputs among it: what a student holds without activation checkpointing."""
     inputs: int
     """Of all layers: what is left of that with activation checkpointing."""
-    outside: int
-    """Kept beside the layers, once: by the last norm, its output, and what all layers share (rotations, a mask)."""
+    norm: int
+    """Kept by the last norm, and its output: gone when the last layer goes back."""
+    shared: int
+    """What all layers share: rotations, a mask."""
     forward: int
     """The most that lives at a time while one layer computes and nothing is kept, its input among it."""
-    backward: int
-    """The most that lives at a time while one layer goes back, beyond what it has kept."""
-    again: int
-    """The most that lives at a time while one layer is computed again and goes back, beyond its input."""
+    going_back: "Peak"
+    """What lives while one layer goes back, beyond what it has kept."""
+    again: "Peak"
+    """What lives while one layer is computed again and goes back, beyond its input."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at moments that may be the highest: (what the weights' gradients take, what each sequence takes)."""
+
+    moments: tuple[tuple[int, int], ...]
+
+    def of(self, sequences: int) -> int:
+        """The most bytes at a time, for a micro-batch of so many."""
+        return max(once + sequences * each for once, each in self.moments)
+
+    @classmethod
+    def over(cls, moments: Iterable[tuple[int, int]]) -> "Peak":
+        """Of the moments, those that no other one is above in both."""
+        highest: list[tuple[int, int]] = []
+        for once, each in sorted(set(moments), reverse=True):
+            if not highest or each > highest[-1][1]:
+                highest.append((once, each))
+        return cls(tuple(highest))
 
 
 def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, masked: bool) -> Activations:
@@ -52,8 +75,7 @@ def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, 
     """
     if dtype == torch.float32 and family(config).experts is not None:
         # torch's grouped product of experts has a shape rule for bfloat16 alone.
-        half = count_activations(config, sequence_length, dtype=torch.bfloat16, masked=masked)
-        return Activations(**{name: 2 * value for name, value in asdict(half).items()})
+        return _twice(count_activations(config, sequence_length, dtype=torch.bfloat16, masked=masked))
     counted: dict[tuple[Any, ...], _Layer] = {}
     kept = inputs = 0
     for index in range(config.num_hidden_layers):
@@ -66,11 +88,19 @@ def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, 
     return Activations(
         kept=kept,
         inputs=inputs,
-        outside=max(layer.outside for layer in layers),
+        norm=max(layer.norm for layer in layers),
+        shared=max(layer.shared for layer in layers),
         forward=max(layer.forward for layer in layers),
-        backward=max(layer.backward for layer in layers),
-        again=max(layer.again for layer in layers),
+        going_back=Peak.over(moment for layer in layers for moment in layer.going_back),
+        again=Peak.over((once, each + layer.made) for layer in layers for once, each in layer.going_back),
     )
+
+
+def _twice(found: Activations) -> Activations:
+    def doubled(value: Any) -> Any:
+        return Peak(tuple((2 * a, 2 * b) for a, b in value.moments)) if isinstance(value, Peak) else 2 * value
+
+    return Activations(**{each.name: doubled(getattr(found, each.name)) for each in fields(found)})
 
 
 def layer_kind(config: Any, index: int) -> tuple[Any, ...]:
@@ -84,14 +114,18 @@ def layer_kind(config: Any, index: int) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """`Activations` of a single layer: `kept` without the input, which is `input`."""
+    """`Activations` of a single layer."""
 
     kept: int
+    """Without the input."""
     input: int
-    outside: int
+    norm: int
+    shared: int
     forward: int
-    backward: int
-    again: int
+    made: int
+    """What lives when it has computed, its output among it."""
+    going_back: list[tuple[int, int]]
+    """Beyond `made`: (weights' gradients, the rest) at each moment."""
 
     @classmethod
     def count(cls, config: Any, index: int, S: int, dtype: torch.dtype, masked: bool) -> "_Layer":
@@ -103,38 +137,44 @@ class _Layer:
             if family(config).attention == "sdpa" and not masked and not _windowed(config, index, S):
                 said["attention_mask"] = None  # transformers leaves it out, but where it is traced
             layer = decoder.layers[0]
-            shared = {tensor.untyped_storage()._cdata for tensor in tree_leaves(said) if isinstance(tensor, Tensor)}
-            own = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
-            once = _bytes_of(tensor for tensor in tree_leaves(said) if isinstance(tensor, Tensor))
-
+            shared = [tensor for tensor in tree_leaves(said) if isinstance(tensor, Tensor)]
             hidden_1SD.requires_grad_()
-            with _Kept() as by_norm:
-                out = decoder.norm(hidden_1SD)
-            outside = by_norm.bytes_without(own) + _bytes_of([out]) + once
-
             with _Live() as live, torch.no_grad():
                 layer(hidden_1SD, **said)
             forward = live.peak + _bytes_of([hidden_1SD])
+            with _Kept() as by_norm:
+                out = decoder.norm(hidden_1SD)
+            norm = by_norm.bytes_without(decoder.parameters()) + _bytes_of([out])
+            made, going_back, by_layer = _forth_and_back(layer, hidden_1SD, said)
+            kept = by_layer.bytes_without([*decoder.parameters(), *shared, hidden_1SD])
+        return cls(kept, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, made, going_back)
 
-            for parameter in decoder.parameters():  # ZeRO-3 takes each gradient away as soon as it is there
-                parameter.register_post_accumulate_grad_hook(_drop)
-            with _Live() as live:
-                with _Kept() as by_layer:
-                    out = layer(hidden_1SD, **said)
-                before = live.now
-                upstream = torch.empty_like(out)
-                live.peak = 0
-                out.backward(upstream)
-                going_back = live.peak - before
-            kept = by_layer.bytes_without(own | shared | {hidden_1SD.untyped_storage()._cdata})
-        return cls(
-            kept=kept,
-            input=_bytes_of([hidden_1SD]),
-            outside=outside,
-            forward=forward,
-            backward=going_back,
-            again=before + going_back,
-        )
+
+def _forth_and_back(
+    layer: nn.Module, hidden_1SD: Tensor, said: dict[str, Any]
+) -> tuple[int, list[tuple[int, int]], "_Kept"]:
+    """What lives between, what lives beyond that at each moment of the way back, and what autograd kept."""
+    gradients: set[int] = set()
+
+    def take(parameter: Tensor) -> None:  # ZeRO-3 takes each gradient away as soon as it is there
+        assert parameter.grad is not None
+        gradients.add(live.number(parameter.grad))
+        parameter.grad = None
+
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    with _Live() as live:
+        with _Kept() as kept:
+            out = layer(hidden_1SD, **said)
+        made, begun = live.now, len(live.events)
+        out.backward(torch.empty_like(out))
+    once = each = 0
+    moments = []
+    for number, size in live.events[begun:]:
+        once += size if number in gradients else 0
+        each += 0 if number in gradients else size
+        moments.append((once, each))
+    return made, moments, kept
 
 
 def _make_fake(decoder: Any, dtype: torch.dtype) -> None:
@@ -169,11 +209,7 @@ def _windowed(config: Any, index: int, S: int) -> bool:
     return bool(slides and window is not None and window <= S)
 
 
-def _drop(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _bytes_of(tensors: Any) -> int:
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
@@ -192,11 +228,12 @@ class _Kept:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._found[storage._cdata] = storage  # which keeps it from being another's later
+        self._found.setdefault(storage._cdata, storage.nbytes())
         return tensor
 
-    def bytes_without(self, storages: set[int]) -> int:
-        return sum(storage.nbytes() for key, storage in self._found.items() if key not in storages)
+    def bytes_without(self, tensors: Iterable[Tensor]) -> int:
+        others = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(size for key, size in self._found.items() if key not in others)
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -206,7 +243,12 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
+        self.events: list[tuple[int, int]] = []
+        """(number of a storage, its bytes when it comes, the same below 0 when it goes)"""
+        self._seen: dict[int, tuple[int, weakref.ref[Any]]] = {}
+
+    def number(self, tensor: Tensor) -> int:
+        return self._seen[tensor.untyped_storage()._cdata][0]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         given = {
@@ -223,13 +265,15 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size, number = storage._cdata, storage.nbytes(), len(self.events)
         if key in self._seen:
             return
 
         def gone(_: Any) -> None:
             del self._seen[key]
             self.now -= size
+            self.events.append((number, -size))
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = number, weakref.ref(storage, gone)
         self.now += size
+        self.events.append((number, size))

@@ -120,7 +120,37 @@ class Assignment:
         (_, *others) = self.student.modules
         bound = self.zero.persistence
         modules = ((self.embedding,), *(tuple(_moving(module, bound) for module in part) for part in others))
-        return gathered(modules, self.zero, again=self.recipe.student.activation_checkpointing)
+        return gathered(modules, self.zero, again=self.recomputes)
+
+    @cached_property
+    def live_at_the_loss(self) -> int:
+        """Gathered parameters that live when the forward pass ends.
+
+        Where nothing is computed again, every matrix of the layers: torch keeps the transposed view that it has
+        multiplied with, and so what ZeRO-3 has gathered, until it has gone back through it, though ZeRO-3 lets it go
+        and gathers it again.
+        """
+        if self.recomputes:
+            return self.gathered.at_the_loss
+        return max(self.gathered.at_the_loss, sum(self.layer_matrices))
+
+    @cached_property
+    def live_in_backward(self) -> int:
+        if not self.recomputes:
+            return self.live_at_the_loss
+        return max(self.gathered.most_backward, max(self.layer_matrices))
+
+    @cached_property
+    def layer_matrices(self) -> list[int]:
+        """Parameters of each layer that are gathered each time."""
+        if self.ranks == 1:
+            return [0]
+        _, *layers, _ = self.student.modules
+        return [sum(_moving(module, self.zero.persistence) for module in part) for part in layers]
+
+    @property
+    def recomputes(self) -> bool:
+        return self.recipe.student.activation_checkpointing
 
     @cached_property
     def reduced(self) -> int:

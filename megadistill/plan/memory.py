@@ -7,6 +7,8 @@ step, when DeepSpeed knows the order of modules.
 Legend: as in `plan.assignment`.
 """
 
+from megadistill.loss.softmax import BLOCK_ELEMENTS
+from megadistill.loss.targets import ACCELERATOR_BLOCK_ELEMENTS
 from megadistill.plan.assignment import FLOAT32, Assignment
 from megadistill.plan.measured import PRECISIONS
 from megadistill.plan.storage import STATES
@@ -16,6 +18,13 @@ from megadistill.teacher.wire import Wire
 Lines = dict[str, int]
 """Bytes, by what holds them."""
 
+BLOCKS_OF_ONE, BLOCKS_OF_TWO = 4, 8
+"""Copies of a block of logits that the loss's eager arithmetic holds at a time, of the student alone and of both."""
+
+TARGET_BLOCK = ACCELERATOR_BLOCK_ELEMENTS
+TARGET_BLOCKS = 6
+"""Copies of a block of the teacher's logits, in float64, that making truncated targets holds at a time."""
+
 STATISTICS = 6
 """Numbers that a slice tells of a token and model in the loss (`loss.softmax`)."""
 
@@ -23,20 +32,22 @@ STATISTICS = 6
 def student_memory(run: Assignment) -> dict[str, Lines]:
     """Of a student's rank on its device: phase -> bytes by what holds them. The largest sum is what it needs.
 
-    teacher: a colocated stage works, the student rests; loss: the forward pass has ended, the first chunks' logits are
-    there; backward: the layer that takes most goes back; embedding: the first one, whose gradient is as large as the
-    vocabulary; step: the optimizer moves.
+    teacher: a colocated stage works, the student rests; forward: the student's last layer works; targets: truncated
+    ones are made; loss: the first chunks' logits are there; backward: the layer that takes most goes back; embedding:
+    the first one goes back, whose gradient is as large as the vocabulary; step: the optimizer moves.
     """
-    always = _states(run) | _teacher_at_rest(run)
-    micro = always | _heads(run) | _said(run)
+    always = _states(run) | _heads(run) | _teacher_at_rest(run)
     phases = {
-        "loss": micro | _activations(run) | _loss(run),
-        "backward": micro | _activations(run) | _backward(run),
-        "embedding": micro | _embedding(run),
+        "forward": always | _activations(run) | _last_norm(run) | _forward(run),
+        "loss": always | _activations(run) | _last_norm(run) | _loss(run),
+        "backward": always | _activations(run) | _backward(run),
+        "embedding": always | _embedding(run),
         "step": always | _step(run),
     }
     if run.teacher is not None and run.roles is None:
-        phases["teacher"] = always | _heads(run) | _teacher_at_work(run)
+        phases["teacher"] = always | _teacher_at_work(run)
+    if run.teacher is not None and run.recipe.loss.targets is not None:
+        phases["targets"] = always | _activations(run) | _last_norm(run) | _targets(run)
     return {phase: {what: size for what, size in lines.items() if size} for phase, lines in phases.items()}
 
 
@@ -72,8 +83,7 @@ def _states(run: Assignment) -> Lines:
     """What ZeRO-3 holds from the build on."""
     zero, each = run.zero, run.pieces(run.ranks)
     weights = run.element * each
-    # Trained in float32, the weights are the master copy; the gradient is summed in float32.
-    trained = (FLOAT32 * each if run.element != FLOAT32 or zero.parameters_on != "none" else 0) + 3 * FLOAT32 * each
+    trained = (1 + len(STATES)) * FLOAT32 * each  # and the gradient; the master copy is one in float32, too
     lines = {
         "ZeRO-3 states": (weights if zero.parameters_on == "none" else 0)
         + (trained if zero.optimizer_on == "none" else 0),
@@ -81,7 +91,7 @@ def _states(run: Assignment) -> Lines:
         "reduce bucket": _wire_element(run) * zero.reduce_bucket if zero.contiguous_gradients else 0,
     }
     if zero.node_copies > 1:
-        lines["second partition in the node (hpZ)"] = run.element * run.pieces(zero.node_copies)
+        lines["second partition in the node (hpZ)"] = run.element * run.reduced // zero.node_copies
     return lines
 
 
@@ -101,9 +111,13 @@ def _teacher_at_rest(run: Assignment) -> Lines:
         return {}
     if run.roles is not None:
         assert run.recipe.teacher is not None
-        return {"teacher's queue": run.recipe.teacher.queue * _answer(run)}
+        return {"teacher hidden states": _parcel(run), "teacher's queue": run.recipe.teacher.queue * _answer(run)}
     in_flight = 2 * run.stages * _parcel(run) if run.stages > 1 else 0
-    return {"teacher stage": _stage(run), "teacher hidden states in flight": in_flight}
+    return {
+        "teacher stage": _stage(run),
+        "teacher hidden states": _parcel(run),
+        "teacher hidden states in flight": in_flight,
+    }
 
 
 def _teacher_at_work(run: Assignment) -> Lines:
@@ -111,17 +125,27 @@ def _teacher_at_work(run: Assignment) -> Lines:
     return {"teacher layer at work": _working(run), "parcels of a round": (1 + run.stages) * _parcel(run)}
 
 
-def _said(run: Assignment) -> Lines:
-    """What the teacher says of the micro-batch, with a parcel's digests."""
-    return {"teacher hidden states": _parcel(run)} if run.teacher is not None else {}
-
-
 def _activations(run: Assignment) -> Lines:
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    outside = {"last norm, and what layers share": run.sequences * counted.outside}
-    if run.recipe.student.activation_checkpointing:
-        return {"checkpointed layer inputs": run.sequences * counted.inputs, **outside}
-    return {"activations": run.sequences * counted.kept, **outside}
+    shared = {"what layers share": run.sequences * counted.shared}
+    if run.recomputes:
+        return {"checkpointed layer inputs": run.sequences * counted.inputs, **shared}
+    return {"activations": run.sequences * counted.kept, **shared}
+
+
+def _last_norm(run: Assignment) -> Lines:
+    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
+    return {"last norm": run.sequences * counted.norm}
+
+
+def _forward(run: Assignment) -> Lines:
+    """The last layer works. What is fetched ahead arrives in one piece, which each parameter is copied from."""
+    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
+    return {
+        "gathered layers": run.element * max(run.gathered.most_forward, run.live_at_the_loss),
+        "layers fetched ahead, copied": run.element * min(run.zero.prefetch, run.gathered.forward),
+        "layer at work": run.sequences * counted.forward if run.recomputes else 0,
+    }
 
 
 def _loss(run: Assignment) -> Lines:
@@ -129,25 +153,40 @@ def _loss(run: Assignment) -> Lines:
     n, flying = run.group_size * run.chunk, run.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
     again = FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0
+    compiled = run.recipe.loss.elementwise == "compiled"
+    blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
     slope = run.element * n * run.true_rows if run.element != FLOAT32 else 0
     return {
-        "gathered layers": run.element * run.gathered.at_the_loss,
+        "gathered layers": run.element * run.live_at_the_loss,
         "logit chunk": flying * run.heads * FLOAT32 * n * run.true_rows + slope,
         "head gradient of the micro-batch": again,
         "hidden states of a chunk": (
             (flying * run.element * n * widths if run.group_size > 1 else run.element * n * widths)
             + FLOAT32 * n * run.student.width
         ),
+        "arithmetic on a block of logits": 0 if compiled else blocks * FLOAT32 * BLOCK_ELEMENTS,
         "gradient of the hidden states": run.element * run.tokens * run.student.width,
+    }
+
+
+def _targets(run: Assignment) -> Lines:
+    """`loss.targets`, for a run whose teacher is live."""
+    assert run.teacher is not None
+    logits = min(run.recipe.loss.logit_memory_mb << 20, FLOAT32 * run.group_size * run.tokens * run.true_rows)
+    return {
+        "gathered layers": run.element * run.live_at_the_loss,
+        "logit chunk": logits,
+        "arithmetic on a block of logits": TARGET_BLOCKS * 8 * min(TARGET_BLOCK, logits // FLOAT32),
     }
 
 
 def _backward(run: Assignment) -> Lines:
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    working = counted.again if run.recipe.student.activation_checkpointing else counted.backward
+    working = counted.again if run.recomputes else counted.going_back
     return {
-        "gathered layers": run.element * run.gathered.most_backward,
-        "layer at work": run.sequences * working,
+        "gathered layers": run.element * run.live_in_backward,
+        "layers fetched ahead, copied": run.element * min(run.zero.prefetch, run.gathered.backward),
+        "layer at work": working.of(run.sequences),
         "gradients on their way": _wire_element(run) * min(run.zero.reduce_bucket, run.reduced),
     }
 

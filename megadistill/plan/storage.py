@@ -29,16 +29,16 @@ def checkpoint_bytes(run: Assignment) -> int:
 
 
 def _header_bytes(run: Assignment) -> int:
-    """Of a safetensors file: eight bytes, and its JSON filled up to a multiple of eight."""
-    header: dict[str, object] = {"rng": {"dtype": "U8", "shape": [RNG_BYTES], "data_offsets": [0, RNG_BYTES]}}
-    offset = RNG_BYTES
-    for kind in STATES:
-        for name, size in zip(run.student.shapes, run.sizes, strict=True):
-            piece = -(-size // run.ranks)
-            offsets = [offset, offset + FLOAT32 * piece]
-            header[f"{kind}/{name}"] = {"dtype": "F32", "shape": [piece], "data_offsets": offsets}
-            offset = offsets[1]
-    header["optimizer_step"] = {"dtype": "F32", "shape": [1], "data_offsets": [offset, offset + FLOAT32]}
+    """Of a safetensors file: eight bytes, and its JSON filled up to a multiple of eight. Wide numbers come first."""
+    pieces = {"optimizer_step": 1}
+    for name, size in zip(run.student.shapes, run.sizes, strict=True):
+        pieces |= {f"{kind}/{name}": -(-size // run.ranks) for kind in STATES}
+    header, offset = {}, 0
+    for name in sorted(pieces):
+        offsets = [offset, offset + FLOAT32 * pieces[name]]
+        header[name] = {"dtype": "F32", "shape": [pieces[name]], "data_offsets": offsets}
+        offset = offsets[1]
+    header["rng"] = {"dtype": "U8", "shape": [RNG_BYTES], "data_offsets": [offset, offset + RNG_BYTES]}
     length = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-length // 8) * 8
 

@@ -74,7 +74,8 @@ def _weights(run: Assignment) -> Link:
     element = 1 if run.zero.quantized_weights else run.element
     forward, backward = (element * part / run.tokens for part in (run.gathered.forward, run.gathered.backward))
     if run.zero.node_copies == 1:
-        return _ring(run, forward + backward, run.ranks, stride=1)
+        staying = run.element * run.staying / (run.tokens * run.accumulation)  # gathered anew when they have moved
+        return _ring(run, forward + backward + staying, run.ranks, stride=1)
     afar = _ring(run, forward / run.accumulation, run.ranks, stride=1)
     rest = run.element * (run.gathered.backward + run.gathered.forward * (1 - 1 / run.accumulation)) / run.tokens
     return _sum(afar, _ring(run, rest, run.zero.node_copies, stride=1))
@@ -101,18 +102,26 @@ def _vocabulary(run: Assignment) -> Link:
     if run.teacher is not None and heads == 2:
         own += run.element * run.teacher.width
     own += p * heads * STATISTICS * FLOAT32
+    if run.teacher is not None and run.recipe.loss.label_fraction > 0:  # one pass more, for the surest tokens
+        own += run.element * run.teacher.width + p * STATISTICS * FLOAT32
     if run.recipe.loss.targets is not None:
         own += _targets(run)
     return _ring(run, own * p, p, stride=1)
 
 
 def _targets(run: Assignment) -> float:
-    """Truncated targets as they go to all ranks of the group, at most, and the teacher's hidden states where they are
-    made of them."""
+    """Truncated targets as they go to all ranks of the group, at most; and what making them takes (`loss.targets`).
+
+    That is the teacher's hidden states, and for draws each one's uniform number and the id that it finds, in eight
+    bytes; else every slice's most likely ids with their logits, of which each slice tells as many as are kept.
+    """
     targets = run.recipe.loss.targets
     assert targets is not None
     kept = targets.draws or targets.k or targets.max_ids or 1 / (targets.epsilon or 1)
-    made = 0 if run.teacher is None else run.element * run.teacher.width
+    made = 0.0
+    if run.teacher is not None:
+        each = 2 * INT64 if targets.draws is not None else 2 * FLOAT32 * run.group_size
+        made = run.element * run.teacher.width + each * kept
     return made + kept * (INT64 + FLOAT32) + FLOAT32
 
 

@@ -95,7 +95,8 @@ def gathered(modules: tuple[tuple[int, ...], ...], zero: Zero, *, again: bool) -
     backward: list[int] = []
     for number, part in reversed(list(enumerate(parts))):
         if again and 0 < number < len(parts) - 1:
-            backward += part
+            # What ends the layer is not computed again: torch stops when it has all that backward asks for.
+            backward += part[: max((at for at, module in enumerate(part) if sizes[module]), default=0)]
         backward += reversed(part)
     walk = _Walk(sizes, [*forward, *backward], zero)
     fetched, most = walk.to(len(forward))
