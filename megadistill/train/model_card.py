@@ -192,10 +192,19 @@ def _training(origin: Origin, reading: Reading) -> Rows:
         "learning rate": f"{adamw.learning_rate:g}, {_schedule(section.schedule)}",
         "precision": f"{section.precision}, float32 master weights",
         "starting weights": f"random, seed {recipe.run.seed}" if weights is None else last_name(weights),
-        "fingerprint of their folder today": _fingerprint(weights),
+        "fingerprint of the starting weights": _started_from(origin.run) or _fingerprint(weights),
         "FLOPs of the student": f"{3 * forward * manifest.tokens:.3g}, without what was computed again",
         "ranks": f"{manifest.world:,}",
     }
+
+
+def _started_from(run: Path | None) -> str | None:
+    """What the run wrote down of the weights that it began from, which may be gone."""
+    try:
+        kept = json.loads((run / "recipe.json").read_text(encoding="utf-8")) if run is not None else {}
+        return f"`{plain(kept['started_from']['fingerprint'])}`"
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _objective(loss: LossSection) -> str:

@@ -24,7 +24,7 @@ from megadistill.train.checkpoint import commit, write_rank
 from megadistill.train.export import export_run
 from megadistill.train.markdown import plain
 from megadistill.train.rollback import Rollback, record_rollbacks
-from megadistill.train.run_folder import write_description
+from megadistill.train.run_folder import describe, write_description
 from tests.unit.train.cases import (
     MODEL,
     SEQUENCE,
@@ -270,11 +270,14 @@ def test_a_student_that_goes_on_from_weights_names_what_they_were_made_of(tmp_pa
     assert _metadata(card)["base_model"] == "somebody/Model-8B"
     rows = _rows(card)
     assert rows["starting weights"] == "pruned"
-    assert rows["fingerprint of their folder today"] == f"`{teacher_fingerprint(weights)}`"
+    assert rows["fingerprint of the starting weights"] == f"`{teacher_fingerprint(weights)}`"
     assert rows["objective"] == "cross-entropy of the next token"
     assert "## The teacher" not in card.text
     (weights / "README.md").write_text("---\nbase_model: '../../etc|<b>'\n---\n", encoding="utf-8")
     assert "base_model" not in _metadata(_export(run, tmp_path / "hostile"))
+    described = describe(made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "kept"})
+    write_description(run, described)
+    assert _rows(_export(run, tmp_path / "told"))["fingerprint of the starting weights"] == "`kept`"
 
 
 def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None:
