@@ -206,7 +206,7 @@ def _layouts(found: Plan, *, price: float | None) -> RenderableType:
     rows = list(found.best)
     if found.own is not None and all(found.own.layout != each.layout for each in rows):
         rows.append(found.own)
-    how = []
+    how = ["* the recipe's own. Of costs alike to three digits, the one with more memory left is first."]
     for number, each in enumerate(rows, 1):
         own = found.own is not None and each.layout == found.own.layout
         paid = spell(each.seconds) if price is None else f"{each.gpu_hours * price:,.0f}"
