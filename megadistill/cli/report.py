@@ -7,13 +7,16 @@ from pathlib import Path
 from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
 
 REPORT_EPILOG = f"""\
-The page needs no network, and any browser shows it: curves over tokens and over time, events, evaluations, recipes.
-Evaluations are read from evaluation*.json in the run folders, as `megadistill evaluate --json RUN/evaluation.json`
-writes them, and from --evaluation. A run may be going on, or broken.
+The page needs no network, and any browser shows it: curves over tokens and over
+time, events, evaluations, recipes. A run may be going on, or broken.
+
+Evaluations are those of `megadistill evaluate --json RUN/evaluation.json`: files
+evaluation*.json in the run folders, and what --evaluation names.
 
 examples:
   megadistill report runs/smoke/distill
-  megadistill report runs/smoke/labels runs/smoke/distill --output runs/smoke --evaluation runs/smoke/evaluation.json
+  megadistill report runs/smoke/labels runs/smoke/distill --output runs/smoke \\
+      --evaluation runs/smoke/evaluation.json
 
 {EXIT_CODES}"""
 

@@ -29,7 +29,7 @@ LARGEST = 1e30
 LAST_SECOND = 253_402_300_799.0
 """Of the year 9999: what a date can say."""
 
-DIAGNOSTICS = ("acceptance", "reverse_kl", "jsd", *(f"kl_entropy_decile_{decile}" for decile in range(1, 11)))
+DIAGNOSTICS = ("acceptance", "reverse_kl", "jsd")
 METRICS = (
     "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
     "agreement", "log_z", "learning_rate", "grad_norm", "seconds", "tokens_per_second", "data_seconds",

@@ -18,7 +18,7 @@ from megadistill.errors import UserError
 from megadistill.report.clock import clock_of, goodput_of, utc
 from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MOST_RUNS, PALETTE, PALETTE_DARK, Drawing, style
-from megadistill.report.folder import RunRecord, printable, read_runs
+from megadistill.report.folder import RunRecord, read_runs
 from megadistill.report.lines import SMOOTHED_SHARE
 from megadistill.report.marks import TROUBLE, events_figure, goodput_figure
 from megadistill.report.results import Results, read_results, results_figures
@@ -143,5 +143,4 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # our own figures alone, whose text is escaped
-    environment.filters["printable"] = printable
     return environment
