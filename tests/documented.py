@@ -1,4 +1,4 @@
-"""The command lines of the documentation: indented lines of README.md, CONTRIBUTING.md and docs/, as written there."""
+"""The command lines of the documentation: indented or fenced, of README.md, CONTRIBUTING.md and docs/."""
 
 import re
 from dataclasses import dataclass
@@ -25,8 +25,10 @@ class Command:
 def commands(page: Path) -> list[Command]:
     """Those of a page, in its order."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    found = re.findall(rf"^    ((?:{'|'.join(PROGRAMS)}) [^\n]*)$", text, flags=re.MULTILINE)
-    lines = [" ".join(command.split("  #")[0].split()) for command in found]
+    fenced = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)
+    found = [line for line in [*indented, *"".join(fenced).splitlines()] if line.split(" ")[0] in PROGRAMS]
+    lines = [" ".join(command.split("  #")[0].split()) for command in found if len(command.split()) > 1]
     return [Command(page.relative_to(ROOT).as_posix(), line) for line in lines]
 
 
