@@ -82,6 +82,8 @@ def test_the_same_seed_writes_the_same_and_more_of_it_changes_nothing(model: Pat
     assert len(set(many[0].continuations)) > 30
     assert any(one.ended for one in many[0].continuations)
     assert many[0].continuations != many[1].continuations
+    twice = _samples(model, TEXTS[:1] * 2, Draws(tokens=20, count=2, top_p=0.9))
+    assert set(twice[1].continuations).isdisjoint(twice[0].continuations), "the same prompt again is drawn again"
     other = _samples(model, TEXTS[:1], Draws(tokens=20, count=2, top_p=0.9, seed=2))
     assert set(other[0].continuations).isdisjoint(few[0].continuations)
 
