@@ -120,15 +120,16 @@ def _loading(name: str, *, with_tokenizer: bool) -> str:
 
 
 def _sources(reading: Reading) -> str:
-    lines = [["source", "sequences", "tokens", "epochs", "documents", "text bytes", "manifest sha256"]]
+    """A line each; of what no manifest tells, since none is at hand, there is no column."""
+    lines = [["source", "sequences", "tokens", "manifest sha256", "epochs", "documents", "text bytes"]]
     for source in reading.sources:
-        held = source.manifest
+        held, tokens = source.manifest, f"{source.sequences * reading.sequence_length:,}"
         known = ["", "", ""]
         if held is not None:
             known = [f"{source.sequences / held.units:.3g}", _count(held.documents), _count(held.text_bytes)]
-        tokens = f"{source.sequences * reading.sequence_length:,}"
-        lines.append([plain(source.name), f"{source.sequences:,}", tokens, *known, f"`{source.fingerprint}`"])
-    return table(lines)
+        lines.append([plain(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", *known])
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return table(list(line) for line in zip(*columns, strict=True))
 
 
 def _count(number: int | None) -> str:

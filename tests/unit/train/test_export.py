@@ -252,7 +252,7 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
         "versions": "torch some",
     }.items():
         assert rows[name].startswith(said), (name, rows[name])
-    read = f"| data | {8 * STEP} | {TOKENS:,} | 6 | 3 | 1,000 | `{manifest.fingerprint}` |"
+    read = f"| data | {8 * STEP} | {TOKENS:,} | `{manifest.fingerprint}` | 6 | 3 | 1,000 |"
     assert read in card.text
     assert "| 6.5000 | 0.2500 | 3.0000 | 0.5000 |" in card.text, "the checkpoint's step, not the last one"
     assert "| out | 12,345 | 3.2500 | 0.1250 | 75.0% |" in card.text
@@ -289,6 +289,7 @@ def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None
     values = elsewhere.snapshot()
     _checkpoint(run, made, recipe=values)
     text = _export(run, tmp_path / "out").text
+    assert "epochs" not in text, "the manifest is not looked for behind a URL"
     for secret in ("alice", "hunter2", "s3cr3t", "there.example", str(tmp_path)):
         assert secret not in text
     for markup in ("|b", "<img", "[c](", " `d` ", " *e*", "http:", "mailto:"):
