@@ -32,7 +32,7 @@ class Activations:
     """Bytes of one sequence, in one precision. A layer's are those of the layer that takes most."""
 
     kept: int
-    """By all layers for backward, their inputs among it: what a student holds without activation checkpointing."""
+    """By all layers for backward: what a student holds without activation checkpointing."""
     inputs: int
     """Of all layers: what is left of that with activation checkpointing."""
     norm: int
@@ -82,7 +82,7 @@ def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, 
         kind = layer_kind(config, index)
         if kind not in counted:
             counted[kind] = _Layer.count(config, index, sequence_length, dtype, masked)
-        kept += counted[kind].kept + counted[kind].input
+        kept += counted[kind].kept
         inputs += counted[kind].input
     layers = counted.values()
     return Activations(
@@ -117,7 +117,7 @@ class _Layer:
     """`Activations` of a single layer."""
 
     kept: int
-    """Without the input."""
+    """Its input among it where it keeps that: in float32, whose norms compute on a copy otherwise."""
     input: int
     norm: int
     shared: int
@@ -146,7 +146,7 @@ class _Layer:
                 out = decoder.norm(hidden_1SD)
             norm = by_norm.bytes_without(decoder.parameters()) + _bytes_of([out])
             made, going_back, by_layer = _forth_and_back(layer, hidden_1SD, said)
-            kept = by_layer.bytes_without([*decoder.parameters(), *shared, hidden_1SD])
+            kept = by_layer.bytes_without([*decoder.parameters(), *shared])
         return cls(kept, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, made, going_back)
 
 

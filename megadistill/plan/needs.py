@@ -3,19 +3,13 @@
 `measure` counts the models once; `needs` is arithmetic, quick enough to be asked for thousands of layouts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from megadistill.comm.roles import Roles
-from megadistill.comm.topology import Launch, vocab_group_size
-from megadistill.config import Recipe, load_recipe
+from megadistill.config import Recipe
 from megadistill.data import Mixture
-from megadistill.errors import UserError
-from megadistill.model.families import load_config
 from megadistill.model.flops import Flops, ParameterCounts
 from megadistill.plan.assignment import Assignment
 from megadistill.plan.measured import Measured, MeasuredModel, measure
@@ -23,9 +17,6 @@ from megadistill.plan.memory import Lines, host_memory, student_memory, teacher_
 from megadistill.plan.storage import TargetBytes, checkpoint_bytes, target_bytes
 from megadistill.plan.traffic import Link, student_traffic, teacher_traffic
 from megadistill.plan.zero import Zero
-from megadistill.student.profile import load_deepspeed
-
-__all__ = ["Measured", "Needs", "measure", "needs", "rank_memory", "read_needs", "readable", "tables"]
 
 
 @dataclass(frozen=True)
@@ -99,47 +90,8 @@ class Needs:
         return self.phases[self.phase]
 
     @property
-    def wire(self) -> dict[str, int]:
-        return {name: round(link.received) for name, link in self.traffic.items()}
-
-    @property
     def flops_per_token(self) -> int:
         return sum(model.flops for model in self.models)
-
-
-def read_needs(path: Path, overrides: Sequence[str], *, ranks: int) -> Needs:
-    """The needs of a recipe file and of what it names, with every rank on one node. `ranks`: the teacher's own, too.
-
-    Raises:
-        UserError: the recipe, its data or its models are wrong, or do not divide over the ranks.
-    """
-    if ranks < 1:
-        raise UserError(f"--ranks {ranks}: a run needs at least one")
-    recipe = load_recipe(path, overrides)
-    data = Mixture.load(recipe.data)
-    source = recipe.student.config
-    student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
-    student.vocab_size = data.vocab_size
-    teacher = None
-    if recipe.teacher is not None and recipe.teacher.source == "live":
-        assert recipe.teacher.path is not None
-        teacher = load_config(Path(recipe.teacher.path), what="teacher.path")
-    roles = None
-    if recipe.teacher is not None and recipe.teacher.placement == "disaggregated":
-        assert recipe.teacher.ranks is not None
-        roles = Roles(ranks, recipe.teacher.ranks, recipe.teacher.stages or recipe.teacher.ranks)
-        ranks = roles.students
-    launch = Launch(rank=0, world=ranks, local_rank=0, local_world=ranks)
-    return needs(
-        recipe,
-        measure(student, teacher, sequence_length=data.sequence_length),
-        vocab_size=data.vocab_size,
-        ranks=ranks,
-        ranks_per_node=ranks if roles is None else roles.world,
-        group_size=vocab_group_size(recipe.comm.vocab_group, launch),
-        roles=roles,
-        profile=load_deepspeed(Path(recipe.student.deepspeed)),
-    )
 
 
 def rank_memory(
@@ -228,48 +180,3 @@ def _trained(run: Assignment) -> Work:
 def _taught(run: Assignment, teacher: MeasuredModel) -> Work:
     once = teacher.forward
     return Work(once.body, once.head, once.attention, once.head if run.recipe.loss.label_fraction > 0 else 0)
-
-
-def tables(found: Needs) -> list[Table]:
-    """Models, memory and traffic, for a person."""
-    shown = {"memory of a rank": found.memory, "memory of its host": found.host, "received a token": found.wire}
-    if found.teacher_memory:
-        shown["memory of a teacher's rank"] = found.teacher_memory
-    return [_models(found), *(_amounts(title, amounts) for title, amounts in shown.items())]
-
-
-def _models(found: Needs) -> Table:
-    total = found.flops_per_token * found.tokens
-    table = Table(
-        title=f"{found.ranks} ranks, vocabulary and teacher over {found.group_size}, accumulation {found.accumulation}",
-        caption=f"{found.tokens:,} tokens x {readable(found.flops_per_token, 'FLOP')} = {total:.3g} FLOP",
-    )
-    for heading in ("model", "parameters", "body", "embedding", "head", "forward", "a token"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-    for model in found.models:
-        counts = model.parameters
-        sizes = (counts.total, counts.body, counts.embedding, counts.head)
-        work = (model.forward.forward, model.flops)
-        table.add_row(model.role, *(readable(size, "") for size in sizes), *(readable(flops, "FLOP") for flops in work))
-    return table
-
-
-def _amounts(title: str, amounts: dict[str, int]) -> Table:
-    table = Table(title=title, show_header=False)
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
-    rows: Sequence[tuple[str, int]] = sorted(amounts.items(), key=lambda item: -item[1])
-    for what, amount in rows:
-        table.add_row(what, readable(amount, "B"))
-    table.add_section()
-    table.add_row("together", readable(sum(amounts.values()), "B"))
-    return table
-
-
-def readable(amount: float, unit: str) -> str:
-    """Three significant digits with a decimal prefix: `8.03 G`, `16.1 GB`."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    while amount >= 999.5 and len(prefixes) > 1:
-        amount /= 1000
-        prefixes.pop(0)
-    return f"{amount:.3g} {prefixes[0]}{unit}".rstrip()
