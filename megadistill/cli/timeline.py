@@ -78,7 +78,7 @@ def _of_plan(options: argparse.Namespace) -> int:
         raise UserError(what_would_help(plan))
     recipe = shown.placed.recipe
     pipelines = list(Pipeline) if shown.times.stages else [Pipeline.RUNS_AHEAD]
-    where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {plan.cluster.accelerator.name}"
+    where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {options.gpu}"
     assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
     found = [
         simulate(

@@ -41,7 +41,7 @@ COLOURS = {**COMPUTING, **OTHERWISE}
 def draw(timelines: Sequence[Timeline], path: Path) -> None:
     """One picture (PNG), one below the other, on one scale of time."""
     rows = [min(MOST_ROWS, len(timeline.lanes)) for timeline in timelines]
-    height = 0.9 + sum(0.95 + 0.28 * each for each in rows)
+    height = 0.6 + sum(1.1 + 0.28 * each for each in rows)
     figure = Figure(figsize=(12, height), dpi=110, layout="constrained")
     panels = figure.subplots(len(timelines), 1, squeeze=False, sharex=True, height_ratios=[each + 2.5 for each in rows])
     windows = [timeline.window for timeline in timelines]
@@ -49,8 +49,7 @@ def draw(timelines: Sequence[Timeline], path: Path) -> None:
     scale, unit = (1.0, "s") if longest >= 20 else (1e3, "ms")
     used: set[str] = set()
     for axes, timeline in zip(panels[:, 0], timelines, strict=True):
-        used |= _panel(axes, timeline, scale, longest)
-    panels[-1, 0].set_xlabel(f"time in {unit}")
+        used |= _panel(axes, timeline, scale, unit, longest)
     shown = [name for name in COLOURS if name in used]
     patches = [Patch(facecolor=COLOURS[name], edgecolor="#999999", linewidth=0.4, label=name) for name in shown]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(shown), 11), frameon=False, fontsize=9)
@@ -59,7 +58,7 @@ def draw(timelines: Sequence[Timeline], path: Path) -> None:
         figure.savefig(path)
 
 
-def _panel(axes: Axes, timeline: Timeline, scale: float, longest: float) -> set[str]:
+def _panel(axes: Axes, timeline: Timeline, scale: float, unit: str, longest: float) -> set[str]:
     """Draws one timeline; the names of what is in it."""
     begin, end = timeline.window
     lanes = timeline.lanes[:MOST_ROWS]
@@ -73,13 +72,13 @@ def _panel(axes: Axes, timeline: Timeline, scale: float, longest: float) -> set[
         share = f"{_idle(lane, begin, end):.0%}"
         axes.text(1.005, row, share, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     for name, boxes in rectangles.items():
-        axes.add_collection(PolyCollection(boxes, facecolors=COLOURS[name], edgecolors="none"))
+        axes.add_collection(PolyCollection(boxes, facecolors=COLOURS[name], edgecolors="none", antialiaseds=False))
     axes.text(1.005, -0.75, "idle", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9, color="#555555")
     _mark_steps(axes, timeline, scale, begin, longest)
     hidden = len(timeline.lanes) - len(lanes)
     title = timeline.title + (f" (the first {len(lanes)} of {len(timeline.lanes)} ranks)" if hidden else "")
     axes.set_title(_plain(f"{title}\n"), loc="left", fontsize=11, parse_math=False)
-    axes.set_title(_plain(f"{timeline.note}\n"), loc="right", fontsize=8, color="#555555", parse_math=False)
+    axes.set_xlabel(_plain(f"time in {unit}; {timeline.note}"), fontsize=9, parse_math=False)
     axes.set_yticks(
         range(len(lanes)), [_plain(f"{lane.rank}  {lane.role}") for lane in lanes], fontsize=9, parse_math=False
     )
