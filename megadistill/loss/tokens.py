@@ -32,7 +32,6 @@ class AgainstTeacher:
     """Σ min(p_t, p_s): the acceptance rate of speculative decoding, 1 - total variation."""
     agreement: Tensor
     """1 where both have the same most likely id, else 0."""
-    teacher_entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class TokenTerms:
 
     cross_entropy: Tensor
     """-ln p_s of the label; 0 where there is none."""
+    entropy: Tensor
     confidence: Tensor
     """The largest probability of p_s."""
     correct: Tensor
@@ -89,19 +89,19 @@ def token_terms(
         chunk = begun.chunk(problem)
         k = len(chunk.tokens.weights_n) // g
         found.append(_columns(chunk)[:, rank * k : (rank + 1) * k])
-    columns = torch.cat(found, dim=1) if found else everyone.weights_gL.new_empty(3 + 5 * (len(heads) - 1), 0)
-    cross_entropy, confidence, best, *against = columns[:, : len(labels)].unbind()
+    columns = torch.cat(found, dim=1) if found else everyone.weights_gL.new_empty(4 * len(heads), 0)
+    cross_entropy, entropy, confidence, best, *against = columns[:, : len(labels)].unbind()
     correct = (best == labels).to(best.dtype)
-    return TokenTerms(cross_entropy, confidence, correct, AgainstTeacher(*against) if against else None)
+    return TokenTerms(cross_entropy, entropy, confidence, correct, AgainstTeacher(*against) if against else None)
 
 
 def _columns(chunk: Chunk) -> Tensor:
-    """[3 or 8, n]: cross-entropy, confidence and most likely id, then the fields of `AgainstTeacher`. Collective."""
+    """[4 or 8, n]: cross-entropy, entropy, confidence and most likely id, then the fields of `AgainstTeacher`. Collective."""
     student, teacher, labelled_n = chunk.student, chunk.teacher, chunk.tokens.labelled_n
     cross_entropy_n = torch.where(labelled_n > 0, student.label_ce_n, 0)
-    own = torch.stack([cross_entropy_n, (-student.log_sum_n).exp(), student.best_n])
+    own = torch.stack([cross_entropy_n, student.entropy_n, (-student.log_sum_n).exp(), student.best_n])
     if teacher is None:
         return own
     kl_n, _, jsd_n, acceptance_n = all_reduce_sum(chunk.diagnose(), chunk.vocab.group).unbind(dim=1)
     same_n = (teacher.best_n == student.best_n).to(labelled_n.dtype)
-    return torch.cat([own, torch.stack([kl_n, jsd_n, acceptance_n, same_n, teacher.entropy_n])])
+    return torch.cat([own, torch.stack([kl_n, jsd_n, acceptance_n, same_n])])

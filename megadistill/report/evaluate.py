@@ -68,8 +68,8 @@ def evaluate(
         found = token_numbers(loaded, held, vocab_size, first_teaches=teacher is not None)
         for tally, terms in zip(tallies, found, strict=True):
             tally.add(terms, source)
-        if found[0].teacher is not None:
-            entropies.append(found[0].teacher.teacher_entropy)
+        if teacher:
+            entropies.append(found[0].entropy)
     tenths = deciles(entropies, topology) if teacher else None
     totals = [tally.totals(tenths.of_token_N if tenths else None, topology) for tally in tallies]
     names = short_names([folder.resolve().parts for folder in folders])

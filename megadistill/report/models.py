@@ -4,6 +4,7 @@ Legend: N tokens of a batch that have a label, D width of a model.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.loss import TokenTerms, VocabSlice, token_terms
+from megadistill.loss import AgainstTeacher, TokenTerms, VocabSlice, token_terms
 from megadistill.model.families import decoder, load_config, logit_transform, reading
 from megadistill.model.weights import check_weights
 from megadistill.records import IGNORED_LABEL, LogitTransform, TokenBatch
@@ -52,33 +53,24 @@ def token_numbers(
     """What each model says of the batch's N tokens with a label; against the first one, if that is the teacher."""
     learned = batch.labels.flatten() != IGNORED_LABEL
     labels_N = batch.labels.flatten()[learned]
-    teacher = models[0] if first_teaches else None
-    taught_ND = _hidden(teacher, batch, learned) if teacher is not None else None
-    found = []
-    for model in models:
-        hidden_ND = taught_ND if model is teacher and taught_ND is not None else _hidden(model, batch, learned)
-        found.append(
-            token_terms(
-                hidden_ND,
-                _head(model, vocab_size),
-                labels_N,
-                vocab=VocabSlice.contiguous(0, vocab_size, size=vocab_size),
-                teacher_hidden=taught_ND,
-                teacher_weight=None if teacher is None else _head(teacher, vocab_size),
-                student_logits=logit_transform(model.config),
-                teacher_logits=LogitTransform() if teacher is None else logit_transform(teacher.config),
-            )
-        )
+    teacher, students = (models[0], models[1:]) if first_teaches else (None, models)
+    vocab = VocabSlice.contiguous(0, vocab_size, size=vocab_size)
+    found: list[TokenTerms] = []
+    told: dict[str, Any] = {}
+    if teacher is not None:
+        taught_ND, head, logits = _read(teacher, batch, learned, vocab_size)
+        told = {"teacher_hidden": taught_ND, "teacher_weight": head, "teacher_logits": logits}
+        alone = token_terms(taught_ND, head, labels_N, vocab=vocab, student_logits=logits)
+        none_N, all_N = torch.zeros_like(alone.entropy), torch.ones_like(alone.entropy)
+        found.append(replace(alone, teacher=AgainstTeacher(kl=none_N, jsd=none_N, acceptance=all_N, agreement=all_N)))
+    for student in students:
+        hidden_ND, head, logits = _read(student, batch, learned, vocab_size)
+        found.append(token_terms(hidden_ND, head, labels_N, vocab=vocab, student_logits=logits, **told))
     return found
 
 
-def _hidden(model: Any, batch: TokenBatch, learned: Tensor) -> Tensor:
-    """[N, D]: final hidden states, which the head has not read yet."""
+def _read(model: Any, batch: TokenBatch, learned: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, LogitTransform]:
+    """[N, D]: final hidden states of the tokens that are `learned`; the head without padding rows; what it does then."""
     hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
-    return hidden.flatten(0, 1)[learned]
-
-
-def _head(model: Any, vocab_size: int) -> Tensor:
-    """[V, D], without padding rows."""
-    weight: Tensor = model.get_output_embeddings().weight[:vocab_size]
-    return weight
+    head = model.get_output_embeddings().weight[:vocab_size]
+    return hidden.flatten(0, 1)[learned], head, logit_transform(model.config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadistill.config import dotted
+from megadistill.redaction import without_secrets
 from megadistill.report.folder import RunRecord, printable
 
 LONGEST_CELL = 600
@@ -24,10 +25,10 @@ class Table:
 
 
 def text(value: Any) -> str:
-    """A value of a recipe or of an event as one line."""
+    """A value of a recipe or of an event as one line, without the secrets of a URL: pages are passed around."""
     if value is None:
         return NOTHING
-    said = value if isinstance(value, str) else json.dumps(value, default=str)
+    said = without_secrets(value if isinstance(value, str) else json.dumps(value, default=str))
     said = printable(" ".join(said[: 2 * LONGEST_CELL].split()))
     return said if len(said) <= LONGEST_CELL else said[:LONGEST_CELL] + "…"
 

@@ -95,7 +95,16 @@ def build_partitioned(
     """
     with deepspeed.zero.Init(config_dict_or_path=engine_config):
         model: Module = build_causal_lm(config, vocab_size=padded, dtype=PRECISIONS[precision])
-    for name, parameter in model.named_parameters() if seed is not None else ():
+    if seed is not None:
+        _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=rank)
+    rebuild_buffers(model)
+    model.forward = MethodType(_hidden_states, model)
+    return model
+
+
+def _initialise(model: Module, config: Any, *, vocab_size: int, seed: int, rank: int) -> None:
+    """Each parameter is gathered alone, and filled by rank 0."""
+    for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
@@ -103,9 +112,6 @@ def build_partitioned(
                 values = initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
                 parameter.data.zero_()
                 parameter.data[:rows].copy_(values)
-    rebuild_buffers(model)
-    model.forward = MethodType(_hidden_states, model)
-    return model
 
 
 class StudentEngine:

@@ -6,7 +6,6 @@ exclusive create, and the attempt before it finds the file when it next wants to
 
 import json
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import OperatorFault
+from megadistill.redaction import command_line, names_a_secret, without_secrets
 from megadistill.train.run_folder import versions
 
 MAX_RECORD_BYTES = 1 << 20
@@ -25,14 +25,6 @@ RECORDED_VARIABLES = (
     "MASTER_PORT", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE",
 )  # fmt: skip
 RECORDED_PREFIXES = ("GLOO_", "NCCL_", "SLURM_", "TORCHELASTIC_", "TORCH_NCCL_")
-
-_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
-_NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}|xox[a-z]-[\w-]+"
-    r"|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
-    r"|(?<=[?&])[\w.-]*(?i:key|token|secret|passw|credential|sig)[\w.-]*=[^&#\s]+"  # of a presigned URL
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ def launch_record(world: int) -> dict[str, Any]:
     environment = {
         name: without_secrets(value)
         for name, value in sorted(os.environ.items())
-        if (name in RECORDED_VARIABLES or name.startswith(RECORDED_PREFIXES)) and not _names_a_secret(name)
+        if (name in RECORDED_VARIABLES or name.startswith(RECORDED_PREFIXES)) and not names_a_secret(name)
     }
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -94,29 +86,6 @@ def launch_record(world: int) -> dict[str, Any]:
         "versions": versions(),
         "environment": environment,
     }
-
-
-def command_line(arguments: list[str]) -> list[str]:
-    """Arguments of a command without the values of `--key=value` and `--key value` whose name says a secret."""
-    shown, hide = [], False
-    for argument in arguments:
-        name, separator, _ = argument.partition("=")
-        secret = _names_a_secret(name)
-        if hide or (separator and secret):
-            shown.append(f"{name}=***" if separator and not hide else "***")
-        else:
-            shown.append(without_secrets(argument))
-        hide = secret and not separator and argument.startswith("-") and not hide
-    return shown
-
-
-def without_secrets(value: str) -> str:
-    """`value` with what has the form of a well-known key, or of a URL's password, as `***`."""
-    return _SECRET_VALUE.sub("***", value)
-
-
-def _names_a_secret(name: str) -> bool:
-    return _SECRET_NAME.search(_NO_SECRET.sub("", name)) is not None
 
 
 def _path(folder: Path, number: int) -> Path:

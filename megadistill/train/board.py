@@ -11,6 +11,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from megadistill.config import Recipe
+from megadistill.redaction import without_secrets
 from megadistill.train.histograms import Histogram
 
 GROUPS = {
@@ -98,4 +99,4 @@ class Board:
 
 def _as_markdown(recipe: dict[str, Any]) -> str:
     """TensorBoard shows text as Markdown, which leaves an indented block as it is."""
-    return "".join(f"    {line}\n" for line in yaml.safe_dump(recipe, sort_keys=False).splitlines())
+    return "".join(f"    {without_secrets(line)}\n" for line in yaml.safe_dump(recipe, sort_keys=False).splitlines())

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from megadistill.train.attempt import without_secrets
+from megadistill.redaction import without_secrets
 
 Rows = dict[str, str | None]
 """What it is -> the value, as Markdown; None: the row is left out."""

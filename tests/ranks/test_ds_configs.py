@@ -38,7 +38,7 @@ def truth() -> list[dict[str, float]]:
     return steps
 
 
-@pytest.mark.parametrize(("name", "hpz"), [("zero3.json", 1), ("zeropp.json", 2)])
+@pytest.mark.parametrize(("name", "hpz"), [("zero3.json", 1), ("hpz.json", 2), ("zeropp.json", 2)])
 def test_a_file_for_gpus_trains_to_the_same_numbers(name: str, hpz: int, truth: list[dict[str, float]]) -> None:
     found, offloaded, copies = run_ranks(2, _trained, name, hpz)[0]
     assert found == truth

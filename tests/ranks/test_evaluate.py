@@ -108,7 +108,7 @@ def test_a_vocabulary_over_ranks_says_the_same_of_each_token() -> None:
         teacher_weight=p.teacher_weight,
     )
     parts = run_ranks(3, _split_vocabulary, counts)
-    for name in ("cross_entropy", "confidence", "correct"):
+    for name in ("cross_entropy", "entropy", "confidence", "correct"):
         together = torch.cat([getattr(part, name) for part in parts])
         torch.testing.assert_close(together, getattr(whole, name), rtol=1e-12, atol=1e-12)
     for name, truth in vars(whole.teacher).items():

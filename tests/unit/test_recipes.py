@@ -18,7 +18,7 @@ from megadistill.model.families import load_config
 from megadistill.model.flops import parameter_counts
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, placed
-from megadistill.plan.needs import Measured, measure
+from megadistill.plan.measured import Measured, measure
 from megadistill.plan.subject import read_subject
 from megadistill.plan.throughput import Assumed
 from megadistill.train.setup import prepare

@@ -21,7 +21,7 @@ SHIPPED = sorted(path.name for path in DS_CONFIGS.iterdir())
 
 
 def test_these_files_are_shipped() -> None:
-    assert SHIPPED == ["cpu.json", "zero3-offload.json", "zero3.json", "zeropp.json"]
+    assert SHIPPED == ["cpu.json", "hpz.json", "zero3-offload.json", "zero3.json", "zeropp.json"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -49,11 +49,13 @@ def test_every_number_of_a_step_has_a_group() -> None:
 
 def test_the_recipe_is_there_to_read(tmp_path: Path) -> None:
     folder = tmp_path / "board"
-    asked = recipe(tmp_path / "manifest.json", Path("<b>bold</b> # no heading"))
+    url = {"manifest": "s3://me:pass@bucket/manifest.json"}
+    asked = recipe(tmp_path, Path("<b>bold</b> # no heading"), data=url)
     Board(folder, asked, start_step=7).close()
     (event,) = _read(folder).Tensors("recipe/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
+    assert "s3://***@bucket" in text
     assert "\n      steps: 6\n" in text
     assert all(line.startswith("    ") for line in text.splitlines()), "Markdown leaves an indented block alone"
 

@@ -1,0 +1,38 @@
+"""What is written down or shown to others, without the secrets in it. It knows no room.
+
+Names of options that say a secret, and values that have the form of one.
+"""
+
+import re
+
+_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}|xox[a-z]-[\w-]+"
+    r"|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+    r"|(?<=[?&])[\w.-]*(?i:key|token|secret|passw|credential|sig)[\w.-]*=[^&#\s]+"  # of a presigned URL
+)
+
+
+def command_line(arguments: list[str]) -> list[str]:
+    """Arguments of a command without the values of `--key=value` and `--key value` whose name says a secret."""
+    shown, hide = [], False
+    for argument in arguments:
+        name, separator, _ = argument.partition("=")
+        secret = names_a_secret(name)
+        if hide or (separator and secret):
+            shown.append(f"{name}=***" if separator and not hide else "***")
+        else:
+            shown.append(without_secrets(argument))
+        hide = secret and not separator and argument.startswith("-") and not hide
+    return shown
+
+
+def without_secrets(value: str) -> str:
+    """`value` with what has the form of a well-known key, or of a URL's password, as `***`."""
+    return _SECRET_VALUE.sub("***", value)
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether an option or a variable of this name holds a secret; tokens of a text are none."""
+    return _SECRET_NAME.search(_NO_SECRET.sub("", name)) is not None
