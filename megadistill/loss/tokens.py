@@ -96,7 +96,7 @@ def token_terms(
 
 
 def _columns(chunk: Chunk) -> Tensor:
-    """[4 or 8, n]: cross-entropy, entropy, confidence and most likely id, then the fields of `AgainstTeacher`. Collective."""
+    """[4 or 8, n]: cross-entropy, entropy, confidence, most likely id, then `AgainstTeacher`. Collective."""
     student, teacher, labelled_n = chunk.student, chunk.teacher, chunk.tokens.labelled_n
     cross_entropy_n = torch.where(labelled_n > 0, student.label_ce_n, 0)
     own = torch.stack([cross_entropy_n, student.entropy_n, (-student.log_sum_n).exp(), student.best_n])

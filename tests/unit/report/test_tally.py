@@ -16,7 +16,7 @@ ALONE = Launch(rank=0, world=1, local_rank=0, local_world=1)
 
 def _totals(confidence: list[float]) -> Totals:
     tally, ones = Tally(1), torch.ones(len(confidence))
-    tally.add(TokenTerms(ones, torch.tensor(confidence, dtype=torch.float64), ones, None), 0)
+    tally.add(TokenTerms(ones, ones, torch.tensor(confidence, dtype=torch.float64), ones, None), 0)
     with ranks(ALONE) as alone:
         return tally.totals(None, alone)
 
