@@ -70,7 +70,7 @@ def token_numbers(
 
 
 def _read(model: Any, batch: TokenBatch, learned: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, LogitTransform]:
-    """Final hidden states [N, D] of the tokens that are `learned`, the head without padding rows, and what follows it."""
+    """Final hidden states [N, D] of the tokens that are `learned`, the head without padding rows, and its transform."""
     hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
     head = model.get_output_embeddings().weight[:vocab_size]
     return hidden.flatten(0, 1)[learned], head, logit_transform(model.config)
