@@ -8,7 +8,7 @@ import pytest
 from megadistill.errors import UserError
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.forecast import forecast
-from megadistill.plan.layouts import layouts, placed, recipe_of
+from megadistill.plan.layouts import Cluster, layouts, placed, recipe_of
 from megadistill.plan.measured import measure
 from megadistill.plan.scaling_law import supervised_loss
 from megadistill.plan.search import DEAR, Plan, plan, what_would_help
@@ -18,9 +18,8 @@ from megadistill.plan.values import values
 from tests.unit.plan.tiny import cluster, subject
 
 
-def _all(what: Subject, **where: float) -> list[Estimate]:
+def _all(what: Subject, machines: Cluster) -> list[Estimate]:
     measured = measure(what.student, what.teacher, sequence_length=what.sequence_length)
-    machines = cluster(1, 4, **where)
     found = []
     for layout in layouts(what, machines):
         try:
@@ -32,9 +31,12 @@ def _all(what: Subject, **where: float) -> list[Estimate]:
 
 
 def test_nothing_that_fits_is_cheaper_than_the_best() -> None:
-    what = subject()
-    everything = _all(what)
-    found = plan(what, cluster(1, 4), Assumed())
+    """Two nodes and a tiny model: traffic shows, so larger micro-batches are better, and asked last."""
+    what, machines = subject(), cluster(2, 4)
+    everything = _all(what, machines)
+    found = plan(what, machines, Assumed())
+    assert len({round(each.gpu_hours * 1e12) for each in everything}) > 10
+    assert found.best[0].layout.micro_batch > 1
     assert found.best[0].gpu_hours == pytest.approx(min(each.gpu_hours for each in everything), rel=0.01)
     assert all(each.fits for each in found.best)
     colocated = [each for each in found.best if each.placed.roles is None]
@@ -47,7 +49,7 @@ def test_nothing_that_fits_is_cheaper_than_the_best() -> None:
 
 def test_a_smaller_device_leaves_fewer_layouts_and_the_same_order() -> None:
     what = subject()
-    sizes = sorted(each.memory for each in _all(what))
+    sizes = sorted(each.memory for each in _all(what, cluster(1, 4)))
     found = plan(what, cluster(1, 4, memory_gb=sizes[len(sizes) // 2] / 1e9), Assumed())
     assert found.best
     assert all(each.memory <= sizes[len(sizes) // 2] for each in found.best)
@@ -70,7 +72,7 @@ def test_a_recipe_that_cannot_start_gets_proposals_and_the_reason() -> None:
 
 def _nothing_fits(**sections: dict[str, object]) -> Plan:
     what = subject(**sections)
-    least = min(each.memory for each in _all(what))
+    least = min(each.memory for each in _all(what, cluster(1, 4)))
     return plan(what, cluster(1, 4, memory_gb=0.999 * least / 1e9), Assumed())
 
 
