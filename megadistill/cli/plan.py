@@ -18,7 +18,8 @@ Exit 2 also where no layout fits; the line then says by how much, and what would
 
 def add(verbs: Verbs) -> None:
     verb = add_verb(verbs, "plan", "what a recipe needs on a cluster, and the layouts that suit it best", PLAN_EPILOG)
-    add_plan_options(verb)
+    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
+    add_plan_options(verb, required=True)
     law = verb.add_argument_group("the distillation scaling law")
     law.add_argument("--teacher-loss", type=float, metavar="X", help="the teacher's cross-entropy, nats a token")
     law.add_argument("--teacher-tokens", type=float, metavar="D", help="or the tokens that it was trained on")
@@ -27,12 +28,13 @@ def add(verbs: Verbs) -> None:
     verb.set_defaults(run=_plan)
 
 
-def add_plan_options(verb: argparse.ArgumentParser) -> None:
-    """What `planned` reads: the recipe, the cluster, and what is assumed of it."""
-    verb.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
-    verb.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes, of one kind")
+def add_plan_options(verb: argparse.ArgumentParser, *, required: bool) -> None:
+    """What `planned` reads beside the recipe: the cluster, and what is assumed of it."""
+    verb.add_argument("--nodes", type=int, required=required, metavar="N", help="nodes, of one kind")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="processes of a node, one a GPU (8)")
-    verb.add_argument("--gpu", required=True, metavar="KIND", help="h100, a100-80gb, ... or a YAML file of your own")
+    verb.add_argument(
+        "--gpu", required=required, metavar="KIND", help="h100, a100-80gb, ... or a YAML file of your own"
+    )
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     verb.add_argument("--sequence-length", type=int, metavar="S", help="where the data is not on this machine")
     verb.add_argument("--teacher-config", type=Path, metavar="DIR", help="with config.json, where teacher.path is not")
@@ -44,8 +46,8 @@ def add_plan_options(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def planned(options: argparse.Namespace) -> Any:
-    """The plan (`plan.search.Plan`) of the options that `add_plan_options` adds.
+def planned(recipe: Path, options: argparse.Namespace) -> Any:
+    """The plan (`plan.search.Plan`) of a recipe, by the options that `add_plan_options` adds.
 
     Raises:
         UserError: one line.
@@ -59,7 +61,7 @@ def planned(options: argparse.Namespace) -> Any:
     cluster = Cluster(options.nodes, options.gpus_per_node, accelerator(options.gpu))
     assumed = Assumed(options.student_mfu, options.teacher_mfu)
     subject = read_subject(
-        options.recipe, options.set, sequence_length=options.sequence_length, teacher_config=options.teacher_config
+        recipe, options.set, sequence_length=options.sequence_length, teacher_config=options.teacher_config
     )
     return plan(subject, cluster, assumed)
 
@@ -78,7 +80,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise UserError(f"--price {options.price}: give what a GPU-hour costs")
-    found = planned(options)
+    found = planned(options.recipe, options)
     shown = found.shown
     law = None
     if shown is not None:

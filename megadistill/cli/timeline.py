@@ -30,12 +30,8 @@ def add(verbs: Verbs) -> None:
     verb = add_verb(
         verbs, "timeline", "who computes, waits and sends in a few steps: a trace and a picture", TIMELINE_EPILOG
     )
-    add_plan_options(verb)
-    for action in verb._actions:  # where a recipe may stand, so may a run, which says by itself where it ran
-        if action.dest == "recipe":
-            action.dest, action.metavar, action.help = "source", "RUN|RECIPE", "a run folder, or a YAML recipe"
-        else:
-            action.required = False
+    verb.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
+    add_plan_options(verb, required=False)  # a run says by itself where it ran
     verb.add_argument("--steps", type=int, metavar="N", help=f"of a plan: its first N (default {STEPS})")
     verb.add_argument("--output", type=Path, metavar="DIR", help="where the files go (of a run: by default RUN)")
     verb.set_defaults(run=_timeline)
@@ -71,8 +67,7 @@ def _of_plan(options: argparse.Namespace) -> int:
     from megadistill.plan.search import what_would_help
     from megadistill.plan.timeline import Pipeline, simulate
 
-    options.recipe = options.source
-    plan = planned(options)
+    plan = planned(options.source, options)
     shown = plan.shown
     if shown is None:
         raise UserError(what_would_help(plan))

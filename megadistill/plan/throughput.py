@@ -94,10 +94,12 @@ class StepTimes:
     @property
     def micro_step(self) -> float:
         """Between two micro-steps of a filled pipeline. A teacher on ranks of its own works beside the student, and
-        answers travel beside both, if enough is asked ahead; a colocated one takes its turn, and its answers are
-        waited for."""
+        answers travel beside both, if enough is asked ahead: a rank asks for the last of `queue` when it comes for the
+        first, and computes once more before it comes for the one behind it. A colocated teacher takes its turn, and its
+        answers are waited for."""
         if self.replicas:
-            return max(self.student, self.beat, self.clients * self.answer, self.latency / self.queue)
+            asked = (self.latency + self.student) / self.queue
+            return max(self.student, self.beat, self.clients * self.answer, asked)
         return self.student + self.beat + (self.clients * self.answer)
 
     @property
