@@ -54,6 +54,8 @@ clean:
 smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
 	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json
+	$(BIN)/megadistill report $(SMOKE)/teacher $(SMOKE)/labels $(SMOKE)/distill --evaluation $(SMOKE)/evaluation.json \
+	    --output $(SMOKE)
 	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
 
 $(SMOKE)/data/heldout/manifest.json: | $(READY)
