@@ -6,6 +6,7 @@ Legend: S tokens of a sequence, M draws of a token, K ids kept of one.
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megadistill.config import TargetsSection
 from megadistill.plan.assignment import FLOAT32, Assignment
@@ -22,21 +23,24 @@ DISTINCT_OF_50 = 12
 
 
 def checkpoint_bytes(run: Assignment) -> int:
-    """All ranks' files of one checkpoint, exact but for pieces that padding makes shorter. Its manifest, some hundred
-    kilobytes with the recipe and a line for each file and parameter, is not counted."""
+    """All ranks' files of one checkpoint, to the byte where the ranks divide every parameter; else some bytes more, as
+    the last pieces are counted whole. Its manifest is not counted: the recipe, a line for each file and parameter."""
     states = len(STATES) * FLOAT32 * sum(run.sizes)
-    return states + run.ranks * (_header_bytes(run) + RNG_BYTES + FLOAT32)
+    pieces = tuple(-(-size // run.ranks) for size in run.sizes)
+    return states + run.ranks * (_header_bytes(tuple(run.student.shapes), pieces) + RNG_BYTES + FLOAT32)
 
 
-def _header_bytes(run: Assignment) -> int:
-    """Of a safetensors file: eight bytes, and its JSON filled up to a multiple of eight. Wide numbers come first."""
-    pieces = {"optimizer_step": 1}
-    for name, size in zip(run.student.shapes, run.sizes, strict=True):
-        pieces |= {f"{kind}/{name}": -(-size // run.ranks) for kind in STATES}
+@lru_cache(maxsize=256)
+def _header_bytes(names: tuple[str, ...], pieces: tuple[int, ...]) -> int:
+    """Of a rank's safetensors file: eight bytes, and its JSON filled up to a multiple of eight. Wide numbers come
+    first."""
+    held = {"optimizer_step": 1}
+    for name, piece in zip(names, pieces, strict=True):
+        held |= {f"{kind}/{name}": piece for kind in STATES}
     header, offset = {}, 0
-    for name in sorted(pieces):
-        offsets = [offset, offset + FLOAT32 * pieces[name]]
-        header[name] = {"dtype": "F32", "shape": [pieces[name]], "data_offsets": offsets}
+    for name in sorted(held):
+        offsets = [offset, offset + FLOAT32 * held[name]]
+        header[name] = {"dtype": "F32", "shape": [held[name]], "data_offsets": offsets}
         offset = offsets[1]
     header["rng"] = {"dtype": "U8", "shape": [RNG_BYTES], "data_offsets": [offset, offset + RNG_BYTES]}
     length = len(json.dumps(header, separators=(",", ":")))
