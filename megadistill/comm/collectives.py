@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megadistill import timeline
+
 
 def group_size(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
@@ -30,7 +32,8 @@ class Pending:
     def wait(self) -> Tensor:
         """The result, which the device's later work may read."""
         if self.work is not None:
-            self.work.wait()
+            with timeline.span(timeline.WAIT, "wait for ranks"):
+                self.work.wait()
         return self.result
 
 
