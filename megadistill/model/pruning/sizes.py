@@ -53,7 +53,7 @@ def pruned_sizes(
     asked = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "layers": layers}
     for name, size in asked.items():
         if size is not None and not 1 <= size <= asdict(own)[name]:
-            raise UserError(f"{option(name)} {size}: the teacher has {asdict(own)[name]}, give 1 to as many")
+            raise UserError(f"{option(name)} {size}: give 1 to {asdict(own)[name]}, which the teacher has")
     sizes = Sizes(**{**asdict(own), **{name: size for name, size in asked.items() if size is not None}})
     if sizes == own:
         raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, asked))}")
