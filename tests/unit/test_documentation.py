@@ -5,8 +5,10 @@ import shlex
 import tomllib
 
 import pytest
+import yaml
 
 from megadistill.cli import parser
+from megadistill.config import Recipe, validate_recipe
 from tests.documented import PAGES, every_command
 from tests.paths import ROOT
 
@@ -55,3 +57,17 @@ def test_documented_extras_are_the_projects() -> None:
         for name in names.split(",")
     }
     assert said <= set(extras), said - set(extras)
+
+
+def test_a_documented_recipe_is_one() -> None:
+    blocks = [
+        yaml.safe_load(block)
+        for page in PAGES
+        for block in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    ]
+    whole = [block for block in blocks if "objective" in block]
+    assert whole
+    for values in whole:
+        validate_recipe(values, source="a page")
+    sections = {section for block in blocks for section in block}
+    assert sections <= set(Recipe.model_fields) | {"extends"}
