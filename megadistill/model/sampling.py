@@ -3,13 +3,30 @@
 Legend: B prompts, P tokens of each, N new tokens of each, V ids of the true vocabulary.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
+
+
+def require_drawable(temperature: float, top_p: float, counts: Mapping[str, int]) -> None:
+    """Refuses what `continuations` cannot draw by. `counts`: what there must be at least one of, by its option.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    for option, count in counts.items():
+        if count < 1:
+            raise UserError(f"{option} {count}: give at least 1")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: give 0 for the most likely token, or a positive number")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: give a share above 0, up to 1 for the whole distribution")
 
 
 @torch.no_grad()
@@ -46,7 +63,7 @@ def continuations(
         ended_B |= found_BN[:, place] == eos
         all_ended, finite = torch.stack([ended_B.all(), logits_BV.isfinite().all()]).tolist()
         if not finite:
-            raise OperatorFault("the teacher's logits are not finite: check its weights and its dtype")
+            raise OperatorFault("the model's logits are not finite: check its weights and its dtype")
         if all_ended:
             break
         read = found_BN[:, place : place + 1]

@@ -5,7 +5,6 @@ Legend: P tokens of a prompt, N new tokens, C continuations of a prompt.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from megadistill.data import Manifest
 from megadistill.data.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import load_config
-from megadistill.model.sampling import continuations
+from megadistill.model.sampling import continuations, require_drawable
 from megadistill.model.weights import check_weights, load_pretrained
 from megadistill.report.models import check_model
 from megadistill.report.prompts import Prompt, decoded
@@ -46,13 +45,7 @@ class Draws:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for option, value in (("--tokens", self.tokens), ("--count", self.count)):
-            if value < 1:
-                raise UserError(f"{option} {value}: give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: give 0 for the most likely token, or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: give a share above 0, up to 1 for the whole distribution")
+        require_drawable(self.temperature, self.top_p, {"--tokens": self.tokens, "--count": self.count})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Slots are dealt out to shards in order, and shards to the jobs that share the wo
 depend on who writes it. The same call, started again, keeps what is whole and goes on.
 """
 
-import math
 import os
 import time
 from contextlib import suppress
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from megadistill.data import Mixture, TokenStream, tokenizer_sha256
+from megadistill.data import Mixture, TokenStream
 from megadistill.data.encode import disk_faults
 from megadistill.data.manifest import (
     FORMAT_VERSION,
@@ -36,8 +35,10 @@ from megadistill.errors import UserError
 from megadistill.model.export import TOKENIZER_FILES
 from megadistill.model.families import load_config
 from megadistill.model.fingerprint import teacher_fingerprint
+from megadistill.model.sampling import require_drawable
 from megadistill.model.weights import check_weights
 from megadistill.teacher.generated_shards import PACKER, PACKER_VERSION, Done, Shards, Speaker
+from megadistill.teacher.same_ids import require_same_ids
 
 SHARD_SLOTS: Final = 1024
 MAX_TOKENIZER_BYTES: Final = 256 << 20
@@ -61,13 +62,9 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for option, value in (("--prompt-tokens", self.prompt_tokens), ("--new-tokens", self.new_tokens)):
-            if value < 1:
-                raise UserError(f"{option} {value}: give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: give 0 for the most likely token, or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: give a share above 0, up to 1 for the whole distribution")
+        require_drawable(
+            self.temperature, self.top_p, {"--prompt-tokens": self.prompt_tokens, "--new-tokens": self.new_tokens}
+        )
 
 
 @dataclass(frozen=True)
@@ -272,17 +269,7 @@ def _check(
             f"--prompt-tokens {sampling.prompt_tokens} and --new-tokens {sampling.new_tokens} make {needed}, but the "
             f"teacher in {teacher} reads {places}: give fewer"
         )
-    if config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"the teacher in {teacher} has {config.vocab_size} ids, the data {data.vocab_size}: tokenize the text with "
-            "the teacher's own tokenizer"
-        )
-    if tokenizer_sha256(teacher, prefer=data.tokenizer.kind) != (data.tokenizer.kind, data.tokenizer.sha256):
-        raise UserError(
-            f"the tokenizer in {teacher} is missing, or not that of the data (sha256 {data.tokenizer.sha256[:12]}…): "
-            "tokenize the text with the teacher's own, or copy there the one that it was trained with (there is no "
-            "teacher.vocab_map here: what a teacher writes is in its own ids)"
-        )
+    require_same_ids(teacher, config, data)
     check_weights(teacher, config)
 
 

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from megadistill import __version__
-from megadistill.data import Mixture, TokenStream, tokenizer_sha256
+from megadistill.data import Mixture, TokenStream
 from megadistill.data.manifest import token_dtype
 from megadistill.data.progress import ShowProgress
 from megadistill.errors import UserError
@@ -38,6 +38,7 @@ from megadistill.model.pruning import (
 )
 from megadistill.model.weights import check_weights, load_pretrained
 from megadistill.records import TokenBatch
+from megadistill.teacher.same_ids import require_same_ids
 
 RECORD_FILE: Final = "pruning.json"
 MAX_SHARD_BYTES: Final = 4096 * 1_000_000
@@ -145,16 +146,7 @@ def prune(
 
 
 def _check_data(teacher: Path, config: Any, data: Mixture) -> None:
-    if config.vocab_size < data.vocab_size:
-        raise UserError(
-            f"the teacher in {teacher} has {config.vocab_size} ids, the data {data.vocab_size}: tokenize the text with "
-            "the teacher's own tokenizer"
-        )
-    if tokenizer_sha256(teacher, prefer=data.tokenizer.kind) != (data.tokenizer.kind, data.tokenizer.sha256):
-        raise UserError(
-            f"the tokenizer in {teacher} is missing, or not that of the data (sha256 {data.tokenizer.sha256[:12]}…): "
-            "tokenize the text with the teacher's own, or copy there the one that it was trained with"
-        )
+    require_same_ids(teacher, config, data)
     if data.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"the teacher in {teacher} reads {config.max_position_embeddings} positions, the sequences of the data "

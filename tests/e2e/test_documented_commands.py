@@ -77,7 +77,7 @@ def sandbox(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_corpus(folder)
     for name in ("runs/smoke/teacher-hf", "runs/smoke/labels-hf", "runs/smoke/distill-hf", "teacher"):
         shutil.copytree(place.teacher, folder / name)
-    split = ["--tokenizer", str(place.teacher), "--sequence-length", "128", "--heldout-fraction", "0.2"]
+    split = ["--tokenizer", str(place.teacher), "--sequence-length", "128", "--heldout-fraction", "0.02"]
     text = in_process("tokenize", str(folder / "text"), *split, "--output", str(folder / "runs" / "smoke" / "data"))
     succeeded(text)
     for source in ("web", "code"):
