@@ -16,7 +16,7 @@ from megadistill.model.families import load_config
 from megadistill.train.checkpoint import Checkpoint, checkpoint_folders, newest_checkpoint
 from megadistill.train.model_card import Origin, model_card
 from megadistill.train.rollback import given_up, read_rollbacks
-from megadistill.train.run_folder import TOKENIZER_FOLDER
+from megadistill.train.run_folder import TOKENIZER_FOLDER, student_config_of
 
 
 def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes: int, dtype: str | None) -> int:
@@ -38,8 +38,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     manifest = checkpoint.manifest
     recipe = _recipe_of(run, checkpoint)
     numbers = getattr(torch, dtype or recipe.train.precision)
-    named = recipe.student.config
-    config = load_config(Path(named) if isinstance(named, str) else named, what="student.config")
+    config = load_config(student_config_of(run, recipe.student), what="student.config")
     config = exported_config(config, dtype=numbers, true_vocab=manifest.vocab_size)
     tokenizer = run / TOKENIZER_FOLDER if run is not None else None
     if tokenizer is None:

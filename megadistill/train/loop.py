@@ -31,7 +31,7 @@ from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, 
 from megadistill.train.probe import check_probe
 from megadistill.train.recording import recorded, recorded_service
 from megadistill.train.recovery import Recovery
-from megadistill.train.run_folder import describe, keep_tokenizer, started_from, write_description
+from megadistill.train.run_folder import describe, keep_student_config, keep_tokenizer, started_from, write_description
 from megadistill.train.schedule import scheduled
 from megadistill.train.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import StepOutcome, train_step
@@ -107,6 +107,7 @@ class Run:
             first = started_from(setup.folder, setup.recipe.student.weights)
             write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile, started_from=first))
             keep_tokenizer(setup.folder, setup.data)
+            keep_student_config(setup.folder, setup.recipe.student)
         self._objective = objective_of(setup)
         self._meter = meter_of(setup, topology)
         self._frozen = self._frozen_weights()

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import dotted, validate_recipe
+from megadistill.config import StudentSection, dotted, validate_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.model.export import TOKENIZER_FILES
@@ -52,6 +52,9 @@ MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "faults.")
 
 TOKENIZER_FOLDER = "tokenizer"
 """Beside recipe.json: a run can be exported where its data is no longer at hand."""
+
+STUDENT_FOLDER = "student"
+"""And where the folder that `student.config` names is not: it holds that one's config.json."""
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
@@ -151,3 +154,22 @@ def keep_tokenizer(folder: Path, data: Mixture) -> None:
     if not (temporary / main).exists():
         raise UserError(f"data: {main}, the tokenizer of the shards, is not where their manifest says: restore it")
     temporary.rename(target)
+
+
+def keep_student_config(folder: Path, section: StudentSection) -> None:
+    """Copies the config.json that the recipe names into the run folder, once; one that is spelled out is there."""
+    target = folder / STUDENT_FOLDER / "config.json"
+    if not isinstance(section.config, str) or target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_bytes((Path(section.config) / "config.json").read_bytes())
+    temporary.rename(target)
+
+
+def student_config_of(run: Path | None, section: StudentSection) -> dict[str, Any] | Path:
+    """What the student of a run was built from: spelled out, or a folder, the run's own where it has one."""
+    if not isinstance(section.config, str):
+        return section.config
+    kept = None if run is None else run / STUDENT_FOLDER
+    return kept if kept is not None and (kept / "config.json").is_file() else Path(section.config)

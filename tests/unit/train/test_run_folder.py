@@ -12,12 +12,14 @@ from megadistill.train.run_folder import (
     MAY_CHANGE,
     PACKAGES,
     describe,
+    keep_student_config,
     keep_tokenizer,
     refuse_other_recipe,
+    student_config_of,
     write_description,
 )
 from tests.unit.data.servers import serving
-from tests.unit.train.cases import described_data, recipe
+from tests.unit.train.cases import MODEL, described_data, described_teacher, recipe
 
 
 def _snapshot(**sections: Any) -> dict[str, Any]:
@@ -140,3 +142,21 @@ def test_the_tokenizer_of_remote_shards_is_copied_too(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         keep_tokenizer(tmp_path / "run", Mixture.of(Manifest.load(f"{server.url}/set/train/manifest.json")))
     assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
+
+
+def test_a_named_students_config_is_kept_and_read_where_the_folder_is_gone(tmp_path: Path) -> None:
+    named, run = tmp_path / "named", tmp_path / "run"
+    described_teacher(named)
+    section = recipe(tmp_path / "manifest.json", run, student={"config": str(named)}).student
+    keep_student_config(run, section)
+    before = (named / "config.json").read_bytes()
+    (named / "config.json").write_text("{}", encoding="utf-8")
+    keep_student_config(run, section)
+    found = student_config_of(run, section)
+    assert isinstance(found, Path)
+    assert (found / "config.json").read_bytes() == before, "a resume does not exchange it"
+    assert student_config_of(None, section) == named
+    spelled_out = recipe(tmp_path / "manifest.json", run).student
+    keep_student_config(tmp_path / "other", spelled_out)
+    assert not (tmp_path / "other").exists()
+    assert student_config_of(run, spelled_out) == MODEL
