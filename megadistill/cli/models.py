@@ -110,7 +110,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megadistill.train.export import export_run
+    from megadistill.export.run import export_run
 
     step = export_run(
         options.source,

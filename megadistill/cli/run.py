@@ -105,7 +105,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from megadistill.train.findings import Report
+    from megadistill.doctor.findings import Report
 
     def tell(report: Report) -> None:
         Console().print(report.table())
@@ -115,15 +115,14 @@ def _doctor(options: argparse.Namespace) -> int:
             print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
 
     if options.node:
-        from megadistill.train.doctor import examine_node
+        from megadistill.doctor.examine import examine_node
 
         report = examine_node(options.recipe, options.set)
         tell(report)
         return 0 if report.ok else UserError.exit_code
-    from megadistill.plan.needs import rank_memory
-    from megadistill.train.doctor import examine
+    from megadistill.doctor.examine import examine
 
-    well = examine(options.recipe, options.set, memory=rank_memory, tell=tell)
+    well = examine(options.recipe, options.set, tell=tell)
     return 0 if well else UserError.exit_code
 
 

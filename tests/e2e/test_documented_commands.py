@@ -27,7 +27,7 @@ from tests.paths import ROOT
 
 ELSEWHERE = {
     r"train recipes/(gemma2|llama3)": "tests/ranks/test_recipes.py",
-    r"export runs/llama3": "tests/unit/train/test_export.py",
+    r"export runs/llama3": "tests/unit/export/test_run.py",
     r"^megadistill prune models/": "tests/unit/model/test_pruning.py",
     r"^megadistill benchmark": "tests/unit/report/test_benchmark.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",

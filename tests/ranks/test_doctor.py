@@ -15,9 +15,9 @@ from megadistill.comm.bandwidth import all_reduce_bandwidth, clock_offsets, gath
 from megadistill.comm.collectives import barrier
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe
-from megadistill.train import doctor
-from megadistill.train.findings import Report
-from megadistill.train.rehearsal import rehearse
+from megadistill.doctor import examine as doctor
+from megadistill.doctor.findings import Report
+from megadistill.doctor.rehearsal import rehearse
 from megadistill.train.setup import prepare
 from tests.ranks.harness import PRELOAD, run_ranks
 from tests.unit.train.cases import MODEL, described_data, described_teacher, recipe
@@ -95,8 +95,7 @@ def _examines(rank: int, port: int, path: Path) -> None:
     def tell(report: Report) -> None:
         path.with_name("told.json").write_text(json.dumps(report.values()))
 
-    memory = {"device": {"states": 1}, "host": {"states": 1}}
-    well = doctor.examine(path, [], memory=lambda *_, **__: memory, tell=tell)
+    well = doctor.examine(path, [], tell=tell)
     os._exit(0 if well else 2)
 
 

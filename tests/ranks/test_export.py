@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.comm.collectives import all_gather_rows
 from megadistill.comm.topology import Topology
+from megadistill.export.run import export_run
 from megadistill.model.families import EMBEDDING, HEAD, load_config, parameter_shapes
 from megadistill.records import Cursor
-from megadistill.train.export import export_run
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, VOCAB, Case, build, config_of, global_batch, recipe_for, run_steps
 from tests.unit.train.cases import save_checkpoint

@@ -29,9 +29,9 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Export], None]:
     """Puts a function where the verb `export` finds its room."""
 
     def replace(function: Export) -> None:
-        room: Any = ModuleType("megadistill.train.export")
+        room: Any = ModuleType("megadistill.export.run")
         room.export_run = function
-        monkeypatch.setitem(sys.modules, "megadistill.train.export", room)
+        monkeypatch.setitem(sys.modules, "megadistill.export.run", room)
 
     return replace
 

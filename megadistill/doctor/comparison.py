@@ -1,4 +1,4 @@
-"""Room `train`: what the facts of all ranks say beside each other. It measures nothing and talks to nobody.
+"""Room `doctor`: what the facts of all ranks say beside each other. It measures nothing and talks to nobody.
 
 On a CPU, ranks share cores and memory with whatever else runs, so what is slow there is doubtful, not bad.
 """
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from megadistill.comm.bandwidth import Pair
-from megadistill.train.findings import Examined, Mark, Row, require_same, some, spread
+from megadistill.doctor.findings import Examined, Mark, Row, require_same, some, spread
 from megadistill.train.saver import FREE_SPACE_MARGIN
 from megadistill.train.stragglers import SLOWER, slow
 

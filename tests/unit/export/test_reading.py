@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.data.mixture import Order, Source, Stage
+from megadistill.export.reading import sequences_of
 from megadistill.records import Cursor
-from megadistill.train.reading import sequences_of
 
 SOURCES = {name: Source(fingerprint=name * 3, counts=(7, 30)) for name in ("books", "code", "web")}
 STAGES = (

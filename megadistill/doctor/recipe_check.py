@@ -1,4 +1,4 @@
-"""Room `train`: what a recipe names, part by part, so that one fault does not hide the next. It starts nothing.
+"""Room `doctor`: what a recipe names, part by part, so that one fault does not hide the next. It starts nothing.
 
 What is refused, and in which words, is `setup`'s and its rooms'. Here each part is asked alone; `prepare`, which a run
 asks, is asked last, so that nothing it refuses is missing here.
@@ -18,13 +18,13 @@ from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.reader import open_shard
+from megadistill.doctor.findings import Examined, Mark
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.model.fingerprint import teacher_fingerprint
 from megadistill.model.flops import parameter_counts
 from megadistill.model.weights import check_weights
 from megadistill.student.profile import deepspeed_config, deepspeed_profile
-from megadistill.train.findings import Examined, Mark
 from megadistill.train.preflight import check_start
 from megadistill.train.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup import Setup, prepare, roles_of

@@ -1,4 +1,4 @@
-"""Room `train`: one step of a small run of the recipe's kind, through the run's own code, before the run.
+"""Room `doctor`: one step of a small run of the recipe's kind, through the run's own code, before the run.
 
 Architecture, precision, DeepSpeed's settings, loss, vocab group and stages are the recipe's; widths, depth, vocabulary
 and tokens are small. The teacher is written to a folder of each rank's own and read from it as a real one is. A teacher

@@ -1,4 +1,4 @@
-"""Room `train`: what each rank found before a run, and what all of it says of the launch. It measures nothing itself.
+"""Room `doctor`: what each rank found before a run, and what all of it says of the launch. It measures nothing itself.
 
 A *finding* is what one rank says of one thing. A *row* is what the ranks say of it together: once where they agree, by
 node where they do not. A node is bad where its own means failed, or where what failed there did not fail elsewhere.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megadistill.cli import main
-from megadistill.train import node_check
-from megadistill.train.findings import Examined, Mark
-from megadistill.train.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read
+from megadistill.doctor import node_check
+from megadistill.doctor.findings import Examined, Mark
+from megadistill.doctor.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read
 from tests.paths import RECIPES
 
 

@@ -1,4 +1,4 @@
-"""Room `train`: what a run has read until a checkpoint, source by source, from the cursor alone. It opens no shard.
+"""Room `export`: what a run has read until a checkpoint, source by source, from the cursor alone. It opens no shard.
 
 Legend: P slots of a stage's period, K sources.
 """

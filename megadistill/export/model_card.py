@@ -1,4 +1,4 @@
-"""Room `train`: the model card of an exported student, made of what its run wrote down. It reads no weights of it."""
+"""Room `export`: the model card of an exported student, made of what its run wrote down. It reads no weights of it."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ from megadistill.config import LossSection, Recipe, ScheduleSection
 from megadistill.data import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.events import read_lines
+from megadistill.export.markdown import Rows, last_name, plain, table, table_of
+from megadistill.export.reading import Reading
+from megadistill.export.results import came_to
 from megadistill.model.families import load_config
 from megadistill.model.fingerprint import teacher_fingerprint
 from megadistill.model.flops import flops_per_token, parameter_counts
 from megadistill.train.checkpoint import Checkpoint
-from megadistill.train.markdown import Rows, last_name, plain, table, table_of
-from megadistill.train.reading import Reading
-from megadistill.train.results import came_to
 from megadistill.train.run_folder import TOKENIZER_FOLDER
 
 DIVERGENCES = {

@@ -2,8 +2,8 @@
 
 import json
 
+from megadistill.doctor.findings import Examined, Mark, Report, Row, require_same, rows_of, some
 from megadistill.errors import UserError
-from megadistill.train.findings import Examined, Mark, Report, Row, require_same, rows_of, some
 
 GOOD, DOUBTFUL, BAD = Mark.GOOD, Mark.DOUBTFUL, Mark.BAD
 

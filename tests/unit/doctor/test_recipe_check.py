@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from megadistill.comm.topology import Launch
+from megadistill.doctor import recipe_check
+from megadistill.doctor.findings import Examined, Mark
+from megadistill.doctor.recipe_check import check_recipe
 from megadistill.errors import UserError
-from megadistill.train import recipe_check
-from megadistill.train.findings import Examined, Mark
-from megadistill.train.recipe_check import check_recipe
 from tests.unit.train.cases import described_data, described_teacher, recipe
 
 ONE = Launch(0, 1, 0, 1)

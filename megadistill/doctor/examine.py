@@ -1,4 +1,4 @@
-"""Room `train`: what can be known before a run, asked on every rank of its launch. It trains nothing.
+"""Room `doctor`: what can be known before a run, asked on every rank of its launch. It trains nothing.
 
 What each rank can say by itself comes first, so that one that is broken still joins and says so; then what only all of
 them together can: whether they are alike, how fast they reach each other, and whether one small step goes through.
@@ -22,8 +22,7 @@ from megadistill.comm.bandwidth import (
 from megadistill.comm.collectives import barrier, everywhere
 from megadistill.comm.topology import Launch, Topology, joined, local_device
 from megadistill.config import load_recipe
-from megadistill.model.flops import parameter_counts
-from megadistill.train.comparison import (
+from megadistill.doctor.comparison import (
     clock_row,
     contents_row,
     devices_row,
@@ -33,10 +32,12 @@ from megadistill.train.comparison import (
     space_row,
     versions_row,
 )
-from megadistill.train.findings import Examined, Mark, Report, Row, rows_of
-from megadistill.train.node_check import check_device, check_devices, check_node, free_space
-from megadistill.train.recipe_check import check_recipe
-from megadistill.train.rehearsal import rehearse
+from megadistill.doctor.findings import Examined, Mark, Report, Row, rows_of
+from megadistill.doctor.node_check import check_device, check_devices, check_node, free_space
+from megadistill.doctor.recipe_check import check_recipe
+from megadistill.doctor.rehearsal import rehearse
+from megadistill.model.flops import parameter_counts
+from megadistill.plan.needs import rank_memory
 from megadistill.train.setup import Setup
 
 TIMEOUT_MINUTES = 2.0
@@ -45,9 +46,6 @@ TELLING_SECONDS = 10.0
 """For the first rank to learn what broke on another one, and to tell: launchers end all ranks when one leaves."""
 SEEN_SECONDS = 5.0
 """That a file may take until another node sees it."""
-
-MemoryOf = Callable[..., Mapping[str, Mapping[str, int]]]
-"""`plan.needs.rank_memory`, which this room does not see."""
 
 
 def examine_node(path: Path, overrides: Sequence[str]) -> Report:
@@ -59,14 +57,14 @@ def examine_node(path: Path, overrides: Sequence[str]) -> Report:
     return Report(tuple(rows_of([own])))
 
 
-def examine(path: Path, overrides: Sequence[str], *, memory: MemoryOf, tell: Callable[[Report], None]) -> bool:
+def examine(path: Path, overrides: Sequence[str], *, tell: Callable[[Report], None]) -> bool:
     """Whether nothing stands against the run, on the ranks that the launcher started. The first of them tells.
 
     Raises:
         UserError: the launcher's variables do not say which rank this is.
     """
     launch = Launch.from_environment()
-    own, setup = _examined_alone(path, overrides, launch, memory)
+    own, setup = _examined_alone(path, overrides, launch)
     rows = rows_of([own])
 
     def tell_first(*more: Row) -> None:
@@ -94,9 +92,7 @@ def examine(path: Path, overrides: Sequence[str], *, memory: MemoryOf, tell: Cal
     return Report(tuple(rows)).ok
 
 
-def _examined_alone(
-    path: Path, overrides: Sequence[str], launch: Launch, memory: MemoryOf
-) -> tuple[Examined, Setup | None]:
+def _examined_alone(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[Examined, Setup | None]:
     own = Examined(launch.rank, socket.gethostname())
     recipe, setup = check_recipe(own, path, overrides, launch)
     device = local_device(launch.local_rank)
@@ -107,13 +103,13 @@ def _examined_alone(
     if recipe is not None:
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
-        own.facts["needs"] = _needs(setup, launch, memory)
+        own.facts["needs"] = _needs(setup, launch)
         own.facts["parameters"] = parameter_counts(setup.student_config).total
     return own, setup
 
 
-def _needs(setup: Setup, launch: Launch, memory: MemoryOf) -> Mapping[str, Mapping[str, int]]:
-    return memory(
+def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
+    return rank_memory(
         setup.recipe,
         student=setup.student_config,
         teacher=setup.teacher_config,

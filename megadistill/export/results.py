@@ -1,10 +1,10 @@
-"""Room `train`: what a run came to, for its model card: its last step's numbers, and evaluations beside it."""
+"""Room `export`: what a run came to, for its model card: its last step's numbers, and evaluations beside it."""
 
 import json
 from pathlib import Path
 
 from megadistill.events import read_lines
-from megadistill.train.markdown import last_name, plain, table
+from megadistill.export.markdown import last_name, plain, table
 
 LOGGED = {
     "loss": "loss",

@@ -16,13 +16,13 @@ from megadistill import __version__
 from megadistill.config import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import OperatorFault, UserError
+from megadistill.export.markdown import plain
+from megadistill.export.run import export_run
 from megadistill.model.families import EMBEDDING, HEAD, load_config, parameter_shapes
 from megadistill.model.fingerprint import teacher_fingerprint
 from megadistill.model.flops import flops_per_token, parameter_counts
 from megadistill.records import Cursor
 from megadistill.train.checkpoint import commit, write_rank
-from megadistill.train.export import export_run
-from megadistill.train.markdown import plain
 from megadistill.train.rollback import Rollback, record_rollbacks
 from megadistill.train.run_folder import describe, write_description
 from tests.unit.train.cases import (

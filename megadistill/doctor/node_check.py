@@ -1,4 +1,4 @@
-"""Room `train`: what a node can say of itself before a run: devices, memory, disk, leftovers. It knows no other one."""
+"""Room `doctor`: what a node can say of itself: devices, memory, disk, leftovers. It knows no other one."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from megadistill.comm.topology import local_device
+from megadistill.doctor.findings import Examined, Mark, some
 from megadistill.errors import UserError
 from megadistill.train.attempt import MAX_RECORD_BYTES
-from megadistill.train.findings import Examined, Mark, some
 from megadistill.train.jit_locks import extensions_folder, refuse_stale_jit_locks
 from megadistill.train.run_folder import versions
 from megadistill.train.stragglers import product_seconds

@@ -1,4 +1,4 @@
-"""Room `train`: text and tables as Markdown. It knows no run.
+"""Room `export`: text and tables as Markdown. It knows no run.
 
 Text from elsewhere is escaped, and of a path the last name alone is shown: a card gives away no machine, no user, and
 no key of a URL.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megadistill.train.comparison import (
+from megadistill.doctor.comparison import (
     clock_row,
     contents_row,
     devices_row,
@@ -12,7 +12,7 @@ from megadistill.train.comparison import (
     space_row,
     versions_row,
 )
-from megadistill.train.findings import Examined, Mark
+from megadistill.doctor.findings import Examined, Mark
 
 GB = 10**9
 

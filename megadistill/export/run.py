@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face folder: one process, tensor by tensor. It starts no ranks, and needs no GPU."""
+"""Room `export`: from a checkpoint to a Hugging Face folder, tensor by tensor. It starts no ranks, and needs no GPU."""
 
 import json
 import sys
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from megadistill.config import Recipe, validate_recipe
 from megadistill.errors import UserError
+from megadistill.export.model_card import Origin, model_card
 from megadistill.model.export import NamedReader, export_model, exported_config
 from megadistill.model.families import load_config
 from megadistill.train.checkpoint import Checkpoint, checkpoint_folders, newest_checkpoint
-from megadistill.train.model_card import Origin, model_card
 from megadistill.train.rollback import given_up, read_rollbacks
 from megadistill.train.run_folder import TOKENIZER_FOLDER, student_config_of
 
