@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import DataSection, Recipe
-from megadistill.data import Manifest, Mixture, TokenStream, tokenize
+from megadistill.data import Manifest, Mixture, TokenStream
 from megadistill.errors import OperatorFault, UserError
 from megadistill.model.families import EMBEDDING, HEAD, load_config
 from megadistill.train.cache import store_targets
@@ -22,6 +22,7 @@ from megadistill.train.checkpoint import newest_checkpoint
 from megadistill.train.loop import run
 from megadistill.train.placement import serve
 from megadistill.train.setup import prepare
+from tests.corpora import small_data_set
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 
@@ -32,19 +33,7 @@ STEPS, BATCH = 5, 4
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split of a few units, so that steps end in the middle of an epoch, and epochs in the middle of a step."""
     folder = tmp_path_factory.mktemp("data")
-    for number in range(12):
-        text = f"def function_{number}(x):\n    return x * {number} + {number * 7}\n" * 2
-        (folder / f"text{number}.py").write_text(text, encoding="utf-8")
-    tokenize(
-        [folder],
-        folder / "set",
-        tokenizer=None,
-        vocab_size=300,
-        sequence_length=64,
-        heldout_fraction=0.3,
-        progress=lambda stage, **numbers: None,
-    )
-    return folder / "set" / "train" / "manifest.json"
+    return small_data_set(folder, sequence_length=64, heldout_fraction=0.3) / "train" / "manifest.json"
 
 
 STUDENT: dict[str, Any] = {

@@ -15,12 +15,13 @@ import pytest
 from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe, load_recipe
-from megadistill.data import Manifest, tokenize
+from megadistill.data import Manifest
 from megadistill.model.families import load_config
 from megadistill.model.shrunken import shrunken, write_random
 from megadistill.train.loop import run
 from megadistill.train.placement import serve
 from megadistill.train.setup import prepare
+from tests.corpora import small_data_set
 from tests.paths import RECIPES, ROOT
 from tests.ranks.harness import run_ranks
 
@@ -31,19 +32,8 @@ STEPS = 3
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split of four units: every step reads all of them, so that the loss of one can be compared with the next."""
     folder = tmp_path_factory.mktemp("data")
-    for number in range(8):
-        text = f"def function_{number}(x):\n    return x * {number} + {number * 7}\n"
-        (folder / f"text{number}.py").write_text(text, encoding="utf-8")
-    tokenize(
-        [folder],
-        folder / "set",
-        tokenizer=None,
-        vocab_size=300,
-        sequence_length=32,
-        heldout_fraction=0.0,
-        progress=lambda stage, **numbers: None,
-    )
-    return folder / "set" / "train" / "manifest.json"
+    data = small_data_set(folder, sequence_length=32, heldout_fraction=0.0, documents=8, repeats=1)
+    return data / "train" / "manifest.json"
 
 
 def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:

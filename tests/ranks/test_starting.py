@@ -12,20 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe, StudentSection
-from megadistill.data import TokenStream, tokenize
+from megadistill.data import TokenStream
 from megadistill.loss import label_loss
 from megadistill.model.families import load_config, logit_transform
 from megadistill.model.fingerprint import teacher_fingerprint
 from megadistill.student.profile import load_deepspeed
 from megadistill.train.loop import run
 from megadistill.train.setup import prepare
+from tests.corpora import VOCAB as TEXT_VOCAB
+from tests.corpora import small_data_set
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, SEED, Case, WatchedStudent, train_section
 from tests.unit.model.cases import CASES, SIZES, VOCAB, saved_model
 
 SHAPE = (2, 16)
-TEXT_VOCAB = 300
 """The least that a tokenizer can have."""
 MODEL: dict[str, Any] = {"model_type": "llama", **SIZES, "num_hidden_layers": 2}
 
@@ -123,19 +124,7 @@ def test_the_first_step_is_transformers_own(
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for number in range(12):
-        text = f"def function_{number}(x):\n    return x * {number} + {number * 7}\n" * 2
-        (folder / f"text{number}.py").write_text(text, encoding="utf-8")
-    tokenize(
-        [folder],
-        folder / "set",
-        tokenizer=None,
-        vocab_size=TEXT_VOCAB,
-        sequence_length=32,
-        heldout_fraction=0.3,
-        progress=lambda stage, **numbers: None,
-    )
-    return folder / "set" / "train" / "manifest.json"
+    return small_data_set(folder, sequence_length=32, heldout_fraction=0.3) / "train" / "manifest.json"
 
 
 def _recipe(manifest: Path, folder: Path, weights: Path) -> Recipe:

@@ -10,14 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadistill.cli import main
-from megadistill.data import Manifest, Mixture, tokenize
+from megadistill.data import Manifest, Mixture
 from megadistill.errors import UserError
 from megadistill.model.families import load_config
 from megadistill.model.fingerprint import teacher_fingerprint
 from megadistill.teacher import prune as room
 from megadistill.teacher.prune import PruneReport, prune
+from tests.corpora import VOCAB as IDS
+from tests.corpora import small_data_set
 
-IDS, ROWS, SEQUENCE = 300, 304, 32
+ROWS, SEQUENCE = 304, 32
 
 
 def _silent(stage: str, **numbers: int) -> None:
@@ -28,19 +30,7 @@ def _silent(stage: str, **numbers: int) -> None:
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tokenizer/ and train/. Not to be written to."""
     folder = tmp_path_factory.mktemp("data")
-    for number in range(12):
-        text = f"def function_{number}(x):\n    return x * {number} + {number * 7}\n" * 2
-        (folder / f"text{number}.py").write_text(text, encoding="utf-8")
-    tokenize(
-        [folder],
-        folder / "set",
-        tokenizer=None,
-        vocab_size=IDS,
-        sequence_length=SEQUENCE,
-        heldout_fraction=0,
-        progress=_silent,
-    )
-    return folder / "set"
+    return small_data_set(folder, sequence_length=SEQUENCE, heldout_fraction=0)
 
 
 @pytest.fixture(scope="module")
