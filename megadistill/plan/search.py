@@ -88,11 +88,16 @@ def _search(subject: Subject, measured: Measured, cluster: Cluster, assumed: Ass
 
 def _stage_is_too_large(layout: Layout, subject: Subject, measured: Measured, cluster: Cluster) -> bool:
     """Told without counting anything else: a single stage does not fit a device."""
+    stage = _stage_bytes(layout, subject, measured)
+    return stage is not None and stage > 2 * cluster.accelerator.memory_bytes
+
+
+def _stage_bytes(layout: Layout, subject: Subject, measured: Measured) -> int | None:
+    """Of the largest stage of a live teacher; None where there is none, or it has fewer layers than stages."""
     teacher, stages = measured.teacher, layout.stages or layout.vocab_group
     if teacher is None or stages > teacher.layers:
-        return False
-    element = PRECISION_BYTES[subject.recipe.train.precision]
-    return element * max(teacher.stage_parameters(stages)) > 2 * cluster.accelerator.memory_bytes
+        return None
+    return PRECISION_BYTES[subject.recipe.train.precision] * max(teacher.stage_parameters(stages))
 
 
 def _cost(found: Estimate) -> tuple[float, int]:
@@ -119,7 +124,17 @@ def what_would_help(found: Plan) -> str:
     nearest = found.nearest
     kind, ranks = found.cluster.accelerator.name, found.cluster.ranks
     if nearest is None:
-        return f"no layout of this recipe starts on {ranks} GPUs: {found.refused}"
+        sizes = [
+            _stage_bytes(layout, found.subject, found.measured) for layout in layouts(found.subject, found.cluster)
+        ]
+        smallest = min((size for size in sizes if size is not None), default=0)
+        if smallest <= found.cluster.accelerator.memory_bytes:
+            return f"no layout of this recipe starts on {ranks} GPUs: {found.refused}"
+        said = (
+            f"no layout fits: in as many stages as {ranks} GPUs allow, the teacher's largest has "
+            f"{smallest / 1e9:.1f} GB, a GPU {found.cluster.accelerator.memory_gb:g} GB ({kind})"
+        )
+        return f"{said}; {'; '.join(_mended(found)) or 'take more nodes, or a smaller teacher'}"
     lines = max(nearest.needs.memory, nearest.needs.teacher_memory, key=lambda held: sum(held.values()))
     largest = sorted(lines.items(), key=lambda item: -item[1])[:3]
     filled = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in largest)

@@ -88,6 +88,17 @@ def test_where_nothing_fits_the_nearest_is_named_and_what_was_tried() -> None:
     assert "offload_optimizer" in said
 
 
+def test_a_teacher_whose_stages_fit_no_gpu_is_named_in_bytes() -> None:
+    """The recipe's own vocab group is refused on one GPU, which is not what stands against the run."""
+    found = plan(subject(comm={"vocab_group": 2}), cluster(1, 1, memory_gb=1e-5), Assumed())
+    assert (found.own, found.nearest) == (None, None)
+    said = what_would_help(found)
+    assert "no layout fits: in as many stages as 1 GPUs allow, the teacher's largest has" in said
+    assert "vocab_group" not in said
+    assert "\n" not in said
+    assert "more nodes, or a smaller teacher" in said or "it fits on" in said
+
+
 def test_a_teacher_beside_the_student_has_its_own_memory_and_pace() -> None:
     what = subject(teacher=None)
     alone = plan(what, cluster(1, 3), Assumed()).own
