@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from benchmarks.distillation_page import PAGE, Key, Row, read_results, result_table, write_page
+from benchmarks.distillation_page import PAGE, SEQUENCE, Key, Row, read_results, result_table, write_page
 from benchmarks.distillation_plots import draw
 from benchmarks.jobs import Ended, Job, Pace, Step, run
 from megadistill.config import Recipe, load_recipe
@@ -104,7 +104,16 @@ def tokenize_job(place: Place) -> Job:
     data = place.folder / "data"
     command = (
         *("tokenize", sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "site-packages/*"),
-        *("--vocab-size", "2048", "--sequence-length", "128", "--heldout-fraction", "0.02", "--output", str(data)),
+        *(
+            "--vocab-size",
+            "2048",
+            "--sequence-length",
+            str(SEQUENCE),
+            "--heldout-fraction",
+            "0.02",
+            "--output",
+            str(data),
+        ),
     )
     log = place.folder / "logs/tokenize.log"
     return Job("the text, tokenized", (_verb(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)

@@ -23,6 +23,8 @@ from megadistill.errors import UserError
 PAGE = ROOT / "docs/results/distillation.md"
 CSV = ROOT / "benchmarks/results/distillation.csv"
 LABELS, FULL = "labels", "full-kl"
+SEQUENCE = 128
+"""Tokens."""
 MEASURES = (
     *("parameters", "tokens", "cross_entropy", "bits_per_byte", "kl", "jsd"),
     *("acceptance", "calibration_error", "agreement"),
@@ -53,9 +55,13 @@ class Results:
     teacher: Mapping[str, Any]
 
     def rows(self) -> list[Row]:
-        """The best first, by their first seed."""
+        """The best first, by their share of the gap: a row of one seed is compared with the others' same seed."""
         found = list(dict.fromkeys(row for row, _ in self.students))
-        return sorted(found, key=lambda row: fmean(self.values(row, "cross_entropy")))
+        return sorted(found, key=self._place)
+
+    def _place(self, row: Row) -> tuple[bool, float]:
+        shares = self.shares(row)
+        return (False, -fmean(shares)) if shares else (True, fmean(self.values(row, "cross_entropy")))
 
     def values(self, row: Row, measure: str) -> list[float]:
         """One value a seed."""
@@ -152,11 +158,10 @@ def what_was_run(results: Results, described: Mapping[str, Any]) -> str:
     student, teacher = next(iter(results.students.values())), results.teacher
     train = described["recipe"]["train"]
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
-    sequence = 128
     return "\n".join(
         (
             f"* Student: {student['parameters']:,} parameters; {train['steps']:,} steps of "
-            f"{train['global_batch'] * sequence:,} tokens, learning rate {train['adamw']['learning_rate']}.",
+            f"{train['global_batch'] * SEQUENCE:,} tokens, learning rate {train['adamw']['learning_rate']}.",
             f"* Teacher: {teacher['parameters']:,} parameters, held-out CE {teacher['cross_entropy']:.3f}.",
             f"* Held out: {student['tokens']:,} tokens.",
             f"* {versions}; {cpu()}, {len(os.sched_getaffinity(0))} cores.",

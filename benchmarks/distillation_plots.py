@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.distillation_page import FULL, LABELS, Key, Results
+from benchmarks.distillation_page import FULL, LABELS, Key, Results, Row
 
 WINDOW = 64
 """Steps of a curve's moving average."""
@@ -41,6 +41,11 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _main(results: Results) -> dict[Row, str]:
+    """The main rows, each with its colour in every figure."""
+    return dict(zip([row for row in results.rows() if row.main], COLOURS, strict=False))
+
+
 def _by_row(results: Results) -> Figure:
     """A dot a seed; what lies on the same side of `labels` is better or worse than no teacher."""
     figure, axes = _figure(8, 4.5)
@@ -60,9 +65,8 @@ def _by_row(results: Results) -> Figure:
 
 def _curves(results: Results, folders: Mapping[Key, Path]) -> Figure:
     figure, axes = _figure(8, 4.5)
-    main = [row for row in results.rows() if row.main]
     lowest = []
-    for colour, row in zip(COLOURS, main, strict=False):
+    for row, colour in _main(results).items():
         of_row = [_cross_entropies(folders[key]) for key in results.students if key[0] == row]
         tokens, values = of_row[0][0], np.mean([curve for _, curve in of_row], axis=0)
         axes.plot(tokens / 1e3, values, color=colour, label=row.signal)
@@ -89,8 +93,9 @@ def _by_decile(results: Results) -> Figure:
     """What a signal gains over labels, from the tokens where the teacher is surest to those where it is least so."""
     figure, axes = _figure(8, 4)
     labels = {seed: _deciles(found) for (row, seed), found in results.students.items() if row.name == LABELS}
-    main = [row for row in results.rows() if row.main and row.name != LABELS]
-    for colour, row in zip(COLOURS, main, strict=False):
+    for row, colour in _main(results).items():
+        if row.name == LABELS:
+            continue
         gains = [_deciles(found) - labels[seed] for (other, seed), found in results.students.items() if other == row]
         axes.plot(range(1, 11), np.mean(gains, axis=0), marker="o", ms=4, color=colour, label=row.signal)
     axes.axhline(0, color="black", lw=1)
