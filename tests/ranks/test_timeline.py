@@ -11,7 +11,7 @@ from megadistill.comm.roles import Roles
 from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe
 from megadistill.timeline.files import read_timeline
-from megadistill.timeline.spans import Lane, MessageId, Timeline, pieces
+from megadistill.timeline.spans import Lane, MessageId, Timeline
 from megadistill.timeline.trace import write_trace
 from megadistill.train.loop import run
 from megadistill.train.placement import serve
@@ -62,11 +62,6 @@ def _counted(lane: Lane) -> Counter[str]:
     return Counter(span.name for span in lane.spans if begin <= span.begin < end)
 
 
-def _covered(lane: Lane, begin: float, end: float) -> float:
-    """The share of the time for which the lane says what it does."""
-    return sum(piece.end - piece.begin for piece in pieces(lane.spans, begin, end)) / (end - begin)
-
-
 @pytest.mark.parametrize("roles", [None, Roles(4, 2, 2)])
 def test_a_recorded_run(manifest: Path, teacher: Path, tmp_path: Path, roles: Roles | None) -> None:
     section: dict[str, Any] = {"path": str(teacher)}
@@ -85,14 +80,9 @@ def test_a_recorded_run(manifest: Path, teacher: Path, tmp_path: Path, roles: Ro
     assert "one clock" in found.note
     for lane in found.lanes[:STUDENTS]:
         _assert_whole_steps(lane, colocated=roles is None)
-    # A busy machine takes its time between two spans as well as within one: the least disturbed step is looked at.
-    least = max(_covered(lane, step.begin, step.end) for lane in found.lanes[:STUDENTS] for step in lane.steps)
-    assert least >= 0.9, "nine tenths of a step are accounted for"
-    for lane in found.lanes[STUDENTS:]:
-        begin, end = found.window
-        worked = [span for span in lane.spans if span.name == lane.role and begin <= span.begin < end]
-        assert len(worked) >= (LAST - FIRST) * ACCUMULATION * STUDENTS, "at least what is asked for within the steps"
-        assert _covered(lane, begin, end) >= 0.9
+    for lane in found.lanes[STUDENTS:]:  # it works ahead, so some of it before the steps, but none after their end
+        worked = [span for span in lane.spans if span.name == lane.role and span.end <= found.window[1]]
+        assert len(worked) >= (LAST - FIRST + 1) * ACCUMULATION * STUDENTS, "what the steps were told was worked"
     _assert_messages_arrive(found)
     write_trace(found, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
