@@ -17,6 +17,7 @@ from megadistill.report.evaluation import CalibrationBin, Decile, Evaluation
 from megadistill.report.folder import DIAGNOSTICS, METRICS, RunRecord, read_runs
 from megadistill.report.page import PAGE, compose, report
 from megadistill.report.results import read_results
+from megadistill.report.tables import text
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>${{7*7}} $\\frac$ \x01"
@@ -257,3 +258,8 @@ def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Pa
     with pytest.raises(UserError, match="evaluation") as caught:
         read_results(path, name="evaluation.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_page_keeps_the_password_of_a_url_to_itself() -> None:
+    assert text("s3://me:pass@bucket/manifest.json") == "s3://***@bucket/manifest.json"
+    assert text({"web": "https://h/x?token=1"}) == '{"web": "https://h/x?***'
