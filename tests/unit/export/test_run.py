@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megadistill.model.flops import flops_per_token, parameter_counts
 from megadistill.records import Cursor
 from megadistill.train.checkpoint import commit, write_rank
 from megadistill.train.rollback import Rollback, record_rollbacks
-from megadistill.train.run_folder import describe, write_description
+from megadistill.train.run_folder import describe, keep_student_config, write_description
 from tests.unit.train.cases import (
     MODEL,
     SEQUENCE,
@@ -126,6 +127,17 @@ def test_what_three_ranks_saved_loads_as_one_model(what: str, dtype: str | None,
         assert torch.equal(parameter, truth[name][: parameter.shape[0]].to(numbers)), name
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == TOKENIZER
+
+
+def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    described_teacher(named)
+    run, made = _run(tmp_path, student={"config": str(named)})
+    keep_student_config(run, made.student)
+    _checkpoint(run, made)
+    shutil.rmtree(named)
+    _export(run, tmp_path / "out")
+    assert load_config(tmp_path / "out", what="test").num_hidden_layers == MODEL["num_hidden_layers"]
 
 
 def _as_format_1(checkpoint: Path) -> None:
