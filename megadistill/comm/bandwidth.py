@@ -13,6 +13,9 @@ from torch import Tensor
 from megadistill.comm.collectives import all_gather_rows, barrier
 from megadistill.comm.topology import Topology
 
+WAITS_FOR_RANKS = True
+"""The hang detector takes a frame of this module for a wait."""
+
 BUFFER_BYTES = {"cpu": 1 << 20}
 ACCELERATOR_BUFFER_BYTES = 1 << 26
 SAMPLES = 4

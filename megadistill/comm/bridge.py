@@ -19,6 +19,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megadistill import timeline
 from megadistill.comm.roles import Roles
 
+WAITS_FOR_RANKS = True
+"""The hang detector takes a frame of this module for a wait."""
+
 
 @dataclass(frozen=True)
 class Message:

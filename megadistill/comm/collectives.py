@@ -12,6 +12,9 @@ from torch.distributed import ProcessGroup
 
 from megadistill import timeline
 
+WAITS_FOR_RANKS = True
+"""The hang detector takes a frame of this module for a wait."""
+
 
 def group_size(group: ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)

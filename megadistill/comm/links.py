@@ -11,6 +11,9 @@ from torch.distributed import ProcessGroup, Work
 
 from megadistill import timeline
 
+WAITS_FOR_RANKS = True
+"""The hang detector takes a frame of this module for a wait."""
+
 
 @dataclass(frozen=True)
 class Arrival:

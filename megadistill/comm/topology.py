@@ -27,6 +27,9 @@ from megadistill.comm.watch import Watch
 from megadistill.comm.whereabouts import collectives_joined
 from megadistill.errors import RestartFault, UserError
 
+WAITS_FOR_RANKS = True
+"""The hang detector takes a frame of this module for a wait."""
+
 
 @dataclass(frozen=True)
 class Launch:

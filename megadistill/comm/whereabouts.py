@@ -23,7 +23,6 @@ _TORCH = str(Path(torch.__file__).parent) + os.sep
 _TALKS = (
     os.path.join(_TORCH, "distributed", ""),
     os.path.join("deepspeed", "comm", ""),
-    *(_HERE + name for name in ("bridge.py", "collectives.py", "links.py", "topology.py")),
 )
 _WATCHES = tuple(_HERE + name for name in ("watch.py", "whereabouts.py", "verdict.py", "orphans.py"))
 _LONGEST = 240
@@ -33,7 +32,9 @@ _LONGEST = 240
 def whereabouts(frames: Mapping[int, FrameType], main: int) -> tuple[bool, str]:
     """Whether the main thread waits for other ranks, and its innermost line in this package (or at all).
 
-    `frames` are `sys._current_frames()`. A wait for another process's JIT build is told with the path of its lock.
+    `frames` are `sys._current_frames()`. A module of this package that waits for other ranks carries `WAITS_FOR_RANKS`,
+    since a wait in C++ (of a `Work`, of a store) has no frame of torch's. A wait for another process's JIT build is told
+    with the path of its lock.
     """
     innermost = frames.get(main)
     if innermost is None:
@@ -69,6 +70,8 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _talks(frame: FrameType) -> bool:
+    if frame.f_globals.get("WAITS_FOR_RANKS", False):
+        return True
     file, name = frame.f_code.co_filename, frame.f_code.co_name
     return file.startswith(_TALKS[0]) or any(part in file for part in _TALKS[1:]) or _deepspeed_waits(file, name)
 

@@ -26,11 +26,11 @@ from megadistill.data.manifest import (
     token_dtype,
 )
 from megadistill.data.members import MAX_LENGTH, Misfit, row_of
+from megadistill.data.open_folder import folder_of
 from megadistill.data.progress import ShowProgress, console_progress
 from megadistill.data.reader import UnitReader
 from megadistill.data.rows import predicted
 from megadistill.data.shards import Sample, index_path, index_tar, mapped, member_of, publish, samples
-from megadistill.data.storage import folder_of
 from megadistill.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 

@@ -15,7 +15,8 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from megadistill.data.storage import Folder, folder_of, shown, written_whole
+from megadistill.data.open_folder import folder_of
+from megadistill.data.storage import Folder, shown, written_whole
 from megadistill.errors import UserError
 
 FORMAT_VERSION: Final = 2

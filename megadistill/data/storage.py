@@ -10,10 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
-
-from megadistill.errors import UserError
 
 HASH_BYTES = 1 << 22
 """Hashed at a time."""
@@ -52,23 +48,6 @@ class Folder(Protocol):
     def sibling(self, path: str) -> "Folder":
         """The folder at `path` relative to this one; one leading `../` is allowed."""
         ...
-
-
-def folder_of(location: str) -> Folder:
-    """The folder at a path, or at a URL `scheme://...`.
-
-    Raises:
-        UserError: a URL needs a package that is not installed, or nobody knows its scheme.
-    """
-    if location.startswith("file://"):
-        location = url2pathname(urlsplit(location).path)
-    if "://" not in location:
-        return LocalFolder(Path(location))
-    try:
-        from megadistill.data.remote import RemoteFolder  # noqa: PLC0415  an extra; most data is local
-    except ImportError:
-        raise UserError(f"{shown(location)} is a URL, which needs fsspec: pip install 'megadistill[remote]'") from None
-    return RemoteFolder(location)
 
 
 class LocalFolder:

@@ -23,7 +23,8 @@ from pydantic.dataclasses import dataclass
 from megadistill.config import TargetsSection
 from megadistill.data.manifest import MAX_MANIFEST_BYTES, Sha256, Shard
 from megadistill.data.mixture import differences as order_differences
-from megadistill.data.storage import Folder, folder_of, shown, written_whole
+from megadistill.data.open_folder import folder_of
+from megadistill.data.storage import Folder, shown, written_whole
 from megadistill.errors import UserError
 from megadistill.records import Tail
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from megadistill.data.manifest import MANIFEST, Manifest
+from megadistill.data.open_folder import folder_of
 from megadistill.data.progress import ShowProgress, console_progress
 from megadistill.data.reader import ShardFault, UnitReader, open_shard
 from megadistill.data.rows import predicted
-from megadistill.data.storage import LocalFolder, folder_of, sha256_of, shown
+from megadistill.data.storage import LocalFolder, sha256_of, shown
 from megadistill.data.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
 

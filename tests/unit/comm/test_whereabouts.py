@@ -1,5 +1,7 @@
 """Whether a thread waits for other ranks, told from its frames."""
 
+import importlib
+import pkgutil
 import queue
 import sys
 import threading
@@ -14,10 +16,18 @@ import pytest
 import torch
 from torch.utils.file_baton import FileBaton
 
-import megadistill
+import megadistill.comm
 from megadistill.comm.whereabouts import whereabouts
 
 OWN = str(Path(megadistill.__file__).parent)
+QUIET = {"watch", "whereabouts", "orphans", "vocabulary"}
+"""Modules that name torch.distributed and never wait in the main thread."""
+WAITING = [
+    module.name
+    for module in pkgutil.walk_packages(megadistill.comm.__path__, "megadistill.comm.")
+    if "torch.distributed" in Path(module.module_finder.path, module.name.rpartition(".")[2] + ".py").read_text()  # type: ignore[union-attr]
+    and module.name.rpartition(".")[2] not in QUIET
+]
 DEEPSPEED = str(Path(deepspeed.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
 _held = threading.Event()
@@ -60,8 +70,6 @@ def _standing(work: Callable[[], None]) -> Iterator[int]:
         (f"{DEEPSPEED}/runtime/zero/partition_parameters.py", "wait", True),
         (f"{DEEPSPEED}/runtime/swap_tensor/async_swapper.py", "wait", False),
         (f"{DEEPSPEED}/runtime/engine.py", "forward", False),
-        (f"{OWN}/comm/collectives.py", "wait", True),
-        (f"{OWN}/comm/bridge.py", "wait", True),
         (f"{OWN}/comm/watch.py", "lost", False),
         (f"{OWN}/data/reader.py", "read", False),
     ],
@@ -76,6 +84,21 @@ def test_a_rank_waits_where_its_frames_say_so(file: str, name: str, waits: bool)
     innermost = file.startswith(OWN) and not file.endswith("watch.py")
     own = f"{file.removeprefix(OWN)[1:]}:2 {name}" if innermost else "train/step.py:2 train_step"
     assert place == own
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_module_that_talks_to_other_ranks_is_a_wait_whatever_its_file_is_called(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.WAITS_FOR_RANKS
+    names: dict[str, Callable[[], None]] = {"callee": _hold}
+    exec(compile("def wait():\n    callee()", f"{OWN}/renamed.py", "exec"), {**vars(module), **names}, names)
+    with _standing(names["wait"]) as thread:
+        found, _ = whereabouts(sys._current_frames(), thread)
+    assert found
+
+
+def test_the_modules_that_talk_to_other_ranks_are_known() -> None:
+    assert len(WAITING) >= 4
 
 
 def test_in_a_backward_the_hooks_may_stand_on_other_threads() -> None:

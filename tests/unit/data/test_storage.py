@@ -11,8 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from megadistill.data.open_folder import folder_of
 from megadistill.data.remote import BLOCK_BYTES, Patience, RemoteFolder
-from megadistill.data.storage import Folder, file_sha256, folder_of, scrubbed, sha256_of, shown, written_whole
+from megadistill.data.storage import Folder, file_sha256, scrubbed, sha256_of, shown, written_whole
 from megadistill.errors import UserError
 from tests.unit.data import servers
 from tests.unit.data.servers import Misdeed, Server, serving
