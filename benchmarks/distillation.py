@@ -23,7 +23,7 @@ from benchmarks.distillation_plots import draw
 from benchmarks.jobs import Ended, Job, Pace, Step, run
 from megadistill.config import Recipe, load_recipe
 from megadistill.errors import RestartFault, UserError
-from megadistill.train.run_folder import refuse_other_recipe
+from megadistill.train.setup.run_folder import refuse_other_recipe
 
 RECIPES = Path("recipes/results")
 FOLDER = Path("runs/results")

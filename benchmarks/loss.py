@@ -28,11 +28,11 @@ from benchmarks.contenders import (
 )
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, ranks, rounds, seconds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
-from megadistill.comm.topology import Topology
+from megadistill.distributed.topology import Topology
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
 from megadistill.loss.buffers import LOGIT_MEMORY
-from megadistill.loss.targets import Sampled, TopK, sparse_targets
-from megadistill.records import SparseTargets, Tail
+from megadistill.loss.sparse.targets import Sampled, TopK, sparse_targets
+from megadistill.types import SparseTargets, Tail
 
 QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")
 MEASURED = ("megadistill/loss", "megadistill/comm", "benchmarks/*.py")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megadistill.comm.topology import Launch, Topology, joined
+from megadistill.distributed.topology import Launch, Topology, joined
 
 Run = Callable[[], object]
 

@@ -22,13 +22,13 @@ import webdataset
 from benchmarks.measure import Spread, rounds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.data import Manifest, TokenStream
-from megadistill.data.manifest import PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
-from megadistill.data.mixture import Order, Source, Stage
-from megadistill.data.packing import Unit
-from megadistill.data.shards import write_shard
+from megadistill.data.shards.manifest import PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
+from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.tar import write_shard
+from megadistill.data.stream.order import Order, Source, Stage
 
 QUESTIONS = ("speed", "position", "wait")
-MEASURED = ("megadistill/data", "megadistill/records.py", "benchmarks/*.py")
+MEASURED = ("megadistill/data", "megadistill/types.py", "benchmarks/*.py")
 VOCAB = 50_000
 BATCH = 256
 DOCUMENT = 700

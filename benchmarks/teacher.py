@@ -22,19 +22,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Run, Spread, ranks, rounds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
-from megadistill.comm.topology import Launch, Topology
 from megadistill.config import Recipe
-from megadistill.data.manifest import Manifest, PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
-from megadistill.data.packing import Unit
-from megadistill.data.shards import write_shard
+from megadistill.data.shards.manifest import Manifest, PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
+from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.tar import write_shard
+from megadistill.distributed.topology import Launch, Topology
 from megadistill.loss import distill_loss
-from megadistill.model.families import load_config
-from megadistill.records import TokenBatch
+from megadistill.models.families import load_config
 from megadistill.teacher import TeacherPipeline
 from megadistill.train.loop import build, objective_of, stream_of
-from megadistill.train.setup import Setup, prepare
+from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.step import train_step
-from megadistill.train.teaching import Teacher, lessons
+from megadistill.train.teacher.targets import Teacher, lessons
+from megadistill.types import TokenBatch
 
 QUESTIONS = ("step", "bubble")
 MEASURED = ("megadistill", "benchmarks/*.py")

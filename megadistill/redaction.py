@@ -4,6 +4,7 @@ Names of options that say a secret, and values that have the form of one.
 """
 
 import re
+from pathlib import Path
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 _NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
@@ -36,3 +37,16 @@ def without_secrets(value: str) -> str:
 def names_a_secret(name: str) -> bool:
     """Whether an option or a variable of this name holds a secret; tokens of a text are none."""
     return _SECRET_NAME.search(_NO_SECRET.sub("", name)) is not None
+
+
+def shown(location: Path | str) -> str:
+    """A path as it is; a URL without its credentials: no user, no password, no query."""
+    scheme, mark, rest = str(location).partition("://")
+    if not mark:
+        return scheme
+    return scheme + mark + re.sub(r"^[^/]*@", "", rest.partition("?")[0])
+
+
+def scrubbed(message: str) -> str:
+    """A message whose URLs are `shown`."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: shown(url[0]), message)

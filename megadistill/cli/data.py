@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import OperatorFault
 
 TOKENIZE_EPILOG = f"""\
@@ -165,7 +165,7 @@ def _tokenize(options: argparse.Namespace) -> int:
 def _shards_verify(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megadistill.data.verify import verify
+    from megadistill.data.prepare.verify import verify
 
     report = verify(options.data, quick=options.quick)
     for line in report.lines():
@@ -177,7 +177,7 @@ def _shards_verify(options: argparse.Namespace) -> int:
 def _shards_info(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megadistill.data.verify import info
+    from megadistill.data.prepare.verify import info
 
     for table in info(options.data):
         Console().print(table)
@@ -185,7 +185,7 @@ def _shards_info(options: argparse.Namespace) -> int:
 
 
 def _shards_index(options: argparse.Namespace) -> int:
-    from megadistill.data.foreign import index
+    from megadistill.data.prepare.index_external import index
 
     manifest = index(
         options.folder, tokenizer=options.tokenizer, member=options.member, dtype=options.dtype, split=options.split

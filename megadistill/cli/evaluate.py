@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import UserError
 
 EVALUATE_EPILOG = f"""\
@@ -102,12 +102,12 @@ def _benchmark_parser(verbs: Verbs) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megadistill.comm.topology import Launch
-    from megadistill.report.evaluate import evaluate, ranks
-    from megadistill.report.evaluation import write_json
-    from megadistill.report.evaluation_table import tables
-    from megadistill.report.progress import token_progress
-    from megadistill.report.splits import load_splits
+    from megadistill.distributed.topology import Launch
+    from megadistill.evaluate.evaluate import evaluate, ranks
+    from megadistill.evaluate.evaluation import write_json
+    from megadistill.evaluate.evaluation_tables import tables
+    from megadistill.evaluate.splits import load_splits
+    from megadistill.evaluate.token_progress import token_progress
 
     splits = load_splits(options.data)
     with ranks(Launch.from_environment()) as topology, token_progress() as show:
@@ -134,10 +134,10 @@ def _sample(options: argparse.Namespace) -> int:
 
     if not (options.prompt or options.prompt_file or options.data):
         raise UserError("there is nothing to continue: give --prompt TEXT, --prompt-file FILE or --data MANIFEST")
-    from megadistill.comm.topology import local_device
     from megadistill.data import Manifest
-    from megadistill.report.prompts import held_out_prompts, typed_prompts
-    from megadistill.report.sample import Draws, load_for_sampling, samples, show, write_json
+    from megadistill.distributed.topology import local_device
+    from megadistill.evaluate.prompts import held_out_prompts, typed_prompts
+    from megadistill.evaluate.sample import Draws, load_for_sampling, samples, show, write_json
 
     draws = Draws(
         tokens=options.tokens,
@@ -169,8 +169,8 @@ def _sample(options: argparse.Namespace) -> int:
 def _benchmark(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megadistill.comm.topology import local_device
-    from megadistill.report.benchmark import benchmark
+    from megadistill.distributed.topology import local_device
+    from megadistill.evaluate.lm_eval import benchmark
 
     found = benchmark(
         options.model,

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import UserError
 
 GENERATE_EPILOG = f"""\
@@ -79,10 +79,10 @@ def _generate(options: argparse.Namespace) -> int:
 
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}: give at least 1")
-    from megadistill.comm.topology import local_device
     from megadistill.data import Manifest, Mixture
-    from megadistill.data.progress import console_progress
-    from megadistill.teacher.generate import Sampling, generate
+    from megadistill.data.prepare.progress import console_progress
+    from megadistill.datagen.generate import Sampling, generate
+    from megadistill.distributed.topology import local_device
 
     sampling = Sampling(
         prompt_tokens=options.prompt_tokens,
@@ -110,7 +110,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megadistill.export.run import export_run
+    from megadistill.export.export_run import export_run
 
     step = export_run(
         options.source,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 
 PLAN_EPILOG = f"""\
 Nothing is started, and no GPU is needed: models are counted on meta. Where data or teacher are not on this machine:
@@ -54,8 +54,8 @@ def planned(recipe: Path, options: argparse.Namespace) -> Any:
     """
     from megadistill.accelerators import accelerator
     from megadistill.plan.layouts import Cluster
+    from megadistill.plan.plan_input import read_subject
     from megadistill.plan.search import plan
-    from megadistill.plan.subject import read_subject
     from megadistill.plan.throughput import Assumed
 
     cluster = Cluster(options.nodes, options.gpus_per_node, accelerator(options.gpu))
@@ -74,9 +74,9 @@ def _plan(options: argparse.Namespace) -> int:
 
     from megadistill.errors import UserError
     from megadistill.plan.forecast import forecast
+    from megadistill.plan.output.plan_json import values
+    from megadistill.plan.output.plan_tables import told
     from megadistill.plan.search import what_would_help
-    from megadistill.plan.tables import told
-    from megadistill.plan.values import values
 
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise UserError(f"--price {options.price}: give what a GPU-hour costs")

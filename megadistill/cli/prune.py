@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 
 EPILOG = f"""\
 One process and one device, which holds the whole teacher. What is kept is in pruning.json of the folder that comes out;
@@ -37,10 +37,10 @@ def add(verbs: Verbs) -> None:
 def _prune(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megadistill.comm.topology import local_device
     from megadistill.data import Manifest, Mixture
-    from megadistill.data.progress import console_progress
-    from megadistill.teacher.prune import prune
+    from megadistill.data.prepare.progress import console_progress
+    from megadistill.distributed.topology import local_device
+    from megadistill.prune.prune import prune
 
     with console_progress() as show:
         report = prune(

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 
 REPORT_EPILOG = f"""\
 The page needs no network, and any browser shows it: curves over tokens and over

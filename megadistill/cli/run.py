@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import RestartFault, UserError
 
 TRAIN_EPILOG = f"""\
@@ -132,7 +132,7 @@ def _cache(options: argparse.Namespace) -> int:
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps}: give at least 1")
     recipe = load_recipe(options.recipe, options.set)
-    from megadistill.train.cache import cache
+    from megadistill.datagen.store_targets import cache
 
     said = cache(recipe, options.output, steps=options.steps)
     if said is not None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.cli.plan import add_plan_options, planned
-from megadistill.cli.verbs import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import UserError
 
 STEPS = 3
@@ -64,8 +64,8 @@ def _of_plan(options: argparse.Namespace) -> int:
             raise UserError(f"the timeline of a plan needs --{option}, as in --nodes 8 --gpu h100 --output DIR")
     from dataclasses import replace
 
+    from megadistill.plan.output.plan_timeline import Pipeline, simulate
     from megadistill.plan.search import what_would_help
-    from megadistill.plan.timeline import Pipeline, simulate
 
     plan = planned(options.source, options)
     shown = plan.shown

@@ -3,12 +3,12 @@
 `tokenize` writes a data set, `Manifest` describes one of its splits, `Mixture` joins splits, `TokenStream` reads them.
 """
 
-from megadistill.data.manifest import Manifest
-from megadistill.data.reader import ShardFault
-from megadistill.data.sources import Mixture
-from megadistill.data.stream import TokenStream
-from megadistill.data.tokenize import TokenizeReport, tokenize
-from megadistill.data.tokenizer import tokenizer_sha256
+from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
+from megadistill.data.shards.manifest import Manifest
+from megadistill.data.shards.reader import ShardFault
+from megadistill.data.stream.mixture import Mixture
+from megadistill.data.stream.stream import TokenStream
+from megadistill.data.tokenizers.base import tokenizer_sha256
 
 __all__ = [
     "Manifest",

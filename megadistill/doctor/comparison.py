@@ -6,10 +6,10 @@ On a CPU, ranks share cores and memory with whatever else runs, so what is slow 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from megadistill.comm.bandwidth import Pair
+from megadistill.distributed.bandwidth import Pair
 from megadistill.doctor.findings import Examined, Mark, Row, require_same, some, spread
-from megadistill.train.saver import FREE_SPACE_MARGIN
-from megadistill.train.stragglers import SLOWER, slow
+from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
+from megadistill.train.resilience.stragglers import SLOWER, slow
 
 CLOCK_DOUBTFUL_SECONDS, CLOCK_BAD_SECONDS = 1.0, 60.0
 """From the one on, times of logs cannot be compared; at the other, object stores and JIT locks take offence."""

@@ -12,16 +12,16 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from megadistill.comm.bandwidth import (
+from megadistill.config import load_recipe
+from megadistill.distributed.bandwidth import (
     all_reduce_bandwidth,
     clock_offsets,
     gathered_texts,
     neighbours,
     pair_bandwidths,
 )
-from megadistill.comm.collectives import barrier, everywhere
-from megadistill.comm.topology import Launch, Topology, joined, local_device
-from megadistill.config import load_recipe
+from megadistill.distributed.collectives import barrier, everywhere
+from megadistill.distributed.topology import Launch, Topology, joined, local_device
 from megadistill.doctor.comparison import (
     clock_row,
     contents_row,
@@ -32,13 +32,13 @@ from megadistill.doctor.comparison import (
     space_row,
     versions_row,
 )
+from megadistill.doctor.dry_run import rehearse
 from megadistill.doctor.findings import Examined, Mark, Report, Row, rows_of
 from megadistill.doctor.node_check import check_device, check_devices, check_node, free_space
 from megadistill.doctor.recipe_check import check_recipe
-from megadistill.doctor.rehearsal import rehearse
-from megadistill.model.flops import parameter_counts
-from megadistill.plan.needs import rank_memory
-from megadistill.train.setup import Setup
+from megadistill.models.flops import parameter_counts
+from megadistill.plan.counts.requirements import rank_memory
+from megadistill.train.setup.setup import Setup
 
 TIMEOUT_MINUTES = 2.0
 """For the ranks to meet, and for each collective: a launch that takes longer is not well."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from megadistill.comm.topology import local_device
+from megadistill.distributed.topology import local_device
 from megadistill.doctor.findings import Examined, Mark, some
 from megadistill.errors import UserError
-from megadistill.train.attempt import MAX_RECORD_BYTES
-from megadistill.train.jit_locks import extensions_folder, refuse_stale_jit_locks
-from megadistill.train.run_folder import versions
-from megadistill.train.stragglers import product_seconds
+from megadistill.train.checkpoint.attempt import MAX_RECORD_BYTES
+from megadistill.train.resilience.stragglers import product_seconds
+from megadistill.train.setup.jit_locks import extensions_folder, refuse_stale_jit_locks
+from megadistill.versions import versions
 
 WRITTEN_BYTES = 16 << 20
 _VERB = "train"

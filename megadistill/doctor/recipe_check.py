@@ -12,22 +12,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megadistill.comm.roles import Roles
-from megadistill.comm.topology import Launch, vocab_group_size
-from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
-from megadistill.data.reader import open_shard
+from megadistill.data.shards.reader import open_shard
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, vocab_group_size
+from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.doctor.findings import Examined, Mark
 from megadistill.errors import UserError
-from megadistill.model.families import load_config
-from megadistill.model.fingerprint import teacher_fingerprint
-from megadistill.model.flops import parameter_counts
-from megadistill.model.weights import check_weights
-from megadistill.student.profile import deepspeed_config, deepspeed_profile
-from megadistill.train.preflight import check_start
-from megadistill.train.run_folder import has_saved, refuse_other_recipe
-from megadistill.train.setup import Setup, prepare, roles_of
+from megadistill.models.families import load_config
+from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.models.flops import parameter_counts
+from megadistill.models.weights import check_weights
+from megadistill.student.deepspeed_config import deepspeed_config, deepspeed_profile
+from megadistill.train.setup.preflight import check_start
+from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
+from megadistill.train.setup.setup import Setup, prepare, roles_of
 
 SHARD_SECONDS = 10.0
 """That a rank spends on opening its share of the shards; what is left then is left out, and said."""

@@ -16,14 +16,14 @@ from megadistill.config import LossSection, Recipe, ScheduleSection
 from megadistill.data import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.events import read_lines
+from megadistill.export.data_provenance import Reading
 from megadistill.export.markdown import Rows, last_name, plain, table, table_of
-from megadistill.export.reading import Reading
 from megadistill.export.results import came_to
-from megadistill.model.families import load_config
-from megadistill.model.fingerprint import teacher_fingerprint
-from megadistill.model.flops import flops_per_token, parameter_counts
-from megadistill.train.checkpoint import Checkpoint
-from megadistill.train.run_folder import TOKENIZER_FOLDER
+from megadistill.models.families import load_config
+from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.models.flops import flops_per_token, parameter_counts
+from megadistill.train.checkpoint.format import Checkpoint
+from megadistill.train.setup.run_folder import TOKENIZER_FOLDER
 
 DIVERGENCES = {
     "forward_kl": "forward KL, KL(teacher ‖ student)",

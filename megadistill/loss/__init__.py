@@ -4,7 +4,7 @@
 add up, token by token; `loss.reference` defines what they compute.
 """
 
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.divergence import Divergence, DivergenceKind, Elementwise
 from megadistill.loss.tokens import AgainstTeacher, TokenTerms, token_terms
 from megadistill.loss.vocab_parallel import distill_loss, label_loss, sparse_distill_loss

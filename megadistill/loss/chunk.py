@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, group_size
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum, group_size
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import pointwise
 from megadistill.loss.divergence import Divergence, DivergenceKind
 from megadistill.loss.softmax import Kept, Softmax, at_rows
-from megadistill.records import TOP_K, LogitTransform, Tail
+from megadistill.types import TOP_K, LogitTransform, Tail
 
 SHARES = 3
 """What `write_slope` returns of a token, in parts that add up over the slices: divergence, forward KL, both weighted,

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import all_reduce_sum, group_rank
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.collectives import all_reduce_sum, group_rank
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.chunk import PAIRWISE, Chunk
 from megadistill.loss.reference import DECILES
-from megadistill.records import TOP_K, Diagnostics
+from megadistill.types import TOP_K, Diagnostics
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadistill.comm.vocabulary import VocabSlice
-from megadistill.records import LogitTransform
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.types import LogitTransform
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import (
+from megadistill.distributed.collectives import (
     Pending,
     all_gather_rows,
     all_reduce_sum,
@@ -26,14 +26,14 @@ from megadistill.comm.collectives import (
     start_all_gather_rows,
     start_reduce_scatter_rows,
 )
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import buffers, pointwise
 from megadistill.loss.chunk import SHARES, Chunk, Tokens
 from megadistill.loss.diagnostics import CloserLook, places
 from megadistill.loss.heads import Head, multiply, operand, padded
-from megadistill.loss.problem import Plan, Problem, agree
+from megadistill.loss.inputs import Plan, Problem, agree
 from megadistill.loss.softmax import Kept, Logits, Reading
-from megadistill.records import IGNORED_LABEL, LogitTransform, SparseTargets, Tail
+from megadistill.types import IGNORED_LABEL, LogitTransform, SparseTargets, Tail
 
 
 @dataclass(frozen=True)

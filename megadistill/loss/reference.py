@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megadistill.loss.divergence import Divergence, DivergenceKind
-from megadistill.loss.targets import Sampled, Selection, Threshold, TopK
-from megadistill.records import IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
+from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK
+from megadistill.types import IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
 
 DECILES = 10
 

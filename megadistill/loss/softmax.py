@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import Pending, group_size, start_all_gather_rows
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.collectives import Pending, group_size, start_all_gather_rows
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import pointwise
 from megadistill.loss.divergence import Elementwise
-from megadistill.records import Tail
+from megadistill.types import Tail
 
 BLOCK_ELEMENTS = 1 << 18
 """Eager arithmetic goes over blocks of about this many logits: its temporaries stay small, and in a CPU's cache."""

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadistill.comm.collectives import all_reduce_sum, group_rank, group_size
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.collectives import all_reduce_sum, group_rank, group_size
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.buffers import LOGIT_MEMORY
 from megadistill.loss.chunk import Chunk
 from megadistill.loss.divergence import Divergence, Elementwise
 from megadistill.loss.heads import Head
+from megadistill.loss.inputs import Problem, agree
 from megadistill.loss.passes import Everyone, walk
-from megadistill.loss.problem import Problem, agree
-from megadistill.records import LogitTransform
+from megadistill.types import LogitTransform
 
 
 @dataclass(frozen=True)

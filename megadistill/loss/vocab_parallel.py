@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.buffers import LOGIT_MEMORY
 from megadistill.loss.diagnostics import unpacked
 from megadistill.loss.divergence import Divergence, Elementwise
 from megadistill.loss.heads import Head
+from megadistill.loss.inputs import Problem
 from megadistill.loss.passes import evaluate
-from megadistill.loss.problem import Problem
 from megadistill.loss.reference import require_sparse
-from megadistill.records import METRIC_NAMES, LogitTransform, LossTerms, SparseTargets
+from megadistill.types import METRIC_NAMES, LogitTransform, LossTerms, SparseTargets
 
 
 def distill_loss(

@@ -7,12 +7,12 @@ its two kinds of link.
 from dataclasses import dataclass
 from functools import cached_property
 
+from megadistill.plan.counts.model_stats import Measured
+from megadistill.plan.counts.requirements import Needs, needs
+from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, STAGES, VOCABULARY, Link
 from megadistill.plan.layouts import Cluster, Layout, Placed
-from megadistill.plan.measured import Measured
-from megadistill.plan.needs import Needs, needs
-from megadistill.plan.subject import Subject
+from megadistill.plan.plan_input import Subject
 from megadistill.plan.throughput import Assumed, StepTimes, hiding_tokens
-from megadistill.plan.traffic import ANSWERS, GATHERS, HEAD, REDUCES, STAGES, VOCABULARY, Link
 
 HOUR, DAY = 3600.0, 86400.0
 NOTHING = Link(0.0, 0.0)

@@ -1,7 +1,7 @@
 """What the distillation scaling law says of a plan's student. It knows no hardware."""
 
 from megadistill.errors import UserError
-from megadistill.plan.needs import Needs
+from megadistill.plan.counts.requirements import Needs
 from megadistill.plan.scaling_law import Expectation, expectation, supervised_loss
 
 

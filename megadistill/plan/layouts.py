@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from megadistill.accelerators import Accelerator
-from megadistill.comm.roles import Roles
-from megadistill.comm.topology import Launch, vocab_group_size
-from megadistill.comm.vocabulary import block_cyclic_ranges, padded_vocabulary
 from megadistill.config import Recipe, dotted, validate_recipe
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, vocab_group_size
+from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
-from megadistill.plan.subject import Subject
-from megadistill.student.profile import deepspeed_config
+from megadistill.plan.plan_input import Subject
+from megadistill.student.deepspeed_config import deepspeed_config
 
 LARGEST_GROUP_NODES = 4
 """A vocab group exchanges hidden states of all its ranks: it leaves a node only for the stages of a colocated teacher

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from megadistill.errors import UserError
+from megadistill.plan.counts.model_stats import Measured, measure
+from megadistill.plan.counts.zero import PRECISION_BYTES
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, placed, recipe_of
-from megadistill.plan.measured import Measured, measure
-from megadistill.plan.subject import Subject
+from megadistill.plan.plan_input import Subject
 from megadistill.plan.throughput import Assumed
-from megadistill.plan.zero import PRECISION_BYTES
 
 BEST = 5
 """Proposals that are shown."""

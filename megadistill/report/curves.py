@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from megadistill.report.clock import Clock
 from megadistill.report.drawing import Drawing, colour, dashes, draw, new_figure
-from megadistill.report.folder import Floats, RunRecord
-from megadistill.report.lines import COUNTS, TIMES, count_text, evenly, extremes, smooth, unit, window
-from megadistill.report.marks import mark_trouble
+from megadistill.report.event_plot import mark_trouble
+from megadistill.report.run_record import Floats, RunRecord
+from megadistill.report.smoothing import COUNTS, TIMES, count_text, evenly, extremes, smooth, unit, window
+from megadistill.report.wall_clock import Clock
 
 RAW_POINTS, SMOOTHED_POINTS = 800, 300
 """Of a line, at most; several runs share `POINTS`, so that a page of many runs of a million steps stays small."""

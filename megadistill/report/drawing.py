@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from megadistill.report.folder import printable
+from megadistill.report.run_record import printable
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers. Light first, then dark schemes.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#56b4e9", "#7a5195", "#6b6b6b")

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megadistill.evaluate.evaluation import Evaluation
 from megadistill.report.drawing import colour, dashes, label, style
-from megadistill.report.evaluation import Evaluation
 
 DPI = 160
 PANELS = 4

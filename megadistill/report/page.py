@@ -15,15 +15,15 @@ from markupsafe import Markup
 
 from megadistill import __version__
 from megadistill.errors import UserError
-from megadistill.report.clock import clock_of, goodput_of, utc
 from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MOST_RUNS, PALETTE, PALETTE_DARK, Drawing, style
-from megadistill.report.folder import RunRecord, read_runs
-from megadistill.report.lines import SMOOTHED_SHARE
-from megadistill.report.marks import TROUBLE, events_figure, goodput_figure
-from megadistill.report.results import Results, read_results, results_figures
+from megadistill.report.evaluation_section import Results, read_results, results_figures
+from megadistill.report.event_plot import TROUBLE, events_figure, goodput_figure
+from megadistill.report.run_record import RunRecord, read_runs
+from megadistill.report.smoothing import SMOOTHED_SHARE
 from megadistill.report.summary import LAST_STEPS, event_counts, events_table, summary_table
 from megadistill.report.tables import attempts_table, differing_keys, recipe_table, versions_table
+from megadistill.report.wall_clock import clock_of, goodput_of, utc
 
 PAGE = "report.html"
 MOST_EVENTS = 200

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from megadistill.events import EVENTS, Goodput
-from megadistill.report.clock import Clock, state_of, utc
-from megadistill.report.folder import Floats, RunRecord
-from megadistill.report.lines import count_text, time_text
+from megadistill.report.run_record import Floats, RunRecord
+from megadistill.report.smoothing import count_text, time_text
 from megadistill.report.tables import NOTHING, Table, digits, text
+from megadistill.report.wall_clock import Clock, state_of, utc
 
 LAST_STEPS = 50
 """Whose mean is a run's last value."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from megadistill.config import dotted
 from megadistill.redaction import without_secrets
-from megadistill.report.folder import RunRecord, printable
+from megadistill.report.run_record import RunRecord, printable
 
 LONGEST_CELL = 600
 NOTHING = "–"

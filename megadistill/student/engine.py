@@ -2,7 +2,7 @@
 
 Legend: B sequences, S tokens of a sequence, D width, w world.
 
-DeepSpeed's silent traps (each has a test in tests/ranks/test_deepspeed_traps.py) are met here:
+DeepSpeed's silent traps (each has a test in tests/ranks/student/test_deepspeed_traps.py) are met here:
 initialisation and RoPE under `zero.Init`, precision of accumulated gradients, names in checkpoints, `F.linear`
 left patched, hyperparameters after a resume.
 """
@@ -29,14 +29,14 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Module
 
-from megadistill.comm.topology import Topology
-from megadistill.comm.vocabulary import padded_vocabulary
 from megadistill.config import StudentSection, TrainSection
-from megadistill.model.families import EMBEDDING, HEAD, build_causal_lm, family, reading, rebuild_buffers
-from megadistill.model.initialise import initial_tensor
-from megadistill.model.starting import StartingWeights
+from megadistill.distributed.topology import Topology
+from megadistill.distributed.vocab import padded_vocabulary
+from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, reading, rebuild_buffers
+from megadistill.models.initial_weights import StartingWeights
+from megadistill.models.initialise import initial_tensor
+from megadistill.student.deepspeed_config import deepspeed_config
 from megadistill.student.head import StudentHead
-from megadistill.student.profile import deepspeed_config
 
 # DeepSpeed would compile this operator with the system's compiler at every start on a CPU (a minute, and a lock that
 # hangs every later run when the build is killed). It serves inference alone.

@@ -14,9 +14,9 @@ import torch
 from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 from torch import Tensor
 
-from megadistill.comm.collectives import all_gather_rows, reduce_scatter_rows
-from megadistill.comm.topology import Topology
-from megadistill.comm.vocabulary import VocabSlice, block_cyclic_ranges
+from megadistill.distributed.collectives import all_gather_rows, reduce_scatter_rows
+from megadistill.distributed.topology import Topology
+from megadistill.distributed.vocab import VocabSlice, block_cyclic_ranges
 
 
 class StudentHead:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.comm.collectives import all_gather_rows, scatter_rows
-from megadistill.comm.links import Arrival, StageLink
-from megadistill.comm.topology import Topology
+from megadistill.distributed.collectives import all_gather_rows, scatter_rows
+from megadistill.distributed.p2p import Arrival, StageLink
+from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.records import TeacherSignal, TokenBatch, token_digest
 from megadistill.teacher.stage import TeacherStage
+from megadistill.types import TeacherSignal, TokenBatch, token_digest
 
 _DIGEST_BYTES = torch.int64.itemsize
 

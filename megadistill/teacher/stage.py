@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.families import EMBEDDING, HEAD, load_config, reading, rebuild_buffers
-from megadistill.model.split import stage_decoder
-from megadistill.model.weights import read_parameter
+from megadistill.models.families import EMBEDDING, HEAD, load_config, reading, rebuild_buffers
+from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.partition import stage_decoder
+from megadistill.models.weights import read_parameter
 
 
 class TeacherStage(nn.Module):

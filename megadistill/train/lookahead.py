@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from megadistill import timeline
-from megadistill.records import Cursor, TokenBatch
+from megadistill.types import Cursor, TokenBatch
 
 
 class Lookahead:

@@ -12,32 +12,38 @@ from itertools import islice
 import torch
 
 from megadistill import timeline
-from megadistill.comm.collectives import all_gather_rows, all_reduce_sum, barrier
-from megadistill.comm.orphans import end_with_launcher
-from megadistill.comm.topology import Launch, Topology, joined
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
+from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum, barrier
+from megadistill.distributed.topology import Launch, Topology, joined
+from megadistill.distributed.watchdog.parent import end_with_launcher
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
-from megadistill.model.families import logit_transform
-from megadistill.records import Cursor, TokenBatch
+from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
-from megadistill.train.corruption import FrozenWeights, frozen_weights, require_sound_student
-from megadistill.train.health import SkippedSteps, Vigil, not_finite
-from megadistill.train.histograms import histograms
 from megadistill.train.lookahead import Lookahead
-from megadistill.train.metrics import Meter, RunLog
 from megadistill.train.objective import Objective
-from megadistill.train.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
-from megadistill.train.probe import check_probe
-from megadistill.train.recording import recorded, recorded_service
-from megadistill.train.recovery import Recovery
-from megadistill.train.run_folder import describe, keep_student_config, keep_tokenizer, started_from, write_description
+from megadistill.train.resilience.anomalies import SkippedSteps, Vigil, not_finite
+from megadistill.train.resilience.preemption import StopRequests, asked, deaf
+from megadistill.train.resilience.recovery import Recovery
+from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
+from megadistill.train.resilience.stragglers import Stragglers
 from megadistill.train.schedule import scheduled
-from megadistill.train.setup import Setup, prepare, where_it_runs
+from megadistill.train.setup.run_folder import (
+    describe,
+    keep_student_config,
+    keep_tokenizer,
+    started_from,
+    write_description,
+)
+from megadistill.train.setup.setup import Setup, prepare, where_it_runs
 from megadistill.train.step import StepOutcome, train_step
-from megadistill.train.stop import StopRequests, asked, deaf
-from megadistill.train.stragglers import Stragglers
-from megadistill.train.teaching import Lesson, StoredTeacher, Teacher, lessons
+from megadistill.train.teacher.placement import ahead_of, finish, keeping, pipeline_of, serve, teacher_of
+from megadistill.train.teacher.probe import check_probe
+from megadistill.train.teacher.targets import Lesson, StoredTeacher, Teacher, frozen_weights, lessons
+from megadistill.train.telemetry.histograms import histograms
+from megadistill.train.telemetry.metrics import Meter, RunLog
+from megadistill.train.telemetry.timeline_capture import recorded, recorded_service
+from megadistill.types import Cursor, TokenBatch
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megadistill.config import LossSection, TargetsSection
 from megadistill.loss import Divergence, DivergenceKind, Elementwise
-from megadistill.loss.targets import Sampled, Selection, Threshold, TopK, TopP
-from megadistill.records import LogitTransform, Tail
+from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP
 from megadistill.train.schedule import scheduled
+from megadistill.types import LogitTransform, Tail
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.comm.collectives import all_reduce_sum, everywhere
-from megadistill.comm.topology import Topology
+from megadistill.distributed.collectives import all_reduce_sum, everywhere
+from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
-from megadistill.records import (
+from megadistill.student.engine import StudentEngine
+from megadistill.train.objective import Objective
+from megadistill.train.resilience.anomalies import finite, require_sound_teacher
+from megadistill.train.teacher.targets import Lesson, StoredTeacher, Teacher
+from megadistill.types import (
     IGNORED_LABEL,
     METRIC_NAMES,
     TOP_K,
@@ -26,10 +30,6 @@ from megadistill.records import (
     SparseTargets,
     TokenBatch,
 )
-from megadistill.student.engine import StudentEngine
-from megadistill.train.health import finite, require_sound_teacher
-from megadistill.train.objective import Objective
-from megadistill.train.teaching import Lesson, StoredTeacher, Teacher
 
 DECILES = 10
 DIAGNOSTIC_NAMES = (

@@ -91,9 +91,9 @@ def _die_in_backward(step: int) -> None:
 
 def _block_before_rename(step: int) -> None:
     """All bytes of a checkpoint are written, and it has no name yet."""
-    import megadistill.train.saver
+    import megadistill.train.checkpoint.writer
 
-    saver: Any = megadistill.train.saver
+    saver: Any = megadistill.train.checkpoint.writer
     real = saver.commit
 
     def commit(temporary: Path, target: Path, manifest: Any) -> None:

@@ -23,7 +23,7 @@ MARK = "MEGADISTILL_DRILL"
 def _rank(environment: dict[str, str], arguments: list[str], faults: list[str], said: str) -> None:
     import torch
 
-    from megadistill.cli import entry
+    from megadistill.cli.main import entry
 
     os.environ.update(environment)
     with open(said, "ab", buffering=0) as file:

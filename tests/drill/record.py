@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.events import read_lines
-from megadistill.train.checkpoint import checkpoint_folders, newest_checkpoint
+from megadistill.train.checkpoint.format import checkpoint_folders, newest_checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from megadistill.cli import main
+from megadistill.cli.main import main
 from tests.paths import ROOT
 
 BIN = Path(sys.executable).parent

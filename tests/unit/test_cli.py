@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megadistill import __version__
-from megadistill.cli import entry, main
+from megadistill.cli.main import entry, main
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
 VERBS = ("tokenize", "train", "export", "evaluate", "plan")
@@ -29,9 +29,9 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Export], None]:
     """Puts a function where the verb `export` finds its room."""
 
     def replace(function: Export) -> None:
-        room: Any = ModuleType("megadistill.export.run")
+        room: Any = ModuleType("megadistill.export.export_run")
         room.export_run = function
-        monkeypatch.setitem(sys.modules, "megadistill.export.run", room)
+        monkeypatch.setitem(sys.modules, "megadistill.export.export_run", room)
 
     return replace
 
@@ -123,7 +123,7 @@ def test_each_fault_has_its_exit_code(
 def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megadistill.cli.front.SPEAKING_SECONDS", 0.0)
+    monkeypatch.setattr("megadistill.cli.main.SPEAKING_SECONDS", 0.0)
 
     def said(error: Exception, rank: str, local_rank: str) -> str:
         monkeypatch.setenv("RANK", rank)
@@ -141,7 +141,7 @@ def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
 def test_a_step_of_slurm_says_its_rank_itself(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megadistill.cli.front.SPEAKING_SECONDS", 0.0)
+    monkeypatch.setattr("megadistill.cli.main.SPEAKING_SECONDS", 0.0)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "9")
@@ -172,7 +172,7 @@ def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) ->
 def test_a_fault_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch, code: int, at_once: bool) -> None:
     """Process groups whose peers are gone abort the interpreter's own end, with a code that is none of ours."""
     ended: list[int] = []
-    monkeypatch.setattr("megadistill.cli.front.main", lambda: code)
+    monkeypatch.setattr("megadistill.cli.main.main", lambda: code)
     monkeypatch.setattr("os._exit", ended.append)
     with pytest.raises(SystemExit) as caught:
         entry()

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from megadistill.cli import parser
+from megadistill.cli.main import parser
 from megadistill.config import Recipe, validate_recipe
 from tests.documented import PAGES, every_command
 from tests.paths import ROOT

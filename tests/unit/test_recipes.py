@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from megadistill.accelerators import accelerator
-from megadistill.comm.topology import Launch
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Manifest
-from megadistill.model.families import load_config
-from megadistill.model.flops import parameter_counts
+from megadistill.distributed.topology import Launch
+from megadistill.models.families import load_config
+from megadistill.models.flops import parameter_counts
+from megadistill.plan.counts.model_stats import Measured, measure
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, placed
-from megadistill.plan.measured import Measured, measure
-from megadistill.plan.subject import read_subject
+from megadistill.plan.plan_input import read_subject
 from megadistill.plan.throughput import Assumed
-from megadistill.train.setup import prepare
+from megadistill.train.setup.setup import prepare
 from tests.paths import RECIPES, ROOT
 from tests.unit.train.cases import TOKENIZER, described_data
 
@@ -99,8 +99,8 @@ def _described(recipe: Recipe, folder: Path) -> list[str]:
 
 @pytest.fixture
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megadistill.train.setup.check_weights", lambda *folder_and_config: None)
-    monkeypatch.setattr("megadistill.train.setup.check_start", lambda *folder_config_data: None)
+    monkeypatch.setattr("megadistill.train.setup.setup.check_weights", lambda *folder_and_config: None)
+    monkeypatch.setattr("megadistill.train.setup.setup.check_start", lambda *folder_config_data: None)
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megadistill import timeline
-from megadistill.cli import main
+from megadistill.cli.main import main
 from megadistill.config import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megadistill.data import Manifest, TokenStream
-from megadistill.records import Cursor
+from megadistill.types import Cursor
 
 BATCH = 24
 

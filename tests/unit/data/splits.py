@@ -6,9 +6,16 @@ from typing import Literal
 
 import numpy as np
 
-from megadistill.data.manifest import Manifest, PackerRecord, SourceRecord, TokenizerRecord, UnitRecord, token_dtype
-from megadistill.data.packing import Unit
-from megadistill.data.shards import write_shard
+from megadistill.data.shards.manifest import (
+    Manifest,
+    PackerRecord,
+    SourceRecord,
+    TokenizerRecord,
+    UnitRecord,
+    token_dtype,
+)
+from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.tar import write_shard
 
 SEQUENCE = 24
 VOCAB = 500

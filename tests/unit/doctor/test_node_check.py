@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.cli import main
+from megadistill.cli.main import main
 from megadistill.doctor import node_check
 from megadistill.doctor.findings import Examined, Mark
 from megadistill.doctor.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.comm.topology import Launch
+from megadistill.distributed.topology import Launch
 from megadistill.doctor import recipe_check
 from megadistill.doctor.findings import Examined, Mark
 from megadistill.doctor.recipe_check import check_recipe

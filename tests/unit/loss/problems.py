@@ -22,7 +22,7 @@ from megadistill.loss import (
     reference,
     sparse_distill_loss,
 )
-from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LogitTransform, LossTerms, SparseTargets, Tail
+from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LogitTransform, LossTerms, SparseTargets, Tail
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 

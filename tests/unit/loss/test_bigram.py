@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss, sparse_distill_loss
-from megadistill.loss.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
-from megadistill.records import LossTerms, SparseTargets, Tail
+from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.types import LossTerms, SparseTargets, Tail
 
 V, N, SHORT, LONG, RATE = 128, 256, 300, 900, 0.05
 VOCAB = VocabSlice.contiguous(0, V, V)

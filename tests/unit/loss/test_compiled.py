@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice
-from megadistill.records import Tail
+from megadistill.types import Tail
 from tests.unit.loss.problems import assert_same, problem, run, sparse, truth
 
 pytestmark = pytest.mark.skipif(

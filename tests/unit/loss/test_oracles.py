@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
 from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss, label_loss
-from megadistill.records import IGNORED_LABEL
+from megadistill.types import IGNORED_LABEL
 from tests.unit.loss.problems import TOLERANCE, Problem, problem, relative_error
 
 NOT_INSTALLED = "liger-kernel is not installed: pip install -e '.[oracles]'"

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from megadistill.loss import Divergence, reference
-from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, Tail
+from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LossTerms, Tail
 from tests.unit.loss.problems import Problem, problem, sparse, truth
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megadistill.loss import Divergence, DivergenceKind, VocabSlice, reference, token_terms
-from megadistill.records import IGNORED_LABEL, LogitTransform
+from megadistill.types import IGNORED_LABEL, LogitTransform
 from tests.unit.loss.problems import Problem, problem
 
 BENT = (LogitTransform(softcap=3.0, scale=0.7), LogitTransform(softcap=5.0))

@@ -13,7 +13,7 @@ from torch import Tensor
 from megadistill.loss import Divergence, DivergenceKind, VocabSlice, buffers, distill_loss, passes
 from megadistill.loss import softmax as softmax_module
 from megadistill.loss.chunk import Chunk
-from megadistill.records import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets, Tail
+from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets, Tail
 from tests.unit.loss.problems import (
     DIVERGENCES,
     TAILS,

@@ -4,10 +4,10 @@ from functools import cache
 from typing import Any
 
 from megadistill.config import LossSection, Recipe
-from megadistill.model.families import load_config
-from megadistill.plan.measured import Measured, measure
-from megadistill.plan.needs import Needs, needs
-from tests.unit.model.test_flops import LLAMA3_8B
+from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import Measured, measure
+from megadistill.plan.counts.requirements import Needs, needs
+from tests.unit.models.test_flops import LLAMA3_8B
 
 LLAMA3_8B_TOTAL, LLAMA3_8B_BODY = 8_030_261_248, 6_979_588_096
 

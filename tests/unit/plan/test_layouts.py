@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadistill.comm.roles import Roles
-from megadistill.comm.topology import Launch, vocab_group_size
 from megadistill.config import load_recipe
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, vocab_group_size
 from megadistill.errors import UserError
 from megadistill.plan.layouts import Layout, divisors, layouts, overrides, placed, recipe_of
 from tests.unit.plan.tiny import TINY, cluster, subject

@@ -6,15 +6,15 @@ from itertools import pairwise
 import pytest
 
 from megadistill.errors import UserError
+from megadistill.plan.counts.model_stats import measure
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.forecast import forecast
 from megadistill.plan.layouts import Cluster, layouts, placed, recipe_of
-from megadistill.plan.measured import measure
+from megadistill.plan.output.plan_json import values
+from megadistill.plan.plan_input import Subject
 from megadistill.plan.scaling_law import supervised_loss
 from megadistill.plan.search import DEAR, Plan, plan, what_would_help
-from megadistill.plan.subject import Subject
 from megadistill.plan.throughput import Assumed
-from megadistill.plan.values import values
 from tests.unit.plan.tiny import cluster, subject
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from megadistill.accelerators import accelerator
 from megadistill.config import validate_recipe
-from megadistill.model.families import load_config
+from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import Measured, measure
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, placed
-from megadistill.plan.measured import Measured, measure
-from megadistill.plan.subject import Subject
+from megadistill.plan.plan_input import Subject
 from megadistill.plan.throughput import Assumed
-from megadistill.student.profile import load_deepspeed
-from tests.unit.model.test_flops import LLAMA3_8B
+from megadistill.student.deepspeed_config import load_deepspeed
+from tests.unit.models.test_flops import LLAMA3_8B
 
 LLAMA3_70B = {
     **LLAMA3_8B,

@@ -4,9 +4,9 @@ from typing import Any
 
 from megadistill.accelerators import Accelerator
 from megadistill.config import validate_recipe
-from megadistill.model.families import load_config
+from megadistill.models.families import load_config
 from megadistill.plan.layouts import Cluster
-from megadistill.plan.subject import Subject
+from megadistill.plan.plan_input import Subject
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

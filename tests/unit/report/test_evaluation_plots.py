@@ -8,9 +8,9 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from megadistill.report.evaluation import CalibrationBin
+from megadistill.evaluate.evaluation import CalibrationBin
 from megadistill.report.evaluation_plots import calibration_figure, deciles_figure, write_plots
-from tests.unit.report.test_evaluation_table import ALONE, LARGE
+from tests.unit.evaluate.test_evaluation_tables import ALONE, LARGE
 
 BINS = (CalibrationBin(250_000_000, 0.02, 0.04), CalibrationBin(750_000_000, 0.07, 0.05))
 FIRST = replace(LARGE, calibration=(*BINS, *[CalibrationBin(0, None, None)] * 19))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from megadistill.errors import UserError
+from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation
 from megadistill.report.curves import curves_over_tokens
 from megadistill.report.drawing import MOST_RUNS, draw, new_figure, style
-from megadistill.report.evaluation import CalibrationBin, Decile, Evaluation
-from megadistill.report.folder import DIAGNOSTICS, METRICS, RunRecord, read_runs
+from megadistill.report.evaluation_section import read_results
 from megadistill.report.page import PAGE, compose, report
-from megadistill.report.results import read_results
+from megadistill.report.run_record import DIAGNOSTICS, METRICS, RunRecord, read_runs
 from megadistill.report.tables import text
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 

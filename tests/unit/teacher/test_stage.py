@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megadistill.comm.vocabulary import VocabSlice
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.model.checkpoint import SafetensorsFolder
-from megadistill.model.families import EMBEDDING, HEAD, load_config
-from megadistill.model.split import stage_layers
+from megadistill.models.families import EMBEDDING, HEAD, load_config
+from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.partition import stage_layers
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
-from tests.unit.model.cases import CASES, SIZES, VOCAB, final_hidden, saved_model
+from tests.unit.models.cases import CASES, SIZES, VOCAB, final_hidden, saved_model
 
 SHARD_SIZES = {"one file": "5GB", "many files": "30KB"}
 CPU = torch.device("cpu")

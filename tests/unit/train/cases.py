@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.comm.topology import Topology
 from megadistill.config import Recipe
 from megadistill.data import Manifest
-from megadistill.model.families import FAMILIES, load_config, parameter_shapes
-from megadistill.train.attempt import Attempt
-from megadistill.train.checkpoint import FORMAT, CheckpointManifest
-from megadistill.train.saver import Saver, require_saved
+from megadistill.distributed.topology import Topology
+from megadistill.models.families import FAMILIES, load_config, parameter_shapes
+from megadistill.train.checkpoint.attempt import Attempt
+from megadistill.train.checkpoint.format import FORMAT, CheckpointManifest
+from megadistill.train.checkpoint.writer import Saver, require_saved
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"

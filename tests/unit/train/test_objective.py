@@ -7,9 +7,9 @@ import torch
 
 from megadistill.config import LossSection, ScheduleSection, TargetsSection
 from megadistill.loss import Elementwise
-from megadistill.loss.targets import Sampled, Threshold, TopK, TopP
-from megadistill.records import Tail
+from megadistill.loss.sparse.targets import Sampled, Threshold, TopK, TopP
 from megadistill.train.objective import Objective, selection, uniforms
+from megadistill.types import Tail
 
 STEPS = 10
 

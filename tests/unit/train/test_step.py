@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.records import METRIC_NAMES, Diagnostics, LossTerms
 from megadistill.train.step import DIAGNOSTIC_NAMES, _finite, _numbers
+from megadistill.types import METRIC_NAMES, Diagnostics, LossTerms
 
 
 def _terms(diagnostics: Diagnostics | None) -> LossTerms:

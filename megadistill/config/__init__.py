@@ -1,0 +1,31 @@
+"""The typed recipe, how it is read, and the table of its keys."""
+
+from megadistill.config.load import dotted, load_recipe, validate_recipe
+from megadistill.config.recipe import (
+    DataSection,
+    FaultsSection,
+    LossSection,
+    Recipe,
+    ScheduleSection,
+    Section,
+    StudentSection,
+    TargetsSection,
+    TeacherSection,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "FaultsSection",
+    "LossSection",
+    "Recipe",
+    "ScheduleSection",
+    "Section",
+    "StudentSection",
+    "TargetsSection",
+    "TeacherSection",
+    "TrainSection",
+    "dotted",
+    "load_recipe",
+    "validate_recipe",
+]

@@ -1,0 +1,133 @@
+"""From YAML with `extends:` and `--set` to a validated recipe. `extends:` is relative to the file that contains it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from megadistill.config.recipe import Recipe
+from megadistill.errors import UserError, nearest
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, with what it extends and with `key=value` overrides on top.
+
+    Raises:
+        UserError: one line that names the key, the value and the way out.
+    """
+    merged = _read_with_parents(path, seen=())
+    known = {str(key) for key in merged} | set(Recipe.model_fields)
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
+        if key.split(".")[0] not in known:
+            raise UserError(f"--set {key}: the recipe has no such key{nearest(key.split('.')[0], known)}")
+    try:
+        merged.merge_with(OmegaConf.from_dotlist(list(overrides)))
+        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
+        values = OmegaConf.to_container(merged, resolve=True)
+    except UserError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    return validate_recipe(values, source=str(path))
+
+
+def validate_recipe(values: Any, *, source: str) -> Recipe:
+    """A recipe from plain values (a YAML file's, or a run folder's recipe.json).
+
+    Raises:
+        UserError: the first thing that is wrong, as one line.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys as `--set` spells them: `{"train": {"clip": 1.0}}` -> `{"train.clip": 1.0}`."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, child in values.items():
+        flat.update(dotted(child, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}")
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size} bytes is no recipe (at most {MAX_RECIPE_BYTES})")
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"no recipe {path} (paths are relative to {Path.cwd()})") from None
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of sections, found a {type(loaded).__name__}")
+    _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), path)
+    parent = loaded.pop("extends", None)
+    if parent is None:
+        return loaded
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name one recipe file, found {parent!r}")
+    base = _read_with_parents(path.parent / parent, (*seen, resolved))
+    merged = OmegaConf.merge(base, loaded)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _refuse_resolvers(value: Any, path: Path) -> None:
+    """`${a.b}` copies a value of the recipe; `${oc.env:X}` would let a recipe read secrets into the run folder."""
+    if isinstance(value, dict):
+        for child in value.values():
+            _refuse_resolvers(child, path)
+    elif isinstance(value, list):
+        for child in value:
+            _refuse_resolvers(child, path)
+    elif isinstance(value, str) and re.search(r"\$\{.*:", value, flags=re.DOTALL):  # nested ones too
+        raise UserError(
+            f"{path}: {value!r} calls a resolver; a recipe may only refer to its own keys, as in ${{run.seed}}"
+        )
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as `key: what, value, way out`; the count of the others."""
+    first = error.errors()[0]
+    places = [str(part) for part in first["loc"]]
+    key = ".".join(places)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: no such key{nearest(places[-1], _known_keys(places[:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"{key}: is required{more}"
+    if first["type"] == "value_error":
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return f"{key}: {message}{more}" if key else f"{message}{more}"
+    return f"{key}: {first['msg'].lower()}, found {first['input']!r}{more}"
+
+
+def _known_keys(places: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for place in places:
+        field = model.model_fields.get(place)
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

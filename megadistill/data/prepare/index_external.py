@@ -1,0 +1,220 @@
+"""Foreign shards: WebDataset tars that somebody else made, indexed and described as a split. The tars stay as they are.
+
+Legend: L tokens of a unit, S = L - 1 tokens of a sequence.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from megadistill.data.prepare.progress import ShowProgress, console_progress
+from megadistill.data.shards.labels import predicted
+from megadistill.data.shards.manifest import (
+    FORMAT_VERSION,
+    FileName,
+    Manifest,
+    PackerRecord,
+    Shard,
+    SourceRecord,
+    TokenDtype,
+    TokenizerRecord,
+    UnitRecord,
+    refuse_finished,
+    token_dtype,
+)
+from megadistill.data.shards.npy import MAX_LENGTH, Misfit, row_of
+from megadistill.data.shards.reader import UnitReader
+from megadistill.data.shards.tar import Sample, index_path, index_tar, mapped, member_of, publish, samples
+from megadistill.data.storage.open import folder_of
+from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
+from megadistill.errors import UserError
+
+TAR: Final = ".tar"
+BOUNDS: Final = "bounds.npy"
+TOKENIZER_FOLDER: Final = "tokenizer"
+BATCH: Final = 256
+"""Units read at a time."""
+
+
+def index(
+    folder: Path,
+    *,
+    tokenizer: Path,
+    member: str | None,
+    dtype: str | None,
+    split: str,
+    progress: ShowProgress | None = None,
+) -> Manifest:
+    """Makes a split of the tars in `folder`: an index beside each, the tokenizer, and manifest.json, last.
+
+    `member` is the suffix of the tokens' member, `npz:NAME` for one array of several; None: the only .npy or .npz of a
+    sample. `dtype`, uint16 or uint32, is that of a member of raw little-endian bytes. A member `bounds.npy` says where
+    documents begin. Every unit is read and checked.
+
+    Raises:
+        UserError: there are no tars, one is damaged, or a unit is not like the others; no manifest was written.
+    """
+    refuse_finished(folder)
+    tars = _tars(folder)
+    _check_name(split, "--split")
+    model = load_tokenizer(tokenizer)
+    form = _form(tars[0], split, model, member, dtype)
+    with nullcontext(progress) if progress else console_progress() as show, _indices_of(tars):
+        shards, tokens = _index_all(tars, form, show)
+    model.write(folder / TOKENIZER_FOLDER)
+    manifest = _manifest(form, shards, tokens)
+    manifest.write(folder)
+    return manifest.lying_in(folder_of(str(folder)))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What all units have in common; the `first` one decided it."""
+
+    folder: str
+    split: str
+    unit: UnitRecord
+    dtype: TokenDtype
+    length: int
+    first: str
+    vocab_size: int
+    tokenizer: TokenizerRecord
+
+
+def _tars(folder: Path) -> list[Path]:
+    try:
+        tars = sorted(path for path in folder.iterdir() if path.suffix == TAR)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): give a folder of tars") from None
+    if not tars:
+        raise UserError(f"{folder} holds no {TAR} files: give a folder of uncompressed WebDataset tars")
+    for path in tars:
+        _check_name(path.name, str(path))
+    return tars
+
+
+def _check_name(name: str, what: str) -> None:
+    try:
+        TypeAdapter(FileName).validate_python(name)
+    except ValidationError:
+        raise UserError(
+            f"{what}: {name!r} is no name for a manifest: use letters, digits, '.', '_' and '-', none of '.-' in front"
+        ) from None
+
+
+def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: str | None) -> _Form:
+    """As the first sample of the first tar is, so all must be."""
+    sample = next(samples(tar), None)
+    if sample is None:
+        raise UserError(f"{tar} holds no samples: leave it out of the folder")
+    where = f"{tar} sample {sample.key[:200]!r}"
+    unit, dtype_on_disk = _unit_record(sample, member, dtype, token_dtype(model.vocab_size), where)
+    tokens = member_of(sample, unit.tokens, where)
+    try:
+        row = row_of(mapped(tar).read(tokens.at, tokens.bytes), unit, dtype=dtype_on_disk, length=None)
+    except Misfit as misfit:
+        raise UserError(f"{where} member {unit.tokens}: {misfit}: name another --member") from None
+    if not 2 <= len(row) <= MAX_LENGTH:
+        raise UserError(f"{where} has {len(row)} tokens: a unit has 2 to {MAX_LENGTH}")
+    return _Form(
+        folder=tar.resolve().parent.name,
+        split=split,
+        unit=unit,
+        dtype=dtype_on_disk,
+        length=len(row),
+        first=where,
+        vocab_size=model.vocab_size,
+        tokenizer=tokenizer_record(model, TOKENIZER_FOLDER),
+    )
+
+
+def _unit_record(
+    sample: Sample, member: str | None, dtype: str | None, narrowest: TokenDtype, where: str
+) -> tuple[UnitRecord, TokenDtype]:
+    """Which member holds the tokens, and how; the dtype is that of raw bytes, or what the ids are read into."""
+    candidates = [name for name in sample.members if name.endswith(("npy", "npz")) and name != BOUNDS]
+    has = f"{where} has {sample.suffixes}"
+    if member is None and len(candidates) != 1:
+        raise UserError(f"{has}: say with --member which one holds the tokens")
+    suffix, _, array = (candidates[0] if member is None else member).partition(":")
+    kind: Literal["npy", "npz", "raw"] = "npy" if suffix.endswith("npy") else "npz" if suffix.endswith("npz") else "raw"
+    if (kind == "raw") != (dtype is not None):
+        raise UserError(
+            f"--member {suffix} is raw bytes: say with --dtype whether they are uint16 or uint32"
+            if kind == "raw"
+            else f"--dtype {dtype} is for raw bytes, and {suffix} says its own: leave --dtype out"
+        )
+    if dtype not in (None, "uint16", "uint32"):
+        raise UserError(f"--dtype {dtype}: raw bytes are uint16 or uint32")
+    if suffix.lower() not in sample.members:
+        raise UserError(f"--member {suffix}: {has}")
+    bounds = BOUNDS if BOUNDS in sample.members and suffix.lower() != BOUNDS else None
+    try:
+        record = UnitRecord(kind=kind, tokens=suffix.lower(), bounds=bounds, array=array or None)
+    except ValidationError:
+        raise UserError(f"--member {member}: give a suffix such as tokens.npy, u16, or npz:tokens") from None
+    return record, "uint16" if dtype == "uint16" else "uint32" if dtype == "uint32" else narrowest
+
+
+@contextmanager
+def _indices_of(tars: Sequence[Path]) -> Iterator[None]:
+    """Takes the indices away again when one of the tars does not do."""
+    try:
+        yield
+    except BaseException:
+        for path in tars:
+            index_path(path).unlink(missing_ok=True)
+        raise
+
+
+def _index_all(tars: Sequence[Path], form: _Form, show: ShowProgress) -> tuple[list[Shard], int]:
+    """The shards, and how many of their labels are learned."""
+    total = sum(path.stat().st_size for path in tars)
+    shards: list[Shard] = []
+    tokens = done = units = 0
+    show(form.split, done=0, total=total, tokens=0)
+    for path in tars:
+        shard = publish(path, index_tar(path, form.unit))
+        tokens += _checked_tokens(path, form, shard)
+        shards.append(shard)
+        done += shard.bytes
+        units += shard.units
+        show(form.split, done=done, total=total, tokens=units * (form.length - 1))
+    return shards, tokens
+
+
+def _checked_tokens(path: Path, form: _Form, shard: Shard) -> int:
+    """Reads every unit, as a training run will; how many labels are learned."""
+    reader = UnitReader(_manifest(form, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
+    tokens = 0
+    for first in range(0, shard.units, BATCH):
+        numbers = np.arange(first, min(first + BATCH, shard.units))
+        units = reader.read(np.stack([np.zeros_like(numbers), numbers], axis=1))
+        if units.faults:
+            fault = units.faults[min(units.faults)]
+            raise UserError(f"{fault}: all units must be like {form.first}, {form.length} ids of the tokenizer")
+        tokens += int(predicted(units.bounds, sequence_length=form.length - 1, across_documents=True).sum())
+    return tokens
+
+
+def _manifest(form: _Form, shards: Sequence[Shard], tokens: int) -> Manifest:
+    return Manifest(
+        version=FORMAT_VERSION,
+        split=form.split,
+        sequence_length=form.length - 1,
+        dtype=form.dtype,
+        vocab_size=form.vocab_size,
+        unit=form.unit,
+        tokenizer=form.tokenizer,
+        packer=PackerRecord(name="foreign", version=1, bos=None, eos=None),
+        documents=None,
+        tokens=tokens,
+        text_bytes=None,
+        source=SourceRecord(inputs=(form.folder,)),
+        shards=tuple(shards),
+    )

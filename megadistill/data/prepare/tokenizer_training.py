@@ -1,0 +1,80 @@
+"""Training a tokenizer for a corpus: on which documents, and not twice on the same ones. It knows no shards."""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from megadistill.data.prepare.corpus import Document
+from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_tokenizer
+from megadistill.errors import UserError
+from megadistill.io import written_whole
+
+SAMPLE_BYTES: Final = 10_000_000
+"""Text that a tokenizer is trained on, at most: whole documents, and the lines of one more."""
+
+RECORD: Final = ".training.json"
+
+
+class TrainingSample:
+    """The documents with the smallest digests: a random choice, always the same one, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Document]] = []  # the largest digest first; of copies, the last one
+        self._added = 0
+        self.bytes = 0
+
+    def add(self, document: Document) -> None:
+        self._added += 1
+        heapq.heappush(self._heap, (-int.from_bytes(document.digest, "big"), -self._added, document))
+        self.bytes += _size(document)
+        while self.bytes - _size(self._heap[0][2]) >= SAMPLE_BYTES:
+            self.bytes -= _size(heapq.heappop(self._heap)[2])
+
+    def lines(self) -> Iterator[str]:
+        """Lines of the documents in the order of their digests, until they hold SAMPLE_BYTES."""
+        left = SAMPLE_BYTES
+        for document in self._documents():
+            for line in document.text.split("\n"):
+                if left <= 0:
+                    return
+                left -= len(line.encode()) + 1
+                yield line
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(document.digest for document in self._documents())).hexdigest()
+
+    def _documents(self) -> list[Document]:
+        return [document for _, _, document in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _size(document: Document) -> int:
+    return len(document.data) + 1
+
+
+def trained_tokenizer(sample: TrainingSample, folder: Path, *, vocab_size: int) -> SentencePieceTokenizer:
+    """The tokenizer of `vocab_size` pieces for a sample, trained and written into `folder` with its record.
+
+    Where the record there says so already, it is not trained again.
+    """
+    wanted: dict[str, str | int] = {"vocab_size": vocab_size, "sample": sample.digest}
+    earlier = _earlier(folder, wanted)
+    if earlier is not None:
+        return earlier
+    tokenizer = train_tokenizer(sample.lines(), vocab_size=vocab_size)
+    tokenizer.write(folder)
+    with written_whole(folder / RECORD) as file:
+        file.write(json.dumps({**wanted, "sha256": tokenizer.sha256}).encode())
+    return tokenizer
+
+
+def _earlier(folder: Path, wanted: dict[str, str | int]) -> SentencePieceTokenizer | None:
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        tokenizer = SentencePieceTokenizer.load(folder / MODEL_FILE)
+    except (OSError, ValueError, UserError):
+        return None
+    return tokenizer if record == {**wanted, "sha256": tokenizer.sha256} else None

@@ -1,0 +1,61 @@
+"""A folder of this machine's file system, its files mapped into memory."""
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from megadistill.data.storage.base import Bytes, outside, refuse_larger
+
+
+class LocalFolder:
+    """A folder of this machine's file system."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        self.location = str(self._path)
+
+    def read_whole(self, name: str, *, max_bytes: int) -> bytes:
+        path = self._path / name
+        with _opened(path) as file:
+            refuse_larger(str(path), os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read(max_bytes)
+
+    def open(self, name: str) -> "MappedFile":
+        return MappedFile(self._path / name)
+
+    def prefetch(self, ranges: Iterable[tuple[Bytes, int, int]]) -> None:
+        pass  # the page cache does it
+
+    def sibling(self, path: str) -> "LocalFolder":
+        return LocalFolder(self._path / path)
+
+
+class MappedFile:
+    """A file mapped into memory: reads copy nothing. It must not shrink while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        with _opened(path) as file:
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size == 0:
+                raise OSError(errno.EINVAL, "it is empty", str(path))
+            self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._path = path
+
+    def read(self, start: int, length: int) -> memoryview:
+        stop = start + length
+        if not 0 <= start <= stop <= self.size:
+            raise outside(str(self._path), start, length, self.size)
+        return self._bytes[start:stop]
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file: a pipe would wait for its writer, and a device has no size."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")

@@ -1,0 +1,27 @@
+"""The folder at a path or a URL: a local one, or a remote one where fsspec is installed."""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from megadistill.data.storage.base import Folder
+from megadistill.data.storage.local import LocalFolder
+from megadistill.errors import UserError
+from megadistill.redaction import shown
+
+
+def folder_of(location: str) -> Folder:
+    """The folder at a path, or at a URL `scheme://...`.
+
+    Raises:
+        UserError: a URL needs a package that is not installed, or nobody knows its scheme.
+    """
+    if location.startswith("file://"):
+        location = url2pathname(urlsplit(location).path)
+    if "://" not in location:
+        return LocalFolder(Path(location))
+    try:
+        from megadistill.data.storage.remote import RemoteFolder  # noqa: PLC0415  an extra; most data is local
+    except ImportError:
+        raise UserError(f"{shown(location)} is a URL, which needs fsspec: pip install 'megadistill[remote]'") from None
+    return RemoteFolder(location)

@@ -1,0 +1,199 @@
+"""A Hugging Face tokenizer: `tokenizer.json` and what lies beside it. It knows no shards and no other tokenizer.
+
+Legend: L tokens of a text, V ids of the vocabulary.
+"""
+
+import errno
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+
+from megadistill.data.shards.packing import Ids
+from megadistill.errors import UserError
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+CONFIG_FILE: Final = "tokenizer_config.json"
+COPIED: Final = (TOKENIZER_FILE, "special_tokens_map.json", "chat_template.jinja")
+
+MAX_FILE_BYTES: Final = 1 << 28
+SPACE: Final = "▁"
+
+Json = dict[str, Any]
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizers` tokenizer: text to ids and back."""
+
+    kind: Final = "huggingface"
+    file: Final = TOKENIZER_FILE
+
+    def __init__(self, path: Path, values: Json, *, config: Json, eos: str | int | None) -> None:
+        """`values` is the content of `path`, `config` that of tokenizer_config.json beside it.
+
+        Raises:
+            UserError: it is no tokenizer, or nothing says which id ends a document.
+        """
+        self._path = path
+        self._config = config
+        self._values = values
+        try:
+            self._backend = Backend.from_str(json.dumps(_plain(values)))
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())[:200]}") from None
+        self._backend.encode_special_tokens = True
+        self.sha256 = canonical_sha256(values)
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos = self._known(eos, "eos_token")
+        self.bos = self._begin()
+
+    @classmethod
+    def load(cls, path: Path) -> "HuggingFaceTokenizer":
+        """The tokenizer in the file `path`, with the rules in the files beside it.
+
+        Raises:
+            UserError: there is none, or it cannot be used.
+        """
+        beside = {name: _read_optional(path.parent / name) for name in (CONFIG_FILE, "special_tokens_map.json")}
+        named = [_content(rules, "eos_token") for rules in beside.values()]
+        eos: Any = next((token for token in named if token is not None), None)
+        if eos is None:
+            ids = _read_optional(path.parent / "generation_config.json").get("eos_token_id")
+            eos = ids[0] if isinstance(ids, list) and ids else ids
+        return cls(path, read_json(path), config=beside[CONFIG_FILE], eos=eos)
+
+    def encode(self, text: str) -> Ids:
+        """[L] int32, without BOS or EOS; the names of special tokens in the text are text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def decode(self, ids: Ids) -> str:
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def piece_bytes(self) -> NDArray[np.int64]:
+        """[V]: UTF-8 bytes of text that each id stands for; 0 for special tokens and ids without a piece."""
+        decoder = json.dumps(self._values.get("decoder"))
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, id in self._backend.get_vocab(with_added_tokens=False).items():
+            sizes[id] = _size(piece, byte_level='"ByteLevel"' in decoder, byte_fallback='"ByteFallback"' in decoder)
+        for id, token in self._backend.get_added_tokens_decoder().items():
+            sizes[id] = 0 if token.special else len(token.content.encode())
+        unknown = getattr(self._backend.model, "unk_token", None)
+        if unknown is not None:
+            sizes[self._backend.token_to_id(unknown)] = 0
+        return sizes
+
+    def write(self, folder: Path) -> None:
+        """Writes the tokenizer's files as they are; the config says which token ends a document, where it did not."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in COPIED:
+            source = self._path.parent / name if name != TOKENIZER_FILE else self._path
+            if source.is_file():
+                (folder / name).write_bytes(source.read_bytes())
+        said = {} if _content(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **said}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _known(self, token: str | int | None, name: str) -> int:
+        id = self._backend.token_to_id(token) if isinstance(token, str) else token
+        if type(id) is int and 0 <= id < self.vocab_size and self._backend.id_to_token(id) is not None:
+            return id
+        found = "is named nowhere beside it" if token is None else f"is {token!r}, which the vocabulary does not have"
+        raise UserError(f"{self._path}: its {name} {found}: write the token as {name} into {CONFIG_FILE} there")
+
+    def _begin(self) -> int | None:
+        """The id that the tokenizer puts before a text: by its post-processor, or else by its config."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        before = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
+        if before > 1:
+            raise UserError(f"{self._path} puts {before} ids before a text: only one, or none, can stand there")
+        if before:
+            return int(whole[0])
+        return (
+            self._known(_content(self._config, "bos_token"), "bos_token") if self._config.get("add_bos_token") else None
+        )
+
+
+def read_json(path: Path) -> Json:
+    """The object in a file.
+
+    Raises:
+        UserError: it cannot be read, is larger than any tokenizer, or holds no JSON object.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MAX_FILE_BYTES >> 20} MiB")
+        values = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json, or its folder") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object: give a tokenizer.json")
+    return values
+
+
+def canonical_sha256(values: Json) -> str:
+    """Of what makes the ids: the same after loading and saving, by this release of `tokenizers` or a later one.
+
+    Truncation and padding are left out, and what is null or false: a release adds options that are off. A merge was
+    "a b" once and is ["a", "b"] now.
+    """
+    kept = {name: value for name, value in values.items() if name not in ("truncation", "padding")}
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        kept["model"] = {**model, "merges": merges}
+    canonical = json.dumps(_without_off(kept), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_off(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_off(one) for key, one in value.items() if one is not None and one is not False}
+    return [_without_off(one) for one in value] if isinstance(value, list) else value
+
+
+def _plain(values: Json) -> Json:
+    """Without what cuts, fills or randomly splits a text."""
+    model = values.get("model")
+    return {
+        **values,
+        "truncation": None,
+        "padding": None,
+        "model": {**model, "dropout": None} if isinstance(model, dict) and "dropout" in model else model,
+    }
+
+
+def _read_optional(path: Path) -> Json:
+    return read_json(path) if path.is_file() else {}
+
+
+def _content(rules: Json, name: str) -> str | None:
+    """A token of a config: a string, or an object with a string in `content`."""
+    token = rules.get(name)
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _size(piece: str, *, byte_level: bool, byte_fallback: bool) -> int:
+    """UTF-8 bytes of text: a byte-level piece has a character for each byte, another marks spaces."""
+    if byte_level:
+        return len(piece)
+    if byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return 1
+    return len(piece.replace(SPACE, " ").encode())

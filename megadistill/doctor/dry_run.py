@@ -1,0 +1,124 @@
+"""Room `doctor`: one step of a small run of the recipe's kind, through the run's own code, before the run.
+
+Architecture, precision, DeepSpeed's settings, loss, vocab group and stages are the recipe's; widths, depth, vocabulary
+and tokens are small. The teacher is written to a folder of each rank's own and read from it as a real one is. A teacher
+that the recipe gives ranks of its own rehearses on the student's: the bridge is left out.
+"""
+
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from megadistill.config import StudentSection
+from megadistill.distributed.topology import Launch, Topology, topology_of_world
+from megadistill.errors import OperatorFault
+from megadistill.models.families import load_config, logit_transform
+from megadistill.models.tiny import shrunken, write_random
+from megadistill.student.engine import PRECISIONS, StudentEngine
+from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
+from megadistill.train.objective import Objective
+from megadistill.train.setup.setup import Setup
+from megadistill.train.step import train_step
+from megadistill.train.teacher.targets import Teacher, lessons
+from megadistill.types import TokenBatch, token_digest
+
+VOCAB, SEQUENCE, SEED = 1000, 64, 1
+RATE = 1e-3
+
+
+def rehearse(setup: Setup, topology: Topology, launch: Launch, *, timeout: timedelta) -> str:
+    """Takes the step on all ranks of `topology`, whose world is `launch`'s; what came of it, in words. Collective.
+
+    Raises:
+        OperatorFault: its loss or its gradient is not finite. Whatever the run's code raises.
+    """
+    began = time.perf_counter()
+    group = setup.group_size if launch.world % setup.group_size == 0 else 1
+    topology = topology_of_world(launch, vocab_group=group, device=topology.device, timeout=timeout)
+    with TemporaryDirectory(prefix="megadistill-doctor-") as folder:
+        loss, norm = _step(setup, topology, Path(folder))
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise OperatorFault(f"one small step has loss {loss} and gradient norm {norm}")
+    without = "; the teacher's bridge was left out" if setup.roles is not None else ""
+    what = "student, teacher and loss" if setup.recipe.teacher is not None else "student and loss"
+    seconds = time.perf_counter() - began
+    return f"one small step of {what}: loss {loss:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s{without}"
+
+
+def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]:
+    recipe = setup.recipe
+    config = shrunken(setup.student_config, vocab_size=VOCAB, min_layers=2)
+    teacher = _teacher_stage(setup, topology, folder)  # before the student: a live `zero.Init` would partition it too
+    batch = _batch(topology, document_mask=recipe.data.document_mask)
+    student = StudentEngine(
+        config,
+        section=StudentSection(
+            config={},
+            vocab_multiple=math.lcm(recipe.student.vocab_multiple, topology.world),
+            activation_checkpointing=recipe.student.activation_checkpointing,
+        ),
+        train=recipe.train.model_copy(update={"micro_batch": len(batch), "global_batch": len(batch) * topology.world}),
+        profile=setup.profile,
+        vocab_size=VOCAB,
+        seed=SEED,
+        accumulation=1,
+        topology=topology,
+    )
+    taught = None
+    if teacher is not None:
+        dtype = PRECISIONS[recipe.train.precision]
+        taught = Teacher(
+            pipeline=TeacherPipeline(teacher, topology),
+            head=head_rows(folder, student.head.vocab, dtype=dtype, device=topology.device),
+            logits=logit_transform(load_config(folder, what="teacher")),
+        )
+    outcome = train_step(
+        student,
+        taught,
+        lessons(taught, iter([batch])),
+        step=1,
+        accumulation=1,
+        valid_tokens=batch.valid_tokens,
+        learning_rate=RATE,
+        objective=Objective(
+            loss=recipe.loss, steps=recipe.train.steps, seed=SEED, student_logits=logit_transform(config)
+        ),
+        topology=topology,
+    )
+    return outcome.metrics["loss"], outcome.grad_norm
+
+
+def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherStage | None:
+    """Of a small teacher in `folder`; for stored targets, of the student's architecture."""
+    if setup.recipe.teacher is None:
+        return None
+    config: Any = setup.teacher_config if setup.teacher_config is not None else setup.student_config
+    write_random(shrunken(config, vocab_size=VOCAB, min_layers=max(2, topology.group_size)), folder, seed=SEED + 1)
+    return TeacherStage.load(
+        folder,
+        stage=topology.group_rank,
+        stages=topology.group_size,
+        dtype=PRECISIONS[setup.recipe.train.precision],
+        device=topology.device,
+    )
+
+
+def _batch(topology: Topology, *, document_mask: bool) -> TokenBatch:
+    generator = torch.Generator().manual_seed(SEED + topology.rank)
+    units = torch.randint(0, VOCAB, (1, SEQUENCE + 1), generator=generator)
+    tokens = units[:, :-1].contiguous()
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 0] = starts[:, SEQUENCE // 2] = True
+    return TokenBatch(
+        tokens=tokens,
+        labels=units[:, 1:].contiguous(),
+        slots=torch.tensor([topology.rank]),
+        digests=token_digest(tokens),
+        starts=starts,
+        document_mask=document_mask,
+    )

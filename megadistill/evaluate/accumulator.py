@@ -1,0 +1,110 @@
+"""Adding up what a model says of each token: by source, by confidence, by decile. It knows no models and no words.
+
+All sums are float64, so the number of ranks that share the tokens changes their rounding and nothing else.
+
+Legend: N tokens of this rank, n of a batch, K sources, C columns of sums, M tokens of all ranks.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum
+from megadistill.distributed.topology import Topology
+from megadistill.loss import TokenTerms
+
+BINS = 21
+"""Of the top-1 probability, as in the calibration errors of arXiv:2503.16870."""
+DECILES = 10
+COLUMNS = ("tokens", "cross_entropy", "kl", "jsd", "agreement", "acceptance")
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the tokens of all ranks."""
+
+    by_source_KC: Floats
+    """`COLUMNS`; 0 where there is no teacher."""
+    by_bin_KB3: Floats
+    """Of each source and bin of confidence: tokens, confidence, and labels that were the most likely token."""
+    by_decile_D4: Floats
+    """Of each decile: tokens, cross-entropy, KL, agreement."""
+
+
+class Tally:
+    """One model's numbers on this rank's tokens."""
+
+    def __init__(self, sources: int) -> None:
+        self._sums_KC = np.zeros((sources, len(COLUMNS)))
+        self._bins_KB3 = np.zeros((sources, BINS, 3))
+        self._kept: list[NDArray[np.float32]] = []
+
+    def add(self, terms: TokenTerms, source: int) -> None:
+        """The tokens of a batch, which are all of one source. 12 bytes of each are kept where there is a teacher."""
+        cross_entropy_n, confidence_n, correct_n = map(_host, (terms.cross_entropy, terms.confidence, terms.correct))
+        self._sums_KC[source, :2] += len(cross_entropy_n), cross_entropy_n.sum()
+        # A confidence that is no number counts in some bin: the cross-entropy, which is none either, tells of it.
+        bins_n = np.nan_to_num(confidence_n * BINS).astype(np.int64).clip(0, BINS - 1)
+        for column, weights in enumerate((None, confidence_n, correct_n)):
+            self._bins_KB3[source, :, column] += np.bincount(bins_n, weights, minlength=BINS)
+        if terms.teacher is not None:
+            pairwise = (terms.teacher.kl, terms.teacher.jsd, terms.teacher.agreement, terms.teacher.acceptance)
+            pairwise_4n = np.stack([_host(values) for values in pairwise])
+            self._sums_KC[source, 2:] += pairwise_4n.sum(axis=1)
+            self._kept.append(np.stack([cross_entropy_n, pairwise_4n[0], pairwise_4n[2]]).astype(np.float32))
+
+    def totals(self, of_token_N: NDArray[np.int64] | None, topology: Topology) -> Totals:
+        """Over all ranks; `of_token_N`: the decile of each token of this rank, in the order they came. Collective."""
+        by_decile_D4 = np.zeros((DECILES, 4))
+        if of_token_N is not None:
+            by_decile_D4[:, 0] = np.bincount(of_token_N, minlength=DECILES)
+            for column, values_N in enumerate(np.concatenate([np.empty((3, 0)), *self._kept], axis=1), start=1):
+                by_decile_D4[:, column] = np.bincount(of_token_N, values_N, minlength=DECILES)
+        parts = (self._sums_KC, self._bins_KB3, by_decile_D4)
+        summed = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(topology.device)
+        whole = _host(all_reduce_sum(summed, topology.world_group))
+        ends = np.cumsum([part.size for part in parts])
+        return Totals(*(flat.reshape(part.shape) for flat, part in zip(np.split(whole, ends[:-1]), parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Deciles:
+    """Which tenth of all tokens, by the teacher's entropy, each of this rank's tokens is in."""
+
+    of_token_N: NDArray[np.int64]
+    """0: the tenth of lowest entropy."""
+    bounds: tuple[tuple[float, float] | None, ...]
+    """The lowest and the highest entropy in each tenth; None where it has no token."""
+
+
+def deciles(entropies: Sequence[Tensor], topology: Topology) -> Deciles:
+    """From the teacher's entropies [n] of each of this rank's batches; exact, of equals the first comes first.
+
+    A rank's tokens come after those of the ranks before it. Collective; 20 bytes a token of all ranks, on each.
+    """
+    own_N = torch.cat([torch.empty(0), *(values.float().cpu() for values in entropies)])
+    counts = all_gather_rows(torch.tensor([len(own_N)], device=topology.device), topology.world_group).tolist()
+    padded = torch.nn.functional.pad(own_N, (0, max(counts) - len(own_N))).to(topology.device)
+    rows = all_gather_rows(padded, topology.world_group).view(len(counts), -1).cpu()
+    entropy_M = torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]).numpy()
+    M, order_M = len(entropy_M), np.argsort(entropy_M, kind="stable")
+    of_token_M = np.empty(M, dtype=np.int64)
+    of_token_M[order_M] = np.arange(M) * DECILES // max(1, M)
+    edges = [-(-M * part // DECILES) for part in range(DECILES + 1)]
+    bounds = tuple(
+        (float(entropy_M[order_M[start]]), float(entropy_M[order_M[stop - 1]])) if start < stop else None
+        for start, stop in itertools.pairwise(edges)
+    )
+    first = sum(counts[: topology.rank])
+    return Deciles(of_token_M[first : first + len(own_N)], bounds)
+
+
+def _host(values: Tensor) -> Floats:
+    return values.double().cpu().numpy()

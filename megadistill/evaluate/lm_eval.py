@@ -1,0 +1,147 @@
+"""A model on the tasks of lm-evaluation-harness, which measures; this room chooses the model's first token and shows.
+
+It knows the harness's Python interface (`simple_evaluate`) and none of its tasks.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from megadistill.errors import UserError, nearest
+from megadistill.evaluate.sample import load_for_sampling
+
+HARNESS = "lm_eval"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task."""
+
+    task: str
+    metric: str
+    value: float | None
+    """None where it is not finite."""
+    error: float | None
+    """Standard error; None where the harness tells none."""
+    samples: int | None
+    """Questions that were asked; None of a group of tasks."""
+    fewshot: int | None
+    """Examples before each."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What the harness found of one model."""
+
+    model: str
+    harness: str
+    """Its version."""
+    scores: tuple[Score, ...]
+
+    def table(self) -> Table:
+        """For a person."""
+        shown = Table(
+            title=f"{escape(self.model)}, lm-eval {self.harness}", title_justify="left", caption_justify="left"
+        )
+        for heading in ("task", "metric"):
+            shown.add_column(heading, overflow="fold")
+        for heading in ("value", "± error", "samples", "shots"):
+            shown.add_column(heading, justify="right", no_wrap=True)
+        for score in self.scores:
+            numbers = [
+                "-" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
+                for number in (score.value, score.error, score.samples, score.fewshot)
+            ]
+            shown.add_row(escape(score.task), escape(score.metric), *numbers)
+        return shown
+
+    def write_json(self, path: Path) -> None:
+        """The same, as an object."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def benchmark(
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    include: Path | None,
+    fewshot: int | None,
+    batch: int,
+    limit: int | None,
+    device: torch.device,
+) -> Benchmark:
+    """The model in `folder` on `tasks`, by their names; `include` is a folder with more of them.
+
+    A text's first token is predicted from what stood before each document in training: the tokenizer's begin token if
+    its rules put one there, else its end token. `fewshot` examples come before a question (None: as many as the task
+    says), `limit` questions are asked of each task (None: all).
+
+    Raises:
+        UserError: the harness is not installed, there is no such task, or the folder holds no model with a tokenizer.
+    """
+    if importlib.util.find_spec(HARNESS) is None:
+        raise UserError("this verb needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'")
+    for option, value, least in (("--batch", batch, 1), ("--fewshot", fewshot, 0), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: give at least {least}")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include {include} is no folder: give the one that holds the YAML files of your tasks")
+    tokenizer = load_for_sampling(folder, None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    harness: Any = importlib.import_module(HARNESS)
+    manager = importlib.import_module(f"{HARNESS}.tasks").TaskManager(include_path=include and str(include))
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(
+                f"lm-eval has no task {task}{nearest(task, manager.all_tasks)}: `lm-eval ls tasks` lists them, and "
+                "--include DIR adds your own"
+            )
+    found = harness.simple_evaluate(
+        model="hf",
+        model_args={
+            "pretrained": str(folder.resolve()),
+            "prefix_token_id": tokenizer.eos if tokenizer.bos is None else tokenizer.bos,
+        },
+        tasks=list(tasks),
+        num_fewshot=fewshot,
+        batch_size=batch,
+        device=str(device),
+        limit=limit,
+        log_samples=False,
+        task_manager=manager,
+    )
+    return Benchmark(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(found)))
+
+
+def _scores(found: Any) -> list[Score]:
+    """From the harness's results: `metric,filter` -> number for each task, and `metric_stderr,filter` beside it."""
+    return [
+        Score(
+            task=task,
+            metric=metric if filtered == "none" else name,
+            value=_finite(value),
+            error=_finite(metrics.get(f"{metric}_stderr,{filtered}")),
+            samples=found["n-samples"].get(task, {}).get("effective"),
+            fewshot=found["n-shot"].get(task),
+        )
+        for task, metrics in found["results"].items()
+        for name, value in metrics.items()
+        for metric, comma, filtered in [name.partition(",")]
+        if comma and not metric.endswith("_stderr")
+    ]
+
+
+def _finite(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,265 @@
+"""Room `model`: the architectures that are supported, from a config to a model. It knows no ranks and no engine.
+
+A family is supported when the tests hold it against transformers: cut into stages, counted, exported and loaded back.
+Code that comes with a checkpoint is never run: the classes are transformers' own.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from megadistill.errors import UserError, nearest
+from megadistill.models.experts import ExpertNames
+from megadistill.types import LogitTransform
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a `model_type` apart, beyond the transformers class that it names."""
+
+    attention: str = "sdpa"
+    """The implementation that computes all of the family's attention: torch's own knows no softcap on the scores."""
+    neutral_norm: float = 1.0
+    """The weight with which a norm only normalises, and from which it is trained: Gemma's norms add 1 to theirs."""
+    more_keys: tuple[str, ...] = ()
+    """Keys of its configs that transformers reads, but does not declare."""
+    experts: ExpertNames | None = None
+    """How a mixture names its experts. A student's router learns from the loss alone: the auxiliary losses that keep
+    experts evenly loaded (`router_aux_loss_coef`) are left out."""
+
+
+FAMILIES = {
+    "gemma2": Family(attention="eager", neutral_norm=0.0),
+    "gemma3_text": Family(neutral_norm=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")),
+    "olmo2": Family(more_keys=("head_dim",)),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(
+        more_keys=("head_dim",), experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    ),
+}
+"""The `model_type`s that are supported: causal decoders whose layers hand on nothing but hidden states."""
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+_LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+"""Keys of published configs that transformers still reads, and translates."""
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedConfig:
+    """The config of a supported family: from an inline mapping with `model_type`, or from a folder's config.json.
+
+    `what` names the source in messages (`student.model`). Keys that the family does not have are refused in a mapping,
+    where they are typing mistakes that transformers would keep in silence; published folders are full of them.
+
+    Raises:
+        UserError: another family, an unknown key, sizes that do not fit together, quantised weights.
+    """
+    keys = _read_json(source, what) if isinstance(source, Path) else copy.deepcopy(dict(source))
+    model_type = keys.get("model_type")
+    if model_type not in FAMILIES:
+        hint = nearest(str(model_type), FAMILIES)
+        raise UserError(f"{what}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}{hint}")
+    if keys.get("quantization_config") is not None:
+        raise UserError(f"{what}: quantised weights are not supported; name a folder with bfloat16 or float32 weights")
+    if keys.get("per_layer_config"):
+        raise UserError(f"{what}: per_layer_config is not supported; all layers must have the same sizes")
+    if not isinstance(source, Path):
+        _refuse_unknown_keys(keys, what)
+    keys.pop("auto_map", None)  # names code that comes with the checkpoint
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(keys)
+        _refuse_inconsistent_sizes(config, what)
+        # Activation and rope names are looked up when a layer is built, and nowhere before.
+        build_decoder(config, layers=range(1))
+    except UserError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{what}: transformers refuses this {model_type} config: {reason}") from None
+    return config
+
+
+def _read_json(folder: Path, what: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist; name a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise UserError(f"{what}: {path} holds a {type(keys).__name__}, not an object with a model_type")
+    return keys
+
+
+def _refuse_unknown_keys(keys: Mapping[str, Any], what: str) -> None:
+    config_class = CONFIG_MAPPING[keys["model_type"]]
+    more = FAMILIES[keys["model_type"]].more_keys
+    known = {"model_type", *_LEGACY_KEYS, *more, *(field.name for field in fields(config_class))}
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{what}: a {keys['model_type']} model has no {key!r}{nearest(str(key), sorted(known))}")
+
+
+def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.hidden_size % heads:
+        raise UserError(f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise UserError(f"{what}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if head_dim(config) % 2:
+        raise UserError(f"{what}: a head is {head_dim(config)} wide, and rotary embeddings turn pairs: make it even")
+    kinds = getattr(config, "layer_types", None) or []
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have full and sliding attention")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{what}: use_bidirectional_attention is set; a language model must not see the next token")
+    if family(config).experts is not None:
+        _refuse_inconsistent_experts(config, what)
+
+
+def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= experts:
+        raise UserError(f"{what}: num_experts_per_tok is {chosen}, of {experts} experts; a token takes 1 to {experts}")
+    for name in ("moe_intermediate_size", "decoder_sparse_step"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
+
+
+def family(config: PretrainedConfig) -> Family:
+    """The family of a config that `load_config` has let through."""
+    return FAMILIES[config.model_type]
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """The width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def reading(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """What a decoder is called with: x is tokens [B, S], or hidden states [B, S, E] of the layers before.
+
+    `positions` [B, S] int64 restart at 0 where a document begins. transformers' masks follow from them: where they do
+    not go up by one, another document begins, and no token attends to one before it. None: a row is one document.
+    """
+    name = "input_ids" if x.dim() == 2 else "inputs_embeds"
+    return {name: x, "position_ids": positions, "use_cache": False}
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the model does to its head's products, by the names that transformers' families give it.
+
+    Gemma bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
+    (`logits_scaling`). A key does nothing where it is absent or None, nor where the family does not have it:
+    transformers keeps a stray one in silence, and does not obey it.
+
+    Raises:
+        ValueError, ZeroDivisionError: a softcap that is not positive, or a scale that is 0.
+    """
+    declared = {field.name for field in fields(config)}
+    softcap, multiplied, divided = (
+        getattr(config, name) if name in declared else None
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
+    scale = 1.0 if multiplied is None else float(multiplied)
+    return LogitTransform(softcap=softcap, scale=scale if divided is None else scale / divided)
+
+
+def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its head, over `vocab_size` rows (padding included), in the caller's context and device.
+
+    Every token's embedding is trained: torch would leave out the row of a `pad_token_id`, which Gemma and OLMo 2 set to
+    0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
+
+    Inside `zero.Init` its parameters come out partitioned, wrongly initialised, and its buffers in `dtype`: fill the
+    parameters with `initial_tensor` and call `rebuild_buffers` outside.
+    """
+    config = copy.deepcopy(config)
+    config.vocab_size = vocab_size
+    config.pad_token_id = None
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family(config).attention)
+
+
+def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
+    """The model without its head, with these layers alone, on meta.
+
+    Built from its class: `from_config` would partition it where an HfDeepSpeedConfig is alive (trap 6 of
+    tests/ranks/student/test_deepspeed_traps.py).
+    """
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    config._attn_implementation = family(config).attention
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[layers.start : layers.stop]
+    if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
+        config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
+        config.decoder_sparse_step = 1
+    config.num_hidden_layers = len(layers)
+    with torch.device("meta"):
+        return MODEL_MAPPING[type(config)](config)
+
+
+def _has_experts(config: PretrainedConfig, layer: int) -> bool:
+    """transformers' rule for Qwen's mixtures, which have dense layers as well."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head: embedding, layers, last norm. A decoder is its own decoder."""
+    return model.base_model
+
+
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Computes again what is in no checkpoint, on the device of the parameters. Call it outside `zero.Init`.
+
+    The rotary embedding in float32, local and global where a family has both: a model built on meta has none, and
+    `zero.Init` casts it to bfloat16, which turns position 8192 by up to 22 rad (trap 1 there). Computed on the CPU, as
+    `from_pretrained` does. And the factor of Gemma's embeddings, which the embedding itself applies (so it scales on
+    the first stage alone) after rounding it to the weights' type.
+    """
+    inner = decoder(model)
+    device = next(inner.parameters()).device
+    with torch.device("cpu"):
+        rotary = type(inner.rotary_emb)(config=inner.config)
+    assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
+    inner.rotary_emb = rotary.to(device)
+    embedding = inner.embed_tokens
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
+
+
+def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Name -> shape of each parameter of transformers' model, the head's included; a tied head has none of its own.
+
+    Built from its class, as `build_decoder` says.
+    """
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -1,0 +1,96 @@
+"""Room `model`: parameters and FLOPs of a model, counted on meta. It knows no hardware and no schedule.
+
+Legend: B body parameters, A those of them that a token passes through (all, but in a mixture of experts), V vocabulary,
+d width, L layers, s sequence length, a attention width (heads × head size).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Size
+from transformers import PretrainedConfig
+
+from megadistill.models.experts import active_share
+from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, parameter_shapes
+
+LAYERS = "model.layers."
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model. A tied head is the embedding, so it counts 0."""
+
+    body: int
+    """B: all but embedding and head; what memory and traffic are counted by."""
+    active_body: int
+    """A: what FLOPs are counted by."""
+    embedding: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.body + self.embedding + self.head
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token's forward pass; a backward pass costs twice as much."""
+
+    body: int
+    """2A: a multiplication and an addition for each active body parameter."""
+    head: int
+    """2Vd: tied or not."""
+    attention: int
+    """2Lsa: scores and values, over the s/2 positions that a token sees on average."""
+
+    @property
+    def forward(self) -> int:
+        return self.body + self.head + self.attention
+
+
+def parameter_counts(config: PretrainedConfig) -> ParameterCounts:
+    """Counted from the real model, built on meta: no weights are allocated."""
+    shapes = parameter_shapes(config)
+    embedding, head = shapes.pop(EMBEDDING), shapes.pop(HEAD, None)
+    return ParameterCounts(
+        body=sum(shape.numel() for shape in shapes.values()),
+        active_body=sum(_active(config, name, shape) for name, shape in shapes.items()),
+        embedding=embedding.numel(),
+        head=head.numel() if head is not None else 0,
+    )
+
+
+def layer_costs(config: PretrainedConfig) -> list[int]:
+    """Active parameters of each layer, which its FLOPs a token are twice of, attention's scores aside."""
+    return _by_layer(config, partial(_active, config))
+
+
+def layer_parameters(config: PretrainedConfig) -> list[int]:
+    """Parameters of each layer, every expert's too: what a stage's memory is counted by."""
+    return _by_layer(config, lambda name, shape: shape.numel())
+
+
+def _by_layer(config: PretrainedConfig, count: Callable[[str, Size], int]) -> list[int]:
+    counts = [0] * config.num_hidden_layers
+    for name, shape in parameter_shapes(config).items():
+        if name.startswith(LAYERS):
+            counts[int(name.removeprefix(LAYERS).split(".")[0])] += count(name, shape)
+    return counts
+
+
+def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
+    return active_share(name, shape, config.num_experts_per_tok) if family(config).experts else shape.numel()
+
+
+def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
+    """`fwd = 2A + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
+
+    A sliding window counts as full causal attention.
+    """
+    attention_width = config.num_attention_heads * head_dim(config)
+    return Flops(
+        body=2 * parameter_counts(config).active_body,
+        head=2 * config.vocab_size * config.hidden_size,
+        attention=2 * config.num_hidden_layers * sequence_length * attention_width,
+    )

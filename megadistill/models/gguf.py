@@ -1,0 +1,66 @@
+"""Room `model`: a model and its tokenizer out of a GGUF file, as a Hugging Face folder. It knows no ranks, no engine.
+
+Done once, before a run: `recipes/smollm2.yaml` shows how.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from megadistill.errors import UserError
+from megadistill.models.families import FAMILIES
+from megadistill.models.hf_export import export_model
+
+READERS = ("gguf", "accelerate")
+"""The packages that transformers reads a GGUF file with."""
+
+MAX_SHARD_BYTES = 2 << 30
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Writes the model in `file`, its weights turned back into float32, and its tokenizer to the new `folder`.
+
+    The whole model is in memory meanwhile.
+
+    Raises:
+        UserError: a package is missing, the file is no GGUF of a supported family, or the folder exists.
+    """
+    if missing := [name for name in READERS if find_spec(name) is None]:
+        raise UserError(f"{file}: reading GGUF takes {' and '.join(missing)}: pip install 'megadistill[smollm2]'")
+    if folder.exists():  # before the minute that reading takes
+        raise UserError(f"{folder} exists already; remove it, or convert to another folder")
+    model = _read(file)
+    config = model.config
+    del config.quantization_config  # the weights are plain floats now
+    tensors = [(name, tensor.shape, lambda tensor=tensor: tensor.detach()) for name, tensor in model.named_parameters()]
+    with TemporaryDirectory() as beside:
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(beside)
+        export_model(
+            folder,
+            config=config,
+            tensors=tensors,
+            dtype=torch.float32,
+            true_vocab=config.vocab_size,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            tokenizer_folder=Path(beside),
+        )
+
+
+def _read(file: Path) -> PreTrainedModel:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; name a GGUF file")
+    with file.open("rb") as opened:
+        magic = opened.read(4)
+    if magic != b"GGUF":
+        raise UserError(f"{file} is not a GGUF file: it does not begin with GGUF")
+    disable_progress_bar()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+    )
+    if model.config.model_type not in FAMILIES:
+        raise UserError(f"{file}: model_type is {model.config.model_type!r}; supported are {', '.join(FAMILIES)}")
+    return model

@@ -1,0 +1,165 @@
+"""Room `model`: writes a Hugging Face model folder, one shard in memory at a time. It knows no ranks and no engine."""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from megadistill import __version__
+from megadistill.errors import UserError
+from megadistill.models.experts import pieces
+from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
+from megadistill.models.hf_folder import INDEX_FILE
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+NamedReader = tuple[str, Sequence[int], Callable[[], Tensor]]
+"""A parameter's name, its shape with padding, and what reads it."""
+
+
+def export_model(
+    folder: Path,
+    *,
+    config: PretrainedConfig,
+    tensors: Iterable[NamedReader],
+    dtype: torch.dtype,
+    true_vocab: int,
+    max_shard_bytes: int,
+    tokenizer_folder: Path | None,
+    card: str | None = None,
+) -> None:
+    """Writes the model where `AutoModelForCausalLM.from_pretrained(folder)` finds it: whole, or not at all.
+
+    Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger parameter) is what
+    is held in memory, and one parameter more. Fused experts are written one by one, as their family's checkpoints are.
+    The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head. `card` is the
+    text of README.md; None: one that tells the sizes alone.
+
+    Raises:
+        UserError: the folder exists, the tensors are not those of the config, or there is no tokenizer to copy.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it, or export to another folder")
+    config = exported_config(config, dtype=dtype, true_vocab=true_vocab)
+    shapes = parameter_shapes(config)
+    readers = {name: read for name, _, read in _checked(tensors, shapes, tied=config.tie_word_embeddings)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and renamed, so that a reader never meets half a model.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+        unfinished = Path(beside) / folder.name
+        unfinished.mkdir()
+        config.save_pretrained(unfinished)
+        _write_shards(unfinished, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        if tokenizer_folder is not None:
+            _copy_tokenizer(tokenizer_folder, unfinished)
+        card = card or _model_card(folder.name, config, shapes)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        unfinished.rename(folder)
+
+
+def exported_config(config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int) -> PretrainedConfig:
+    """The config of the folder that `export_model` writes."""
+    config = copy.deepcopy(config)
+    config.vocab_size = true_vocab
+    config.dtype = dtype
+    config.use_cache = True
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def _checked(tensors: Iterable[NamedReader], shapes: dict[str, torch.Size], *, tied: bool) -> list[NamedReader]:
+    """The tensors to write. A missing one would be random numbers in `from_pretrained`, with no more than a warning."""
+    given = [tensor for tensor in tensors if not (tied and tensor[0] == HEAD)]
+    names = [name for name, _, _ in given]
+    if sorted(names) != sorted(shapes):
+        odd = sorted(set(names) ^ set(shapes)) or names
+        raise UserError(
+            f"the tensors to export are not those of the config; missing, unknown or twice: {', '.join(odd[:5])}"
+        )
+    for name, shape, _ in given:
+        rows = shapes[name][0]
+        enough = shape[0] >= rows if name in (EMBEDDING, HEAD) else shape[0] == rows
+        if not enough or tuple(shape[1:]) != tuple(shapes[name][1:]):
+            raise UserError(
+                f"{name} is {list(shape)}, but the config says {list(shapes[name])}; export with its own config"
+            )
+    return given
+
+
+def _write_shards(
+    folder: Path,
+    config: PretrainedConfig,
+    readers: dict[str, Callable[[], Tensor]],
+    shapes: dict[str, torch.Size],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    split: StateDictSplit = split_state_dict_into_shards_factory(
+        {name: shapes[name].numel() * dtype.itemsize for name in readers},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    weight_map: dict[str, str] = {}
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            shard |= _stored(config, name, readers[name]()[: shapes[name][0]].to("cpu", dtype))
+        weight_map |= dict.fromkeys(shard, file)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stored(config: PretrainedConfig, name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """Checkpoint name -> tensor. An expert is copied out of its stack: safetensors refuses views of one storage."""
+    found = pieces(name, parameter.shape, family(config).experts)
+    if len(found) == 1:
+        return {found[0].name: found[0].of(parameter).contiguous()}
+    return {piece.name: piece.of(parameter).clone(memory_format=torch.contiguous_format) for piece in found}
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(f"{source} has no tokenizer to export: none of {', '.join(TOKENIZER_FILES)}")
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+
+
+def _model_card(name: str, config: PretrainedConfig, shapes: dict[str, torch.Size]) -> str:
+    parameters = sum(shape.numel() for shape in shapes.values())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A {config.architectures[0]} of {parameters:,} parameters, exported by megadistill {__version__}.
+
+| | |
+|---|---|
+| vocabulary | {config.vocab_size:,} |
+| layers | {config.num_hidden_layers} |
+| width | {config.hidden_size} |
+| positions | {config.max_position_embeddings:,} |
+| numbers | {str(config.dtype).removeprefix("torch.")} |
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+"""

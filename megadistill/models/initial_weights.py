@@ -1,0 +1,108 @@
+"""Room `model`: the first values of a model out of another one's folder, by ranges of elements. It knows no ranks.
+
+A student that goes on from a pruned teacher, or from an earlier student, starts from a Hugging Face folder. ZeRO-3
+keeps a flat piece of each parameter on each rank, so a rank asks for its piece alone, and reads the rows around it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from transformers import PretrainedConfig
+
+from megadistill.errors import UserError
+from megadistill.models.experts import pieces
+from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, load_config
+from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.weights import check_weights
+
+FREE_KEYS = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_window_layers",  # layer_types says what follows from it
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "use_cache",
+    "vocab_size",  # the rows are compared with the data's
+)
+"""Keys in which the two configs may differ: they do not change what the weights compute here."""
+
+MAX_DIFFERENCES = 5
+"""That a message names."""
+
+
+class StartingWeights:
+    """The parameters of a folder, for a model of `config` whose vocabulary of `vocab_size` ids may be padded.
+
+    Raises, from every method:
+        UserError: a tensor is missing, or its file cannot be read.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, *, vocab_size: int) -> None:
+        self._weights = SafetensorsFolder(folder)
+        self._experts = family(config).experts
+        self._vocab_size = vocab_size
+
+    def read(self, name: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened parameter `name`: float32, on the host; padding rows are zero.
+
+        A narrower type is widened exactly. Memory: what is asked for, and at most a row more at either end.
+        """
+        found = torch.zeros(stop - start, dtype=torch.float32)
+        whole = torch.empty(Size(shape), device="meta")
+        for piece in pieces(name, shape, self._experts):  # each is a run of the flattened parameter
+            place = piece.of(whole)
+            first = int(place.storage_offset())
+            rows = self._vocab_size if name in (EMBEDDING, HEAD) else place.shape[0]
+            width = place.shape[1:].numel()
+            low, high = max(start, first), min(stop, first + rows * width)
+            if low >= high:
+                continue
+            low_row, high_row = (low - first) // width, -(-(high - first) // width)
+            stored = self._weights.rows(piece.name, [(low_row, high_row)]).flatten()
+            skip = low - first - low_row * width
+            found[low - start : high - start] = stored[skip : skip + high - low]
+        return found
+
+
+def check_starting_weights(folder: Path, config: PretrainedConfig, *, vocab_size: int) -> None:
+    """Whether a model of `config` can start from the folder: the same model, all of it there. Headers alone are read.
+
+    More rows of the vocabulary than `vocab_size` are no fault: those beyond stay out.
+
+    Raises:
+        UserError: the folder is no supported model or not whole, or is another model than `config` says.
+    """
+    theirs = load_config(folder, what="student.weights")
+    differing = _differences(theirs, config)
+    if differing:
+        more = f"; and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
+        raise UserError(
+            f"student.weights: the model in {folder} is not that of student.config: "
+            f"{'; '.join(differing[:MAX_DIFFERENCES])}{more}. Name the folder in student.config, too"
+        )
+    if theirs.vocab_size < vocab_size:
+        raise UserError(
+            f"student.weights: {folder} has a vocabulary of {theirs.vocab_size} ids, the shards were made with "
+            f"{vocab_size}: tokenize the text with the tokenizer of these weights"
+        )
+    check_weights(folder, theirs)
+
+
+def _differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list[str]:
+    """What of two configs computes differently, key by key."""
+    if theirs.model_type != ours.model_type:
+        return [f"model_type is {theirs.model_type} there, {ours.model_type} here"]
+    general = {field.name for field in fields(PretrainedConfig)}
+    keys = sorted({field.name for field in fields(ours)} - general - set(FREE_KEYS) - {"head_dim"})
+    pairs: list[tuple[str, Any, Any]] = [(key, getattr(theirs, key), getattr(ours, key)) for key in keys]
+    pairs.append(("head_dim", head_dim(theirs), head_dim(ours)))
+    return [f"{key} is {there!r} there, {here!r} here" for key, there, here in pairs if there != here]

@@ -1,0 +1,108 @@
+"""What is planned: a recipe, its models' configs and its data's sizes, also where data and weights are elsewhere.
+
+It starts nothing and knows no cluster.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.config import Recipe, load_recipe
+from megadistill.data import Mixture
+from megadistill.errors import UserError
+from megadistill.models.families import load_config
+from megadistill.student.deepspeed_config import load_deepspeed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A recipe with everything of what it names that costs are counted from."""
+
+    recipe: Recipe
+    student: Any
+    """A Hugging Face config, with the data's vocabulary."""
+    teacher: Any | None
+    """None where no teacher runs: a run from labels, or from stored targets."""
+    vocab_size: int
+    sequence_length: int
+    profile: dict[str, Any]
+    """DeepSpeed's settings."""
+    without_data: bool
+    """The shards were not looked at: vocabulary and sequence length are the student's and the option's."""
+
+
+def read_subject(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    sequence_length: int | None = None,
+    teacher_config: Path | None = None,
+) -> Subject:
+    """`sequence_length` stands for data, and `teacher_config` for a teacher's folder, that are not on this machine.
+
+    Raises:
+        UserError: one line; where an option helps, it is named.
+    """
+    recipe = load_recipe(path, overrides)
+    source = recipe.student.config
+    student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    data = _data(recipe, sequence_length)
+    if data is None:
+        assert sequence_length is not None
+        if isinstance(source, dict) and "vocab_size" not in source:
+            raise UserError(
+                "student.config has no vocab_size, and the data that would decide it is not here: plan with --set "
+                "student.config.vocab_size=V"
+            )
+        vocab_size, length = int(student.vocab_size), sequence_length
+    else:
+        vocab_size, length = data.vocab_size, data.sequence_length
+        student.vocab_size = vocab_size
+    teacher = _teacher(recipe, teacher_config)
+    for what, config in (("student.config", student), ("the teacher's config", teacher)):
+        if config is not None and length > config.max_position_embeddings:
+            raise UserError(f"{what}: max_position_embeddings is {config.max_position_embeddings}, below {length}")
+    return Subject(
+        recipe=recipe,
+        student=student,
+        teacher=teacher,
+        vocab_size=vocab_size,
+        sequence_length=length,
+        profile=load_deepspeed(Path(recipe.student.deepspeed)),
+        without_data=data is None,
+    )
+
+
+def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:
+    if sequence_length is not None and sequence_length < 1:
+        raise UserError(f"--sequence-length {sequence_length}: a sequence has at least one token")
+    try:
+        data = Mixture.load(recipe.data)
+    except UserError as error:
+        if sequence_length is not None:
+            return None
+        raise UserError(f"{error}; to plan without the data, say --sequence-length S") from None
+    if sequence_length not in (None, data.sequence_length):
+        raise UserError(
+            f"--sequence-length {sequence_length}, but the shards hold sequences of {data.sequence_length} tokens: "
+            "leave the option out"
+        )
+    return data
+
+
+def _teacher(recipe: Recipe, folder: Path | None) -> Any | None:
+    section = recipe.teacher
+    if section is None or section.source == "cache":
+        if folder is not None:
+            raise UserError(f"--teacher-config {folder}: no teacher runs in this recipe: leave the option out")
+        return None
+    if folder is not None:
+        return load_config(folder, what="--teacher-config")
+    assert section.path is not None
+    if not (Path(section.path) / "config.json").exists():
+        raise UserError(
+            f"teacher.path: {section.path} has no config.json (paths are relative to {Path.cwd()}); to plan without "
+            "the weights, name a folder that has one: --teacher-config DIR"
+        )
+    return load_config(Path(section.path), what="teacher.path")

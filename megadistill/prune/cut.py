@@ -1,0 +1,133 @@
+"""Room `model`: the parameters of a pruned model, cut out of the whole one's files. It knows no importance.
+
+An RMSNorm divides by the root of a mean over all channels. With fewer channels that mean is another, so the norm's
+weight is multiplied by what keeps its typical output: sqrt(n f / n'), with n and n' channels before and after, f the
+share of the square that the kept ones have. Where the others are zero that is exact. Gemma multiplies embeddings by
+sqrt(n), so its embedding makes up for the smaller n', and where that is the head, too, the last norm for the embedding.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megadistill.models.families import EMBEDDING, build_decoder, family, head_dim, parameter_shapes
+from megadistill.models.flops import LAYERS
+from megadistill.models.hf_export import NamedReader
+from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.weights import read_parameter
+from megadistill.prune.choice import Kept
+
+LAST_NORM = "model.norm.weight"
+
+VOCABULARY, HIDDEN, NEURONS, HEADS, GROUPS = "vocabulary", "hidden", "neurons", "heads", "groups"
+
+AXES: Mapping[str, tuple[str, ...]] = {
+    "embed_tokens": (VOCABULARY, HIDDEN),
+    "lm_head": (VOCABULARY, HIDDEN),
+    "q_proj": (HEADS, HIDDEN),
+    "k_proj": (GROUPS, HIDDEN),
+    "v_proj": (GROUPS, HIDDEN),
+    "o_proj": (HIDDEN, HEADS),
+    "gate_proj": (NEURONS, HIDDEN),
+    "up_proj": (NEURONS, HIDDEN),
+    "down_proj": (HIDDEN, NEURONS),
+    "q_norm": (HEADS,),
+    "k_norm": (GROUPS,),
+}
+"""What the dimensions of each matrix of a layer count; a bias has the first of them, and any other norm HIDDEN."""
+
+
+def pruned_tensors(
+    weights: SafetensorsFolder,
+    config: PretrainedConfig,
+    small: PretrainedConfig,
+    kept: Kept,
+    shares: Mapping[str, Tensor],
+) -> Iterator[NamedReader]:
+    """Each parameter of the pruned model of config `small`: its name, its shape, and what reads and cuts it.
+
+    `shares` as in `Importance`. One whole parameter is in memory while it is cut.
+    """
+    shapes = parameter_shapes(config)
+    growth = _embedding_growth(config, small)
+    for name, shape in parameter_shapes(small).items():
+        source = _whole_name(name, kept.layers)
+        axes = _axes(source, shapes[source], head_dim(config))
+        indices = [_indices(axis, name, config, kept) for axis in axes]
+        gain = growth if name == EMBEDDING else 1.0
+        is_norm = source.removesuffix(".weight") in shares
+        if is_norm:
+            (index,) = indices
+            gain = _norm_gain(shares[source.removesuffix(".weight")], index)
+        if name == LAST_NORM and small.tie_word_embeddings:
+            gain /= growth
+        offset = 1.0 - family(config).neutral_norm if is_norm else 0.0  # Gemma's norms add 1 to their weight
+        yield name, shape, partial(_read, weights, config, source, shapes[source], indices, gain, offset)
+
+
+def _read(
+    weights: SafetensorsFolder,
+    config: PretrainedConfig,
+    name: str,
+    shape: Sequence[int],
+    indices: Sequence[Tensor | None],
+    gain: float,
+    offset: float,
+) -> Tensor:
+    """float32: `gain` times the kept elements, counted from -`offset`."""
+    found = read_parameter(weights, config, name, shape, dtype=torch.float32, device=torch.device("cpu"))
+    for dimension, index in enumerate(indices):
+        if index is not None:
+            found = found.index_select(dimension, index)
+    return found if gain == 1.0 else (found + offset) * gain - offset
+
+
+def _embedding_growth(config: PretrainedConfig, small: PretrainedConfig) -> float:
+    """By how much a kept embedding must grow so that its layers read what they did."""
+    if not hasattr(build_decoder(config, layers=range(1)).embed_tokens, "embed_scale"):
+        return 1.0
+    return math.sqrt(config.hidden_size / small.hidden_size)
+
+
+def _norm_gain(shares: Tensor, index: Tensor | None) -> float:
+    if index is None or len(index) == len(shares):
+        return 1.0
+    return math.sqrt(len(shares) / len(index) * float(shares[index].sum()))
+
+
+def _whole_name(name: str, layers: Sequence[int]) -> str:
+    """The parameter of the whole model that becomes `name`, whose layers are counted anew."""
+    if not name.startswith(LAYERS):
+        return name
+    number, _, rest = name.removeprefix(LAYERS).partition(".")
+    return f"{LAYERS}{layers[int(number)]}.{rest}"
+
+
+def _axes(name: str, shape: Sequence[int], size: int) -> tuple[str | None, ...]:
+    """What the parameter's dimensions count; None: nothing that pruning cuts."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    if module in ("q_norm", "k_norm") and shape[0] == size:  # within each head
+        return (None,)
+    if module in AXES:
+        return AXES[module][: len(shape)]
+    assert module.endswith("norm"), f"{name}: not known how to cut it"
+    return (HIDDEN,)
+
+
+def _indices(axis: str | None, name: str, config: PretrainedConfig, kept: Kept) -> Tensor | None:
+    """What stays of a dimension; None: all. `name` counts the pruned model's layers."""
+    if axis is None or axis == VOCABULARY:
+        return None
+    if axis == HIDDEN:
+        return torch.tensor(kept.hidden)
+    layer = int(name.removeprefix(LAYERS).partition(".")[0])
+    if axis == NEURONS:
+        return torch.tensor(kept.neurons[layer])
+    rows = head_dim(config)
+    if axis == HEADS:
+        rows *= config.num_attention_heads // config.num_key_value_heads  # the heads of a group are neighbours
+    return torch.cat([torch.arange(group * rows, (group + 1) * rows) for group in kept.groups[layer]])

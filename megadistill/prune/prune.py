@@ -1,0 +1,214 @@
+"""Room `teacher`: a smaller copy of a teacher for a student to start from, by what it does on some of the data.
+
+One process, one device that holds the whole teacher; the files are read parameter by parameter. It trains nothing.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from megadistill import __version__
+from megadistill.data import Mixture, TokenStream
+from megadistill.data.prepare.progress import ShowProgress
+from megadistill.data.shards.manifest import token_dtype
+from megadistill.errors import UserError
+from megadistill.models.families import EMBEDDING, load_config
+from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.models.flops import parameter_counts
+from megadistill.models.hf_export import export_model
+from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.weights import check_weights, load_pretrained
+from megadistill.prune import (
+    Importance,
+    Kept,
+    Sizes,
+    choose,
+    measure,
+    pruned_config,
+    pruned_sizes,
+    pruned_tensors,
+    sizes_of,
+)
+from megadistill.teacher.tokenizer_check import require_same_ids
+from megadistill.types import TokenBatch
+
+RECORD_FILE: Final = "pruning.json"
+MAX_SHARD_BYTES: Final = 4096 * 1_000_000
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What became of a teacher."""
+
+    output: Path
+    before: Sizes
+    after: Sizes
+    parameters_before: int
+    parameters_after: int
+    layers: list[int]
+    """Those that were kept."""
+    sequences: int
+    tokens: int
+    seconds: float
+
+    def table(self) -> Table:
+        """The sizes before and after, for a person."""
+        shown = Table()
+        for heading in ("", "teacher", "pruned"):
+            shown.add_column(heading, justify="right" if heading else "left")
+        shown.add_row("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+        for name, before in asdict(self.before).items():
+            shown.add_row(name.replace("_", " "), f"{before:,}", f"{asdict(self.after)[name]:,}")
+        return shown
+
+    def line(self) -> str:
+        """What was written, and by what it was decided."""
+        dropped = [str(layer) for layer in range(self.before.layers) if layer not in self.layers]
+        without = f" without layers {', '.join(dropped)} (counted from 0)" if dropped else ""
+        return (
+            f"{self.output}: the teacher{without}, pruned by {self.tokens:,} tokens of {self.sequences:,} sequences "
+            f"in {self.seconds:.0f} s"
+        )
+
+
+def prune(
+    teacher: Path,
+    data: Mixture,
+    output: Path,
+    *,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    heads: int | None = None,
+    layers: int | None = None,
+    sequences: int,
+    batch: int,
+    device: torch.device,
+    progress: ShowProgress,
+) -> PruneReport:
+    """Writes the pruned teacher to `output`, a Hugging Face folder with the tokenizer and a record of what was kept.
+
+    What is kept is decided by the first `sequences` of the data's order under seed 1, `batch` at a time. Ids that the
+    data does not have, a teacher's padding, stay out. On a CPU the teacher computes in float32.
+
+    Raises:
+        UserError: a size, the teacher, the data or the output does not do; one line, before the teacher is loaded.
+        ShardFault: a sequence cannot be read. OperatorFault: an activation is not finite.
+    """
+    began = time.perf_counter()
+    if output.exists():
+        raise UserError(f"--output {output} exists already: remove it, or give another folder")
+    for name, count in (("--sequences", sequences), ("--batch", batch)):
+        if count < 1:
+            raise UserError(f"{name} {count}: give at least 1")
+    config = load_config(teacher, what=f"teacher {teacher}")
+    sizes = pruned_sizes(
+        config, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads, layers=layers
+    )
+    _check_data(teacher, config, data)
+    stream = TokenStream(data, seed=1, batch_slots=1, rank=0, world_size=1, document_mask=_packed_side_by_side(data))
+    importance = _measured(teacher, data, stream, slots=sequences, batch=batch, device=device, progress=progress)
+    kept = choose(importance, config, sizes)
+    small = pruned_config(config, sizes, layers=kept.layers)
+    record = {
+        "megadistill": __version__,
+        "teacher": {"name": teacher.resolve().name, "fingerprint": teacher_fingerprint(teacher)},
+        "calibration": {
+            "order": stream.fingerprint,
+            "tokenizer": data.tokenizer.sha256,
+            "sequences": importance.sequences,
+            "tokens": importance.tokens,
+        },
+        "teacher_sizes": asdict(sizes_of(config)),
+        "sizes": asdict(sizes),
+        "block_importance": importance.layers.tolist(),
+        "kept": asdict(kept),
+    }
+    _write(teacher, output, config, small, kept, importance, vocab_size=data.vocab_size, record=record)
+    return PruneReport(
+        output=output,
+        before=sizes_of(config),
+        after=sizes,
+        parameters_before=parameter_counts(config).total,
+        parameters_after=parameter_counts(load_config(output, what=str(output))).total,
+        layers=kept.layers,
+        sequences=importance.sequences,
+        tokens=importance.tokens,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _check_data(teacher: Path, config: Any, data: Mixture) -> None:
+    require_same_ids(teacher, config, data)
+    if data.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"the teacher in {teacher} reads {config.max_position_embeddings} positions, the sequences of the data "
+            f"have {data.sequence_length} tokens: tokenize with --sequence-length {config.max_position_embeddings}"
+        )
+    check_weights(teacher, config)
+
+
+def _packed_side_by_side(data: Mixture) -> bool:
+    """Whether a sequence holds whole documents that only chance has brought together: each is then read by itself."""
+    return any(manifest.packer.name == "bestfit" for manifest in data.sources.values())
+
+
+def _measured(
+    teacher: Path,
+    data: Mixture,
+    stream: TokenStream,
+    *,
+    slots: int,
+    batch: int,
+    device: torch.device,
+    progress: ShowProgress,
+) -> Importance:
+    model: Any = load_pretrained(teacher, what=str(teacher), device=device)
+    if device.type == "cpu":
+        model.float()  # its products in bfloat16 are many times slower
+    row_bytes = data.sequence_length * np.dtype(token_dtype(data.vocab_size)).itemsize
+
+    def batches() -> Iterator[TokenBatch]:
+        progress("calibrate", done=0, total=slots * row_bytes, tokens=0)
+        for start in range(0, slots, batch):
+            stop = min(start + batch, slots)
+            yield stream.batch(range(start, stop))
+            progress("calibrate", done=stop * row_bytes, total=slots * row_bytes, tokens=stop * data.sequence_length)
+
+    return measure(model, batches())
+
+
+def _write(
+    teacher: Path,
+    output: Path,
+    config: Any,
+    small: Any,
+    kept: Kept,
+    importance: Importance,
+    *,
+    vocab_size: int,
+    record: dict[str, Any],
+) -> None:
+    """The folder with its record, whole or not at all."""
+    weights = SafetensorsFolder(teacher)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
+        unfinished = Path(beside) / output.name
+        export_model(
+            unfinished,
+            config=small,
+            tensors=pruned_tensors(weights, config, small, kept, importance.shares),
+            dtype=weights.dtype(EMBEDDING),
+            true_vocab=vocab_size,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            tokenizer_folder=teacher,
+        )
+        (unfinished / RECORD_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        unfinished.rename(output)

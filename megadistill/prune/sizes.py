@@ -1,0 +1,97 @@
+"""Room `model`: how large a pruned model may be, and its config. It knows no weights and no importance."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PretrainedConfig
+
+from megadistill.errors import UserError
+from megadistill.models.families import FAMILIES, family, head_dim
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What pruning can make smaller; `heads` are query heads. The size of a head and the vocabulary stay."""
+
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    layers: int
+
+
+def sizes_of(config: PretrainedConfig) -> Sizes:
+    """The sizes of a model as it is."""
+    return Sizes(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        heads=config.num_attention_heads,
+        layers=config.num_hidden_layers,
+    )
+
+
+def pruned_sizes(
+    config: PretrainedConfig,
+    *,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    heads: int | None = None,
+    layers: int | None = None,
+) -> Sizes:
+    """The sizes of the pruned model: those that are given, and the model's own for the others.
+
+    Heads go by whole key-value groups, so that the heads a group has are the model's.
+
+    Raises:
+        UserError: a mixture of experts, a size that the model does not have, sizes that do not fit together, or none
+            that is smaller; one line that names the option and the values that would do.
+    """
+    if family(config).experts is not None:
+        dense = ", ".join(name for name, each in FAMILIES.items() if each.experts is None)
+        raise UserError(f"a {config.model_type} model has experts, which are not pruned; families that are: {dense}")
+    own = sizes_of(config)
+    asked = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "layers": layers}
+    for name, size in asked.items():
+        if size is not None and not 1 <= size <= asdict(own)[name]:
+            raise UserError(f"{option(name)} {size}: give 1 to {asdict(own)[name]}, which the teacher has")
+    sizes = Sizes(**{**asdict(own), **{name: size for name, size in asked.items() if size is not None}})
+    if sizes == own:
+        raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, asked))}")
+    group = config.num_attention_heads // config.num_key_value_heads
+    if sizes.heads % group:
+        raise UserError(
+            f"--heads {sizes.heads}: the teacher's {own.heads} heads share {config.num_key_value_heads} keys and "
+            f"values, and stay or go by groups of {group}: {_nearest(sizes.heads, group, own.heads)}"
+        )
+    if sizes.hidden_size % sizes.heads:
+        raise UserError(
+            f"--hidden-size {sizes.hidden_size}: transformers wants a multiple of the {sizes.heads} heads: "
+            f"{_nearest(sizes.hidden_size, sizes.heads, own.hidden_size)}"
+        )
+    return sizes
+
+
+def option(name: str) -> str:
+    """The option that says a size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _nearest(size: int, step: int, most: int) -> str:
+    below = size // step * step
+    fits = [str(value) for value in (below, below + step) if 0 < value <= most]
+    return f"the nearest that fit: {' or '.join(fits)}" if fits else "none fits"
+
+
+def pruned_config(config: PretrainedConfig, sizes: Sizes, *, layers: Sequence[int]) -> PretrainedConfig:
+    """The config of the pruned model, of the layers `layers` of the whole one, in order."""
+    small = copy.deepcopy(config)
+    group = config.num_attention_heads // config.num_key_value_heads
+    small.head_dim = head_dim(config)  # it would follow from the other sizes
+    small.hidden_size = sizes.hidden_size
+    small.intermediate_size = sizes.intermediate_size
+    small.num_attention_heads = sizes.heads
+    small.num_key_value_heads = sizes.heads // group
+    small.num_hidden_layers = sizes.layers
+    if getattr(config, "layer_types", None):
+        small.layer_types = [config.layer_types[layer] for layer in layers]
+    return small

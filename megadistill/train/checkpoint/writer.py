@@ -1,0 +1,309 @@
+"""Room `train`: saving while the run goes on. It knows no engine: a state is tensors on the host.
+
+A save is a few states that all ranks go through together, without a collective of its own while the run goes on:
+
+1. `start` (collective): is there room on the disk? Rank 0 makes `.tmp-step-00000100-a3`; each rank hands its tensors,
+   which are copies, to its writing thread.
+2. Each rank's thread writes, syncs and hashes its file. `notices` says that it has ended, well or not; the run adds the
+   notices of all ranks up in the reduction that each step makes anyway, and gives the sums to `settle`.
+3. When all have ended well, rank 0's thread commits: manifest, one rename, then it deletes what is too old. It does so
+   only while its attempt is the newest of the run, so a process that was frozen meanwhile changes nothing.
+4. Rank 0's notice of that ends the save, on all ranks after the same step.
+
+What fails on any rank ends the save on all of them: the temporary folder goes, older checkpoints are as they were, and
+the run lives on. `finish` goes through the same states at once, and waits.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from megadistill.distributed.collectives import all_reduce_sum, barrier, everywhere
+from megadistill.distributed.topology import Topology
+from megadistill.errors import OperatorFault, RestartFault
+from megadistill.train.checkpoint.attempt import Attempt
+from megadistill.train.checkpoint.format import (
+    CheckpointManifest,
+    checkpoint_folders,
+    checkpoint_name,
+    commit,
+    write_rank,
+)
+
+NOTICES = ("save_ended", "save_failed", "save_committed", "save_not_committed")
+
+FREE_SPACE_MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended; the same on every rank, but for the reason, which the rank that met it knows."""
+
+    step: int
+    path: Path | None
+    """None: it failed, and nothing was changed."""
+    problem: str | None
+    stall_seconds: float
+    """What the run waited for it, on this rank."""
+    write_seconds: float
+    """What this rank's disk took."""
+    bytes: int
+    """Of this rank's tensors."""
+    removed: tuple[str, ...] = ()
+    """Older checkpoints that were deleted (known to rank 0)."""
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    manifest: CheckpointManifest
+    temporary: Path
+    writing: Future[float]
+    bytes: int
+    stall_seconds: float
+    committing: Future[tuple[str, ...]] | None = None
+    ended: bool = False
+    """Whether all ranks are known to have written."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        topology: Topology,
+        attempt: Attempt,
+        *,
+        asynchronous: bool,
+        keep_last: int,
+        keep_every: int,
+    ) -> None:
+        self._folder = folder
+        self._topology = topology
+        self._attempt = attempt
+        self._asynchronous = asynchronous
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._save: _Save | None = None
+        if topology.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder, attempt)
+        barrier(topology.world_group)
+
+    def start(
+        self, state: dict[str, Tensor], manifest: CheckpointManifest, *, stalled: float = 0.0
+    ) -> list[SaveResult]:
+        """Begins to save `state`, this rank's tensors on the host, which nobody changes from here on. Collective.
+
+        `manifest` is that of the whole checkpoint, without its files; `stalled`: seconds that it took to copy the
+        state. Returns what ended meanwhile: the save before, which is waited for, and this one where the disk has no
+        room or the run does not save asynchronously.
+        """
+        began = time.perf_counter()
+        ended = [self.finish()] if self._save is not None else []
+        bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        temporary = self._folder / f".tmp-{checkpoint_name(manifest.step)}-a{self._attempt.number}"
+        problem = self._make_room(temporary, bytes_)
+        if problem is not None:
+            stall = stalled + time.perf_counter() - began
+            return [*ended, SaveResult(manifest.step, None, problem, stall, 0.0, bytes_)]
+        rank, world = self._topology.rank, self._topology.world
+        writing = self._thread.submit(_timed, lambda: write_rank(temporary, state, rank=rank, world=world))
+        stall = stalled + time.perf_counter() - began
+        self._save = _Save(manifest, temporary, writing, bytes_, stall)
+        return ended if self._asynchronous else [*ended, self.finish()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way: the same on every rank."""
+        return self._save is not None
+
+    def notices(self) -> dict[str, float]:
+        """What this rank tells the others with the next step: 0 or 1 by `NOTICES`."""
+        told = dict.fromkeys(NOTICES, 0.0)
+        save = self._save
+        if save is None:
+            return told
+        if save.committing is not None:
+            if save.committing.done():
+                told["save_not_committed" if save.committing.exception() else "save_committed"] = 1.0
+        elif not save.ended and save.writing.done():
+            told["save_ended"] = 1.0
+            told["save_failed"] = float(save.writing.exception() is not None)
+        return told
+
+    def settle(self, told: Mapping[str, float]) -> SaveResult | None:
+        """Takes the save on by what all ranks told: the sums of `notices`. A result on the step that ends it.
+
+        Raises:
+            OperatorFault: another attempt at this run has begun (on rank 0).
+        """
+        save = self._save
+        if save is None:
+            return None
+        if not save.ended and told["save_ended"] == self._topology.world:
+            save.ended = True
+            if told["save_failed"]:
+                return self._give_up(save, _reason(save.writing, self._topology.rank))
+            if self._topology.is_first:
+                save.committing = self._thread.submit(self._commit, save)
+        elif told["save_not_committed"]:
+            return self._give_up(save, _reason(save.committing, self._topology.rank))
+        elif told["save_committed"]:
+            return self._done(save)
+        return None
+
+    def finish(self) -> SaveResult:
+        """Waits for the save under way. Collective.
+
+        Raises:
+            OperatorFault: another attempt at this run has begun.
+        """
+        save = self._save
+        assert save is not None, "no save was started"
+        began = time.perf_counter()
+        failed = save.writing.exception() is not None  # which waits
+        if not save.ended and not self._everywhere(not failed):
+            save.stall_seconds += time.perf_counter() - began
+            return self._give_up(save, _reason(save.writing, self._topology.rank))
+        if self._topology.is_first and save.committing is None:
+            save.committing = self._thread.submit(self._commit, save)
+        committed = save.committing is None or save.committing.exception() is None
+        save.stall_seconds += time.perf_counter() - began
+        if not self._everywhere(committed):
+            return self._give_up(save, _reason(save.committing, self._topology.rank))
+        return self._done(save)
+
+    def close(self) -> None:
+        """Waits for nothing, be the disk ever so slow: a save that was not settled stays invisible."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _make_room(self, temporary: Path, bytes_: int) -> str | None:
+        """Makes the temporary folder; a line where there is no room for what all ranks will write. Collective."""
+        device = self._topology.device
+        needed = torch.tensor(float(bytes_), dtype=torch.float64, device=device)
+        needed_bytes = int(all_reduce_sum(needed, self._topology.world_group).item() * FREE_SPACE_MARGIN)
+        problem = None
+        if self._topology.is_first:
+            try:
+                self._attempt.require_newest()
+                free = shutil.disk_usage(self._folder).free
+                if free < needed_bytes:
+                    problem = (
+                        f"{self._folder} has {free / 1e6:,.1f} MB free, a checkpoint needs {needed_bytes / 1e6:,.1f}"
+                    )
+                else:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+            except OSError as error:
+                problem = str(error)
+        if self._everywhere(problem is None):
+            return None
+        return problem or "rank 0 found no room on the disk"
+
+    def _commit(self, save: _Save) -> tuple[str, ...]:
+        """Rank 0's thread: the checkpoint gets its name, and what is too old goes."""
+        self._attempt.require_newest()
+        commit(save.temporary, self._folder / checkpoint_name(save.manifest.step), save.manifest)
+        return self._remove_old()
+
+    def _remove_old(self) -> tuple[str, ...]:
+        found = checkpoint_folders(self._folder)
+        removed = []
+        for step in sorted(found)[: -self._keep_last]:
+            if self._keep_every and step % self._keep_every == 0:
+                continue
+            if not self._attempt.is_newest():
+                break
+            try:
+                remove(found[step])
+            except OSError as error:  # the new checkpoint is whole nonetheless
+                _say(f"rank 0: {found[step]} is no longer needed and cannot be deleted: {error}")
+            else:
+                removed.append(found[step].name)
+        return tuple(removed)
+
+    def _done(self, save: _Save) -> SaveResult:
+        removed = save.committing.result() if save.committing is not None else ()
+        return self._result(save, self._folder / checkpoint_name(save.manifest.step), None, removed)
+
+    def _give_up(self, save: _Save, problem: str | None) -> SaveResult:
+        if self._topology.is_first and self._attempt.is_newest():
+            shutil.rmtree(save.temporary, ignore_errors=True)
+        fenced = save.committing.exception() if save.committing is not None else None
+        result = self._result(save, None, problem or "another rank says why")
+        if isinstance(fenced, OperatorFault):
+            raise fenced
+        return result
+
+    def _result(self, save: _Save, path: Path | None, problem: str | None, removed: tuple[str, ...] = ()) -> SaveResult:
+        self._save = None
+        seconds = save.writing.result() if save.writing.exception() is None else 0.0
+        return SaveResult(save.manifest.step, path, problem, save.stall_seconds, seconds, save.bytes, removed)
+
+    def _everywhere(self, flag: bool) -> bool:
+        return everywhere(flag, self._topology.device, self._topology.world_group)
+
+
+def require_saved(result: SaveResult) -> SaveResult:
+    """The result of a save that the run must not end without.
+
+    Raises:
+        RestartFault: it failed.
+    """
+    if result.path is None:
+        raise RestartFault(
+            f"the checkpoint of step {result.step} was not written: {result.problem}; older ones are as they were. "
+            "Make room and start again: the same command goes on from the newest"
+        )
+    return result
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint: first its name, so that a kill in the middle leaves none that looks whole."""
+    hidden = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, attempt: Attempt) -> None:
+    """What earlier attempts began to write or to delete."""
+    for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):
+        attempt.require_newest()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _reason(future: Future[float] | Future[tuple[str, ...]] | None, rank: int) -> str | None:
+    """Why this rank's part failed, said on its own stderr too; None where it did not."""
+    error = future.exception() if future is not None else None
+    if error is None:
+        return None
+    if not isinstance(error, OSError | SafetensorError | OperatorFault):
+        raise error
+    reason = f"rank {rank}: {error}"
+    _say(reason)
+    return reason
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        print(f"megadistill: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,127 @@
+"""Whether recipe, data and models fit together, asked before anything is started. It knows no ranks."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadistill.config import LossSection, Recipe
+from megadistill.data import Mixture, tokenizer_sha256
+from megadistill.errors import UserError
+from megadistill.models.initial_weights import check_starting_weights
+
+
+def check_fit(
+    recipe: Recipe, data: Mixture, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
+) -> None:
+    """Sequence length, vocabulary, tokenizer and stages. `vocab_map` is what `teacher.vocab_map` names, if it does.
+
+    Raises:
+        UserError: the first thing that does not fit, with both values and the way out.
+    """
+    _positions_fit("student.config", student, data)
+    if getattr(student, "attention_dropout", 0.0):
+        raise UserError(
+            f"student.config: attention_dropout is {student.attention_dropout}; pretraining here uses none, and a "
+            "resume could not repeat it on another number of ranks: set it to 0"
+        )
+    source = recipe.student.config
+    declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", data.vocab_size)
+    if declared != data.vocab_size:
+        raise UserError(
+            f"student.config: vocab_size is {declared}, the shards were made with {data.vocab_size} ids: "
+            "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
+        )
+    if isinstance(source, str):
+        _same_tokenizer(Path(source), data, key="student.config")
+    if teacher is None:
+        return
+    assert recipe.teacher is not None
+    assert recipe.teacher.path is not None
+    _positions_fit("teacher.path", teacher, data)
+    if stages > teacher.num_hidden_layers:
+        key = "comm.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
+        raise UserError(
+            f"{key} is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
+            f"{teacher.num_hidden_layers} layers: set {key} to {teacher.num_hidden_layers} or less"
+        )
+    if vocab_map is not None:  # the map says what the tokenizers would have shown
+        _divergence_is_finite(recipe.loss, vocab_map)
+        return
+    if teacher.vocab_size < data.vocab_size:
+        raise UserError(
+            f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
+            f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
+            "how the ids map"
+        )
+    kind, sha256 = tokenizer_sha256(Path(recipe.teacher.path), prefer=data.tokenizer.kind) or (None, "")
+    if kind != data.tokenizer.kind:
+        raise UserError(
+            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows "
+            "that the teacher reads the ids of the shards: copy the tokenizer that it was trained with there, or let "
+            "teacher.vocab_map say how the ids map"
+        )
+    if sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made "
+            f"with {data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
+            "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
+        )
+
+
+def check_start(folder: Path, student: Any, data: Mixture) -> None:
+    """Whether the student can start from the weights of `folder`: the model of `student`, and the data's ids.
+
+    Raises:
+        UserError: it cannot; one line.
+    """
+    check_starting_weights(folder, student, vocab_size=data.vocab_size)
+    _same_tokenizer(folder, data, key="student.weights")
+
+
+def _same_tokenizer(folder: Path, data: Mixture, *, key: str) -> None:
+    """The student's folder need not hold a tokenizer; one of another kind cannot be compared."""
+    kind, sha256 = tokenizer_sha256(folder, prefer=data.tokenizer.kind) or (None, "")
+    if kind == data.tokenizer.kind and sha256 != data.tokenizer.sha256:
+        raise UserError(
+            f"{key}: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
+            f"{data.tokenizer.sha256[:12]}…: tokenize the text with that of the folder, or name a folder that holds "
+            "no tokenizer (an export gets that of the shards)"
+        )
+
+
+def check_compiler(loss: LossSection) -> None:
+    """Asked as torch would ask, which does so at the first step.
+
+    Raises:
+        UserError: `loss.elementwise` is compiled, and this CPU has no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if loss.elementwise == "compiled" and not torch.accelerator.is_available() and shutil.which(compiler) is None:
+        raise UserError(
+            f"loss.elementwise is compiled, which needs a C++ compiler on a CPU, and {compiler} is not on the PATH: "
+            "install g++, name another in the environment variable CXX (as in CXX=clang++), or set loss.elementwise "
+            "to eager"
+        )
+
+
+def _divergence_is_finite(loss: LossSection, vocab_map: Tensor) -> None:
+    unknown = int((vocab_map < 0).sum())
+    reverse = loss.divergence == "reverse_kl" or (loss.divergence == "jsd" and loss.beta == 1.0)
+    if reverse and unknown:
+        raise UserError(
+            f"loss.divergence: reverse KL is infinite where the teacher gives no probability, and teacher.vocab_map "
+            f"leaves {unknown} ids without one of the teacher's: choose another divergence"
+        )
+
+
+def _positions_fit(what: str, config: Any, data: Mixture) -> None:
+    if data.sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"{what}: max_position_embeddings is {config.max_position_embeddings}, the shards hold sequences of "
+            f"{data.sequence_length} tokens: raise it, or tokenize with --sequence-length "
+            f"{config.max_position_embeddings}"
+        )

@@ -1,0 +1,79 @@
+"""How the student's ids map to the teacher's, where each has a tokenizer of its own. It knows no model and no ranks.
+
+Legend: U ids of the student, B sequences, S tokens of a sequence.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megadistill.errors import UserError
+from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
+
+MAX_MAP_BYTES = 16 << 20
+"""A million ids of seven digits take half of it."""
+
+
+def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
+    """[U] int64: the teacher's id for each of the student's, -1 where it has none. From a JSON list of as many numbers.
+
+    Raises:
+        UserError: one line that says what is wrong with the file.
+    """
+    try:
+        if path.stat().st_size > MAX_MAP_BYTES:
+            raise UserError(
+                f"teacher.vocab_map: {path}: {path.stat().st_size} bytes is no map (at most {MAX_MAP_BYTES})"
+            )
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"teacher.vocab_map: {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"teacher.vocab_map: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, list):
+        raise UserError(f"teacher.vocab_map: {path} holds a {type(values).__name__}, not a list of ids")
+    if len(values) != student_ids:
+        raise UserError(
+            f"teacher.vocab_map: {path} has {len(values)} entries, the shards were made with {student_ids} ids: "
+            "write one for each, -1 where the teacher has none"
+        )
+    first: dict[int, int] = {}
+    for student_id, teacher_id in enumerate(values):
+        if type(teacher_id) is not int or not -1 <= teacher_id < teacher_ids:
+            raise UserError(
+                f"teacher.vocab_map: {path} maps id {student_id} to {teacher_id!r}; the teacher has ids 0 to "
+                f"{teacher_ids - 1}, and -1 says that it has none"
+            )
+        if teacher_id >= 0 and first.setdefault(teacher_id, student_id) != student_id:
+            raise UserError(
+                f"teacher.vocab_map: {path} maps both {first[teacher_id]} and {student_id} to {teacher_id}: two ids "
+                "would share one probability; give the teacher's id to one of them and -1 to the other"
+            )
+    if not first:
+        raise UserError(f"teacher.vocab_map: {path} maps no id: the teacher would have nothing to say")
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def translated(batch: TokenBatch, ids_U: Tensor) -> TokenBatch:
+    """The batch as the teacher reads it: its own ids, and their digests. On the host, where batches are made.
+
+    Raises:
+        UserError: a token or a label without an id of the teacher's: it could neither read nor foretell it.
+    """
+    tokens_BS = ids_U[batch.tokens]
+    unlabelled_BS = batch.labels == IGNORED_LABEL
+    labels_BS = torch.where(unlabelled_BS, IGNORED_LABEL, ids_U[batch.labels.masked_fill(unlabelled_BS, 0)])
+    for kind, ours_BS, theirs_BS in (("token", batch.tokens, tokens_BS), ("label", batch.labels, labels_BS)):
+        unknown_2 = (theirs_BS == -1).nonzero()[:1].flatten().tolist()
+        if unknown_2:
+            row, place = unknown_2
+            raise UserError(
+                f"teacher.vocab_map has no teacher's id for {int(ours_BS[row, place])}, which is {kind} {place} of "
+                f"slot {int(batch.slots[row])}: map it, or tokenize the text without it"
+            )
+    return replace(batch, tokens=tokens_BS, labels=labels_BS, digests=token_digest(tokens_BS))

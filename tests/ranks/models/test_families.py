@@ -1,0 +1,197 @@
+"""Every family as a student under ZeRO-3, on two ranks: one step against transformers' own model, dense, in float64.
+
+The truth shares the initial values and nothing else: transformers' logits and torch's cross-entropy.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megadistill.config import StudentSection
+from megadistill.distributed.topology import Topology
+from megadistill.loss import label_loss
+from megadistill.models.families import family, load_config, logit_transform
+from megadistill.models.initialise import initial_tensor
+from megadistill.student.deepspeed_config import load_deepspeed
+from tests.paths import DS_CONFIGS
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import MULTIPLE, SEED, Case, WatchedStudent, train_section
+from tests.unit.models.cases import CASES, VOCAB
+
+NEW = ["gemma2", "gemma3", "mixtral", "qwen3_moe", "qwen3_moe-step", "olmo2"]
+MIXTURES = ["mixtral", "qwen3_moe", "qwen3_moe-step"]
+
+# (rows, length) of each rank's batch. In the second a rank has two tokens, so few that experts are left without.
+EVEN = ((2, 16), (2, 16))
+TWO_TOKENS = ((2, 16), (1, 2))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to: hidden states of each rank's tokens, the loss over all of them, every gradient."""
+
+    hidden: list[Tensor]
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def _batch(shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels, and positions that start again in the middle of the second row, where there is one."""
+    generator = torch.Generator().manual_seed(50 + rank)
+    tokens, labels = (torch.randint(0, VOCAB, shape, generator=generator) for _ in range(2))
+    positions = torch.arange(shape[1]).expand(shape).clone()
+    positions[1:, 7:] -= 7
+    return tokens, labels, positions
+
+
+def _student(
+    name: str, topology: Topology, *, checkpointing: bool = False, precision: str = "float32"
+) -> tuple[WatchedStudent, Any]:
+    config = load_config(CASES[name], what="test")
+    profile = load_deepspeed(DS_CONFIGS / "cpu.json")
+    profile["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    student = WatchedStudent(
+        config,
+        section=StudentSection(config={}, vocab_multiple=MULTIPLE, activation_checkpointing=checkpointing),
+        train=train_section(Case(precision=precision), topology.world),
+        profile=profile,
+        vocab_size=VOCAB,
+        seed=SEED,
+        accumulation=1,
+        topology=topology,
+    )
+    student.gradients = []
+    return student, config
+
+
+def _step(
+    topology: Topology,
+    name: str,
+    shapes: tuple[tuple[int, int], ...],
+    checkpointing: bool = False,
+    precision: str = "float32",
+) -> Step:
+    student, config = _student(name, topology, checkpointing=checkpointing, precision=precision)
+    tokens, labels, positions = _batch(shapes[topology.rank], topology.rank)
+    hidden = student.hidden(tokens, positions)
+    terms = label_loss(
+        hidden,
+        student.head.weight(),
+        labels.flatten(),
+        token_weights=torch.full((labels.numel(),), 1 / sum(rows * length for rows, length in shapes)),
+        vocab=student.head.vocab,
+        student_logits=logit_transform(config),
+    )
+    student.backward(terms.loss)
+    student.step(1e-3)
+    return Step([hidden.detach()], float(terms.loss), student.gradients[0])
+
+
+def _dense_model(name: str) -> Any:
+    config = load_config(CASES[name], what="test")
+    config.pad_token_id = None  # the embedding of the padding id is trained like the others
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("eager")
+    norm = family(config).neutral_norm
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            values = initial_tensor(path, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm)
+            parameter.copy_(values)
+    return model.double()
+
+
+def _truth(name: str, shapes: tuple[tuple[int, int], ...]) -> Step:
+    model = _dense_model(name)
+    hidden, losses = [], []
+    for rank, shape in enumerate(shapes):
+        tokens, labels, positions = _batch(shape, rank)
+        inner = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        hidden.append(inner.last_hidden_state.detach().flatten(0, 1))
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+    loss = torch.stack(losses).sum() / sum(rows * length for rows, length in shapes)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return Step(hidden, loss.item(), {path: parameter.grad for path, parameter in model.named_parameters()})
+
+
+def _assert_matches(found: list[Step], true: Step) -> None:
+    for step, hidden in zip(found, true.hidden, strict=True):
+        torch.testing.assert_close(step.hidden[0].double(), hidden, rtol=1e-4, atol=1e-5)
+    assert sum(step.loss for step in found) == pytest.approx(true.loss, rel=2e-6)
+    gradients = found[0].gradients
+    assert gradients.keys() == true.gradients.keys()
+    for path, gradient in true.gradients.items():
+        rows = gradient.shape[0]
+        error = (gradients[path][:rows] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < 1e-5, f"the gradient of {path} is off by {error:.1e}"
+        assert not gradients[path][rows:].any(), f"padding rows of {path} have a gradient"
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_step_equals_the_dense_truth(name: str) -> None:
+    _assert_matches(run_ranks(2, _step, name, EVEN), _truth(name, EVEN))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
+def test_a_step_that_recomputes_its_activations_equals_the_dense_truth(name: str) -> None:
+    _assert_matches(run_ranks(2, _step, name, EVEN, True), _truth(name, EVEN))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
+def test_a_step_in_bfloat16_is_the_dense_truth_to_its_precision(name: str) -> None:
+    """Direction and length of each gradient; eight bits of mantissa, and a token may take another expert on a tie."""
+    found, true = run_ranks(2, _step, name, EVEN, False, "bfloat16"), _truth(name, EVEN)
+    assert sum(step.loss for step in found) == pytest.approx(true.loss, rel=0.01)
+    for path, gradient in true.gradients.items():
+        ours = found[0].gradients[path][: gradient.shape[0]].double()
+        assert torch.cosine_similarity(ours.flatten(), gradient.flatten(), dim=0) > 0.95, path
+        assert ours.norm() == pytest.approx(float(gradient.norm()), rel=0.1), path
+
+
+def _experts_hit(name: str, shapes: tuple[tuple[int, int], ...]) -> list[list[set[int]]]:
+    """By rank and layer of experts, the experts that get a token."""
+    model = _dense_model(name)
+    routers = [module for path, module in model.named_modules() if path.endswith(".mlp.gate")]
+    hit: list[set[int]] = []
+    for router in routers:
+        router.register_forward_hook(lambda _, __, output: hit.append(set(output[2].flatten().tolist())))
+    by_rank = []
+    for rank, shape in enumerate(shapes):
+        hit.clear()
+        tokens, _, positions = _batch(shape, rank)
+        model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        by_rank.append(hit.copy())
+    return by_rank
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_expert_without_a_token_on_one_rank_is_gathered_and_reduced_all_the_same(name: str) -> None:
+    """transformers' fused experts are parameters of one module, gathered whole: no rank waits for another's expert.
+
+    (A module for each expert would need `deepspeed.utils.set_z3_leaf_modules`.)
+    """
+    everywhere, somewhere = _experts_hit(name, TWO_TOKENS)
+    assert any(few < many for many, few in zip(everywhere, somewhere, strict=True)), "the case must leave experts out"
+    _assert_matches(run_ranks(2, _step, name, TWO_TOKENS), _truth(name, TWO_TOKENS))
+
+
+def _initial(topology: Topology, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    student, _ = _student(name, topology)
+    return student.full_parameters(), {path: buffer.clone() for path, buffer in student._model.named_buffers()}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mixtral"])
+def test_zero_init_changes_neither_initial_values_nor_buffers(name: str) -> None:
+    truth = _dense_model(name)
+    buffers = {path: buffer.float() for path, buffer in truth.named_buffers()}
+    for parameters, found in run_ranks(2, _initial, name):
+        for path, parameter in truth.named_parameters():
+            assert torch.equal(parameters[path][: parameter.shape[0]], parameter.float()), path
+        assert found.keys() == buffers.keys()
+        for path, buffer in found.items():
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, buffers[path]), path

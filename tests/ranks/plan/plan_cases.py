@@ -1,0 +1,401 @@
+"""A student and its teacher at work on real ranks, watched: which bytes live, who made them, and which bytes arrive.
+
+Both are seen where torch dispatches operators, below DeepSpeed and this package: an operator's outputs are storages
+that live until nobody holds them, and a collective is an operator of `c10d` with the tensors that it sends and fills.
+Who made or asked for them is told by the file of the innermost caller that is known.
+"""
+
+import sys
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megadistill.config import Recipe
+from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Topology
+from megadistill.models.families import load_config
+from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.engine import PRECISIONS, StudentEngine
+from megadistill.teacher import (
+    RemoteTeacher,
+    RequestForm,
+    TeacherPipeline,
+    TeacherServer,
+    TeacherStage,
+    Wire,
+    head_rows,
+)
+from megadistill.train import step as step_module
+from megadistill.train.checkpoint.format import RNG_KEY, rank_file, write_rank
+from megadistill.train.objective import Objective
+from megadistill.train.step import train_step
+from megadistill.train.teacher.targets import Teacher, lessons
+from megadistill.types import TokenBatch, token_digest
+from tests.paths import DS_CONFIGS
+
+VOCAB, SEQUENCE, STEPS = 4000, 128, 2
+STUDENT: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": SEQUENCE,
+}
+TEACHER: dict[str, Any] = {**STUDENT, "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a few steps on two ranks."""
+
+    students: int = 2
+    teachers: int = 0
+    """With ranks of their own; else each of the student's has a stage."""
+    vocab_group: int = 2
+    precision: str = "float32"
+    micro_batch: int = 2
+    accumulation: int = 2
+    activation_checkpointing: bool = False
+    objective: str = "distill"
+    student: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=lambda: {"logit_memory_mb": 8})
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "objective": self.objective,
+                "run": {"folder": "run"},
+                "data": {"manifest": "manifest.json"},
+                "student": {
+                    "config": {**STUDENT, **self.student},
+                    "vocab_multiple": 32,
+                    "activation_checkpointing": self.activation_checkpointing,
+                },
+                "train": {
+                    "steps": STEPS,
+                    "global_batch": self.students * self.micro_batch * self.accumulation,
+                    "micro_batch": self.micro_batch,
+                    "precision": self.precision,
+                    "adamw": {"learning_rate": 1e-3},
+                },
+                "loss": self.loss,
+                "teacher": self._teacher() if self.objective == "distill" else None,
+            }
+        )
+
+    def _teacher(self) -> dict[str, Any]:
+        own = {"placement": "disaggregated", "ranks": self.teachers, "queue": 2, "wire": "float8"}
+        return {"path": "teacher", **(own if self.teachers else {})}
+
+    @property
+    def roles(self) -> Roles | None:
+        return Roles(self.students + self.teachers, self.teachers, self.teachers) if self.teachers else None
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """As on a GPU, in proportion: the parameters of some layers stay, and of one are fetched ahead."""
+        profile = load_deepspeed(DS_CONFIGS / "cpu.json")
+        profile["zero_optimization"].update(
+            {
+                "stage3_max_reuse_distance": 4_000_000,
+                "stage3_prefetch_bucket_size": 500_000,
+                "stage3_max_live_parameters": 6_000_000,
+                "stage3_param_persistence_threshold": 1_000,
+                "reduce_bucket_size": 1_000_000,
+                **self.zero,
+            }
+        )
+        return profile
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank saw."""
+
+    built: Counter[str]
+    """Bytes that live when student and teacher are built, by maker."""
+    peaks: dict[str, Counter[str]]
+    """The bytes that live when they are most in the last step, by phase and maker."""
+    highest: dict[str, Counter[str]]
+    """The most bytes of each maker in the last step, by phase."""
+    received: Counter[str]
+    """Bytes that came to this rank in the last step, by who asked for them."""
+    checkpoint: int
+    """Bytes of this rank's file."""
+
+
+def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str) -> Seen:
+    """`teacher`: its folder. `folder`: for a checkpoint."""
+    torch.manual_seed(0)
+    with Watch() as watch:
+        if topology.role == "teacher":
+            assert teacher is not None
+            return _serve(topology, case, teacher, watch)
+        pipeline = None if teacher is None else _pipeline(topology, case, teacher)
+        student = _student(topology, case)
+        taught = None
+        if pipeline is not None and teacher is not None:
+            dtype = PRECISIONS[case.precision]
+            head = head_rows(Path(teacher), student.head.vocab, dtype=dtype, device=topology.device)
+            taught = Teacher(pipeline=pipeline, head=head)
+        built = Counter(watch.live)
+        with watch.phases(student, taught):
+            _steps(topology, case, student, taught, watch)
+        found = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
+    state = {**student.local_state(), RNG_KEY: torch.get_rng_state()}
+    record = write_rank(Path(folder), state, rank=topology.rank, world=topology.world)
+    assert (Path(folder) / rank_file(topology.rank, topology.world)).stat().st_size == record.bytes
+    return replace(found, checkpoint=record.bytes)
+
+
+def _student(topology: Topology, case: Case) -> StudentEngine:
+    recipe = case.recipe
+    return StudentEngine(
+        load_config(recipe.student.config, what="test"),  # type: ignore[arg-type]
+        section=recipe.student,
+        train=recipe.train,
+        profile=case.profile,
+        vocab_size=VOCAB,
+        seed=1,
+        accumulation=case.accumulation,
+        topology=topology,
+    )
+
+
+def _stage(topology: Topology, case: Case, teacher: str) -> TeacherStage:
+    place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
+    return TeacherStage.load(Path(teacher), **place, dtype=PRECISIONS[case.precision], device=topology.device)
+
+
+def _forms(case: Case) -> tuple[RequestForm, Wire]:
+    form = RequestForm(case.micro_batch, SEQUENCE, masked=False)
+    return form, Wire(TEACHER["hidden_size"], PRECISIONS[case.precision], float8=True)
+
+
+def _pipeline(topology: Topology, case: Case, teacher: str) -> TeacherPipeline | RemoteTeacher:
+    if topology.bridge is None:
+        return TeacherPipeline(_stage(topology, case, teacher), topology)
+    section = case.recipe.teacher
+    assert section is not None
+    return RemoteTeacher(topology.bridge, *_forms(case), queue=section.queue, device=topology.device)
+
+
+def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen:
+    """All that this stage receives in the run, and the most that lives meanwhile."""
+    section, bridge = case.recipe.teacher, topology.bridge
+    assert section is not None
+    assert bridge is not None
+    stage = _stage(topology, case, teacher)
+    built = Counter(watch.live)
+    watch.begin()
+    with watch.bridge():
+        for _ in TeacherServer(stage, bridge, *_forms(case), queue=section.queue).answers():
+            pass
+    return Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
+
+
+def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher | None, watch: "Watch") -> None:
+    objective = Objective(case.recipe.loss, steps=STEPS, seed=1)
+    with closing(lessons(teacher, _batches(topology, case))) as taught:
+        for step in range(1, STEPS + 1):
+            watch.begin()
+            train_step(
+                student,
+                teacher,
+                taught,
+                step=step,
+                accumulation=case.accumulation,
+                valid_tokens=case.accumulation * case.micro_batch * SEQUENCE,
+                learning_rate=1e-3,
+                objective=objective,
+                topology=topology,
+            )
+    if teacher is not None:
+        teacher.pipeline.dismiss()
+
+
+def _batches(topology: Topology, case: Case) -> Iterator[TokenBatch]:
+    """More than the steps take, so that the teacher's pipeline stays full."""
+    for number in range((STEPS + 1) * case.accumulation):
+        generator = torch.Generator().manual_seed(1000 * topology.rank + number)
+        units = torch.randint(0, VOCAB, (case.micro_batch, SEQUENCE + 1), generator=generator)
+        tokens, labels = units[:, :-1].contiguous(), units[:, 1:].contiguous()
+        slots = torch.arange(case.micro_batch) + case.micro_batch * (number * topology.world + topology.rank)
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+        yield TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
+
+
+MAKERS = {
+    "zero/partition_parameters.py": "gathered layers",
+    "comm/coalesced_collectives.py": "gradients on their way",
+    "deepspeed/comm/torch.py": "gloo",
+    "zero/stage3.py": "ZeRO-3",
+    "student/engine.py": "ZeRO-3",
+    "loss/buffers.py": "logits",
+    "loss/passes.py:before": "head gradient",
+    "megadistill/loss/": "loss",
+    "teacher/stage.py:head_rows": "teacher head rows",
+    "models/weights.py": "teacher stage",
+    "teacher/pipeline.py": "parcels",
+    "teacher/disaggregated.py": "parcels",
+    "teacher/codec.py": "parcels",
+    "site-packages/transformers/": "layers",
+    "deepspeed/runtime/engine.py:backward": "layers",
+    "student/head.py": "head rows",
+}
+"""Part of `file:function` -> what it makes."""
+
+ASKERS = {
+    "zero/partition_parameters.py": "weights",
+    "zero/stage3.py": "gradients",
+    "student/head.py": "head",
+    "megadistill/loss/": "loss",
+    "teacher/pipeline.py:_answer": "answers",
+    "teacher/pipeline.py:signals": "stages",
+}
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that live, and bytes that come to this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
+        self.highest: dict[str, Counter[str]] = defaultdict(Counter)
+        self.received: Counter[str] = Counter()
+        self._sum = 0
+        self._most: Counter[str] = Counter()
+        self._phase = "forward"
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def begin(self) -> None:
+        self.peaks, self.received, self._most = {}, Counter(), Counter()
+        self.highest = defaultdict(Counter)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        found = function(*arguments, **(keywords or {}))
+        if function.namespace == "c10d":
+            self._receive(function._opname, arguments)
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        if self._sum > self._most[self._phase]:
+            self._most[self._phase], self.peaks[self._phase] = self._sum, Counter(self.live)
+        return found
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        maker = _known_caller(_maker)
+
+        def gone(_: Any) -> None:
+            del self._storages[key]
+            self.live[maker] -= size
+            self._sum -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.live[maker] += size
+        self._sum += size
+        highest = self.highest[self._phase]
+        highest[maker] = max(highest[maker], self.live[maker])
+
+    def _receive(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """What the others give of it; an all-reduce is a reduction and a gathering."""
+        who = _known_caller(_asker)
+        if name == "_allgather_base_":
+            self.received[who] += arguments[0].nbytes - arguments[1].nbytes
+        elif name == "_reduce_scatter_base_":
+            self.received[who] += arguments[1].nbytes - arguments[0].nbytes
+        elif name in ("recv_", "scatter_", "broadcast_"):
+            self.received[who] += sum(tensor.nbytes for tensor in arguments[0])
+        elif name == "allreduce_":
+            self.received[who] += 2 * sum(tensor.nbytes for tensor in arguments[0])
+        else:
+            assert name in ("send", "barrier"), f"nothing is known of {name}"
+
+    @contextmanager
+    def phases(self, student: StudentEngine, teacher: Teacher | None) -> Iterator[None]:
+        """Calls the phases of a step by the plan's names; what is none of them is the forward pass."""
+        losses = {name: getattr(step_module, name) for name in ("distill_loss", "label_loss", "sparse_distill_loss")}
+        for name, function in losses.items():
+            setattr(step_module, name, self._named("loss", function))
+        student.backward = self._named("backward", student.backward)  # type: ignore[method-assign]
+        student.step = self._named("step", student.step)  # type: ignore[method-assign]
+        if teacher is not None and isinstance(teacher.pipeline, TeacherPipeline):
+            teacher.pipeline._work = self._named("teacher", teacher.pipeline._work)  # type: ignore[method-assign]
+        try:
+            with self.bridge():
+                yield
+        finally:
+            for name, function in losses.items():
+                setattr(step_module, name, function)
+
+    @contextmanager
+    def bridge(self) -> Iterator[None]:
+        """Its messages are no operators."""
+        expect = Bridge.expect
+
+        def expected(bridge: Bridge, buffer: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            self.received["bridge"] += buffer.nbytes
+            return expect(bridge, buffer, *arguments, **keywords)
+
+        Bridge.expect = expected  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            Bridge.expect = expect  # type: ignore[method-assign]
+
+    def _named(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            before, self._phase = self._phase, phase
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self._phase = before
+
+        return call
+
+
+def _known_caller(name_of: Callable[[CodeType], str | None]) -> str:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = name_of(frame.f_code)
+        if name is not None:
+            return name
+        frame = frame.f_back
+    return "else"
+
+
+@cache
+def _maker(code: CodeType) -> str | None:
+    return _named_in(MAKERS, code)
+
+
+@cache
+def _asker(code: CodeType) -> str | None:
+    return _named_in(ASKERS, code)
+
+
+def _named_in(known: dict[str, str], code: CodeType) -> str | None:
+    place = f"{code.co_filename}:{code.co_name}"
+    return next((name for part, name in known.items() if part in place), None)

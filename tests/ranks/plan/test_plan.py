@@ -1,0 +1,182 @@
+"""What a plan says of a run's memory, traffic and files, against the run itself, within a tenth.
+
+Runs of two ranks under the real engine, in sizes that fixed overheads are small beside. Two things of the CPU are added
+to the plan, which is for accelerators: the loss keeps its piece of logit memory (`loss/buffers.py`), and gloo copies
+what it reduces.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadistill.loss.sparse.targets import BLOCK_ELEMENTS
+from megadistill.models.families import build_causal_lm, load_config
+from megadistill.plan.counts import memory
+from megadistill.plan.counts.model_stats import measure
+from megadistill.plan.counts.requirements import Needs, needs
+from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, REQUESTS, STAGES, VOCABULARY
+from megadistill.teacher.disaggregated import RECEIVES
+from tests.ranks.harness import run_ranks
+from tests.ranks.plan.plan_cases import SEQUENCE, STEPS, STUDENT, TEACHER, VOCAB, Case, Seen, watched_run
+
+WITHIN = 0.10
+
+DISTILLED = Case()
+RECOMPUTED = Case(activation_checkpointing=True, vocab_group=1, objective="labels", zero={"zero_hpz_partition_size": 2})
+IN_BFLOAT16 = Case(precision="bfloat16", student={"tie_word_embeddings": True}, loss={"targets": {}})
+APART = Case(
+    students=1,
+    teachers=2,
+    vocab_group=1,
+    zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+)
+COLOCATED = [DISTILLED, RECOMPUTED, IN_BFLOAT16]
+NAMES = ["distilled", "recomputed, with copies in the node", "bfloat16, tied, truncated targets"]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    model = build_causal_lm(load_config(TEACHER, what="test"), vocab_size=VOCAB, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+_RUNS: dict[str, list[Seen]] = {}
+
+
+def seen(case: Case, teacher: Path) -> list[Seen]:
+    """By rank of the launch; each case runs once."""
+    if repr(case) not in _RUNS:
+        folder = str(teacher) if case.objective == "distill" else None
+        world, group, roles = case.students + case.teachers, case.vocab_group, case.roles
+        checkpoint = teacher / "checkpoint"
+        checkpoint.mkdir(exist_ok=True)
+        arguments = (case, folder, str(checkpoint))
+        _RUNS[repr(case)] = run_ranks(world, watched_run, *arguments, vocab_group=group, roles=roles)
+    return _RUNS[repr(case)]
+
+
+def planned(case: Case) -> Needs:
+    student = load_config({**STUDENT, **case.student}, what="test")
+    taught = load_config(TEACHER, what="test") if case.objective == "distill" else None
+    return needs(
+        case.recipe,
+        measure(student, taught, sequence_length=SEQUENCE),
+        vocab_size=VOCAB,
+        ranks=case.students,
+        ranks_per_node=case.students + case.teachers,
+        group_size=case.vocab_group,
+        roles=case.roles,
+        profile=case.profile,
+    )
+
+
+def most(ranks: list[Seen], phase: str) -> Counter[str]:
+    """What lived when most did, on the rank where that was most."""
+    return max((rank.peaks[phase] for rank in ranks), key=lambda lines: sum(lines.values()))
+
+
+def of_the_cpu(lines: Counter[str], *, in_the_loss: bool = False) -> int:
+    """What lives on a CPU alone."""
+    return lines["gloo"] + (0 if in_the_loss else lines["logits"])
+
+
+@pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
+def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
+    found = Counter(seen(case, teacher)[-1].received)  # the last stage, which hears from the one before
+    tokens = case.accumulation * case.micro_batch * SEQUENCE
+    traffic = planned(case).traffic
+    names = {GATHERS: "weights", REDUCES: "gradients", HEAD: "head", VOCABULARY: "loss"}
+    names |= {STAGES: "stages", ANSWERS: "answers"}
+    for link, name in names.items():
+        expected = traffic[link].received * tokens if link in traffic else 0
+        if link == ANSWERS:  # the last stage's own part is sent to nobody; a scatter gives it to itself
+            assert found[name] in (0, pytest.approx(expected, rel=WITHIN))
+            continue
+        assert found.pop(name, 0) == pytest.approx(expected, rel=WITHIN), link
+    del found["answers"]
+    assert found.total() < 1e-3 * tokens * sum(link.received for link in traffic.values()), found
+
+
+@pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
+def test_memory_in_each_phase(case: Case, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TARGET_BLOCK", BLOCK_ELEMENTS)  # a CPU's
+    ranks, phases = seen(case, teacher), planned(case).phases
+    together = {phase: sum(lines.values()) for phase, lines in phases.items()}
+    backward = max(together["backward"], together["embedding"])
+    forward = max(together["forward"], together.get("targets", 0))
+    for phase, expected in {"loss": together["loss"], "forward": forward, "backward": backward}.items():
+        lines = most(ranks, phase)
+        assert sum(lines.values()) - of_the_cpu(lines, in_the_loss=phase == "loss") == pytest.approx(
+            expected, rel=WITHIN
+        ), phase
+    for phase in {"step", "teacher"} & phases.keys():
+        lines = most(ranks, phase)
+        assert sum(lines.values()) - of_the_cpu(lines) == pytest.approx(together[phase], rel=WITHIN), phase
+
+
+@pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
+def test_memory_line_by_line(case: Case, teacher: Path) -> None:
+    """In the loss, when all lines are there; and what AdamW reads, in its step."""
+    ranks, plan = seen(case, teacher), planned(case)
+    lines, found = Counter(plan.phases["loss"]), most(ranks, "loss")
+    states = lines["ZeRO-3 states"] + lines["reduce bucket"]
+    assert found["ZeRO-3"] == pytest.approx(states, rel=0.001), "to the byte, but for a few numbers"
+    gathered = lines["gathered layers"] + lines["parameters that stay gathered"]
+    if case is RECOMPUTED:
+        gathered += lines["second partition in the node (hpZ)"]
+    assert found["gathered layers"] == pytest.approx(gathered, rel=WITHIN)
+    kept = lines["activations"] + lines["checkpointed layer inputs"] + lines["what layers share"] + lines["last norm"]
+    assert found["layers"] == pytest.approx(kept, rel=WITHIN)
+    gradients = lines["head gradient"] + lines["head gradient of the micro-batch"]
+    assert found["head gradient"] == pytest.approx(gradients + lines["gradient of the hidden states"], rel=WITHIN)
+    if case.precision == "float32":  # in bfloat16 an accelerator copies the slope, for its product
+        assert found["logits"] == pytest.approx(lines["logit chunk"], rel=WITHIN)
+    for name in ("teacher stage", "teacher head rows", "head rows"):
+        assert found[name] == pytest.approx(lines[name], rel=WITHIN), name
+    copied = most(ranks, "step")["ZeRO-3"] - found["ZeRO-3"]
+    assert copied == pytest.approx(plan.phases["step"]["gradients that AdamW reads"], rel=WITHIN)
+
+
+def test_a_layer_at_work(teacher: Path) -> None:
+    for case in (DISTILLED, RECOMPUTED):
+        lines = Counter(planned(case).phases["backward"])
+        kept = (
+            lines["activations"] + lines["checkpointed layer inputs"] + lines["what layers share"] + lines["last norm"]
+        )
+        found = max(rank.highest["backward"]["layers"] for rank in seen(case, teacher))
+        assert found == pytest.approx(kept + lines["layer at work"], rel=WITHIN)
+
+
+def test_a_teacher_with_ranks_of_its_own(teacher: Path) -> None:
+    plan = planned(APART)
+    student, first, last = seen(APART, teacher)
+    tokens = APART.micro_batch * SEQUENCE
+    step = plan.traffic[ANSWERS].received * APART.accumulation * tokens
+    assert student.received["bridge"] == pytest.approx(step, rel=WITHIN)
+    asked = STEPS * APART.accumulation + 1  # one more is under way when the student stops
+    parcels = plan.teacher_traffic[STAGES].received * tokens * (asked + RECEIVES)
+    assert last.received["bridge"] == pytest.approx(parcels, rel=WITHIN)
+    assert first.received["bridge"] == pytest.approx(
+        plan.teacher_traffic[REQUESTS].received * tokens * (asked + 1), rel=WITHIN
+    )
+    assert first.peaks["forward"].total() == pytest.approx(sum(plan.teacher_memory.values()), rel=WITHIN)
+
+
+def test_offloaded_states_lie_on_the_host(teacher: Path) -> None:
+    """Which is the device here."""
+    student, plan = seen(APART, teacher)[0], planned(APART)
+    on_host = plan.host["offloaded ZeRO-3 states"]
+    always = plan.phases["step"]["reduce bucket"] + plan.phases["step"]["teacher head rows"]
+    assert student.built.total() == pytest.approx(on_host + always, rel=WITHIN)
+    lines, on_device = student.peaks["loss"], plan.phases["loss"]
+    expected = on_host + sum(on_device.values()) - on_device["head rows"]  # copied from the host to the device
+    assert lines.total() - of_the_cpu(lines, in_the_loss=True) == pytest.approx(expected, rel=WITHIN)
+
+
+@pytest.mark.parametrize("case", [DISTILLED, IN_BFLOAT16, APART], ids=["float32", "bfloat16, tied", "one rank"])
+def test_a_checkpoint_to_the_byte(case: Case, teacher: Path) -> None:
+    assert sum(rank.checkpoint for rank in seen(case, teacher)) == planned(case).checkpoint_bytes

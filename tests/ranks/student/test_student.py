@@ -1,0 +1,201 @@
+"""The ZeRO-3 student against one dense float64 process: loss, every gradient, gradient norm, three optimizer steps."""
+
+import itertools
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.distributed.topology import Topology
+from megadistill.train.checkpoint.format import newest_checkpoint
+from megadistill.types import document_positions
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import Case, Found, build, dense_truth, global_batch, run_steps, three_steps
+from tests.unit.train.cases import save_checkpoint
+
+# (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
+LAYOUTS = [
+    (1, 1, 1, False),
+    (1, 1, 2, True),
+    (2, 2, 1, False),
+    (2, 2, 2, True),
+    (2, 1, 2, False),
+    (4, 4, 1, True),
+    (4, 4, 2, False),
+    (4, 2, 1, False),
+    (4, 2, 2, True),
+    (4, 1, 1, True),
+    (4, 1, 2, False),
+]
+
+
+@cache
+def truth(case: Case) -> Found:
+    return dense_truth(case)
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30))
+
+
+def assert_matches(found: Found, true: Found, *, case: Case) -> None:
+    for step, (ours, theirs) in enumerate(zip(found.steps, true.steps, strict=True)):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
+        assert theirs["grad_norm"] > 2 * case.clip, "clipping must be active, or the case does not test it"
+    for step, (ours_all, theirs_all) in enumerate(zip(found.gradients, true.gradients, strict=True)):
+        assert ours_all.keys() == theirs_all.keys(), "Hugging Face's own names, none missing"
+        for name, gradient in theirs_all.items():
+            rows = gradient.shape[0]
+            error = relative_error(ours_all[name][:rows], gradient)
+            assert error < 5e-6, f"step {step}: gradient of {name} is off by {error:.1e}"
+            assert not ours_all[name][rows:].any(), f"padding rows of {name} have a gradient"
+    for name, parameter in true.parameters.items():
+        rows = parameter.shape[0]
+        assert relative_error(found.parameters[name][:rows], parameter) < 5e-6, name
+        assert not found.parameters[name][rows:].any(), f"padding rows of {name} moved"
+
+
+@pytest.mark.parametrize(("world", "p", "accumulation", "tied"), LAYOUTS)
+def test_distillation_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
+    case = Case(tied=tied, accumulation=accumulation)
+    true = truth(Case(tied=tied))
+    for found in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(found, true, case=case)
+
+
+@pytest.mark.parametrize(("world", "p", "accumulation", "tied"), [(1, 1, 1, False), (2, 2, 2, False), (4, 2, 1, True)])
+def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
+    case = Case(objective="labels", tied=tied, accumulation=accumulation)
+    true = truth(Case(objective="labels", tied=tied))
+    for found in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(found, true, case=case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(persistence=10_000, tied=True),
+        Case(activation_checkpointing=True),
+        Case(offload_optimizer=True, tied=True),
+        Case(document_mask=True),
+        Case(document_mask=True, model_type="qwen3", activation_checkpointing=True),
+        Case(model_type="qwen2"),
+        Case(model_type="qwen3", tied=True),
+        Case(model_type="mistral"),
+    ],
+    ids=[
+        "small parameters stay gathered",
+        "activation checkpointing",
+        "optimizer offloaded",
+        "documents masked",
+        "documents masked, activation checkpointing",
+        "qwen2",
+        "qwen3",
+        "mistral",
+    ],
+)
+def test_variants_equal_the_dense_truth(case: Case) -> None:
+    for found in run_ranks(2, three_steps, case):
+        assert_matches(found, truth(case), case=case)
+
+
+def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: int, last: int) -> Found:
+    """Steps `first` to `last`; from step 0 freshly built, else from what an earlier call left in `folder`."""
+    student = build(case, topology)
+    if first > 0:
+        checkpoint = newest_checkpoint(Path(folder))
+        assert checkpoint is not None
+        assert checkpoint.manifest.step == first
+        checkpoint.verify()
+        student.load_local_state(checkpoint.read)
+    steps = run_steps(case, student, topology, range(first, last))
+    state = {**student.local_state(), "rng": torch.get_rng_state()}
+    save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.parameters)
+    return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
+
+
+@pytest.mark.parametrize("persistence", [0, 10_000])
+def test_a_resume_is_bitwise_on_the_same_world(tmp_path_factory: pytest.TempPathFactory, persistence: int) -> None:
+    """With weight decay in one of two groups, so that hyperparameters which a resume loses are seen."""
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    case = Case(tied=True, accumulation=2, persistence=persistence)
+    whole = run_ranks(2, three_steps, case)[0]
+    run_ranks(2, _steps_with_a_restart, case, folder, 0, 2)
+    resumed = run_ranks(2, _steps_with_a_restart, case, folder, 2, 3)[0]
+    assert resumed.steps[0] == whole.steps[2]
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(resumed.parameters[name], parameter), name
+
+
+@pytest.mark.parametrize("worlds", [(2, 1, 4), (4, 2, 1)], ids=["2, 1, 4", "4, 2, 1"])
+def test_a_run_goes_from_world_to_world_and_on(
+    tmp_path_factory: pytest.TempPathFactory, worlds: tuple[int, ...]
+) -> None:
+    """A step on each, resumed from what the world before it saved, which itself had resumed."""
+    folder, case = str(tmp_path_factory.mktemp("checkpoints")), Case()
+    true = truth(case)
+    for step, world in enumerate(worlds):
+        found = run_ranks(world, _steps_with_a_restart, case, folder, step, step + 1)[0]
+        for name, value in true.steps[step].items():
+            assert found.steps[0][name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
+        assert found.steps[0]["loss"] == pytest.approx(true.steps[step]["loss"], rel=1e-6)
+    for name, parameter in true.parameters.items():
+        assert relative_error(found.parameters[name][: parameter.shape[0]], parameter) < 5e-6, name
+
+
+def _layer_forwards(topology: Topology, case: Case) -> int:
+    student = build(case, topology)
+    ran = 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    # Before the forward, not after: a recomputation ends as soon as it has what it needs.
+    student._model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(count)
+    run_steps(case, student, topology, range(1))
+    return ran
+
+
+def test_activation_checkpointing_computes_each_layer_twice() -> None:
+    assert run_ranks(1, _layer_forwards, Case()) == [1]
+    assert run_ranks(1, _layer_forwards, Case(activation_checkpointing=True)) == [2]
+
+
+def _loaded_back_after_a_step(topology: Topology, case: Case) -> tuple[dict[str, float], dict[str, float]]:
+    """The same step twice, from the same state: the second time it is loaded into an engine that has moved on."""
+    student = build(case, topology)
+    run_steps(case, student, topology, range(1))
+    state = student.local_state()
+    (first,) = run_steps(case, student, topology, range(1, 2))
+    student.load_local_state(lambda key, start, stop: state[key])  # each rank reads back its own pieces
+    (second,) = run_steps(case, student, topology, range(1, 2))
+    return first, second
+
+
+def test_a_load_reaches_the_parameters_that_stay_gathered() -> None:
+    """Small parameters are not gathered again by a forward; they would keep what they had before the load."""
+    for first, second in run_ranks(2, _loaded_back_after_a_step, Case(persistence=10_000, tied=True)):
+        assert first == second
+
+
+def _documents_alone_and_together(topology: Topology, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of a row of three documents, and of each by itself, in a row of its own."""
+    student = build(case, topology)
+    tokens = global_batch(0).tokens[topology.rank : topology.rank + 1]
+    bounds = [0, 5, 6, tokens.shape[1]]
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, bounds[:-1]] = True
+    together = student.hidden(tokens, document_positions(starts)).detach()
+    pairs = list(itertools.pairwise(bounds))
+    alone = [student.hidden(tokens[:, start:stop].contiguous()).detach() for start, stop in pairs]
+    return [together[start:stop] for start, stop in pairs], alone
+
+
+def test_a_document_does_not_depend_on_its_neighbours() -> None:
+    for together, alone in run_ranks(2, _documents_alone_and_together, Case()):
+        for packed, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(packed, single, rtol=1e-5, atol=1e-6)

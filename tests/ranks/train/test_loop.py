@@ -1,0 +1,454 @@
+"""The loop on real ranks: how many steps each takes is the recipe's word, never a rank's own view of the data."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from megadistill.config import DataSection, Recipe
+from megadistill.data import Manifest, Mixture, TokenStream
+from megadistill.datagen.store_targets import store_targets
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, Topology
+from megadistill.errors import OperatorFault, UserError
+from megadistill.models.families import EMBEDDING, HEAD, load_config
+from megadistill.train.checkpoint.format import newest_checkpoint
+from megadistill.train.loop import run
+from megadistill.train.setup.setup import prepare
+from megadistill.train.teacher.placement import serve
+from tests.corpora import small_data_set
+from tests.paths import DS_CONFIGS
+from tests.ranks.harness import run_ranks
+
+STEPS, BATCH = 5, 4
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of a few units, so that steps end in the middle of an epoch, and epochs in the middle of a step."""
+    folder = tmp_path_factory.mktemp("data")
+    return small_data_set(folder, sequence_length=64, heldout_fraction=0.3) / "train" / "manifest.json"
+
+
+STUDENT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def recipe(manifest: Path, folder: Path) -> Recipe:
+    values: dict[str, Any] = {
+        "objective": "labels",
+        "run": {"folder": str(folder)},
+        "data": {"manifest": str(manifest)},
+        "student": {
+            "deepspeed": str(DS_CONFIGS / "zero3.json"),
+            "vocab_multiple": 64,
+            "config": STUDENT,
+        },
+        "train": {
+            "steps": STEPS,
+            "global_batch": BATCH,
+            "micro_batch": 1,
+            "precision": "float32",
+            "adamw": {"learning_rate": 1e-3},
+            "histograms_every": STEPS,
+        },
+    }
+    return Recipe.model_validate(values)
+
+
+def _train(topology: Topology, manifest: str, folder: str) -> int:
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    return run(prepare(recipe(Path(manifest), Path(folder)), launch), topology, stop_after=None).step
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, world: int) -> None:
+    """DeepSpeed's trap 9: ZeRO-3's gathers are collective, so a rank with one batch fewer hangs the others for ever."""
+    units = Manifest.load(manifest).units
+    assert units % BATCH, "the batch must not divide the epoch, or this tests nothing"
+    assert units < STEPS * BATCH, "the run must be longer than an epoch"
+    assert run_ranks(world, _train, str(manifest), str(tmp_path / "run")) == [STEPS] * world
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    _require_histograms_of_the_whole(tmp_path / "run")
+
+
+def _require_histograms_of_the_whole(folder: Path) -> None:
+    """What TensorBoard shows of the last step is the checkpoint's own tensors, however many ranks held them."""
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    board.Reload()
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    for name in checkpoint.manifest.parameters:
+        (shown,) = [event.histogram_value for event in board.Histograms(f"weights/{name}")]
+        values = checkpoint.parameter(name).double()
+        assert shown.num == values.numel()
+        assert (shown.min, shown.max) == (float(values.min()), float(values.max()))
+        assert shown.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-9)
+        assert board.Histograms(f"gradient_mean/{name}")[0].histogram_value.num == values.numel()
+
+
+def _train_in_a_folder_of_its_own(topology: Topology, manifest: str, folder: str) -> str:
+    """What a rank says when rank 1 sees another run folder than rank 0."""
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    own = Path(folder) / ("shared" if topology.is_first else "unshared")
+    try:
+        run(prepare(recipe(Path(manifest), own), launch), topology, stop_after=None)
+    except OperatorFault as fault:
+        return str(fault)
+    return "nothing"
+
+
+def test_ranks_that_see_other_checkpoints_do_not_train_on(manifest: Path, tmp_path: Path) -> None:
+    """A folder that the nodes do not share would go on from different steps, with weights of two runs."""
+    run_ranks(2, _train, str(manifest), str(tmp_path / "shared"))
+    (tmp_path / "unshared").mkdir()
+    first, second = run_ranks(2, _train_in_a_folder_of_its_own, str(manifest), str(tmp_path))
+    assert "another rank says why" in first
+    assert "sees step 0" in second
+    assert f"rank 0 sees step {STEPS}" in second
+
+
+def _timeouts(topology: Topology) -> list[float]:
+    groups: list[Any] = [topology.world_group, topology.vocab_group, topology.slice_group, topology.pipeline_group]
+    return [group._get_backend(topology.device).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_has_the_time_limit_of_the_run() -> None:
+    assert run_ranks(4, _timeouts, vocab_group=2) == [[60.0] * 4] * 4
+
+
+# Distillation by what a recipe may ask for. Each rank's micro-batch is all that it has of a step, so that the tokens
+# of the vocab group, among which the surest are looked for, are the same on one rank and on two.
+
+ROUTED = {
+    "divergence": "jsd",
+    "beta": 0.3,
+    "temperature": 1.5,
+    "label_fraction": 0.2,
+    "schedule": {"kind": "wsd", "warmup_steps": 2, "decay_steps": 2, "final_ratio": 0.0},
+    "diagnose_every": 2,
+}
+TOP_P = {"select": "top_p", "mass": 0.8, "max_ids": 20}
+LOSSES: dict[str, dict[str, Any]] = {
+    "routed": ROUTED,
+    "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
+    "top-p": {"targets": TOP_P},
+}
+CLOCK = {"seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
+
+
+def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
+    """Two layers, so that they make two stages. Its id for the student's i is ids[i], where that is not -1."""
+    torch.manual_seed(5)
+    config = {**STUDENT, "hidden_size": 48, "num_hidden_layers": 2, "vocab_size": manifest.vocab_size}
+    model = AutoModelForCausalLM.from_config(load_config({**config, "initializer_range": 0.3}, what="test"))
+    teacher_ids = int(ids.max()) + 1
+    state, known = model.state_dict(), ids >= 0
+    for name in (EMBEDDING, HEAD):
+        rows = torch.randn(teacher_ids, 48)  # ids that the student does not have, and that must not matter
+        rows[ids[known]] = state[name][known]
+        state[name] = rows
+    wider = AutoModelForCausalLM.from_config(load_config({**config, "vocab_size": teacher_ids}, what="test"))
+    wider.load_state_dict(state)
+    wider.save_pretrained(folder)
+    tokenizer = Mixture.of(manifest).tokenizer_file("tokenizer.model", max_bytes=1 << 20)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same ids as the student."""
+    described = Manifest.load(manifest)
+    return _teacher(tmp_path_factory.mktemp("teacher"), described, torch.arange(described.vocab_size))
+
+
+def _distill(
+    topology: Topology,
+    manifest: str,
+    folder: str,
+    loss: dict[str, Any],
+    teacher: dict[str, Any],
+    stop_after: int | None,
+    data: dict[str, Any],
+) -> str:
+    """What stopped the run, or nothing."""
+    base = recipe(Path(manifest), Path(folder)).snapshot()
+    changes: dict[str, Any] = {
+        "objective": "distill",
+        "teacher": teacher,
+        "loss": loss,
+        "data": {**base["data"], **data},
+        "train": {**base["train"], "micro_batch": BATCH // topology.world},
+    }
+    rank, world = topology.rank, topology.world
+    if topology.bridge is not None:
+        rank, world = topology.bridge.rank, topology.bridge.roles.world
+        changes["train"]["micro_batch"] = BATCH // topology.bridge.roles.students
+    setup = prepare(Recipe.model_validate({**base, **changes}), Launch(rank, world, topology.local_rank, world))
+    try:
+        if topology.role == "teacher":
+            serve(setup, topology)
+        else:
+            run(setup, topology, stop_after=stop_after)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _numbers(folder: Path) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def _run(
+    world: int,
+    manifest: Path,
+    folder: Path,
+    loss: dict[str, Any],
+    *,
+    stops: tuple[int | None, ...] = (None,),
+    data: dict[str, Any] | None = None,
+    roles: Roles | None = None,
+    **teacher: Any,
+) -> list[dict[str, Any]]:
+    section = {key: str(value) if isinstance(value, Path) else value for key, value in teacher.items()}
+    for stop in stops:
+        arguments = (str(manifest), str(folder), loss, section, stop, data or {})
+        assert run_ranks(world, _distill, *arguments, roles=roles) == [""] * world
+    return _numbers(folder)
+
+
+def _flat(line: dict[str, Any]) -> dict[str, Any]:
+    closer = line.get("diagnostics", {})
+    return {**line, "diagnostics": len(closer), **{f"closer {name}": value for name, value in closer.items()}}
+
+
+def _assert_alike(found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
+    assert len(found) == len(truth) == STEPS
+    for ours, theirs in zip(found, truth, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert _flat(ours) == pytest.approx(_flat(theirs), rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_ranks_learn_as_one_and_a_resume_as_if_nothing_had_happened(
+    manifest: Path, teacher: Path, tmp_path: Path, name: str
+) -> None:
+    loss = LOSSES[name]
+    whole = _run(2, manifest, tmp_path / "two", loss, path=teacher)
+    assert _run(2, manifest, tmp_path / "resumed", loss, stops=(3, None), path=teacher) == whole
+    _assert_alike(_run(1, manifest, tmp_path / "one", loss, path=teacher), whole)
+
+
+@pytest.fixture
+def mixed(manifest: Path, tmp_path: Path) -> dict[str, Any]:
+    """Two sources, one of them with a damaged unit that the first step reads, and all that `data` may ask for."""
+    sources = {}
+    for name in ("train", "heldout"):
+        shutil.copytree(manifest.parent.parent / name, tmp_path / "set" / name)
+        sources[name] = str(tmp_path / "set" / name / "manifest.json")
+    shutil.copytree(manifest.parent.parent / "tokenizer", tmp_path / "set" / "tokenizer")
+    stages = [{"tokens": 64 * 3 * BATCH, "weights": {"train": 2, "heldout": 1}}, {"weights": {"heldout": 1}}]
+    data = {"manifest": None, "sources": sources, "stages": stages, "document_mask": True, "skip": [[5, 9]]}
+    order = Mixture.load(DataSection.model_validate(data)).order(1)
+    source, shard, unit = order.locate(np.array([2]))[0].tolist()
+    path = tmp_path / "set" / order.names[source] / f"shard-{shard:05d}.tar"
+    damaged = bytearray(path.read_bytes())
+    damaged[np.load(f"{path}.idx.npy")[unit][0] + 700] ^= 1
+    path.write_bytes(damaged)
+    return {**data, "on_fault": "quarantine"}
+
+
+def _cursor(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "checkpoints").iterdir())
+    cursor: dict[str, Any] = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))["cursor"]
+    return cursor
+
+
+def test_a_mixture_with_masks_skips_and_a_hole_is_learned_alike(
+    manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    whole = _run(2, manifest, tmp_path / "two", {}, data=mixed, path=teacher)
+    assert _run(2, manifest, tmp_path / "resumed", {}, stops=(3, None), data=mixed, path=teacher) == whole
+    _assert_alike(_run(1, manifest, tmp_path / "one", {}, data=mixed, path=teacher), whole)
+    cursors = [_cursor(tmp_path / name) for name in ("one", "two", "resumed")]
+    assert cursors[0] == cursors[1] == cursors[2]
+    assert 2 in cursors[0]["holes"]
+    assert cursors[0]["skips"] == [[5, 9]]
+    assert cursors[0]["next_slot"] == STEPS * BATCH + 4
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line)["data_seconds"] >= 0 for line in lines)
+
+
+def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
+    manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    folder = tmp_path / "run"
+    paths = {"path": str(teacher)}
+    assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, 2, mixed) == [""] * 2
+    first, last = mixed["stages"]
+    other = {**mixed, "stages": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
+    for said in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
+        assert "stage 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
+    edited = {**mixed, "stages": [first, {"weights": {"train": 1}}]}
+    assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
+    assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
+
+
+DISAGGREGATED: dict[str, Any] = {"placement": "disaggregated", "queue": 3}
+
+
+@pytest.fixture(scope="module")
+def colocated(manifest: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks learn with a stage each, documents masked."""
+    folder = tmp_path_factory.mktemp("colocated") / "run"
+    return _run(2, manifest, folder, {}, data={"document_mask": True}, path=teacher)
+
+
+def _apart(roles: Roles, teacher: Path) -> dict[str, Any]:
+    ranks = {"ranks": roles.teachers, "stages": roles.stages}
+    return {**DISAGGREGATED, **ranks, "path": teacher, "roles": roles, "data": {"document_mask": True}}
+
+
+@pytest.mark.parametrize("roles", [Roles(3, 1, 1), Roles(4, 2, 2), Roles(4, 2, 1)])
+def test_a_teacher_on_ranks_of_its_own_teaches_the_same(
+    manifest: Path, teacher: Path, tmp_path: Path, roles: Roles, colocated: list[dict[str, Any]]
+) -> None:
+    """Masks included, which must reach its stages."""
+    apart = _run(roles.world, manifest, tmp_path / "apart", {}, **_apart(roles, teacher))
+    _assert_alike(apart, colocated)
+
+
+def test_a_run_goes_on_with_its_teacher_elsewhere(
+    manifest: Path, teacher: Path, tmp_path: Path, colocated: list[dict[str, Any]]
+) -> None:
+    roles = Roles(4, 2, 2)
+    _run(roles.world, manifest, tmp_path / "run", {}, stops=(2,), **_apart(roles, teacher))
+    moved = _run(2, manifest, tmp_path / "run", {}, data={"document_mask": True}, path=teacher)
+    _assert_alike(moved, colocated)
+
+
+def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    roles = Roles(2, 1, 1)
+    keys: dict[str, Any] = {**DISAGGREGATED, "ranks": 1, "path": teacher}
+    exact = _run(2, manifest, tmp_path / "whole", {}, roles=roles, **keys)
+    short = _run(2, manifest, tmp_path / "float8", {}, roles=roles, wire="float8", **keys)
+    errors = [abs(a["kl"] - b["kl"]) / b["kl"] for a, b in zip(short, exact, strict=True)]
+    assert 0 < max(errors) < 0.02
+
+
+def _stored(
+    topology: Topology, manifest: str, folder: str, loss: dict[str, Any], teacher: dict[str, Any]
+) -> str | None:
+    """What `cache` says, of ranks that hold the vocabulary and the teacher's stages between them."""
+    base = recipe(Path(manifest), Path(folder) / "no-run").snapshot()
+    section = {**teacher, "keep_targets": folder}
+    train = {**base["train"], "micro_batch": BATCH // topology.world}
+    changes = {"objective": "distill", "teacher": section, "loss": loss, "train": train}
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    setup = prepare(Recipe.model_validate({**base, **changes}), launch)
+    return store_targets(setup, topology, STEPS, lambda stage, **numbers: None)
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("sampled", (1, 2)), ("top-p", (2,))])
+def test_stored_targets_teach_as_the_live_teacher_does(
+    manifest: Path, teacher: Path, tmp_path: Path, name: str, worlds: tuple[int, ...]
+) -> None:
+    """Stored beside a live run, or made by the teacher alone on `worlds` ranks: the run from them is the same to the
+    last digit, and has no teacher in memory."""
+    loss = LOSSES[name]
+    live = _run(2, manifest, tmp_path / "live", loss, path=teacher, keep_targets=tmp_path / "beside")
+    stored: dict[str, Any] = {"source": "cache", "targets": tmp_path / "beside"}
+    assert _run(2, manifest, tmp_path / "from-beside", loss, stops=(2, None), **stored) == live
+    for world in worlds:
+        folder = tmp_path / f"{world}"
+        said = run_ranks(world, _stored, str(manifest), str(folder), loss, {"path": str(teacher)})
+        assert f"targets of {STEPS * BATCH} sequences" in said[0]
+        found = _run(2, manifest, tmp_path / f"from-{world}", loss, source="cache", targets=folder)
+        if world == 1:  # other slices of the vocabulary: the sums behind the probabilities have another order
+            _assert_alike(found, live)
+        else:
+            assert found == live
+
+
+def test_stored_targets_of_another_run_are_refused(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    run_ranks(1, _stored, str(manifest), str(tmp_path / "kept"), LOSSES["sampled"], {"path": str(teacher)})
+    section = {"source": "cache", "targets": str(tmp_path / "kept")}
+    for loss, says in (({"targets": {"draws": 9}}, "loss.targets was"), (LOSSES["top-p"], "loss.targets was")):
+        (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), loss, section, None, {})
+        assert says in said
+    (said,) = run_ranks(
+        1, _distill, str(manifest), str(tmp_path / "run"), LOSSES["sampled"], section, None, {"seed": 3}
+    )
+    assert "the seed was 1, is 3" in said
+
+
+def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    lines = _run(1, manifest, tmp_path / "run", ROUTED, path=teacher)
+    assert [line["kd_weight"] for line in lines] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+    assert [line["kd_weight"] + line["ce_weight"] for line in lines] == pytest.approx([1.0] * STEPS)
+    assert ["diagnostics" in line for line in lines] == [False, True, False, True, False]
+    for line in (lines[1], lines[3]):
+        closer = line["diagnostics"]
+        assert 0 < closer["acceptance"] < 1
+        assert 0 < closer["jsd"] < closer["reverse_kl"]
+        assert 0 < closer["top_16_mass"] < closer["top_64_mass"] < closer["top_256_mass"] <= 1 + 1e-6
+        assert len([name for name in closer if name.startswith("kl_entropy_decile_")]) == 10
+        assert line["divergence"] != line["kl"]
+    last = lines[-1]
+    assert last["loss"] == pytest.approx(last["student_ce"], rel=1e-6), "at the end the label has all the weight"
+    assert lines[2]["loss"] != pytest.approx(lines[2]["divergence"], rel=1e-3), "some tokens learn from the label"
+
+
+def test_a_teacher_of_other_ids_teaches_the_same_through_a_map(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    """The same teacher with its rows shuffled among others, and without the ids that the text never uses."""
+    described = Manifest.load(manifest)
+    U = described.vocab_size
+    stream = TokenStream(described, seed=0, batch_slots=1, rank=0, world_size=1)
+    every = stream.batch(range(described.units))
+    used = torch.zeros(U, dtype=torch.bool)
+    used[every.tokens.flatten()] = used[every.labels.flatten()] = True
+    assert not used.all(), "the case needs an id that the text does not use"
+    shuffled = torch.randperm(U + 9, generator=torch.Generator().manual_seed(2))[:U]
+
+    def mapped(name: str, ids: torch.Tensor, loss: dict[str, Any], world: int) -> list[dict[str, Any]]:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+        other = _teacher(tmp_path / f"{name}-teacher", described, ids)
+        (other / "tokenizer.model").unlink()
+        return _run(world, manifest, tmp_path / f"{name}-{world}", loss, path=other, vocab_map=path)
+
+    _assert_alike(mapped("all", shuffled, {}, 2), _run(2, manifest, tmp_path / "same", {}, path=teacher))
+    gaps = torch.where(used, shuffled, -1)
+    few = {"diagnose_every": 1}
+    two, one = mapped("some", gaps, few, 2), mapped("some", gaps, few, 1)
+    assert all("reverse_kl" not in line["diagnostics"] for line in two), "it is infinite"
+    assert all(line["kl"] > 0 for line in two)
+    _assert_alike(two, one)
+
+
+def test_a_token_that_the_teacher_has_no_id_for_stops_the_run(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    described = Manifest.load(manifest)
+    first = TokenStream(described, seed=1, batch_slots=BATCH, rank=0, world_size=1).batch(range(1)).tokens[0, 5]
+    ids = torch.arange(described.vocab_size)
+    ids[first] = -1
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    paths = {"path": str(teacher), "vocab_map": str(path)}
+    (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None, {})
+    assert f"no teacher's id for {int(first)}" in said
+    assert "slot 0" in said

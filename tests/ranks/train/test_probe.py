@@ -1,0 +1,177 @@
+"""The probe of a run: kept at the first start, and any other teacher is told from it, wherever its parts lie."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megadistill.config import Recipe
+from megadistill.datagen.store_targets import even_slice
+from megadistill.distributed.collectives import barrier
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, Topology
+from megadistill.errors import OperatorFault
+from megadistill.teacher import TeacherPipeline
+from megadistill.train.setup.setup import Setup, prepare
+from megadistill.train.teacher.placement import pipeline_of, serve, teacher_of
+from megadistill.train.teacher.probe import PROBE_FILE, check_probe
+from megadistill.train.teacher.targets import Teacher
+from megadistill.types import TokenBatch, token_digest
+from tests.ranks.harness import run_ranks
+from tests.unit.models.cases import final_hidden, saved_model, whole_model
+from tests.unit.train.cases import SEQUENCE, TOKENIZER, VOCAB, described_data, recipe
+
+SLOT = 7
+
+
+def _rows() -> TokenBatch:
+    """Two, the first of which is a hole."""
+    tokens = torch.randint(VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[0] = -100
+    slots = torch.tensor([SLOT - 1, SLOT])
+    return TokenBatch(tokens, labels, slots, token_digest(tokens), torch.zeros_like(tokens, dtype=torch.bool))
+
+
+def _never() -> TokenBatch:
+    raise AssertionError("only the first rank is asked for rows, and only where there is no probe")
+
+
+def _setup(topology: Topology, folder: Path, teacher: str, keys: dict[str, Any], precision: str) -> Setup:
+    rank, world = topology.rank, topology.world
+    if topology.bridge is not None:
+        rank, world = topology.bridge.rank, topology.bridge.roles.world
+    train = {"precision": precision}
+    base = recipe(folder / "data" / "manifest.json", folder / "run", teacher=folder / teacher, train=train).snapshot()
+    given = Recipe.model_validate({**base, "teacher": {**base["teacher"], **keys}})
+    return prepare(given, Launch(rank, world, topology.local_rank, world))
+
+
+def _start(
+    topology: Topology, folder: str, teacher: str, keys: dict[str, Any], precision: str, wrong: tuple[str, ...]
+) -> list[str]:
+    """What starts say: the line, or why they stop. `wrong`: what of the teacher is wrong on the last rank at each."""
+    setup = _setup(topology, Path(folder), teacher, keys, precision)
+    if topology.role == "teacher":
+        serve(setup, topology)
+        return []
+    vocab = even_slice(VOCAB, topology)
+    pipeline = pipeline_of(setup, topology)
+    sound = teacher_of(setup, pipeline, vocab, topology)
+    assert isinstance(sound, Teacher)
+    said = []
+    for part in wrong:
+        given = sound
+        if topology.rank == topology.world - 1 and part == "head":
+            given = replace(sound, head=sound.head.roll(1, dims=0))
+        elif topology.rank == topology.world - 1 and part == "stage":
+            assert isinstance(pipeline, TeacherPipeline)
+            pipeline.stage.decoder.norm.weight[3] += 0.5
+        elif topology.is_first and part == "file":
+            (setup.folder / PROBE_FILE).write_bytes(b"no probe")
+        probed = (setup.folder / PROBE_FILE).exists()
+        barrier(topology.world_group)
+        rows = _rows if topology.is_first and not probed else _never
+        try:
+            said.append(check_probe(setup, given, vocab, topology, rows=rows))
+        except OperatorFault as fault:
+            said.append(str(fault))
+    sound.pipeline.dismiss()
+    return said
+
+
+def _starts(
+    world: int,
+    folder: Path,
+    *,
+    teacher: str = "teacher",
+    keys: dict[str, Any] | None = None,
+    precision: str = "float32",
+    wrong: tuple[str, ...] = ("",),
+    **layout: Any,
+) -> list[list[str]]:
+    """By rank."""
+    return run_ranks(world, _start, str(folder), teacher, keys or {}, precision, wrong, **layout)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The data of a run, its empty folder, and two teachers."""
+    described_data(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    for seed, name in enumerate(("teacher", "other")):
+        saved_model("gemma2", tmp_path / name, seed=seed)
+        (tmp_path / name / "tokenizer.model").write_bytes(TOKENIZER)
+    return tmp_path
+
+
+@pytest.fixture
+def truth(folder: Path) -> dict[str, torch.Tensor]:
+    """What the unsplit model says of the row."""
+    model = whole_model("gemma2", seed=0)
+    row = _rows().tokens[1:]
+    with torch.no_grad():
+        logits = model(row).logits[0, :-1].double()
+    entropy = torch.nn.functional.cross_entropy(logits, row[0, 1:])
+    return {
+        "slot": torch.tensor(SLOT),
+        "tokens": row[0],
+        "hidden": final_hidden(model, row)[0],
+        "cross_entropy": entropy,
+    }
+
+
+OTHER = "this is not the teacher that the run was started with"
+
+
+def test_what_is_kept_is_what_the_unsplit_model_says_and_each_start_asks_it(
+    folder: Path, truth: dict[str, torch.Tensor]
+) -> None:
+    entropy = f"cross-entropy {truth['cross_entropy'].item():.4f}"
+    found = _starts(2, folder, wrong=("", "", "head", "stage", "file"))
+    for rank, (kept, again, head, stage, file) in enumerate(found):
+        assert kept == f"kept what the teacher answers to slot {SLOT} as a probe, {entropy}"
+        assert again == f"the teacher answers the probe as when the run was started, {entropy}, to the last bit"
+        # A wrong slice spoils the cross-entropy of all ranks, and a wrong last stage their hidden states.
+        assert head.startswith(f"rank {rank}: {OTHER}")
+        assert "hidden states off by 0.0e+00" in head
+        assert stage.startswith(f"rank {rank}: {OTHER}")
+        assert "hidden states off by 0.0e+00" not in stage
+        assert ("remove the file" if rank == 0 else "the first rank says why") in file
+    (folder / "run" / PROBE_FILE).unlink()
+    _starts(1, folder)
+    written = load_file(folder / "run" / PROBE_FILE)
+    assert written.keys() == truth.keys()
+    for name in ("slot", "tokens"):
+        assert torch.equal(written[name], truth[name])
+    for name in ("hidden", "cross_entropy"):
+        torch.testing.assert_close(written[name], truth[name], rtol=0, atol=1e-5)
+
+
+def test_other_layouts_and_roundings_are_told_from_another_teacher(
+    folder: Path, truth: dict[str, torch.Tensor]
+) -> None:
+    """The teacher on ranks of its own; its answers in eight bits; all of it in bfloat16."""
+    save_file(truth, folder / "run" / PROBE_FILE)
+    apart = {"placement": "disaggregated", "ranks": 2, "stages": 2, "queue": 2}
+    client, *_ = _starts(3, folder, keys=apart, roles=Roles(3, 2, 2))
+    assert "as when the run was started" in client[0]
+    short = {"placement": "disaggregated", "ranks": 1, "wire": "float8"}
+    for keys, precision, roles in ((short, "float32", Roles(2, 1, 1)), ({}, "bfloat16", None)):
+        world = 2 if roles else 1
+        same, *_ = _starts(world, folder, keys=keys, precision=precision, roles=roles)
+        assert "as when the run was started" in same[0]
+        assert "to the last bit" not in same[0]
+        other, *_ = _starts(world, folder, teacher="other", keys=keys, precision=precision, roles=roles)
+        assert OTHER in other[0]
+
+
+def test_the_first_start_compares_the_replicas(folder: Path) -> None:
+    """Each of two ranks has a teacher of its own, and one of them is wrong: nothing is kept."""
+    (first,), (second,) = _starts(2, folder, wrong=("stage",), vocab_group=1)
+    assert first == "the teacher answers the probe otherwise on another rank"
+    assert second.startswith("rank 1: the teacher answers one row otherwise than on rank 0: hidden states off by")
+    assert not (folder / "run" / PROBE_FILE).exists()

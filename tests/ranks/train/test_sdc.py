@@ -1,0 +1,201 @@
+"""One bit that flips on one rank is found, and the rank is named on all of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.config import Recipe
+from megadistill.distributed.roles import Roles
+from megadistill.distributed.topology import Launch, Topology
+from megadistill.errors import OperatorFault
+from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
+from megadistill.train.setup.setup import prepare
+from megadistill.train.step import train_step
+from megadistill.train.teacher import placement
+from megadistill.train.teacher.placement import pipeline_of, stage_of
+from megadistill.types import TokenBatch, token_digest
+from tests.ranks import student_cases
+from tests.ranks.harness import run_ranks
+from tests.ranks.student_cases import Case, Found, three_steps
+from tests.unit.train.cases import SEQUENCE, described_data, described_teacher, recipe
+
+
+@contextmanager
+def _flipped(tensor: Tensor, here: bool) -> Iterator[None]:
+    """The lowest bit of the second element, on this rank or on none."""
+    raw = tensor.detach().view(-1).view(torch.uint8)
+    mask = int(here)
+    raw[tensor.dtype.itemsize] ^= mask
+    yield
+    raw[tensor.dtype.itemsize] ^= mask
+
+
+def _said(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except OperatorFault as fault:
+        return str(fault)
+    return ""
+
+
+NORM, MATRIX = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+def _student(topology: Topology, precision: str, offload: bool) -> dict[str, str]:
+    """What this rank says of a student that is sound, and of the same one with a bit flipped on rank 1."""
+    case = Case(precision=precision, persistence=100, offload_optimizer=offload)
+    student = student_cases.build(case, topology)
+    student_cases.run_steps(case, student, topology, range(2))
+    parameters: dict[str, Any] = dict(student._model.named_parameters())
+    here = topology.rank == 1
+
+    def check() -> None:
+        require_sound_student(student, topology)
+
+    said = {"sound": _said(check)}
+    assert len(student.replicated()) == 5, "two norms of each layer, and the last one"
+    with _flipped(parameters[MATRIX].ds_tensor, here):
+        said["piece"] = _said(check)
+    assert parameters[NORM].numel() == 64
+    with _flipped(parameters[NORM].data, here):  # in a part of which rank 0 has the master
+        said["copy"] = _said(check)
+    with _flipped(parameters[NORM].data[64 // topology.world :], here):
+        said["copy of its own piece"] = _said(check)
+    said["sound again"] = _said(check)
+    return said
+
+
+def _require_found(found: list[dict[str, str]], copies: str) -> None:
+    for rank, said in enumerate(found):
+        assert said["sound"] == said["sound again"] == ""
+        assert f"{NORM}, {copies}" in said["copy"]
+        if rank == 1:
+            assert f"the student's {MATRIX} is not its float32 master, rounded" in said["piece"]
+            assert f"the student's {NORM} is not its float32 master" in said["copy of its own piece"]
+        else:
+            assert "corrupt on another rank" in said["piece"]
+
+
+def test_a_bit_of_the_student() -> None:
+    _require_found(run_ranks(4, _student, "bfloat16", False), "on rank 1 of 4")
+
+
+def test_of_two_ranks_none_has_the_majority() -> None:
+    _require_found(run_ranks(2, _student, "float32", True), "and no majority of ranks 0, 1")
+
+
+def _teacher(topology: Topology) -> list[str]:
+    """Rank 1 of the world, the second place of the first vocab group, has a bit of its own: at once, and later."""
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(topology.group_rank))
+    here = topology.rank == 1
+    with _flipped(weights, here):
+        loaded = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
+        found = [_said(lambda: loaded.require_same_replicas(topology))]
+    sound = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
+    found += [_said(lambda: sound.require_same_replicas(topology)), _said(lambda: sound.require_unchanged(topology))]
+    with _flipped(weights, here):
+        found.append(_said(lambda: sound.require_unchanged(topology)))
+    return found
+
+
+def test_a_bit_of_the_teacher() -> None:
+    for rank, (unlike, alike, unchanged, changed) in enumerate(run_ranks(4, _teacher, vocab_group=2)):
+        assert alike == unchanged == ""
+        if rank % 2:  # the replicas of that stage: ranks 1 and 3
+            assert "k, and no majority of ranks 1, 3" in unlike
+        else:
+            assert "not loaded alike on other ranks" in unlike
+        assert ("rank 1 on" in changed) == (rank == 1)
+        assert ("changed in another rank's memory" in changed) == (rank != 1)
+
+
+def _computed_twice(topology: Topology, case: Case, recompute: bool) -> Found:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student_cases, "train_step", partial(train_step, recompute=recompute))
+        return three_steps(topology, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(accumulation=2, persistence=100),
+        Case(tied=True, precision="bfloat16", activation_checkpointing=True),
+        Case(objective="labels"),
+    ],
+    ids=["accumulation", "tied", "labels"],
+)
+def test_computing_twice_moves_nothing(case: Case) -> None:
+    """Losses, gradients and parameters of three steps, to the last bit."""
+    once, twice = (run_ranks(2, _computed_twice, case, recompute)[0] for recompute in (False, True))
+    assert once.steps == twice.steps
+    for ours, theirs in zip((*once.gradients, once.parameters), (*twice.gradients, twice.parameters), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _computes_wrongly(topology: Topology) -> str:
+    """The second time, rank 1 gets one bit of its hidden states wrong."""
+    student = student_cases.build(Case(), topology)
+    compute, calls = student.hidden, 0
+
+    def hidden(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = compute(tokens, positions)
+        if (topology.rank, calls) == (1, 2):
+            found[3, 5] *= 1 + 2**-10
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student, "hidden", hidden)
+        patch.setattr(student_cases, "train_step", partial(train_step, recompute=True))
+        said = _said(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
+    return said
+
+
+def test_a_rank_that_computes_two_results_is_named() -> None:
+    first, second = run_ranks(2, _computes_wrongly)
+    assert first.startswith("another rank computed a micro-batch twice")
+    assert second.startswith("rank 1 on")
+    assert "computed a micro-batch twice and got two results" in second
+
+
+def _serves(topology: Topology, folder: str) -> str:
+    """One micro-batch after the other for two steps of four; in the sixth a bit of the teacher's rank flips."""
+    bridge, path = topology.bridge, Path(folder)
+    assert bridge is not None
+    teacher = {"placement": "disaggregated", "ranks": 1, "queue": 1}
+    base = recipe(path / "data" / "manifest.json", path / "run", teacher=path / "teacher").snapshot()
+    values = {**base, "teacher": {**base["teacher"], **teacher}, "faults": {"teacher_hash_every": 1}}
+    setup = prepare(Recipe.model_validate(values), Launch(bridge.rank, 2, topology.local_rank, 2))
+    if topology.role == "student":
+        pipeline = pipeline_of(setup, topology)
+        assert pipeline is not None
+        tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
+        batch = TokenBatch(tokens, tokens, torch.arange(2), token_digest(tokens), tokens == 0)
+        return str(len(list(islice(pipeline.signals(repeat(batch)), 8))))
+    stage, calls = stage_of(setup, topology, 0, 1), count(1)
+
+    def flip(*_: object) -> None:
+        if next(calls) == 6:
+            stage.decoder.norm.weight.view(torch.uint8)[0] ^= 1
+
+    stage.register_forward_hook(flip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "stage_of", lambda *_: stage)
+        return _said(lambda: placement.serve(setup, topology))
+
+
+def test_a_teachers_own_rank_looks_at_its_weights_after_each_step(tmp_path: Path) -> None:
+    described_data(tmp_path / "data")
+    described_teacher(tmp_path / "teacher")
+    student, teacher = run_ranks(2, _serves, str(tmp_path), roles=Roles(2, 1, 1))
+    assert student == "8", "the first look, after four, found nothing"
+    assert teacher.startswith("the teacher's rank 0 on")
+    assert "norm.weight of stage 0 of 1 changed in memory" in teacher

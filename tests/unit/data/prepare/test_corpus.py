@@ -1,0 +1,206 @@
+"""The same documents from every kind of file; what is left out is counted, what is damaged is refused."""
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from backports import zstd
+
+from megadistill.data.prepare import corpus
+from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
+from megadistill.errors import UserError
+
+TEXTS = ["one\n", "zwei\r\nZeilen, \u2028 und \x00", "三 🙂\ttabs", "  spaces  ", "x" * 5000]
+
+
+def _lines(values: list[Any]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def _rows(values: list[Any]) -> list[dict[str, Any]]:
+    return [{"id": i, "text": value} for i, value in enumerate(values)]
+
+
+def _write_jsonl(folder: Path, texts: list[str]) -> None:
+    (folder / "a.jsonl").write_bytes(_lines(_rows(texts[:2])))
+    (folder / "b.JSONL").write_bytes(_lines(_rows(texts[2:])).rstrip(b"\n"))
+
+
+def _write_gzip(folder: Path, texts: list[str]) -> None:
+    (folder / "a.json.gz").write_bytes(gzip.compress(_lines(_rows(texts[:2]))))
+    members = [gzip.compress(_lines([row])) for row in _rows(texts[2:])]
+    (folder / "b.jsonl.gz").write_bytes(b"".join(members))
+
+
+def _write_zstd(folder: Path, texts: list[str]) -> None:
+    (folder / "a.json.zst").write_bytes(zstd.compress(_lines(_rows(texts[:2]))))
+    widest: dict[int, int] = {
+        zstd.CompressionParameter.window_log: 31,
+        zstd.CompressionParameter.content_size_flag: False,
+    }
+    frames = [zstd.compress(_lines([row]), options=widest) for row in _rows(texts[2:])]
+    (folder / "b.jsonl.zst").write_bytes(b"".join(frames))
+
+
+def _write_parquet(folder: Path, texts: list[str]) -> None:
+    for i, kind in enumerate((pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view())):
+        part = texts[i : i + 1] if i < 3 else texts[3:]
+        table = pyarrow.table({"id": range(len(part)), "text": pyarrow.array(part).cast(kind)})
+        pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=1)
+
+
+def _write_files(folder: Path, texts: list[str]) -> None:
+    for i, text in enumerate(texts):
+        data = text.encode()
+        forms = {".txt": data, ".txt.gz": gzip.compress(data), ".zst": zstd.compress(data)}
+        suffix = list(forms)[i % len(forms)]
+        (folder / f"{i}{suffix}").write_bytes(forms[suffix])
+
+
+NOWHERE = Path("nowhere")
+"""The output of a corpus that is only read."""
+
+WRITERS = [_write_jsonl, _write_gzip, _write_zstd, _write_parquet, _write_files]
+
+
+def _read(folder: Path, **options: Any) -> tuple[list[str], Corpus]:
+    read = Corpus(find_files([folder], ["*"], [], output=NOWHERE), **{"text_field": "text"} | options)
+    return [document.text for document in read], read
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_kind_of_file_gives_the_same_documents(write: Callable[[Path, list[str]], None], tmp_path: Path) -> None:
+    write(tmp_path, TEXTS)
+    texts, read = _read(tmp_path)
+    assert texts == TEXTS
+    assert not read.left_out
+    assert read.bytes_read == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_bytes_read_never_goes_back_and_says_how_far_a_pass_is(
+    write: Callable[[Path, list[str]], None], tmp_path: Path
+) -> None:
+    write(tmp_path, TEXTS)
+    read = Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")
+    seen = [read.bytes_read for _ in read]
+    assert seen == sorted(seen)
+    assert seen[-1] <= read.bytes_read
+
+
+def test_what_is_no_document_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        _lines(["a string", None, {"text": 3}, {"body": "x"}, {"text": None}, {"text": " \n"}, {"text": "kept"}])
+        + b'\n   \n{"text": "cut\n{"text": "caf\xe9"}\n{"text": "\\ud83d"}\n'
+        + b"[" * 100_000
+        + b"\n"
+        + b"9" * 5000
+    )
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt").write_bytes(b" \n\t")
+    texts, read = _read(tmp_path)
+    assert texts == ["kept"]
+    assert read.left_out == {LeftOut.NOT_JSON: 5, LeftOut.NO_TEXT: 3, LeftOut.EMPTY: 2, LeftOut.INVALID: 3}
+    assert in_words(read.left_out) == "2 empty, 3 not UTF-8, 5 no JSON object, 3 without the text field"
+
+
+def test_rows_of_parquet_are_counted_alike(tmp_path: Path) -> None:
+    values = pyarrow.array([b"kept", None, b" ", b"caf\xe9"], type=pyarrow.binary())
+    unchecked = pyarrow.Array.from_buffers(pyarrow.string(), 4, values.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": unchecked}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"] * 3}), tmp_path / "c.parquet")
+    texts, read = _read(tmp_path)
+    assert texts == ["kept"]
+    assert read.left_out == {LeftOut.NO_TEXT: 6, LeftOut.EMPTY: 1, LeftOut.INVALID: 1}
+
+
+def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"body": "one"}]))
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["two"], "text": ["no"]}), tmp_path / "b.parquet")
+    assert _read(tmp_path, text_field="body")[0] == ["one", "two"]
+
+
+def test_where_nothing_is_left_the_counts_and_the_fields_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"body": "one", "id": 1}, {"title": "two"}, 5]))
+    texts, read = _read(tmp_path)
+    assert texts == []
+    message = str(read.nothing())
+    assert "1 no JSON object, 2 without the text field" in message
+    assert "the fields are 'body', 'id', 'title', name one with --text-field" in message
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert "the files hold no document" in str(_read(tmp_path)[1].nothing())
+
+
+def test_a_document_above_the_bound_is_counted_and_the_next_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(corpus, "_SKIP_BYTES", 7)
+    long = "y" * 1000
+    (tmp_path / "a.jsonl").write_bytes(_lines(_rows([long, "after", "long last" * 99])).rstrip(b"\n"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
+    (tmp_path / "c.txt").write_bytes(b"z" * 100)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [long, "row"]}), tmp_path / "d.parquet")
+    texts, read = _read(tmp_path)
+    assert texts == ["after", "z" * 100, "row"]
+    assert read.left_out == Counter({LeftOut.TOO_LONG: 4})
+
+
+def _parquet_bytes(tmp_path: Path) -> bytes:
+    path = tmp_path / "whole"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS * 50}), path, write_page_checksum=True)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.parquet"])
+@pytest.mark.parametrize("kept", [0, 2, 40, 0.5, -5, -1])
+def test_a_file_that_is_cut_off_is_refused_wherever_the_cut_is(name: str, kept: float, tmp_path: Path) -> None:
+    text = _lines(_rows(TEXTS * 50))
+    data = {"gz": gzip.compress(text), "zst": zstd.compress(text), "parquet": _parquet_bytes(tmp_path)}[
+        name.rpartition(".")[2]
+    ]
+    (tmp_path / name).write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match=rf"{name} is damaged or cut off") as refused:
+        _read(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_flipped_byte_in_the_middle_is_refused(name: str, tmp_path: Path) -> None:
+    checked: dict[int, int] = {zstd.CompressionParameter.checksum_flag: True}
+    text = _lines(_rows(TEXTS * 50))
+    whole = {
+        "gz": gzip.compress(text),
+        "zst": zstd.compress(text, options=checked),
+        "parquet": _parquet_bytes(tmp_path),
+    }[name.rpartition(".")[2]]
+    middle = whole.find(b"tabs") if name == "a.parquet" else len(whole) // 2
+    (tmp_path / name).write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(UserError, match=rf"{name} is damaged"):
+        _read(tmp_path)
+
+
+def test_an_input_that_is_not_there_or_matches_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        list(find_files([tmp_path / "a.txt", tmp_path / "nowhere"], ["*"], [], output=NOWHERE))
+    with pytest.raises(UserError, match=r"matches --include \*\.md and not --exclude a\*"):
+        list(find_files([tmp_path], ["*.md"], ["a*"], output=NOWHERE))
+
+
+def test_copies_have_one_digest(tmp_path: Path) -> None:
+    for write in WRITERS:
+        write(tmp_path, TEXTS)
+    digests = {
+        document.digest for document in Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")
+    }
+    assert len(digests) == len(TEXTS)

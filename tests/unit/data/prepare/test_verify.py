@@ -1,0 +1,325 @@
+"""All that is wrong in a data set is told at once, and tars that somebody else made become a split like any other."""
+
+import io
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+from webdataset import TarWriter, WebDataset
+
+from megadistill.data import Manifest, TokenStream
+from megadistill.data.prepare.index_external import index
+from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, info, manifests_at, verify
+from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.tar import OWN_UNIT, Column, index_tar, publish, write_shard
+from megadistill.errors import UserError
+from megadistill.io import file_sha256
+from tests.unit.data.servers import serving
+from tests.unit.data.splits import random_units
+
+LENGTH = 65
+IDS = 600
+
+
+def _silent(stage: str, *, done: int, total: int, tokens: int) -> None:
+    assert 0 <= done <= total
+
+
+def _verify(location: Path | str, *, quick: bool = False) -> VerifyReport:
+    return verify(location, quick=quick, progress=_silent)
+
+
+@pytest.fixture
+def broken(data_set: Path, tmp_path: Path) -> Path:
+    """A copy, to be broken."""
+    return Path(shutil.copytree(data_set, tmp_path / "set"))
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _text(table: Table) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    written = console.file
+    assert isinstance(written, io.StringIO)
+    return written.getvalue()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_whole_data_set_is_whole_wherever_one_points(data_set: Path, quick: bool) -> None:
+    for location, splits in ((data_set, 2), (data_set / "train", 1), (data_set / "train" / "manifest.json", 1)):
+        report = _verify(location, quick=quick)
+        assert (report.ok, report.lines(), len(report.splits)) == (True, [], splits)
+    assert str(data_set / "train" / "manifest.json") in _text(report.table())
+
+
+def test_all_faults_are_told_at_once(broken: Path) -> None:
+    train, heldout = (Manifest.load(broken / split / "manifest.json") for split in ("train", "heldout"))
+    first, second, third = (broken / "train" / shard.name for shard in train.shards[:3])
+    rows = np.load(broken / "train" / train.shards[0].index)
+    for unit in (1, 3):
+        _flip(first, int(rows[unit, Column.START]) + 700)
+    second.write_bytes(second.read_bytes()[:-1])
+    (broken / "train" / train.shards[2].index).unlink()
+    (broken / "heldout" / "stray.txt").touch()
+    text = (broken / "heldout" / "manifest.json").read_text()
+    (broken / "heldout" / "manifest.json").write_text(text.replace('"vocab_size": 600', '"vocab_size": 601'))
+    report = _verify(broken)
+    assert not report.ok
+    damaged, edited = report.splits[1], report.splits[0]
+    assert [line.partition(": expected")[0] for line in damaged.faults] == [
+        f"shard 0: {first}",
+        *(f"shard 0: {first} unit {unit} at byte {rows[unit, Column.START]}" for unit in (1, 3)),
+        f"shard 1: {second}",
+        f"shard 2: {third}.idx.npy",
+    ]
+    assert "expected sha256" in damaged.faults[0]
+    assert damaged.fault_count == 5
+    assert len(edited.faults) == 1
+    assert "was changed after it was written" in edited.faults[0]
+    assert heldout.units > 0
+    assert report.lines() == [*edited.faults, *damaged.faults]
+    quick = _verify(broken, quick=True)
+    assert [line for line in report.lines() if "sha256" not in line and " unit " not in line] == [
+        line for line in quick.lines() if "was changed" not in line
+    ]
+
+
+def test_a_byte_behind_the_last_unit_is_seen_by_the_full_check_alone(broken: Path) -> None:
+    shard = broken / "train" / "shard-00000.tar"
+    _flip(shard, shard.stat().st_size - 1)
+    assert _verify(broken, quick=True).ok
+    (line,) = _verify(broken).lines()
+    assert line.startswith(f"shard 0: {shard}: expected sha256")
+
+
+def test_a_wrong_number_of_tokens_is_a_fault(broken: Path) -> None:
+    split = broken / "train"
+    manifest = Manifest.load(split / "manifest.json")
+    said = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"tokens": manifest.tokens - 1}
+    Manifest(**said).write(split)
+    assert _verify(split, quick=True).ok
+    (line,) = _verify(split).lines()
+    assert line.endswith(f"expected {manifest.tokens - 1} tokens, as it says, found {manifest.tokens}")
+
+
+def test_a_tokenizer_that_is_another_one_or_missing_is_a_fault(broken: Path) -> None:
+    path = broken / "train" / Manifest.load(broken / "train" / "manifest.json").tokenizer.file
+    _flip(path, path.stat().st_size - 1)
+    for quick in (True, False):
+        (line,) = _verify(broken / "train", quick=quick).lines()
+        assert line.startswith("tokenizer: ")
+    path.unlink()
+    (line,) = _verify(broken / "train", quick=True).lines()
+    assert line.endswith("found none")
+
+
+def test_files_that_no_manifest_lists_are_mentioned_and_no_fault(broken: Path) -> None:
+    (broken / "train" / "shard-99999.tar").touch()
+    report = _verify(broken, quick=True)
+    assert report.ok
+    assert report.lines() == [f"{broken / 'train' / 'manifest.json'} does not list shard-99999.tar"]
+
+
+def test_faults_beyond_a_bound_are_counted(broken: Path) -> None:
+    split = broken / "train"
+    manifest = Manifest.load(split / "manifest.json")
+    count = MAX_LINES + 7
+    tokens = np.full(manifest.sequence_length + 1, manifest.vocab_size, dtype=np.int32)
+    units = [Unit(tokens, np.array([0, len(tokens)], dtype=np.int32))] * count
+    shard = write_shard(split / "shard-00000.tar", units, dtype="uint16")
+    said = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"shards": (shard,), "tokens": 1}
+    Manifest(**said).write(split)
+    report = _verify(split)
+    assert report.splits[0].fault_count == count
+    assert len(report.splits[0].faults) == MAX_LINES
+    assert any(line.endswith(": 7 further faults") for line in report.lines())
+
+
+def test_a_split_behind_a_url_is_verified(broken: Path) -> None:
+    manifest = Manifest.load(broken / "train" / "manifest.json")
+    with serving(broken) as server:
+        assert _verify(f"{server.url}/train").ok
+        assert _verify(f"{server.url}/train/manifest.json", quick=True).ok
+        _flip(broken / "train" / manifest.shards[0].name, 700)
+        lines = _verify(f"{server.url}/train").lines()
+        with pytest.raises(UserError, match=r"/other holds no manifest\.json \(.*404 Not Found\)"):
+            _verify(f"{server.url}/other")
+    assert len(lines) == 2
+    assert all(line.startswith(f"shard 0: {server.url}/train/shard-00000.tar") for line in lines)
+
+
+def test_a_place_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    for location in (tmp_path, tmp_path / "manifest.json", tmp_path / "other"):
+        with pytest.raises(UserError, match=r"holds no manifest\.json"):
+            _verify(location)
+
+
+def test_a_url_whose_package_is_missing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"pip install 'megadistill\[remote\]'"):
+        _verify("dropbox://a/b")
+
+
+def test_info_says_what_the_manifest_says(data_set: Path) -> None:
+    heldout, train = (_text(table) for table in info(data_set))
+    manifest = Manifest.load(data_set / "train" / "manifest.json")
+    assert f"{manifest.tokens:,}" in train
+    assert manifest.fingerprint in train
+    assert manifest.fingerprint not in heldout
+    assert len(manifests_at(data_set)) == 2
+
+
+def _npy(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(array))
+    return stream.getvalue()
+
+
+def _npz(**arrays: Any) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def _tar(path: Path, samples: Sequence[dict[str, bytes]]) -> None:
+    with open(path, "wb") as file, TarWriter(file) as tar:
+        for number, sample in enumerate(samples):
+            tar.write({"__key__": f"{path.stem}/{number}", **sample})
+
+
+UNITS = random_units(12, seed=3, sequence=LENGTH - 1, vocab=IDS)
+
+
+def _folder(tmp_path: Path, member: Callable[[Unit], dict[str, bytes]]) -> Path:
+    folder = tmp_path / "tars"
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(("b.tar", "a.tar")):
+        _tar(folder / name, [member(unit) for unit in UNITS[6 * number : 6 * number + 6]])
+    return folder
+
+
+def _index(folder: Path, data_set: Path, *, member: str | None = None, dtype: str | None = None) -> Manifest:
+    return index(folder, tokenizer=data_set / "tokenizer", member=member, dtype=dtype, split="theirs", progress=_silent)
+
+
+@pytest.mark.parametrize(
+    ("member", "dtype", "sample"),
+    [
+        (None, None, lambda unit: {"ids.npy": _npy(unit.tokens.astype(np.int64)), "txt": b"text", "json": b"{}"}),
+        ("ids.npy", None, lambda unit: {"ids.npy": _npy(unit.tokens), "mask.npy": _npy(unit.tokens > 3)}),
+        (None, None, lambda unit: {"npz": _npz(ids=unit.tokens.astype(np.uint16))}),
+        ("npz:ids", None, lambda unit: {"npz": _npz(ids=unit.tokens, mask=unit.tokens > 3)}),
+        ("u16", "uint16", lambda unit: {"u16": unit.tokens.astype("<u2").tobytes(), "a.npy": _npy([1.0])}),
+        ("u32", "uint32", lambda unit: {"u32": unit.tokens.astype("<u4").tobytes()}),
+        (None, None, lambda unit: {"tokens.npy": _npy(unit.tokens), "bounds.npy": _npy(unit.bounds)}),
+    ],
+    ids=["npy", "one npy of two", "npz", "one array of two", "uint16", "uint32", "bounds"],
+)
+def test_tars_of_any_kind_become_a_split_that_a_stream_reads(
+    data_set: Path, tmp_path: Path, member: str | None, dtype: str | None, sample: Callable[[Unit], dict[str, bytes]]
+) -> None:
+    folder = _folder(tmp_path, sample)
+    before = {path.name: file_sha256(path) for path in folder.iterdir()}
+    manifest = _index(folder, data_set, member=member, dtype=dtype)
+    assert {name: file_sha256(folder / name) for name in before} == before
+    assert Manifest.load(folder / "manifest.json").fingerprint == manifest.fingerprint
+    assert (manifest.split, manifest.sequence_length, manifest.vocab_size) == ("theirs", LENGTH - 1, IDS)
+    assert [shard.name for shard in manifest.shards] == ["a.tar", "b.tar"]
+    report = _verify(folder)
+    assert (report.ok, report.lines()) == (True, [])
+    stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
+    batch = stream.batch(range(12))
+    rows = np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1)
+    assert {tuple(row) for row in rows.tolist()} == {tuple(unit.tokens.tolist()) for unit in UNITS}
+    assert (manifest.unit.bounds is not None) == ("bounds.npy" in sample(UNITS[0]))
+    samples = WebDataset(str(folder / "a.tar"), shardshuffle=False)
+    assert [len(found) for found in samples] == [3 + len(sample(UNITS[0]))] * 6
+
+
+def test_padding_behind_the_last_bound_is_not_counted(data_set: Path, tmp_path: Path) -> None:
+    folder = _folder(tmp_path, lambda unit: {"npy": _npy(unit.tokens), "bounds.npy": _npy([0, 30, 50])})
+    assert _index(folder, data_set).tokens == 12 * 49
+    assert _verify(folder).ok
+
+
+SHORT = random_units(1, seed=9, sequence=LENGTH - 2, vocab=IDS)[0]
+
+
+@pytest.mark.parametrize(
+    ("samples", "member", "dtype", "match"),
+    [
+        ([{"a.npy": b"", "b.npy": b""}], None, None, "has 'a.npy', 'b.npy': say with --member"),
+        ([{"txt": b""}], None, None, "has 'txt': say with --member"),
+        ([{"npy": _npy(SHORT.tokens)}], "tokens.npy", None, "--member tokens.npy: .* has 'npy'"),
+        ([{"u16": bytes(130)}], "u16", None, "say with --dtype"),
+        ([{"npy": _npy(SHORT.tokens)}], None, "uint16", "leave --dtype out"),
+        ([{"u16": bytes(130)}], "u16", "float32", "raw bytes are uint16 or uint32"),
+        ([{"u16": bytes(131)}], "u16", "uint16", "expected uint16 tokens, found 131 bytes"),
+        ([{"npy": _npy([1.5, 2.5])}], None, None, "expected an .npy of one row of .*, found"),
+        ([{"npy": _npy([1])}], None, None, "has 1 tokens: a unit has 2 to"),
+        ([{"npz": _npz(a=[1, 2], b=[1, 2])}], None, None, "expected one array in the .npz, found 'a.npy', 'b.npy'"),
+        ([{"npy": _npy(SHORT.tokens)}, {"npy": _npy(UNITS[0].tokens)}], None, None, "expected 64 tokens, found 65"),
+        ([{"npy": _npy([1, IDS])}], None, None, f"expected ids from 0 to {IDS - 1}, found {IDS}"),
+        ([{"npy": _npy([1, 2]), "bounds.npy": _npy([0, 3])}], None, None, "expected bounds that climb"),
+        (
+            [{"npy": _npy([1, 2]), "bounds.npy": _npy([0, 2])}, {"npy": _npy([1, 2])}],
+            None,
+            None,
+            "no member bounds.npy",
+        ),
+        ([], None, None, "holds no samples"),
+    ],
+)
+def test_tars_that_make_no_split_are_refused_and_left_as_they_were(
+    data_set: Path, tmp_path: Path, samples: list[dict[str, bytes]], member: str | None, dtype: str | None, match: str
+) -> None:
+    _tar(tmp_path / "a.tar", samples)
+    with pytest.raises(UserError, match=match) as refused:
+        _index(tmp_path, data_set, member=member, dtype=dtype)
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_two_lengths_are_refused_with_both_units(data_set: Path, tmp_path: Path) -> None:
+    _tar(tmp_path / "a.tar", [{"npy": _npy(UNITS[0].tokens)}] * 2)
+    _tar(tmp_path / "b.tar", [{"npy": _npy(UNITS[0].tokens)}, {"npy": _npy(SHORT.tokens)}])
+    with pytest.raises(UserError) as refused:
+        _index(tmp_path, data_set)
+    for part in (
+        f"{tmp_path / 'b.tar'} unit 1 at byte",
+        f"found {LENGTH - 1}",
+        f"{tmp_path / 'a.tar'} sample 'a/0', {LENGTH}",
+    ):
+        assert part in str(refused.value)
+
+
+def test_names_and_folders_that_do_not_do_are_refused(data_set: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no \.tar files"):
+        _index(tmp_path, data_set)
+    _tar(tmp_path / "a b.tar", [{"npy": _npy([1, 2])}])
+    with pytest.raises(UserError, match=r"'a b\.tar' is no name"):
+        _index(tmp_path, data_set)
+    with pytest.raises(UserError, match="exists, and a split is never changed"):
+        _index(data_set / "train", data_set)
+    with pytest.raises(UserError, match="cannot be read"):
+        _index(tmp_path / "none", data_set)
+
+
+def test_own_tars_indexed_as_foreign_ones_have_the_same_index(data_set: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", UNITS, dtype="uint16")
+    own = np.load(tmp_path / "a.tar.idx.npy")
+    (tmp_path / "a.tar.idx.npy").unlink()
+    manifest = _index(tmp_path, data_set)
+    assert manifest.unit == OWN_UNIT
+    np.testing.assert_array_equal(np.load(tmp_path / "a.tar.idx.npy"), own)
+    np.testing.assert_array_equal(index_tar(tmp_path / "a.tar", OWN_UNIT), own)
+    assert publish(tmp_path / "a.tar", own) == manifest.shards[0]

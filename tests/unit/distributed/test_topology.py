@@ -1,0 +1,134 @@
+"""Who a process is, from what its launcher says; how many ranks share a vocabulary."""
+
+import pytest
+
+from megadistill.distributed.topology import Launch, vocab_group_size
+from megadistill.errors import UserError
+
+EVERY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+COMMON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MASTER}
+# As srun 22.05 sets them for a rank of the second component of a heterogeneous job, of nodes with 2, 2 and 4 tasks.
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),4",
+    **MASTER,
+}
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*EVERY, *STEP}:
+        monkeypatch.delenv(name, raising=False)
+
+
+def _launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Launch:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return Launch.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0, 1)),
+        (MASTER, (0, 1, 0, 1)),
+        ({**COMMON, "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
+        ({**COMMON, "LOCAL_SIZE": "2"}, (5, 8, 1, 2)),
+        ({**COMMON, "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, (5, 8, 1, 4)),
+        (COMMON, (5, 8, 1, 8)),
+        (STEP, (5, 8, 1, 4)),
+        ({**STEP, "SLURM_NODEID": "1"}, (5, 8, 1, 2)),
+        ({**STEP, **COMMON, "RANK": "3", "LOCAL_WORLD_SIZE": "2"}, (3, 8, 1, 2)),
+        ({**STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)}, (0, 1, 0, 1)),
+        ({**STEP, "SLURM_STEP_ID": ""}, (0, 1, 0, 1)),
+    ],
+    ids=[
+        "plain python",
+        "an address alone",
+        "torchrun",
+        "deepspeed",
+        "both",
+        "no size of a node",
+        "srun",
+        "srun, a node with fewer",
+        "torchrun under srun",
+        "salloc's shell",
+        "a batch script",
+    ],
+)
+def test_each_launcher_is_understood(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int, int]
+) -> None:
+    found = _launched(monkeypatch, **variables)
+    assert (found.rank, found.world, found.local_rank, found.local_world) == expected
+
+
+@pytest.mark.parametrize("missing", COMMON)
+def test_half_an_environment_is_refused_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    with pytest.raises(UserError, match=f"but not {missing}: start this with torchrun or deepspeed, or unset"):
+        _launched(monkeypatch, **{name: value for name, value in COMMON.items() if name != missing})
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_what_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(UserError, match=r"whole numbers.*'two'"):
+        _launched(monkeypatch, **{**COMMON, name: "two"})
+
+
+def test_one_process_in_an_allocation_of_many_tasks_is_told_of_srun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _launched(monkeypatch, SLURM_NTASKS="8", SLURM_PROCID="0")
+    assert "one process in a Slurm allocation of 8 tasks: srun starts" in capsys.readouterr().err
+    _launched(monkeypatch, SLURM_NTASKS="1")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_without_a_meeting_point_is_refused_unless_it_is_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {**STEP, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name in MASTER:
+        del alone[name]
+    assert _launched(monkeypatch, **alone).world == 1
+    with pytest.raises(UserError, match=r"8 tasks, and .* does not set MASTER_ADDR and MASTER_PORT: export"):
+        _launched(monkeypatch, SLURM_NTASKS="8")
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"])
+def test_a_step_that_does_not_say_who_is_who_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(UserError, match=r"step of a Slurm job, .*'two'.* start it with srun"):
+        _launched(monkeypatch, **{**STEP, name: "two"})
+
+
+def _launch(world: int, local_world: int) -> Launch:
+    return Launch(rank=0, world=world, local_rank=0, local_world=local_world)
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "local_world", "size"),
+    [(None, 8, 4, 4), (None, 1, 1, 1), (2, 8, 4, 2), (8, 8, 4, 8), (1, 6, 3, 1)],
+)
+def test_a_vocab_group_is_a_node_unless_asked_otherwise(
+    asked: int | None, world: int, local_world: int, size: int
+) -> None:
+    assert vocab_group_size(asked, _launch(world, local_world)) == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "local_world", "says"),
+    [
+        (3, 8, 4, r"comm\.vocab_group is 3, .* 8 processes: .* one of 1, 2, 4, 8 "),
+        (2, 1, 1, r"comm\.vocab_group is 2, .* 1 process: .* one of 1 "),
+        (16, 8, 4, r"comm\.vocab_group is 16, .* 8 processes"),
+        (None, 6, 4, r"comm\.vocab_group is 4, .* 6 processes: .* one of 1, 2, 3, 6 "),
+    ],
+)
+def test_a_vocab_group_that_does_not_divide_is_refused_with_those_that_do(
+    asked: int | None, world: int, local_world: int, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        vocab_group_size(asked, _launch(world, local_world))

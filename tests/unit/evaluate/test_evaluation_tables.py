@@ -1,0 +1,81 @@
+"""What a person sees of an evaluation: tables at 80 columns, and the JSON."""
+
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult, write_json
+from megadistill.evaluate.evaluation_tables import tables
+
+LARGE = Evaluation(
+    model="teachers/a-model-with-quite-a-long-name-of-its-own/step-00100000",
+    parameters=405_853_388_800,
+    tokens=1_000_000_000,
+    cross_entropy=11.9221,
+    perplexity=150_555.25,
+    bits_per_byte=12.3456,
+    calibration_error=0.1234,
+    kl=10.4321,
+    jsd=0.6931,
+    agreement=1.0,
+    acceptance=0.4567,
+    calibration=(CalibrationBin(1_000_000_000, 0.5, 0.25), *[CalibrationBin(0, None, None)] * 20),
+    by_decile=(
+        *(Decile((1.0 * n, n + 0.987), 111_111_111, 10.5 + n, 0.125 * n, 0.11 * n) for n in range(9)),
+        Decile(None, 0, None, None, None),
+    ),
+    by_source=(
+        SourceResult("web", 10_000_000, 11.9221, 150_555.25, 12.3456, 0.1, 10.4321, 0.6931, 1.0, 0.4567),
+        SourceResult("code", 990_000_000, 0.5, 1.6487, None, 0.1, 10.4321, 0.6931, 1.0, 0.4567),
+    ),
+)
+ALONE = replace(
+    LARGE,
+    model="s",
+    kl=None,
+    jsd=None,
+    agreement=None,
+    acceptance=None,
+    by_decile=None,
+    by_source=LARGE.by_source[:1],
+)
+
+
+def _shown(*results: Evaluation) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    for table in tables(results):
+        console.print(table)
+    return out.getvalue()
+
+
+def test_the_tables_fit_a_terminal_and_hide_nothing() -> None:
+    said = _shown(LARGE, replace(LARGE, model="student"))
+    assert "…" not in said
+    assert max(len(line) for line in said.splitlines()) <= 80
+    for part in ("1,000,000,000 tokens of 2 sources", "405,853,388,800", "11.9221", "150555.25", "12.3456", "10.4321"):
+        assert part in said, part
+    for part in ("12.34%", "0.6931", "45.7%", "990,000,000 tokens", "web", "code", "1.987", "18.50", "1.000", "88%"):
+        assert part in said, part
+    first = said.split("a closer look")[0]
+    first_cells = "".join(line.split("│")[1].strip() for line in first.splitlines() if line.startswith("│"))
+    assert LARGE.model in first_cells, "a long name is folded, not cut"
+
+
+def test_without_a_teacher_and_with_one_source_there_are_fewer() -> None:
+    said = _shown(ALONE)
+    assert "by decile" not in said
+    assert "by source" not in said
+    assert said.count(" - ") == 4, "no teacher, no number"
+
+
+def test_the_json_is_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "evaluation.json"
+    write_json([LARGE], path)
+    (found,) = json.loads(path.read_text(encoding="utf-8"))
+    assert found == json.loads(json.dumps(asdict(LARGE)))
+    assert found["calibration"][0] == {"count": 1_000_000_000, "confidence": 0.5, "accuracy": 0.25}
+    assert found["by_decile"][1]["bounds"] == [1.0, 1.987]

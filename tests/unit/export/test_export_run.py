@@ -1,0 +1,344 @@
+"""From a checkpoint of any number of ranks to a folder that transformers loads, and the card that comes with it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megadistill import __version__
+from megadistill.config import Recipe
+from megadistill.data import Mixture
+from megadistill.errors import OperatorFault, UserError
+from megadistill.export.export_run import export_run
+from megadistill.export.markdown import plain
+from megadistill.models.families import EMBEDDING, HEAD, load_config, parameter_shapes
+from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.models.flops import flops_per_token, parameter_counts
+from megadistill.train.checkpoint.format import commit, write_rank
+from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
+from megadistill.train.setup.run_folder import describe, keep_student_config, write_description
+from megadistill.types import Cursor
+from tests.unit.train.cases import (
+    MODEL,
+    SEQUENCE,
+    TOKENIZER,
+    VOCAB,
+    described_data,
+    described_teacher,
+    manifest_of,
+    recipe,
+)
+
+PADDED, STEP, WORLD = 256, 6, 3
+TOKENS = STEP * 8 * SEQUENCE
+TINY = {"train": {"precision": "float32"}}
+
+
+def _parameters() -> dict[str, Tensor]:
+    """Of the padded model: the rows past the vocabulary hold what no export may show."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = parameter_shapes(load_config(MODEL | {"vocab_size": VOCAB}, what="test"))
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in (EMBEDDING, HEAD):
+        found[name] = torch.cat([found[name], torch.full((PADDED - VOCAB, MODEL["hidden_size"]), 99.0)])
+    return found
+
+
+def _checkpoint(run: Path, made: Recipe, *, step: int = STEP, **changes: Any) -> Path:
+    """As `WORLD` ranks write it: each has a piece of each flattened parameter, uneven ones and empty ones too."""
+    folder, beside = run / "checkpoints", run / f".step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    beside.mkdir()
+    parameters = _parameters()
+    for rank in range(WORLD):
+        pieces = {f"master/{name}": _piece(tensor, rank) for name, tensor in parameters.items()}
+        write_rank(beside, pieces, rank=rank, world=WORLD)
+    order = Mixture.load(made.data).order(made.data.seed)
+    cursor = Cursor(order.fingerprint, 8 * step, order=json.dumps(order.description)).state()
+    manifest = manifest_of(
+        step,
+        world=WORLD,
+        **{
+            "tokens": step * 8 * SEQUENCE,
+            "vocab_size": VOCAB,
+            "cursor": cursor,
+            "parameters": {name: tuple(tensor.shape) for name, tensor in parameters.items()},
+            "recipe": made.snapshot(),
+            "recipe_sha256": "5" * 64,
+            **changes,
+        },
+    )
+    commit(beside, folder / f"step-{step:08d}", manifest)
+    return folder / f"step-{step:08d}"
+
+
+def _piece(tensor: Tensor, rank: int) -> Tensor:
+    flat = tensor.flatten()
+    bounds = [0, min(5, flat.numel()), max(min(5, flat.numel()), flat.numel() - 7), flat.numel()]
+    return flat[bounds[rank] : bounds[rank + 1]].clone()
+
+
+def _run(folder: Path, *, teacher: Path | None = None, **sections: Any) -> tuple[Path, Recipe]:
+    """A run folder as far as an export reads it, and its recipe."""
+    made = recipe(described_data(folder / "data"), folder / "run", teacher=teacher, **(TINY | sections))
+    run = folder / "run"
+    write_description(run, {"recipe": made.snapshot()})
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER)
+    return run, made
+
+
+def _export(source: Path, output: Path, **options: Any) -> ModelCard:
+    defaults: dict[str, Any] = {"step": None, "max_shard_bytes": 10_000, "dtype": None}
+    assert export_run(source, output, **(defaults | options)) == STEP
+    card: ModelCard = ModelCard.load(output / "README.md")
+    return card
+
+
+def _metadata(card: ModelCard) -> dict[str, Any]:
+    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _rows(card: ModelCard) -> dict[str, str]:
+    """The two-column tables of a card."""
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card.text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("what", ["run", "checkpoint"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_three_ranks_saved_loads_as_one_model(what: str, dtype: str | None, tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    checkpoint = _checkpoint(run, made)
+    _export(run if what == "run" else checkpoint, tmp_path / "out", dtype=dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    numbers = torch.float32 if dtype is None else torch.bfloat16
+    truth = _parameters()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, truth[name][: parameter.shape[0]].to(numbers)), name
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == TOKENIZER
+
+
+def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path) -> None:
+    named = tmp_path / "named"
+    described_teacher(named)
+    run, made = _run(tmp_path, student={"config": str(named)})
+    keep_student_config(run, made.student)
+    _checkpoint(run, made)
+    shutil.rmtree(named)
+    _export(run, tmp_path / "out")
+    assert load_config(tmp_path / "out", what="test").num_hidden_layers == MODEL["num_hidden_layers"]
+
+
+def _as_format_1(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text())
+    for newer in ("sha256", "recipe", "recipe_sha256", "attempt", "rollbacks"):
+        del values[newer]
+    path.write_text(json.dumps(values | {"format": 1}))
+
+
+def test_a_checkpoint_of_format_1_has_its_recipe_from_the_run_folder(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    checkpoint = _checkpoint(run, made)
+    _export(run, tmp_path / "new")
+    _as_format_1(checkpoint)
+    _export(checkpoint, tmp_path / "old")
+    for path in (tmp_path / "new").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "old" / path.name).read_bytes()
+    alone = checkpoint.rename(tmp_path / "alone")
+    with pytest.raises(UserError, match="does not say its recipe"):
+        _export(alone, tmp_path / "out")
+
+
+def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, made = _run(tmp_path)
+    alone = _checkpoint(run, made).rename(tmp_path / "alone")
+    card = _export(alone, tmp_path / "out")
+    assert "no tokenizer" in capsys.readouterr().err
+    assert "AutoTokenizer" not in card.text
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_what_is_no_run_and_no_such_step_is_refused(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        _export(run, tmp_path / "out")
+    checkpoint = _checkpoint(run, made)
+    for source, step, reason in [
+        (tmp_path, None, "no run folder"),
+        (run, 5, "it has 6"),
+        (checkpoint, 5, "is the checkpoint of step 6"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            _export(source, tmp_path / "out", step=step)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        _export(run, tmp_path / "there")
+    with pytest.raises(UserError, match="at least 1 MB"):
+        _export(run, tmp_path / "out", max_shard_bytes=0)
+    with pytest.raises(OperatorFault, match="this version reads"):
+        _export(tmp_path / "data", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_rollback_left_is_not_taken_for_the_newest(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    record_rollbacks(run, [Rollback(at_step=7, to_step=3, skip=(30, 50), reason="a spike")])
+    with pytest.raises(UserError, match="a rollback has left it"):
+        _export(run, tmp_path / "out")
+    _export(run, tmp_path / "out", step=STEP)
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    path = _checkpoint(run, made) / "rank-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(OperatorFault, match="is damaged"):
+        _export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
+    teacher = described_teacher(tmp_path / "big-teacher", num_hidden_layers=5)
+    loss = {"kd_weight": 0.9, "ce_weight": 0.1, "z_loss": 1e-4}
+    run, made = _run(tmp_path, teacher=teacher, loss=loss)
+    _checkpoint(run, made, rollbacks=2)
+    for step in (STEP, STEP + 1):
+        line = {"step": step, "loss": 0.5 + step, "kl": 0.25, "student_ce": 3.0, "agreement": 0.5}
+        with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    evaluated = {"model": "runs/x/out", "tokens": 12345, "cross_entropy": 3.25, "kl": 0.125, "agreement": 0.75}
+    (run / "evaluation.json").write_text(json.dumps([evaluated]), encoding="utf-8")
+    card = _export(run, tmp_path / "out")
+
+    metadata = _metadata(card)
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert "distillation" in metadata["tags"]
+    assert "base_model" not in metadata, "the teacher is none: the student goes on from nobody's weights"
+
+    rows = _rows(card)
+    student = load_config(MODEL | {"vocab_size": VOCAB}, what="test")
+    counts = parameter_counts(student)
+    manifest = Mixture.load(made.data).sources["data"]
+    order = Mixture.load(made.data).order(made.data.seed)
+    forward = flops_per_token(load_config(teacher, what="test"), SEQUENCE).forward
+    for name, said in {
+        "objective": "0.9 × (forward KL, KL(teacher ‖ student)) + 0.1 × cross-entropy of the label, temperature 1",
+        "z-loss": "0.0001",
+        "steps": "6 of 6",
+        "tokens": f"{TOKENS:,}",
+        "batch": f"8 sequences, {8 * SEQUENCE} tokens",
+        "ranks": "3",
+        "precision": "float32, float32 master weights",
+        "starting weights": "random, seed 1",
+        "teacher": "big-teacher",
+        "targets": "its whole distribution, computed in the run",
+        "fingerprint of its folder today": f"`{teacher_fingerprint(teacher)}`",
+        "FLOPs of the teacher": f"{forward * TOKENS:.3g}",
+        "FLOPs of the student": f"{3 * flops_per_token(student, SEQUENCE).forward * TOKENS:.3g}, without what",
+        "parameters": f"{counts.total:,}, {counts.body:,} of them",
+        "vocabulary": f"{VOCAB}, untied head",
+        "text": "text",
+        "packing": "chunk",
+        "tokenizer": f"sentencepiece, sha256 `{manifest.tokenizer.sha256}`",
+        "sequence length": f"{SEQUENCE} tokens",
+        "order": f"seed 1, fingerprint `{order.fingerprint}`",
+        "step": "6",
+        "sha256 of the recipe": "`" + "5" * 64,
+        "rollbacks after a loss spike": "2",
+        "versions": "torch some",
+    }.items():
+        assert rows[name].startswith(said), (name, rows[name])
+    read = f"| data | {8 * STEP} | {TOKENS:,} | `{manifest.fingerprint}` | 6 | 3 | 1,000 |"
+    assert read in card.text
+    assert "| 6.5000 | 0.2500 | 3.0000 | 0.5000 |" in card.text, "the checkpoint's step, not the last one"
+    assert "| out | 12,345 | 3.2500 | 0.1250 | 75.0% |" in card.text
+    assert f"megadistill {__version__}" in card.text
+    assert f"{counts.total:,} parameters" in card.text
+
+
+def test_a_student_that_goes_on_from_weights_names_what_they_were_made_of(tmp_path: Path) -> None:
+    weights = described_teacher(tmp_path / "pruned")
+    run, made = _run(tmp_path, student={"weights": str(weights)})
+    _checkpoint(run, made)
+    assert "base_model" not in _metadata(_export(run, tmp_path / "unknown"))
+    (weights / "README.md").write_text("---\nbase_model: somebody/Model-8B\n---\nx\n", encoding="utf-8")
+    card = _export(run, tmp_path / "out")
+    assert _metadata(card)["base_model"] == "somebody/Model-8B"
+    rows = _rows(card)
+    assert rows["starting weights"] == "pruned"
+    assert rows["fingerprint of the starting weights"] == f"`{teacher_fingerprint(weights)}`"
+    assert rows["objective"] == "cross-entropy of the next token"
+    assert "## The teacher" not in card.text
+    (weights / "README.md").write_text("---\nbase_model: '../../etc|<b>'\n---\n", encoding="utf-8")
+    assert "base_model" not in _metadata(_export(run, tmp_path / "hostile"))
+    described = describe(made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "kept"})
+    write_description(run, described)
+    assert _rows(_export(run, tmp_path / "told"))["fingerprint of the starting weights"] == "`kept`"
+
+
+def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None:
+    """What a recipe says may be anybody's: it becomes text, and of paths and URLs the last name is shown at most."""
+    teacher = described_teacher(tmp_path / "home" / "alice" / "a|b<img src=x>[c](mailto:evil) `d` *e*")
+    run, made = _run(tmp_path, teacher=teacher)
+    url = "https://alice:hunter2@there.example/data/manifest.json?token=s3cr3t"
+    elsewhere = made.model_copy(update={"data": made.data.model_copy(update={"manifest": url})})
+    values = elsewhere.snapshot()
+    _checkpoint(run, made, recipe=values)
+    text = _export(run, tmp_path / "out").text
+    assert "epochs" not in text, "the manifest is not looked for behind a URL"
+    for secret in ("alice", "hunter2", "s3cr3t", "there.example", str(tmp_path)):
+        assert secret not in text
+    for markup in ("|b", "<img", "[c](", " `d` ", " *e*", "http:", "mailto:"):
+        assert not re.search(r"(?<!\\)" + re.escape(markup), text), markup
+    for line in text.splitlines():
+        if line.startswith("| teacher |"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 3, "the row keeps its two cells"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a|b", r"a\|b"),
+        ("<script>", r"\<script\>"),
+        ("two\nlines \t here", "two lines here"),
+        ("\x1b[31mred", "\N{REPLACEMENT CHARACTER}\\[31mred"),
+        ("hf_abcdefghijklmnopqrstuv", r"\*\*\*"),
+    ],
+)
+def test_text_from_elsewhere_is_shown_and_does_nothing(text: str, shown: str) -> None:
+    assert plain(text) == shown
+
+
+def test_evaluations_that_are_none_of_ours_are_left_out(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    for number, content in enumerate(
+        ["[", "{}", "[1]", '[{"model": 1}]', '[{"model": "m"}]', '[{"model": "m", "kl": "x"}]']
+    ):
+        (run / f"evaluation-{number}.json").write_text(content, encoding="utf-8")
+    assert "held-out" not in _export(run, tmp_path / "out").text
+
+
+def test_a_shard_holds_no_more_than_it_may(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    _export(run, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10_000

@@ -1,0 +1,48 @@
+"""A small model of the same architecture: every family builds, and keeps what makes it that family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megadistill.models.families import FAMILIES, head_dim, load_config, logit_transform
+from megadistill.models.tiny import shrunken, write_random
+from megadistill.models.weights import check_weights
+
+LARGE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_shrinks_to_a_model_that_runs(model_type: str, tmp_path: Path) -> None:
+    large = load_config({"model_type": model_type, **LARGE}, what="test")
+    small = shrunken(large, vocab_size=300, min_layers=3)
+    write_random(small, tmp_path, seed=1)
+    read = load_config(tmp_path, what="test")
+    check_weights(tmp_path, read)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=FAMILIES[model_type].attention)
+    logits = model(torch.arange(8).unsqueeze(0)).logits
+    assert logits.shape == (1, 8, 300)
+    assert bool(logits.isfinite().all())
+    assert sum(parameter.numel() for parameter in model.parameters()) < 30_000_000
+    assert head_dim(read) == head_dim(large)
+    assert logit_transform(read) == logit_transform(large)
+    assert read.num_hidden_layers >= 3
+    assert set(getattr(read, "layer_types", None) or []) == set(getattr(large, "layer_types", None) or [])
+
+
+def test_a_small_model_does_not_grow() -> None:
+    tiny = load_config(
+        {"model_type": "llama", **LARGE, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+        what="test",
+    )
+    small = shrunken(tiny, vocab_size=300, min_layers=1)
+    assert (small.hidden_size, small.num_attention_heads, small.num_key_value_heads) == (64, 2, 1)
+    assert small.num_hidden_layers == 1

@@ -1,0 +1,160 @@
+"""Memory by line, against numbers written out by hand. tests/ranks/plan/test_plan.py holds them against runs.
+
+Legend: N parameters, V padded vocabulary, D and E widths, p ranks of a vocab group.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megadistill.config import LossSection
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.loss.divergence import Divergence, Elementwise
+from megadistill.loss.heads import Head
+from megadistill.loss.inputs import Problem, agree
+from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import measure
+from megadistill.plan.counts.requirements import needs
+from megadistill.plan.counts.sharding import Assignment
+from megadistill.plan.counts.zero import Zero
+from megadistill.types import LogitTransform
+from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, measured, recipe, tiny
+
+TINY_PADDED = 2 * TINY_LAYER + 32 + 2 * 256 * 32
+ROWS = 129_024 // 8
+"""V is padded to a multiple of 1024."""
+
+
+def test_states_are_counted_by_pieces_of_the_padded_parameters() -> None:
+    each = TINY_PADDED // 2
+    step = tiny(profile={"zero_optimization": {"reduce_bucket_size": 100}}).phases["step"]
+    assert step["ZeRO-3 states"] == 20 * each, "float32: 4 + gradient 4 + master 4 + moments 8"
+    assert step["reduce bucket"] == 4 * 100
+    assert step["gradients that AdamW reads"] == 4 * each
+    parameters = LLAMA3_8B_BODY + 2 * 129_024 * 4096
+    assert large().memory["ZeRO-3 states"] == 18 * parameters // 64, "bfloat16: 2 + gradient 4 + master 4 + moments 8"
+    assert large(ranks=8).memory["ZeRO-3 states"] == 8 * large().memory["ZeRO-3 states"]
+
+
+def test_llama_3_8b_distilled_on_64_ranks() -> None:
+    loss = large().phases["loss"]
+    assert loss["head gradient"] == 4 * ROWS * 4096
+    assert loss["head gradient of the micro-batch"] == 4 * ROWS * 4096, "before it is added to the window's"
+    assert loss["head rows"] == 2 * ROWS * 4096, "the slice is gathered from 8 ranks' pieces"
+    assert loss["teacher head rows"] == 2 * ROWS * 4096
+    assert loss["checkpointed layer inputs"] == 2 * 32 * 4096 * 8192, "2·L·D·micro_tokens"
+    assert loss["teacher stage"] == 2 * ((LLAMA3_8B_BODY - 4096) // 8 + 128_256 * 4096), "4 layers, and the embedding"
+    parcel = 2 * 4096 * 8192 + 8
+    assert loss["teacher hidden states"] == parcel
+    assert loss["teacher hidden states in flight"] == 2 * 8 * parcel, "what TeacherPipeline.bytes_in_flight says"
+    slope = loss["logit chunk"] // 9  # in bfloat16, of one chunk and model; float32 logits of two of each
+    held = loss["logit chunk"] - slope
+    assert 0.95 * (512 << 20) < held <= 512 << 20, "what the recipe allows"
+    assert large(group_size=4).phases["loss"]["head gradient"] == 2 * loss["head gradient"]
+
+
+def test_a_group_of_one_gathers_the_whole_head_and_one_of_all_ranks_nothing() -> None:
+    assert tiny(group_size=1).phases["loss"]["head rows"] == 4 * 256 * 32
+    assert "head rows" not in tiny(group_size=2).phases["loss"]
+
+
+def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
+    room: dict[str, Any] = {"logit_memory_mb": 1 << 20}
+    targets, whole = large(loss={**room, "targets": {}}), large(loss=room)
+    one = 4 * 8 * 8192 * ROWS  # float32, the micro-batches of 8 ranks; the first slices are full
+    slope = one // 2
+    assert targets.phases["loss"]["logit chunk"] == 2 * one + slope, "two chunks are in flight, be there one"
+    assert whole.phases["loss"]["logit chunk"] == 2 * 2 * one + slope
+    assert "targets" not in whole.phases
+    assert targets.phases["targets"]["logit chunk"] == one
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 100])
+@pytest.mark.parametrize("megabytes", [1, 2])
+def test_a_chunk_is_the_losss_own(tokens: int, megabytes: int) -> None:
+    """Of one rank, whose vocabulary is no slice; what the loss agrees on is its own."""
+    model = load_config({**TINY, "vocab_size": 7000, "max_position_embeddings": 128}, what="test")
+    asked = recipe(distill=False, precision="float32", global_batch=1, micro_batch=1, vocab_multiple=1)
+    asked = asked.model_copy(update={"loss": LossSection(logit_memory_mb=megabytes)})
+    counted = measure(model, None, sequence_length=tokens)
+    run = Assignment(asked, counted, 7000, 1, 1, 1, roles=None, zero=Zero())
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    head = Head("student", torch.zeros(tokens, 32), torch.zeros(7000, 32), None, LogitTransform())
+    vocab = VocabSlice.contiguous(0, 7000, 7000)
+    weights = torch.ones(tokens)
+    problem = Problem((head,), labels, weights, Divergence(), vocab, megabytes << 20, Elementwise.EAGER)
+    plan = agree(problem, with_gradient=True)
+    assert (run.chunk, run.in_flight) == (plan.tokens, plan.in_flight)
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    each = TINY_PADDED // 2
+
+    def held(**zero: Any) -> tuple[int, int]:
+        found = tiny(profile={"zero_optimization": zero})
+        return found.phases["loss"].get("ZeRO-3 states", 0), found.host.get("offloaded ZeRO-3 states", 0)
+
+    assert held() == (20 * each, 0)
+    assert held(offload_optimizer={"device": "cpu"}) == (4 * each, 20 * each)
+    assert held(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}) == (0, 24 * each)
+    assert held(offload_optimizer={"device": "nvme"}) == (4 * each, 0)
+    assert tiny().host == {"checkpoint on its way to the disk": 12 * each}
+
+
+def test_copies_of_the_weights_in_a_node() -> None:
+    found = large(profile={"zero_optimization": {"zero_hpz_partition_size": 8}})
+    gathered = LLAMA3_8B_BODY + 129_024 * 4096  # the head is not
+    assert found.memory["second partition in the node (hpZ)"] == 2 * gathered // 8
+
+
+def test_activations_come_with_the_micro_batch_and_go_with_checkpointing() -> None:
+    whole, checkpointed = tiny(), tiny(activation_checkpointing=True)
+    layers = 2 * 32 * 32 * 4 * 2  # inputs: two sequences of 32 tokens, 32 wide, float32, two layers
+    assert checkpointed.phases["loss"]["checkpointed layer inputs"] == layers
+    assert "activations" not in checkpointed.phases["loss"]
+    assert whole.phases["loss"]["activations"] > 5 * layers
+    asked = recipe(distill=False, precision="float32", global_batch=8, micro_batch=4, vocab_multiple=256)
+    twice = needs(asked, measured(), vocab_size=250, ranks=2, ranks_per_node=2, group_size=1)
+    assert twice.phases["loss"]["activations"] == 2 * whole.phases["loss"]["activations"]
+
+
+def _stage(teacher: dict[str, Any], *, stages: int) -> int:
+    """Parameters of the largest stage of a teacher with TINY's vocabulary."""
+    asked = recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=6)
+    student, taught = load_config(TINY, what="test"), load_config({**TINY, **teacher}, what="test")
+    counted = measure(student, taught, sequence_length=32)
+    found = needs(asked, counted, vocab_size=250, ranks=stages, ranks_per_node=stages, group_size=stages)
+    parameters, rest = divmod(found.memory["teacher stage"], 4)
+    assert rest == 0
+    return parameters
+
+
+def test_the_largest_stage_is_what_a_rank_must_hold() -> None:
+    embedding, norm = 250 * 32, 32
+    assert _stage({"num_hidden_layers": 2}, stages=1) == 2 * TINY_LAYER + norm + embedding
+    # 32 layers over 3 stages are 10, 11 and 11: a layer is smaller than the embedding
+    assert _stage({"num_hidden_layers": 32}, stages=3) == 10 * TINY_LAYER + embedding
+    # 7 over 6 are 1, 1, 1, 1, 1 and 2; a layer of this width is larger than the embedding
+    gate_up_down = 3 * 32 * (400 - 48)
+    wide = {"num_hidden_layers": 7, "intermediate_size": 400}
+    assert _stage(wide, stages=6) == 2 * (TINY_LAYER + gate_up_down) + norm
+
+
+def test_a_stage_of_a_mixture_is_cut_by_the_experts_that_work_and_holds_them_all() -> None:
+    """Layers 0 and 1 are dense, 2 and 3 mixtures of 8 experts, of which one works: the dense ones cost more."""
+    mixture = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "intermediate_size": 400,
+        "mlp_only_layers": [0, 1],
+        "moe_intermediate_size": 40,
+        "num_experts": 8,
+        "num_experts_per_tok": 1,
+    }
+    attention = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 8 + 2 * 32  # with a norm each of queries and keys
+    dense, sparse = attention + 3 * 32 * 400, attention + 8 * 32 + 8 * 3 * 32 * 40
+    # 1, 1 and 2 layers: the mixtures go together, for a token uses an eighth of their experts
+    assert _stage(mixture, stages=3) == max(dense + 250 * 32, 2 * sparse + 32)
+    assert 2 * sparse + 32 > dense + 250 * 32

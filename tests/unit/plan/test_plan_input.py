@@ -1,0 +1,76 @@
+"""What is planned where data or weights are on another machine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megadistill.errors import UserError
+from megadistill.plan.plan_input import read_subject
+from tests.unit.plan.tiny import TINY, subject
+
+
+def _recipe(folder: Path, **sections: Any) -> Path:
+    values = {**subject().recipe.snapshot(), **sections}
+    values["student"] = {**values["student"], "deepspeed": "ds_configs/cpu.json", **sections.get("student", {})}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _model(folder: Path, **keys: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**TINY, **keys}))
+    return folder
+
+
+def test_without_data_and_weights_the_options_stand_for_them(tmp_path: Path) -> None:
+    teacher = _model(tmp_path / "elsewhere", num_hidden_layers=6)
+    found = read_subject(_recipe(tmp_path), sequence_length=64, teacher_config=teacher)
+    assert (found.vocab_size, found.sequence_length, found.without_data) == (250, 64, True)
+    assert found.teacher is not None
+    assert found.teacher.num_hidden_layers == 6
+
+
+def test_what_is_missing_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:
+    path = _recipe(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json .*--sequence-length S"):
+        read_subject(path)
+    with pytest.raises(UserError, match=r"teacher\.path: .*--teacher-config DIR"):
+        read_subject(path, sequence_length=64)
+
+
+def test_the_data_decides_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        vocab_size, sequence_length = 200, 48
+
+        @classmethod
+        def load(cls, _: object) -> "Here":
+            return cls()
+
+    monkeypatch.setattr("megadistill.plan.plan_input.Mixture", Here)
+    student = {key: value for key, value in TINY.items() if key != "vocab_size"}
+    path = _recipe(tmp_path, objective="labels", teacher=None, student={"config": student})
+    found = read_subject(path)
+    assert (found.vocab_size, found.student.vocab_size, found.sequence_length) == (200, 200, 48)
+    assert not found.without_data
+    with pytest.raises(UserError, match="the shards hold sequences of 48 tokens"):
+        read_subject(path, sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "says"),
+    [
+        ({"objective": "labels", "teacher": None}, {"teacher_config": Path("x")}, "no teacher runs"),
+        ({}, {"sequence_length": 0}, "at least one token"),
+        ({}, {"sequence_length": 65}, "max_position_embeddings is 64, below 65"),
+        ({"student": {"config": {k: v for k, v in TINY.items() if k != "vocab_size"}}}, {}, "config.vocab_size=V"),
+    ],
+)
+def test_what_is_wrong_is_refused(sections: dict[str, Any], options: dict[str, Any], says: str, tmp_path: Path) -> None:
+    teacher = _model(tmp_path / "elsewhere")
+    given = {"sequence_length": 64, "teacher_config": teacher, **options}
+    with pytest.raises(UserError, match=says):
+        read_subject(_recipe(tmp_path, **sections), **given)

@@ -1,0 +1,148 @@
+"""Run folders that are damaged, unfinished or somebody else's: what can be read is read, and the rest is said."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megadistill.errors import UserError
+from megadistill.report import run_record as reading
+from megadistill.report.run_record import number, printable, read_run, read_runs, short_names
+from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
+
+
+def _append(path: Path, *lines: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+
+
+def test_everything_that_a_run_wrote(tmp_path: Path) -> None:
+    run = read_run(run_with_faults(tmp_path / "run").write(), "run")
+    assert run.series["step"].tolist() == [*range(1, 31), *range(32, 41)]
+    assert run.series["kl"][9] == step_line(10, 0.5)["kl"]
+    assert [event.kind for event in run.events][:5] == ["start", "resume", "saved", "saved", "fault"]
+    assert run.events[4].values == {"rank": 1, "reason": "rank 1 is gone", "exit_code": 3}
+    assert run.setting("train.adamw.beta2") == 0.95, "today's defaults"
+    assert run.setting("teacher.path") == "models/teacher-hf"
+    assert run.setting("teacher.no_such.key") is None
+    assert not run.has("mfu")
+    assert run.has("agreement")
+    assert run.notes == []
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    _append(
+        folder / "metrics.jsonl",
+        "{",
+        "[1, 2]",
+        "null",
+        '{"step": 0, "tokens": 1}',
+        '{"step": "41", "tokens": 1}',
+        '{"tokens": 41}',
+        "[" * 100_000,
+        '{"step": 1e999, "tokens": 5}',
+        '{"step": 41, "tokens": 41984, "lo',
+    )
+    _append(
+        folder / "events.jsonl", '{"event": "done"}', '{"time": 1, "event": "no such"}', '{"time": -1, "event": "done"}'
+    )
+    run = read_run(folder, "run")
+    assert len(run) == 39
+    assert run.notes == [
+        "metrics.jsonl: 9 damaged lines left out",
+        "events.jsonl: 3 lines damaged or unknown, left out",
+    ]
+
+
+def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    folder = run_with_faults(tmp_path / "run").write()
+    _append(folder / "metrics.jsonl", "9" * 2500, json.dumps(step_line(41, 0.5)), "")
+    run = read_run(folder, "run")
+    assert run.series["step"][-1] == 41
+    assert run.notes == ["metrics.jsonl: 3 damaged lines left out"]
+
+
+def test_of_a_step_that_was_logged_twice_the_later_line_holds(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run")
+    run.steps(1, 5)
+    run.steps(3, 4, loss=7.0)
+    found = read_run(run.write(), "run")
+    assert found.series["step"].tolist() == [1, 2, 3, 4, 5]
+    assert found.series["loss"][2:4].tolist() == [7.0, 7.0]
+    assert "5 of 7 lines kept" in found.notes[0]
+
+
+def test_what_is_not_a_number_is_no_value(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run")
+    for step, value in enumerate((True, "5", None, [1], 10**400, 1e31, math.nan, math.inf, -3), 1):
+        run.steps(step, step, loss=value, diagnostics=value)
+    found = read_run(run.write(), "run")
+    assert [math.isfinite(each) for each in found.series["loss"]] == [False] * 8 + [True]
+    assert number(-3) == -3.0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"recipe": 3}', "[" * 200_000, '{"versions": {}}'])
+def test_a_recipe_that_cannot_be_read_is_said(content: str, tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    (folder / "recipe.json").write_text(content, encoding="utf-8")
+    run = read_run(folder, "run")
+    assert run.recipe == {}
+    assert "recipe.json" in run.notes[0]
+
+
+def test_a_recipe_of_another_version_is_shown_as_it_stands(tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write({**RECIPE, "optimizer": "muon"})
+    run = read_run(folder, "run")
+    assert run.setting("optimizer") == "muon"
+    assert "not a recipe of this version" in run.notes[0]
+
+
+@pytest.mark.parametrize("file", ["recipe.json", "metrics.jsonl", "events.jsonl"])
+def test_each_file_alone_is_a_run(file: str, tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    for other in {"recipe.json", "metrics.jsonl", "events.jsonl"} - {file}:
+        (folder / other).unlink()
+    run = read_run(folder, "run")
+    assert (bool(run.recipe), len(run) > 0, bool(run.events)) == (
+        file == "recipe.json",
+        file == "metrics.jsonl",
+        file == "events.jsonl",
+    )
+
+
+def test_attempts_in_their_order(tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    (folder / "attempts").mkdir()
+    for name, content in (("00002", '{"host": "b"}'), ("00001", '{"host": "a"}'), ("00003", "{"), ("x", "{}")):
+        (folder / "attempts" / f"{name}.json").write_text(content)
+    run = read_run(folder, "run")
+    assert [(each["number"], each.get("host")) for each in run.attempts] == [(1, "a"), (2, "b"), (3, None)]
+    assert run.notes == ["attempts: 1 of 3 records cannot be read"]
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="it holds neither"):
+        read_runs([tmp_path])
+
+
+def test_names_are_short_and_differ(tmp_path: Path) -> None:
+    for name in ("a/x/run", "a/y/run", "a/y"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    assert short_names([tmp_path / "a" / "x" / "run"]) == ["run"]
+    assert short_names([tmp_path / "a" / "x" / "run", tmp_path / "a" / "y" / "run"]) == ["x/run", "y/run"]
+    assert short_names([tmp_path / "a" / "y", tmp_path / "a" / "y" / "run"]) == ["y", "y/run"]
+    assert short_names([Path("/")]) == ["/"]
+
+
+def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    assert [run.name for run in read_runs([folder, folder / ".." / "run"])] == ["run"]
+
+
+def test_text_that_no_page_can_hold() -> None:
+    assert printable("a\x00b\x1b[31m\udc80\u202eé") == "a�b�[31m��é"

@@ -1,0 +1,114 @@
+"""DeepSpeed's file: what the recipe owns, what is filled in by others, and what a run would be silently wrong under."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.config import TrainSection, dotted
+from megadistill.errors import UserError
+from megadistill.student.deepspeed_config import deepspeed_config, load_deepspeed
+from tests.paths import DS_CONFIGS, ROOT
+
+
+def _train(**sizes: int) -> TrainSection:
+    values = {"steps": 1, "global_batch": 1, "micro_batch": 1, "adamw": {"learning_rate": 1e-3}, **sizes}
+    return TrainSection.model_validate(values)
+
+
+SHIPPED = sorted(path.name for path in DS_CONFIGS.iterdir())
+
+
+def test_these_files_are_shipped() -> None:
+    assert SHIPPED == ["cpu.json", "hpz.json", "zero3-offload.json", "zero3.json", "zeropp.json"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_deepspeed_file_that_we_ship_is_accepted_and_explained_key_by_key(name: str) -> None:
+    values = load_deepspeed(DS_CONFIGS / name)
+    deepspeed_config(values, _train(global_batch=8), accumulation=1)
+    page = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    unexplained = [key for key in dotted(values) if f"`{key.rpartition('.')[2]}`" not in page]
+    assert not unexplained
+    assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "owner"),
+    [
+        ("train_micro_batch_size_per_gpu", 4, "train.micro_batch"),
+        ("gradient_accumulation_steps", 2, "train.global_batch"),
+        ("gradient_clipping", 1.0, "train.clip"),
+        ("bf16", {"enabled": True}, "train.precision"),
+        ("optimizer", {"type": "AdamW"}, "train.adamw"),
+    ],
+)
+def test_a_deepspeed_file_that_sets_what_the_recipe_owns_is_refused(
+    tmp_path: Path, key: str, value: Any, owner: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"sets {key}.*{owner}"):
+        load_deepspeed(path)
+
+
+def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "auto"}}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"zero_optimization\.reduce_bucket_size"):
+        load_deepspeed(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="JSON"):
+        load_deepspeed(path)
+    with pytest.raises(UserError, match="no file"):
+        load_deepspeed(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        (3, "must be an object, found 3"),
+        ({"stage": 2, "memory_efficient_linear": False}, "stage must be 3, found 2"),
+        ({"stage": 3}, "memory_efficient_linear must be false"),
+        (
+            {"stage": 3, "memory_efficient_linear": False, "zero_hpz_partition_size": 4},
+            "zero_hpz_partition_size is 4, which does not divide the 6 ranks of the student.* 1, 2, 3, 6",
+        ),
+    ],
+)
+def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> None:
+    train = _train(global_batch=24, micro_batch=2)
+    with pytest.raises(UserError, match=says):
+        deepspeed_config({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}, train, accumulation=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"comunication_data_type": "fp32"}, "no such key comunication_data_type; did you mean 'communication_data_ty"),
+        ({"zero_optimization": {"stage3_prefetch_size": 1}}, "zero_optimization has no key stage3_prefetch_size; did"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devize": "cpu"}}},
+            "zero_optimization.offload_optimizer has no key devize; did you mean 'device'",
+        ),
+        ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device: .* found 'disk'"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, r"zero_optimization\.reduce_bucket_size: .* found -1"),
+        ({"zero_optimization": {"cpu_offload": True}}, "DeepSpeed gave up cpu_offload: use offload_optimizer"),
+        (
+            {"zero_optimization": {"mics_shard_size": 8}},
+            "mics_shard_size: DeepSpeed removed MiCS; zero_hpz_partition_si",
+        ),
+        ({"zero_optimization": {"zenflow": {}}}, "ZenFlow takes the place of train.adamw"),
+        ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed removed it"),
+        ({"curriculum_learning": {}}, "stages of data.sources"),
+    ],
+)
+def test_a_key_that_is_mistyped_or_gone_is_refused_with_the_way_out(
+    tmp_path: Path, values: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(UserError, match=says) as caught:
+        load_deepspeed(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,301 @@
+"""Checkpoints in a world of one: complete or invisible, refused by name, and the same whoever cut them into pieces.
+
+Who writes them is tested in test_saver.py, who chooses among them in test_store.py, several ranks in
+tests/ranks/train/test_checkpoint.py.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megadistill.errors import OperatorFault
+from megadistill.train.checkpoint.format import (
+    FORMAT,
+    RNG_KEY,
+    Checkpoint,
+    checkpoint_folders,
+    commit,
+    newest_checkpoint,
+    write_rank,
+)
+from tests.unit.train.cases import manifest_of, save_checkpoint
+
+WEIGHT, BIAS = torch.arange(12, dtype=torch.float32).reshape(6, 2), torch.tensor([0.5, -0.5, 2.0])
+FILE = "rank-00000-of-00001.safetensors"
+
+
+def _state(scale: float = 1.0) -> dict[str, Tensor]:
+    return {
+        "optimizer_step": torch.tensor([7.0]),
+        "master/w": scale * WEIGHT.flatten(),
+        "exp_avg/w": -WEIGHT.flatten(),
+        "master/b": scale * BIAS,
+        RNG_KEY: torch.get_rng_state(),
+    }
+
+
+def _save(folder: Path, step: int, state: dict[str, Tensor] | None = None, **manifest: Any) -> Path:
+    return save_checkpoint(folder, _state() if state is None else state, step, **manifest)
+
+
+def _newest(folder: Path) -> Checkpoint:
+    found = newest_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+def _refused(folder: Path) -> str:
+    """What the newest checkpoint below `folder` is refused with."""
+    with pytest.raises(OperatorFault) as caught:
+        _newest(folder).verify()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _edit_manifest(checkpoint: Path, *, signed: bool = True, **changes: Any) -> None:
+    """`signed`: with the sha256 of the new values, so that nothing but they is wrong."""
+    path = checkpoint / "manifest.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    if signed:
+        del values["sha256"]
+        values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "none") is None
+    assert _save(tmp_path, 9).name == "step-00000009"
+    _save(tmp_path, 10, _state(scale=3.0))
+    found = _newest(tmp_path)
+    found.verify()
+    assert (found.manifest.step, found.manifest.tokens, found.manifest.vocab_size) == (10, 640, 5)
+    assert found.manifest.cursor == {"fingerprint": "f", "next_slot": 80}
+    assert torch.equal(found.parameter("w"), 3 * WEIGHT)
+    assert torch.equal(found.parameter("b"), 3 * BIAS)
+    assert found.read("exp_avg/w", 3, 7).tolist() == [-3.0, -4.0, -5.0, -6.0]
+    assert found.read("optimizer_step", 0, 1).tolist() == [7.0]
+    assert torch.equal(_not_none(found.rng_state(0, 1)), torch.get_rng_state())
+    assert found.rng_state(0, 2) is None, "the generators of another world are not this one's"
+
+
+def _not_none(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
+    complete = _save(tmp_path, 4)
+    for hidden in (".tmp-step-00000006-a1", ".removed-step-00000006", ".corrupt-a1-step-00000006"):
+        shutil.copytree(complete, tmp_path / hidden)
+    assert _newest(tmp_path).folder == complete
+    shutil.rmtree(complete)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    (_save(tmp_path, 4) / FILE).unlink()
+    message = _refused(tmp_path)
+    assert FILE in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_changed_file_is_named(tmp_path: Path, damage: Any) -> None:
+    path = _save(tmp_path, 4) / FILE
+    path.write_bytes(damage(path.read_bytes()))
+    message = _refused(tmp_path)
+    assert f"{path} is damaged" in message
+    assert str(path.stat().st_size) in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads (1, {FORMAT})"),
+        ({"world": 2}, "lists 1 files, 2 ranks wrote it"),
+        ({"files": {}}, "lists 0 files, 1 ranks wrote it"),
+        ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "lists 1 files"),  # only the ranks' own are opened
+        ({"step": -1}, "no checkpoint manifest"),
+        ({"another": 1}, "no checkpoint manifest"),
+    ],
+)
+def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    _save(tmp_path, 2)
+    _edit_manifest(_save(tmp_path, 4), **changes)
+    message = _refused(tmp_path)
+    assert says in message
+    assert "step-00000004" in message, "not the older one in its place"
+
+
+@pytest.mark.parametrize(("key", "start", "stop"), [("master/none", 0, 1), ("master/b", 0, 4), ("master/b", 3, 4)])
+def test_what_is_not_there_is_refused(tmp_path: Path, key: str, start: int, stop: int) -> None:
+    _save(tmp_path, 4)
+    with pytest.raises(OperatorFault, match=key):
+        _newest(tmp_path).read(key, start, stop)
+
+
+def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
+    """Everything is read by the library of its format alone, and nothing has another format."""
+    files = [path for path in _save(tmp_path, 4).rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".json", ".safetensors"]
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with safe_open(path, framework="pt") as file:
+                assert set(file.keys()) == set(_state())
+
+
+def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
+    """A checkpoint as the format describes it, cut into `pieces`; the whole tensor."""
+    whole = torch.randn(sum(pieces))
+    files = {}
+    for rank, piece in enumerate(torch.split(whole, pieces)):
+        path = folder / f"rank-{rank:05d}-of-{len(pieces):05d}.safetensors"
+        save_file({"master/w": piece.clone()}, path)
+        content = path.read_bytes()
+        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = {
+        "format": 1,
+        "step": 3,
+        "tokens": 30,
+        "world": len(pieces),
+        "vocab_size": 5,
+        "cursor": {},
+        "parameters": {"w": [len(whole)]},
+        "versions": {},
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return whole
+
+
+@settings(max_examples=30, deadline=None)
+@given(pieces=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_every_range_is_that_of_the_whole(pieces: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        whole = _write_by_hand(Path(name), pieces)
+        found = Checkpoint(Path(name))
+        found.verify()
+        assert torch.equal(found.parameter("w"), whole)
+        for start in range(len(whole) + 1):
+            for stop in range(start, len(whole) + 1):
+                assert torch.equal(found.read("master/w", start, stop), whole[start:stop]), (start, stop)
+
+
+def test_a_checkpoint_that_was_renamed_aside_is_out_of_the_way(tmp_path: Path) -> None:
+    _save(tmp_path, 2)
+    _save(tmp_path, 4).rename(tmp_path / "step-00000004.damaged")
+    assert _newest(tmp_path).manifest.step == 2
+    assert list(checkpoint_folders(tmp_path)) == [2]
+
+
+def test_a_newer_format_is_named_before_its_new_keys(tmp_path: Path) -> None:
+    _edit_manifest(_save(tmp_path, 4), format=FORMAT + 1, something_new=1)
+    with pytest.raises(OperatorFault, match=f"format {FORMAT + 1}, this version reads"):
+        _newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000],
+    ids=["none", "half", "list", "null", "bytes", "deep"],
+)
+def test_what_is_no_manifest_is_damage(tmp_path: Path, content: bytes) -> None:
+    (_save(tmp_path, 4) / "manifest.json").write_bytes(content)
+    assert "no checkpoint manifest" in _refused(tmp_path)
+
+
+def test_a_manifest_whose_values_changed_is_damage(tmp_path: Path) -> None:
+    """A flipped digit of the cursor is as bad as one of the weights, and no file's hash covers it."""
+    _edit_manifest(_save(tmp_path, 4), signed=False, cursor={"fingerprint": "f", "next_slot": 33})
+    assert "manifest.json is damaged" in _refused(tmp_path)
+    _edit_manifest(_newest_folder(tmp_path), signed=True)
+    _newest(tmp_path).verify()
+
+
+def _newest_folder(folder: Path) -> Path:
+    return checkpoint_folders(folder)[max(checkpoint_folders(folder))]
+
+
+def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
+    with open(_save(tmp_path, 4) / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)
+    assert "is no manifest" in _refused(tmp_path)
+
+
+def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> None:
+    """The manifest is there before the name, so it was lost since: going on from an older one would be silent."""
+    _save(tmp_path, 2)
+    (_save(tmp_path, 4) / "manifest.json").unlink()
+    assert "step-00000004" in _refused(tmp_path)
+
+
+def test_of_several_readers_each_file_has_one(tmp_path: Path) -> None:
+    """Three files, two readers: what is damaged is found by one of them, whichever file it is."""
+    _write_by_hand(tmp_path, [2, 2, 2])
+    for damaged in range(3):
+        path = tmp_path / f"rank-{damaged:05d}-of-00003.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = [_damage(Checkpoint(tmp_path), part, 2) for part in range(2)]
+        assert sum(path.name in said for said in found) == 1
+        assert sorted(found)[0] == ""
+        path.write_bytes(content)
+    assert [_damage(Checkpoint(tmp_path), part, 5) for part in range(5)] == [""] * 5
+
+
+def _damage(checkpoint: Checkpoint, part: int, parts: int) -> str:
+    try:
+        checkpoint.verify(part, parts)
+    except OperatorFault as fault:
+        return str(fault)
+    return ""
+
+
+def test_a_checkpoint_never_replaces_another(tmp_path: Path) -> None:
+    before = _save(tmp_path, 4)
+    content = {path.name: path.read_bytes() for path in before.iterdir()}
+    temporary = tmp_path / ".tmp-step-00000004-a2"
+    temporary.mkdir()
+    write_rank(temporary, _state(scale=2.0), rank=0, world=1)
+    with pytest.raises(OSError, match="step-00000004"):
+        commit(temporary, before, manifest_of(4))
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == content
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
+    """Whoever reads a run folder of a shared disk is not who wrote it."""
+    assert {path.stat().st_mode & 0o777 for path in _save(tmp_path, 4).iterdir()} == {0o644}
+
+
+def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the system calls: files, the manifest, their folder; the name; the folder of the name."""
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    _save(tmp_path / "checkpoints", 4)
+    temporary = ".tmp-step-00000004-a1"
+    assert done == [FILE, f"{FILE}.json", "manifest.json", temporary, "rename", "checkpoints"]

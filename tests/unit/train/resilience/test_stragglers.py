@@ -1,0 +1,53 @@
+"""Who is slower than the others, from times alone; and the product that is timed."""
+
+import pytest
+import torch
+
+from megadistill.train.resilience import stragglers
+from megadistill.train.resilience.stragglers import IN_A_ROW, Stragglers, product_seconds, slow, starved
+from tests.unit.train.cases import topology
+
+
+@pytest.mark.parametrize(
+    ("seconds", "named"),
+    [
+        ([1.0, 1.0, 1.29, 1.0], set()),
+        ([1.0, 1.1, 1.61, 0.9], {2}),
+        ([2.0, 1.0], {0}),
+        ([1.0], set()),
+        ([1.0, 9.0, 9.0, 1.0, 1.0], {1, 2}),
+        ([0.1, 1.0, 1.0], set()),
+    ],
+)
+def test_slow_is_much_slower_than_the_median(seconds: list[float], named: set[int]) -> None:
+    assert slow(seconds) == named
+
+
+@pytest.mark.parametrize(
+    ("shares", "named"),
+    [
+        ([0.0, 0.09, 0.0], set()),
+        ([0.01, 0.5, 0.02], {1}),
+        ([0.5, 0.5, 0.55], set()),
+        ([0.3, 0.3, 0.5], {2}),
+    ],
+)
+def test_starved_waits_for_data_more_than_the_others(shares: list[float], named: set[int]) -> None:
+    assert starved(shares) == named
+
+
+def test_a_rank_is_named_at_every_third_look_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = Stragglers(topology())
+    found = [1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+    said = []
+    for each in found:
+        monkeypatch.setattr(stragglers, "slow", lambda seconds, each=each: {0} if each else set())
+        said.append(len(looks.look(0.0)))
+    assert IN_A_ROW == 3
+    assert said == [0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0]
+
+
+def test_the_product_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert 0 < product_seconds(torch.device("cpu")) < 10
+    assert torch.equal(torch.get_rng_state(), before)

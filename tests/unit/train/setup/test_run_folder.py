@@ -1,0 +1,162 @@
+"""A run folder belongs to one recipe: what differs is listed, and only what moves no number may."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.data import Manifest, Mixture
+from megadistill.errors import UserError
+from megadistill.train.setup.run_folder import (
+    MAY_CHANGE,
+    describe,
+    keep_student_config,
+    keep_tokenizer,
+    refuse_other_recipe,
+    student_config_of,
+    write_description,
+)
+from megadistill.versions import PACKAGES
+from tests.unit.data.servers import serving
+from tests.unit.train.cases import MODEL, described_data, described_teacher, recipe
+
+
+def _snapshot(**sections: Any) -> dict[str, Any]:
+    return recipe(Path("data/manifest.json"), Path("run"), **sections).snapshot()
+
+
+def _refused(folder: Path, snapshot: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        refuse_other_recipe(folder, snapshot)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "a"
+    write_description(folder, describe(_snapshot(), {"zero_optimization": {"stage": 3}}))
+    return folder
+
+
+def test_the_description_is_plain_json_with_recipe_settings_and_versions(begun: Path) -> None:
+    written = json.loads((begun / "recipe.json").read_text(encoding="utf-8"))
+    assert written["recipe"] == _snapshot()
+    assert written["deepspeed"] == {"zero_optimization": {"stage": 3}}
+    assert written["versions"].keys() == {"python", *PACKAGES}
+    assert [path.name for path in begun.iterdir()] == ["recipe.json"], "nothing temporary is left"
+
+
+def test_the_same_recipe_goes_on_and_a_new_folder_is_free(begun: Path, tmp_path: Path) -> None:
+    refuse_other_recipe(begun, _snapshot())
+    refuse_other_recipe(tmp_path / "new", _snapshot())
+
+
+def test_what_differs_is_listed_with_both_values(begun: Path) -> None:
+    message = _refused(
+        begun, _snapshot(train={"clip": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
+    )
+    assert "train.clip was 1.0, is 0.5" in message
+    assert "student.config.model_type was 'llama', is 'qwen3'" in message
+    assert "student.config.hidden_size was 32, is None" in message
+    assert "log_every" not in message
+    assert "train.steps" not in message
+
+
+SECTIONS = ("checkpoint.", "faults.")
+"""What a run does about its disk and about faults moves no number of a run that has none."""
+
+
+def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
+    """Every other key of the recipe is refused when it has another value."""
+
+    def changed(values: dict[str, Any], prefix: str = "") -> list[str]:
+        refused = []
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                refused += changed(value, f"{name}.")
+                continue
+            values[key] = "another value"
+            try:
+                refuse_other_recipe(begun, snapshot)
+            except UserError:
+                refused.append(name)
+            else:
+                assert name in MAY_CHANGE or name.startswith(SECTIONS), f"{name} may change in silence"
+            values[key] = value
+        return refused
+
+    snapshot = _snapshot()
+    refused = changed(snapshot)
+    assert not set(refused) & set(MAY_CHANGE)
+    assert not [name for name in refused if name.startswith(SECTIONS)]
+    assert {
+        "run.seed",
+        "data.seed",
+        "data.document_mask",
+        "student.config.hidden_size",
+        "train.adamw.learning_rate",
+    } <= set(refused)
+
+
+def test_a_key_that_is_newer_than_the_folder_has_its_default(begun: Path) -> None:
+    written = json.loads((begun / "recipe.json").read_text())
+    del written["recipe"]["data"]["prefetch"], written["recipe"]["data"]["document_mask"]
+    (begun / "recipe.json").write_text(json.dumps(written))
+    refuse_other_recipe(begun, _snapshot())
+    with pytest.raises(UserError, match=r"data\.document_mask was False, is True"):
+        refuse_other_recipe(begun, _snapshot(data={"document_mask": True}))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": ', "\udcff"])
+def test_a_broken_description_is_refused(begun: Path, content: str) -> None:
+    (begun / "recipe.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = _refused(begun, _snapshot())
+    assert "recipe.json cannot be read" in message
+    assert "run.folder" in message
+
+
+def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
+    source, run = tmp_path / "set" / "tokenizer", tmp_path / "run"
+    data = Mixture.of(Manifest.load(described_data(tmp_path / "set" / "train")))
+    source.mkdir()
+    run.mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.model, the tokenizer of the shards, is not where"):
+        keep_tokenizer(run, data)
+    (source / "tokenizer.model").write_bytes(b"one")
+    (source / "tokenizer_config.json").write_bytes(b"{}")
+    keep_tokenizer(run, data)
+    (source / "tokenizer.model").write_bytes(b"two")
+    keep_tokenizer(run, data)
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
+    assert (run / "tokenizer" / "tokenizer_config.json").read_bytes() == b"{}"
+    assert [path.name for path in run.iterdir()] == ["tokenizer"]
+
+
+def test_the_tokenizer_of_remote_shards_is_copied_too(tmp_path: Path) -> None:
+    described_data(tmp_path / "set" / "train")
+    (tmp_path / "set" / "tokenizer").mkdir()
+    (tmp_path / "set" / "tokenizer" / "tokenizer.model").write_bytes(b"one")
+    with serving(tmp_path) as server:
+        keep_tokenizer(tmp_path / "run", Mixture.of(Manifest.load(f"{server.url}/set/train/manifest.json")))
+    assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
+
+
+def test_a_named_students_config_is_kept_and_read_where_the_folder_is_gone(tmp_path: Path) -> None:
+    named, run = tmp_path / "named", tmp_path / "run"
+    described_teacher(named)
+    section = recipe(tmp_path / "manifest.json", run, student={"config": str(named)}).student
+    keep_student_config(run, section)
+    before = (named / "config.json").read_bytes()
+    (named / "config.json").write_text("{}", encoding="utf-8")
+    keep_student_config(run, section)
+    found = student_config_of(run, section)
+    assert isinstance(found, Path)
+    assert (found / "config.json").read_bytes() == before, "a resume does not exchange it"
+    assert student_config_of(None, section) == named
+    spelled_out = recipe(tmp_path / "manifest.json", run).student
+    keep_student_config(tmp_path / "other", spelled_out)
+    assert not (tmp_path / "other").exists()
+    assert student_config_of(run, spelled_out) == MODEL

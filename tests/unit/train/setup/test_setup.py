@@ -1,0 +1,265 @@
+"""What `prepare` refuses before anything starts: one line, the value, the way out, and nothing written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadistill.config import Recipe, TeacherSection
+from megadistill.distributed.topology import Launch
+from megadistill.errors import UserError
+from megadistill.student.deepspeed_config import deepspeed_profile
+from megadistill.train.setup.run_folder import describe, write_description
+from megadistill.train.setup.setup import prepare, where_it_runs
+from tests.unit.train.cases import (
+    MODEL,
+    SEQUENCE,
+    TOKENIZER,
+    VOCAB,
+    described_data,
+    described_teacher,
+    recipe,
+    topology,
+)
+
+
+def _launch(world: int = 2) -> Launch:
+    return Launch(rank=0, world=world, local_rank=0, local_world=world)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return described_data(tmp_path / "data" / "train")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    return described_teacher(tmp_path / "teacher")
+
+
+def _refused(given: Recipe, *, world: int = 2) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(given, _launch(world))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not Path(given.run.folder).exists()
+    return message
+
+
+def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    found = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
+    assert (found.accumulation, found.group_size) == (2, 2)
+    assert found.tokens_per_step == 8 * SEQUENCE
+    assert found.student_config.vocab_size == VOCAB
+    assert found.teacher_config is not None
+    assert found.profile["zero_optimization"]["stage"] == 3
+    assert not (tmp_path / "run").exists()
+    assert prepare(recipe(manifest, tmp_path / "run"), _launch(1)).teacher_config is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"train": {"global_batch": 6}}, ["train.global_batch 6", "4 or 8"]),
+        ({"comm": {"vocab_group": 3}}, ["comm.vocab_group is 3", "1, 2"]),
+        ({"student": {"deepspeed": "none.json"}}, ["student.deepspeed", "none.json"]),
+        ({"student": {"config": {**MODEL, "hidden_sizes": 3}}}, ["student.config", "hidden_sizes", "hidden_size"]),
+        ({"student": {"config": {**MODEL, "vocab_size": 77}}}, ["student.config", "77", "250", "leave it out"]),
+        ({"student": {"config": {**MODEL, "max_position_embeddings": 16}}}, ["student.config", "16", "32", "raise it"]),
+        ({"data": {"manifest": "none/manifest.json"}}, ["none/manifest.json", "tokenize"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    manifest: Path, tmp_path: Path, sections: dict[str, Any], says: list[str]
+) -> None:
+    message = _refused(recipe(manifest, tmp_path / "run", **sections))
+    for part in says:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_position_embeddings": 16}, ["teacher.path", "16", "32"]),
+        ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer", "teacher.vocab_map"]),
+        ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
+        ({"tokenizer": None}, ["has no tokenizer.model", "copy", "teacher.vocab_map"]),
+        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words", "teacher.vocab_map"]),
+        ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(
+    manifest: Path, tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
+    unfit = described_teacher(tmp_path / "unfit", **changes)
+    message = _refused(recipe(manifest, tmp_path / "run", teacher=unfit))
+    for part in says:
+        assert part in message
+
+
+def test_a_students_folder_with_another_tokenizer_is_refused(manifest: Path, tmp_path: Path) -> None:
+    """One without a tokenizer, or with the data's own, is only an architecture."""
+    for tokenizer in (None, TOKENIZER):
+        folder = described_teacher(tmp_path / f"student-{tokenizer is None}", tokenizer=tokenizer)
+        assert prepare(recipe(manifest, tmp_path / "run", student={"config": str(folder)}), _launch())
+    other = described_teacher(tmp_path / "other", tokenizer=b"other pieces")
+    message = _refused(recipe(manifest, tmp_path / "run", student={"config": str(other)}))
+    for part in ("student.config", "sha256", "no tokenizer"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 64}, ["hidden_size is 64 there, 32 here"]),
+        ({"vocab_size": 249}, ["249", "250", "tokenize the text"]),
+        ({"tokenizer": b"other pieces"}, ["sha256", "no tokenizer"]),
+        ({"model_type": "gpt2"}, ["gpt2"]),
+    ],
+)
+def test_weights_that_the_student_cannot_start_from_are_refused(
+    manifest: Path, tmp_path: Path, changes: dict[str, Any], says: list[str]
+) -> None:
+    given = recipe(manifest, tmp_path / "run", student={"weights": str(described_teacher(tmp_path / "w", **changes))})
+    message = _refused(given)
+    for part in ["student.weights", *says]:
+        assert part in message
+
+
+def test_weights_are_not_asked_for_once_the_run_has_saved(manifest: Path, tmp_path: Path) -> None:
+    given = recipe(manifest, tmp_path / "run", student={"weights": str(tmp_path / "gone")})
+    assert "gone" in _refused(given)
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert prepare(given, _launch())
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "says"),
+    [
+        ({"ranks": 3, "stages": 3}, 4, ["teacher.stages is 3", "2 layers", "2 or less"]),
+        ({"ranks": 3, "stages": 2}, 4, ["teacher.ranks 3", "teacher.stages 2", "a multiple of 2"]),
+        ({"ranks": 2, "stages": 1}, 5, ["3 ranks of the student", "2 replicas"]),
+        ({"ranks": 4}, 4, ["teacher.ranks is 4", "4 processes"]),
+    ],
+)
+def test_a_teachers_own_ranks_that_do_not_fit_are_refused(
+    manifest: Path, teacher: Path, tmp_path: Path, changes: dict[str, Any], world: int, says: list[str]
+) -> None:
+    given = recipe(manifest, tmp_path / "run", teacher=teacher, comm={"vocab_group": 1})
+    assert given.teacher is not None
+    section = TeacherSection.model_validate({"path": str(teacher), "placement": "disaggregated", **changes})
+    message = _refused(given.model_copy(update={"teacher": section}), world=world)
+    for part in says:
+        assert part in message
+
+
+def test_a_teacher_with_padding_rows_is_welcome(manifest: Path, tmp_path: Path) -> None:
+    padded = described_teacher(tmp_path / "padded", vocab_size=VOCAB + 6)
+    found = prepare(recipe(manifest, tmp_path / "run", teacher=padded), _launch())
+    assert found.teacher_config is not None
+
+
+def test_the_folder_of_another_recipe_is_refused(manifest: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_description(run, describe(recipe(manifest, run, train={"steps": 7}).snapshot(), {}))
+    with pytest.raises(UserError, match=r"train\.steps was 7, is 6"):
+        prepare(recipe(manifest, run), _launch())
+
+
+def _profile(folder: Path, name: str, **zero: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}), encoding="utf-8")
+    return path
+
+
+def test_a_cpu_does_without_what_only_a_gpu_can_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _profile(tmp_path, "gpu.json", overlap_comm=True, reduce_scatter=True, zero_quantized_weights=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    used, left_out = deepspeed_profile(asked)
+    assert left_out == ("overlap_comm", "zero_quantized_weights")
+    zero = used["zero_optimization"]
+    assert (zero["overlap_comm"], zero["zero_quantized_weights"], zero["reduce_scatter"]) == (False, False, True)
+    plain = _profile(tmp_path, "plain.json", reduce_scatter=True)
+    assert deepspeed_profile(plain) == (json.loads(plain.read_text()), ())
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ())
+
+
+def test_one_line_says_where_it_runs(manifest: Path, tmp_path: Path) -> None:
+    precise = prepare(recipe(manifest, tmp_path / "run", train={"precision": "float32"}), _launch(1))
+    line = where_it_runs(precise, topology())
+    assert "CPU" in line
+    assert "1 process, vocabulary over 1, float32" in line
+    assert "slower" not in line
+    short = prepare(recipe(manifest, tmp_path / "run", train={"precision": "bfloat16"}), _launch(1))
+    assert "bfloat16 products are many times slower" in where_it_runs(short, topology())
+
+
+def test_a_vocabulary_that_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks.*vocab_multiple"):
+        prepare(recipe(manifest, tmp_path / "run", train={"global_batch": 6}), Launch(0, 3, 0, 3))
+
+
+def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    profile = tmp_path / "ds.json"
+    profile.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    with pytest.raises(UserError, match="stage must be 3, found 2"):
+        prepare(recipe(manifest, tmp_path / "run", student={"deepspeed": str(profile)}), Launch(0, 1, 0, 1))
+
+
+def test_attention_dropout_is_refused(tmp_path: Path) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    config = {**MODEL, "attention_dropout": 0.1}
+    with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set it to 0"):
+        prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file"):
+        prepare(recipe(described_data(tmp_path / "data" / "train"), tmp_path / "run"), _launch(1))
+
+
+def _mapped(manifest: Path, folder: Path, ids: list[int], **loss: Any) -> Recipe:
+    """A teacher of another tokenizer with 90 ids, and a map to them."""
+    other = described_teacher(folder / "other", tokenizer=None, vocab_size=90)
+    (folder / "map.json").write_text(json.dumps(ids), encoding="utf-8")
+    made = recipe(manifest, folder / "run", teacher=other, loss=loss)
+    teacher = TeacherSection(path=str(other), vocab_map=str(folder / "map.json"))
+    return made.model_copy(update={"teacher": teacher})
+
+
+def test_a_map_of_the_vocabulary_stands_in_for_the_tokenizer(manifest: Path, tmp_path: Path) -> None:
+    ids = [*range(89, -1, -1), *[-1] * (VOCAB - 90)]
+    found = prepare(_mapped(manifest, tmp_path, ids, divergence="jsd"), _launch())
+    assert found.vocab_map is not None
+    assert found.vocab_map.tolist() == ids
+
+
+@pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}])
+def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
+    message = _refused(_mapped(manifest, tmp_path, [0, *[-1] * (VOCAB - 1)], **loss))
+    assert "reverse KL is infinite" in message
+    assert f"{VOCAB - 1} ids" in message
+
+
+def test_a_compiled_loss_needs_a_compiler(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(manifest, tmp_path / "run", loss={"elementwise": "compiled"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = _refused(asked)
+    for part in ("loss.elementwise", "no-such-compiler", "CXX", "eager"):
+        assert part in message
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++ is not on the PATH" in _refused(asked)
+    (tmp_path / "g++").write_bytes(b"")
+    (tmp_path / "g++").chmod(0o755)
+    assert prepare(asked, _launch()).recipe.loss.elementwise == "compiled"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    (tmp_path / "g++").unlink()
+    prepare(asked, _launch())

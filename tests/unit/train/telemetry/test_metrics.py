@@ -1,0 +1,216 @@
+"""The log of a run: lines of JSON that survive a kill and a resume; throughput and MFU by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megadistill.config import LossSection, TargetsSection
+from megadistill.models.families import load_config
+from megadistill.train.telemetry import metrics
+from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
+from megadistill.types import METRIC_NAMES, StepReport
+from tests.unit.train.cases import MODEL, VOCAB, recipe, topology
+
+REPORT = StepReport(
+    step=1,
+    tokens=256,
+    loss=1.5,
+    divergence=0.25,
+    kl=0.5,
+    student_ce=2.5,
+    teacher_ce=2.0,
+    student_entropy=2.1,
+    teacher_entropy=1.9,
+    agreement=0.4,
+    log_z=0.1,
+    learning_rate=1e-3,
+    grad_norm=0.7,
+    seconds=2.0,
+    tokens_per_second=128.0,
+    data_seconds=0.125,
+    teacher_seconds=0.25,
+    mfu=None,
+    memory_bytes=10,
+)
+
+
+FORWARD_KL = LossSection()
+
+
+def _log(
+    folder: Path,
+    steps: range,
+    *,
+    loss: LossSection | None = FORWARD_KL,
+    rank: int = 0,
+    log_every: int = 1,
+    weights: dict[str, float] | None = None,
+    **changes: Any,
+) -> None:
+    """A run that goes on after the step before the first of `steps`."""
+    asked: dict[str, Any] = {"train": {"steps": 9, "log_every": log_every}}
+    if loss is not None:
+        asked["loss"] = loss.model_dump()
+    log = RunLog(
+        folder,
+        recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **asked),
+        start_step=steps.start - 1,
+        topology=topology(rank=rank, world=rank + 1),
+    )
+    for step in steps:
+        log.step(replace(REPORT, step=step, tokens=256 * step, **changes), weights=weights)
+    log.close()
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_step_is_a_line_of_json(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 4))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+    assert _lines(tmp_path)[0] == {name: value for name, value in REPORT.__dict__.items() if name != "diagnostics"}
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resume_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 6))
+    kept = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    _log(tmp_path, range(4, 5))
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == kept
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    _log(tmp_path, range(1, 2))
+    assert [line["step"] for line in _lines(tmp_path)] == [1], "a start without a checkpoint starts anew"
+
+
+def test_a_last_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    _log(tmp_path, range(4, 5))
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4]
+
+
+def test_a_run_from_labels_says_nothing_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 2), loss=None)
+    (line,) = _lines(tmp_path)
+    assert set(line) == set(REPORT.__dict__) - {*TEACHER_METRICS, "diagnostics"}
+    assert not [name for name in line if "teacher" in name or name in ("divergence", "kl", "agreement")]
+    assert "kl" not in capsys.readouterr().out
+
+
+def test_the_closer_look_is_an_object_on_the_steps_that_take_one(tmp_path: Path) -> None:
+    closer = {"acceptance": 0.75, "kl_entropy_decile_10": 0.5}
+    _log(tmp_path, range(1, 2))
+    _log(tmp_path, range(2, 3), diagnostics=closer)
+    first, second = _lines(tmp_path)
+    assert "diagnostics" not in first
+    assert second["diagnostics"] == closer
+    last = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    board = EventAccumulator(str(last))  # files of one second are read in the order of a counter's digits
+    board.Reload()
+    for name, value in closer.items():
+        assert [(event.step, event.value) for event in board.Scalars(f"diagnostics/{name}")] == [(2, value)]
+
+
+def test_what_truncated_targets_do_not_tell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 2), loss=LossSection(targets=TargetsSection()))
+    (line,) = _lines(tmp_path)
+    assert not {"teacher_ce", "teacher_entropy", "agreement"} & set(line)
+    assert line["kl"] == 0.5
+    said = capsys.readouterr().out
+    assert "kl 0.5000" in said
+    assert "agree" not in said
+
+
+def test_another_divergence_is_shown_beside_the_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 2))
+    assert "0.2500" not in capsys.readouterr().out
+    _log(tmp_path, range(2, 3), loss=LossSection(divergence="jsd"))
+    assert "| jsd 0.2500 | kl 0.5000 |" in capsys.readouterr().out
+
+
+def test_weights_are_logged_where_a_schedule_moves_them(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 2), weights={"kd_weight": 0.25, "ce_weight": 0.75})
+    (line,) = _lines(tmp_path)
+    assert (line["kd_weight"], line["ce_weight"]) == (0.25, 0.75)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path, range(1, 4), rank=1)
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().out
+
+
+def test_the_terminal_gets_a_line_now_and_then_and_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _log(tmp_path, range(1, 10), log_every=4)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in said] == ["step 4/9", "step 8/9", "step 9/9"]
+    for part in ("loss 1.5000", "ce 2.5000", "kl 0.5000", "agree 0.400", "lr 1.00e-03", "grad 0.700", "128 tok/s"):
+        assert part in said[0]
+    assert "mfu" not in said[0]
+
+
+def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: bool) -> StepReport:
+    monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: peak)
+    config = load_config({**MODEL, "vocab_size": VOCAB}, what="test")
+    meter = Meter(
+        student=config,
+        teacher=config if teacher else None,
+        sequence_length=32,
+        tokens_per_step=256,
+        precision="bfloat16",
+        topology=topology(world=2),
+    )
+    return meter.report(
+        3,
+        dict.fromkeys(METRIC_NAMES, 1.0),
+        rate=1e-3,
+        grad_norm=2.0,
+        seconds=0.5,
+        data_seconds=0.01,
+        teacher_seconds=0.1,
+    )
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_model_flops_over_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch, teacher: bool) -> None:
+    """fwd = 2B + 2Vd + 2Lsa; the student costs 3 of it, the teacher 1; recomputation is no model FLOP."""
+    per_layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 48 + 2 * 32  # q, k and v, o, gate up down, two norms
+    body, head, attention = 2 * (2 * per_layer + 32), 2 * VOCAB * 32, 2 * 2 * 32 * 32
+    flops = 3 * (body + head + attention)
+    flops += body + head + attention if teacher else 0
+    found = _report(monkeypatch, 1e9, teacher=teacher)
+    assert found.tokens_per_second == 512.0
+    assert found.tokens == 3 * 256
+    assert found.mfu == pytest.approx(512.0 * flops / (2 * 1e9), rel=1e-12)
+
+
+def test_mfu_is_left_out_where_the_peak_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _report(monkeypatch, None, teacher=True).mfu is None
+    monkeypatch.undo()
+    assert peak_flops(torch.device("cpu"), "float32") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12), ("Toy", "x", None)],
+)
+def test_the_peak_is_found_by_the_name_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None
+) -> None:
+    class Module:
+        @staticmethod
+        def get_device_name(device: torch.device) -> str:
+            return name
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    assert peak_flops(torch.device("cuda", 0), precision) == peak
