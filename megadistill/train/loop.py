@@ -172,12 +172,12 @@ class Run:
                 if setup.recipe.data.on_fault == "quarantine":
                     cursor = self._with_holes(stream, batch, cursor)
                 rate, outcome = self._take_step(batch, taught)
-                recovery.require_newest(outcome.notices)
+                recovery.require_newest(outcome.flags)
                 seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
                 with timeline.span(timeline.HOST, "report"):
                     self._report(outcome, rate, seconds, ahead.waited - read_before, log)
                 skipped.count(self.step, outcome.metrics, outcome.grad_norm)
-                for said in recovery.settle(outcome.notices):
+                for said in recovery.poll(outcome.flags):
                     log.say(said)
                 if stragglers is not None and self.step % faults.straggler_every == 0:
                     self._name(stragglers.look(ahead.waited - waited_before), log)
@@ -187,7 +187,7 @@ class Run:
                 next_slots.append(cursor.next_slot)
                 if not outcome.skipped and self._goes_back(vigil, outcome, list(next_slots), log):
                     return None
-                stopped_by = asked(outcome.notices)
+                stopped_by = asked(outcome.flags)
                 if stopped_by is not None:
                     recovery.events.write("signal", step=self.step, reason=stopped_by)
                 ends = self.step == last or stopped_by is not None
@@ -233,7 +233,7 @@ class Run:
             learning_rate=rate,
             objective=self._objective,
             topology=self._topology,
-            notices=lambda: {**self._stops.counts(), **self._recovery.notices()},
+            flags=lambda: {**self._stops.counts(), **self._recovery.flags()},
             recompute=every > 0 and self.step % every == 0,
         )
         return rate, outcome

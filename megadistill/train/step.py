@@ -48,7 +48,7 @@ class StepOutcome:
     metrics: dict[str, float]
     grad_norm: float
     """Not finite where the step moved nothing, since a loss or a gradient was not."""
-    notices: dict[str, float]
+    flags: dict[str, float]
     """What the ranks told each other, summed over them."""
     teacher_seconds: float
     diagnostics: dict[str, float] | None = None
@@ -72,12 +72,12 @@ def train_step(
     learning_rate: float,
     objective: Objective,
     topology: Topology,
-    notices: Callable[[], Mapping[str, float]] = dict,
+    flags: Callable[[], Mapping[str, float]] = dict,
     recompute: bool = False,
 ) -> StepOutcome:
     """Accumulates over the next `accumulation` lessons and takes one optimizer step. Collective over the world.
 
-    `notices`, what this rank has to tell the others, is asked before the one reduction of the step's numbers, and rides
+    `flags`, what this rank has to tell the others, is asked before the one reduction of the step's numbers, and rides
     on it; every rank gives the same names. `recompute`: the first micro-batch is computed twice and compared.
 
     A loss or a gradient that is not finite on any rank makes the step move nothing on all of them: its last gradient is
@@ -113,7 +113,7 @@ def train_step(
             _require_same(terms, again, micro.to(topology.device), said, count, topology)
         objective_value = terms.loss
         if index == accumulation - 1:
-            told = notices()
+            told = flags()
             sums = _reduced(totals, list(told.values()), topology)  # a device sync, one a step
             means = dict(zip((*names, *told), sums, strict=True))
             metrics = {name: means[name] for name in METRIC_NAMES}
@@ -128,7 +128,7 @@ def train_step(
     return StepOutcome(
         metrics=metrics,
         grad_norm=grad_norm,
-        notices={name: means[name] for name in told},
+        flags={name: means[name] for name in told},
         teacher_seconds=teacher_seconds,
         diagnostics=_finite(means, DIAGNOSTIC_NAMES) if diagnose else None,
     )

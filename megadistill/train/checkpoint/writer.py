@@ -4,8 +4,8 @@ A save is a few states that all ranks go through together, without a collective 
 
 1. `start` (collective): is there room on the disk? Rank 0 makes `.tmp-step-00000100-a3`; each rank hands its tensors,
    which are copies, to its writing thread.
-2. Each rank's thread writes, syncs and hashes its file. `notices` says that it has ended, well or not; the run adds the
-   notices of all ranks up in the reduction that each step makes anyway, and gives the sums to `settle`.
+2. Each rank's thread writes, syncs and hashes its file. `flags` says that it has ended, well or not; the run adds the
+   flags of all ranks up in the reduction that each step makes anyway, and gives the sums to `poll`.
 3. When all have ended well, rank 0's thread commits: manifest, one rename, then it deletes what is too old. It does so
    only while its attempt is the newest of the run, so a process that was frozen meanwhile changes nothing.
 4. Rank 0's notice of that ends the save, on all ranks after the same step.
@@ -39,7 +39,7 @@ from megadistill.train.checkpoint.format import (
     write_rank,
 )
 
-NOTICES = ("save_ended", "save_failed", "save_committed", "save_not_committed")
+SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
 
 FREE_SPACE_MARGIN = 1.05
 
@@ -130,9 +130,9 @@ class Saver:
         """Whether a save is under way: the same on every rank."""
         return self._save is not None
 
-    def notices(self) -> dict[str, float]:
-        """What this rank tells the others with the next step: 0 or 1 by `NOTICES`."""
-        told = dict.fromkeys(NOTICES, 0.0)
+    def flags(self) -> dict[str, float]:
+        """What this rank tells the others with the next step: 0 or 1 by `SAVE_FLAGS`."""
+        told = dict.fromkeys(SAVE_FLAGS, 0.0)
         save = self._save
         if save is None:
             return told
@@ -144,8 +144,8 @@ class Saver:
             told["save_failed"] = float(save.writing.exception() is not None)
         return told
 
-    def settle(self, told: Mapping[str, float]) -> SaveResult | None:
-        """Takes the save on by what all ranks told: the sums of `notices`. A result on the step that ends it.
+    def poll(self, told: Mapping[str, float]) -> SaveResult | None:
+        """Takes the save on by what all ranks told: the sums of `flags`. A result on the step that ends it.
 
         Raises:
             OperatorFault: another attempt at this run has begun (on rank 0).

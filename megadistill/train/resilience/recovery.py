@@ -130,10 +130,10 @@ class Recovery:
         going_on = f"going on after step {step}" + (f", {lost} steps are taken again" if lost else "")
         return f"attempt {self.attempt.number}, {'starting' if step == 0 else going_on}"
 
-    def notices(self) -> dict[str, float]:
+    def flags(self) -> dict[str, float]:
         """What this rank tells the others with the next step."""
         fenced = self._topology.is_first and not self.attempt.is_newest()
-        return {**self._saver.notices(), FENCED: float(fenced)}
+        return {**self._saver.flags(), FENCED: float(fenced)}
 
     def require_newest(self, told: Mapping[str, float]) -> None:
         """Raises OperatorFault: another attempt has the folder; nothing of this step is written to it."""
@@ -145,9 +145,9 @@ class Recovery:
         """A step that counts took so long."""
         self._goodput = replace(self._goodput, useful=self._goodput.useful + seconds)
 
-    def settle(self, told: Mapping[str, float]) -> list[str]:
+    def poll(self, told: Mapping[str, float]) -> list[str]:
         """Lines on a save that ended with this step, if one did."""
-        result = self._saver.settle(told)
+        result = self._saver.poll(told)
         return self._told([result]) if result is not None else []
 
     def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool) -> list[str]:

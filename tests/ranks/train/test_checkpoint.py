@@ -32,8 +32,8 @@ def _saver(topology: Topology, run: str, **options: Any) -> Saver:
 
 
 def _told(made: Saver, topology: Topology) -> dict[str, float]:
-    """The notices of all ranks, summed: what the reduction of a step does."""
-    mine = made.notices()
+    """The flags of all ranks, summed: what the reduction of a step does."""
+    mine = made.flags()
     summed = all_reduce_sum(torch.tensor(list(mine.values())), topology.world_group).tolist()
     return dict(zip(mine, summed, strict=True))
 
@@ -42,7 +42,7 @@ def _steps_to_the_end(made: Saver, topology: Topology, at_step: Callable[[int], 
     """After which step the save ended, and how; `at_step` is what this rank does in a step."""
     for step in range(10_000):
         at_step(step)
-        result = made.settle(_told(made, topology))
+        result = made.poll(_told(made, topology))
         if result is not None:
             return step, result
         time.sleep(0.001)

@@ -54,7 +54,7 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
         learning_rate=RATE,
         objective=SmallChunks(case.loss, steps=3, seed=SEED),
         topology=topology,
-        notices=lambda: {"rank": float(topology.rank), "one": 1.0},
+        flags=lambda: {"rank": float(topology.rank), "one": 1.0},
     )
 
 
@@ -136,7 +136,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world: int, case: Case) -> No
         assert found.outcomes[-1].metrics == clean.outcomes[-1].metrics
         assert found.outcomes[-1].grad_norm == clean.outcomes[-1].grad_norm
         for outcome in (*found.outcomes, *clean.outcomes):
-            assert outcome.notices == {"rank": world * (world - 1) / 2, "one": float(world)}, "summed on any step"
+            assert outcome.flags == {"rank": world * (world - 1) / 2, "one": float(world)}, "summed on any step"
 
 
 def _a_bad_first_step(topology: Topology) -> tuple[bool, list[str], int]:

@@ -23,7 +23,7 @@ from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import writer as saver_module
 from megadistill.train.checkpoint.attempt import Attempt, claim
 from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, checkpoint_name, newest_checkpoint
-from megadistill.train.checkpoint.writer import NOTICES, Saver, SaveResult, require_saved
+from megadistill.train.checkpoint.writer import SAVE_FLAGS, Saver, SaveResult, require_saved
 from tests.unit.train.cases import manifest_of, topology
 
 FILE = "rank-00000-of-00001.safetensors"
@@ -59,10 +59,10 @@ def _saver(attempt: Attempt, *, asynchronous: bool = True, keep_last: int = 9, k
 
 
 def _settled(saver: Saver) -> SaveResult:
-    """Takes steps until the save under way has ended; the sums over a world of one are its own notices."""
+    """Takes steps until the save under way has ended; the sums over a world of one are its own flags."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
-        result = saver.settle(saver.notices())
+        result = saver.poll(saver.flags())
         if result is not None:
             return result
         time.sleep(0.001)
@@ -125,12 +125,12 @@ def test_a_save_goes_on_while_the_run_does(attempt: Attempt, folder: Path, monke
     gate = Gate(monkeypatch)
     with _saver(attempt) as saver:
         assert not saver.busy
-        assert saver.settle(saver.notices()) is None
+        assert saver.poll(saver.flags()) is None
         assert saver.start(_state(4), manifest_of(4), stalled=1.0) == []
         for _ in range(3):
             assert saver.busy
-            assert saver.notices() == dict.fromkeys(NOTICES, 0.0)
-            assert saver.settle(saver.notices()) is None
+            assert saver.flags() == dict.fromkeys(SAVE_FLAGS, 0.0)
+            assert saver.poll(saver.flags()) is None
         assert newest_checkpoint(folder) is None
         assert _names(folder) == [".tmp-step-00000004-a1"]
         gate.opened.set()
@@ -161,7 +161,7 @@ def test_a_save_can_be_waited_for_at_any_state(attempt: Attempt, folder: Path, s
         result = None
         for _ in range(settles):
             time.sleep(0.01)
-            result = result or saver.settle(saver.notices())
+            result = result or saver.poll(saver.flags())
         result = result or saver.finish()
         assert result.path is not None
         assert not saver.busy
@@ -317,7 +317,7 @@ def test_an_attempt_that_thaws_in_the_middle_of_a_save_changes_nothing(
         assert gate.reached.wait(30)
         if when == "after its bytes":
             gate.opened.set()
-            while not old.notices()["save_ended"]:
+            while not old.flags()["save_ended"]:
                 time.sleep(0.001)
         second = claim(attempt.folder, {})
         monkeypatch.setattr(saver_module, "write_rank", checkpoint_module.write_rank)
@@ -345,7 +345,7 @@ def test_an_attempt_that_is_replaced_before_its_commit_publishes_nothing(
     """The later one has only just started: it has deleted nothing yet, and may already have looked for the newest."""
     with _saver(attempt) as saver:
         saver.start(_state(4), manifest_of(4))
-        while not saver.notices()["save_ended"]:
+        while not saver.flags()["save_ended"]:
             time.sleep(0.001)
         claim(attempt.folder, {})
         with pytest.raises(OperatorFault, match="attempt 1 of"):
@@ -449,7 +449,7 @@ def test_an_end_does_not_wait_for_the_disk(attempt: Attempt, folder: Path, monke
     with _saver(attempt) as saver:
         saver.start(_state(4), manifest_of(4))
         assert gate.reached.wait(30)
-    assert saver.notices()["save_ended"] == 0.0, "the disk still hangs"
+    assert saver.flags()["save_ended"] == 0.0, "the disk still hangs"
     gate.opened.set()
     saver._thread.shutdown(wait=True)
     assert newest_checkpoint(folder) is None
