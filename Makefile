@@ -1,20 +1,21 @@
-# make smoke   the whole job on this machine: text, teacher, two students, a table
-# make test    the tests           make check   format, lint, types, floors and walls
-# make slurm-test   those that start a Slurm of their own; `make test` has them too where one can be started
-# make drill   every fault that a run is to survive, on a real run (about ten minutes)
-# make results the table of docs/results/distillation.md: 26 small runs, within an hour; goes on where it stopped
-# make lock    the versions in constraints.txt, from the environment that just passed
+# make check     format, lint, types, import layers
+# make smoke     the whole job on this machine: text, teacher, two students, a table
+# make test      the tests that need no cluster, within 20 minutes on two cores
+# make test-all  what `make test` leaves out: a Slurm of its own, and the fault drill
+# make drill     every fault that a run must survive, on a real run (about ten minutes)
+# make results   the table of docs/results/distillation.md: 26 small runs, within an hour; resumes where it stopped
+# make lock      the versions in constraints.txt, from the environment that just passed
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 SMOKE := runs/smoke
 
-# The ranks of a CPU run share its cores; DeepSpeed asks for its accelerator before it can look.
+# The ranks of a CPU run share its cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: smoke test slurm-test drill results check format lock clean
+.PHONY: smoke test test-all drill results check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,10 +23,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/slurm
 
-slurm-test: $(READY)
+test-all: $(READY)
 	$(BIN)/python -m pytest tests/slurm -rs
+	$(BIN)/python -m tests.drill
 
 drill: $(READY)
 	$(BIN)/python -m tests.drill
@@ -50,7 +52,7 @@ lock: $(READY)
 clean:
 	rm -rf $(SMOKE)
 
-# The main job, by the verbs that a cluster uses. A second `make smoke` goes on where the first one stopped.
+# The main job, by the commands that a cluster uses. A second `make smoke` resumes where the first one stopped.
 smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
 	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json
@@ -74,7 +76,7 @@ $(SMOKE)/labels-hf/config.json: $(SMOKE)/data/heldout/manifest.json
 	OMP_NUM_THREADS=2 $(BIN)/megadistill train recipes/smoke-labels.yaml
 	$(BIN)/megadistill export $(SMOKE)/labels --output $(SMOKE)/labels-hf
 
-# Stopped half-way on purpose, then started again by the same command: it goes on from its checkpoint.
+# Stopped half-way on purpose, then started again by the same command: it resumes from its checkpoint.
 $(SMOKE)/distill-hf/config.json: $(SMOKE)/teacher-hf/config.json
 	rm -rf $(SMOKE)/distill-hf
 	$(BIN)/deepspeed --num_gpus 2 --module megadistill train recipes/smoke.yaml --stop-after 200
