@@ -23,14 +23,14 @@ class Cursor:
     """A position in the token stream: some hundred bytes, the same on every rank, whatever the position.
 
     `fingerprint` names the order and `order` describes it, as JSON (sources, stages, seed), so that a resume can tell
-    an edit of what is to come from one of what was read. `next_slot` is the first slot not yet delivered. `holes` are
+    an edit of what is to come from one of what was read. `next_slot` is the first slot not yet delivered. `masked_slots` are
     slots that were delivered empty because their unit was damaged, `skips` ranges [start, stop) of slots that were left
     out on purpose: both hold on a resume, whatever has been mended or asked for since.
     """
 
     fingerprint: str
     next_slot: int
-    holes: tuple[int, ...] = ()
+    masked_slots: tuple[int, ...] = ()
     skips: tuple[tuple[int, int], ...] = ()
     order: str = "{}"
 
@@ -38,7 +38,7 @@ class Cursor:
         return {
             "fingerprint": self.fingerprint,
             "next_slot": self.next_slot,
-            "holes": list(self.holes),
+            "masked_slots": list(self.masked_slots),
             "skips": [list(skip) for skip in self.skips],
             "order": json.loads(self.order),
         }
@@ -48,7 +48,7 @@ class Cursor:
         return cls(
             fingerprint=str(state["fingerprint"]),
             next_slot=int(state["next_slot"]),
-            holes=tuple(int(slot) for slot in state["holes"]),
+            masked_slots=tuple(int(slot) for slot in state["masked_slots"]),
             skips=tuple((int(start), int(stop)) for start, stop in state["skips"]),
             order=json.dumps(state["order"], sort_keys=True),
         )
@@ -70,7 +70,7 @@ class TokenBatch:
     starts: Tensor
     document_mask: bool = False
     faults: tuple[tuple[int, str], ...] = ()
-    """Slots of this rank's rows found damaged just now, with what is wrong: masked rows, holes from now on."""
+    """Slots of this rank's rows found damaged just now, with what is wrong: masked from now on."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -215,6 +215,9 @@ class SparseTargets:
         return replace(self, **moved)
 
 
+DECILES = 10
+"""Parts of equal size of the tokens, from the lowest entropy of the teacher to the highest."""
+
 TOP_K = (16, 64, 256)
 """The k of `Diagnostics.top_k_mass`."""
 
@@ -231,8 +234,8 @@ class Diagnostics:
     top_k_mass: Tensor
     """[3]: what the teacher gives to its `TOP_K` most likely ids."""
     kl_by_entropy_decile: Tensor
-    """[10]: forward KL of the tokens in each tenth of the call's tokens of the vocab group, from the lowest teacher
-    entropy to the highest. The ten add up to the forward KL."""
+    """[DECILES]: forward KL of the tokens in each tenth of the vocab group's tokens of a call, from the lowest teacher
+    entropy to the highest. They add up to the forward KL."""
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megadistill.evaluate.evaluation import write_json
     from megadistill.evaluate.evaluation_tables import tables
     from megadistill.evaluate.splits import load_splits
-    from megadistill.evaluate.token_progress import token_progress
+    from megadistill.progress import console_progress
 
     splits = load_splits(options.data)
-    with ranks(Launch.from_environment()) as topology, token_progress() as show:
+    with ranks(Launch.from_environment()) as topology, console_progress() as show:
         results = evaluate(
             options.models, splits, teacher=options.teacher, batch=options.batch, topology=topology, progress=show
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
 from megadistill.errors import UserError
+from megadistill.precision import PRECISIONS
 
 GENERATE_EPILOG = f"""\
 Sequence-level distillation: `objective: labels` trains on the shards that come out, unchanged. What is drawn depends on
@@ -68,7 +69,7 @@ def _export_parser(verbs: Verbs) -> None:
     )
     verb.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
+        choices=PRECISIONS,
         help="of the weights that are written (default: the run's precision)",
     )
     verb.set_defaults(run=_export)
@@ -80,9 +81,9 @@ def _generate(options: argparse.Namespace) -> int:
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}: give at least 1")
     from megadistill.data import Manifest, Mixture
-    from megadistill.data.prepare.progress import console_progress
     from megadistill.datagen.generate import Sampling, generate
     from megadistill.distributed.topology import local_device
+    from megadistill.progress import console_progress
 
     sampling = Sampling(
         prompt_tokens=options.prompt_tokens,

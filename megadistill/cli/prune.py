@@ -38,8 +38,8 @@ def _prune(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megadistill.data import Manifest, Mixture
-    from megadistill.data.prepare.progress import console_progress
     from megadistill.distributed.topology import local_device
+    from megadistill.progress import console_progress
     from megadistill.prune.prune import prune
 
     with console_progress() as show:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megadistill.errors import UserError, nearest
+from megadistill.precision import Precision
 
 MAX_TIMELINE_STEPS = 100
 
@@ -22,7 +23,7 @@ class RunSection(Section):
     """Where the run writes everything."""
     seed: int = Field(default=1, ge=0)
     """Seed of the student's initialisation."""
-    minutes: float | None = Field(default=None, gt=0)
+    time_limit_minutes: float | None = Field(default=None, gt=0)
     """A time budget: the run saves and stops after the step at which it is spent. None: no limit."""
     timeline: list[int] | None = None
     """[first, last]: steps of which every rank records what it does, for `megadistill timeline`. None: none."""
@@ -37,16 +38,16 @@ class RunSection(Section):
         return self
 
 
-class StageSection(Section):
-    """A stretch of the run, and what it reads."""
+class CurriculumEntry(Section):
+    """A span of the run and the mixture that it reads."""
 
     tokens: int | None = Field(default=None, ge=1)
-    """How long it is; the last stage has no end."""
+    """Length in tokens; the last entry has none and lasts to the end of the run."""
     weights: dict[str, float] = Field(min_length=1)
     """Source -> share of the sequences, in any unit: {web: 0.8, code: 0.2} or {web: 4, code: 1}."""
 
     @model_validator(mode="after")
-    def _weights_are_positive(self) -> "StageSection":
+    def _weights_are_positive(self) -> "CurriculumEntry":
         for name, weight in self.weights.items():
             if weight <= 0:
                 raise ValueError(f"the weight of {name} is {weight}: give a positive one, or leave the source out")
@@ -58,16 +59,16 @@ class DataSection(Section):
     """manifest.json of the training split, as `megadistill tokenize` wrote it: a path, or a URL that fsspec knows."""
     sources: dict[str, str] = {}
     """For a mixture, in place of `manifest`: name -> manifest.json of a split."""
-    stages: list[StageSection] = []
-    """For a mixture: what is read, one stage after the other. Stages that lie in the future may be edited."""
+    curriculum: list[CurriculumEntry] = []
+    """For a mixture: its weights, one entry after the other. Entries that lie in the future may be edited."""
     seed: int = Field(default=1, ge=0)
     """Seed of the order of the stream."""
     document_mask: bool = False
     """Each document is read by itself: no token attends to another document, and positions restart."""
-    on_fault: Literal["fail", "quarantine"] = "fail"
+    on_corrupt_sample: Literal["fail", "mask"] = "fail"
     """What a damaged unit does: end the run, or become a masked row in its place, which the state remembers."""
-    max_holes_per_million: int = Field(default=100, ge=0)
-    """quarantine: more damaged units than this in any million sequences end the run all the same."""
+    max_masked_per_million: int = Field(default=100, ge=0)
+    """mask: more damaged units than this in any million sequences end the run all the same."""
     skip: list[list[int]] = []
     """Ranges [first, stop) of sequence numbers to leave out, after a loss spike: they must lie ahead."""
     prefetch: int = Field(default=2, ge=0)
@@ -76,16 +77,22 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> "DataSection":
         if (self.manifest is None) == (not self.sources):
-            raise ValueError("give either manifest, or sources and stages")
-        if bool(self.sources) != bool(self.stages):
-            raise ValueError("sources and stages go together: stages say by which weights the sources are read")
-        for number, stage in enumerate(self.stages, 1):
-            for name in stage.weights:
+            raise ValueError("give either manifest, or sources and curriculum")
+        if bool(self.sources) != bool(self.curriculum):
+            raise ValueError(
+                "sources and curriculum go together: the curriculum gives the weights by which the sources are read"
+            )
+        for number, entry in enumerate(self.curriculum, 1):
+            for name in entry.weights:
                 if name not in self.sources:
-                    raise ValueError(f"stage {number} weighs {name}, no such source{nearest(name, self.sources)}")
-            if (stage.tokens is None) != (number == len(self.stages)):
-                last = number == len(self.stages)
-                what = "the last stage has no end: remove its" if last else f"stage {number} needs"
+                    raise ValueError(
+                        f"curriculum entry {number} weighs {name}, no such source{nearest(name, self.sources)}"
+                    )
+            if (entry.tokens is None) != (number == len(self.curriculum)):
+                last = number == len(self.curriculum)
+                what = (
+                    "the last curriculum entry has no end: remove its" if last else f"curriculum entry {number} needs"
+                )
                 raise ValueError(f"{what} tokens (train.steps ends the run)")
         for skipped in self.skip:
             if len(skipped) != 2 or not 0 <= skipped[0] < skipped[1]:
@@ -93,7 +100,7 @@ class DataSection(Section):
         return self
 
 
-class CommSection(Section):
+class DistributedSection(Section):
     vocab_group: int | None = Field(default=None, ge=1)
     """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
     timeout_minutes: float = Field(default=10.0, gt=0)
@@ -114,13 +121,13 @@ class StudentSection(Section):
 
 
 class TeacherSection(Section):
-    source: Literal["live", "cache"] = "live"
+    source: Literal["live", "stored"] = "live"
     """live: its forward pass runs with the student's. cache: `targets`, which it said once; it is not in memory."""
     path: str | None = None
     """A Hugging Face folder: config.json, safetensors, the tokenizer. For cache, to be sure whose targets they are."""
     targets: str | None = None
-    """cache: a folder, or a URL, of stored targets, which `megadistill cache` or `keep_targets` wrote."""
-    keep_targets: str | None = None
+    """stored: a folder, or a URL, of targets that `megadistill store-targets` or `save_targets` wrote."""
+    save_targets: str | None = None
     """live, with loss.targets: a folder in which the targets are stored as the run makes them."""
     vocab_map: str | None = None
     """A JSON list with the teacher's id for each of the student's ids, -1 where it has none. None: the same ids."""
@@ -132,7 +139,7 @@ class TeacherSection(Section):
     """disaggregated: ranks of one pipeline; `ranks` may hold several. All of `ranks` where nothing is said."""
     queue: int = Field(default=4, ge=1)
     """disaggregated: micro-batches of each of the student's ranks that are asked for before the oldest is answered."""
-    wire: Literal["whole", "float8"] = "whole"
+    transfer_dtype: Literal["native", "float8"] = "native"
     """disaggregated: how hidden states cross: in the run's precision, or in 8 bits with a scale for each token."""
 
     @model_validator(mode="after")
@@ -141,17 +148,17 @@ class TeacherSection(Section):
             if self.path is None:
                 raise ValueError("path is required: the teacher's Hugging Face folder")
             if self.targets is not None:
-                raise ValueError("targets belongs to source cache: remove it, or set the source")
+                raise ValueError("targets belongs to source stored: remove it, or set the source")
             return self
         if self.targets is None:
-            raise ValueError("source cache needs targets: a folder of stored targets")
-        if self.placement != "colocated" or self.keep_targets is not None:
-            raise ValueError("source cache has no live teacher: remove placement and keep_targets")
+            raise ValueError("source stored needs targets: a folder of stored targets")
+        if self.placement != "colocated" or self.save_targets is not None:
+            raise ValueError("source stored has no live teacher: remove placement and save_targets")
         return self
 
     @model_validator(mode="after")
     def _keys_of_the_placement(self) -> "TeacherSection":
-        plain = {"ranks": None, "stages": None, "queue": 4, "wire": "whole"}
+        plain = {"ranks": None, "stages": None, "queue": 4, "transfer_dtype": "native"}
         moved = [name for name, value in plain.items() if getattr(self, name) != value]
         if self.placement == "colocated" and moved:
             raise ValueError(f"{moved[0]} belongs to placement disaggregated: remove it, or set the placement")
@@ -200,7 +207,7 @@ class TargetsSection(Section):
     """top_k: how many of the most likely ids."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
     """threshold: the lowest probability that is kept."""
-    mass: float | None = Field(default=None, gt=0, lt=1)
+    p: float | None = Field(default=None, gt=0, lt=1)
     """top_p: the probability that the most likely ids reach together."""
     max_ids: int | None = Field(default=None, ge=1)
     """top_p: how many of them at most."""
@@ -218,7 +225,7 @@ class TargetsSection(Section):
 
     @model_validator(mode="after")
     def _keys_belong(self) -> "TargetsSection":
-        owners = {"draws": "sampled", "k": "top_k", "epsilon": "threshold", "mass": "top_p", "max_ids": "top_p"}
+        owners = {"draws": "sampled", "k": "top_k", "epsilon": "threshold", "p": "top_p", "max_ids": "top_p"}
         for key, owner in owners.items():
             value = getattr(self, key)
             if value is None and owner == self.select:
@@ -261,7 +268,7 @@ class LossSection(Section):
     """MiB of logits that exist at one time on a rank: tokens go through the loss in chunks that fit."""
     elementwise: Literal["eager", "compiled"] = "eager"
     """Who does the arithmetic between the products: torch's operations, or kernels that `torch.compile` makes."""
-    diagnose_every: int = Field(default=0, ge=0)
+    diagnostics_every: int = Field(default=0, ge=0)
     """Steps between closer looks at teacher and student, at the cost of a second pass; 0: never."""
 
     @model_validator(mode="after")
@@ -273,7 +280,7 @@ class LossSection(Section):
         if self.targets is not None:
             if self.divergence != "forward_kl":
                 raise ValueError(f"targets keep a part of the teacher, but {self.divergence} needs all of it")
-            for name, reason in (("label_fraction", "entropy"), ("diagnose_every", "whole distribution")):
+            for name, reason in (("label_fraction", "entropy"), ("diagnostics_every", "whole distribution")):
                 if getattr(self, name) != 0:
                     raise ValueError(f"{name} needs the teacher's {reason}, which targets do not tell: set it to 0")
         return self
@@ -299,11 +306,11 @@ class TrainSection(Section):
     """Sequences of an optimizer step, over all ranks: fixed, whatever the world size."""
     micro_batch: int = Field(ge=1)
     """Sequences of one forward pass on one rank; accumulation follows from it."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """What both models compute in. Master weights, moments and accumulated gradients are float32 in any case."""
-    clip: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
-    adamw: AdamWSection
+    optimizer: AdamWSection
     schedule: ScheduleSection = ScheduleSection()
     checkpoint_every: int = Field(default=1000, ge=1)
     """Steps between checkpoints; the last step of a run always is one."""
@@ -327,7 +334,7 @@ class CheckpointSection(Section):
     """Copy the state to host memory and write it while the run goes on; false: the run waits for the disk."""
 
 
-class FaultsSection(Section):
+class ResilienceSection(Section):
     """What the run takes for a fault, and what it does about it."""
 
     max_skipped_steps: int = Field(default=3, ge=0)
@@ -348,7 +355,7 @@ class FaultsSection(Section):
     """Steps between micro-batches that are computed twice and compared to the last bit; 0: never."""
     straggler_every: int = Field(default=100, ge=0)
     """Steps between comparisons of how fast the ranks compute; 0: never."""
-    stall_seconds: float = Field(default=600.0, gt=0)
+    step_timeout_seconds: float = Field(default=600.0, gt=0)
     """A step that takes longer is a hang: every rank writes its stacks, the culprit is named, the run ends (exit 3)."""
 
 
@@ -361,9 +368,9 @@ class Recipe(Section):
     data: DataSection
     student: StudentSection
     train: TrainSection
-    comm: CommSection = CommSection()
+    distributed: DistributedSection = DistributedSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    faults: FaultsSection = FaultsSection()
+    resilience: ResilienceSection = ResilienceSection()
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
     """For objective distill alone."""
@@ -375,10 +382,10 @@ class Recipe(Section):
         if self.objective == "labels" and self.teacher is not None:
             raise ValueError("objective labels reads no teacher: set teacher to null, or objective to distill")
         if self.teacher is not None and self.loss.targets is None:
-            if self.teacher.source == "cache":
-                raise ValueError("teacher.source cache needs loss.targets: which of the targets were stored")
-            if self.teacher.keep_targets is not None:
-                raise ValueError("teacher.keep_targets needs loss.targets: which targets to make and to store")
+            if self.teacher.source == "stored":
+                raise ValueError("teacher.source stored needs loss.targets: which of the targets were stored")
+            if self.teacher.save_targets is not None:
+                raise ValueError("teacher.save_targets needs loss.targets: which targets to make and to store")
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":

@@ -18,7 +18,6 @@ from rich.table import Table
 from megadistill.data import Mixture, TokenStream
 from megadistill.data.prepare.encode import disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER
-from megadistill.data.prepare.progress import ShowProgress
 from megadistill.data.prepare.shard_tasks import SHARD_PREFIX, TRAIN
 from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
@@ -29,7 +28,7 @@ from megadistill.data.shards.manifest import (
     refuse_finished,
     token_dtype,
 )
-from megadistill.data.shards.tar import OWN_UNIT
+from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, Done, Shards, Speaker
 from megadistill.errors import UserError
@@ -38,6 +37,7 @@ from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.models.sampling import require_drawable
 from megadistill.models.weights import check_weights
+from megadistill.progress import ShowProgress
 from megadistill.teacher.tokenizer_check import require_same_ids
 
 SHARD_SLOTS: Final = 1024
@@ -166,7 +166,7 @@ def generate(
             _finish(shards, done, data, inputs=(teacher.resolve().name, *sorted(data.sources)))
     return GenerateReport(
         output=output,
-        units=sum(one.shard.units for one in done if one.shard),
+        units=sum(one.shard.sequences for one in done if one.shard),
         shards=sum(one.shard is not None for one in done),
         finished=world == 1,
         new_tokens=sum(one.new_tokens for one in done),
@@ -216,7 +216,7 @@ def _finish(shards: Shards, done: list[Done], data: Mixture, *, inputs: tuple[st
         sequence_length=record.prompt_tokens + record.new_tokens - 1,
         dtype=token_dtype(data.vocab_size),
         vocab_size=data.vocab_size,
-        unit=OWN_UNIT,
+        sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(tokenizer, f"../{TOKENIZER_FOLDER}"),
         packer=PackerRecord(name=PACKER, version=PACKER_VERSION, bos=tokenizer.bos, eos=tokenizer.eos),
         documents=sum(one.documents for one in done),

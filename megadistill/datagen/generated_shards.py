@@ -22,10 +22,10 @@ from torch import Tensor
 from megadistill.data import TokenStream
 from megadistill.data.prepare.shard_tasks import SHARD_PREFIX
 from megadistill.data.shards.manifest import FORMAT_VERSION, Count, GeneratedRecord, Shard, token_dtype
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
 from megadistill.data.tokenizers.base import Tokenizer
-from megadistill.io import file_sha256, written_whole
+from megadistill.io import atomic_write, file_sha256
 from megadistill.models.sampling import continuations
 from megadistill.models.weights import load_pretrained
 from megadistill.types import IGNORED_LABEL
@@ -107,11 +107,11 @@ class Shards:
             left_out=len(slots) - len(units),
             **self._counts(units),
         )
-        with written_whole(self._record_path(number)) as file:
+        with atomic_write(self._record_path(number)) as file:
             file.write(done.model_dump_json().encode())
         return done
 
-    def _units(self, slots: range) -> Iterator[Unit]:
+    def _units(self, slots: range) -> Iterator[PackedSequence]:
         """One for each slot whose prompt is one stretch of text."""
         P = self.record.prompt_tokens
         for start in range(slots.start, slots.stop, self.speaker.batch):
@@ -135,15 +135,15 @@ class Shards:
             vocab_size=self.tokenizer.vocab_size,
         )
 
-    def _unit(self, prompt_P: Tensor, starts_P: Tensor, new_N: Tensor) -> Unit:
+    def _unit(self, prompt_P: Tensor, starts_P: Tensor, new_N: Tensor) -> PackedSequence:
         P, eos = len(prompt_P), self.tokenizer.eos
         begins = np.flatnonzero(starts_P.numpy()).tolist()
         if prompt_P[-1] == eos:  # what follows is a document of its own
             begins.append(P)
         bounds = np.array([*begins, P + _length(new_N, eos)], dtype=np.int32)
-        return Unit(torch.cat([prompt_P, new_N]).to(torch.int32).numpy(), bounds)
+        return PackedSequence(torch.cat([prompt_P, new_N]).to(torch.int32).numpy(), bounds)
 
-    def _counts(self, units: list[Unit]) -> dict[str, int]:
+    def _counts(self, units: list[PackedSequence]) -> dict[str, int]:
         written = [unit.tokens[: unit.bounds[-1]] for unit in units]
         return {
             "documents": sum(len(unit.bounds) - 1 for unit in units),

@@ -11,12 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megadistill.config import Recipe
-from megadistill.data.prepare.progress import ShowProgress, console_progress
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Launch, Topology, joined
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.distributed.watchdog.parent import end_with_launcher
+from megadistill.distributed.watchdog.parent import terminate_with_parent
 from megadistill.errors import RankUserError, UserError
+from megadistill.progress import ShowProgress, console_progress
 from megadistill.train.loop import objective_of, stream_of
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.teacher.placement import finish, keeping, pipeline_of, serve, teacher_of
@@ -33,12 +33,12 @@ def cache(recipe: Recipe, folder: Path, *, steps: int | None = None) -> str | No
     """
     if recipe.teacher is None or recipe.teacher.source != "live" or recipe.loss.targets is None:
         raise UserError("cache stores loss.targets of a live teacher: the recipe needs both, and objective distill")
-    teacher = recipe.teacher.model_copy(update={"keep_targets": str(folder)})
+    teacher = recipe.teacher.model_copy(update={"save_targets": str(folder)})
     launch = Launch.from_environment()
     run = recipe.run.model_copy(update={"folder": str(folder)})  # no run is begun, so none is in the way
     setup = prepare(recipe.model_copy(update={"teacher": teacher, "run": run}), launch)
-    minutes = recipe.comm.timeout_minutes
-    end_with_launcher(60 * minutes)
+    minutes = recipe.distributed.timeout_minutes
+    terminate_with_parent(60 * minutes)
     with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":
@@ -72,7 +72,7 @@ def store_targets(setup: Setup, topology: Topology, steps: int, show: ShowProgre
             tokens = number * setup.tokens_per_step // setup.accumulation
             whole = (steps - done) * setup.tokens_per_step
             show("targets, tokens", done=tokens, total=whole, tokens=tokens)
-    teacher.pipeline.dismiss()
+    teacher.pipeline.close()
     teacher.store.flush()
     barrier(topology.world_group)
     return finish(setup) if topology.is_first else None

@@ -18,8 +18,9 @@ from megadistill.config import StudentSection
 from megadistill.distributed.topology import Launch, Topology, topology_of_world
 from megadistill.errors import OperatorFault
 from megadistill.models.families import load_config, logit_transform
-from megadistill.models.tiny import shrunken, write_random
-from megadistill.student.engine import PRECISIONS, StudentEngine
+from megadistill.models.tiny import tiny_config, write_random
+from megadistill.precision import torch_dtype
+from megadistill.student.engine import StudentEngine
 from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
 from megadistill.train.objective import Objective
 from megadistill.train.setup.setup import Setup
@@ -52,7 +53,7 @@ def rehearse(setup: Setup, topology: Topology, launch: Launch, *, timeout: timed
 
 def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]:
     recipe = setup.recipe
-    config = shrunken(setup.student_config, vocab_size=VOCAB, min_layers=2)
+    config = tiny_config(setup.student_config, vocab_size=VOCAB, min_layers=2)
     teacher = _teacher_stage(setup, topology, folder)  # before the student: a live `zero.Init` would partition it too
     batch = _batch(topology, document_mask=recipe.data.document_mask)
     student = StudentEngine(
@@ -71,7 +72,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
     )
     taught = None
     if teacher is not None:
-        dtype = PRECISIONS[recipe.train.precision]
+        dtype = torch_dtype(recipe.train.precision)
         taught = Teacher(
             pipeline=TeacherPipeline(teacher, topology),
             head=head_rows(folder, student.head.vocab, dtype=dtype, device=topology.device),
@@ -98,12 +99,12 @@ def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherSta
     if setup.recipe.teacher is None:
         return None
     config: Any = setup.teacher_config if setup.teacher_config is not None else setup.student_config
-    write_random(shrunken(config, vocab_size=VOCAB, min_layers=max(2, topology.group_size)), folder, seed=SEED + 1)
+    write_random(tiny_config(config, vocab_size=VOCAB, min_layers=max(2, topology.group_size)), folder, seed=SEED + 1)
     return TeacherStage.load(
         folder,
         stage=topology.group_rank,
         stages=topology.group_size,
-        dtype=PRECISIONS[setup.recipe.train.precision],
+        dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
     )
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.loss import TokenTerms
+from megadistill.types import DECILES
 
 BINS = 21
 """Of the top-1 probability, as in the calibration errors of arXiv:2503.16870."""
-DECILES = 10
 COLUMNS = ("tokens", "cross_entropy", "kl", "jsd", "agreement", "acceptance")
 
 Floats = NDArray[np.float64]

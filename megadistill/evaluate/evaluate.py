@@ -16,8 +16,8 @@ from megadistill.evaluate.accumulator import COLUMNS, Deciles, Floats, Tally, To
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.models import check_model, token_numbers
 from megadistill.evaluate.splits import Split, batches, share, short_names
-from megadistill.evaluate.token_progress import ShowTokens
 from megadistill.models.weights import load_pretrained
+from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
 
 TIMEOUT_MINUTES = 60.0
@@ -41,7 +41,7 @@ def evaluate(
     teacher: Path | None,
     batch: int,
     topology: Topology,
-    progress: ShowTokens,
+    progress: ShowProgress,
 ) -> list[Evaluation]:
     """Every model of `models`, and the teacher first, on every sequence of the splits. Collective: all ranks get it.
 
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _own_batches(
-    splits: Sequence[Split], size: int, topology: Topology, progress: ShowTokens
+    splits: Sequence[Split], size: int, topology: Topology, progress: ShowProgress
 ) -> Iterator[tuple[int, TokenBatch]]:
     """This rank's share of the sequences, with the number of their split. The first rank tells of its own."""
     own = share(batches(splits, size), topology.rank, topology.world)
@@ -93,11 +93,11 @@ def _own_batches(
     tokens = 0
     for batch in own:
         if topology.is_first:
-            progress(tokens, total)
+            progress("evaluate", done=tokens, total=total)
         yield batch.split, streams[batch.split].batch(batch.slots).to(topology.device)
         tokens += len(batch.slots) * lengths[batch.split]
     if topology.is_first:
-        progress(tokens, total)
+        progress("evaluate", done=tokens, total=total)
 
 
 def _parameters(model: Any) -> int:

@@ -56,7 +56,7 @@ def held_out_prompts(
             raise UserError(f"{option} {value}: give at least 1")
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
     prompts: list[Prompt] = []
-    for slot in range(manifest.units if prompt_tokens <= manifest.sequence_length else 0):
+    for slot in range(manifest.sequences if prompt_tokens <= manifest.sequence_length else 0):
         read = stream.batch(range(slot, slot + 1))
         if (read.labels[0, :prompt_tokens] != IGNORED_LABEL).all():
             ids, labels = read.tokens[0, :prompt_tokens].tolist(), read.labels[0, prompt_tokens - 1 :][:new_tokens]

@@ -69,9 +69,9 @@ def load_splits(given: Sequence[str]) -> list[Split]:
 def batches(splits: Sequence[Split], size: int) -> list[Batch]:
     """All sequences of all splits, `size` at a time: which ones are read together does not depend on the ranks."""
     return [
-        Batch(number, range(start, min(start + size, split.manifest.units)))
+        Batch(number, range(start, min(start + size, split.manifest.sequences)))
         for number, split in enumerate(splits)
-        for start in range(0, split.manifest.units, size)
+        for start in range(0, split.manifest.sequences, size)
     ]
 
 

@@ -59,14 +59,14 @@ class Reading:
 
 
 def sequences_of(order: Mapping[str, Any], cursor: Cursor) -> dict[str, int]:
-    """Source -> sequences that were learned from, in the slots below the cursor: no holes, and nothing left out.
+    """Source -> sequences that were learned from, in the slots below the cursor: without those that were masked or skipped.
 
     `order` is the description that a cursor carries.
     """
     names = sorted(order["sources"])
     end = cursor.next_slot
     read_K = _dealt(order["stages"], names, end)
-    for start, stop in [*cursor.skips, *((slot, slot + 1) for slot in cursor.holes)]:
+    for start, stop in [*cursor.skips, *((slot, slot + 1) for slot in cursor.masked_slots)]:
         read_K -= _dealt(order["stages"], names, min(stop, end)) - _dealt(order["stages"], names, min(start, end))
     return dict(zip(names, read_K.tolist(), strict=True))
 

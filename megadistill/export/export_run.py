@@ -14,12 +14,13 @@ from megadistill.errors import UserError
 from megadistill.export.model_card import Origin, model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
+from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, newest_checkpoint
 from megadistill.train.checkpoint.rollback import given_up, read_rollbacks
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, student_config_of
 
 
-def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes: int, dtype: str | None) -> int:
+def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes: int, dtype: Precision | None) -> int:
     """Writes the student of a checkpoint to `output`, with a card that says what it was trained on; its step.
 
     `source`: a run folder, whose newest checkpoint it is, or that of `step`; or a checkpoint's own folder. The float32
@@ -37,7 +38,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     run, checkpoint = _found(source, step)
     manifest = checkpoint.manifest
     recipe = _recipe_of(run, checkpoint)
-    numbers = getattr(torch, dtype or recipe.train.precision)
+    numbers = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
     config = exported_config(config, dtype=numbers, true_vocab=manifest.vocab_size)
     tokenizer = run / TOKENIZER_FOLDER if run is not None else None

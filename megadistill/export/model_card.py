@@ -36,7 +36,7 @@ TARGETS = {
     "sampled": "counts of {draws} draws from its distribution",
     "top_k": "its {k} most likely ids",
     "threshold": "ids to which it gives at least {epsilon}",
-    "top_p": "its most likely ids, up to {mass} of the probability and {max_ids} ids",
+    "top_p": "its most likely ids, up to {p} of the probability and {max_ids} ids",
 }
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -126,7 +126,7 @@ def _sources(reading: Reading) -> str:
         held, tokens = source.manifest, f"{source.sequences * reading.sequence_length:,}"
         known = ["", "", ""]
         if held is not None:
-            known = [f"{source.sequences / held.units:.3g}", _count(held.documents), _count(held.text_bytes)]
+            known = [f"{source.sequences / held.sequences:.3g}", _count(held.documents), _count(held.text_bytes)]
         lines.append([plain(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", *known])
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
     return table(list(line) for line in zip(*columns, strict=True))
@@ -150,7 +150,7 @@ def _stream(origin: Origin, reading: Reading) -> Rows:
         "documents": "each by itself" if data.document_mask else "side by side, visible to each other",
         "tokenizer": _tokenizer(origin, reading),
         "order": f"seed {data.seed}, fingerprint `{reading.cursor.fingerprint}`",
-        "damaged sequences, masked": f"{len(reading.cursor.holes):,}",
+        "damaged sequences, masked": f"{len(reading.cursor.masked_slots):,}",
         "sequences left out on purpose": f"{left_out:,}",
     }
 
@@ -177,7 +177,7 @@ def _stages(order: Mapping[str, Any]) -> str | None:
 
 def _training(origin: Origin, reading: Reading) -> Rows:
     recipe, manifest = origin.recipe, origin.checkpoint.manifest
-    section, adamw = recipe.train, recipe.train.adamw
+    section, adamw = recipe.train, recipe.train.optimizer
     forward = flops_per_token(origin.config, reading.sequence_length).forward
     weights = recipe.student.weights
     return {
@@ -188,7 +188,7 @@ def _training(origin: Origin, reading: Reading) -> Rows:
         "batch": f"{section.global_batch:,} sequences, {section.global_batch * reading.sequence_length:,} tokens",
         "optimizer": (
             f"AdamW, β₁ {adamw.beta1:g}, β₂ {adamw.beta2:g}, ε {adamw.epsilon:g}, weight decay "
-            f"{adamw.weight_decay:g} on matrices; gradient norm clipped at {section.clip:g}"
+            f"{adamw.weight_decay:g} on matrices; gradient norm clipped at {section.max_grad_norm:g}"
         ),
         "learning rate": f"{adamw.learning_rate:g}, {_schedule(section.schedule)}",
         "precision": f"{section.precision}, float32 master weights",
@@ -238,7 +238,7 @@ def _teacher(recipe: Recipe, reading: Reading) -> Rows:
     rest = "" if targets is None or targets.tail is None else f", the rest {targets.tail}"
     rows: Rows = {
         "teacher": "not named by the recipe" if section.path is None else last_name(section.path),
-        "targets": f"{kept}{rest}, {'stored before the run' if section.source == 'cache' else 'computed in the run'}",
+        "targets": f"{kept}{rest}, {'stored before the run' if section.source == 'stored' else 'computed in the run'}",
         "vocabulary": None if section.vocab_map is None else "another one, mapped id by id",
         "fingerprint of its folder today": _fingerprint(section.path),
     }
@@ -280,7 +280,7 @@ def _checkpoint(origin: Origin) -> Rows:
     skipped = set()
     if origin.run is not None:
         events = read_lines(origin.run / "events.jsonl")
-        skipped = {each["step"] for each in events if each["event"] == "skip" and each["step"] <= manifest.step}
+        skipped = {each["step"] for each in events if each["event"] == "step_skipped" and each["step"] <= manifest.step}
     content = manifest.sha256 or hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     return {
         "step": f"{manifest.step:,}",

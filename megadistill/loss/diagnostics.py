@@ -12,8 +12,7 @@ from torch import Tensor
 from megadistill.distributed.collectives import all_reduce_sum, group_rank
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.chunk import PAIRWISE, Chunk
-from megadistill.loss.reference import DECILES
-from megadistill.types import TOP_K, Diagnostics
+from megadistill.types import DECILES, TOP_K, Diagnostics
 
 
 @dataclass(frozen=True)

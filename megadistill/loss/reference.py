@@ -14,9 +14,7 @@ from torch import Tensor
 
 from megadistill.loss.divergence import Divergence, DivergenceKind
 from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK
-from megadistill.types import IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
-
-DECILES = 10
+from megadistill.types import DECILES, IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
 
 
 def distill_loss(

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from megadistill.errors import UserError
-from megadistill.plan.counts.model_stats import Measured, measure
-from megadistill.plan.counts.zero import PRECISION_BYTES
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.estimate import Estimate, estimate
-from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, placed, recipe_of
-from megadistill.plan.plan_input import Subject
-from megadistill.plan.throughput import Assumed
+from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, placed, recipe_with
+from megadistill.plan.plan_input import PlanInput
+from megadistill.plan.throughput import MfuAssumption
+from megadistill.precision import torch_dtype
 
 BEST = 5
 """Proposals that are shown."""
@@ -22,10 +22,10 @@ DEAR = 1.5
 class Plan:
     """A recipe on a cluster: as it says, and as it might say."""
 
-    subject: Subject
-    measured: Measured
+    subject: PlanInput
+    measured: RecipeStats
     cluster: Cluster
-    assumed: Assumed
+    assumed: MfuAssumption
     own: Estimate | None
     """None where a run of the recipe would be refused on this cluster."""
     refused: str | None
@@ -49,10 +49,10 @@ class Plan:
         return overrides(found.placed.recipe, self.subject.recipe)
 
 
-def plan(subject: Subject, cluster: Cluster, assumed: Assumed) -> Plan:
+def plan(subject: PlanInput, cluster: Cluster, assumed: MfuAssumption) -> Plan:
     """Raises UserError: the peak of the GPU at the recipe's precision is not known."""
     cluster.accelerator.peak_flops(subject.recipe.train.precision)
-    measured = measure(subject.student, subject.teacher, sequence_length=subject.sequence_length)
+    measured = measure_models(subject.student, subject.teacher, sequence_length=subject.sequence_length)
     own, refused = None, None
     try:
         own = estimate(placed(subject.recipe, subject, cluster), subject, measured, cluster, assumed)
@@ -65,7 +65,7 @@ def plan(subject: Subject, cluster: Cluster, assumed: Assumed) -> Plan:
     return Plan(subject, measured, cluster, assumed, own, refused, _distinct(fitting), nearest, len(found))
 
 
-def _search(subject: Subject, measured: Measured, cluster: Cluster, assumed: Assumed) -> Iterator[Estimate]:
+def _search(subject: PlanInput, measured: RecipeStats, cluster: Cluster, assumed: MfuAssumption) -> Iterator[Estimate]:
     """What would be refused, and larger micro-batches of what does not fit already, are left out."""
 
     def but_for_the_batch(layout: Layout) -> Layout:
@@ -77,7 +77,7 @@ def _search(subject: Subject, measured: Measured, cluster: Cluster, assumed: Ass
             if _stage_is_too_large(layout, subject, measured, cluster):
                 break
             try:
-                recipe = recipe_of(layout, subject.recipe, cluster)
+                recipe = recipe_with(layout, subject.recipe, cluster)
                 found = estimate(placed(recipe, subject, cluster), subject, measured, cluster, assumed)
             except UserError:
                 continue
@@ -86,18 +86,18 @@ def _search(subject: Subject, measured: Measured, cluster: Cluster, assumed: Ass
                 break
 
 
-def _stage_is_too_large(layout: Layout, subject: Subject, measured: Measured, cluster: Cluster) -> bool:
+def _stage_is_too_large(layout: Layout, subject: PlanInput, measured: RecipeStats, cluster: Cluster) -> bool:
     """Told without counting anything else: a single stage does not fit a device."""
     stage = _stage_bytes(layout, subject, measured)
     return stage is not None and stage > 2 * cluster.accelerator.memory_bytes
 
 
-def _stage_bytes(layout: Layout, subject: Subject, measured: Measured) -> int | None:
+def _stage_bytes(layout: Layout, subject: PlanInput, measured: RecipeStats) -> int | None:
     """Of the largest stage of a live teacher; None where there is none, or it has fewer layers than stages."""
     teacher, stages = measured.teacher, layout.stages or layout.vocab_group
     if teacher is None or stages > teacher.layers:
         return None
-    return PRECISION_BYTES[subject.recipe.train.precision] * max(teacher.stage_parameters(stages))
+    return torch_dtype(subject.recipe.train.precision).itemsize * max(teacher.stage_parameters(stages))
 
 
 def _cost(found: Estimate) -> tuple[float, int]:
@@ -119,7 +119,7 @@ def _distinct(fitting: list[Estimate]) -> tuple[Estimate, ...]:
     return tuple(shown)
 
 
-def what_would_help(found: Plan) -> str:
+def remedies(found: Plan) -> str:
     """Where no layout fits: by how much the best misses, what fills it, and what was found to mend it."""
     nearest = found.nearest
     kind, ranks = found.cluster.accelerator.name, found.cluster.ranks
@@ -148,7 +148,7 @@ def what_would_help(found: Plan) -> str:
 def _mended(found: Plan) -> Iterator[str]:
     """Tried, not guessed."""
 
-    def fits(subject: Subject, cluster: Cluster) -> bool:
+    def fits(subject: PlanInput, cluster: Cluster) -> bool:
         return any(each.fits for each in _search(subject, found.measured, cluster, found.assumed))
 
     for times in (2, 4, 8, 16, 32, 64):

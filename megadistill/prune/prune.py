@@ -11,14 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import numpy as np
 import torch
 from rich.table import Table
 
 from megadistill import __version__
 from megadistill.data import Mixture, TokenStream
-from megadistill.data.prepare.progress import ShowProgress
-from megadistill.data.shards.manifest import token_dtype
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, load_config
 from megadistill.models.fingerprint import teacher_fingerprint
@@ -26,6 +23,7 @@ from megadistill.models.flops import parameter_counts
 from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights, load_pretrained
+from megadistill.progress import ShowProgress
 from megadistill.prune import (
     Importance,
     Kept,
@@ -173,14 +171,14 @@ def _measured(
     model: Any = load_pretrained(teacher, what=str(teacher), device=device)
     if device.type == "cpu":
         model.float()  # its products in bfloat16 are many times slower
-    row_bytes = data.sequence_length * np.dtype(token_dtype(data.vocab_size)).itemsize
+    total = slots * data.sequence_length
 
     def batches() -> Iterator[TokenBatch]:
-        progress("calibrate", done=0, total=slots * row_bytes, tokens=0)
+        progress("calibrate", done=0, total=total)
         for start in range(0, slots, batch):
             stop = min(start + batch, slots)
             yield stream.batch(range(start, stop))
-            progress("calibrate", done=stop * row_bytes, total=slots * row_bytes, tokens=stop * data.sequence_length)
+            progress("calibrate", done=stop * data.sequence_length, total=total)
 
     return measure(model, batches())
 

@@ -33,8 +33,9 @@ from megadistill.config import StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, reading, rebuild_buffers
-from megadistill.models.initial_weights import StartingWeights
+from megadistill.models.initial_weights import InitialWeights
 from megadistill.models.initialise import initial_tensor
+from megadistill.precision import Precision, torch_dtype
 from megadistill.student.deepspeed_config import deepspeed_config
 from megadistill.student.head import StudentHead
 
@@ -45,8 +46,6 @@ compatible_ops["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19 calls torch 2.13's collectives by names that the next torch gives up.
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # What is saved of each parameter: the float32 master copy and AdamW's two moments.
 OPTIMIZER_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,7 +80,7 @@ def build_partitioned(
     vocab_size: int,
     padded: int,
     seed: int | None,
-    precision: str,
+    precision: Precision,
     rank: int,
     engine_config: dict[str, Any],
 ) -> Module:
@@ -94,7 +93,7 @@ def build_partitioned(
     rebuilt outside. `forward` is replaced on the model itself: a wrapper would prefix every name in a checkpoint.
     """
     with deepspeed.zero.Init(config_dict_or_path=engine_config):
-        model: Module = build_causal_lm(config, vocab_size=padded, dtype=PRECISIONS[precision])
+        model: Module = build_causal_lm(config, vocab_size=padded, dtype=torch_dtype(precision))
     if seed is not None:
         _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=rank)
     rebuild_buffers(model)
@@ -108,7 +107,7 @@ def _initialise(model: Module, config: Any, *, vocab_size: int, seed: int, rank:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
-                shape, norm = (rows, *parameter.shape[1:]), family(config).neutral_norm
+                shape, norm = (rows, *parameter.shape[1:]), family(config).norm_init
                 values = initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
                 parameter.data.zero_()
                 parameter.data[:rows].copy_(values)
@@ -151,10 +150,10 @@ class StudentEngine:
         tied = bool(config.tie_word_embeddings)
         # The learning rate is set at each step from the run's own step count.
         self._optimizer = torch.optim.AdamW(
-            _decay_groups(model, train.adamw.weight_decay),
+            _decay_groups(model, train.optimizer.weight_decay),
             lr=0.0,
-            betas=(train.adamw.beta1, train.adamw.beta2),
-            eps=train.adamw.epsilon,
+            betas=(train.optimizer.beta1, train.optimizer.beta2),
+            eps=train.optimizer.epsilon,
             fused=True,
         )
         self._config = config
@@ -208,7 +207,7 @@ class StudentEngine:
         ]
 
     @torch.no_grad()
-    def unlike_master(self) -> list[str]:
+    def params_differing_from_master(self) -> list[str]:
         """Names of the parameters of which this rank computes with something else than it optimizes. Between steps.
 
         What is optimized is the float32 master; computed with are this rank's piece of it in the model's precision
@@ -281,7 +280,7 @@ class StudentEngine:
         Raises:
             UserError: a tensor is missing, or cannot be read.
         """
-        weights = StartingWeights(folder, self._config, vocab_size=self.head.vocab.size)
+        weights = InitialWeights(folder, self._config, vocab_size=self.head.vocab.size)
         shapes = self.parameters
 
         def read(key: str, start: int, stop: int) -> Tensor:

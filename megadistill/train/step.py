@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.distributed.collectives import all_reduce_sum, everywhere
+from megadistill.distributed.collectives import all_reduce_sum, all_true
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
@@ -22,6 +22,7 @@ from megadistill.train.objective import Objective
 from megadistill.train.resilience.anomalies import finite, require_sound_teacher
 from megadistill.train.teacher.targets import Lesson, StoredTeacher, Teacher
 from megadistill.types import (
+    DECILES,
     IGNORED_LABEL,
     METRIC_NAMES,
     TOP_K,
@@ -31,7 +32,6 @@ from megadistill.types import (
     TokenBatch,
 )
 
-DECILES = 10
 DIAGNOSTIC_NAMES = (
     "acceptance",
     "reverse_kl",
@@ -226,7 +226,7 @@ def _require_same(
         again = _numbers(loss.terms(micro, said, count))
     before = _numbers(terms)
     same = bool((again.view(torch.int64) == before.view(torch.int64)).all())
-    if everywhere(same, topology.device, topology.world_group):
+    if all_true(same, topology.device, topology.world_group):
         return
     if same:
         raise OperatorFault("another rank computed a micro-batch twice and got two results: its own line says so")

@@ -1,6 +1,6 @@
 """Foreign shards: WebDataset tars that somebody else made, indexed and described as a split. The tars stay as they are.
 
-Legend: L tokens of a unit, S = L - 1 tokens of a sequence.
+Legend: L tokens of a sequence, S = L - 1 tokens of a sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,33 +12,33 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from megadistill.data.prepare.progress import ShowProgress, console_progress
 from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
     FileName,
     Manifest,
     PackerRecord,
+    SampleFormat,
     Shard,
     SourceRecord,
     TokenDtype,
     TokenizerRecord,
-    UnitRecord,
     refuse_finished,
     token_dtype,
 )
-from megadistill.data.shards.npy import MAX_LENGTH, Misfit, row_of
-from megadistill.data.shards.reader import UnitReader
+from megadistill.data.shards.npy import MAX_LENGTH, MemberError, row_of
+from megadistill.data.shards.reader import SequenceReader
 from megadistill.data.shards.tar import Sample, index_path, index_tar, mapped, member_of, publish, samples
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
+from megadistill.progress import ShowProgress, console_progress
 
 TAR: Final = ".tar"
 BOUNDS: Final = "bounds.npy"
 TOKENIZER_FOLDER: Final = "tokenizer"
 BATCH: Final = 256
-"""Units read at a time."""
+"""SequenceBatch read at a time."""
 
 
 def index(
@@ -54,10 +54,10 @@ def index(
 
     `member` is the suffix of the tokens' member, `npz:NAME` for one array of several; None: the only .npy or .npz of a
     sample. `dtype`, uint16 or uint32, is that of a member of raw little-endian bytes. A member `bounds.npy` says where
-    documents begin. Every unit is read and checked.
+    documents begin. Every sequence is read and checked.
 
     Raises:
-        UserError: there are no tars, one is damaged, or a unit is not like the others; no manifest was written.
+        UserError: there are no tars, one is damaged, or a sequence is not like the others; no manifest was written.
     """
     refuse_finished(folder)
     tars = _tars(folder)
@@ -74,11 +74,11 @@ def index(
 
 @dataclass(frozen=True)
 class _Form:
-    """What all units have in common; the `first` one decided it."""
+    """What all sequences have in common; the `first` one decided it."""
 
     folder: str
     split: str
-    unit: UnitRecord
+    sample_format: SampleFormat
     dtype: TokenDtype
     length: int
     first: str
@@ -113,18 +113,18 @@ def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: st
     if sample is None:
         raise UserError(f"{tar} holds no samples: leave it out of the folder")
     where = f"{tar} sample {sample.key[:200]!r}"
-    unit, dtype_on_disk = _unit_record(sample, member, dtype, token_dtype(model.vocab_size), where)
-    tokens = member_of(sample, unit.tokens, where)
+    sample_format, dtype_on_disk = _sample_format(sample, member, dtype, token_dtype(model.vocab_size), where)
+    tokens = member_of(sample, sample_format.tokens, where)
     try:
-        row = row_of(mapped(tar).read(tokens.at, tokens.bytes), unit, dtype=dtype_on_disk, length=None)
-    except Misfit as misfit:
-        raise UserError(f"{where} member {unit.tokens}: {misfit}: name another --member") from None
+        row = row_of(mapped(tar).read(tokens.at, tokens.bytes), sample_format, dtype=dtype_on_disk, length=None)
+    except MemberError as error:
+        raise UserError(f"{where} member {sample_format.tokens}: {error}: name another --member") from None
     if not 2 <= len(row) <= MAX_LENGTH:
-        raise UserError(f"{where} has {len(row)} tokens: a unit has 2 to {MAX_LENGTH}")
+        raise UserError(f"{where} has {len(row)} tokens: a sequence has 2 to {MAX_LENGTH}")
     return _Form(
         folder=tar.resolve().parent.name,
         split=split,
-        unit=unit,
+        sample_format=sample_format,
         dtype=dtype_on_disk,
         length=len(row),
         first=where,
@@ -133,9 +133,9 @@ def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: st
     )
 
 
-def _unit_record(
+def _sample_format(
     sample: Sample, member: str | None, dtype: str | None, narrowest: TokenDtype, where: str
-) -> tuple[UnitRecord, TokenDtype]:
+) -> tuple[SampleFormat, TokenDtype]:
     """Which member holds the tokens, and how; the dtype is that of raw bytes, or what the ids are read into."""
     candidates = [name for name in sample.members if name.endswith(("npy", "npz")) and name != BOUNDS]
     has = f"{where} has {sample.suffixes}"
@@ -155,7 +155,7 @@ def _unit_record(
         raise UserError(f"--member {suffix}: {has}")
     bounds = BOUNDS if BOUNDS in sample.members and suffix.lower() != BOUNDS else None
     try:
-        record = UnitRecord(kind=kind, tokens=suffix.lower(), bounds=bounds, array=array or None)
+        record = SampleFormat(kind=kind, tokens=suffix.lower(), bounds=bounds, array=array or None)
     except ValidationError:
         raise UserError(f"--member {member}: give a suffix such as tokens.npy, u16, or npz:tokens") from None
     return record, "uint16" if dtype == "uint16" else "uint32" if dtype == "uint32" else narrowest
@@ -176,29 +176,29 @@ def _index_all(tars: Sequence[Path], form: _Form, show: ShowProgress) -> tuple[l
     """The shards, and how many of their labels are learned."""
     total = sum(path.stat().st_size for path in tars)
     shards: list[Shard] = []
-    tokens = done = units = 0
+    tokens = done = sequences = 0
     show(form.split, done=0, total=total, tokens=0)
     for path in tars:
-        shard = publish(path, index_tar(path, form.unit))
+        shard = publish(path, index_tar(path, form.sample_format))
         tokens += _checked_tokens(path, form, shard)
         shards.append(shard)
         done += shard.bytes
-        units += shard.units
-        show(form.split, done=done, total=total, tokens=units * (form.length - 1))
+        sequences += shard.sequences
+        show(form.split, done=done, total=total, tokens=sequences * (form.length - 1))
     return shards, tokens
 
 
 def _checked_tokens(path: Path, form: _Form, shard: Shard) -> int:
-    """Reads every unit, as a training run will; how many labels are learned."""
-    reader = UnitReader(_manifest(form, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
+    """Reads every sequence, as a training run will; how many labels are learned."""
+    reader = SequenceReader(_manifest(form, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
     tokens = 0
-    for first in range(0, shard.units, BATCH):
-        numbers = np.arange(first, min(first + BATCH, shard.units))
-        units = reader.read(np.stack([np.zeros_like(numbers), numbers], axis=1))
-        if units.faults:
-            fault = units.faults[min(units.faults)]
-            raise UserError(f"{fault}: all units must be like {form.first}, {form.length} ids of the tokenizer")
-        tokens += int(predicted(units.bounds, sequence_length=form.length - 1, across_documents=True).sum())
+    for first in range(0, shard.sequences, BATCH):
+        numbers = np.arange(first, min(first + BATCH, shard.sequences))
+        sequences = reader.read(np.stack([np.zeros_like(numbers), numbers], axis=1))
+        if sequences.faults:
+            fault = sequences.faults[min(sequences.faults)]
+            raise UserError(f"{fault}: all sequences must be like {form.first}, {form.length} ids of the tokenizer")
+        tokens += int(predicted(sequences.bounds, sequence_length=form.length - 1, across_documents=True).sum())
     return tokens
 
 
@@ -209,7 +209,7 @@ def _manifest(form: _Form, shards: Sequence[Shard], tokens: int) -> Manifest:
         sequence_length=form.length - 1,
         dtype=form.dtype,
         vocab_size=form.vocab_size,
-        unit=form.unit,
+        sample_format=form.sample_format,
         tokenizer=form.tokenizer,
         packer=PackerRecord(name="foreign", version=1, bos=None, eos=None),
         documents=None,

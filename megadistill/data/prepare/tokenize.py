@@ -19,7 +19,6 @@ from rich.table import Table
 from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
 from megadistill.data.prepare.encode import PACKERS, Finished, PackerName, Rules, disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, clear, unfinished
-from megadistill.data.prepare.progress import ShowProgress, console_progress
 from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut, split_of
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import Done, Work, encode_all
@@ -27,16 +26,17 @@ from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
     Manifest,
     PackerRecord,
+    SampleFormat,
     SourceRecord,
-    UnitRecord,
     token_dtype,
 )
 from megadistill.data.shards.packing import CHUNK
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
+from megadistill.progress import ShowProgress, console_progress
 
 SHARD_MB: Final = 32
-UNIT: Final = UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
+SAMPLE_FORMAT: Final = SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class SplitReport:
     """What one split came to."""
 
     documents: int
-    units: int
+    sequences: int
     shards: int
     tokens: int
     text_bytes: int
     dropped: int
-    """Tokens that are in no unit: what is left at the end of a shard."""
+    """Tokens that are in no sequence: what is left at the end of a shard."""
     padding: float
-    """Share of the units' tokens."""
+    """Share of the sequences' tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ _HEADINGS = ("documents", "sequences", "shards", "tokens", "text", "bytes a toke
 
 
 def _cells(split: SplitReport) -> tuple[str, ...]:
-    counts = (f"{count:,}" for count in (split.documents, split.units, split.shards, split.tokens))
+    counts = (f"{count:,}" for count in (split.documents, split.sequences, split.shards, split.tokens))
     text = (f"{split.text_bytes / 1e6:,.1f} MB", f"{split.text_bytes / split.tokens:.2f}")
     return (*counts, *text, f"{split.padding:.2%}", f"{split.dropped:,}")
 
@@ -312,7 +312,7 @@ def _manifest(split: str, done: Iterable[Done], model: Tokenizer, rules: Rules, 
         sequence_length=rules.sequence_length,
         dtype=rules.dtype,
         vocab_size=model.vocab_size,
-        unit=UNIT,
+        sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
         packer=PackerRecord(name=rules.packer, version=rules.packer_version, bos=rules.bos, eos=rules.eos),
         documents=documents,
@@ -329,10 +329,10 @@ def _split_report(manifest: Manifest, done: Iterable[Done]) -> SplitReport:
     assert manifest.text_bytes is not None
     return SplitReport(
         documents=manifest.documents,
-        units=manifest.units,
+        sequences=manifest.sequences,
         shards=len(manifest.shards),
         tokens=manifest.tokens,
         text_bytes=manifest.text_bytes,
         dropped=sum(one.dropped for one in finished),
-        padding=sum(one.padding for one in finished) / (manifest.units * (manifest.sequence_length + 1)),
+        padding=sum(one.padding for one in finished) / (manifest.sequences * (manifest.sequence_length + 1)),
     )

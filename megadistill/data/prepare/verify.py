@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from megadistill.data.prepare.progress import ShowProgress, console_progress
 from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import MANIFEST, Manifest
-from megadistill.data.shards.reader import ShardFault, UnitReader, open_shard
+from megadistill.data.shards.reader import SequenceReader, ShardFault, open_shard
 from megadistill.data.storage.base import sha256_of
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.base import tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.redaction import shown
+from megadistill.progress import ShowProgress, console_progress
+from megadistill.redaction import redact_url
 
 BATCH: Final = 256
-"""Units read at a time."""
+"""SequenceBatch read at a time."""
 MAX_LINES: Final = 1000
 """Faults of a split that are told one by one; the others are counted."""
 
@@ -38,9 +38,9 @@ class SplitCheck:
     location: str
     """Of its manifest."""
     shards: int = 0
-    units: int = 0
+    sequences: int = 0
     faults: list[str] = field(default_factory=list)
-    """A line each, MAX_LINES at most: shard, unit, byte, what was expected, what was found."""
+    """A line each, MAX_LINES at most: shard, sequence, byte, what was expected, what was found."""
     fault_count: int = 0
     unlisted: list[str] = field(default_factory=list)
     """Names in the folder that the manifest does not speak of."""
@@ -75,13 +75,13 @@ class VerifyReport:
 
     def table(self) -> Table:
         """For a person: a row a split."""
-        depth = "manifests, sizes and indices" if self.quick else "manifests, sizes, hashes, and every unit"
+        depth = "manifests, sizes and indices" if self.quick else "manifests, sizes, hashes, and every sequence"
         table = Table(title=f"{depth}, {self.seconds:.0f} s", title_justify="left")
         table.add_column("manifest", overflow="fold")
-        for heading in ("shards", "units", "faults"):
+        for heading in ("shards", "sequences", "faults"):
             table.add_column(heading, justify="right")
         for split in self.splits:
-            counts = [f"{count:,}" for count in (split.shards, split.units, split.fault_count)]
+            counts = [f"{count:,}" for count in (split.shards, split.sequences, split.fault_count)]
             table.add_row(split.location, *counts)
         return table
 
@@ -91,7 +91,7 @@ def verify(location: Path | str, *, quick: bool, progress: ShowProgress | None =
 
     `location` is a manifest.json, the folder of a split or one above several, or a URL of a split. `quick` checks the
     manifest, the tokenizer, the sizes of the shards and their indices; otherwise also the sha256 of each shard, every
-    unit, and the number of tokens.
+    sequence, and the number of tokens.
 
     Raises:
         UserError: there is no manifest.
@@ -125,7 +125,7 @@ def manifests_at(location: Path | str) -> list[str]:
             folder_of(folder).open(MANIFEST)
         except OSError as error:
             raise UserError(
-                f"{shown(folder)} holds no {MANIFEST} ({error.strerror or error}): give the URL of a split"
+                f"{redact_url(folder)} holds no {MANIFEST} ({error.strerror or error}): give the URL of a split"
             ) from None
         return [f"{folder}/{MANIFEST}"]
     if Path(text).name == MANIFEST and Path(text).is_file():
@@ -137,19 +137,19 @@ def manifests_at(location: Path | str) -> list[str]:
 
 
 def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
-    check = SplitCheck(shown(location))
+    check = SplitCheck(redact_url(location))
     try:
         manifest = Manifest.load(location)
     except UserError as error:
         check.add(str(error))
         return check
-    check.shards, check.units = len(manifest.shards), manifest.units
+    check.shards, check.sequences = len(manifest.shards), manifest.sequences
     if isinstance(manifest.folder, LocalFolder):
         folder = Path(manifest.folder.location)
         check.unlisted = _unlisted(manifest, folder)
         for fault in _tokenizer_faults(manifest, folder):
             check.add(fault)
-    (_check_indices if quick else _check_units)(manifest, check, show)
+    (_check_indices if quick else _check_sequences)(manifest, check, show)
     return check
 
 
@@ -183,23 +183,23 @@ def _check_indices(manifest: Manifest, check: SplitCheck, show: ShowProgress) ->
         show(f"{manifest.split}, indices", done=done, total=total, tokens=0)
 
 
-def _check_units(manifest: Manifest, check: SplitCheck, show: ShowProgress) -> None:
-    """Every byte, twice: for the sha256 of the tar, and unit by unit."""
+def _check_sequences(manifest: Manifest, check: SplitCheck, show: ShowProgress) -> None:
+    """Every byte, twice: for the sha256 of the tar, and sequence by sequence."""
     stage, total = manifest.split, sum(shard.bytes for shard in manifest.shards)
-    reader = UnitReader(manifest)
-    done = units_read = tokens = 0
+    reader = SequenceReader(manifest)
+    done = sequences_read = tokens = 0
     show(stage, done=0, total=total, tokens=0)
     for number, shard in enumerate(manifest.shards):
         opened = _check_hash(manifest, number, check)
-        for first in range(0, shard.units, BATCH) if opened else ():
-            batch = np.arange(first, min(first + BATCH, shard.units))
-            units = reader.read(np.stack([np.full_like(batch, number), batch], axis=1))
-            for _, fault in sorted(units.faults.items()):
+        for first in range(0, shard.sequences, BATCH) if opened else ():
+            batch = np.arange(first, min(first + BATCH, shard.sequences))
+            sequences = reader.read(np.stack([np.full_like(batch, number), batch], axis=1))
+            for _, fault in sorted(sequences.faults.items()):
                 check.add(f"shard {number}: {fault}")
-            tokens += _tokens(manifest, units.bounds)
-            units_read += len(batch)
-            part = shard.bytes * (first + len(batch)) // shard.units
-            show(stage, done=done + part, total=total, tokens=units_read * manifest.sequence_length)
+            tokens += _tokens(manifest, sequences.bounds)
+            sequences_read += len(batch)
+            part = shard.bytes * (first + len(batch)) // shard.sequences
+            show(stage, done=done + part, total=total, tokens=sequences_read * manifest.sequence_length)
         done += shard.bytes
     if not check.fault_count and tokens != manifest.tokens:
         check.add(f"{check.location}: expected {manifest.tokens} tokens, as it says, found {tokens}")
@@ -240,7 +240,7 @@ def _described(manifest: Manifest, location: str) -> Table:
         "tokenizer": f"{tokenizer.kind}, {tokenizer.file}, sha256 {tokenizer.sha256[:12]}…",
         "packer": f"{packer.name}, version {packer.version}",
         "documents": _count(manifest.documents),
-        "units": _count(manifest.units),
+        "sequences": _count(manifest.sequences),
         "tokens": _count(manifest.tokens),
         "text bytes": _count(manifest.text_bytes),
         "bytes a token": per_token or "not known",
@@ -248,7 +248,7 @@ def _described(manifest: Manifest, location: str) -> Table:
         "bytes of shards": _count(sizes),
         "fingerprint": manifest.fingerprint,
     }
-    table = Table(title=shown(location), title_justify="left", show_header=False)
+    table = Table(title=redact_url(location), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():

@@ -41,10 +41,10 @@ class Activations:
     """What all layers share: rotations, a mask."""
     forward: int
     """The most that lives at a time while one layer computes and nothing is kept, its input among it."""
-    going_back: "Peak"
+    backward: "Peak"
     """What lives while one layer goes back, beyond what it has kept."""
-    again: "Peak"
-    """What lives while one layer is computed again and goes back, beyond its input."""
+    recompute: "Peak"
+    """What lives while one layer is computed recompute and goes back, beyond its input."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, 
     """
     if dtype == torch.float32 and family(config).experts is not None:
         # torch's grouped product of experts has a shape rule for bfloat16 alone.
-        return _twice(count_activations(config, sequence_length, dtype=torch.bfloat16, masked=masked))
+        return _doubled(count_activations(config, sequence_length, dtype=torch.bfloat16, masked=masked))
     counted: dict[tuple[Any, ...], _Layer] = {}
     kept = inputs = 0
     for index in range(config.num_hidden_layers):
@@ -91,12 +91,12 @@ def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, 
         norm=max(layer.norm for layer in layers),
         shared=max(layer.shared for layer in layers),
         forward=max(layer.forward for layer in layers),
-        going_back=Peak.over(moment for layer in layers for moment in layer.going_back),
-        again=Peak.over((once, each + layer.made) for layer in layers for once, each in layer.going_back),
+        backward=Peak.over(moment for layer in layers for moment in layer.backward),
+        recompute=Peak.over((once, each + layer.made) for layer in layers for once, each in layer.backward),
     )
 
 
-def _twice(found: Activations) -> Activations:
+def _doubled(found: Activations) -> Activations:
     def doubled(value: Any) -> Any:
         return Peak(tuple((2 * a, 2 * b) for a, b in value.moments)) if isinstance(value, Peak) else 2 * value
 
@@ -124,7 +124,7 @@ class _Layer:
     forward: int
     made: int
     """What lives when it has computed, its output among it."""
-    going_back: list[tuple[int, int]]
+    backward: list[tuple[int, int]]
     """Beyond `made`: (weights' gradients, the rest) at each moment."""
 
     @classmethod
@@ -145,14 +145,12 @@ class _Layer:
             with _Kept() as by_norm:
                 out = decoder.norm(hidden_1SD)
             norm = by_norm.bytes_without(decoder.parameters()) + _bytes_of([out])
-            made, going_back, by_layer = _forth_and_back(layer, hidden_1SD, said)
+            made, backward, by_layer = _fwd_bwd(layer, hidden_1SD, said)
             kept = by_layer.bytes_without([*decoder.parameters(), *shared])
-        return cls(kept, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, made, going_back)
+        return cls(kept, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, made, backward)
 
 
-def _forth_and_back(
-    layer: nn.Module, hidden_1SD: Tensor, said: dict[str, Any]
-) -> tuple[int, list[tuple[int, int]], "_Kept"]:
+def _fwd_bwd(layer: nn.Module, hidden_1SD: Tensor, said: dict[str, Any]) -> tuple[int, list[tuple[int, int]], "_Kept"]:
     """What lives between, what lives beyond that at each moment of the way back, and what autograd kept."""
     gradients: set[int] = set()
 

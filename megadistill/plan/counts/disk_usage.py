@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megadistill.config import TargetsSection
-from megadistill.plan.counts.sharding import FLOAT32, Assignment
+from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """What a checkpoint has of each parameter, in float32."""
@@ -22,7 +22,7 @@ DISTINCT_OF_50 = 12
 """Different ids in 50 draws from a language model's distribution (arXiv:2503.16870)."""
 
 
-def checkpoint_bytes(run: Assignment) -> int:
+def checkpoint_bytes(run: Sharding) -> int:
     """All ranks' files of one checkpoint, to the byte where the ranks divide every parameter; else some bytes more, as
     the last pieces are counted whole. Its manifest is not counted: the recipe, a line for each file and parameter."""
     states = len(STATES) * FLOAT32 * sum(run.sizes)

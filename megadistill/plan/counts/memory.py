@@ -10,9 +10,9 @@ Legend: as in `plan.assignment`.
 from megadistill.loss.softmax import BLOCK_ELEMENTS
 from megadistill.loss.sparse.targets import ACCELERATOR_BLOCK_ELEMENTS
 from megadistill.plan.counts.disk_usage import STATES
-from megadistill.plan.counts.model_stats import PRECISIONS
-from megadistill.plan.counts.sharding import FLOAT32, Assignment
-from megadistill.teacher.codec import Wire
+from megadistill.plan.counts.sharding import FLOAT32, Sharding
+from megadistill.precision import torch_dtype
+from megadistill.teacher.codec import ActivationCodec
 from megadistill.teacher.disaggregated import RECEIVES
 
 Lines = dict[str, int]
@@ -29,7 +29,7 @@ STATISTICS = 6
 """Numbers that a slice tells of a token and model in the loss (`loss.softmax`)."""
 
 
-def student_memory(run: Assignment) -> dict[str, Lines]:
+def student_memory(run: Sharding) -> dict[str, Lines]:
     """Of a student's rank on its device: phase -> bytes by what holds them. The largest sum is what it needs.
 
     teacher: a colocated stage works, the student rests; forward: the student's last layer works; targets: truncated
@@ -51,7 +51,7 @@ def student_memory(run: Assignment) -> dict[str, Lines]:
     return {phase: {what: size for what, size in lines.items() if size} for phase, lines in phases.items()}
 
 
-def teacher_memory(run: Assignment) -> Lines:
+def teacher_memory(run: Sharding) -> Lines:
     """Of the teacher's own rank that holds most; nothing where it has none."""
     if run.roles is None or run.teacher is None:
         return {}
@@ -61,71 +61,71 @@ def teacher_memory(run: Assignment) -> Lines:
     return {
         "teacher stage": _stage(run),
         "teacher layer at work": _working(run),
-        "parcels on their way": (RECEIVES + 2 + run.recipe.teacher.queue * clients) * _parcel(run) + requests,
+        "packets on their way": (RECEIVES + 2 + run.recipe.teacher.queue * clients) * _packet(run) + requests,
     }
 
 
-def host_memory(run: Assignment) -> Lines:
+def host_memory(run: Sharding) -> Lines:
     """Of a student's rank, on its host."""
     lines = {"checkpoint on its way to the disk": len(STATES) * FLOAT32 * run.pieces(run.ranks)}
     zero, each = run.zero, run.pieces(run.ranks)
     offloaded = 0
-    if zero.parameters_on == "cpu":
+    if zero.offload_param == "cpu":
         offloaded += run.element * each
-    if zero.optimizer_on == "cpu":
+    if zero.offload_optimizer == "cpu":
         offloaded += (len(STATES) + 2) * FLOAT32 * each  # the gradient twice: as it is summed, and as AdamW reads it
     if offloaded:
         lines["offloaded ZeRO-3 states"] = offloaded
     return lines
 
 
-def _states(run: Assignment) -> Lines:
+def _states(run: Sharding) -> Lines:
     """What ZeRO-3 holds from the build on."""
     zero, each = run.zero, run.pieces(run.ranks)
     weights = run.element * each
     trained = (1 + len(STATES)) * FLOAT32 * each  # and the gradient; the master copy is one in float32, too
     lines = {
-        "ZeRO-3 states": (weights if zero.parameters_on == "none" else 0)
-        + (trained if zero.optimizer_on == "none" else 0),
-        "parameters that stay gathered": run.element * run.staying if run.ranks > 1 else 0,
-        "reduce bucket": _wire_element(run) * zero.reduce_bucket if zero.contiguous_gradients else 0,
+        "ZeRO-3 states": (weights if zero.offload_param == "none" else 0)
+        + (trained if zero.offload_optimizer == "none" else 0),
+        "parameters that stay gathered": run.element * run.persistent if run.ranks > 1 else 0,
+        "reduce bucket": _wire_element(run) * zero.reduce_bucket_size if zero.contiguous_gradients else 0,
     }
-    if zero.node_copies > 1:
-        lines["second partition in the node (hpZ)"] = run.element * run.reduced // zero.node_copies
+    if zero.zero_hpz_partition_size > 1:
+        lines["second partition in the node (hpZ)"] = run.element * run.reduced // zero.zero_hpz_partition_size
     return lines
 
 
-def _heads(run: Assignment) -> Lines:
+def _heads(run: Sharding) -> Lines:
     """The rows of both heads on which the loss computes, and the gradient of the student's over the window."""
     student = run.rows * run.student.width
-    copied = run.group_size < run.ranks or run.zero.parameters_on != "none"  # else ZeRO-3's own partition is the slice
+    copied = run.group_size < run.ranks or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
     lines = {"head rows": run.element * student if copied else 0, "head gradient": FLOAT32 * student}
     if run.teacher is not None:
         lines["teacher head rows"] = run.element * run.rows * run.teacher.width
     return lines
 
 
-def _teacher_at_rest(run: Assignment) -> Lines:
+def _teacher_at_rest(run: Sharding) -> Lines:
     """What a live teacher holds on a student's rank while the student works."""
     if run.teacher is None:
         return {}
     if run.roles is not None:
         assert run.recipe.teacher is not None
-        return {"teacher hidden states": _parcel(run), "teacher's queue": run.recipe.teacher.queue * _answer(run)}
-    in_flight = 2 * run.stages * _parcel(run) if run.stages > 1 else 0
+        return {"teacher hidden states": _packet(run), "teacher's queue": run.recipe.teacher.queue * _answer(run)}
+    in_flight = 2 * run.stages * _packet(run) if run.stages > 1 else 0
     return {
         "teacher stage": _stage(run),
-        "teacher hidden states": _parcel(run),
+        "teacher hidden states": _packet(run),
         "teacher hidden states in flight": in_flight,
     }
 
 
-def _teacher_at_work(run: Assignment) -> Lines:
-    """A stage gives one parcel for each rank of its group, and copies them to one piece."""
-    return {"teacher layer at work": _working(run), "parcels of a round": (1 + run.stages) * _parcel(run)}
+def _teacher_at_work(run: Sharding) -> Lines:
+    """A stage gives one packet for each rank of its group, and copies them to one piece."""
+    return {"teacher layer at work": _working(run), "packets of a round": (1 + run.stages) * _packet(run)}
 
 
-def _activations(run: Assignment) -> Lines:
+def _activations(run: Sharding) -> Lines:
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
     shared = {"what layers share": run.sequences * counted.shared}
     if run.recomputes:
@@ -133,33 +133,33 @@ def _activations(run: Assignment) -> Lines:
     return {"activations": run.sequences * counted.kept, **shared}
 
 
-def _last_norm(run: Assignment) -> Lines:
+def _last_norm(run: Sharding) -> Lines:
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
     return {"last norm": run.sequences * counted.norm}
 
 
-def _forward(run: Assignment) -> Lines:
+def _forward(run: Sharding) -> Lines:
     """The last layer works. What is fetched ahead arrives in one piece, which each parameter is copied from."""
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
     return {
-        "gathered layers": run.element * max(run.gathered.most_forward, run.live_at_the_loss),
-        "layers fetched ahead, copied": run.element * min(run.zero.prefetch, run.gathered.forward),
+        "gathered layers": run.element * max(run.gathered.peak_forward, run.live_at_loss),
+        "layers fetched ahead, copied": run.element * min(run.zero.stage3_prefetch_bucket_size, run.gathered.forward),
         "layer at work": run.sequences * counted.forward if run.recomputes else 0,
     }
 
 
-def _loss(run: Assignment) -> Lines:
+def _loss(run: Sharding) -> Lines:
     """`loss.passes.evaluate`, while its first chunks are there."""
     n, flying = run.group_size * run.chunk, run.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
-    again = FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0
+    recompute = FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0
     compiled = run.recipe.loss.elementwise == "compiled"
     blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
-    slope = run.element * n * run.true_rows if run.element != FLOAT32 else 0
+    slope = run.element * n * run.unpadded_rows if run.element != FLOAT32 else 0
     return {
-        "gathered layers": run.element * run.live_at_the_loss,
-        "logit chunk": flying * run.heads * FLOAT32 * n * run.true_rows + slope,
-        "head gradient of the micro-batch": again,
+        "gathered layers": run.element * run.live_at_loss,
+        "logit chunk": flying * run.heads * FLOAT32 * n * run.unpadded_rows + slope,
+        "head gradient of the micro-batch": recompute,
         "hidden states of a chunk": (
             (flying * run.element * n * widths if run.group_size > 1 else run.element * n * widths)
             + FLOAT32 * n * run.student.width
@@ -169,32 +169,32 @@ def _loss(run: Assignment) -> Lines:
     }
 
 
-def _targets(run: Assignment) -> Lines:
+def _targets(run: Sharding) -> Lines:
     """`loss.targets`, for a run whose teacher is live."""
     assert run.teacher is not None
-    logits = min(run.recipe.loss.logit_memory_mb << 20, FLOAT32 * run.group_size * run.tokens * run.true_rows)
+    logits = min(run.recipe.loss.logit_memory_mb << 20, FLOAT32 * run.group_size * run.tokens * run.unpadded_rows)
     return {
-        "gathered layers": run.element * run.live_at_the_loss,
+        "gathered layers": run.element * run.live_at_loss,
         "logit chunk": logits,
         "arithmetic on a block of logits": TARGET_BLOCKS * 8 * min(TARGET_BLOCK, logits // FLOAT32),
     }
 
 
-def _backward(run: Assignment) -> Lines:
+def _backward(run: Sharding) -> Lines:
     counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    working = counted.again if run.recomputes else counted.going_back
+    working = counted.recompute if run.recomputes else counted.backward
     return {
         "gathered layers": run.element * run.live_in_backward,
-        "layers fetched ahead, copied": run.element * min(run.zero.prefetch, run.gathered.backward),
+        "layers fetched ahead, copied": run.element * min(run.zero.stage3_prefetch_bucket_size, run.gathered.backward),
         "layer at work": working.of(run.sequences),
-        "gradients on their way": _wire_element(run) * min(run.zero.reduce_bucket, run.reduced),
+        "gradients on their way": _wire_element(run) * min(run.zero.reduce_bucket_size, run.reduced),
     }
 
 
-def _embedding(run: Assignment) -> Lines:
+def _embedding(run: Sharding) -> Lines:
     """Its gradient is made whole; a bucket that it does not fit into is reduced first."""
     lines = {
-        "gathered layers": run.element * run.gathered.at_the_end,
+        "gathered layers": run.element * run.gathered.at_end,
         "embedding gradient": run.element * run.embedding,
     }
     if _wire_element(run) != run.element:
@@ -202,36 +202,38 @@ def _embedding(run: Assignment) -> Lines:
     return lines
 
 
-def _step(run: Assignment) -> Lines:
+def _step(run: Sharding) -> Lines:
     """AdamW reads a copy of the gradients of a sub-group."""
-    if run.zero.optimizer_on != "none":
+    if run.zero.offload_optimizer != "none":
         return {}
-    return {"gradients that AdamW reads": FLOAT32 * min(run.pieces(run.ranks), run.zero.sub_group)}
+    return {"gradients that AdamW reads": FLOAT32 * min(run.pieces(run.ranks), run.zero.sub_group_size)}
 
 
-def _stage(run: Assignment) -> int:
+def _stage(run: Sharding) -> int:
     assert run.teacher is not None
     return run.element * max(run.teacher.stage_parameters(run.stages))
 
 
-def _working(run: Assignment) -> int:
+def _working(run: Sharding) -> int:
     assert run.teacher is not None
     counted = run.teacher.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
     return run.sequences * counted.forward
 
 
-def _parcel(run: Assignment) -> int:
+def _packet(run: Sharding) -> int:
     assert run.teacher is not None
     return run.element * run.tokens * run.teacher.width + 8 * run.sequences
 
 
-def _answer(run: Assignment) -> int:
+def _answer(run: Sharding) -> int:
     assert run.teacher is not None
     assert run.recipe.teacher is not None
-    wire = Wire(run.teacher.width, PRECISIONS[run.recipe.train.precision], float8=run.recipe.teacher.wire == "float8")
+    wire = ActivationCodec(
+        run.teacher.width, torch_dtype(run.recipe.train.precision), float8=run.recipe.teacher.transfer_dtype == "float8"
+    )
     return wire.bytes(run.sequences, run.student.sequence_length)
 
 
-def _wire_element(run: Assignment) -> int:
+def _wire_element(run: Sharding) -> int:
     """Bytes of a gradient's number as it travels: the weights' precision, but where DeepSpeed's file says otherwise."""
-    return run.zero.gradients_on_wire or run.element
+    return run.zero.reduce_element_bytes or run.element

@@ -24,12 +24,11 @@ from megadistill.models.flops import (
 )
 from megadistill.models.partition import balanced_sizes
 from megadistill.plan.counts.activations import Activations, count_activations
-
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from megadistill.precision import Precision, torch_dtype
 
 
 @dataclass(frozen=True, eq=False)
-class MeasuredModel:
+class ModelStats:
     """A model, without its weights. Nothing here depends on ranks."""
 
     config: Any
@@ -57,11 +56,11 @@ class MeasuredModel:
     def tied(self) -> bool:
         return HEAD not in self.shapes
 
-    def activations(self, precision: str, *, masked: bool) -> Activations:
+    def activations(self, precision: Precision, *, masked: bool) -> Activations:
         """Of one sequence; `masked`: documents are read by themselves. Counted when first asked for."""
         key = (precision, masked)
         if key not in self._activations:
-            dtype = PRECISIONS[precision]
+            dtype = torch_dtype(precision)
             self._activations[key] = count_activations(self.config, self.sequence_length, dtype=dtype, masked=masked)
         return self._activations[key]
 
@@ -111,28 +110,28 @@ def _summed(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class RecipeStats:
     """The models of a recipe."""
 
-    student: MeasuredModel
-    teacher: MeasuredModel | None
+    student: ModelStats
+    teacher: ModelStats | None
     """None where no teacher is in memory."""
 
 
-def measure(student: Any, teacher: Any | None, *, sequence_length: int) -> Measured:
+def measure_models(student: Any, teacher: Any | None, *, sequence_length: int) -> RecipeStats:
     """`student` and `teacher` are Hugging Face configs of supported families; the student's vocabulary is the data's.
 
     Takes about a second for each model; no weights are allocated.
     """
-    return Measured(
-        measured_model(student, sequence_length), None if teacher is None else measured_model(teacher, sequence_length)
+    return RecipeStats(
+        measure_model(student, sequence_length), None if teacher is None else measure_model(teacher, sequence_length)
     )
 
 
-def measured_model(config: Any, sequence_length: int) -> MeasuredModel:
+def measure_model(config: Any, sequence_length: int) -> ModelStats:
     shapes = parameter_shapes(config)
     assert EMBEDDING in shapes
-    return MeasuredModel(
+    return ModelStats(
         config=config,
         sequence_length=sequence_length,
         parameters=parameter_counts(config),

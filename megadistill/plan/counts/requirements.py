@@ -1,6 +1,6 @@
 """What a recipe needs on a number of ranks: parameters, FLOPs, memory, bytes. It knows no hardware and starts nothing.
 
-`measure` counts the models once; `needs` is arithmetic, quick enough to be asked for thousands of layouts.
+`measure_models` counts the models once; `needs` is arithmetic, quick enough to be asked for thousands of layouts.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from megadistill.distributed.roles import Roles
 from megadistill.models.flops import Flops, ParameterCounts
 from megadistill.plan.counts.disk_usage import TargetBytes, checkpoint_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines, host_memory, student_memory, teacher_memory
-from megadistill.plan.counts.model_stats import Measured, MeasuredModel, measure
-from megadistill.plan.counts.sharding import Assignment
+from megadistill.plan.counts.model_stats import ModelStats, RecipeStats, measure_models
+from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import Link, student_traffic, teacher_traffic
 from megadistill.plan.counts.zero import Zero
 
@@ -36,7 +36,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ModelNeeds:
+class ModelRequirements:
     """One model."""
 
     role: str
@@ -52,7 +52,7 @@ class ModelNeeds:
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """What a recipe needs."""
 
     ranks: int
@@ -61,7 +61,7 @@ class Needs:
     accumulation: int
     tokens: int
     """Of the whole run."""
-    models: tuple[ModelNeeds, ...]
+    models: tuple[ModelRequirements, ...]
     """The student, and the teacher where one is in memory."""
     phases: dict[str, Lines]
     """Of a student's rank: what its device holds in each phase of a step (`plan.memory.student_memory`)."""
@@ -112,7 +112,7 @@ def rank_memory(
     """
     found = needs(
         recipe,
-        measure(student, teacher, sequence_length=data.sequence_length),
+        measure_models(student, teacher, sequence_length=data.sequence_length),
         vocab_size=data.vocab_size,
         ranks=ranks,
         ranks_per_node=ranks,
@@ -127,7 +127,7 @@ def rank_memory(
 
 def needs(
     recipe: Recipe,
-    measured: Measured,
+    measured: RecipeStats,
     *,
     vocab_size: int,
     ranks: int,
@@ -135,7 +135,7 @@ def needs(
     group_size: int,
     roles: Roles | None = None,
     profile: Mapping[str, Any] | None = None,
-) -> Needs:
+) -> Requirements:
     """The vocabulary is the data's. `ranks` are the student's, `ranks_per_node` those of a node of the launch.
 
     `roles`: of a teacher with ranks of its own. `profile`: DeepSpeed's settings; None: DeepSpeed's defaults.
@@ -144,13 +144,13 @@ def needs(
         UserError: the batch or the vocabulary does not divide over the ranks, or the teacher has fewer layers than
             stages.
     """
-    run = Assignment(recipe, measured, vocab_size, ranks, ranks_per_node, group_size, roles, Zero.of(profile or {}))
+    run = Sharding(recipe, measured, vocab_size, ranks, ranks_per_node, group_size, roles, Zero.of(profile or {}))
     models = [_model("student", measured.student, _trained(run))]
     if measured.teacher is not None:
         models.append(_model("teacher", measured.teacher, _taught(run, measured.teacher)))
     targets = recipe.loss.targets
     S = measured.student.sequence_length
-    return Needs(
+    return Requirements(
         ranks=ranks,
         group_size=group_size,
         accumulation=run.accumulation,
@@ -167,16 +167,16 @@ def needs(
     )
 
 
-def _model(role: str, model: MeasuredModel, work: Work) -> ModelNeeds:
-    return ModelNeeds(role, model.parameters, model.forward, work)
+def _model(role: str, model: ModelStats, work: Work) -> ModelRequirements:
+    return ModelRequirements(role, model.parameters, model.forward, work)
 
 
-def _trained(run: Assignment) -> Work:
+def _trained(run: Sharding) -> Work:
     once = run.student.forward
-    again = once.body + once.attention if run.recipe.student.activation_checkpointing else 0
-    return Work(3 * once.body, 3 * once.head, 3 * once.attention, again)
+    recompute = once.body + once.attention if run.recipe.student.activation_checkpointing else 0
+    return Work(3 * once.body, 3 * once.head, 3 * once.attention, recompute)
 
 
-def _taught(run: Assignment, teacher: MeasuredModel) -> Work:
+def _taught(run: Sharding, teacher: ModelStats) -> Work:
     once = teacher.forward
     return Work(once.body, once.head, once.attention, once.head if run.recipe.loss.label_fraction > 0 else 0)

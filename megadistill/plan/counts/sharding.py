@@ -13,14 +13,15 @@ from megadistill.config import Recipe
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD
-from megadistill.plan.counts.model_stats import Measured, MeasuredModel
-from megadistill.plan.counts.zero import PRECISION_BYTES, Gathered, Zero, gathered
+from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
+from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
+from megadistill.precision import torch_dtype
 
 FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Sharding:
     """A recipe's models and batch on ranks.
 
     Raises:
@@ -28,7 +29,7 @@ class Assignment:
     """
 
     recipe: Recipe
-    measured: Measured
+    measured: RecipeStats
     vocab_size: int
     ranks: int
     """G"""
@@ -43,11 +44,11 @@ class Assignment:
         block_cyclic_ranges(self.padded, self.ranks, self.group_size, rank=0)
 
     @property
-    def student(self) -> MeasuredModel:
+    def student(self) -> ModelStats:
         return self.measured.student
 
     @property
-    def teacher(self) -> MeasuredModel | None:
+    def teacher(self) -> ModelStats | None:
         return self.measured.teacher
 
     @cached_property
@@ -67,7 +68,7 @@ class Assignment:
     @cached_property
     def element(self) -> int:
         """Bytes of a number in the run's precision."""
-        return PRECISION_BYTES[self.recipe.train.precision]
+        return torch_dtype(self.recipe.train.precision).itemsize
 
     @cached_property
     def padded(self) -> int:
@@ -80,7 +81,7 @@ class Assignment:
         return self.padded // self.group_size
 
     @cached_property
-    def true_rows(self) -> int:
+    def unpadded_rows(self) -> int:
         """Of the rank that has most: those that are not padding."""
         ranges = block_cyclic_ranges(self.padded, self.ranks, self.group_size, rank=0)
         return sum(max(0, min(stop, self.vocab_size) - start) for start, stop in ranges)
@@ -103,9 +104,9 @@ class Assignment:
         return sum(-(-size // ranks) for size in self.sizes)
 
     @cached_property
-    def staying(self) -> int:
+    def persistent(self) -> int:
         """Parameters too small for ZeRO-3 to gather anew: every rank holds them whole."""
-        return sum(size for size in self.sizes if size <= self.zero.persistence)
+        return sum(size for size in self.sizes if size <= self.zero.stage3_param_persistence_threshold)
 
     @cached_property
     def embedding(self) -> int:
@@ -113,32 +114,32 @@ class Assignment:
         return self.padded * self.student.width
 
     @cached_property
-    def gathered(self) -> Gathered:
+    def gathered(self) -> GatheredParams:
         """What a micro-step gathers of the student: no head, which the loss computes where it lies."""
         if self.ranks == 1:
-            return Gathered(0, 0, 0, 0, 0, 0)
+            return GatheredParams(0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
-        bound = self.zero.persistence
+        bound = self.zero.stage3_param_persistence_threshold
         modules = ((self.embedding,), *(tuple(_moving(module, bound) for module in part) for part in others))
-        return gathered(modules, self.zero, again=self.recomputes)
+        return count_gathered(modules, self.zero, recompute=self.recomputes)
 
     @cached_property
-    def live_at_the_loss(self) -> int:
-        """Gathered parameters that live when the forward pass ends.
+    def live_at_loss(self) -> int:
+        """GatheredParams parameters that live when the forward pass ends.
 
-        Where nothing is computed again, every matrix of the layers: torch keeps the transposed view that it has
+        Where nothing is computed recompute, every matrix of the layers: torch keeps the transposed view that it has
         multiplied with, and so what ZeRO-3 has gathered, until it has gone back through it, though ZeRO-3 lets it go
-        and gathers it again.
+        and gathers it recompute.
         """
         if self.recomputes:
-            return self.gathered.at_the_loss
-        return max(self.gathered.at_the_loss, sum(self.layer_matrices))
+            return self.gathered.at_loss
+        return max(self.gathered.at_loss, sum(self.layer_matrices))
 
     @cached_property
     def live_in_backward(self) -> int:
         if not self.recomputes:
-            return self.live_at_the_loss
-        return max(self.gathered.most_backward, max(self.layer_matrices))
+            return self.live_at_loss
+        return max(self.gathered.peak_backward, max(self.layer_matrices))
 
     @cached_property
     def layer_matrices(self) -> list[int]:
@@ -146,7 +147,9 @@ class Assignment:
         if self.ranks == 1:
             return [0]
         _, *layers, _ = self.student.modules
-        return [sum(_moving(module, self.zero.persistence) for module in part) for part in layers]
+        return [
+            sum(_moving(module, self.zero.stage3_param_persistence_threshold) for module in part) for part in layers
+        ]
 
     @property
     def recomputes(self) -> bool:
@@ -171,7 +174,7 @@ class Assignment:
     @cached_property
     def chunk(self) -> int:
         """Tokens that each rank gives to a chunk of the loss (`loss.problem.agree`)."""
-        fit = (self.recipe.loss.logit_memory_mb << 20) // (self.heads * FLOAT32 * max(1, self.true_rows))
+        fit = (self.recipe.loss.logit_memory_mb << 20) // (self.heads * FLOAT32 * max(1, self.unpadded_rows))
         chunks = math.ceil(self.tokens / max(1, fit // (self.group_size * self.in_flight)))
         return math.ceil(self.tokens / chunks)
 

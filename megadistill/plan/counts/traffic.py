@@ -12,7 +12,7 @@ Legend: as in `plan.assignment`.
 from dataclasses import dataclass
 
 from megadistill.plan.counts.memory import STATISTICS
-from megadistill.plan.counts.sharding import FLOAT32, Assignment
+from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 INT64 = 8
 
@@ -38,7 +38,7 @@ STAGES, ANSWERS, REQUESTS = "teacher, from stage to stage", "teacher's answers",
 """Links by name."""
 
 
-def student_traffic(run: Assignment) -> dict[str, Link]:
+def student_traffic(run: Sharding) -> dict[str, Link]:
     """What a student's rank receives, by name."""
     links = {
         GATHERS: _weights(run),
@@ -55,7 +55,7 @@ def student_traffic(run: Assignment) -> dict[str, Link]:
     return {name: link for name, link in links.items() if link.received}
 
 
-def teacher_traffic(run: Assignment) -> dict[str, Link]:
+def teacher_traffic(run: Sharding) -> dict[str, Link]:
     """What a teacher's own rank receives, a token that passes through it."""
     if run.roles is None or run.teacher is None:
         return {}
@@ -64,37 +64,39 @@ def teacher_traffic(run: Assignment) -> dict[str, Link]:
     links = {REQUESTS: _apart(run, request)}
     if run.roles.stages > 1:
         numbers = 1 + 2 * run.sequences + (run.tokens if run.recipe.data.document_mask else 0)
-        parcel = run.element * run.teacher.width + INT64 * numbers / run.tokens
-        links[STAGES] = _neighbours(run, parcel, run.roles.stages)
+        packet = run.element * run.teacher.width + INT64 * numbers / run.tokens
+        links[STAGES] = _neighbours(run, packet, run.roles.stages)
     return links
 
 
-def _weights(run: Assignment) -> Link:
-    """Gathered in both passes; with a second partition in each node (hpZ), once a step from everywhere, else there."""
-    element = 1 if run.zero.quantized_weights else run.element
+def _weights(run: Sharding) -> Link:
+    """GatheredParams in both passes; with a second partition in each node (hpZ), once a step from everywhere, else there."""
+    element = 1 if run.zero.zero_quantized_weights else run.element
     forward, backward = (element * part / run.tokens for part in (run.gathered.forward, run.gathered.backward))
-    if run.zero.node_copies == 1:
-        staying = run.element * run.staying / (run.tokens * run.accumulation)  # gathered anew when they have moved
-        return _ring(run, forward + backward + staying, run.ranks, stride=1)
+    if run.zero.zero_hpz_partition_size == 1:
+        persistent = (
+            run.element * run.persistent / (run.tokens * run.accumulation)
+        )  # gathered anew when they have moved
+        return _ring(run, forward + backward + persistent, run.ranks, stride=1)
     afar = _ring(run, forward / run.accumulation, run.ranks, stride=1)
     rest = run.element * (run.gathered.backward + run.gathered.forward * (1 - 1 / run.accumulation)) / run.tokens
-    return _sum(afar, _ring(run, rest, run.zero.node_copies, stride=1))
+    return _sum(afar, _ring(run, rest, run.zero.zero_hpz_partition_size, stride=1))
 
 
-def _gradient_bytes(run: Assignment) -> float:
-    if run.zero.quantized_gradients:  # four bits within the node, and four bits of what is left between nodes
+def _gradient_bytes(run: Sharding) -> float:
+    if run.zero.zero_quantized_gradients:  # four bits within the node, and four bits of what is left between nodes
         return run.reduced / 2
-    return (run.zero.gradients_on_wire or run.element) * run.reduced
+    return (run.zero.reduce_element_bytes or run.element) * run.reduced
 
 
-def _head(run: Assignment) -> Link:
+def _head(run: Sharding) -> Link:
     """Over the ranks with the same place in their vocab groups: gathered in the run's precision, reduced in float32."""
     window = run.tokens * run.accumulation
     each = (run.element + FLOAT32) * run.rows * run.student.width / window
     return _ring(run, each, run.ranks // run.group_size, stride=run.group_size)
 
 
-def _vocabulary(run: Assignment) -> Link:
+def _vocabulary(run: Sharding) -> Link:
     """What a vocab group exchanges of each token: hidden states to all, statistics of all, gradients back."""
     p, width = run.group_size, run.student.width
     heads = run.heads
@@ -109,7 +111,7 @@ def _vocabulary(run: Assignment) -> Link:
     return _ring(run, own * p, p, stride=1)
 
 
-def _targets(run: Assignment) -> float:
+def _targets(run: Sharding) -> float:
     """Truncated targets as they go to all ranks of the group, at most; and what making them takes (`loss.targets`).
 
     That is the teacher's hidden states, and for draws each one's uniform number and the id that it finds, in eight
@@ -125,46 +127,46 @@ def _targets(run: Assignment) -> float:
     return made + kept * (INT64 + FLOAT32) + FLOAT32
 
 
-def _stages(run: Assignment) -> Link:
-    """A round is a micro-batch of each rank of the group: p parcels go from a stage to the next."""
+def _stages(run: Sharding) -> Link:
+    """A round is a micro-batch of each rank of the group: p packets go from a stage to the next."""
     assert run.teacher is not None
     if run.stages == 1:
         return Link(0, 0)
-    return _neighbours(run, run.stages * _parcel(run), run.stages)
+    return _neighbours(run, run.stages * _packet(run), run.stages)
 
 
-def _scattered(run: Assignment) -> Link:
+def _scattered(run: Sharding) -> Link:
     """Each rank gets its own part from the last stage."""
     if run.stages == 1:
         return Link(0, 0)
-    return Link(0, _parcel(run)) if run.stages > run.ranks_per_node else Link(_parcel(run), 0)
+    return Link(0, _packet(run)) if run.stages > run.ranks_per_node else Link(_packet(run), 0)
 
 
-def _answered(run: Assignment) -> Link:
+def _answered(run: Sharding) -> Link:
     assert run.teacher is not None
     assert run.recipe.teacher is not None
-    small = run.recipe.teacher.wire == "float8"
+    small = run.recipe.teacher.transfer_dtype == "float8"
     token = run.teacher.width + FLOAT32 if small else run.element * run.teacher.width
     return _apart(run, token + 2 * INT64 * run.sequences / run.tokens)
 
 
-def _parcel(run: Assignment) -> float:
+def _packet(run: Sharding) -> float:
     assert run.teacher is not None
     return run.element * run.teacher.width + INT64 * run.sequences / run.tokens
 
 
-def _neighbours(run: Assignment, size: float, stages: int) -> Link:
+def _neighbours(run: Sharding, size: float, stages: int) -> Link:
     """From the stage before: the first stage of a node hears from another node."""
     return Link(0, size) if stages > run.ranks_per_node else Link(size, 0)
 
 
-def _apart(run: Assignment, size: float) -> Link:
+def _apart(run: Sharding, size: float) -> Link:
     """Between student and teacher, which are on nodes of their own but where one node holds both."""
     assert run.roles is not None
     return Link(size, 0) if run.roles.world <= run.ranks_per_node else Link(0, size)
 
 
-def _ring(run: Assignment, size: float, ranks: int, *, stride: int) -> Link:
+def _ring(run: Sharding, size: float, ranks: int, *, stride: int) -> Link:
     """`size`: what is gathered or reduced, a token. Every `stride`-th rank of the launch is one of the `ranks`."""
     received = size * (ranks - 1) / ranks
     together = max(1, min(ranks, run.ranks_per_node // stride))

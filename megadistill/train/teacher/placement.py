@@ -17,14 +17,14 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.models.families import logit_transform
 from megadistill.models.fingerprint import teacher_fingerprint
-from megadistill.student.engine import PRECISIONS
+from megadistill.precision import torch_dtype
 from megadistill.teacher import (
+    ActivationCodec,
     RemoteTeacher,
-    RequestForm,
+    RequestCodec,
     TeacherPipeline,
     TeacherServer,
     TeacherStage,
-    Wire,
     head_rows,
     unknown_bias,
 )
@@ -36,7 +36,7 @@ from megadistill.train.teacher.targets import StoredTeacher, Teacher
 def pipeline_of(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher | None:
     """What answers this rank's micro-batches: its stage and its group's, or ranks of the teacher's own."""
     teacher = setup.recipe.teacher
-    if teacher is None or teacher.source == "cache":
+    if teacher is None or teacher.source == "stored":
         return None
     if topology.bridge is None:
         stage = stage_of(setup, topology, topology.group_rank, topology.group_size)
@@ -59,7 +59,7 @@ def teacher_of(
         assert section.targets is not None
         return StoredTeacher(TargetReader(section.targets, target_key(setup)), str(topology.device))
     assert section.path is not None
-    dtype, device = PRECISIONS[setup.recipe.train.precision], topology.device
+    dtype, device = torch_dtype(setup.recipe.train.precision), topology.device
     return Teacher(
         pipeline=pipeline,
         head=head_rows(Path(section.path), vocab, dtype=dtype, device=device, ids=ids),
@@ -70,17 +70,17 @@ def teacher_of(
 
 
 def keeping(setup: Setup, teacher: Teacher, topology: Topology) -> Teacher:
-    """The same, storing the targets that it makes where `teacher.keep_targets` says. Collective.
+    """The same, storing the targets that it makes where `teacher.save_targets` says. Collective.
 
     Raises:
         UserError: the folder holds other targets, or finished ones.
     """
     section = setup.recipe.teacher
-    if section is None or section.keep_targets is None:
+    if section is None or section.save_targets is None:
         return teacher
     if teacher.store is not None:
         teacher.store.flush()
-    store = TargetWriter(Path(section.keep_targets), target_key(setup), rank=topology.rank)
+    store = TargetWriter(Path(section.save_targets), target_key(setup), rank=topology.rank)
     barrier(topology.world_group)  # nobody stores before all have seen what is stored
     return replace(teacher, store=store)
 
@@ -89,9 +89,10 @@ def serve(setup: Setup, topology: Topology) -> None:
     """A rank of the teacher's own, until the student's ranks need no more.
 
     Raises:
-        OperatorFault: its weights changed in memory, looked at every `faults.teacher_hash_every` steps of its clients.
+        OperatorFault: its weights changed in memory, looked at every `resilience.teacher_hash_every` steps of its
+            clients.
     """
-    teacher, bridge, every = setup.recipe.teacher, topology.bridge, setup.recipe.faults.teacher_hash_every
+    teacher, bridge, every = setup.recipe.teacher, topology.bridge, setup.recipe.resilience.teacher_hash_every
     assert teacher is not None
     assert bridge is not None
     stage = stage_of(setup, topology, topology.rank % topology.group_size, topology.group_size)
@@ -106,18 +107,18 @@ def stage_of(setup: Setup, topology: Topology, stage: int, stages: int) -> Teach
     section = setup.recipe.teacher
     assert section is not None
     assert section.path is not None
-    dtype = PRECISIONS[setup.recipe.train.precision]
+    dtype = torch_dtype(setup.recipe.train.precision)
     return TeacherStage.load(Path(section.path), stage=stage, stages=stages, dtype=dtype, device=topology.device)
 
 
-def forms_of(setup: Setup) -> tuple[RequestForm, Wire]:
+def forms_of(setup: Setup) -> tuple[RequestCodec, ActivationCodec]:
     """How micro-batches and hidden states travel between the student's ranks and the teacher's."""
     recipe = setup.recipe
     assert recipe.teacher is not None
     assert setup.teacher_config is not None
-    form = RequestForm(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
-    width, dtype = int(setup.teacher_config.hidden_size), PRECISIONS[recipe.train.precision]
-    return form, Wire(width, dtype, float8=recipe.teacher.wire == "float8")
+    form = RequestCodec(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
+    width, dtype = int(setup.teacher_config.hidden_size), torch_dtype(recipe.train.precision)
+    return form, ActivationCodec(width, dtype, float8=recipe.teacher.transfer_dtype == "float8")
 
 
 def ahead_of(setup: Setup, teacher: Teacher) -> str:
@@ -155,6 +156,6 @@ def finish(setup: Setup) -> str:
     """Makes what all ranks kept one target set; a line that says so. One process, when all have flushed."""
     section = setup.recipe.teacher
     assert section is not None
-    assert section.keep_targets is not None
-    found = finish_targets(Path(section.keep_targets), target_key(setup))
-    return f"{section.keep_targets}: targets of {found.slots:,} sequences, {found.bytes_per_token:.1f} bytes a token"
+    assert section.save_targets is not None
+    found = finish_targets(Path(section.save_targets), target_key(setup))
+    return f"{section.save_targets}: targets of {found.slots:,} sequences, {found.bytes_per_token:.1f} bytes a token"

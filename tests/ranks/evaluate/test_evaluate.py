@@ -16,7 +16,7 @@ from megadistill.evaluate.splits import load_splits
 from megadistill.loss import TokenTerms, VocabSlice, token_terms
 from megadistill.models.families import load_config
 from tests.ranks.harness import run_ranks
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 from tests.unit.loss.problems import problem
 
 VOCAB, SEQUENCE = 120, 12
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     packers: tuple[tuple[str, int, Literal["chunk", "bestfit"]], ...] = (("web", 9, "chunk"), ("code", 4, "bestfit"))
     for name, count, packer in packers:
-        units = random_units(count, seed=count, sequence=SEQUENCE, vocab=VOCAB, full=packer == "chunk")
+        units = random_sequences(count, seed=count, sequence=SEQUENCE, vocab=VOCAB, full=packer == "chunk")
         write_split(folder / name, units, vocab=VOCAB, packer=packer, text_bytes=500)
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def _measured(topology: Topology, folder: Path) -> tuple[list[Evaluation], int]:
         teacher=folder / "teacher",
         batch=2,
         topology=topology,
-        progress=lambda done, total: told.append(done),
+        progress=lambda stage, *, done, total, tokens=None: told.append(done),
     )
     return found, len(told)
 

@@ -18,6 +18,7 @@ from megadistill.distributed.collectives import all_gather_rows
 from megadistill.distributed.topology import Topology
 from megadistill.export.export_run import export_run
 from megadistill.models.families import EMBEDDING, HEAD, load_config, parameter_shapes
+from megadistill.precision import PRECISIONS, Precision, torch_dtype
 from megadistill.types import Cursor
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, VOCAB, Case, build, config_of, global_batch, recipe_for, run_steps
@@ -27,7 +28,6 @@ STEPS = 2
 CURSOR = Cursor(
     "f", 8 * STEPS, order=json.dumps({"sources": {"data": "f"}, "stages": [{"slots": None, "quotas": {"data": 1}}]})
 )
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ def _describe(run: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_transformers_loads_the_model_that_was_trained(precision: str, tied: bool, tmp_path: Path) -> None:
+def test_transformers_loads_the_model_that_was_trained(precision: Precision, tied: bool, tmp_path: Path) -> None:
     case = Case(precision=precision, tied=tied)
     trained = run_ranks(2, _train_and_save, case, str(tmp_path))[0]
-    assert trained.logits_NP.dtype == PRECISIONS[precision]
+    assert trained.logits_NP.dtype == torch_dtype(precision)
     assert (trained.head_PD[:VOCAB] != trained.start_PD[:VOCAB]).float().mean() > 0.5, "training moved the head"
     assert trained.head_PD.shape[0] == MULTIPLE
 
@@ -93,7 +93,7 @@ def test_transformers_loads_the_model_that_was_trained(precision: str, tied: boo
     model, info = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
 
     assert not any(info.values()), info
-    assert model.dtype == PRECISIONS[precision]
+    assert model.dtype == torch_dtype(precision)
     parameters = dict(model.named_parameters())
     assert (HEAD in parameters) != tied
     assert model.config.vocab_size == parameters[EMBEDDING].shape[0] == VOCAB, "padding is removed"

@@ -26,15 +26,16 @@ from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
+from megadistill.precision import Precision, torch_dtype
 from megadistill.student.deepspeed_config import load_deepspeed
-from megadistill.student.engine import PRECISIONS, StudentEngine
+from megadistill.student.engine import StudentEngine
 from megadistill.teacher import (
+    ActivationCodec,
     RemoteTeacher,
-    RequestForm,
+    RequestCodec,
     TeacherPipeline,
     TeacherServer,
     TeacherStage,
-    Wire,
     head_rows,
 )
 from megadistill.train import step as step_module
@@ -67,7 +68,7 @@ class Case:
     teachers: int = 0
     """With ranks of their own; else each of the student's has a stage."""
     vocab_group: int = 2
-    precision: str = "float32"
+    precision: Precision = "float32"
     micro_batch: int = 2
     accumulation: int = 2
     activation_checkpointing: bool = False
@@ -93,7 +94,7 @@ class Case:
                     "global_batch": self.students * self.micro_batch * self.accumulation,
                     "micro_batch": self.micro_batch,
                     "precision": self.precision,
-                    "adamw": {"learning_rate": 1e-3},
+                    "optimizer": {"learning_rate": 1e-3},
                 },
                 "loss": self.loss,
                 "teacher": self._teacher() if self.objective == "distill" else None,
@@ -101,7 +102,7 @@ class Case:
         )
 
     def _teacher(self) -> dict[str, Any]:
-        own = {"placement": "disaggregated", "ranks": self.teachers, "queue": 2, "wire": "float8"}
+        own = {"placement": "disaggregated", "ranks": self.teachers, "queue": 2, "transfer_dtype": "float8"}
         return {"path": "teacher", **(own if self.teachers else {})}
 
     @property
@@ -152,7 +153,7 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
         student = _student(topology, case)
         taught = None
         if pipeline is not None and teacher is not None:
-            dtype = PRECISIONS[case.precision]
+            dtype = torch_dtype(case.precision)
             head = head_rows(Path(teacher), student.head.vocab, dtype=dtype, device=topology.device)
             taught = Teacher(pipeline=pipeline, head=head)
         built = Counter(watch.live)
@@ -181,12 +182,12 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
 
 def _stage(topology: Topology, case: Case, teacher: str) -> TeacherStage:
     place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
-    return TeacherStage.load(Path(teacher), **place, dtype=PRECISIONS[case.precision], device=topology.device)
+    return TeacherStage.load(Path(teacher), **place, dtype=torch_dtype(case.precision), device=topology.device)
 
 
-def _forms(case: Case) -> tuple[RequestForm, Wire]:
-    form = RequestForm(case.micro_batch, SEQUENCE, masked=False)
-    return form, Wire(TEACHER["hidden_size"], PRECISIONS[case.precision], float8=True)
+def _forms(case: Case) -> tuple[RequestCodec, ActivationCodec]:
+    form = RequestCodec(case.micro_batch, SEQUENCE, masked=False)
+    return form, ActivationCodec(TEACHER["hidden_size"], torch_dtype(case.precision), float8=True)
 
 
 def _pipeline(topology: Topology, case: Case, teacher: str) -> TeacherPipeline | RemoteTeacher:
@@ -228,7 +229,7 @@ def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teac
                 topology=topology,
             )
     if teacher is not None:
-        teacher.pipeline.dismiss()
+        teacher.pipeline.close()
 
 
 def _batches(topology: Topology, case: Case) -> Iterator[TokenBatch]:
@@ -253,9 +254,9 @@ MAKERS = {
     "megadistill/loss/": "loss",
     "teacher/stage.py:head_rows": "teacher head rows",
     "models/weights.py": "teacher stage",
-    "teacher/pipeline.py": "parcels",
-    "teacher/disaggregated.py": "parcels",
-    "teacher/codec.py": "parcels",
+    "teacher/pipeline.py": "packets",
+    "teacher/disaggregated.py": "packets",
+    "teacher/codec.py": "packets",
     "site-packages/transformers/": "layers",
     "deepspeed/runtime/engine.py:backward": "layers",
     "student/head.py": "head rows",

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
-from megadistill.data.prepare.progress import ShowProgress
 from megadistill.data.prepare.verify import verify
 from megadistill.data.tokenizers.base import load_tokenizer
 from megadistill.datagen.generate import GenerateReport, Sampling, generate
@@ -27,6 +26,7 @@ from megadistill.datagen.generated_shards import _uniforms
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import load_config
 from megadistill.models.sampling import continuations, drawn
+from megadistill.progress import ShowProgress
 from megadistill.types import IGNORED_LABEL
 from tests.unit.models.cases import VOCAB, whole_model
 
@@ -85,7 +85,7 @@ def teacher(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _silent(stage: str, **numbers: int) -> None:
+def _silent(stage: str, **numbers: int | None) -> None:
     pass
 
 
@@ -105,8 +105,8 @@ def _units(output: Path) -> tuple[Tensor, Tensor]:
     """Tokens and labels of the units, in the order of the slots they came from."""
     manifest = Manifest.load(output / "train" / "manifest.json")
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
-    read = stream.batch(range(manifest.units))
-    places = stream._order.locate(np.arange(manifest.units))[:, 1:]
+    read = stream.batch(range(manifest.sequences))
+    places = stream._order.locate(np.arange(manifest.sequences))[:, 1:]
     order = torch.from_numpy(np.lexsort((places[:, 1], places[:, 0])))
     return read.tokens[order], read.labels[order]
 
@@ -211,13 +211,13 @@ def test_units_are_prompts_and_what_follows_up_to_its_end(teacher: Path, data_se
 
 def test_the_documents_of_a_prompt_are_kept_apart(teacher: Path, data_set: Path, tmp_path: Path) -> None:
     source = Manifest.load(data_set / "train" / "manifest.json")
-    every = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(range(source.units))
+    every = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(range(source.sequences))
     second = int(every.starts[:, 1:PROMPT].any(dim=1).nonzero()[0])  # the first slot with two documents in its prompt
     slots = range(max(0, second - 8), second + 1)
     _generate(teacher, data_set, tmp_path, slots=slots, sampling=Sampling(prompt_tokens=PROMPT, new_tokens=4))
     manifest = Manifest.load(tmp_path / "train" / "manifest.json")
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
-    read = stream.batch(range(manifest.units))
+    read = stream.batch(range(manifest.sequences))
     eos = load_tokenizer(data_set / "tokenizer").eos
     behind_an_end = torch.nn.functional.pad(read.tokens[:, :-1] == eos, (1, 0), value=True)[:, : PROMPT + 1]
     assert behind_an_end[:, 1:].any(), "no prompt holds two documents"
@@ -247,7 +247,7 @@ def test_what_was_broken_off_goes_on_behind_its_whole_shards(teacher: Path, data
     def breaks_after(shards: int) -> ShowProgress:
         calls = itertools.count()
 
-        def breaks(stage: str, **numbers: int) -> None:
+        def breaks(stage: str, **numbers: int | None) -> None:
             if next(calls) == shards:
                 raise KeyboardInterrupt
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.distributed.topology import Launch
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
 from megadistill.evaluate.splits import load_splits, short_names
 from megadistill.models.families import load_config
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 
 UNITS, SEQUENCE, VOCAB, TEXT_BYTES = 7, 16, 250, 401
 
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, units: Tensor) -> Path:
     """heldout/, a student with tied embeddings, and a teacher with six padding rows."""
     folder = tmp_path_factory.mktemp("report")
     whole = np.array([0, SEQUENCE + 1], dtype=np.int32)
-    rows = [Unit(unit.astype(np.int32), whole) for unit in units.numpy()]
+    rows = [PackedSequence(unit.astype(np.int32), whole) for unit in units.numpy()]
     write_split(folder / "heldout", rows, vocab=VOCAB, per_shard=4, text_bytes=TEXT_BYTES)
     _saved(folder / "student", STUDENT, seed=1)
     _saved(folder / "teacher", TEACHER, seed=2)
@@ -78,7 +78,12 @@ def _measured(
     given = data if isinstance(data, list) else [str(data / "manifest.json")]
     with ranks(Launch(rank=0, world=1, local_rank=0, local_world=1)) as alone:
         return evaluate(
-            models, load_splits(given), teacher=teacher, batch=batch, topology=alone, progress=lambda done, total: None
+            models,
+            load_splits(given),
+            teacher=teacher,
+            batch=batch,
+            topology=alone,
+            progress=lambda stage, *, done, total, tokens=None: None,
         )
 
 
@@ -159,7 +164,7 @@ def test_calibration_is_counted_in_21_bins(place: Path, units: Tensor) -> None:
 
 
 def test_sources_are_measured_together_and_one_by_one(place: Path, tmp_path: Path) -> None:
-    other = random_units(5, seed=4, sequence=SEQUENCE - 4, vocab=VOCAB)
+    other = random_sequences(5, seed=4, sequence=SEQUENCE - 4, vocab=VOCAB)
     write_split(tmp_path / "other", other, vocab=VOCAB, text_bytes=333)
     first, second = str(place / "heldout" / "manifest.json"), str(tmp_path / "other" / "manifest.json")
     models, teacher = [place / "student"], place / "teacher"
@@ -185,14 +190,14 @@ def test_splits_that_cannot_be_compared_are_refused(place: Path, tmp_path: Path)
     first = str(place / "heldout" / "manifest.json")
     with pytest.raises(UserError, match=r"two splits are called heldout: .*web=MANIFEST"):
         load_splits([first, f"heldout={first}"])
-    write_split(tmp_path / "wide", random_units(2, seed=1, vocab=VOCAB), vocab=VOCAB + 1)
+    write_split(tmp_path / "wide", random_sequences(2, seed=1, vocab=VOCAB), vocab=VOCAB + 1)
     with pytest.raises(UserError, match=rf"wide has a vocabulary of {VOCAB + 1}, .* has {VOCAB}"):
         load_splits([f"narrow={first}", f"wide={tmp_path / 'wide' / 'manifest.json'}"])
-    foreign = random_units(2, seed=1, vocab=VOCAB)
+    foreign = random_sequences(2, seed=1, vocab=VOCAB)
     write_split(tmp_path / "foreign", foreign, vocab=VOCAB, tokenizer_sha256="1" * 64)
     with pytest.raises(UserError, match="foreign has the tokenizer 1111"):
         load_splits([f"own={first}", f"foreign={tmp_path / 'foreign' / 'manifest.json'}"])
-    one_token = [Unit(np.zeros(SEQUENCE + 1, dtype=np.int32), np.array([0, 1], dtype=np.int32))]
+    one_token = [PackedSequence(np.zeros(SEQUENCE + 1, dtype=np.int32), np.array([0, 1], dtype=np.int32))]
     write_split(tmp_path / "empty", one_token, vocab=VOCAB, packer="bestfit")
     with pytest.raises(UserError, match="empty: it has no token to predict"):
         load_splits([str(tmp_path / "empty" / "manifest.json")])
@@ -200,7 +205,7 @@ def test_splits_that_cannot_be_compared_are_refused(place: Path, tmp_path: Path)
 
 def test_whole_documents_are_read_by_themselves(place: Path, tmp_path: Path) -> None:
     """Each document alone through transformers, padding left out; without its text bytes there are no bits a byte."""
-    units = random_units(6, seed=3, sequence=SEQUENCE, vocab=VOCAB, full=False)
+    units = random_sequences(6, seed=3, sequence=SEQUENCE, vocab=VOCAB, full=False)
     write_split(tmp_path, units, vocab=VOCAB, packer="bestfit", text_bytes=None)
     (found,) = _measured([place / "student"], tmp_path, batch=4)
     model = AutoModelForCausalLM.from_pretrained(place / "student")

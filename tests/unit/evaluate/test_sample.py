@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadistill.data import Manifest
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.tokenizers.base import load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.prompts import Prompt, held_out_prompts, typed_prompts
@@ -103,7 +103,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_document(model: Path, tmp_path: P
 def test_held_out_text_begins_the_prompt_and_goes_on_beside_it(model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model)
     ids = tokenizer.encode(document_texts(8)[7])[:31]
-    short = [Unit(np.resize(ids, 31), np.array([0, 9, 31], dtype=np.int32))]
+    short = [PackedSequence(np.resize(ids, 31), np.array([0, 9, 31], dtype=np.int32))]
     sha = tokenizer.sha256
     write_split(tmp_path / "data", short, vocab=tokenizer.vocab_size, packer="bestfit", tokenizer_sha256=sha)
     manifest = Manifest.load(tmp_path / "data" / "manifest.json")

@@ -22,7 +22,7 @@ from tests.corpora import small_data_set
 ROWS, SEQUENCE = 304, 32
 
 
-def _silent(stage: str, **numbers: int) -> None:
+def _silent(stage: str, **numbers: int | None) -> None:
     pass
 
 

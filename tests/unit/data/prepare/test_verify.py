@@ -15,18 +15,18 @@ from webdataset import TarWriter, WebDataset
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.index_external import index
 from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, info, manifests_at, verify
-from megadistill.data.shards.packing import Unit
-from megadistill.data.shards.tar import OWN_UNIT, Column, index_tar, publish, write_shard
+from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.tar import SAMPLE_FORMAT, Column, index_tar, publish, write_shard
 from megadistill.errors import UserError
 from megadistill.io import file_sha256
 from tests.unit.data.servers import serving
-from tests.unit.data.splits import random_units
+from tests.unit.data.splits import random_sequences
 
 LENGTH = 65
 IDS = 600
 
 
-def _silent(stage: str, *, done: int, total: int, tokens: int) -> None:
+def _silent(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
     assert 0 <= done <= total
 
 
@@ -66,8 +66,8 @@ def test_all_faults_are_told_at_once(broken: Path) -> None:
     train, heldout = (Manifest.load(broken / split / "manifest.json") for split in ("train", "heldout"))
     first, second, third = (broken / "train" / shard.name for shard in train.shards[:3])
     rows = np.load(broken / "train" / train.shards[0].index)
-    for unit in (1, 3):
-        _flip(first, int(rows[unit, Column.START]) + 700)
+    for sequence in (1, 3):
+        _flip(first, int(rows[sequence, Column.START]) + 700)
     second.write_bytes(second.read_bytes()[:-1])
     (broken / "train" / train.shards[2].index).unlink()
     (broken / "heldout" / "stray.txt").touch()
@@ -78,7 +78,7 @@ def test_all_faults_are_told_at_once(broken: Path) -> None:
     damaged, edited = report.splits[1], report.splits[0]
     assert [line.partition(": expected")[0] for line in damaged.faults] == [
         f"shard 0: {first}",
-        *(f"shard 0: {first} unit {unit} at byte {rows[unit, Column.START]}" for unit in (1, 3)),
+        *(f"shard 0: {first} sequence {sequence} at byte {rows[sequence, Column.START]}" for sequence in (1, 3)),
         f"shard 1: {second}",
         f"shard 2: {third}.idx.npy",
     ]
@@ -86,15 +86,15 @@ def test_all_faults_are_told_at_once(broken: Path) -> None:
     assert damaged.fault_count == 5
     assert len(edited.faults) == 1
     assert "was changed after it was written" in edited.faults[0]
-    assert heldout.units > 0
+    assert heldout.sequences > 0
     assert report.lines() == [*edited.faults, *damaged.faults]
     quick = _verify(broken, quick=True)
-    assert [line for line in report.lines() if "sha256" not in line and " unit " not in line] == [
+    assert [line for line in report.lines() if "sha256" not in line and " sequence " not in line] == [
         line for line in quick.lines() if "was changed" not in line
     ]
 
 
-def test_a_byte_behind_the_last_unit_is_seen_by_the_full_check_alone(broken: Path) -> None:
+def test_a_byte_behind_the_last_sequence_is_seen_by_the_full_check_alone(broken: Path) -> None:
     shard = broken / "train" / "shard-00000.tar"
     _flip(shard, shard.stat().st_size - 1)
     assert _verify(broken, quick=True).ok
@@ -135,8 +135,8 @@ def test_faults_beyond_a_bound_are_counted(broken: Path) -> None:
     manifest = Manifest.load(split / "manifest.json")
     count = MAX_LINES + 7
     tokens = np.full(manifest.sequence_length + 1, manifest.vocab_size, dtype=np.int32)
-    units = [Unit(tokens, np.array([0, len(tokens)], dtype=np.int32))] * count
-    shard = write_shard(split / "shard-00000.tar", units, dtype="uint16")
+    sequences = [PackedSequence(tokens, np.array([0, len(tokens)], dtype=np.int32))] * count
+    shard = write_shard(split / "shard-00000.tar", sequences, dtype="uint16")
     said = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"shards": (shard,), "tokens": 1}
     Manifest(**said).write(split)
     report = _verify(split)
@@ -196,14 +196,14 @@ def _tar(path: Path, samples: Sequence[dict[str, bytes]]) -> None:
             tar.write({"__key__": f"{path.stem}/{number}", **sample})
 
 
-UNITS = random_units(12, seed=3, sequence=LENGTH - 1, vocab=IDS)
+UNITS = random_sequences(12, seed=3, sequence=LENGTH - 1, vocab=IDS)
 
 
-def _folder(tmp_path: Path, member: Callable[[Unit], dict[str, bytes]]) -> Path:
+def _folder(tmp_path: Path, member: Callable[[PackedSequence], dict[str, bytes]]) -> Path:
     folder = tmp_path / "tars"
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(("b.tar", "a.tar")):
-        _tar(folder / name, [member(unit) for unit in UNITS[6 * number : 6 * number + 6]])
+        _tar(folder / name, [member(sequence) for sequence in UNITS[6 * number : 6 * number + 6]])
     return folder
 
 
@@ -214,18 +214,26 @@ def _index(folder: Path, data_set: Path, *, member: str | None = None, dtype: st
 @pytest.mark.parametrize(
     ("member", "dtype", "sample"),
     [
-        (None, None, lambda unit: {"ids.npy": _npy(unit.tokens.astype(np.int64)), "txt": b"text", "json": b"{}"}),
-        ("ids.npy", None, lambda unit: {"ids.npy": _npy(unit.tokens), "mask.npy": _npy(unit.tokens > 3)}),
-        (None, None, lambda unit: {"npz": _npz(ids=unit.tokens.astype(np.uint16))}),
-        ("npz:ids", None, lambda unit: {"npz": _npz(ids=unit.tokens, mask=unit.tokens > 3)}),
-        ("u16", "uint16", lambda unit: {"u16": unit.tokens.astype("<u2").tobytes(), "a.npy": _npy([1.0])}),
-        ("u32", "uint32", lambda unit: {"u32": unit.tokens.astype("<u4").tobytes()}),
-        (None, None, lambda unit: {"tokens.npy": _npy(unit.tokens), "bounds.npy": _npy(unit.bounds)}),
+        (
+            None,
+            None,
+            lambda sequence: {"ids.npy": _npy(sequence.tokens.astype(np.int64)), "txt": b"text", "json": b"{}"},
+        ),
+        ("ids.npy", None, lambda sequence: {"ids.npy": _npy(sequence.tokens), "mask.npy": _npy(sequence.tokens > 3)}),
+        (None, None, lambda sequence: {"npz": _npz(ids=sequence.tokens.astype(np.uint16))}),
+        ("npz:ids", None, lambda sequence: {"npz": _npz(ids=sequence.tokens, mask=sequence.tokens > 3)}),
+        ("u16", "uint16", lambda sequence: {"u16": sequence.tokens.astype("<u2").tobytes(), "a.npy": _npy([1.0])}),
+        ("u32", "uint32", lambda sequence: {"u32": sequence.tokens.astype("<u4").tobytes()}),
+        (None, None, lambda sequence: {"tokens.npy": _npy(sequence.tokens), "bounds.npy": _npy(sequence.bounds)}),
     ],
     ids=["npy", "one npy of two", "npz", "one array of two", "uint16", "uint32", "bounds"],
 )
 def test_tars_of_any_kind_become_a_split_that_a_stream_reads(
-    data_set: Path, tmp_path: Path, member: str | None, dtype: str | None, sample: Callable[[Unit], dict[str, bytes]]
+    data_set: Path,
+    tmp_path: Path,
+    member: str | None,
+    dtype: str | None,
+    sample: Callable[[PackedSequence], dict[str, bytes]],
 ) -> None:
     folder = _folder(tmp_path, sample)
     before = {path.name: file_sha256(path) for path in folder.iterdir()}
@@ -239,19 +247,19 @@ def test_tars_of_any_kind_become_a_split_that_a_stream_reads(
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
     batch = stream.batch(range(12))
     rows = np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1)
-    assert {tuple(row) for row in rows.tolist()} == {tuple(unit.tokens.tolist()) for unit in UNITS}
-    assert (manifest.unit.bounds is not None) == ("bounds.npy" in sample(UNITS[0]))
+    assert {tuple(row) for row in rows.tolist()} == {tuple(sequence.tokens.tolist()) for sequence in UNITS}
+    assert (manifest.sample_format.bounds is not None) == ("bounds.npy" in sample(UNITS[0]))
     samples = WebDataset(str(folder / "a.tar"), shardshuffle=False)
     assert [len(found) for found in samples] == [3 + len(sample(UNITS[0]))] * 6
 
 
 def test_padding_behind_the_last_bound_is_not_counted(data_set: Path, tmp_path: Path) -> None:
-    folder = _folder(tmp_path, lambda unit: {"npy": _npy(unit.tokens), "bounds.npy": _npy([0, 30, 50])})
+    folder = _folder(tmp_path, lambda sequence: {"npy": _npy(sequence.tokens), "bounds.npy": _npy([0, 30, 50])})
     assert _index(folder, data_set).tokens == 12 * 49
     assert _verify(folder).ok
 
 
-SHORT = random_units(1, seed=9, sequence=LENGTH - 2, vocab=IDS)[0]
+SHORT = random_sequences(1, seed=9, sequence=LENGTH - 2, vocab=IDS)[0]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +273,7 @@ SHORT = random_units(1, seed=9, sequence=LENGTH - 2, vocab=IDS)[0]
         ([{"u16": bytes(130)}], "u16", "float32", "raw bytes are uint16 or uint32"),
         ([{"u16": bytes(131)}], "u16", "uint16", "expected uint16 tokens, found 131 bytes"),
         ([{"npy": _npy([1.5, 2.5])}], None, None, "expected an .npy of one row of .*, found"),
-        ([{"npy": _npy([1])}], None, None, "has 1 tokens: a unit has 2 to"),
+        ([{"npy": _npy([1])}], None, None, "has 1 tokens: a sequence has 2 to"),
         ([{"npz": _npz(a=[1, 2], b=[1, 2])}], None, None, "expected one array in the .npz, found 'a.npy', 'b.npy'"),
         ([{"npy": _npy(SHORT.tokens)}, {"npy": _npy(UNITS[0].tokens)}], None, None, "expected 64 tokens, found 65"),
         ([{"npy": _npy([1, IDS])}], None, None, f"expected ids from 0 to {IDS - 1}, found {IDS}"),
@@ -289,13 +297,13 @@ def test_tars_that_make_no_split_are_refused_and_left_as_they_were(
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_two_lengths_are_refused_with_both_units(data_set: Path, tmp_path: Path) -> None:
+def test_two_lengths_are_refused_with_both_sequences(data_set: Path, tmp_path: Path) -> None:
     _tar(tmp_path / "a.tar", [{"npy": _npy(UNITS[0].tokens)}] * 2)
     _tar(tmp_path / "b.tar", [{"npy": _npy(UNITS[0].tokens)}, {"npy": _npy(SHORT.tokens)}])
     with pytest.raises(UserError) as refused:
         _index(tmp_path, data_set)
     for part in (
-        f"{tmp_path / 'b.tar'} unit 1 at byte",
+        f"{tmp_path / 'b.tar'} sequence 1 at byte",
         f"found {LENGTH - 1}",
         f"{tmp_path / 'a.tar'} sample 'a/0', {LENGTH}",
     ):
@@ -319,7 +327,7 @@ def test_own_tars_indexed_as_foreign_ones_have_the_same_index(data_set: Path, tm
     own = np.load(tmp_path / "a.tar.idx.npy")
     (tmp_path / "a.tar.idx.npy").unlink()
     manifest = _index(tmp_path, data_set)
-    assert manifest.unit == OWN_UNIT
+    assert manifest.sample_format == SAMPLE_FORMAT
     np.testing.assert_array_equal(np.load(tmp_path / "a.tar.idx.npy"), own)
-    np.testing.assert_array_equal(index_tar(tmp_path / "a.tar", OWN_UNIT), own)
+    np.testing.assert_array_equal(index_tar(tmp_path / "a.tar", SAMPLE_FORMAT), own)
     assert publish(tmp_path / "a.tar", own) == manifest.shards[0]

@@ -1,4 +1,4 @@
-"""Progress: how far a long verb is, as bars on a terminal and as lines elsewhere. It knows no verb."""
+"""Progress of a long command on standard error: bars on a terminal, lines elsewhere."""
 
 import math
 import time
@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0
-"""Between plain lines where there is no terminal."""
+"""Time between plain lines where there is no terminal."""
 
 
 class ShowProgress(Protocol):
-    """Told of work as it is done: `stage` in words, bytes done and in all, tokens made or read so far."""
+    """Callback for work that is done: the stage's name, bytes done and in all, tokens made or read so far.
 
-    def __call__(self, stage: str, *, done: int, total: int, tokens: int) -> None: ...
+    `tokens` None: `done` and `total` count tokens.
+    """
+
+    def __call__(self, stage: str, *, done: int, total: int, tokens: int | None = None) -> None: ...
 
 
 @contextmanager
@@ -32,28 +35,32 @@ def console_progress() -> Iterator[ShowProgress]:
         tasks = {}
         began = {}
 
-        def show(stage: str, *, done: int, total: int, tokens: int) -> None:
+        def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, rate="")
                 began[stage] = time.perf_counter()
-            rate = _rate(tokens, time.perf_counter() - began[stage])
+            rate = _rate(done if tokens is None else tokens, time.perf_counter() - began[stage])
             bars.update(tasks[stage], completed=done, total=total, rate=rate)
 
         yield show
 
 
-def _plain_lines(say: Callable[[str], None]) -> ShowProgress:
+def _plain_lines(write: Callable[[str], None]) -> ShowProgress:
     began: dict[str, float] = {}
-    said: dict[str, float] = {}
+    written: dict[str, float] = {}
 
-    def show(stage: str, *, done: int, total: int, tokens: int) -> None:
+    def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
         now = time.perf_counter()
         seconds = now - began.setdefault(stage, now)
-        if done < total and now - said.get(stage, -math.inf) < LINE_SECONDS:
+        if done < total and now - written.get(stage, -math.inf) < LINE_SECONDS:
             return
-        said[stage] = now
-        parts = (f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", _rate(tokens, seconds), _left(done, total, seconds))
-        say(f"{stage}: {', '.join(part for part in parts if part)}")
+        written[stage] = now
+        if tokens is None:
+            parts = [f"{done:,} of {total:,} tokens", f"{done / seconds:,.0f} tokens/s" if done and seconds else ""]
+        else:
+            parts = [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", _rate(tokens, seconds)]
+        parts.append(_left(done, total, seconds))
+        write(f"{stage}: {', '.join(part for part in parts if part)}")
 
     return show
 
@@ -63,7 +70,7 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def _left(done: int, total: int, seconds: float) -> str:
-    """How long the rest takes at the pace so far."""
+    """Time that the rest takes at the pace so far."""
     if not 0 < done < total or seconds <= 0:
         return ""
     return f"{timedelta(seconds=round((total - done) / done * seconds))} left"
