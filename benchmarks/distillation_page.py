@@ -161,7 +161,7 @@ def what_was_run(results: Results, described: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"* Student: {student['parameters']:,} parameters; {train['steps']:,} steps of "
-            f"{train['global_batch'] * SEQUENCE:,} tokens, learning rate {train['adamw']['learning_rate']}.",
+            f"{train['global_batch'] * SEQUENCE:,} tokens, learning rate {train['optimizer']['learning_rate']}.",
             f"* Teacher: {teacher['parameters']:,} parameters, held-out CE {teacher['cross_entropy']:.3f}.",
             f"* Held out: {student['tokens']:,} tokens.",
             f"* {versions}; {cpu()}, {len(os.sched_getaffinity(0))} cores.",

@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.measure import Run, Spread, ranks, rounds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.config import Recipe
-from megadistill.data.shards.manifest import Manifest, PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.manifest import Manifest, PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
 from megadistill.distributed.topology import Launch, Topology
 from megadistill.loss import distill_loss
@@ -61,14 +61,14 @@ def write_inputs(folder: Path) -> Path:
     data.mkdir()
     (data / "tokenizer.model").write_bytes(b"random")
     bounds = np.array([0, SEQUENCE + 1], dtype=np.int32)
-    shard = write_shard(data / "shard-00000.tar", (Unit(row, bounds) for row in tokens), dtype="uint16")
+    shard = write_shard(data / "shard-00000.tar", (PackedSequence(row, bounds) for row in tokens), dtype="uint16")
     Manifest(
         version=2,
         split="train",
         sequence_length=SEQUENCE,
         dtype="uint16",
         vocab_size=VOCAB,
-        unit=UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
         packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
         documents=None,
@@ -98,7 +98,7 @@ def setup_of(topology: Topology, folder: Path) -> Setup:
             "global_batch": topology.world * MICRO * ACCUMULATION,
             "micro_batch": MICRO,
             "precision": "float32",
-            "adamw": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-3},
         },
     }
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)

@@ -1,11 +1,11 @@
 """The typed recipe, how it is read, and the table of its keys."""
 
-from megadistill.config.load import dotted, load_recipe, validate_recipe
+from megadistill.config.load import dotted, load_recipe, refuse_renamed, validate_recipe
 from megadistill.config.recipe import (
     DataSection,
-    FaultsSection,
     LossSection,
     Recipe,
+    ResilienceSection,
     ScheduleSection,
     Section,
     StudentSection,
@@ -16,9 +16,9 @@ from megadistill.config.recipe import (
 
 __all__ = [
     "DataSection",
-    "FaultsSection",
     "LossSection",
     "Recipe",
+    "ResilienceSection",
     "ScheduleSection",
     "Section",
     "StudentSection",
@@ -27,5 +27,6 @@ __all__ = [
     "TrainSection",
     "dotted",
     "load_recipe",
+    "refuse_renamed",
     "validate_recipe",
 ]

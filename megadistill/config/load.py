@@ -15,6 +15,28 @@ from megadistill.errors import UserError, nearest
 
 MAX_RECIPE_BYTES = 1 << 20
 
+RENAMED = {
+    "comm": "distributed",
+    "faults": "resilience",
+    "faults.stall_seconds": "resilience.step_timeout_seconds",
+    "run.minutes": "run.time_limit_minutes",
+    "data.stages": "data.curriculum",
+    "data.on_fault": "data.on_corrupt_sample",
+    "data.on_fault=quarantine": "data.on_corrupt_sample=mask",
+    "data.on_corrupt_sample=quarantine": "data.on_corrupt_sample=mask",
+    "data.max_holes_per_million": "data.max_masked_per_million",
+    "teacher.source=cache": "teacher.source=stored",
+    "teacher.keep_targets": "teacher.save_targets",
+    "teacher.wire": "teacher.transfer_dtype",
+    "teacher.wire=whole": "teacher.transfer_dtype=native",
+    "teacher.transfer_dtype=whole": "teacher.transfer_dtype=native",
+    "loss.diagnose_every": "loss.diagnostics_every",
+    "loss.targets.mass": "loss.targets.p",
+    "train.clip": "train.max_grad_norm",
+    "train.adamw": "train.optimizer",
+}
+"""Former name of a section, a key, or a key's value (`key=value`) -> its name now, as `--set` spells them."""
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file, with what it extends and with `key=value` overrides on top.
@@ -28,6 +50,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
+        refuse_renamed({key: override.partition("=")[2]}, source=f"--set {override}")
         if key.split(".")[0] not in known:
             raise UserError(f"--set {key}: the recipe has no such key{nearest(key.split('.')[0], known)}")
     try:
@@ -45,16 +68,32 @@ def validate_recipe(values: Any, *, source: str) -> Recipe:
     """A recipe from plain values (a YAML file's, or a run folder's recipe.json).
 
     Raises:
-        UserError: the first thing that is wrong, as one line.
+        UserError: the first problem, as one line.
     """
+    refuse_renamed(values, source=source)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
 
 
+def refuse_renamed(values: Any, *, source: str) -> None:
+    """Refuses a recipe, given as plain values, that uses a former name of `RENAMED`.
+
+    Raises:
+        UserError: names the former key and the one that replaced it.
+    """
+    for key, value in dotted(values).items():
+        parts = key.split(".")
+        sections = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        for former in (f"{key}={value}", *sections):
+            if former in RENAMED:
+                rest = "" if "=" in former else key.removeprefix(former)
+                raise UserError(f"{source}: {former}{rest} is now {RENAMED[former]}{rest}: use the new name")
+
+
 def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with keys as `--set` spells them: `{"train": {"clip": 1.0}}` -> `{"train.clip": 1.0}`."""
+    """Nested mappings flattened, with keys as `--set` spells them: {"train": {"steps": 3}} -> {"train.steps": 3}."""
     if not isinstance(values, dict):
         return {prefix: values}
     flat: dict[str, Any] = {}

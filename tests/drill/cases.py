@@ -70,7 +70,7 @@ def since(moment: float) -> float:
     return time.monotonic() - moment
 
 
-def goes_on(place: Place, name: str, *changes: str, seconds: float | None) -> Found:
+def resume_run(place: Place, name: str, *changes: str, seconds: float | None) -> Found:
     """The same command ends the run, and it is the undisturbed one."""
     ranks = place.attempt(name, *changes)
     assert ranks.wait() == [0, 0], ranks.said
@@ -96,7 +96,7 @@ def require_no_checkpoint_but(folder: Path, expected: list[int]) -> None:
 @case("clean", "none: two clean runs")
 def clean(place: Place) -> Found:
     truth(place)
-    return goes_on(place, "clean", seconds=None)
+    return resume_run(place, "clean", seconds=None)
 
 
 @case("kill-rank", "SIGKILL to a rank in mid-step")
@@ -106,7 +106,7 @@ def kill_rank(place: Place) -> Found:
     began = time.monotonic()
     codes = ranks.wait(30)
     assert codes == [RESTART, -signal.SIGKILL], f"{codes}\n{ranks.said}"
-    return goes_on(place, "kill-rank", seconds=since(began))
+    return resume_run(place, "kill-rank", seconds=since(began))
 
 
 @case("kill-in-save", "SIGKILL to all in a save, after the bytes, before the rename")
@@ -118,7 +118,7 @@ def kill_in_save(place: Place) -> Found:
     ranks.wait(10)
     require_no_checkpoint_but(folder, [4])
     assert list((folder / "checkpoints").glob(".tmp-*")), "the bytes were there"
-    found = goes_on(place, "kill-in-save", seconds=0.0)
+    found = resume_run(place, "kill-in-save", seconds=0.0)
     assert not list((folder / "checkpoints").glob(".tmp-*")), "what was left over is still there"
     return found
 
@@ -144,8 +144,8 @@ def flip(path: Path) -> None:
 def truncated(place: Place) -> Found:
     folder = half_way(place, "truncated")
     truncate(newest_file(folder))
-    found = goes_on(place, "truncated", seconds=None)
-    (aside,) = Record.of(folder).named("set_aside")
+    found = resume_run(place, "truncated", seconds=None)
+    (aside,) = Record.of(folder).named("checkpoint_quarantined")
     assert aside["step"] == 12, aside
     return found
 
@@ -155,8 +155,8 @@ def flipped(place: Place) -> Found:
     folder = half_way(place, "flipped")
     flip(newest_file(folder))
     newest_file(folder, back=1).unlink()
-    found = goes_on(place, "flipped", seconds=None)
-    assert [each["step"] for each in Record.of(folder).named("set_aside")] == [12, 8]
+    found = resume_run(place, "flipped", seconds=None)
+    assert [each["step"] for each in Record.of(folder).named("checkpoint_quarantined")] == [12, 8]
     return found
 
 
@@ -174,7 +174,7 @@ def only_damaged(place: Place) -> Found:
     (aside,) = (folder / "checkpoints").glob(".corrupt-*")
     flip(next(aside.glob("rank-00000-*.safetensors")))  # a person mends it, and gives it its name back
     aside.rename(folder / "checkpoints" / aside.name[aside.name.index("step-") :])
-    return goes_on(place, "only-damaged", seconds=since(began))
+    return resume_run(place, "only-damaged", seconds=since(began))
 
 
 @case("full-disk", "a full disk (tmpfs), in mid-run and at the last save")
@@ -191,7 +191,7 @@ def full_disk(place: Place) -> Found:
         codes = ranks.wait()
         assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
         assert not (folder / "DONE").exists(), "a last save that failed must not look done"
-        failed = [each for each in read_lines(folder / "events.jsonl") if each["event"] == "save_failed"]
+        failed = [each for each in read_lines(folder / "events.jsonl") if each["event"] == "checkpoint_failed"]
         assert failed, "no event says that a save failed"
         saved = list(checkpoint_folders(folder / "checkpoints"))
         assert saved == [4, 8, 12, 16, 20, 24][: len(saved)], f"checkpoints {saved}: an older one is gone"
@@ -199,7 +199,7 @@ def full_disk(place: Place) -> Found:
         assert steps_of(folder) == STEPS, "the run did not live on"
         seconds = since(began)
         subprocess.run(["mount", "-o", f"remount,size={64 << 20}", str(folder)], check=True)
-        return goes_on(place, "full-disk", *settings(checkpoint__keep_last=8), seconds=seconds)
+        return resume_run(place, "full-disk", *settings(checkpoint__keep_last=8), seconds=seconds)
     finally:
         subprocess.run(["umount", str(folder)], check=False)
 
@@ -216,18 +216,18 @@ def shard(place: Place) -> Found:
                 byte = file.read(1)[0]
                 file.seek(place_)
                 file.write(bytes([byte ^ 4]))
-    changes = settings(data__on_fault="quarantine", data__max_holes_per_million=100_000)
+    changes = settings(data__on_corrupt_sample="mask", data__max_masked_per_million=100_000)
     assert place.attempt("shard-truth", *changes, data=data).wait() == [0, 0]
     expected = Record.of(place.run_folder("shard-truth"))
-    assert expected.cursor["holes"], "the run read nothing that was damaged"
-    assert expected.named("hole")
+    assert expected.cursor["masked_slots"], "the run read nothing that was damaged"
+    assert expected.named("samples_masked")
     ranks = place.attempt("shard", *changes, data=data, faults={0: ["die:15"]})
     ranks.wait(60)
     ranks = place.attempt("shard", *changes, data=data)
     assert ranks.wait() == [0, 0], ranks.said
     folder = place.run_folder("shard")
     result = Record.of(folder).require_same(expected)
-    return Found(None, lost_steps(folder), f"{len(expected.cursor['holes'])} rows masked, {result}")
+    return Found(None, lost_steps(folder), f"{len(expected.cursor['masked_slots'])} rows masked, {result}")
 
 
 def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str) -> Found:
@@ -242,9 +242,9 @@ def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *chang
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
     record = Record.of(folder)
     assert record.step == steps_of(folder) < STEPS, "the checkpoint is not of the step at which it stopped"
-    (event,) = record.named("stop")
+    (event,) = record.named("stopped")
     assert reason in event["reason"], event
-    found = goes_on(place, name, *settings(run__minutes="null"), seconds=seconds)
+    found = resume_run(place, name, *settings(run__time_limit_minutes="null"), seconds=seconds)
     assert found.steps == 0, "a clean stop costs no step"
     return found
 
@@ -266,7 +266,9 @@ def stop_file(place: Place) -> Found:
 
 @case("budget", "the time budget is spent")
 def budget(place: Place) -> Found:
-    return stopped(place, "budget", lambda *_: None, *settings(run__minutes=0.06), reason="run.minutes")
+    return stopped(
+        place, "budget", lambda *_: None, *settings(run__time_limit_minutes=0.06), reason="run.time_limit_minutes"
+    )
 
 
 @case("second-signal", "a second signal")
@@ -281,7 +283,7 @@ def second_signal(place: Place) -> Found:
     codes = ranks.wait(20)
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
     require_no_checkpoint_but(folder, [])
-    return goes_on(place, "second-signal", seconds=since(began))
+    return resume_run(place, "second-signal", seconds=since(began))
 
 
 @case("frozen", "SIGSTOP to one rank")
@@ -296,7 +298,7 @@ def frozen(place: Place) -> Found:
     ranks.send(signal.SIGKILL, rank=1)  # as its launcher does; a stopped process takes no other signal
     assert ranks.wait(10) == [RESTART, -signal.SIGKILL], ranks.said
     assert "rank 1" in ranks.logs[0].read_text().rpartition("megadistill")[2], ranks.said
-    return goes_on(place, "frozen", seconds=seconds)
+    return resume_run(place, "frozen", seconds=seconds)
 
 
 @case("stuck", "a rank stuck in Python")
@@ -311,7 +313,7 @@ def stuck(place: Place) -> Found:
     assert "_stuck" in ranks.said or any("_stuck" in path.read_text() for path in folder.rglob("*rank-00001*")), (
         "no stack shows where it was stuck"
     )
-    return goes_on(place, "stuck", seconds=since(began))
+    return resume_run(place, "stuck", seconds=since(began))
 
 
 @case("nan", "a NaN in one rank")
@@ -319,7 +321,7 @@ def nan(place: Place) -> Found:
     ranks = place.attempt("nan", faults={1: ["nan:7"]})
     assert ranks.wait() == [0, 0], ranks.said
     record = Record.of(place.run_folder("nan"))
-    (skip,) = record.named("skip")
+    (skip,) = record.named("step_skipped")
     assert skip["step"] == 7
     before, clean_run = record.steps, truth(place).steps
     assert sorted(before) == [step for step in clean_run if step != 7], "another step was left out"
@@ -334,7 +336,7 @@ def nan_for_good(place: Place) -> Found:
     codes = ranks.wait()
     assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
     assert "steps in a row moved nothing" in ranks.said
-    return goes_on(place, "nan-for-good", seconds=since(began))
+    return resume_run(place, "nan-for-good", seconds=since(began))
 
 
 @case("teacher-nan", "a NaN in the teacher")
@@ -346,7 +348,7 @@ def teacher_nan(place: Place) -> Found:
     assert set(codes) <= {PERSON, RESTART}, f"{codes}\n{ranks.said}"
     assert "teacher" in ranks.said
     assert steps_of(place.run_folder("teacher-nan")) <= 9
-    return goes_on(place, "teacher-nan", seconds=since(began))
+    return resume_run(place, "teacher-nan", seconds=since(began))
 
 
 @case("wrong-teacher", "the teacher's weights exchanged under a resume")
@@ -365,7 +367,7 @@ def wrong_teacher(place: Place) -> Found:
         kept.rename(place.teacher)
     assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
     assert "probe" in ranks.said
-    return goes_on(place, "wrong-teacher", seconds=since(began))
+    return resume_run(place, "wrong-teacher", seconds=since(began))
 
 
 def exchange(path: Path) -> None:
@@ -376,7 +378,10 @@ def exchange(path: Path) -> None:
 
 def spiking(place: Place, name: str, *, faults: list[str]) -> Ranks:
     rolling = settings(
-        faults__max_rollbacks=1, faults__rollback_steps=2, faults__spike_window=8, faults__spike_zscore=8
+        resilience__max_rollbacks=1,
+        resilience__rollback_steps=2,
+        resilience__spike_window=8,
+        resilience__spike_zscore=8,
     )
     return place.attempt(name, *rolling, faults={rank: ["spike:140", *faults] for rank in range(2)})
 
@@ -387,7 +392,7 @@ def spike(place: Place) -> Found:
     assert ranks.wait() == [0, 0], ranks.said
     record = Record.of(place.run_folder("spike"))
     (rollback,) = record.named("rollback")
-    first, stop = rollback["skip"]
+    first, stop = rollback["skipped_slots"]
     assert first <= 140 < stop, rollback
     assert place.attempt("skipped", *settings(data__skip=f"[[{first},{stop}]]")).wait() == [0, 0]
     result = record.require_same(Record.of(place.run_folder("skipped")))
@@ -423,13 +428,13 @@ def zombie(place: Place) -> Found:
 @case("worlds", "other worlds: 2, then 1, then 4")
 def worlds(place: Place) -> Found:
     for world, stop in ((2, 7), (1, 15), (4, STEPS)):
-        layout = settings(comm__vocab_group=min(world, 2), train__micro_batch=1 if world == 4 else 2)
+        layout = settings(distributed__vocab_group=min(world, 2), train__micro_batch=1 if world == 4 else 2)
         ranks = place.attempt("worlds", *layout, "--stop-after", str(stop), world=world)
         assert ranks.wait() == [0] * world, ranks.said
     return Found(None, 0, Record.of(place.run_folder("worlds")).require_close(truth(place)))
 
 
-APART = settings(teacher__placement="disaggregated", teacher__ranks=1, comm__vocab_group=2)
+APART = settings(teacher__placement="disaggregated", teacher__ranks=1, distributed__vocab_group=2)
 
 
 def apart(place: Place, name: str, dies: int) -> Found:
@@ -476,7 +481,7 @@ def jit_lock(place: Place) -> Found:
     seconds = since(began)
     assert codes == [2, 2], f"{codes}\n{ranks.said}"
     assert str(lock) in ranks.said
-    return goes_on(place, "jit-lock", seconds=seconds)
+    return resume_run(place, "jit-lock", seconds=seconds)
 
 
 def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> Found:
@@ -494,7 +499,7 @@ def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> Found:
     until(lambda: not left_over(), 60.0, "the ranks of a killed launcher were still there")
     seconds, record = since(began), Record.of(folder)
     assert record.step == steps_of(folder), "the checkpoint is not of the step at which it stopped"
-    assert "SIGTERM" in record.named("stop")[0]["reason"]
+    assert "SIGTERM" in record.named("stopped")[0]["reason"]
     return Found(seconds, lost_steps(folder), "no process was left, and a checkpoint of the step at hand")
 
 
@@ -553,4 +558,4 @@ def until_begun(ranks: Ranks, folder: Path, before: int, *, steps: int) -> None:
 
 def starts(folder: Path) -> list[int]:
     """The step after which each attempt went on."""
-    return [int(event["step"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resume"]
+    return [int(event["step"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resumed"]

@@ -67,8 +67,8 @@ class Place:
                 train__steps=steps,
                 train__checkpoint_every=EVERY,
                 train__log_every=1,
-                comm__timeout_minutes=1,
-                faults__stall_seconds=6,
+                distributed__timeout_minutes=1,
+                resilience__step_timeout_seconds=6,
             ),
         ]
 

@@ -62,7 +62,7 @@ class Record:
 
 def lost_steps(folder: Path) -> int:
     """Steps that were taken twice, by what the starts say."""
-    return sum(int(event["lost_steps"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resume")
+    return sum(int(event["lost_steps"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resumed")
 
 
 def names(folder: Path) -> list[str]:

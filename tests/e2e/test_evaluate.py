@@ -5,14 +5,14 @@ import json
 from megadistill.data import Manifest
 from tests.e2e.commands import TORCHRUN_2, in_process, succeed, succeeded
 from tests.e2e.conftest import Place
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 
 
 def test_two_ranks_find_what_one_process_finds(place: Place) -> None:
     alone, shared, plots = (place.folder / name for name in ("alone.json", "shared.json", "plots"))
     of_the_teacher = Manifest.load(place.heldout)
     ids = of_the_teacher.vocab_size
-    units = random_units(24, seed=1, sequence=of_the_teacher.sequence_length, vocab=ids)
+    units = random_sequences(24, seed=1, sequence=of_the_teacher.sequence_length, vocab=ids)
     write_split(place.folder / "small", units, vocab=ids, tokenizer_sha256=of_the_teacher.tokenizer.sha256)
     data = f"library={place.folder / 'small' / 'manifest.json'}"
     command = ["evaluate", str(place.teacher), "--data", data, "--batch", "4"]

@@ -66,7 +66,9 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     assert "going on after step 6" in second.out
     assert "step 12 of 12, done" in second.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
-    again = succeed(*PLAIN, *place.distill("deepspeed", steps=12, checkpoint_every=4), *settings(comm__vocab_group=1))
+    again = succeed(
+        *PLAIN, *place.distill("deepspeed", steps=12, checkpoint_every=4), *settings(distributed__vocab_group=1)
+    )
     assert "step 12 of 12, done" in again.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
 
@@ -108,7 +110,7 @@ def _kill_children_of(mark: str) -> None:
 
 
 def test_one_plain_process_gives_the_same_losses(place: Place, undisturbed: list[dict[str, float]]) -> None:
-    command = (*PLAIN, *place.distill("plain", steps=12, checkpoint_every=3), *settings(comm__vocab_group=1))
+    command = (*PLAIN, *place.distill("plain", steps=12, checkpoint_every=3), *settings(distributed__vocab_group=1))
     succeed(*command, "--stop-after", "3")
     for ours, theirs in zip(place.metrics("plain"), undisturbed, strict=False):
         for name in ("loss", "student_ce", "teacher_ce", "grad_norm"):
@@ -154,12 +156,12 @@ def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
     place: Place, undisturbed: list[dict[str, float]]
 ) -> None:
     changed = in_process(*place.distill("undisturbed", steps=12, checkpoint_every=5),
-                         *settings(comm__vocab_group=1, train__clip=0.5))  # fmt: skip
+                         *settings(distributed__vocab_group=1, train__max_grad_norm=0.5))  # fmt: skip
     assert changed.code == 2
     message = changed.err.strip().splitlines()[-1]
-    assert "train.clip was 1.0, is 0.5" in message
+    assert "train.max_grad_norm was 1.0, is 0.5" in message
     assert "checkpoint_every" not in message
-    assert "comm.vocab_group" not in message, "the layout follows the ranks of today"
+    assert "distributed.vocab_group" not in message, "the layout follows the ranks of today"
     assert "Traceback" not in changed.err
 
 

@@ -37,7 +37,7 @@ def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
     [
         ({"train__stpes": 3}, ("train.stpes", "did you mean 'steps'")),
         ({"train__global_batch": 7}, ("train.global_batch 7", "nearest that fit")),
-        ({"comm__vocab_group": 3}, ("comm.vocab_group is 3", "must divide")),
+        ({"distributed__vocab_group": 3}, ("distributed.vocab_group is 3", "must divide")),
         ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
         ({"student__deepspeed": "nowhere.json"}, ("student.deepspeed", "nowhere.json")),
         ({"student__config__hiden_size": 3}, ("hiden_size", "hidden_size")),
@@ -54,20 +54,22 @@ def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
 def test_a_recipe_that_cannot_run_is_refused(place: Place, overrides: dict[str, object], says: tuple[str, ...]) -> None:
     folder = place.folder / "refused"
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert_refused(*command, *settings(**{"comm__vocab_group": 1, **overrides}), says=says)
+    assert_refused(*command, *settings(**{"distributed__vocab_group": 1, **overrides}), says=says)
     assert not folder.exists()
 
 
 def test_a_process_that_refuses_ends_with_2(place: Place) -> None:
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert "comm.vocab_group is 2, but this run has 1 process" in _refusal(run(*PLAIN, *command))
+    assert "distributed.vocab_group is 2, but this run has 1 process" in _refusal(run(*PLAIN, *command))
 
 
 def test_every_rank_refuses_and_one_says_so(place: Place) -> None:
-    finished = run(*TORCHRUN_2, *place.distill("refused", steps=2, checkpoint_every=2), *settings(train__clip=-1.0))
+    finished = run(
+        *TORCHRUN_2, *place.distill("refused", steps=2, checkpoint_every=2), *settings(train__max_grad_norm=-1.0)
+    )
     assert finished.code != 0
     assert finished.err.count("megadistill: ") == 1
-    assert "train.clip" in finished.err
+    assert "train.max_grad_norm" in finished.err
 
 
 def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Pat
         (other / file.name).write_bytes(file.read_bytes())
     (other / "tokenizer.model").write_bytes(b"another tokenizer")
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert_refused(*command, *settings(comm__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
+    assert_refused(*command, *settings(distributed__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
 
 
 def test_other_verbs_refuse_alike(place: Place, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def _reads(verb: str, place: Place, teacher: Path, output: Path) -> list[str]:
     """The arguments of a verb that reads a teacher and writes to `output`, as one process."""
     if verb == "generate":
         return _generate(place, output, teacher=teacher)
-    changes = settings(teacher__path=teacher, comm__vocab_group=1, run__folder=output)
+    changes = settings(teacher__path=teacher, distributed__vocab_group=1, run__folder=output)
     recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *changes]
     return ["train", *recipe] if verb == "train" else _cache(recipe, output)
 
@@ -216,7 +218,7 @@ def test_generate_refuses(place: Place, tmp_path: Path, options: dict[str, objec
     ],
 )
 def test_cache_refuses(place: Place, tmp_path: Path, changes: dict[str, object], says: tuple[str, ...]) -> None:
-    recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *settings(comm__vocab_group=1)]
+    recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *settings(distributed__vocab_group=1)]
     assert_refused(*_cache(recipe, tmp_path / "output"), *settings(**changes), says=says)
     assert not (tmp_path / "output").exists()
     assert_refused(*_cache(recipe, tmp_path / "output"), "--steps", "0", says=("--steps 0", "at least 1"))
@@ -233,8 +235,8 @@ def test_a_folder_that_is_not_theirs_is_left_alone(place: Place, tmp_path: Path,
 @pytest.mark.parametrize(
     ("world", "changes", "says"),
     [
-        (4, {"comm__vocab_group": 4}, ("comm.vocab_group is 4", "2 layers", "2 or less")),
-        (4, {"comm__vocab_group": 3}, ("comm.vocab_group is 3", "must divide")),
+        (4, {"distributed__vocab_group": 4}, ("distributed.vocab_group is 4", "2 layers", "2 or less")),
+        (4, {"distributed__vocab_group": 3}, ("distributed.vocab_group is 3", "must divide")),
         (4, {"teacher__placement": "disaggregated", "teacher__ranks": 3}, ("teacher.stages is 3", "2 layers")),
         (
             5,
@@ -252,7 +254,7 @@ def test_stages_that_do_not_fit_are_refused(
     for name, value in launch.items():
         monkeypatch.setenv(name, str(value))
     command = [*place.distill("unfit", steps=2, checkpoint_every=2), *settings(train__global_batch=120)]
-    assert_refused(*command, *settings(**{"comm__vocab_group": 1, **changes}), says=says)
+    assert_refused(*command, *settings(**{"distributed__vocab_group": 1, **changes}), says=says)
     assert not (place.folder / "unfit").exists()
 
 

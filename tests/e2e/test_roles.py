@@ -25,7 +25,7 @@ def _launched(place: Place, name: str, *, steps: int) -> Iterator[list[subproces
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = place.distill(name, steps=steps, checkpoint_every=steps)
-    command = [*PLAIN, *arguments, *ROLES, *settings(comm__timeout_minutes=0.3)]
+    command = [*PLAIN, *arguments, *ROLES, *settings(distributed__timeout_minutes=0.3)]
     ranks = []
     for rank in range(WORLD):
         said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}

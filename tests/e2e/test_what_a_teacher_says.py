@@ -7,7 +7,7 @@ from tests.e2e.conftest import Place
 
 def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
     def command(name: str, **changes: object) -> list[str]:
-        alone = settings(comm__vocab_group=1, loss__targets__draws=8, **changes)
+        alone = settings(distributed__vocab_group=1, loss__targets__draws=8, **changes)
         return [*place.distill(name, steps=3, checkpoint_every=3), *alone]
 
     targets = place.folder / "targets"
@@ -15,7 +15,7 @@ def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
     assert "targets of 24 sequences" in cached.out
     assert not (place.folder / "none").exists()
     succeed(*PLAIN, *command("live"))
-    stored = {"teacher__path": "null", "teacher__source": "cache", "teacher__targets": targets}
+    stored = {"teacher__path": "null", "teacher__source": "stored", "teacher__targets": targets}
     succeed(*PLAIN, *command("stored", **stored))
     live, found = (place.metrics(name) for name in ("live", "stored"))
     assert [line["loss"] for line in found] == [line["loss"] for line in live]

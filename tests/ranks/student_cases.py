@@ -80,8 +80,8 @@ def train_section(case: Case, world: int) -> TrainSection:
             "global_batch": GLOBAL_BATCH,
             "micro_batch": GLOBAL_BATCH // world // case.accumulation,
             "precision": case.precision,
-            "clip": case.clip,
-            "adamw": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-4},
+            "max_grad_norm": case.clip,
+            "optimizer": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-4},
         }
     )
 
@@ -229,7 +229,7 @@ def dense_truth(case: Case) -> Found:
     model.double()
     matrices = [p for p in named.values() if p.ndim >= 2]
     vectors = [p for p in named.values() if p.ndim < 2]
-    section = train_section(case, 1).adamw
+    section = train_section(case, 1).optimizer
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(section.beta1, section.beta2),
@@ -283,7 +283,7 @@ def recipe_for(manifest: str, folder: str, **changes: Any) -> Recipe:
         "run": {"folder": folder},
         "data": {"manifest": manifest},
         "student": {"config": {"model_type": "llama"}},
-        "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "adamw": {"learning_rate": 1e-3}},
+        "train": {"steps": 4, "global_batch": 4, "micro_batch": 2, "optimizer": {"learning_rate": 1e-3}},
     }
     values.update(changes)
     return Recipe.model_validate(values)

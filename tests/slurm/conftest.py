@@ -32,7 +32,7 @@ TINY = {
     "train.global_batch": 8,
     "train.steps": STEPS,
     "train.checkpoint_every": CHECKPOINT_EVERY,
-    "comm.timeout_minutes": 0.3,
+    "distributed.timeout_minutes": 0.3,
 }
 APART = {"teacher.placement": "disaggregated", "teacher.ranks": 1}
 

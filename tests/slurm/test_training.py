@@ -20,14 +20,14 @@ def _same(work: Work, job: Job, reference: list[torch.Tensor]) -> None:
 
 
 def _stopped_at(job: Job, reason: str) -> list[int]:
-    stops = job.events("stop")
+    stops = job.events("stopped")
     assert stops, job.said()
     assert all(stop["reason"] == reason for stop in stops), stops
     return [int(str(stop["step"])) for stop in stops]
 
 
 def _resumed_at(job: Job) -> list[int]:
-    return [int(str(event["step"])) for event in job.events("resume")]
+    return [int(str(event["step"])) for event in job.events("resumed")]
 
 
 def test_two_nodes_do_what_two_processes_do(cluster: Cluster, work: Work) -> None:

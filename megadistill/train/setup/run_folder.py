@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import StudentSection, dotted, validate_recipe
+from megadistill.config import StudentSection, dotted, refuse_renamed, validate_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.fingerprint import teacher_fingerprint
@@ -20,34 +20,34 @@ from megadistill.versions import versions
 # which tokens the surest are looked for, as the number of ranks does, which no recipe holds.
 MAY_CHANGE = (
     "data.manifest",  # the stream compares what was read, wherever it lies today
-    "data.stages",
-    "data.on_fault",
-    "data.max_holes_per_million",
+    "data.curriculum",
+    "data.on_corrupt_sample",
+    "data.max_masked_per_million",
     "data.skip",
     "data.prefetch",
     "teacher.source",
     "teacher.targets",
-    "teacher.keep_targets",
+    "teacher.save_targets",
     "teacher.placement",
     "teacher.ranks",
     "teacher.stages",
     "teacher.queue",
     "run.folder",
-    "run.minutes",
+    "run.time_limit_minutes",
     "run.timeline",
     "train.log_every",
     "train.histograms_every",
     "train.checkpoint_every",
     "train.micro_batch",
-    "comm.timeout_minutes",
-    "comm.vocab_group",
+    "distributed.timeout_minutes",
+    "distributed.vocab_group",
     "loss.logit_memory_mb",
     "loss.elementwise",
-    "loss.diagnose_every",
+    "loss.diagnostics_every",
     "student.activation_checkpointing",
 )
 
-MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "faults.")
+MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "resilience.")
 
 TOKENIZER_FOLDER = "tokenizer"
 """Beside recipe.json: a run can be exported where its data is no longer at hand."""
@@ -105,6 +105,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         written = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
+    refuse_renamed(written, source=str(path))
     with suppress(UserError):  # keys that are newer than the folder have their defaults
         written = validate_recipe(written, source=str(path)).snapshot()
     before, now = dotted(written), dotted(recipe)

@@ -70,7 +70,7 @@ def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[
         "hidden": hidden.detach(),
         "loss": float(terms.loss),
         "gradients": student.gradients[0],
-        "unlike": student.unlike_master(),
+        "unlike": student.params_differing_from_master(),
     }
 
 
@@ -143,7 +143,7 @@ def _recipe(manifest: Path, folder: Path, weights: Path) -> Recipe:
             "global_batch": 4,
             "micro_batch": 2,
             "precision": "float32",
-            "adamw": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-3},
         },
     }
     return Recipe.model_validate(values)

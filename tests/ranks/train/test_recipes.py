@@ -1,4 +1,4 @@
-"""Each pair of teacher and student at scale, shrunken, trains for a few steps on real ranks.
+"""Each pair of teacher and student at scale, tiny_config, trains for a few steps on real ranks.
 
 Architectures, precision aside, loss, padding, placement and DeepSpeed's file are the recipe's; sizes, data and steps
 are small.
@@ -17,7 +17,7 @@ from megadistill.data import Manifest
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Launch, Topology
 from megadistill.models.families import load_config
-from megadistill.models.tiny import shrunken, write_random
+from megadistill.models.tiny import tiny_config, write_random
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import serve
@@ -38,7 +38,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:
     """Overrides: small models in `folder`, its data, a few steps; what a recipe says of everything else stays."""
-    units, vocab = Manifest.load(manifest).units, Manifest.load(manifest).vocab_size
+    units, vocab = Manifest.load(manifest).sequences, Manifest.load(manifest).vocab_size
     assert recipe.teacher is not None
     write_random(_tiny(Path(str(recipe.student.config)), vocab), _made(folder / "student"), seed=1)
     assert recipe.teacher.path is not None
@@ -54,15 +54,15 @@ def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:
         f"student.config={folder / 'student'}",
         *([f"student.weights={folder / 'student'}"] if recipe.student.weights else []),
         f"teacher.path={folder / 'teacher'}",
-        "comm.vocab_group=2",
+        "distributed.vocab_group=2",
         "loss.elementwise=eager",  # compiling takes longer than all of these tests
-        "loss.diagnose_every=2",
+        "loss.diagnostics_every=2",
         *(["loss.schedule.warmup_steps=1", "loss.schedule.decay_steps=1"] if recipe.loss.schedule else []),
         f"train.steps={STEPS}",
         f"train.global_batch={units}",
         "train.micro_batch=1",
         "train.precision=float32",
-        "train.adamw.learning_rate=5e-3",
+        "train.optimizer.learning_rate=5e-3",
         "train.schedule.warmup_steps=1",
         *(["train.schedule.decay_steps=1"] if recipe.train.schedule.kind == "wsd" else []),
         f"train.checkpoint_every={STEPS}",
@@ -72,7 +72,7 @@ def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:
 
 def _tiny(folder: Path, vocab_size: int) -> Any:
     """Narrower than a rehearsal's, with two layers: heads keep their width."""
-    config = shrunken(load_config(folder, what="test"), vocab_size=vocab_size, min_layers=2)
+    config = tiny_config(load_config(folder, what="test"), vocab_size=vocab_size, min_layers=2)
     config.num_attention_heads, config.num_key_value_heads = 2, 1
     config.hidden_size = config.intermediate_size = 128
     return config

@@ -32,26 +32,26 @@ def test_every_key_of_a_resolved_recipe_is_there() -> None:
                 assert path in known, path
 
     walk(snapshot, "")
-    assert {"data.stages[].weights", "loss.targets.draws", "run.folder", "objective"} <= known
+    assert {"data.curriculum[].weights", "loss.targets.draws", "run.folder", "objective"} <= known
 
 
 def test_types_bounds_and_defaults_are_the_models() -> None:
     found = {key.name: key for key in keys()}
     assert (found["train.steps"].type, found["train.steps"].default) == ("integer, ≥ 1", "required")
-    assert (found["train.adamw.beta2"].type, found["train.adamw.beta2"].default) == ("number, ≥ 0, < 1", "0.95")
+    assert (found["train.optimizer.beta2"].type, found["train.optimizer.beta2"].default) == ("number, ≥ 0, < 1", "0.95")
     assert found["objective"].type == "`labels` or `distill`"
     assert (found["teacher.queue"].default, found["loss.schedule.kind"].default) == ("4", "cosine")
     assert found["checkpoint.asynchronous"].default == "true"
-    assert found["comm.vocab_group"].type == "integer or null, ≥ 1"
+    assert found["distributed.vocab_group"].type == "integer or null, ≥ 1"
     assert len(found) > len(Recipe.model_fields)
 
 
 def test_one_section_in_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["reference", "train.adamw"]) == 0
+    assert main(["reference", "train.optimizer"]) == 0
     said = capsys.readouterr().out
     assert "weight_decay" in said
-    assert "clip" not in said
+    assert "max_grad_norm" not in said
     assert max(map(len, said.splitlines())) <= 80
     assert main(["reference", "lose"]) == 2
     assert "did you mean 'loss'" in capsys.readouterr().err

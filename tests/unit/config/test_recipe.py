@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config import Recipe, load_recipe
+from megadistill.config import Recipe, load_recipe, validate_recipe
+from megadistill.config.keys import keys
+from megadistill.config.load import RENAMED
 from megadistill.errors import UserError
 from tests.paths import RECIPES
 
@@ -14,7 +16,7 @@ objective: labels
 run: {folder: runs/x}
 data: {manifest: data/manifest.json}
 student: {config: {model_type: llama}}
-train: {steps: 10, global_batch: 8, micro_batch: 2, adamw: {learning_rate: 1.0e-3}}
+train: {steps: 10, global_batch: 8, micro_batch: 2, optimizer: {learning_rate: 1.0e-3}}
 """
 
 
@@ -47,7 +49,7 @@ MIXTURE = MINIMAL.replace(
     """
 data:
   sources: {web: web/manifest.json, code: s3://bucket/code/manifest.json}
-  stages:
+  curriculum:
     - {tokens: 800_000_000, weights: {web: 0.8, code: 0.2}}
     - {weights: {code: 1}}
 """,
@@ -56,22 +58,22 @@ data:
 
 def test_a_mixture_is_sources_and_stages(tmp_path: Path) -> None:
     data = load_recipe(write(tmp_path, MIXTURE)).data
-    assert [stage.tokens for stage in data.stages] == [800_000_000, None]
-    assert data.stages[0].weights == {"web": 0.8, "code": 0.2}
+    assert [stage.tokens for stage in data.curriculum] == [800_000_000, None]
+    assert data.curriculum[0].weights == {"web": 0.8, "code": 0.2}
     assert load_recipe(write(tmp_path, MIXTURE), ["data.skip=[[3,5],[9,10]]"]).data.skip == [[3, 5], [9, 10]]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("data.manifest=x/manifest.json", "data: give either manifest, or sources and stages"),
-        ("data.stages=[]", "data: sources and stages go together"),
-        ("data.stages=[{weights: {wbe: 1}}]", "stage 1 weighs wbe, no such source; did you mean 'web'?"),
-        ("data.stages=[{tokens: 5, weights: {web: 1}}]", "the last stage has no end: remove its tokens"),
-        ("data.stages=[{weights: {web: 1}}, {weights: {web: 1}}]", "stage 1 needs tokens"),
-        ("data.stages=[{weights: {web: 0}}]", "data.stages.0: the weight of web is 0"),
+        ("data.manifest=x/manifest.json", "data: give either manifest, or sources and curriculum"),
+        ("data.curriculum=[]", "data: sources and curriculum go together"),
+        ("data.curriculum=[{weights: {wbe: 1}}]", "curriculum entry 1 weighs wbe, no such source; did you mean 'web'?"),
+        ("data.curriculum=[{tokens: 5, weights: {web: 1}}]", "the last curriculum entry has no end: remove its tokens"),
+        ("data.curriculum=[{weights: {web: 1}}, {weights: {web: 1}}]", "curriculum entry 1 needs tokens"),
+        ("data.curriculum=[{weights: {web: 0}}]", "data.curriculum.0: the weight of web is 0"),
         ("data.skip=[[5,5]]", "skip has [5, 5]: a range is [first, one behind the last]"),
-        ("data.on_fault=ignore", "data.on_fault: input should be 'fail' or 'quarantine', found 'ignore'"),
+        ("data.on_corrupt_sample=ignore", "data.on_corrupt_sample: input should be 'fail' or 'mask', found 'ignore'"),
     ],
 )
 def test_data_that_does_not_fit_together_is_refused(tmp_path: Path, change: str, says: str) -> None:
@@ -108,7 +110,7 @@ def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
         ("train.steps=many", ["train.steps", "many", "integer"]),
         ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),
         ("train.precision=fp16", ["train.precision", "fp16", "float32"]),
-        ("train.adamw.learning_rate=-1", ["train.adamw.learning_rate", "-1"]),
+        ("train.optimizer.learning_rate=-1", ["train.optimizer.learning_rate", "-1"]),
         ("train.schedule.kind=wsd", ["train", "wsd", "decay_steps"]),
         ("train.schedule.decay_steps=3", ["train", "decay_steps", "cosine"]),
         ("train.schedule.warmup_steps=11", ["warmup_steps 11", "steps 10"]),
@@ -117,7 +119,7 @@ def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
         ("objective=distil", ["objective", "distil", "labels"]),
         ("loss.temperature=2.0", ["labels", "loss.temperature"]),
         ("loss.label_fraction=0.1", ["labels", "loss.label_fraction"]),
-        ("loss.diagnose_every=10", ["labels", "loss.diagnose_every"]),
+        ("loss.diagnostics_every=10", ["labels", "loss.diagnostics_every"]),
         ("loss.targets.select=sampled", ["labels", "loss.targets"]),
         ("loss.schedule.kind=cosine", ["labels", "loss.schedule"]),
         ("loss.chunk_tokens=1024", ["loss.chunk_tokens", "no such key"]),
@@ -155,12 +157,12 @@ DISTILL = ("objective=distill", "teacher.path=t")
         (["loss.targets.select=threshold"], ["threshold needs epsilon"]),
         (["loss.targets.select=threshold", "loss.targets.k=3"], ["k is 3", "top_k", "threshold"]),
         (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.draws=9"], ["draws is 9", "sampled"]),
-        (["loss.targets.select=top_p", "loss.targets.mass=0.9"], ["top_p needs max_ids"]),
+        (["loss.targets.select=top_p", "loss.targets.p=0.9"], ["top_p needs max_ids"]),
         (["loss.targets.draws=9", "loss.targets.tail=other"], ["tail is other", "remove it"]),
         (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.tail=lost"], ["tail", "lost", "dropped"]),
         (["loss.targets.draws=9", "loss.divergence=tvd"], ["targets", "tvd"]),
         (["loss.targets.draws=9", "loss.label_fraction=0.1"], ["label_fraction", "entropy", "0"]),
-        (["loss.targets.draws=9", "loss.diagnose_every=1"], ["diagnose_every", "whole distribution", "0"]),
+        (["loss.targets.draws=9", "loss.diagnostics_every=1"], ["diagnostics_every", "whole distribution", "0"]),
     ],
 )
 def test_terms_of_the_loss_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], says: list[str]) -> None:
@@ -180,8 +182,8 @@ def test_terms_of_the_loss_that_do_not_fit_are_refused(tmp_path: Path, overrides
             {"epsilon": 1e-3, "tail": "dropped"},
         ),
         (
-            ["loss.targets.select=top_p", "loss.targets.mass=0.95", "loss.targets.max_ids=50"],
-            {"mass": 0.95, "max_ids": 50, "tail": "other"},
+            ["loss.targets.select=top_p", "loss.targets.p=0.95", "loss.targets.max_ids=50"],
+            {"p": 0.95, "max_ids": 50, "tail": "other"},
         ),
     ],
 )
@@ -240,3 +242,36 @@ def test_a_resolver_that_hides_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     message = refused(write(tmp_path, text), "objective=env")
     assert "resolver" in message
     assert "hunter2" not in message
+
+
+def _nested(key: str, value: object) -> dict[str, object]:
+    """`a.b` and 1 -> {"a": {"b": 1}}."""
+    head, _, rest = key.partition(".")
+    return {head: _nested(rest, value) if rest else value}
+
+
+@pytest.mark.parametrize(("former", "now"), RENAMED.items())
+def test_former_names_are_refused_with_the_new_one(tmp_path: Path, former: str, now: str) -> None:
+    """In a file, in `--set`, and in the recipe.json of a run folder."""
+    key, _, value = former.partition("=")
+    if former in ("comm", "faults"):
+        key, former, now = f"{key}.x", f"{former}.x", f"{now}.x"
+    line = f"{former} is now {now}: use the new name"
+    assert refused(write(tmp_path, MINIMAL), f"{key}={value or 3}") == f"--set {key}={value or 3}: {line}"
+    with pytest.raises(UserError) as caught:
+        validate_recipe(_nested(key, value or 3), source="runs/x/recipe.json")
+    assert str(caught.value) == f"runs/x/recipe.json: {line}"
+    path = write(tmp_path, json.dumps(_nested(key, value or 3)))
+    assert refused(path) == f"{path}: {line}"
+
+
+def test_a_former_name_is_no_key_and_its_new_name_is_one() -> None:
+    known = {key.name: key.type for key in keys()}
+    sections = {key.section for key in keys()}
+    for former, now in RENAMED.items():
+        key, _, value = now.partition("=")
+        assert key in known or key in sections, now
+        assert former not in known and former not in sections, former
+        if value:
+            assert f"`{value}`" in known[key]
+            assert f"`{former.partition('=')[2]}`" not in known[key]

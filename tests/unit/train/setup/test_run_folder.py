@@ -48,6 +48,14 @@ def test_the_description_is_plain_json_with_recipe_settings_and_versions(begun: 
     assert [path.name for path in begun.iterdir()] == ["recipe.json"], "nothing temporary is left"
 
 
+def test_a_folder_with_former_key_names_is_refused_with_the_new_ones(begun: Path) -> None:
+    written = json.loads((begun / "recipe.json").read_text(encoding="utf-8"))
+    written["recipe"]["train"]["clip"] = written["recipe"]["train"].pop("max_grad_norm")
+    (begun / "recipe.json").write_text(json.dumps(written), encoding="utf-8")
+    message = _refused(begun, _snapshot())
+    assert message == f"{begun / 'recipe.json'}: train.clip is now train.max_grad_norm: use the new name"
+
+
 def test_the_same_recipe_goes_on_and_a_new_folder_is_free(begun: Path, tmp_path: Path) -> None:
     refuse_other_recipe(begun, _snapshot())
     refuse_other_recipe(tmp_path / "new", _snapshot())
@@ -55,16 +63,16 @@ def test_the_same_recipe_goes_on_and_a_new_folder_is_free(begun: Path, tmp_path:
 
 def test_what_differs_is_listed_with_both_values(begun: Path) -> None:
     message = _refused(
-        begun, _snapshot(train={"clip": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
+        begun, _snapshot(train={"max_grad_norm": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
     )
-    assert "train.clip was 1.0, is 0.5" in message
+    assert "train.max_grad_norm was 1.0, is 0.5" in message
     assert "student.config.model_type was 'llama', is 'qwen3'" in message
     assert "student.config.hidden_size was 32, is None" in message
     assert "log_every" not in message
     assert "train.steps" not in message
 
 
-SECTIONS = ("checkpoint.", "faults.")
+SECTIONS = ("checkpoint.", "resilience.")
 """What a run does about its disk and about faults moves no number of a run that has none."""
 
 
@@ -97,7 +105,7 @@ def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
         "data.seed",
         "data.document_mask",
         "student.config.hidden_size",
-        "train.adamw.learning_rate",
+        "train.optimizer.learning_rate",
     } <= set(refused)
 
 
