@@ -1,6 +1,6 @@
-"""What is written down or shown to others, without the secrets in it. It knows no room.
+"""Removing secrets from command lines, messages and URLs.
 
-Names of options that say a secret, and values that have the form of one.
+A secret is recognised by the name of its option, or by the form of its value.
 """
 
 import re
@@ -17,16 +17,16 @@ _SECRET_VALUE = re.compile(
 
 def command_line(arguments: list[str]) -> list[str]:
     """Arguments of a command without the values of `--key=value` and `--key value` whose name says a secret."""
-    shown, hide = [], False
+    redacted, hide = [], False
     for argument in arguments:
         name, separator, _ = argument.partition("=")
         secret = names_a_secret(name)
         if hide or (separator and secret):
-            shown.append(f"{name}=***" if separator and not hide else "***")
+            redacted.append(f"{name}=***" if separator and not hide else "***")
         else:
-            shown.append(without_secrets(argument))
+            redacted.append(without_secrets(argument))
         hide = secret and not separator and argument.startswith("-") and not hide
-    return shown
+    return redacted
 
 
 def without_secrets(value: str) -> str:
@@ -39,7 +39,7 @@ def names_a_secret(name: str) -> bool:
     return _SECRET_NAME.search(_NO_SECRET.sub("", name)) is not None
 
 
-def shown(location: Path | str) -> str:
+def redact_url(location: Path | str) -> str:
     """A path as it is; a URL without its credentials: no user, no password, no query."""
     scheme, mark, rest = str(location).partition("://")
     if not mark:
@@ -47,6 +47,11 @@ def shown(location: Path | str) -> str:
     return scheme + mark + re.sub(r"^[^/]*@", "", rest.partition("?")[0])
 
 
-def scrubbed(message: str) -> str:
-    """A message whose URLs are `shown`."""
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: shown(url[0]), message)
+def redact(message: str) -> str:
+    """A message whose URLs are redacted."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: redact_url(url[0]), message)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal, XML or UTF-8 cannot take: control characters, halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -28,6 +28,7 @@ from megadistill.data.tokenizers.base import Tokenizer
 from megadistill.io import atomic_write, file_sha256
 from megadistill.models.sampling import continuations
 from megadistill.models.weights import load_pretrained
+from megadistill.rng import keyed_generator
 from megadistill.types import IGNORED_LABEL
 
 PACKER: Final[Literal["generated"]] = "generated"
@@ -169,6 +170,4 @@ def _length(new_N: Tensor, eos: int) -> int:
 
 def _uniforms(slot: int, record: GeneratedRecord) -> Tensor:
     """[N] float64 in [0, 1): by seed and slot alone."""
-    key = hashlib.blake2b(f"{record.seed}:generate/{slot}".encode(), digest_size=16).digest()  # as wide as Philox's
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return torch.from_numpy(generator.random(record.new_tokens))
+    return torch.from_numpy(keyed_generator(record.seed, f"generate/{slot}").random(record.new_tokens))

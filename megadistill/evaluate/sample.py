@@ -3,13 +3,11 @@
 Legend: P tokens of a prompt, N new tokens, C continuations of a prompt.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +21,7 @@ from megadistill.evaluate.prompts import Prompt, decoded
 from megadistill.models.families import load_config
 from megadistill.models.sampling import continuations, require_drawable
 from megadistill.models.weights import check_weights, load_pretrained
+from megadistill.rng import keyed_generator
 
 AT_A_TIME = 32
 """Continuations of a prompt that are drawn together."""
@@ -170,6 +169,4 @@ def _after(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> s
 
 def _uniforms(draws: Draws, prompt: int, number: int) -> Tensor:
     """[N] float64 in [0, 1): by the seed and the numbers of prompt and continuation alone."""
-    key = hashlib.blake2b(f"{draws.seed}:sample/{prompt}/{number}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return torch.from_numpy(generator.random(draws.tokens))
+    return torch.from_numpy(keyed_generator(draws.seed, f"sample/{prompt}/{number}").random(draws.tokens))

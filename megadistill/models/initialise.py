@@ -4,18 +4,19 @@ A parameter's numbers depend on (seed, name) alone, so they are the same for eve
 parameters are filled, and whatever else has drawn random numbers before.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megadistill.rng import keyed_generator
+
 
 def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, norm: float = 1.0) -> Tensor:
     """float32 on the CPU: matrices (and experts' stacks of them) normal(0, `std`), biases zero, norms `norm`.
 
-    As transformers fills them; `norm` is the family's `neutral_norm`.
+    As transformers fills them; `norm` is the family's `norm_init`.
     Row-major draws: the first rows of an embedding or head do not depend on how many padding rows follow.
     (transformers zeroes the embedding of `pad_token_id`, which is never trained; here it is drawn like the others.)
     """
@@ -25,10 +26,5 @@ def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, no
         return torch.full(tuple(shape), norm)
     # numpy's normal is drawn one value after the other; torch's works in blocks of 16, so that its tail depends on
     # the size, and its last digits on the vector unit.
-    normal = np.random.Generator(np.random.Philox(key=_key(name, seed))).standard_normal(tuple(shape), dtype=np.float32)
+    normal = keyed_generator(seed, name).standard_normal(tuple(shape), dtype=np.float32)
     return torch.from_numpy(normal).mul_(std)
-
-
-def _key(name: str, seed: int) -> int:
-    """128 bits, the width of a Philox key."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")

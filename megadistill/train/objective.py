@@ -3,7 +3,6 @@
 Legend: B sequences, S tokens of a sequence, N = B·S, M draws of a token.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from megadistill.config import LossSection, TargetsSection
 from megadistill.loss import Divergence, DivergenceKind, Elementwise
 from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP
+from megadistill.rng import keyed_generator
 from megadistill.train.schedule import scheduled
 from megadistill.types import LogitTransform, Tail
 
@@ -57,7 +57,7 @@ class Objective:
 
     def diagnoses(self, step: int) -> bool:
         """Whether step `step` takes the closer look."""
-        return self.loss.diagnose_every > 0 and step % self.loss.diagnose_every == 0
+        return self.loss.diagnostics_every > 0 and step % self.loss.diagnostics_every == 0
 
     @property
     def logit_memory(self) -> int:
@@ -81,9 +81,9 @@ def selection(targets: TargetsSection) -> tuple[Selection, Tail]:
     if targets.select == "threshold":
         assert targets.epsilon is not None
         return Threshold(targets.epsilon), tail
-    assert targets.mass is not None
+    assert targets.p is not None
     assert targets.max_ids is not None
-    return TopP(targets.mass, targets.max_ids), tail
+    return TopP(targets.p, targets.max_ids), tail
 
 
 def uniforms(slots_B: Tensor, *, sequence: int, draws: int, seed: int) -> Tensor:
@@ -91,9 +91,5 @@ def uniforms(slots_B: Tensor, *, sequence: int, draws: int, seed: int) -> Tensor
 
     So every number of ranks, every micro-batch and every resume draws the same.
     """
-    rows = []
-    for slot in slots_B.tolist():
-        key = hashlib.blake2b(f"{seed}:draws/{slot}".encode(), digest_size=16).digest()  # the width of a Philox key
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        rows.append(torch.from_numpy(generator.random((sequence, draws))))
-    return torch.cat(rows)
+    rows = [keyed_generator(seed, f"draws/{slot}").random((sequence, draws)) for slot in slots_B.tolist()]
+    return torch.from_numpy(np.concatenate(rows))
