@@ -1,7 +1,7 @@
-"""What a run writes of itself, line by line, read back: events.jsonl, metrics.jsonl, and the goodput that follows.
+"""Records of a run as JSON lines (events.jsonl, metrics.jsonl), and the goodput that follows from them.
 
-It knows no room. An event is one line of JSON: `time` (seconds since 1970), `attempt`, `event` (a name of `EVENTS`),
-`step`, and what belongs to the event. Costs are in seconds.
+An event is one line: `time` (seconds since 1970), `attempt`, `event` (a name of `EVENTS`), `step`, and the event's own
+keys. Costs are in seconds.
 """
 
 import errno
@@ -14,36 +14,50 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = {
-    "start": "an attempt began: ranks, host",
-    "resume": "it goes on after `step`; `seconds` since its start, `lost_steps` that an earlier attempt had done",
-    "set_aside": "a checkpoint that cannot be used, and why",
-    "saved": "a checkpoint is whole; `stall_seconds` the run waited, `write_seconds` the disk took, `bytes`",
-    "save_failed": "a checkpoint was given up, and why; the run goes on",
-    "skip": "a step moved nothing, since a loss or a gradient was not finite",
-    "spike": "the loss left its window",
-    "rollback": "back to the checkpoint of `to_step`; the sequences `skip` are left out",
-    "teacher_alarm": "the teacher's cross-entropy left its window",
-    "hole": "damaged sequences were masked: `slots`",
-    "straggler": "a rank computes slower than the others",
-    "signal": "the run was asked to stop, and by what",
-    "stop": "it stopped after `step` with a checkpoint; the same command goes on",
-    "fault": "an attempt ended by a fault; `exit_code`",
-    "done": "the last step is taken and saved",
+    "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions)",
+    "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again",
+    "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` of the first rank, `removed`",
+    "checkpoint_failed": "a checkpoint was not written: `reason`, `stall_seconds`; the run continues",
+    "checkpoint_quarantined": "a checkpoint that cannot be used was renamed to `path`: `reason`",
+    "step_skipped": "the optimizer did not move, since a loss or a gradient was not finite: `reason`",
+    "loss_spike": "the `loss` left its window: `median`, `zscore`",
+    "rollback": "back to the checkpoint of `to_step`; `skipped_slots` [first, stop) are left out from then on",
+    "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
+    "samples_masked": "corrupt sequences were masked: `slots`",
+    "straggler": "a rank is slower than the others: `message`",
+    "stop_requested": "the run was asked to stop: `reason`",
+    "stopped": "the run stopped after `step` with a checkpoint: `reason`; the same command resumes it",
+    "attempt_failed": "an attempt ended by a fault: `rank`, `reason`, `exit_code`",
+    "completed": "the last step is taken and saved",
 }
+
+RENAMED_EVENTS = {
+    "start": "attempt_started",
+    "resume": "resumed",
+    "saved": "checkpoint_saved",
+    "save_failed": "checkpoint_failed",
+    "set_aside": "checkpoint_quarantined",
+    "skip": "step_skipped",
+    "spike": "loss_spike",
+    "teacher_alarm": "teacher_drift",
+    "hole": "samples_masked",
+    "signal": "stop_requested",
+    "stop": "stopped",
+    "fault": "attempt_failed",
+    "done": "completed",
+}
+"""Names of events before 0.1.0, and today's."""
 
 
 class JsonLines:
-    """Appends to a file of JSON lines. Each line is on disk when `append` returns, or waits for the disk to have room.
-
-    A full disk is no reason to end a run: what it refuses is kept, and written before the next line.
-    """
+    """Appends to a file of JSON lines, each with one write. Lines that a full disk refuses are written with the next."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting: list[bytes] = []
 
     def append(self, values: Mapping[str, Any]) -> str | None:
-        """Why the disk refuses the line; None where it took it."""
+        """Writes a line. Returns the disk's error, or None."""
         self._waiting.append((json.dumps(values) + "\n").encode())
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -61,9 +75,9 @@ class JsonLines:
 
 
 def _append_whole(descriptor: int, line: bytes) -> None:
-    """One write, so that lines of several processes stay whole; what a full disk took of it is taken back.
+    """Writes a line at once, so that lines of several processes do not mix; a partial write is undone.
 
-    A last line that a dead machine left without its end gets one first, or this line would be lost with it.
+    A last line that a crash left without its newline gets one first, or this line would be lost with it.
     """
     size = os.fstat(descriptor).st_size
     if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -75,20 +89,20 @@ def _append_whole(descriptor: int, line: bytes) -> None:
 
 
 class EventLog:
-    """Writes events.jsonl. Only the rank that speaks for the run does, but for faults, which any rank may write."""
+    """Writes events.jsonl. Only the rank with `writes` does, except for failures, which any rank may record."""
 
-    def __init__(self, folder: Path, attempt: int, *, speaks: bool) -> None:
+    def __init__(self, folder: Path, attempt: int, *, writes: bool) -> None:
         self._lines = JsonLines(folder / "events.jsonl")
         self._attempt = attempt
-        self._speaks = speaks
+        self._writes = writes
 
     def write(self, event: str, *, step: int, **values: Any) -> None:
-        if self._speaks:
+        if self._writes:
             self._append(event, step, values)
 
-    def fault(self, reason: str, *, step: int, rank: int, exit_code: int) -> None:
-        """The end of an attempt, as this rank, whichever it is, met it."""
-        self._append("fault", step, {"rank": rank, "reason": reason, "exit_code": exit_code})
+    def attempt_failed(self, reason: str, *, step: int, rank: int, exit_code: int) -> None:
+        """Records the end of an attempt by a fault, on any rank."""
+        self._append("attempt_failed", step, {"rank": rank, "reason": reason, "exit_code": exit_code})
 
     def _append(self, event: str, step: int, values: dict[str, Any]) -> None:
         assert event in EVENTS, event
@@ -98,7 +112,7 @@ class EventLog:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a .jsonl file; what a kill cut short is left out, and a missing file has none."""
+    """The complete lines of a .jsonl file. Damaged lines are left out, and a missing file has none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -114,20 +128,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the wall time of a run went, in seconds; all its attempts, and the time between them."""
+    """Wall time of a run in seconds by its use, over all attempts and the time between them."""
 
     useful: float = 0.0
-    """Steps that count, each once."""
-    starting: float = 0.0
-    """From the start of an attempt to its first step: imports, models, checkpoints."""
+    """Time of the steps that count, each once."""
+    startup: float = 0.0
+    """Time between the start of an attempt and its first step: imports, models, checkpoints."""
     saving: float = 0.0
-    """What steps waited for checkpoints."""
+    """Time that steps waited for checkpoints."""
     wall: float = 0.0
 
     @property
     def lost(self) -> float:
-        """The rest: steps that were taken again, hangs, the time between attempts."""
-        return max(0.0, self.wall - self.useful - self.starting - self.saving)
+        """The rest: repeated steps, hangs, the time between attempts."""
+        return max(0.0, self.wall - self.useful - self.startup - self.saving)
 
     @property
     def ratio(self) -> float:
@@ -135,20 +149,19 @@ class Goodput:
         return self.useful / self.wall if self.wall > 0 else 0.0
 
     def __str__(self) -> str:
-        shares = [(name, getattr(self, name)) for name in ("starting", "saving", "lost")]
-        said = ", ".join(f"{name} {seconds / self.wall:.1%}" for name, seconds in shares) if self.wall > 0 else ""
-        return f"goodput {self.ratio:.1%} of {self.wall:,.0f} s ({said})"
+        shares = [f"{name} {getattr(self, name) / (self.wall or 1.0):.1%}" for name in ("startup", "saving", "lost")]
+        return f"goodput {self.ratio:.1%} of {self.wall:,.0f} s ({', '.join(shares)})"
 
 
 def goodput(folder: Path) -> Goodput:
-    """Of the run in `folder`, from its first event to its last. A run that wrote no events has a wall time of 0."""
+    """The goodput of a run folder, from its first event to its last. Without events the wall time is 0."""
     events = list(read_lines(folder / "events.jsonl"))
     times = [float(event["time"]) for event in events]
     if not times:
         return Goodput()
     return Goodput(
         useful=sum(float(step.get("seconds") or 0.0) for step in read_lines(folder / "metrics.jsonl")),
-        starting=sum(float(event["seconds"]) for event in events if event["event"] == "resume"),
-        saving=sum(float(event["stall_seconds"]) for event in events if event["event"] == "saved"),
+        startup=sum(float(event["startup_seconds"]) for event in events if event["event"] == "resumed"),
+        saving=sum(float(event["stall_seconds"]) for event in events if event["event"] == "checkpoint_saved"),
         wall=max(times) - min(times),
     )

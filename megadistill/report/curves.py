@@ -78,7 +78,7 @@ OVER_TOKENS = (
 
 OVER_TIME = (
     Curve("progress", "Progress", "tokens", _of("tokens"), smoothed=False, from_zero=True, counts=True,
-          caption="Steps that count. Flat: starting, saving, or lost."),
+          caption="Steps that count. Flat: startup, saving, or lost."),
     Curve("throughput", "Throughput", "tokens a second", _of("tokens_per_second"), from_zero=True, counts=True),
     Curve("mfu", "Model FLOPs utilisation", "% of peak", _of("mfu", scale=100), from_zero=True,
           caption="Student and teacher together; recomputation does not count."),

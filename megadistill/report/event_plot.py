@@ -13,33 +13,33 @@ from megadistill.report.smoothing import TIMES, evenly, unit
 from megadistill.report.wall_clock import Clock
 
 MARKS = {
-    "start": ">",
-    "resume": "o",
-    "saved": "|",
-    "save_failed": "v",
-    "set_aside": "s",
-    "skip": "x",
-    "spike": "^",
+    "attempt_started": ">",
+    "resumed": "o",
+    "checkpoint_saved": "|",
+    "checkpoint_failed": "v",
+    "checkpoint_quarantined": "s",
+    "step_skipped": "x",
+    "loss_spike": "^",
     "rollback": "<",
-    "teacher_alarm": "*",
-    "hole": ".",
+    "teacher_drift": "*",
+    "samples_masked": ".",
     "straggler": "d",
-    "signal": "P",
-    "stop": "H",
-    "fault": "X",
-    "done": "D",
+    "stop_requested": "P",
+    "stopped": "H",
+    "attempt_failed": "X",
+    "completed": "D",
 }
 """A shape for each of `EVENTS`: shapes are told apart without colours."""
 
 assert MARKS.keys() == EVENTS.keys()
 
-TROUBLE = ("skip", "spike", "rollback", "teacher_alarm", "fault")
+TROUBLE = ("step_skipped", "loss_spike", "rollback", "teacher_drift", "attempt_failed")
 """Events that are marked under the loss."""
 
 MOST_MARKS = 300
 """Of a run and a kind; more of them would cover each other."""
 
-PARTS = {"useful": "#2a7f78", "starting": "#8fc1bb", "saving": "#d9b44a", "lost": "#b5473c"}
+PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "lost": "#b5473c"}
 """Of a run's wall time."""
 
 
@@ -93,7 +93,7 @@ def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Dr
 def _attempts(run: RunRecord, clock: Clock) -> list[tuple[float, float]]:
     """From the first to the last sign of each attempt, in seconds since the run began."""
     spans: dict[int, tuple[float, float]] = {}
-    resumes = [event for event in run.events if event.kind == "resume"]
+    resumes = [event for event in run.events if event.kind == "resumed"]
     signs = [(event.attempt, event.time - clock.began) for event in run.events]
     for index, resume in enumerate(resumes):
         own = clock.ends[clock.start == index]

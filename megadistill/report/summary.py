@@ -15,7 +15,7 @@ from megadistill.report.wall_clock import Clock, state_of, utc
 LAST_STEPS = 50
 """Whose mean is a run's last value."""
 
-ROUTINE = ("saved",)
+ROUTINE = ("checkpoint_saved",)
 """Events that a table of what happened only counts."""
 
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size")

@@ -36,8 +36,8 @@ def clock_of(run: RunRecord) -> Clock:
     that stands was taken in the last start that begins before it.
     """
     steps, seconds = run.series["step"], np.nan_to_num(run.series["seconds"])
-    resumes = [event for event in run.events if event.kind == "resume"]
-    saved = [event for event in run.events if event.kind == "saved"]
+    resumes = [event for event in run.events if event.kind == "resumed"]
+    saved = [event for event in run.events if event.kind == "checkpoint_saved"]
     began = run.events[0].time if run.events else 0.0
     ends, start = np.cumsum(seconds), np.zeros(len(steps), dtype=np.int64)
     for index, resume in enumerate(resumes):
@@ -56,8 +56,8 @@ def goodput_of(run: RunRecord, clock: Clock) -> Goodput:
         return Goodput()
     return Goodput(
         useful=float(np.nansum(run.series["seconds"])),
-        starting=sum(event.seconds("seconds") for event in run.events if event.kind == "resume"),
-        saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind == "saved"),
+        startup=sum(event.seconds("startup_seconds") for event in run.events if event.kind == "resumed"),
+        saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind == "checkpoint_saved"),
         wall=clock.wall,
     )
 
@@ -66,13 +66,13 @@ def state_of(run: RunRecord, *, now: float) -> str:
     """How the run stands, in a few words."""
     last_step = int(run.series["step"][-1]) if len(run) else 0
     planned = run.setting("train.steps")
-    kinds = [event.kind for event in run.events if event.kind not in ("saved", "save_failed")]
+    kinds = [event.kind for event in run.events if event.kind not in ("checkpoint_saved", "checkpoint_failed")]
     last = kinds[-1] if kinds else None
-    if last == "done" or (last is None and isinstance(planned, int) and last_step >= planned):
-        return "done"
-    if last == "stop":
+    if last == "completed" or (last is None and isinstance(planned, int) and last_step >= planned):
+        return "completed"
+    if last == "stopped":
         return "stopped"
-    if last == "fault":
+    if last == "attempt_failed":
         return "ended by a fault"
     usual = float(np.nanmedian(run.series["seconds"])) if run.has("seconds") else 0.0
     if now - run.modified > max(SILENT_SECONDS, SILENT_STEPS * usual):

@@ -15,15 +15,16 @@ from megadistill import timeline
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
 from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum, barrier
-from megadistill.distributed.topology import Launch, Topology, joined
-from megadistill.distributed.watchdog.parent import end_with_launcher
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, process_groups
+from megadistill.distributed.watchdog.parent import terminate_with_parent
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
 from megadistill.train.lookahead import Lookahead
 from megadistill.train.objective import Objective
-from megadistill.train.resilience.anomalies import SkippedSteps, Vigil, not_finite
-from megadistill.train.resilience.preemption import StopRequests, asked, deaf
+from megadistill.train.resilience.anomalies import LossMonitor, SkippedSteps, not_finite
+from megadistill.train.resilience.preemption import StopRequests, ignore_stop_signals, stop_reason
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
 from megadistill.train.resilience.stragglers import Stragglers
@@ -67,12 +68,12 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
     """
     launch = Launch.from_environment()
     setup = prepare(recipe, launch)
-    minutes = recipe.comm.timeout_minutes
-    end_with_launcher(60 * minutes)
-    with joined(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
+    minutes = recipe.distributed.timeout_minutes
+    terminate_with_parent(60 * minutes)
+    with process_groups(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             if topology.role == "teacher":
-                with deaf(topology.rank), recorded_service(setup, topology):
+                with ignore_stop_signals(topology.rank), recorded_service(setup, topology):
                     serve(setup, topology)
                 return None
             return run(setup, topology, stop_after)
@@ -82,12 +83,12 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> Outcome | None:
 
 def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
     """The run of a setup on an initialised world. Collective; see `train`."""
-    minutes = setup.recipe.run.minutes
+    minutes = setup.recipe.run.time_limit_minutes
     with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
         recovery = Recovery(setup, topology)
-        topology.watch.keep_stacks(setup.folder, recovery.attempt.number)
-        topology.watch.stamp("starting", 0, limit=60 * setup.recipe.comm.timeout_minutes)
-        topology.watch.on_verdict = partial(recovery.ended, rank=topology.rank, exit_code=RestartFault.exit_code)
+        topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number)
+        topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
+        topology.watchdog.on_abort = partial(recovery.ended, rank=topology.rank, exit_code=RestartFault.exit_code)
         try:
             this = Run(setup, topology, recovery, stops)
             outcome = this.until(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
@@ -96,7 +97,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> Outcome:
             raise
         finally:
             recovery.close()
-        stops.obeyed()
+        stops.acknowledge()
     return outcome
 
 
@@ -120,7 +121,7 @@ class Run:
 
     def _frozen_weights(self) -> FrozenWeights | None:
         """The teacher's, to be compared with what was loaded; None where nobody asks, or no teacher is here."""
-        if not isinstance(self._teacher, Teacher) or not self._setup.recipe.faults.teacher_hash_every:
+        if not isinstance(self._teacher, Teacher) or not self._setup.recipe.resilience.teacher_hash_every:
             return None
         frozen = frozen_weights(self._teacher)
         frozen.require_same_replicas(self._topology)
@@ -136,7 +137,7 @@ class Run:
                 self._teacher = keeping(setup, self._teacher, topology)  # anew after a rollback, which stored some
             outcome = self._line(last, cursor)
         if isinstance(self._teacher, Teacher):
-            self._teacher.pipeline.dismiss()
+            self._teacher.pipeline.close()
         if outcome.done and isinstance(self._teacher, Teacher) and self._teacher.store is not None:
             barrier(topology.world_group)
             if topology.is_first:
@@ -145,14 +146,16 @@ class Run:
 
     def _line(self, last: int, cursor: Cursor | None) -> Outcome | None:
         """From a checkpoint to the end of the run; None: a rollback ends the line before it."""
-        setup, recovery, faults = self._setup, self._recovery, self._setup.recipe.faults
-        vigil = recovery.vigil(self.step)
-        skipped = SkippedSteps(faults.max_skipped_steps)
-        skips = [rollback.skip for rollback in recovery.rollbacks]
+        setup, recovery, resilience = self._setup, self._recovery, self._setup.recipe.resilience
+        monitor = recovery.loss_monitor(self.step)
+        skipped = SkippedSteps(resilience.max_skipped_steps)
+        skips = [rollback.skipped_slots for rollback in recovery.rollbacks]
         stream = stream_of(setup, self._topology, start=cursor, skips=skips)
-        limit = max(60 * setup.recipe.comm.timeout_minutes, faults.stall_seconds)  # a first step compiles, and warms up
-        next_slots = deque([stream.start.next_slot], maxlen=faults.rollback_steps + 1)
-        stragglers, waited_before = Stragglers(self._topology) if faults.straggler_every else None, 0.0
+        limit = max(
+            60 * setup.recipe.distributed.timeout_minutes, resilience.step_timeout_seconds
+        )  # a first step compiles, and warms up
+        next_slots = deque([stream.start.next_slot], maxlen=resilience.rollback_steps + 1)
+        stragglers, waited_before = Stragglers(self._topology) if resilience.straggler_every else None, 0.0
         with run_log(setup, self._topology, start_step=self.step) as log, ExitStack() as stack:
             self._introduce(log)
             self._probe(cursor, skips, log)
@@ -166,11 +169,11 @@ class Run:
                 self.step += 1
                 recording.step(self.step)
                 self._stamp("step", limit=limit)
-                limit = faults.stall_seconds
+                limit = resilience.step_timeout_seconds
                 began, read_before = time.perf_counter(), ahead.waited  # a step is everything up to the next one
                 batch, cursor = ahead.step()
-                if setup.recipe.data.on_fault == "quarantine":
-                    cursor = self._with_holes(stream, batch, cursor)
+                if setup.recipe.data.on_corrupt_sample == "mask":
+                    cursor = self._journal_masked(stream, batch, cursor)
                 rate, outcome = self._take_step(batch, taught)
                 recovery.require_newest(outcome.flags)
                 seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
@@ -179,17 +182,17 @@ class Run:
                 skipped.count(self.step, outcome.metrics, outcome.grad_norm)
                 for said in recovery.poll(outcome.flags):
                     log.say(said)
-                if stragglers is not None and self.step % faults.straggler_every == 0:
-                    self._name(stragglers.look(ahead.waited - waited_before), log)
+                if stragglers is not None and self.step % resilience.straggler_every == 0:
+                    self._name(stragglers.check(ahead.waited - waited_before), log)
                     waited_before = ahead.waited
-                if self._frozen is not None and self.step % faults.teacher_hash_every == 0:
+                if self._frozen is not None and self.step % resilience.teacher_hash_every == 0:
                     self._frozen.require_unchanged(self._topology)
                 next_slots.append(cursor.next_slot)
-                if not outcome.skipped and self._goes_back(vigil, outcome, list(next_slots), log):
+                if not outcome.skipped and self._maybe_roll_back(monitor, outcome, list(next_slots), log):
                     return None
-                stopped_by = asked(outcome.flags)
+                stopped_by = stop_reason(outcome.flags)
                 if stopped_by is not None:
-                    recovery.events.write("signal", step=self.step, reason=stopped_by)
+                    recovery.events.write("stop_requested", step=self.step, reason=stopped_by)
                 ends = self.step == last or stopped_by is not None
                 if ends or self.step % setup.recipe.train.checkpoint_every == 0:
                     self._save(cursor, log, last=ends)
@@ -200,7 +203,7 @@ class Run:
     def _introduce(self, log: RunLog) -> None:
         setup = self._setup
         log.say(where_it_runs(setup, self._topology))
-        log.say(f"{setup.folder}: {self._recovery.goes_on(self.step)}, {setup.recipe.train.steps} steps")
+        log.say(self._recovery.mark_resumed(self.step))
         if isinstance(self._teacher, Teacher):
             log.say(ahead_of(setup, self._teacher))
 
@@ -221,8 +224,10 @@ class Run:
 
     def _take_step(self, batch: TokenBatch, taught: Iterator[Lesson]) -> tuple[float, StepOutcome]:
         """The learning rate, and what the step computed."""
-        section, every = self._setup.recipe.train, self._setup.recipe.faults.recompute_every
-        rate = scheduled(section.adamw.learning_rate, step=self.step, steps=section.steps, schedule=section.schedule)
+        section, every = self._setup.recipe.train, self._setup.recipe.resilience.recompute_every
+        rate = scheduled(
+            section.optimizer.learning_rate, step=self.step, steps=section.steps, schedule=section.schedule
+        )
         outcome = train_step(
             self._student,
             self._teacher,
@@ -241,7 +246,7 @@ class Run:
     def _report(self, outcome: StepOutcome, rate: float, seconds: float, data_seconds: float, log: RunLog) -> None:
         if outcome.skipped:
             reason = not_finite(outcome.metrics, outcome.grad_norm)
-            self._recovery.events.write("skip", step=self.step, reason=reason)
+            self._recovery.events.write("step_skipped", step=self.step, reason=reason)
             log.say(f"step {self.step}: {reason}: this step moved nothing")
             return
         self._recovery.step_done(seconds)
@@ -260,17 +265,17 @@ class Run:
         if every > 0 and self.step % every == 0:
             log.histograms(self.step, histograms(self._student.distributions(), self._topology))
 
-    def _with_holes(self, stream: TokenStream, batch: TokenBatch, cursor: Cursor) -> Cursor:
-        holes = holes_of_all(batch, self._topology)
-        if holes:
-            self._recovery.events.write("hole", step=self.step, slots=holes)
-        return stream.with_holes(cursor, holes)
+    def _journal_masked(self, stream: TokenStream, batch: TokenBatch, cursor: Cursor) -> Cursor:
+        masked = gather_masked_slots(batch, self._topology)
+        if masked:
+            self._recovery.events.write("samples_masked", step=self.step, slots=masked)
+        return stream.with_masked(cursor, masked)
 
-    def _goes_back(self, vigil: Vigil, outcome: StepOutcome, next_slots: list[int], log: RunLog) -> bool:
+    def _maybe_roll_back(self, monitor: LossMonitor, outcome: StepOutcome, next_slots: list[int], log: RunLog) -> bool:
         """Looks at a step's numbers; whether the run goes back to before it. `next_slots`: before each of the last."""
         recovery, metrics = self._recovery, outcome.metrics
         if self._setup.teacher_config is not None and self._setup.recipe.loss.targets is None:
-            alarm = vigil.teacher_alarm(self.step, metrics["teacher_ce"], (next_slots[-2], next_slots[-1] - 1))
+            alarm = monitor.teacher_drift(self.step, metrics["teacher_ce"], (next_slots[-2], next_slots[-1] - 1))
             if alarm is not None:
                 recovery.events.write(alarm.event, step=self.step, **alarm.values)
                 log.say(alarm.line)
@@ -278,7 +283,7 @@ class Run:
                     self._frozen.require_unchanged(self._topology)
                     held = "weights are" if self._topology.bridge is None else "rows of the head, here, are"
                     log.say(f"the teacher's {held} those that were loaded")
-        spike = vigil.spike(self.step, metrics["loss"])
+        spike = monitor.spike(self.step, metrics["loss"])
         if spike is None:
             return False
         recovery.events.write(spike.event, step=self.step, **spike.values)
@@ -290,16 +295,16 @@ class Run:
         return rollback is not None
 
     def _stamp(self, phase: str, *, limit: float) -> None:
-        self._topology.watch.stamp(phase, self.step, limit=limit)
+        self._topology.watchdog.enter_phase(phase, self.step, limit=limit)
         self._recovery.step = self.step
 
     def _name(self, stragglers: list[str], log: RunLog) -> None:
         for line in stragglers:
-            self._recovery.events.write("straggler", step=self.step, line=line)
+            self._recovery.events.write("straggler", step=self.step, message=line)
             log.say(f"step {self.step}: {line}")
 
     def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
-        self._stamp("saving", limit=60 * self._setup.recipe.comm.timeout_minutes)
+        self._stamp("saving", limit=60 * self._setup.recipe.distributed.timeout_minutes)
         with timeline.span(timeline.SAVE, "save"):
             self._save_now(cursor, log, last=last)
 
@@ -315,10 +320,10 @@ class Run:
         counts = self._stops.counts()
         told = torch.tensor(list(counts.values()), device=self._topology.device)
         summed = all_reduce_sum(told, self._topology.world_group).tolist()
-        return asked(dict(zip(counts, summed, strict=True)))
+        return stop_reason(dict(zip(counts, summed, strict=True)))
 
     def _stopped(self, stopped_by: str, log: RunLog) -> Outcome:
-        self._recovery.events.write("stop", step=self.step, reason=stopped_by)
+        self._recovery.events.write("stopped", step=self.step, reason=stopped_by)
         log.say(f"stopped after step {self.step}, as {stopped_by} asked; {self._recovery.goodput()}")
         return Outcome(step=self.step, done=False, stopped_by=stopped_by)
 
@@ -370,14 +375,14 @@ def stream_of(
         world_size=topology.world,
         start=start,
         document_mask=data.document_mask,
-        on_fault=data.on_fault,
-        max_holes_per_million=data.max_holes_per_million,
+        on_corrupt_sample=data.on_corrupt_sample,
+        max_masked_per_million=data.max_masked_per_million,
         skips=[*((first, stop) for first, stop in data.skip), *skips],
         prefetch=data.prefetch,
     )
 
 
-def holes_of_all(batch: TokenBatch, topology: Topology) -> list[int]:
+def gather_masked_slots(batch: TokenBatch, topology: Topology) -> list[int]:
     """The slots of a global batch that were found damaged, by any rank; this rank says what it found. Collective."""
     for _, message in batch.faults:
         print(f"rank {topology.rank}: {message}: masked", file=sys.stderr)

@@ -23,7 +23,7 @@ MARK = "MEGADISTILL_DRILL"
 def _rank(environment: dict[str, str], arguments: list[str], faults: list[str], said: str) -> None:
     import torch
 
-    from megadistill.cli.main import entry
+    from megadistill.cli.main import main
 
     os.environ.update(environment)
     with open(said, "ab", buffering=0) as file:
@@ -34,7 +34,7 @@ def _rank(environment: dict[str, str], arguments: list[str], faults: list[str], 
     torch.set_num_threads(1)
     inject(faults)
     sys.argv = ["megadistill", *arguments]
-    entry()
+    main()
 
 
 @dataclass

@@ -111,15 +111,15 @@ def test_what_is_no_line_of_a_record_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
-    log, other = EventLog(tmp_path, 3, speaks=True), EventLog(tmp_path, 3, speaks=False)
+    log, other = EventLog(tmp_path, 3, writes=True), EventLog(tmp_path, 3, writes=False)
     for each in (log, other):
-        each.write("saved", step=8, bytes=5)
-        each.fault("it broke", step=9, rank=int(each is other), exit_code=4)
+        each.write("checkpoint_saved", step=8, bytes=5)
+        each.attempt_failed("it broke", step=9, rank=int(each is other), exit_code=4)
     found = list(read_lines(tmp_path / "events.jsonl"))
     assert [(line["event"], line["step"], line["attempt"]) for line in found] == [
-        ("saved", 8, 3),
-        ("fault", 9, 3),
-        ("fault", 9, 3),
+        ("checkpoint_saved", 8, 3),
+        ("attempt_failed", 9, 3),
+        ("attempt_failed", 9, 3),
     ]
     assert found[0]["bytes"] == 5
     assert [line["rank"] for line in found[1:]] == [0, 1], "one rank speaks, but a fault is any rank's"
@@ -129,12 +129,12 @@ def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
 
 
 def _names_written(node: ast.AST) -> list[str]:
-    """The literal first arguments of `….events.write(…)`, and those of `Finding(…)`."""
+    """The literal first arguments of `….events.write(…)`, and those of `Anomaly(…)`."""
     names = []
     for call in ast.walk(node):
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
             called = ast.unparse(call.func)
-            if called.endswith("events.write") or called == "Finding":
+            if called.endswith("events.write") or called == "Anomaly":
                 names.append(str(call.args[0].value))
     return names
 
@@ -143,7 +143,7 @@ def test_every_event_that_the_package_writes_has_a_name() -> None:
     """A misspelt one would end a run on the day of its first fault."""
     sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megadistill").rglob("*.py")]
     written = [name for source in sources for name in _names_written(source)]
-    assert {"start", "saved", "spike"} <= set(written), "the search finds them"
+    assert {"attempt_started", "checkpoint_saved", "loss_spike"} <= set(written), "the search finds them"
     assert set(written) <= EVENTS.keys()
 
 
@@ -158,21 +158,21 @@ def _run(folder: Path, events: list[dict[str, Any]], seconds: list[Any]) -> Good
 def test_goodput_counts_each_step_once_and_each_second_once(tmp_path: Path) -> None:
     """100 s: two starts of 10 and 5, three saves of 1, 20 steps of 3; the rest is what a fault cost."""
     events = [
-        {"time": 1000.0, "event": "start"},
-        {"time": 1010.0, "event": "resume", "seconds": 10.0},
-        {"time": 1030.0, "event": "saved", "stall_seconds": 1.0},
-        {"time": 1040.0, "event": "fault"},
-        {"time": 1050.0, "event": "start"},
-        {"time": 1055.0, "event": "resume", "seconds": 5.0},
-        {"time": 1070.0, "event": "saved", "stall_seconds": 1.0},
-        {"time": 1071.0, "event": "save_failed", "stall_seconds": 9.0},
-        {"time": 1100.0, "event": "saved", "stall_seconds": 1.0},
+        {"time": 1000.0, "event": "attempt_started"},
+        {"time": 1010.0, "event": "resumed", "startup_seconds": 10.0},
+        {"time": 1030.0, "event": "checkpoint_saved", "stall_seconds": 1.0},
+        {"time": 1040.0, "event": "attempt_failed"},
+        {"time": 1050.0, "event": "attempt_started"},
+        {"time": 1055.0, "event": "resumed", "startup_seconds": 5.0},
+        {"time": 1070.0, "event": "checkpoint_saved", "stall_seconds": 1.0},
+        {"time": 1071.0, "event": "checkpoint_failed", "stall_seconds": 9.0},
+        {"time": 1100.0, "event": "checkpoint_saved", "stall_seconds": 1.0},
     ]
     found = _run(tmp_path, events, [3.0] * 20)
-    assert (found.wall, found.useful, found.starting, found.saving) == (100.0, 60.0, 15.0, 3.0)
+    assert (found.wall, found.useful, found.startup, found.saving) == (100.0, 60.0, 15.0, 3.0)
     assert found.lost == pytest.approx(22.0)
     assert found.ratio == pytest.approx(0.6)
-    assert str(found) == "goodput 60.0% of 100 s (starting 15.0%, saving 3.0%, lost 22.0%)"
+    assert str(found) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, lost 22.0%)"
 
 
 def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:
 
 
 def test_more_step_time_than_wall_time_is_not_lost_time(tmp_path: Path) -> None:
-    events = [{"time": 1.0, "event": "start"}, {"time": 2.0, "event": "done"}]
+    events = [{"time": 1.0, "event": "attempt_started"}, {"time": 2.0, "event": "completed"}]
     assert _run(tmp_path, events, [3.0, None]).lost == 0.0

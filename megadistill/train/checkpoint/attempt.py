@@ -1,7 +1,7 @@
-"""Room `train`: attempts at a run. Each start has a number, and only the newest may touch the run folder.
+"""Numbered attempts at a run: a fencing token, so that only the newest start writes to the run folder.
 
-A node that was cut off keeps its ranks running, and a frozen process can thaw: `attempts/00002.json` comes to be by an
-exclusive create, and the attempt before it finds the file when it next wants to commit, to delete, or to take a step.
+A node that lost its network keeps its ranks running, and a frozen process can continue. `attempts/00002.json` is made
+by an exclusive create; attempt 1 checks for it before each step, commit and deletion, and ends when it exists.
 """
 
 import json
@@ -36,23 +36,23 @@ class Attempt:
     number: int
 
     def is_newest(self) -> bool:
-        """Whether no later start has taken the folder over: one look at one name."""
+        """Whether no later attempt has acquired the folder. Costs one `stat`."""
         return not _path(self.folder, self.number + 1).exists()
 
     def require_newest(self) -> None:
-        """Raises OperatorFault: another attempt has the folder now."""
+        """Raises OperatorFault: a later attempt has acquired the folder."""
         if self.is_newest():
             return
         later = _record(_path(self.folder, self.number + 1))
         where = f" on {later.get('host')} at {later.get('time')}" if later else ""
         raise OperatorFault(
-            f"attempt {self.number} of {self.folder} is over: attempt {self.number + 1} has started{where}. This one "
-            "leaves the folder as it is; two runs need two folders (run.folder)"
+            f"attempt {self.number} of {self.folder} ends: attempt {self.number + 1} has started{where}, and only the "
+            "newest may write to the folder. Give two runs two folders (run.folder)"
         )
 
 
-def claim(folder: Path, record: Mapping[str, Any]) -> Attempt:
-    """The next attempt of a run folder, from now on the newest. Called by one rank; it makes the folder."""
+def acquire(folder: Path, record: Mapping[str, Any]) -> Attempt:
+    """Acquires a run folder as its next attempt, making the folder where there is none. Called by one rank."""
     attempts = folder / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.stem) for path in attempts.glob("*.json") if path.stem.isdigit()), default=0)
@@ -60,7 +60,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> Attempt:
     while True:
         try:
             descriptor = os.open(_path(folder, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:  # another start was quicker
+        except FileExistsError:  # taken by a concurrent start
             number += 1
             continue
         with open(descriptor, "wb") as file:
@@ -71,7 +71,7 @@ def claim(folder: Path, record: Mapping[str, Any]) -> Attempt:
 
 
 def launch_record(world: int) -> dict[str, Any]:
-    """How this attempt was started: where, when, by which command, with which versions. No value looks like a key."""
+    """How this attempt was started: time, host, command, versions, environment. Secrets are left out or masked."""
     environment = {
         name: without_secrets(value)
         for name, value in sorted(os.environ.items())
@@ -93,7 +93,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What the attempt says of itself; nothing where it has not said it yet."""
+    """The record of an attempt; empty where it is not written yet."""
     try:
         with open(path, "rb") as file:
             values = json.loads(file.read(MAX_RECORD_BYTES))

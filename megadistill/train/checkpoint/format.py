@@ -1,10 +1,9 @@
-"""Checkpoints: complete or invisible, and readable without this package. It knows no engine and no ranks.
+"""The checkpoint format: safetensors files and a manifest, complete or invisible, readable without this package.
 
 `checkpoints/step-00001000/` holds one safetensors file a rank (its piece of every flattened parameter's float32
 master copy and AdamW moments, see `student.engine.local_state`) and `manifest.json` (step, stream cursor, shapes,
 every file's size and sha256). The pieces of the ranks, one after the other, are the parameter, so that any number of
-ranks can read what any number of ranks wrote. No file here is a pickle. Who writes is in `train.saver`, who chooses
-among several in `train.store`.
+ranks can read what any number of ranks wrote. No file is a pickle. `writer` writes checkpoints, `select` chooses one.
 """
 
 import hashlib
@@ -22,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
+from megadistill.io import file_sha256, sync_folder, write_file
 
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
-"""Format 1 did not say its attempt, its recipe and its rollbacks."""
+"""Format 1 has no attempt, recipe and rollbacks."""
 RNG_KEY = "rng"
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -38,7 +38,7 @@ class FileRecord(BaseModel):
 
 
 class CheckpointManifest(BaseModel):
-    """What a checkpoint says of itself."""
+    """The content of manifest.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,26 +47,26 @@ class CheckpointManifest(BaseModel):
     tokens: int = Field(ge=0)
     world: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    """True ids; the rows past them are padding."""
+    """Ids of the tokenizer; the rows past them are padding."""
     cursor: dict[str, Any]
     parameters: dict[str, tuple[int, ...]]
     versions: dict[str, str]
     attempt: int = Field(default=0, ge=0)
-    """Which start of the run wrote it; 0: not known."""
+    """The attempt that wrote the checkpoint; 0: not known."""
     recipe: dict[str, Any] = {}
     recipe_sha256: str = ""
     rollbacks: int = Field(default=0, ge=0)
-    """How many rollbacks lie behind this line of the run."""
+    """Rollbacks of the run before this checkpoint."""
     files: dict[str, FileRecord]
     sha256: str = ""
-    """Of the manifest's own values without this one, see `_own_sha256`."""
+    """sha256 of the manifest's other values, see `_own_sha256`."""
 
 
 class Checkpoint:
-    """A checkpoint on disk whose manifest, sizes and hashes hold.
+    """A checkpoint on disk with a valid manifest. `verify` compares the files with it.
 
     Raises:
-        OperatorFault: a file is missing, has another size or other bytes than the manifest says.
+        OperatorFault: the manifest is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,22 +75,24 @@ class Checkpoint:
         self.manifest = _read_manifest(path)
         expected = [rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
         if sorted(self.manifest.files) != expected:
-            raise OperatorFault(f"{path}: lists {len(self.manifest.files)} files, {self.manifest.world} ranks wrote it")
+            raise OperatorFault(
+                f"{path}: lists {len(self.manifest.files)} files, but {self.manifest.world} ranks wrote it"
+            )
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Reads every file once and compares it with the manifest; of several ranks each takes its part of the files.
+        """Compares each file's size and sha256 with the manifest. Rank `part` of `parts` reads its share of the files.
 
         Raises:
-            OperatorFault: a file is missing, or damaged. OSError: it cannot be read, which says nothing of its bytes.
+            OperatorFault: a file is missing or damaged. OSError: a file cannot be read at the moment.
         """
         for name, record in list(self.manifest.files.items())[part::parts]:
             path = self.folder / name
             if not path.is_file():
                 raise OperatorFault(f"{path} is missing")
-            found = record_of(path)
-            if found != record:
+            actual = record_of(path)
+            if actual != record:
                 raise OperatorFault(
-                    f"{path} is damaged: {found.bytes} bytes with sha256 {found.sha256[:12]}…, the manifest says "
+                    f"{path} is damaged: {actual.bytes} bytes with sha256 {actual.sha256[:12]}…, the manifest has "
                     f"{record.bytes} and {record.sha256[:12]}…"
                 )
 
@@ -116,10 +118,10 @@ class Checkpoint:
                 offset += length
         except SafetensorError as error:
             raise OperatorFault(f"{self.folder}: cannot read {key}: {error}") from None
-        found = torch.cat(pieces) if pieces else torch.empty(0)
-        if found.numel() != stop - start:
-            raise OperatorFault(f"{self.folder}: {key} has {offset} elements, asked for {start} to {stop}")
-        return found
+        elements = torch.cat(pieces) if pieces else torch.empty(0)
+        if elements.numel() != stop - start:
+            raise OperatorFault(f"{self.folder}: {key} has {offset} elements, not {start} to {stop}")
+        return elements
 
     def parameter(self, name: str) -> Tensor:
         """The float32 master copy of a whole parameter, in its shape."""
@@ -127,7 +129,7 @@ class Checkpoint:
         return self.read(f"master/{name}", 0, torch.Size(shape).numel()).reshape(shape)
 
     def release(self) -> None:
-        """Lets go of the files. What was read of them is mapped, and counts as this process's memory, until then."""
+        """Closes the files. They are memory-mapped, and count as this process's memory until then."""
         self.__dict__.pop("_files", None)
 
     def rng_state(self, rank: int, world: int) -> Tensor | None:
@@ -139,10 +141,10 @@ class Checkpoint:
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every checkpoint below `folder`, oldest first. What never got its name is not one.
+    """Step -> folder of every checkpoint below `folder`, oldest first; empty where `folder` does not exist.
 
     Raises:
-        OSError: the folder cannot be read, which is not the same as that there is none.
+        OSError: the folder cannot be read.
     """
     try:
         names = os.listdir(folder)
@@ -153,13 +155,13 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below `folder`, or None where there is none; for a reader that changes nothing.
+    """The newest checkpoint below `folder`, or None where there is none. For readers, which quarantine nothing.
 
     Raises:
-        OperatorFault: the newest is damaged, be it that its manifest is gone. Nothing older is taken in silence.
+        OperatorFault: the manifest of the newest is missing or damaged. An older one is not taken silently.
     """
-    found = checkpoint_folders(folder)
-    return Checkpoint(found[max(found)]) if found else None
+    folders = checkpoint_folders(folder)
+    return Checkpoint(folders[max(folders)]) if folders else None
 
 
 def checkpoint_name(step: int) -> str:
@@ -167,23 +169,23 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_rank(folder: Path, state: dict[str, Tensor], *, rank: int, world: int) -> FileRecord:
-    """Writes this rank's file, durable, and its size and hash beside it.
+    """Writes this rank's file durably, and its size and hash beside it.
 
     Raises:
         OSError, SafetensorError: the disk refuses it.
     """
     name = rank_file(rank, world)
     save_file(state, folder / name)
-    (folder / name).chmod(0o644)  # safetensors makes files that nobody else can read
+    (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
     with open(folder / name, "rb") as file:
         os.fsync(file.fileno())
     record = record_of(folder / name)
-    write_durably(folder / f"{name}.json", record.model_dump_json().encode())
+    write_file(folder / f"{name}.json", record.model_dump_json())
     return record
 
 
 def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
-    """The manifest with every rank's record, then the name: the one instant at which the checkpoint comes to be.
+    """Writes the manifest with every rank's record, then renames the folder, which makes the checkpoint visible.
 
     Raises:
         OSError: the disk refuses it, or `target` exists.
@@ -193,7 +195,7 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
         files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
     values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
     values["sha256"] = _own_sha256(values)
-    write_durably(temporary / "manifest.json", json.dumps(values, indent=1).encode())
+    write_file(temporary / "manifest.json", json.dumps(values, indent=1))
     for name in files:
         (temporary / f"{name}.json").unlink()
     sync_folder(temporary)
@@ -204,21 +206,21 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
 def _read_manifest(path: Path) -> CheckpointManifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise OperatorFault(f"{path}: {path.stat().st_size} bytes is no manifest")
+            raise OperatorFault(f"{path}: {path.stat().st_size} bytes is too large for a manifest")
         values = json.loads(path.read_bytes())
         if isinstance(values, dict) and values.get("format") not in READABLE_FORMATS:  # before its keys
             raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {READABLE_FORMATS}")
         manifest = CheckpointManifest.model_validate(values)
         if manifest.format > 1 and manifest.sha256 != _own_sha256(values):
-            raise OperatorFault(f"{path} is damaged: its values are not those that its own sha256 was made of")
+            raise OperatorFault(f"{path} is damaged: its values do not have the sha256 that it records")
         return manifest
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise OperatorFault(f"{path} is no checkpoint manifest: {place}: {first['msg']}") from None
+        raise OperatorFault(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise OperatorFault(f"{path} is no checkpoint manifest ({reason})") from None
+        raise OperatorFault(f"{path} is not a checkpoint manifest ({reason})") from None
 
 
 def _own_sha256(values: dict[str, Any]) -> str:
@@ -231,21 +233,4 @@ def rank_file(rank: int, world: int) -> str:
 
 
 def record_of(path: Path) -> FileRecord:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(bytes=path.stat().st_size, sha256=digest)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))

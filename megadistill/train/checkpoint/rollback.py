@@ -1,8 +1,7 @@
-"""Room `train`: going back before a loss spike and leaving out what it read (PaLM, 2204.02311, 5.1). It runs no step.
+"""Rollback to before a loss spike, skipping the data of the steps around it (PaLM, 2204.02311, 5.1).
 
-`rollbacks.json` in the run folder is written before anything else is done, so that a run which is killed in the middle
-of a rollback goes on the same way: checkpoints of the line that was given up are known by the number of rollbacks that
-their manifests count.
+`rollbacks.json` in the run folder is written first, so that a run which is killed during a rollback resumes with it:
+the number of rollbacks in a checkpoint's manifest shows whether a rollback abandoned the checkpoint.
 """
 
 import json
@@ -12,27 +11,28 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadistill.errors import OperatorFault
-from megadistill.train.checkpoint.format import CheckpointManifest, sync_folder, write_durably
+from megadistill.io import write_file
+from megadistill.train.checkpoint.format import CheckpointManifest
 
 MAX_RECORD_BYTES = 16 << 20
 
 
 class Rollback(BaseModel):
-    """One of them."""
+    """One entry of rollbacks.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     at_step: int = Field(ge=1)
     """The step of the spike."""
     to_step: int = Field(ge=0)
-    """The checkpoint that the run went back to."""
-    skip: tuple[int, int]
-    """The slots [first, stop) that are left out from then on."""
+    """Step of the checkpoint that the run went back to."""
+    skipped_slots: tuple[int, int]
+    """Slots [first, stop) that are left out from then on."""
     reason: str
 
 
 def read_rollbacks(folder: Path) -> list[Rollback]:
-    """Those of a run folder, the oldest first.
+    """The rollbacks of a run folder, oldest first.
 
     Raises:
         OperatorFault: the record is damaged.
@@ -45,16 +45,12 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
     except FileNotFoundError:
         return []
     except (ValueError, TypeError, RecursionError, ValidationError) as error:
-        raise OperatorFault(f"{path} is damaged ({str(error).splitlines()[0]}): bring it back from a copy") from None
+        raise OperatorFault(f"{path} is damaged ({str(error).splitlines()[0]}): restore it from a copy") from None
 
 
 def record_rollbacks(folder: Path, rollbacks: Sequence[Rollback]) -> None:
-    """Writes them, whole or not at all."""
-    temporary = folder / ".rollbacks.json.tmp"
-    content = json.dumps([each.model_dump(mode="json") for each in rollbacks], indent=1) + "\n"
-    write_durably(temporary, content.encode())
-    temporary.replace(folder / "rollbacks.json")
-    sync_folder(folder)
+    values = [each.model_dump(mode="json") for each in rollbacks]
+    write_file(folder / "rollbacks.json", json.dumps(values, indent=1) + "\n")
 
 
 def plan_rollback(
@@ -66,18 +62,20 @@ def plan_rollback(
     slots_end: int,
     checkpoints: Sequence[int],
 ) -> Rollback | None:
-    """Leaves out the slots of the last `steps` steps up to `at_step`, from the newest checkpoint before them.
+    """A rollback to the newest checkpoint before the last `steps` steps up to `at_step`, skipping their slots.
 
-    `slots_before`: the next slot before each of the last steps; `slots_end`: the one behind `at_step`. None where no
+    `slots_before`: the first slot of each of the last steps; `slots_end`: the first slot after `at_step`. None where no
     checkpoint is that old.
     """
     first = max(at_step - steps + 1, min(slots_before))
     old_enough = [step for step in checkpoints if step < first]
     if not old_enough:
         return None
-    return Rollback(at_step=at_step, to_step=max(old_enough), skip=(slots_before[first], slots_end), reason=reason)
+    return Rollback(
+        at_step=at_step, to_step=max(old_enough), skipped_slots=(slots_before[first], slots_end), reason=reason
+    )
 
 
-def given_up(manifest: CheckpointManifest, rollbacks: Sequence[Rollback]) -> bool:
-    """Whether a checkpoint lies on a line of the run that a later rollback left."""
+def is_abandoned(manifest: CheckpointManifest, rollbacks: Sequence[Rollback]) -> bool:
+    """Whether a later rollback went back to before this checkpoint."""
     return any(manifest.step > later.to_step for later in rollbacks[manifest.rollbacks :])

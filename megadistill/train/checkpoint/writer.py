@@ -1,8 +1,8 @@
-"""Room `train`: saving while the run goes on. It knows no engine: a state is tensors on the host.
+"""Asynchronous checkpoint writing.
 
-A save is a few states that all ranks go through together, without a collective of its own while the run goes on:
+A save is a few states that all ranks go through together, without a collective of its own while training continues:
 
-1. `start` (collective): is there room on the disk? Rank 0 makes `.tmp-step-00000100-a3`; each rank hands its tensors,
+1. `start` (collective): checks the free disk space. Rank 0 makes `.tmp-step-00000100-a3`; each rank hands its tensors,
    which are copies, to its writing thread.
 2. Each rank's thread writes, syncs and hashes its file. `flags` says that it has ended, well or not; the run adds the
    flags of all ranks up in the reduction that each step makes anyway, and gives the sums to `poll`.
@@ -10,16 +10,15 @@ A save is a few states that all ranks go through together, without a collective 
    only while its attempt is the newest of the run, so a process that was frozen meanwhile changes nothing.
 4. Rank 0's notice of that ends the save, on all ranks after the same step.
 
-What fails on any rank ends the save on all of them: the temporary folder goes, older checkpoints are as they were, and
-the run lives on. `finish` goes through the same states at once, and waits.
+A failure on any rank ends the save on all of them: the temporary folder is removed, older checkpoints are unchanged,
+and the run continues. `finish` waits, and goes through the same states at once.
 """
 
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megadistill.distributed.collectives import all_reduce_sum, barrier, everywhere
+from megadistill.distributed.collectives import all_reduce_sum, all_true, barrier, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
@@ -43,23 +42,25 @@ SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed
 
 FREE_SPACE_MARGIN = 1.05
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended; the same on every rank, but for the reason, which the rank that met it knows."""
+    """How a save ended. The same on every rank, except for `problem`: the failing rank's has the reason."""
 
     step: int
     path: Path | None
-    """None: it failed, and nothing was changed."""
+    """The checkpoint; None: the save failed, and nothing was changed."""
     problem: str | None
     stall_seconds: float
-    """What the run waited for it, on this rank."""
+    """Time that training waited for the save, on this rank."""
     write_seconds: float
-    """What this rank's disk took."""
+    """Time that this rank's file took to write and hash."""
     bytes: int
-    """Of this rank's tensors."""
+    """Size of this rank's tensors."""
     removed: tuple[str, ...] = ()
-    """Older checkpoints that were deleted (known to rank 0)."""
+    """Names of the older checkpoints that were deleted; rank 0 only."""
 
 
 @dataclass
@@ -73,7 +74,7 @@ class _Save:
     stall_seconds: float
     committing: Future[tuple[str, ...]] | None = None
     ended: bool = False
-    """Whether all ranks are known to have written."""
+    """Whether all ranks are known to have written their files."""
 
 
 class Saver:
@@ -105,17 +106,17 @@ class Saver:
     def start(
         self, state: dict[str, Tensor], manifest: CheckpointManifest, *, stalled: float = 0.0
     ) -> list[SaveResult]:
-        """Begins to save `state`, this rank's tensors on the host, which nobody changes from here on. Collective.
+        """Starts to save `state`, this rank's tensors on the host, which must not change from here on. Collective.
 
         `manifest` is that of the whole checkpoint, without its files; `stalled`: seconds that it took to copy the
-        state. Returns what ended meanwhile: the save before, which is waited for, and this one where the disk has no
-        room or the run does not save asynchronously.
+        state. Returns the results of the saves that ended: the one before, which is waited for, and this one where it
+        does not fit on the disk or saves are synchronous.
         """
         began = time.perf_counter()
         ended = [self.finish()] if self._save is not None else []
         bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         temporary = self._folder / f".tmp-{checkpoint_name(manifest.step)}-a{self._attempt.number}"
-        problem = self._make_room(temporary, bytes_)
+        problem = self._make_folder(temporary, bytes_)
         if problem is not None:
             stall = stalled + time.perf_counter() - began
             return [*ended, SaveResult(manifest.step, None, problem, stall, 0.0, bytes_)]
@@ -131,37 +132,37 @@ class Saver:
         return self._save is not None
 
     def flags(self) -> dict[str, float]:
-        """What this rank tells the others with the next step: 0 or 1 by `SAVE_FLAGS`."""
-        told = dict.fromkeys(SAVE_FLAGS, 0.0)
+        """This rank's state of the save for the other ranks: 0 or 1 for each of `SAVE_FLAGS`."""
+        flags = dict.fromkeys(SAVE_FLAGS, 0.0)
         save = self._save
         if save is None:
-            return told
+            return flags
         if save.committing is not None:
             if save.committing.done():
-                told["save_not_committed" if save.committing.exception() else "save_committed"] = 1.0
+                flags["save_not_committed" if save.committing.exception() else "save_committed"] = 1.0
         elif not save.ended and save.writing.done():
-            told["save_ended"] = 1.0
-            told["save_failed"] = float(save.writing.exception() is not None)
-        return told
+            flags["save_ended"] = 1.0
+            flags["save_failed"] = float(save.writing.exception() is not None)
+        return flags
 
-    def poll(self, told: Mapping[str, float]) -> SaveResult | None:
-        """Takes the save on by what all ranks told: the sums of `flags`. A result on the step that ends it.
+    def poll(self, reduced: Mapping[str, float]) -> SaveResult | None:
+        """Advances the save by the sums of `flags` over ranks. Returns a result on the step that ends it. Collective.
 
         Raises:
-            OperatorFault: another attempt at this run has begun (on rank 0).
+            OperatorFault: another attempt at this run has started (on rank 0).
         """
         save = self._save
         if save is None:
             return None
-        if not save.ended and told["save_ended"] == self._topology.world:
+        if not save.ended and reduced["save_ended"] == self._topology.world:
             save.ended = True
-            if told["save_failed"]:
+            if reduced["save_failed"]:
                 return self._give_up(save, _reason(save.writing, self._topology.rank))
             if self._topology.is_first:
                 save.committing = self._thread.submit(self._commit, save)
-        elif told["save_not_committed"]:
+        elif reduced["save_not_committed"]:
             return self._give_up(save, _reason(save.committing, self._topology.rank))
-        elif told["save_committed"]:
+        elif reduced["save_committed"]:
             return self._done(save)
         return None
 
@@ -169,29 +170,29 @@ class Saver:
         """Waits for the save under way. Collective.
 
         Raises:
-            OperatorFault: another attempt at this run has begun.
+            OperatorFault: another attempt at this run has started.
         """
         save = self._save
         assert save is not None, "no save was started"
         began = time.perf_counter()
-        failed = save.writing.exception() is not None  # which waits
-        if not save.ended and not self._everywhere(not failed):
+        failed = save.writing.exception() is not None  # waits
+        if not save.ended and not self._all_true(not failed):
             save.stall_seconds += time.perf_counter() - began
             return self._give_up(save, _reason(save.writing, self._topology.rank))
         if self._topology.is_first and save.committing is None:
             save.committing = self._thread.submit(self._commit, save)
         committed = save.committing is None or save.committing.exception() is None
         save.stall_seconds += time.perf_counter() - began
-        if not self._everywhere(committed):
+        if not self._all_true(committed):
             return self._give_up(save, _reason(save.committing, self._topology.rank))
         return self._done(save)
 
     def close(self) -> None:
-        """Waits for nothing, be the disk ever so slow: a save that was not settled stays invisible."""
+        """Ends without waiting for the disk: a save that is not complete stays invisible."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make_room(self, temporary: Path, bytes_: int) -> str | None:
-        """Makes the temporary folder; a line where there is no room for what all ranks will write. Collective."""
+    def _make_folder(self, temporary: Path, bytes_: int) -> str | None:
+        """Makes the temporary folder. Returns the problem where all ranks' files do not fit on the disk. Collective."""
         device = self._topology.device
         needed = torch.tensor(float(bytes_), dtype=torch.float64, device=device)
         needed_bytes = int(all_reduce_sum(needed, self._topology.world_group).item() * FREE_SPACE_MARGIN)
@@ -202,37 +203,37 @@ class Saver:
                 free = shutil.disk_usage(self._folder).free
                 if free < needed_bytes:
                     problem = (
-                        f"{self._folder} has {free / 1e6:,.1f} MB free, a checkpoint needs {needed_bytes / 1e6:,.1f}"
+                        f"{self._folder} has {free / 1e6:,.1f} MB free, a checkpoint needs {needed_bytes / 1e6:,.1f} MB"
                     )
                 else:
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        if self._everywhere(problem is None):
+        if self._all_true(problem is None):
             return None
-        return problem or "rank 0 found no room on the disk"
+        return problem or "see the log of rank 0"
 
     def _commit(self, save: _Save) -> tuple[str, ...]:
-        """Rank 0's thread: the checkpoint gets its name, and what is too old goes."""
+        """Makes the checkpoint visible and removes old ones, in rank 0's thread."""
         self._attempt.require_newest()
         commit(save.temporary, self._folder / checkpoint_name(save.manifest.step), save.manifest)
         return self._remove_old()
 
     def _remove_old(self) -> tuple[str, ...]:
-        found = checkpoint_folders(self._folder)
+        folders = checkpoint_folders(self._folder)
         removed = []
-        for step in sorted(found)[: -self._keep_last]:
+        for step in sorted(folders)[: -self._keep_last]:
             if self._keep_every and step % self._keep_every == 0:
                 continue
             if not self._attempt.is_newest():
                 break
             try:
-                remove(found[step])
-            except OSError as error:  # the new checkpoint is whole nonetheless
-                _say(f"rank 0: {found[step]} is no longer needed and cannot be deleted: {error}")
+                remove(folders[step])
+            except OSError as error:  # the new checkpoint is complete nonetheless
+                logger.warning("old checkpoint %s cannot be deleted: %s", folders[step], error)
             else:
-                removed.append(found[step].name)
+                removed.append(folders[step].name)
         return tuple(removed)
 
     def _done(self, save: _Save) -> SaveResult:
@@ -243,7 +244,8 @@ class Saver:
         if self._topology.is_first and self._attempt.is_newest():
             shutil.rmtree(save.temporary, ignore_errors=True)
         fenced = save.committing.exception() if save.committing is not None else None
-        result = self._result(save, None, problem or "another rank says why")
+        failing = first_false(problem is None, self._topology.device, self._topology.world_group)
+        result = self._result(save, None, problem or f"see the log of rank {failing}")
         if isinstance(fenced, OperatorFault):
             raise fenced
         return result
@@ -253,26 +255,26 @@ class Saver:
         seconds = save.writing.result() if save.writing.exception() is None else 0.0
         return SaveResult(save.manifest.step, path, problem, save.stall_seconds, seconds, save.bytes, removed)
 
-    def _everywhere(self, flag: bool) -> bool:
-        return everywhere(flag, self._topology.device, self._topology.world_group)
+    def _all_true(self, flag: bool) -> bool:
+        return all_true(flag, self._topology.device, self._topology.world_group)
 
 
 def require_saved(result: SaveResult) -> SaveResult:
-    """The result of a save that the run must not end without.
+    """The result of the last save of a run, which must succeed.
 
     Raises:
         RestartFault: it failed.
     """
     if result.path is None:
         raise RestartFault(
-            f"the checkpoint of step {result.step} was not written: {result.problem}; older ones are as they were. "
-            "Make room and start again: the same command goes on from the newest"
+            f"checkpoint of step {result.step} not written: {result.problem}. Older ones are unchanged: free disk "
+            "space and give the same command again, which resumes from the newest"
         )
     return result
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint: first its name, so that a kill in the middle leaves none that looks whole."""
+    """Deletes a checkpoint. It is renamed first, so that a kill in the middle leaves none that looks complete."""
     hidden = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
@@ -280,7 +282,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, attempt: Attempt) -> None:
-    """What earlier attempts began to write or to delete."""
+    """Removes the folders that earlier attempts left while they wrote or deleted a checkpoint."""
     for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):
         attempt.require_newest()
         shutil.rmtree(path, ignore_errors=True)
@@ -293,17 +295,12 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _reason(future: Future[float] | Future[tuple[str, ...]] | None, rank: int) -> str | None:
-    """Why this rank's part failed, said on its own stderr too; None where it did not."""
+    """The error of this rank's part, which is also logged; None without one."""
     error = future.exception() if future is not None else None
     if error is None:
         return None
     if not isinstance(error, OSError | SafetensorError | OperatorFault):
         raise error
     reason = f"rank {rank}: {error}"
-    _say(reason)
+    logger.warning("checkpoint: %s", error)
     return reason
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):
-        print(f"megadistill: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What must hold of every step's numbers, asked before the optimizer moves. It knows no engine."""
+"""Checks of each step's loss and of the teacher's numbers: non-finite values, loss spikes, teacher drift."""
 
 import math
 from collections import deque
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from megadistill.config import FaultsSection
+from megadistill.config import ResilienceSection
 from megadistill.errors import OperatorFault
 
 TEACHER_TERMS = ("teacher_ce", "teacher_entropy")
 
 NORMAL_MAD = 1.4826
-"""Standard deviations in a median absolute deviation, of a normal distribution."""
+"""Standard deviation over median absolute deviation, of a normal distribution."""
 
 LOSS_FLOOR, TEACHER_FLOOR = 0.01, 0.001
-"""The least standard deviation that a window is taken to have, as a share of its median: where the values hardly move,
-the next move is no spike for that. A frozen teacher is held to less."""
+"""Lower bound of a window's standard deviation as a fraction of its median, so that a small move after a flat stretch
+is no spike; smaller for the frozen teacher."""
 
 
-ALARM_STEPS = 3
-"""Steps in a row after which the teacher's cross-entropy is taken to have moved: one odd batch is none."""
+DRIFT_STEPS = 3
+"""Consecutive steps outside the window before teacher drift is reported: one odd batch is none."""
 
 
 def finite(metrics: Mapping[str, float]) -> bool:
@@ -29,28 +29,28 @@ def finite(metrics: Mapping[str, float]) -> bool:
 
 
 def require_sound_teacher(step: int, metrics: Mapping[str, float]) -> None:
-    """`metrics` are already reduced over ranks, so every rank decides alike.
+    """Checks that the teacher's terms in `metrics`, which are reduced over ranks, are finite.
 
     Raises:
-        OperatorFault: what the teacher said is not finite. It is frozen: no step of the student's mends it.
+        OperatorFault: one is not. The teacher is frozen, so a later step cannot recover.
     """
     for name in TEACHER_TERMS:
         if name in metrics and not math.isfinite(metrics[name]):
             raise OperatorFault(
-                f"step {step}: {name} is {metrics[name]}, so the teacher is broken; this step moved and saved nothing. "
-                "Check its weights (another copy, bfloat16 in place of float16) before starting again"
+                f"step {step}: {name} is {metrics[name]}, so the teacher is broken; the step was skipped and "
+                "not saved. Check its weights (another copy, bfloat16 instead of float16) before the next start"
             )
 
 
 class SkippedSteps:
-    """Counts the steps in a row that moved nothing."""
+    """Counts consecutive skipped steps."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._in_a_row = 0
 
     def count(self, step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
-        """Raises OperatorFault: one more than `most` were skipped in a row."""
+        """Raises OperatorFault: more than `most` consecutive steps were skipped."""
         if math.isfinite(grad_norm):
             self._in_a_row = 0
             return
@@ -58,27 +58,27 @@ class SkippedSteps:
         if self._in_a_row > self._most:
             reason = not_finite(metrics, grad_norm)
             raise OperatorFault(
-                f"step {step}: {reason}, and {self._in_a_row} steps in a row moved nothing "
-                f"(faults.max_skipped_steps is {self._most}), so the student diverged. Look at metrics.jsonl: if it "
-                "went wrong earlier, move the checkpoints since then away; then lower train.adamw.learning_rate or "
-                "train.clip, or mend what feeds this run"
+                f"step {step}: {reason}, and {self._in_a_row} consecutive steps were skipped "
+                f"(resilience.max_skipped_steps is {self._most}), so the student diverged. If metrics.jsonl "
+                "shows that it began earlier, move the checkpoints since then away; then lower "
+                "train.optimizer.learning_rate or train.max_grad_norm, or correct the data"
             )
 
 
 def not_finite(metrics: Mapping[str, float], grad_norm: float) -> str:
-    """What of a skipped step was not finite: `loss is nan`."""
+    """The first non-finite number of a skipped step, as in `loss is nan`."""
     values = {**metrics, "grad_norm": grad_norm}
     name = next(name for name, value in values.items() if not math.isfinite(value))
     return f"{name} is {values[name]}"
 
 
 class RobustWindow:
-    """Tells a value that leaves the window of the last ones, by its robust z-score.
+    """Detects outliers among successive values by a robust z-score over a sliding window.
 
-    z = (value - median) / s, with s = 1.4826 · median |x - median|, at least `floor` · |median|. A value that leaves
-    does not enter the window, so that a spike does not hide the next one. While there is less than half a window
-    nothing is told. A loss that falls, as a young one does, has its median above it, and its fall widens s. What is not
-    finite neither leaves nor enters: a step that has such a number moves nothing, and says so elsewhere.
+    z = (value - median) / s, with s = 1.4826 · median |x - median|, at least `floor` · |median|. An outlier does not
+    enter the window, so that a spike does not hide the next one. Nothing is detected before the window is half full. An
+    early, falling loss lies below its median, and its fall widens s. Non-finite values are ignored: their steps are
+    skipped.
     """
 
     def __init__(self, window: int, zscore: float, *, floor: float, values: Iterable[float] = ()) -> None:
@@ -89,11 +89,11 @@ class RobustWindow:
 
     @property
     def median(self) -> float:
-        """Of the window; NaN where it is empty."""
+        """Median of the window; NaN where it is empty."""
         return median(self._values) if self._values else math.nan
 
-    def leaves(self, value: float, *, either_way: bool = False) -> float | None:
-        """The z-score of a value that is too high (or too low, `either_way`); None for one that is not, and stays."""
+    def outlier(self, value: float, *, either_way: bool = False) -> float | None:
+        """The z-score of a value that is too high (or too low, `either_way`); None for one that enters the window."""
         if not math.isfinite(value):
             return None
         if len(self._values) >= max(2, self._window // 2):
@@ -106,34 +106,34 @@ class RobustWindow:
         return None
 
     def restart(self, values: Iterable[float] = ()) -> None:
-        """The level has changed for good: what was before it tells nothing."""
+        """Replaces the window, after a lasting change of the level."""
         self._values.clear()
         self._values.extend(filter(math.isfinite, values))
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something in a step's numbers that a person should know: an event, its values, and a line."""
+class Anomaly:
+    """An anomaly of a step's numbers: the name and values of its event, and a log line."""
 
     event: str
     line: str
     values: dict[str, Any]
 
 
-class Vigil:
-    """Looks at each step's loss and at the teacher's cross-entropy, which a stationary stream leaves constant."""
+class LossMonitor:
+    """Detects spikes of the loss, and drift of the teacher's cross-entropy, which should be constant."""
 
-    def __init__(self, section: FaultsSection, *, losses: Iterable[float], teacher_ces: Iterable[float]) -> None:
-        """The values of the last steps that are on record, so that a resume compares with what was before it."""
+    def __init__(self, section: ResilienceSection, *, losses: Iterable[float], teacher_ces: Iterable[float]) -> None:
+        """`losses`, `teacher_ces`: values of the last steps before a resume."""
         window = section.spike_window
         self._losses = RobustWindow(window, section.spike_zscore, floor=LOSS_FLOOR, values=losses)
         self._teacher = RobustWindow(window, section.teacher_zscore, floor=TEACHER_FLOOR, values=teacher_ces)
         self._high: deque[float] = deque(maxlen=window)
-        self._off: list[float] = []
+        self._drifted: list[float] = []
 
-    def spike(self, step: int, loss: float) -> Finding | None:
-        """The loss left its window upwards with this step. One that stays there is told once, and becomes the level."""
-        z = self._losses.leaves(loss)
+    def spike(self, step: int, loss: float) -> Anomaly | None:
+        """A spike that begins with this step. A loss that stays high is reported once, and becomes the new level."""
+        z = self._losses.outlier(loss)
         if z is None:
             self._high.clear()
             return None
@@ -143,26 +143,26 @@ class Vigil:
             if len(self._high) == self._high.maxlen:
                 self._losses.restart(self._high)
             return None
-        line = f"step {step}: the loss is {loss:.4f}, {z:.1f} robust deviations above {middle:.4f}"
-        return Finding("spike", line, {"loss": loss, "median": middle, "zscore": round(z, 2)})
+        line = f"step {step}: loss spike: {loss:.4f}, {z:.1f} robust standard deviations above the median {middle:.4f}"
+        return Anomaly("loss_spike", line, {"loss": loss, "median": middle, "zscore": round(z, 2)})
 
-    def teacher_alarm(self, step: int, teacher_ce: float, slots: tuple[int, int]) -> Finding | None:
-        """The teacher's cross-entropy left its window for `ALARM_STEPS` steps; told once, and a new window begins."""
-        z = self._teacher.leaves(teacher_ce, either_way=True)
+    def teacher_drift(self, step: int, teacher_ce: float, slots: tuple[int, int]) -> Anomaly | None:
+        """Drift of the teacher's cross-entropy over `DRIFT_STEPS` steps; reported once, then a new window starts."""
+        z = self._teacher.outlier(teacher_ce, either_way=True)
         if z is None:
-            self._off.clear()
+            self._drifted.clear()
             return None
-        self._off.append(teacher_ce)
-        if len(self._off) < ALARM_STEPS:
+        self._drifted.append(teacher_ce)
+        if len(self._drifted) < DRIFT_STEPS:
             return None
         middle = self._teacher.median
-        self._teacher.restart(self._off)
-        self._off.clear()
+        self._teacher.restart(self._drifted)
+        self._drifted.clear()
         line = (
-            f"step {step}: the teacher's cross-entropy is {teacher_ce:.4f} and was {middle:.4f} ({z:+.1f} robust "
-            f"deviations, {ALARM_STEPS} steps in a row). The teacher is frozen, so what it reads has changed: look at "
-            f"the tokens (tokenizer, source, stage of the data) of slots {slots[0]} to {slots[1]}, at the packing, and "
-            "at its weights"
+            f"step {step}: teacher drift: cross-entropy {teacher_ce:.4f}, median {middle:.4f} ({z:+.1f} robust "
+            f"standard deviations, {DRIFT_STEPS} consecutive steps). The teacher is frozen, so its input has changed: "
+            f"check the tokens of slots {slots[0]} to {slots[1]} (tokenizer, source, curriculum), the packing, and "
+            "its weights"
         )
         values = {"teacher_ce": teacher_ce, "median": middle, "zscore": round(z, 2), "slots": list(slots)}
-        return Finding("teacher_alarm", line, values)
+        return Anomaly("teacher_drift", line, values)

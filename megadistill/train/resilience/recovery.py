@@ -1,9 +1,8 @@
-"""Room `train`: the run folder's side of a run: attempt, where to go on from, saving, going back. It takes no step."""
+"""The run folder of a running attempt: resuming, saving, rolling back, and the record of events and goodput."""
 
 import hashlib
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -17,12 +16,18 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
-from megadistill.train.checkpoint.attempt import Attempt, claim, launch_record
+from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest, checkpoint_folders
-from megadistill.train.checkpoint.rollback import Rollback, given_up, plan_rollback, read_rollbacks, record_rollbacks
-from megadistill.train.checkpoint.select import newest_valid
+from megadistill.train.checkpoint.rollback import (
+    Rollback,
+    is_abandoned,
+    plan_rollback,
+    read_rollbacks,
+    record_rollbacks,
+)
+from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
-from megadistill.train.resilience.anomalies import Finding, Vigil
+from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
 from megadistill.train.setup.setup import Setup
 from megadistill.types import Cursor
 from megadistill.versions import versions
@@ -31,23 +36,27 @@ FENCED = "fenced"
 
 
 class Recovery:
-    """One attempt at a run. Every method is collective, but for those of the events."""
+    """One attempt at a run. Methods are collective, except for those that only record an event."""
 
     def __init__(self, setup: Setup, topology: Topology) -> None:
-        """Claims the run folder: an older attempt that is still alive ends with its next step."""
+        """Acquires the run folder: an older attempt that is still alive ends at its next step."""
         self._setup = setup
         self._topology = topology
         self._folder = setup.folder
         self._began = time.perf_counter()
         number, saved_before = 0, False
         if topology.is_first:
-            saved_before = any(event["event"] == "saved" for event in read_lines(self._folder / "events.jsonl"))
-            number = claim(self._folder, launch_record(topology.world)).number
-        told = torch.tensor([number, int(saved_before)], device=topology.device)
-        number, self._saved_before = all_reduce_sum(told, topology.world_group).tolist()
+            saved_before = any(
+                event["event"] == "checkpoint_saved" for event in read_lines(self._folder / "events.jsonl")
+            )
+            number = acquire(self._folder, launch_record(topology.world)).number
+        from_first = torch.tensor([number, int(saved_before)], device=topology.device)
+        number, self._saved_before = all_reduce_sum(from_first, topology.world_group).tolist()
         self.attempt = Attempt(self._folder, number)
-        self.events = EventLog(self._folder, number, speaks=topology.is_first)
-        self.events.write("start", step=0, world=topology.world, attempt_record=f"attempts/{number:05d}.json")
+        self.events = EventLog(self._folder, number, writes=topology.is_first)
+        self.events.write(
+            "attempt_started", step=0, world_size=topology.world, attempt_record=f"attempts/{number:05d}.json"
+        )
         section = setup.recipe.checkpoint
         self._saver = Saver(
             self.checkpoints,
@@ -62,7 +71,7 @@ class Recovery:
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
         self._lost = 0
         self.step = 0
-        """That the run is at."""
+        """Current optimizer step."""
         self._goodput = Goodput()
         self._goodput_since = time.perf_counter()
 
@@ -71,23 +80,23 @@ class Recovery:
         return self._folder / "checkpoints"
 
     def resume(self, student: StudentEngine) -> tuple[int, Cursor | None]:
-        """Restores the newest checkpoint that holds: (step, cursor) to go on from, (0, None) for a run without one.
+        """Restores the newest valid checkpoint and returns its (step, cursor); (0, None) for a run without one.
 
-        That begins from `student.weights` where the recipe names them, and no other start reads them again.
+        A run without one starts from `student.weights` where the recipe has them; later attempts do not read them.
 
         Raises:
-            OperatorFault: the run has saved, and no checkpoint holds; or not every rank sees the same ones.
+            OperatorFault: the run has saved and no checkpoint is valid, or the ranks see different ones.
             RestartFault: a checkpoint cannot be read at the moment.
         """
-        checkpoint, aside = newest_valid(
+        checkpoint, quarantined = latest_valid(
             self.checkpoints,
             self._topology,
             self.attempt,
             saved_before=bool(self._saved_before),
-            abandoned=lambda manifest: given_up(manifest, self.rollbacks),
+            is_abandoned=lambda manifest: is_abandoned(manifest, self.rollbacks),
         )
-        for each in aside:
-            self.events.write("set_aside", step=each.step, path=each.path.name, reason=each.reason)
+        for each in quarantined:
+            self.events.write("checkpoint_quarantined", step=each.step, path=each.path.name, reason=each.reason)
         if checkpoint is not None:
             return self._restore(checkpoint, student)
         if self._setup.recipe.student.weights is not None:
@@ -101,57 +110,59 @@ class Recovery:
             torch.set_rng_state(rng)
         return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
 
-    def vigil(self, step: int) -> Vigil:
-        """What looks at the numbers after `step`, and has seen those before it. What was logged past it is lost.
+    def loss_monitor(self, step: int) -> LossMonitor:
+        """A monitor of the steps after `step`, with the last ones before it from metrics.jsonl in its window.
 
-        The first rank reads metrics.jsonl for all: ranks that knew other pasts would decide differently.
+        The first rank reads the file for all, so that all ranks decide alike.
         """
-        faults = self._setup.recipe.faults
-        recent: deque[tuple[float, float]] = deque(maxlen=faults.spike_window)
+        resilience = self._setup.recipe.resilience
+        recent: deque[tuple[float, float]] = deque(maxlen=resilience.spike_window)
         if self._topology.is_first:
             for line in read_lines(self._folder / "metrics.jsonl"):
                 self._lost = max(0, int(line["step"]) - step)
                 if int(line["step"]) <= step:
                     recent.append((float(line["loss"]), float(line.get("teacher_ce", math.nan))))
-        missing = faults.spike_window - len(recent)
+        missing = resilience.spike_window - len(recent)
         table = torch.tensor([*recent, *[(0.0, 0.0)] * missing], dtype=torch.float64)
-        told = torch.cat([table.flatten(), torch.tensor([float(len(recent))])]).to(self._topology.device)
-        told = all_reduce_sum(told if self._topology.is_first else torch.zeros_like(told), self._topology.world_group)
-        known = told[:-1].view(-1, 2)[: int(told[-1])].tolist()
-        return Vigil(faults, losses=[loss for loss, _ in known], teacher_ces=[ce for _, ce in known])
+        values = torch.cat([table.flatten(), torch.tensor([float(len(recent))])]).to(self._topology.device)
+        values *= self._topology.is_first
+        values = all_reduce_sum(values, self._topology.world_group)
+        known = values[:-1].view(-1, 2)[: int(values[-1])].tolist()
+        return LossMonitor(resilience, losses=[loss for loss, _ in known], teacher_ces=[ce for _, ce in known])
 
-    def goes_on(self, step: int) -> str:
-        """The event of a start, when all is ready for the next step; a line. Goodput is counted on from here."""
+    def mark_resumed(self, step: int) -> str:
+        """Records that training starts after `step`, and counts goodput from here. Returns a log line."""
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
         lost, self._lost = self._lost, 0
-        self.events.write("resume", step=step, seconds=round(seconds, 3), lost_steps=lost)
+        self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), lost_steps=lost)
         if self._topology.is_first:
             self._goodput, self._goodput_since = goodput(self._folder), time.perf_counter()
-        going_on = f"going on after step {step}" + (f", {lost} steps are taken again" if lost else "")
-        return f"attempt {self.attempt.number}, {'starting' if step == 0 else going_on}"
+        where = f"{'starting at' if step == 0 else 'resuming from'} step {step} of {self._setup.recipe.train.steps}"
+        repeated = f", {lost} steps to repeat" if lost else ""
+        return f"run {self._folder}: attempt {self.attempt.number}, {where}{repeated}"
 
     def flags(self) -> dict[str, float]:
-        """What this rank tells the others with the next step."""
+        """This rank's flags for the next step's reduction."""
         fenced = self._topology.is_first and not self.attempt.is_newest()
         return {**self._saver.flags(), FENCED: float(fenced)}
 
-    def require_newest(self, told: Mapping[str, float]) -> None:
-        """Raises OperatorFault: another attempt has the folder; nothing of this step is written to it."""
-        if told[FENCED]:
+    def require_newest(self, reduced: Mapping[str, float]) -> None:
+        """Raises OperatorFault: a later attempt has acquired the folder; nothing of this step is written to it."""
+        if reduced[FENCED]:
             self.attempt.require_newest()
-            raise OperatorFault(f"attempt {self.attempt.number} of {self._folder} is over: a later one has started")
+            raise OperatorFault(f"attempt {self.attempt.number} of {self._folder} ends: a later one has started")
 
     def step_done(self, seconds: float) -> None:
-        """A step that counts took so long."""
+        """Counts the time of a step as useful."""
         self._goodput = replace(self._goodput, useful=self._goodput.useful + seconds)
 
-    def poll(self, told: Mapping[str, float]) -> list[str]:
-        """Lines on a save that ended with this step, if one did."""
-        result = self._saver.poll(told)
-        return self._told([result]) if result is not None else []
+    def poll(self, reduced: Mapping[str, float]) -> list[str]:
+        """Advances the save under way. Returns log lines when it ended with this step."""
+        result = self._saver.poll(reduced)
+        return self._record([result]) if result is not None else []
 
     def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool) -> list[str]:
-        """Begins a checkpoint of exactly this step, and waits for the last one. Lines on what ended.
+        """Starts a checkpoint of this step; the last one of a run is waited for. Returns log lines on ended saves.
 
         Raises:
             RestartFault: the last one failed.
@@ -176,76 +187,78 @@ class Recovery:
         ended = self._saver.start(state, manifest, stalled=time.perf_counter() - began)
         if last and (not ended or ended[-1].step != step):
             ended.append(self._saver.finish())
-        lines = self._told(ended)
+        lines = self._record(ended)
         if last:
             require_saved(ended[-1])
         return lines
 
     def roll_back(
-        self, spike: Finding, at_step: int, *, slots_before: Mapping[int, int], slots_end: int
+        self, spike: Anomaly, at_step: int, *, slots_before: Mapping[int, int], slots_end: int
     ) -> tuple[Rollback | None, str]:
-        """Decides on a spike. A rollback is on record when this returns; `resume` then goes on before it.
+        """Plans and records a rollback for a spike, which the next `resume` follows.
 
-        Returns it, or None and why there is none.
+        Returns the rollback and a log line, or None and the reason against it.
         """
-        faults = self._setup.recipe.faults
-        if len(self.rollbacks) >= faults.max_rollbacks:
-            return None, f"no rollback: faults.max_rollbacks is {faults.max_rollbacks}" if faults.max_rollbacks else ""
-        ended = self._told([self._saver.finish()] if self._saver.busy else [])
+        resilience = self._setup.recipe.resilience
+        if len(self.rollbacks) >= resilience.max_rollbacks:
+            return None, "no rollback: all of resilience.max_rollbacks are used" if self.rollbacks else ""
+        ended = self._record([self._saver.finish()] if self._saver.busy else [])
         plan = plan_rollback(
             at_step,
             spike.line,
-            steps=faults.rollback_steps,
+            steps=resilience.rollback_steps,
             slots_before=slots_before,
             slots_end=slots_end,
             checkpoints=list(checkpoint_folders(self.checkpoints)),
         )
         if plan is None:
-            return None, f"no rollback: no checkpoint is {faults.rollback_steps} steps older"
-        self._began = time.perf_counter()  # what comes until the next step is a start
+            return (
+                None,
+                f"no rollback: no checkpoint is older than resilience.rollback_steps ({resilience.rollback_steps})",
+            )
+        self._began = time.perf_counter()  # the time until the next step is start-up
         self.rollbacks.append(plan)
         if self._topology.is_first:
             record_rollbacks(self._folder, self.rollbacks)
-        self.events.write("rollback", step=at_step, to_step=plan.to_step, skip=list(plan.skip))
-        line = f"rolling back to step {plan.to_step}; slots {plan.skip[0]} to {plan.skip[1] - 1} are left out"
+        self.events.write("rollback", step=at_step, to_step=plan.to_step, skipped_slots=list(plan.skipped_slots))
+        first, stop = plan.skipped_slots
+        line = f"rolling back to step {plan.to_step}; slots {first} to {stop - 1} are skipped"
         return plan, "; ".join([*ended, line])
 
     def ended(self, reason: str, *, rank: int, exit_code: int) -> None:
-        """The attempt ends by a fault, as this rank met it."""
-        self.events.fault(reason, step=self.step, rank=rank, exit_code=exit_code)
+        """Records that the attempt ends by a fault on this rank."""
+        self.events.attempt_failed(reason, step=self.step, rank=rank, exit_code=exit_code)
 
     def done(self, step: int) -> None:
-        """The last step is saved: whoever looks at the folder finds the file DONE."""
-        self.events.write("done", step=step)
+        """Records that the last step is saved, and writes the file DONE."""
+        self.events.write("completed", step=step)
         if self._topology.is_first:
             (self._folder / "DONE").write_text(f"{step}\n", encoding="utf-8")
 
     def goodput(self) -> str:
-        """A line: where the time of all attempts went."""
+        """The goodput of all attempts until now, as a log line."""
         wall = self._goodput.wall + time.perf_counter() - self._goodput_since
         return str(replace(self._goodput, wall=wall))
 
     def close(self) -> None:
         self._saver.close()
 
-    def _told(self, results: list[SaveResult]) -> list[str]:
+    def _record(self, results: list[SaveResult]) -> list[str]:
         lines = []
         for result in results:
             stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)
             if result.path is None:
-                self.events.write("save_failed", step=result.step, reason=result.problem, stall_seconds=stall)
-                lines.append(f"the checkpoint of step {result.step} was not written: {result.problem}")
-                if not self._topology.is_first:  # whose log says it; a person may look at any rank's
-                    print(f"megadistill: rank {self._topology.rank}: {lines[-1]}", file=sys.stderr, flush=True)
+                self.events.write("checkpoint_failed", step=result.step, reason=result.problem, stall_seconds=stall)
+                lines.append(f"checkpoint of step {result.step} not written: {result.problem}")
                 continue
             self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
             self.events.write(
-                "saved",
+                "checkpoint_saved",
                 step=result.step,
                 stall_seconds=stall,
                 write_seconds=write,
                 bytes=result.bytes,
                 removed=list(result.removed),
             )
-            lines.append(f"saved {result.path} (waited {stall:.2f} s, written in {write:.2f} s)")
+            lines.append(f"checkpoint {result.path}: stalled {stall:.2f} s, written in {write:.2f} s")
         return lines

@@ -1,4 +1,4 @@
-"""Silent corruption: weights that must stay, or must be equal on several ranks, compared by digests. It knows no steps.
+"""Detection of silent data corruption: digests of weights that must not change or must be equal on several ranks.
 
 Legend: T tensors, g ranks of a group.
 """
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadistill.distributed.collectives import all_gather_rows, everywhere
+from megadistill.distributed.collectives import all_gather_rows, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.student.engine import StudentEngine
 
 CHUNK = 1 << 18
-"""Elements that are multiplied at a time: 2 MiB of products, which stay in a core's cache."""
+"""Elements multiplied at a time: 2 MiB of products, which fit a core's cache."""
 
-WAY_OUT = "the device or the memory there is not to be trusted: leave the node out and start again"
+REMEDY = "its device or memory is faulty: exclude the node and start again"
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,7 +34,7 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
     """[T] int64: Σ bits[i] · m[i] mod 2^64 of each tensor, on its own device, with odd m.
 
     Any one flipped bit changes it: an odd multiple of 2^k, k < 64, is not 0. Several changes cancel with a chance of
-    about 2^-32 at most, whichever bits they are, as elements have 32 bits at most. Tells weights apart, proves nothing.
+    about 2^-32 at most, as elements have 32 bits at most. Not a cryptographic hash.
     """
     digests = [_digest(tensor) for _, tensor in tensors]
     return torch.stack(digests) if digests else torch.zeros(0, dtype=torch.int64)
@@ -62,11 +62,11 @@ def _odd(length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Weights that nothing may change, and what their digests were when they were loaded."""
+    """Weights that must not change, with their digests at loading."""
 
     tensors: tuple[tuple[str, Tensor], ...]
     digests: Tensor
-    """[T]"""
+    """[T] int64."""
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, Tensor]]) -> "FrozenWeights":
@@ -74,72 +74,73 @@ class FrozenWeights:
         return cls(named, weights_digest(named))
 
     def require_unchanged(self, topology: Topology) -> None:
-        """Collective over the world (a teacher's own rank asks itself alone); a host-device sync.
+        """Compares the weights with their digests. Collective over the world; a host-device sync.
 
         Raises:
             OperatorFault: on every rank, where a bit has changed on one.
         """
         same = (weights_digest(self.tensors) == self.digests).tolist()
-        changed = [name for (name, _), held in zip(self.tensors, same, strict=True) if not held]
-        problem = f"{_here(topology)}: the teacher's {_few(changed)} changed in memory; {WAY_OUT}" if changed else None
-        _raise_everywhere(problem, "the teacher's weights changed in another rank's memory", topology)
+        changed = [name for (name, _), equal in zip(self.tensors, same, strict=True) if not equal]
+        problem = f"{_here(topology)}: the teacher's {_few(changed)} changed in memory; {REMEDY}" if changed else None
+        _raise_everywhere(problem, "the teacher's weights changed in memory", topology)
 
     def require_same_replicas(self, topology: Topology) -> None:
-        """The ranks of a slice group hold the same stage and the same rows of the head. Collective over the world.
+        """Compares the copies of a stage and of rows of the head in the slice group. Collective over the world.
 
         Raises:
             OperatorFault: on every rank, where copies differ.
         """
         gather = partial(all_gather_rows, group=topology.slice_group)
-        found = _differences(self.tensors, self.digests, topology.rank, gather)
-        problem = f"the teacher was not loaded alike: {found}; see that its files are the same on every node"
-        _raise_everywhere(problem if found else None, "the teacher was not loaded alike on other ranks", topology)
+        difference = _difference(self.tensors, self.digests, topology.rank, gather)
+        problem = f"the teacher's weights differ: {difference}; check that its files are the same on every node"
+        _raise_everywhere(problem if difference else None, "the teacher's weights differ between ranks", topology)
 
 
 def require_sound_student(student: StudentEngine, topology: Topology) -> None:
-    """What a checkpoint would not tell, asked before it: the student's copies of one number are one number.
+    """Compares the student's copies of its parameters, before a checkpoint that would hide a difference.
 
-    Parameters that ZeRO-3 keeps whole on every rank are the same everywhere, and every rank's pieces are its float32
-    masters, rounded. Between steps, after the first one. Collective over the world; a host-device sync a parameter.
+    Parameters that ZeRO-3 keeps whole must be the same on every rank, and each rank's shards must be its float32
+    masters, rounded. For use between steps, after the first. Collective over the world; a host-device sync a parameter.
 
     Raises:
         OperatorFault: on every rank, where one differs.
     """
     whole = student.replicated()
     gather = partial(all_gather_rows, group=topology.world_group)
-    found = _differences(whole, weights_digest(whole).to(topology.device), topology.rank, gather)
-    unlike = student.unlike_master()
+    difference = _difference(whole, weights_digest(whole).to(topology.device), topology.rank, gather)
+    rounded_wrong = student.params_differing_from_master()
     problem = None
-    if unlike:
-        problem = f"{_here(topology)}: the student's {_few(unlike)} is not its float32 master, rounded; {WAY_OUT}"
-    elif found:
-        problem = f"copies of the student's parameters differ: {found}; {WAY_OUT}"
-    _raise_everywhere(problem, "the student's parameters are corrupt on another rank", topology)
+    if rounded_wrong:
+        problem = f"{_here(topology)}: the student's {_few(rounded_wrong)} is not its float32 master, rounded; {REMEDY}"
+    elif difference:
+        problem = f"copies of the student's parameters differ: {difference}; {REMEDY}"
+    _raise_everywhere(problem, "the student's parameters are corrupt", topology)
 
 
-def _differences(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, gather: Gather) -> str | None:
-    """Which ranks hold other bits than most of them, and in which tensors. Collective over the ranks of `gather`.
+def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, gather: Gather) -> str | None:
+    """The tensors that differ, and the ranks that hold other bits than the majority. Collective over `gather`'s ranks.
 
-    A number a rank travels; all T only where those differ.
+    Gathers one digest a rank, and all T only where those differ.
     """
     whole = _digest(digests_T)
-    told_g2 = gather(torch.stack([whole.new_tensor(rank), whole]).unsqueeze(0))
-    if bool((told_g2[:, 1] == told_g2[0, 1]).all()):
+    ranks_g2 = gather(torch.stack([whole.new_tensor(rank), whole]).unsqueeze(0))
+    if bool((ranks_g2[:, 1] == ranks_g2[0, 1]).all()):
         return None
     digests_gT = gather(digests_T.unsqueeze(0))
     differ = (digests_gT != digests_gT[0]).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(tensors, differ, strict=True) if differs]
-    told = told_g2.tolist()
-    most, holders = Counter(digest for _, digest in told).most_common(1)[0]
-    if 2 * holders <= len(told):
-        return f"{_few(names)}, and no majority of {_ranks([holder for holder, _ in told])} says which one is wrong"
-    return f"{_few(names)}, on {_ranks([holder for holder, digest in told if digest != most])} of {len(told)}"
+    by_rank = ranks_g2.tolist()
+    majority, holders = Counter(digest for _, digest in by_rank).most_common(1)[0]
+    if 2 * holders <= len(by_rank):
+        return f"{_few(names)}, and {_ranks([holder for holder, _ in by_rank])} have no majority for one value"
+    return f"{_few(names)}, on {_ranks([r for r, digest in by_rank if digest != majority])} of {len(by_rank)}"
 
 
 def _raise_everywhere(problem: str | None, elsewhere: str, topology: Topology) -> None:
-    """Every rank stops for the same reason: one that went on would lose its peers, and name that as its own."""
-    if not everywhere(problem is None, topology.device, topology.world_group):
-        raise OperatorFault(problem or f"{elsewhere}: its own line says where")
+    """Raises OperatorFault on every rank where one has a problem, so that no rank reports lost peers instead."""
+    failing = first_false(problem is None, topology.device, topology.world_group)
+    if failing is not None:
+        raise OperatorFault(problem or f"{elsewhere}: see the log of rank {failing}")
 
 
 def _here(topology: Topology) -> str:

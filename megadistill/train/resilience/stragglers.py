@@ -1,10 +1,8 @@
-"""Room `train`: which rank is slower than the others. It slows nothing down and ends nothing: it names.
+"""Detection of slow ranks; only reports them.
 
-Legend: w ranks of the student.
-
-The time of a step names nobody: its collectives make every rank as slow as the slowest one, so all of them measure the
-same. What a rank does by itself can be compared: a product of two fixed matrices, timed while no other rank is waited
-for, and the time that it waits for its own data. A slow device is hot, shares its power or its cores, or is broken.
+Step times cannot be compared, since collectives make every rank as slow as the slowest. What a rank does by itself can:
+a fixed matrix product, and the time that it waits for its own data. A slow device is hot, shares its power or its
+cores, or is broken.
 """
 
 import socket
@@ -18,17 +16,17 @@ from megadistill.distributed.collectives import all_gather_rows
 from megadistill.distributed.topology import Topology
 
 SLOWER = 1.3
-"""Times the median that a rank may take."""
+"""Multiple of the median time above which a rank is slow."""
 IN_A_ROW = 3
-"""Looks before a rank is named, and before it is named again: one may fall on a busy moment."""
+"""Consecutive checks after which a slow rank is reported, and reported again."""
 WAITING_SHARE = 0.1
-"""Of its time, that a rank may wait for data without being named for it."""
+"""Fraction of its time that a rank may wait for data before it is reported."""
 
 _HOST_BYTES = 64
 
 
 class Stragglers:
-    """Looks at all ranks of the student's world. Construction and each look are collective over it."""
+    """Compares the ranks of the student's world. Construction and each check are collective over it."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
@@ -40,10 +38,10 @@ class Stragglers:
         self._waiting = [0] * topology.world
         self._since = time.perf_counter()
 
-    def look(self, data_seconds: float) -> list[str]:
-        """Lines that name who is slow, the same on every rank.
+    def check(self, data_seconds: float) -> list[str]:
+        """Log lines that name the slow ranks, the same on every rank.
 
-        `data_seconds`: that this rank has waited for its data since the last look. Costs a few milliseconds and a
+        `data_seconds`: time that this rank has waited for data since the last check. Costs a few milliseconds and a
         collective of 16 bytes a rank.
         """
         now = time.perf_counter()
@@ -54,48 +52,47 @@ class Stragglers:
         lines = []
         for rank in _lasting(self._slow, slow(seconds)):
             speed = statistics.median_low(seconds) / seconds[rank]
-            lines.append(f"rank {rank} ({self._hosts[rank]}) computes at {speed:.2f} of the median")
+            lines.append(f"straggler: rank {rank} ({self._hosts[rank]}) computes at {speed:.2f} of the median speed")
         for rank in _lasting(self._waiting, starved(shares)):
             rest = statistics.median_low(shares)
             lines.append(
-                f"rank {rank} ({self._hosts[rank]}) waits for data in {shares[rank]:.2f} of its time, the median "
-                f"in {rest:.2f}"
+                f"straggler: rank {rank} ({self._hosts[rank]}) waits for data {shares[rank]:.0%} of its time, the "
+                f"median rank {rest:.0%}"
             )
         return lines
 
 
 def slow(seconds: Sequence[float]) -> set[int]:
-    """Ranks that take much longer for the product than the median rank does; of two, than the other one."""
+    """Ranks whose product takes longer than `SLOWER` times the median; of two ranks, the other one's."""
     return {rank for rank, each in enumerate(seconds) if each > SLOWER * statistics.median_low(seconds)}
 
 
 def starved(shares: Sequence[float]) -> set[int]:
-    """Ranks that wait for data much more than the median rank does. Where all wait, none is slower than the others."""
+    """Ranks that wait for data much more than the median rank does."""
     return {
         rank for rank, each in enumerate(shares) if each > max(WAITING_SHARE, SLOWER * statistics.median_low(shares))
     }
 
 
-def _lasting(streaks: list[int], found: set[int]) -> list[int]:
-    """Counts one more look in `streaks`; the ranks for which it was each third one in a row."""
+def _lasting(streaks: list[int], now: set[int]) -> list[int]:
+    """Updates `streaks` by one check; the ranks whose streak is a multiple of `IN_A_ROW`."""
     for rank in range(len(streaks)):
-        streaks[rank] = streaks[rank] + 1 if rank in found else 0
+        streaks[rank] = streaks[rank] + 1 if rank in now else 0
     return [rank for rank, count in enumerate(streaks) if count and count % IN_A_ROW == 0]
 
 
 @torch.no_grad()
 def product_seconds(device: torch.device) -> float:
-    """Of a fixed product of matrices on this device: the shortest of a few, so that a busy moment does not count.
+    """The shortest of a few timings of a fixed matrix product on this device.
 
-    A millisecond or two each, and 24 MiB on an accelerator. It draws no random numbers: a run with looks and one
-    without are the same.
+    A millisecond or two each, and 24 MiB on an accelerator. Draws no random numbers, so that a run is the same without.
     """
     on_cpu = device.type == "cpu"
     n, dtype, products, samples = (256, torch.float32, 2, 6) if on_cpu else (2048, torch.bfloat16, 64, 4)
     left = torch.linspace(-1.0, 1.0, n * n, device=device).to(dtype).view(n, n)
     right, out = left.T.contiguous(), torch.empty_like(left)
     best = float("inf")
-    for _ in range(samples + 1):  # the first one wakes the library up, and is the slowest
+    for _ in range(samples + 1):  # the first one initializes the library
         _synchronize(device)
         began = time.perf_counter()
         for _ in range(products):

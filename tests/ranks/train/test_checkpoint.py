@@ -15,11 +15,10 @@ from megadistill.distributed.collectives import all_reduce_sum, barrier
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint
-from megadistill.train.checkpoint import select as store
-from megadistill.train.checkpoint import writer as saver
-from megadistill.train.checkpoint.attempt import Attempt, claim
+from megadistill.train.checkpoint import select, writer
+from megadistill.train.checkpoint.attempt import Attempt, acquire
 from megadistill.train.checkpoint.format import checkpoint_folders, rank_file
-from megadistill.train.checkpoint.select import newest_valid
+from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import Case, build, run_steps
@@ -31,7 +30,7 @@ def _saver(topology: Topology, run: str, **options: Any) -> Saver:
     return Saver(Path(run) / "checkpoints", topology, Attempt(Path(run), 1), **rules)
 
 
-def _told(made: Saver, topology: Topology) -> dict[str, float]:
+def _reduced(made: Saver, topology: Topology) -> dict[str, float]:
     """The flags of all ranks, summed: what the reduction of a step does."""
     mine = made.flags()
     summed = all_reduce_sum(torch.tensor(list(mine.values())), topology.world_group).tolist()
@@ -42,7 +41,7 @@ def _steps_to_the_end(made: Saver, topology: Topology, at_step: Callable[[int], 
     """After which step the save ended, and how; `at_step` is what this rank does in a step."""
     for step in range(10_000):
         at_step(step)
-        result = made.poll(_told(made, topology))
+        result = made.poll(_reduced(made, topology))
         if result is not None:
             return step, result
         time.sleep(0.001)
@@ -61,7 +60,7 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
         assert opened.wait(60)
         return write(*arguments, **named)
 
-    saver.write_rank = held  # type: ignore[attr-defined]
+    writer.write_rank = held  # type: ignore[attr-defined]
     made = _saver(topology, run)
     began = made.start(state, manifest_of(1, world=topology.world, parameters=student.parameters))
     visible = []
@@ -91,13 +90,13 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
 
 def test_what_is_saved_is_the_state_of_its_step_while_the_run_goes_on(tmp_path: Path) -> None:
     ranks = run_ranks(2, _trains_on_while_it_saves, str(tmp_path))
-    for found in ranks:
-        assert found["began"] == []
-        assert found["visible"] == [0, 0], "not before every rank has written"
-        assert found["ended"] == ranks[0]["ended"] >= 1
-        assert found["result"].path == tmp_path / "checkpoints" / "step-00000001"
-        assert found["as it was"]
-        assert found["moved since"] > 10
+    for values in ranks:
+        assert values["began"] == []
+        assert values["visible"] == [0, 0], "not before every rank has written"
+        assert values["ended"] == ranks[0]["ended"] >= 1
+        assert values["result"].path == tmp_path / "checkpoints" / "step-00000001"
+        assert values["as it was"]
+        assert values["moved since"] > 10
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -114,7 +113,7 @@ FAILURES = ("rank 1 writes", "rank 0 commits", "no room")
 
 def _saves_that_fail(topology: Topology, run: str) -> dict[tuple[str, bool], tuple[int, SaveResult, list[str]]]:
     """Each failure, met while the run goes on and waited for: after which step, how, and what is left."""
-    folder, found = Path(run) / "checkpoints", {}
+    folder, results = Path(run) / "checkpoints", {}
     state = {"master/w": torch.full((3,), float(topology.rank))}
     made = _saver(topology, run)
 
@@ -129,18 +128,18 @@ def _saves_that_fail(topology: Topology, run: str) -> dict[tuple[str, bool], tup
         for what in FAILURES:
             with pytest.MonkeyPatch.context() as patch:
                 if what == "rank 1 writes" and topology.rank == 1:
-                    patch.setattr(saver, "write_rank", _raises(FULL))
+                    patch.setattr(writer, "write_rank", _raises(FULL))
                 elif what == "rank 0 commits" and topology.rank == 0:
-                    patch.setattr(saver, "commit", _raises(FULL))
+                    patch.setattr(writer, "commit", _raises(FULL))
                 elif what == "no room" and topology.rank == 0:
                     patch.setattr("shutil.disk_usage", _raises(FULL))
                 step, result = save(2, waits=waits)
             barrier(topology.world_group)
-            found[what, waits] = (step, result, sorted(path.name for path in folder.iterdir()))
+            results[what, waits] = (step, result, sorted(path.name for path in folder.iterdir()))
             barrier(topology.world_group)
     save(3, waits=False)
     made.close()
-    return found
+    return results
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_after_the_same_step(tmp_path: Path) -> None:
@@ -152,7 +151,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_after_the_same_step(tmp_path
         assert result.path is result_of_one.path is None
         culprit, other = (result_of_one, result) if what == "rank 1 writes" else (result, result_of_one)
         assert "No space left" in culprit.problem
-        assert other.problem in ("another rank says why", "rank 0 found no room on the disk")
+        assert other.problem in (f"see the log of rank {int(what == 'rank 1 writes')}",)
         assert left == ["step-00000001"], "the temporary folder is gone, the older checkpoint is not"
     assert list(checkpoint_folders(tmp_path / "checkpoints")) == [1, 3], "and the next save works"
 
@@ -163,22 +162,23 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _looks_for_the_newest(topology: Topology, run: str) -> dict[str, Any]:
+def _selects_the_newest(topology: Topology, run: str) -> dict[str, Any]:
     """Finds what is damaged in the file that only rank 1 reads; then meets a disk that only rank 1 cannot read."""
     folder, attempt = Path(run) / "checkpoints", Attempt(Path(run), 1)
-    store.READ_PAUSE_SECONDS = 0.0
+    select.READ_PAUSE_SECONDS = 0.0
     for step in (2, 4, 6):
         save_checkpoint(folder, {"master/w": torch.full((3,), float(step))}, step, rank=topology)
     if topology.rank == 0:
         _flip(folder / "step-00000006" / rank_file(1, 2))
     barrier(topology.world_group)
-    found, aside = newest_valid(folder, topology, attempt, saved_before=True)
-    assert found is not None
-    said: dict[str, Any] = {"step": found.manifest.step, "aside": [(each.step, each.reason) for each in aside]}
+    newest, quarantined = latest_valid(folder, topology, attempt, saved_before=True)
+    assert newest is not None
+    quarantine = [(each.step, each.reason) for each in quarantined]
+    values: dict[str, Any] = {"step": newest.manifest.step, "quarantine": quarantine}
 
     def fault(where: Path) -> str:
         try:
-            newest_valid(where, topology, attempt, saved_before=False)
+            latest_valid(where, topology, attempt, saved_before=False)
         except (RestartFault, OperatorFault) as met:
             return f"{type(met).__name__}: {met}"
         return ""
@@ -186,23 +186,23 @@ def _looks_for_the_newest(topology: Topology, run: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if topology.rank == 1:
             patch.setattr(checkpoint, "record_of", _raises(OSError(errno.ESTALE, "Stale file handle")))
-        said["stale"] = fault(folder)
-    said["another folder"] = fault(folder if topology.rank == 0 else Path(run) / "elsewhere")
+        values["stale"] = fault(folder)
+    values["another folder"] = fault(folder if topology.rank == 0 else Path(run) / "elsewhere")
     barrier(topology.world_group)
-    return said
+    return values
 
 
-def test_what_one_rank_finds_wrong_is_wrong_for_all(tmp_path: Path) -> None:
-    ranks = run_ranks(2, _looks_for_the_newest, str(tmp_path))
-    for found in ranks:
-        assert found["step"] == 4
-        assert found["stale"].startswith("RestartFault: "), "no damage, and nothing is set aside for it"
-        assert found["another folder"].startswith("OperatorFault: ")
-    assert ranks[0]["aside"] == [(6, "another rank says why")]
-    ((step, reason),) = ranks[1]["aside"]
+def test_damage_on_one_rank_is_damage_for_all(tmp_path: Path) -> None:
+    ranks = run_ranks(2, _selects_the_newest, str(tmp_path))
+    for values in ranks:
+        assert values["step"] == 4
+        assert values["stale"].startswith("RestartFault: "), "not damage, and nothing is quarantined for it"
+        assert values["another folder"].startswith("OperatorFault: ")
+    assert ranks[0]["quarantine"] == [(6, "damaged: see the log of rank 1")]
+    ((step, reason),) = ranks[1]["quarantine"]
     assert (step, f"{rank_file(1, 2)} is damaged" in reason) == (6, True)
     assert "Stale file handle" in ranks[1]["stale"]
-    assert "rank 1 sees step 0" in ranks[1]["another folder"]
+    assert "step 0 on rank 1, step 4 on rank 0" in ranks[1]["another folder"]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [".corrupt-a1-step-00000006", "step-00000002", "step-00000004"]
 
@@ -213,16 +213,16 @@ def _is_replaced_in_the_middle(topology: Topology, run: str) -> str:
     made.start({"master/w": torch.ones(3)}, manifest_of(1, world=topology.world))
     barrier(topology.world_group)
     if topology.is_first:
-        claim(Path(run), {})
+        acquire(Path(run), {})
     try:
         return made.finish().problem or "saved"
     except OperatorFault as fault:
         return f"ended by: {fault}"
 
 
-def test_of_an_attempt_that_was_replaced_no_rank_believes_that_it_saved(tmp_path: Path) -> None:
-    claim(tmp_path, {})
+def test_no_rank_of_a_replaced_attempt_reports_a_save(tmp_path: Path) -> None:
+    acquire(tmp_path, {})
     zero, one = run_ranks(2, _is_replaced_in_the_middle, str(tmp_path))
     assert zero.startswith("ended by: attempt 1 of")
-    assert one == "another rank says why"
+    assert one == "see the log of rank 0"
     assert not checkpoint_folders(tmp_path / "checkpoints")

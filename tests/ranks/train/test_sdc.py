@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megadistill.config import Recipe
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
 from megadistill.train.setup.setup import prepare
@@ -37,7 +38,7 @@ def _flipped(tensor: Tensor, here: bool) -> Iterator[None]:
     raw[tensor.dtype.itemsize] ^= mask
 
 
-def _said(check: Callable[[], object]) -> str:
+def _message(check: Callable[[], object]) -> str:
     try:
         check()
     except OperatorFault as fault:
@@ -49,7 +50,7 @@ NORM, MATRIX = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down
 
 
 def _student(topology: Topology, precision: str, offload: bool) -> dict[str, str]:
-    """What this rank says of a student that is sound, and of the same one with a bit flipped on rank 1."""
+    """This rank's messages about a sound student, and about the same one with a bit flipped on rank 1."""
     case = Case(precision=precision, persistence=100, offload_optimizer=offload)
     student = student_cases.build(case, topology)
     student_cases.run_steps(case, student, topology, range(2))
@@ -59,36 +60,36 @@ def _student(topology: Topology, precision: str, offload: bool) -> dict[str, str
     def check() -> None:
         require_sound_student(student, topology)
 
-    said = {"sound": _said(check)}
+    messages = {"sound": _message(check)}
     assert len(student.replicated()) == 5, "two norms of each layer, and the last one"
     with _flipped(parameters[MATRIX].ds_tensor, here):
-        said["piece"] = _said(check)
+        messages["piece"] = _message(check)
     assert parameters[NORM].numel() == 64
     with _flipped(parameters[NORM].data, here):  # in a part of which rank 0 has the master
-        said["copy"] = _said(check)
+        messages["copy"] = _message(check)
     with _flipped(parameters[NORM].data[64 // topology.world :], here):
-        said["copy of its own piece"] = _said(check)
-    said["sound again"] = _said(check)
-    return said
+        messages["copy of its own piece"] = _message(check)
+    messages["sound again"] = _message(check)
+    return messages
 
 
-def _require_found(found: list[dict[str, str]], copies: str) -> None:
-    for rank, said in enumerate(found):
-        assert said["sound"] == said["sound again"] == ""
-        assert f"{NORM}, {copies}" in said["copy"]
+def _require_reported(by_rank: list[dict[str, str]], copies: str) -> None:
+    for rank, messages in enumerate(by_rank):
+        assert messages["sound"] == messages["sound again"] == ""
+        assert f"{NORM}, {copies}" in messages["copy"]
         if rank == 1:
-            assert f"the student's {MATRIX} is not its float32 master, rounded" in said["piece"]
-            assert f"the student's {NORM} is not its float32 master" in said["copy of its own piece"]
+            assert f"the student's {MATRIX} is not its float32 master, rounded" in messages["piece"]
+            assert f"the student's {NORM} is not its float32 master" in messages["copy of its own piece"]
         else:
-            assert "corrupt on another rank" in said["piece"]
+            assert "corrupt: see the log of rank 1" in messages["piece"]
 
 
 def test_a_bit_of_the_student() -> None:
-    _require_found(run_ranks(4, _student, "bfloat16", False), "on rank 1 of 4")
+    _require_reported(run_ranks(4, _student, "bfloat16", False), "on rank 1 of 4")
 
 
 def test_of_two_ranks_none_has_the_majority() -> None:
-    _require_found(run_ranks(2, _student, "float32", True), "and no majority of ranks 0, 1")
+    _require_reported(run_ranks(2, _student, "float32", True), "and ranks 0, 1 have no majority")
 
 
 def _teacher(topology: Topology) -> list[str]:
@@ -97,23 +98,26 @@ def _teacher(topology: Topology) -> list[str]:
     here = topology.rank == 1
     with _flipped(weights, here):
         loaded = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
-        found = [_said(lambda: loaded.require_same_replicas(topology))]
+        messages = [_message(lambda: loaded.require_same_replicas(topology))]
     sound = FrozenWeights.of([("q", torch.ones(2)), ("k", weights)])
-    found += [_said(lambda: sound.require_same_replicas(topology)), _said(lambda: sound.require_unchanged(topology))]
+    messages += [
+        _message(lambda: sound.require_same_replicas(topology)),
+        _message(lambda: sound.require_unchanged(topology)),
+    ]
     with _flipped(weights, here):
-        found.append(_said(lambda: sound.require_unchanged(topology)))
-    return found
+        messages.append(_message(lambda: sound.require_unchanged(topology)))
+    return messages
 
 
 def test_a_bit_of_the_teacher() -> None:
     for rank, (unlike, alike, unchanged, changed) in enumerate(run_ranks(4, _teacher, vocab_group=2)):
         assert alike == unchanged == ""
         if rank % 2:  # the replicas of that stage: ranks 1 and 3
-            assert "k, and no majority of ranks 1, 3" in unlike
+            assert "k, and ranks 1, 3 have no majority" in unlike
         else:
-            assert "not loaded alike on other ranks" in unlike
+            assert "weights differ between ranks: see the log of rank 1" in unlike
         assert ("rank 1 on" in changed) == (rank == 1)
-        assert ("changed in another rank's memory" in changed) == (rank != 1)
+        assert ("changed in memory: see the log of rank 1" in changed) == (rank != 1)
 
 
 def _computed_twice(topology: Topology, case: Case, recompute: bool) -> Found:
@@ -147,16 +151,16 @@ def _computes_wrongly(topology: Topology) -> str:
     def hidden(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         nonlocal calls
         calls += 1
-        found = compute(tokens, positions)
+        states = compute(tokens, positions)
         if (topology.rank, calls) == (1, 2):
-            found[3, 5] *= 1 + 2**-10
-        return found
+            states[3, 5] *= 1 + 2**-10
+        return states
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(student, "hidden", hidden)
         patch.setattr(student_cases, "train_step", partial(train_step, recompute=True))
-        said = _said(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
-    return said
+        message = _message(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
+    return message
 
 
 def test_a_rank_that_computes_two_results_is_named() -> None:
@@ -172,7 +176,7 @@ def _serves(topology: Topology, folder: str) -> str:
     assert bridge is not None
     teacher = {"placement": "disaggregated", "ranks": 1, "queue": 1}
     base = recipe(path / "data" / "manifest.json", path / "run", teacher=path / "teacher").snapshot()
-    values = {**base, "teacher": {**base["teacher"], **teacher}, "faults": {"teacher_hash_every": 1}}
+    values = {**base, "teacher": {**base["teacher"], **teacher}, "resilience": {"teacher_hash_every": 1}}
     setup = prepare(Recipe.model_validate(values), Launch(bridge.rank, 2, topology.local_rank, 2))
     if topology.role == "student":
         pipeline = pipeline_of(setup, topology)
@@ -189,13 +193,13 @@ def _serves(topology: Topology, folder: str) -> str:
     stage.register_forward_hook(flip)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placement, "stage_of", lambda *_: stage)
-        return _said(lambda: placement.serve(setup, topology))
+        return _message(lambda: placement.serve(setup, topology))
 
 
 def test_a_teachers_own_rank_looks_at_its_weights_after_each_step(tmp_path: Path) -> None:
     described_data(tmp_path / "data")
     described_teacher(tmp_path / "teacher")
     student, teacher = run_ranks(2, _serves, str(tmp_path), roles=Roles(2, 1, 1))
-    assert student == "8", "the first look, after four, found nothing"
+    assert student == "8", "the first check, after four, found nothing"
     assert teacher.startswith("the teacher's rank 0 on")
     assert "norm.weight of stage 0 of 1 changed in memory" in teacher

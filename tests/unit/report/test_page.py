@@ -106,7 +106,7 @@ def test_the_page_says_what_happened(eventful: tuple[Path, str]) -> None:
         assert part in said, part
     assert "skip, spike, rollback, fault" in said
     assert "evaluation-old.json: no evaluations of this version" in said
-    assert "train.adamw.beta2" in said
+    assert "train.optimizer.beta2" in said
 
 
 def test_a_summary_is_of_the_last_steps(eventful: tuple[Path, str]) -> None:
@@ -142,7 +142,7 @@ def test_anybodys_words_are_words(tmp_path: Path) -> None:
     folder = tmp_path / HOSTILE.replace("/", "").replace("\x00", "")
     run = WrittenRun(folder)
     run.begin()
-    run.event("fault", 3, **{HOSTILE: HOSTILE, "reason": HOSTILE})
+    run.event("attempt_failed", 3, **{HOSTILE: HOSTILE, "reason": HOSTILE})
     run.write({**RECIPE, HOSTILE: HOSTILE, "objective": HOSTILE, "student": {"config": {"model_type": HOSTILE}}})
     (folder / "attempts").mkdir()
     (folder / "attempts" / "1.json").write_text(json.dumps({"command": [HOSTILE], "versions": {HOSTILE: HOSTILE}}))

@@ -21,9 +21,15 @@ def test_everything_that_a_run_wrote(tmp_path: Path) -> None:
     run = read_run(run_with_faults(tmp_path / "run").write(), "run")
     assert run.series["step"].tolist() == [*range(1, 31), *range(32, 41)]
     assert run.series["kl"][9] == step_line(10, 0.5)["kl"]
-    assert [event.kind for event in run.events][:5] == ["start", "resume", "saved", "saved", "fault"]
+    assert [event.kind for event in run.events][:5] == [
+        "attempt_started",
+        "resumed",
+        "checkpoint_saved",
+        "checkpoint_saved",
+        "attempt_failed",
+    ]
     assert run.events[4].values == {"rank": 1, "reason": "rank 1 is gone", "exit_code": 3}
-    assert run.setting("train.adamw.beta2") == 0.95, "today's defaults"
+    assert run.setting("train.optimizer.beta2") == 0.95, "today's defaults"
     assert run.setting("teacher.path") == "models/teacher-hf"
     assert run.setting("teacher.no_such.key") is None
     assert not run.has("mfu")
@@ -46,7 +52,10 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
         '{"step": 41, "tokens": 41984, "lo',
     )
     _append(
-        folder / "events.jsonl", '{"event": "done"}', '{"time": 1, "event": "no such"}', '{"time": -1, "event": "done"}'
+        folder / "events.jsonl",
+        '{"event": "completed"}',
+        '{"time": 1, "event": "no such"}',
+        '{"time": -1, "event": "completed"}',
     )
     run = read_run(folder, "run")
     assert len(run) == 39

@@ -33,7 +33,7 @@ def test_each_step_ends_when_it_did(tmp_path: Path) -> None:
 def test_goodput_is_what_the_run_itself_says(tmp_path: Path) -> None:
     record = _read(run_with_faults(tmp_path / "run"))
     mine, truth = goodput_of(record, clock_of(record)), goodput(tmp_path / "run")
-    for part in ("useful", "starting", "saving", "wall", "lost"):
+    for part in ("useful", "startup", "saving", "wall", "lost"):
         assert getattr(mine, part) == pytest.approx(getattr(truth, part)), part
 
 
@@ -55,7 +55,13 @@ def test_a_run_without_events_has_its_steps_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "state"), [("done", "done"), ("stop", "stopped"), ("fault", "ended by a fault"), ("signal", "running")]
+    ("event", "state"),
+    [
+        ("completed", "completed"),
+        ("stopped", "stopped"),
+        ("attempt_failed", "ended by a fault"),
+        ("stop_requested", "running"),
+    ],
 )
 def test_how_a_run_stands_is_what_it_said_last(event: str, state: str, tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run")
@@ -78,4 +84,4 @@ def test_a_run_that_says_nothing_any_more(tmp_path: Path) -> None:
 def test_an_older_run_without_events_is_done_by_its_steps(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run")
     run.steps(1, 40)
-    assert state_of(_read(run), now=NEVER) == "done"
+    assert state_of(_read(run), now=NEVER) == "completed"

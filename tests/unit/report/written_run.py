@@ -11,7 +11,7 @@ RECIPE: dict[str, Any] = {
     "data": {"manifest": "data/train/manifest.json"},
     "student": {"config": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 96}},
     "teacher": {"path": "models/teacher-hf"},
-    "train": {"steps": 40, "global_batch": 8, "micro_batch": 2, "adamw": {"learning_rate": 0.004}},
+    "train": {"steps": 40, "global_batch": 8, "micro_batch": 2, "optimizer": {"learning_rate": 0.004}},
 }
 
 TOKENS_PER_STEP = 1024
@@ -31,7 +31,7 @@ class WrittenRun:
     def begin(self, *, step: int = 0, seconds: float = 3.0) -> None:
         """An attempt that goes on after `step`."""
         self.attempt += 1
-        self.event("start", 0, world=2, attempt_record=f"attempts/{self.attempt:05d}.json")
+        self.event("attempt_started", 0, world_size=2, attempt_record=f"attempts/{self.attempt:05d}.json")
         self.restart(step=step, seconds=seconds)
 
     def restart(self, *, step: int, seconds: float) -> None:
@@ -40,7 +40,7 @@ class WrittenRun:
         lost = max(0, len(self.lines) - step)
         self.lines = [line for line in self.lines if line["step"] <= step]
         self.ended = {each: when for each, when in self.ended.items() if each <= step}
-        self.event("resume", step, seconds=seconds, lost_steps=lost)
+        self.event("resumed", step, startup_seconds=seconds, lost_steps=lost)
 
     def steps(self, first: int, last: int, *, seconds: float = 0.5, **values: Any) -> None:
         for step in range(first, last + 1):
@@ -50,7 +50,7 @@ class WrittenRun:
 
     def save(self, step: int, *, stall: float = 0.25) -> None:
         self.now += stall
-        self.event("saved", step, stall_seconds=stall, write_seconds=0.5, bytes=1000, removed=[])
+        self.event("checkpoint_saved", step, stall_seconds=stall, write_seconds=0.5, bytes=1000, removed=[])
 
     def event(self, event: str, step: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,19 +103,19 @@ def run_with_faults(folder: Path) -> WrittenRun:
     run.steps(6, 10)
     run.save(10)
     run.steps(11, 14)
-    run.event("fault", 14, rank=1, reason="rank 1 is gone", exit_code=3)
+    run.event("attempt_failed", 14, rank=1, reason="rank 1 is gone", exit_code=3)
     run.now += 60
     run.begin(step=10, seconds=4.0)
     run.steps(11, 20, seconds=0.7)
     run.save(20)
     run.steps(21, 25)
-    run.event("spike", 25, loss=9.0, median=1.0, zscore=50.0)
-    run.event("rollback", 25, to_step=20, skip=[160, 200])
+    run.event("loss_spike", 25, loss=9.0, median=1.0, zscore=50.0)
+    run.event("rollback", 25, to_step=20, skipped_slots=[160, 200])
     run.restart(step=20, seconds=1.5)
     run.steps(21, 30)
     run.now += 0.5
-    run.event("skip", 31, reason="loss is nan")
+    run.event("step_skipped", 31, reason="loss is nan")
     run.steps(32, 40)
     run.save(40)
-    run.event("done", 40)
+    run.event("completed", 40)
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.errors import OperatorFault
-from megadistill.train.checkpoint.attempt import Attempt, claim, launch_record
+from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 
 SECRETS = {
     "hugging face": "hf_" + "aB3" * 11,
@@ -22,10 +22,10 @@ SECRETS = {
 
 
 def test_attempts_count_from_one_and_the_last_is_the_newest(tmp_path: Path) -> None:
-    first = claim(tmp_path / "runs" / "a", {"host": "n1"})
+    first = acquire(tmp_path / "runs" / "a", {"host": "n1"})
     assert (first.number, first.is_newest()) == (1, True)
     first.require_newest()
-    second = claim(tmp_path / "runs" / "a", {"host": "n2", "time": "2026-01-01T00:00:00+00:00"})
+    second = acquire(tmp_path / "runs" / "a", {"host": "n2", "time": "2026-01-01T00:00:00+00:00"})
     assert (second.number, second.is_newest(), first.is_newest()) == (2, True, False)
     with pytest.raises(OperatorFault) as caught:
         first.require_newest()
@@ -33,13 +33,13 @@ def test_attempts_count_from_one_and_the_last_is_the_newest(tmp_path: Path) -> N
     assert "attempt 2 has started on n2 at 2026-01-01T00:00:00+00:00" in str(caught.value)
     assert "\n" not in str(caught.value)
     second.require_newest()
-    assert [claim(tmp_path / "runs" / "a", {}).number for _ in range(9)] == list(range(3, 12)), "10 comes after 9"
+    assert [acquire(tmp_path / "runs" / "a", {}).number for _ in range(9)] == list(range(3, 12)), "10 comes after 9"
     assert Attempt(first.folder, 3).is_newest() is False
 
 
 def test_of_many_starts_at_once_each_has_its_number(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as threads:
-        numbers = sorted(threads.map(lambda place: claim(tmp_path, {"place": place}).number, range(64)))
+        numbers = sorted(threads.map(lambda place: acquire(tmp_path, {"place": place}).number, range(64)))
     assert numbers == list(range(1, 65))
     records = [json.loads(path.read_bytes()) for path in (tmp_path / "attempts").iterdir()]
     assert sorted(record["place"] for record in records) == list(range(64)), "nobody wrote into another's"
@@ -48,20 +48,20 @@ def test_of_many_starts_at_once_each_has_its_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b"\xff", b"[" * 99_999], ids=["none", "half", "list", "bytes", "deep"]
 )
-def test_an_attempt_that_has_not_said_who_it_is_counts(tmp_path: Path, content: bytes) -> None:
+def test_an_attempt_without_a_readable_record_counts(tmp_path: Path, content: bytes) -> None:
     """A start that a full disk or a kill cut short has the folder nonetheless."""
-    first = claim(tmp_path, {})
+    first = acquire(tmp_path, {})
     (tmp_path / "attempts" / "00002.json").write_bytes(content)
-    with pytest.raises(OperatorFault, match=r"attempt 2 has started\. This one"):
+    with pytest.raises(OperatorFault, match=r"attempt 2 has started, and only the"):
         first.require_newest()
-    assert claim(tmp_path, {}).number == 3
+    assert acquire(tmp_path, {}).number == 3
 
 
 def test_a_stray_file_is_no_attempt(tmp_path: Path) -> None:
     (tmp_path / "attempts").mkdir()
     for name in ("notes.json", "00007.json.bak", "-5.json", "00009"):
         (tmp_path / "attempts" / name).write_text("{}")
-    assert claim(tmp_path, {}).number == 1
+    assert acquire(tmp_path, {}).number == 1
 
 
 def test_a_record_says_how_the_attempt_was_started(monkeypatch: pytest.MonkeyPatch) -> None:

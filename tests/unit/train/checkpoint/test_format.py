@@ -1,6 +1,6 @@
 """Checkpoints in a world of one: complete or invisible, refused by name, and the same whoever cut them into pieces.
 
-Who writes them is tested in test_saver.py, who chooses among them in test_store.py, several ranks in
+Writing is tested in test_writer.py, selection in test_select.py, several ranks in
 tests/ranks/train/test_checkpoint.py.
 """
 
@@ -51,13 +51,13 @@ def _save(folder: Path, step: int, state: dict[str, Tensor] | None = None, **man
 
 
 def _newest(folder: Path) -> Checkpoint:
-    found = newest_checkpoint(folder)
-    assert found is not None
-    return found
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    return newest
 
 
 def _refused(folder: Path) -> str:
-    """What the newest checkpoint below `folder` is refused with."""
+    """The message that refuses the newest checkpoint below `folder`."""
     with pytest.raises(OperatorFault) as caught:
         _newest(folder).verify()
     assert "\n" not in str(caught.value)
@@ -78,16 +78,16 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
     assert _save(tmp_path, 9).name == "step-00000009"
     _save(tmp_path, 10, _state(scale=3.0))
-    found = _newest(tmp_path)
-    found.verify()
-    assert (found.manifest.step, found.manifest.tokens, found.manifest.vocab_size) == (10, 640, 5)
-    assert found.manifest.cursor == {"fingerprint": "f", "next_slot": 80}
-    assert torch.equal(found.parameter("w"), 3 * WEIGHT)
-    assert torch.equal(found.parameter("b"), 3 * BIAS)
-    assert found.read("exp_avg/w", 3, 7).tolist() == [-3.0, -4.0, -5.0, -6.0]
-    assert found.read("optimizer_step", 0, 1).tolist() == [7.0]
-    assert torch.equal(_not_none(found.rng_state(0, 1)), torch.get_rng_state())
-    assert found.rng_state(0, 2) is None, "the generators of another world are not this one's"
+    checkpoint = _newest(tmp_path)
+    checkpoint.verify()
+    assert (checkpoint.manifest.step, checkpoint.manifest.tokens, checkpoint.manifest.vocab_size) == (10, 640, 5)
+    assert checkpoint.manifest.cursor == {"fingerprint": "f", "next_slot": 80}
+    assert torch.equal(checkpoint.parameter("w"), 3 * WEIGHT)
+    assert torch.equal(checkpoint.parameter("b"), 3 * BIAS)
+    assert checkpoint.read("exp_avg/w", 3, 7).tolist() == [-3.0, -4.0, -5.0, -6.0]
+    assert checkpoint.read("optimizer_step", 0, 1).tolist() == [7.0]
+    assert torch.equal(_not_none(checkpoint.rng_state(0, 1)), torch.get_rng_state())
+    assert checkpoint.rng_state(0, 2) is None, "the generators of another world are not this one's"
 
 
 def _not_none(value: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ def _not_none(value: Tensor | None) -> Tensor:
     return value
 
 
-def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_invisible(tmp_path: Path) -> None:
     complete = _save(tmp_path, 4)
     for hidden in (".tmp-step-00000006-a1", ".removed-step-00000006", ".corrupt-a1-step-00000006"):
         shutil.copytree(complete, tmp_path / hidden)
@@ -124,11 +124,11 @@ def test_a_changed_file_is_named(tmp_path: Path, damage: Any) -> None:
     ("changes", "says"),
     [
         ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads (1, {FORMAT})"),
-        ({"world": 2}, "lists 1 files, 2 ranks wrote it"),
-        ({"files": {}}, "lists 0 files, 1 ranks wrote it"),
+        ({"world": 2}, "lists 1 files, but 2 ranks wrote it"),
+        ({"files": {}}, "lists 0 files, but 1 ranks wrote it"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "lists 1 files"),  # only the ranks' own are opened
-        ({"step": -1}, "no checkpoint manifest"),
-        ({"another": 1}, "no checkpoint manifest"),
+        ({"step": -1}, "not a checkpoint manifest"),
+        ({"another": 1}, "not a checkpoint manifest"),
     ],
 )
 def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -187,15 +187,15 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
 def test_every_range_is_that_of_the_whole(pieces: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:
         whole = _write_by_hand(Path(name), pieces)
-        found = Checkpoint(Path(name))
-        found.verify()
-        assert torch.equal(found.parameter("w"), whole)
+        checkpoint = Checkpoint(Path(name))
+        checkpoint.verify()
+        assert torch.equal(checkpoint.parameter("w"), whole)
         for start in range(len(whole) + 1):
             for stop in range(start, len(whole) + 1):
-                assert torch.equal(found.read("master/w", start, stop), whole[start:stop]), (start, stop)
+                assert torch.equal(checkpoint.read("master/w", start, stop), whole[start:stop]), (start, stop)
 
 
-def test_a_checkpoint_that_was_renamed_aside_is_out_of_the_way(tmp_path: Path) -> None:
+def test_a_checkpoint_under_another_name_is_ignored(tmp_path: Path) -> None:
     _save(tmp_path, 2)
     _save(tmp_path, 4).rename(tmp_path / "step-00000004.damaged")
     assert _newest(tmp_path).manifest.step == 2
@@ -215,7 +215,7 @@ def test_a_newer_format_is_named_before_its_new_keys(tmp_path: Path) -> None:
 )
 def test_what_is_no_manifest_is_damage(tmp_path: Path, content: bytes) -> None:
     (_save(tmp_path, 4) / "manifest.json").write_bytes(content)
-    assert "no checkpoint manifest" in _refused(tmp_path)
+    assert "not a checkpoint manifest" in _refused(tmp_path)
 
 
 def test_a_manifest_whose_values_changed_is_damage(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def _newest_folder(folder: Path) -> Path:
 def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
     with open(_save(tmp_path, 4) / "manifest.json", "wb") as file:
         file.truncate(1 << 40)
-    assert "is no manifest" in _refused(tmp_path)
+    assert "is too large for a manifest" in _refused(tmp_path)
 
 
 def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> None:
@@ -244,15 +244,15 @@ def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> No
 
 
 def test_of_several_readers_each_file_has_one(tmp_path: Path) -> None:
-    """Three files, two readers: what is damaged is found by one of them, whichever file it is."""
+    """Three files, two readers: damage is found by one of them, whichever file it is."""
     _write_by_hand(tmp_path, [2, 2, 2])
     for damaged in range(3):
         path = tmp_path / f"rank-{damaged:05d}-of-00003.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        found = [_damage(Checkpoint(tmp_path), part, 2) for part in range(2)]
-        assert sum(path.name in said for said in found) == 1
-        assert sorted(found)[0] == ""
+        damages = [_damage(Checkpoint(tmp_path), part, 2) for part in range(2)]
+        assert sum(path.name in damage for damage in damages) == 1
+        assert sorted(damages)[0] == ""
         path.write_bytes(content)
     assert [_damage(Checkpoint(tmp_path), part, 5) for part in range(5)] == [""] * 5
 
@@ -282,7 +282,7 @@ def test_what_is_written_can_be_read_by_others(tmp_path: Path) -> None:
 
 
 def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the system calls: files, the manifest, their folder; the name; the folder of the name."""
+    """System calls in order: files, the manifest, their folder; the rename; the folder of the new name."""
     done: list[str] = []
     sync, rename = os.fsync, Path.rename
 
@@ -298,4 +298,5 @@ def test_every_byte_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "rename", renamed)
     _save(tmp_path / "checkpoints", 4)
     temporary = ".tmp-step-00000004-a1"
-    assert done == [FILE, f"{FILE}.json", "manifest.json", temporary, "rename", "checkpoints"]
+    record, manifest = (f".{name}.tmp" for name in (f"{FILE}.json", "manifest.json"))
+    assert done == [FILE, record, temporary, manifest, temporary, temporary, "rename", "checkpoints"]

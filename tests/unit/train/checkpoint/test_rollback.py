@@ -1,4 +1,4 @@
-"""Which checkpoint a rollback goes to, which slots it leaves out, and which checkpoints it gives up."""
+"""Rollbacks: the checkpoint they go to, the slots they skip, the checkpoints they abandon."""
 
 import json
 import os
@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from megadistill.errors import OperatorFault
-from megadistill.train.checkpoint.rollback import Rollback, given_up, plan_rollback, read_rollbacks, record_rollbacks
+from megadistill.train.checkpoint.rollback import (
+    Rollback,
+    is_abandoned,
+    plan_rollback,
+    read_rollbacks,
+    record_rollbacks,
+)
 from tests.unit.train.cases import manifest_of
 
 SLOTS = {step: 100 + 8 * step for step in range(1, 60)}
@@ -27,7 +33,7 @@ def test_the_sequences_of_the_last_steps_are_left_out() -> None:
     assert plan is not None
     assert (plan.at_step, plan.to_step, plan.reason) == (20, 15, "why")
     read = [slot for step in (17, 18, 19, 20) for slot in range(SLOTS[step], SLOTS[step + 1])]
-    assert list(range(*plan.skip)) == read
+    assert list(range(*plan.skipped_slots)) == read
 
 
 def test_the_checkpoint_is_the_newest_that_has_seen_none_of_them() -> None:
@@ -39,26 +45,26 @@ def test_the_checkpoint_is_the_newest_that_has_seen_none_of_them() -> None:
     assert _plan(20, 4, []) is None
     only = _plan(20, 1, [19])
     assert only is not None
-    assert only.skip == (SLOTS[20], SLOTS[21])
+    assert only.skipped_slots == (SLOTS[20], SLOTS[21])
 
 
-def test_a_young_line_leaves_out_what_it_has_read() -> None:
+def test_a_rollback_soon_after_a_start_skips_what_was_read() -> None:
     """Three steps after a start there are no more than three to leave out."""
     plan = _plan(20, 16, [17, 20], known=3)
     assert plan is not None
-    assert (plan.to_step, plan.skip) == (17, (SLOTS[18], SLOTS[21]))
+    assert (plan.to_step, plan.skipped_slots) == (17, (SLOTS[18], SLOTS[21]))
 
 
-def test_a_line_that_was_left_is_given_up_and_no_other() -> None:
+def test_checkpoints_behind_a_rollback_are_abandoned_and_no_others() -> None:
     """Checkpoints at 10, 15, 20; a spike at 22 goes back to 15; on that line 20, 25; a spike at 27 back to 10."""
-    first = Rollback(at_step=22, to_step=15, skip=(8, 16), reason="")
-    second = Rollback(at_step=27, to_step=10, skip=(24, 32), reason="")
+    first = Rollback(at_step=22, to_step=15, skipped_slots=(8, 16), reason="")
+    second = Rollback(at_step=27, to_step=10, skipped_slots=(24, 32), reason="")
 
     def alive(rollbacks: list[Rollback]) -> list[tuple[int, int]]:
-        """(step, line) of those that are not given up."""
+        """(step, rollbacks before it) of those that are not abandoned."""
         all_ = [(5, 0), (10, 0), (15, 0), (20, 0), (20, 1), (25, 1), (15, 2), (20, 2), (30, 2)]
         possible = [(step, line) for step, line in all_ if line <= len(rollbacks)]
-        return [each for each in possible if not given_up(manifest_of(each[0], rollbacks=each[1]), rollbacks)]
+        return [each for each in possible if not is_abandoned(manifest_of(each[0], rollbacks=each[1]), rollbacks)]
 
     assert alive([]) == [(5, 0), (10, 0), (15, 0), (20, 0)]
     assert alive([first]) == [(5, 0), (10, 0), (15, 0), (20, 1), (25, 1)]
@@ -66,8 +72,8 @@ def test_a_line_that_was_left_is_given_up_and_no_other() -> None:
 
 
 TWO = [
-    Rollback(at_step=22, to_step=15, skip=(8, 16), reason="the loss is 9"),
-    Rollback(at_step=27, to_step=10, skip=(24, 32), reason=""),
+    Rollback(at_step=22, to_step=15, skipped_slots=(8, 16), reason="the loss is 9"),
+    Rollback(at_step=27, to_step=10, skipped_slots=(24, 32), reason=""),
 ]
 
 
@@ -89,10 +95,7 @@ def test_a_kill_in_the_middle_leaves_the_record_before_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if when == "before the sync":
-            patch.setattr(os, "fsync", killed)
-        else:
-            patch.setattr(Path, "replace", killed)
+        patch.setattr(os, "fsync" if when == "before the sync" else "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             record_rollbacks(tmp_path, TWO)
     assert read_rollbacks(tmp_path) == TWO[:1]
@@ -104,7 +107,7 @@ def test_a_kill_in_the_middle_leaves_the_record_before_it(
     "content", ["", "{", "3", '{"a": 1}', "[1]", '[{"at_step": 1}]', "[" * 99_999, "null"], ids=lambda text: text[:9]
 )
 def test_a_damaged_record_is_refused(tmp_path: Path, content: str) -> None:
-    """Without it a run would go on from the line that it gave up."""
+    """Without it a run would resume from an abandoned checkpoint."""
     (tmp_path / "rollbacks.json").write_text(content, encoding="utf-8")
     with pytest.raises(OperatorFault, match=r"rollbacks\.json is damaged") as caught:
         read_rollbacks(tmp_path)
@@ -112,7 +115,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_slot_of_a_record_is_a_whole_number(tmp_path: Path) -> None:
-    values = [TWO[0].model_dump(mode="json") | {"skip": [1.5, 3]}]
+    values = [TWO[0].model_dump(mode="json") | {"skipped_slots": [1.5, 3]}]
     (tmp_path / "rollbacks.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(OperatorFault, match="damaged"):
         read_rollbacks(tmp_path)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint_module
-from megadistill.train.checkpoint import writer as saver_module
-from megadistill.train.checkpoint.attempt import Attempt, claim
+from megadistill.train.checkpoint import writer as writer_module
+from megadistill.train.checkpoint.attempt import Attempt, acquire
 from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, checkpoint_name, newest_checkpoint
 from megadistill.train.checkpoint.writer import SAVE_FLAGS, Saver, SaveResult, require_saved
 from tests.unit.train.cases import manifest_of, topology
@@ -36,7 +36,7 @@ def _state(seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def attempt(tmp_path: Path) -> Attempt:
-    return claim(tmp_path, {})
+    return acquire(tmp_path, {})
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def _saver(attempt: Attempt, *, asynchronous: bool = True, keep_last: int = 9, k
     made.close()
 
 
-def _settled(saver: Saver) -> SaveResult:
+def _polled(saver: Saver) -> SaveResult:
     """Takes steps until the save under way has ended; the sums over a world of one are its own flags."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
@@ -72,7 +72,7 @@ def _settled(saver: Saver) -> SaveResult:
 def _save(saver: Saver, step: int) -> SaveResult:
     """Whichever way the saver saves; no save is under way before."""
     ended = saver.start(_state(step), manifest_of(step))
-    return ended[-1] if ended else _settled(saver)
+    return ended[-1] if ended else _polled(saver)
 
 
 def _names(folder: Path) -> list[str]:
@@ -87,9 +87,9 @@ def _require_whole(folder: Path, *steps: int) -> None:
     """These checkpoints, whole, and nothing else."""
     assert _names(folder) == [checkpoint_name(step) for step in steps]
     for step in steps:
-        found = Checkpoint(folder / checkpoint_name(step))
-        found.verify()
-        assert torch.equal(found.read("master/w", 0, 1000), _state(step)["master/w"])
+        checkpoint = Checkpoint(folder / checkpoint_name(step))
+        checkpoint.verify()
+        assert torch.equal(checkpoint.read("master/w", 0, 1000), _state(step)["master/w"])
 
 
 class Gate:
@@ -104,21 +104,21 @@ class Gate:
             assert self.opened.wait(30)
             return write(*arguments, **named)
 
-        monkeypatch.setattr(saver_module, "write_rank", held)
+        monkeypatch.setattr(writer_module, "write_rank", held)
 
 
 def test_saving_meanwhile_writes_the_same_bytes_as_waiting(tmp_path: Path) -> None:
-    found = []
+    contents = []
     for asynchronous in (True, False):
-        attempt = claim(tmp_path / str(asynchronous), {})
+        attempt = acquire(tmp_path / str(asynchronous), {})
         with _saver(attempt, asynchronous=asynchronous) as saver:
             result = _save(saver, 4)
         assert result.path == attempt.folder / "checkpoints" / "step-00000004"
         _require_whole(attempt.folder / "checkpoints", 4)
         assert (result.step, result.problem, result.bytes, result.removed) == (4, None, BYTES, ())
         assert result.write_seconds > 0
-        found.append(_content(result.path))
-    assert found[0] == found[1]
+        contents.append(_content(result.path))
+    assert contents[0] == contents[1]
 
 
 def test_a_save_goes_on_while_the_run_does(attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_a_save_goes_on_while_the_run_does(attempt: Attempt, folder: Path, monke
         assert newest_checkpoint(folder) is None
         assert _names(folder) == [".tmp-step-00000004-a1"]
         gate.opened.set()
-        result = _settled(saver)
+        result = _polled(saver)
         assert not saver.busy
     assert 1.0 <= result.stall_seconds < 1.0 + result.write_seconds + 5, "what the snapshot took, and not the disk"
     _require_whole(folder, 4)
@@ -154,12 +154,12 @@ def test_the_next_save_waits_for_the_one_before(
     _require_whole(folder, 4, 8)
 
 
-@pytest.mark.parametrize("settles", range(4))
-def test_a_save_can_be_waited_for_at_any_state(attempt: Attempt, folder: Path, settles: int) -> None:
+@pytest.mark.parametrize("polls", range(4))
+def test_a_save_can_be_waited_for_at_any_state(attempt: Attempt, folder: Path, polls: int) -> None:
     with _saver(attempt) as saver:
         saver.start(_state(4), manifest_of(4))
         result = None
-        for _ in range(settles):
+        for _ in range(polls):
             time.sleep(0.01)
             result = result or saver.poll(saver.flags())
         result = result or saver.finish()
@@ -192,7 +192,7 @@ def test_what_the_disk_refuses_leaves_everything_as_it_was(
     attempt: Attempt,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     where: str,
     asynchronous: bool,
 ) -> None:
@@ -207,7 +207,7 @@ def test_what_the_disk_refuses_leaves_everything_as_it_was(
                 if where == "sync":
                     patch.setattr(os, "fsync", _fails(full))
                 elif where == "record":
-                    patch.setattr(checkpoint_module, "write_durably", _fails(full))
+                    patch.setattr(checkpoint_module, "write_file", _fails(full))
                 elif where == "manifest":
                     patch.setattr(checkpoint_module, "_own_sha256", _fails(full))
                 elif where == "name":
@@ -220,10 +220,10 @@ def test_what_the_disk_refuses_leaves_everything_as_it_was(
         assert result.step == 8
         assert "\n" not in (result.problem or "")
         if where != "no room":
-            assert f"megadistill: {result.problem}" in capfd.readouterr().err
+            assert (result.problem or "").removeprefix("rank 0: ") in caplog.text
         assert not saver.busy
         _require_whole(folder, 4)
-        with pytest.raises(RestartFault, match=r"^the checkpoint of step 8 was not written: .*older ones"):
+        with pytest.raises(RestartFault, match=r"^checkpoint of step 8 not written: .*Older ones"):
             require_saved(result)
         assert require_saved(_save(saver, 12)).path == folder / "step-00000012"
     _require_whole(folder, 12)
@@ -233,17 +233,17 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 @pytest.mark.parametrize(("free", "fits"), [(BYTES, False), (int(1.05 * BYTES) - 1, False), (int(1.05 * BYTES), True)])
-def test_what_will_not_fit_is_not_begun(
+def test_a_checkpoint_that_does_not_fit_is_not_started(
     attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
 ) -> None:
     with _saver(attempt) as saver:
         _save(saver, 4)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
-        monkeypatch.setattr(saver_module, "write_rank", checkpoint_module.write_rank if fits else _fails(KeyError()))
+        monkeypatch.setattr(writer_module, "write_rank", checkpoint_module.write_rank if fits else _fails(KeyError()))
         ended = saver.start(_state(8), manifest_of(8))
         if fits:
             assert ended == []
-            assert _settled(saver).path is not None
+            assert _polled(saver).path is not None
             return
         (result,) = ended
         assert (result.step, result.path) == (8, None)
@@ -278,7 +278,7 @@ def test_a_kill_after_the_bytes_leaves_no_checkpoint_and_the_next_attempt_cleans
     newest = newest_checkpoint(folder)
     assert newest is not None
     assert newest.manifest.step == 4
-    with _saver(claim(attempt.folder, {})):
+    with _saver(acquire(attempt.folder, {})):
         _require_whole(folder, 4)
 
 
@@ -288,7 +288,7 @@ def test_a_start_removes_what_others_began_and_nothing_else(attempt: Attempt, fo
     others = [".corrupt-a1-step-00000002", ".rolled-back-a1-step-00000003", "notes"]
     for name in (*others, ".tmp-step-00000008-a1", ".removed-step-00000001"):
         shutil.copytree(folder / "step-00000004", folder / name)
-    with _saver(claim(attempt.folder, {})):
+    with _saver(acquire(attempt.folder, {})):
         assert _names(folder) == sorted([*others, "step-00000004"])
     (folder / ".tmp-step-00000012-a2").mkdir()
     with pytest.raises(OperatorFault, match="attempt 1 of"):
@@ -299,7 +299,7 @@ def test_a_start_removes_what_others_began_and_nothing_else(attempt: Attempt, fo
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_thawed_attempt_does_not_even_begin(attempt: Attempt, folder: Path, asynchronous: bool) -> None:
     with _saver(attempt, asynchronous=asynchronous) as saver:
-        claim(attempt.folder, {})
+        acquire(attempt.folder, {})
         with pytest.raises(OperatorFault, match="attempt 1 of"):
             saver.start(_state(4), manifest_of(4))
     assert _names(folder) == []
@@ -319,8 +319,8 @@ def test_an_attempt_that_thaws_in_the_middle_of_a_save_changes_nothing(
             gate.opened.set()
             while not old.flags()["save_ended"]:
                 time.sleep(0.001)
-        second = claim(attempt.folder, {})
-        monkeypatch.setattr(saver_module, "write_rank", checkpoint_module.write_rank)
+        second = acquire(attempt.folder, {})
+        monkeypatch.setattr(writer_module, "write_rank", checkpoint_module.write_rank)
         with _saver(second, keep_last=1) as new:
             _save(new, 4)
             _save(new, 8)
@@ -328,7 +328,7 @@ def test_an_attempt_that_thaws_in_the_middle_of_a_save_changes_nothing(
             before = _content(folder / "step-00000008")
             gate.opened.set()
             try:
-                result = old.finish() if waits else _settled(old)
+                result = old.finish() if waits else _polled(old)
                 assert result.path is None
             except OperatorFault as fault:
                 assert "attempt 1 of" in str(fault)  # noqa: PT017
@@ -347,9 +347,9 @@ def test_an_attempt_that_is_replaced_before_its_commit_publishes_nothing(
         saver.start(_state(4), manifest_of(4))
         while not saver.flags()["save_ended"]:
             time.sleep(0.001)
-        claim(attempt.folder, {})
+        acquire(attempt.folder, {})
         with pytest.raises(OperatorFault, match="attempt 1 of"):
-            saver.finish() if waits else _settled(saver)
+            saver.finish() if waits else _polled(saver)
     assert _names(folder) == [".tmp-step-00000004-a1"], "it is the later one's to delete"
 
 
@@ -360,11 +360,11 @@ def test_an_attempt_that_is_replaced_after_its_commit_deletes_nothing(
 
     def committed(*arguments: Any) -> None:
         commit(*arguments)
-        claim(attempt.folder, {})
+        acquire(attempt.folder, {})
 
     with _saver(attempt, keep_last=1) as saver:
         _save(saver, 4)
-        monkeypatch.setattr(saver_module, "commit", committed)
+        monkeypatch.setattr(writer_module, "commit", committed)
         result = _save(saver, 8)
     assert result.removed == ()
     _require_whole(folder, 4, 8)
@@ -372,11 +372,11 @@ def test_an_attempt_that_is_replaced_after_its_commit_deletes_nothing(
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
+    ("keep_last", "keep_every", "expected"),
     [(1, 0, [9]), (3, 0, [7, 8, 9]), (2, 4, [4, 8, 9]), (1, 1, list(range(1, 10))), (20, 0, list(range(1, 10)))],
 )
-def test_the_last_few_are_kept_and_every_nth(
-    attempt: Attempt, folder: Path, asynchronous: bool, keep_last: int, keep_every: int, kept: list[int]
+def test_the_last_few_stay_and_every_nth(
+    attempt: Attempt, folder: Path, asynchronous: bool, keep_last: int, keep_every: int, expected: list[int]
 ) -> None:
     removed: list[str] = []
     with _saver(attempt, asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every) as saver:
@@ -384,8 +384,8 @@ def test_the_last_few_are_kept_and_every_nth(
             result = _save(saver, step)
             removed += result.removed
             assert list(checkpoint_folders(folder))[-keep_last:] == list(range(1, step + 1))[-keep_last:]
-    _require_whole(folder, *kept)
-    assert removed == [checkpoint_name(step) for step in range(1, 10) if step not in kept]
+    _require_whole(folder, *expected)
+    assert removed == [checkpoint_name(step) for step in range(1, 10) if step not in expected]
 
 
 def test_nothing_is_deleted_before_a_newer_one_is_whole(
@@ -400,7 +400,7 @@ def test_nothing_is_deleted_before_a_newer_one_is_whole(
         seen.append((path.name, newest.manifest.step))
         shutil.rmtree(path)
 
-    monkeypatch.setattr(saver_module, "remove", removing)
+    monkeypatch.setattr(writer_module, "remove", removing)
     with _saver(attempt, keep_last=1) as saver:
         for step in (4, 8):
             assert _save(saver, step).problem is None
@@ -425,20 +425,20 @@ def test_a_kill_in_the_middle_of_a_deletion_leaves_no_half_checkpoint(
             saver.finish()
     monkeypatch.setattr(shutil, "rmtree", remove_tree)
     assert list(checkpoint_folders(folder)) == [8]
-    with _saver(claim(attempt.folder, {})):
+    with _saver(acquire(attempt.folder, {})):
         _require_whole(folder, 8)
 
 
 def test_what_cannot_be_deleted_makes_no_save_fail(
-    attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    attempt: Attempt, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with _saver(attempt, keep_last=1) as saver:
         _save(saver, 4)
         with monkeypatch.context() as patch:
-            patch.setattr(saver_module, "remove", _fails(PermissionError(13, "Permission denied")))
+            patch.setattr(writer_module, "remove", _fails(PermissionError(13, "Permission denied")))
             result = _save(saver, 8)
         assert (result.path, result.removed) == (folder / "step-00000008", ())
-        assert "step-00000004 is no longer needed and cannot be deleted" in capfd.readouterr().err
+        assert f"old checkpoint {folder / 'step-00000004'} cannot be deleted" in caplog.text
         _require_whole(folder, 4, 8)
         assert _save(saver, 12).removed == ("step-00000004", "step-00000008"), "it is tried again"
 

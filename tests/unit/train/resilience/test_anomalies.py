@@ -1,4 +1,4 @@
-"""What a run says of its numbers: a broken teacher, steps that move nothing, spikes, a teacher that drifts."""
+"""Checks of a step's numbers: a broken teacher, skipped steps, loss spikes, teacher drift."""
 
 import math
 import random
@@ -6,14 +6,14 @@ from statistics import median
 
 import pytest
 
-from megadistill.config import FaultsSection
+from megadistill.config import ResilienceSection
 from megadistill.errors import OperatorFault
 from megadistill.train.resilience.anomalies import (
-    ALARM_STEPS,
-    Finding,
+    DRIFT_STEPS,
+    Anomaly,
+    LossMonitor,
     RobustWindow,
     SkippedSteps,
-    Vigil,
     finite,
     not_finite,
     require_sound_teacher,
@@ -49,18 +49,18 @@ def test_a_bad_gradient_is_named_where_all_else_is_fine() -> None:
     assert not_finite(FINE, math.inf) == "grad_norm is inf"
 
 
-def test_a_few_skipped_steps_in_a_row_are_borne_and_one_more_is_not() -> None:
+def test_a_few_consecutive_skipped_steps_are_allowed_and_one_more_is_not() -> None:
     skipped = SkippedSteps(2)
     for step, norm in enumerate([math.inf, math.nan, 1.0, math.inf, math.inf, 1.0, 1.0, math.inf, math.inf], start=1):
         skipped.count(step, FINE, norm)
-    with pytest.raises(OperatorFault, match=r"^step 10: loss is nan, and 3 steps in a row moved nothing .* is 2\)"):
+    with pytest.raises(OperatorFault, match=r"^step 10: loss is nan, and 3 consecutive steps were skipped .* is 2\)"):
         skipped.count(10, {**FINE, "loss": math.nan}, math.inf)
 
 
-def test_of_no_skipped_steps_the_first_is_too_many() -> None:
+def test_where_none_is_allowed_the_first_skipped_step_fails() -> None:
     skipped = SkippedSteps(0)
     skipped.count(1, FINE, 0.0)
-    with pytest.raises(OperatorFault, match=r"^step 2: grad_norm is inf, and 1 steps in a row"):
+    with pytest.raises(OperatorFault, match=r"^step 2: grad_norm is inf, and 1 consecutive steps"):
         skipped.count(2, FINE, math.inf)
 
 
@@ -73,33 +73,33 @@ def test_the_zscore_is_that_of_the_definition() -> None:
     middle = median(values)
     spread = 1.4826 * median(abs(value - middle) for value in values)
     far = middle + 12 * spread
-    assert _window(values).leaves(far) == pytest.approx(12.0)
-    assert _window(values).leaves(middle + 9.9 * spread) is None
-    assert _window(values).leaves(middle - 12 * spread) is None, "a loss that falls is no spike"
-    assert _window(values).leaves(middle - 12 * spread, either_way=True) == pytest.approx(-12.0)
+    assert _window(values).outlier(far) == pytest.approx(12.0)
+    assert _window(values).outlier(middle + 9.9 * spread) is None
+    assert _window(values).outlier(middle - 12 * spread) is None, "a loss that falls is no spike"
+    assert _window(values).outlier(middle - 12 * spread, either_way=True) == pytest.approx(-12.0)
 
 
 def test_where_nothing_moves_the_floor_is_the_measure() -> None:
     still = [2.0] * WINDOW
-    assert _window(still).leaves(2.19) is None
-    assert _window(still).leaves(2.21) == pytest.approx(10.5)
-    assert _window([0.0] * WINDOW).leaves(1.0) is not None, "a median of zero divides nothing by zero"
+    assert _window(still).outlier(2.19) is None
+    assert _window(still).outlier(2.21) == pytest.approx(10.5)
+    assert _window([0.0] * WINDOW).outlier(1.0) is not None, "a median of zero divides nothing by zero"
 
 
 def test_half_a_window_tells_nothing() -> None:
     for known in range(WINDOW // 2):
-        assert _window([1.0, 1.1] * (known // 2) + [1.0] * (known % 2)).leaves(1e9) is None
-    assert _window([1.0, 1.1] * (WINDOW // 4)).leaves(1e9) is not None
+        assert _window([1.0, 1.1] * (known // 2) + [1.0] * (known % 2)).outlier(1e9) is None
+    assert _window([1.0, 1.1] * (WINDOW // 4)).outlier(1e9) is not None
 
 
 def test_what_left_does_not_enter_and_what_stays_does() -> None:
     window = _window([1.0, 1.1] * (WINDOW // 2))
     before = window.median
     for _ in range(3 * WINDOW):
-        assert window.leaves(50.0) is not None
+        assert window.outlier(50.0) is not None
     assert window.median == before
     for _ in range(WINDOW):
-        assert window.leaves(1.1) is None
+        assert window.outlier(1.1) is None
     assert window.median == 1.1
 
 
@@ -111,19 +111,19 @@ def test_a_number_that_is_not_finite_never_enters(value: float) -> None:
     window.restart([2.0, 2.1, value] * WINDOW)
     assert window.median == pytest.approx(2.05)
     for _ in range(WINDOW):
-        assert window.leaves(value, either_way=True) is None
+        assert window.outlier(value, either_way=True) is None
     assert window.median == pytest.approx(2.05)
-    assert window.leaves(1e9) is not None
+    assert window.outlier(1e9) is not None
 
 
-def _vigil(losses: list[float] | None = None, teacher_ces: list[float] | None = None) -> Vigil:
-    section = FaultsSection(spike_window=WINDOW)
-    return Vigil(section, losses=losses or [], teacher_ces=teacher_ces or [])
+def _monitor(losses: list[float] | None = None, teacher_ces: list[float] | None = None) -> LossMonitor:
+    section = ResilienceSection(spike_window=WINDOW)
+    return LossMonitor(section, losses=losses or [], teacher_ces=teacher_ces or [])
 
 
-def _spikes(losses: list[float], vigil: Vigil | None = None) -> list[int]:
-    vigil = vigil or _vigil()
-    return [step for step, loss in enumerate(losses, start=1) if vigil.spike(step, loss) is not None]
+def _spikes(losses: list[float], monitor: LossMonitor | None = None) -> list[int]:
+    monitor = monitor or _monitor()
+    return [step for step, loss in enumerate(losses, start=1) if monitor.spike(step, loss) is not None]
 
 
 def _noisy(level: list[float], share: float = 0.02) -> list[float]:
@@ -138,63 +138,65 @@ def test_a_curve_that_falls_as_young_ones_do_has_no_spike() -> None:
         assert _spikes(curve) == []
 
 
-def test_a_spike_is_told_with_its_step_and_its_numbers() -> None:
+def test_a_spike_is_reported_with_its_step_and_its_numbers() -> None:
     curve = _noisy([2.0 + 9.0 * math.exp(-step / 20) for step in range(200)])
     curve[149] *= 3
-    vigil, found = _vigil(), []
+    monitor, results = _monitor(), []
     for step, loss in enumerate(curve, start=1):
-        found.append(vigil.spike(step, loss))
-    (finding,) = [each for each in found if each is not None]
-    assert found.index(finding) == 149
-    assert finding.event == "spike"
-    assert finding.line.startswith(f"step 150: the loss is {curve[149]:.4f}, ")
-    assert finding.values["loss"] == curve[149]
-    assert finding.values["median"] == median(curve[149 - WINDOW : 149])
-    assert finding.values["zscore"] > 10
+        results.append(monitor.spike(step, loss))
+    (anomaly,) = [each for each in results if each is not None]
+    assert results.index(anomaly) == 149
+    assert anomaly.event == "loss_spike"
+    assert anomaly.line.startswith(f"step 150: loss spike: {curve[149]:.4f}, ")
+    assert anomaly.values["loss"] == curve[149]
+    assert anomaly.values["median"] == median(curve[149 - WINDOW : 149])
+    assert anomaly.values["zscore"] > 10
 
 
-def test_each_of_two_spikes_is_told() -> None:
+def test_each_of_two_spikes_is_reported() -> None:
     curve = _noisy([3.0] * 100)
     curve[40] = curve[42] = 9.0
     assert _spikes(curve) == [41, 43]
 
 
-def test_a_rise_that_lasts_is_told_once_and_becomes_the_level() -> None:
+def test_a_lasting_rise_is_reported_once_and_becomes_the_level() -> None:
     curve = _noisy([3.0] * 60 + [6.0] * 200)
     curve[200] = 30.0
     assert _spikes(curve) == [61, 201]
 
 
 def test_a_resume_knows_the_losses_before_it() -> None:
-    assert _spikes([9.0], _vigil(losses=_noisy([3.0] * WINDOW))) == [1]
-    assert _spikes([9.0], _vigil(losses=[math.nan] * WINDOW)) == [], "a log may say NaN of a step without a teacher"
+    assert _spikes([9.0], _monitor(losses=_noisy([3.0] * WINDOW))) == [1]
+    assert _spikes([9.0], _monitor(losses=[math.nan] * WINDOW)) == [], "a log may say NaN of a step without a teacher"
 
 
-def _alarms(ces: list[float], vigil: Vigil | None = None) -> list[tuple[int, Finding]]:
-    vigil = vigil or _vigil()
-    said = ((step, vigil.teacher_alarm(step, ce, (8 * step, 8 * step + 7))) for step, ce in enumerate(ces, start=1))
-    return [(step, finding) for step, finding in said if finding is not None]
+def _drifts(ces: list[float], monitor: LossMonitor | None = None) -> list[tuple[int, Anomaly]]:
+    monitor = monitor or _monitor()
+    each_step = (
+        (step, monitor.teacher_drift(step, ce, (8 * step, 8 * step + 7))) for step, ce in enumerate(ces, start=1)
+    )
+    return [(step, anomaly) for step, anomaly in each_step if anomaly is not None]
 
 
 @pytest.mark.parametrize("drift", [1.5, 0.5])
-def test_a_teacher_that_drifts_is_told_once_whichever_way(drift: float) -> None:
+def test_teacher_drift_is_reported_once_whichever_way(drift: float) -> None:
     ces = _noisy([3.0] * 40 + [3.0 * drift] * 100)
-    ((step, finding),) = _alarms(ces)
-    assert step == 40 + ALARM_STEPS
-    assert finding.event == "teacher_alarm"
-    assert "slots 344 to 351" in finding.line
-    assert finding.values["slots"] == [344, 351]
-    assert finding.values["median"] == pytest.approx(3.0, rel=0.05)
-    assert (finding.values["zscore"] > 0) == (drift > 1)
-    assert f"({finding.values['zscore']:+.1f} robust" in finding.line
+    ((step, anomaly),) = _drifts(ces)
+    assert step == 40 + DRIFT_STEPS
+    assert anomaly.event == "teacher_drift"
+    assert "slots 344 to 351" in anomaly.line
+    assert anomaly.values["slots"] == [344, 351]
+    assert anomaly.values["median"] == pytest.approx(3.0, rel=0.05)
+    assert (anomaly.values["zscore"] > 0) == (drift > 1)
+    assert f"({anomaly.values['zscore']:+.1f} robust" in anomaly.line
 
 
-def test_a_second_drift_is_told_too() -> None:
-    assert [step for step, _ in _alarms(_noisy([3.0] * 40 + [6.0] * 40 + [1.0] * 40))] == [43, 83]
+def test_a_second_drift_is_reported_too() -> None:
+    assert [step for step, _ in _drifts(_noisy([3.0] * 40 + [6.0] * 40 + [1.0] * 40))] == [43, 83]
 
 
 def test_one_odd_batch_of_the_teachers_is_none() -> None:
     ces = _noisy([3.0] * 100)
     ces[40] = ces[41] = 9.0
     ces[60] = 1.0
-    assert _alarms(ces) == []
+    assert _drifts(ces) == []

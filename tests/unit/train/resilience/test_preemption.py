@@ -1,4 +1,4 @@
-"""What asks a run to stop: signals, a file, the clock; and that a second signal does not wait."""
+"""Requests to stop a run: signals, a file, the clock; a second signal does not wait."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ import pytest
 
 from megadistill.errors import RestartFault
 from megadistill.train.resilience.preemption import (
-    ONE_NOTICE_SECONDS,
     REASONS,
+    SAME_REQUEST_SECONDS,
     STOP_FILE,
-    TIME_BUDGET,
+    TIME_LIMIT,
     StopRequests,
-    asked,
+    stop_reason,
 )
 
 
@@ -48,7 +48,7 @@ def _reasons(requests: StopRequests) -> list[str]:
     "number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_each_signal_asks_on_any_rank(
+def test_each_signal_is_a_request_on_any_rank(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, first: bool
 ) -> None:
     before = signal.getsignal(number)
@@ -56,14 +56,14 @@ def test_each_signal_asks_on_any_rank(
         assert _reasons(requests) == []
         os.kill(os.getpid(), number)
         assert _reasons(requests) == [number.name]
-        assert _reasons(requests) == [number.name], "until it is obeyed"
+        assert _reasons(requests) == [number.name], "until it is acknowledged"
     assert signal.getsignal(number) is before, "the signals are given back"
-    said = capfd.readouterr().err
-    assert said.startswith(f"megadistill: rank {0 if first else 3}: {number.name}: stopping after this step")
-    assert said.count("\n") == 1
+    stderr = capfd.readouterr().err
+    assert stderr.startswith(f"megadistill: rank {0 if first else 3}: {number.name}: stopping after this step")
+    assert stderr.count("\n") == 1
 
 
-def test_signals_of_one_notice_are_one_and_a_later_one_leaves_at_once(
+def test_signals_of_one_request_are_one_and_a_later_one_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """Ctrl-C comes from the terminal and from the launcher; a preemption sends TERM after USR2."""
@@ -71,7 +71,7 @@ def test_signals_of_one_notice_are_one_and_a_later_one_leaves_at_once(
     monkeypatch.setattr(os, "_exit", left.append)
     with _requests(tmp_path) as requests:
         os.kill(os.getpid(), signal.SIGUSR2)
-        clock.now += ONE_NOTICE_SECONDS
+        clock.now += SAME_REQUEST_SECONDS
         os.kill(os.getpid(), signal.SIGTERM)
         assert _reasons(requests) == ["SIGUSR2", "SIGTERM"]
         assert left == []
@@ -84,11 +84,11 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from megadistill.train.resilience import preemption as stop
-stop.ONE_NOTICE_SECONDS = -1.0
+stop.SAME_REQUEST_SECONDS = -1.0
 with stop.StopRequests(Path(sys.argv[1]), rank=5, first=False, minutes=None):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
-        print("the step goes on", flush=True)
+        print("the step continues", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     finally:
@@ -99,25 +99,23 @@ with stop.StopRequests(Path(sys.argv[1]), rank=5, first=False, minutes=None):
 def test_a_second_signal_ends_the_process_in_the_middle_of_what_it_does(tmp_path: Path) -> None:
     child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert child.returncode == RestartFault.exit_code, child.stderr
-    assert child.stdout == "the step goes on\n"
-    assert (
-        child.stderr.splitlines()[1] == "megadistill: rank 5: a second signal (SIGTERM): leaving without a checkpoint"
-    )
+    assert child.stdout == "the step continues\n"
+    assert child.stderr.splitlines()[1] == "megadistill: rank 5: second signal (SIGTERM): ending without a checkpoint"
 
 
-def test_the_file_asks_the_first_rank_and_is_gone_when_obeyed(tmp_path: Path) -> None:
+def test_the_file_is_read_by_the_first_rank_and_removed_when_acknowledged(tmp_path: Path) -> None:
     with _requests(tmp_path) as first, _requests(tmp_path, first=False) as other:
         (tmp_path / "STOP").touch()
         assert _reasons(other) == [], "one rank looks, or some would see it a step before others"
         assert _reasons(first) == [STOP_FILE]
         (tmp_path / "STOP").unlink()
-        assert _reasons(first) == [STOP_FILE], "what was asked is not taken back"
+        assert _reasons(first) == [STOP_FILE], "a request is not taken back"
         (tmp_path / "STOP").touch()
-        other.obeyed()
+        other.acknowledge()
         assert (tmp_path / "STOP").exists()
-        first.obeyed()
+        first.acknowledge()
         assert not (tmp_path / "STOP").exists()
-        first.obeyed()
+        first.acknowledge()
 
 
 def test_time_is_up_after_so_many_minutes(tmp_path: Path, clock: Clock) -> None:
@@ -125,12 +123,12 @@ def test_time_is_up_after_so_many_minutes(tmp_path: Path, clock: Clock) -> None:
     clock.now += 89.9
     assert _reasons(first) == []
     clock.now += 0.1
-    assert _reasons(first) == [TIME_BUDGET]
+    assert _reasons(first) == [TIME_LIMIT]
     assert _reasons(other) == []
 
 
-def test_what_any_rank_was_asked_is_said_of_all() -> None:
+def test_the_reason_has_the_requests_of_all_ranks() -> None:
     nothing = dict.fromkeys(REASONS, 0.0)
-    assert asked(nothing) is None
-    assert asked({**nothing, "SIGTERM": 2.0}) == "SIGTERM"
-    assert asked({**nothing, STOP_FILE: 1.0, "SIGUSR1": 1.0, "save_ended": 4.0}) == "SIGUSR1, the file STOP"
+    assert stop_reason(nothing) is None
+    assert stop_reason({**nothing, "SIGTERM": 2.0}) == "SIGTERM"
+    assert stop_reason({**nothing, STOP_FILE: 1.0, "SIGUSR1": 1.0, "save_ended": 4.0}) == "SIGUSR1, the file STOP"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
-from megadistill.train.resilience import sdc as corruption
+from megadistill.train.resilience import sdc
 from megadistill.train.resilience.sdc import FrozenWeights, weights_digest
 from tests.unit.train.cases import topology
 
@@ -42,11 +42,11 @@ def test_any_flipped_bit_changes_it(dtype: torch.dtype) -> None:
 
 
 def test_it_is_the_sum_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Python's integers, over several chunks, the last of which is not full."""
-    monkeypatch.setattr(corruption, "CHUNK", 8)
+    """Computed in Python's integers, over several chunks, the last of which is not full."""
+    monkeypatch.setattr(sdc, "CHUNK", 8)
     weights = _weights(21)
     bits = weights.view(torch.int32).tolist()
-    odd = corruption._odd(8).tolist()
+    odd = sdc._odd(8).tolist()
     assert len(set(odd)) == 8
     assert all(number % 2 for number in odd)
     total = sum(odd[i // 8] * odd[i % 8] * bits[i] for i in range(21))
@@ -79,7 +79,7 @@ def test_a_change_is_named() -> None:
     frozen.require_unchanged(topology())
     frozen.require_same_replicas(topology())
     _flip(named[1][1], 5, 0)
-    with pytest.raises(OperatorFault, match=r"^rank 0 on \S+: the teacher's k changed in memory; .*leave the node out"):
+    with pytest.raises(OperatorFault, match=r"^rank 0 on \S+: the teacher's k changed in memory; .*exclude the node"):
         frozen.require_unchanged(topology())
 
 

@@ -1,4 +1,4 @@
-"""Who is slower than the others, from times alone; and the product that is timed."""
+"""Slow ranks, from times alone, and the timed product."""
 
 import pytest
 import torch
@@ -36,15 +36,15 @@ def test_starved_waits_for_data_more_than_the_others(shares: list[float], named:
     assert starved(shares) == named
 
 
-def test_a_rank_is_named_at_every_third_look_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = Stragglers(topology())
-    found = [1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0]
-    said = []
-    for each in found:
+def test_a_rank_is_reported_at_every_third_consecutive_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Stragglers(topology())
+    is_slow = [1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0]
+    counts = []
+    for each in is_slow:
         monkeypatch.setattr(stragglers, "slow", lambda seconds, each=each: {0} if each else set())
-        said.append(len(looks.look(0.0)))
+        counts.append(len(ranks.check(0.0)))
     assert IN_A_ROW == 3
-    assert said == [0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0]
+    assert counts == [0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0]
 
 
 def test_the_product_draws_no_random_numbers() -> None:
