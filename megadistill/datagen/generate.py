@@ -1,7 +1,7 @@
-"""Room `teacher`: continuations of prompts from the stream, written as a data set to train on. It knows no student.
+"""Continuations of prompts from the stream by a teacher, written as a data set to train on.
 
 Slots are dealt out to shards in order, and shards to the jobs that share the work, so what lies in a shard does not
-depend on who writes it. The same call, started again, keeps what is whole and goes on.
+depend on the job that writes it. The same call, started again, keeps complete shards and resumes.
 """
 
 import os
@@ -30,83 +30,58 @@ from megadistill.data.shards.manifest import (
 )
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
-from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, Done, Shards, Speaker
+from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, Generator, ShardRecord
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
-from megadistill.models.sampling import require_drawable
+from megadistill.models.sampling import Sampling
 from megadistill.models.weights import check_weights
 from megadistill.progress import ShowProgress
 from megadistill.teacher.tokenizer_check import require_same_ids
 
 SHARD_SLOTS: Final = 1024
 MAX_TOKENIZER_BYTES: Final = 256 << 20
-BEGUN: Final = ".generate"
-"""Lies in the output from the first moment until the manifest is written: what is there is no other command's."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How continuations are drawn. At `temperature` 0 each is the most likely one, token by token.
-
-    Raises:
-        UserError: a number out of its range.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    """At most."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        require_drawable(
-            self.temperature, self.top_p, {"--prompt-tokens": self.prompt_tokens, "--new-tokens": self.new_tokens}
-        )
+MARKER: Final = ".generate"
+"""File in the output until the manifest is written: it tells a folder of `generate` from any other."""
 
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What `generate` came to, over the shards of this job."""
+    """Result of `generate`, over the shards of this job."""
 
     output: Path
-    units: int
+    sequences: int
     shards: int
     finished: bool
     """The manifest is written."""
     new_tokens: int
-    """That the teacher wrote."""
+    """Tokens that the teacher wrote."""
     ended: int
-    """Continuations that came to their end."""
+    """Continuations with an end-of-document id."""
     left_out: int
     """Slots whose prompt is not one stretch of text: padding, or documents that were packed side by side."""
-    kept: int
-    """Shards that were there before."""
+    reused: int
+    """Shards of an earlier start, or of another job."""
     seconds: float
 
     def table(self) -> Table:
-        """For a person."""
+        """A table for a terminal."""
         state = "finished" if self.finished else "the share of one job"
-        shown = Table(
-            title=f"{self.output}: {state}, {self.seconds:.0f} s",
-            caption=f"{self.kept:,} shards were kept from an earlier start" if self.kept else None,
-            title_justify="left",
-            caption_justify="left",
-            show_header=False,
+        table = Table(
+            "", title=f"{self.output}: {state}, {self.seconds:.0f} s", title_justify="left", show_header=False
         )
-        shown.add_column("")
-        shown.add_column("", justify="right")
+        table.add_column("", justify="right")
         for heading, number in (
-            ("sequences", self.units),
+            ("sequences", self.sequences),
             ("shards", self.shards),
+            ("of them reused", self.reused),
             ("tokens written", self.new_tokens),
-            ("came to their end", self.ended),
+            ("continuations that ended", self.ended),
             ("prompts left out", self.left_out),
         ):
-            shown.add_row(heading, f"{number:,}")
-        return shown
+            table.add_row(heading, f"{number:,}")
+        return table
 
 
 def generate(
@@ -116,31 +91,38 @@ def generate(
     *,
     slots: range,
     order_seed: int,
+    prompt_tokens: int,
     sampling: Sampling,
     batch: int,
     device: torch.device,
     progress: ShowProgress,
-    dtype: torch.dtype | None = None,
     shard_slots: int = SHARD_SLOTS,
     rank: int = 0,
     world: int = 1,
 ) -> GenerateReport:
-    """Writes `output`/tokenizer and `output`/train: one unit for each of `slots`, which `objective: labels` trains on.
+    """Writes `output`/tokenizer and `output`/train: a sequence for each of `slots`, for `objective: labels`.
 
-    What follows a prompt is drawn by numbers that depend on (seed, slot) alone. `batch` prompts are read at a time; in
-    float32 any number gives the same bytes, unless a draw falls within the rounding of a product, and in bfloat16 the
-    same number does. `dtype` is the teacher's; by default that of its weights. The teacher reads a prompt as one text.
+    A prompt is the first `prompt_tokens` of a slot, and its continuation is drawn by numbers that depend on (seed,
+    slot) alone. `batch` prompts are read at a time; in float32 every batch gives the same bytes, unless a draw falls
+    within the rounding of a product, and in bfloat16 the same batch does. The teacher reads a prompt as one text.
 
     Job `rank` of `world` writes its share of the shards. Jobs need not run at the same time; when all have ended, the
-    same call with a world of 1 finds their shards whole, and writes the manifest.
+    same call with a world of 1 reuses their shards and writes the manifest.
 
     Raises:
-        UserError: an argument, the teacher or the output folder does not do; one line.
-        ShardFault: a prompt cannot be read. OperatorFault: the logits are not finite, or the disk is full.
+        UserError: an argument, the teacher or the output folder cannot be used.
+        ShardFault: a prompt cannot be read.
+        OperatorFault: the logits are not finite, or the disk is full.
     """
     began = time.perf_counter()
     stream = TokenStream(data, seed=order_seed, batch_slots=1, rank=0, world_size=1)
-    _check(teacher, data, sampling, slots=slots, batch=batch, shard_slots=shard_slots, rank=rank, world=world)
+    if not (slots.step == 1 and 0 <= slots.start < slots.stop):
+        raise UserError(f"slots {slots.start} to {slots.stop}: give a first slot, and a larger one to stop before")
+    if batch < 1 or shard_slots < 1:
+        raise UserError(f"a batch of {batch} and shards of {shard_slots} slots: give at least 1 of each")
+    if not 0 <= rank < world:
+        raise UserError(f"job {rank} of {world}: jobs count from 0")
+    _check_teacher(teacher, data, prompt_tokens, sampling.new_tokens)
     refuse_finished(output / TRAIN)
     _refuse_foreign(output)
     record = GeneratedRecord(
@@ -148,7 +130,7 @@ def generate(
         order=stream.fingerprint,
         first_slot=slots.start,
         stop_slot=slots.stop,
-        prompt_tokens=sampling.prompt_tokens,
+        prompt_tokens=prompt_tokens,
         new_tokens=sampling.new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -156,23 +138,22 @@ def generate(
     )
     with disk_faults(output):
         output.mkdir(parents=True, exist_ok=True)
-        (output / BEGUN).touch()
+        (output / MARKER).touch()
         (output / TRAIN).mkdir(exist_ok=True)
-        tokenizer = _kept_tokenizer(data, output / TOKENIZER_FOLDER, rank=rank)
-        speaker = Speaker(teacher, batch=batch, device=device, dtype=dtype)
-        shards = Shards(output / TRAIN, stream, speaker, tokenizer, record)
-        done, kept = _written(shards, _share(slots, shard_slots, rank, world), progress)
+        tokenizer = _copy_tokenizer(data, output / TOKENIZER_FOLDER, rank=rank)
+        generator = Generator(output / TRAIN, teacher, stream, tokenizer, record, sampling, batch, device)
+        records, reused = _generate_shards(generator, _share(slots, shard_slots, rank, world), progress)
         if world == 1:
-            _finish(shards, done, data, inputs=(teacher.resolve().name, *sorted(data.sources)))
+            _finish(generator, records, data, inputs=(teacher.resolve().name, *sorted(data.sources)))
     return GenerateReport(
         output=output,
-        units=sum(one.shard.sequences for one in done if one.shard),
-        shards=sum(one.shard is not None for one in done),
+        sequences=sum(record.shard.sequences for record in records if record.shard),
+        shards=sum(record.shard is not None for record in records),
         finished=world == 1,
-        new_tokens=sum(one.new_tokens for one in done),
-        ended=sum(one.ended for one in done),
-        left_out=sum(one.left_out for one in done),
-        kept=kept,
+        new_tokens=sum(record.new_tokens for record in records),
+        ended=sum(record.ended for record in records),
+        left_out=sum(record.left_out for record in records),
+        reused=reused,
         seconds=time.perf_counter() - began,
     )
 
@@ -183,97 +164,81 @@ def _share(slots: range, shard_slots: int, rank: int, world: int) -> dict[int, r
     return {number: slots[start : start + shard_slots] for number, start in enumerate(starts) if number % world == rank}
 
 
-def _written(shards: Shards, share: dict[int, range], progress: ShowProgress) -> tuple[list[Done], int]:
-    """What became of each shard, and how many of them were whole before."""
-    found = {number: shards.whole(number, slots) for number, slots in share.items()}
-    kept = sum(done is not None for done in found.values())
-    slot_bytes = shards.record.new_tokens * np.dtype(token_dtype(shards.tokenizer.vocab_size)).itemsize
-    total = sum(len(share[number]) for number, done in found.items() if done is None) * slot_bytes
-    written = tokens = 0
-    progress("generate", done=written, total=total, tokens=tokens)
-    finished = []
-    for number, done in found.items():
-        if done is None:
-            done = shards.write(number, share[number])
-            written, tokens = written + len(share[number]) * slot_bytes, tokens + done.new_tokens
-            progress("generate", done=written, total=total, tokens=tokens)
-        finished.append(done)
-    return finished, kept
+def _generate_shards(
+    generator: Generator, share: dict[int, range], progress: ShowProgress
+) -> tuple[list[ShardRecord], int]:
+    """The record of each shard, and how many of them were complete before."""
+    existing = {number: generator.existing(number, slots) for number, slots in share.items()}
+    slot_bytes = generator.record.new_tokens * np.dtype(token_dtype(generator.tokenizer.vocab_size)).itemsize
+    total = sum(len(share[number]) for number, record in existing.items() if record is None) * slot_bytes
+    done = tokens = 0
+    progress("generate", done=done, total=total, tokens=tokens)
+    records = []
+    for number, record in existing.items():
+        if record is None:
+            record = generator.generate(number, share[number])
+            done, tokens = done + len(share[number]) * slot_bytes, tokens + record.new_tokens
+            progress("generate", done=done, total=total, tokens=tokens)
+        records.append(record)
+    return records, sum(record is not None for record in existing.values())
 
 
-def _finish(shards: Shards, done: list[Done], data: Mixture, *, inputs: tuple[str, ...]) -> None:
-    """Writes the manifest, and deletes what only a later start would have needed."""
-    record, folder, tokenizer = shards.record, shards.folder, shards.tokenizer
-    listed = tuple(one.shard for one in done if one.shard is not None)
+def _finish(generator: Generator, records: list[ShardRecord], data: Mixture, *, inputs: tuple[str, ...]) -> None:
+    """Writes the manifest, and deletes the files that only a later start would have needed."""
+    prompts, folder, tokenizer = generator.record, generator.folder, generator.tokenizer
+    listed = tuple(record.shard for record in records if record.shard is not None)
     if not listed:
         raise UserError(
-            f"no slot from {record.first_slot} to {record.stop_slot} has a prompt of {record.prompt_tokens} tokens "
+            f"no slot from {prompts.first_slot} to {prompts.stop_slot} has a prompt of {prompts.prompt_tokens} tokens "
             "of one document: give fewer --prompt-tokens"
         )
     Manifest(
         version=FORMAT_VERSION,
         split=TRAIN,
-        sequence_length=record.prompt_tokens + record.new_tokens - 1,
+        sequence_length=prompts.prompt_tokens + prompts.new_tokens - 1,
         dtype=token_dtype(data.vocab_size),
         vocab_size=data.vocab_size,
         sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(tokenizer, f"../{TOKENIZER_FOLDER}"),
         packer=PackerRecord(name=PACKER, version=PACKER_VERSION, bos=tokenizer.bos, eos=tokenizer.eos),
-        documents=sum(one.documents for one in done),
-        tokens=sum(one.tokens for one in done),
-        text_bytes=sum(one.text_bytes for one in done) or None,
-        source=SourceRecord(inputs=inputs, generated=record),
+        documents=sum(record.documents for record in records),
+        tokens=sum(record.tokens for record in records),
+        text_bytes=sum(record.text_bytes for record in records) or None,
+        source=SourceRecord(inputs=inputs, generated=prompts),
         shards=listed,
     ).write(folder)
     names = {name for shard in listed for name in (shard.name, shard.index)}
     for path in [*folder.glob(f"{SHARD_PREFIX}*.tar*"), *folder.glob(f".{SHARD_PREFIX}*")]:
         if path.name not in names:
             path.unlink()
-    (folder.parent / BEGUN).unlink()
+    (folder.parent / MARKER).unlink()
 
 
 def _refuse_foreign(output: Path) -> None:
-    if not output.exists() or (output / BEGUN).exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output / MARKER).exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    raise UserError(f"--output {output} exists, and nothing says that generate began it: give another folder")
+    raise UserError(f"--output {output} exists and was not begun by `generate`: give another folder")
 
 
-def _check(
-    teacher: Path,
-    data: Mixture,
-    sampling: Sampling,
-    *,
-    slots: range,
-    batch: int,
-    shard_slots: int,
-    rank: int,
-    world: int,
-) -> None:
-    if not (slots.step == 1 and 0 <= slots.start < slots.stop):
+def _check_teacher(teacher: Path, data: Mixture, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises UserError: the teacher cannot continue these prompts."""
+    if not 1 <= prompt_tokens <= data.sequence_length:
         raise UserError(
-            f"slots {slots.start} to {slots.stop} are no prompts: give a first slot, and one behind the last"
-        )
-    if batch < 1 or shard_slots < 1:
-        raise UserError(f"a batch of {batch} and shards of {shard_slots} slots: give at least 1 of each")
-    if not 0 <= rank < world:
-        raise UserError(f"job {rank} of {world}: jobs count from 0")
-    if sampling.prompt_tokens > data.sequence_length:
-        raise UserError(
-            f"--prompt-tokens {sampling.prompt_tokens}: the sequences of the data have {data.sequence_length} tokens: "
-            "give at most as many"
+            f"--prompt-tokens {prompt_tokens}: the sequences of the data have {data.sequence_length} tokens: give 1 to "
+            f"{data.sequence_length}"
         )
     config = load_config(teacher, what=f"teacher {teacher}")
-    places, needed = config.max_position_embeddings, sampling.prompt_tokens + sampling.new_tokens
+    places, needed = config.max_position_embeddings, prompt_tokens + new_tokens
     if needed > places:
         raise UserError(
-            f"--prompt-tokens {sampling.prompt_tokens} and --new-tokens {sampling.new_tokens} make {needed}, but the "
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} make {needed}, but the "
             f"teacher in {teacher} reads {places}: give fewer"
         )
     require_same_ids(teacher, config, data)
     check_weights(teacher, config)
 
 
-def _kept_tokenizer(data: Mixture, folder: Path, *, rank: int) -> Tokenizer:
+def _copy_tokenizer(data: Mixture, folder: Path, *, rank: int) -> Tokenizer:
     """The tokenizer of the data, copied to `folder`; jobs that do so at the same time write the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:

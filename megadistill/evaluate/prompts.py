@@ -1,7 +1,4 @@
-"""Prompts for a look at a model: typed ones, those of files, and the first tokens of held-out text. It knows no model.
-
-Legend: P tokens of a prompt.
-"""
+"""Prompts to sample from a model: typed ones, files, and the first tokens of held-out text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,25 +12,24 @@ from megadistill.data.tokenizers.base import Tokenizer
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL
 
-MOST_PROMPT_BYTES = 1 << 20
+MAX_PROMPT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued."""
+    """A text to continue."""
 
     text: str
     ids: tuple[int, ...]
-    """P of them."""
     original: tuple[int, ...] | None = None
-    """What follows in the data; None where the prompt is not from there."""
+    """Ids of its continuation in the data; None for a prompt from elsewhere."""
 
 
 def typed_prompts(texts: Sequence[str], files: Sequence[Path], tokenizer: Tokenizer) -> list[Prompt]:
-    """Prompts of a person: each text, and the whole of each file. They begin as documents of the training data do.
+    """A prompt for each text and each file. It begins as documents of the training data do.
 
     Raises:
-        UserError: a file cannot be read, or is no text.
+        UserError: a file cannot be read, or is not text.
     """
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     prompts = []
@@ -75,11 +71,11 @@ def held_out_prompts(
 def _text_of(file: Path) -> str:
     try:
         with open(file, "rb") as opened:
-            content = opened.read(MOST_PROMPT_BYTES + 1)
+            content = opened.read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise UserError(f"--prompt-file {file} cannot be read ({error.strerror}): give a text file") from None
-    if len(content) > MOST_PROMPT_BYTES:
-        raise UserError(f"--prompt-file {file} is longer than {MOST_PROMPT_BYTES:,} bytes: give its end alone")
+    if len(content) > MAX_PROMPT_BYTES:
+        raise UserError(f"--prompt-file {file} is longer than {MAX_PROMPT_BYTES:,} bytes: give its end alone")
     try:
         return content.decode()
     except UnicodeDecodeError:

@@ -1,10 +1,10 @@
-"""Room `model`: continuations that a causal language model samples. It knows no slots and no files.
+"""Sampling of continuations from a causal language model.
 
 Legend: B prompts, P tokens of each, N new tokens of each, V ids of the true vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +12,34 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megadistill.errors import OperatorFault, UserError
+from megadistill.rng import keyed_generator
 
 
-def require_drawable(temperature: float, top_p: float, counts: Mapping[str, int]) -> None:
-    """Refuses what `continuations` cannot draw by. `counts`: what there must be at least one of, by its option.
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn. At `temperature` 0 each is the most likely one, token by token.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: a number is out of its range.
     """
-    for option, count in counts.items():
-        if count < 1:
-            raise UserError(f"{option} {count}: give at least 1")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature {temperature}: give 0 for the most likely token, or a positive number")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p}: give a share above 0, up to 1 for the whole distribution")
+
+    new_tokens: int
+    """Maximum tokens of a continuation."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise UserError(f"--new-tokens {self.new_tokens}: give at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature}: give 0 for the most likely token, or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: give a share above 0, up to 1 for the whole distribution")
+
+    def uniforms(self, name: str) -> Tensor:
+        """[new_tokens] float64 in [0, 1), by the seed and the continuation's name alone."""
+        return torch.from_numpy(keyed_generator(self.seed, name).random(self.new_tokens))
 
 
 @torch.no_grad()
@@ -40,7 +53,7 @@ def continuations(
     eos: int,
     vocab_size: int,
 ) -> Tensor:
-    """[B, N] int64 on the host: what the model says after each prompt, and `eos` in every place after an `eos`.
+    """[B, N] int64 on the host: the model's continuation of each prompt, and `eos` in every place after an `eos`.
 
     The keys and values of what was read are kept, so each token is read once. A prompt's continuation depends on its
     own row of `uniforms_BN` (float64 in [0, 1), on the host) and of `prompts_BP` alone, but for the rounding of the
@@ -51,23 +64,23 @@ def continuations(
     """
     N = uniforms_BN.shape[1]
     uniforms_BN = uniforms_BN.to(model.device)
-    read, cache = prompts_BP.to(model.device), None
-    found_BN = torch.full(uniforms_BN.shape, eos, device=model.device)
+    ids, cache = prompts_BP.to(model.device), None
+    new_BN = torch.full(uniforms_BN.shape, eos, device=model.device)
     ended_B = torch.zeros(len(prompts_BP), dtype=torch.bool, device=model.device)
     for place in range(N):
-        output: Any = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         logits_BV = output.logits[:, -1, :vocab_size].double()
         chosen_B = drawn(logits_BV, uniforms_BN[:, place], temperature=temperature, top_p=top_p)
-        found_BN[:, place] = torch.where(ended_B, eos, chosen_B)
-        ended_B |= found_BN[:, place] == eos
+        new_BN[:, place] = torch.where(ended_B, eos, chosen_B)
+        ended_B |= new_BN[:, place] == eos
         all_ended, finite = torch.stack([ended_B.all(), logits_BV.isfinite().all()]).tolist()
         if not finite:
             raise OperatorFault("the model's logits are not finite: check its weights and its dtype")
         if all_ended:
             break
-        read = found_BN[:, place : place + 1]
-    return found_BN.cpu()
+        ids = new_BN[:, place : place + 1]
+    return new_BN.cpu()
 
 
 def drawn(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:

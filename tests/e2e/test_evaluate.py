@@ -32,7 +32,7 @@ def test_two_ranks_find_what_one_process_finds(place: Place) -> None:
 def test_a_sample_is_the_same_each_time(place: Place) -> None:
     written = place.folder / "samples.json"
     command = ["sample", str(place.teacher), "--prompt", "def ", "--data", place.heldout, "--sequences", "1",
-               "--prompt-tokens", "8", "--tokens", "12", "--count", "2"]  # fmt: skip
+               "--prompt-tokens", "8", "--new-tokens", "12", "--count", "2"]  # fmt: skip
     first = succeeded(in_process(*command, "--json", str(written)))
     assert first.out == succeeded(in_process(*command)).out
     assert first.out != succeeded(in_process(*command, "--seed", "2")).out

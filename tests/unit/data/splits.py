@@ -1,4 +1,4 @@
-"""Splits of random units, written as a data set is, and what each slot of their stream must read."""
+"""Splits of random sequences, written as a data set is, and what each slot of their stream must read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,62 +9,64 @@ import numpy as np
 from megadistill.data.shards.manifest import (
     Manifest,
     PackerRecord,
+    SampleFormat,
     SourceRecord,
     TokenizerRecord,
-    UnitRecord,
     token_dtype,
 )
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
 
 SEQUENCE = 24
 VOCAB = 500
 
 
-def random_units(
+def random_sequences(
     count: int, *, seed: int, sequence: int = SEQUENCE, vocab: int = VOCAB, full: bool = True
-) -> list[Unit]:
-    """Units with documents of random lengths; with padding behind the last one if not `full`."""
+) -> list[PackedSequence]:
+    """Sequences with documents of random lengths; with padding behind the last one if not `full`."""
     random = np.random.default_rng(seed)
-    units = []
+    sequences = []
     for _ in range(count):
         end = sequence + 1 if full else int(random.integers(2, sequence + 2))
         inner = random.integers(1, end, size=int(random.integers(0, 4)))
         bounds = np.unique(np.array([0, *inner, end], dtype=np.int32))
-        units.append(Unit(random.integers(0, vocab, sequence + 1).astype(np.int32), bounds))
-    return units
+        sequences.append(PackedSequence(random.integers(0, vocab, sequence + 1).astype(np.int32), bounds))
+    return sequences
 
 
 def write_split(
     folder: Path,
-    units: Sequence[Unit],
+    sequences: Sequence[PackedSequence],
     *,
     per_shard: int = 40,
     vocab: int = VOCAB,
-    packer: Literal["chunk", "bestfit", "foreign"] = "chunk",
+    packer: Literal["chunk", "bestfit", "external"] = "chunk",
     tokenizer_sha256: str = "0" * 64,
     text_bytes: int | None = 1000,
 ) -> Manifest:
-    """The manifest of `units`, as it is loaded from `folder`, where the tokenizer's file is a made-up one."""
+    """The manifest of `sequences`, as it is loaded from `folder`, where the tokenizer's file is a made-up one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(b"made up")
     dtype = token_dtype(vocab)
     shards = tuple(
-        write_shard(folder / f"shard-{start // per_shard:05d}.tar", units[start : start + per_shard], dtype=dtype)
-        for start in range(0, len(units), per_shard)
+        write_shard(folder / f"shard-{start // per_shard:05d}.tar", sequences[start : start + per_shard], dtype=dtype)
+        for start in range(0, len(sequences), per_shard)
     )
-    sequence = len(units[0].tokens) - 1
-    tokens = sum(sequence if packer == "chunk" else int(unit.bounds[-1]) - len(unit.bounds) + 1 for unit in units)
+    sequence = len(sequences[0].tokens) - 1
+    tokens = sum(
+        sequence if packer == "chunk" else int(packed.bounds[-1]) - len(packed.bounds) + 1 for packed in sequences
+    )
     Manifest(
         version=2,
         split="train",
         sequence_length=sequence,
         dtype=dtype,
         vocab_size=vocab,
-        unit=UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256=tokenizer_sha256),
         packer=PackerRecord(name=packer, version=1, bos=None, eos=2),
-        documents=len(units),
+        documents=len(sequences),
         tokens=tokens,
         text_bytes=text_bytes,
         source=SourceRecord(inputs=("random",)),

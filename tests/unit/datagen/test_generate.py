@@ -21,11 +21,10 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.data.prepare.verify import verify
 from megadistill.data.tokenizers.base import load_tokenizer
-from megadistill.datagen.generate import GenerateReport, Sampling, generate
-from megadistill.datagen.generated_shards import _uniforms
+from megadistill.datagen.generate import GenerateReport, generate
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import load_config
-from megadistill.models.sampling import continuations, drawn
+from megadistill.models.sampling import Sampling, continuations, drawn
 from megadistill.progress import ShowProgress
 from megadistill.types import IGNORED_LABEL
 from tests.unit.models.cases import VOCAB, whole_model
@@ -33,7 +32,7 @@ from tests.unit.models.cases import VOCAB, whole_model
 SEQUENCE, IDS, ROWS = 32, 600, 608
 PROMPT, NEW, SLOTS = 9, 12, range(3, 40)
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-SAMPLING = Sampling(prompt_tokens=PROMPT, new_tokens=NEW, temperature=0.9, top_p=0.95, seed=4)
+SAMPLING = Sampling(NEW, temperature=0.9, top_p=0.95, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,14 @@ def _silent(stage: str, **numbers: int | None) -> None:
 
 
 def _generate(teacher: Path, data: Path, output: Path, **options: Any) -> GenerateReport:
-    defaults: dict[str, Any] = {"slots": SLOTS, "order_seed": 2, "sampling": SAMPLING, "batch": 4, "shard_slots": 10}
+    defaults: dict[str, Any] = {
+        "slots": SLOTS,
+        "order_seed": 2,
+        "prompt_tokens": PROMPT,
+        "sampling": SAMPLING,
+        "batch": 4,
+        "shard_slots": 10,
+    }
     mixture = Mixture.of(Manifest.load(data / "train" / "manifest.json"))
     return generate(
         teacher, mixture, output, device=torch.device("cpu"), **{"progress": _silent, **defaults, **options}
@@ -148,14 +154,11 @@ def test_of_equals_the_lowest_ids_are_the_most_likely() -> None:
     assert drawn(logits, uniforms, temperature=1.0, top_p=1.0).tolist() == [0, 3, 4, 7]
 
 
-def test_first_tokens_over_many_slots_follow_the_softmax(teacher: Path, data_set: Path, tmp_path: Path) -> None:
+def test_first_tokens_over_many_slots_follow_the_softmax(teacher: Path) -> None:
     """Chi-square over the ids that are expected five times; slots of one prompt, each with its own numbers."""
-    _generate(teacher, data_set, tmp_path / "out")
-    record = Manifest.load(tmp_path / "out" / "train" / "manifest.json").source.generated
-    assert record is not None
     model = AutoModelForCausalLM.from_pretrained(teacher)
     slots, prompt_P = 4000, torch.tensor([5, 8, 13])
-    uniforms = torch.stack([_uniforms(slot, record)[:1] for slot in range(slots)])
+    uniforms = torch.stack([SAMPLING.uniforms(f"generate/{slot}")[:1] for slot in range(slots)])
     prompts = prompt_P.expand(slots, 3)
     found = continuations(model, prompts, uniforms, temperature=1.0, top_p=1.0, eos=2, vocab_size=IDS)
     with torch.no_grad():
@@ -192,7 +195,7 @@ def test_units_are_prompts_and_what_follows_up_to_its_end(teacher: Path, data_se
     assert min(lengths) < NEW, "no continuation comes to its end"
     assert max(lengths) == NEW
 
-    assert (report.units, report.shards, report.finished, report.left_out) == (len(SLOTS), 4, True, 0)
+    assert (report.sequences, report.shards, report.finished, report.left_out) == (len(SLOTS), 4, True, 0)
     assert report.new_tokens == sum(lengths)
     assert report.ended == sum(
         int(row[PROMPT - 1 + length - 1] == eos) for row, length in zip(labels, lengths, strict=True)
@@ -214,7 +217,7 @@ def test_the_documents_of_a_prompt_are_kept_apart(teacher: Path, data_set: Path,
     every = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(range(source.sequences))
     second = int(every.starts[:, 1:PROMPT].any(dim=1).nonzero()[0])  # the first slot with two documents in its prompt
     slots = range(max(0, second - 8), second + 1)
-    _generate(teacher, data_set, tmp_path, slots=slots, sampling=Sampling(prompt_tokens=PROMPT, new_tokens=4))
+    _generate(teacher, data_set, tmp_path, slots=slots, sampling=Sampling(4))
     manifest = Manifest.load(tmp_path / "train" / "manifest.json")
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
     read = stream.batch(range(manifest.sequences))
@@ -237,9 +240,9 @@ def test_neither_batches_nor_jobs_change_a_byte(teacher: Path, data_set: Path, t
         report = _generate(teacher, data_set, tmp_path / "jobs", rank=rank, world=3)
         assert not report.finished
     merged = _generate(teacher, data_set, tmp_path / "jobs")
-    assert (merged.kept, merged.finished, merged.units) == (4, True, len(SLOTS))
+    assert (merged.reused, merged.finished, merged.sequences) == (4, True, len(SLOTS))
     assert _files(tmp_path / "jobs") == expected
-    _generate(teacher, data_set, tmp_path / "other", sampling=Sampling(PROMPT, NEW, 0.9, 0.95, seed=5))
+    _generate(teacher, data_set, tmp_path / "other", sampling=Sampling(NEW, 0.9, 0.95, seed=5))
     assert _files(tmp_path / "other") != expected
 
 
@@ -261,10 +264,10 @@ def test_what_was_broken_off_goes_on_behind_its_whole_shards(teacher: Path, data
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
     with pytest.raises(KeyboardInterrupt):  # shards of other slots are not taken for these
         _generate(teacher, data_set, tmp_path / "elsewhere", shard_slots=12, progress=breaks_after(2))
-    assert _generate(teacher, data_set, tmp_path / "elsewhere").kept == 0
+    assert _generate(teacher, data_set, tmp_path / "elsewhere").reused == 0
     assert _files(tmp_path / "elsewhere") == _files(tmp_path / "whole")
     report = _generate(teacher, data_set, tmp_path / "out")
-    assert report.kept == 2  # of the three that were written, one was damaged since
+    assert report.reused == 2  # of the three that were written, one was damaged since
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
     with pytest.raises(UserError, match="never changed"):
         _generate(teacher, data_set, tmp_path / "out")
@@ -272,10 +275,9 @@ def test_what_was_broken_off_goes_on_behind_its_whole_shards(teacher: Path, data
 
 def test_prompts_that_are_no_one_text_are_left_out(teacher: Path, data_set: Path, tmp_path: Path) -> None:
     source = _tokenize(tmp_path / "packed", tokenizer=data_set / "tokenizer", packer="bestfit")
-    slots, sampling = range(200), Sampling(prompt_tokens=SEQUENCE, new_tokens=2)
-    report = _generate(
-        teacher, tmp_path / "packed", tmp_path / "out", slots=slots, sampling=sampling, batch=64, shard_slots=4096
-    )
+    slots = range(200)
+    options = {"prompt_tokens": SEQUENCE, "sampling": Sampling(2), "batch": 64, "shard_slots": 4096}
+    report = _generate(teacher, tmp_path / "packed", tmp_path / "out", slots=slots, **options)
     read = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(slots)
     whole = (read.labels != IGNORED_LABEL).all(dim=1)
     assert 0 < report.left_out == int((~whole).sum())
@@ -294,10 +296,11 @@ def test_the_manifests_of_texts_by_people_say_what_they_said(data_set: Path) -> 
         ({"batch": 0}, "a batch of 0"),
         ({"rank": 2, "world": 2}, "job 2 of 2"),
         (
-            {"sampling": Sampling(prompt_tokens=33, new_tokens=1)},
+            {"prompt_tokens": 33, "sampling": Sampling(1)},
             "--prompt-tokens 33: the sequences of the data have 32",
         ),
-        ({"sampling": Sampling(prompt_tokens=32, new_tokens=33)}, "make 65, but the teacher in .* reads 64"),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: the sequences of the data have 32"),
+        ({"prompt_tokens": 32, "sampling": Sampling(33)}, "make 65, but the teacher in .* reads 64"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -327,7 +330,7 @@ def test_a_folder_that_something_else_began_is_left_alone(teacher: Path, data_se
     (tmp_path / "file").write_bytes(b"somebody's")
     before = _files(tmp_path)
     for output in ("out", "file"):
-        with pytest.raises(UserError, match=f"{output} exists, and nothing says that generate began it"):
+        with pytest.raises(UserError, match=f"{output} exists and was not begun by `generate`"):
             _generate(teacher, data_set, tmp_path / output)
     assert _files(tmp_path) == before
     (tmp_path / "empty").mkdir()
@@ -337,17 +340,17 @@ def test_a_folder_that_something_else_began_is_left_alone(teacher: Path, data_se
 @pytest.mark.parametrize(
     "numbers",
     [
-        {"prompt_tokens": 0},
         {"new_tokens": 0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
         {"top_p": 0},
         {"top_p": 1.1},
     ],
 )
 def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--" + next(iter(numbers)).replace("_", "-")):
-        Sampling(**{"prompt_tokens": 4, "new_tokens": 4, **numbers})
+        Sampling(**{"new_tokens": 4, **numbers})
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(teacher: Path, data_set: Path, tmp_path: Path) -> None:

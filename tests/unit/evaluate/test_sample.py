@@ -1,4 +1,4 @@
-"""What a model writes: against transformers' own generation and tokenizer, and as a terminal gets it."""
+"""Continuations of prompts, against transformers' own and over seeds, prompts and texts that a terminal obeys."""
 
 import io
 import json
@@ -17,9 +17,10 @@ from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.tokenizers.base import load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.prompts import Prompt, held_out_prompts, typed_prompts
-from megadistill.evaluate.sample import Continuation, Draws, Sample, _after, harmless, load_for_sampling, samples, show
+from megadistill.evaluate.sample import Continuation, Sample, _after, escape_control, load_for_sampling, samples, show
 from megadistill.evaluate.sample import write_json as write_samples
 from megadistill.models.families import load_config
+from megadistill.models.sampling import Sampling
 from tests.unit.data.corpora import byte_level_tokenizer, document_texts
 from tests.unit.data.splits import write_split
 
@@ -52,23 +53,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _samples(folder: Path, texts: list[str], draws: Draws) -> list[Sample]:
+def _samples(folder: Path, texts: list[str], sampling: Sampling, *, count: int = 1) -> list[Sample]:
     tokenizer = load_for_sampling(folder, None)
     prompts = typed_prompts(texts, [], tokenizer)
-    return list(samples(folder, prompts, tokenizer, draws, torch.device("cpu")))
+    return list(samples(folder, prompts, tokenizer, sampling, count=count, device=torch.device("cpu")))
 
 
 def test_the_most_likely_continuation_is_that_of_transformers(model: Path) -> None:
-    found = _samples(model, TEXTS, Draws(tokens=20, temperature=0.0))
+    drawn = _samples(model, TEXTS, Sampling(20, temperature=0.0))
     tokenizer, causal = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     causal.resize_token_embeddings(len(tokenizer))
-    for text, sample in zip(TEXTS, found, strict=True):
+    for text, sample in zip(TEXTS, drawn, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         assert ids[0, 0] == tokenizer.bos_token_id
-        said = causal.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0]
-        new = said[ids.shape[1] :].tolist()
+        tokens = causal.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=tokenizer.eos_token_id)[0]
+        new = tokens[ids.shape[1] :].tolist()
         ended = new[-1] == tokenizer.eos_token_id
-        whole, before = tokenizer.decode(said[: len(said) - ended]), tokenizer.decode(ids[0])
+        whole, before = tokenizer.decode(tokens[: len(tokens) - ended]), tokenizer.decode(ids[0])
         (continuation,) = sample.continuations
         assert whole.startswith(before)
         assert continuation == Continuation(whole[len(before) :], len(new) - ended, ended)
@@ -76,15 +77,15 @@ def test_the_most_likely_continuation_is_that_of_transformers(model: Path) -> No
 
 
 def test_the_same_seed_writes_the_same_and_more_of_it_changes_nothing(model: Path) -> None:
-    few = _samples(model, TEXTS[:1], Draws(tokens=20, count=2, top_p=0.9))
-    many = _samples(model, TEXTS, Draws(tokens=20, count=40, top_p=0.9))
+    few = _samples(model, TEXTS[:1], Sampling(20, top_p=0.9), count=2)
+    many = _samples(model, TEXTS, Sampling(20, top_p=0.9), count=40)
     assert many[0].continuations[:2] == few[0].continuations
     assert len(set(many[0].continuations)) > 30
     assert any(one.ended for one in many[0].continuations)
     assert many[0].continuations != many[1].continuations
-    twice = _samples(model, TEXTS[:1] * 2, Draws(tokens=20, count=2, top_p=0.9))
+    twice = _samples(model, TEXTS[:1] * 2, Sampling(20, top_p=0.9), count=2)
     assert set(twice[1].continuations).isdisjoint(twice[0].continuations), "the same prompt again is drawn again"
-    other = _samples(model, TEXTS[:1], Draws(tokens=20, count=2, top_p=0.9, seed=2))
+    other = _samples(model, TEXTS[:1], Sampling(20, top_p=0.9, seed=2), count=2)
     assert set(other[0].continuations).isdisjoint(few[0].continuations)
 
 
@@ -126,20 +127,20 @@ def test_a_letter_that_prompt_and_continuation_share_is_the_continuations(model:
 
 def test_nothing_that_a_model_writes_controls_the_terminal(tmp_path: Path) -> None:
     hostile = "\x1b[31mred\x07\r\x9b1A\u202e[bold]\ttab\n"
-    assert harmless(hostile) == "\\x1b[31mred\\x07\\r\\x9b1A\\u202e[bold]\ttab\n"
+    assert escape_control(hostile) == "\\x1b[31mred\\x07\\r\\x9b1A\\u202e[bold]\ttab\n"
     sample = Sample(hostile, hostile, (Continuation(hostile, 12, ended=True), Continuation("x" * 300, 3, ended=False)))
     out = io.StringIO()
     show(sample, Console(file=out, width=80, force_terminal=True, color_system=None), title="prompt 1 of 1")
-    said = out.getvalue()
+    text = out.getvalue()
     for control in ("\x1b[31", "\x07", "\r", "\x9b", "\u202e"):
-        assert control not in said
-    assert said.count("[bold]") == 3
+        assert control not in text
+    assert text.count("[bold]") == 3
     for part in ("prompt 1 of 1", "the model: 1 of 2, 12 tokens, then the end of the document", "the data", "x" * 300):
-        assert part in said
+        assert part in text
     write_samples([sample], tmp_path / "new" / "samples.json")
-    (kept,) = json.loads((tmp_path / "new" / "samples.json").read_text(encoding="utf-8"))
-    assert kept["prompt"] == hostile
-    assert kept["continuations"][0] == {"text": hostile, "tokens": 12, "ended": True}
+    (written,) = json.loads((tmp_path / "new" / "samples.json").read_text(encoding="utf-8"))
+    assert written["prompt"] == hostile
+    assert written["continuations"][0] == {"text": hostile, "tokens": 12, "ended": True}
 
 
 def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path) -> None:
@@ -152,13 +153,11 @@ def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path) -> Non
     (without / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="without holds no tokenizer"):
         load_for_sampling(without, None)
-    long = Draws(tokens=PLACES)
-    with pytest.raises(UserError, match=rf"a prompt of 2 tokens and --tokens {PLACES} make {PLACES + 2}, .* reads"):
+    long = Sampling(PLACES)
+    with pytest.raises(UserError, match=rf"a prompt of 2 tokens and --new-tokens {PLACES} make {PLACES + 2}, .* reads"):
         _samples(model, ["\n"], long)
-    for wrong in ({"tokens": 0}, {"count": 0}, {"temperature": -1.0}, {"temperature": float("inf")}, {"top_p": 0.0}):
-        (name,) = wrong
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
-            Draws(**{"tokens": 3, **wrong})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--count 0"):
+        _samples(model, ["\n"], Sampling(3), count=0)
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
     for file, reason in ((binary, "not UTF-8"), (tmp_path / "none", "cannot be read")):
@@ -175,4 +174,4 @@ def test_logits_that_are_not_finite_are_a_fault_of_this_model(model: Path, tmp_p
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OperatorFault, match="broken: its logits are not finite"):
-        _samples(broken, TEXTS, Draws(tokens=3))
+        _samples(broken, TEXTS, Sampling(3))
