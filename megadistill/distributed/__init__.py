@@ -1,1 +1,1 @@
-"""Communication: who the ranks are, how they talk. The only room that imports torch.distributed."""
+"""Ranks, process groups, collectives and messages: the one package that imports torch.distributed."""

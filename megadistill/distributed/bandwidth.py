@@ -1,4 +1,4 @@
-"""Room `comm`: how fast the ranks of a world reach each other. It judges no one, and knows no model.
+"""Measurements of a world: bandwidth between ranks, and offsets of their clocks.
 
 Legend: w ranks of the world, l of them on a node.
 """
@@ -11,21 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadistill.distributed.collectives import all_gather_rows, barrier
+from megadistill.distributed.p2p import exchange
 from megadistill.distributed.topology import Topology
 
 WAITS_FOR_RANKS = True
-"""The hang detector takes a frame of this module for a wait."""
+"""A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
-BUFFER_BYTES = {"cpu": 1 << 20}
-ACCELERATOR_BUFFER_BYTES = 1 << 26
+CPU_BUFFER_BYTES, ACCELERATOR_BUFFER_BYTES = 1 << 20, 1 << 26
 SAMPLES = 4
-"""Of each measurement; the best one counts, and the first one, which connects, does not."""
+"""Repetitions of a measurement, of which the best counts, after one that opens the connections."""
 
 Pair = tuple[int, int]
 
 
 def all_reduce_bandwidth(topology: Topology) -> float | None:
-    """Bytes a second over the slowest link of a ring: 2(w-1)/w of the buffer in the time that the sum took.
+    """Bandwidth (bytes/s) of the slowest link of a ring: 2(w-1)/w of the buffer in the time of an all-reduce.
 
     Collective over the world. None in a world of one.
     """
@@ -37,23 +37,26 @@ def all_reduce_bandwidth(topology: Topology) -> float | None:
 
 
 def pair_bandwidths(topology: Topology, rounds: Sequence[Sequence[Pair]]) -> dict[Pair, float]:
-    """Bytes a second each way of each pair of ranks that send to each other, as the slower of the two measures it.
+    """Bandwidth (bytes/s, each way) between the two ranks of each pair, as the slower of the two measures it.
 
     The pairs of one round are measured at the same time. Collective over the world; the same on every rank.
     """
-    found: dict[Pair, float] = {}
+    bandwidths: dict[Pair, float] = {}
     for pairs in rounds:
         partner = next((sum(pair) - topology.rank for pair in pairs if topology.rank in pair), None)
         own = torch.tensor([[_pair_seconds(partner, topology)]], dtype=torch.float64, device=topology.device)
         seconds = all_gather_rows(own, topology.world_group).flatten().tolist()
-        size = _buffer_bytes(topology.device)
-        found.update({pair: size / max(seconds[rank] for rank in pair) for pair in pairs})
-    return found
+        size = _buffer(topology.device).numel()
+        bandwidths.update({pair: size / max(seconds[rank] for rank in pair) for pair in pairs})
+    return bandwidths
 
 
 def neighbours(world: int, local_world: int) -> list[list[Pair]]:
-    """Rounds of pairs (r, s), in each of which a rank has one partner at most: neighbours in rank on a ring, which are
-    mostly of one node, then the ranks in the same place on neighbouring nodes, where there are several."""
+    """Rounds of pairs (r, s) in which a rank has one partner at most.
+
+    First come neighbours on a ring of all ranks, which are mostly of one node; then, where there are several nodes,
+    the ranks in the same place on neighbouring nodes.
+    """
     rounds = [[(pair[0], pair[1]) for pair in matching] for matching in _ring(list(range(world)))]
     nodes = world // local_world
     if nodes > 1 and local_world > 1 and world % local_world == 0:
@@ -79,12 +82,12 @@ def _ring(places: list[int]) -> list[list[Pair]]:
 
 
 def clock_offsets(topology: Topology) -> list[float]:
-    """Seconds that each rank's clock is ahead of rank 0's, but for how unevenly a barrier lets them go. Collective."""
-    looks = []
+    """How far (s) each rank's clock is ahead of rank 0's, up to the jitter of a barrier. Collective over the world."""
+    times = []
     for _ in range(SAMPLES):
         barrier(topology.world_group)
-        looks.append(time.time())
-    own = torch.tensor([looks], dtype=torch.float64, device=topology.device)
+        times.append(time.time())
+    own = torch.tensor([times], dtype=torch.float64, device=topology.device)
     ahead = all_gather_rows(own, topology.world_group).cpu()
     ahead = ahead - ahead[:1]
     closest = ahead.abs().argmin(dim=1, keepdim=True)
@@ -92,30 +95,16 @@ def clock_offsets(topology: Topology) -> list[float]:
     return offsets
 
 
-def gathered_texts(text: str, topology: Topology) -> list[str]:
-    """The text of every rank, in rank order, on every rank. Collective over the world."""
-    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    lengths = all_gather_rows(torch.tensor([len(own)], device=topology.device), topology.world_group).tolist()
-    padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own))).unsqueeze(0)
-    rows = all_gather_rows(padded.to(topology.device), topology.world_group).cpu()
-    return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
-
-
 def _pair_seconds(partner: int | None, topology: Topology) -> float:
-    """0 for a rank that has no partner; it keeps the beat of the others."""
+    """Time (s) of an exchange with `partner`; 0 without one: such a rank takes part in the barriers only."""
     sent = _buffer(topology.device)
     received = torch.empty_like(sent)
 
-    def exchange() -> None:
+    def work() -> None:
         if partner is not None:
-            both = [
-                dist.P2POp(dist.isend, sent, group=topology.world_group, group_peer=partner),
-                dist.P2POp(dist.irecv, received, group=topology.world_group, group_peer=partner),
-            ]
-            for work in dist.batch_isend_irecv(both):
-                work.wait()
+            exchange(sent, received, partner, topology.world_group)
 
-    seconds = _best_seconds(exchange, topology)
+    seconds = _best_seconds(work, topology)
     return seconds if partner is not None else 0.0
 
 
@@ -133,8 +122,5 @@ def _best_seconds(work: Callable[[], object], topology: Topology) -> float:
 
 
 def _buffer(device: torch.device) -> Tensor:
-    return torch.zeros(_buffer_bytes(device), dtype=torch.uint8, device=device)
-
-
-def _buffer_bytes(device: torch.device) -> int:
-    return BUFFER_BYTES.get(device.type, ACCELERATOR_BUFFER_BYTES)
+    size = CPU_BUFFER_BYTES if device.type == "cpu" else ACCELERATOR_BUFFER_BYTES
+    return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Collectives over a process group; a group of None (one process) is a no-op, so no caller asks.
+"""Collectives over a process group, which do nothing for a group of None (a single process).
 
 Legend: g ranks of the group, n rows.
 """
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from megadistill import timeline
 
 WAITS_FOR_RANKS = True
-"""The hang detector takes a frame of this module for a wait."""
+"""A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -26,14 +26,14 @@ def group_rank(group: ProcessGroup | None) -> int:
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way. Its source must stay as it is until `wait` returns."""
+    """A collective under way. Its source must not be written to until `wait` returns."""
 
     result: Tensor
     source: Tensor
     work: dist.Work | None
 
     def wait(self) -> Tensor:
-        """The result, which the device's later work may read."""
+        """The result. Later work on the same stream of the device may read it."""
         if self.work is not None:
             with timeline.span(timeline.WAIT, "wait for ranks"):
                 self.work.wait()
@@ -59,24 +59,24 @@ def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Pendi
 
 
 def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`start_all_gather_rows`, waited for."""
+    """[n, ...] of every rank -> [g·n, ...], in rank order. Every rank passes the same shape."""
     return start_all_gather_rows(rows, group).wait()
 
 
 def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`start_reduce_scatter_rows`, waited for."""
+    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
     return start_reduce_scatter_rows(rows, group).wait()
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum over ranks, in place."""
+    """Sums over ranks, in place; returns `values`."""
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
 
 
 def scatter_rows(rows: Tensor | None, out: Tensor, source: int, group: ProcessGroup | None) -> Tensor:
-    """Rank `source` of the group gives block i of `rows` [g·n, ...] to rank i, which finds it in `out` [n, ...]."""
+    """Sends block i of rank `source`'s `rows` [g·n, ...] to rank i of the group, which returns it as `out` [n, ...]."""
     if group is None:
         assert rows is not None
         return rows
@@ -90,10 +90,24 @@ def barrier(group: ProcessGroup | None) -> None:
         dist.barrier(group=group)
 
 
-def everywhere(flag: bool, device: torch.device, group: ProcessGroup | None) -> bool:
-    """True where the flag is true on every rank. A host-device sync."""
-    if group is None:
-        return flag
-    value = torch.tensor(int(flag), dtype=torch.int32, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MIN, group=group)
-    return bool(value.item())
+def all_gather_texts(text: str, group: ProcessGroup | None) -> list[str]:
+    """The text of every rank, in rank order."""
+    texts = [text] * group_size(group)
+    if group is not None:
+        dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:
+    """The lowest rank of the group whose flag is false; None where all are true. A host-device sync."""
+    ranks = group_size(group)
+    value = torch.tensor(ranks if flag else group_rank(group), dtype=torch.int32, device=device)
+    if group is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MIN, group=group)
+    lowest = int(value.item())
+    return None if lowest == ranks else lowest
+
+
+def all_true(flag: bool, device: torch.device, group: ProcessGroup | None) -> bool:
+    """Whether the flag is true on every rank. A host-device sync."""
+    return flag if group is None else first_false(flag, device, group) is None

@@ -1,9 +1,8 @@
-"""Point-to-point links between neighbouring stages of a pipeline group."""
+"""Point-to-point messages: the one module that creates sends and receives."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from itertools import count
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,64 +11,70 @@ from torch.distributed import ProcessGroup, Work
 from megadistill import timeline
 
 WAITS_FOR_RANKS = True
-"""The hang detector takes a frame of this module for a wait."""
+"""A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """Parcel `number` on its way; `wait()` returns it once it is there, or once its buffer may be written again."""
+class Message:
+    """A send or a receive under way."""
 
     buffer: Tensor
     work: Work
+    label: str
     source: int
     to: int
     number: int
+    """Position among the messages from `source` to `to`."""
     is_sent: bool
 
     def wait(self) -> Tensor:
-        with self._span():
+        """The buffer, once it has arrived, or may be written again."""
+        if self.is_sent:
+            span = timeline.span(timeline.SEND, "flush")
+        else:
+            span = timeline.message_span(timeline.WAIT, "wait for", self.label, self.source, self.to, self.number)
+        with span:
             self.work.wait()
         return self.buffer
 
-    def _span(self) -> AbstractContextManager[None]:
-        if self.is_sent:
-            return timeline.span(timeline.SEND, "flush")
-        return timeline.message_span(timeline.WAIT, "wait for", "parcel", self.source, self.to, self.number)
+
+class Endpoint:
+    """Sends and receives of one rank in a process group. Messages from one rank to another arrive in order.
+
+    `rank` is this process's place in the group, `ranks` are the ranks of its world by place. Without a group (a
+    single process) nothing can be sent.
+    """
+
+    def __init__(self, group: ProcessGroup | None, *, rank: int, ranks: Sequence[int]) -> None:
+        self._group, self._own, self._ranks = group, rank, ranks
+        self._sent, self._received = Counter[int](), Counter[int]()
+
+    def send(self, message: Tensor, to: int, *, label: str) -> Message:
+        """Starts to send `message`, which must not be written to until the handle was waited for.
+
+        `to` is a place in the group, `label` the message's name in a timeline.
+        """
+        assert self._group is not None
+        ids = self._ranks[self._own], self._ranks[to], self._sent[to]
+        self._sent[to] += 1
+        with timeline.message_span(timeline.SEND, "send", label, *ids):
+            work = self._group.send([message], to, 0)
+        return Message(message, work, label, *ids, is_sent=True)
+
+    def post_recv(self, buffer: Tensor, source: int, *, label: str) -> Message:
+        """Posts the receive of the next message from place `source` of the group, whose shape is that of `buffer`."""
+        assert self._group is not None
+        ids = self._ranks[source], self._ranks[self._own], self._received[source]
+        self._received[source] += 1
+        work = self._group.recv([buffer], source, 0)
+        return Message(buffer, work, label, *ids, is_sent=False)
 
 
-@dataclass(frozen=True)
-class StageLink:
-    """The links of one stage of a pipeline to the stage before it and the stage after it."""
-
-    group: ProcessGroup | None
-    stage: int
-    stages: int
-    _sends: Iterator[int] = field(default_factory=count)
-    _receives: Iterator[int] = field(default_factory=count)
-
-    @property
-    def is_first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.stages - 1
-
-    def expect(self, buffer: Tensor) -> Arrival:
-        """Posts the receive of `buffer` from the stage before; the shape is known, so nothing else travels."""
-        work = dist.irecv(buffer, group=self.group, group_src=self.stage - 1)
-        assert work is not None
-        ranks = self._rank(self.stage - 1), self._rank(self.stage)
-        return Arrival(buffer, work, *ranks, next(self._receives), is_sent=False)
-
-    def send(self, hidden: Tensor) -> Arrival:
-        """Starts sending `hidden` to the stage after; the caller keeps the handle until it has waited for it."""
-        ranks, number = (self._rank(self.stage), self._rank(self.stage + 1)), next(self._sends)
-        with timeline.message_span(timeline.SEND, "send", "parcel", *ranks, number):
-            work = dist.isend(hidden, group=self.group, group_dst=self.stage + 1)
-        assert work is not None
-        return Arrival(hidden, work, *ranks, number, is_sent=True)
-
-    def _rank(self, stage: int) -> int:
-        assert self.group is not None
-        return dist.get_global_rank(self.group, stage)
+def exchange(sent: Tensor, received: Tensor, partner: int, group: ProcessGroup | None) -> None:
+    """Sends a buffer to a partner in the group and receives its buffer at the same time."""
+    operations = [
+        dist.P2POp(dist.isend, sent, group=group, group_peer=partner),
+        dist.P2POp(dist.irecv, received, group=group, group_peer=partner),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()

@@ -1,7 +1,7 @@
-"""Which ranks of a launch train the student, and which hold a teacher of their own. Arithmetic; it starts nothing.
+"""Roles of the ranks of a launch where the teacher has ranks of its own.
 
 The first ranks are the student's, the last ones the teacher's: replica after replica, stage after stage. Each replica
-answers an equal run of the student's ranks, its *clients*.
+serves an equal run of the student's ranks, its *clients*.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megadistill.errors import UserError
 
 @dataclass(frozen=True)
 class Roles:
-    """A launch of `world` ranks, `teachers` of which are the teacher's, in pipelines of `stages`.
+    """A launch of `world` ranks, of which the last `teachers` are the teacher's, in pipelines of `stages`.
 
     Raises:
         UserError: the numbers do not divide.
@@ -51,13 +51,13 @@ class Roles:
         return rank < self.students
 
     def replica(self, rank: int) -> int:
-        """The replica of a teacher's rank, or the one that answers a student's rank."""
+        """The replica of a teacher's rank, or the one that serves a student's rank."""
         if self.is_student(rank):
             return rank // (self.students // self.replicas)
         return (rank - self.students) // self.stages
 
     def stage(self, rank: int) -> int:
-        """Of a teacher's rank."""
+        """The stage of a teacher's rank."""
         return (rank - self.students) % self.stages
 
     def rank_of(self, replica: int, stage: int) -> int:

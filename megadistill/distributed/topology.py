@@ -1,4 +1,4 @@
-"""Rank arithmetic and process groups: from a launcher's environment to a `Topology`.
+"""The process groups of a run, and this rank's place in them: its `Topology`.
 
 Legend: w ranks of the world, p ranks of a vocab group. Vocab groups are p consecutive ranks; the frozen teacher's
 pipeline runs over the same ranks, on a group of its own. Slice groups hold the ranks with the same place in their
@@ -7,7 +7,6 @@ vocab group: together they store the rows that each of them computes on.
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,111 +21,19 @@ from torch.distributed.rendezvous import rendezvous
 
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.collectives import barrier
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
-from megadistill.distributed.watchdog.watchdog import Watch
-from megadistill.errors import RestartFault, UserError
+from megadistill.distributed.watchdog.watchdog import Watchdog
+from megadistill.errors import RestartFault
 
 WAITS_FOR_RANKS = True
-"""The hang detector takes a frame of this module for a wait."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says: torchrun and deepspeed set the same variables, srun its own, plain python none."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), else those of a Slurm step.
-
-        Raises:
-            UserError: some of them are set and others are not, or they are no numbers.
-        """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        present = [name for name in names if name in os.environ]
-        if not present:
-            return cls._of_slurm_step() if _in_slurm_step() else cls(rank=0, world=1, local_rank=0, local_world=1)
-        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"the environment sets {', '.join(present)} but not {', '.join(missing)}: start this with torchrun or "
-                "deepspeed, or unset them for a single process"
-            )
-        try:
-            world = int(os.environ["WORLD_SIZE"])
-            launch = cls(
-                rank=int(os.environ["RANK"]),
-                world=world,
-                local_rank=int(os.environ["LOCAL_RANK"]),
-                local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
-            )
-        except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
-        if launch.local_world < 1:
-            raise UserError(f"LOCAL_WORLD_SIZE is {launch.local_world}: a node has at least one process")
-        if not 0 <= launch.rank < world:
-            raise UserError(f"RANK is {launch.rank} and WORLD_SIZE is {world}: ranks count from 0 to {world - 1}")
-        return launch
-
-    @classmethod
-    def _of_slurm_step(cls) -> "Launch":
-        """srun's variables. In a heterogeneous job they count over all components of the step."""
-        try:
-            rank, world, local_rank, node = (
-                int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
-            )
-            local_world = _per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[node]
-            launch = cls(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
-        except (KeyError, ValueError, IndexError) as error:
-            raise UserError(
-                f"this is a step of a Slurm job, but its variables do not say which rank this is ({error!r}): start it "
-                "with srun --nodes --ntasks --ntasks-per-node, or set RANK, WORLD_SIZE and LOCAL_RANK"
-            ) from None
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if world > 1 and missing:
-            raise UserError(
-                f"srun started {world} tasks, and the environment does not set {' and '.join(missing)}: export the "
-                "first node's name and a free port before srun, as slurm/train.sbatch does"
-            )
-        return launch
-
-
-_FIRST_STEP_THAT_IS_NONE = 0xFFFFFFF0
-"""Slurm numbers what is no parallel step from here on: batch scripts, `salloc`'s shell, what came with `--x11`."""
-
-
-def _in_slurm_step() -> bool:
-    """Whether srun started this process. A batch script's or an allocation's shell has tasks in its variables too."""
-    step = os.environ.get("SLURM_STEP_ID", "")
-    if step.isdigit() and int(step) < _FIRST_STEP_THAT_IS_NONE:
-        return True
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if tasks != "1":
-        print(
-            f"megadistill: one process in a Slurm allocation of {tasks} tasks: srun starts one a task, as "
-            "slurm/train.sbatch shows",
-            file=sys.stderr,
-        )
-    return False
-
-
-def _per_node(tasks: str) -> list[int]:
-    """Of Slurm's `2(x3),1`: 2, 2, 2, 1."""
-    counts = []
-    for run in tasks.split(","):
-        count, _, repeated = run.partition("(x")
-        counts += [int(count)] * int(repeated.rstrip(")") or "1")
-    return counts
+"""A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Who this process is and whom it talks to. A group of one rank is None."""
+    """Rank, device and process groups of this process. A group of one rank is None."""
 
     rank: int
     world: int
@@ -139,11 +46,11 @@ class Topology:
     slice_group: ProcessGroup | None
     pipeline_group: ProcessGroup | None
     role: Literal["student", "teacher"] = "student"
-    """The teacher's ranks have a world of their own, where the teacher is not colocated."""
+    """Student and teacher have a world each where the teacher has ranks of its own."""
     bridge: Bridge | None = None
-    """To the other role; None where there is none."""
-    watch: Watch = field(default_factory=Watch)
-    """To be told what this rank begins: it finds who holds up the launch."""
+    """Messages between student and teacher; None where they share their ranks."""
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Hang detection; the main thread reports each phase that it enters."""
 
     @property
     def group_rank(self) -> int:
@@ -152,25 +59,8 @@ class Topology:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for the run (logs, tables, manifests)."""
+        """Whether this rank writes the run's logs, tables and manifests."""
         return self.rank == 0 and self.role == "student"
-
-
-def vocab_group_size(asked: int | None, launch: Launch) -> int:
-    """p: what the recipe asks for, else the ranks of a node (they share the fastest links).
-
-    Raises:
-        UserError: it does not divide the world.
-    """
-    size = launch.local_world if asked is None else asked
-    if launch.world % size:
-        divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
-        raise UserError(
-            f"comm.vocab_group is {size}, but this run has {launch.world} "
-            f"{'process' if launch.world == 1 else 'processes'}: it must divide them, so one of "
-            f"{', '.join(map(str, divisors))} (start with more processes, or --set comm.vocab_group={divisors[-1]})"
-        )
-    return size
 
 
 def local_device(local_rank: int) -> torch.device:
@@ -184,7 +74,7 @@ def local_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def joined(
+def process_groups(
     launch: Launch, *, vocab_group: int, timeout_minutes: float, roles: Roles | None = None
 ) -> Iterator[Topology]:
     """The process groups of a run, from `init_process_group` to `destroy_process_group`.
@@ -192,10 +82,10 @@ def joined(
     Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
     started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
     for peers that may be waiting themselves. With `roles`, student and teacher are a world each, joined by a bridge.
-    The topology's watch is at work; no phase has a limit before the caller stamps one.
+    The topology's watchdog is started; no phase has a time limit before the caller enters one.
 
     Raises:
-        RestartFault: a collective failed, which mostly is a peer that died first; its own reason is in its own lines.
+        RestartFault: a collective failed, mostly because a peer died; the message names it where it is known.
     """
     device = local_device(launch.local_rank)
     # DeepSpeed reads these too, and looks for MPI where they are missing.
@@ -211,53 +101,53 @@ def joined(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
     own = launch if roles is None else _own_launch(launch, roles)
     role = "student" if roles is None or roles.is_student(launch.rank) else "teacher"
-    watch = Watch()
+    watchdog = Watchdog()
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
-        watch = _started_watch(launch, role, store, timeout)
+        watchdog = _start_watchdog(launch, store, timeout)
         os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
         backend = dist.get_default_backend_for_device(device)
-        of_role = PrefixStore(role, store)
-        dist.init_process_group(backend, store=of_role, rank=own.rank, world_size=own.world, timeout=timeout)
+        role_store = PrefixStore(role, store)
+        dist.init_process_group(backend, store=role_store, rank=own.rank, world_size=own.world, timeout=timeout)
         if roles is None or role == "student":
             topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
         else:
             topology = _teachers_topology(own, roles, device)
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
-        watch.count(lambda: collectives_joined(role, but=topology.pipeline_group))
-        yield replace(topology, bridge=bridge, watch=watch)
-        # Nobody leaves while another may still look for it.
+        watchdog.count_collectives(lambda: collectives_joined(role, excluded=topology.pipeline_group))
+        yield replace(topology, bridge=bridge, watchdog=watchdog)
+        # A rank that left now would be reported lost by those that still work.
         if bridge is not None:
             bridge.barrier()
         else:
             barrier(topology.world_group)
     except RuntimeError as error:
         if not _is_communication(error):
-            watch.failed(_one_line(error))
+            watchdog.report_failure(_one_line(error))
             raise
-        raise RestartFault(_lost(watch, error)) from error
+        raise RestartFault(_lost_rank(watchdog, error)) from error
     except BaseException as error:
-        watch.failed(_one_line(error))
+        watchdog.report_failure(_one_line(error))
         raise
-    watch.stop()
+    watchdog.stop()
     dist.destroy_process_group()
 
 
-def _started_watch(launch: Launch, role: str, store: Store, timeout: timedelta) -> Watch:
-    return Watch(
+def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdog:
+    return Watchdog(
         store if launch.world > 1 else None,
         rank=launch.rank,
         world=launch.world,
-        silence=min(60.0, timeout.total_seconds() / 2),  # sooner than a collective gives up, which names nobody
-        speaks=launch.rank == 1 or launch.local_rank == 0,
+        silence=min(60.0, timeout.total_seconds() / 2),  # before a collective times out, which names no rank
+        reports_rank_0=launch.rank == 1 or launch.local_rank == 0,
     ).start()
 
 
-def _lost(watch: Watch, error: RuntimeError) -> str:
-    missing = watch.lost() or "look for its own reason first"
-    reason = f"lost another rank in a collective: {missing} ({str(error).splitlines()[0]})"
-    if watch.on_verdict is not None:
-        watch.on_verdict(reason)
+def _lost_rank(watchdog: Watchdog, error: RuntimeError) -> str:
+    lost = watchdog.lost_rank() or "see the log of the rank that failed first"
+    reason = f"lost another rank in a collective: {lost} ({str(error).splitlines()[0]})"
+    if watchdog.on_abort is not None:
+        watchdog.on_abort(reason)
     return reason
 
 
@@ -266,14 +156,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _own_launch(launch: Launch, roles: Roles) -> Launch:
-    """The launch as this rank's role sees it."""
+    """This rank's place in the world of its role."""
     if roles.is_student(launch.rank):
         return replace(launch, world=roles.students)
     return replace(launch, rank=launch.rank - roles.students, world=roles.teachers)
 
 
 def _teachers_topology(launch: Launch, roles: Roles, device: torch.device) -> Topology:
-    """Of a teacher's rank: its stages talk over the bridge, so it has no groups."""
+    """The topology of a rank of the teacher: all its messages cross the bridge, so it has no groups."""
     return Topology(
         rank=launch.rank,
         world=launch.world,

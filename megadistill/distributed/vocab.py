@@ -1,4 +1,4 @@
-"""Which rows of the vocabulary a rank computes on: a value that is passed, not a world to ask.
+"""Vocabulary slices: the rows of the vocabulary that a rank computes on.
 
 Legend: V padded vocabulary, w world, p ranks of a vocab group, v this rank's rows.
 """
@@ -87,6 +87,6 @@ def block_cyclic_ranges(padded: int, world: int, group_size: int, rank: int) -> 
             f"set student.vocab_multiple to a multiple of {world}"
         )
     if world % group_size:
-        raise UserError(f"comm.vocab_group is {group_size}, which does not divide the {world} ranks of this run")
+        raise UserError(f"distributed.vocab_group is {group_size}, which does not divide the {world} ranks of this run")
     block = padded // world
     return tuple((s * block, (s + 1) * block) for s in range(rank % group_size, world, group_size))

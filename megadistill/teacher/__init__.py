@@ -1,17 +1,17 @@
-"""The frozen teacher: one stage of its layers a rank, hidden states as its signal. It never meets the student."""
+"""The frozen teacher: a stage of its layers on each rank, hidden states as its signal."""
 
-from megadistill.teacher.codec import Wire
-from megadistill.teacher.disaggregated import RemoteTeacher, RequestForm, TeacherServer
+from megadistill.teacher.codec import ActivationCodec
+from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec, TeacherServer
 from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
 
 __all__ = [
+    "ActivationCodec",
     "RemoteTeacher",
-    "RequestForm",
+    "RequestCodec",
     "TeacherPipeline",
     "TeacherServer",
     "TeacherStage",
-    "Wire",
     "head_rows",
     "unknown_bias",
 ]

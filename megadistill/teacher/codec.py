@@ -1,10 +1,11 @@
-"""Room `teacher`: how hidden states cross from the teacher's ranks to the student's. It knows no ranks.
+"""Packets of hidden states: int64 numbers (the header), then bytes; and the signal that is made of one.
 
 Legend: B sequences, S tokens of a sequence, E width.
 
-As they are computed (bfloat16 or float32), or in 8 bits: float8 e4m3 with one float32 scale a token, so that the
-largest number of each token is the largest that the format has. Half the bytes of bfloat16; the error is the format's,
-up to 1/16 of each number (three bits of mantissa), and below 2^-9 of the token's largest number divided by 448.
+Hidden states travel as they are computed (bfloat16 or float32), or in 8 bits: float8 e4m3 with one float32 scale a
+token, so that the largest number of each token is the largest that the format has. Half the bytes of bfloat16; the
+error is the format's, up to 1/16 of each number (three bits of mantissa), and below 2^-9 of the token's largest number
+divided by 448.
 """
 
 from dataclasses import dataclass
@@ -12,40 +13,73 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megadistill.errors import OperatorFault
+from megadistill.types import TeacherSignal
+
+INT64_BYTES = torch.int64.itemsize
+"""Bytes of one number of a header."""
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
 
 
+def pack(header: Tensor, *payload: Tensor) -> Tensor:
+    """[bytes] uint8: the int64 numbers of `header`, then the bytes of `payload`."""
+    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in (header, *payload)])
+
+
+def unpack(packet: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
+    """The header [numbers] int64, copied to be aligned, and the payload [bytes] uint8 of a packet."""
+    end = INT64_BYTES * numbers
+    return packet[:end].clone().view(torch.int64), packet[end:]
+
+
+def checked_signal(hidden_BSE: Tensor, slots_B: Tensor, digests_B: Tensor) -> TeacherSignal:
+    """The signal of a micro-batch. A host-device sync.
+
+    Raises:
+        OperatorFault: the hidden states are not finite.
+    """
+    # One number instead of B·S·E flags: a NaN or an infinity stays one in the sum. One copy brings it and the tags.
+    finite = hidden_BSE.sum(dtype=torch.float32).isfinite().long()
+    tags = torch.cat([slots_B.to(digests_B.device), digests_B, finite.unsqueeze(0)]).cpu()
+    slots, digests, is_finite = tags.split([len(slots_B), len(digests_B), 1])
+    if not is_finite:
+        raise OperatorFault(
+            f"the teacher's hidden states are not finite in slots {slots.tolist()}: check its weights and its dtype "
+            f"({hidden_BSE.dtype}) before starting again"
+        )
+    return TeacherSignal(hidden=hidden_BSE.flatten(0, 1), slots=slots, digests=digests)
+
+
 @dataclass(frozen=True)
-class Wire:
-    """An answer: slots [B], digests [B], hidden states [B, S, E]; with `float8` their scales [B, S]."""
+class ActivationCodec:
+    """The packet of an answer: slots [B], digests [B], hidden states [B, S, E]; with `float8` their scales [B, S]."""
 
     width: int
     """E."""
     dtype: torch.dtype
-    """Of the teacher."""
+    """The teacher's precision."""
     float8: bool = False
 
     def bytes(self, B: int, S: int) -> int:
         a_token = self.width + 4 if self.float8 else self.width * self.dtype.itemsize
-        return 16 * B + B * S * a_token
+        return 2 * INT64_BYTES * B + B * S * a_token
 
-    def pack(self, hidden_BSE: Tensor, slots_B: Tensor, digests_B: Tensor) -> Tensor:
+    def encode(self, hidden_BSE: Tensor, slots_B: Tensor, digests_B: Tensor) -> Tensor:
         """[bytes] uint8."""
-        parts = [slots_B, digests_B]
-        if self.float8:
-            scales_BS1 = hidden_BSE.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30) / _LARGEST
-            parts += [scales_BS1, (hidden_BSE.float() / scales_BS1).to(FLOAT8)]
-        else:
-            parts.append(hidden_BSE)
-        return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
-
-    def unpack(self, answer: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, S, E] in the teacher's dtype, slots [B], digests [B]."""
-        slots_B, digests_B = answer[: 8 * B].view(torch.int64), answer[8 * B : 16 * B].view(torch.int64)
-        rest, shape = answer[16 * B :], (B, S, self.width)
+        header = torch.cat([slots_B, digests_B])
         if not self.float8:
-            return rest.view(self.dtype).view(shape), slots_B, digests_B
-        scales_BS1 = rest[: 4 * B * S].view(torch.float32).view(B, S, 1)
-        hidden_BSE = rest[4 * B * S :].view(FLOAT8).view(shape).float() * scales_BS1
+            return pack(header, hidden_BSE)
+        scales_BS1 = hidden_BSE.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30) / _LARGEST
+        return pack(header, scales_BS1, (hidden_BSE.float() / scales_BS1).to(FLOAT8))
+
+    def decode(self, answer: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, S, E] in the teacher's dtype, slots [B], digests [B]."""
+        header, payload = unpack(answer, 2 * B)
+        slots_B, digests_B = header.split(B)
+        shape = (B, S, self.width)
+        if not self.float8:
+            return payload.view(self.dtype).view(shape), slots_B, digests_B
+        scales_BS1 = payload[: 4 * B * S].view(torch.float32).view(B, S, 1)
+        hidden_BSE = payload[4 * B * S :].view(FLOAT8).view(shape).float() * scales_BS1
         return hidden_BSE.to(self.dtype), slots_B, digests_B

@@ -1,15 +1,14 @@
-"""Room `teacher`: a teacher that has ranks of its own, and how the student's ranks ask it. It knows no student.
+"""A teacher with ranks of its own: its server, and the client on the student's ranks.
 
 Legend: B sequences of a client's micro-batch, S tokens of each, E width.
 
-A client sends *requests* (tokens, slots), `queue` of them at most before the oldest is answered: that bounds what
-waits on either side. The first stage takes one request of each client in turn; its *parcels* go from stage to stage,
+A client sends *requests* (tokens, slots), at most `queue` of them before the oldest is answered: that bounds what
+waits on either side. The first stage takes one request of each client in turn; its *packets* go from stage to stage,
 each stage working as they come, and the last one sends the *answer* back: hidden states, slots, and the digests of the
-tokens that the first stage read. Requests come in *conversations*, one for each `signals`, of which a server sees no
-end: all clients of it ask as much in each. A client that will ask no more says stop.
+tokens that the first stage read. Requests come in *streams*, one for each call of `signals`, which a server cannot
+tell apart: all its clients send as many requests in each. A client that has no more requests sends a stop.
 """
 
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -18,22 +17,22 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.distributed.bridge import Bridge, Message
-from megadistill.errors import OperatorFault
-from megadistill.teacher.codec import Wire
+from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.p2p import Message
+from megadistill.teacher.codec import INT64_BYTES, ActivationCodec, checked_signal, pack, unpack
 from megadistill.teacher.stage import TeacherStage
 from megadistill.types import TeacherSignal, TokenBatch, token_digest
 
-RECEIVES = 2
-"""Parcels that a stage expects at a time."""
+POSTED_RECEIVES = 2
+"""Receives of packets that a stage posts at a time: one is worked on while the next one comes."""
 
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
-"""The first number of a request. Recorded: in a step that is; the stages then record what they do."""
+"""First number of a request. Recorded: the client records a timeline of the step, so the stages do too."""
 
 
 @dataclass(frozen=True)
-class RequestForm:
-    """How a micro-batch travels: [1 + B·(1 + S)] int64, with positions [1 + B·(1 + 2·S)]."""
+class RequestCodec:
+    """The packet of a request: [1 + B·(1 + S)] int64, with positions [1 + B·(1 + 2·S)]."""
 
     B: int
     S: int
@@ -42,8 +41,8 @@ class RequestForm:
     def __len__(self) -> int:
         return 1 + self.B * (1 + self.S * (2 if self.masked else 1))
 
-    def written(self, batch: TokenBatch | None, device: torch.device) -> Tensor:
-        """None: stop."""
+    def encode(self, batch: TokenBatch | None, device: torch.device) -> Tensor:
+        """The request for a batch; for None a stop."""
         if batch is None:
             return torch.full((len(self),), _STOP, dtype=torch.int64, device=device)
         assert batch.tokens.shape == (self.B, self.S), "the micro-batches of a run have one shape"
@@ -53,95 +52,81 @@ class RequestForm:
             parts.append(batch.positions.flatten())
         return torch.cat(parts).to(device)
 
-    def read(self, request: Tensor) -> tuple[bool, Tensor, Tensor, Tensor | None] | None:
-        """Whether it is recorded, slots [B], tokens [B, S], positions [B, S]; None: stop."""
-        asked = request[0].item()
-        if asked == _STOP:
+    def decode(self, request: Tensor) -> tuple[bool, Tensor, Tensor, Tensor | None] | None:
+        """Whether the step is recorded, slots [B], tokens [B, S], positions [B, S]; None for a stop."""
+        work = request[0].item()
+        if work == _STOP:
             return None
         slots, rest = request[1 : 1 + self.B], request[1 + self.B :].view(-1, self.B, self.S)
-        return asked == _RECORDED_WORK, slots, rest[0], rest[1] if self.masked else None
+        return work == _RECORDED_WORK, slots, rest[0], rest[1] if self.masked else None
 
 
 class RemoteTeacher:
-    """A client's side: what `TeacherPipeline` is where the teacher lives on the same ranks."""
+    """The client: takes the place of `TeacherPipeline` where the teacher has ranks of its own."""
 
-    def __init__(self, bridge: Bridge, form: RequestForm, wire: Wire, *, queue: int, device: torch.device) -> None:
+    def __init__(
+        self, bridge: Bridge, requests: RequestCodec, answers: ActivationCodec, *, queue: int, device: torch.device
+    ) -> None:
         roles = bridge.roles
         replica = roles.replica(bridge.rank)
-        self._bridge, self._form, self._wire = bridge, form, wire
+        self._bridge, self._requests, self._answers = bridge, requests, answers
         self._first, self._last = roles.rank_of(replica, 0), roles.rank_of(replica, roles.stages - 1)
         self._queue = queue
         self._device = device
-        self._asked: deque[tuple[TokenBatch, Message, Message]] = deque()
-        self.waited = 0.0
-        """Seconds that this rank has waited for answers."""
+        self._in_flight: deque[tuple[Message, Message]] = deque()
+        """Request and answer of each micro-batch, the oldest first."""
 
     @property
     def ahead(self) -> int:
-        """Micro-batches that are asked for after one before it is answered."""
+        """Micro-batches that are requested after one before it is answered."""
         return self._queue - 1
 
     def bytes_in_flight(self, B: int, S: int) -> int:
-        """What a rank holds for answers under way, at most."""
-        return self._queue * self._wire.bytes(B, S)
+        """Upper bound on the bytes of answers under way that a rank holds."""
+        return self._queue * self._answers.bytes(B, S)
 
     def signals(self, batches: Iterator[TokenBatch]) -> Generator[TeacherSignal, None, None]:
-        """As `TeacherPipeline.signals`. The teacher listens on when they end, or are closed early: see `dismiss`.
+        """Like `TeacherPipeline.signals`. The server keeps running when they end, or are closed early: see `close`.
 
         Raises:
             OperatorFault: the hidden states are not finite.
         """
-        self._drop()
+        self._drop_answers()
         more = True
         while True:
-            while more and len(self._asked) < self._queue:
+            while more and len(self._in_flight) < self._queue:
                 batch = next(batches, None)
                 if batch is None:
                     more = False
                 else:
-                    self._asked.append(self._ask(batch))
-            if not self._asked:
+                    self._send_request(batch)
+            if not self._in_flight:
                 return
-            batch, request, answer = self._asked.popleft()
+            request, answer = self._in_flight.popleft()
             request.wait()
-            began = time.perf_counter()
-            arrived = answer.wait()
-            self.waited += time.perf_counter() - began
-            yield self._signal(batch, arrived)
+            yield checked_signal(*self._answers.decode(answer.wait(), self._requests.B, self._requests.S))
 
-    def dismiss(self) -> None:
-        """Tells the teacher that this client asks no more; it ends when all of them have. Once, at the end of a run."""
-        self._drop()
-        self._bridge.send(self._form.written(None, self._device), self._first, what="request").wait()
+    def close(self) -> None:
+        """Sends a stop to the server, which ends when all clients have. Call it once, at the end of a run."""
+        self._drop_answers()
+        self._bridge.send(self._requests.encode(None, self._device), self._first, label="request").wait()
 
-    def _drop(self) -> None:
-        """Receives what the last conversation asked for and did not take.
+    def _drop_answers(self) -> None:
+        """Receives the answers that the last stream requested and did not take.
 
-        Not when it is closed: where an error closes it, other clients may ask no more, and their turn would be waited
-        for.
+        Not done when a stream is closed: where an error closes it, other clients may send no more requests, and the
+        answers would have to wait for their turn.
         """
-        while self._asked:
-            _, request, answer = self._asked.popleft()
-            request.wait()
-            answer.wait()
+        while self._in_flight:
+            for message in self._in_flight.popleft():
+                message.wait()
 
-    def _ask(self, batch: TokenBatch) -> tuple[TokenBatch, Message, Message]:
-        empty = torch.empty(self._wire.bytes(self._form.B, self._form.S), dtype=torch.uint8, device=self._device)
-        answer = self._bridge.expect(empty, self._last, what="answer")
-        request = self._bridge.send(self._form.written(batch, self._device), self._first, what="request")
-        return batch, request, answer
-
-    def _signal(self, batch: TokenBatch, answer: Tensor) -> TeacherSignal:
-        hidden_BSE, slots_B, digests_B = self._wire.unpack(answer, self._form.B, self._form.S)
-        finite = hidden_BSE.sum(dtype=torch.float32).isfinite()
-        *tags, is_finite = torch.cat([slots_B, digests_B, finite.long().unsqueeze(0)]).tolist()
-        if not is_finite:
-            raise OperatorFault(
-                f"the teacher's hidden states are not finite in slots {batch.slots.tolist()}: check its weights and "
-                "its dtype before starting again"
-            )
-        slots, digests = torch.tensor(tags[: self._form.B]), torch.tensor(tags[self._form.B :])
-        return TeacherSignal(hidden=hidden_BSE.flatten(0, 1), slots=slots, digests=digests)
+    def _send_request(self, batch: TokenBatch) -> None:
+        size = self._answers.bytes(self._requests.B, self._requests.S)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        answer = self._bridge.post_recv(buffer, self._last, label="answer")
+        request = self._bridge.send(self._requests.encode(batch, self._device), self._first, label="request")
+        self._in_flight.append((request, answer))
 
 
 @dataclass(frozen=True)
@@ -149,7 +134,7 @@ class _Job:
     """A micro-batch on its way through the stages."""
 
     client: int
-    recorded: bool
+    is_recorded: bool
     slots_B: Tensor
     digests_B: Tensor
     positions_BS: Tensor | None
@@ -158,110 +143,106 @@ class _Job:
 
 
 class TeacherServer:
-    """A stage's side: answers until every client has dismissed it."""
+    """The server: one stage, at work until every client has sent a stop."""
 
-    def __init__(self, stage: TeacherStage, bridge: Bridge, form: RequestForm, wire: Wire, *, queue: int) -> None:
-        self._stage, self._bridge, self._form, self._wire, self._queue = stage, bridge, form, wire, queue
+    def __init__(
+        self, stage: TeacherStage, bridge: Bridge, requests: RequestCodec, answers: ActivationCodec, *, queue: int
+    ) -> None:
+        self._stage, self._bridge, self._requests, self._answers = stage, bridge, requests, answers
+        self._queue = queue
         roles = bridge.roles
         replica = roles.replica(bridge.rank)
         self._clients = list(roles.clients(replica))
-        self._before = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
-        self._after = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
-        self._going: deque[Message] = deque()
+        self._previous = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
+        self._next = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
+        self._outgoing: deque[Message] = deque()
         self._name = f"teacher stage {stage.stage}"
 
     @torch.no_grad()
-    def answers(self) -> Iterator[int]:
-        """Works until the last client has dismissed it; after each micro-batch, how many passed through this stage.
+    def serve(self) -> Iterator[int]:
+        """Works until the last client has sent a stop; yields the number of micro-batches done after each.
 
-        On its way are two receives at most, and `queue` sends a client.
+        Under way are `POSTED_RECEIVES` receives at most, and `queue` sends a client.
         """
-        for answered, job in enumerate(self._jobs(), 1):
-            timeline.follow(job.recorded)
-            with timeline.span(timeline.COMPUTE, self._name, answered):
+        for done, job in enumerate(self._jobs(), 1):
+            timeline.follow(job.is_recorded)
+            with timeline.span(timeline.COMPUTE, self._name, done):
                 y = self._stage(job.x, job.positions_BS)
-                last = self._after is None
-                message = self._wire.pack(y, job.slots_B, job.digests_B) if last else self._parcel(job, y)
-            self._send(message, job.client if self._after is None else self._after)
-            yield answered
-        if self._after is not None:
-            for _ in range(RECEIVES):  # one for each receive that is posted there
-                self._send(self._parcel(None, None), self._after)
-        while self._going:
-            self._going.popleft().wait()
+                if self._next is None:
+                    message = self._answers.encode(y, job.slots_B, job.digests_B)
+                else:
+                    message = self._encode_job(job, y)
+            self._send(message, job.client if self._next is None else self._next)
+            yield done
+        if self._next is not None:
+            for _ in range(POSTED_RECEIVES):  # one for each receive that is posted there
+                stop = torch.full((self._packet_bytes,), 0xFF, dtype=torch.uint8, device=self._stage.device)
+                self._send(stop, self._next)
+        while self._outgoing:
+            self._outgoing.popleft().wait()
 
     def _jobs(self) -> Iterator[_Job]:
-        return self._asked() if self._before is None else self._arrived()
+        return self._jobs_of_clients() if self._previous is None else self._jobs_of_stage(self._previous)
 
-    def _asked(self) -> Iterator[_Job]:
-        """One request of each client in turn; the next one of each is always expected."""
-        coming = {client: self._expected_request(client) for client in self._clients}
-        while coming:
-            for client in list(coming):
-                found = self._form.read(coming[client].wait())
-                if found is None:
-                    del coming[client]
+    def _jobs_of_clients(self) -> Iterator[_Job]:
+        """One request of each client in turn; the receive of each one's next request is always posted."""
+        requests = {client: self._receive_request(client) for client in self._clients}
+        while requests:
+            for client in list(requests):
+                request = self._requests.decode(requests[client].wait())
+                if request is None:
+                    del requests[client]
                     continue
-                recorded, slots_B, tokens_BS, positions_BS = found
-                coming[client] = self._expected_request(client)
-                yield _Job(client, recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
+                is_recorded, slots_B, tokens_BS, positions_BS = request
+                requests[client] = self._receive_request(client)
+                yield _Job(client, is_recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
 
-    def _expected_request(self, client: int) -> Message:
-        buffer = torch.empty(len(self._form), dtype=torch.int64, device=self._stage.device)
-        return self._bridge.expect(buffer, client, what="request")
+    def _receive_request(self, client: int) -> Message:
+        buffer = torch.empty(len(self._requests), dtype=torch.int64, device=self._stage.device)
+        return self._bridge.post_recv(buffer, client, label="request")
 
-    def _arrived(self) -> Iterator[_Job]:
-        """From the stage before, received ahead: one is worked on while the next one comes."""
-        coming = deque(self._expected_parcel() for _ in range(RECEIVES))
-        while (job := self._unpacked(coming.popleft().wait())) is not None:
-            coming.append(self._expected_parcel())
+    def _jobs_of_stage(self, previous: int) -> Iterator[_Job]:
+        """Jobs from the stage before, received ahead."""
+        packets = deque(self._receive_packet(previous) for _ in range(POSTED_RECEIVES))
+        while (job := self._decode_job(packets.popleft().wait())) is not None:
+            packets.append(self._receive_packet(previous))
             yield job
-        for parcel in coming:
-            parcel.wait()
+        for packet in packets:
+            packet.wait()
 
-    def _expected_parcel(self) -> Message:
-        assert self._before is not None
-        buffer = torch.empty(self._parcel_bytes, dtype=torch.uint8, device=self._stage.device)
-        return self._bridge.expect(buffer, self._before, what="parcel")
+    def _receive_packet(self, previous: int) -> Message:
+        buffer = torch.empty(self._packet_bytes, dtype=torch.uint8, device=self._stage.device)
+        return self._bridge.post_recv(buffer, previous, label="packet")
 
     def _send(self, message: Tensor, to: int) -> None:
-        self._going.append(self._bridge.send(message, to, what="answer" if self._after is None else "parcel"))
-        if len(self._going) > self._queue * len(self._clients):
-            self._going.popleft().wait()
+        self._outgoing.append(self._bridge.send(message, to, label="answer" if self._next is None else "packet"))
+        if len(self._outgoing) > self._queue * len(self._clients):
+            self._outgoing.popleft().wait()
 
-    # A parcel: client (or -1 for stop), whether its step is recorded, slots, digests and positions as int64, then the
-    # hidden states.
-
-    @property
-    def _head(self) -> int:
-        """int64 numbers in front of the hidden states."""
-        B, S = self._form.B, self._form.S
-        return 2 + 2 * B + (B * S if self._form.masked else 0)
+    # The header of a packet: client (-1: stop), whether its step is recorded, slots, digests and positions.
 
     @property
-    def _parcel_bytes(self) -> int:
-        elements = torch.Size(self._stage.hidden_shape(self._form.B, self._form.S)).numel()
-        return 8 * self._head + elements * self._stage.dtype.itemsize
+    def _header_numbers(self) -> int:
+        B, S = self._requests.B, self._requests.S
+        return 2 + 2 * B + (B * S if self._requests.masked else 0)
 
-    def _parcel(self, job: _Job | None, hidden_BSE: Tensor | None) -> Tensor:
-        parcel = torch.zeros(self._parcel_bytes, dtype=torch.uint8, device=self._stage.device)
-        head = parcel[: 8 * self._head].view(torch.int64)
-        if job is None or hidden_BSE is None:
-            head[0] = -1
-            return parcel
-        parts = [head.new_tensor([job.client, job.recorded]), job.slots_B, job.digests_B]
+    @property
+    def _packet_bytes(self) -> int:
+        return INT64_BYTES * self._header_numbers + self._stage.hidden_bytes(self._requests.B, self._requests.S)
+
+    def _encode_job(self, job: _Job, hidden_BSE: Tensor) -> Tensor:
+        header = [job.slots_B.new_tensor([job.client, job.is_recorded]), job.slots_B, job.digests_B]
         if job.positions_BS is not None:
-            parts.append(job.positions_BS.flatten())
-        head.copy_(torch.cat(parts))
-        parcel[8 * self._head :] = hidden_BSE.flatten().view(torch.uint8)
-        return parcel
+            header.append(job.positions_BS.flatten())
+        return pack(torch.cat(header), hidden_BSE)
 
-    def _unpacked(self, parcel: Tensor) -> _Job | None:
-        B, S = self._form.B, self._form.S
-        head = parcel[: 8 * self._head].view(torch.int64)
-        client, recorded = head[:2].tolist()
+    def _decode_job(self, packet: Tensor) -> _Job | None:
+        B, S = self._requests.B, self._requests.S
+        header, payload = unpack(packet, self._header_numbers)
+        client, is_recorded = header[:2].tolist()
         if client < 0:
             return None
-        hidden = parcel[8 * self._head :].view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
-        positions_BS = head[2 + 2 * B :].view(B, S) if self._form.masked else None
-        return _Job(client, bool(recorded), head[2 : 2 + B], head[2 + B : 2 + 2 * B], positions_BS, hidden)
+        slots_B, digests_B, positions = header[2:].split([B, B, len(header) - 2 - 2 * B])
+        positions_BS = positions.view(B, S) if self._requests.masked else None
+        hidden_BSE = payload.view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
+        return _Job(client, bool(is_recorded), slots_B, digests_B, positions_BS, hidden_BSE)

@@ -1,4 +1,4 @@
-"""Room `teacher`: one stage of the frozen teacher, and its head's rows. It knows no other stage and no student.
+"""One stage of the frozen teacher, and the rows of its LM head.
 
 Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this rank's vocabulary slice, u of them true.
 """
@@ -35,7 +35,7 @@ class TeacherStage(nn.Module):
     def load(cls, folder: Path, *, stage: int, stages: int, dtype: torch.dtype, device: torch.device) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
-        In bfloat16, what stays in float32 are the buffers; no parameter of a supported family has to. The host's memory
+        In bfloat16, only the buffers stay in float32; no parameter of a supported family has to. The host's memory
         peaks at the stage (none of it, where `device` is another) and one parameter.
 
         Raises:
@@ -71,14 +71,18 @@ class TeacherStage(nn.Module):
         return next(self.parameters()).device
 
     def weights(self) -> list[tuple[str, Tensor]]:
-        """All that the stage computes with, by names that count its own layers: parameters and buffers."""
+        """Parameters and buffers; their names count the layers of this stage from 0."""
         where = f"of stage {self.stage} of {self.stages}"
         named = [*self.decoder.named_parameters(), *self.decoder.named_buffers()]
         return [(f"{name} {where}", tensor) for name, tensor in named]
 
     def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
-        """(B, S, E): what every stage gives, and every stage but the first reads."""
+        """(B, S, E): the shape of every stage's output, and of the input of every stage but the first."""
         return batch, sequence, int(self.decoder.config.hidden_size)
+
+    def hidden_bytes(self, batch: int, sequence: int) -> int:
+        """Bytes of a stage's output."""
+        return torch.Size(self.hidden_shape(batch, sequence)).numel() * self.dtype.itemsize
 
     # Not inference mode: its tensors could not be saved for the student's backward pass.
     @torch.no_grad()
@@ -95,7 +99,7 @@ def head_rows(
     """[v, E]: this rank's rows of the teacher's head; only they are read. From `vocab.size` on they are zero.
 
     `ids` [vocab.size] int64, on the host: the teacher's id of each of the student's, -1 where it has none: such a row
-    is zero too, and `unknown_bias` is what keeps it out of the softmax. By default both have the same ids.
+    is zero too, and `unknown_bias` keeps it out of the softmax. By default both have the same ids.
 
     Raises:
         UserError: the teacher's vocabulary is smaller than `vocab.size`, or than an id of `ids`.
@@ -114,11 +118,11 @@ def head_rows(
             f"teacher.vocab_map: holds id {int(ids.max())}, the teacher in {folder} has {teacher_rows} vocabulary rows"
         )
     true_ids_u = vocab.global_ids()[: vocab.true_rows]
-    wanted_u = true_ids_u if ids is None else ids[true_ids_u]
-    known_u = wanted_u >= 0
+    teacher_ids_u = true_ids_u if ids is None else ids[true_ids_u]
+    known_u = teacher_ids_u >= 0
     rows_vE = torch.zeros(vocab.rows, weights.shape(name)[1], dtype=dtype, device=device)
-    found = weights.rows(name, _runs(wanted_u[known_u])).to(device, dtype)
-    rows_vE[: vocab.true_rows][known_u.to(device)] = found
+    known_rows = weights.rows(name, _consecutive_ranges(teacher_ids_u[known_u]))
+    rows_vE[: vocab.true_rows][known_u.to(device)] = known_rows.to(device, dtype)
     return rows_vE
 
 
@@ -134,7 +138,7 @@ def unknown_bias(vocab: VocabSlice, ids: Tensor, *, device: torch.device) -> Ten
     return bias_v.to(device)
 
 
-def _runs(ids: Tensor) -> list[tuple[int, int]]:
+def _consecutive_ranges(ids: Tensor) -> list[tuple[int, int]]:
     """The ids as half-open ranges, in their order: a range for each stretch of consecutive ids."""
     if ids.numel() == 0:
         return []

@@ -1,4 +1,4 @@
-"""Room `teacher`: whether a teacher's ids are those of the data, where no map between the two is read."""
+"""A check that the teacher's token ids are those of the data, for commands that read no `teacher.vocab_map`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from megadistill.errors import UserError
 
 
 def require_same_ids(teacher: Path, config: Any, data: Mixture) -> None:
-    """`config` is that of the folder `teacher`.
+    """Checks the model folder `teacher`, whose model config is `config`, against the data.
 
     Raises:
         UserError: it has fewer ids than the data, or another tokenizer.

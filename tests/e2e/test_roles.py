@@ -72,7 +72,7 @@ def test_when_one_dies_the_others_say_so_and_end(place: Place, dies: int) -> Non
             if rank != dies:
                 assert process.returncode == 3, said
                 assert f"lost another rank in a collective: rank {dies} (" in said
-                assert "no sign of life" in said
+                assert "no heartbeat" in said
                 assert "Traceback" not in said
 
 
@@ -83,4 +83,4 @@ def test_when_one_hangs_it_is_named_and_the_others_end(place: Place, hangs: int)
         os.kill(ranks[hangs].pid, signal.SIGSTOP)
         ended = {rank: process.communicate(timeout=60)[0] for rank, process in enumerate(ranks) if rank != hangs}
         assert all(ranks[rank].returncode == 3 for rank in ended), ended
-        assert f"no sign of life from rank {hangs} for " in ended[min(ended)]
+        assert f"no heartbeat from rank {hangs} for " in ended[min(ended)]

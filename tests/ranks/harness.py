@@ -15,8 +15,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, joined
+from megadistill.distributed.topology import process_groups
 
 PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tests.ranks.preload"]
 
@@ -38,7 +39,7 @@ def _serve(
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(launch.local_world))
     try:
-        with joined(launch, vocab_group=vocab_group, timeout_minutes=1.0, roles=roles) as topology:
+        with process_groups(launch, vocab_group=vocab_group, timeout_minutes=1.0, roles=roles) as topology:
             result = function(topology, *arguments)
         pipe.send_bytes(pickle.dumps((None, result)))
     except BaseException:
@@ -53,7 +54,7 @@ def run_ranks(
     roles: Roles | None = None,
     deadline: float = 120.0,
 ) -> list[Any]:
-    """`function(topology, *arguments)` on `world` ranks; what each returned, in rank order.
+    """Runs `function(topology, *arguments)` on `world` ranks; returns their results in rank order.
 
     `function` is at the top level of its module. `vocab_group` is p, by default the whole world.
 
@@ -95,7 +96,7 @@ def run_ranks(
             try:
                 failure, results[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure = "died without a word"
+                failure = "died without a traceback"
             if failure is not None:
                 failures.append(f"--- rank {rank} of {world}\n{failure}")
                 end = min(end, time.monotonic() + 1.0)

@@ -1,227 +1,232 @@
-"""Who holds up a run: a decision from what every rank says of itself. It knows no clock, no threads and no store.
+"""Hang diagnosis: which rank holds up a run, from the heartbeats of all ranks.
 
-The rank that is *not* in the collective is the one to name: those that wait in it are as late as it is. A rank counts
-as outside when its frames say so, or when it has joined fewer collectives than others of its group (`whereabouts`).
+The rank to name is the one *outside* of the collective: those that wait in it are as late as it is. A rank is outside
+when its stack shows no wait for other ranks, or when it has joined fewer collectives than others of its group
+(`stack_probe`).
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 LOST = "lost"
 """The `end` of a rank whose collective failed because of another rank."""
 
 STALE_SECONDS = 3.0
-"""A sign that has not changed for so long is no longer news of a rank: it was killed, or is frozen."""
+"""Age (s) from which an unchanged heartbeat means that its process was killed or is frozen."""
 
 GRACE_SECONDS = 10.0
-"""From a rank's own end to the end of all: its peers may notice by themselves, and say more."""
+"""Time (s) between a rank's failure and the abort of all others: they may notice by themselves and know more."""
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What a rank says of itself, about once a second."""
+class Heartbeat:
+    """The state of a rank, published about once a second."""
 
     host: str
     pid: int
-    beat: int = 0
+    tick: int = 0
+    """Number of this heartbeat."""
     phase: str = "start"
     step: int = 0
+    """Optimizer step; 0 outside of one."""
     seconds: float = 0.0
-    """Since the phase began."""
+    """Time (s) since the phase began."""
     limit: float | None = None
-    """Seconds that the phase may take; None: as long as it likes, since it serves others."""
-    waits: bool = False
-    """For other ranks, as far as its frames show."""
-    place: str = ""
-    joined: dict[str, int] = field(default_factory=dict)
-    """Collectives that it has joined, by group."""
+    """Time limit (s) of the phase; None for a phase that waits for requests."""
+    is_waiting: bool = False
+    """Whether the stack shows a wait for other ranks."""
+    location: str = ""
+    """File, line and function of the main thread."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Number of collectives joined, by group."""
     end: str | None = None
-    """Why it ends: `LOST`, or its own reason."""
+    """Reason why the rank ends: `LOST`, or its own error."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def loads(cls, text: str | bytes) -> "Sign":
+    def loads(cls, text: str | bytes) -> "Heartbeat":
         return cls(**json.loads(text))
 
     @property
-    def late(self) -> bool:
+    def is_late(self) -> bool:
         return self.limit is not None and self.seconds > self.limit
 
 
-class Observer:
-    """Sees the signs of all ranks again and again, and says when the run has to end, and because of whom.
+Heartbeats = Mapping[int, Heartbeat]
+"""Rank of the launch -> its last heartbeat."""
 
-    `silence`: seconds without a new sign after which a rank is taken for dead. `period`: seconds between looks.
+
+class HangDetector:
+    """Decides from the heartbeats of all ranks when a run must be aborted, and names the rank to blame.
+
+    `silence`: age (s) of a heartbeat from which its rank counts as dead. `period`: time (s) between two updates.
     """
 
     def __init__(self, *, silence: float, period: float) -> None:
         self._silence = silence
         self._period = period
-        self._changed: dict[int, tuple[Sign, float]] = {}
-        self._looked: float | None = None
-        self._suspected: list[int] | None = None
+        self._latest: dict[int, tuple[Heartbeat, float]] = {}
+        """Rank -> its heartbeat, and when it was new."""
+        self._updated: float | None = None
+        self._suspects: list[int] | None = None
 
-    def look(self, signs: Mapping[int, Sign], now: float) -> str | None:
-        """Why the run has to end; None: it need not. `now` is a clock that only goes forward."""
-        if self._looked is not None and now - self._looked > 5 * self._period:
-            self._changed.clear()  # this process was frozen itself, and so perhaps were all
-        self._looked = now
-        for rank, sign in signs.items():
-            before = self._changed.get(rank)
-            if before is None or before[0].beat != sign.beat or before[0].end != sign.end:
-                self._changed[rank] = (sign, now)
-        return self._ended(now) or self._silent(now) or self._stalled(now)
+    def update(self, heartbeats: Heartbeats, now: float) -> str | None:
+        """The reason to abort the run, or None. `now` (s) is a monotonic clock."""
+        if self._updated is not None and now - self._updated > 5 * self._period:
+            self._latest.clear()  # this process was frozen itself, and so perhaps were all
+        self._updated = now
+        for rank, heartbeat in heartbeats.items():
+            before = self._latest.get(rank)
+            if before is None or (before[0].tick, before[0].end) != (heartbeat.tick, heartbeat.end):
+                self._latest[rank] = (heartbeat, now)
+        return self._failed_rank(now) or self._dead_rank(now) or self._hang(now)
 
-    def missing(self, now: float) -> str | None:
-        """Whom ranks lost that notice a broken connection: who ended first for a reason, or shows no sign of life."""
-        for rank, (sign, _) in self._changed.items():
-            if sign.end is not None and sign.end != LOST:
-                return f"{_named(rank, sign)}, which says: {sign.end}"
-        for rank, (sign, since) in self._changed.items():
-            if sign.end is None and now - since > max(STALE_SECONDS, 2 * self._period):
-                return f"{_named(rank, sign)}: no sign of life for {now - since:.0f} s, last seen {_last(sign)}"
+    def lost_rank(self, now: float) -> str | None:
+        """The rank behind a broken connection: the first that ended with an error, or that has no heartbeat."""
+        for rank, (heartbeat, _) in self._latest.items():
+            if heartbeat.end is not None and heartbeat.end != LOST:
+                return f"{_name(rank, heartbeat)}: {heartbeat.end}"
+        for rank, (heartbeat, since) in self._latest.items():
+            if heartbeat.end is None and now - since > max(STALE_SECONDS, 2 * self._period):
+                return f"{_name(rank, heartbeat)}: no heartbeat for {now - since:.0f} s, last seen {_state(heartbeat)}"
         return None
 
-    def _ended(self, now: float) -> str | None:
-        ended = [
-            (sign.end == LOST, rank) for rank, (sign, since) in self._changed.items() if self._over(sign, since, now)
+    def _failed_rank(self, now: float) -> str | None:
+        failed = [
+            (heartbeat.end == LOST, rank)  # an error says more than a lost connection
+            for rank, (heartbeat, since) in self._latest.items()
+            if heartbeat.end is not None and now - since > GRACE_SECONDS
         ]
-        if not ended:
+        if not failed:
             return None
-        _, rank = min(ended)  # a reason says more than a loss
-        sign, _ = self._changed[rank]
-        reason = "lost another rank" if sign.end == LOST else f"failed: {sign.end}"
-        return f"{_named(rank, sign)} {reason}; the others cannot go on without it"
+        is_lost, rank = min(failed)
+        heartbeat, _ = self._latest[rank]
+        reason = "lost another rank" if is_lost else f"failed: {heartbeat.end}"
+        return f"{_name(rank, heartbeat)} {reason}; the other ranks cannot continue without it"
 
-    def _over(self, sign: Sign, since: float, now: float) -> bool:
-        return sign.end is not None and now - since > GRACE_SECONDS
-
-    def _silent(self, now: float) -> str | None:
-        for rank, (sign, since) in sorted(self._changed.items()):
-            if sign.end is None and now - since > silence_limit(self._silence, sign.limit):
-                return silent_rank(rank, sign, now - since)
+    def _dead_rank(self, now: float) -> str | None:
+        for rank, (heartbeat, since) in sorted(self._latest.items()):
+            if heartbeat.end is None and now - since > silence_limit(self._silence, heartbeat.limit):
+                return dead_rank_message(rank, heartbeat, now - since)
         return None
 
-    def _stalled(self, now: float) -> str | None:
-        """Two looks in a row must name the same ranks: a rank may just be passing between two collectives."""
-        unchanged = {rank: now - since for rank, (sign, since) in self._changed.items() if sign.end is None}
-        signs = {
-            rank: replace(sign, seconds=sign.seconds + now - since)
-            for rank, (sign, since) in self._changed.items()
-            if sign.end is None
-        }
-        named = stalled(signs)
-        confirmed, self._suspected = named is not None and named == self._suspected, named
-        if named is None or not confirmed:
+    def _hang(self, now: float) -> str | None:
+        """Two updates in a row must name the same ranks: a rank may just pass from one collective to the next."""
+        ages = {rank: now - since for rank, (heartbeat, since) in self._latest.items() if heartbeat.end is None}
+        heartbeats = {}
+        for rank, age in ages.items():
+            heartbeat, _ = self._latest[rank]
+            heartbeats[rank] = replace(heartbeat, seconds=heartbeat.seconds + age)
+        suspects, before = stalled_ranks(heartbeats), self._suspects
+        self._suspects = suspects
+        if suspects is None or suspects != before:
             return None
-        if not named:
-            return _nobody(signs)
-        rank = named[0]
-        if unchanged[rank] > STALE_SECONDS + self._period:
-            return silent_rank(rank, signs[rank], unchanged[rank])
-        return _stuck(named, signs)
+        if not suspects:
+            return _unexplained_message(heartbeats)
+        rank = suspects[0]
+        if ages[rank] > STALE_SECONDS + self._period:
+            return dead_rank_message(rank, heartbeats[rank], ages[rank])
+        return _stuck_message(suspects, heartbeats)
 
 
-def stalled(signs: Mapping[int, Sign]) -> list[int] | None:
-    """The ranks that hold up a run in which some rank is late; empty: none can be told from the others; None: no hang.
+def stalled_ranks(heartbeats: Heartbeats) -> list[int] | None:
+    """The ranks that hold up a run in which a rank is late; [] where none differs from the others; None: no hang.
 
     Ranks that wait for one that is busy within the limit of its own phase (it saves, it starts up) are excused for as
     long as that limit.
     """
-    late = {rank: sign for rank, sign in signs.items() if sign.late}
+    late = {rank: heartbeat for rank, heartbeat in heartbeats.items() if heartbeat.is_late}
     if not late:
         return None
-    outside = _outside(signs)
+    outside = _ranks_outside(heartbeats)
     if not outside:
-        return _lagging(signs, late)
-    if found := [rank for rank in outside if rank in late]:
-        return found
-    longest = max((limit for rank in outside if (limit := signs[rank].limit) is not None), default=0.0)
-    if max(sign.seconds for sign in late.values()) <= longest:
+        return _lagging_ranks(heartbeats, late)
+    if late_outside := [rank for rank in outside if rank in late]:
+        return late_outside
+    longest = max((limit for rank in outside if (limit := heartbeats[rank].limit) is not None), default=0.0)
+    if max(heartbeat.seconds for heartbeat in late.values()) <= longest:
         return None
-    return [rank for rank in outside if signs[rank].limit is None] or outside
+    return [rank for rank in outside if heartbeats[rank].limit is None] or outside
 
 
-def _outside(signs: Mapping[int, Sign]) -> list[int]:
+def _ranks_outside(heartbeats: Heartbeats) -> list[int]:
     """Ranks outside of the collective that others are in, or wait to be joined in; empty where all are alike."""
-    behind = _behind(signs)
-    busy = [rank for rank, sign in sorted(signs.items()) if not sign.waits]
-    if found := [rank for rank in busy if rank in behind]:
-        return found
-    return busy if 0 < len(busy) < len(signs) else behind
+    behind = _ranks_behind(heartbeats)
+    busy = [rank for rank, heartbeat in sorted(heartbeats.items()) if not heartbeat.is_waiting]
+    if busy_and_behind := [rank for rank in busy if rank in behind]:
+        return busy_and_behind
+    return busy if 0 < len(busy) < len(heartbeats) else behind
 
 
-def _behind(signs: Mapping[int, Sign]) -> list[int]:
-    """Those that have joined the fewest collectives of a group whose ranks differ."""
-    found: set[int] = set()
-    for group in {group for sign in signs.values() for group in sign.joined}:
-        counts = {rank: sign.joined[group] for rank, sign in signs.items() if group in sign.joined}
+def _ranks_behind(heartbeats: Heartbeats) -> list[int]:
+    """Ranks that have joined the fewest collectives of a group whose ranks differ."""
+    behind: set[int] = set()
+    for group in {group for heartbeat in heartbeats.values() for group in heartbeat.collectives}:
+        counts = {rank: each.collectives[group] for rank, each in heartbeats.items() if group in each.collectives}
         fewest = min(counts.values())
         if fewest < max(counts.values()):
-            found.update(rank for rank, count in counts.items() if count == fewest)
-    return sorted(found)
+            behind.update(rank for rank, count in counts.items() if count == fewest)
+    return sorted(behind)
 
 
-def _lagging(signs: Mapping[int, Sign], late: Mapping[int, Sign]) -> list[int]:
-    """Of ranks that are alike: the only late ones; those in the lowest of several steps; or where few others are.
+def _lagging_ranks(heartbeats: Heartbeats, late: Heartbeats) -> list[int]:
+    """Among ranks that are alike: the only late ones, those in the lowest of several steps, or those in a rare place.
 
     The last rule is for accelerators: the host waits for its device, most of them at one line.
     """
-    lowest = min(sign.step for sign in late.values())
-    crowd, size = Counter(sign.place for sign in late.values()).most_common(1)[0]
-    slow = sorted(rank for rank, sign in late.items() if sign.step == lowest)
-    apart = sorted(rank for rank, sign in late.items() if sign.place != crowd)
-    if len(slow) < sum(sign.limit is not None for sign in signs.values()) or len(signs) == 1:
+    lowest = min(heartbeat.step for heartbeat in late.values())
+    crowd, size = Counter(heartbeat.location for heartbeat in late.values()).most_common(1)[0]
+    slow = sorted(rank for rank, heartbeat in late.items() if heartbeat.step == lowest)
+    apart = sorted(rank for rank, heartbeat in late.items() if heartbeat.location != crowd)
+    if len(slow) < sum(heartbeat.limit is not None for heartbeat in heartbeats.values()) or len(heartbeats) == 1:
         return slow
     return apart if 2 * size > len(late) else []
 
 
 def silence_limit(silence: float, limit: float | None) -> float:
-    """Seconds without a sign after which a rank is taken for dead, in a phase that may take `limit`."""
+    """Age (s) of a heartbeat from which its rank counts as dead, in a phase with the time limit `limit` (s)."""
     return max(STALE_SECONDS, silence if limit is None else min(silence, limit))
 
 
-def silent_rank(rank: int, sign: Sign | None, seconds: float) -> str:
-    """A line: the rank shows no sign of life; `sign` is the last one, if it is known."""
-    seen = "" if sign is None else f" ({_address(sign)}), last seen {_last(sign)}"
-    return f"no sign of life from rank {rank} for {seconds:.0f} s: it was killed or is frozen{seen}"
+def dead_rank_message(rank: int, heartbeat: Heartbeat | None, seconds: float) -> str:
+    """A line about a rank without heartbeat for `seconds`; `heartbeat` is its last one, if it is known."""
+    seen = "" if heartbeat is None else f" ({_address(heartbeat)}), last seen {_state(heartbeat)}"
+    return f"no heartbeat from rank {rank} for {seconds:.0f} s: it was killed or is frozen{seen}"
 
 
-def _stuck(ranks: list[int], signs: Mapping[int, Sign]) -> str:
-    first = signs[ranks[0]]
-    alone = len(signs) == 1
-    does = "waits elsewhere than" if first.waits else "is not in the collective of"
-    others = "" if alone else f" and {does} the others"
-    more = f"; so are ranks {_listed(ranks[1:])}" if len(ranks) > 1 else ""
-    return f"{_named(ranks[0], first)} is stuck{others}: {_last(first)} for {first.seconds:.0f} s{more}"
+def _stuck_message(ranks: list[int], heartbeats: Heartbeats) -> str:
+    first = heartbeats[ranks[0]]
+    contrast = "waits elsewhere than" if first.is_waiting else "is not in the collective of"
+    others = "" if len(heartbeats) == 1 else f" and {contrast} the others"
+    more = f"; so are ranks {_join(ranks[1:])}" if len(ranks) > 1 else ""
+    return f"{_name(ranks[0], first)} is stuck{others}: {_state(first)} for {first.seconds:.0f} s{more}"
 
 
-def _nobody(signs: Mapping[int, Sign]) -> str:
-    rank = max(signs, key=lambda rank: signs[rank].seconds if signs[rank].late else -1.0)
-    sign = signs[rank]
+def _unexplained_message(heartbeats: Heartbeats) -> str:
+    rank, latest = max(heartbeats.items(), key=lambda item: item[1].seconds if item[1].is_late else -1.0)
     return (
-        f"all {len(signs)} ranks stand alike and none can be named: {_last(sign)} for {sign.seconds:.0f} s on rank "
-        f"{rank}; look at the network, and at the stacks"
+        f"all {len(heartbeats)} ranks look alike, so none can be named: {_state(latest)} for {latest.seconds:.0f} s on "
+        f"rank {rank}; check the network and the stacks"
     )
 
 
-def _last(sign: Sign) -> str:
-    return f"in {sign.phase} of step {sign.step} at {sign.place}" if sign.step else f"in {sign.phase} at {sign.place}"
+def _state(heartbeat: Heartbeat) -> str:
+    step = f" of step {heartbeat.step}" if heartbeat.step else ""
+    return f"in {heartbeat.phase}{step} at {heartbeat.location}"
 
 
-def _named(rank: int, sign: Sign) -> str:
-    return f"rank {rank} ({_address(sign)})"
+def _name(rank: int, heartbeat: Heartbeat) -> str:
+    return f"rank {rank} ({_address(heartbeat)})"
 
 
-def _address(sign: Sign) -> str:
-    return f"{sign.host}, process {sign.pid}"
+def _address(heartbeat: Heartbeat) -> str:
+    return f"{heartbeat.host}, process {heartbeat.pid}"
 
 
-def _listed(ranks: Iterable[int]) -> str:
-    shown = list(ranks)
-    text = ", ".join(map(str, shown[:8]))
-    return text if len(shown) <= 8 else f"{text} and {len(shown) - 8} more"
+def _join(ranks: list[int]) -> str:
+    text = ", ".join(map(str, ranks[:8]))
+    return text if len(ranks) <= 8 else f"{text} and {len(ranks) - 8} more"

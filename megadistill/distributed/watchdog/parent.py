@@ -1,49 +1,50 @@
-"""No rank outlives its launcher. It knows nothing else of a run.
+"""The parent watch: a rank ends when its launcher is gone.
 
-The parent is looked at, and not `PR_SET_PDEATHSIG` asked for: that signal comes when the *thread* that started this
-process ends, which need not be the end of the launcher. The deepspeed launcher is a chain, runner -> launch.py -> rank,
-of which a SIGKILL to the runner leaves the rest at work: there the grandparent is looked at too.
+The parent process is polled: `PR_SET_PDEATHSIG` would send its signal when the *thread* that started this process ends,
+which need not be the end of the launcher. The deepspeed launcher is a chain, runner -> launch.py -> rank, of which a
+SIGKILL to the runner leaves the rest running: there the grandparent is polled too.
 """
 
 import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megadistill.errors import RestartFault
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
-def end_with_launcher(limit: float) -> None:
-    """From now on the end of the launcher is a SIGTERM to this rank; `limit` seconds later it is the end at once.
+def terminate_with_parent(limit: float) -> None:
+    """Starts a thread that sends SIGTERM to this rank when its launcher is gone, and exits `limit` seconds later.
 
-    Nothing happens in a process that no launcher started (RANK is not set): the end of a shell is none of its business.
-    To be called before torch.distributed starts, which sets RANK itself.
+    Does nothing in a process without a launcher (RANK is not set): it may outlive the shell that started it. Call it
+    before torch.distributed starts, which sets RANK itself.
     """
     if "RANK" not in os.environ:
         return
     parent = os.getppid()
     runner = _deepspeed_runner(parent)
-    threading.Thread(target=_look, args=(parent, runner, limit), name="launcher", daemon=True).start()
+    threading.Thread(target=_poll, args=(parent, runner, limit), name="parent watch", daemon=True).start()
 
 
-def _look(parent: int, runner: int | None, limit: float) -> None:
+def write_stderr(line: str) -> None:
+    """Writes a log line without taking a lock. The other end of the pipe may be gone."""
+    with suppress(OSError):
+        os.write(2, f"megadistill: {line}\n".encode())
+
+
+def _poll(parent: int, runner: int | None, limit: float) -> None:
     while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
-        time.sleep(LOOK_SECONDS)
-    _say("its launcher is gone: stopping")
+        time.sleep(POLL_SECONDS)
+    rank = os.environ["RANK"]
+    write_stderr(f"rank {rank}: its launcher is gone: stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(limit)
-    _say(f"its launcher is gone and it has not stopped in {limit:.0f} s: leaving without a checkpoint")
+    write_stderr(f"rank {rank}: still running {limit:.0f} s after its launcher was gone: exiting without a checkpoint")
     os._exit(RestartFault.exit_code)
-
-
-def _say(line: str) -> None:
-    try:
-        os.write(2, f"megadistill: rank {os.environ['RANK']}: {line}\n".encode())
-    except OSError:  # the launcher held the other end of the pipe
-        return
 
 
 def _deepspeed_runner(launcher: int) -> int | None:

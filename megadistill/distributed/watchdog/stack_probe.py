@@ -1,10 +1,10 @@
-"""Where this process is: whether its main thread waits for other ranks, and at which line. It asks nobody else.
+"""The state of this process: whether its main thread waits for other ranks, and at which line.
 
-Two signs, since neither is enough. *Frames*: the main thread stands in torch.distributed, or in a wait of ours or of
+Two signs, since neither is enough. *Frames*: the main thread is inside torch.distributed, or in a wait of ours or of
 DeepSpeed's. A CPU's backward runs its hooks on that thread; an accelerator's runs them on threads of autograd's, which
-are looked at too. What frames cannot show is a host that waits for its device (`.item()`), and with nccl that is how
+are read too. What frames cannot show is a host that waits for its device (`.item()`), and with nccl that is how
 most ranks of a hung run look. *Counts*: how many collectives each process group has been given. A rank that has not
-joined a collective that others have joined is behind, whatever its frames say, and on any backend.
+joined a collective that others have joined is behind, whatever its frames show, and on any backend.
 """
 
 import os
@@ -18,22 +18,19 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
-_HERE = str(Path(__file__).parent) + os.sep
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_TALKS = (
-    os.path.join(_TORCH, "distributed", ""),
-    os.path.join("deepspeed", "comm", ""),
-)
-_LONGEST = 240
-"""Characters of a place."""
+_WATCHDOG = str(Path(__file__).parent) + os.sep
+_TORCH_DISTRIBUTED = str(Path(torch.__file__).parent / "distributed") + os.sep
+_DEEPSPEED_COMM = os.path.join("deepspeed", "comm", "")
+_DEEPSPEED_ZERO = os.path.join("deepspeed", "runtime", "zero", "")
+_MAX_CHARACTERS = 240
 
 
-def whereabouts(frames: Mapping[int, FrameType], main: int) -> tuple[bool, str]:
+def blocked_in_collective(frames: Mapping[int, FrameType], main: int) -> tuple[bool, str]:
     """Whether the main thread waits for other ranks, and its innermost line in this package (or at all).
 
     `frames` are `sys._current_frames()`. A module of this package that waits for other ranks carries `WAITS_FOR_RANKS`,
     since a wait in C++ (of a `Work`, of a store) has no frame of torch's. For another process's JIT build the
-    place is the path of its lock.
+    location is the path of its lock.
     """
     innermost = frames.get(main)
     if innermost is None:
@@ -41,20 +38,20 @@ def whereabouts(frames: Mapping[int, FrameType], main: int) -> tuple[bool, str]:
     stacks = [innermost]
     if innermost.f_code.co_name == "_engine_run_backward":
         stacks = list(frames.values())
-    waits = any(_talks(frame) for stack in stacks for frame in _outwards(stack))
-    return waits, _place(innermost)[:_LONGEST]
+    is_waiting = any(_waits_for_ranks(frame) for stack in stacks for frame in _outwards(stack))
+    return is_waiting, _location(innermost)[:_MAX_CHARACTERS]
 
 
-def collectives_joined(world: str, *, but: ProcessGroup | None) -> dict[str, int]:
+def collectives_joined(world: str, *, excluded: ProcessGroup | None) -> dict[str, int]:
     """How many collectives each group of this process was given so far, by a name that its ranks share.
 
-    `world` sets the groups of one world apart from another's. Without the group `but`: messages from rank to rank are
-    counted too, and differ between the stages of a pipeline.
+    `world` sets the groups of one world apart from another's. Without the group `excluded`: messages from rank to rank
+    are counted too, and differ between the stages of a pipeline.
     """
     counts = {}
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)  # DeepSpeed's own are among them
     for group in groups:
-        if group is not but:
+        if group is not excluded:
             try:
                 counts[f"{world} {group.group_name}"] = group._get_sequence_number_for_group()
             except RuntimeError:  # a backend that does not count
@@ -68,30 +65,25 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _talks(frame: FrameType) -> bool:
-    if frame.f_globals.get("WAITS_FOR_RANKS", False):
-        return True
-    file, name = frame.f_code.co_filename, frame.f_code.co_name
-    return file.startswith(_TALKS[0]) or any(part in file for part in _TALKS[1:]) or _deepspeed_waits(file, name)
+def _waits_for_ranks(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return (
+        frame.f_globals.get("WAITS_FOR_RANKS", False)
+        or file.startswith(_TORCH_DISTRIBUTED)
+        or _DEEPSPEED_COMM in file
+        # ZeRO's handles call torch's own `wait`, which has no frame. (DeepSpeed's other waits are for a disk.)
+        or (_DEEPSPEED_ZERO in file and frame.f_code.co_name == "wait")
+    )
 
 
-def _deepspeed_waits(file: str, name: str) -> bool:
-    """ZeRO's handles call torch's own `wait`, which has no frame. (Others of its waits are for a disk.)"""
-    return os.path.join("deepspeed", "runtime", "zero", "") in file and name == "wait"
-
-
-def _place(innermost: FrameType) -> str:
+def _location(innermost: FrameType) -> str:
     own = None
     for frame in _outwards(innermost):
         file = frame.f_code.co_filename
         if file.endswith(os.path.join("utils", "file_baton.py")):
             lock = getattr(frame.f_locals.get("self"), "lock_file_path", None)
-            return f"a wait for the build lock {lock} (if nobody builds: rm {lock})"
-        if own is None and file.startswith(_PACKAGE) and not file.startswith(_HERE):
+            return f"a wait for the build lock {lock} (if no build runs: rm {lock})"
+        if own is None and file.startswith(_PACKAGE) and not file.startswith(_WATCHDOG):
             own = frame
-    return _line(own or innermost)
-
-
-def _line(frame: FrameType) -> str:
-    file = frame.f_code.co_filename.removeprefix(_PACKAGE)
-    return f"{file}:{frame.f_lineno} {frame.f_code.co_qualname}"
+    frame = own or innermost
+    return f"{frame.f_code.co_filename.removeprefix(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_qualname}"

@@ -14,7 +14,7 @@ def _rank(topology: Topology) -> int:
 
 def _fail_on_one(topology: Topology) -> None:
     if topology.rank == 1:
-        raise ValueError("rank one says no")
+        raise ValueError("rank one fails")
     all_reduce_sum(torch.ones(1), topology.world_group)
 
 
@@ -35,18 +35,18 @@ def test_results_come_in_rank_order() -> None:
 
 
 def test_a_failing_rank_is_the_failure_and_nobody_waits() -> None:
-    with pytest.raises(AssertionError, match="rank one says no"):
+    with pytest.raises(AssertionError, match="rank one fails"):
         run_ranks(2, _fail_on_one)
 
 
 @pytest.mark.parametrize(("world", "p"), [(1, 1), (2, 2), (4, 2), (4, 1)])
 def test_collectives_against_their_meaning(world: int, p: int) -> None:
-    for rank, found in enumerate(run_ranks(world, _collectives, vocab_group=p)):
+    for rank, results in enumerate(run_ranks(world, _collectives, vocab_group=p)):
         first, place = rank - rank % p, rank % p
         group = range(first, first + p)
         blocks = [torch.arange(p * 2, dtype=torch.float64).reshape(-1, 1) + 100 * r for r in group]
-        assert torch.equal(found["gather"], torch.cat([block[:2] for block in blocks]))
+        assert torch.equal(results["gather"], torch.cat([block[:2] for block in blocks]))
         total = torch.stack(blocks).sum(0)
-        assert torch.equal(found["reduce_scatter"], total[place * 2 : place * 2 + 2])
-        assert found["scatter"].flatten().tolist() == list(range(place * 3, place * 3 + 3))
-        assert found["strided"].item() == sum(range(place, world, p))
+        assert torch.equal(results["reduce_scatter"], total[place * 2 : place * 2 + 2])
+        assert results["scatter"].flatten().tolist() == list(range(place * 3, place * 3 + 3))
+        assert results["strided"].item() == sum(range(place, world, p))

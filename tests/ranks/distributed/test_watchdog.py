@@ -1,4 +1,4 @@
-"""The watch on real ranks, which hang and die in every way: each is found and named, and nobody is left waiting."""
+"""The watchdog on real ranks that hang and die in every way: each is detected and named, and no rank keeps waiting."""
 
 import ctypes
 import multiprocessing
@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from megadistill.distributed.collectives import all_reduce_sum
-from megadistill.distributed.topology import Launch, Topology, joined
-from megadistill.distributed.watchdog import diagnosis as verdict
-from megadistill.distributed.watchdog import watchdog as watch_module
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, process_groups
+from megadistill.distributed.watchdog import diagnosis
+from megadistill.distributed.watchdog import watchdog as watchdog_module
 from megadistill.errors import RestartFault
 from tests.ranks.harness import PRELOAD
 
@@ -51,29 +52,29 @@ def _hold_the_interpreter() -> None:
 
 
 def _raise() -> None:
-    raise ValueError("the disk says no")
+    raise ValueError("the disk is full")
 
 
 @dataclass(frozen=True)
 class _Ended:
     code: int | None
     """None: it had to be killed."""
-    said: str
+    stderr: str
 
 
 def _rank(launch: Launch, port: int, fault: Callable[[], None], culprit: int, folder: Path) -> None:
     """Steps of one all-reduce; the culprit does something else in one of them. Ends as the command does."""
-    os.dup2(os.open(folder / f"said-{launch.rank}", os.O_WRONLY | os.O_CREAT), 2)
-    watch_module.BEAT_SECONDS = 0.2
-    watch_module.TIMER_SECONDS = 1.0
-    verdict.STALE_SECONDS = 1.0
+    os.dup2(os.open(folder / f"stderr-{launch.rank}", os.O_WRONLY | os.O_CREAT), 2)
+    watchdog_module.HEARTBEAT_SECONDS = 0.2
+    watchdog_module.TIMER_SECONDS = 1.0
+    diagnosis.STALE_SECONDS = 1.0
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 0
     try:
-        with joined(launch, vocab_group=launch.world, timeout_minutes=2 * LIMIT / 60) as topology:
-            topology.watch.keep_stacks(folder, 7)
-            topology.watch.on_verdict = lambda line: _write(folder / f"verdict-{launch.rank}", line)
+        with process_groups(launch, vocab_group=launch.world, timeout_minutes=2 * LIMIT / 60) as topology:
+            topology.watchdog.open_stack_file(folder, 7)
+            topology.watchdog.on_abort = lambda line: _write(folder / f"abort-{launch.rank}", line)
             _steps(topology, fault, culprit)
     except RestartFault as error:
         print(f"rank {launch.rank}: {error}", file=sys.stderr)
@@ -90,9 +91,9 @@ def _write(file: Path, line: str) -> None:
 
 def _steps(topology: Topology, fault: Callable[[], None], culprit: int) -> None:
     for step in range(1, HANGS_AT + 2):
-        topology.watch.stamp("train", step, limit=LIMIT)
+        topology.watchdog.enter_phase("train", step, limit=LIMIT)
         if step == HANGS_AT:
-            time.sleep(2 * watch_module.BEAT_SECONDS)  # so that this step has been told of
+            time.sleep(2 * watchdog_module.HEARTBEAT_SECONDS)  # so that this step has been published
             if topology.rank == culprit:
                 fault()
         all_reduce_sum(torch.ones(1), topology.world_group)
@@ -117,7 +118,7 @@ def _launched(world: int, fault: Callable[[], None], culprit: int, folder: Path)
         codes.append(process.exitcode)
         process.kill()
         process.join()
-    return [_Ended(code, (folder / f"said-{rank}").read_text(errors="replace")) for rank, code in enumerate(codes)]
+    return [_Ended(code, (folder / f"stderr-{rank}").read_text(errors="replace")) for rank, code in enumerate(codes)]
 
 
 def _stacks(folder: Path, rank: int) -> str:
@@ -128,13 +129,13 @@ def _stacks(folder: Path, rank: int) -> str:
 def test_a_rank_stuck_in_python_is_named_with_its_line(fault: Callable[[], None], culprit: int, tmp_path: Path) -> None:
     ended = _launched(3, fault, culprit, tmp_path)
     assert [each.code for each in ended] == [3, 3, 3], ended
-    said = ended[0].said
-    assert f"rank {culprit} (" in said, ended
-    assert "is stuck and is not in the collective of the others: in train of step 3 at " in said
-    assert f" {fault.__name__} for " in said
-    assert f"; stacks are in {tmp_path}/stacks\n" in said
-    assert (tmp_path / "verdict-0").read_text() in said
-    assert [each.said for each in ended[1:]] == ["", ""], "one line"
+    stderr = ended[0].stderr
+    assert f"rank {culprit} (" in stderr, ended
+    assert "is stuck and is not in the collective of the others: in train of step 3 at " in stderr
+    assert f" {fault.__name__} for " in stderr
+    assert f"; stacks are in {tmp_path}/stacks\n" in stderr
+    assert (tmp_path / "abort-0").read_text() in stderr
+    assert [each.stderr for each in ended[1:]] == ["", ""], "one line"
     for rank in range(3):
         assert (f"in {fault.__name__}\n" in _stacks(tmp_path, rank)) == (rank == culprit)
         assert ("all_reduce_sum" in _stacks(tmp_path, rank)) == (rank != culprit)
@@ -145,15 +146,15 @@ def test_a_frozen_rank_is_named(culprit: int, tmp_path: Path) -> None:
     """The first rank keeps the store: without it the others have nothing but the clock."""
     ended = _launched(3, _freeze, culprit, tmp_path)
     assert [each.code for each in ended] == [None if rank == culprit else 3 for rank in range(3)], ended
-    said = ended[0 if culprit else 1].said
-    assert f"no sign of life from rank {culprit} for 2 s: it was killed or is frozen" in said, ended
+    stderr = ended[0 if culprit else 1].stderr
+    assert f"no heartbeat from rank {culprit} for 2 s: it was killed or is frozen" in stderr, ended
     assert "all_reduce_sum" in _stacks(tmp_path, 2)
 
 
 def test_a_rank_whose_interpreter_is_held_is_named_and_writes_its_stacks(tmp_path: Path) -> None:
     ended = _launched(2, _hold_the_interpreter, 1, tmp_path)
     assert (ended[0].code, ended[1].code) == (3, 1), ended
-    assert "no sign of life from rank 1 for 2 s" in ended[0].said, ended
+    assert "no heartbeat from rank 1 for 2 s" in ended[0].stderr, ended
     assert "_hold_the_interpreter" in _stacks(tmp_path, 1)
 
 
@@ -161,19 +162,19 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path) -> None:
     ended = _launched(3, _die, 1, tmp_path)
     assert [each.code for each in ended] == [3, -9, 3], ended
     for rank in (0, 2):
-        assert "lost another rank in a collective: rank 1 (" in ended[rank].said, ended
-        assert "no sign of life for 1 s, last seen in train of step 3" in ended[rank].said
+        assert "lost another rank in a collective: rank 1 (" in ended[rank].stderr, ended
+        assert "no heartbeat for 1 s, last seen in train of step 3" in ended[rank].stderr
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_ranks_own_reason_is_in_what_its_peers_say(culprit: int, tmp_path: Path) -> None:
+def test_the_error_of_a_rank_is_in_the_messages_of_its_peers(culprit: int, tmp_path: Path) -> None:
     ended = _launched(2, _raise, culprit, tmp_path)
-    assert ended[culprit] == _Ended(4, f"rank {culprit}: ValueError: the disk says no\n")
+    assert ended[culprit] == _Ended(4, f"rank {culprit}: ValueError: the disk is full\n")
     peer = ended[1 - culprit]
     assert peer.code == 3
-    assert f"lost another rank in a collective: rank {culprit} (" in peer.said, ended
-    assert "which says: ValueError: the disk says no" in peer.said
-    own, others = (tmp_path / f"said-{rank}" for rank in (culprit, 1 - culprit))
+    assert f"lost another rank in a collective: rank {culprit} (" in peer.stderr, ended
+    assert "): ValueError: the disk is full (" in peer.stderr
+    own, others = (tmp_path / f"stderr-{rank}" for rank in (culprit, 1 - culprit))
     assert own.stat().st_mtime_ns <= others.stat().st_mtime_ns, "the reason comes first in the log"
 
 
@@ -190,6 +191,6 @@ def _nothing() -> None:
 def test_a_process_alone_ends_too(tmp_path: Path) -> None:
     (ended,) = _launched(1, _sleep, 0, tmp_path)
     assert ended.code == 3, ended
-    assert "rank 0 (" in ended.said
-    assert "is stuck: in train of step 3 at " in ended.said
+    assert "rank 0 (" in ended.stderr
+    assert "is stuck: in train of step 3 at " in ended.stderr
     assert "in _sleep\n" in _stacks(tmp_path, 0)

@@ -12,8 +12,8 @@ from megadistill.distributed.collectives import barrier
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
-from megadistill.teacher.codec import Wire
-from megadistill.teacher.disaggregated import RemoteTeacher, RequestForm, TeacherServer
+from megadistill.teacher.codec import ActivationCodec
+from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec, TeacherServer
 from megadistill.teacher.stage import TeacherStage
 from megadistill.types import TeacherSignal, TokenBatch, token_digest
 from tests.ranks.harness import run_ranks
@@ -30,25 +30,25 @@ def _batch(rank: int, index: int, *, masked: bool = False) -> TokenBatch:
     return TokenBatch(tokens, tokens, slots, token_digest(tokens), starts, document_mask=masked)
 
 
-def _served(topology: Topology, folder: str, form: RequestForm, wire: Wire, queue: int) -> int:
-    """How many micro-batches passed through this rank of the teacher's."""
+def _serve(topology: Topology, folder: str, requests: RequestCodec, answers: ActivationCodec, queue: int) -> int:
+    """The number of micro-batches that passed through this rank of the teacher."""
     assert topology.bridge is not None
     place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
     stage = TeacherStage.load(Path(folder), **place, dtype=torch.float32, device=topology.device)
-    *_, answered = TeacherServer(stage, topology.bridge, form, wire, queue=queue).answers()
-    return answered
+    *_, done = TeacherServer(stage, topology.bridge, requests, answers, queue=queue).serve()
+    return done
 
 
 def _answers(
     topology: Topology, folder: str, masked: bool, float8: bool, queue: int, stops_after: int
 ) -> list[TeacherSignal] | int:
-    """A client's signals; of a teacher's rank, how many micro-batches passed through it."""
+    """The signals of a client; on a teacher's rank the number of micro-batches that passed through it."""
     bridge = topology.bridge
     assert bridge is not None
-    form, wire = RequestForm(B, S, masked), Wire(E, torch.float32, float8)
+    requests, answers = RequestCodec(B, S, masked), ActivationCodec(E, torch.float32, float8)
     if topology.role == "teacher":
-        return _served(topology, folder, form, wire, queue)
-    remote = RemoteTeacher(bridge, form, wire, queue=queue, device=topology.device)
+        return _serve(topology, folder, requests, answers, queue)
+    remote = RemoteTeacher(bridge, requests, answers, queue=queue, device=topology.device)
     read = 0
 
     def batches() -> Iterator[TokenBatch]:
@@ -61,9 +61,9 @@ def _answers(
     taken = []
     for answered in range(stops_after):
         taken.append(next(signals))
-        assert read == min(ROUNDS, answered + queue), "asks ahead, and no further than it may"
+        assert read == min(ROUNDS, answered + queue), "requests ahead, and no further than it may"
     signals.close()
-    remote.dismiss()
+    remote.close()
     return taken
 
 
@@ -77,9 +77,9 @@ def test_each_client_gets_the_unsplit_models_answer(
     model = saved_model("qwen3", tmp_path)
     roles = Roles(students + stages * replicas, stages * replicas, stages)
     arguments = (str(tmp_path), masked, False, queue, ROUNDS)
-    found = run_ranks(roles.world, _answers, *arguments, roles=roles)
-    assert found[students:] == [ROUNDS * students // replicas] * (stages * replicas)
-    for rank, signals in enumerate(found[:students]):
+    results = run_ranks(roles.world, _answers, *arguments, roles=roles)
+    assert results[students:] == [ROUNDS * students // replicas] * (stages * replicas)
+    for rank, signals in enumerate(results[:students]):
         for index, signal in enumerate(signals):
             batch = _batch(rank, index)
             parts = [batch.tokens[:, :4], batch.tokens[:, 4:]] if masked else [batch.tokens]
@@ -97,58 +97,56 @@ def test_a_client_may_stop_at_any_moment(tmp_path: Path) -> None:
             assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
 
 
-def _conversations(topology: Topology, folder: str, takes: list[int]) -> list[list[TeacherSignal]] | int:
+def _streams(topology: Topology, folder: str, takes: list[int]) -> list[list[TeacherSignal]] | int:
     """One after the other on the same ranks, each closed after as many signals."""
     bridge = topology.bridge
     assert bridge is not None
-    form, wire = RequestForm(B, S, masked=False), Wire(E, torch.float32)
+    requests, answers = RequestCodec(B, S, masked=False), ActivationCodec(E, torch.float32)
     if topology.role == "teacher":
-        return _served(topology, folder, form, wire, queue=3)
-    remote = RemoteTeacher(bridge, form, wire, queue=3, device=topology.device)
-    found = []
-    for conversation, take in enumerate(takes):
-        batches = (_batch(topology.rank, 10 * conversation + index) for index in range(ROUNDS))
+        return _serve(topology, folder, requests, answers, queue=3)
+    remote = RemoteTeacher(bridge, requests, answers, queue=3, device=topology.device)
+    results = []
+    for stream, take in enumerate(takes):
+        batches = (_batch(topology.rank, 10 * stream + index) for index in range(ROUNDS))
         with closing(remote.signals(batches)) as signals:
-            found.append(list(islice(signals, take)))
-    remote.dismiss()
-    return found
+            results.append(list(islice(signals, take)))
+    remote.close()
+    return results
 
 
 @pytest.mark.parametrize(("students", "stages"), [(1, 1), (2, 2)])
-def test_a_conversation_that_ends_early_leaves_nothing_to_the_next_one(
-    students: int, stages: int, tmp_path: Path
-) -> None:
-    """As a rollback does: what was asked for is dropped, and other batches are asked for on the same ranks."""
+def test_a_stream_that_ends_early_leaves_nothing_to_the_next_one(students: int, stages: int, tmp_path: Path) -> None:
+    """As a rollback does: pending answers are dropped, and other batches are requested on the same ranks."""
     model = saved_model("llama", tmp_path)
     takes = [2, ROUNDS, 0, 1]
-    found = run_ranks(
-        students + stages, _conversations, str(tmp_path), takes, roles=Roles(students + stages, stages, stages)
+    results = run_ranks(
+        students + stages, _streams, str(tmp_path), takes, roles=Roles(students + stages, stages, stages)
     )
-    asked = (2 + 2) + ROUNDS + 0 + (1 + 2)
-    assert found[students:] == [students * asked] * stages
-    for rank, conversations in enumerate(found[:students]):
-        assert [len(signals) for signals in conversations] == takes
-        for conversation, signals in enumerate(conversations):
+    requested = (2 + 2) + ROUNDS + 0 + (1 + 2)
+    assert results[students:] == [students * requested] * stages
+    for rank, streams in enumerate(results[:students]):
+        assert [len(signals) for signals in streams] == takes
+        for stream, signals in enumerate(streams):
             for index, signal in enumerate(signals):
-                batch = _batch(rank, 10 * conversation + index)
+                batch = _batch(rank, 10 * stream + index)
                 assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
 
 
 def _closed_alone(topology: Topology, folder: str) -> int:
-    """Client 0 closes while client 1 has asked nothing, so that the teacher waits for client 1's turn."""
+    """Client 0 closes before client 1 has sent a request, so that the teacher waits for client 1's turn."""
     bridge = topology.bridge
     assert bridge is not None
-    form, wire = RequestForm(B, S, masked=False), Wire(E, torch.float32)
+    requests, answers = RequestCodec(B, S, masked=False), ActivationCodec(E, torch.float32)
     if topology.role == "teacher":
-        return _served(topology, folder, form, wire, queue=3)
-    remote = RemoteTeacher(bridge, form, wire, queue=3, device=topology.device)
+        return _serve(topology, folder, requests, answers, queue=3)
+    remote = RemoteTeacher(bridge, requests, answers, queue=3, device=topology.device)
     if topology.rank == 1:
         barrier(topology.world_group)
     with closing(remote.signals(_batch(topology.rank, index) for index in range(ROUNDS))) as signals:
         next(signals)
     if topology.rank == 0:
         barrier(topology.world_group)
-    remote.dismiss()
+    remote.close()
     return 0
 
 
@@ -161,10 +159,10 @@ def test_closing_waits_for_nobody(tmp_path: Path) -> None:
 def test_eight_bits_are_near(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path)
     signals, _ = run_ranks(2, _answers, str(tmp_path), False, True, 2, ROUNDS, roles=Roles(2, 1, 1))
-    for index, found in enumerate(signals):
+    for index, signal in enumerate(signals):
         batch = _batch(0, index)
         truth = final_hidden(model, batch.tokens).flatten(0, 1)
-        error = (found.hidden_for(batch) - truth).abs()
+        error = (signal.hidden_for(batch) - truth).abs()
         largest = truth.abs().amax(dim=1, keepdim=True)
         assert (error <= truth.abs() / 16 + largest / 448 / 512 + 1e-7).all()
         assert error.max() > 0
@@ -174,20 +172,20 @@ def test_each_token_has_a_scale_of_its_own() -> None:
     """Tokens a million times smaller than their neighbours keep three bits of mantissa too."""
     hidden = torch.randn(1, 4, E, generator=torch.Generator().manual_seed(1))
     hidden *= torch.tensor([1.0, 1e-6, 1e6, 1e-3])[None, :, None]
-    wire = Wire(E, torch.float32, float8=True)
-    found, slots, digests = wire.unpack(wire.pack(hidden, torch.tensor([7]), torch.tensor([-9])), 1, 4)
+    codec = ActivationCodec(E, torch.float32, float8=True)
+    decoded, slots, digests = codec.decode(codec.encode(hidden, torch.tensor([7]), torch.tensor([-9])), 1, 4)
     assert (slots.tolist(), digests.tolist()) == ([7], [-9])
     largest = hidden.abs().amax(dim=-1, keepdim=True)
-    assert ((found - hidden).abs() <= hidden.abs() / 16 + largest / 448 / 512).all()
+    assert ((decoded - hidden).abs() <= hidden.abs() / 16 + largest / 448 / 512).all()
 
 
 def test_half_the_bytes() -> None:
-    plain, short = Wire(4096, torch.bfloat16), Wire(4096, torch.bfloat16, float8=True)
+    plain, short = ActivationCodec(4096, torch.bfloat16), ActivationCodec(4096, torch.bfloat16, float8=True)
     assert short.bytes(8, 2048) / plain.bytes(8, 2048) == pytest.approx(0.5, abs=0.001)
 
 
 @pytest.mark.parametrize(
-    ("world", "teachers", "stages", "says"),
+    ("world", "teachers", "stages", "error"),
     [
         (4, 0, 1, "the teacher needs at least one"),
         (4, 4, 2, "and so does the student"),
@@ -195,8 +193,8 @@ def test_half_the_bytes() -> None:
         (5, 2, 1, "3 ranks of the student cannot be shared out to 2 replicas"),
     ],
 )
-def test_roles_that_do_not_fit_are_refused(world: int, teachers: int, stages: int, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_roles_that_do_not_fit_are_refused(world: int, teachers: int, stages: int, error: str) -> None:
+    with pytest.raises(UserError, match=error):
         Roles(world, teachers, stages)
 
 

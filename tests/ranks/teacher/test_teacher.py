@@ -39,7 +39,7 @@ def _signals(topology: Topology, folder: str) -> list[TeacherSignal]:
 
 
 @pytest.mark.parametrize(("world", "p"), [(1, 1), (2, 2), (3, 3), (4, 2), (2, 1)])
-def test_each_rank_gets_the_unsplit_models_answer_to_its_own_tokens(world: int, p: int, tmp_path: Path) -> None:
+def test_each_rank_gets_the_unsplit_models_hidden_states_of_its_own_tokens(world: int, p: int, tmp_path: Path) -> None:
     model = saved_model("qwen3", tmp_path, shard_size="30KB")
     for rank, signals in enumerate(run_ranks(world, _signals, str(tmp_path), vocab_group=p)):
         for index, signal in enumerate(signals):
@@ -95,19 +95,19 @@ def _mixed_up(topology: Topology, folder: str) -> str:
     """A last stage that gives each rank another one's micro-batch."""
     pipeline: Any = _pipeline(topology, folder)
     work = pipeline._work
-    if pipeline.link.is_last:
+    if pipeline.stage.is_last:
         pipeline._work = lambda *arguments: work(*arguments).flip(0)
     batch = _batch(topology.rank, 0)
     try:
         next(pipeline.signals(iter([batch]))).hidden_for(batch)
     except SignalMismatch as error:
         return str(error)
-    return "not noticed"
+    return "not detected"
 
 
-def test_a_micro_batch_that_reaches_the_wrong_rank_is_noticed(tmp_path: Path) -> None:
+def test_a_micro_batch_that_reaches_the_wrong_rank_is_detected(tmp_path: Path) -> None:
     saved_model("llama", tmp_path)
-    assert all("different tokens" in found for found in run_ranks(2, _mixed_up, str(tmp_path)))
+    assert all("different tokens" in error for error in run_ranks(2, _mixed_up, str(tmp_path)))
 
 
 def _broken(topology: Topology, folder: str) -> list[str]:
@@ -160,16 +160,16 @@ def _counted(topology: Topology, folder: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("world", "p"), [(3, 3), (4, 2), (1, 1)])
 def test_stage_j_works_one_round_ahead_of_the_stage_behind_it(world: int, p: int, tmp_path: Path) -> None:
-    """So no beat between the first answer and the last has an idle stage: the bubble is at both ends of the run."""
+    """So no tick between the first signal and the last has an idle stage: the bubble is at both ends of the run."""
     saved_model("llama", tmp_path)
-    for rank, found in enumerate(run_ranks(world, _counted, str(tmp_path), vocab_group=p)):
+    for rank, counts in enumerate(run_ranks(world, _counted, str(tmp_path), vocab_group=p)):
         ahead = p - 1 - rank % p
         rounds = range(ROUNDS)
-        assert [read for read, _ in found] == [min(ROUNDS, answered + p) for answered in rounds]
-        assert [worked for _, worked in found] == [p * min(ROUNDS, answered + 1 + ahead) for answered in rounds]
+        assert [read for read, _ in counts] == [min(ROUNDS, answered + p) for answered in rounds]
+        assert [worked for _, worked in counts] == [p * min(ROUNDS, answered + 1 + ahead) for answered in rounds]
 
 
-def _closed_and_begun_again(topology: Topology, folder: str) -> list[TeacherSignal]:
+def _closed_and_restarted(topology: Topology, folder: str) -> list[TeacherSignal]:
     """Closed with rounds under way, as a stop does; then a run from the position that was reached."""
     pipeline = _pipeline(topology, folder)
     taken: list[TeacherSignal] = []
@@ -180,40 +180,37 @@ def _closed_and_begun_again(topology: Topology, folder: str) -> list[TeacherSign
     return taken
 
 
-def test_a_run_that_stops_at_any_moment_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_run_that_stops_at_any_moment_resumes_exactly(tmp_path: Path) -> None:
     model = saved_model("qwen3", tmp_path)
-    for rank, signals in enumerate(run_ranks(3, _closed_and_begun_again, str(tmp_path))):
+    for rank, signals in enumerate(run_ranks(3, _closed_and_restarted, str(tmp_path))):
         for index, signal in enumerate(signals):
             batch = _batch(rank, index)
             assert torch.equal(signal.hidden_for(batch), final_hidden(model, batch.tokens).flatten(0, 1))
 
 
-def test_what_is_in_flight_is_bounded(tmp_path: Path) -> None:
-    """Measured: the parcels that a rank receives and sends at a time are what it says."""
+def test_the_bytes_in_flight_are_bounded(tmp_path: Path) -> None:
+    """Measured: the packets that a rank receives and sends at a time are at most `bytes_in_flight`."""
     saved_model("llama", tmp_path)
-    for said, held in run_ranks(3, _held, str(tmp_path)):
-        assert 0 < held <= said
+    for bound, measured in run_ranks(3, _in_flight, str(tmp_path)):
+        assert 0 < measured <= bound
 
 
-def _held(topology: Topology, folder: str) -> tuple[int, int]:
+def _in_flight(topology: Topology, folder: str) -> tuple[int, int]:
     pipeline: Any = _pipeline(topology, folder)
     B, S = SHAPES[1]
     most = 0
-    expect, send, link = pipeline.link.expect, pipeline.link.send, pipeline.link
-    held = {"coming": 0, "going": 0}
+    post_recv, send = pipeline.endpoint.post_recv, pipeline.endpoint.send
+    in_flight = {"incoming": 0, "outgoing": 0}
 
-    class Watched:
-        is_first, is_last, stage, stages = link.is_first, link.is_last, link.stage, link.stages
+    def measured_post_recv(buffer: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        in_flight["incoming"] = buffer.numel()
+        return post_recv(buffer, *arguments, **keywords)
 
-        def expect(self, buffer: Tensor) -> Any:
-            held["coming"] = buffer.numel()
-            return expect(buffer)
+    def measured_send(packets: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        in_flight["outgoing"] = packets.numel()
+        return send(packets, *arguments, **keywords)
 
-        def send(self, parcels: Tensor) -> Any:
-            held["going"] = parcels.numel()
-            return send(parcels)
-
-    pipeline.link = Watched()
+    pipeline.endpoint.post_recv, pipeline.endpoint.send = measured_post_recv, measured_send
     for _ in pipeline.signals(_batch(topology.rank, 1) for _ in range(ROUNDS)):
-        most = max(most, sum(held.values()))
+        most = max(most, sum(in_flight.values()))
     return pipeline.bytes_in_flight(B, S), most

@@ -91,5 +91,5 @@ def test_the_rows_are_the_pieces_that_zero_stores(world: int, p: int) -> None:
 def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks; set student\.vocab_multiple .* of 3"):
         block_cyclic_ranges(256, 3, 3, 0)
-    with pytest.raises(UserError, match=r"comm\.vocab_group is 3, .* 4 ranks"):
+    with pytest.raises(UserError, match=r"distributed\.vocab_group is 3, .* 4 ranks"):
         block_cyclic_ranges(256, 4, 3, 0)

@@ -12,11 +12,11 @@ from tests.paths import ROOT
 
 RANK = """
 import os, signal, sys, time
-from megadistill.distributed.watchdog import parent as orphans
-orphans.LOOK_SECONDS = 0.05
-if sys.argv[1] == "deaf":
+from megadistill.distributed.watchdog import parent
+parent.POLL_SECONDS = 0.05
+if sys.argv[1] == "ignores":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-orphans.end_with_launcher(0.3)
+parent.terminate_with_parent(0.3)
 print("ready", flush=True)
 time.sleep(float(sys.argv[2]))
 print("ended by itself", flush=True)
@@ -60,13 +60,15 @@ def _said_after_a_kill(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("ears", ["hears", "deaf"])
-def test_a_rank_ends_with_its_launcher(ears: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sigterm", ["obeys", "ignores"])
+def test_a_rank_ends_with_its_launcher(sigterm: str, tmp_path: Path) -> None:
     launcher, rank = _scripts(tmp_path)
-    chain = [sys.executable, str(launcher)], [sys.executable, str(rank), ears, "60"]
+    chain = [sys.executable, str(launcher)], [sys.executable, str(rank), sigterm, "60"]
     said = _said_after_a_kill(_starts(*chain, environment=_launched(RANK="3")))
     assert said.startswith("megadistill: rank 3: its launcher is gone: stopping\n")
-    assert ("it has not stopped in 0 s: leaving without a checkpoint" in said) == (ears == "deaf")
+    assert ("still running 0 s after its launcher was gone: exiting without a checkpoint" in said) == (
+        sigterm == "ignores"
+    )
     assert "ended by itself" not in said
 
 
@@ -75,13 +77,13 @@ def test_a_rank_ends_with_the_runner_of_deepspeed(tmp_path: Path) -> None:
     launcher, rank = _scripts(tmp_path)
     launch = [sys.executable, str(launcher)]
     middle = [sys.executable, "-c", LAUNCHER.replace("argv[1:]", "argv[2:]"), "deepspeed.launcher.launch"]
-    chain = launch, middle, [sys.executable, str(rank), "hears", "60"]
+    chain = launch, middle, [sys.executable, str(rank), "obeys", "60"]
     said = _said_after_a_kill(_starts(*chain, environment=_launched(RANK="0")))
     assert said == "megadistill: rank 0: its launcher is gone: stopping\n"
 
 
 def test_what_no_launcher_started_outlives_its_parent(tmp_path: Path) -> None:
     launcher, rank = _scripts(tmp_path)
-    chain = [sys.executable, str(launcher)], [sys.executable, str(rank), "hears", "0.5"]
+    chain = [sys.executable, str(launcher)], [sys.executable, str(rank), "obeys", "0.5"]
     said = _said_after_a_kill(_starts(*chain, environment=_launched()))
     assert said == "ended by itself\n"

@@ -1,4 +1,4 @@
-"""Whether a thread waits for other ranks, told from its frames."""
+"""Whether a thread waits for other ranks, read from its stack."""
 
 import importlib
 import pkgutil
@@ -17,10 +17,10 @@ import torch
 from torch.utils.file_baton import FileBaton
 
 import megadistill.distributed
-from megadistill.distributed.watchdog.stack_probe import whereabouts
+from megadistill.distributed.watchdog.stack_probe import blocked_in_collective
 
 OWN = str(Path(megadistill.__file__).parent)
-QUIET = {"watchdog", "stack_probe", "parent", "vocab"}
+QUIET = {"watchdog", "stack_probe", "parent", "vocab", "__init__"}
 """Modules that name torch.distributed and never wait in the main thread."""
 WAITING = [
     module.name
@@ -75,46 +75,46 @@ def _standing(work: Callable[[], None]) -> Iterator[int]:
         (f"{OWN}/data/shards/reader.py", "read", False),
     ],
 )
-def test_a_rank_waits_where_its_frames_say_so(file: str, name: str, waits: bool) -> None:
+def test_a_rank_waits_where_its_frames_show_it(file: str, name: str, waits: bool) -> None:
     def work() -> None:
         _called(f"{OWN}/train/step.py", "train_step", _called(file, name))()
 
     with _standing(work) as thread:
-        found, place = whereabouts(sys._current_frames(), thread)
-    assert found == waits
+        is_waiting, location = blocked_in_collective(sys._current_frames(), thread)
+    assert is_waiting == waits
     innermost = file.startswith(OWN) and not file.endswith("watchdog.py")
     own = f"{file.removeprefix(OWN)[1:]}:2 {name}" if innermost else "train/step.py:2 train_step"
-    assert place == own
+    assert location == own
 
 
 @pytest.mark.parametrize("name", WAITING)
-def test_a_module_that_talks_to_other_ranks_is_a_wait_whatever_its_file_is_called(name: str) -> None:
+def test_a_module_that_communicates_is_a_wait_whatever_its_file_is_called(name: str) -> None:
     module = importlib.import_module(name)
     assert module.WAITS_FOR_RANKS
     names: dict[str, Callable[[], None]] = {"callee": _hold}
     exec(compile("def wait():\n    callee()", f"{OWN}/renamed.py", "exec"), {**vars(module), **names}, names)
     with _standing(names["wait"]) as thread:
-        found, _ = whereabouts(sys._current_frames(), thread)
-    assert found
+        is_waiting, _ = blocked_in_collective(sys._current_frames(), thread)
+    assert is_waiting
 
 
-def test_the_modules_that_talk_to_other_ranks_are_known() -> None:
-    assert len(WAITING) >= 4
+def test_the_modules_that_communicate_are_known() -> None:
+    assert {name.rpartition(".")[2] for name in WAITING} == {"bandwidth", "bridge", "collectives", "p2p", "topology"}
 
 
 def test_in_a_backward_the_hooks_may_stand_on_other_threads() -> None:
     backward = _called(f"{TORCH}/autograd/graph.py", "_engine_run_backward")
     hook = _called(f"{DEEPSPEED}/comm/comm.py", "reduce_scatter")
     with _standing(hook), _standing(_hold) as computing:
-        assert not whereabouts(sys._current_frames(), computing)[0]
+        assert not blocked_in_collective(sys._current_frames(), computing)[0]
     entered: queue.Queue[FrameType] = queue.Queue()
     main = _called(f"{TORCH}/autograd/graph.py", "_engine_run_backward", lambda: entered.put(sys._getframe(1)))
     main()
     frame = entered.get()
     with _standing(hook) as other:
-        assert whereabouts({1: frame, 2: sys._current_frames()[other]}, 1)[0]
+        assert blocked_in_collective({1: frame, 2: sys._current_frames()[other]}, 1)[0]
     with _standing(backward) as other:
-        assert not whereabouts({1: frame, 2: sys._current_frames()[other]}, 1)[0]
+        assert not blocked_in_collective({1: frame, 2: sys._current_frames()[other]}, 1)[0]
 
 
 def test_a_wait_for_a_build_lock_names_the_lock(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_wait_for_a_build_lock_names_the_lock(tmp_path: Path) -> None:
     end = time.monotonic() + 10
     place = ""
     while "lock" not in place and time.monotonic() < end:
-        waits, place = whereabouts(sys._current_frames(), thread.ident)
+        waits, place = blocked_in_collective(sys._current_frames(), thread.ident)
     lock.unlink()
     thread.join()
-    assert (waits, place) == (False, f"a wait for the build lock {lock} (if nobody builds: rm {lock})")
+    assert (waits, place) == (False, f"a wait for the build lock {lock} (if no build runs: rm {lock})")

@@ -1,8 +1,8 @@
-"""Who a process is, from what its launcher says; how many ranks share a vocabulary."""
+"""Ranks and sizes from a launcher's environment; the size of a vocab group."""
 
 import pytest
 
-from megadistill.distributed.topology import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.errors import UserError
 
 EVERY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -64,27 +64,29 @@ def _launched(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Launch:
 def test_each_launcher_is_understood(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int, int]
 ) -> None:
-    found = _launched(monkeypatch, **variables)
-    assert (found.rank, found.world, found.local_rank, found.local_world) == expected
+    launch = _launched(monkeypatch, **variables)
+    assert (launch.rank, launch.world, launch.local_rank, launch.local_world) == expected
 
 
 @pytest.mark.parametrize("missing", COMMON)
-def test_half_an_environment_is_refused_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_half_an_environment_is_refused_with_the_missing_names(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     with pytest.raises(UserError, match=f"but not {missing}: start this with torchrun or deepspeed, or unset"):
         _launched(monkeypatch, **{name: value for name, value in COMMON.items() if name != missing})
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_what_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_word_in_place_of_a_number_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(UserError, match=r"whole numbers.*'two'"):
         _launched(monkeypatch, **{**COMMON, name: "two"})
 
 
-def test_one_process_in_an_allocation_of_many_tasks_is_told_of_srun(
+def test_one_process_in_an_allocation_of_many_tasks_is_pointed_to_srun(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _launched(monkeypatch, SLURM_NTASKS="8", SLURM_PROCID="0")
-    assert "one process in a Slurm allocation of 8 tasks: srun starts" in capsys.readouterr().err
+    assert (
+        "one process in a Slurm allocation of 8 tasks: to start one process a task, use srun" in capsys.readouterr().err
+    )
     _launched(monkeypatch, SLURM_NTASKS="1")
     assert capsys.readouterr().err == ""
 
@@ -99,7 +101,7 @@ def test_a_step_without_a_meeting_point_is_refused_unless_it_is_one_task(monkeyp
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"])
-def test_a_step_that_does_not_say_who_is_who_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_step_without_usable_ranks_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(UserError, match=r"step of a Slurm job, .*'two'.* start it with srun"):
         _launched(monkeypatch, **{**STEP, name: "two"})
 
@@ -109,26 +111,26 @@ def _launch(world: int, local_world: int) -> Launch:
 
 
 @pytest.mark.parametrize(
-    ("asked", "world", "local_world", "size"),
+    ("configured", "world", "local_world", "size"),
     [(None, 8, 4, 4), (None, 1, 1, 1), (2, 8, 4, 2), (8, 8, 4, 8), (1, 6, 3, 1)],
 )
-def test_a_vocab_group_is_a_node_unless_asked_otherwise(
-    asked: int | None, world: int, local_world: int, size: int
+def test_a_vocab_group_is_a_node_unless_configured_otherwise(
+    configured: int | None, world: int, local_world: int, size: int
 ) -> None:
-    assert vocab_group_size(asked, _launch(world, local_world)) == size
+    assert vocab_group_size(configured, _launch(world, local_world)) == size
 
 
 @pytest.mark.parametrize(
-    ("asked", "world", "local_world", "says"),
+    ("configured", "world", "local_world", "error"),
     [
-        (3, 8, 4, r"comm\.vocab_group is 3, .* 8 processes: .* one of 1, 2, 4, 8 "),
-        (2, 1, 1, r"comm\.vocab_group is 2, .* 1 process: .* one of 1 "),
-        (16, 8, 4, r"comm\.vocab_group is 16, .* 8 processes"),
-        (None, 6, 4, r"comm\.vocab_group is 4, .* 6 processes: .* one of 1, 2, 3, 6 "),
+        (3, 8, 4, r"distributed\.vocab_group is 3, .* 8 processes: .* one of 1, 2, 4, 8 "),
+        (2, 1, 1, r"distributed\.vocab_group is 2, .* 1 process: .* one of 1 "),
+        (16, 8, 4, r"distributed\.vocab_group is 16, .* 8 processes"),
+        (None, 6, 4, r"distributed\.vocab_group is 4, .* 6 processes: .* one of 1, 2, 3, 6 "),
     ],
 )
 def test_a_vocab_group_that_does_not_divide_is_refused_with_those_that_do(
-    asked: int | None, world: int, local_world: int, says: str
+    configured: int | None, world: int, local_world: int, error: str
 ) -> None:
-    with pytest.raises(UserError, match=says):
-        vocab_group_size(asked, _launch(world, local_world))
+    with pytest.raises(UserError, match=error):
+        vocab_group_size(configured, _launch(world, local_world))

@@ -1,0 +1,115 @@
+"""The place of this process in its launch, read from the environment that torchrun, deepspeed or srun sets."""
+
+import os
+import sys
+from dataclasses import dataclass
+
+from megadistill.errors import UserError
+
+_FIRST_RESERVED_STEP = 0xFFFFFFF0
+"""Slurm numbers batch scripts, `salloc`'s shell and other steps that srun did not start from here on."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Ranks and sizes of this process's launch: torchrun and deepspeed set them, srun its own, plain python none."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), else those of a Slurm step.
+
+        Raises:
+            UserError: some of them are set and others are not, or they are no numbers.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        present = [name for name in names if name in os.environ]
+        if not present:
+            return cls._from_slurm_step() if _in_slurm_step() else cls(rank=0, world=1, local_rank=0, local_world=1)
+        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"the environment sets {', '.join(present)} but not {', '.join(missing)}: start this with torchrun or "
+                "deepspeed, or unset them for a single process"
+            )
+        try:
+            world = int(os.environ["WORLD_SIZE"])
+            launch = cls(
+                rank=int(os.environ["RANK"]),
+                world=world,
+                local_rank=int(os.environ["LOCAL_RANK"]),
+                local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
+            )
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+        if launch.local_world < 1:
+            raise UserError(f"LOCAL_WORLD_SIZE is {launch.local_world}: a node has at least one process")
+        if not 0 <= launch.rank < world:
+            raise UserError(f"RANK is {launch.rank} and WORLD_SIZE is {world}: ranks count from 0 to {world - 1}")
+        return launch
+
+    @classmethod
+    def _from_slurm_step(cls) -> "Launch":
+        """Reads srun's variables. In a heterogeneous job they count over all components of the step."""
+        try:
+            rank, world, local_rank, node = (
+                int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
+            )
+            local_world = _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[node]
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"this is a step of a Slurm job, but its variables do not give this process's rank ({error!r}): start "
+                "it with srun --nodes --ntasks --ntasks-per-node, or set RANK, WORLD_SIZE and LOCAL_RANK"
+            ) from None
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if world > 1 and missing:
+            raise UserError(
+                f"srun started {world} tasks, and the environment does not set {' and '.join(missing)}: export the "
+                "first node's name and a free port before srun, as slurm/train.sbatch does"
+            )
+        return cls(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
+
+
+def vocab_group_size(configured: int | None, launch: Launch) -> int:
+    """p, the ranks of a vocab group: the recipe's number, else the ranks of a node (they share the fastest links).
+
+    Raises:
+        UserError: it does not divide the world.
+    """
+    size = launch.local_world if configured is None else configured
+    if launch.world % size:
+        divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
+        raise UserError(
+            f"distributed.vocab_group is {size}, but this run has {launch.world} "
+            f"{'process' if launch.world == 1 else 'processes'}: it must divide them, so one of "
+            f"{', '.join(map(str, divisors))} (start more processes, or --set distributed.vocab_group={divisors[-1]})"
+        )
+    return size
+
+
+def _in_slurm_step() -> bool:
+    """Whether srun started this process. A batch script's or an allocation's shell has tasks in its variables too."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if step.isdigit() and int(step) < _FIRST_RESERVED_STEP:
+        return True
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1":
+        print(
+            f"megadistill: one process in a Slurm allocation of {tasks} tasks: to start one process a task, use srun "
+            "as slurm/train.sbatch does",
+            file=sys.stderr,
+        )
+    return False
+
+
+def _tasks_per_node(tasks: str) -> list[int]:
+    """The numbers in Slurm's notation: `2(x3),1` gives 2, 2, 2, 1."""
+    counts = []
+    for run in tasks.split(","):
+        count, _, repeated = run.partition("(x")
+        counts += [int(count)] * int(repeated.rstrip(")") or "1")
+    return counts
