@@ -1,6 +1,6 @@
-"""`python -m megadistill`: what every launcher starts. It knows the command line only."""
+"""`python -m megadistill` and `torchrun -m megadistill`: the command line."""
 
-from megadistill.cli.main import entry
+from megadistill.cli.main import main
 
 if __name__ == "__main__":
-    entry()
+    main()

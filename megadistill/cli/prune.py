@@ -1,13 +1,14 @@
-"""Verbs that make a smaller model out of a larger one: prune."""
+"""The command `prune`, which cuts a smaller model out of a larger one."""
 
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Commands, add_command
 
 EPILOG = f"""\
-One process and one device, which holds the whole teacher. What is kept is in pruning.json of the folder that comes out;
-name that folder in student.weights and student.config, and distil from the teacher that it was cut from.
+One process and one device, which holds the whole teacher. The output folder is a Hugging Face model with a pruning.json
+that lists the kept channels, neurons, heads and layers. Name it in student.weights and student.config, and distil from
+the teacher that it was cut from.
 
 example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidden-size 3072 --intermediate-size 9216 \\
     --output pruned
@@ -15,23 +16,23 @@ example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidde
 {EXIT_CODES}"""
 
 
-def add(verbs: Verbs) -> None:
-    verb = add_verb(
-        verbs, "prune", "cut a teacher down to what does most on some of the data, for a student to start from", EPILOG
-    )
-    verb.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
-    verb.add_argument("--data", required=True, metavar="MANIFEST", help="manifest.json of the split to measure on")
-    verb.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+def add(commands: Commands) -> None:
+    command = add_command(commands, "prune", "structured pruning of a teacher by activation importance", EPILOG)
+    command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
+    command.add_argument("--data", required=True, metavar="MANIFEST", help="manifest.json of the split to measure on")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     for option, metavar, what in (
         ("--hidden-size", "H", "channels of the hidden state"),
         ("--intermediate-size", "I", "neurons of each MLP"),
         ("--heads", "N", "query heads, by whole key-value groups"),
         ("--layers", "L", "layers"),
     ):
-        verb.add_argument(option, type=int, metavar=metavar, help=f"{what} that stay (default: all)")
-    verb.add_argument("--sequences", type=int, default=512, metavar="N", help="to measure on (default 512)")
-    verb.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a forward pass (default 8)")
-    verb.set_defaults(run=_prune)
+        command.add_argument(option, type=int, metavar=metavar, help=f"{what} to keep (default: all)")
+    command.add_argument(
+        "--sequences", type=int, default=512, metavar="N", help="sequences to measure on (default 512)"
+    )
+    command.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a forward pass (default 8)")
+    command.set_defaults(run=_prune)
 
 
 def _prune(options: argparse.Namespace) -> int:

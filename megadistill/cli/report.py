@@ -1,17 +1,17 @@
-"""The verb `report`: a page on one or several runs."""
+"""The command `report`, which writes a page on one or several runs."""
 
 import argparse
 import time
 from pathlib import Path
 
-from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
+from megadistill.cli.common import EXIT_CODES, Commands, add_command
 
 REPORT_EPILOG = f"""\
 The page needs no network, and any browser shows it: curves over tokens and over
-time, events, evaluations, recipes. A run may be going on, or broken.
+time, events, evaluations, recipes. A run may still be running, or have failed.
 
-Evaluations are those of `megadistill evaluate --json RUN/evaluation.json`: files
-evaluation*.json in the run folders, and what --evaluation names.
+Evaluations are the files of `megadistill evaluate --json RUN/evaluation.json`: each
+evaluation*.json in the run folders, and those that --evaluation names.
 
 examples:
   megadistill report runs/smoke/distill
@@ -21,26 +21,26 @@ examples:
 {EXIT_CODES}"""
 
 
-def add(verbs: Verbs) -> None:
-    verb = add_verb(
-        verbs, "report", "write one HTML page on one or several runs, with its figures beside it", REPORT_EPILOG
+def add(commands: Commands) -> None:
+    command = add_command(
+        commands, "report", "write one HTML page on one or several runs, with its figures beside it", REPORT_EPILOG
     )
-    verb.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    verb.add_argument(
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    command.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
         help="an .html file, or a folder for report.html (default: the run's folder; several runs need it)",
     )
-    verb.add_argument(
+    command.add_argument(
         "--evaluation",
         action="append",
         default=[],
         type=Path,
         metavar="FILE",
-        help="also show what `evaluate --json` wrote here; repeatable",
+        help="another file of `evaluate --json` to show; repeatable",
     )
-    verb.set_defaults(run=_report)
+    command.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -1,47 +1,47 @@
-"""The verb that shows who computes, waits and sends in a few steps: timeline."""
+"""The command `timeline`, which shows compute, waiting and communication of each rank in a few steps."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megadistill.cli.common import EXIT_CODES, Verbs, add_verb
-from megadistill.cli.plan import add_plan_options, planned
+from megadistill.cli.common import EXIT_CODES, Commands, add_command
+from megadistill.cli.plan import add_plan_options, build_plan
 from megadistill.errors import UserError
 
 STEPS = 3
 
 TIMELINE_EPILOG = f"""\
-Of a run: the steps that its recipe named, [first, last], of which each rank kept what it did in RUN/timeline/.
+Of a run: the steps of run.timeline, [first, last], which each rank recorded in RUN/timeline/.
 
   megadistill train RECIPE --set 'run.timeline=[101,103]'
   megadistill timeline RUN
 
-Of a plan: simulated from the seconds that `megadistill plan` expects, and beside it a teacher that drains.
+Of a plan: simulated from the seconds that `megadistill plan` expects, beside a teacher pipeline that drains.
 
   megadistill timeline RECIPE --nodes 8 --gpu h100 --output DIR
 
-timeline.json loads in https://ui.perfetto.dev and chrome://tracing; timeline.png is the same as a picture.
+timeline.json opens in https://ui.perfetto.dev and chrome://tracing; timeline.png is a picture of the same.
 
 {EXIT_CODES}"""
 
 
-def add(verbs: Verbs) -> None:
-    verb = add_verb(
-        verbs, "timeline", "who computes, waits and sends in a few steps: a trace and a picture", TIMELINE_EPILOG
+def add(commands: Commands) -> None:
+    command = add_command(
+        commands, "timeline", "trace and picture of compute, waiting and communication per rank", TIMELINE_EPILOG
     )
-    verb.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
-    add_plan_options(verb, required=False)  # a run says by itself where it ran
-    verb.add_argument("--steps", type=int, metavar="N", help=f"of a plan: its first N (default {STEPS})")
-    verb.add_argument("--output", type=Path, metavar="DIR", help="where the files go (of a run: by default RUN)")
-    verb.set_defaults(run=_timeline)
+    command.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
+    add_plan_options(command, required=False)  # a run recorded its own layout
+    command.add_argument("--steps", type=int, metavar="N", help=f"of a plan: steps to simulate (default {STEPS})")
+    command.add_argument("--output", type=Path, metavar="DIR", help="folder of the output (of a run: by default RUN)")
+    command.set_defaults(run=_timeline)
 
 
 def _timeline(options: argparse.Namespace) -> int:
     if options.source.is_dir():
         return _of_run(options)
     if not options.source.exists():
-        raise UserError(f"{options.source} is not there: name a run folder, or a recipe")
+        raise UserError(f"{options.source} does not exist: name a run folder, or a recipe")
     return _of_plan(options)
 
 
@@ -65,19 +65,19 @@ def _of_plan(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from megadistill.plan.output.plan_timeline import Pipeline, simulate
-    from megadistill.plan.search import what_would_help
+    from megadistill.plan.search import remedies
 
-    plan = planned(options.source, options)
-    shown = plan.shown
-    if shown is None:
-        raise UserError(what_would_help(plan))
-    recipe = shown.placed.recipe
-    pipelines = list(Pipeline) if shown.times.stages else [Pipeline.RUNS_AHEAD]
+    plan = build_plan(options.source, options)
+    main = plan.main
+    if main is None:
+        raise UserError(remedies(plan))
+    recipe = main.sharding.recipe
+    pipelines = list(Pipeline) if main.times.stages else [Pipeline.RUNS_AHEAD]
     where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {options.gpu}"
     assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
-    found = [
+    timelines = [
         simulate(
-            shown.times,
+            main.times,
             steps=STEPS if options.steps is None else options.steps,
             run_steps=recipe.train.steps,
             pipeline=pipeline,
@@ -86,18 +86,18 @@ def _of_plan(options: argparse.Namespace) -> int:
         for pipeline in pipelines
     ]
     _write(
-        [replace(each, title=f"{where}: {each.title}", note=f"{each.note}; {assumed}") for each in found],
+        [replace(each, title=f"{where}: {each.title}", note=f"{each.note}; {assumed}") for each in timelines],
         options.output,
     )
-    settings = plan.settings(shown)
+    settings = plan.settings(main)
     if settings:
-        shown_as = " ".join(f"--set {each}" for each in settings)
-        print(f"the recipe's own layout is refused ({plan.refused}); this is {shown_as}")
+        overrides = " ".join(f"--set {each}" for each in settings)
+        print(f"the recipe's own layout is refused ({plan.refused}); this timeline is of {overrides}")
     return 0
 
 
 def _write(timelines: Sequence[Any], output: Path) -> None:
-    """The first one's trace, and a picture of all."""
+    """Writes the trace of the first timeline, and a picture of all."""
     from rich.console import Console
 
     from megadistill.timeline.picture import draw, table

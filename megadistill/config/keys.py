@@ -1,10 +1,10 @@
-"""Every key of a recipe, from the models that validate it: type, bounds, default, meaning. It knows no room."""
+"""Every key of a recipe, from the models that validate it: type, bounds, default, meaning."""
 
 import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -19,9 +19,9 @@ from megadistill.errors import UserError, nearest
 PREFACE = """\
 # Every key of a recipe
 
-`megadistill reference --markdown` writes this page from the models that validate a recipe, and a test holds it against
-them; `megadistill reference loss` shows one section in a terminal. A key that a recipe does not say has its default;
-one that does not exist is refused with the nearest that does. `--set section.key=value` overrides any of them.
+`megadistill config-keys --markdown` writes this page from the models that validate a recipe, and a test compares the
+two; `megadistill config-keys loss` shows one section in a terminal. A key that a recipe leaves out has its default; an
+unknown key is refused with the nearest one that exists. `--set section.key=value` overrides any of them.
 
 """
 
@@ -35,10 +35,11 @@ class Key:
     """One key of a recipe."""
 
     name: str
-    """Dotted, as in `--set`."""
+    """Dotted name, as in `--set`."""
     type: str
+    """Type and bounds, as text."""
     default: str
-    """`required` where there is none."""
+    """Default as JSON; `required` if there is none."""
     meaning: str
 
     @property
@@ -48,31 +49,33 @@ class Key:
 
 def keys() -> list[Key]:
     """All keys, section by section; those of a list's items as `section.list[].key`."""
-    return list(_keys(Recipe, ""))
+    merged: dict[str, Key] = {}
+    for key in _keys(Recipe, ""):
+        other = merged.setdefault(key.name, key)
+        if key.name.endswith(".kind") and key != other:  # the sections of a union
+            merged[key.name] = replace(other, type=f"{other.type} or {key.type}")
+    return list(merged.values())
 
 
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
-    inner: list[tuple[type[BaseModel], str]] = []
+    nested: list[tuple[type[BaseModel], str]] = []
     for name, field in model.model_fields.items():
-        found, many = _section_of(field.annotation)
-        if found is not None:
-            inner.append((found, f"{prefix}{name}{'[]' if many else ''}."))
-            if field.is_required() or (not many and field.default is not None):
-                continue
+        sections, is_list = _sections_of(field.annotation)
+        nested += [(section, f"{prefix}{name}{'[]' if is_list else ''}.") for section in sections]
+        if sections and (field.is_required() or (not is_list and field.default is not None)):
+            continue
         yield Key(f"{prefix}{name}", _type_of(field), _default_of(field), _meaning_of(field))
-    for section, deeper in inner:
-        yield from _keys(section, deeper)
+    for section, path in nested:
+        yield from _keys(section, path)
 
 
-def _section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
-    """The section that a key holds, or holds a list of."""
+def _sections_of(annotation: Any) -> tuple[list[type[Section]], bool]:
+    """The section that a key holds, or those of a union, and whether the key holds a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation, False
-    for part in get_args(annotation):
-        found, many = _section_of(part)
-        if found is not None:
-            return found, many or get_origin(annotation) is list
-    return None, False
+        return [annotation], False
+    parts = [_sections_of(part) for part in get_args(annotation)]
+    sections = [section for part, _ in parts for section in part]
+    return sections, get_origin(annotation) is list or any(is_list for _, is_list in parts)
 
 
 def _type_of(field: FieldInfo) -> str:
@@ -81,19 +84,19 @@ def _type_of(field: FieldInfo) -> str:
         for each in field.metadata
         if type(each) in _BOUNDS
     ]
-    return ", ".join([_named(field.annotation), *bounds])
+    return ", ".join([_type_name(field.annotation), *bounds])
 
 
-def _named(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join("null" if part is type(None) else _named(part) for part in parts)
+        return " or ".join("null" if part is type(None) else _type_name(part) for part in parts)
     if origin is list:
-        return f"list of {_named(parts[0])}"
+        return f"list of {_type_name(parts[0])}"
     if origin is dict:
-        return f"{_named(parts[0])} -> {_named(parts[1])}"
+        return f"{_type_name(parts[0])} -> {_type_name(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
     return _PLAIN[annotation.__name__]
@@ -107,25 +110,23 @@ def _default_of(field: FieldInfo) -> str:
 
 
 def _meaning_of(field: FieldInfo) -> str:
-    """In the words of a recipe, where Python's None is null."""
+    """The description, with null, as YAML writes it, for Python's None."""
     return " ".join((field.description or "").split()).replace("None:", "null:")
 
 
-def _sections(found: Sequence[Key]) -> dict[str, list[Key]]:
+def _by_section(some: Sequence[Key]) -> dict[str, list[Key]]:
     grouped: dict[str, list[Key]] = {}
-    for key in found:
+    for key in some:
         grouped.setdefault(key.section, []).append(key)
     return grouped
 
 
 def markdown() -> str:
-    """The page docs/reference.md."""
+    """The page docs/config-keys.md."""
     page = [PREFACE]
-    for section, found in _sections(keys()).items():
+    for section, members in _by_section(keys()).items():
         page.append(f"## {section or 'the recipe itself'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
-        page += [
-            f"| `{key.name}` | {_cell(key.type)} | `{_cell(key.default)}` | {_cell(key.meaning)} |\n" for key in found
-        ]
+        page += [f"| `{key.name}` | {key.type} | `{key.default}` | {_cell(key.meaning)} |\n" for key in members]
         page.append("\n")
     return "".join(page).rstrip() + "\n"
 
@@ -135,26 +136,25 @@ def _cell(text: str) -> str:
 
 
 def tables(prefix: str | None) -> list[Table]:
-    """For a terminal: all sections, or the key or section of this name.
+    """Tables for a terminal, one per section: of all keys, or of the key or section named `prefix`.
 
     Raises:
         UserError: there is no such key.
     """
-    found = keys()
+    selected = every = keys()
     if prefix is not None:
-        asked = [key for key in found if key.name == prefix or key.name.startswith((f"{prefix}.", f"{prefix}[]."))]
-        if not asked:
-            known = {key.name for key in found} | {key.section for key in found if key.section}
+        selected = [key for key in every if key.name == prefix or key.name.startswith((f"{prefix}.", f"{prefix}[]."))]
+        if not selected:
+            known = {key.name for key in every} | {key.section for key in every if key.section}
             raise UserError(f"a recipe has no key {prefix}{nearest(prefix, known)}")
-        found = asked
-    return [_table(section, held) for section, held in _sections(found).items()]
+    return [_table(section, members) for section, members in _by_section(selected).items()]
 
 
-def _table(section: str, found: Sequence[Key]) -> Table:
+def _table(section: str, members: Sequence[Key]) -> Table:
     table = Table(title=section or "the recipe itself", title_justify="left", show_lines=True)
     for heading in ("key", "type", "default", "meaning"):
         table.add_column(heading, overflow="fold", ratio=2 if heading == "meaning" else 1)
-    for key in found:
+    for key in members:
         name = key.name.removeprefix(f"{section}.")
         table.add_row(*(escape(text) for text in (name, key.type.replace("`", ""), key.default, key.meaning)))
     return table

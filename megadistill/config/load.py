@@ -1,9 +1,9 @@
-"""From YAML with `extends:` and `--set` to a validated recipe. `extends:` is relative to the file that contains it."""
+"""Loading of a recipe: YAML with `extends:` (relative to the file that contains it) and `--set`, then validation."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,7 +39,7 @@ RENAMED = {
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with what it extends and with `key=value` overrides on top.
+    """Loads a recipe file, merged over the files that it extends, with `key=value` overrides on top.
 
     Raises:
         UserError: one line that names the key, the value and the way out.
@@ -143,13 +143,13 @@ def _refuse_resolvers(value: Any, path: Path) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem as `key: what, value, way out`; the count of the others."""
+    """The first problem as `key: reason, value, way out`, and the number of the others."""
     first = error.errors()[0]
-    places = [str(part) for part in first["loc"]]
-    key = ".".join(places)
+    path, siblings = _locate(first["loc"])
+    key = ".".join(path)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{key}: no such key{nearest(places[-1], _known_keys(places[:-1]))}{more}"
+        return f"{key}: no such key{nearest(path[-1], siblings)}{more}"
     if first["type"] == "missing":
         return f"{key}: is required{more}"
     if first["type"] == "value_error":
@@ -158,13 +158,29 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {first['msg'].lower()}, found {first['input']!r}{more}"
 
 
-def _known_keys(places: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for place in places:
-        field = model.model_fields.get(place)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), model)
-    return list(model.model_fields)
+def _locate(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """The key path of pydantic's location, without the tag of a union's member, and the keys beside its last part."""
+    models: list[type[BaseModel]] = [Recipe]
+    path, siblings = [], list(Recipe.model_fields)
+    for part in map(str, location):
+        tagged = [
+            model for model in models if "kind" in model.model_fields and model.model_fields["kind"].default == part
+        ]
+        if tagged:
+            models = tagged
+            continue
+        path.append(part)
+        siblings = [key for model in models for key in model.model_fields]
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [model for field in fields for model in _models_in(field.annotation)] or models
+    return path, siblings
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models of an annotation such as `list[Entry]` or `A | B | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _first_line(error: Exception) -> str:

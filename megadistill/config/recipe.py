@@ -1,8 +1,8 @@
-"""The recipe as frozen pydantic models, one section a package. Paths are relative to the current directory."""
+"""The recipe as frozen pydantic models, one per section. Paths are relative to the current directory."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megadistill.errors import UserError, nearest
 from megadistill.precision import Precision
@@ -20,13 +20,13 @@ class Section(BaseModel):
 
 class RunSection(Section):
     folder: str = Field(min_length=1)
-    """Where the run writes everything."""
+    """Run folder: all output of the run goes there."""
     seed: int = Field(default=1, ge=0)
     """Seed of the student's initialisation."""
     time_limit_minutes: float | None = Field(default=None, gt=0)
-    """A time budget: the run saves and stops after the step at which it is spent. None: no limit."""
+    """Time limit of one start (minutes): the run saves and stops after the step that exceeds it. None: no limit."""
     timeline: list[int] | None = None
-    """[first, last]: steps of which every rank records what it does, for `megadistill timeline`. None: none."""
+    """[first, last]: steps that every rank records for `megadistill timeline`. None: none."""
 
     @model_validator(mode="after")
     def _timeline_is_a_range(self) -> "RunSection":
@@ -34,7 +34,7 @@ class RunSection(Section):
             if len(self.timeline) != 2 or not 1 <= self.timeline[0] <= self.timeline[1]:
                 raise ValueError(f"timeline is {self.timeline}: give [first, last], as in [101, 103]")
             if self.timeline[1] - self.timeline[0] >= MAX_TIMELINE_STEPS:
-                raise ValueError(f"timeline is {self.timeline}: a picture shows {MAX_TIMELINE_STEPS} steps at most")
+                raise ValueError(f"timeline is {self.timeline}: a picture shows at most {MAX_TIMELINE_STEPS} steps")
         return self
 
 
@@ -58,24 +58,24 @@ class DataSection(Section):
     manifest: str | None = None
     """manifest.json of the training split, as `megadistill tokenize` wrote it: a path, or a URL that fsspec knows."""
     sources: dict[str, str] = {}
-    """For a mixture, in place of `manifest`: name -> manifest.json of a split."""
+    """Sources of a mixture, in place of `manifest`: name -> manifest.json of a split."""
     curriculum: list[CurriculumEntry] = []
-    """For a mixture: its weights, one entry after the other. Entries that lie in the future may be edited."""
+    """Weights of a mixture, one entry after the other. Entries that lie in the future may be edited."""
     seed: int = Field(default=1, ge=0)
     """Seed of the order of the stream."""
     document_mask: bool = False
-    """Each document is read by itself: no token attends to another document, and positions restart."""
+    """No token attends to another document, and positions restart at each document."""
     on_corrupt_sample: Literal["fail", "mask"] = "fail"
-    """What a damaged unit does: end the run, or become a masked row in its place, which the state remembers."""
+    """A sequence that fails its checksum: end the run, or replace it by masked tokens, recorded in the checkpoint."""
     max_masked_per_million: int = Field(default=100, ge=0)
-    """mask: more damaged units than this in any million sequences end the run all the same."""
+    """mask: more corrupt sequences than this in any million end the run all the same."""
     skip: list[list[int]] = []
-    """Ranges [first, stop) of sequence numbers to leave out, after a loss spike: they must lie ahead."""
+    """Ranges [first, stop) of sequence numbers to skip, such as those of a loss spike; they must lie ahead."""
     prefetch: int = Field(default=2, ge=0)
     """Batches that a thread reads ahead of the step; 0: none."""
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> "DataSection":
+    def _manifest_or_mixture(self) -> "DataSection":
         if (self.manifest is None) == (not self.sources):
             raise ValueError("give either manifest, or sources and curriculum")
         if bool(self.sources) != bool(self.curriculum):
@@ -104,43 +104,43 @@ class DistributedSection(Section):
     vocab_group: int | None = Field(default=None, ge=1)
     """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
     timeout_minutes: float = Field(default=10.0, gt=0)
-    """How long a collective may wait before the run is given up: start-up and saving are slow."""
+    """Timeout of a collective, of start-up and of a save (minutes)."""
 
 
 class StudentSection(Section):
     config: dict[str, Any] | str
     """A Hugging Face config (inline, with model_type) or a folder that holds config.json."""
     weights: str | None = None
-    """A Hugging Face folder whose weights the student starts from, a pruned teacher's say. None: `run.seed` decides."""
+    """A Hugging Face folder with the initial weights, such as a pruned teacher's. None: random, by `run.seed`."""
     deepspeed: str = "ds_configs/zero3.json"
-    """What DeepSpeed alone owns: sharding, buckets, offload, communication."""
+    """DeepSpeed JSON file: sharding, buckets, offload, communication."""
     vocab_multiple: int = Field(default=1024, ge=1)
     """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
     activation_checkpointing: bool = False
-    """Keep what enters each layer and compute the rest again in the backward pass: a third more work, less memory."""
+    """Recompute each layer in the backward pass, from its inputs: a third more compute, less memory."""
 
 
 class TeacherSection(Section):
     source: Literal["live", "stored"] = "live"
-    """live: its forward pass runs with the student's. cache: `targets`, which it said once; it is not in memory."""
+    """live: the teacher's forward pass runs with the student's. stored: its targets are read from `targets`."""
     path: str | None = None
-    """A Hugging Face folder: config.json, safetensors, the tokenizer. For cache, to be sure whose targets they are."""
+    """A Hugging Face folder: config.json, safetensors, tokenizer. stored: optional, to verify the targets' origin."""
     targets: str | None = None
     """stored: a folder, or a URL, of targets that `megadistill store-targets` or `save_targets` wrote."""
     save_targets: str | None = None
-    """live, with loss.targets: a folder in which the targets are stored as the run makes them."""
+    """live, with loss.targets: a folder in which the run stores its targets."""
     vocab_map: str | None = None
-    """A JSON list with the teacher's id for each of the student's ids, -1 where it has none. None: the same ids."""
+    """A JSON file: list with the teacher's id of each student id, -1 if it has none. None: the same ids."""
     placement: Literal["colocated", "disaggregated"] = "colocated"
-    """Where the teacher lives: a stage on each of the student's ranks, or on ranks of its own, the launch's last."""
+    """The teacher's stages run on the student's ranks, or on ranks of their own, the last of the launch."""
     ranks: int | None = Field(default=None, ge=1)
-    """disaggregated: how many of the launch's processes are the teacher's."""
+    """disaggregated: number of the teacher's ranks."""
     stages: int | None = Field(default=None, ge=1)
-    """disaggregated: ranks of one pipeline; `ranks` may hold several. All of `ranks` where nothing is said."""
+    """disaggregated: stages (ranks) of one pipeline; `ranks` may hold several pipelines. None: `ranks`."""
     queue: int = Field(default=4, ge=1)
-    """disaggregated: micro-batches of each of the student's ranks that are asked for before the oldest is answered."""
+    """disaggregated: outstanding requests (micro-batches) of each of the student's ranks."""
     transfer_dtype: Literal["native", "float8"] = "native"
-    """disaggregated: how hidden states cross: in the run's precision, or in 8 bits with a scale for each token."""
+    """disaggregated: type of transferred hidden states: the run's precision, or float8 with a scale per token."""
 
     @model_validator(mode="after")
     def _keys_of_the_source(self) -> "TeacherSection":
@@ -153,34 +153,34 @@ class TeacherSection(Section):
         if self.targets is None:
             raise ValueError("source stored needs targets: a folder of stored targets")
         if self.placement != "colocated" or self.save_targets is not None:
-            raise ValueError("source stored has no live teacher: remove placement and save_targets")
+            raise ValueError("source stored reads targets: remove placement and save_targets")
         return self
 
     @model_validator(mode="after")
     def _keys_of_the_placement(self) -> "TeacherSection":
-        plain = {"ranks": None, "stages": None, "queue": 4, "transfer_dtype": "native"}
-        moved = [name for name, value in plain.items() if getattr(self, name) != value]
-        if self.placement == "colocated" and moved:
-            raise ValueError(f"{moved[0]} belongs to placement disaggregated: remove it, or set the placement")
+        defaults = {"ranks": None, "stages": None, "queue": 4, "transfer_dtype": "native"}
+        changed = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if self.placement == "colocated" and changed:
+            raise ValueError(f"{changed[0]} belongs to placement disaggregated: remove it, or set the placement")
         if self.placement == "disaggregated" and self.ranks is None:
-            raise ValueError("placement disaggregated needs ranks: how many processes are the teacher's")
+            raise ValueError("placement disaggregated needs ranks: the number of the teacher's processes")
         return self
 
 
 class ScheduleSection(Section):
-    """How a number changes over the run: the learning rate, or the weight of the divergence."""
+    """Schedule over the run of the learning rate, or of the divergence's weight."""
 
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Linear from 0 to the peak over these."""
+    """Steps of the linear rise from 0 to the peak."""
     decay_steps: int | None = Field(default=None, ge=1)
-    """Length of the final decay; for wsd only."""
+    """wsd: steps of the final decay."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last value as a share of the peak."""
+    """Last value, as a fraction of the peak."""
 
     def require_fit(self, steps: int, key: str) -> None:
-        """Refuses what does not fit into a run of `steps`. `key` is this schedule's name in the recipe.
+        """Refuses a schedule longer than a run of `steps` steps. `key` is its name in the recipe.
 
         Raises:
             ValueError: one line.
@@ -197,27 +197,27 @@ class ScheduleSection(Section):
 
 
 class TargetsSection(Section):
-    """What is kept of the teacher's distribution, where the student does not learn from all of it."""
+    """Sparse targets: the part of the teacher's distribution that the student learns from."""
 
     select: Literal["sampled", "top_k", "threshold", "top_p"] = "sampled"
-    """Drawn by the teacher's probability, its k most likely ids, those above a probability, or a nucleus."""
+    """Draws from the teacher's distribution, its k most likely ids, those above a probability, or a nucleus."""
     draws: int | None = Field(default=None, ge=1)
-    """sampled: independent draws for each token; the target is counts/draws. 50 where nothing is said."""
+    """sampled: independent draws per token; the target is counts/draws. Default 50."""
     k: int | None = Field(default=None, ge=1)
-    """top_k: how many of the most likely ids."""
+    """top_k: number of ids."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
-    """threshold: the lowest probability that is kept."""
+    """threshold: lowest probability of a selected id."""
     p: float | None = Field(default=None, gt=0, lt=1)
-    """top_p: the probability that the most likely ids reach together."""
+    """top_p: total probability of the selected ids."""
     max_ids: int | None = Field(default=None, ge=1)
-    """top_p: how many of them at most."""
+    """top_p: maximum number of ids."""
     tail: Literal["other", "renormalised", "dropped"] | None = None
-    """What becomes of the rest; "other" where nothing is said. Draws leave none, so `sampled` has no tail."""
+    """Treatment of the remaining probability, default "other". Draws leave none, so `sampled` has no tail."""
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Filled in here, so that a run's recipe.json says them."""
+        """Fills in the defaults of `select`, so that a run's recipe.json has them."""
         if not isinstance(values, dict):
             return values
         sampled = values.get("select", "sampled") == "sampled"
@@ -243,9 +243,9 @@ class LossSection(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
     """Between the teacher's distribution p and the student's q; forward_kl is KL(p ‖ q)."""
     beta: float | None = Field(default=None, ge=0, le=1)
-    """jsd: the teacher's share of the mixture; 0.5 where nothing is said."""
+    """jsd: the teacher's weight in the mixture; default 0.5."""
     alpha: float | None = Field(default=None, ge=0, lt=1)
-    """skew_kl: the teacher's share of the mixture; 0.1 where nothing is said."""
+    """skew_kl: the teacher's weight in the mixture; default 0.1."""
     temperature: float = Field(default=1.0, gt=0)
     """Both models' logits are divided by it in the divergence; the label's cross-entropy stays at 1."""
     temperature_squared: bool = False
@@ -257,19 +257,19 @@ class LossSection(Section):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of (log Z)² of the student: keeps logits from drifting; 1e-4 is common."""
     label_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """The share of the tokens, where the teacher is surest, that learn from the label instead (Goyal et al.,
-    2509.01649). The surest are looked for among the tokens of a vocab group's micro-batch."""
+    """Fraction of the tokens, those of lowest teacher entropy in a vocab group's micro-batch, that learn from the label
+    instead (Goyal et al., 2509.01649)."""
     schedule: ScheduleSection | None = None
-    """The divergence's weight over the run, as a share of `kd_weight` (Peng et al., 2410.16215); what it gives up goes
-    to the label's cross-entropy. None: constant."""
+    """Schedule of the divergence's weight, as a fraction of `kd_weight` (Peng et al., 2410.16215); the remaining weight
+    goes to the label's cross-entropy. None: constant."""
     targets: TargetsSection | None = None
-    """Learn from a part of the teacher's distribution, chosen anew at every step. None: from all of it."""
+    """Learn from a part of the teacher's distribution, selected anew at every step. None: from all of it."""
     logit_memory_mb: int = Field(default=512, ge=1)
-    """MiB of logits that exist at one time on a rank: tokens go through the loss in chunks that fit."""
+    """Limit of the logits in memory on a rank (MiB): the loss processes tokens in chunks that fit."""
     elementwise: Literal["eager", "compiled"] = "eager"
-    """Who does the arithmetic between the products: torch's operations, or kernels that `torch.compile` makes."""
+    """Implementation of the elementwise arithmetic: torch operations, or kernels from `torch.compile`."""
     diagnostics_every: int = Field(default=0, ge=0)
-    """Steps between closer looks at teacher and student, at the cost of a second pass; 0: never."""
+    """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never."""
 
     @model_validator(mode="after")
     def _terms_fit(self) -> "LossSection":
@@ -279,45 +279,64 @@ class LossSection(Section):
                 raise ValueError(f"{name} is {value}, but it belongs to divergence {owner}, not {self.divergence}")
         if self.targets is not None:
             if self.divergence != "forward_kl":
-                raise ValueError(f"targets keep a part of the teacher, but {self.divergence} needs all of it")
+                raise ValueError(
+                    f"targets hold a part of the teacher's distribution, but {self.divergence} needs all of it"
+                )
             for name, reason in (("label_fraction", "entropy"), ("diagnostics_every", "whole distribution")):
                 if getattr(self, name) != 0:
-                    raise ValueError(f"{name} needs the teacher's {reason}, which targets do not tell: set it to 0")
+                    raise ValueError(f"{name} needs the teacher's {reason}, which targets do not hold: set it to 0")
         return self
 
 
-class AdamWSection(Section):
+class OptimizerSection(Section):
+    """Keys of every optimizer. A member of `OptimizerUnion` adds its own, and its `kind`."""
+
+    kind: str
+    """Name of the optimizer."""
     learning_rate: float = Field(gt=0)
-    """The peak of the schedule."""
+    """Peak of the schedule."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay, of matrices only: norms and biases have none."""
+
+
+class AdamWSection(OptimizerSection):
+    kind: Literal["adamw"] = "adamw"
+    """Name of the optimizer."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the running mean of the gradient."""
+    """Decay rate of the first moment, the running mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the running mean of its square."""
+    """Decay rate of the second moment, the running mean of the squared gradient."""
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled, on matrices only: norms and biases are not decayed."""
+
+
+def _default_optimizer(values: Any) -> Any:
+    return {"kind": "adamw", **values} if isinstance(values, dict) else values
+
+
+OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeValidator(_default_optimizer)]
+"""The sections of `train.optimizer`, distinguished by `kind`; `student.optimizer` has an entry for each."""
 
 
 class TrainSection(Section):
     steps: int = Field(ge=1)
     """Optimizer steps of the whole run."""
     global_batch: int = Field(ge=1)
-    """Sequences of an optimizer step, over all ranks: fixed, whatever the world size."""
+    """Sequences of an optimizer step, over all ranks, for any world size."""
     micro_batch: int = Field(ge=1)
     """Sequences of one forward pass on one rank; accumulation follows from it."""
     precision: Precision = "bfloat16"
-    """What both models compute in. Master weights, moments and accumulated gradients are float32 in any case."""
+    """Compute type of both models. Master weights, optimizer state and accumulated gradients are always float32."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; 0 does not clip."""
-    optimizer: AdamWSection
+    """Maximum global gradient norm; 0: no clipping."""
+    optimizer: OptimizerUnion
     schedule: ScheduleSection = ScheduleSection()
     checkpoint_every: int = Field(default=1000, ge=1)
-    """Steps between checkpoints; the last step of a run always is one."""
+    """Steps between checkpoints; the last step always has one."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
     histograms_every: int = Field(default=0, ge=0)
-    """Steps between histograms of all weights and of their smoothed gradients, for TensorBoard; 0: never."""
+    """Steps between TensorBoard histograms of all weights and of their mean gradients; 0: never."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":
@@ -327,43 +346,43 @@ class TrainSection(Section):
 
 class CheckpointSection(Section):
     keep_last: int = Field(default=3, ge=1)
-    """The newest checkpoints that are kept. Nothing is deleted before a newer one is whole."""
+    """Number of latest checkpoints to keep. None is deleted before a newer one is complete."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints of steps that this divides are kept for good; 0: none."""
+    """Checkpoints of steps divisible by this are never deleted; 0: none."""
     asynchronous: bool = True
-    """Copy the state to host memory and write it while the run goes on; false: the run waits for the disk."""
+    """Copy the state to host memory and write it during the next steps; false: the run waits for the disk."""
 
 
 class ResilienceSection(Section):
-    """What the run takes for a fault, and what it does about it."""
+    """Detection of faults, and the reactions to them."""
 
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Steps in a row that may be skipped because a loss or a gradient is not finite; one more ends the run."""
+    """Consecutive steps that may be skipped because a loss or gradient is not finite; one more ends the run."""
     spike_zscore: float = Field(default=10.0, gt=0)
     """A loss this many robust standard deviations above the median of the last `spike_window` steps is a spike."""
     spike_window: int = Field(default=128, ge=8)
-    """Steps whose losses say what is usual, for `spike_zscore` and `teacher_zscore`."""
+    """Steps in the reference window of `spike_zscore` and `teacher_zscore`."""
     max_rollbacks: int = Field(default=0, ge=0)
-    """How often a spike may roll the run back to an older checkpoint and skip what it read; 0: it is only reported."""
+    """Maximum number of rollbacks to a checkpoint before a spike, which skip its sequences; 0: spikes are reported."""
     rollback_steps: int = Field(default=16, ge=1)
-    """A rollback leaves out the sequences of this many steps, the spike's being the last."""
+    """Steps whose sequences a rollback skips; the step of the spike is the last."""
     teacher_zscore: float = Field(default=10.0, gt=0)
-    """As `spike_zscore`, in either direction, for the teacher's cross-entropy: reported, with what to look at."""
+    """Threshold as `spike_zscore`, in either direction, of the teacher's cross-entropy; reported."""
     teacher_hash_every: int = Field(default=1000, ge=0)
-    """Steps between comparisons of the teacher's weights with what was loaded; 0: never."""
+    """Steps between comparisons of the teacher's weights with the loaded ones; 0: never."""
     recompute_every: int = Field(default=0, ge=0)
-    """Steps between micro-batches that are computed twice and compared to the last bit; 0: never."""
+    """Steps between micro-batches that are computed twice and compared bitwise; 0: never."""
     straggler_every: int = Field(default=100, ge=0)
-    """Steps between comparisons of how fast the ranks compute; 0: never."""
+    """Steps between comparisons of the ranks' compute speed; 0: never."""
     step_timeout_seconds: float = Field(default=600.0, gt=0)
-    """A step that takes longer is a hang: every rank writes its stacks, the culprit is named, the run ends (exit 3)."""
+    """Time limit of a step (s). A longer one is a hang: every rank writes its stacks, and the run ends (exit 3)."""
 
 
 class Recipe(Section):
-    """Everything that decides a run's numbers."""
+    """A complete recipe: all settings of a run."""
 
     objective: Literal["labels", "distill"]
-    """labels: ordinary next-token training. distill: a teacher says what every token should have been."""
+    """labels: next-token training. distill: training on a teacher's distribution of every token."""
     run: RunSection
     data: DataSection
     student: StudentSection
@@ -373,53 +392,53 @@ class Recipe(Section):
     resilience: ResilienceSection = ResilienceSection()
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
-    """For objective distill alone."""
+    """The teacher, for objective distill only."""
 
     @model_validator(mode="after")
     def _objective_fits(self) -> "Recipe":
         if self.objective == "distill" and self.teacher is None:
             raise ValueError("objective distill needs teacher.path; to train from labels, set objective to labels")
         if self.objective == "labels" and self.teacher is not None:
-            raise ValueError("objective labels reads no teacher: set teacher to null, or objective to distill")
+            raise ValueError("objective labels uses no teacher: set teacher to null, or objective to distill")
         if self.teacher is not None and self.loss.targets is None:
             if self.teacher.source == "stored":
-                raise ValueError("teacher.source stored needs loss.targets: which of the targets were stored")
+                raise ValueError("teacher.source stored needs loss.targets: the selection that was stored")
             if self.teacher.save_targets is not None:
-                raise ValueError("teacher.save_targets needs loss.targets: which targets to make and to store")
+                raise ValueError("teacher.save_targets needs loss.targets: the selection to store")
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":
             used = ("z_loss", "logit_memory_mb", "elementwise")
-            plain = LossSection()
-            moved = [
+            defaults = LossSection()
+            changed = [
                 name
                 for name in LossSection.model_fields
-                if name not in used and getattr(self.loss, name) != getattr(plain, name)
+                if name not in used and getattr(self.loss, name) != getattr(defaults, name)
             ]
-            if moved:
+            if changed:
                 raise ValueError(
-                    f"objective labels does not use loss.{moved[0]}: remove it, or set objective to distill"
+                    f"objective labels does not use loss.{changed[0]}: remove it, or set objective to distill"
                 )
         if self.loss.schedule is not None:
             self.loss.schedule.require_fit(self.train.steps, "loss.schedule")
         return self
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches a rank runs for each optimizer step.
+        """Micro-batches of a rank for each optimizer step.
 
         Raises:
             UserError: the global batch does not divide into the micro-batches of `world` ranks.
         """
-        together = world * self.train.micro_batch
-        if self.train.global_batch % together:
-            below = self.train.global_batch // together * together
-            fits = [str(value) for value in (below, below + together) if value > 0]
+        divisor = world * self.train.micro_batch
+        if self.train.global_batch % divisor:
+            below = self.train.global_batch // divisor * divisor
+            fits = [str(value) for value in (below, below + divisor) if value > 0]
             raise UserError(
                 f"train.global_batch {self.train.global_batch} does not divide into {world} ranks x "
                 f"train.micro_batch {self.train.micro_batch}; the nearest that fit: {' or '.join(fits)}"
             )
-        return self.train.global_batch // together
+        return self.train.global_batch // divisor
 
     def snapshot(self) -> dict[str, Any]:
-        """The resolved recipe as plain JSON values: what the run folder keeps and a resume compares."""
+        """The resolved recipe as plain JSON values, as in recipe.json."""
         return self.model_dump(mode="json")

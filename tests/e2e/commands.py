@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from megadistill.cli.main import main
+from megadistill.cli.main import run_command
 from tests.paths import ROOT
 
 BIN = Path(sys.executable).parent
@@ -67,7 +67,7 @@ def in_process(*arguments: str) -> Finished:
         contextlib.chdir(ROOT),
         patch.dict(os.environ, COLUMNS="160"),
     ):
-        code = main(arguments)
+        code = run_command(arguments)
     return Finished(code, out.getvalue(), err.getvalue())
 
 

@@ -19,7 +19,7 @@ import pytest
 import webdataset
 from backports import zstd
 
-from megadistill.cli.main import main
+from megadistill.cli.main import run_command
 from tests.documented import Command, every_command
 from tests.e2e.commands import BIN, Finished, environment, in_process, succeeded
 from tests.e2e.conftest import Place
@@ -29,7 +29,7 @@ ELSEWHERE = {
     r"train recipes/(gemma2|llama3)": "tests/ranks/train/test_recipes.py",
     r"export runs/llama3": "tests/unit/export/test_export_run.py",
     r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",
-    r"^megadistill benchmark": "tests/unit/evaluate/test_lm_eval.py",
+    r"^megadistill lm-eval": "tests/unit/evaluate/test_lm_eval.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
     r"--hostfile hostfile --no_ssh": "tests/e2e/test_launchers.py::test_deepspeed_on_each_node_by_itself",
     r"--hostfile hostfile": "tests/e2e/test_launchers.py::test_deepspeed_over_ssh",
@@ -52,7 +52,7 @@ SMALLER = {
 CORPUS, DOCUMENT = 3_000_000, 2_000
 """Characters: a hundredth of the documents is a held-out split of some sequences."""
 
-STARTS_PROCESSES = re.compile(r"^(torchrun|deepspeed|megadistill (train|doctor|cache)) ")
+STARTS_PROCESSES = re.compile(r"^(torchrun|deepspeed|megadistill (train|doctor|store-targets)) ")
 
 
 def _turn(command: Command) -> int:
@@ -133,7 +133,7 @@ def test_a_documented_command_runs(command: Command, sandbox: Path) -> None:
 
 def _make_room(sandbox: Path, line: str) -> None:
     """Takes away what an earlier command wrote to the same place, or this one would find its work done."""
-    for written in re.findall(r" (?:tokenize|generate|cache|export|prune) .*--output (\S+)", line):
+    for written in re.findall(r" (?:tokenize|generate|store-targets|export|prune) .*--output (\S+)", line):
         shutil.rmtree(sandbox / written, ignore_errors=True)
     for recipe in re.findall(r" train recipes/smoke(\S*)\.yaml(?!.*run\.folder)", line):
         shutil.rmtree(sandbox / "runs" / "smoke" / (recipe.removeprefix("-") or "distill"), ignore_errors=True)
@@ -154,7 +154,7 @@ def _here(sandbox: Path, line: str) -> Finished:
         chdir(sandbox),
         patch.dict(os.environ, HOME=str(sandbox), COLUMNS="80"),
     ):
-        code = main([os.path.expanduser(word) for word in shlex.split(line)[1:]])
+        code = run_command([os.path.expanduser(word) for word in shlex.split(line)[1:]])
     return Finished(code, out.getvalue(), err.getvalue())
 
 

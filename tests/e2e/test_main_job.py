@@ -59,7 +59,7 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
 ) -> None:
     command = (*DEEPSPEED_2, *place.distill("deepspeed", steps=12, checkpoint_every=4))
     first = succeed(*command, "--stop-after", "6")
-    assert "stopped as asked" in first.out
+    assert "stopped at --stop-after 6; rerun without it to continue" in first.out
     assert "running on" in first.out
     assert [line["step"] for line in place.metrics("deepspeed")] == list(range(1, 7))
     second = succeed(*command)

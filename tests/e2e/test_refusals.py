@@ -157,29 +157,29 @@ DAMAGES: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("verb", ["train", "cache", "generate"])
+@pytest.mark.parametrize("command", ["train", "store-targets", "generate"])
 @pytest.mark.parametrize(("damage", "says"), DAMAGES)
 def test_a_damaged_teacher_is_refused_by_whoever_reads_it(
-    place: Place, tmp_path: Path, verb: str, damage: Callable[[Path], None], says: tuple[str, ...]
+    place: Place, tmp_path: Path, command: str, damage: Callable[[Path], None], says: tuple[str, ...]
 ) -> None:
     teacher, output = tmp_path / "teacher", tmp_path / "output"
     shutil.copytree(place.teacher, teacher)
     damage(teacher)
-    assert_refused(*_reads(verb, place, teacher, output), says=says)
+    assert_refused(*_reads(command, place, teacher, output), says=says)
     assert not output.exists()
 
 
-def _reads(verb: str, place: Place, teacher: Path, output: Path) -> list[str]:
-    """The arguments of a verb that reads a teacher and writes to `output`, as one process."""
-    if verb == "generate":
+def _reads(command: str, place: Place, teacher: Path, output: Path) -> list[str]:
+    """The arguments of a command that reads a teacher and writes to `output`, as one process."""
+    if command == "generate":
         return _generate(place, output, teacher=teacher)
     changes = settings(teacher__path=teacher, distributed__vocab_group=1, run__folder=output)
     recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *changes]
-    return ["train", *recipe] if verb == "train" else _cache(recipe, output)
+    return ["train", *recipe] if command == "train" else _store_targets(recipe, output)
 
 
-def _cache(recipe: list[str], output: Path) -> list[str]:
-    return ["cache", *recipe, *settings(loss__targets__draws=5), "--output", str(output)]
+def _store_targets(recipe: list[str], output: Path) -> list[str]:
+    return ["store-targets", *recipe, *settings(loss__targets__draws=5), "--output", str(output)]
 
 
 def _generate(place: Place, output: Path, **options: object) -> list[str]:
@@ -211,23 +211,23 @@ def test_generate_refuses(place: Place, tmp_path: Path, options: dict[str, objec
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"loss__targets": "null"}, ("cache stores loss.targets of a live teacher",)),
+        ({"loss__targets": "null"}, ("store-targets stores loss.targets of a live teacher",)),
         ({"objective": "labels", "teacher": "null"}, ("objective labels does not use loss.targets",)),
         ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
         ({"loss__targets__draws": 0}, ("loss.targets.draws", "greater than or equal to 1")),
     ],
 )
-def test_cache_refuses(place: Place, tmp_path: Path, changes: dict[str, object], says: tuple[str, ...]) -> None:
+def test_store_targets_refuses(place: Place, tmp_path: Path, changes: dict[str, object], says: tuple[str, ...]) -> None:
     recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *settings(distributed__vocab_group=1)]
-    assert_refused(*_cache(recipe, tmp_path / "output"), *settings(**changes), says=says)
+    assert_refused(*_store_targets(recipe, tmp_path / "output"), *settings(**changes), says=says)
     assert not (tmp_path / "output").exists()
-    assert_refused(*_cache(recipe, tmp_path / "output"), "--steps", "0", says=("--steps 0", "at least 1"))
+    assert_refused(*_store_targets(recipe, tmp_path / "output"), "--steps", "0", says=("--steps 0", "at least 1"))
 
 
-@pytest.mark.parametrize("verb", ["cache", "generate"])
-def test_a_folder_that_is_not_theirs_is_left_alone(place: Place, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("command", ["store-targets", "generate"])
+def test_a_folder_that_is_not_theirs_is_left_alone(place: Place, tmp_path: Path, command: str) -> None:
     (tmp_path / "shard-00000.tar").write_bytes(b"somebody's")
-    assert_refused(*_reads(verb, place, place.teacher, tmp_path), says=(str(tmp_path), "exists", "folder"))
+    assert_refused(*_reads(command, place, place.teacher, tmp_path), says=(str(tmp_path), "exists", "folder"))
     assert not torch.distributed.is_initialized(), "it was refused too late"
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("shard-00000.tar", b"somebody's")]
 

@@ -11,7 +11,7 @@ def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
         return [*place.distill(name, steps=3, checkpoint_every=3), *alone]
 
     targets = place.folder / "targets"
-    cached = succeed(*PLAIN, "cache", *command("none")[1:], "--output", str(targets))
+    cached = succeed(*PLAIN, "store-targets", *command("none")[1:], "--output", str(targets))
     assert "targets of 24 sequences" in cached.out
     assert not (place.folder / "none").exists()
     succeed(*PLAIN, *command("live"))

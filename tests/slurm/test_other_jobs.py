@@ -21,7 +21,9 @@ def test_targets_are_stored_and_a_finished_set_is_left_alone(cluster: Cluster, w
     targets = work.folder / "targets"
     overrides = work.settings["OVERRIDES"].removesuffix(")") + " --set loss.targets.draws=8 --set train.steps=4)"
     settings = {**work.settings, "OVERRIDES": overrides, "TARGETS_FOLDER": str(targets)}
-    job = cluster.submit("cache", work.folder / "cache", "--nodes=2", "--array=1-2%1", **settings).ends()
+    job = cluster.submit(
+        "store-targets", work.folder / "store-targets", "--nodes=2", "--array=1-2%1", **settings
+    ).ends()
     assert (targets / "targets.json").exists(), job.said()
     assert "nothing is left to do" in job.log
 

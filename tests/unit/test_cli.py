@@ -1,4 +1,4 @@
-"""The front door without the rooms: its words, its exit codes, and who speaks for a node."""
+"""The command line: help texts, exit codes, former names, and which rank of a node prints."""
 
 import sys
 from collections.abc import Callable
@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from megadistill import __version__
-from megadistill.cli.main import entry, main
+from megadistill.cli.main import RENAMED, main, run_command
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
-VERBS = ("tokenize", "train", "export", "evaluate", "plan")
+COMMANDS = (
+    *("tokenize", "shards", "train", "doctor", "store-targets", "generate", "export", "prune", "evaluate", "sample"),
+    *("lm-eval", "report", "plan", "timeline", "config-keys"),
+)
 EXPORT = ("export", "run", "--output", "out")
 
 Export = Callable[..., int]
@@ -26,12 +29,12 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Export], None]:
-    """Puts a function where the verb `export` finds its room."""
+    """Replaces the function that the command `export` calls."""
 
     def replace(function: Export) -> None:
-        room: Any = ModuleType("megadistill.export.export_run")
-        room.export_run = function
-        monkeypatch.setitem(sys.modules, "megadistill.export.export_run", room)
+        module: Any = ModuleType("megadistill.export.export_run")
+        module.export_run = function
+        monkeypatch.setitem(sys.modules, "megadistill.export.export_run", module)
 
     return replace
 
@@ -45,33 +48,36 @@ def _raises(error: BaseException) -> Export:
 
 def _exits(*arguments: str) -> int:
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        run_command(arguments)
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
 
-def test_the_help_names_every_verb_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_names_every_command_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert _exits("--help") == 0
-    said = capsys.readouterr().out
-    for part in (*VERBS, "exit codes", "--version"):
-        assert part in said
-    assert "local_rank" not in said, "a launcher's option is not for people"
+    printed = capsys.readouterr().out
+    for part in (*COMMANDS, "exit codes", "--version"):
+        assert part in printed
+    assert "local_rank" not in printed, "a launcher's option is not for people"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_with_the_exit_codes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _exits(verb, "--help") == 0
-    said = capsys.readouterr().out
-    assert f"usage: megadistill {verb} " in said
-    assert "exit codes: 0 done" in said
-    assert "None" not in said
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_the_exit_codes(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exits(command, "--help") == 0
+    printed = capsys.readouterr().out
+    assert f"usage: megadistill {command} " in printed
+    assert "exit codes: 0 " in printed
+    assert f"megadistill {command} " in printed.partition("options:")[2], "an example"
+    assert "None" not in printed
 
 
 def test_the_help_of_train_shows_each_launcher(capsys: pytest.CaptureFixture[str]) -> None:
     assert _exits("train", "--help") == 0
-    said = capsys.readouterr().out
-    assert "torchrun --nproc_per_node 8 -m megadistill train RECIPE" in said
-    assert "deepspeed --num_gpus 8 --module megadistill train RECIPE" in said
+    printed = capsys.readouterr().out
+    assert "torchrun --nproc_per_node 8 -m megadistill train RECIPE" in printed
+    assert "deepspeed --num_gpus 8 --module megadistill train RECIPE" in printed
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +91,9 @@ def test_a_mistyped_command_is_wrong_input(arguments: tuple[str, ...], capsys: p
     assert "usage: megadistill" in capsys.readouterr().err
 
 
-def test_a_verb_that_ends_well_is_0(export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_succeeds_exits_with_0(
+    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
 
     def export_run(run: Path, output: Path, **options: object) -> int:
@@ -93,7 +101,7 @@ def test_a_verb_that_ends_well_is_0(export: Callable[[Export], None], capsys: py
         return 7
 
     export(export_run)
-    assert main([*EXPORT, "--step", "7", "--max-shard-mb", "4"]) == 0
+    assert run_command([*EXPORT, "--step", "7", "--max-shard-mb", "4"]) == 0
     assert calls == [(Path("run"), Path("out"), {"step": 7, "max_shard_bytes": 4_000_000, "dtype": None})]
     assert "step 7" in capsys.readouterr().out
 
@@ -113,58 +121,58 @@ def test_each_fault_has_its_exit_code(
     error: BaseException, code: int, export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(_raises(error))
-    assert main(EXPORT) == code
-    said = capsys.readouterr()
-    assert not said.out
-    assert str(error) in said.err
-    assert ("Traceback" in said.err) == (type(error) is ValueError), "only a bug shows where it is"
+    assert run_command(EXPORT) == code
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert str(error) in printed.err
+    assert ("Traceback" in printed.err) == (type(error) is ValueError), "only a bug shows where it is"
 
 
-def test_what_is_wrong_for_all_is_said_once_a_node_and_a_fault_by_every_rank(
+def test_an_error_of_all_ranks_is_printed_once_a_node_and_a_fault_by_every_rank(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megadistill.cli.main.SPEAKING_SECONDS", 0.0)
+    monkeypatch.setattr("megadistill.cli.main.EXIT_DELAY_SECONDS", 0.0)
 
-    def said(error: Exception, rank: str, local_rank: str) -> str:
+    def printed(error: Exception, rank: str, local_rank: str) -> str:
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         export(_raises(error))
-        assert main(EXPORT) == getattr(error, "exit_code", None)
+        assert run_command(EXPORT) == getattr(error, "exit_code", None)
         return capsys.readouterr().err
 
-    assert said(UserError("no"), rank="8", local_rank="0") == "megadistill: no\n"
-    assert said(UserError("no"), rank="9", local_rank="1") == ""
+    assert printed(UserError("no"), rank="8", local_rank="0") == "megadistill: no\n"
+    assert printed(UserError("no"), rank="9", local_rank="1") == ""
     for fault in (RestartFault("no"), OperatorFault("no")):
-        assert said(fault, rank="9", local_rank="1") == "megadistill: rank 9: no\n"
+        assert printed(fault, rank="9", local_rank="1").endswith(" ERROR rank 9 megadistill.cli.main: no\n")
 
 
-def test_a_step_of_slurm_says_its_rank_itself(
+def test_the_rank_of_a_slurm_step_is_read_from_slurm(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megadistill.cli.main.SPEAKING_SECONDS", 0.0)
+    monkeypatch.setattr("megadistill.cli.main.EXIT_DELAY_SECONDS", 0.0)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "9")
     monkeypatch.setenv("SLURM_LOCALID", "1")
     export(_raises(RestartFault("no")))
-    main(EXPORT)
-    assert capsys.readouterr().err == "megadistill: rank 0: no\n", "in a batch script, outside a step"
+    run_command(EXPORT)
+    assert " ERROR rank 0 " in capsys.readouterr().err, "in a batch script, outside a step"
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    main(EXPORT)
-    assert capsys.readouterr().err == "megadistill: rank 9: no\n"
+    run_command(EXPORT)
+    assert capsys.readouterr().err.endswith(" ERROR rank 9 megadistill.cli.main: no\n")
     export(_raises(UserError("no")))
-    main(EXPORT)
-    assert capsys.readouterr().err == "", "said by the node's first rank"
+    run_command(EXPORT)
+    assert capsys.readouterr().err == "", "printed by the node's first rank"
 
 
 @pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
-def test_a_launcher_may_put_the_rank_before_the_verb(option: str, export: Callable[[Export], None]) -> None:
+def test_a_launcher_may_put_the_rank_before_the_command(option: str, export: Callable[[Export], None]) -> None:
     export(lambda *arguments, **options: 3)
-    assert main([option, *EXPORT]) == 0
+    assert run_command([option, *EXPORT]) == 0
 
 
 def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "recipe.yaml", "--stop-after", "0"]) == 2
+    assert run_command(["train", "recipe.yaml", "--stop-after", "0"]) == 2
     assert "--stop-after 0" in capsys.readouterr().err
 
 
@@ -172,26 +180,36 @@ def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) ->
 def test_a_fault_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch, code: int, at_once: bool) -> None:
     """Process groups whose peers are gone abort the interpreter's own end, with a code that is none of ours."""
     ended: list[int] = []
-    monkeypatch.setattr("megadistill.cli.main.main", lambda: code)
+    monkeypatch.setattr("megadistill.cli.main.run_command", lambda arguments: code)
     monkeypatch.setattr("os._exit", ended.append)
     with pytest.raises(SystemExit) as caught:
-        entry()
+        main()
     assert caught.value.code == code
     assert ended == ([code] if at_once else [])
 
 
-def test_what_the_disk_refuses_is_one_line(
-    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_the_disk_is_one_line(export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]) -> None:
     export(_raises(PermissionError(13, "Permission denied", "/there")))
-    assert main(EXPORT) == 4
-    assert capsys.readouterr().err == "megadistill: rank 0: [Errno 13] Permission denied: '/there'\n"
+    assert run_command(EXPORT) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" ERROR rank 0 megadistill.cli.main: [Errno 13] Permission denied: '/there'")
 
 
-def test_a_rank_that_alone_met_wrong_input_speaks(
+def test_an_error_of_one_rank_is_printed_by_it(
     export: Callable[[Export], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     export(_raises(RankUserError("rank 1: it is not there")))
-    assert main(EXPORT) == 2
+    assert run_command(EXPORT) == 2
     assert capsys.readouterr().err == "megadistill: rank 1: it is not there\n"
+
+
+@pytest.mark.parametrize(("former", "now"), RENAMED.items())
+def test_a_former_command_name_is_refused_with_the_new_one(
+    former: str, now: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["--local_rank", "0", former, "recipe.yaml", "--output", "x"]) == 2
+    assert capsys.readouterr().err == f"megadistill: the command {former} is now {now}: use the new name\n"
+    assert run_command([former]) == 2
+    assert now in COMMANDS
+    assert former not in COMMANDS

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from megadistill import timeline
-from megadistill.cli.main import main
+from megadistill.cli.main import run_command
 from megadistill.config import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture
@@ -63,13 +63,13 @@ def test_nothing_is_recorded_and_nothing_made_while_nobody_records() -> None:
     assert not timeline.recording()
     off = timeline.span(timeline.COMPUTE, "loss")
     assert off is timeline.span(timeline.WAIT, "answer", 3)
-    assert off is timeline.message_span(timeline.SEND, "send", "parcel", 0, 1, 2)
+    assert off is timeline.message_span(timeline.SEND, "send", "packet", 0, 1, 2)
 
 
 def test_spans_are_taken_with_what_lies_in_them(recorder: Recorder) -> None:
     recorder.step(7)
     outer = timeline.span(timeline.COMPUTE, "teacher stage 1", 4)
-    with outer, timeline.message_span(timeline.WAIT, "wait for", "parcel", 0, 1, 9):
+    with outer, timeline.message_span(timeline.WAIT, "wait for", "packet", 0, 1, 9):
         pass
     with pytest.raises(ZeroDivisionError), timeline.span(timeline.COMPUTE, "loss"):
         raise ZeroDivisionError
@@ -77,7 +77,7 @@ def test_spans_are_taken_with_what_lies_in_them(recorder: Recorder) -> None:
     spans, steps = recorder.recorded()
     assert spans == (
         Span("compute", "teacher stage 1", 2.0, 5.0, 0, 4),
-        Span("wait", "wait for parcel", 3.0, 4.0, 1, None, MessageId(0, 1, 9)),
+        Span("wait", "wait for packet", 3.0, 4.0, 1, None, MessageId(0, 1, 9)),
         Span("compute", "loss", 6.0, 7.0),
     )
     assert steps == (Step(7, 1.0, 8.0),)
@@ -276,7 +276,7 @@ def test_a_damaged_file_is_refused_in_a_line(name: str, tmp_path: Path, capsys: 
     damage, says = DAMAGES[name]
     folder = _written(tmp_path, _files())
     damage(folder)
-    assert main(["timeline", str(folder)]) == 2
+    assert run_command(["timeline", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert not (folder / "timeline.json").exists()
@@ -358,7 +358,7 @@ def test_the_table_adds_up_and_fits_a_terminal(tmp_path: Path) -> None:
 
 def test_the_verb_writes_a_runs_trace_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _written(tmp_path / "run", _files())
-    assert main(["timeline", str(folder)]) == 0
+    assert run_command(["timeline", str(folder)]) == 0
     assert "teacher stage 0" in capsys.readouterr().out
     assert (folder / "timeline.png").stat().st_size > 5000
     trace = json.loads((folder / "timeline.json").read_text(encoding="utf-8"))
@@ -370,7 +370,7 @@ def test_the_verb_draws_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe(data, tmp_path / "run", teacher=teacher).snapshot()), encoding="utf-8")
     cluster = ["--nodes", "1", "--gpus-per-node", "2", "--gpu", "h100"]
-    assert main(["timeline", str(path), *cluster, "--steps", "2", "--output", str(tmp_path / "plan")]) == 0
+    assert run_command(["timeline", str(path), *cluster, "--steps", "2", "--output", str(tmp_path / "plan")]) == 0
     said = capsys.readouterr().out
     assert "the teacher runs ahead" in said
     assert "the teacher drains at every step" in said
@@ -392,7 +392,7 @@ def test_what_does_not_go_together_is_refused(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(["timeline", *(str(tmp_path) if each == "RUN" else each for each in arguments)]) == 2
+    assert run_command(["timeline", *(str(tmp_path) if each == "RUN" else each for each in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
 

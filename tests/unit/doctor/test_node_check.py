@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.cli.main import main
+from megadistill.cli.main import run_command
 from megadistill.doctor import node_check
-from megadistill.doctor.findings import Examined, Mark
+from megadistill.doctor.findings import Mark, RankReport
 from megadistill.doctor.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read
 from tests.paths import RECIPES
 
@@ -28,12 +28,12 @@ def test_a_disk_that_refuses_or_forgets_is_a_matter_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("x")
-    own = Examined(0, "a")
+    own = RankReport(0, "a")
     check_node(own, tmp_path / "file" / "run")
     found = {each.what: each for each in own.findings}
     assert (found["run folder"].mark, found["run folder"].of_node) == (Mark.BAD, True)
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"zeros")
-    own = Examined(0, "a")
+    own = RankReport(0, "a")
     check_node(own, tmp_path)
     found = {each.what: each for each in own.findings}
     assert "another content" in found["run folder"].said
@@ -74,7 +74,7 @@ def test_the_verb_examines_a_node_by_itself(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(node_check, "other_runs", lambda: [])
     node = ["doctor", str(RECIPES / "smoke.yaml"), "--node", "--set", f"run.folder={tmp_path / 'run'}"]
-    assert main([*node, "--json", str(tmp_path / "node.json")]) == 0
+    assert run_command([*node, "--json", str(tmp_path / "node.json")]) == 0
     values = json.loads((tmp_path / "node.json").read_text())
     assert [(row["what"], row["mark"]) for row in values["rows"]] == [
         ("recipe", "good"),
@@ -89,7 +89,7 @@ def test_the_verb_examines_a_node_by_itself(
     lock.touch()
     for path in (lock, lock.parent):
         os.utime(path, (0, 0))
-    assert main([*node, "--set", "train.steps=0"]) == 2
+    assert run_command([*node, "--set", "train.steps=0"]) == 2
     out = capsys.readouterr().out
     assert "train.steps" in out
     assert "fused_adam" in out

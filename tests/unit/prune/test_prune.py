@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megadistill.cli.main import main
+from megadistill.cli.main import run_command
 from megadistill.data import Manifest, Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
@@ -143,9 +143,9 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
 def test_the_verb(teacher: Path, data_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = str(data_set / "train" / "manifest.json")
     command = ["prune", str(teacher), "--data", manifest, "--output", str(tmp_path / "pruned"), "--layers", "2"]
-    assert main([*command, "--sequences", "4"]) == 0
+    assert run_command([*command, "--sequences", "4"]) == 0
     said = capsys.readouterr().out
     for part in ("parameters", "hidden size", "without layers", "4 sequences"):
         assert part in said
-    assert main(command) == 2
+    assert run_command(command) == 2
     assert "exists already" in capsys.readouterr().err

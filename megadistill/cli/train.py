@@ -1,0 +1,141 @@
+"""Commands of a training run, under any launcher: train, doctor, store-targets."""
+
+import argparse
+from pathlib import Path
+
+from megadistill.cli.common import EXIT_CODES, Commands, add_command, add_recipe
+from megadistill.distributed.launch import environment_rank
+from megadistill.errors import RestartFault, UserError
+
+TRAIN_EPILOG = f"""\
+The same command under every launcher, which sets rank, world size and rendezvous:
+
+  one process        megadistill train RECIPE
+  torchrun           torchrun --nproc_per_node 8 -m megadistill train RECIPE
+  deepspeed          deepspeed --num_gpus 8 --module megadistill train RECIPE
+
+A run folder that already holds a checkpoint resumes automatically: give the same command again.
+
+example: megadistill train recipes/smoke.yaml --set distributed.vocab_group=1 --set train.steps=20
+
+{EXIT_CODES}"""
+
+DOCTOR_EPILOG = """\
+Start it as the run: in one process, or under the launcher in the run's own allocation. It takes at most a minute and
+leaves no files behind. If nodes are at fault, the last line after the table is `bad nodes: a,b`.
+
+examples:
+  megadistill doctor recipes/smoke.yaml --set distributed.vocab_group=1
+  torchrun --nproc_per_node 8 -m megadistill doctor RECIPE
+  srun --ntasks-per-node 1 megadistill doctor RECIPE --node
+
+exit codes: 0 all checks passed; 2 a check failed"""
+
+STORE_TARGETS_EPILOG = f"""\
+The recipe's loss.targets selects the part of the distribution to store; `teacher.save_targets` stores the same during a
+run with a live teacher. A run with teacher.source=stored and teacher.targets=DIR reads them, and computes the same
+losses as with the live teacher. Targets belong to a tokenizer, an order of the data, a teacher and a seed: a run that
+differs in one of these is refused.
+
+examples:
+  megadistill store-targets recipes/mine.yaml --set loss.targets.draws=50 --output targets
+  torchrun --nproc_per_node 8 -m megadistill store-targets recipes/mine.yaml --output targets
+
+{EXIT_CODES}"""
+
+
+def add(commands: Commands) -> None:
+    _train_parser(commands)
+    _doctor_parser(commands)
+    _store_targets_parser(commands)
+
+
+def _train_parser(commands: Commands) -> None:
+    summary = "train a student from labels, or by distillation from a teacher"
+    command = add_command(commands, "train", summary, TRAIN_EPILOG)
+    add_recipe(command)
+    text = "save a checkpoint and stop after this step; rerun without it to continue"
+    command.add_argument("--stop-after", type=int, metavar="STEP", help=text)
+    command.set_defaults(run=_train)
+
+
+def _doctor_parser(commands: Commands) -> None:
+    summary = "check machine, data and recipe for what would stop a run, before it starts"
+    command = add_command(commands, "doctor", summary, DOCTOR_EPILOG)
+    add_recipe(command)
+    text = "only the checks of one node by itself; start it without a launcher, once per node"
+    command.add_argument("--node", action="store_true", help=text)
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    command.set_defaults(run=_doctor)
+
+
+def _store_targets_parser(commands: Commands) -> None:
+    summary = "store a teacher's targets, for runs without the teacher in memory"
+    command = add_command(commands, "store-targets", summary, STORE_TARGETS_EPILOG)
+    add_recipe(command, "a YAML recipe with a live teacher and loss.targets")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the targets")
+    text = "targets of the first N steps only (default: train.steps)"
+    command.add_argument("--steps", type=int, metavar="N", help=text)
+    command.set_defaults(run=_store_targets)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megadistill.config import load_recipe
+
+    if options.stop_after is not None and options.stop_after < 1:
+        raise UserError(f"--stop-after {options.stop_after}: steps count from 1")
+    recipe = load_recipe(options.recipe, options.set)
+    from megadistill.train.loop import train
+
+    outcome = train(recipe, stop_after=options.stop_after)
+    if outcome is None:  # a rank of the teacher's own
+        return 0
+    if environment_rank() == 0:
+        if outcome.done:
+            line = f"step {outcome.step} of {recipe.train.steps}, done"
+        elif outcome.stopped_by is not None:
+            line = f"stopped at step {outcome.step} ({outcome.stopped_by}); the same command resumes"
+        else:
+            line = f"stopped at --stop-after {outcome.step}; rerun without it to continue"
+        print(f"{recipe.run.folder}: {line}")
+    return RestartFault.exit_code if outcome.stopped_by is not None else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from megadistill.doctor.findings import Report
+
+    def show(report: Report) -> None:
+        Console().print(report.table())
+        if options.json:
+            options.json.write_text(json.dumps(report.values(), indent=1) + "\n", encoding="utf-8")
+        if report.bad_nodes:
+            print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
+
+    if options.node:
+        from megadistill.doctor.examine import examine_node
+
+        report = examine_node(options.recipe, options.set)
+        show(report)
+        return 0 if report.ok else UserError.exit_code
+    from megadistill.doctor.examine import examine
+
+    passed = examine(options.recipe, options.set, tell=show)
+    return 0 if passed else UserError.exit_code
+
+
+def _store_targets(options: argparse.Namespace) -> int:
+    from megadistill.config import load_recipe
+
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps {options.steps}: give at least 1")
+    recipe = load_recipe(options.recipe, options.set)
+    from megadistill.datagen.store_targets import store_targets
+
+    summary = store_targets(recipe, options.output, steps=options.steps)
+    if summary is not None:
+        print(summary)
+    return 0
