@@ -26,14 +26,15 @@ from megadistill.config import Recipe
 from megadistill.data.shards.manifest import Manifest, PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology
 from megadistill.loss import distill_loss
 from megadistill.models.families import load_config
-from megadistill.teacher import TeacherPipeline
-from megadistill.train.loop import build, objective_of, stream_of
+from megadistill.train.build import build, objective_of, stream_of
+from megadistill.train.lookahead import StepBatches
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.step import train_step
-from megadistill.train.teacher.targets import Teacher, lessons
+from megadistill.train.teacher.live import ColocatedTeacher
 from megadistill.types import TokenBatch
 
 QUESTIONS = ("step", "bubble")
@@ -63,7 +64,7 @@ def write_inputs(folder: Path) -> Path:
     bounds = np.array([0, SEQUENCE + 1], dtype=np.int32)
     shard = write_shard(data / "shard-00000.tar", (PackedSequence(row, bounds) for row in tokens), dtype="uint16")
     Manifest(
-        version=2,
+        version=3,
         split="train",
         sequence_length=SEQUENCE,
         dtype="uint16",
@@ -109,30 +110,25 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
     """A whole step, and its parts, of one rank."""
     setup = setup_of(topology, folder)
     student, teacher = build(setup, topology)
-    assert isinstance(teacher, Teacher)
-    assert isinstance(teacher.pipeline, TeacherPipeline)
+    assert isinstance(teacher, ColocatedTeacher)
     pipeline, objective = teacher.pipeline, objective_of(setup)
-    batches = (batch for batch, _ in stream_of(setup, topology, start=None))
-    taught = lessons(teacher, (micro for batch in batches for micro in batch.micro_batches(MICRO)))
+    batches = StepBatches(iter(stream_of(setup, topology, start=None)), teacher, micro_batch=MICRO)
     valid = MICRO * ACCUMULATION * SEQUENCE
 
     def step() -> None:
         train_step(
             student,
-            teacher,
-            taught,
+            next(batches),
             step=1,
-            accumulation=ACCUMULATION,
-            valid_tokens=valid,
             learning_rate=1e-6,
             objective=objective,
             topology=topology,
         )
 
     def waiting() -> float:
-        before = pipeline.waited
+        before = pipeline.wait_seconds
         step()
-        return pipeline.waited - before
+        return pipeline.wait_seconds - before
 
     tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
 
@@ -179,7 +175,7 @@ def bubble_runs(topology: Topology, folder: Path) -> dict[str, Run]:
     """Eight steps of the teacher alone, drained at each step or not."""
     setup = setup_of(topology, folder)
     _, teacher = build(setup, topology)
-    assert isinstance(teacher, Teacher)
+    assert isinstance(teacher, ColocatedTeacher)
     pipeline: Any = teacher.pipeline
     tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
     batch = TokenBatch(tokens, tokens, torch.arange(MICRO), torch.zeros(MICRO, dtype=torch.int64), tokens < 0)

@@ -15,18 +15,21 @@ from typing import Any
 import torch
 
 from megadistill.config import StudentSection
-from megadistill.distributed.topology import Launch, Topology, topology_of_world
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, topology_of_world
 from megadistill.errors import OperatorFault
 from megadistill.models.families import load_config, logit_transform
 from megadistill.models.tiny import tiny_config, write_random
 from megadistill.precision import torch_dtype
 from megadistill.student.engine import StudentEngine
 from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
+from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.setup.setup import Setup
 from megadistill.train.step import train_step
-from megadistill.train.teacher.targets import Teacher, lessons
-from megadistill.types import TokenBatch, token_digest
+from megadistill.train.teacher.live import ColocatedTeacher
+from megadistill.train.teacher.protocol import NoTeacher, Teacher
+from megadistill.types import Cursor, TokenBatch, token_digest
 
 VOCAB, SEQUENCE, SEED = 1000, 64, 1
 RATE = 1e-3
@@ -54,7 +57,7 @@ def rehearse(setup: Setup, topology: Topology, launch: Launch, *, timeout: timed
 def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]:
     recipe = setup.recipe
     config = tiny_config(setup.student_config, vocab_size=VOCAB, min_layers=2)
-    teacher = _teacher_stage(setup, topology, folder)  # before the student: a live `zero.Init` would partition it too
+    stage = _teacher_stage(setup, topology, folder)  # before the student: a live `zero.Init` would partition it too
     batch = _batch(topology, document_mask=recipe.data.document_mask)
     student = StudentEngine(
         config,
@@ -70,21 +73,18 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         accumulation=1,
         topology=topology,
     )
-    taught = None
-    if teacher is not None:
+    teacher: Teacher = NoTeacher()
+    if stage is not None:
         dtype = torch_dtype(recipe.train.precision)
-        taught = Teacher(
-            pipeline=TeacherPipeline(teacher, topology),
+        teacher = ColocatedTeacher(
+            pipeline=TeacherPipeline(stage, topology),
             head=head_rows(folder, student.head.vocab, dtype=dtype, device=topology.device),
             logits=logit_transform(load_config(folder, what="teacher")),
         )
     outcome = train_step(
         student,
-        taught,
-        lessons(taught, iter([batch])),
+        next(StepBatches(iter([(batch, Cursor("", 0))]), teacher, micro_batch=len(batch))),
         step=1,
-        accumulation=1,
-        valid_tokens=batch.valid_tokens,
         learning_rate=RATE,
         objective=Objective(
             loss=recipe.loss, steps=recipe.train.steps, seed=SEED, student_logits=logit_transform(config)

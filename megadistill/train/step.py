@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate, check, move. It knows no files.
+"""One optimizer step: gradient accumulation over its micro-batches, checks, the update.
 
 Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 """
@@ -6,31 +6,23 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.distributed.collectives import all_reduce_sum, all_true
+from megadistill.distributed.collectives import all_reduce_sum, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
+from megadistill.loss import Divergence
 from megadistill.student.engine import StudentEngine
+from megadistill.train.lookahead import StepBatch
 from megadistill.train.objective import Objective
 from megadistill.train.resilience.anomalies import finite, require_sound_teacher
-from megadistill.train.teacher.targets import Lesson, StoredTeacher, Teacher
-from megadistill.types import (
-    DECILES,
-    IGNORED_LABEL,
-    METRIC_NAMES,
-    TOP_K,
-    Diagnostics,
-    LossTerms,
-    SparseTargets,
-    TokenBatch,
-)
+from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
+from megadistill.types import DECILES, IGNORED_LABEL, METRIC_NAMES, TOP_K, Diagnostics, LossTerms
 
 DIAGNOSTIC_NAMES = (
     "acceptance",
@@ -43,194 +35,164 @@ DIAGNOSTIC_NAMES = (
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step computed: means over the tokens of all ranks, by `METRIC_NAMES`."""
+    """Results of a step, the same on every rank but for `teacher_seconds`."""
 
     metrics: dict[str, float]
+    """Means over the step's tokens of all ranks, by `METRIC_NAMES`."""
     grad_norm: float
-    """Not finite where the step moved nothing, since a loss or a gradient was not."""
+    """Before clipping. Not finite where the step was skipped, since a loss or a gradient was not."""
     flags: dict[str, float]
-    """What the ranks told each other, summed over them."""
+    """The flags of `train_step`, summed over ranks."""
     teacher_seconds: float
+    """Seconds that this rank waited for targets."""
     diagnostics: dict[str, float] | None = None
-    """By `DIAGNOSTIC_NAMES`, on the steps that take the closer look, but for what is infinite: the reverse KL against a
-    teacher that does not know some ids. The KL of a decile is the mean over its own tokens."""
+    """Means by `DIAGNOSTIC_NAMES`, on steps that compute them; the KL of a decile over its own tokens. An infinite one
+    is left out: the reverse KL against a teacher that does not know some ids."""
 
     @property
     def skipped(self) -> bool:
-        """Whether the step moved nothing: the same on every rank."""
+        """Whether the optimizer did not move: the same on every rank."""
         return not math.isfinite(self.grad_norm)
 
 
 def train_step(
     student: StudentEngine,
-    teacher: Teacher | StoredTeacher | None,
-    lessons: Iterator[Lesson],
+    batch: StepBatch,
     *,
     step: int,
-    accumulation: int,
-    valid_tokens: int,
     learning_rate: float,
     objective: Objective,
     topology: Topology,
     flags: Callable[[], Mapping[str, float]] = dict,
     recompute: bool = False,
 ) -> StepOutcome:
-    """Accumulates over the next `accumulation` lessons and takes one optimizer step. Collective over the world.
+    """Accumulates gradients over the batch's micro-batches and takes one optimizer step. Collective over the world.
 
-    `flags`, what this rank has to tell the others, is asked before the one reduction of the step's numbers, and rides
-    on it; every rank gives the same names. `recompute`: the first micro-batch is computed twice and compared.
+    A loss or a gradient that is not finite on any rank makes all of them skip the step: its last gradient is made not
+    finite everywhere, and DeepSpeed discards a step whose gradient norm is not.
 
-    A loss or a gradient that is not finite on any rank makes the step move nothing on all of them: its last gradient is
-    made not finite everywhere, and DeepSpeed discards a step whose gradient norm is not.
+    The division by the global token count is here and nowhere else: it is in the tokens' weights. Besides the metrics
+    and the gradient norm, the host waits for the device in each micro-batch, where the ranks of the loss exchange their
+    token counts and where the teacher's digests are compared.
 
-    `valid_tokens` are those of this rank's share of the step. The division by the global token count stands here, and
-    nowhere else: it is in the tokens' weights. Besides the metrics and the gradient norm, the host waits for the device
-    in each micro-batch, where the ranks of the loss agree on their token counts and where the teacher's digests are
-    compared.
+    Args:
+        flags: numbers of this rank, called just before the one reduction of the step's metrics, with which they are
+            summed over ranks; every rank returns the same names.
+        recompute: the first micro-batch is computed twice and compared.
 
     Raises:
         OperatorFault: the teacher's numbers are not finite, or computing twice gives two results; the optimizer has not
             moved.
-        SignalMismatch, UserError, ShardFault: see `lessons`.
+        SignalMismatch, UserError, ShardFault: see `Teacher.teacher_targets`.
     """
-    count = torch.tensor(valid_tokens, dtype=torch.float64, device=topology.device)
-    with timeline.span(timeline.WAIT, "count tokens"):
-        count = all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
-    diagnose = teacher is not None and objective.diagnoses(step)
-    names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES) if diagnose else METRIC_NAMES
-    totals = torch.zeros(len(names), dtype=torch.float64, device=topology.device)
-    loss = _Loss(student, teacher, objective, objective.divergence(step), diagnose=diagnose)
+    forward = _Forward(
+        student,
+        objective,
+        objective.divergence(step),
+        diagnostics=objective.diagnoses(step),
+        tokens=_global_tokens(batch, topology),
+        device=topology.device,
+    )
+    totals: Tensor | None = None
     teacher_seconds = 0.0
     grad_norm: float | None = None
-    for index in range(accumulation):
+    for index in range(batch.accumulation):
         began = time.perf_counter()
-        micro, said = next(lessons)
+        targeted = next(batch.micro_batches)
         teacher_seconds += time.perf_counter() - began
-        terms = loss.terms(micro.to(topology.device), said, count)
-        totals += _numbers(terms)
+        terms = forward(targeted)
+        numbers = _numbers(terms)
+        totals = numbers if totals is None else totals + numbers
         if recompute and index == 0:
-            again = replace(loss, teacher=replace(teacher, store=None)) if isinstance(teacher, Teacher) else loss
-            _require_same(terms, again, micro.to(topology.device), said, count, topology)
-        objective_value = terms.loss
-        if index == accumulation - 1:
-            told = flags()
-            sums = _reduced(totals, list(told.values()), topology)  # a device sync, one a step
-            means = dict(zip((*names, *told), sums, strict=True))
+            _require_reproduced(numbers, forward, targeted, topology)
+        loss = terms.loss
+        if index == batch.accumulation - 1:
+            own_flags = flags()
+            means, reduced_flags = _reduced(totals, own_flags, topology)  # a device sync, one a step
             metrics = {name: means[name] for name in METRIC_NAMES}
             require_sound_teacher(step, metrics)
             if not finite(metrics):
-                objective_value = objective_value * math.nan
+                loss = loss * math.nan
         with timeline.span(timeline.COMPUTE, "student backward"):
-            student.backward(objective_value)
-        with timeline.span(timeline.COMPUTE, "optimizer step" if index == accumulation - 1 else "accumulate"):
+            student.backward(loss)
+        with timeline.span(timeline.COMPUTE, "optimizer step" if index == batch.accumulation - 1 else "accumulate"):
             grad_norm = student.step(learning_rate)
     assert grad_norm is not None, "the last micro-batch ends the accumulation window"
     return StepOutcome(
         metrics=metrics,
         grad_norm=grad_norm,
-        flags={name: means[name] for name in told},
+        flags=reduced_flags,
         teacher_seconds=teacher_seconds,
-        diagnostics=_finite(means, DIAGNOSTIC_NAMES) if diagnose else None,
+        diagnostics=_finite(means, DIAGNOSTIC_NAMES) if len(means) > len(METRIC_NAMES) else None,
     )
 
 
+def _global_tokens(batch: StepBatch, topology: Topology) -> Tensor:
+    """[] float64: tokens with a label in the global batch, at least 1."""
+    count = torch.tensor(batch.batch.valid_tokens, dtype=torch.float64, device=topology.device)
+    with timeline.span(timeline.WAIT, "count tokens"):
+        return all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
+
+
 @dataclass(frozen=True)
-class _Loss:
-    """The loss of one step, for its micro-batches."""
+class _Forward:
+    """The student's forward pass and loss, for the micro-batches of one step."""
 
     student: StudentEngine
-    teacher: Teacher | StoredTeacher | None
     objective: Objective
     divergence: Divergence
-    diagnose: bool
+    diagnostics: bool
+    tokens: Tensor
+    """See `_global_tokens`."""
+    device: torch.device
 
-    def terms(self, batch: TokenBatch, said: Tensor | SparseTargets | None, count: Tensor) -> LossTerms:
-        """Of a micro-batch; `said` is what its teacher says of it."""
+    def __call__(self, targeted: TargetedBatch) -> LossTerms:
+        micro = targeted.batch.to(self.device)
         with timeline.span(timeline.COMPUTE, "student forward"):
-            hidden = self.student.hidden(batch.tokens, batch.positions)
+            hidden = self.student.hidden(micro.tokens, micro.positions)
         with timeline.span(timeline.COMPUTE, "loss"):
-            return self._of(hidden, batch, said, count)
-
-    def _of(self, hidden: Tensor, batch: TokenBatch, said: Tensor | SparseTargets | None, count: Tensor) -> LossTerms:
-        student, teacher, objective = self.student, self.teacher, self.objective
-        labels = batch.labels.flatten()
-        weights = (labels != IGNORED_LABEL).to(torch.float32).div_(count.to(torch.float32))
-        if said is None:
-            return label_loss(
-                hidden,
-                student.head.weight(),
-                labels,
-                token_weights=weights,
-                vocab=student.head.vocab,
-                z_loss=objective.loss.z_loss,
-                student_logits=objective.student_logits,
-                logit_memory=objective.logit_memory,
-                elementwise=objective.elementwise,
-            )
-        if isinstance(teacher, Teacher) and isinstance(said, Tensor) and objective.loss.targets is not None:
-            with timeline.span(timeline.COMPUTE, "teacher targets"):
-                said = teacher.targets(said, batch, objective, student.head.vocab)
-        if isinstance(said, SparseTargets):
-            return sparse_distill_loss(
-                hidden,
-                student.head.weight(),
-                said,
-                labels,
-                token_weights=weights,
+            labels = micro.labels.flatten()
+            output = StudentOutput(
+                hidden=hidden,
+                weight=self.student.head.weight(),
+                labels=labels,
+                token_weights=(labels != IGNORED_LABEL).to(torch.float32).div_(self.tokens.to(torch.float32)),
+                vocab=self.student.head.vocab,
+                objective=self.objective,
                 divergence=self.divergence,
-                vocab=student.head.vocab,
-                student_logits=objective.student_logits,
-                logit_memory=objective.logit_memory,
-                elementwise=objective.elementwise,
+                diagnostics=self.diagnostics,
             )
-        assert isinstance(teacher, Teacher)
-        return distill_loss(
-            hidden,
-            student.head.weight(),
-            said,
-            teacher.head,
-            labels,
-            token_weights=weights,
-            divergence=self.divergence,
-            vocab=student.head.vocab,
-            teacher_bias=teacher.bias,
-            student_logits=objective.student_logits,
-            teacher_logits=teacher.logits,
-            logit_memory=objective.logit_memory,
-            elementwise=objective.elementwise,
-            diagnose=self.diagnose,
-        )
+            return targeted.target.loss(output)
 
 
-def _reduced(totals: Tensor, told: list[float], topology: Topology) -> list[float]:
-    numbers = torch.cat([totals, torch.tensor(told, dtype=totals.dtype).to(totals.device)])
+def _reduced(
+    totals: Tensor, flags: Mapping[str, float], topology: Topology
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics (and diagnostics) and flags by name, summed over ranks in one reduction."""
+    numbers = torch.cat([totals, torch.tensor(list(flags.values()), dtype=totals.dtype).to(totals.device)])
     with timeline.span(timeline.WAIT, "numbers of the step"):
-        reduced: list[float] = all_reduce_sum(numbers, topology.world_group).tolist()
-    return reduced
+        reduced = all_reduce_sum(numbers, topology.world_group).tolist()
+    names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES)[: len(totals)]
+    return dict(zip(names, reduced, strict=False)), dict(zip(flags, reduced[len(totals) :], strict=True))
 
 
-def _require_same(
-    terms: LossTerms,
-    loss: _Loss,
-    micro: TokenBatch,
-    said: Tensor | SparseTargets | None,
-    count: Tensor,
-    topology: Topology,
-) -> None:
-    """Computes the terms of a micro-batch once more. Collective.
+def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBatch, topology: Topology) -> None:
+    """Computes a micro-batch once more and compares with its `numbers`. Collective.
 
     Raises:
         OperatorFault: the result differs in a bit, on this rank or on another one.
     """
     with torch.no_grad():
-        again = _numbers(loss.terms(micro, said, count))
-    before = _numbers(terms)
-    same = bool((again.view(torch.int64) == before.view(torch.int64)).all())
-    if all_true(same, topology.device, topology.world_group):
+        again = _numbers(forward(targeted))
+    same = bool((again.view(torch.int64) == numbers.view(torch.int64)).all())
+    failing = first_false(same, topology.device, topology.world_group)
+    if failing is None:
         return
     if same:
-        raise OperatorFault("another rank computed a micro-batch twice and got two results: its own line says so")
-    differing = [f"{a!r} and {b!r}" for a, b in zip(before.tolist(), again.tolist(), strict=True) if a != b]
+        raise OperatorFault(
+            f"another rank computed a micro-batch twice and got two results: see the log of rank {failing}"
+        )
+    differing = [f"{a!r} and {b!r}" for a, b in zip(numbers.tolist(), again.tolist(), strict=True) if a != b]
     raise OperatorFault(
         f"rank {topology.rank} on {socket.gethostname()} computed a micro-batch twice and got two results "
         f"({', '.join(differing[:3]) or 'zeros of two signs'}): its device or its memory is not to be trusted; leave "
@@ -239,7 +201,7 @@ def _require_same(
 
 
 def _numbers(terms: LossTerms) -> Tensor:
-    """[9] float64: `METRIC_NAMES`; with the closer look [25], `DIAGNOSTIC_NAMES` after them. One reduction for all."""
+    """[9] float64: `METRIC_NAMES`; with diagnostics [25], `DIAGNOSTIC_NAMES` after them."""
     if terms.diagnostics is None:
         return terms.metrics()
     d: Diagnostics = terms.diagnostics

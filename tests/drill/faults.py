@@ -7,12 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megadistill.train.lookahead import StepBatch
+from megadistill.train.teacher.targets import TargetedBatch
 
 STEP = 0
 """Of this rank, at the moment."""
@@ -32,12 +36,12 @@ def inject(faults: list[str]) -> None:
     loop: Any = megadistill.train.loop
     real_step = loop.train_step
 
-    def train_step(student: Any, teacher: Any, lessons: Iterator[Any], **keys: Any) -> Any:
+    def train_step(student: Any, batch: StepBatch, **keys: Any) -> Any:
         global STEP
         STEP = keys["step"]
         for fault in _at_step(faults):
             fault()
-        return real_step(student, teacher, _told(lessons), **keys)
+        return real_step(student, replace(batch, micro_batches=_watched(batch.micro_batches)), **keys)
 
     loop.train_step = train_step
     for fault in faults:
@@ -46,11 +50,11 @@ def inject(faults: list[str]) -> None:
             _PATCHES[name](int(number or 0))
 
 
-def _told(lessons: Iterator[Any]) -> Iterator[Any]:
+def _watched(micro_batches: Iterator[TargetedBatch]) -> Iterator[TargetedBatch]:
     global SLOTS
-    for micro, said in lessons:
-        SLOTS = tuple(micro.slots.tolist())
-        yield micro, said
+    for targeted in micro_batches:
+        SLOTS = tuple(targeted.batch.slots.tolist())
+        yield targeted
 
 
 def _at_step(faults: list[str]) -> Iterator[Callable[[], None]]:

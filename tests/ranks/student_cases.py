@@ -20,10 +20,12 @@ from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initialise import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed
 from megadistill.student.engine import StudentEngine
+from megadistill.train.lookahead import StepBatch, StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.step import train_step
-from megadistill.train.teacher.targets import Teacher, lessons
-from megadistill.types import TeacherSignal, TokenBatch, token_digest
+from megadistill.train.teacher.live import LiveTeacher
+from megadistill.train.teacher.protocol import NoTeacher, Teacher
+from megadistill.types import Cursor, TeacherSignal, TokenBatch, token_digest
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
@@ -128,11 +130,16 @@ class RandomTeacher:
             yield TeacherSignal(hidden=hidden, slots=batch.slots, digests=batch.digests)
 
 
-def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> Teacher:
+def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> LiveTeacher:
     head = torch.zeros(vocab.rows, TEACHER_WIDTH)
     head[: vocab.true_rows] = teacher_head()[vocab.global_ids()[: vocab.true_rows]]
     pipeline: Any = RandomTeacher(dtype)
-    return Teacher(pipeline=pipeline, head=head.to(dtype))
+    return LiveTeacher(pipeline=pipeline, head=head.to(dtype))
+
+
+def step_batch(batch: TokenBatch, teacher: Teacher, *, accumulation: int) -> StepBatch:
+    """One step's batch of this rank."""
+    return next(StepBatches(iter([(batch, Cursor("", 0))]), teacher, micro_batch=len(batch) // accumulation))
 
 
 class WatchedStudent(StudentEngine):
@@ -174,17 +181,14 @@ def build(case: Case, topology: Topology, profile: dict[str, Any] | None = None)
 
 def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: range) -> list[dict[str, float]]:
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
-    teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else None
+    teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else NoTeacher()
     found = []
     for step in steps:
         batch = rows_of(global_batch(step, document_mask=case.document_mask), topology)
         outcome = train_step(
             student,
-            teacher,
-            lessons(teacher, iter(batch.micro_batches(GLOBAL_BATCH // topology.world // case.accumulation))),
+            step_batch(batch, teacher, accumulation=case.accumulation),
             step=step,
-            accumulation=case.accumulation,
-            valid_tokens=batch.valid_tokens,
             learning_rate=RATE * (step + 1) / 3,
             objective=SmallChunks(case.loss, steps=3, seed=SEED),
             topology=topology,

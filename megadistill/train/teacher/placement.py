@@ -1,18 +1,17 @@
-"""Room `train`: what of the teacher a rank holds, as the recipe places it. It runs no step.
+"""Builds the teacher of a run on this rank, by the recipe's `teacher.source` and `teacher.placement`.
 
-Colocated: a stage on each rank of the student's. Disaggregated: stages on ranks of the teacher's own, which serve.
-Stored: none at all, its targets lie on disk. The head's rows lie on the student's ranks wherever the stages are.
+Colocated: a stage of its layers on each of the student's ranks. Disaggregated: stages on ranks of their own, which
+serve. Stored: only its targets, on disk. The rows of its head are on the student's ranks wherever the stages are.
 """
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
+from megadistill.config import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
-from megadistill.data.targets.target_writer import TargetWriter, finish_targets
-from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.models.families import logit_transform
@@ -30,112 +29,103 @@ from megadistill.teacher import (
 )
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup
-from megadistill.train.teacher.targets import StoredTeacher, Teacher
+from megadistill.train.teacher.live import ColocatedTeacher, LiveTeacher
+from megadistill.train.teacher.protocol import NoTeacher, Teacher
+from megadistill.train.teacher.saved_targets import SavedTargets
+from megadistill.train.teacher.stored import StoredTeacher
+
+TeacherOnSlice = Callable[[VocabSlice], Teacher]
+"""The second half of loading a teacher: rows of its head, for this rank's slice of the vocabulary."""
 
 
-def pipeline_of(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher | None:
-    """What answers this rank's micro-batches: its stage and its group's, or ranks of the teacher's own."""
-    teacher = setup.recipe.teacher
-    if teacher is None or teacher.source == "stored":
-        return None
-    if topology.bridge is None:
-        stage = stage_of(setup, topology, topology.group_rank, topology.group_size)
-        return TeacherPipeline(stage, topology)
-    return RemoteTeacher(topology.bridge, *forms_of(setup), queue=teacher.queue, device=topology.device)
+def load_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:
+    """Loads this rank's part of the recipe's teacher.
 
-
-def teacher_of(
-    setup: Setup, pipeline: TeacherPipeline | RemoteTeacher | None, vocab: VocabSlice, topology: Topology
-) -> Teacher | StoredTeacher | None:
-    """The teacher of a rank that computes the loss on `vocab`.
+    In two halves: the layers at once, since a live `zero.Init` would partition them as it does the student's; the
+    returned function loads the rest when the student's slice of the vocabulary is known.
 
     Raises:
-        UserError: the stored targets belong to another run.
-    """
-    section, ids = setup.recipe.teacher, setup.vocab_map
-    if section is None:
-        return None
-    if pipeline is None:
-        assert section.targets is not None
-        return StoredTeacher(TargetReader(section.targets, target_key(setup)), str(topology.device))
-    assert section.path is not None
-    dtype, device = torch_dtype(setup.recipe.train.precision), topology.device
-    return Teacher(
-        pipeline=pipeline,
-        head=head_rows(Path(section.path), vocab, dtype=dtype, device=device, ids=ids),
-        bias=None if ids is None else unknown_bias(vocab, ids, device=device),
-        logits=logit_transform(setup.teacher_config),
-        ids=ids,
-    )
-
-
-def keeping(setup: Setup, teacher: Teacher, topology: Topology) -> Teacher:
-    """The same, storing the targets that it makes where `teacher.save_targets` says. Collective.
-
-    Raises:
-        UserError: the folder holds other targets, or finished ones.
+        UserError: stored targets belong to another run.
     """
     section = setup.recipe.teacher
-    if section is None or section.save_targets is None:
-        return teacher
-    if teacher.store is not None:
-        teacher.store.flush()
-    store = TargetWriter(Path(section.save_targets), target_key(setup), rank=topology.rank)
-    barrier(topology.world_group)  # nobody stores before all have seen what is stored
-    return replace(teacher, store=store)
+    return TEACHERS["none" if section is None else section.source](setup, topology)
 
 
-def serve(setup: Setup, topology: Topology) -> None:
-    """A rank of the teacher's own, until the student's ranks need no more.
+def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], LiveTeacher]:
+    """See `load_teacher`: a teacher that runs on this rank, or is served from ranks of its own."""
+    pipeline, folder, ids = load_pipeline(setup, topology), _folder(setup), setup.vocab_map
+    dtype, device = torch_dtype(setup.recipe.train.precision), topology.device
+    save_targets = _section(setup).save_targets
+
+    def on_slice(vocab: VocabSlice) -> LiveTeacher:
+        kind = ColocatedTeacher if topology.bridge is None else LiveTeacher
+        return kind(
+            pipeline=pipeline,  # type: ignore[arg-type]  # a TeacherPipeline where there is no bridge
+            head=head_rows(folder, vocab, dtype=dtype, device=device, ids=ids),
+            bias=None if ids is None else unknown_bias(vocab, ids, device=device),
+            logits=logit_transform(setup.teacher_config),
+            ids=ids,
+            saved=None if save_targets is None else SavedTargets(Path(save_targets), target_key(setup), topology),
+        )
+
+    return on_slice
+
+
+def _stored_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:
+    reader = TargetReader(str(_section(setup).targets), target_key(setup))
+    return lambda vocab: StoredTeacher(reader, str(topology.device))
+
+
+TEACHERS: dict[str, Callable[[Setup, Topology], TeacherOnSlice]] = {
+    "none": lambda setup, topology: lambda vocab: NoTeacher(),
+    "live": live_teacher,
+    "stored": _stored_teacher,
+}
+"""By `teacher.source`; "none" for a recipe without a teacher."""
+
+
+def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher:
+    """Source of the teacher's hidden states: this rank's stage and those of its group, or ranks of the teacher's own."""
+    if topology.bridge is None:
+        return TeacherPipeline(load_stage(setup, topology, topology.group_rank, topology.group_size), topology)
+    queue = _section(setup).queue
+    return RemoteTeacher(topology.bridge, *transfer_codecs(setup), queue=queue, device=topology.device)
+
+
+def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
+    dtype = torch_dtype(setup.recipe.train.precision)
+    return TeacherStage.load(_folder(setup), stage=stage, stages=stages, dtype=dtype, device=topology.device)
+
+
+def run_teacher_server(setup: Setup, topology: Topology) -> None:
+    """Serves hidden states from a rank of the teacher's own, until the student's ranks close it.
 
     Raises:
-        OperatorFault: its weights changed in memory, looked at every `resilience.teacher_hash_every` steps of its
-            clients.
+        OperatorFault: its weights changed in memory, compared every `resilience.teacher_hash_every` steps.
     """
-    teacher, bridge, every = setup.recipe.teacher, topology.bridge, setup.recipe.resilience.teacher_hash_every
-    assert teacher is not None
+    bridge, every = topology.bridge, setup.recipe.resilience.teacher_hash_every
     assert bridge is not None
-    stage = stage_of(setup, topology, topology.rank % topology.group_size, topology.group_size)
+    stage = load_stage(setup, topology, topology.rank % topology.group_size, topology.group_size)
     frozen = FrozenWeights.of(stage.weights()) if every else None
-    a_step = setup.accumulation * len(bridge.roles.clients(0))  # as many in every replica
-    for answered in TeacherServer(stage, bridge, *forms_of(setup), queue=teacher.queue).answers():
-        if frozen is not None and answered % (every * a_step) == 0:
+    per_step = setup.accumulation * len(bridge.roles.clients(0))  # micro-batches; as many in every replica
+    server = TeacherServer(stage, bridge, *transfer_codecs(setup), queue=_section(setup).queue)
+    for answered in server.serve():
+        if frozen is not None and answered % (every * per_step) == 0:
             frozen.require_unchanged(topology)
 
 
-def stage_of(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
-    section = setup.recipe.teacher
-    assert section is not None
-    assert section.path is not None
-    dtype = torch_dtype(setup.recipe.train.precision)
-    return TeacherStage.load(Path(section.path), stage=stage, stages=stages, dtype=dtype, device=topology.device)
-
-
-def forms_of(setup: Setup) -> tuple[RequestCodec, ActivationCodec]:
-    """How micro-batches and hidden states travel between the student's ranks and the teacher's."""
+def transfer_codecs(setup: Setup) -> tuple[RequestCodec, ActivationCodec]:
+    """Formats of micro-batches and hidden states between the student's ranks and the teacher's."""
     recipe = setup.recipe
-    assert recipe.teacher is not None
-    assert setup.teacher_config is not None
-    form = RequestCodec(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
-    width, dtype = int(setup.teacher_config.hidden_size), torch_dtype(recipe.train.precision)
-    return form, ActivationCodec(width, dtype, float8=recipe.teacher.transfer_dtype == "float8")
-
-
-def ahead_of(setup: Setup, teacher: Teacher) -> str:
-    """One line: how far the teacher runs ahead, and what that holds."""
-    pipeline, rows = teacher.pipeline, setup.recipe.train.micro_batch
-    held = pipeline.bytes_in_flight(rows, setup.data.sequence_length)
-    return (
-        f"the teacher runs {pipeline.ahead} micro-batches ahead; a rank holds {held / (1 << 20):.1f} MiB of hidden "
-        "states in flight"
-    )
+    requests = RequestCodec(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
+    width, dtype = int(setup.teacher_config.hidden_size), torch_dtype(recipe.train.precision)  # type: ignore[union-attr]
+    return requests, ActivationCodec(width, dtype, float8=_section(setup).transfer_dtype == "float8")
 
 
 def target_key(setup: Setup) -> TargetKey:
-    """What targets that this run makes, or learns from, belong to."""
-    recipe = setup.recipe
-    section, targets = recipe.teacher, recipe.loss.targets
-    assert section is not None
+    """The identity of targets that this run makes, or learns from."""
+    recipe, section = setup.recipe, _section(setup)
+    targets = recipe.loss.targets
     assert targets is not None
     ids = setup.vocab_map
     return TargetKey(
@@ -152,10 +142,11 @@ def target_key(setup: Setup) -> TargetKey:
     )
 
 
-def finish(setup: Setup) -> str:
-    """Makes what all ranks kept one target set; a line that says so. One process, when all have flushed."""
+def _section(setup: Setup) -> TeacherSection:
     section = setup.recipe.teacher
-    assert section is not None
-    assert section.save_targets is not None
-    found = finish_targets(Path(section.save_targets), target_key(setup))
-    return f"{section.save_targets}: targets of {found.slots:,} sequences, {found.bytes_per_token:.1f} bytes a token"
+    assert section is not None, "the recipe has a teacher"
+    return section
+
+
+def _folder(setup: Setup) -> Path:
+    return Path(str(_section(setup).path))

@@ -1,10 +1,11 @@
-"""Room `train`: a probe that a run keeps, so that every start has the teacher that the first one had. No student.
+"""The teacher's consistency check: each start of a run compares the teacher with a recorded reference output.
 
-One row of tokens goes through the teacher as a micro-batch does: through its stages, over the wire, and its hidden
+One row of tokens goes through the teacher as a micro-batch does: through its stages, between ranks, and its hidden
 states through the slices of its head. Wrong weights, a wrong stage, slice or map, and a device that computes wrongly
 show at once.
 
-Legend: B rows of a micro-batch, S tokens of a row, K of them kept, L whose hidden states are kept, E teacher width.
+Legend: B rows of a micro-batch, S tokens of a row, K of them in the probe, L whose hidden states are recorded, E teacher
+width.
 """
 
 from collections.abc import Callable
@@ -17,18 +18,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from megadistill.config import Recipe
-from megadistill.distributed.collectives import all_reduce_sum, everywhere
+from megadistill.distributed.collectives import all_reduce_sum, first_false
 from megadistill.distributed.topology import Topology
-from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import OperatorFault
-from megadistill.io import written_whole
-from megadistill.loss import label_loss
+from megadistill.io import atomic_write
 from megadistill.train.setup.setup import Setup
-from megadistill.train.teacher.targets import Teacher
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
 PROBE_FILE = "probe.safetensors"
-KEPT_TOKENS, KEPT_STATES = 256, 64
+PROBE_TOKENS, PROBE_STATES = 256, 64
 MAX_PROBE_BYTES = 64 << 20
 
 # What other kernels, another cut into stages or another shape may make of the same weights: float32 sums in another
@@ -39,22 +37,24 @@ FLOAT8_BOUND = 1e-1
 
 
 @dataclass(frozen=True)
-class Question:
-    """The tokens that are asked: [K] int64, the student's ids, on the host; `slot` of the stream begins with them."""
+class ProbeInput:
+    """The tokens of the check."""
 
     slot: int
+    """The sample of the stream that begins with them."""
     tokens: Tensor
+    """[K] int64, the student's ids, on the host."""
 
     @classmethod
-    def of(cls, rows: TokenBatch, K: int) -> "Question":
+    def of(cls, rows: TokenBatch, K: int) -> "ProbeInput":
         """The first row that is not masked, if there is one."""
         row = int((rows.labels != IGNORED_LABEL).any(dim=1).int().argmax())
         return cls(int(rows.slots[row]), rows.tokens[row, :K])
 
     def batch(self, *, rows: int, sequence: int, document_mask: bool) -> TokenBatch:
-        """A micro-batch as the run has them, since a teacher on ranks of its own reads no other: the tokens repeated.
+        """A micro-batch of the run's shape, since a teacher on ranks of its own reads no other: the tokens repeated.
 
-        No token sees a later one, so what stands behind the K tokens changes nothing of theirs.
+        No token sees a later one, so the filling behind the K tokens changes nothing of theirs.
         """
         row_S = self.tokens.repeat(-(-sequence // len(self.tokens)))[:sequence]
         tokens_BS = row_S.expand(rows, sequence).contiguous()
@@ -65,63 +65,75 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the teacher says of a question."""
+class ProbeOutput:
+    """The teacher's output for a probe."""
 
     hidden: Tensor
-    """[L, E] float32, of the first L tokens."""
+    """[L, E] float32: final hidden states of the first L tokens."""
     cross_entropy: Tensor
-    """[] float64, nats: the mean of tokens 1 to K - 1."""
+    """[] float64, nats: the mean over tokens 1 to K - 1."""
 
-    def off(self, truth: "Answer") -> tuple[float, float]:
-        """Errors of the hidden states, as a share of their norm, and of the cross-entropy, of itself or of one nat."""
-        hidden = torch.linalg.vector_norm(self.hidden - truth.hidden) / torch.linalg.vector_norm(truth.hidden)
-        entropy = (self.cross_entropy - truth.cross_entropy).abs() / truth.cross_entropy.clamp(min=1.0)
+    def error_to(self, expected: "ProbeOutput") -> tuple[float, float]:
+        """Errors of the hidden states, relative to their norm, and of the cross-entropy, relative to max(1 nat, it)."""
+        hidden = torch.linalg.vector_norm(self.hidden - expected.hidden) / torch.linalg.vector_norm(expected.hidden)
+        entropy = (self.cross_entropy - expected.cross_entropy).abs() / expected.cross_entropy.clamp(min=1.0)
         return float(hidden), float(entropy)
 
 
 def check_probe(
-    setup: Setup, teacher: Teacher, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
+    setup: Setup,
+    topology: Topology,
+    *,
+    width: int,
+    rows: Callable[[], TokenBatch],
+    answer: Callable[[ProbeInput], ProbeOutput],
 ) -> str:
-    """Compares the teacher with the probe of the run folder, or keeps one, at the first start; a line to log.
+    """Compares the teacher with the probe of the run folder; the first start records it. Collective over the world.
 
-    `rows` gives the beginning of the run's stream; the first rank alone asks for it, where there is no probe. All ranks
-    ask the teacher the same, so that every stage and every slice of each replica answers. Collective over the world,
-    while no `lessons` are open.
+    Args:
+        width: E.
+        rows: reads the beginning of the run's stream; called on rank 0 alone, where there is no probe.
+        answer: runs the teacher. All ranks give it the same probe, so every stage and slice of each replica takes part.
+
+    Returns:
+        A log line.
 
     Raises:
-        OperatorFault: on every rank, where one is answered something else, or the probe cannot be read.
+        OperatorFault: on every rank, where the output differs on one, or the probe cannot be read.
     """
-    path, K = setup.folder / PROBE_FILE, min(KEPT_TOKENS, setup.data.sequence_length)
-    kept = _kept(path, K, teacher.head.shape[1], topology)
-    question = Question(0, torch.zeros(K, dtype=torch.int64))
+    path, K = setup.folder / PROBE_FILE, min(PROBE_TOKENS, setup.data.sequence_length)
+    recorded = _read_on_first(path, K, width, topology)
+    probe = ProbeInput(0, torch.zeros(K, dtype=torch.int64))
     if topology.is_first:
-        question = kept[0] if kept is not None else Question.of(rows(), K)
-    question, is_new = _told(question, kept is None, topology)
-    found = _answer(question, setup, teacher, vocab)
-    truth = _of_first(found if kept is None else kept[1], found, topology)
-    off, bound = found.off(truth), _bound(setup.recipe)
-    same = all(each <= bound for each in off)  # false for a NaN
-    if not everywhere(same, topology.device, topology.world_group):
-        problem = f"rank {topology.rank}: {_unlike(path, found, truth, off, bound, is_new=is_new)}"
-        raise OperatorFault(problem if not same else "the teacher answers the probe otherwise on another rank")
-    entropy = f"cross-entropy {float(found.cross_entropy):.4f}"
+        probe = recorded[0] if recorded is not None else ProbeInput.of(rows(), K)
+    probe, is_new = _broadcast_input(probe, recorded is None, topology)
+    output = answer(probe)
+    expected = _broadcast_output(output if recorded is None else recorded[1], topology)
+    errors, bound = output.error_to(expected), _bound(setup.recipe)
+    matches = all(error <= bound for error in errors)  # false for a NaN
+    failing = first_false(matches, topology.device, topology.world_group)
+    if failing is not None:
+        if matches:
+            raise OperatorFault(f"teacher check failed on another rank: see the log of rank {failing}")
+        raise OperatorFault(f"rank {topology.rank}: {_mismatch(path, output, expected, errors, bound, is_new=is_new)}")
+    cross_entropy = f"CE {float(output.cross_entropy):.4f}"
     if not is_new:
-        exact = "to the last bit" if max(off) == 0 else f"off by {max(off):.1e}, at most {bound:g} is rounding"
-        return f"the teacher answers the probe as when the run was started, {entropy}, {exact}"
+        if max(errors) == 0:
+            return f"teacher check passed: bitwise identical to the first start ({cross_entropy})"
+        return f"teacher check passed: relative error {max(errors):.1e}, at most {bound:g} allowed ({cross_entropy})"
     if topology.is_first:
-        _write(path, question, found)
-    return f"kept what the teacher answers to slot {question.slot} as a probe, {entropy}"
+        _write(path, probe, output)
+    return f"teacher check: recorded reference output (sample {probe.slot}, {cross_entropy})"
 
 
 def _bound(recipe: Recipe) -> float:
-    """The error up to which two answers are those of one teacher."""
+    """The error up to which two outputs are those of one teacher."""
     assert recipe.teacher is not None
-    return FLOAT8_BOUND if recipe.teacher.wire == "float8" else BOUNDS[recipe.train.precision]
+    return FLOAT8_BOUND if recipe.teacher.transfer_dtype == "float8" else BOUNDS[recipe.train.precision]
 
 
-def read_probe(path: Path, *, K: int, E: int) -> tuple[Question, Answer] | None:
-    """What a run folder keeps, on the host; None where it keeps nothing.
+def read_probe(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | None:
+    """The probe of a run folder, on the host; None where there is none.
 
     Raises:
         OperatorFault: it cannot be read, or is no probe of such a run.
@@ -132,90 +144,74 @@ def read_probe(path: Path, *, K: int, E: int) -> tuple[Question, Answer] | None:
         tensors = load(path.read_bytes())
         slot, tokens, hidden, entropy = (tensors[name] for name in ("slot", "tokens", "hidden", "cross_entropy"))
         shapes = [tuple(tensor.shape) for tensor in (slot, tokens, hidden, entropy)]
-        if shapes != [(), (K,), (min(K, KEPT_STATES), E), ()]:
+        if shapes != [(), (K,), (min(K, PROBE_STATES), E), ()]:
             raise ValueError(f"its shapes are {shapes}: another teacher's, or another data set's")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise OperatorFault(
             f"{path} cannot be read ({error}): if the teacher is surely the one that the run was started with, remove "
-            "the file, and the next start keeps another one"
+            "the file, and the next start records another one"
         ) from None
-    return Question(int(slot), tokens), Answer(hidden, entropy)
+    return ProbeInput(int(slot), tokens), ProbeOutput(hidden, entropy)
 
 
-def _write(path: Path, question: Question, answer: Answer) -> None:
+def _write(path: Path, probe: ProbeInput, output: ProbeOutput) -> None:
     tensors = {
-        "slot": torch.tensor(question.slot),
-        "tokens": question.tokens.contiguous(),
-        "hidden": answer.hidden.cpu().contiguous(),
-        "cross_entropy": answer.cross_entropy.cpu(),
+        "slot": torch.tensor(probe.slot),
+        "tokens": probe.tokens.contiguous(),
+        "hidden": output.hidden.cpu().contiguous(),
+        "cross_entropy": output.cross_entropy.cpu(),
     }
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(save(tensors))
 
 
-def _kept(path: Path, K: int, E: int, topology: Topology) -> tuple[Question, Answer] | None:
-    """The first rank's; None elsewhere. A fault that it meets is raised on all."""
-    kept, fault = None, None
+def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> tuple[ProbeInput, ProbeOutput] | None:
+    """`read_probe` on rank 0; None elsewhere. Its fault is raised on all ranks."""
+    recorded, fault = None, None
     if topology.is_first:
         try:
-            kept = read_probe(path, K=K, E=E)
-        except OperatorFault as caught:
-            fault = caught
-    if not everywhere(fault is None, topology.device, topology.world_group):
-        raise fault or OperatorFault(f"{path} cannot be read: the first rank says why")
-    return kept
+            recorded = read_probe(path, K=K, E=E)
+        except OperatorFault as error:
+            fault = error
+    if first_false(fault is None, topology.device, topology.world_group) is not None:
+        raise fault or OperatorFault(f"{path} cannot be read: see the log of rank 0")
+    return recorded
 
 
-def _told(question: Question, is_new: bool, topology: Topology) -> tuple[Question, bool]:
-    """The first rank's question, and whether it is asked for the first time, on every rank."""
-    numbers = torch.cat([torch.tensor([int(is_new), question.slot]), question.tokens]).to(topology.device)
-    new, slot, *tokens = _sum_of_first(numbers, topology).tolist()
-    return Question(slot, torch.tensor(tokens)), bool(new)
+def _broadcast_input(probe: ProbeInput, is_new: bool, topology: Topology) -> tuple[ProbeInput, bool]:
+    """Rank 0's probe, and whether it is recorded by this start, on every rank."""
+    numbers = torch.cat([torch.tensor([int(is_new), probe.slot]), probe.tokens]).to(topology.device)
+    new, slot, *tokens = _from_first(numbers, topology).tolist()
+    return ProbeInput(slot, torch.tensor(tokens)), bool(new)
 
 
-def _answer(question: Question, setup: Setup, teacher: Teacher, vocab: VocabSlice) -> Answer:
-    B, S, K = setup.recipe.train.micro_batch, setup.data.sequence_length, len(question.tokens)
-    batch = question.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
-    ((_, said),) = teacher.lessons(iter([batch]))
-    assert isinstance(said, Tensor)
-    hidden_KE = said.view(B, S, -1)[0, :K]
-    with torch.no_grad():
-        terms = label_loss(
-            hidden_KE[:-1],
-            teacher.head,
-            question.tokens[1:].to(said.device),
-            token_weights=torch.full((K - 1,), 1 / (K - 1), device=said.device),
-            vocab=vocab,
-            student_bias=teacher.bias,
-            student_logits=teacher.logits,
-        )
-    return Answer(hidden_KE[:KEPT_STATES].float(), terms.student_ce.double())
+def _broadcast_output(output: ProbeOutput, topology: Topology) -> ProbeOutput:
+    """Rank 0's output on every rank; each passes one of the same shapes."""
+    numbers = torch.cat([output.cross_entropy.reshape(1), output.hidden.flatten().double()]).to(topology.device)
+    first = _from_first(numbers, topology)
+    return ProbeOutput(first[1:].float().view_as(output.hidden), first[0])
 
 
-def _of_first(answer: Answer, shape: Answer, topology: Topology) -> Answer:
-    """The first rank's answer on every rank; each gives one of the same shapes."""
-    numbers = torch.cat([answer.cross_entropy.reshape(1), answer.hidden.flatten().double()]).to(topology.device)
-    first = _sum_of_first(numbers, topology)
-    return Answer(first[1:].float().view_as(shape.hidden), first[0])
-
-
-def _sum_of_first(numbers: Tensor, topology: Topology) -> Tensor:
+def _from_first(numbers: Tensor, topology: Topology) -> Tensor:
     return all_reduce_sum(numbers if topology.is_first else torch.zeros_like(numbers), topology.world_group)
 
 
-def _unlike(path: Path, found: Answer, truth: Answer, off: tuple[float, float], bound: float, *, is_new: bool) -> str:
+def _mismatch(
+    path: Path, output: ProbeOutput, expected: ProbeOutput, errors: tuple[float, float], bound: float, *, is_new: bool
+) -> str:
     numbers = (
-        f"hidden states off by {off[0]:.1e} (at most {bound:g} is rounding), cross-entropy "
-        f"{float(found.cross_entropy):.4f} in place of {float(truth.cross_entropy):.4f}"
+        f"hidden states differ by {errors[0]:.1e} (at most {bound:g} is rounding), cross-entropy is "
+        f"{float(output.cross_entropy):.4f} instead of {float(expected.cross_entropy):.4f}"
     )
     if is_new:
         return (
-            f"the teacher answers one row otherwise than on rank 0: {numbers}. A stage or a slice of its head is wrong "
-            "here: see that its files are the same on every node, or leave the node out"
+            f"the teacher's output for one row differs from rank 0's: {numbers}. A stage or a slice of its head is "
+            "wrong here: see that its files are the same on every node, or leave the node out"
         )
     return (
         f"this is not the teacher that the run was started with, or a stage or a slice of its head is wrong: on the "
-        f"row of {path}, {numbers}. Give teacher.path what it was, and see that its files are the same on every node"
+        f"row of {path}, {numbers}. Give teacher.path the value it had, and see that its files are the same on every "
+        "node"
     )

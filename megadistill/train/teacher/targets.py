@@ -1,116 +1,123 @@
-"""Room `train`: what a teacher says of the run's micro-batches, live or stored. It knows no student.
+"""The supervision of a micro-batch: the target of its tokens, and the student's loss against it.
 
-Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S, E teacher width, v rows of a vocabulary slice.
+Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S, D student width, E teacher width, v rows of a
+vocabulary slice.
 """
 
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from megadistill.data.targets.target_reader import TargetReader
-from megadistill.data.targets.target_writer import TargetWriter
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.sparse.targets import sparse_targets
-from megadistill.teacher import RemoteTeacher, TeacherPipeline
-from megadistill.train.objective import Objective, selection, uniforms
-from megadistill.train.resilience.sdc import FrozenWeights
-from megadistill.train.setup.vocab_map import translated
-from megadistill.types import LogitTransform, SparseTargets, TokenBatch
-
-Lesson = tuple[TokenBatch, Tensor | SparseTargets | None]
-"""A micro-batch, and what its teacher says: hidden states [N, E], or stored targets for its N tokens."""
+from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
+from megadistill.train.objective import Objective
+from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A live one: the pipeline, and the head's rows of this rank's slice of the vocabulary [v, E]."""
+class StudentOutput:
+    """The student's part of a loss: one micro-batch of this rank."""
 
-    pipeline: TeacherPipeline | RemoteTeacher
-    head: Tensor
+    hidden: Tensor
+    """[N, D] after the last norm."""
+    weight: Tensor
+    """[v, D]: this rank's rows of the head."""
+    labels: Tensor
+    """[N] int64"""
+    token_weights: Tensor
+    """[N] float32: 1 / valid tokens of the global batch; 0 where there is no label."""
+    vocab: VocabSlice
+    objective: Objective
+    divergence: Divergence
+    """The objective's at this step."""
+    diagnostics: bool = False
+    """Whether `LossTerms.diagnostics` are computed."""
+
+
+class Target(Protocol):
+    """Supervision of a micro-batch's N tokens."""
+
+    def loss(self, student: StudentOutput) -> LossTerms:
+        """The student's loss against this target. Collective over the vocab group."""
+
+
+class TargetedBatch(NamedTuple):
+    """A micro-batch and its target."""
+
+    batch: TokenBatch
+    """On the host."""
+    target: Target
+
+
+@dataclass(frozen=True)
+class LabelTarget:
+    """No teacher: the next token."""
+
+    def loss(self, student: StudentOutput) -> LossTerms:
+        objective = student.objective
+        return label_loss(
+            student.hidden,
+            student.weight,
+            student.labels,
+            token_weights=student.token_weights,
+            vocab=student.vocab,
+            z_loss=objective.loss.z_loss,
+            student_logits=objective.student_logits,
+            logit_memory=objective.logit_memory,
+            elementwise=objective.elementwise,
+        )
+
+
+@dataclass(frozen=True)
+class HiddenTarget:
+    """A whole distribution: final hidden states, and the head that makes logits of them."""
+
+    hidden: Tensor
+    """[N, E]"""
+    weight: Tensor
+    """[v, E]: this rank's rows of the teacher's head."""
     bias: Tensor | None = None
-    """[v]: -inf for an id that the teacher does not know; None where it knows all."""
+    """[v]"""
     logits: LogitTransform = LogitTransform()
-    ids: Tensor | None = None
-    """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
-    store: TargetWriter | None = None
-    """Where the targets that the run makes are kept."""
 
-    def lessons(self, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
-        """Each batch with the hidden states [N, E] that answer it. Collective; see `TeacherPipeline.signals`.
-
-        Raises:
-            UserError: a token that the teacher has no id for; SignalMismatch: the teacher answered another batch.
-        """
-        under_way: deque[tuple[TokenBatch, TokenBatch]] = deque()
-
-        def entering() -> Iterator[TokenBatch]:
-            for batch in batches:
-                read = batch if self.ids is None else translated(batch, self.ids)
-                under_way.append((batch, read))
-                yield read
-
-        with closing(self.pipeline.signals(entering())) as signals:
-            for signal in signals:
-                batch, read = under_way.popleft()
-                yield batch, signal.hidden_for(read)
-
-    def targets(self, hidden: Tensor, batch: TokenBatch, objective: Objective, vocab: VocabSlice) -> SparseTargets:
-        """What the recipe keeps of the distribution behind `hidden` [N, E]. Collective over the vocab group."""
-        section = objective.loss.targets
-        assert section is not None
-        kept, tail = selection(section)
-        draws = None
-        if section.draws is not None:
-            sequence = batch.tokens.shape[1]
-            draws = uniforms(batch.slots, sequence=sequence, draws=section.draws, seed=objective.seed)
-            draws = draws.to(hidden.device)
-        made = sparse_targets(
-            hidden,
-            self.head,
-            selection=kept,
-            tail=tail,
-            vocab=vocab,
-            temperature=objective.loss.temperature,
-            uniforms=draws,
+    def loss(self, student: StudentOutput) -> LossTerms:
+        objective = student.objective
+        return distill_loss(
+            student.hidden,
+            student.weight,
+            self.hidden,
+            self.weight,
+            student.labels,
+            token_weights=student.token_weights,
+            divergence=student.divergence,
+            vocab=student.vocab,
             teacher_bias=self.bias,
+            student_logits=objective.student_logits,
             teacher_logits=self.logits,
             logit_memory=objective.logit_memory,
+            elementwise=objective.elementwise,
+            diagnose=student.diagnostics,
         )
-        if self.store is not None:
-            self.store.add(batch.slots, batch.digests, made)
-        return made
 
 
 @dataclass(frozen=True)
-class StoredTeacher:
-    """What a teacher said once, read by slot; no teacher is in memory."""
+class SparseTarget:
+    """A truncated distribution."""
 
-    reader: TargetReader
-    device: str
+    targets: SparseTargets
 
-    def lessons(self, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
-        """Each batch with its targets.
-
-        Raises:
-            ShardFault: the store has no targets for a slot, or damaged ones, or they were made of other tokens.
-        """
-        for batch in batches:
-            yield batch, self.reader.read(batch.slots, batch.digests).to(self.device)
-
-
-def lessons(teacher: Teacher | StoredTeacher | None, batches: Iterator[TokenBatch]) -> Generator[Lesson, None, None]:
-    """The micro-batches of a run with what the teacher says of each; None where there is no teacher.
-
-    Close it before others are begun; a teacher on ranks of its own listens until it is dismissed.
-    """
-    return teacher.lessons(batches) if teacher is not None else ((batch, None) for batch in batches)
-
-
-def frozen_weights(teacher: Teacher) -> FrozenWeights:
-    """What this rank holds of the teacher: its rows of the head, and its stage, but where that has ranks of its own."""
-    stage = teacher.pipeline.stage.weights() if isinstance(teacher.pipeline, TeacherPipeline) else ()
-    return FrozenWeights.of(chain(stage, [("rows of the head", teacher.head)]))
+    def loss(self, student: StudentOutput) -> LossTerms:
+        objective = student.objective
+        return sparse_distill_loss(
+            student.hidden,
+            student.weight,
+            self.targets,
+            student.labels,
+            token_weights=student.token_weights,
+            divergence=student.divergence,
+            vocab=student.vocab,
+            student_logits=objective.student_logits,
+            logit_memory=objective.logit_memory,
+            elementwise=objective.elementwise,
+        )

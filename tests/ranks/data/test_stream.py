@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 from megadistill.data import Manifest, Mixture, TokenStream
-from megadistill.data.stream.order import Stage
+from megadistill.data.stream.order import CurriculumEntry
 from megadistill.distributed.collectives import all_gather_rows
 from megadistill.distributed.topology import Topology
-from megadistill.train.loop import holes_of_all
+from megadistill.train.resilience.masked_samples import gather_masked_slots
 from megadistill.types import TokenBatch
 from tests.ranks.harness import run_ranks
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 
 SLOTS = 48
 STEPS = 6
 SKIPS = [(60, 71)]
-STAGES = (Stage(100, {"a": 0.8, "b": 0.2}), Stage(None, {"a": 0.3, "b": 0.7}))
+CURRICULUM = (CurriculumEntry(100, {"a": 0.8, "b": 0.2}), CurriculumEntry(None, {"a": 0.3, "b": 0.7}))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stream")
     for seed, name in enumerate("ab"):
-        write_split(folder / name, random_units(150, seed=seed))
+        write_split(folder / name, random_sequences(150, seed=seed))
     return folder
 
 
 def _mixture(folder: Path) -> Mixture:
-    return Mixture({name: Manifest.load(folder / name / "manifest.json") for name in "ab"}, STAGES)
+    return Mixture({name: Manifest.load(folder / name / "manifest.json") for name in "ab"}, CURRICULUM)
 
 
 def _rows(batch: TokenBatch) -> Tensor:
@@ -41,7 +41,7 @@ def _rows(batch: TokenBatch) -> Tensor:
 
 
 def _global_batches(topology: Topology, folder: Path) -> dict[tuple[int, int], list[Tensor]]:
-    """By micro-batch and prefetch."""
+    """Steps of each (micro-batch, prefetch)."""
     rows = SLOTS // topology.world
     micros = [size for size in range(1, rows + 1) if rows % size == 0]
     settings = [*((micro, 0) for micro in micros), (micros[0], 3), (micros[-1], 1)]
@@ -69,7 +69,7 @@ def _steps(topology: Topology, folder: Path, micro: int, prefetch: int) -> list[
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> list[Tensor]:
-    """One process reads the slots that the ranges leave, and nothing else is asked of it."""
+    """One process reads the slots outside of the skipped ranges, one by one."""
     slots = [slot for slot in range(STEPS * SLOTS + 20) if not any(a <= slot < b for a, b in SKIPS)]
     stream = TokenStream(_mixture(folder), seed=7, batch_slots=1, rank=0, world_size=1, document_mask=True)
     rows = torch.cat([_rows(stream.batch(range(slot, slot + 1))) for slot in slots[: STEPS * SLOTS]])
@@ -82,21 +82,21 @@ def truth(folder: Path) -> list[Tensor]:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_equal_global_batches(world: int, folder: Path, truth: list[Tensor]) -> None:
     """Micro-batches of every size that divides a rank's rows, so every accumulation, with and without reading ahead."""
-    for found in run_ranks(world, _global_batches, folder):
-        assert {micro for micro, _ in found} >= {1, SLOTS // world}
-        for setting, steps in found.items():
+    for batches in run_ranks(world, _global_batches, folder):
+        assert {micro for micro, _ in batches} >= {1, SLOTS // world}
+        for setting, steps in batches.items():
             for step, expected in zip(steps, truth, strict=True):
                 in_slots = torch.cat([step[:-1][step[:-1, 0].argsort()], step[-1:]])
                 assert torch.equal(in_slots, expected), setting
 
 
-def _holes(topology: Topology) -> list[int]:
+def _masked(topology: Topology) -> list[int]:
     slots = torch.arange(4) + 4 * topology.rank
     nothing = torch.zeros(4, 1, dtype=torch.int64)
     faults = ((5, "slot 5: damaged"), (6, "slot 6: damaged")) if topology.rank == 1 else ()
     batch = TokenBatch(nothing, nothing, slots, slots, nothing.bool(), faults=faults)
-    return holes_of_all(batch, topology)
+    return gather_masked_slots(batch, topology)
 
 
-def test_a_hole_that_one_rank_finds_is_known_to_all() -> None:
-    assert run_ranks(3, _holes) == [[5, 6]] * 3
+def test_a_slot_masked_on_one_rank_is_known_to_all() -> None:
+    assert run_ranks(3, _masked) == [[5, 6]] * 3

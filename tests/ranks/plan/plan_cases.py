@@ -38,12 +38,14 @@ from megadistill.teacher import (
     TeacherStage,
     head_rows,
 )
-from megadistill.train import step as step_module
 from megadistill.train.checkpoint.format import RNG_KEY, rank_file, write_rank
+from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.step import train_step
-from megadistill.train.teacher.targets import Teacher, lessons
-from megadistill.types import TokenBatch, token_digest
+from megadistill.train.teacher import targets as targets_module
+from megadistill.train.teacher.live import LiveTeacher
+from megadistill.train.teacher.protocol import NoTeacher, Teacher
+from megadistill.types import Cursor, TokenBatch, token_digest
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, STEPS = 4000, 128, 2
@@ -151,14 +153,14 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
             return _serve(topology, case, teacher, watch)
         pipeline = None if teacher is None else _pipeline(topology, case, teacher)
         student = _student(topology, case)
-        taught = None
+        source: Teacher = NoTeacher()
         if pipeline is not None and teacher is not None:
             dtype = torch_dtype(case.precision)
             head = head_rows(Path(teacher), student.head.vocab, dtype=dtype, device=topology.device)
-            taught = Teacher(pipeline=pipeline, head=head)
+            source = LiveTeacher(pipeline=pipeline, head=head)
         built = Counter(watch.live)
-        with watch.phases(student, taught):
-            _steps(topology, case, student, taught, watch)
+        with watch.phases(student, pipeline):
+            _steps(topology, case, student, source, watch)
         found = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
     state = {**student.local_state(), RNG_KEY: torch.get_rng_state()}
     record = write_rank(Path(folder), state, rank=topology.rank, world=topology.world)
@@ -207,40 +209,38 @@ def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen
     built = Counter(watch.live)
     watch.begin()
     with watch.bridge():
-        for _ in TeacherServer(stage, bridge, *_forms(case), queue=section.queue).answers():
+        for _ in TeacherServer(stage, bridge, *_forms(case), queue=section.queue).serve():
             pass
     return Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
 
 
-def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher | None, watch: "Watch") -> None:
+def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch") -> None:
     objective = Objective(case.recipe.loss, steps=STEPS, seed=1)
-    with closing(lessons(teacher, _batches(topology, case))) as taught:
+    with closing(StepBatches(_batches(topology, case), teacher, micro_batch=case.micro_batch)) as batches:
         for step in range(1, STEPS + 1):
             watch.begin()
             train_step(
                 student,
-                teacher,
-                taught,
+                next(batches),
                 step=step,
-                accumulation=case.accumulation,
-                valid_tokens=case.accumulation * case.micro_batch * SEQUENCE,
                 learning_rate=1e-3,
                 objective=objective,
                 topology=topology,
             )
-    if teacher is not None:
-        teacher.pipeline.close()
+    teacher.close()
 
 
-def _batches(topology: Topology, case: Case) -> Iterator[TokenBatch]:
+def _batches(topology: Topology, case: Case) -> Iterator[tuple[TokenBatch, Cursor]]:
     """More than the steps take, so that the teacher's pipeline stays full."""
-    for number in range((STEPS + 1) * case.accumulation):
+    rows = case.accumulation * case.micro_batch
+    for number in range(STEPS + 1):
         generator = torch.Generator().manual_seed(1000 * topology.rank + number)
-        units = torch.randint(0, VOCAB, (case.micro_batch, SEQUENCE + 1), generator=generator)
+        units = torch.randint(0, VOCAB, (rows, SEQUENCE + 1), generator=generator)
         tokens, labels = units[:, :-1].contiguous(), units[:, 1:].contiguous()
-        slots = torch.arange(case.micro_batch) + case.micro_batch * (number * topology.world + topology.rank)
+        slots = torch.arange(rows) + rows * (number * topology.world + topology.rank)
         starts = torch.zeros_like(tokens, dtype=torch.bool)
-        yield TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
+        batch = TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
+        yield batch, Cursor("", 0)
 
 
 MAKERS = {
@@ -268,7 +268,7 @@ ASKERS = {
     "zero/stage3.py": "gradients",
     "student/head.py": "head",
     "megadistill/loss/": "loss",
-    "teacher/pipeline.py:_answer": "answers",
+    "teacher/pipeline.py:_scatter_signals": "answers",
     "teacher/pipeline.py:signals": "stages",
 }
 
@@ -335,36 +335,36 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert name in ("send", "barrier"), f"nothing is known of {name}"
 
     @contextmanager
-    def phases(self, student: StudentEngine, teacher: Teacher | None) -> Iterator[None]:
+    def phases(self, student: StudentEngine, pipeline: TeacherPipeline | RemoteTeacher | None) -> Iterator[None]:
         """Calls the phases of a step by the plan's names; what is none of them is the forward pass."""
-        losses = {name: getattr(step_module, name) for name in ("distill_loss", "label_loss", "sparse_distill_loss")}
+        losses = {name: getattr(targets_module, name) for name in ("distill_loss", "label_loss", "sparse_distill_loss")}
         for name, function in losses.items():
-            setattr(step_module, name, self._named("loss", function))
+            setattr(targets_module, name, self._named("loss", function))
         student.backward = self._named("backward", student.backward)  # type: ignore[method-assign]
         student.step = self._named("step", student.step)  # type: ignore[method-assign]
-        if teacher is not None and isinstance(teacher.pipeline, TeacherPipeline):
-            teacher.pipeline._work = self._named("teacher", teacher.pipeline._work)  # type: ignore[method-assign]
+        if isinstance(pipeline, TeacherPipeline):
+            pipeline._work = self._named("teacher", pipeline._work)  # type: ignore[method-assign]
         try:
             with self.bridge():
                 yield
         finally:
             for name, function in losses.items():
-                setattr(step_module, name, function)
+                setattr(targets_module, name, function)
 
     @contextmanager
     def bridge(self) -> Iterator[None]:
         """Its messages are no operators."""
-        expect = Bridge.expect
+        expect = Bridge.post_recv
 
         def expected(bridge: Bridge, buffer: Tensor, *arguments: Any, **keywords: Any) -> Any:
             self.received["bridge"] += buffer.nbytes
             return expect(bridge, buffer, *arguments, **keywords)
 
-        Bridge.expect = expected  # type: ignore[method-assign, assignment]
+        Bridge.post_recv = expected  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            Bridge.expect = expect  # type: ignore[method-assign]
+            Bridge.post_recv = expect  # type: ignore[method-assign]
 
     def _named(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:

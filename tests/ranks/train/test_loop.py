@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.config import DataSection, Recipe
 from megadistill.data import Manifest, Mixture, TokenStream
-from megadistill.datagen.store_targets import store_targets
+from megadistill.datagen.store_targets import store_on_ranks
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
-from megadistill.train.teacher.placement import serve
+from megadistill.train.teacher.placement import run_teacher_server
 from tests.corpora import small_data_set
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
@@ -61,7 +62,7 @@ def recipe(manifest: Path, folder: Path) -> Recipe:
             "global_batch": BATCH,
             "micro_batch": 1,
             "precision": "float32",
-            "adamw": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-3},
             "histograms_every": STEPS,
         },
     }
@@ -76,7 +77,7 @@ def _train(topology: Topology, manifest: str, folder: str) -> int:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, world: int) -> None:
     """DeepSpeed's trap 9: ZeRO-3's gathers are collective, so a rank with one batch fewer hangs the others for ever."""
-    units = Manifest.load(manifest).units
+    units = Manifest.load(manifest).sequences
     assert units % BATCH, "the batch must not divide the epoch, or this tests nothing"
     assert units < STEPS * BATCH, "the run must be longer than an epoch"
     assert run_ranks(world, _train, str(manifest), str(tmp_path / "run")) == [STEPS] * world
@@ -139,9 +140,9 @@ ROUTED = {
     "temperature": 1.5,
     "label_fraction": 0.2,
     "schedule": {"kind": "wsd", "warmup_steps": 2, "decay_steps": 2, "final_ratio": 0.0},
-    "diagnose_every": 2,
+    "diagnostics_every": 2,
 }
-TOP_P = {"select": "top_p", "mass": 0.8, "max_ids": 20}
+TOP_P = {"select": "top_p", "p": 0.8, "max_ids": 20}
 LOSSES: dict[str, dict[str, Any]] = {
     "routed": ROUTED,
     "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
@@ -201,7 +202,7 @@ def _distill(
     setup = prepare(Recipe.model_validate({**base, **changes}), Launch(rank, world, topology.local_rank, world))
     try:
         if topology.role == "teacher":
-            serve(setup, topology)
+            run_teacher_server(setup, topology)
         else:
             run(setup, topology, stop_after=stop_after)
     except UserError as error:
@@ -262,15 +263,15 @@ def mixed(manifest: Path, tmp_path: Path) -> dict[str, Any]:
         shutil.copytree(manifest.parent.parent / name, tmp_path / "set" / name)
         sources[name] = str(tmp_path / "set" / name / "manifest.json")
     shutil.copytree(manifest.parent.parent / "tokenizer", tmp_path / "set" / "tokenizer")
-    stages = [{"tokens": 64 * 3 * BATCH, "weights": {"train": 2, "heldout": 1}}, {"weights": {"heldout": 1}}]
-    data = {"manifest": None, "sources": sources, "stages": stages, "document_mask": True, "skip": [[5, 9]]}
+    curriculum = [{"tokens": 64 * 3 * BATCH, "weights": {"train": 2, "heldout": 1}}, {"weights": {"heldout": 1}}]
+    data = {"manifest": None, "sources": sources, "curriculum": curriculum, "document_mask": True, "skip": [[5, 9]]}
     order = Mixture.load(DataSection.model_validate(data)).order(1)
     source, shard, unit = order.locate(np.array([2]))[0].tolist()
     path = tmp_path / "set" / order.names[source] / f"shard-{shard:05d}.tar"
     damaged = bytearray(path.read_bytes())
     damaged[np.load(f"{path}.idx.npy")[unit][0] + 700] ^= 1
     path.write_bytes(damaged)
-    return {**data, "on_fault": "quarantine"}
+    return {**data, "on_corrupt_sample": "mask"}
 
 
 def _cursor(folder: Path) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def test_a_mixture_with_masks_skips_and_a_hole_is_learned_alike(
     _assert_alike(_run(1, manifest, tmp_path / "one", {}, data=mixed, path=teacher), whole)
     cursors = [_cursor(tmp_path / name) for name in ("one", "two", "resumed")]
     assert cursors[0] == cursors[1] == cursors[2]
-    assert 2 in cursors[0]["holes"]
+    assert 2 in cursors[0]["masked_slots"]
     assert cursors[0]["skips"] == [[5, 9]]
     assert cursors[0]["next_slot"] == STEPS * BATCH + 4
     lines = (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -300,11 +301,11 @@ def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
     folder = tmp_path / "run"
     paths = {"path": str(teacher)}
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, 2, mixed) == [""] * 2
-    first, last = mixed["stages"]
-    other = {**mixed, "stages": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
+    first, last = mixed["curriculum"]
+    other = {**mixed, "curriculum": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
     for said in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
         assert "stage 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
-    edited = {**mixed, "stages": [first, {"weights": {"train": 1}}]}
+    edited = {**mixed, "curriculum": [first, {"weights": {"train": 1}}]}
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
     assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
 
@@ -346,7 +347,7 @@ def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Pa
     roles = Roles(2, 1, 1)
     keys: dict[str, Any] = {**DISAGGREGATED, "ranks": 1, "path": teacher}
     exact = _run(2, manifest, tmp_path / "whole", {}, roles=roles, **keys)
-    short = _run(2, manifest, tmp_path / "float8", {}, roles=roles, wire="float8", **keys)
+    short = _run(2, manifest, tmp_path / "float8", {}, roles=roles, transfer_dtype="float8", **keys)
     errors = [abs(a["kl"] - b["kl"]) / b["kl"] for a, b in zip(short, exact, strict=True)]
     assert 0 < max(errors) < 0.02
 
@@ -356,12 +357,12 @@ def _stored(
 ) -> str | None:
     """What `cache` says, of ranks that hold the vocabulary and the teacher's stages between them."""
     base = recipe(Path(manifest), Path(folder) / "no-run").snapshot()
-    section = {**teacher, "keep_targets": folder}
+    section = {**teacher, "save_targets": folder}
     train = {**base["train"], "micro_batch": BATCH // topology.world}
     changes = {"objective": "distill", "teacher": section, "loss": loss, "train": train}
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
     setup = prepare(Recipe.model_validate({**base, **changes}), launch)
-    return store_targets(setup, topology, STEPS, lambda stage, **numbers: None)
+    return store_on_ranks(setup, topology, STEPS, lambda stage, **numbers: None)
 
 
 @pytest.mark.parametrize(("name", "worlds"), [("sampled", (1, 2)), ("top-p", (2,))])
@@ -371,14 +372,14 @@ def test_stored_targets_teach_as_the_live_teacher_does(
     """Stored beside a live run, or made by the teacher alone on `worlds` ranks: the run from them is the same to the
     last digit, and has no teacher in memory."""
     loss = LOSSES[name]
-    live = _run(2, manifest, tmp_path / "live", loss, path=teacher, keep_targets=tmp_path / "beside")
-    stored: dict[str, Any] = {"source": "cache", "targets": tmp_path / "beside"}
+    live = _run(2, manifest, tmp_path / "live", loss, path=teacher, save_targets=tmp_path / "beside")
+    stored: dict[str, Any] = {"source": "stored", "targets": tmp_path / "beside"}
     assert _run(2, manifest, tmp_path / "from-beside", loss, stops=(2, None), **stored) == live
     for world in worlds:
         folder = tmp_path / f"{world}"
         said = run_ranks(world, _stored, str(manifest), str(folder), loss, {"path": str(teacher)})
         assert f"targets of {STEPS * BATCH} sequences" in said[0]
-        found = _run(2, manifest, tmp_path / f"from-{world}", loss, source="cache", targets=folder)
+        found = _run(2, manifest, tmp_path / f"from-{world}", loss, source="stored", targets=folder)
         if world == 1:  # other slices of the vocabulary: the sums behind the probabilities have another order
             _assert_alike(found, live)
         else:
@@ -387,7 +388,7 @@ def test_stored_targets_teach_as_the_live_teacher_does(
 
 def test_stored_targets_of_another_run_are_refused(manifest: Path, teacher: Path, tmp_path: Path) -> None:
     run_ranks(1, _stored, str(manifest), str(tmp_path / "kept"), LOSSES["sampled"], {"path": str(teacher)})
-    section = {"source": "cache", "targets": str(tmp_path / "kept")}
+    section = {"source": "stored", "targets": str(tmp_path / "kept")}
     for loss, says in (({"targets": {"draws": 9}}, "loss.targets was"), (LOSSES["top-p"], "loss.targets was")):
         (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), loss, section, None, {})
         assert says in said
@@ -419,7 +420,7 @@ def test_a_teacher_of_other_ids_teaches_the_same_through_a_map(manifest: Path, t
     described = Manifest.load(manifest)
     U = described.vocab_size
     stream = TokenStream(described, seed=0, batch_slots=1, rank=0, world_size=1)
-    every = stream.batch(range(described.units))
+    every = stream.batch(range(described.sequences))
     used = torch.zeros(U, dtype=torch.bool)
     used[every.tokens.flatten()] = used[every.labels.flatten()] = True
     assert not used.all(), "the case needs an id that the text does not use"
@@ -434,7 +435,7 @@ def test_a_teacher_of_other_ids_teaches_the_same_through_a_map(manifest: Path, t
 
     _assert_alike(mapped("all", shuffled, {}, 2), _run(2, manifest, tmp_path / "same", {}, path=teacher))
     gaps = torch.where(used, shuffled, -1)
-    few = {"diagnose_every": 1}
+    few = {"diagnostics_every": 1}
     two, one = mapped("some", gaps, few, 2), mapped("some", gaps, few, 1)
     assert all("reverse_kl" not in line["diagnostics"] for line in two), "it is infinite"
     assert all(line["kl"] > 0 for line in two)

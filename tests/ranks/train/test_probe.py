@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from megadistill.config import Recipe
 from megadistill.datagen.store_targets import even_slice
 from megadistill.distributed.collectives import barrier
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.teacher import TeacherPipeline
 from megadistill.train.setup.setup import Setup, prepare
-from megadistill.train.teacher.placement import pipeline_of, serve, teacher_of
-from megadistill.train.teacher.probe import PROBE_FILE, check_probe
-from megadistill.train.teacher.targets import Teacher
+from megadistill.train.teacher.placement import live_teacher, run_teacher_server
+from megadistill.train.teacher.probe import PROBE_FILE
 from megadistill.types import TokenBatch, token_digest
 from tests.ranks.harness import run_ranks
 from tests.unit.models.cases import final_hidden, saved_model, whole_model
@@ -56,12 +56,11 @@ def _start(
     """What starts say: the line, or why they stop. `wrong`: what of the teacher is wrong on the last rank at each."""
     setup = _setup(topology, Path(folder), teacher, keys, precision)
     if topology.role == "teacher":
-        serve(setup, topology)
+        run_teacher_server(setup, topology)
         return []
     vocab = even_slice(VOCAB, topology)
-    pipeline = pipeline_of(setup, topology)
-    sound = teacher_of(setup, pipeline, vocab, topology)
-    assert isinstance(sound, Teacher)
+    sound = live_teacher(setup, topology)(vocab)
+    pipeline = sound.pipeline
     said = []
     for part in wrong:
         given = sound
@@ -76,10 +75,10 @@ def _start(
         barrier(topology.world_group)
         rows = _rows if topology.is_first and not probed else _never
         try:
-            said.append(check_probe(setup, given, vocab, topology, rows=rows))
+            said.append(str(given.check(setup, vocab, topology, rows=rows)))
         except OperatorFault as fault:
             said.append(str(fault))
-    sound.pipeline.dismiss()
+    sound.close()
     return said
 
 
@@ -130,17 +129,17 @@ OTHER = "this is not the teacher that the run was started with"
 def test_what_is_kept_is_what_the_unsplit_model_says_and_each_start_asks_it(
     folder: Path, truth: dict[str, torch.Tensor]
 ) -> None:
-    entropy = f"cross-entropy {truth['cross_entropy'].item():.4f}"
+    entropy = f"CE {truth['cross_entropy'].item():.4f}"
     found = _starts(2, folder, wrong=("", "", "head", "stage", "file"))
-    for rank, (kept, again, head, stage, file) in enumerate(found):
-        assert kept == f"kept what the teacher answers to slot {SLOT} as a probe, {entropy}"
-        assert again == f"the teacher answers the probe as when the run was started, {entropy}, to the last bit"
+    for rank, (recorded, again, head, stage, file) in enumerate(found):
+        assert recorded == f"teacher check: recorded reference output (sample {SLOT}, {entropy})"
+        assert again == f"teacher check passed: bitwise identical to the first start ({entropy})"
         # A wrong slice spoils the cross-entropy of all ranks, and a wrong last stage their hidden states.
         assert head.startswith(f"rank {rank}: {OTHER}")
-        assert "hidden states off by 0.0e+00" in head
+        assert "hidden states differ by 0.0e+00" in head
         assert stage.startswith(f"rank {rank}: {OTHER}")
-        assert "hidden states off by 0.0e+00" not in stage
-        assert ("remove the file" if rank == 0 else "the first rank says why") in file
+        assert "hidden states differ by 0.0e+00" not in stage
+        assert ("remove the file" if rank == 0 else "see the log of rank 0") in file
     (folder / "run" / PROBE_FILE).unlink()
     _starts(1, folder)
     written = load_file(folder / "run" / PROBE_FILE)
@@ -158,13 +157,13 @@ def test_other_layouts_and_roundings_are_told_from_another_teacher(
     save_file(truth, folder / "run" / PROBE_FILE)
     apart = {"placement": "disaggregated", "ranks": 2, "stages": 2, "queue": 2}
     client, *_ = _starts(3, folder, keys=apart, roles=Roles(3, 2, 2))
-    assert "as when the run was started" in client[0]
-    short = {"placement": "disaggregated", "ranks": 1, "wire": "float8"}
+    assert "teacher check passed" in client[0]
+    short = {"placement": "disaggregated", "ranks": 1, "transfer_dtype": "float8"}
     for keys, precision, roles in ((short, "float32", Roles(2, 1, 1)), ({}, "bfloat16", None)):
         world = 2 if roles else 1
         same, *_ = _starts(world, folder, keys=keys, precision=precision, roles=roles)
-        assert "as when the run was started" in same[0]
-        assert "to the last bit" not in same[0]
+        assert "teacher check passed" in same[0]
+        assert "bitwise" not in same[0]
         other, *_ = _starts(world, folder, teacher="other", keys=keys, precision=precision, roles=roles)
         assert OTHER in other[0]
 
@@ -172,6 +171,6 @@ def test_other_layouts_and_roundings_are_told_from_another_teacher(
 def test_the_first_start_compares_the_replicas(folder: Path) -> None:
     """Each of two ranks has a teacher of its own, and one of them is wrong: nothing is kept."""
     (first,), (second,) = _starts(2, folder, wrong=("stage",), vocab_group=1)
-    assert first == "the teacher answers the probe otherwise on another rank"
-    assert second.startswith("rank 1: the teacher answers one row otherwise than on rank 0: hidden states off by")
+    assert first == "teacher check failed on another rank: see the log of rank 1"
+    assert second.startswith("rank 1: the teacher's output for one row differs from rank 0's: hidden states differ by")
     assert not (folder / "run" / PROBE_FILE).exists()

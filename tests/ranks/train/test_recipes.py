@@ -14,13 +14,14 @@ import pytest
 
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Manifest
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
 from megadistill.models.tiny import tiny_config, write_random
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
-from megadistill.train.teacher.placement import serve
+from megadistill.train.teacher.placement import run_teacher_server
 from tests.corpora import small_data_set
 from tests.paths import RECIPES, ROOT
 from tests.ranks.harness import run_ranks
@@ -90,7 +91,7 @@ def _train(topology: Topology, path: str, overrides: list[str]) -> None:
     rank = topology.rank + (topology.world if topology.role == "teacher" else 0)
     setup = prepare(recipe, Launch(rank, 2 + apart, rank, 2 + apart))
     if topology.role == "teacher":
-        serve(setup, topology)
+        run_teacher_server(setup, topology)
     else:
         run(setup, topology, stop_after=None)
 

@@ -20,7 +20,7 @@ from megadistill.train.resilience.sdc import FrozenWeights, require_sound_studen
 from megadistill.train.setup.setup import prepare
 from megadistill.train.step import train_step
 from megadistill.train.teacher import placement
-from megadistill.train.teacher.placement import pipeline_of, stage_of
+from megadistill.train.teacher.placement import load_pipeline, load_stage
 from megadistill.types import TokenBatch, token_digest
 from tests.ranks import student_cases
 from tests.ranks.harness import run_ranks
@@ -179,12 +179,11 @@ def _serves(topology: Topology, folder: str) -> str:
     values = {**base, "teacher": {**base["teacher"], **teacher}, "resilience": {"teacher_hash_every": 1}}
     setup = prepare(Recipe.model_validate(values), Launch(bridge.rank, 2, topology.local_rank, 2))
     if topology.role == "student":
-        pipeline = pipeline_of(setup, topology)
-        assert pipeline is not None
+        pipeline = load_pipeline(setup, topology)
         tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
         batch = TokenBatch(tokens, tokens, torch.arange(2), token_digest(tokens), tokens == 0)
         return str(len(list(islice(pipeline.signals(repeat(batch)), 8))))
-    stage, calls = stage_of(setup, topology, 0, 1), count(1)
+    stage, calls = load_stage(setup, topology, 0, 1), count(1)
 
     def flip(*_: object) -> None:
         if next(calls) == 6:
@@ -192,8 +191,8 @@ def _serves(topology: Topology, folder: str) -> str:
 
     stage.register_forward_hook(flip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "stage_of", lambda *_: stage)
-        return _message(lambda: placement.serve(setup, topology))
+        patch.setattr(placement, "load_stage", lambda *_: stage)
+        return _message(lambda: placement.run_teacher_server(setup, topology))
 
 
 def test_a_teachers_own_rank_looks_at_its_weights_after_each_step(tmp_path: Path) -> None:

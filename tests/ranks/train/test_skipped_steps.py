@@ -13,11 +13,9 @@ from megadistill.distributed.topology import Topology
 from megadistill.train import step as step_module
 from megadistill.train.resilience.anomalies import finite
 from megadistill.train.step import StepOutcome, train_step
-from megadistill.train.teacher.targets import lessons
 from megadistill.types import LossTerms
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import (
-    GLOBAL_BATCH,
     RATE,
     SEED,
     Case,
@@ -26,6 +24,7 @@ from tests.ranks.student_cases import (
     build,
     global_batch,
     rows_of,
+    step_batch,
     teacher_of,
 )
 
@@ -43,14 +42,10 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
     """Each rank tells the others its rank and a one."""
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
     teacher, batch = teacher_of(student.head.vocab, dtype), rows_of(global_batch(step), topology)
-    micro_batches = batch.micro_batches(GLOBAL_BATCH // topology.world // case.accumulation)
     return train_step(
         student,
-        teacher,
-        lessons(teacher, iter(micro_batches)),
+        step_batch(batch, teacher, accumulation=case.accumulation),
         step=step,
-        accumulation=case.accumulation,
-        valid_tokens=batch.valid_tokens,
         learning_rate=RATE,
         objective=SmallChunks(case.loss, steps=3, seed=SEED),
         topology=topology,

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from megadistill.config import Recipe
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.topology import Topology
 from megadistill.timeline.files import read_timeline
 from megadistill.timeline.spans import Lane, MessageId, Timeline
 from megadistill.timeline.trace import write_trace
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
-from megadistill.train.teacher.placement import serve
+from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.telemetry.timeline_capture import recorded_service
 from tests.ranks.harness import run_ranks
 from tests.ranks.train import test_loop as loops
@@ -42,7 +43,7 @@ def _distill(
     setup = prepare(Recipe.model_validate({**base, **changes}), Launch(rank, world, topology.local_rank, world))
     if topology.role == "teacher":
         with recorded_service(setup, topology):
-            serve(setup, topology)
+            run_teacher_server(setup, topology)
     else:
         run(setup, topology, stop_after=None)
 

@@ -1,0 +1,131 @@
+"""Builds the parts of a run from its setup: process groups, models, data stream, objective, meter, describing files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from megadistill.config import Recipe
+from megadistill.data import TokenStream
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, process_groups
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.distributed.watchdog.parent import terminate_with_parent
+from megadistill.errors import RankUserError, UserError
+from megadistill.models.families import logit_transform
+from megadistill.student.engine import StudentEngine
+from megadistill.train.objective import Objective
+from megadistill.train.setup.run_folder import (
+    describe,
+    keep_student_config,
+    keep_tokenizer,
+    started_from,
+    write_description,
+)
+from megadistill.train.setup.setup import Setup, prepare
+from megadistill.train.teacher.placement import load_teacher
+from megadistill.train.teacher.protocol import Teacher
+from megadistill.train.telemetry.metrics import Meter
+from megadistill.types import Cursor, TokenBatch
+
+
+@contextmanager
+def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
+    """The recipe's setup and process groups, on the ranks that the launcher started.
+
+    Raises:
+        UserError: the recipe does not fit the launch, the data, the teacher or the folder; nothing was started.
+        RankUserError: a UserError of the body, with its rank.
+    """
+    launch = Launch.from_environment()
+    setup = prepare(recipe, launch)
+    minutes = recipe.distributed.timeout_minutes
+    terminate_with_parent(60 * minutes)
+    with process_groups(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
+        try:
+            yield setup, topology
+        except UserError as error:
+            raise RankUserError(f"rank {topology.rank}: {error}") from error
+
+
+def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher]:
+    """Student and teacher of this rank. The teacher's stage comes first: see `load_teacher`."""
+    recipe = setup.recipe
+    teacher_on_slice = load_teacher(setup, topology)
+    student = StudentEngine(
+        setup.student_config,
+        section=recipe.student,
+        train=recipe.train,
+        profile=setup.profile,
+        vocab_size=setup.data.vocab_size,
+        seed=recipe.run.seed,
+        accumulation=setup.accumulation,
+        topology=topology,
+    )
+    return student, teacher_on_slice(student.head.vocab)
+
+
+def objective_of(setup: Setup) -> Objective:
+    recipe = setup.recipe
+    return Objective(
+        loss=recipe.loss,
+        steps=recipe.train.steps,
+        seed=recipe.run.seed,
+        student_logits=logit_transform(setup.student_config),
+    )
+
+
+def stream_of(
+    setup: Setup, topology: Topology, *, start: Cursor | None, skips: Sequence[tuple[int, int]] = ()
+) -> TokenStream:
+    """The tokens of this rank. `skips`: ranges of slots to leave out beside those of the recipe."""
+    data = setup.recipe.data
+    return TokenStream(
+        setup.data,
+        seed=data.seed,
+        batch_slots=setup.recipe.train.global_batch,
+        rank=topology.rank,
+        world_size=topology.world,
+        start=start,
+        document_mask=data.document_mask,
+        on_corrupt_sample=data.on_corrupt_sample,
+        max_masked_per_million=data.max_masked_per_million,
+        skips=[*((first, stop) for first, stop in data.skip), *skips],
+        prefetch=data.prefetch,
+    )
+
+
+def meter_of(setup: Setup, topology: Topology) -> Meter:
+    return Meter(
+        student=setup.student_config,
+        teacher=setup.teacher_config,
+        sequence_length=setup.data.sequence_length,
+        tokens_per_step=setup.tokens_per_step,
+        precision=setup.recipe.train.precision,
+        topology=topology,
+    )
+
+
+def check_teacher(
+    setup: Setup,
+    teacher: Teacher,
+    vocab: VocabSlice,
+    topology: Topology,
+    *,
+    start: Cursor | None,
+    skips: Sequence[tuple[int, int]],
+) -> str | None:
+    """`Teacher.check` with rows of the run's stream, read apart from it: corrupt samples in them are not counted."""
+
+    def rows() -> TokenBatch:
+        stream = stream_of(setup, topology, start=start, skips=skips)
+        first = stream.start.next_slot
+        return stream.batch(range(first, first + setup.recipe.train.micro_batch))
+
+    return teacher.check(setup, vocab, topology, rows=rows)
+
+
+def write_run_files(setup: Setup) -> None:
+    """Recipe, tokenizer and student config, so that the run folder can be read and exported alone. Rank 0."""
+    first = started_from(setup.folder, setup.recipe.student.weights)
+    write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile, started_from=first))
+    keep_tokenizer(setup.folder, setup.data)
+    keep_student_config(setup.folder, setup.recipe.student)

@@ -1,0 +1,40 @@
+"""Hooks of a step: the training loop calls each of a list, in order, after every step."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from megadistill.train.step import StepOutcome
+from megadistill.types import Cursor
+
+
+class Request(Enum):
+    """What a hook may ask the training loop for. All ranks ask for the same."""
+
+    SAVE = "save"
+    """A checkpoint of this step, once all hooks have run."""
+    STOP = "stop"
+    """A checkpoint of this step, then the end of the attempt."""
+    ROLL_BACK = "roll back"
+    """Resume from an older checkpoint at once; the hooks behind this one do not run."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A step that was taken."""
+
+    step: int
+    """From 1."""
+    outcome: StepOutcome
+    learning_rate: float
+    cursor: Cursor
+    """The position in the stream behind the step's batch."""
+    seconds: float
+    data_seconds: float
+    """Seconds of the step that this rank waited for data."""
+
+
+class Hook(Protocol):
+    """Runs after each step, on every rank."""
+
+    def after_step(self, event: StepEvent) -> Request | None: ...

@@ -1,0 +1,72 @@
+"""Detects loss spikes and a teacher that drifts; rolls back before a spike where the recipe says so."""
+
+from collections import deque
+
+from megadistill.distributed.topology import Topology
+from megadistill.train.hooks.hook import Request, StepEvent
+from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
+from megadistill.train.resilience.recovery import Recovery
+from megadistill.train.resilience.sdc import FrozenWeights
+from megadistill.train.telemetry.metrics import RunLog
+
+
+class LossAnomalies:
+    """Looks at the losses of each step that moved the student."""
+
+    def __init__(
+        self,
+        monitor: LossMonitor,
+        recovery: Recovery,
+        log: RunLog,
+        topology: Topology,
+        *,
+        first_slot: int,
+        rollback_steps: int,
+        teacher_ce: bool,
+        frozen: FrozenWeights | None,
+    ) -> None:
+        """
+        Args:
+            first_slot: of the first step.
+            teacher_ce: whether the metrics have the teacher's cross-entropy, as those of truncated targets have not.
+            frozen: the teacher's weights, compared when its cross-entropy drifts.
+        """
+        self._monitor, self._recovery, self._log, self._topology = monitor, recovery, log, topology
+        self._teacher_ce, self._frozen = teacher_ce, frozen
+        self._next_slots = deque([first_slot], maxlen=rollback_steps + 1)
+
+    def after_step(self, event: StepEvent) -> Request | None:
+        """
+        Raises:
+            OperatorFault: the teacher drifts, and its weights have changed.
+        """
+        self._next_slots.append(event.cursor.next_slot)
+        if event.outcome.skipped:
+            return None
+        if self._teacher_ce:
+            self._check_teacher(event)
+        spike = self._monitor.spike(event.step, event.outcome.metrics["loss"])
+        return None if spike is None else self._maybe_roll_back(spike, event)
+
+    def _check_teacher(self, event: StepEvent) -> None:
+        slots = self._next_slots[-2], self._next_slots[-1] - 1
+        alarm = self._monitor.teacher_drift(event.step, event.outcome.metrics["teacher_ce"], slots)
+        if alarm is None:
+            return
+        self._record(alarm, event)
+        if self._frozen is not None:
+            self._frozen.require_unchanged(self._topology)
+            self._log.say("the teacher's weights on the student's ranks are unchanged since they were loaded")
+
+    def _maybe_roll_back(self, spike: Anomaly, event: StepEvent) -> Request | None:
+        self._record(spike, event)
+        *before, end = self._next_slots
+        slots_before = {event.step - back: slot for back, slot in enumerate(reversed(before))}
+        rollback, line = self._recovery.roll_back(spike, event.step, slots_before=slots_before, slots_end=end)
+        if line:
+            self._log.say(line)
+        return None if rollback is None else Request.ROLL_BACK
+
+    def _record(self, anomaly: Anomaly, event: StepEvent) -> None:
+        self._recovery.events.write(anomaly.event, step=event.step, **anomaly.values)
+        self._log.say(anomaly.line)

@@ -1,0 +1,48 @@
+"""Logs a step's metrics, throughput and histograms."""
+
+from megadistill import timeline
+from megadistill.distributed.topology import Topology
+from megadistill.student.engine import StudentEngine
+from megadistill.train.hooks.hook import StepEvent
+from megadistill.train.objective import Objective
+from megadistill.train.resilience.recovery import Recovery
+from megadistill.train.telemetry.histograms import histograms
+from megadistill.train.telemetry.metrics import Meter, RunLog
+
+
+class StepLog:
+    """Writes a step that moved the student to the run's log."""
+
+    def __init__(
+        self,
+        log: RunLog,
+        *,
+        meter: Meter,
+        objective: Objective,
+        recovery: Recovery,
+        student: StudentEngine,
+        topology: Topology,
+        histograms_every: int,
+    ) -> None:
+        self._log, self._meter, self._objective = log, meter, objective
+        self._recovery, self._student, self._topology = recovery, student, topology
+        self._histograms_every = histograms_every
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.outcome.skipped:
+            return
+        with timeline.span(timeline.HOST, "report"):
+            self._recovery.step_done(event.seconds)
+            report = self._meter.report(
+                event.step,
+                event.outcome.metrics,
+                event.learning_rate,
+                event.outcome.grad_norm,
+                event.seconds,
+                event.data_seconds,
+                event.outcome.teacher_seconds,
+                event.outcome.diagnostics,
+            )
+            self._log.step(report, weights=self._objective.moving_weights(event.step))
+            if self._histograms_every > 0 and event.step % self._histograms_every == 0:
+                self._log.histograms(event.step, histograms(self._student.distributions(), self._topology))

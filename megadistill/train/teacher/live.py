@@ -1,0 +1,176 @@
+"""A teacher that runs while the student trains, on the student's ranks or on ranks of its own.
+
+Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S, E teacher width, v rows of a vocabulary slice, K
+tokens of a probe, L tokens whose hidden states it holds.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from megadistill import timeline
+from megadistill.distributed.topology import Topology
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.loss import label_loss
+from megadistill.loss.sparse.targets import sparse_targets
+from megadistill.teacher import RemoteTeacher, TeacherPipeline
+from megadistill.train.objective import Objective, selection, uniforms
+from megadistill.train.resilience.sdc import FrozenWeights
+from megadistill.train.setup.setup import Setup
+from megadistill.train.setup.vocab_map import translated
+from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutput, check_probe
+from megadistill.train.teacher.protocol import Teacher
+from megadistill.train.teacher.saved_targets import SavedTargets
+from megadistill.train.teacher.targets import HiddenTarget, SparseTarget, StudentOutput, TargetedBatch
+from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch
+
+
+@dataclass(frozen=True)
+class LiveTeacher(Teacher):
+    """A forward pass for each micro-batch, and this rank's rows of the teacher's head."""
+
+    pipeline: TeacherPipeline | RemoteTeacher
+    head: Tensor
+    """[v, E]"""
+    bias: Tensor | None = None
+    """[v]: -inf for an id that the teacher does not know; None where it knows all."""
+    logits: LogitTransform = LogitTransform()
+    ids: Tensor | None = None
+    """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
+    saved: SavedTargets | None = None
+    """Receives the truncated targets; None where the recipe does not save them."""
+
+    def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:
+        """See `Teacher` and `live_targets`."""
+        with closing(self.live_targets(batches)) as targets:
+            for target in targets:
+                yield TargetedBatch(target.batch, target)
+
+    def live_targets(self, batches: Iterator[TokenBatch]) -> Generator["LiveTarget", None, None]:
+        """The target of each micro-batch. Collective; see `TeacherPipeline.signals`.
+
+        Raises:
+            UserError: a token without a teacher's id.
+            SignalMismatch: hidden states of another batch.
+        """
+        in_flight: deque[tuple[TokenBatch, TokenBatch]] = deque()
+
+        def entering() -> Iterator[TokenBatch]:
+            for batch in batches:
+                read = batch if self.ids is None else translated(batch, self.ids)
+                in_flight.append((batch, read))
+                yield read
+
+        with closing(self.pipeline.signals(entering())) as signals:
+            for signal in signals:
+                batch, read = in_flight.popleft()
+                yield LiveTarget(self, batch, signal.hidden_for(read))
+
+    def start(self) -> None:
+        if self.saved is not None:
+            self.saved.open()
+
+    def check(
+        self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
+    ) -> str | None:
+        def answer(probe: ProbeInput) -> ProbeOutput:
+            return self._probe_output(probe, setup, vocab)
+
+        return check_probe(setup, topology, width=self.head.shape[1], rows=rows, answer=answer)
+
+    def describe_prefetch(self, *, micro_batch: int, sequence_length: int) -> str | None:
+        if not self.pipeline.ahead:
+            return None
+        mebibytes = self.pipeline.bytes_in_flight(micro_batch, sequence_length) / (1 << 20)
+        return f"teacher prefetch: {self.pipeline.ahead} micro-batches, {mebibytes:.1f} MiB per rank"
+
+    def frozen_weights(self) -> FrozenWeights | None:
+        return FrozenWeights.of([("rows of the head", self.head)])
+
+    def flush(self) -> None:
+        if self.saved is not None:
+            self.saved.flush()
+
+    def finish(self) -> str | None:
+        return None if self.saved is None else self.saved.finish()
+
+    def close(self) -> None:
+        self.pipeline.close()
+
+    def _probe_output(self, probe: ProbeInput, setup: Setup, vocab: VocabSlice) -> ProbeOutput:
+        B, S, K = setup.recipe.train.micro_batch, setup.data.sequence_length, len(probe.tokens)
+        batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
+        (target,) = self.live_targets(iter([batch]))
+        hidden_KE = target.hidden.view(B, S, -1)[0, :K]
+        with torch.no_grad():
+            terms = label_loss(
+                hidden_KE[:-1],
+                self.head,
+                probe.tokens[1:].to(hidden_KE.device),
+                token_weights=torch.full((K - 1,), 1 / (K - 1), device=hidden_KE.device),
+                vocab=vocab,
+                student_bias=self.bias,
+                student_logits=self.logits,
+            )
+        return ProbeOutput(hidden_KE[:PROBE_STATES].float(), terms.student_ce.double())
+
+
+@dataclass(frozen=True)
+class ColocatedTeacher(LiveTeacher):
+    """A live teacher with a stage on each of the student's ranks."""
+
+    pipeline: TeacherPipeline
+
+    def frozen_weights(self) -> FrozenWeights | None:
+        return FrozenWeights.of(chain(self.pipeline.stage.weights(), [("rows of the head", self.head)]))
+
+
+@dataclass(frozen=True)
+class LiveTarget:
+    """A live teacher's hidden states, whole or truncated as the objective has it."""
+
+    teacher: LiveTeacher
+    batch: TokenBatch
+    hidden: Tensor
+    """[N, E]"""
+
+    def loss(self, student: StudentOutput) -> LossTerms:
+        if student.objective.loss.targets is None:
+            return HiddenTarget(self.hidden, self.teacher.head, self.teacher.bias, self.teacher.logits).loss(student)
+        with timeline.span(timeline.COMPUTE, "teacher targets"):
+            targets = self.truncated(student.objective, student.vocab)
+        return SparseTarget(targets).loss(student)
+
+    def truncated(self, objective: Objective, vocab: VocabSlice) -> SparseTargets:
+        """The part of the distribution that `loss.targets` selects, saved too where the recipe asks for that.
+
+        Collective over the vocab group.
+        """
+        teacher, section = self.teacher, objective.loss.targets
+        assert section is not None
+        chosen, tail = selection(section)
+        draws = None
+        if section.draws is not None:
+            sequence = self.batch.tokens.shape[1]
+            draws = uniforms(self.batch.slots, sequence=sequence, draws=section.draws, seed=objective.seed)
+            draws = draws.to(self.hidden.device)
+        targets = sparse_targets(
+            self.hidden,
+            teacher.head,
+            selection=chosen,
+            tail=tail,
+            vocab=vocab,
+            temperature=objective.loss.temperature,
+            uniforms=draws,
+            teacher_bias=teacher.bias,
+            teacher_logits=teacher.logits,
+            logit_memory=objective.logit_memory,
+        )
+        if teacher.saved is not None:
+            teacher.saved.add(self.batch.slots, self.batch.digests, targets)
+        return targets
