@@ -1,6 +1,6 @@
-"""Adding up what a model says of each token: by source, by confidence, by decile. It knows no models and no words.
+"""Sums of per-token results by source, by confidence and by decile of the teacher's entropy.
 
-All sums are float64, so the number of ranks that share the tokens changes their rounding and nothing else.
+All sums are float64, so the number of ranks that share the tokens changes their rounding alone.
 
 Legend: N tokens of this rank, n of a batch, K sources, C columns of sums, M tokens of all ranks.
 """
@@ -20,7 +20,7 @@ from megadistill.loss import TokenTerms
 from megadistill.types import DECILES
 
 BINS = 21
-"""Of the top-1 probability, as in the calibration errors of arXiv:2503.16870."""
+"""Equal bins of the top-1 probability, as in the calibration errors of arXiv:2503.16870."""
 COLUMNS = ("tokens", "cross_entropy", "kl", "jsd", "agreement", "acceptance")
 
 Floats = NDArray[np.float64]
@@ -31,26 +31,26 @@ class Totals:
     """Sums over the tokens of all ranks."""
 
     by_source_KC: Floats
-    """`COLUMNS`; 0 where there is no teacher."""
+    """Sums of `COLUMNS`; 0 where there is no teacher."""
     by_bin_KB3: Floats
-    """Of each source and bin of confidence: tokens, confidence, and labels that were the most likely token."""
+    """Tokens, confidence, and labels that were the most likely token, by source and bin of confidence."""
     by_decile_D4: Floats
-    """Of each decile: tokens, cross-entropy, KL, agreement."""
+    """Tokens, cross-entropy, KL and agreement by decile."""
 
 
-class Tally:
-    """One model's numbers on this rank's tokens."""
+class Accumulator:
+    """Sums of one model's results on this rank's tokens."""
 
     def __init__(self, sources: int) -> None:
         self._sums_KC = np.zeros((sources, len(COLUMNS)))
         self._bins_KB3 = np.zeros((sources, BINS, 3))
-        self._kept: list[NDArray[np.float32]] = []
+        self._per_token: list[NDArray[np.float32]] = []
 
     def add(self, terms: TokenTerms, source: int) -> None:
-        """The tokens of a batch, which are all of one source. 12 bytes of each are kept where there is a teacher."""
+        """Adds the tokens of a batch, all of one source. With a teacher 12 bytes a token are kept until `totals`."""
         cross_entropy_n, confidence_n, correct_n = map(_host, (terms.cross_entropy, terms.confidence, terms.correct))
         self._sums_KC[source, :2] += len(cross_entropy_n), cross_entropy_n.sum()
-        # A confidence that is no number counts in some bin: the cross-entropy, which is none either, tells of it.
+        # A NaN counts in some bin: the cross-entropy, which is NaN too, is checked.
         bins_n = np.nan_to_num(confidence_n * BINS).astype(np.int64).clip(0, BINS - 1)
         for column, weights in enumerate((None, confidence_n, correct_n)):
             self._bins_KB3[source, :, column] += np.bincount(bins_n, weights, minlength=BINS)
@@ -58,36 +58,38 @@ class Tally:
             pairwise = (terms.teacher.kl, terms.teacher.jsd, terms.teacher.agreement, terms.teacher.acceptance)
             pairwise_4n = np.stack([_host(values) for values in pairwise])
             self._sums_KC[source, 2:] += pairwise_4n.sum(axis=1)
-            self._kept.append(np.stack([cross_entropy_n, pairwise_4n[0], pairwise_4n[2]]).astype(np.float32))
+            self._per_token.append(np.stack([cross_entropy_n, pairwise_4n[0], pairwise_4n[2]]).astype(np.float32))
 
-    def totals(self, of_token_N: NDArray[np.int64] | None, topology: Topology) -> Totals:
-        """Over all ranks; `of_token_N`: the decile of each token of this rank, in the order they came. Collective."""
+    def totals(self, decile_N: NDArray[np.int64] | None, topology: Topology) -> Totals:
+        """Sums over all ranks. `decile_N`: decile of each token of this rank, in the order of `add`. Collective."""
         by_decile_D4 = np.zeros((DECILES, 4))
-        if of_token_N is not None:
-            by_decile_D4[:, 0] = np.bincount(of_token_N, minlength=DECILES)
-            for column, values_N in enumerate(np.concatenate([np.empty((3, 0)), *self._kept], axis=1), start=1):
-                by_decile_D4[:, column] = np.bincount(of_token_N, values_N, minlength=DECILES)
+        if decile_N is not None:
+            by_decile_D4[:, 0] = np.bincount(decile_N, minlength=DECILES)
+            for column, values_N in enumerate(np.concatenate([np.empty((3, 0)), *self._per_token], axis=1), start=1):
+                by_decile_D4[:, column] = np.bincount(decile_N, values_N, minlength=DECILES)
         parts = (self._sums_KC, self._bins_KB3, by_decile_D4)
         summed = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(topology.device)
-        whole = _host(all_reduce_sum(summed, topology.world_group))
+        reduced = _host(all_reduce_sum(summed, topology.world_group))
         ends = np.cumsum([part.size for part in parts])
-        return Totals(*(flat.reshape(part.shape) for flat, part in zip(np.split(whole, ends[:-1]), parts, strict=True)))
+        return Totals(
+            *(flat.reshape(part.shape) for flat, part in zip(np.split(reduced, ends[:-1]), parts, strict=True))
+        )
 
 
 @dataclass(frozen=True)
 class Deciles:
-    """Which tenth of all tokens, by the teacher's entropy, each of this rank's tokens is in."""
+    """Deciles of all tokens by the teacher's entropy."""
 
-    of_token_N: NDArray[np.int64]
-    """0: the tenth of lowest entropy."""
+    decile_N: NDArray[np.int64]
+    """[N] decile of each of this rank's tokens; 0 has the lowest entropy."""
     bounds: tuple[tuple[float, float] | None, ...]
-    """The lowest and the highest entropy in each tenth; None where it has no token."""
+    """[DECILES] lowest and highest entropy of each; None where it has no token."""
 
 
-def deciles(entropies: Sequence[Tensor], topology: Topology) -> Deciles:
-    """From the teacher's entropies [n] of each of this rank's batches; exact, of equals the first comes first.
+def entropy_deciles(entropies: Sequence[Tensor], topology: Topology) -> Deciles:
+    """Exact deciles from the teacher's entropies [n] of each of this rank's batches; equal ones stay in order.
 
-    A rank's tokens come after those of the ranks before it. Collective; 20 bytes a token of all ranks, on each.
+    A rank's tokens come after those of the ranks before it. Collective; takes 20 bytes a token of all ranks, on each.
     """
     own_N = torch.cat([torch.empty(0), *(values.float().cpu() for values in entropies)])
     counts = all_gather_rows(torch.tensor([len(own_N)], device=topology.device), topology.world_group).tolist()

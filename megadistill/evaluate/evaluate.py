@@ -1,4 +1,4 @@
-"""Models on held-out splits, over the ranks of a launch; each holds each model whole. It trains nothing."""
+"""Evaluation of models on held-out splits, data-parallel: each rank of a launch holds each model whole."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,27 +10,28 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megadistill.distributed.topology import Launch, Topology, joined, local_device, topology_of_world
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, local_device, process_groups, topology_of_world
 from megadistill.errors import OperatorFault, UserError
-from megadistill.evaluate.accumulator import COLUMNS, Deciles, Floats, Tally, Totals, deciles
+from megadistill.evaluate.accumulator import COLUMNS, Accumulator, Deciles, Floats, Totals, entropy_deciles
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
-from megadistill.evaluate.models import check_model, token_numbers
+from megadistill.evaluate.models import batch_terms, check_model
 from megadistill.evaluate.splits import Split, batches, share, short_names
 from megadistill.models.weights import load_pretrained
 from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
 
 TIMEOUT_MINUTES = 60.0
-"""How much later than the first rank the last one may be done with its share."""
+"""Timeout of the collectives: the last rank may finish its share this much later than the first."""
 
 
 @contextmanager
 def ranks(launch: Launch) -> Iterator[Topology]:
-    """Those that share an evaluation. One process makes no groups."""
+    """The topology of the ranks that share an evaluation. One process makes no groups."""
     if launch.world == 1:
         yield topology_of_world(launch, vocab_group=1, device=local_device(launch.local_rank), timeout=timedelta(0))
     else:
-        with joined(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
+        with process_groups(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
             yield topology
 
 
@@ -43,13 +44,13 @@ def evaluate(
     topology: Topology,
     progress: ShowProgress,
 ) -> list[Evaluation]:
-    """Every model of `models`, and the teacher first, on every sequence of the splits. Collective: all ranks get it.
+    """Results of the teacher, first, and of every model on all sequences of the splits. Collective.
 
-    The teacher runs once a batch, however many models are compared with it. `batch` sequences are read at a time.
+    The teacher runs once a batch, however many models are compared with it. `batch`: sequences of a forward pass.
 
     Raises:
-        UserError: a folder is no model of a supported family, or it does not go with the splits.
-        OperatorFault: a model's numbers are not finite.
+        UserError: a folder is no model of a supported family, or it does not fit the splits.
+        OperatorFault: a model's results are not finite.
     """
     if batch < 1:
         raise UserError(f"--batch {batch}: a forward pass needs at least one sequence")
@@ -61,23 +62,23 @@ def evaluate(
         for split in splits:
             check_model(folder, split.manifest)
     loaded = [load_pretrained(folder, what=str(folder), device=topology.device) for folder in folders]
-    tallies = [Tally(len(splits)) for _ in loaded]
+    accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []
     vocab_size = splits[0].manifest.vocab_size
-    for source, held in _own_batches(splits, batch, topology, progress):
-        found = token_numbers(loaded, held, vocab_size, first_teaches=teacher is not None)
-        for tally, terms in zip(tallies, found, strict=True):
-            tally.add(terms, source)
+    for source, tokens in _own_batches(splits, batch, topology, progress):
+        terms_by_model = batch_terms(loaded, tokens, vocab_size, first_is_teacher=teacher is not None)
+        for accumulator, terms in zip(accumulators, terms_by_model, strict=True):
+            accumulator.add(terms, source)
         if teacher:
-            entropies.append(found[0].entropy)
-    tenths = deciles(entropies, topology) if teacher else None
-    totals = [tally.totals(tenths.of_token_N if tenths else None, topology) for tally in tallies]
+            entropies.append(terms_by_model[0].entropy)
+    deciles = entropy_deciles(entropies, topology) if teacher else None
+    totals = [accumulator.totals(deciles.decile_N if deciles else None, topology) for accumulator in accumulators]
     names = short_names([folder.resolve().parts for folder in folders])
     for name, total in zip(names, totals, strict=True):
         if not np.isfinite(total.by_source_KC).all():
             raise OperatorFault(f"{name}: its cross-entropy, KL or agreement is not finite: look at its weights")
     return [
-        _evaluation(name, _parameters(model), total, tenths, splits)
+        _evaluation(name, sum(parameter.numel() for parameter in model.parameters()), total, deciles, splits)
         for name, model, total in zip(names, loaded, totals, strict=True)
     ]
 
@@ -85,7 +86,7 @@ def evaluate(
 def _own_batches(
     splits: Sequence[Split], size: int, topology: Topology, progress: ShowProgress
 ) -> Iterator[tuple[int, TokenBatch]]:
-    """This rank's share of the sequences, with the number of their split. The first rank tells of its own."""
+    """This rank's batches, each with the number of its split. The first rank shows the progress of its own."""
     own = share(batches(splits, size), topology.rank, topology.world)
     streams = [split.stream() for split in splits]
     lengths = [split.manifest.sequence_length for split in splits]
@@ -100,37 +101,36 @@ def _own_batches(
         progress("evaluate", done=tokens, total=total)
 
 
-def _parameters(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _evaluation(
-    name: str, parameters: int, total: Totals, tenths: Deciles | None, splits: Sequence[Split]
+    name: str, parameters: int, total: Totals, deciles: Deciles | None, splits: Sequence[Split]
 ) -> Evaluation:
-    taught = tenths is not None
-    by_source = tuple(
-        SourceResult(source=split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], taught=taught))
-        for split, sums_C, bins_B3 in zip(splits, total.by_source_KC, total.by_bin_KB3, strict=True)
-    )
+    with_teacher = deciles is not None
     sums_C, bins_B3 = total.by_source_KC.sum(axis=0), total.by_bin_KB3.sum(axis=0)
     return Evaluation(
         model=name,
         parameters=parameters,
-        **_means(sums_C, bins_B3, splits, total.by_source_KC[:, 0].tolist(), taught=taught),
-        calibration=tuple(_bin(*bin_3.tolist()) for bin_3 in bins_B3),
-        by_decile=tuple(
-            _decile(bounds, *sums_4.tolist()) for bounds, sums_4 in zip(tenths.bounds, total.by_decile_D4, strict=True)
-        )
-        if tenths
-        else None,
-        by_source=by_source,
+        **_means(sums_C, bins_B3, splits, total.by_source_KC[:, 0].tolist(), with_teacher=with_teacher),
+        calibration=tuple(
+            CalibrationBin(int(count), confidence / count, correct / count) if count else CalibrationBin(0, None, None)
+            for count, confidence, correct in bins_B3.tolist()
+        ),
+        by_decile=tuple(map(_decile, deciles.bounds, total.by_decile_D4.tolist())) if deciles else None,
+        by_source=tuple(
+            SourceResult(split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], with_teacher=with_teacher))
+            for split, sums_C, bins_B3 in zip(splits, total.by_source_KC, total.by_bin_KB3, strict=True)
+        ),
     )
 
 
+def _decile(bounds: tuple[float, float] | None, sums_4: list[float]) -> Decile:
+    tokens, *sums_3 = sums_4
+    return Decile(bounds, int(tokens), *(value / tokens if tokens else None for value in sums_3))
+
+
 def _means(
-    sums_C: Floats, bins_B3: Floats, splits: Sequence[Split], tokens: Sequence[float], *, taught: bool
+    sums_C: Floats, bins_B3: Floats, splits: Sequence[Split], tokens: Sequence[float], *, with_teacher: bool
 ) -> dict[str, Any]:
-    """What `Evaluation` and `SourceResult` share; `tokens` is how many there were in each of the splits."""
+    """The measures that `Evaluation` and `SourceResult` share; `tokens`: number of tokens of each of the splits."""
     count = sums_C[0]
     means = dict(zip(COLUMNS[1:], (sums_C[1:] / count).tolist(), strict=True))
     bytes_ = _text_bytes(splits, tokens)
@@ -140,29 +140,15 @@ def _means(
         "perplexity": math.exp(means["cross_entropy"]),
         "bits_per_byte": None if bytes_ is None else float(sums_C[1] / math.log(2) / bytes_),
         "calibration_error": float(np.abs(bins_B3[:, 1] - bins_B3[:, 2]).sum() / count),
-        **{name: means[name] if taught else None for name in COLUMNS[2:]},
+        **{name: means[name] if with_teacher else None for name in COLUMNS[2:]},
     }
 
 
 def _text_bytes(splits: Sequence[Split], tokens: Sequence[float]) -> float | None:
-    """Bytes of the text of so many tokens of each split, as its manifest counts them."""
+    """Bytes of text of so many tokens of each split, at the mean of its manifest; None where one has no count."""
     bytes_ = 0.0
     for split, count in zip(splits, tokens, strict=True):
         if split.manifest.text_bytes is None:
             return None
         bytes_ += split.manifest.text_bytes * count / split.manifest.tokens
     return bytes_
-
-
-def _bin(count: float, confidence: float, correct: float) -> CalibrationBin:
-    if count == 0:
-        return CalibrationBin(0, None, None)
-    return CalibrationBin(int(count), confidence / count, correct / count)
-
-
-def _decile(
-    bounds: tuple[float, float] | None, tokens: float, cross_entropy: float, kl: float, agreement: float
-) -> Decile:
-    if tokens == 0:
-        return Decile(None, 0, None, None, None)
-    return Decile(bounds, int(tokens), cross_entropy / tokens, kl / tokens, agreement / tokens)

@@ -1,12 +1,22 @@
-"""What an evaluation found, as it lies in its JSON. It knows no models and no tables.
+"""Results of an evaluation: records, their JSON file, and the columns of their tables.
 
-Means are over the tokens they are of, in nats unless they say otherwise.
+Means are over tokens, in nats where no other unit is given.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megadistill.errors import UserError
+from megadistill.io import read_json, write_file
+from megadistill.redaction import printable
+
+MAX_MODELS, MAX_PARTS = 32, 1000
+"""Bounds of a file, which anybody may have written: models, and bins, deciles or sources of a model."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,7 @@ class CalibrationBin:
     confidence: float | None
     """Mean top-1 probability; None where there is no token."""
     accuracy: float | None
-    """Share of them whose label it was."""
+    """Fraction of the tokens whose label was the most likely token."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Decile:
     """One tenth of the tokens, from the lowest teacher entropy to the highest; None where it has no token."""
 
     bounds: tuple[float, float] | None
-    """The lowest and the highest teacher entropy in it."""
+    """Lowest and highest teacher entropy."""
     tokens: int
     cross_entropy: float | None
     kl: float | None
@@ -58,28 +68,88 @@ class Evaluation:
     cross_entropy: float
     perplexity: float
     bits_per_byte: float | None
-    """None where a split does not say how many bytes of text it holds."""
+    """None where a split's manifest has no count of bytes."""
     calibration_error: float
     """Expected calibration error (Guo et al., 2017, arXiv:1706.04599, section 3): the mean distance of confidence and
-    accuracy over the bins of `calibration`, by their tokens."""
+    accuracy over the bins of `calibration`, weighted by tokens."""
     kl: float | None
-    """KL of the teacher against the model; None without a teacher."""
+    """KL(teacher ‖ model); None without a teacher."""
     jsd: float | None
     """Jensen-Shannon divergence from the teacher, β = 0.5."""
     agreement: float | None
-    """Share of positions where both have the same most likely token."""
+    """Fraction of positions where both have the same most likely token."""
     acceptance: float | None
-    """Mean of Σ min(p, q): the share of the model's draws that speculative decoding with the teacher accepts."""
+    """Mean of Σ min(p, q): the fraction of the model's draws that speculative decoding with the teacher accepts."""
     calibration: tuple[CalibrationBin, ...]
     by_decile: tuple[Decile, ...] | None
-    """Ten, by the teacher's entropy; None without a teacher."""
+    """Results by decile of the teacher's entropy; None without a teacher."""
     by_source: tuple[SourceResult, ...]
     """One for each split, in the order in which they were given."""
 
 
+Measured: TypeAlias = Evaluation | SourceResult
+
+MEASURES: Mapping[str, tuple[str, str]] = {
+    "parameters": ("parameters", ",.0f"),
+    "tokens": ("tokens", ",.0f"),
+    "cross_entropy": ("CE", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "bits_per_byte": ("bits/byte", ".4f"),
+    "kl": ("KL", ".4f"),
+    "jsd": ("JSD", ".4f"),
+    "agreement": ("agreement", ".1%"),
+    "acceptance": ("acceptance", ".1%"),
+    "calibration_error": ("calibration error", ".2%"),
+}
+"""Heading and format of each measure, in the order of a table's columns."""
+
+
+def measure_cells(result: Measured, names: Sequence[str], *, missing: str = "-") -> list[str]:
+    """The measures `names` of a result as text."""
+    values = [(getattr(result, name, None), MEASURES[name][1]) for name in names]
+    return [missing if value is None else format(value, form) for value, form in values]
+
+
+def measure_rows(first: str, results: Sequence[tuple[str, Measured]], *, missing: str = "-") -> list[list[str]]:
+    """A table of named results with the measures that any of them has: its heading, then a row for each."""
+    names = [name for name in MEASURES if any(getattr(result, name, None) is not None for _, result in results)]
+    rows = ([label, *measure_cells(result, names, missing=missing)] for label, result in results)
+    return [[first, *(MEASURES[name][0] for name in names)], *rows]
+
+
 def write_json(results: Sequence[Evaluation], path: Path) -> None:
-    """The evaluations as a JSON list, one object a model."""
+    """Writes the evaluations as a JSON list, one object a model."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps([asdict(result) for result in results], indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_file(path, json.dumps([asdict(result) for result in results], indent=1, allow_nan=False) + "\n")
+
+
+_FILE = TypeAdapter(list[Evaluation], config=ConfigDict(allow_inf_nan=False))
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The evaluations in a file of `write_json`.
+
+    Raises:
+        UserError: there is no such file, or it holds no evaluations of this version.
+    """
+    location = printable(str(path))
+    try:
+        results = _FILE.validate_python(read_json(path))
+    except FileNotFoundError:
+        raise UserError(f"no evaluation {location}: `megadistill evaluate --json FILE` writes one") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = printable(".".join(str(part) for part in first["loc"]))
+        raise UserError(f"{location}: no evaluations of this version ({key}: {first['msg'].lower()})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{location}: cannot be read as JSON: {printable(str(error))}") from None
+    if not 0 < len(results) <= MAX_MODELS:
+        raise UserError(f"{location}: evaluations of {len(results)} models; 1 to {MAX_MODELS} can be read")
+    for result in results:
+        most_parts = max(map(len, (result.calibration, result.by_decile or (), result.by_source)))
+        if result.tokens < 1 or not result.calibration or most_parts > MAX_PARTS:
+            raise UserError(
+                f"{location}: {printable(result.model)} has no tokens, no calibration or more than {MAX_PARTS} parts: "
+                "not an evaluation"
+            )
+    return results

@@ -1,120 +1,72 @@
-"""What an evaluation found, as tables that fit a terminal of 80 columns. It knows records, and computes nothing."""
+"""Tables of an evaluation for a terminal of 80 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from megadistill.evaluate.evaluation import Decile, Evaluation, SourceResult
+from megadistill.evaluate.evaluation import MEASURES, Decile, Evaluation, Measured, measure_cells
 
-USUAL = ("CE", "perplexity", "bits/byte", "KL", "agree")
+MAIN = ("cross_entropy", "perplexity", "bits_per_byte", "kl", "agreement")
+FURTHER = ("calibration_error", "jsd", "acceptance")
 
 
 def tables(results: Sequence[Evaluation]) -> list[Table]:
-    """What to print, the most general first; what needs a teacher, or several sources, where there are such."""
-    shown = [_models(results), _closer_look(results)]
-    if len(results[0].by_source) > 1:
-        shown += [_source(results, number) for number in range(len(results[0].by_source))]
-    if results[0].by_decile is not None:
-        shown.append(_deciles(results))
-    return shown
-
-
-def _models(results: Sequence[Evaluation]) -> Table:
+    """Over all tokens, by source where there are several, and by decile where there is a teacher."""
     sources = len(results[0].by_source)
-    shown = _table(
-        f"held-out, {results[0].tokens:,} tokens" + (f" of {sources} sources" if sources > 1 else ""),
-        "CE: cross-entropy, nats a token. KL and agreement: with the teacher.",
-    )
-    _columns(shown, "parameters", *USUAL)
-    for result in results:
-        shown.add_row(escape(result.model), f"{result.parameters:,}", *_usual(result))
-    return shown
-
-
-def _closer_look(results: Sequence[Evaluation]) -> Table:
-    shown = _table(
-        "a closer look",
+    title = f"held-out, {results[0].tokens:,} tokens" + (f" of {sources} sources" if sources > 1 else "")
+    caption = "CE: cross-entropy, nats a token. KL and agreement: with the teacher."
+    parts = [_measures(title, results, ("parameters", *MAIN), results, caption)]
+    caption = (
         "Calibration error: of the most likely token's probability, 21 bins. JSD and acceptance, the mean of "
-        "Σ min(p, q): with the teacher.",
+        "Σ min(p, q): with the teacher."
     )
-    _columns(shown, "calibration error", "JSD", "acceptance")
-    for result in results:
-        shown.add_row(
-            escape(result.model), f"{result.calibration_error:.2%}", _number(result.jsd), _share(result.acceptance)
-        )
-    return shown
+    parts.append(_measures("calibration and distance", results, FURTHER, results, caption))
+    for of_source in zip(*(result.by_source for result in results), strict=True) if sources > 1 else ():
+        title = f"{escape(of_source[0].source)}, {of_source[0].tokens:,} tokens"
+        parts.append(_measures(title, results, MAIN, of_source))
+    if results[0].by_decile is not None:
+        parts.append(_deciles(results))
+    return parts
 
 
-def _source(results: Sequence[Evaluation], number: int) -> Table:
-    found = [result.by_source[number] for result in results]
-    shown = _table(f"{escape(found[0].source)}, {found[0].tokens:,} tokens")
-    _columns(shown, *USUAL)
-    for result, of_source in zip(results, found, strict=True):
-        shown.add_row(escape(result.model), *_usual(of_source))
-    return shown
+def _measures(
+    title: str,
+    models: Sequence[Evaluation],
+    names: Sequence[str],
+    results: Sequence[Measured],
+    caption: str | None = None,
+) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=72)
+    table.add_column("model", overflow="fold")
+    for name in names:
+        table.add_column(MEASURES[name][0], justify="right", no_wrap=True)
+    for model, result in zip(models, results, strict=True):
+        table.add_row(escape(model.model), *measure_cells(result, names))
+    return table
 
 
 def _deciles(results: Sequence[Evaluation]) -> Table:
-    """A column a decile, and a row a model for each quantity; the teacher, which comes first, is its own measure."""
-    teacher, *students = results
-    of_teacher = teacher.by_decile or ()
-    shown = Table(
-        title="by decile of the teacher's entropy, from the lowest",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    shown.add_column("decile", overflow="fold", min_width=13)
-    for number, _ in enumerate(of_teacher, start=1):
-        shown.add_column(str(number), justify="right", no_wrap=True)
-    shown.add_row("entropy up to", *(_short(one.bounds and one.bounds[1]) for one in of_teacher))
-    for heading, among, cell in (
-        ("CE", results, lambda one: _short(one.cross_entropy)),
-        ("KL", students, lambda one: _short(one.kl)),
-        ("agreement", students, _agreement),
-    ):
-        if among:
-            shown.add_row(heading, style="bold")
-        for result in among:
-            shown.add_row(f" {escape(result.model)}", *(cell(one) for one in result.by_decile or ()))
-    return shown
-
-
-def _table(title: str, caption: str | None = None) -> Table:
-    return Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=72)
-
-
-def _columns(shown: Table, *numbers: str) -> None:
-    shown.add_column("model", overflow="fold")
-    for heading in numbers:
-        shown.add_column(heading, justify="right", no_wrap=True)
-
-
-def _usual(result: Evaluation | SourceResult) -> list[str]:
-    """The cells under `USUAL`."""
-    return [
-        _number(result.cross_entropy),
-        f"{result.perplexity:.2f}",
-        _number(result.bits_per_byte),
-        _number(result.kl),
-        _share(result.agreement),
+    """A column a decile, and a row a model for each quantity; the teacher comes first and has no KL."""
+    title = "by decile of the teacher's entropy, from the lowest"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("decile", overflow="fold", min_width=13)
+    bounds = [decile.bounds for decile in results[0].by_decile or ()]
+    for number, _ in enumerate(bounds, start=1):
+        table.add_column(str(number), justify="right", no_wrap=True)
+    table.add_row("entropy up to", *(_five_characters(bound and bound[1]) for bound in bounds))
+    quantities: list[tuple[str, Sequence[Evaluation], Callable[[Decile], str]]] = [
+        ("CE", results, lambda decile: _five_characters(decile.cross_entropy)),
+        ("KL", results[1:], lambda decile: _five_characters(decile.kl)),
+        ("agreement", results[1:], lambda decile: "-" if decile.agreement is None else f"{decile.agreement:.0%}"),
     ]
+    for heading, models, cell in quantities:
+        if models:
+            table.add_row(heading, style="bold")
+        for model in models:
+            table.add_row(f" {escape(model.model)}", *map(cell, model.by_decile or ()))
+    return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _short(value: float | None) -> str:
-    """In five characters."""
+def _five_characters(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value < 9.9995 else f"{value:.2f}"
-
-
-def _agreement(decile: Decile) -> str:
-    return "-" if decile.agreement is None else f"{decile.agreement:.0%}"

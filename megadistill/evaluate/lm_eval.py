@@ -1,7 +1,4 @@
-"""A model on the tasks of lm-evaluation-harness, which measures; this room chooses the model's first token and shows.
-
-It knows the harness's Python interface (`simple_evaluate`) and none of its tasks.
-"""
+"""A model on tasks of lm-evaluation-harness, through its Python interface (`simple_evaluate`)."""
 
 import importlib
 import importlib.metadata
@@ -20,59 +17,58 @@ from rich.table import Table
 
 from megadistill.errors import UserError, nearest
 from megadistill.evaluate.sample import load_for_sampling
+from megadistill.io import write_file
 
 HARNESS = "lm_eval"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a task."""
+    """One metric on a task."""
 
     task: str
     metric: str
     value: float | None
     """None where it is not finite."""
     error: float | None
-    """Standard error; None where the harness tells none."""
+    """Standard error; None where the harness gives none."""
     samples: int | None
-    """Questions that were asked; None of a group of tasks."""
+    """Number of questions; None for a group of tasks."""
     fewshot: int | None
-    """Examples before each."""
+    """Examples before each question."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """What the harness found of one model."""
+class TaskScores:
+    """Scores of one model."""
 
     model: str
     harness: str
-    """Its version."""
+    """Version of lm-evaluation-harness."""
     scores: tuple[Score, ...]
 
     def table(self) -> Table:
-        """For a person."""
-        shown = Table(
-            title=f"{escape(self.model)}, lm-eval {self.harness}", title_justify="left", caption_justify="left"
-        )
+        """A table for a terminal."""
+        table = Table(title=f"{escape(self.model)}, lm-eval {self.harness}", title_justify="left")
         for heading in ("task", "metric"):
-            shown.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold")
         for heading in ("value", "± error", "samples", "shots"):
-            shown.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right", no_wrap=True)
         for score in self.scores:
             numbers = [
                 "-" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
                 for number in (score.value, score.error, score.samples, score.fewshot)
             ]
-            shown.add_row(escape(score.task), escape(score.metric), *numbers)
-        return shown
+            table.add_row(escape(score.task), escape(score.metric), *numbers)
+        return table
 
     def write_json(self, path: Path) -> None:
-        """The same, as an object."""
+        """Writes the scores as a JSON object."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def benchmark(
+def run_tasks(
     folder: Path,
     tasks: Sequence[str],
     *,
@@ -81,18 +77,18 @@ def benchmark(
     batch: int,
     limit: int | None,
     device: torch.device,
-) -> Benchmark:
-    """The model in `folder` on `tasks`, by their names; `include` is a folder with more of them.
+) -> TaskScores:
+    """Scores of the model in `folder` on `tasks`, by their names; `include`: a folder with more of them.
 
-    A text's first token is predicted from what stood before each document in training: the tokenizer's begin token if
-    its rules put one there, else its end token. `fewshot` examples come before a question (None: as many as the task
-    says), `limit` questions are asked of each task (None: all).
+    A text's first token is predicted from the token before each document in training: the tokenizer's begin token if
+    its rules put one there, else its end token. `fewshot`: examples before a question (None: the task's default);
+    `limit`: questions of each task (None: all).
 
     Raises:
         UserError: the harness is not installed, there is no such task, or the folder holds no model with a tokenizer.
     """
     if importlib.util.find_spec(HARNESS) is None:
-        raise UserError("this verb needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'")
+        raise UserError("lm-eval needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'")
     for option, value, least in (("--batch", batch, 1), ("--fewshot", fewshot, 0), ("--limit", limit, 1)):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: give at least {least}")
@@ -108,7 +104,7 @@ def benchmark(
                 f"lm-eval has no task {task}{nearest(task, manager.all_tasks)}: `lm-eval ls tasks` lists them, and "
                 "--include DIR adds your own"
             )
-    found = harness.simple_evaluate(
+    results = harness.simple_evaluate(
         model="hf",
         model_args={
             "pretrained": str(folder.resolve()),
@@ -122,21 +118,21 @@ def benchmark(
         log_samples=False,
         task_manager=manager,
     )
-    return Benchmark(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(found)))
+    return TaskScores(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(results)))
 
 
-def _scores(found: Any) -> list[Score]:
-    """From the harness's results: `metric,filter` -> number for each task, and `metric_stderr,filter` beside it."""
+def _scores(results: Any) -> list[Score]:
+    """Scores in the harness's results, which have `metric,filter` and `metric_stderr,filter` for each task."""
     return [
         Score(
             task=task,
             metric=metric if filtered == "none" else name,
             value=_finite(value),
             error=_finite(metrics.get(f"{metric}_stderr,{filtered}")),
-            samples=found["n-samples"].get(task, {}).get("effective"),
-            fewshot=found["n-shot"].get(task),
+            samples=results["n-samples"].get(task, {}).get("effective"),
+            fewshot=results["n-shot"].get(task),
         )
-        for task, metrics in found["results"].items()
+        for task, metrics in results["results"].items()
         for name, value in metrics.items()
         for metric, comma, filtered in [name.partition(",")]
         if comma and not metric.endswith("_stderr")

@@ -18,6 +18,7 @@ from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.models import check_model
 from megadistill.evaluate.prompts import Prompt, decoded
+from megadistill.io import write_file
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling, continuations
 from megadistill.models.weights import check_weights, load_pretrained
@@ -136,7 +137,7 @@ def show(sample: Sample, console: Console, *, title: str) -> None:
 def write_json(samples: Sequence[Sample], path: Path) -> None:
     """Writes a list, one object a prompt, with the text as the model wrote it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(sample) for sample in samples], indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
 
 
 def escape_control(text: str) -> str:

@@ -1,7 +1,4 @@
-"""The held-out splits of an evaluation, by name, and which of their batches a rank reads. It knows no models.
-
-Legend: w ranks.
-"""
+"""The held-out splits of an evaluation, by name, and the batches that each rank reads."""
 
 import re
 from collections.abc import Sequence
@@ -22,27 +19,27 @@ class Split:
     manifest: Manifest
 
     def stream(self) -> TokenStream:
-        """Its units, by slot: range(0, units) visits each once."""
+        """Its sequences, by slot: range(0, sequences) visits each once."""
         masked = self.manifest.packer.name == "bestfit"  # documents side by side: what was packed together is chance
         return TokenStream(self.manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that are read at a time."""
+    """Sequences of one forward pass."""
 
     split: int
     slots: range
 
 
 def load_splits(given: Sequence[str]) -> list[Split]:
-    """The splits that `--data` names, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
+    """The splits of `--data`, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
 
     Raises:
-        UserError: a manifest cannot be read, has no token to predict, or does not go with the first one; or two splits
+        UserError: a manifest cannot be read, has no token to predict, or does not fit the first one; or two splits
             have the same name.
     """
-    named = [(found[1], found[2]) if (found := _NAMED.fullmatch(one)) else (None, one) for one in given]
+    named = [match.groups() if (match := _NAMED.fullmatch(text)) else (None, text) for text in given]
     unnamed = [PurePosixPath(location).parent.parts for name, location in named if name is None]
     folders = iter(short_names(unnamed) if unnamed else [])
     splits = [Split(name or next(folders), Manifest.load(location)) for name, location in named]
@@ -67,7 +64,7 @@ def load_splits(given: Sequence[str]) -> list[Split]:
 
 
 def batches(splits: Sequence[Split], size: int) -> list[Batch]:
-    """All sequences of all splits, `size` at a time: which ones are read together does not depend on the ranks."""
+    """All sequences of all splits, `size` at a time, whatever the number of ranks."""
     return [
         Batch(number, range(start, min(start + size, split.manifest.sequences)))
         for number, split in enumerate(splits)
@@ -75,13 +72,13 @@ def batches(splits: Sequence[Split], size: int) -> list[Batch]:
     ]
 
 
-def share(whole: Sequence[Batch], rank: int, world: int) -> Sequence[Batch]:
-    """Rank `rank`'s run of them; the runs in rank order are all of them."""
-    return whole[len(whole) * rank // world : len(whole) * (rank + 1) // world]
+def share(batches: Sequence[Batch], rank: int, world: int) -> Sequence[Batch]:
+    """The consecutive batches of a rank."""
+    return batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
 
 
 def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The paths, by their parts, without the leading parts that they all share; of a single one its last part."""
+    """Paths, given as parts, without the leading parts that all share; a single one is its last part."""
     if len(paths) == 1:
         return [paths[0][-1]] if paths[0] else ["."]
     shared = 0

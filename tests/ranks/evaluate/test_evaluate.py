@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
 from megadistill.evaluate.splits import load_splits
@@ -47,16 +48,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _measured(topology: Topology, folder: Path) -> tuple[list[Evaluation], int]:
-    told: list[int] = []
-    found = evaluate(
+    calls: list[int] = []
+    results = evaluate(
         [folder / "student"],
         load_splits([str(folder / name / "manifest.json") for name in ("web", "code")]),
         teacher=folder / "teacher",
         batch=2,
         topology=topology,
-        progress=lambda stage, *, done, total, tokens=None: told.append(done),
+        progress=lambda stage, *, done, total, tokens=None: calls.append(done),
     )
-    return found, len(told)
+    return results, len(calls)
 
 
 def _flat(value: object) -> list[float]:
@@ -74,10 +75,10 @@ def test_any_number_of_ranks_finds_what_one_process_finds(place: Path, world: in
     numbers = [_flat(asdict(model)) for model in expected]
     assert len(numbers[1]) > 100
     by_rank = run_ranks(world, _measured, place)
-    for found, _ in by_rank:
-        for model, truth in zip(found, numbers, strict=True):
+    for results, _ in by_rank:
+        for model, truth in zip(results, numbers, strict=True):
             np.testing.assert_allclose(_flat(asdict(model)), truth, rtol=1e-9, atol=1e-15)
-    assert [told > 0 for _, told in by_rank] == [True] + [False] * (world - 1), "the first rank alone speaks"
+    assert [count > 0 for _, count in by_rank] == [True] + [False] * (world - 1), "the first rank alone shows progress"
 
 
 def _split_vocabulary(topology: Topology, counts: list[int]) -> TokenTerms:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.distributed.topology import Launch
+from megadistill.distributed.launch import Launch
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
@@ -101,13 +101,13 @@ def test_it_is_what_transformers_logits_say(place: Path, units: Tensor) -> None:
     assert (teacher.model, student.model) == ("teacher", "student")
     log_t, log_s = (_logits(place / name, units).log_softmax(-1) for name in ("teacher", "student"))
     labels = units[:, 1:].flatten()
-    for found, log_p in ((teacher, log_t), (student, log_s)):
+    for result, log_p in ((teacher, log_t), (student, log_s)):
         cross_entropy = torch.nn.functional.nll_loss(log_p, labels).item()
-        assert found.tokens == UNITS * SEQUENCE
-        assert found.cross_entropy == pytest.approx(cross_entropy, rel=1e-5)
-        assert found.perplexity == pytest.approx(math.exp(cross_entropy), rel=1e-4)
+        assert result.tokens == UNITS * SEQUENCE
+        assert result.cross_entropy == pytest.approx(cross_entropy, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(cross_entropy), rel=1e-4)
         nats_of_the_split = cross_entropy * UNITS * SEQUENCE
-        assert found.bits_per_byte == pytest.approx(nats_of_the_split / math.log(2) / TEXT_BYTES, rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(nats_of_the_split / math.log(2) / TEXT_BYTES, rel=1e-5)
     kl = (log_t.exp() * (log_t - log_s)).sum(-1).mean().item()
     assert kl > 0.1, "the models must differ, or the case tests nothing"
     assert student.kl == pytest.approx(kl, rel=1e-4)
@@ -145,22 +145,22 @@ def test_the_deciles_are_tenths_by_teacher_entropy(place: Path, units: Tensor) -
 
 
 def test_calibration_is_counted_in_21_bins(place: Path, units: Tensor) -> None:
-    (found,) = _evaluate(place, "student", teacher=False)
+    (result,) = _evaluate(place, "student", teacher=False)
     confidence, best = _logits(place / "student", units).softmax(-1).max(-1)
     hit = best == units[:, 1:].flatten()
     error = 0.0
-    assert len(found.calibration) == 21
-    for number, told in enumerate(found.calibration):
+    assert len(result.calibration) == 21
+    for number, measured in enumerate(result.calibration):
         here = (confidence * 21).floor().clamp_max(20) == number
-        assert told.count == here.sum().item()
-        if told.count == 0:
-            assert (told.confidence, told.accuracy) == (None, None)
+        assert measured.count == here.sum().item()
+        if measured.count == 0:
+            assert (measured.confidence, measured.accuracy) == (None, None)
             continue
-        assert told.confidence == pytest.approx(confidence[here].mean().item(), rel=1e-5)
-        assert told.accuracy == pytest.approx(hit[here].double().mean().item())
+        assert measured.confidence == pytest.approx(confidence[here].mean().item(), rel=1e-5)
+        assert measured.accuracy == pytest.approx(hit[here].double().mean().item())
         error += abs((confidence[here] - hit[here].double()).sum().item()) / len(hit)
-    assert sum(told.count > 0 for told in found.calibration) > 3
-    assert found.calibration_error == pytest.approx(error, rel=1e-4)
+    assert sum(measured.count > 0 for measured in result.calibration) > 3
+    assert result.calibration_error == pytest.approx(error, rel=1e-4)
 
 
 def test_sources_are_measured_together_and_one_by_one(place: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_sources_are_measured_together_and_one_by_one(place: Path, tmp_path: Pat
     models, teacher = [place / "student"], place / "teacher"
     both = _measured(models, [f"web={first}", second], teacher=teacher)[1]
     alone = [_measured(models, [one], teacher=teacher)[1] for one in (first, second)]
-    assert [found.source for found in both.by_source] == ["web", "other"]
+    assert [result.source for result in both.by_source] == ["web", "other"]
     for part, whole in zip(both.by_source, alone, strict=True):
         (by_itself,) = whole.by_source
         for name, value in vars(part).items():
@@ -207,7 +207,7 @@ def test_whole_documents_are_read_by_themselves(place: Path, tmp_path: Path) -> 
     """Each document alone through transformers, padding left out; without its text bytes there are no bits a byte."""
     units = random_sequences(6, seed=3, sequence=SEQUENCE, vocab=VOCAB, full=False)
     write_split(tmp_path, units, vocab=VOCAB, packer="bestfit", text_bytes=None)
-    (found,) = _measured([place / "student"], tmp_path, batch=4)
+    (result,) = _measured([place / "student"], tmp_path, batch=4)
     model = AutoModelForCausalLM.from_pretrained(place / "student")
     nats, count = 0.0, 0
     for unit in units:
@@ -218,9 +218,9 @@ def test_whole_documents_are_read_by_themselves(place: Path, tmp_path: Path) -> 
                     log_p = model(input_ids=document[None, :-1]).logits[0, :, :VOCAB].double().log_softmax(-1)
                 nats += torch.nn.functional.nll_loss(log_p, document[1:], reduction="sum").item()
                 count += len(document) - 1
-    assert found.tokens == count
-    assert found.cross_entropy == pytest.approx(nats / count, rel=1e-5)
-    assert found.bits_per_byte is None
+    assert result.tokens == count
+    assert result.cross_entropy == pytest.approx(nats / count, rel=1e-5)
+    assert result.bits_per_byte is None
 
 
 def test_parameters_are_counted_once_where_they_are_tied(place: Path) -> None:
@@ -234,18 +234,18 @@ def test_parameters_are_counted_once_where_they_are_tied(place: Path) -> None:
 
 def test_the_batch_does_not_matter_and_a_teacher_among_the_models_comes_once(place: Path) -> None:
     one, many = _evaluate(place, "student", "teacher", batch=1), _evaluate(place, "teacher", "student", batch=100)
-    assert [found.model for found in one] == [found.model for found in many] == ["teacher", "student"]
+    assert [result.model for result in one] == [result.model for result in many] == ["teacher", "student"]
     for a, b in zip(one, many, strict=True):
         assert a.cross_entropy == pytest.approx(b.cross_entropy, rel=1e-6)
 
 
 def test_without_a_teacher_there_is_no_divergence(place: Path) -> None:
-    (found,) = _evaluate(place, "student", teacher=False)
+    (result,) = _evaluate(place, "student", teacher=False)
     for name in ("kl", "jsd", "agreement", "acceptance", "by_decile"):
-        assert getattr(found, name) is None, name
-    assert found.by_source[0].kl is None
-    assert found.cross_entropy == pytest.approx(_evaluate(place, "student")[1].cross_entropy, rel=1e-6)
-    assert found.model == "student"
+        assert getattr(result, name) is None, name
+    assert result.by_source[0].kl is None
+    assert result.cross_entropy == pytest.approx(_evaluate(place, "student")[1].cross_entropy, rel=1e-6)
+    assert result.model == "student"
 
 
 def test_a_model_of_another_vocabulary_is_refused(place: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of an evaluation: tables at 80 columns, and the JSON."""
+"""An evaluation's tables at 80 columns, and its JSON."""
 
 import io
 import json
@@ -44,7 +44,7 @@ ALONE = replace(
 )
 
 
-def _shown(*results: Evaluation) -> str:
+def _printed(*results: Evaluation) -> str:
     out = io.StringIO()
     console = Console(file=out, width=80)
     for table in tables(results):
@@ -53,29 +53,29 @@ def _shown(*results: Evaluation) -> str:
 
 
 def test_the_tables_fit_a_terminal_and_hide_nothing() -> None:
-    said = _shown(LARGE, replace(LARGE, model="student"))
-    assert "…" not in said
-    assert max(len(line) for line in said.splitlines()) <= 80
+    text = _printed(LARGE, replace(LARGE, model="student"))
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
     for part in ("1,000,000,000 tokens of 2 sources", "405,853,388,800", "11.9221", "150555.25", "12.3456", "10.4321"):
-        assert part in said, part
+        assert part in text, part
     for part in ("12.34%", "0.6931", "45.7%", "990,000,000 tokens", "web", "code", "1.987", "18.50", "1.000", "88%"):
-        assert part in said, part
-    first = said.split("a closer look")[0]
+        assert part in text, part
+    first = text.split("calibration and distance")[0]
     first_cells = "".join(line.split("│")[1].strip() for line in first.splitlines() if line.startswith("│"))
     assert LARGE.model in first_cells, "a long name is folded, not cut"
 
 
 def test_without_a_teacher_and_with_one_source_there_are_fewer() -> None:
-    said = _shown(ALONE)
-    assert "by decile" not in said
-    assert "by source" not in said
-    assert said.count(" - ") == 4, "no teacher, no number"
+    text = _printed(ALONE)
+    assert "by decile" not in text
+    assert "by source" not in text
+    assert text.count(" - ") == 4, "no teacher, no number"
 
 
 def test_the_json_is_the_record(tmp_path: Path) -> None:
     path = tmp_path / "new" / "evaluation.json"
     write_json([LARGE], path)
-    (found,) = json.loads(path.read_text(encoding="utf-8"))
-    assert found == json.loads(json.dumps(asdict(LARGE)))
-    assert found["calibration"][0] == {"count": 1_000_000_000, "confidence": 0.5, "accuracy": 0.25}
-    assert found["by_decile"][1]["bounds"] == [1.0, 1.987]
+    (written,) = json.loads(path.read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(asdict(LARGE)))
+    assert written["calibration"][0] == {"count": 1_000_000_000, "confidence": 0.5, "accuracy": 0.25}
+    assert written["by_decile"][1]["bounds"] == [1.0, 1.987]

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadistill.errors import UserError
-from megadistill.evaluate import lm_eval as room
-from megadistill.evaluate.lm_eval import Benchmark, Score, benchmark
+from megadistill.evaluate import lm_eval
+from megadistill.evaluate.lm_eval import Score, TaskScores, run_tasks
 from tests.unit.evaluate.test_sample import model  # noqa: F401
 
 installed = pytest.mark.skipif(
@@ -57,8 +57,8 @@ def tasks(tmp_path: Path) -> Path:
         ("own_text", {**text, "metric": "bits_per_byte", "aggregation": "bits_per_byte"}),
         ("own_choice", {**choice, "rest": 'doc_to_choice: "{{choices}}"', "metric": "acc", "aggregation": "mean"}),
     ):
-        said = TASK.format(name=name, file=folder / f"{name}.jsonl", **words)
-        (folder / f"{name}.yaml").write_text(said)
+        task = TASK.format(name=name, file=folder / f"{name}.jsonl", **words)
+        (folder / f"{name}.yaml").write_text(task)
     return folder
 
 
@@ -70,9 +70,9 @@ def _nats(folder: Path, before: list[int], after: list[int]) -> float:
     return float(-log_p[len(before) - 1 :].gather(1, torch.tensor(after)[:, None]).sum())
 
 
-def _run(folder: Path, tasks: list[str], include: Path | None) -> Benchmark:
+def _run(folder: Path, tasks: list[str], include: Path | None) -> TaskScores:
     options = {"fewshot": None, "batch": 2, "limit": None, "device": torch.device("cpu")}
-    return benchmark(folder, tasks, include=include, **options)  # type: ignore[arg-type]
+    return run_tasks(folder, tasks, include=include, **options)  # type: ignore[arg-type]
 
 
 @installed
@@ -89,9 +89,9 @@ def test_the_harness_measures_what_the_model_says(
     plain = shutil.copytree(model, tmp_path / "plain")
     rules = json.loads((plain / "tokenizer.json").read_text())
     (plain / "tokenizer.json").write_text(json.dumps({**rules, "post_processor": None}))
-    found = _run(plain, ["own_text", "own_choice"], tasks)
-    assert found.harness == importlib.metadata.version("lm_eval")
-    scores = {(score.task, score.metric): score for score in found.scores}
+    scored = _run(plain, ["own_text", "own_choice"], tasks)
+    assert scored.harness == importlib.metadata.version("lm_eval")
+    scores = {(score.task, score.metric): score for score in scored.scores}
 
     tokenizer = AutoTokenizer.from_pretrained(plain)
     assert tokenizer.bos_token_id is not None, "it has one, which no document begins with"
@@ -122,19 +122,19 @@ def test_without_the_extra_it_says_how_to_get_it(
     model: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "HARNESS", "no_such_harness")
+    monkeypatch.setattr(lm_eval, "HARNESS", "no_such_harness")
     with pytest.raises(UserError, match=r"pip install 'megadistill\[lm-eval\]'"):
         _run(model, ["hellaswag"], None)
 
 
 def test_scores_are_those_of_the_harness() -> None:
     """Its results as version 0.4.13 gives them: counts and names beside the metrics, "N/A" for an error."""
-    results = {
+    metrics = {
         "a": {"name": "a", "alias": "a", "sample_len": 2, "acc,none": 0.5, "acc_stderr,none": 0.25},
         "b": {"alias": "b", "exact,strict": math.inf, "exact_stderr,strict": "N/A"},
     }
-    found = {"results": results, "n-samples": {"a": {"original": 9, "effective": 2}}, "n-shot": {"a": 5}}
-    assert room._scores(found) == [
+    results = {"results": metrics, "n-samples": {"a": {"original": 9, "effective": 2}}, "n-shot": {"a": 5}}
+    assert lm_eval._scores(results) == [
         Score("a", "acc", 0.5, 0.25, samples=2, fewshot=5),
         Score("b", "exact,strict", None, None, samples=None, fewshot=None),
     ]
