@@ -1,1 +1,1 @@
-"""What a run will need, before it starts: counted from the real models on the meta device. It starts nothing."""
+"""A run's memory, time and cost before it starts, counted from the real models on the meta device."""

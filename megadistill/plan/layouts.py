@@ -1,7 +1,4 @@
-"""How a recipe may be laid out on a cluster: what may be chosen, and the recipe that says so. Arithmetic alone.
-
-A run refuses layouts by the checks of `comm`, `config` and `student`; the same ones are asked here.
-"""
+"""Layouts of a recipe on a cluster: the choices, and the recipe of each. A run's own checks decide which are valid."""
 
 import math
 from collections.abc import Iterator
@@ -9,24 +6,25 @@ from dataclasses import asdict, dataclass
 
 from megadistill.accelerators import Accelerator
 from megadistill.config import Recipe, dotted, validate_recipe
+from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, vocab_group_size
-from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
-from megadistill.plan.plan_input import Subject
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.zero import Zero
+from megadistill.plan.plan_input import PlanInput
 from megadistill.student.deepspeed_config import deepspeed_config
 
 LARGEST_GROUP_NODES = 4
-"""A vocab group exchanges hidden states of all its ranks: it leaves a node only for the stages of a colocated teacher
-that is too large for one, and then not for more nodes than that."""
+"""Most nodes of a vocab group. It exchanges hidden states of all its ranks, so it leaves a node only for the stages of a
+colocated teacher that is too large for one."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of one kind, a process on each GPU.
+    """Nodes of one kind, with a process on each GPU.
 
     Raises:
-        UserError: it has none.
+        UserError: there are none.
     """
 
     nodes: int
@@ -45,34 +43,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a search may choose."""
+    """Choices of a search."""
 
     vocab_group: int
     micro_batch: int
     activation_checkpointing: bool
     teacher_ranks: int = 0
-    """Of its own; 0: none, or colocated."""
+    """Ranks of the teacher's own; 0: no teacher, or a colocated one."""
     stages: int = 0
-    """Of a teacher's pipeline on ranks of its own."""
+    """Pipeline stages of a teacher on ranks of its own; 0 otherwise."""
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A recipe on a cluster that nothing refuses."""
-
-    recipe: Recipe
-    roles: Roles | None
-    students: int
-    group_size: int
-    accumulation: int
-
-    @property
-    def stages(self) -> int:
-        return self.group_size if self.roles is None else self.roles.stages
-
-
-def placed(recipe: Recipe, subject: Subject, cluster: Cluster) -> Placed:
-    """Asked as a run asks before it starts.
+def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
+    """A recipe on a cluster, checked as a run checks it before it starts.
 
     Raises:
         UserError: the ranks, the batch, the vocabulary or the teacher's layers do not divide so.
@@ -84,36 +67,39 @@ def placed(recipe: Recipe, subject: Subject, cluster: Cluster) -> Placed:
         roles = Roles(cluster.ranks, section.ranks, section.stages or section.ranks)
     students = cluster.ranks if roles is None else roles.students
     launch = Launch(rank=0, world=students, local_rank=0, local_world=min(cluster.gpus_per_node, students))
-    accumulation = recipe.accumulation(students)
-    group_size = vocab_group_size(recipe.comm.vocab_group, launch)
-    deepspeed_config(subject.profile, recipe.train, accumulation)
-    padded = padded_vocabulary(subject.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, students, group_size, rank=0)
-    found = Placed(recipe, roles, students, group_size, accumulation)
-    if subject.teacher is not None and found.stages > subject.teacher.num_hidden_layers:
-        raise UserError(
-            f"the teacher is cut into {found.stages} stages, and has {subject.teacher.num_hidden_layers} layers"
-        )
-    return found
+    run = Sharding(
+        recipe,
+        inputs.stats,
+        vocab_size=inputs.vocab_size,
+        ranks=students,
+        ranks_per_node=cluster.gpus_per_node,
+        group_size=vocab_group_size(recipe.distributed.vocab_group, launch),
+        roles=roles,
+        zero=Zero.of(inputs.profile),
+    )
+    deepspeed_config(inputs.profile, recipe.train, run.accumulation)
+    if run.teacher is not None and run.stages > run.teacher.layers:
+        raise UserError(f"the teacher is cut into {run.stages} stages, and has {run.teacher.layers} layers")
+    return run
 
 
-def layouts(subject: Subject, cluster: Cluster) -> Iterator[Layout]:
-    """Every layout worth asking about, in no order; `placed` may still refuse one."""
-    yield from _with_group(subject, cluster, cluster.ranks)
-    if subject.teacher is None:
+def layouts(inputs: PlanInput, cluster: Cluster) -> Iterator[Layout]:
+    """Every layout worth counting, in no order; `place` may still refuse one."""
+    yield from _with_group(inputs, cluster, cluster.ranks)
+    if inputs.stats.teacher is None:
         return
-    unit = cluster.gpus_per_node if cluster.nodes > 1 else 1  # nodes have one role each, but where there is one node
-    for teachers in range(unit, cluster.ranks, unit):
+    step = cluster.gpus_per_node if cluster.nodes > 1 else 1  # each of several nodes has one role
+    for teachers in range(step, cluster.ranks, step):
         students = cluster.ranks - teachers
-        if subject.recipe.train.global_batch % students:
+        if inputs.recipe.train.global_batch % students:
             continue
         for stages in divisors(teachers):
-            if stages <= subject.teacher.num_hidden_layers and students % (teachers // stages) == 0:
-                yield from _with_group(subject, cluster, students, teachers, stages)
+            if stages <= inputs.stats.teacher.layers and students % (teachers // stages) == 0:
+                yield from _with_group(inputs, cluster, students, teachers, stages)
 
 
 def _with_group(
-    subject: Subject, cluster: Cluster, students: int, teachers: int = 0, stages: int = 0
+    inputs: PlanInput, cluster: Cluster, students: int, teachers: int = 0, stages: int = 0
 ) -> Iterator[Layout]:
     for group in divisors(students):
         within = cluster.nodes == 1 or cluster.gpus_per_node % group == 0
@@ -124,9 +110,9 @@ def _with_group(
         )
         if not (within or over):
             continue
-        for micro in divisors(subject.recipe.train.global_batch // students):
-            for again in (False, True):
-                yield Layout(group, micro, again, teachers, stages)
+        for micro in divisors(inputs.recipe.train.global_batch // students):
+            for recompute in (False, True):
+                yield Layout(group, micro, recompute, teachers, stages)
 
 
 def divisors(number: int) -> list[int]:
@@ -134,10 +120,10 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // part for part in small)})
 
 
-def recipe_of(layout: Layout, recipe: Recipe, cluster: Cluster) -> Recipe:
-    """The recipe that asks for this layout, validated like any other."""
+def recipe_with_layout(layout: Layout, recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe of this layout, validated like any other."""
     values = recipe.snapshot()
-    values["comm"]["vocab_group"] = layout.vocab_group
+    values["distributed"]["vocab_group"] = layout.vocab_group
     values["train"]["micro_batch"] = layout.micro_batch
     values["student"]["activation_checkpointing"] = layout.activation_checkpointing
     if values["teacher"] is not None and values["teacher"]["source"] == "live":
@@ -151,20 +137,20 @@ def recipe_of(layout: Layout, recipe: Recipe, cluster: Cluster) -> Recipe:
             clients = (cluster.ranks - layout.teacher_ranks) * layout.stages // layout.teacher_ranks
             values["teacher"]["queue"] = max(values["teacher"]["queue"], _queue(layout.stages, clients))
         else:
-            values["teacher"].update(queue=4, wire="whole")
+            values["teacher"].update(queue=4, transfer_dtype="native")
     return validate_recipe(values, source=f"{asdict(layout)}")
 
 
 def _queue(stages: int, clients: int) -> int:
-    """Rounds that keep all stages at work: those that an answer takes, and one that is being used."""
+    """Prefetched rounds that keep all stages busy: those in the pipeline, and the one in use."""
     return -(-(stages + clients - 1) // clients) + 1
 
 
 def overrides(proposed: Recipe, recipe: Recipe) -> list[str]:
-    """The `--set` that make `recipe` the one that is proposed."""
+    """The `--set` options that turn `recipe` into the proposed one."""
     old, new = dotted(recipe.snapshot()), dotted(proposed.snapshot())
-    return [f"{key}={_spelled(value)}" for key, value in new.items() if old.get(key) != value]
+    return [f"{key}={_yaml(value)}" for key, value in new.items() if old.get(key) != value]
 
 
-def _spelled(value: object) -> str:
+def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,4 @@
-"""What is planned: a recipe, its models' configs and its data's sizes, also where data and weights are elsewhere.
-
-It starts nothing and knows no cluster.
-"""
+"""Inputs of a plan: a recipe, its models' configs and its data's sizes, also where data and weights are elsewhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,34 +9,32 @@ from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.student.deepspeed_config import load_deepspeed
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A recipe with everything of what it names that costs are counted from."""
+class PlanInput:
+    """A recipe with everything that its costs are counted from."""
 
     recipe: Recipe
-    student: Any
-    """A Hugging Face config, with the data's vocabulary."""
-    teacher: Any | None
-    """None where no teacher runs: a run from labels, or from stored targets."""
+    stats: RecipeStats
+    """Its models, the student's with the data's vocabulary."""
     vocab_size: int
-    sequence_length: int
     profile: dict[str, Any]
     """DeepSpeed's settings."""
     without_data: bool
-    """The shards were not looked at: vocabulary and sequence length are the student's and the option's."""
+    """Whether the shards are elsewhere, and vocabulary and sequence length those of the student and the option."""
 
 
-def read_subject(
+def read_plan_input(
     path: Path,
     overrides: Sequence[str] = (),
     *,
     sequence_length: int | None = None,
     teacher_config: Path | None = None,
-) -> Subject:
-    """`sequence_length` stands for data, and `teacher_config` for a teacher's folder, that are not on this machine.
+) -> PlanInput:
+    """`sequence_length` replaces data, and `teacher_config` a teacher's folder, that are not on this machine.
 
     Raises:
         UserError: one line; where an option helps, it is named.
@@ -60,15 +55,13 @@ def read_subject(
         vocab_size, length = data.vocab_size, data.sequence_length
         student.vocab_size = vocab_size
     teacher = _teacher(recipe, teacher_config)
-    for what, config in (("student.config", student), ("the teacher's config", teacher)):
+    for name, config in (("student.config", student), ("the teacher's config", teacher)):
         if config is not None and length > config.max_position_embeddings:
-            raise UserError(f"{what}: max_position_embeddings is {config.max_position_embeddings}, below {length}")
-    return Subject(
+            raise UserError(f"{name}: max_position_embeddings is {config.max_position_embeddings}, below {length}")
+    return PlanInput(
         recipe=recipe,
-        student=student,
-        teacher=teacher,
+        stats=measure_models(student, teacher, sequence_length=length),
         vocab_size=vocab_size,
-        sequence_length=length,
         profile=load_deepspeed(Path(recipe.student.deepspeed)),
         without_data=data is None,
     )
@@ -82,7 +75,7 @@ def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:
     except UserError as error:
         if sequence_length is not None:
             return None
-        raise UserError(f"{error}; to plan without the data, say --sequence-length S") from None
+        raise UserError(f"{error}; to plan without the data, give --sequence-length S") from None
     if sequence_length not in (None, data.sequence_length):
         raise UserError(
             f"--sequence-length {sequence_length}, but the shards hold sequences of {data.sequence_length} tokens: "
@@ -93,7 +86,7 @@ def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:
 
 def _teacher(recipe: Recipe, folder: Path | None) -> Any | None:
     section = recipe.teacher
-    if section is None or section.source == "cache":
+    if section is None or section.source == "stored":
         if folder is not None:
             raise UserError(f"--teacher-config {folder}: no teacher runs in this recipe: leave the option out")
         return None

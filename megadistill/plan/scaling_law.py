@@ -1,21 +1,23 @@
-"""What a student may be expected to reach, distilled or from labels: a law from a paper. It knows no recipe.
+"""Expected loss of a student, distilled or from labels, by the distillation scaling law.
 
 Busbridge et al., Distillation Scaling Laws (2502.08606), fitted on English C4: equation 8 and its supervised twin.
-Losses are cross-entropies in nats a token, of the paper's tokenizer and data: differences carry over better.
+Losses are cross-entropies in nats a token with the paper's tokenizer and data: differences carry over better.
 
 Legend: N non-embedding parameters of the student, D tokens that it reads, L_T the teacher's cross-entropy.
 """
 
 from dataclasses import dataclass
 
+from megadistill.errors import UserError
+from megadistill.plan.counts.requirements import Requirements
 from megadistill.plan.units import count
 
 PARAMETERS = (143e6, 12.6e9)
-"""Of the models that it was fitted on; the largest students had 7.75e9."""
+"""Smallest and largest number of parameters of the fitted models; the largest students had 7.75e9."""
 TOKENS = (4e9, 512e9)
-"""That the fitted students read."""
+"""Fewest and most tokens that the fitted students read."""
 LOWEST_LOSS = 2.3
-"""The fit used students above this cross-entropy."""
+"""Lowest cross-entropy of the fitted students."""
 
 # Supervised: E + (A/N^a + B/D^b)^g.
 _E, _A, _B, _a, _b, _g = 1.220, 3355.0, 18186.0, 0.408, 0.431, 0.452
@@ -26,19 +28,24 @@ _C0, _C1, _F1, _D1 = 2.549, 522.6, 0.090, 1.315
 
 @dataclass(frozen=True)
 class Expectation:
-    """Cross-entropies in nats a token."""
+    """Expected cross-entropies, in nats a token."""
 
     parameters: int
+    """N: the student's non-embedding parameters."""
     tokens: int
+    """D: tokens of the run."""
     teacher: float
+    """L_T"""
     distilled: float
+    """Loss of the distilled student."""
     labels: float
-    """From labels, on as many tokens."""
+    """Loss of a student from labels, on as many tokens."""
     labels_tokens: int
-    """How many tokens from labels the same FLOPs pay for."""
+    """Tokens from labels that take the same FLOPs."""
     labels_equal_compute: float
+    """Loss of a student from labels, on `labels_tokens`."""
     outside: tuple[str, ...]
-    """How this lies outside what the law was fitted on; empty within."""
+    """Reasons why this lies outside the fitted range; empty within."""
 
 
 def supervised_loss(parameters: float, tokens: float) -> float:
@@ -57,28 +64,52 @@ def distilled_loss(parameters: float, tokens: float, *, teacher: float) -> float
     return float(teacher + gap * own / teacher**_C0)
 
 
-def expectation(*, parameters: int, tokens: int, teacher: float, flops: int, teacher_flops: int) -> Expectation:
-    """`flops` and `teacher_flops`: of a token, of the student's training and of the teacher's reading."""
-    more = tokens * (flops + teacher_flops) // flops
-    distilled = distilled_loss(parameters, tokens, teacher=teacher)
+def forecast(
+    requirements: Requirements, *, teacher_loss: float | None, teacher_tokens: float | None
+) -> Expectation | None:
+    """The law's expectation for a run; None where no teacher is in memory, or its quality is not given.
+
+    Args:
+        teacher_loss: its cross-entropy, nats a token.
+        teacher_tokens: in its place, the tokens that it was trained on, for which the supervised law gives a loss.
+
+    Raises:
+        UserError: a value out of range, or both values.
+    """
+    if teacher_loss is not None and teacher_tokens is not None:
+        raise UserError("--teacher-loss and --teacher-tokens both describe the teacher: give one")
+    for option, value in (("--teacher-loss", teacher_loss), ("--teacher-tokens", teacher_tokens)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{option} {value:g}: give a positive number")
+    if len(requirements.models) < 2:
+        return None
+    student, teacher = requirements.models
+    if teacher_tokens is not None:
+        teacher_loss = supervised_loss(teacher.parameters.body, teacher_tokens)
+    if teacher_loss is None:
+        return None
+    parameters, tokens = student.parameters.body, requirements.tokens
+    labels_tokens = tokens * requirements.flops_per_token // student.flops
+    distilled = distilled_loss(parameters, tokens, teacher=teacher_loss)
     return Expectation(
         parameters=parameters,
         tokens=tokens,
-        teacher=teacher,
+        teacher=teacher_loss,
         distilled=distilled,
         labels=supervised_loss(parameters, tokens),
-        labels_tokens=more,
-        labels_equal_compute=supervised_loss(parameters, more),
-        outside=_outside(parameters, tokens, distilled),
+        labels_tokens=labels_tokens,
+        labels_equal_compute=supervised_loss(parameters, labels_tokens),
+        outside=outside_fit(parameters, tokens, distilled),
     )
 
 
-def _outside(parameters: float, tokens: float, distilled: float) -> tuple[str, ...]:
-    said = []
+def outside_fit(parameters: float, tokens: float, distilled: float) -> tuple[str, ...]:
+    """Each amount that lies outside the range that the law was fitted on."""
+    reasons = []
     if not PARAMETERS[0] <= parameters <= PARAMETERS[1]:
-        said.append(f"{count(parameters)} parameters (143M to 12.6B were fitted)")
+        reasons.append(f"{count(parameters)} parameters (143M to 12.6B were fitted)")
     if not TOKENS[0] <= tokens <= TOKENS[1]:
-        said.append(f"{count(tokens)} tokens (4B to 512B)")
+        reasons.append(f"{count(tokens)} tokens (4B to 512B)")
     if distilled < LOWEST_LOSS:
-        said.append(f"a loss of {distilled:.2f} (above {LOWEST_LOSS})")
-    return tuple(said)
+        reasons.append(f"a loss of {distilled:.2f} (above {LOWEST_LOSS})")
+    return tuple(reasons)

@@ -1,6 +1,6 @@
-"""From FLOPs and bytes to seconds: what a micro-step takes, and what of its traffic hides. It knows no recipe.
+"""Seconds of a micro-step from FLOPs and bytes: what runs after each other, and which traffic is hidden.
 
-Legend: G student's ranks, P stages of a teacher's pipeline, m micro-batches.
+Legend: G the student's ranks.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from megadistill.errors import UserError
 
 
 @dataclass(frozen=True)
-class Assumed:
-    """Shares of the peak that the models' products reach: assumptions, until a run has measured them.
+class MfuAssumption:
+    """Shares of the GPU's peak that the models' matrix products reach, assumed until a run has measured them.
 
-    Of the FLOPs that are done: recomputed activations count as work, unlike in a run's own `mfu`.
+    They count the FLOPs that are computed, recomputation included, unlike a run's own `mfu`.
 
     Raises:
-        UserError: it is no share.
+        UserError: a share is not above 0, or is above 1.
     """
 
     student_mfu: float = 0.40
     teacher_mfu: float = 0.45
-    """Forward passes alone, of large frozen matrices."""
+    """Share in forward passes alone, with large frozen matrices."""
 
     def __post_init__(self) -> None:
         for option, share in (("--student-mfu", self.student_mfu), ("--teacher-mfu", self.teacher_mfu)):
@@ -30,44 +30,44 @@ class Assumed:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds that each part of a micro-step takes by itself; the properties say what comes one after the other.
+    """Seconds of each part of a micro-step by itself; the properties put them together.
 
-    A micro-step is one micro-batch's forward and backward pass, on every rank of the student at once.
+    A micro-step is one micro-batch's forward and backward pass on every rank of the student.
     """
 
     students: int
-    """G"""
+    """G: the student's ranks."""
     micro_steps: int
-    """Of an optimizer step."""
+    """Micro-steps of an optimizer step."""
     student_forward: float
-    """With both models' head products, which are the loss's."""
+    """Seconds of the forward pass, with both models' head products, which the loss computes."""
     student_backward: float
-    """With what is recomputed."""
+    """Seconds of the backward pass, recomputation included."""
     gather: float
-    """ZeRO-3: the weights, for both passes."""
+    """Seconds of ZeRO-3's gathering of the weights, for both passes."""
     reduce: float
-    """ZeRO-3: the gradients."""
+    """Seconds of ZeRO-3's reduction of the gradients."""
     vocabulary: float
-    """What the vocab group exchanges in the loss: nothing hides it."""
+    """Seconds of the vocab group's exchange in the loss, which nothing hides."""
     stages: tuple[float, ...] = ()
-    """Each stage's time for *one* rank's micro-batch; empty where no teacher is live."""
-    parcel: float = 0.0
-    """One micro-batch's hidden states, from a stage to the next."""
+    """Seconds of each stage for *one* rank's micro-batch; empty where no teacher is live."""
+    packet: float = 0.0
+    """Seconds of sending one micro-batch's hidden states from a stage to the next."""
     answer: float = 0.0
-    """One micro-batch's hidden states, from the last stage to the rank that asked."""
+    """Seconds of sending one micro-batch's hidden states from the last stage to the student's rank."""
     replicas: int = 0
     """Pipelines of a teacher on ranks of its own; 0 where its stages are on the student's ranks."""
     queue: int = 1
-    """Of a teacher on ranks of its own: micro-batches that a rank asks for before the oldest is answered."""
+    """Micro-batches that a rank requests ahead from a teacher on ranks of its own."""
 
     @property
     def compute(self) -> float:
-        """Of the student."""
+        """The student's forward and backward pass."""
         return self.student_forward + self.student_backward
 
     @property
     def exposed(self) -> float:
-        """ZeRO-3's traffic that the student's compute does not hide: it runs beside it, weights a layer ahead."""
+        """ZeRO-3's traffic that the student's compute does not hide: it runs in parallel, weights a layer ahead."""
         return max(0.0, self.gather + self.reduce - self.compute)
 
     @property
@@ -77,52 +77,47 @@ class StepTimes:
 
     @property
     def clients(self) -> int:
-        """Ranks of the student that one pipeline answers."""
+        """Ranks of the student that one pipeline serves."""
         return self.students // self.replicas if self.replicas else len(self.stages)
 
     @property
-    def beat(self) -> float:
-        """The slowest stage's work on a round: one micro-batch of each client. Parcels travel beside it."""
-        return self.clients * max(*self.stages, self.parcel) if self.stages else 0.0
+    def tick(self) -> float:
+        """The slowest stage's time for a round, one micro-batch of each client. Packets are sent in parallel."""
+        return self.clients * max(*self.stages, self.packet) if self.stages else 0.0
 
     @property
     def latency(self) -> float:
-        """From asking a teacher on ranks of its own, all clients at once, to the last one's answer."""
+        """Seconds between the requests of all clients and the last answer of a teacher on ranks of its own."""
         hops = len(self.stages) - 1
-        return sum(self.stages) + (self.clients - 1) * max(self.stages) + hops * self.parcel + self.answer
+        return sum(self.stages) + (self.clients - 1) * max(self.stages) + hops * self.packet + self.answer
 
     @property
     def micro_step(self) -> float:
-        """Between two micro-steps of a filled pipeline. A teacher on ranks of its own works beside the student, and
-        answers travel beside both, if enough is asked ahead: a rank asks for the last of `queue` when it comes for the
-        first, and computes once more before it comes for the one behind it. A colocated teacher takes its turn, and its
-        answers are waited for."""
+        """Seconds between two micro-steps of a filled pipeline.
+
+        A teacher on ranks of its own computes in parallel with the student, and answers are sent in parallel with both,
+        if enough is requested ahead: a rank requests the last micro-batch of `queue` when it takes the first, and
+        computes once more before it takes the next. A colocated teacher and the student take turns, and its answers are
+        waited for.
+        """
         if self.replicas:
-            asked = (self.latency + self.student) / self.queue
-            return max(self.student, self.beat, self.clients * self.answer, asked)
-        return self.student + self.beat + (self.clients * self.answer)
+            prefetch_limit = (self.latency + self.student) / self.queue
+            return max(self.student, self.tick, self.clients * self.answer, prefetch_limit)
+        return self.student + self.tick + (self.clients * self.answer)
 
     @property
     def step(self) -> float:
-        """An optimizer step."""
+        """Seconds of an optimizer step."""
         return self.micro_steps * self.micro_step
 
     def seconds(self, steps: int) -> float:
-        """A whole run: the pipeline is filled once."""
-        return steps * self.step + max(0, len(self.stages) - 1) * self.beat
-
-
-def drained_bubble(stages: int, micro_batches: int) -> float:
-    """The idle share of a pipeline that drains at each optimizer step: (P - 1) / (m + P - 1).
-
-    One that runs ahead has the same share with m the micro-batches of the whole run.
-    """
-    return (stages - 1) / (micro_batches + stages - 1)
+        """Seconds of a whole run, whose pipeline is filled once."""
+        return steps * self.step + max(0, len(self.stages) - 1) * self.tick
 
 
 def hiding_tokens(*, traffic: float, bandwidth: float, flops: float, mfu: float, peak: float) -> float:
-    """The smallest micro-step, in tokens, whose compute takes as long as `traffic` bytes over the slowest link.
+    """Tokens of the smallest micro-step whose compute takes as long as `traffic` bytes over the slowest link.
 
-    `flops`: a token's. With 6 N bytes and 8 N FLOPs (full recomputation) it is 0.75 · mfu · peak / bandwidth.
+    `flops`: FLOPs of a token. With 6 N bytes and 8 N FLOPs (full recomputation) it is 0.75 · mfu · peak / bandwidth.
     """
     return traffic / bandwidth * mfu * peak / flops

@@ -1,4 +1,4 @@
-"""Amounts as a person reads them: three digits and a prefix, days, hours. It knows no plan."""
+"""Amounts in words: three digits with a decimal prefix, seconds to days."""
 
 
 def readable(amount: float, unit: str) -> str:
@@ -11,12 +11,12 @@ def readable(amount: float, unit: str) -> str:
 
 
 def count(number: float) -> str:
-    """Parameters and tokens, as people write them: `8.03B`, `2T`."""
+    """Numbers of parameters and tokens in their usual form: `8.03B`, `2T`."""
     return readable(number, "").replace(" ", "").replace("G", "B")
 
 
 def spell(seconds: float) -> str:
-    """A stretch of time in the unit that suits it: `750 ms`, `12.3 s`, `19 min`, `5.1 h`, `7.0 days`."""
+    """A duration in a fitting unit: `750 ms`, `12.3 s`, `19.0 min`, `5.1 h`, `7.0 days`."""
     if seconds == 0:
         return "0"
     if seconds < 1:
@@ -24,8 +24,4 @@ def spell(seconds: float) -> str:
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}"
-    return days(seconds)
-
-
-def days(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"

@@ -13,14 +13,13 @@ import pytest
 from megadistill.accelerators import accelerator
 from megadistill.config import Recipe, load_recipe
 from megadistill.data import Manifest
-from megadistill.distributed.topology import Launch
+from megadistill.distributed.launch import Launch
 from megadistill.models.families import load_config
 from megadistill.models.flops import parameter_counts
-from megadistill.plan.counts.model_stats import Measured, measure
 from megadistill.plan.estimate import Estimate, estimate
-from megadistill.plan.layouts import Cluster, placed
-from megadistill.plan.plan_input import read_subject
-from megadistill.plan.throughput import Assumed
+from megadistill.plan.layouts import Cluster, place
+from megadistill.plan.plan_input import read_plan_input
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.train.setup.setup import prepare
 from tests.paths import RECIPES, ROOT
 from tests.unit.train.cases import TOKENIZER, described_data
@@ -103,13 +102,6 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megadistill.train.setup.setup.check_start", lambda *folder_config_data: None)
 
 
-@cache
-def _measured(student: str, teacher: str) -> Measured:
-    """Once for each pair: the models are built on meta for it."""
-    configs = [load_config(Path(folder), what="test") for folder in (student, str(MODELS / teacher))]
-    return measure(*configs, sequence_length=SEQUENCE)
-
-
 @pytest.mark.usefixtures("_no_weights")
 @pytest.mark.parametrize("path", AT_SCALE, ids=_name)
 def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Path) -> None:
@@ -121,7 +113,7 @@ def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Pa
     assert plain.checkpoint.keep_every % plain.train.checkpoint_every == 0
     assert plain.train.steps % plain.checkpoint.keep_every == 0, "the last checkpoint is one that is kept"
     planned = _planned(path)
-    assert planned.placed.roles == setup.roles
+    assert planned.sharding.roles == setup.roles
     assert planned.memory < MARGIN * planned.cluster.accelerator.memory_bytes
 
 
@@ -131,10 +123,9 @@ def _planned(path: Path) -> Estimate:
     recipe = load_recipe(path)
     assert recipe.teacher is not None
     teacher = TEACHERS[str(recipe.teacher.path)]
-    subject = read_subject(path, sequence_length=SEQUENCE, teacher_config=MODELS / teacher)
+    inputs = read_plan_input(path, sequence_length=SEQUENCE, teacher_config=MODELS / teacher)
     cluster = Cluster(_nodes(path), GPUS_PER_NODE, accelerator("h100"))
-    measured = _measured(str(recipe.student.config), teacher)
-    return estimate(placed(recipe, subject, cluster), subject, measured, cluster, Assumed())
+    return estimate(place(recipe, inputs, cluster), cluster, MfuAssumption())
 
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "": 1.0}

@@ -1,6 +1,6 @@
-"""What a run writes: checkpoints, and targets that it stores. Arithmetic alone, by the formats of `train` and `data`.
+"""Bytes that a run writes: checkpoints, and the targets that it stores, by the formats of `train` and `data`.
 
-Legend: S tokens of a sequence, M draws of a token, K ids kept of one.
+Legend: S tokens of a sequence.
 """
 
 import json
@@ -12,9 +12,9 @@ from megadistill.config import TargetsSection
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
-"""What a checkpoint has of each parameter, in float32."""
+"""States of each parameter in a checkpoint, in float32."""
 RNG_BYTES = 5056
-"""Of torch's generator on a CPU."""
+"""Bytes of the state of torch's generator on a CPU."""
 TAR_BLOCK = 512
 NPY_HEADER = 128
 
@@ -23,24 +23,26 @@ DISTINCT_OF_50 = 12
 
 
 def checkpoint_bytes(run: Sharding) -> int:
-    """All ranks' files of one checkpoint, to the byte where the ranks divide every parameter; else some bytes more, as
-    the last pieces are counted whole. Its manifest is not counted: the recipe, a line for each file and parameter."""
-    states = len(STATES) * FLOAT32 * sum(run.sizes)
-    pieces = tuple(-(-size // run.ranks) for size in run.sizes)
+    """Bytes of all ranks' files of one checkpoint, without its manifest.
+
+    Exact where the ranks divide every parameter; else some bytes too many, as the last pieces are counted whole.
+    """
+    states = len(STATES) * FLOAT32 * sum(run.param_sizes)
+    pieces = tuple(-(-size // run.ranks) for size in run.param_sizes)
     return states + run.ranks * (_header_bytes(tuple(run.student.shapes), pieces) + RNG_BYTES + FLOAT32)
 
 
 @lru_cache(maxsize=256)
 def _header_bytes(names: tuple[str, ...], pieces: tuple[int, ...]) -> int:
-    """Of a rank's safetensors file: eight bytes, and its JSON filled up to a multiple of eight. Wide numbers come
-    first."""
-    held = {"optimizer_step": 1}
+    """Bytes of the header of a rank's safetensors file: its length in eight bytes, and JSON padded to a multiple of
+    eight. Tensors of wide numbers come first."""
+    sizes = {"optimizer_step": 1}
     for name, piece in zip(names, pieces, strict=True):
-        held |= {f"{kind}/{name}": piece for kind in STATES}
+        sizes |= {f"{state}/{name}": piece for state in STATES}
     header, offset = {}, 0
-    for name in sorted(held):
-        offsets = [offset, offset + FLOAT32 * held[name]]
-        header[name] = {"dtype": "F32", "shape": [held[name]], "data_offsets": offsets}
+    for name in sorted(sizes):
+        offsets = [offset, offset + FLOAT32 * sizes[name]]
+        header[name] = {"dtype": "F32", "shape": [sizes[name]], "data_offsets": offsets}
         offset = offsets[1]
     header["rng"] = {"dtype": "U8", "shape": [RNG_BYTES], "data_offsets": [offset, offset + RNG_BYTES]}
     length = len(json.dumps(header, separators=(",", ":")))
@@ -49,41 +51,40 @@ def _header_bytes(names: tuple[str, ...], pieces: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class TargetBytes:
-    """Bytes a token of stored targets, with the tars that hold them."""
+    """Bytes of a token's stored targets, with its share of the tars around them."""
 
     expected: float
-    """For draws, with as many different ids as were counted for language models; for `threshold` and `top_p`, whose
-    number depends on the teacher, the most."""
+    """For draws, with the number of different ids that was counted for language models; for `threshold` and `top_p`,
+    whose number of ids depends on the teacher, the maximum."""
     most: float
 
 
 def target_bytes(targets: TargetsSection, *, vocab_size: int, sequence_length: int) -> TargetBytes:
-    """Of `loss.targets`, whether the run stores them or not."""
-    most = _most_kept(targets, vocab_size)
+    """Bytes of a token's targets by `loss.targets`, whether the run stores them or not."""
+    most = _max_ids(targets, vocab_size)
     expected = float(most)
     if targets.draws is not None:
-        # Heaps' law through one id of one draw and the number that was counted.
+        # Heaps' law through one id of one draw and the published number for 50.
         expected = min(most, targets.draws ** (math.log(DISTINCT_OF_50) / math.log(50)))
     return TargetBytes(
-        bytes_with(targets, expected, vocab_size=vocab_size, sequence_length=sequence_length),
-        bytes_with(targets, most, vocab_size=vocab_size, sequence_length=sequence_length),
+        *(bytes_with(targets, ids, vocab_size=vocab_size, sequence_length=sequence_length) for ids in (expected, most))
     )
 
 
-def bytes_with(targets: TargetsSection, kept: float, *, vocab_size: int, sequence_length: int) -> float:
-    """Bytes a token where a token keeps `kept` ids on average: the members of `data.target_rows` in a tar."""
-    S, most = sequence_length, _most_kept(targets, vocab_size)
-    number = _bytes_of(vocab_size * (targets.draws or 1) - 1)
-    members = [S * _power_of_two(_bytes_of(most)), S * kept * number]
+def bytes_with(targets: TargetsSection, ids: float, *, vocab_size: int, sequence_length: int) -> float:
+    """Bytes of a token that has `ids` ids on average: the members of `data.targets.target_codec` in a tar."""
+    S = sequence_length
+    count_bytes = 1 << (_bytes_of(_max_ids(targets, vocab_size)) - 1).bit_length()  # one of numpy's integers
+    members = [S * count_bytes, S * ids * _bytes_of(vocab_size * (targets.draws or 1) - 1)]
     if targets.draws is None:
-        members.append(S * kept * FLOAT32)
+        members.append(S * ids * FLOAT32)
         if targets.tail != "renormalised":
             members.append(S * FLOAT32)
     return sum(TAR_BLOCK * (1 + math.ceil((NPY_HEADER + member) / TAR_BLOCK)) for member in members) / S
 
 
-def _most_kept(targets: TargetsSection, vocab_size: int) -> int:
-    """As `data.targets.TargetKey.most_kept`."""
+def _max_ids(targets: TargetsSection, vocab_size: int) -> int:
+    """Most ids of a token, as in the manifest of stored targets."""
     if targets.epsilon is not None:
         return min(math.floor(1 / targets.epsilon) + 1, vocab_size)
     return min(next(n for n in (targets.draws, targets.k, targets.max_ids) if n is not None), vocab_size)
@@ -93,11 +94,6 @@ def _bytes_of(largest: int) -> int:
     return max(1, -(-largest.bit_length() // 8))
 
 
-def _power_of_two(width: int) -> int:
-    """Of numpy's integers."""
-    return 1 << (width - 1).bit_length()
-
-
 def signal_bytes(*, vocab_size: int, width: int) -> dict[str, int]:
-    """Bytes a token of what a teacher could send in bfloat16: all of its logits, or its last hidden states."""
+    """Bytes of a teacher's output for a token in bfloat16: all of its logits, or its last hidden states."""
     return {"logits": 2 * vocab_size, "hidden states": 2 * width}

@@ -1,10 +1,10 @@
-"""What a rank's memory holds, by what holds it, in each phase of a step. Arithmetic alone.
+"""A rank's memory in each phase of a step, by the tensors that hold it.
 
-Counted are the tensors that live at a time. An allocator that cannot use all of what it has, the kernels' own working
-space, the CUDA context and NCCL's buffers come on top: leave a margin. Sums are those of a later micro-step of a later
-step, when DeepSpeed knows the order of modules.
+Counted are the tensors that live at a time, in a later micro-step of a later step, when DeepSpeed knows the order of
+modules. Fragmentation of the allocator, workspaces of the kernels, the CUDA context and NCCL's buffers come on top:
+leave a margin.
 
-Legend: as in `plan.assignment`.
+Legend: as in `plan.counts.sharding`.
 """
 
 from megadistill.loss.softmax import BLOCK_ELEMENTS
@@ -13,30 +13,30 @@ from megadistill.plan.counts.disk_usage import STATES
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 from megadistill.precision import torch_dtype
 from megadistill.teacher.codec import ActivationCodec
-from megadistill.teacher.disaggregated import RECEIVES
+from megadistill.teacher.disaggregated import POSTED_RECEIVES
 
 Lines = dict[str, int]
-"""Bytes, by what holds them."""
+"""Bytes, by the tensors that hold them."""
 
 BLOCKS_OF_ONE, BLOCKS_OF_TWO = 4, 8
-"""Copies of a block of logits that the loss's eager arithmetic holds at a time, of the student alone and of both."""
+"""Copies of a block of logits in the loss's eager arithmetic, for the student alone and for both models."""
 
 TARGET_BLOCK = ACCELERATOR_BLOCK_ELEMENTS
 TARGET_BLOCKS = 6
-"""Copies of a block of the teacher's logits, in float64, that making truncated targets holds at a time."""
+"""Copies of a block of the teacher's logits, in float64, while truncated targets are made."""
 
 STATISTICS = 6
-"""Numbers that a slice tells of a token and model in the loss (`loss.softmax`)."""
+"""Numbers that a vocab slice sends of each token and model in the loss (`loss.softmax`)."""
 
 
 def student_memory(run: Sharding) -> dict[str, Lines]:
-    """Of a student's rank on its device: phase -> bytes by what holds them. The largest sum is what it needs.
+    """Bytes on the device of a student's rank: phase -> tensors -> bytes. The largest phase decides what it needs.
 
-    teacher: a colocated stage works, the student rests; forward: the student's last layer works; targets: truncated
-    ones are made; loss: the first chunks' logits are there; backward: the layer that takes most goes back; embedding:
-    the first one goes back, whose gradient is as large as the vocabulary; step: the optimizer moves.
+    teacher: a colocated stage computes; forward: the student's last layer computes; targets: truncated targets are
+    made; loss: the first chunks' logits are in memory; backward: the backward pass of the largest layer; embedding: the
+    backward pass of the embedding, whose gradient is as large as the vocabulary; step: the optimizer's step.
     """
-    always = _states(run) | _heads(run) | _teacher_at_rest(run)
+    always = _states(run) | _heads(run) | _idle_teacher(run)
     phases = {
         "forward": always | _activations(run) | _last_norm(run) | _forward(run),
         "loss": always | _activations(run) | _last_norm(run) | _loss(run),
@@ -45,195 +45,172 @@ def student_memory(run: Sharding) -> dict[str, Lines]:
         "step": always | _step(run),
     }
     if run.teacher is not None and run.roles is None:
-        phases["teacher"] = always | _teacher_at_work(run)
+        # A stage makes one packet for each rank of its group, and concatenates them.
+        packets = {"packets of a round": (1 + run.stages) * _packet(run)}
+        phases["teacher"] = always | _running_teacher(run) | packets
     if run.teacher is not None and run.recipe.loss.targets is not None:
         phases["targets"] = always | _activations(run) | _last_norm(run) | _targets(run)
-    return {phase: {what: size for what, size in lines.items() if size} for phase, lines in phases.items()}
+    return {phase: {name: size for name, size in lines.items() if size} for phase, lines in phases.items()}
 
 
 def teacher_memory(run: Sharding) -> Lines:
-    """Of the teacher's own rank that holds most; nothing where it has none."""
+    """Bytes on the device of the teacher's largest rank; empty where it has no ranks of its own."""
     if run.roles is None or run.teacher is None:
         return {}
     clients = run.roles.students // run.roles.replicas
-    assert run.recipe.teacher is not None
     requests = clients * 8 * (1 + run.sequences + run.tokens) * (2 if run.recipe.data.document_mask else 1)
-    return {
-        "teacher stage": _stage(run),
-        "teacher layer at work": _working(run),
-        "packets on their way": (RECEIVES + 2 + run.recipe.teacher.queue * clients) * _packet(run) + requests,
-    }
+    in_flight = (POSTED_RECEIVES + 2 + run.teacher_section.queue * clients) * _packet(run)
+    return {"teacher stage": _stage(run), **_running_teacher(run), "packets in flight": in_flight + requests}
 
 
 def host_memory(run: Sharding) -> Lines:
-    """Of a student's rank, on its host."""
-    lines = {"checkpoint on its way to the disk": len(STATES) * FLOAT32 * run.pieces(run.ranks)}
-    zero, each = run.zero, run.pieces(run.ranks)
+    """Bytes on the host of a student's rank."""
+    lines = {"checkpoint being written": len(STATES) * FLOAT32 * run.partition_size}
     offloaded = 0
-    if zero.offload_param == "cpu":
-        offloaded += run.element * each
-    if zero.offload_optimizer == "cpu":
-        offloaded += (len(STATES) + 2) * FLOAT32 * each  # the gradient twice: as it is summed, and as AdamW reads it
+    if run.zero.offload_param == "cpu":
+        offloaded += run.itemsize * run.partition_size
+    if run.zero.offload_optimizer == "cpu":  # the gradient twice: the accumulated one, and the optimizer's copy
+        offloaded += (len(STATES) + 2) * FLOAT32 * run.partition_size
     if offloaded:
         lines["offloaded ZeRO-3 states"] = offloaded
     return lines
 
 
 def _states(run: Sharding) -> Lines:
-    """What ZeRO-3 holds from the build on."""
-    zero, each = run.zero, run.pieces(run.ranks)
-    weights = run.element * each
-    trained = (1 + len(STATES)) * FLOAT32 * each  # and the gradient; the master copy is one in float32, too
+    """ZeRO-3's states, allocated when the engine is built."""
+    zero = run.zero
+    weights = run.itemsize * run.partition_size
+    trained = (1 + len(STATES)) * FLOAT32 * run.partition_size  # the gradient, and the states with the master copy
     lines = {
         "ZeRO-3 states": (weights if zero.offload_param == "none" else 0)
         + (trained if zero.offload_optimizer == "none" else 0),
-        "parameters that stay gathered": run.element * run.persistent if run.ranks > 1 else 0,
-        "reduce bucket": _wire_element(run) * zero.reduce_bucket_size if zero.contiguous_gradients else 0,
+        "persistent parameters": run.itemsize * run.persistent if run.ranks > 1 else 0,
+        "reduce bucket": run.reduce_itemsize * zero.reduce_bucket_size if zero.contiguous_gradients else 0,
     }
     if zero.zero_hpz_partition_size > 1:
-        lines["second partition in the node (hpZ)"] = run.element * run.reduced // zero.zero_hpz_partition_size
+        lines["second partition in the node (hpZ)"] = run.itemsize * run.reduced // zero.zero_hpz_partition_size
     return lines
 
 
 def _heads(run: Sharding) -> Lines:
-    """The rows of both heads on which the loss computes, and the gradient of the student's over the window."""
+    """The vocab slice of both heads, and the gradient of the student's over the accumulation window."""
     student = run.rows * run.student.width
     copied = run.group_size < run.ranks or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
-    lines = {"head rows": run.element * student if copied else 0, "head gradient": FLOAT32 * student}
+    lines = {"head rows": run.itemsize * student if copied else 0, "head gradient": FLOAT32 * student}
     if run.teacher is not None:
-        lines["teacher head rows"] = run.element * run.rows * run.teacher.width
+        lines["teacher head rows"] = run.itemsize * run.rows * run.teacher.width
     return lines
 
 
-def _teacher_at_rest(run: Sharding) -> Lines:
-    """What a live teacher holds on a student's rank while the student works."""
+def _idle_teacher(run: Sharding) -> Lines:
+    """A live teacher's tensors on a student's rank while the student computes."""
     if run.teacher is None:
         return {}
     if run.roles is not None:
-        assert run.recipe.teacher is not None
-        return {"teacher hidden states": _packet(run), "teacher's queue": run.recipe.teacher.queue * _answer(run)}
-    in_flight = 2 * run.stages * _packet(run) if run.stages > 1 else 0
+        float8 = run.teacher_section.transfer_dtype == "float8"
+        codec = ActivationCodec(run.teacher.width, torch_dtype(run.recipe.train.precision), float8=float8)
+        queue = run.teacher_section.queue * codec.bytes(run.sequences, run.stats.sequence_length)
+        return {"teacher hidden states": _packet(run), "teacher queue": queue}
     return {
         "teacher stage": _stage(run),
         "teacher hidden states": _packet(run),
-        "teacher hidden states in flight": in_flight,
+        "teacher hidden states in flight": 2 * run.stages * _packet(run) if run.stages > 1 else 0,
     }
 
 
-def _teacher_at_work(run: Sharding) -> Lines:
-    """A stage gives one packet for each rank of its group, and copies them to one piece."""
-    return {"teacher layer at work": _working(run), "packets of a round": (1 + run.stages) * _packet(run)}
+def _running_teacher(run: Sharding) -> Lines:
+    return {"working memory of a teacher layer": run.sequences * run.activations(run.live_teacher).forward}
 
 
 def _activations(run: Sharding) -> Lines:
-    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    shared = {"what layers share": run.sequences * counted.shared}
+    counts = run.activations(run.student)
+    shared = {"shared by all layers": run.sequences * counts.shared}
     if run.recomputes:
-        return {"checkpointed layer inputs": run.sequences * counted.inputs, **shared}
-    return {"activations": run.sequences * counted.kept, **shared}
+        return {"checkpointed layer inputs": run.sequences * counts.layer_inputs, **shared}
+    return {"activations": run.sequences * counts.saved, **shared}
 
 
 def _last_norm(run: Sharding) -> Lines:
-    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    return {"last norm": run.sequences * counted.norm}
+    return {"last norm": run.sequences * run.activations(run.student).norm}
 
 
 def _forward(run: Sharding) -> Lines:
-    """The last layer works. What is fetched ahead arrives in one piece, which each parameter is copied from."""
-    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
+    """The last layer computes. Prefetched layers arrive in one buffer, from which each parameter is copied."""
+    forward = run.sequences * run.activations(run.student).forward
     return {
-        "gathered layers": run.element * max(run.gathered.peak_forward, run.live_at_loss),
-        "layers fetched ahead, copied": run.element * min(run.zero.stage3_prefetch_bucket_size, run.gathered.forward),
-        "layer at work": run.sequences * counted.forward if run.recomputes else 0,
+        "gathered layers": run.itemsize * max(run.gathered.peak_forward, run.live_at_loss),
+        **_prefetched(run, run.gathered.forward),
+        "working memory of a layer": forward if run.recomputes else 0,
     }
 
 
+def _prefetched(run: Sharding, most: int) -> Lines:
+    return {"prefetched layers, copied": run.itemsize * min(run.zero.stage3_prefetch_bucket_size, most)}
+
+
 def _loss(run: Sharding) -> Lines:
-    """`loss.passes.evaluate`, while its first chunks are there."""
-    n, flying = run.group_size * run.chunk, run.in_flight
+    """The loss (`loss.passes.evaluate`) with its first chunks in memory."""
+    n, in_flight = run.group_size * run.chunk, run.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
-    recompute = FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0
     compiled = run.recipe.loss.elementwise == "compiled"
     blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
-    slope = run.element * n * run.unpadded_rows if run.element != FLOAT32 else 0
+    dlogits = run.itemsize * n * run.unpadded_rows if run.itemsize != FLOAT32 else 0
     return {
-        "gathered layers": run.element * run.live_at_loss,
-        "logit chunk": flying * run.heads * FLOAT32 * n * run.unpadded_rows + slope,
-        "head gradient of the micro-batch": recompute,
+        "gathered layers": run.itemsize * run.live_at_loss,
+        "logit chunk": in_flight * run.heads * FLOAT32 * n * run.unpadded_rows + dlogits,
+        "head gradient of the micro-batch": FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0,
         "hidden states of a chunk": (
-            (flying * run.element * n * widths if run.group_size > 1 else run.element * n * widths)
-            + FLOAT32 * n * run.student.width
+            (in_flight if run.group_size > 1 else 1) * run.itemsize * n * widths + FLOAT32 * n * run.student.width
         ),
         "arithmetic on a block of logits": 0 if compiled else blocks * FLOAT32 * BLOCK_ELEMENTS,
-        "gradient of the hidden states": run.element * run.tokens * run.student.width,
+        "gradient of the hidden states": run.itemsize * run.tokens * run.student.width,
     }
 
 
 def _targets(run: Sharding) -> Lines:
-    """`loss.targets`, for a run whose teacher is live."""
-    assert run.teacher is not None
+    """Truncated targets of a live teacher (`loss.sparse.targets`)."""
     logits = min(run.recipe.loss.logit_memory_mb << 20, FLOAT32 * run.group_size * run.tokens * run.unpadded_rows)
     return {
-        "gathered layers": run.element * run.live_at_loss,
+        "gathered layers": run.itemsize * run.live_at_loss,
         "logit chunk": logits,
         "arithmetic on a block of logits": TARGET_BLOCKS * 8 * min(TARGET_BLOCK, logits // FLOAT32),
     }
 
 
 def _backward(run: Sharding) -> Lines:
-    counted = run.student.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    working = counted.recompute if run.recomputes else counted.backward
+    counts = run.activations(run.student)
+    working = counts.recompute if run.recomputes else counts.backward
     return {
-        "gathered layers": run.element * run.live_in_backward,
-        "layers fetched ahead, copied": run.element * min(run.zero.stage3_prefetch_bucket_size, run.gathered.backward),
-        "layer at work": working.of(run.sequences),
-        "gradients on their way": _wire_element(run) * min(run.zero.reduce_bucket_size, run.reduced),
+        "gathered layers": run.itemsize * run.live_in_backward,
+        **_prefetched(run, run.gathered.backward),
+        "working memory of a layer": working.bytes(run.sequences),
+        "gradients being reduced": run.reduce_itemsize * min(run.zero.reduce_bucket_size, run.reduced),
     }
 
 
 def _embedding(run: Sharding) -> Lines:
-    """Its gradient is made whole; a bucket that it does not fit into is reduced first."""
+    """The embedding's gradient, unpartitioned; a bucket that it does not fit into is reduced first."""
     lines = {
-        "gathered layers": run.element * run.gathered.at_end,
-        "embedding gradient": run.element * run.embedding,
+        "gathered layers": run.itemsize * run.gathered.at_end,
+        "embedding gradient": run.itemsize * run.embedding_size,
     }
-    if _wire_element(run) != run.element:
-        lines["gradients on their way"] = _wire_element(run) * run.embedding
+    if run.reduce_itemsize != run.itemsize:
+        lines["gradients being reduced"] = run.reduce_itemsize * run.embedding_size
     return lines
 
 
 def _step(run: Sharding) -> Lines:
-    """AdamW reads a copy of the gradients of a sub-group."""
+    """The optimizer reads a copy of the gradients of a sub-group."""
     if run.zero.offload_optimizer != "none":
         return {}
-    return {"gradients that AdamW reads": FLOAT32 * min(run.pieces(run.ranks), run.zero.sub_group_size)}
+    return {"gradients that the optimizer reads": FLOAT32 * min(run.partition_size, run.zero.sub_group_size)}
 
 
 def _stage(run: Sharding) -> int:
-    assert run.teacher is not None
-    return run.element * max(run.teacher.stage_parameters(run.stages))
-
-
-def _working(run: Sharding) -> int:
-    assert run.teacher is not None
-    counted = run.teacher.activations(run.recipe.train.precision, masked=run.recipe.data.document_mask)
-    return run.sequences * counted.forward
+    """Bytes of the teacher's largest stage."""
+    return run.itemsize * max(run.live_teacher.stage_parameters(run.stages))
 
 
 def _packet(run: Sharding) -> int:
-    assert run.teacher is not None
-    return run.element * run.tokens * run.teacher.width + 8 * run.sequences
-
-
-def _answer(run: Sharding) -> int:
-    assert run.teacher is not None
-    assert run.recipe.teacher is not None
-    wire = ActivationCodec(
-        run.teacher.width, torch_dtype(run.recipe.train.precision), float8=run.recipe.teacher.transfer_dtype == "float8"
-    )
-    return wire.bytes(run.sequences, run.student.sequence_length)
-
-
-def _wire_element(run: Sharding) -> int:
-    """Bytes of a gradient's number as it travels: the weights' precision, but where DeepSpeed's file says otherwise."""
-    return run.zero.reduce_element_bytes or run.element
+    """Bytes of a micro-batch's teacher hidden states, with its slots."""
+    return run.itemsize * run.tokens * run.live_teacher.width + 8 * run.sequences

@@ -1,18 +1,16 @@
-"""What is counted of the real models, once: parameters on meta, activations on fake tensors. It knows no recipe.
+"""Parameters, FLOPs and activations of a recipe's models, counted once: on meta and on fake tensors.
 
 Legend: V vocabulary, D width, S tokens of a sequence.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
-
-from megadistill.errors import UserError
-from megadistill.models.families import EMBEDDING, HEAD, parameter_shapes
+from megadistill.models.families import HEAD, parameter_shapes
 from megadistill.models.flops import (
     LAYERS,
     Flops,
@@ -29,20 +27,20 @@ from megadistill.precision import Precision, torch_dtype
 
 @dataclass(frozen=True, eq=False)
 class ModelStats:
-    """A model, without its weights. Nothing here depends on ranks."""
+    """A model without its weights. Nothing here depends on ranks."""
 
     config: Any
+    """Hugging Face config."""
     sequence_length: int
     parameters: ParameterCounts
     forward: Flops
-    """Of one token."""
+    """FLOPs of one token's forward pass."""
     shapes: dict[str, tuple[int, ...]]
-    """Of each parameter, by its name; a tied head has none of its own. The vocabulary is the config's."""
+    """Shape of each parameter by its name, with the config's vocabulary; a tied head has none of its own."""
     layer_parameters: tuple[int, ...]
     layer_costs: tuple[int, ...]
-    """Active parameters of each layer: what stages are cut by."""
+    """Active parameters of each layer: stages are cut by them."""
     _activations: dict[tuple[str, bool], Activations] = field(default_factory=dict, repr=False)
-    _stages: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -57,7 +55,7 @@ class ModelStats:
         return HEAD not in self.shapes
 
     def activations(self, precision: Precision, *, masked: bool) -> Activations:
-        """Of one sequence; `masked`: documents are read by themselves. Counted when first asked for."""
+        """Activations of one sequence, counted at first use. `masked`: documents do not attend to each other."""
         key = (precision, masked)
         if key not in self._activations:
             dtype = torch_dtype(precision)
@@ -66,9 +64,9 @@ class ModelStats:
 
     @cached_property
     def modules(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Sizes of the parameters of each module of the decoder, in three levels: part, module, parameter.
+        """Sizes of the decoder's parameters, in three levels: part, module, parameter.
 
-        Parts are the embedding, each layer and the last norm, in the order of the forward pass; the head is none.
+        Parts are the embedding, each layer and the last norm, in the order of the forward pass; the head is left out.
         """
         parts: dict[str, dict[str, list[int]]] = {}
         for name, shape in self.shapes.items():
@@ -76,37 +74,32 @@ class ModelStats:
                 continue
             module, _, _ = name.rpartition(".")
             part = LAYERS + name.removeprefix(LAYERS).split(".")[0] if name.startswith(LAYERS) else module
-            parts.setdefault(part, {}).setdefault(module, []).append(torch.Size(shape).numel())
+            parts.setdefault(part, {}).setdefault(module, []).append(math.prod(shape))
         return tuple(tuple(tuple(sizes) for sizes in modules.values()) for modules in parts.values())
 
     def stage_sizes(self, stages: int) -> tuple[int, ...]:
-        """Layers of each stage of a frozen pipeline, as `model.split.stage_layers` cuts them.
+        """Layers of each stage of a frozen pipeline, as `models.partition.stage_layers` cuts them.
 
         Raises:
             UserError: fewer than one stage, or more than layers.
         """
-        if not 1 <= stages <= self.layers:
-            raise UserError(f"a model of {self.layers} layers cannot be cut into {stages} stages: 1 to {self.layers}")
-        if stages not in self._stages:
-            self._stages[stages] = tuple(balanced_sizes(self.layer_costs, stages))
-        return self._stages[stages]
+        return balanced_sizes(self.layer_costs, stages)
 
     def stage_costs(self, stages: int) -> tuple[int, ...]:
         """Active parameters of each stage's layers."""
-        return _summed(self.layer_costs, self.stage_sizes(stages))
+        return _sums(self.layer_costs, self.stage_sizes(stages))
 
     def stage_parameters(self, stages: int) -> tuple[int, ...]:
-        """What each stage holds: its layers, the first one the embedding, too, and the last one the last norm."""
-        held = list(_summed(self.layer_parameters, self.stage_sizes(stages)))
-        held[0] += self.parameters.embedding
-        held[-1] += self.parameters.body - sum(self.layer_parameters)
-        return tuple(held)
+        """Parameters of each stage: its layers, with the embedding on the first one and the last norm on the last."""
+        totals = list(_sums(self.layer_parameters, self.stage_sizes(stages)))
+        totals[0] += self.parameters.embedding
+        totals[-1] += self.parameters.body - sum(self.layer_parameters)
+        return tuple(totals)
 
 
-def _summed(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sums of consecutive parts."""
-    ends = [0, *accumulate(sizes)]
-    return tuple(sum(values[start:stop]) for start, stop in pairwise(ends))
+def _sums(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sums of consecutive parts of the given sizes."""
+    return tuple(sum(values[start:stop]) for start, stop in pairwise(accumulate(sizes, initial=0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +108,11 @@ class RecipeStats:
 
     student: ModelStats
     teacher: ModelStats | None
-    """None where no teacher is in memory."""
+    """None where no teacher is in memory: a run from labels, or from stored targets."""
+
+    @property
+    def sequence_length(self) -> int:
+        return self.student.sequence_length
 
 
 def measure_models(student: Any, teacher: Any | None, *, sequence_length: int) -> RecipeStats:
@@ -123,20 +120,16 @@ def measure_models(student: Any, teacher: Any | None, *, sequence_length: int) -
 
     Takes about a second for each model; no weights are allocated.
     """
-    return RecipeStats(
-        measure_model(student, sequence_length), None if teacher is None else measure_model(teacher, sequence_length)
-    )
+    return RecipeStats(_stats(student, sequence_length), None if teacher is None else _stats(teacher, sequence_length))
 
 
-def measure_model(config: Any, sequence_length: int) -> ModelStats:
-    shapes = parameter_shapes(config)
-    assert EMBEDDING in shapes
+def _stats(config: Any, sequence_length: int) -> ModelStats:
     return ModelStats(
         config=config,
         sequence_length=sequence_length,
         parameters=parameter_counts(config),
         forward=flops_per_token(config, sequence_length),
-        shapes={name: tuple(shape) for name, shape in shapes.items()},
+        shapes={name: tuple(shape) for name, shape in parameter_shapes(config).items()},
         layer_parameters=tuple(layer_parameters(config)),
         layer_costs=tuple(layer_costs(config)),
     )

@@ -1,4 +1,4 @@
-"""Where a recipe's work lies: the numbers that memory and traffic are both counted from. Arithmetic alone.
+"""A recipe's models and batch on ranks: the numbers that memory and traffic are counted from.
 
 Legend: V padded vocabulary, D and E widths of student and teacher, G the student's ranks, p ranks of a vocab group (and
 stages of a colocated teacher), v = V/p rows of a slice, N tokens of a rank's micro-batch, S of a sequence; n tokens of
@@ -9,15 +9,17 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megadistill.config import Recipe
+from megadistill.config import Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD
+from megadistill.plan.counts.activations import Activations
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
 from megadistill.precision import torch_dtype
 
 FLOAT32 = 4
+"""Bytes of a float32."""
 
 
 @dataclass(frozen=True)
@@ -29,107 +31,122 @@ class Sharding:
     """
 
     recipe: Recipe
-    measured: RecipeStats
+    stats: RecipeStats
     vocab_size: int
+    """Ids of the data's vocabulary."""
     ranks: int
-    """G"""
+    """G: the student's ranks."""
     ranks_per_node: int
     group_size: int
-    """p"""
-    roles: Roles | None
-    zero: Zero
+    """p: ranks of a vocab group."""
+    roles: Roles | None = None
+    """Ranks of student and teacher, for a teacher on ranks of its own."""
+    zero: Zero = Zero()
 
     def __post_init__(self) -> None:
         self.recipe.accumulation(self.ranks)
-        block_cyclic_ranges(self.padded, self.ranks, self.group_size, rank=0)
+        block_cyclic_ranges(self.padded_vocab, self.ranks, self.group_size, rank=0)
 
     @property
     def student(self) -> ModelStats:
-        return self.measured.student
+        return self.stats.student
 
     @property
     def teacher(self) -> ModelStats | None:
-        return self.measured.teacher
+        return self.stats.teacher
+
+    @property
+    def live_teacher(self) -> ModelStats:
+        """The teacher of a run that has one."""
+        assert self.stats.teacher is not None
+        return self.stats.teacher
+
+    @property
+    def teacher_section(self) -> TeacherSection:
+        """The recipe's section of a live teacher."""
+        assert self.recipe.teacher is not None
+        return self.recipe.teacher
 
     @cached_property
     def accumulation(self) -> int:
+        """Micro-steps of an optimizer step."""
         return self.recipe.accumulation(self.ranks)
 
     @property
     def sequences(self) -> int:
-        """B: of a rank's micro-batch."""
+        """B: sequences of a rank's micro-batch."""
         return self.recipe.train.micro_batch
 
     @cached_property
     def tokens(self) -> int:
-        """N"""
-        return self.sequences * self.student.sequence_length
+        """N: tokens of a rank's micro-batch."""
+        return self.sequences * self.stats.sequence_length
 
     @cached_property
-    def element(self) -> int:
+    def itemsize(self) -> int:
         """Bytes of a number in the run's precision."""
         return torch_dtype(self.recipe.train.precision).itemsize
 
     @cached_property
-    def padded(self) -> int:
-        """V"""
+    def padded_vocab(self) -> int:
+        """V: rows of the padded vocabulary."""
         return padded_vocabulary(self.vocab_size, self.recipe.student.vocab_multiple)
 
     @cached_property
     def rows(self) -> int:
-        """v"""
-        return self.padded // self.group_size
+        """v: rows of a vocab slice."""
+        return self.padded_vocab // self.group_size
 
     @cached_property
     def unpadded_rows(self) -> int:
-        """Of the rank that has most: those that are not padding."""
-        ranges = block_cyclic_ranges(self.padded, self.ranks, self.group_size, rank=0)
+        """Rows without padding, on the rank that has most of them."""
+        ranges = block_cyclic_ranges(self.padded_vocab, self.ranks, self.group_size, rank=0)
         return sum(max(0, min(stop, self.vocab_size) - start) for start, stop in ranges)
 
     @property
     def stages(self) -> int:
+        """Stages of a live teacher's pipeline."""
         return self.group_size if self.roles is None else self.roles.stages
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Of the student's parameters, the vocabulary padded."""
+    def param_sizes(self) -> list[int]:
+        """Sizes of the student's parameters, with the padded vocabulary."""
         tables = (EMBEDDING, HEAD)
         return [
-            self.padded * shape[1] if name in tables else math.prod(shape)
+            self.padded_vocab * shape[1] if name in tables else math.prod(shape)
             for name, shape in self.student.shapes.items()
         ]
 
-    def pieces(self, ranks: int) -> int:
-        """Parameters that a rank holds when each one is cut into as many equal pieces."""
-        return sum(-(-size // ranks) for size in self.sizes)
+    @cached_property
+    def partition_size(self) -> int:
+        """Parameters of a ZeRO-3 partition: each parameter is cut into G equal pieces."""
+        return sum(-(-size // self.ranks) for size in self.param_sizes)
 
     @cached_property
     def persistent(self) -> int:
-        """Parameters too small for ZeRO-3 to gather anew: every rank holds them whole."""
-        return sum(size for size in self.sizes if size <= self.zero.stage3_param_persistence_threshold)
+        """Parameters below DeepSpeed's persistence threshold, which every rank holds whole."""
+        return sum(size for size in self.param_sizes if size <= self.zero.stage3_param_persistence_threshold)
 
     @cached_property
-    def embedding(self) -> int:
-        """Parameters, the vocabulary padded."""
-        return self.padded * self.student.width
+    def embedding_size(self) -> int:
+        """Parameters of the embedding, with the padded vocabulary."""
+        return self.padded_vocab * self.student.width
 
     @cached_property
     def gathered(self) -> GatheredParams:
-        """What a micro-step gathers of the student: no head, which the loss computes where it lies."""
+        """Parameters that a micro-step gathers of the student, without the head, which is never gathered."""
         if self.ranks == 1:
             return GatheredParams(0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
-        bound = self.zero.stage3_param_persistence_threshold
-        modules = ((self.embedding,), *(tuple(_moving(module, bound) for module in part) for part in others))
+        modules = ((self.embedding_size,), *(tuple(map(self._partitioned, part)) for part in others))
         return count_gathered(modules, self.zero, recompute=self.recomputes)
 
     @cached_property
     def live_at_loss(self) -> int:
-        """GatheredParams parameters that live when the forward pass ends.
+        """Gathered parameters in memory at the end of the forward pass.
 
-        Where nothing is computed recompute, every matrix of the layers: torch keeps the transposed view that it has
-        multiplied with, and so what ZeRO-3 has gathered, until it has gone back through it, though ZeRO-3 lets it go
-        and gathers it recompute.
+        Without recomputation these are all matrices of the layers: autograd keeps the transposed view that was
+        multiplied, and with it the gathered storage, until its backward pass, although ZeRO-3 releases the parameter.
         """
         if self.recomputes:
             return self.gathered.at_loss
@@ -137,29 +154,39 @@ class Sharding:
 
     @cached_property
     def live_in_backward(self) -> int:
-        if not self.recomputes:
-            return self.live_at_loss
-        return max(self.gathered.peak_backward, max(self.layer_matrices))
+        """Most gathered parameters in memory in the backward pass."""
+        return max(self.gathered.peak_backward, *self.layer_matrices) if self.recomputes else self.live_at_loss
 
     @cached_property
     def layer_matrices(self) -> list[int]:
-        """Parameters of each layer that are gathered each time."""
+        """Partitioned parameters of each layer."""
         if self.ranks == 1:
             return [0]
         _, *layers, _ = self.student.modules
-        return [
-            sum(_moving(module, self.zero.stage3_param_persistence_threshold) for module in part) for part in layers
-        ]
+        return [sum(map(self._partitioned, part)) for part in layers]
+
+    def _partitioned(self, module: tuple[int, ...]) -> int:
+        """Parameters of a module that are gathered at each use."""
+        return sum(size for size in module if size > self.zero.stage3_param_persistence_threshold)
 
     @property
     def recomputes(self) -> bool:
+        """Whether the backward pass recomputes the layers."""
         return self.recipe.student.activation_checkpointing
 
     @cached_property
     def reduced(self) -> int:
         """Parameters whose gradient ZeRO-3 reduces in a micro-step: all but an untied head's."""
-        head = 0 if self.student.tied else self.embedding
-        return sum(self.sizes) - head
+        return sum(self.param_sizes) - (0 if self.student.tied else self.embedding_size)
+
+    @property
+    def reduce_itemsize(self) -> int:
+        """Bytes of a gradient's number when it is reduced: the weights' precision, unless DeepSpeed's file differs."""
+        return self.zero.reduce_element_bytes or self.itemsize
+
+    def activations(self, model: ModelStats) -> Activations:
+        """A model's activations in the run's precision and masking."""
+        return model.activations(self.recipe.train.precision, masked=self.recipe.data.document_mask)
 
     @property
     def heads(self) -> int:
@@ -168,17 +195,12 @@ class Sharding:
 
     @property
     def in_flight(self) -> int:
-        """Chunks of the loss at a time (`loss.problem.Plan`)."""
+        """Chunks of the loss at a time (`loss.inputs`)."""
         return 1 if self.group_size == 1 else 2
 
     @cached_property
     def chunk(self) -> int:
-        """Tokens that each rank gives to a chunk of the loss (`loss.problem.agree`)."""
+        """Tokens that each rank gives to a chunk of the loss (`loss.inputs`)."""
         fit = (self.recipe.loss.logit_memory_mb << 20) // (self.heads * FLOAT32 * max(1, self.unpadded_rows))
         chunks = math.ceil(self.tokens / max(1, fit // (self.group_size * self.in_flight)))
         return math.ceil(self.tokens / chunks)
-
-
-def _moving(module: tuple[int, ...], bound: int) -> int:
-    """Parameters of a module that are gathered each time."""
-    return sum(size for size in module if size > bound)

@@ -13,7 +13,6 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-PRECISION_BYTES = {"bfloat16": 2, "float32": 4}
 COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 

@@ -1,4 +1,4 @@
-"""A plan for machines: plain JSON values, each with its unit in its key. It computes nothing."""
+"""A plan as JSON values, each with its unit in its key."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,39 +9,38 @@ from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expect
 from megadistill.plan.search import Plan
 
 
-def values(found: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
-    """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start so."""
-    kind, shown = found.cluster.accelerator, found.shown
-    precision = found.subject.recipe.train.precision
+def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
+    """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster."""
+    kind, main = plan.cluster.accelerator, plan.main
     return {
         "cluster": {
-            "nodes": found.cluster.nodes,
-            "gpus_per_node": found.cluster.gpus_per_node,
+            "nodes": plan.cluster.nodes,
+            "gpus_per_node": plan.cluster.gpus_per_node,
             "gpu": kind.name,
             "memory_bytes": kind.memory_bytes,
-            "peak_flop_per_second": kind.peak_flops(precision),
+            "peak_flop_per_second": kind.peak_flops(plan.inputs.recipe.train.precision),
             "node_bytes_per_second": kind.node_bandwidth,
             "network_bytes_per_second": kind.network_bandwidth,
         },
-        "assumed": asdict(found.assumed),
+        "assumed": asdict(plan.mfu),
         "price_per_gpu_hour": price,
-        "fits": found.own is not None and found.own.fits,
-        "refused": found.refused,
-        "tokens": shown.needs.tokens if shown else None,
-        "sequence_length_tokens": found.subject.sequence_length,
-        "vocabulary_ids": found.subject.vocab_size,
-        "models": _models(shown) if shown else [],
-        "checkpoint_bytes": shown.needs.checkpoint_bytes if shown else None,
-        "teacher_bytes_per_token": _signals(found, shown) if shown else None,
-        "layouts_asked": found.asked,
-        "own": _layout(found, found.own, price) if found.own else None,
-        "best": [_layout(found, each, price) for each in found.best],
-        "nearest": _layout(found, found.nearest, price) if found.nearest else None,
+        "fits": plan.own is not None and plan.own.fits,
+        "refused": plan.refused,
+        "tokens": main.requirements.tokens if main else None,
+        "sequence_length_tokens": plan.inputs.stats.sequence_length,
+        "vocabulary_ids": plan.inputs.vocab_size,
+        "models": _models(main) if main else [],
+        "checkpoint_bytes": main.requirements.checkpoint_bytes if main else None,
+        "teacher_bytes_per_token": _teacher_outputs(plan, main) if main else None,
+        "layouts_searched": plan.searched,
+        "own": _layout(plan, plan.own, price) if plan.own else None,
+        "best": [_layout(plan, each, price) for each in plan.best],
+        "nearest": _layout(plan, plan.nearest, price) if plan.nearest else None,
         "scaling_law": _law(law) if law else None,
     }
 
 
-def _models(found: Estimate) -> list[dict[str, Any]]:
+def _models(estimate: Estimate) -> list[dict[str, Any]]:
     return [
         {
             "role": model.role,
@@ -49,49 +48,46 @@ def _models(found: Estimate) -> list[dict[str, Any]]:
             "flop_per_token": {**asdict(model.work), "total": model.work.total},
             "forward_flop_per_token": model.forward.forward,
         }
-        for model in found.needs.models
+        for model in estimate.requirements.models
     ]
 
 
-def _signals(found: Plan, shown: Estimate) -> dict[str, float] | None:
-    """What a teacher says of a token, in each form; targets where the recipe makes them."""
-    teacher = found.subject.teacher
+def _teacher_outputs(plan: Plan, estimate: Estimate) -> dict[str, float] | None:
+    """Bytes of the teacher's output for a token, in each form; targets where the recipe makes them."""
+    teacher, targets = plan.inputs.stats.teacher, estimate.requirements.target_bytes
     if teacher is None:
         return None
-    said: dict[str, float] = {
-        name.replace(" ", "_"): size
-        for name, size in signal_bytes(vocab_size=found.subject.vocab_size, width=teacher.hidden_size).items()
-    }
-    targets = shown.needs.target_bytes
-    return said if targets is None else {**said, "targets": targets.expected, "targets_at_most": targets.most}
+    sizes = signal_bytes(vocab_size=plan.inputs.vocab_size, width=teacher.width)
+    outputs: dict[str, float] = {name.replace(" ", "_"): size for name, size in sizes.items()}
+    return outputs if targets is None else {**outputs, "targets": targets.expected, "targets_at_most": targets.most}
 
 
-def _layout(found: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
-    times = each.times
+def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
+    times, run, requirements = each.times, each.sharding, each.requirements
     return {
-        "set": found.settings(each),
-        "placement": "disaggregated" if each.placed.roles else "colocated" if times.stages else None,
+        "set": plan.settings(each),
+        "placement": "disaggregated" if run.roles else "colocated" if times.stages else None,
         **asdict(each.layout),
-        "stages": each.placed.stages if times.stages else 0,
-        "students": each.placed.students,
-        "accumulation": each.placed.accumulation,
+        "stages": run.stages if times.stages else 0,
+        "students": run.ranks,
+        "accumulation": run.accumulation,
         "fits": each.fits,
         "memory_bytes": each.memory,
         "margin_bytes": each.margin,
-        "student_memory_bytes": each.needs.phases,
-        "teacher_memory_bytes": each.needs.teacher_memory,
-        "host_memory_bytes": each.needs.host,
-        "received_bytes_per_token": {name: asdict(link) for name, link in each.needs.traffic.items()},
-        "teacher_received_bytes_per_token": {name: asdict(link) for name, link in each.needs.teacher_traffic.items()},
+        "student_memory_bytes": requirements.phases,
+        "teacher_memory_bytes": requirements.teacher_memory,
+        "host_memory_bytes": requirements.host,
+        "received_bytes_per_token": {name: asdict(link) for name, link in requirements.traffic.items()},
+        "teacher_received_bytes_per_token": {name: asdict(link) for name, link in requirements.teacher_traffic.items()},
         "micro_step_seconds": {
             **{name: value for name, value in asdict(times).items() if isinstance(value, float | tuple)},
             "exposed": times.exposed,
-            "beat": times.beat,
+            "tick": times.tick,
             "together": times.micro_step,
         },
         "step_seconds": times.step,
         "hiding_tokens": each.hiding_tokens,
-        "hiding_tokens_apart": each.hiding_tokens_apart,
+        "hiding_tokens_unshared": each.hiding_tokens_unshared,
         "tokens_per_second": each.tokens_per_second,
         "days": each.days,
         "gpu_hours": each.gpu_hours,

@@ -102,7 +102,7 @@ class _Play:
             _Rank(first + stage, f"teacher stage {stage}", f"node {(first + stage) // ranks_per_node}")
             for stage in range(len(times.stages) if times.replicas else 0)
         ]
-        self._parcels: dict[tuple[int, int], tuple[MessageId, float]] = {}
+        self._packets: dict[tuple[int, int], tuple[MessageId, float]] = {}
         """(stage, number) -> what comes to that stage."""
 
     def play(self) -> None:
@@ -115,17 +115,17 @@ class _Play:
                 self._learn(round_)
 
     def _play_colocated(self) -> None:
-        """In a beat every stage works on one round; then all learn from the one that is answered."""
+        """In a tick every stage works on one round; then all learn from the one that is answered."""
         P, m = len(self._times.stages), self._m
         entering = [(step * m, (step + 1) * m) for step in range(self._steps)] if self._drains else [(0, self._rounds)]
         for first, stop in entering:
-            for beat in range(first, min(stop, self._shown) + P - 1):
+            for tick in range(first, min(stop, self._shown) + P - 1):
                 for stage, rank in enumerate(self.students):
-                    if first <= beat - stage < stop:
-                        self._work(rank, stage, beat - stage)
-                if beat - (P - 1) >= first:
-                    self._answer_all(beat - (P - 1))
-                    self._learn(beat - (P - 1))
+                    if first <= tick - stage < stop:
+                        self._work(rank, stage, tick - stage)
+                if tick - (P - 1) >= first:
+                    self._answer_all(tick - (P - 1))
+                    self._learn(tick - (P - 1))
 
     def _answer_all(self, round_: int) -> None:
         """The last stage hands each rank its own."""
@@ -164,12 +164,12 @@ class _Play:
         """A round through a colocated stage, or one rank's part of it through one that is apart."""
         parts = 1 if self.apart else self._times.clients
         if stage > 0:
-            message, there = self._parcels.pop((stage, number))
-            rank.waits("wait for parcel", there, message=message)
+            message, there = self._packets.pop((stage, number))
+            rank.waits("wait for packet", there, message=message)
         rank.does(COMPUTE, f"teacher stage {stage}", parts * self._times.stages[stage], number=number)
         if stage + 1 < len(self._times.stages):
             after = (self.apart or self.students)[stage + 1].rank
-            self._parcels[stage + 1, number] = rank.sends("parcel", after, parts * self._times.parcel)
+            self._packets[stage + 1, number] = rank.sends("packet", after, parts * self._times.packet)
 
     def _learn(self, round_: int) -> float:
         """A micro-step of the student, together: ZeRO-3 lets no rank go ahead. When it is done."""

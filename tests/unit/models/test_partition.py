@@ -1,6 +1,7 @@
 """Layers to stages: every layer once, in order, balanced by cost, the larger stages at the end."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def test_layers_that_are_alike_are_shared_out_evenly(case: str, stages: int) -> 
 def test_equal_costs_give_sizes_that_differ_by_one_at_most_in_order(sizes: tuple[int, int]) -> None:
     layers, stages = sizes
     smaller, larger = layers // stages, layers % stages
-    assert balanced_sizes([7] * layers, stages) == [smaller] * (stages - larger) + [smaller + 1] * larger
+    assert balanced_sizes((7,) * layers, stages) == (smaller,) * (stages - larger) + (smaller + 1,) * larger
 
 
 @given(
@@ -43,15 +44,15 @@ def test_equal_costs_give_sizes_that_differ_by_one_at_most_in_order(sizes: tuple
 def test_unequal_costs_give_the_best_of_all_cuts(problem: tuple[list[int], int]) -> None:
     costs, stages = problem
 
-    def rank(sizes: list[int]) -> tuple[int, int, list[int]]:
+    def rank(sizes: Sequence[int]) -> tuple[int, int, list[int]]:
         ends = [0, *itertools.accumulate(sizes)]
         parts = [sum(costs[start:stop]) for start, stop in itertools.pairwise(ends)]
-        return max(parts), sum(part**2 for part in parts), sizes
+        return max(parts), sum(part**2 for part in parts), list(sizes)
 
     layers = len(costs)
     cuts = [[0, *inner, layers] for inner in itertools.combinations(range(1, layers), stages - 1)]
     truth = min(rank([stop - start for start, stop in itertools.pairwise(cut)]) for cut in cuts)
-    assert rank(balanced_sizes(costs, stages)) == truth
+    assert rank(balanced_sizes(tuple(costs), stages)) == truth
 
 
 def test_dense_layers_and_layers_of_experts_are_weighed_by_what_a_token_passes_through() -> None:
@@ -67,5 +68,5 @@ def test_dense_layers_and_layers_of_experts_are_weighed_by_what_a_token_passes_t
 
 @pytest.mark.parametrize("stages", [0, -1, 6])
 def test_impossible_cuts_are_refused(stages: int) -> None:
-    with pytest.raises(UserError, match=f"5 layers cannot be cut into {stages} stages: it takes 1 to 5"):
+    with pytest.raises(UserError, match=f"5 layers cannot be cut into {stages} stages: give 1 to 5"):
         stage_layers(_config("llama"), stages)

@@ -1,12 +1,14 @@
-"""Two recipes whose needs the tests know: a tiny one, and Llama-3-8B from a teacher of its size."""
+"""Two recipes whose requirements the tests know: a tiny one, and Llama-3-8B from a teacher of its size."""
 
 from functools import cache
 from typing import Any
 
 from megadistill.config import LossSection, Recipe
 from megadistill.models.families import load_config
-from megadistill.plan.counts.model_stats import Measured, measure
-from megadistill.plan.counts.requirements import Needs, needs
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
+from megadistill.plan.counts.requirements import Requirements, count_requirements
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.zero import Zero
 from tests.unit.models.test_flops import LLAMA3_8B
 
 LLAMA3_8B_TOTAL, LLAMA3_8B_BODY = 8_030_261_248, 6_979_588_096
@@ -37,7 +39,7 @@ def recipe(*, distill: bool, precision: str, global_batch: int, micro_batch: int
                 "global_batch": global_batch,
                 "micro_batch": micro_batch,
                 "precision": precision,
-                "adamw": {"learning_rate": 1e-3},
+                "optimizer": {"learning_rate": 1e-3},
             },
             "teacher": {"path": "teacher"} if distill else None,
         }
@@ -45,9 +47,9 @@ def recipe(*, distill: bool, precision: str, global_batch: int, micro_batch: int
 
 
 @cache
-def measured(*, teacher: bool = False) -> Measured:
+def stats(*, teacher: bool = False) -> RecipeStats:
     model = load_config(TINY, what="test")
-    return measure(model, model if teacher else None, sequence_length=32)
+    return measure_models(model, model if teacher else None, sequence_length=32)
 
 
 def tiny(
@@ -57,24 +59,25 @@ def tiny(
     global_batch: int = 8,
     profile: dict[str, Any] | None = None,
     **student: Any,
-) -> Needs:
+) -> Requirements:
     """A tiny student from labels, in float32."""
     section = {"vocab_multiple": 256, **student}
-    return needs(
+    run = Sharding(
         recipe(distill=False, precision="float32", global_batch=global_batch, micro_batch=2, **section),
-        measured(),
+        stats(),
         vocab_size=250,
         ranks=ranks,
         ranks_per_node=ranks,
         group_size=group_size,
-        profile=profile,
+        zero=Zero.of(profile or {}),
     )
+    return count_requirements(run)
 
 
 @cache
-def _llamas() -> Measured:
+def _llamas() -> RecipeStats:
     llama = load_config(LLAMA3_8B, what="test")
-    return measure(llama, llama, sequence_length=8192)
+    return measure_models(llama, llama, sequence_length=8192)
 
 
 def large(
@@ -84,15 +87,16 @@ def large(
     ranks_per_node: int = 8,
     loss: dict[str, Any] | None = None,
     profile: dict[str, Any] | None = None,
-) -> Needs:
+) -> Requirements:
     """Llama-3-8B, from another of its size, in bfloat16 with activation checkpointing: 8 nodes of 8."""
-    asked = recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
-    return needs(
-        asked.model_copy(update={"loss": LossSection.model_validate(loss or {})}),
+    plain = recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
+    run = Sharding(
+        plain.model_copy(update={"loss": LossSection.model_validate(loss or {})}),
         _llamas(),
         vocab_size=128_256,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         group_size=group_size,
-        profile=profile,
+        zero=Zero.of(profile or {}),
     )
+    return count_requirements(run)

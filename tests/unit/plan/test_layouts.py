@@ -1,4 +1,4 @@
-"""What may be chosen, and that what is proposed is a recipe that starts."""
+"""Layouts of a recipe: each choice, and that each proposal is a recipe that starts."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from megadistill.config import load_recipe
+from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, vocab_group_size
 from megadistill.errors import UserError
-from megadistill.plan.layouts import Layout, divisors, layouts, overrides, placed, recipe_of
-from tests.unit.plan.tiny import TINY, cluster, subject
+from megadistill.plan.layouts import Layout, divisors, layouts, overrides, place, recipe_with_layout
+from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 
 def test_divisors() -> None:
@@ -20,12 +20,12 @@ def test_divisors() -> None:
 
 
 def test_every_layout_that_is_not_refused_starts_as_its_overrides_say() -> None:
-    """Asked again by the run's own arithmetic, from the text of the overrides."""
-    what, where = subject(), cluster(2, 4)
+    """Asked recompute by the run's own arithmetic, from the text of the overrides."""
+    inputs, where = plan_input(), cluster(2, 4)
     started = 0
-    for layout in layouts(what, where):
+    for layout in layouts(inputs, where):
         try:
-            proposed = placed(recipe_of(layout, what.recipe, where), what, where)
+            proposed = place(recipe_with_layout(layout, inputs.recipe, where), inputs, where)
         except UserError:
             continue
         started += 1
@@ -39,59 +39,59 @@ def test_every_layout_that_is_not_refused_starts_as_its_overrides_say() -> None:
         else:
             assert recipe.teacher.placement == "colocated"
             students = 8
-        assert vocab_group_size(recipe.comm.vocab_group, Launch(0, students, 0, 4)) == layout.vocab_group
+        assert vocab_group_size(recipe.distributed.vocab_group, Launch(0, students, 0, 4)) == layout.vocab_group
         assert recipe.accumulation(students) * students * layout.micro_batch == 24
     assert started > 20
 
 
 def test_layouts_keep_a_vocab_group_on_whole_nodes_or_within_one() -> None:
-    groups = {layout.vocab_group for layout in layouts(subject(train={"global_batch": 96}), cluster(8, 4))}
+    groups = {layout.vocab_group for layout in layouts(plan_input(train={"global_batch": 96}), cluster(8, 4))}
     assert groups == {1, 2, 4, 8, 16}, "divisors of a node, and of whole nodes up to four"
 
 
 def test_the_gpus_are_split_by_whole_nodes_where_there_are_several() -> None:
-    splits = {layout.teacher_ranks for layout in layouts(subject(train={"global_batch": 96}), cluster(4, 4))}
+    splits = {layout.teacher_ranks for layout in layouts(plan_input(train={"global_batch": 96}), cluster(4, 4))}
     assert splits == {0, 4, 8, 12}
-    assert {layout.teacher_ranks for layout in layouts(subject(), cluster(1, 4))} == {0, 1, 2, 3}
+    assert {layout.teacher_ranks for layout in layouts(plan_input(), cluster(1, 4))} == {0, 1, 2, 3}
 
 
 def test_no_teacher_no_split() -> None:
-    assert {layout.teacher_ranks for layout in layouts(subject(teacher=None), cluster(1, 4))} == {0}
+    assert {layout.teacher_ranks for layout in layouts(plan_input(teacher=None), cluster(1, 4))} == {0}
 
 
 def test_overrides_give_the_proposal() -> None:
-    what, where = subject(), cluster(1, 4)
+    inputs, where = plan_input(), cluster(1, 4)
     layout = Layout(vocab_group=2, micro_batch=3, activation_checkpointing=True, teacher_ranks=2, stages=2)
-    proposed = recipe_of(layout, what.recipe, where)
-    assert overrides(proposed, what.recipe) == [
+    proposed = recipe_with_layout(layout, inputs.recipe, where)
+    assert overrides(proposed, inputs.recipe) == [
         "student.activation_checkpointing=true",
         "train.micro_batch=3",
-        "comm.vocab_group=2",
+        "distributed.vocab_group=2",
         "teacher.placement=disaggregated",
         "teacher.ranks=2",
         "teacher.stages=2",
     ]
-    assert overrides(what.recipe, proposed)[-2:] == ["teacher.ranks=null", "teacher.stages=null"]
+    assert overrides(inputs.recipe, proposed)[-2:] == ["teacher.ranks=null", "teacher.stages=null"]
 
 
 def test_overrides_are_read_back_by_the_recipe_loader(tmp_path: Path) -> None:
-    what, where = subject(), cluster(1, 4)
+    inputs, where = plan_input(), cluster(1, 4)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(what.recipe.snapshot()))
+    path.write_text(yaml.safe_dump(inputs.recipe.snapshot()))
     layout = Layout(vocab_group=1, micro_batch=2, activation_checkpointing=True, teacher_ranks=2, stages=1)
-    proposed = recipe_of(layout, what.recipe, where)
-    assert load_recipe(path, overrides(proposed, what.recipe)) == proposed
+    proposed = recipe_with_layout(layout, inputs.recipe, where)
+    assert load_recipe(path, overrides(proposed, inputs.recipe)) == proposed
 
 
-def test_enough_is_asked_ahead_for_all_stages_to_work() -> None:
-    what, where = subject(), cluster(1, 4)
+def test_enough_is_prefetched_for_all_stages_to_work() -> None:
+    inputs, where = plan_input(), cluster(1, 4)
     layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing=False, teacher_ranks=3, stages=3)
-    recipe = recipe_of(layout, what.recipe, where)
+    recipe = recipe_with_layout(layout, inputs.recipe, where)
     assert recipe.teacher is not None
     assert recipe.teacher.queue == 4, "the recipe's own is enough"
-    deep = subject(teacher={**TINY, "num_hidden_layers": 8}, train={"global_batch": 8})
+    deep = plan_input(teacher={**TINY, "num_hidden_layers": 8}, train={"global_batch": 8})
     layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing=False, teacher_ranks=7, stages=7)
-    recipe = recipe_of(layout, deep.recipe, cluster(1, 8))
+    recipe = recipe_with_layout(layout, deep.recipe, cluster(1, 8))
     assert recipe.teacher is not None
     assert recipe.teacher.queue == 8, "seven stages and one client: seven on their way, and one in use"
 
@@ -100,21 +100,21 @@ def test_enough_is_asked_ahead_for_all_stages_to_work() -> None:
     ("sections", "says"),
     [
         ({"train": {"global_batch": 6}}, r"global_batch 6 does not divide"),
-        ({"comm": {"vocab_group": 3}}, r"comm\.vocab_group is 3"),
+        ({"distributed": {"vocab_group": 3}}, r"distributed\.vocab_group is 3"),
         ({"placement": {"placement": "disaggregated", "ranks": 4}}, "the launch has 4 processes"),
         ({"student": {"config": TINY, "vocab_multiple": 2}}, "padded vocabulary"),
     ],
 )
 def test_what_a_run_refuses_is_refused_here(sections: dict[str, dict[str, object]], says: str) -> None:
-    what = subject(**sections)
+    inputs = plan_input(**sections)
     with pytest.raises(UserError, match=says):
-        placed(what.recipe, what, cluster(1, 4))
+        place(inputs.recipe, inputs, cluster(1, 4))
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    what = subject(teacher={**TINY, "num_hidden_layers": 2})
+    inputs = plan_input(teacher={**TINY, "num_hidden_layers": 2})
     with pytest.raises(UserError, match="4 stages, and has 2 layers"):
-        placed(what.recipe, what, cluster(1, 4))
+        place(inputs.recipe, inputs, cluster(1, 4))
 
 
 def test_an_empty_cluster_is_refused() -> None:

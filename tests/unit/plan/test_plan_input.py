@@ -1,4 +1,4 @@
-"""What is planned where data or weights are on another machine."""
+"""Inputs of a plan whose data or weights are on another machine."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from megadistill.errors import UserError
-from megadistill.plan.plan_input import read_subject
-from tests.unit.plan.tiny import TINY, subject
+from megadistill.plan.plan_input import read_plan_input
+from tests.unit.plan.tiny import TINY, plan_input
 
 
 def _recipe(folder: Path, **sections: Any) -> Path:
-    values = {**subject().recipe.snapshot(), **sections}
+    values = {**plan_input().recipe.snapshot(), **sections}
     values["student"] = {**values["student"], "deepspeed": "ds_configs/cpu.json", **sections.get("student", {})}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -28,18 +28,18 @@ def _model(folder: Path, **keys: Any) -> Path:
 
 def test_without_data_and_weights_the_options_stand_for_them(tmp_path: Path) -> None:
     teacher = _model(tmp_path / "elsewhere", num_hidden_layers=6)
-    found = read_subject(_recipe(tmp_path), sequence_length=64, teacher_config=teacher)
-    assert (found.vocab_size, found.sequence_length, found.without_data) == (250, 64, True)
-    assert found.teacher is not None
-    assert found.teacher.num_hidden_layers == 6
+    inputs = read_plan_input(_recipe(tmp_path), sequence_length=64, teacher_config=teacher)
+    assert (inputs.vocab_size, inputs.stats.sequence_length, inputs.without_data) == (250, 64, True)
+    assert inputs.stats.teacher is not None
+    assert inputs.stats.teacher.layers == 6
 
 
 def test_what_is_missing_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:
     path = _recipe(tmp_path)
     with pytest.raises(UserError, match=r"manifest\.json .*--sequence-length S"):
-        read_subject(path)
+        read_plan_input(path)
     with pytest.raises(UserError, match=r"teacher\.path: .*--teacher-config DIR"):
-        read_subject(path, sequence_length=64)
+        read_plan_input(path, sequence_length=64)
 
 
 def test_the_data_decides_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +53,11 @@ def test_the_data_decides_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("megadistill.plan.plan_input.Mixture", Here)
     student = {key: value for key, value in TINY.items() if key != "vocab_size"}
     path = _recipe(tmp_path, objective="labels", teacher=None, student={"config": student})
-    found = read_subject(path)
-    assert (found.vocab_size, found.student.vocab_size, found.sequence_length) == (200, 200, 48)
-    assert not found.without_data
+    inputs = read_plan_input(path)
+    assert (inputs.vocab_size, inputs.stats.student.config.vocab_size, inputs.stats.sequence_length) == (200, 200, 48)
+    assert not inputs.without_data
     with pytest.raises(UserError, match="the shards hold sequences of 48 tokens"):
-        read_subject(path, sequence_length=64)
+        read_plan_input(path, sequence_length=64)
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_what_is_wrong_is_refused(sections: dict[str, Any], options: dict[str, A
     teacher = _model(tmp_path / "elsewhere")
     given = {"sequence_length": 64, "teacher_config": teacher, **options}
     with pytest.raises(UserError, match=says):
-        read_subject(_recipe(tmp_path, **sections), **given)
+        read_plan_input(_recipe(tmp_path, **sections), **given)

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from megadistill.plan.scaling_law import distilled_loss, expectation, supervised_loss
+from megadistill.plan.scaling_law import distilled_loss, forecast, outside_fit, supervised_loss
+from tests.unit.plan.cases import LLAMA3_8B_BODY, large
 
 SIZES = (143e6, 546e6, 1.82e9, 7.75e9)
 
@@ -45,19 +46,26 @@ def test_a_weak_teacher_is_what_its_student_becomes() -> None:
 
 
 def test_the_teachers_flops_spent_on_labels() -> None:
-    found = expectation(
-        parameters=1_820_000_000, tokens=64_000_000_000, teacher=2.1, flops=60 * 10**9, teacher_flops=30 * 10**9
-    )
-    assert found.labels_tokens == 96_000_000_000
-    assert found.labels_equal_compute == supervised_loss(1.82e9, 96e9) < found.labels
-    assert found.outside == ("a loss of 2.18 (above 2.3)",)
+    requirements = large()
+    expected = forecast(requirements, teacher_loss=2.1, teacher_tokens=None)
+    assert expected is not None
+    student, teacher = requirements.models
+    more = requirements.tokens * (student.flops + teacher.flops) // student.flops
+    assert expected.labels_tokens == more
+    assert expected.labels_equal_compute == supervised_loss(LLAMA3_8B_BODY, more) < expected.labels
+    assert expected.distilled == distilled_loss(LLAMA3_8B_BODY, requirements.tokens, teacher=2.1)
+    assert expected.outside == outside_fit(LLAMA3_8B_BODY, requirements.tokens, expected.distilled)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "tokens", "says"),
+    ("parameters", "tokens", "reason"),
     [(143e6, 8e9, ""), (100e6, 8e9, "100M parameters"), (20e9, 64e9, "20B parameters"), (143e6, 1e12, "1T tok")],
 )
-def test_what_lies_outside_the_fit_is_said(parameters: float, tokens: float, says: str) -> None:
-    found = expectation(parameters=int(parameters), tokens=int(tokens), teacher=2.4, flops=1, teacher_flops=1)
-    assert says in ", ".join(found.outside)
-    assert bool(says) == bool(found.outside)
+def test_amounts_outside_the_fit_are_named(parameters: float, tokens: float, reason: str) -> None:
+    outside = outside_fit(parameters, tokens, 2.4)
+    assert reason in ", ".join(outside)
+    assert bool(reason) == bool(outside)
+
+
+def test_a_loss_below_the_fit_is_named() -> None:
+    assert outside_fit(1.82e9, 64e9, 2.18) == ("a loss of 2.18 (above 2.3)",)

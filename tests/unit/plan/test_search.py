@@ -1,4 +1,4 @@
-"""The best layouts, against asking all of them, and what is said where none fits."""
+"""The best layouts, against all of them, and the message where none fits."""
 
 import json
 from itertools import pairwise
@@ -6,107 +6,106 @@ from itertools import pairwise
 import pytest
 
 from megadistill.errors import UserError
-from megadistill.plan.counts.model_stats import measure
 from megadistill.plan.estimate import Estimate, estimate
-from megadistill.plan.forecast import forecast
-from megadistill.plan.layouts import Cluster, layouts, placed, recipe_of
-from megadistill.plan.output.plan_json import values
-from megadistill.plan.plan_input import Subject
-from megadistill.plan.scaling_law import supervised_loss
-from megadistill.plan.search import DEAR, Plan, plan, what_would_help
-from megadistill.plan.throughput import Assumed
-from tests.unit.plan.tiny import cluster, subject
+from megadistill.plan.layouts import Cluster, layouts, place, recipe_with_layout
+from megadistill.plan.output.plan_json import to_json
+from megadistill.plan.plan_input import PlanInput
+from megadistill.plan.scaling_law import forecast, supervised_loss
+from megadistill.plan.search import MAX_COST_RATIO, Plan, plan, remedies
+from megadistill.plan.throughput import MfuAssumption
+from tests.unit.plan.tiny import cluster, plan_input
 
 
-def _all(what: Subject, machines: Cluster) -> list[Estimate]:
-    measured = measure(what.student, what.teacher, sequence_length=what.sequence_length)
-    found = []
-    for layout in layouts(what, machines):
+def _all(inputs: PlanInput, machines: Cluster) -> list[Estimate]:
+    estimates = []
+    for layout in layouts(inputs, machines):
         try:
-            proposed = placed(recipe_of(layout, what.recipe, machines), what, machines)
+            proposed = place(recipe_with_layout(layout, inputs.recipe, machines), inputs, machines)
         except UserError:
             continue
-        found.append(estimate(proposed, what, measured, machines, Assumed()))
-    return found
+        estimates.append(estimate(proposed, machines, MfuAssumption()))
+    return estimates
 
 
 def test_nothing_that_fits_is_cheaper_than_the_best() -> None:
-    """Two nodes and a tiny model: traffic shows, so larger micro-batches are better, and asked last."""
-    what, machines = subject(), cluster(2, 4)
-    everything = _all(what, machines)
-    found = plan(what, machines, Assumed())
+    """Two nodes and a tiny model: traffic shows, so larger micro-batches are better, and searched last."""
+    inputs, machines = plan_input(), cluster(2, 4)
+    everything = _all(inputs, machines)
+    result = plan(inputs, machines, MfuAssumption())
     assert len({round(each.gpu_hours * 1e12) for each in everything}) > 10
-    assert found.best[0].layout.micro_batch > 1
-    assert found.best[0].gpu_hours == pytest.approx(min(each.gpu_hours for each in everything), rel=0.01)
-    assert all(each.fits for each in found.best)
-    colocated = [each for each in found.best if each.placed.roles is None]
-    apart = [each for each in found.best if each.placed.roles is not None]
+    assert result.best[0].layout.micro_batch > 1
+    assert result.best[0].gpu_hours == pytest.approx(min(each.gpu_hours for each in everything), rel=0.01)
+    assert all(each.fits for each in result.best)
+    colocated = [each for each in result.best if each.sharding.roles is None]
+    apart = [each for each in result.best if each.sharding.roles is not None]
     assert colocated
     assert apart, "both placements are shown"
-    for before, after in pairwise(found.best[:-1]):
-        assert before.gpu_hours <= after.gpu_hours * 1.01 < DEAR * 1.01 * found.best[0].gpu_hours
+    for before, after in pairwise(result.best[:-1]):
+        assert before.gpu_hours <= after.gpu_hours * 1.01 < MAX_COST_RATIO * 1.01 * result.best[0].gpu_hours
 
 
 def test_a_smaller_device_leaves_fewer_layouts_and_the_same_order() -> None:
-    what = subject()
-    sizes = sorted(each.memory for each in _all(what, cluster(1, 4)))
-    found = plan(what, cluster(1, 4, memory_gb=sizes[len(sizes) // 2] / 1e9), Assumed())
-    assert found.best
-    assert all(each.memory <= sizes[len(sizes) // 2] for each in found.best)
+    inputs = plan_input()
+    sizes = sorted(each.memory for each in _all(inputs, cluster(1, 4)))
+    result = plan(inputs, cluster(1, 4, memory_gb=sizes[len(sizes) // 2] / 1e9), MfuAssumption())
+    assert result.best
+    assert all(each.memory <= sizes[len(sizes) // 2] for each in result.best)
 
 
 def test_the_recipes_own_layout_needs_no_settings() -> None:
-    found = plan(subject(), cluster(1, 4), Assumed())
-    assert found.own is not None
-    assert found.settings(found.own) == []
-    assert found.shown is found.own
-    assert all(found.settings(each) for each in found.best if each.layout != found.own.layout)
+    result = plan(plan_input(), cluster(1, 4), MfuAssumption())
+    assert result.own is not None
+    assert result.settings(result.own) == []
+    assert result.main is result.own
+    assert all(result.settings(each) for each in result.best if each.layout != result.own.layout)
 
 
 def test_a_recipe_that_cannot_start_gets_proposals_and_the_reason() -> None:
-    found = plan(subject(comm={"vocab_group": 3}), cluster(1, 4), Assumed())
-    assert found.own is None
-    assert "comm.vocab_group is 3" in str(found.refused)
-    assert found.shown is found.best[0]
+    result = plan(plan_input(distributed={"vocab_group": 3}), cluster(1, 4), MfuAssumption())
+    assert result.own is None
+    assert "distributed.vocab_group is 3" in str(result.refused)
+    assert result.main is result.best[0]
 
 
 def _nothing_fits(**sections: dict[str, object]) -> Plan:
-    what = subject(**sections)
-    least = min(each.memory for each in _all(what, cluster(1, 4)))
-    return plan(what, cluster(1, 4, memory_gb=0.999 * least / 1e9), Assumed())
+    inputs = plan_input(**sections)
+    least = min(each.memory for each in _all(inputs, cluster(1, 4)))
+    return plan(inputs, cluster(1, 4, memory_gb=0.999 * least / 1e9), MfuAssumption())
 
 
 def test_where_nothing_fits_the_nearest_is_named_and_what_was_tried() -> None:
-    found = _nothing_fits()
-    assert not found.best
-    assert found.nearest is not None
-    assert -found.nearest.margin == pytest.approx(0.001 * found.nearest.memory, rel=0.05)
-    said = what_would_help(found)
-    assert "\n" not in said
-    assert f"the best of {found.asked}" in said
-    assert "it fits on 2 nodes" in said
-    assert "offload_optimizer" in said
+    result = _nothing_fits()
+    assert not result.best
+    assert result.nearest is not None
+    assert -result.nearest.margin == pytest.approx(0.001 * result.nearest.memory, rel=0.05)
+    message = remedies(result)
+    assert "\n" not in message
+    assert f"the best of {result.searched}" in message
+    assert "it fits on 2 nodes" in message
+    assert "offload_optimizer" in message
 
 
 def test_a_teacher_whose_stages_fit_no_gpu_is_named_in_bytes() -> None:
-    """The recipe's own vocab group is refused on one GPU, which is not what stands against the run."""
-    found = plan(subject(comm={"vocab_group": 2}), cluster(1, 1, memory_gb=1e-5), Assumed())
-    assert (found.own, found.nearest) == (None, None)
-    said = what_would_help(found)
-    assert "no layout fits: in as many stages as 1 GPUs allow, the teacher's largest has" in said
-    assert "vocab_group" not in said
-    assert "\n" not in said
-    assert "more nodes, or a smaller teacher" in said or "it fits on" in said
+    """The recipe's own vocab group is refused on one GPU, which is not inputs stands against the run."""
+    result = plan(plan_input(distributed={"vocab_group": 2}), cluster(1, 1, memory_gb=1e-5), MfuAssumption())
+    assert result.own is None
+    assert result.nearest is not None
+    message = remedies(result)
+    assert f"no layout fits: the best of {result.searched} needs" in message
+    assert "teacher stage 0.0 GB" in message
+    assert "vocab_group" not in message
+    assert "\n" not in message
+    assert "take more nodes" in message or "it fits on" in message
 
 
 def test_a_teacher_beside_the_student_has_its_own_memory_and_pace() -> None:
-    what = subject(teacher=None)
-    alone = plan(what, cluster(1, 3), Assumed()).own
+    inputs = plan_input(teacher=None)
+    alone = plan(inputs, cluster(1, 3), MfuAssumption()).own
     beside = {"placement": "disaggregated", "ranks": 1, "stages": 1}
-    apart = plan(subject(placement=beside), cluster(1, 4), Assumed()).own
+    apart = plan(plan_input(placement=beside), cluster(1, 4), MfuAssumption()).own
     assert alone is not None
     assert apart is not None
-    assert apart.placed.students == alone.placed.students == 3
+    assert apart.sharding.ranks == alone.sharding.ranks == 3
     assert apart.times.clients == 3
     assert apart.times.micro_step >= alone.times.micro_step
     assert apart.gpu_hours == pytest.approx(apart.seconds / 3600 * 4)
@@ -114,28 +113,28 @@ def test_a_teacher_beside_the_student_has_its_own_memory_and_pace() -> None:
 
 
 def test_values_are_json_and_carry_the_plan() -> None:
-    found = plan(subject(), cluster(1, 4), Assumed())
-    assert found.own is not None
-    law = forecast(found.own.needs, teacher_loss=None, teacher_tokens=1e9)
-    said = json.loads(json.dumps(values(found, law=law, price=2.0), allow_nan=False))
-    assert said["fits"] is True
-    assert said["own"]["price"] == pytest.approx(2 * found.own.gpu_hours)
-    assert said["own"]["margin_bytes"] == 80_000_000_000 - said["own"]["memory_bytes"]
-    assert [each["gpu_hours"] for each in said["best"]] == [each.gpu_hours for each in found.best]
-    assert said["best"][0]["set"] == found.settings(found.best[0])
-    body = found.own.needs.models[1].parameters.body
-    assert said["scaling_law"]["teacher_nats_per_token"] == supervised_loss(body, 1e9)
-    assert said["tokens"] == 100 * 24 * 32
+    result = plan(plan_input(), cluster(1, 4), MfuAssumption())
+    assert result.own is not None
+    law = forecast(result.own.requirements, teacher_loss=None, teacher_tokens=1e9)
+    values = json.loads(json.dumps(to_json(result, law=law, price=2.0), allow_nan=False))
+    assert values["fits"] is True
+    assert values["own"]["price"] == pytest.approx(2 * result.own.gpu_hours)
+    assert values["own"]["margin_bytes"] == 80_000_000_000 - values["own"]["memory_bytes"]
+    assert [each["gpu_hours"] for each in values["best"]] == [each.gpu_hours for each in result.best]
+    assert values["best"][0]["set"] == result.settings(result.best[0])
+    body = result.own.requirements.models[1].parameters.body
+    assert values["scaling_law"]["teacher_nats_per_token"] == supervised_loss(body, 1e9)
+    assert values["tokens"] == 100 * 24 * 32
 
 
-def test_how_good_the_teacher_is_is_said_once_and_sensibly() -> None:
-    own = plan(subject(), cluster(1, 4), Assumed()).own
+def test_the_teachers_quality_is_given_once_and_in_range() -> None:
+    own = plan(plan_input(), cluster(1, 4), MfuAssumption()).own
     assert own is not None
-    assert forecast(own.needs, teacher_loss=None, teacher_tokens=None) is None
+    assert forecast(own.requirements, teacher_loss=None, teacher_tokens=None) is None
     with pytest.raises(UserError, match="give one"):
-        forecast(own.needs, teacher_loss=2.0, teacher_tokens=1e9)
+        forecast(own.requirements, teacher_loss=2.0, teacher_tokens=1e9)
     with pytest.raises(UserError, match="--teacher-loss -1"):
-        forecast(own.needs, teacher_loss=-1.0, teacher_tokens=None)
-    labels = plan(subject(teacher=None), cluster(1, 4), Assumed()).own
+        forecast(own.requirements, teacher_loss=-1.0, teacher_tokens=None)
+    labels = plan(plan_input(teacher=None), cluster(1, 4), MfuAssumption()).own
     assert labels is not None
-    assert forecast(labels.needs, teacher_loss=2.0, teacher_tokens=None) is None
+    assert forecast(labels.requirements, teacher_loss=2.0, teacher_tokens=None) is None

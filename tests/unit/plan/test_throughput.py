@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megadistill.plan.throughput import StepTimes, drained_bubble, hiding_tokens
+from megadistill.plan.throughput import StepTimes, hiding_tokens
 
 ALONE = StepTimes(
     students=8,
@@ -15,8 +15,8 @@ ALONE = StepTimes(
     reduce=1.0,
     vocabulary=0.25,
 )
-COLOCATED = replace(ALONE, stages=(0.1, 0.1, 0.2, 0.1), parcel=0.01, answer=0.005)
-BESIDE = replace(ALONE, stages=(0.5, 0.5), parcel=0.01, answer=0.005, replicas=2, queue=4)
+COLOCATED = replace(ALONE, stages=(0.1, 0.1, 0.2, 0.1), packet=0.01, answer=0.005)
+BESIDE = replace(ALONE, stages=(0.5, 0.5), packet=0.01, answer=0.005, replicas=2, queue=4)
 
 
 def test_traffic_hides_behind_compute_and_what_is_longer_shows() -> None:
@@ -37,29 +37,27 @@ def test_a_teacher_beside_the_student_is_as_fast_as_the_slower_side() -> None:
     assert BESIDE.clients == 4
     assert BESIDE.micro_step == pytest.approx(3.25), "2.0 s a round of four: the teacher waits"
     assert replace(BESIDE, stages=(0.5, 1.0)).micro_step == pytest.approx(4.0), "the student waits"
-    assert replace(BESIDE, parcel=0.9).micro_step == pytest.approx(3.6), "the link between stages is what is slow"
+    assert replace(BESIDE, packet=0.9).micro_step == pytest.approx(3.6), "the link between stages is slow"
     assert BESIDE.latency == pytest.approx(0.5 + 0.5 + 3 * 0.5 + 0.01 + 0.005)
     assert replace(BESIDE, stages=(0.5, 1.0), queue=1).micro_step == pytest.approx(4.515 + 3.25), (
-        "too little is asked ahead"
+        "too little is requested ahead"
     )
-    assert replace(BESIDE, answer=1.0).micro_step == pytest.approx(4.0), "the wire back is what is slow"
+    assert replace(BESIDE, answer=1.0).micro_step == pytest.approx(4.0), "the link back to the student is slow"
 
 
 def test_the_micro_step_that_hides_zero_3() -> None:
     """0.75 · MFU · peak / bandwidth with full recomputation: about 5,900 tokens at 40 % and 50 GB/s."""
     parameters = 8e9
-    found = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=8 * parameters, mfu=0.4, peak=989e12)
-    assert found == pytest.approx(0.75 * 0.4 * 989e12 / 50e9)
-    assert round(found, -2) == 5_900
+    tokens = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=8 * parameters, mfu=0.4, peak=989e12)
+    assert tokens == pytest.approx(0.75 * 0.4 * 989e12 / 50e9)
+    assert round(tokens, -2) == 5_900
     less = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=6 * parameters, mfu=0.4, peak=989e12)
-    assert less == pytest.approx(found * 8 / 6), "without recomputation there is less to hide behind"
+    assert less == pytest.approx(tokens * 8 / 6), "without recomputation there is less to hide behind"
 
 
-def test_a_bubble_a_step_or_once_a_run() -> None:
-    assert drained_bubble(8, 8) == pytest.approx(7 / 15)
-    assert drained_bubble(1, 8) == 0
-    # The same stages, run ahead over 1,000 steps of one round: filled once.
+def test_a_pipeline_is_filled_once_a_run() -> None:
+    """1,000 steps of one round through 4 stages: an idle share of (P - 1) / (m + P - 1) over all m rounds."""
     times = replace(COLOCATED, stages=(0.5,) * 4, micro_steps=1, student_forward=0, student_backward=0, gather=0)
     times = replace(times, reduce=0, vocabulary=0, answer=0)
-    busy = 1000 * times.beat
-    assert 1 - busy / times.seconds(1000) == pytest.approx(drained_bubble(4, 1000))
+    busy = 1000 * times.tick
+    assert 1 - busy / times.seconds(1000) == pytest.approx(3 / 1003)

@@ -11,11 +11,11 @@ import pytest
 from megadistill.accelerators import accelerator
 from megadistill.config import validate_recipe
 from megadistill.models.families import load_config
-from megadistill.plan.counts.model_stats import Measured, measure
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.estimate import Estimate, estimate
-from megadistill.plan.layouts import Cluster, placed
-from megadistill.plan.plan_input import Subject
-from megadistill.plan.throughput import Assumed
+from megadistill.plan.layouts import Cluster, place
+from megadistill.plan.plan_input import PlanInput
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.student.deepspeed_config import load_deepspeed
 from tests.unit.models.test_flops import LLAMA3_8B
 
@@ -47,7 +47,7 @@ GEMMA2_27B = {
     "sliding_window": 4096,
 }
 TRILLION = 1e12
-_MEASURED: dict[str, Measured] = {}
+_MEASURED: dict[str, RecipeStats] = {}
 
 
 def _estimate(
@@ -63,42 +63,41 @@ def _estimate(
                 "steps": 1000,
                 "global_batch": 8 * nodes,
                 "micro_batch": 1,
-                "adamw": {"learning_rate": 1e-3},
+                "optimizer": {"learning_rate": 1e-3},
             },
-            "comm": {"vocab_group": stages},
+            "distributed": {"vocab_group": stages},
             "teacher": None if teacher is None else {"path": "teacher"},
         },
         source="test",
     )
-    subject = Subject(
+    key = f"{student} {teacher} {sequence_length}"
+    if key not in _MEASURED:
+        models = load_config(student, what="test"), None if teacher is None else load_config(teacher, what="test")
+        _MEASURED[key] = measure_models(*models, sequence_length=sequence_length)
+    inputs = PlanInput(
         recipe,
-        load_config(student, what="test"),
-        None if teacher is None else load_config(teacher, what="test"),
+        _MEASURED[key],
         vocab_size=student["vocab_size"],
-        sequence_length=sequence_length,
         profile=load_deepspeed(Path("ds_configs/zero3.json")),
         without_data=True,
     )
     cluster = Cluster(nodes, 8, accelerator("h100"))
-    key = f"{student} {teacher} {sequence_length}"
-    if key not in _MEASURED:
-        _MEASURED[key] = measure(subject.student, subject.teacher, sequence_length=sequence_length)
-    return estimate(placed(recipe, subject, cluster), subject, _MEASURED[key], cluster, Assumed())
+    return estimate(place(recipe, inputs, cluster), cluster, MfuAssumption())
 
 
-def _days(found: Estimate) -> float:
-    return TRILLION / found.tokens_per_second / 86_400
+def _days(result: Estimate) -> float:
+    return TRILLION / result.tokens_per_second / 86_400
 
 
 def test_27b_to_8b_on_512() -> None:
     student = {**LLAMA3_8B, "vocab_size": 256_128}
-    found = _estimate(student, GEMMA2_27B, nodes=64, stages=2, sequence_length=8192)
-    trained, taught = found.needs.models
-    assert taught.flops == pytest.approx(57.5e9, rel=0.002)
+    result = _estimate(student, GEMMA2_27B, nodes=64, stages=2, sequence_length=8192)
+    trained, teacher = result.requirements.models
+    assert teacher.flops == pytest.approx(57.5e9, rel=0.002)
     assert trained.flops == pytest.approx(70.7e9, rel=0.002)
-    assert found.tokens_per_second == pytest.approx(1.66e6, rel=0.01)
-    assert _days(found) == pytest.approx(7.0, abs=0.1)
-    assert _days(found) * 24 * 512 == pytest.approx(86_000, rel=0.01)
+    assert result.tokens_per_second == pytest.approx(1.66e6, rel=0.01)
+    assert _days(result) == pytest.approx(7.0, abs=0.1)
+    assert _days(result) * 24 * 512 == pytest.approx(86_000, rel=0.01)
     labels = _estimate(student, None, nodes=64, stages=8, sequence_length=8192)
     assert _days(labels) == pytest.approx(4.0, abs=0.1)
 
@@ -115,6 +114,6 @@ def test_the_largest_stage_sets_the_pace() -> None:
 
 def test_405b_to_70b_on_2048() -> None:
     """0.57 Mtok/s and 20.4 days are those of sequences of 16,384 tokens; with 8,192 it is 0.60."""
-    found = _estimate(LLAMA3_70B, LLAMA3_405B, nodes=256, stages=2, sequence_length=16_384)
-    assert found.tokens_per_second == pytest.approx(0.57e6, rel=0.01)
-    assert _days(found) == pytest.approx(20.4, rel=0.015)
+    result = _estimate(LLAMA3_70B, LLAMA3_405B, nodes=256, stages=2, sequence_length=16_384)
+    assert result.tokens_per_second == pytest.approx(0.57e6, rel=0.01)
+    assert _days(result) == pytest.approx(20.4, rel=0.015)

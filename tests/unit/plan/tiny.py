@@ -1,12 +1,15 @@
 """A tiny recipe that is planned in milliseconds, and a GPU that it does not fit."""
 
+import json
+from functools import cache
 from typing import Any
 
 from megadistill.accelerators import Accelerator
 from megadistill.config import validate_recipe
 from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.layouts import Cluster
-from megadistill.plan.plan_input import Subject
+from megadistill.plan.plan_input import PlanInput
 
 TINY: dict[str, Any] = {
     "model_type": "llama",
@@ -35,9 +38,16 @@ def cluster(nodes: int = 1, gpus_per_node: int = 4, *, memory_gb: float = 80.0) 
     return Cluster(nodes, gpus_per_node, gpu(memory_gb=memory_gb))
 
 
-def subject(
+@cache
+def _stats(teacher: str) -> RecipeStats:
+    student, other = load_config(TINY, what="test"), json.loads(teacher)
+    other = None if other is None else load_config(other, what="test")
+    return measure_models(student, other, sequence_length=32)
+
+
+def plan_input(
     *, teacher: dict[str, Any] | None = TINY, placement: dict[str, Any] | None = None, **sections: dict[str, Any]
-) -> Subject:
+) -> PlanInput:
     """`sections` are merged into the recipe's own. `teacher` is its model, None for a run from labels; `placement` is
     merged into its section."""
     values: dict[str, Any] = {
@@ -50,18 +60,16 @@ def subject(
             "global_batch": 24,
             "micro_batch": 1,
             "precision": "float32",
-            "adamw": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-3},
         },
         "teacher": None if teacher is None else {"path": "teacher", **(placement or {})},
     }
     for name, section in sections.items():
         values[name] = {**(values.get(name) or {}), **section}
-    return Subject(
+    return PlanInput(
         recipe=validate_recipe(values, source="test"),
-        student=load_config(TINY, what="test"),
-        teacher=None if teacher is None else load_config(teacher, what="test"),
+        stats=_stats(json.dumps(teacher)),
         vocab_size=250,
-        sequence_length=32,
         profile={
             "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "reduce_bucket_size": 1000},
             "data_types": {"grad_accum_dtype": "fp32"},

@@ -1,4 +1,4 @@
-"""Activations on fake tensors, against what torch keeps of real ones; tests/ranks/plan has the way back."""
+"""Activations on fake tensors, against those that torch saves of real ones; tests/ranks/plan has the backward pass."""
 
 from typing import Any
 
@@ -42,8 +42,8 @@ def _config(case: str) -> Any:
     return load_config({**SIZES, **CASES[case]}, what="test")
 
 
-def _kept_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
-    """Bytes of the storages that autograd keeps of a real forward pass, and of its output; without parameters."""
+def _saved_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
+    """Bytes of the storages that autograd saves of a real forward pass, and of its output; without parameters."""
     decoder: Any = build_decoder(config, layers=range(config.num_hidden_layers))
     for name, parameter in list(decoder.named_parameters()):
         module, _, leaf = name.rpartition(".")
@@ -51,59 +51,59 @@ def _kept_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
         setattr(decoder.get_submodule(module), leaf, nn.Parameter(values))
     rebuild_buffers(decoder)
     decoder.train()
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     hidden = torch.randn(1, S, config.hidden_size, dtype=dtype, requires_grad=True)
     positions = torch.arange(S).remainder(24).unsqueeze(0) if masked else None
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         out = decoder(**reading(hidden, positions)).last_hidden_state
-    kept[out.untyped_storage()._cdata] = out
+    saved[out.untyped_storage()._cdata] = out
     for parameter in decoder.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("case", CASES)
-def test_what_torch_keeps(case: str, masked: bool) -> None:
+def test_saved_bytes_are_those_of_torch(case: str, masked: bool) -> None:
     config = _config(case)
     dtype = torch.bfloat16 if case.startswith("qwen3_moe") else torch.float32
-    found = count_activations(config, S, dtype=dtype, masked=masked)
-    real = _kept_by_torch(config, dtype, masked=masked)
-    assert found.kept + found.norm + found.shared == pytest.approx(real, rel=0.02)
+    counts = count_activations(config, S, dtype=dtype, masked=masked)
+    real = _saved_by_torch(config, dtype, masked=masked)
+    assert counts.saved + counts.norm + counts.shared == pytest.approx(real, rel=0.02)
 
 
-def test_bfloat16_keeps_what_its_norms_compute_in_float32() -> None:
+def test_bfloat16_saves_what_its_norms_compute_in_float32() -> None:
     config = _config("llama")
     half, whole = (count_activations(config, S, dtype=dtype, masked=False) for dtype in (torch.bfloat16, torch.float32))
-    assert half.kept + half.norm + half.shared == pytest.approx(
-        _kept_by_torch(config, torch.bfloat16, masked=False), rel=0.02
+    assert half.saved + half.norm + half.shared == pytest.approx(
+        _saved_by_torch(config, torch.bfloat16, masked=False), rel=0.02
     )
-    assert 0.5 * whole.kept < half.kept < whole.kept
+    assert 0.5 * whole.saved < half.saved < whole.saved
 
 
 def test_layers_of_a_kind_are_alike() -> None:
     four = count_activations(_config("llama"), S, dtype=torch.float32, masked=False)
     two_layers = load_config({**SIZES, "model_type": "llama", "num_hidden_layers": 2}, what="test")
     two = count_activations(two_layers, S, dtype=torch.float32, masked=False)
-    assert (four.kept, four.inputs) == (2 * two.kept, 2 * two.inputs)
-    assert four.inputs == 4 * S * 64 * 4
-    assert (four.forward, four.again) == (two.forward, two.again)
+    assert (four.saved, four.layer_inputs) == (2 * two.saved, 2 * two.layer_inputs)
+    assert four.layer_inputs == 4 * S * 64 * 4
+    assert (four.forward, four.recompute) == (two.forward, two.recompute)
 
 
 def test_a_float32_mixture_is_twice_one_in_bfloat16() -> None:
     config = _config("qwen3_moe, half dense")
     half, whole = (count_activations(config, S, dtype=dtype, masked=False) for dtype in (torch.bfloat16, torch.float32))
     assert isinstance(whole, Activations)
-    assert (whole.kept, whole.again.of(3)) == (2 * half.kept, 2 * half.again.of(3))
+    assert (whole.saved, whole.recompute.bytes(3)) == (2 * half.saved, 2 * half.recompute.bytes(3))
 
 
 def test_the_highest_moment_depends_on_the_micro_batch() -> None:
     """A weight's gradient is as large for one sequence as for many."""
     peak = Peak.over([(0, 5), (10, 1), (10, 0), (3, 4), (0, 2)])
     assert peak.moments == ((10, 1), (3, 4), (0, 5))
-    assert [peak.of(sequences) for sequences in (1, 2, 3, 10)] == [11, 12, 15, 50]
+    assert [peak.bytes(sequences) for sequences in (1, 2, 3, 10)] == [11, 12, 15, 50]

@@ -14,12 +14,12 @@ from megadistill.types import SparseTargets
 from tests.unit.data.targets.test_targets_store import _order
 
 S, SLOTS = 2048, 4
-KEPT = {
+SELECTIONS = {
     "draws": {"select": "sampled", "draws": 50},
     "top_k": {"select": "top_k", "k": 64},
     "renormalised": {"select": "top_k", "k": 64, "tail": "renormalised"},
     "threshold": {"select": "threshold", "epsilon": 0.01},
-    "top_p": {"select": "top_p", "mass": 0.95, "max_ids": 300},
+    "top_p": {"select": "top_p", "p": 0.95, "max_ids": 300},
 }
 
 
@@ -38,42 +38,42 @@ def _key(targets: TargetsSection, vocab: int) -> TargetKey:
     )
 
 
-def _kept(key: TargetKey, kept: int) -> SparseTargets:
-    """The same for each token: `kept` ids."""
-    ids = torch.randperm(key.vocab_size)[:kept].sort().values.repeat(SLOTS * S, 1)
+def _targets(key: TargetKey, number: int) -> SparseTargets:
+    """The same `number` ids for each token."""
+    ids = torch.randperm(key.vocab_size)[:number].sort().values.repeat(SLOTS * S, 1)
     draws = key.targets.draws
-    counts = torch.ones(kept)
-    counts[0] = (draws or kept) - kept + 1
-    probs = (counts.double() / (draws or kept)).float().repeat(SLOTS * S, 1)
+    counts = torch.ones(number)
+    counts[0] = (draws or number) - number + 1
+    probs = (counts.double() / (draws or number)).float().repeat(SLOTS * S, 1)
     log_tail = torch.full((SLOTS * S,), -1.0 if draws is None else -torch.inf)
     return SparseTargets(ids=ids, probs=probs, log_tail=log_tail, tail=key.tail, temperature=1.0)
 
 
 @pytest.mark.parametrize("vocab", [32_000, 256_128])
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", SELECTIONS)
 def test_stored_targets(name: str, vocab: int, tmp_path: Path) -> None:
-    targets = TargetsSection.model_validate(KEPT[name])
-    key, kept = _key(targets, vocab), 12
+    targets = TargetsSection.model_validate(SELECTIONS[name])
+    key, ids = _key(targets, vocab), 12
     writer = TargetWriter(tmp_path, key)
     slots = torch.arange(SLOTS)
-    writer.add(slots, slots, _kept(key, kept))
+    writer.add(slots, slots, _targets(key, ids))
     writer.flush()
     stored = finish_targets(tmp_path, key).bytes_per_token
     ends = 10_240 / (SLOTS * S)  # a tar is filled up to a multiple of this, however much is in it
-    said = bytes_with(targets, kept, vocab_size=vocab, sequence_length=S)
-    assert said - 0.01 <= stored <= said + ends
+    expected = bytes_with(targets, ids, vocab_size=vocab, sequence_length=S)
+    assert expected - 0.01 <= stored <= expected + ends
 
 
-def test_the_most_that_can_be_kept() -> None:
+def test_the_most_bytes_of_a_token() -> None:
     def most(section: dict[str, Any]) -> float:
         targets = TargetsSection.model_validate(section)
         return target_bytes(targets, vocab_size=256_128, sequence_length=1 << 20).most
 
-    assert most(KEPT["draws"]) == pytest.approx(50 * 3 + 1, rel=0.001)
-    assert most(KEPT["top_k"]) == pytest.approx(64 * (3 + 4) + 1 + 4, rel=0.001)
-    assert most(KEPT["renormalised"]) == pytest.approx(64 * 7 + 1, rel=0.001)
-    assert most(KEPT["threshold"]) == pytest.approx(101 * 7 + 1 + 4, rel=0.001)
-    assert most(KEPT["top_p"]) == pytest.approx(300 * 7 + 2 + 4, rel=0.001)
+    assert most(SELECTIONS["draws"]) == pytest.approx(50 * 3 + 1, rel=0.001)
+    assert most(SELECTIONS["top_k"]) == pytest.approx(64 * (3 + 4) + 1 + 4, rel=0.001)
+    assert most(SELECTIONS["renormalised"]) == pytest.approx(64 * 7 + 1, rel=0.001)
+    assert most(SELECTIONS["threshold"]) == pytest.approx(101 * 7 + 1 + 4, rel=0.001)
+    assert most(SELECTIONS["top_p"]) == pytest.approx(300 * 7 + 2 + 4, rel=0.001)
 
 
 def test_fifty_draws_are_expected_to_find_twelve_ids() -> None:

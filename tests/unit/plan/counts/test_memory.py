@@ -14,12 +14,11 @@ from megadistill.loss.divergence import Divergence, Elementwise
 from megadistill.loss.heads import Head
 from megadistill.loss.inputs import Problem, agree
 from megadistill.models.families import load_config
-from megadistill.plan.counts.model_stats import measure
-from megadistill.plan.counts.requirements import needs
-from megadistill.plan.counts.sharding import Assignment
-from megadistill.plan.counts.zero import Zero
+from megadistill.plan.counts.model_stats import measure_models
+from megadistill.plan.counts.requirements import count_requirements
+from megadistill.plan.counts.sharding import Sharding
 from megadistill.types import LogitTransform
-from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, measured, recipe, tiny
+from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, recipe, stats, tiny
 
 TINY_PADDED = 2 * TINY_LAYER + 32 + 2 * 256 * 32
 ROWS = 129_024 // 8
@@ -31,7 +30,7 @@ def test_states_are_counted_by_pieces_of_the_padded_parameters() -> None:
     step = tiny(profile={"zero_optimization": {"reduce_bucket_size": 100}}).phases["step"]
     assert step["ZeRO-3 states"] == 20 * each, "float32: 4 + gradient 4 + master 4 + moments 8"
     assert step["reduce bucket"] == 4 * 100
-    assert step["gradients that AdamW reads"] == 4 * each
+    assert step["gradients that the optimizer reads"] == 4 * each
     parameters = LLAMA3_8B_BODY + 2 * 129_024 * 4096
     assert large().memory["ZeRO-3 states"] == 18 * parameters // 64, "bfloat16: 2 + gradient 4 + master 4 + moments 8"
     assert large(ranks=8).memory["ZeRO-3 states"] == 8 * large().memory["ZeRO-3 states"]
@@ -45,11 +44,11 @@ def test_llama_3_8b_distilled_on_64_ranks() -> None:
     assert loss["teacher head rows"] == 2 * ROWS * 4096
     assert loss["checkpointed layer inputs"] == 2 * 32 * 4096 * 8192, "2·L·D·micro_tokens"
     assert loss["teacher stage"] == 2 * ((LLAMA3_8B_BODY - 4096) // 8 + 128_256 * 4096), "4 layers, and the embedding"
-    parcel = 2 * 4096 * 8192 + 8
-    assert loss["teacher hidden states"] == parcel
-    assert loss["teacher hidden states in flight"] == 2 * 8 * parcel, "what TeacherPipeline.bytes_in_flight says"
-    slope = loss["logit chunk"] // 9  # in bfloat16, of one chunk and model; float32 logits of two of each
-    held = loss["logit chunk"] - slope
+    packet = 2 * 4096 * 8192 + 8
+    assert loss["teacher hidden states"] == packet
+    assert loss["teacher hidden states in flight"] == 2 * 8 * packet, "what TeacherPipeline.bytes_in_flight says"
+    dlogits = loss["logit chunk"] // 9  # in bfloat16, of one chunk and model; float32 logits of two of each
+    held = loss["logit chunk"] - dlogits
     assert 0.95 * (512 << 20) < held <= 512 << 20, "what the recipe allows"
     assert large(group_size=4).phases["loss"]["head gradient"] == 2 * loss["head gradient"]
 
@@ -60,12 +59,12 @@ def test_a_group_of_one_gathers_the_whole_head_and_one_of_all_ranks_nothing() ->
 
 
 def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
-    room: dict[str, Any] = {"logit_memory_mb": 1 << 20}
-    targets, whole = large(loss={**room, "targets": {}}), large(loss=room)
+    memory: dict[str, Any] = {"logit_memory_mb": 1 << 20}
+    targets, whole = large(loss={**memory, "targets": {}}), large(loss=memory)
     one = 4 * 8 * 8192 * ROWS  # float32, the micro-batches of 8 ranks; the first slices are full
-    slope = one // 2
-    assert targets.phases["loss"]["logit chunk"] == 2 * one + slope, "two chunks are in flight, be there one"
-    assert whole.phases["loss"]["logit chunk"] == 2 * 2 * one + slope
+    dlogits = one // 2
+    assert targets.phases["loss"]["logit chunk"] == 2 * one + dlogits, "two chunks are in flight, be there one"
+    assert whole.phases["loss"]["logit chunk"] == 2 * 2 * one + dlogits
     assert "targets" not in whole.phases
     assert targets.phases["targets"]["logit chunk"] == one
 
@@ -75,10 +74,10 @@ def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
 def test_a_chunk_is_the_losss_own(tokens: int, megabytes: int) -> None:
     """Of one rank, whose vocabulary is no slice; what the loss agrees on is its own."""
     model = load_config({**TINY, "vocab_size": 7000, "max_position_embeddings": 128}, what="test")
-    asked = recipe(distill=False, precision="float32", global_batch=1, micro_batch=1, vocab_multiple=1)
-    asked = asked.model_copy(update={"loss": LossSection(logit_memory_mb=megabytes)})
-    counted = measure(model, None, sequence_length=tokens)
-    run = Assignment(asked, counted, 7000, 1, 1, 1, roles=None, zero=Zero())
+    plain = recipe(distill=False, precision="float32", global_batch=1, micro_batch=1, vocab_multiple=1)
+    plain = plain.model_copy(update={"loss": LossSection(logit_memory_mb=megabytes)})
+    counted = measure_models(model, None, sequence_length=tokens)
+    run = Sharding(plain, counted, 7000, 1, 1, 1)
     labels = torch.zeros(tokens, dtype=torch.int64)
     head = Head("student", torch.zeros(tokens, 32), torch.zeros(7000, 32), None, LogitTransform())
     vocab = VocabSlice.contiguous(0, 7000, 7000)
@@ -92,20 +91,20 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     each = TINY_PADDED // 2
 
     def held(**zero: Any) -> tuple[int, int]:
-        found = tiny(profile={"zero_optimization": zero})
-        return found.phases["loss"].get("ZeRO-3 states", 0), found.host.get("offloaded ZeRO-3 states", 0)
+        required = tiny(profile={"zero_optimization": zero})
+        return required.phases["loss"].get("ZeRO-3 states", 0), required.host.get("offloaded ZeRO-3 states", 0)
 
     assert held() == (20 * each, 0)
     assert held(offload_optimizer={"device": "cpu"}) == (4 * each, 20 * each)
     assert held(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}) == (0, 24 * each)
     assert held(offload_optimizer={"device": "nvme"}) == (4 * each, 0)
-    assert tiny().host == {"checkpoint on its way to the disk": 12 * each}
+    assert tiny().host == {"checkpoint being written": 12 * each}
 
 
 def test_copies_of_the_weights_in_a_node() -> None:
-    found = large(profile={"zero_optimization": {"zero_hpz_partition_size": 8}})
+    required = large(profile={"zero_optimization": {"zero_hpz_partition_size": 8}})
     gathered = LLAMA3_8B_BODY + 129_024 * 4096  # the head is not
-    assert found.memory["second partition in the node (hpZ)"] == 2 * gathered // 8
+    assert required.memory["second partition in the node (hpZ)"] == 2 * gathered // 8
 
 
 def test_activations_come_with_the_micro_batch_and_go_with_checkpointing() -> None:
@@ -114,18 +113,19 @@ def test_activations_come_with_the_micro_batch_and_go_with_checkpointing() -> No
     assert checkpointed.phases["loss"]["checkpointed layer inputs"] == layers
     assert "activations" not in checkpointed.phases["loss"]
     assert whole.phases["loss"]["activations"] > 5 * layers
-    asked = recipe(distill=False, precision="float32", global_batch=8, micro_batch=4, vocab_multiple=256)
-    twice = needs(asked, measured(), vocab_size=250, ranks=2, ranks_per_node=2, group_size=1)
+    larger = recipe(distill=False, precision="float32", global_batch=8, micro_batch=4, vocab_multiple=256)
+    run = Sharding(larger, stats(), vocab_size=250, ranks=2, ranks_per_node=2, group_size=1)
+    twice = count_requirements(run)
     assert twice.phases["loss"]["activations"] == 2 * whole.phases["loss"]["activations"]
 
 
 def _stage(teacher: dict[str, Any], *, stages: int) -> int:
     """Parameters of the largest stage of a teacher with TINY's vocabulary."""
-    asked = recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=6)
-    student, taught = load_config(TINY, what="test"), load_config({**TINY, **teacher}, what="test")
-    counted = measure(student, taught, sequence_length=32)
-    found = needs(asked, counted, vocab_size=250, ranks=stages, ranks_per_node=stages, group_size=stages)
-    parameters, rest = divmod(found.memory["teacher stage"], 4)
+    plain = recipe(distill=True, precision="float32", global_batch=6, micro_batch=1, vocab_multiple=6)
+    student, other = load_config(TINY, what="test"), load_config({**TINY, **teacher}, what="test")
+    models = measure_models(student, other, sequence_length=32)
+    run = Sharding(plain, models, vocab_size=250, ranks=stages, ranks_per_node=stages, group_size=stages)
+    parameters, rest = divmod(count_requirements(run).memory["teacher stage"], 4)
     assert rest == 0
     return parameters
 

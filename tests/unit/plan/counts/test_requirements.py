@@ -7,36 +7,33 @@ import pytest
 from megadistill.config import LossSection
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError
-from megadistill.models.families import load_config
-from megadistill.plan.counts.requirements import Work, rank_memory
-from tests.unit.plan.cases import LLAMA3_8B_BODY, LLAMA3_8B_TOTAL, TINY, TINY_LAYER, large, recipe, tiny
+from megadistill.plan.counts.requirements import TokenFlops, count_requirements
+from megadistill.plan.counts.sharding import Sharding
+from tests.unit.plan.cases import LLAMA3_8B_BODY, LLAMA3_8B_TOTAL, TINY_LAYER, large, recipe, stats, tiny
 
 
 def test_a_tiny_student_from_labels() -> None:
-    found = tiny()
-    assert (found.ranks, found.group_size, found.accumulation) == (2, 1, 2)
-    assert found.tokens == 100 * 8 * 32
-    (student,) = found.models
+    required = tiny()
+    assert required.tokens == 100 * 8 * 32
+    (student,) = required.models
     body, head, attention = 2 * (2 * TINY_LAYER + 32), 2 * 250 * 32, 2 * 2 * 32 * 32
     assert (student.role, student.parameters.total) == ("student", body // 2 + 2 * 250 * 32)
-    assert student.work == Work(3 * body, 3 * head, 3 * attention, recompute=0)
-    assert found.flops_per_token == 3 * (body + head + attention)
-    assert found.target_bytes is None
+    assert student.work == TokenFlops(3 * body, 3 * head, 3 * attention, recompute=0)
+    assert required.flops_per_token == 3 * (body + head + attention)
+    assert required.target_bytes is None
 
 
 def test_llama_3_8b_distilled_on_64_ranks() -> None:
-    found = large()
-    assert found.accumulation == 4
-    assert found.tokens == 100 * 256 * 8192
-    assert [(model.role, model.parameters.total) for model in found.models] == [
+    required = large()
+    assert required.tokens == 100 * 256 * 8192
+    assert [(model.role, model.parameters.total) for model in required.models] == [
         ("student", LLAMA3_8B_TOTAL),
         ("teacher", LLAMA3_8B_TOTAL),
     ]
     body, head, attention = 2 * LLAMA3_8B_BODY, 2 * 128_256 * 4096, 2 * 32 * 8192 * 4096
-    student, teacher = found.models
-    assert student.work == Work(3 * body, 3 * head, 3 * attention, recompute=body + attention)
-    assert teacher.work == Work(body, head, attention, recompute=0)
-    assert found.stage_costs == ((LLAMA3_8B_BODY - 4096) // 8,) * 8
+    student, teacher = required.models
+    assert student.work == TokenFlops(3 * body, 3 * head, 3 * attention, recompute=body + attention)
+    assert teacher.work == TokenFlops(body, head, attention, recompute=0)
 
 
 def test_looking_for_the_surest_tokens_costs_the_teachers_head_once_more() -> None:
@@ -46,9 +43,9 @@ def test_looking_for_the_surest_tokens_costs_the_teachers_head_once_more() -> No
 
 
 def test_the_phase_that_takes_most_is_what_a_rank_needs() -> None:
-    found = large()
-    assert sum(found.memory.values()) == max(sum(lines.values()) for lines in found.phases.values())
-    assert found.phase == "backward"
+    required = large()
+    assert sum(required.memory.values()) == max(sum(lines.values()) for lines in required.phases.values())
+    assert required.phase == "backward"
     assert tiny(profile={"zero_optimization": {"reduce_bucket_size": 1000}}).phase == "loss"
 
 
@@ -61,41 +58,28 @@ def test_what_does_not_divide_is_refused() -> None:
         tiny(ranks=7, global_batch=14)
 
 
-class _Data:
-    vocab_size, sequence_length = 250, 32
-
-
 def test_a_teacher_with_ranks_of_its_own_is_on_none_of_the_students() -> None:
-    asked = recipe(distill=True, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256)
-    model = load_config(TINY, what="test")
-    asked = asked.model_copy(
-        update={"teacher": asked.teacher.model_copy(update={"placement": "disaggregated", "ranks": 2})}  # type: ignore[union-attr]
+    plain = recipe(distill=True, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256)
+    teacher = plain.teacher.model_copy(update={"placement": "disaggregated", "ranks": 2})  # type: ignore[union-attr]
+    run = Sharding(
+        plain.model_copy(update={"teacher": teacher}),
+        stats(teacher=True),
+        vocab_size=250,
+        ranks=2,
+        ranks_per_node=2,
+        group_size=2,
+        roles=Roles(4, 2, 2),
     )
-
-    def memory(rank: int) -> dict[str, dict[str, int]]:
-        return rank_memory(
-            asked,
-            student=model,
-            teacher=model,
-            data=_Data(),  # type: ignore[arg-type]
-            rank=rank,
-            ranks=2,
-            group_size=2,
-            roles=Roles(4, 2, 2),
-            profile={},
-        )
-
-    student, teacher = memory(0), memory(2)
-    assert "teacher stage" not in student["device"]
-    assert "teacher head rows" in student["device"]
-    assert "checkpoint on its way to the disk" in student["host"]
-    assert teacher["device"]["teacher stage"] == 4 * (TINY_LAYER + 250 * 32)  # a layer, and the embedding
-    assert teacher["host"] == {}
+    required = count_requirements(run)
+    assert "teacher stage" not in required.memory
+    assert "teacher head rows" in required.memory
+    assert "checkpoint being written" in required.host
+    assert required.teacher_memory["teacher stage"] == 4 * (TINY_LAYER + 250 * 32)  # a layer, and the embedding
 
 
 def test_targets_are_storage_that_a_recipe_may_use() -> None:
     loss: dict[str, Any] = {"targets": LossSection.model_validate({"targets": {}}).targets}
-    found = large(loss=loss).target_bytes
-    assert found is not None
-    assert 36 < found.expected < 48, "50 draws, as published"
-    assert found.most == pytest.approx(50 * 3 + 1, rel=0.01)
+    required = large(loss=loss).target_bytes
+    assert required is not None
+    assert 36 < required.expected < 48, "50 draws, as published"
+    assert required.most == pytest.approx(50 * 3 + 1, rel=0.01)

@@ -7,9 +7,10 @@ import pytest
 from megadistill.config import TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.plan.counts.disk_usage import signal_bytes
-from megadistill.plan.counts.requirements import Needs, needs
+from megadistill.plan.counts.requirements import Requirements, count_requirements
+from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, REQUESTS, STAGES, VOCABULARY
-from tests.unit.plan.cases import LLAMA3_8B_BODY, large, measured, recipe
+from tests.unit.plan.cases import LLAMA3_8B_BODY, large, recipe, stats
 
 S, D = 8192, 4096
 NOTHING_STAYS = {"zero_optimization": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}}
@@ -27,11 +28,11 @@ def test_what_a_teacher_says_of_a_token() -> None:
 def test_zero_gathers_twice_and_reduces_once() -> None:
     """6 N bytes a micro-step, of which a rank has its own 64th already; layers are gathered once more to be recomputed,
     but for what ends them."""
-    found = large(profile=NOTHING_STAYS).traffic
-    again = GATHERED - NORMS - 129_024 * 4096 - 32 * 4096 * 14_336
+    traffic = large(profile=NOTHING_STAYS).traffic
+    recompute = GATHERED - NORMS - 129_024 * 4096 - 32 * 4096 * 14_336
     once, norms = 2 * (GATHERED - NORMS) / S, 2 * NORMS / (4 * S)  # norms are gathered when they have moved
-    assert found[GATHERS].received == pytest.approx((2 * once + 2 * again / S + norms) * 63 / 64, rel=1e-9)
-    assert found[REDUCES].received == pytest.approx(2 * GATHERED / S * 63 / 64, rel=1e-9)
+    assert traffic[GATHERS].received == pytest.approx((2 * once + 2 * recompute / S + norms) * 63 / 64, rel=1e-9)
+    assert traffic[REDUCES].received == pytest.approx(2 * GATHERED / S * 63 / 64, rel=1e-9)
 
 
 def test_a_ring_leaves_the_node_at_one_of_its_ranks() -> None:
@@ -63,36 +64,37 @@ def test_the_surest_tokens_take_the_teachers_hidden_states_once_more() -> None:
 
 
 def test_parcels_go_from_stage_to_stage_and_answers_to_all() -> None:
-    parcel = 2 * D + 8 / S
-    found = large().traffic
-    assert found[STAGES].node == pytest.approx(8 * parcel)
-    assert found[ANSWERS].node == pytest.approx(parcel)
+    packet = 2 * D + 8 / S
+    traffic = large().traffic
+    assert traffic[STAGES].node == pytest.approx(8 * packet)
+    assert traffic[ANSWERS].node == pytest.approx(packet)
     over_nodes = large(ranks_per_node=4).traffic
     assert (over_nodes[STAGES].node, over_nodes[ANSWERS].node) == (0, 0)
 
 
-def _apart(**teacher: Any) -> Needs:
+def _apart(**teacher: Any) -> Requirements:
     section = {"path": "teacher", "placement": "disaggregated", "ranks": 2, **teacher}
-    asked = recipe(distill=True, precision="bfloat16", global_batch=8, micro_batch=2, vocab_multiple=256)
-    return needs(
-        asked.model_copy(update={"teacher": TeacherSection.model_validate(section)}),
-        measured(teacher=True),
+    plain = recipe(distill=True, precision="bfloat16", global_batch=8, micro_batch=2, vocab_multiple=256)
+    run = Sharding(
+        plain.model_copy(update={"teacher": TeacherSection.model_validate(section)}),
+        stats(teacher=True),
         vocab_size=250,
         ranks=2,
         ranks_per_node=2,
         group_size=2,
         roles=Roles(4, 2, 2),
     )
+    return count_requirements(run)
 
 
 def test_a_teacher_apart_sends_over_the_network() -> None:
-    found = _apart()
-    assert found.traffic[ANSWERS].network == 2 * 32 + 16 * 2 / 64
-    assert found.traffic[ANSWERS].node == 0
-    assert _apart(wire="float8").traffic[ANSWERS].received == 32 + 4 + 16 * 2 / 64
-    assert STAGES not in found.traffic
-    assert found.teacher_traffic[REQUESTS].received == 8 * (1 + 2 + 64) / 64
-    assert found.teacher_traffic[STAGES].received == 2 * 32 + 8 * (1 + 2 + 2) / 64
+    required = _apart()
+    assert required.traffic[ANSWERS].network == 2 * 32 + 16 * 2 / 64
+    assert required.traffic[ANSWERS].node == 0
+    assert _apart(transfer_dtype="float8").traffic[ANSWERS].received == 32 + 4 + 16 * 2 / 64
+    assert STAGES not in required.traffic
+    assert required.teacher_traffic[REQUESTS].received == 8 * (1 + 2 + 64) / 64
+    assert required.teacher_traffic[STAGES].received == 2 * 32 + 8 * (1 + 2 + 2) / 64
 
 
 def test_copies_in_the_node_keep_the_second_gathering_there() -> None:

@@ -1,4 +1,4 @@
-"""What a person sees, and the command that shows it."""
+"""The printed plan, and the command that prints it."""
 
 import io
 import json
@@ -9,71 +9,83 @@ import pytest
 import yaml
 from rich.console import Console
 
-from megadistill.cli.main import main
-from megadistill.plan.forecast import forecast
-from megadistill.plan.output.plan_tables import told
-from megadistill.plan.plan_input import Subject
+from megadistill.cli.main import run_command
+from megadistill.plan.output.plan_tables import render
+from megadistill.plan.plan_input import PlanInput
+from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
-from megadistill.plan.throughput import Assumed
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.plan.units import count, readable, spell
-from tests.unit.plan.tiny import TINY, cluster, subject
+from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 BESIDE = {"placement": "disaggregated", "ranks": 2, "stages": 2}
 
 
-def _told(what: Subject, *, price: float | None = None, **options: Any) -> str:
+def _rendered(inputs: PlanInput, *, price: float | None = None, **options: Any) -> str:
     machines = cluster(2, 4, **options.pop("cluster", {}))
-    found = plan(what, machines, Assumed())
-    assert found.shown is not None
-    law = forecast(found.shown.needs, teacher_loss=2.5, teacher_tokens=None)
+    result = plan(inputs, machines, MfuAssumption())
+    assert result.main is not None
+    law = forecast(result.main.requirements, teacher_loss=2.5, teacher_tokens=None)
     out = io.StringIO()
-    Console(file=out, width=80, highlight=False).print(told(found, law=law, price=price))
+    Console(file=out, width=80, highlight=False).print(render(result, law=law, price=price))
     return out.getvalue()
 
 
 @pytest.mark.parametrize(
-    "what",
-    [subject(), subject(teacher=None), subject(placement={**BESIDE, "ranks": 4}), subject(comm={"vocab_group": 3})],
+    "inputs",
+    [
+        plan_input(),
+        plan_input(teacher=None),
+        plan_input(placement={**BESIDE, "ranks": 4}),
+        plan_input(distributed={"vocab_group": 3}),
+    ],
     ids=["colocated", "labels", "apart", "refused"],
 )
-def test_it_fits_80_columns_and_begins_with_the_verdict(what: Subject) -> None:
-    said = _told(what, price=1234.5)
-    assert all(len(line) <= 80 for line in said.splitlines())
-    assert "…" not in said, "nothing is cut"
-    assert "2 x 4 a GPU of the tests" in said.splitlines()[0]
-    verdict = said.split("\n\n")[0]
+def test_it_fits_80_columns_and_begins_with_the_summary(inputs: PlanInput) -> None:
+    text = _rendered(inputs, price=1234.5)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text, "nothing is cut"
+    assert "2 x 4 a GPU of the tests" in text.splitlines()[0]
+    summary = text.split("\n\n")[0]
     for part in ("fits", "tokens/s", "GPU-hours", "assumed, not measured", "40%"):
-        assert part in verdict, part
+        assert part in summary, part
 
 
 def test_every_part_is_there() -> None:
-    said = _told(subject(), price=2.0)
-    parts = ("FLOPs of a token", "Memory of a GPU", "A micro-step", "Bytes of a token", "layouts that start", "On disk")
-    places = [said.index(part) for part in (*parts, "scaling law")]
+    text = _rendered(plan_input(), price=2.0)
+    parts = (
+        "FLOPs of a token",
+        "Memory of a GPU",
+        "A micro-step",
+        "Bytes that a GPU receives",
+        "valid layouts",
+        "On disk",
+    )
+    places = [text.index(part) for part in (*parts, "scaling law")]
     assert places == sorted(places)
     for line in (
         "ZeRO-3 states",
         "teacher stage",
         "logit chunk",
         "left",
-        "ZeRO-3 hides from",
+        "ZeRO-3's traffic is hidden from",
         "price",
         "the recipe as",
     ):
-        assert line in said, line
-    assert "A warning light, not a forecast" in said
+        assert line in text, line
+    assert "A warning light, not a forecast" in text
 
 
-def test_a_teachers_own_gpus_are_told_apart() -> None:
-    said = _told(subject(placement={**BESIDE, "ranks": 4}))
-    assert "Memory of a teacher's GPU" in said
-    assert "4 + 4" in said
-    assert "The teacher's ranks are busy" in said
+def test_a_teachers_own_gpus_are_listed_apart() -> None:
+    text = _rendered(plan_input(placement={**BESIDE, "ranks": 4}))
+    assert "Memory of a teacher's GPU" in text
+    assert "4 + 4" in text
+    assert "The teacher's ranks are busy" in text
 
 
-def test_a_recipe_that_does_not_start_says_why_first() -> None:
-    said = _told(subject(comm={"vocab_group": 3}))
-    assert said.index("cannot start so: comm.vocab_group is 3") < said.index("fits")
+def test_a_recipe_that_does_not_start_gives_the_reason_first() -> None:
+    text = _rendered(plan_input(distributed={"vocab_group": 3}))
+    assert text.index("this recipe cannot start here: distributed.vocab_group is 3") < text.index("fits")
 
 
 def test_amounts() -> None:
@@ -90,7 +102,7 @@ def test_amounts() -> None:
 
 
 def _recipe(folder: Path) -> list[str]:
-    values = subject().recipe.snapshot()
+    values = plan_input().recipe.snapshot()
     values["student"]["deepspeed"] = "ds_configs/cpu.json"
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -101,11 +113,11 @@ def _recipe(folder: Path) -> list[str]:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = _recipe(tmp_path)
     written = tmp_path / "plan.json"
-    assert main([*command, "--nodes", "1", "--gpu", "h100", "--json", str(written), "--student-mfu", "0.3"]) == 0
+    assert run_command([*command, "--nodes", "1", "--gpu", "h100", "--json", str(written), "--student-mfu", "0.3"]) == 0
     assert "fits" in capsys.readouterr().out
     values = json.loads(written.read_text())
     assert values["assumed"]["student_mfu"] == 0.3
-    assert main([*command, "--nodes", "1", "--gpu", "h100", "--json", "-"]) == 0
+    assert run_command([*command, "--nodes", "1", "--gpu", "h100", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["cluster"]["gpu"] == values["cluster"]["gpu"]
 
 
@@ -115,10 +127,10 @@ def test_the_command_where_nothing_fits_and_where_it_is_mistyped(
     command = _recipe(tmp_path)
     kind = {**cluster().accelerator.model_dump(), "memory_gb": 1e-5}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({"small": kind}))
-    assert main([*command, "--nodes", "1", "--gpu", str(tmp_path / "small.yaml")]) == 2
-    said = capsys.readouterr()
-    assert "does not fit" in said.out
-    assert said.err.startswith("megadistill: no layout fits: the best of")
+    assert run_command([*command, "--nodes", "1", "--gpu", str(tmp_path / "small.yaml")]) == 2
+    text = capsys.readouterr()
+    assert "does not fit" in text.out
+    assert text.err.startswith("megadistill: no layout fits: the best of")
     for options, reason in (
         (["--nodes", "0", "--gpu", "h100"], "--nodes 0"),
         (["--nodes", "1", "--gpu", "h10"], "did you mean 'h100'"),
@@ -126,7 +138,7 @@ def test_the_command_where_nothing_fits_and_where_it_is_mistyped(
         (["--nodes", "1", "--gpu", "h100", "--price", "-1"], "--price -1"),
         (["--nodes", "1", "--gpu", "h100", "--teacher-loss", "0"], "--teacher-loss 0"),
     ):
-        assert main([*command, *options]) == 2
+        assert run_command([*command, *options]) == 2
         err = capsys.readouterr().err
         assert reason in err
         assert err.count("\n") == 1

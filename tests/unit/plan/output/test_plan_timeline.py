@@ -6,7 +6,7 @@ import pytest
 
 from megadistill.errors import UserError
 from megadistill.plan.output.plan_timeline import Pipeline, simulate
-from megadistill.plan.throughput import StepTimes, drained_bubble
+from megadistill.plan.throughput import StepTimes
 from megadistill.timeline.spans import Lane, Timeline, first_unnested, seconds_by_kind
 
 TEACHING_ALONE = StepTimes(
@@ -29,7 +29,7 @@ COLOCATED = StepTimes(
     reduce=1.5,
     vocabulary=0.1,
     stages=(0.25, 0.26, 0.25, 0.24),
-    parcel=0.02,
+    packet=0.02,
     answer=0.01,
     queue=50,
 )
@@ -51,14 +51,14 @@ def _idle(lane: Lane, found: Timeline) -> float:
 @pytest.mark.parametrize(("replicas", "clients"), [(0, 4), (1, 2)])
 @pytest.mark.parametrize("pipeline", Pipeline)
 def test_the_bubble_is_the_closed_forms(replicas: int, clients: int, pipeline: Pipeline) -> None:
-    """(P - 1)/(m + P - 1) at each step where it drains, once a run where it runs ahead. A beat of stages of their own
+    """(P - 1)/(m + P - 1) at each step where it drains, once a run where it runs ahead. A tick of stages of their own
     is one rank's micro-batch, of colocated ones a round of all."""
     times = replace(TEACHING_ALONE, replicas=replicas, students=clients)
     a_step = times.micro_steps * (clients if replicas else 1)
-    expected = drained_bubble(4, a_step if pipeline is Pipeline.DRAINS else 3 * a_step)
+    m = a_step if pipeline is Pipeline.DRAINS else 3 * a_step
     found = _simulated(times, pipeline)
     idle = [_idle(lane, found) for lane in found.lanes if "stage" in lane.role]
-    assert idle == pytest.approx([expected] * 4)
+    assert idle == pytest.approx([3 / (m + 3)] * 4)
 
 
 def test_in_a_longer_run_no_stage_runs_dry_at_the_end() -> None:
@@ -91,10 +91,10 @@ def test_traffic_shows_where_compute_does_not_hide_it() -> None:
 def test_what_is_asked_for_late_is_waited_for(queue: int) -> None:
     """A rank asks when it has learnt from the micro-batch `queue` before: so many micro-steps take an answer's way and
     one micro-step. Four ranks ask at once, so the last one's way is three parts longer."""
-    way = sum(SLOW_TEACHER.stages) + 3 * max(SLOW_TEACHER.stages) + 3 * SLOW_TEACHER.parcel + SLOW_TEACHER.answer
+    way = sum(SLOW_TEACHER.stages) + 3 * max(SLOW_TEACHER.stages) + 3 * SLOW_TEACHER.packet + SLOW_TEACHER.answer
     found = _simulated(replace(SLOW_TEACHER, queue=queue, micro_steps=6), steps=8, run_steps=100)
     last = found.steps[-1].end - found.steps[-2].end
-    period = max((way + SLOW_TEACHER.student) / queue, SLOW_TEACHER.beat)
+    period = max((way + SLOW_TEACHER.student) / queue, SLOW_TEACHER.tick)
     assert last == pytest.approx(6 * period)
 
 
