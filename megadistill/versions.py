@@ -1,4 +1,4 @@
-"""Versions of what decides a run's numbers."""
+"""Versions of the packages that decide a run's numbers."""
 
 import platform
 from importlib.metadata import version
@@ -7,5 +7,5 @@ PACKAGES = ("megadistill", "torch", "deepspeed", "transformers", "safetensors", 
 
 
 def versions() -> dict[str, str]:
-    """Package or `python` -> its version."""
+    """Version by package name, and by `python`."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

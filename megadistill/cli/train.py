@@ -106,12 +106,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from megadistill.doctor.findings import Report
+    from megadistill.doctor.rank_report import Report
 
     def show(report: Report) -> None:
         Console().print(report.table())
         if options.json:
-            options.json.write_text(json.dumps(report.values(), indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         if report.bad_nodes:
             print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
 
@@ -123,7 +123,7 @@ def _doctor(options: argparse.Namespace) -> int:
         return 0 if report.ok else UserError.exit_code
     from megadistill.doctor.examine import examine
 
-    passed = examine(options.recipe, options.set, tell=show)
+    passed = examine(options.recipe, options.set, publish=show)
     return 0 if passed else UserError.exit_code
 
 

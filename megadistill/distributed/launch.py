@@ -1,13 +1,30 @@
 """The place of this process in its launch, read from the environment that torchrun, deepspeed or srun sets."""
 
+import logging
 import os
-import sys
 from dataclasses import dataclass
 
 from megadistill.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 """Slurm numbers batch scripts, `salloc`'s shell and other steps that srun did not start from here on."""
+
+
+def environment_rank() -> int:
+    """The global rank of this process: RANK, or SLURM_PROCID in a step of srun; 0 where neither is set."""
+    return _number("RANK", "SLURM_PROCID")
+
+
+def environment_local_rank() -> int:
+    """The rank of this process on its node: LOCAL_RANK, or SLURM_LOCALID in a step of srun; 0 where neither is set."""
+    return _number("LOCAL_RANK", "SLURM_LOCALID")
+
+
+def _number(launcher: str, slurm: str) -> int:
+    value = os.environ.get(launcher) or (os.environ.get(slurm) if "SLURM_STEP_ID" in os.environ else None) or "0"
+    return int(value) if value.isdigit() else 0
 
 
 @dataclass(frozen=True)
@@ -98,10 +115,10 @@ def _in_slurm_step() -> bool:
         return True
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1":
-        print(
-            f"megadistill: one process in a Slurm allocation of {tasks} tasks: to start one process a task, use srun "
-            "as slurm/train.sbatch does",
-            file=sys.stderr,
+        logger.warning(
+            "one process in a Slurm allocation of %s tasks: to start one process a task, use srun as "
+            "slurm/train.sbatch does",
+            tasks,
         )
     return False
 

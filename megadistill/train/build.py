@@ -14,9 +14,9 @@ from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
 from megadistill.train.objective import Objective
 from megadistill.train.setup.run_folder import (
+    copy_student_config,
+    copy_tokenizer,
     describe,
-    keep_student_config,
-    keep_tokenizer,
     started_from,
     write_description,
 )
@@ -54,7 +54,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher]:
         setup.student_config,
         section=recipe.student,
         train=recipe.train,
-        profile=setup.profile,
+        deepspeed_config=setup.deepspeed_config,
         vocab_size=setup.data.vocab_size,
         seed=recipe.run.seed,
         accumulation=setup.accumulation,
@@ -126,6 +126,6 @@ def check_teacher(
 def write_run_files(setup: Setup) -> None:
     """Recipe, tokenizer and student config, so that the run folder can be read and exported alone. Rank 0."""
     first = started_from(setup.folder, setup.recipe.student.weights)
-    write_description(setup.folder, describe(setup.recipe.snapshot(), setup.profile, started_from=first))
-    keep_tokenizer(setup.folder, setup.data)
-    keep_student_config(setup.folder, setup.recipe.student)
+    write_description(setup.folder, describe(setup.recipe.snapshot(), setup.deepspeed_config, started_from=first))
+    copy_tokenizer(setup.folder, setup.data)
+    copy_student_config(setup.folder, setup.recipe.student)

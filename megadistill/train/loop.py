@@ -33,11 +33,11 @@ from megadistill.train.resilience.preemption import StopRequests, ignore_stop_si
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
 from megadistill.train.schedule import scheduled
-from megadistill.train.setup.setup import Setup, where_it_runs
+from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.telemetry.metrics import RunLog
-from megadistill.train.telemetry.timeline_capture import recorded, recorded_service
+from megadistill.train.telemetry.timeline_capture import capture_teacher_server, capture_timeline
 from megadistill.types import Cursor
 
 
@@ -68,7 +68,7 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> RunOutcome | None
     """
     with launched(recipe) as (setup, topology):
         if topology.role == "teacher":
-            with ignore_stop_signals(topology.rank), recorded_service(setup, topology):
+            with ignore_stop_signals(topology.rank), capture_teacher_server(setup, topology):
                 run_teacher_server(setup, topology)
             return None
         return run(setup, topology, stop_after)
@@ -138,7 +138,7 @@ class Trainer:
                 taken = islice(stream, last - self.step)
                 batches = StepBatches(taken, self._teacher, micro_batch=setup.recipe.train.micro_batch)
                 stack.enter_context(closing(batches))
-                timeline_capture = stack.enter_context(recorded(setup, topology, log.say))
+                timeline_capture = stack.enter_context(capture_timeline(setup, topology))
                 hooks = self._hooks(log, monitor, stream)
                 seconds = setup.recipe.resilience.step_timeout_seconds
                 limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
@@ -162,7 +162,7 @@ class Trainer:
             return self._ended(log)
 
     def _hooks(self, log: RunLog, monitor: LossMonitor, stream: TokenStream) -> list[Hook]:
-        """What runs after each step, in this order. Collective."""
+        """The hooks, in the order in which they run after each step. Collective."""
         setup, topology, recovery, events = self._setup, self._topology, self._recovery, self._recovery.events
         recipe, resilience = setup.recipe, setup.recipe.resilience
         hooks: list[Hook] = [
@@ -226,7 +226,7 @@ class Trainer:
     def _log_start(self, log: RunLog, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
         setup, topology, teacher, vocab = self._setup, self._topology, self._teacher, self._student.head.vocab
-        log.say(where_it_runs(setup, topology))
+        log.say(describe_layout(setup, topology))
         log.say(self._recovery.mark_resumed(self.step))
         sizes = {"micro_batch": setup.recipe.train.micro_batch, "sequence_length": setup.data.sequence_length}
         for line in (

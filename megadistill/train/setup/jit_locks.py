@@ -1,7 +1,7 @@
-"""Locks that a killed JIT build left behind, found before they are waited for. It knows no ranks and builds nothing.
+"""Detection of stale locks of JIT builds, before a run waits for them.
 
-torch's builder of C++ extensions, DeepSpeed's too, waits for as long as the file `lock` lies in a build's folder. A
-build that is killed leaves it there, and every later process that needs the extension waits for ever, without a word.
+The builder of C++ extensions of torch and DeepSpeed waits while the file `lock` is in a build's folder. A killed build
+leaves it there, and every later process that needs the extension waits for ever, without a message.
 """
 
 import os
@@ -15,23 +15,24 @@ import torch
 from megadistill.errors import UserError
 
 STALE_SECONDS = 600.0
-"""Without a change in its folder for so long a build is dead: the compiler writes a file every few seconds or minutes.
-What is younger may be at work, on another node too. If it is not, the watch tells which lock start-up waits for."""
+"""Time without a change in a build's folder after which the build is taken to be dead: compilers write a file every few
+seconds or minutes. A younger lock may be in use, on another node too; if not, the hang detector names it."""
 
 
 def refuse_stale_jit_locks() -> None:
-    """Raises UserError: a build has left its lock behind; the line says how to remove it."""
+    """Raises UserError: a lock is stale; the message has the command that removes it."""
     for lock in sorted(extensions_folder().glob("*/lock")):
         idle = time.time() - _last_change(lock)
         if idle > STALE_SECONDS:
             raise UserError(
-                f"{lock} is the lock of a JIT build that has written nothing for {idle / 60:.0f} minutes: it was "
-                f"killed, and whatever needs {lock.parent.name} would wait for ever. If nothing builds there, rm {lock}"
+                f"{lock} is the lock of a JIT build that has written nothing for {idle / 60:.0f} minutes: the build "
+                f"was killed, and a run that needs {lock.parent.name} would wait for ever. If no build is running, "
+                f"rm {lock}"
             )
 
 
 def extensions_folder() -> Path:
-    """Where torch builds extensions, one folder for each: TORCH_EXTENSIONS_DIR, or one in the user's cache."""
+    """Folder of torch's extensions, a subfolder each: TORCH_EXTENSIONS_DIR, or one in the user's cache."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     if named is not None:
         return Path(named)
@@ -49,7 +50,7 @@ def extensions_folder() -> Path:
 
 
 def _last_change(lock: Path) -> float:
-    """In the folder of a build, in seconds since 1970; now, where the lock is being removed."""
+    """Time of the last change in a build's folder, in seconds since 1970; now, where the lock is just being removed."""
     times = []
     with suppress(OSError):
         for each in lock.parent.iterdir():

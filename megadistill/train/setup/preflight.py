@@ -1,4 +1,4 @@
-"""Whether recipe, data and models fit together, asked before anything is started. It knows no ranks."""
+"""Checks that recipe, data and models fit together, before a run starts."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ from torch import Tensor
 from megadistill.config import LossSection, Recipe
 from megadistill.data import Mixture, tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.models.initial_weights import check_starting_weights
+from megadistill.models.initial_weights import check_initial_weights
 
 
 def check_fit(
     recipe: Recipe, data: Mixture, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
 ) -> None:
-    """Sequence length, vocabulary, tokenizer and stages. `vocab_map` is what `teacher.vocab_map` names, if it does.
+    """Checks sequence length, vocabulary, tokenizer and stages. `vocab_map`: content of `teacher.vocab_map`, if any.
 
     Raises:
-        UserError: the first thing that does not fit, with both values and the way out.
+        UserError: the first mismatch, with both values and the way out.
     """
     _positions_fit("student.config", student, data)
     if getattr(student, "attention_dropout", 0.0):
@@ -43,58 +43,58 @@ def check_fit(
     assert recipe.teacher.path is not None
     _positions_fit("teacher.path", teacher, data)
     if stages > teacher.num_hidden_layers:
-        key = "comm.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
+        key = "distributed.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
         raise UserError(
             f"{key} is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
             f"{teacher.num_hidden_layers} layers: set {key} to {teacher.num_hidden_layers} or less"
         )
-    if vocab_map is not None:  # the map says what the tokenizers would have shown
+    if vocab_map is not None:  # the map replaces the comparison of tokenizers
         _divergence_is_finite(recipe.loss, vocab_map)
         return
     if teacher.vocab_size < data.vocab_size:
         raise UserError(
             f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
-            f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or let teacher.vocab_map say "
-            "how the ids map"
+            f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or map the ids with "
+            "teacher.vocab_map"
         )
     kind, sha256 = tokenizer_sha256(Path(recipe.teacher.path), prefer=data.tokenizer.kind) or (None, "")
     if kind != data.tokenizer.kind:
         raise UserError(
-            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so nothing shows "
-            "that the teacher reads the ids of the shards: copy the tokenizer that it was trained with there, or let "
-            "teacher.vocab_map say how the ids map"
+            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so its ids "
+            "cannot be compared with those of the shards: copy the tokenizer that it was trained with there, or map "
+            "the ids with teacher.vocab_map"
         )
     if sha256 != data.tokenizer.sha256:
         raise UserError(
             f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made "
-            f"with {data.tokenizer.sha256[:12]}…: the teacher would read other words than the student. "
-            "Tokenize the text with the teacher's tokenizer, or let teacher.vocab_map say how the ids map"
+            f"with {data.tokenizer.sha256[:12]}…: teacher and student would read different "
+            "words. Tokenize the text with the teacher's tokenizer, or map the ids with teacher.vocab_map"
         )
 
 
 def check_start(folder: Path, student: Any, data: Mixture) -> None:
-    """Whether the student can start from the weights of `folder`: the model of `student`, and the data's ids.
+    """Checks that the weights in `folder` fit the model `student` and the data's ids.
 
     Raises:
-        UserError: it cannot; one line.
+        UserError: they do not.
     """
-    check_starting_weights(folder, student, vocab_size=data.vocab_size)
+    check_initial_weights(folder, student, vocab_size=data.vocab_size)
     _same_tokenizer(folder, data, key="student.weights")
 
 
 def _same_tokenizer(folder: Path, data: Mixture, *, key: str) -> None:
-    """The student's folder need not hold a tokenizer; one of another kind cannot be compared."""
+    """Compares the tokenizer of a student's folder with the data's, if it has one of the same kind."""
     kind, sha256 = tokenizer_sha256(folder, prefer=data.tokenizer.kind) or (None, "")
     if kind == data.tokenizer.kind and sha256 != data.tokenizer.sha256:
         raise UserError(
             f"{key}: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
-            f"{data.tokenizer.sha256[:12]}…: tokenize the text with that of the folder, or name a folder that holds "
-            "no tokenizer (an export gets that of the shards)"
+            f"{data.tokenizer.sha256[:12]}…: tokenize the text with the folder's, or name a folder "
+            "without a tokenizer (an export gets that of the shards)"
         )
 
 
 def check_compiler(loss: LossSection) -> None:
-    """Asked as torch would ask, which does so at the first step.
+    """Checks for the C++ compiler that torch would look for at the first step.
 
     Raises:
         UserError: `loss.elementwise` is compiled, and this CPU has no C++ compiler.

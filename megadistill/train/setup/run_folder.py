@@ -1,7 +1,6 @@
-"""The run folder: what it says of the run, and whether a recipe may go on in it. It knows no ranks."""
+"""The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -10,16 +9,18 @@ from typing import Any
 from megadistill.config import StudentSection, dotted, refuse_renamed, validate_recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
+from megadistill.events import RENAMED_EVENTS, read_lines
+from megadistill.io import write_file
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.train.checkpoint.format import checkpoint_folders
 from megadistill.versions import versions
 
-# What may differ between the run that wrote a folder and the one that goes on in it: nothing that moves a number by
-# more than float32 rounding. The layout follows the ranks that one has today; with `loss.label_fraction` it says among
-# which tokens the surest are looked for, as the number of ranks does, which no recipe holds.
+# Keys that may differ between the attempts of a run: those that move no number by more than float32 rounding. The
+# layout depends on the ranks at hand; with `loss.label_fraction` it decides among which tokens the surest are selected,
+# as the number of ranks does, which is not in a recipe.
 MAY_CHANGE = (
-    "data.manifest",  # the stream compares what was read, wherever it lies today
+    "data.manifest",  # the stream compares the content, wherever it is
     "data.curriculum",
     "data.on_corrupt_sample",
     "data.max_masked_per_million",
@@ -50,51 +51,51 @@ MAY_CHANGE = (
 MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "resilience.")
 
 TOKENIZER_FOLDER = "tokenizer"
-"""Beside recipe.json: a run can be exported where its data is no longer at hand."""
+"""Copy of the data's tokenizer beside recipe.json, so that a run can be exported without its data."""
 
 STUDENT_FOLDER = "student"
-"""And where the folder that `student.config` names is not: it holds that one's config.json."""
+"""Copy of the config.json of the folder that `student.config` names, so that a run can be exported without it."""
 
 MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def describe(
-    recipe: dict[str, Any], profile: dict[str, Any], *, started_from: dict[str, str] | None = None
+    recipe: dict[str, Any], deepspeed_config: dict[str, Any], *, started_from: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, and the versions.
+    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
 
-    And what `started_from` below says of the student's first weights, where a folder had them.
+    `started_from`: source of the initial weights, see the function `started_from`.
     """
     first = {} if started_from is None else {"started_from": started_from}
-    return {"recipe": recipe, "deepspeed": profile, **first, "versions": versions()}
+    return {"recipe": recipe, "deepspeed": deepspeed_config, **first, "versions": versions()}
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether a run goes on from a checkpoint, or not at all; it does not begin again."""
+    """Whether the run has a checkpoint, so that it resumes instead of starting."""
     return bool(checkpoint_folders(folder / "checkpoints"))
 
 
 def started_from(folder: Path, weights: str | None) -> dict[str, str] | None:
-    """Folder and fingerprint of the weights that a run's student started from; None where `run.seed` decided.
+    """Folder and fingerprint of the student's initial weights; None for random ones.
 
-    A run that has saved knows from its recipe.json: it reads the weights no more, and they need not be there.
+    A run that has saved takes them from its recipe.json: the folder of the weights is no longer needed.
     """
     if weights is None:
         return None
     if not has_saved(folder):
         return {"weights": weights, "fingerprint": teacher_fingerprint(Path(weights))}
     try:
-        kept = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("started_from")
+        recorded = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("started_from")
     except (OSError, ValueError, AttributeError):
         return None
-    return kept if isinstance(kept, dict) else None
+    return recorded if isinstance(recorded, dict) else None
 
 
 def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """A folder that another recipe wrote is refused with a list of what differs.
+    """Refuses a folder of another recipe, with a list of the differences.
 
     Raises:
-        UserError: it holds another recipe, or something that is no recipe.
+        UserError: the folder has another recipe, an unreadable one, or one of a version before 0.1.0.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.folder: {folder} is a file; name a folder")
@@ -106,7 +107,11 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
     refuse_renamed(written, source=str(path))
-    with suppress(UserError):  # keys that are newer than the folder have their defaults
+    events = folder / "events.jsonl"
+    if former := {str(line.get("event")) for line in read_lines(events)} & RENAMED_EVENTS.keys():
+        names = ", ".join(f"{name} is now {RENAMED_EVENTS[name]}" for name in sorted(former))
+        raise UserError(f"{events}: written by a version before 0.1.0 ({names}): name another run.folder")
+    with suppress(UserError):  # keys that are newer than the folder get their defaults
         written = validate_recipe(written, source=str(path)).snapshot()
     before, now = dotted(written), dotted(recipe)
     differing = [
@@ -121,14 +126,12 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Writes recipe.json whole or not at all."""
+    """Writes recipe.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".recipe.json.tmp"
-    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "recipe.json")
+    write_file(folder / "recipe.json", json.dumps(description, indent=1) + "\n")
 
 
-def keep_tokenizer(folder: Path, data: Mixture) -> None:
+def copy_tokenizer(folder: Path, data: Mixture) -> None:
     """Copies the tokenizer of the data into the run folder, once.
 
     Raises:
@@ -145,24 +148,22 @@ def keep_tokenizer(folder: Path, data: Mixture) -> None:
             (temporary / name).write_bytes(data.tokenizer_file(name, max_bytes=MAX_TOKENIZER_BYTES))
     main = data.tokenizer.file.rpartition("/")[2]
     if not (temporary / main).exists():
-        raise UserError(f"data: {main}, the tokenizer of the shards, is not where their manifest says: restore it")
+        raise UserError(f"data: {main}, the tokenizer of the shards, is missing from their folder: restore it")
     temporary.rename(target)
 
 
-def keep_student_config(folder: Path, section: StudentSection) -> None:
-    """Copies the config.json that the recipe names into the run folder, once; one that is spelled out is there."""
+def copy_student_config(folder: Path, section: StudentSection) -> None:
+    """Copies the config.json of the folder `student.config` into the run folder, once."""
     target = folder / STUDENT_FOLDER / "config.json"
     if not isinstance(section.config, str) or target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_bytes((Path(section.config) / "config.json").read_bytes())
-    temporary.rename(target)
+    write_file(target, (Path(section.config) / "config.json").read_bytes())
 
 
 def student_config_of(run: Path | None, section: StudentSection) -> dict[str, Any] | Path:
-    """What the student of a run was built from: spelled out, or a folder, the run's own where it has one."""
+    """The student's config: as it is in the recipe, or a folder of it, the run's own copy where there is one."""
     if not isinstance(section.config, str):
         return section.config
-    kept = None if run is None else run / STUDENT_FOLDER
-    return kept if kept is not None and (kept / "config.json").is_file() else Path(section.config)
+    copy = None if run is None else run / STUDENT_FOLDER
+    return copy if copy is not None and (copy / "config.json").is_file() else Path(section.config)

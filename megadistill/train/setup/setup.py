@@ -1,4 +1,4 @@
-"""What a run needs, read and checked before the first process group: bad input costs nothing. It starts nothing."""
+"""Set-up of a run: everything that its recipe names, read and checked before the first process group exists."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from megadistill.config import Recipe
 from megadistill.data import Mixture
-from megadistill.data.targets.target_writer import refuse_foreign
+from megadistill.data.targets.target_writer import refuse_other_content
+from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Launch, Topology, vocab_group_size
+from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.models.families import load_config
 from megadistill.models.weights import check_weights
-from megadistill.student.deepspeed_config import deepspeed_config, deepspeed_profile
+from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
@@ -24,7 +25,7 @@ from megadistill.train.setup.vocab_map import read_vocab_map
 
 @dataclass(frozen=True)
 class Setup:
-    """A recipe with everything that it names."""
+    """A recipe with the content of the files that it names."""
 
     recipe: Recipe
     folder: Path
@@ -32,15 +33,17 @@ class Setup:
     student_config: Any
     teacher_config: Any | None
     roles: Roles | None
-    """None where the teacher is colocated, or absent."""
+    """Roles of the ranks; None where no rank is the teacher's alone."""
     group_size: int
+    """Ranks of a vocab group."""
     accumulation: int
-    profile: dict[str, Any]
-    """The DeepSpeed settings in force: on a CPU without what only a GPU can do."""
+    """Micro-batches of a rank in a step."""
+    deepspeed_config: dict[str, Any]
+    """The DeepSpeed settings in force: on a CPU without those that need a GPU."""
     vocab_map: Tensor | None
     """[data.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
-    left_out: tuple[str, ...]
-    """What the recipe's DeepSpeed file switches on and a CPU does without."""
+    disabled: tuple[str, ...]
+    """Settings of the recipe's DeepSpeed file that are disabled on a CPU."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,19 +51,19 @@ class Setup:
 
 
 def prepare(recipe: Recipe, launch: Launch) -> Setup:
-    """Reads what the recipe names and refuses what does not fit together. Every rank does it, and writes nothing.
+    """Reads the files that the recipe names and checks that they fit together. Writes nothing; runs on every rank.
 
     Raises:
-        UserError: one line.
+        UserError: something does not fit; the message is one line.
     """
     refuse_stale_jit_locks()
     roles = roles_of(recipe, launch)
     if roles is not None:
         launch = _students_launch(launch, roles)
     accumulation = recipe.accumulation(launch.world)
-    group_size = vocab_group_size(recipe.comm.vocab_group, launch)
-    profile, left_out = deepspeed_profile(Path(recipe.student.deepspeed))
-    deepspeed_config(profile, recipe.train, accumulation)
+    group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
+    deepspeed_config, disabled = active_deepspeed_config(Path(recipe.student.deepspeed))
+    build_engine_config(deepspeed_config, recipe.train, accumulation)
     data = Mixture.load(recipe.data)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
@@ -76,8 +79,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     if teacher_config is not None:
         assert recipe.teacher is not None
         check_weights(Path(str(recipe.teacher.path)), teacher_config)
-    if recipe.teacher is not None and recipe.teacher.keep_targets is not None:
-        refuse_foreign(Path(recipe.teacher.keep_targets))
+    if recipe.teacher is not None and recipe.teacher.save_targets is not None:
+        refuse_other_content(Path(recipe.teacher.save_targets))
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
@@ -93,23 +96,27 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         roles=roles,
         group_size=group_size,
         accumulation=accumulation,
-        profile=profile,
+        deepspeed_config=deepspeed_config,
         vocab_map=vocab_map,
-        left_out=left_out,
+        disabled=disabled,
     )
 
 
 def _live_teacher_config(recipe: Recipe) -> Any | None:
-    """None where no teacher runs."""
+    """The config of the teacher that runs; None where none does."""
     section = recipe.teacher
-    if section is None or section.source == "cache":
+    if section is None or section.source == "stored":
         return None
     assert section.path is not None
     return load_config(Path(section.path), what="teacher.path")
 
 
 def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:
-    """Raises UserError: the ranks of the launch cannot be shared out as the recipe says."""
+    """Roles of the launch; None where no rank is the teacher's alone.
+
+    Raises:
+        UserError: the ranks cannot be divided as the recipe says.
+    """
     teacher = recipe.teacher
     if teacher is None or teacher.placement == "colocated":
         return None
@@ -118,25 +125,23 @@ def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:
 
 
 def _students_launch(launch: Launch, roles: Roles) -> Launch:
-    """The student's part of the launch, to every rank: the teacher's own ranks check the same recipe."""
+    """The student's part of the launch. Given to the teacher's own ranks too, which check the same recipe."""
     local = min(launch.local_world, roles.students)
     return Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
 
 
-def where_it_runs(setup: Setup, topology: Topology) -> str:
-    """One line: on what, and what that leaves out."""
-    processes = f"{topology.world} {'process' if topology.world == 1 else 'processes'}"
-    shared = "vocabulary" if setup.teacher_config is None or setup.roles else "vocabulary and teacher"
-    layout = f"{processes}, {shared} over {topology.group_size}, {setup.recipe.train.precision}"
+def describe_layout(setup: Setup, topology: Topology) -> str:
+    """A log line: device, ranks, precision, and what the device lacks."""
+    on_cpu = topology.device.type == "cpu"
+    name = "cpu" if on_cpu else torch.get_device_module(topology.device).get_device_name(topology.device)
+    parts = [f"device: {name}", f"world size {topology.world}", f"vocab group {topology.group_size}"]
     if setup.roles is not None:
-        layout += f"; teacher on {setup.roles.teachers} more, {setup.roles.replicas} x {setup.roles.stages} stages"
-    if topology.device.type != "cpu":
-        name = torch.get_device_module(topology.device).get_device_name(topology.device)
-        return f"running on {name}: {layout}"
-    slow = (
-        "; bfloat16 products are many times slower than float32 here"
-        if setup.recipe.train.precision != "float32"
-        else ""
-    )
-    without = f"; left out: {', '.join(setup.left_out)}" if setup.left_out else ""
-    return f"running on a CPU (no accelerator found): {layout}{slow}; MFU unknown{without}"
+        parts.append(f"teacher ranks {setup.roles.teachers} ({setup.roles.replicas} x {setup.roles.stages} stages)")
+    elif setup.teacher_config is not None:
+        parts.append(f"teacher stages {topology.group_size}")
+    parts.append(setup.recipe.train.precision)
+    if on_cpu and setup.recipe.train.precision != "float32":
+        parts.append("slow: bfloat16 is emulated on a CPU")
+    if setup.disabled:
+        parts.append(f"disabled on a CPU: {', '.join(setup.disabled)}")
+    return "; ".join(parts)

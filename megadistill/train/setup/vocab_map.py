@@ -1,4 +1,4 @@
-"""How the student's ids map to the teacher's, where each has a tokenizer of its own. It knows no model and no ranks.
+"""The map from the student's token ids to the teacher's, where each has a tokenizer of its own.
 
 Legend: U ids of the student, B sequences, S tokens of a sequence.
 """
@@ -14,19 +14,19 @@ from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
 MAX_MAP_BYTES = 16 << 20
-"""A million ids of seven digits take half of it."""
+"""Maximum size of the file; a million ids of seven digits take half of it."""
 
 
 def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
-    """[U] int64: the teacher's id for each of the student's, -1 where it has none. From a JSON list of as many numbers.
+    """[U] int64: the teacher's id for each of the student's, -1 for none. The file is a JSON list of U numbers.
 
     Raises:
-        UserError: one line that says what is wrong with the file.
+        UserError: the file is missing or wrong.
     """
     try:
         if path.stat().st_size > MAX_MAP_BYTES:
             raise UserError(
-                f"teacher.vocab_map: {path}: {path.stat().st_size} bytes is no map (at most {MAX_MAP_BYTES})"
+                f"teacher.vocab_map: {path}: {path.stat().st_size} bytes, too large for a map (at most {MAX_MAP_BYTES})"
             )
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,7 +47,7 @@ def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
         if type(teacher_id) is not int or not -1 <= teacher_id < teacher_ids:
             raise UserError(
                 f"teacher.vocab_map: {path} maps id {student_id} to {teacher_id!r}; the teacher has ids 0 to "
-                f"{teacher_ids - 1}, and -1 says that it has none"
+                f"{teacher_ids - 1}, and -1 means that it has none"
             )
         if teacher_id >= 0 and first.setdefault(teacher_id, student_id) != student_id:
             raise UserError(
@@ -55,15 +55,15 @@ def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
                 "would share one probability; give the teacher's id to one of them and -1 to the other"
             )
     if not first:
-        raise UserError(f"teacher.vocab_map: {path} maps no id: the teacher would have nothing to say")
+        raise UserError(f"teacher.vocab_map: {path} maps no id: the teacher would give no probabilities")
     return torch.tensor(values, dtype=torch.int64)
 
 
 def translated(batch: TokenBatch, ids_U: Tensor) -> TokenBatch:
-    """The batch as the teacher reads it: its own ids, and their digests. On the host, where batches are made.
+    """The batch in the teacher's ids, with their digests. On the host, where batches are made.
 
     Raises:
-        UserError: a token or a label without an id of the teacher's: it could neither read nor foretell it.
+        UserError: a token or a label has no teacher's id.
     """
     tokens_BS = ids_U[batch.tokens]
     unlabelled_BS = batch.labels == IGNORED_LABEL

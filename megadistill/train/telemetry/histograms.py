@@ -1,4 +1,4 @@
-"""Histograms of tensors spread over the ranks, as the student's weights are. It knows no engine and no files."""
+"""Histograms of tensors that are sharded over the ranks, as the student's weights are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BINS = 64
 
 @dataclass(frozen=True)
 class Histogram:
-    """The distribution of a tensor's elements, in `BINS` equal bins between the lowest and the highest one."""
+    """The distribution of a tensor's elements in `BINS` equal bins between the lowest and the highest."""
 
     lowest: float
     highest: float
@@ -24,24 +24,24 @@ class Histogram:
 
     @property
     def limits(self) -> list[float]:
-        """The upper end of each bin."""
+        """Upper end of each bin."""
         width = (self.highest - self.lowest) / len(self.counts)
         return [self.lowest + width * (bin + 1) for bin in range(len(self.counts) - 1)] + [self.highest]
 
 
 @torch.no_grad()
 def histograms(pieces: Mapping[str, Tensor], topology: Topology) -> dict[str, Histogram]:
-    """Of each tensor, of which every rank holds a flat piece, which may be empty. Collective.
+    """Histograms by name of tensors of which every rank holds a flat shard, which may be empty. Collective.
 
-    Every rank passes the same names in the same order. Two small collectives, however many tensors there are; elements
-    that are not finite are left out, and a tensor that has no others is, too.
+    Every rank passes the same names in the same order. Two small collectives for any number of tensors. Non-finite
+    elements are left out, and so are tensors without finite ones.
     """
     finite = [piece[piece.isfinite()].to(topology.device, torch.float32) for piece in pieces.values()]
     infinity = torch.tensor(torch.inf, device=topology.device)
-    # The lowest is found as the highest of the negated ones.
+    # One maximum for both ends: the lowest is the negated maximum of the negated elements.
     ends = [torch.stack([(-p).max(), p.max()] if p.numel() else [-infinity, -infinity]) for p in finite]
-    of_all = all_gather_rows(torch.stack(ends).unsqueeze(0), topology.world_group)
-    negated, highest = of_all.amax(dim=0).unbind(dim=1)
+    gathered = all_gather_rows(torch.stack(ends).unsqueeze(0), topology.world_group)
+    negated, highest = gathered.amax(dim=0).unbind(dim=1)
     sums = torch.stack(
         [_sums(p, float(-n), float(h)) for p, n, h in zip(finite, negated.tolist(), highest.tolist(), strict=True)]
     )
@@ -56,7 +56,7 @@ def histograms(pieces: Mapping[str, Tensor], topology: Topology) -> dict[str, Hi
 
 
 def _sums(piece: Tensor, lowest: float, highest: float) -> Tensor:
-    """[2 + BINS] float64: the sum, the sum of squares, and how many elements each bin has."""
+    """[2 + BINS] float64: the sum, the sum of squares, the number of elements in each bin."""
     wide = piece.double()
     counts = torch.zeros(BINS, dtype=torch.float64, device=piece.device)
     if piece.numel() and lowest < highest:

@@ -1,8 +1,9 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and a bar or plain lines. It knows no model."""
+"""Metrics of each step: metrics.jsonl, TensorBoard, log lines and a progress bar."""
 
 import json
-import os
+import logging
 import resource
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,23 @@ from megadistill.accelerators import accelerator_of
 from megadistill.config import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.events import JsonLines, read_lines
+from megadistill.io import write_file
 from megadistill.models.flops import flops_per_token
 from megadistill.train.telemetry.histograms import Histogram
-from megadistill.train.telemetry.tensorboard import Board
+from megadistill.train.telemetry.tensorboard import TensorBoardLog
 from megadistill.types import StepReport
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
-"""What a run with truncated targets does not know."""
+"""Metrics of the whole distribution, which a run with truncated targets does not have."""
 
 TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
-"""What a run from labels does not have."""
+"""Metrics that a run from labels does not have."""
+
+logger = logging.getLogger(__name__)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The peak of one device at a precision, or None where it is not known (every CPU)."""
+    """Peak FLOP/s of one device at a precision; None where it is not known (every CPU)."""
     if device.type == "cpu":
         return None
     name = torch.get_device_module(device).get_device_name(device)
@@ -37,16 +41,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the peak allocated on an accelerator, the peak resident memory of the process on a CPU."""
+    """Peak bytes allocated on an accelerator; on a CPU, the peak resident memory of the process."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(torch.accelerator.max_memory_allocated(device))
 
 
 class Meter:
-    """Turns a step's numbers into a report: throughput, MFU, memory.
+    """Computes a step's report: throughput, MFU, memory.
 
-    Model FLOPs are what the mathematics needs (PaLM, 2204.02311, appendix B): recomputation does not count.
+    Model FLOPs are counted without recomputation (PaLM, 2204.02311, appendix B).
     """
 
     def __init__(
@@ -96,9 +100,9 @@ class Meter:
 
 
 class RunLog:
-    """Writes one rank's view of a run; on every rank but the first it writes nothing.
+    """Writes the metrics of a run on the first rank; does nothing on other ranks.
 
-    A resume keeps what was logged up to the checkpoint's step and drops what the killed run logged past it.
+    A resume drops the lines of metrics.jsonl after the checkpoint's step, whose steps are taken again.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, *, start_step: int, topology: Topology) -> None:
@@ -106,59 +110,53 @@ class RunLog:
         self._steps = recipe.train.steps
         self._log_every = recipe.train.log_every
         self._loss = recipe.loss if recipe.objective == "distill" else None
-        self._console = Console(stderr=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._refused = False
+        self._disk_refused = False
         if not self._active:
             return
         path = folder / "metrics.jsonl"
-        _keep_until(path, start_step)
+        _drop_after(path, start_step)
         self._lines = JsonLines(path)
-        self._board = Board(folder / "tensorboard", recipe, start_step=start_step)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        self._tensorboard = TensorBoardLog(folder / "tensorboard", recipe, start_step=start_step)
+        console = Console(stderr=True)  # as the log lines, which it keeps above the bar
+        if console.is_terminal and not console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console)
+            self._progress = Progress(*columns, console=console)
             self._task = self._progress.add_task("training", total=self._steps, completed=start_step)
             self._progress.start()
 
     def say(self, line: str) -> None:
-        """One line for a person, above the bar where there is one."""
-        if not self._active:
-            return
-        try:
-            self._console.print(line, markup=False, highlight=False)
-        except (OSError, SystemExit):  # the reader is gone, as when a launcher was killed; rich would leave for that
-            self._console.quiet = True
+        logger.info("%s", line)
 
     def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
-        """Logs one step: a line of JSON (written at once, so that a kill loses nothing), TensorBoard, the terminal.
+        """Writes one step to metrics.jsonl (at once, so that a kill loses nothing), TensorBoard and the log.
 
-        `weights` are those of the loss's terms, by name, where a schedule moves them.
+        `weights`: weights of the loss's terms by name, where a schedule changes them.
         """
         if not self._active:
             return
-        values = {**self._values(report), **(weights or {})}
+        values = {"time": round(time.time(), 3), **self._values(report), **(weights or {})}
         problem = self._lines.append(values)
-        if problem is not None and not self._refused:
-            self.say(f"{self._lines.path}: {problem}; its lines wait until the disk takes them")
-        self._refused = problem is not None
-        self._board.numbers(report.step, _flat(values))
+        if problem is not None and not self._disk_refused:
+            logger.warning("%s: %s; its lines are written once the disk has space", self._lines.path, problem)
+        self._disk_refused = problem is not None
+        self._tensorboard.numbers(report.step, _flat(values))
         if report.step % self._log_every == 0 or report.step == self._steps:
-            self.say(self._line(report))
+            logger.info("%s", self._line(report))
         if self._progress:
             self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}")
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
-        """For TensorBoard alone."""
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Writes histograms of tensors by tag, to TensorBoard alone."""
         if self._active:
-            self._board.histograms(step, found)
+            self._tensorboard.histograms(step, histograms)
 
     def close(self) -> None:
         if not self._active:
             return
         if self._progress:
             self._progress.stop()
-        self._board.close()
+        self._tensorboard.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
         hidden: tuple[str, ...] = ("diagnostics",) if report.diagnostics is None else ()
@@ -186,16 +184,12 @@ class RunLog:
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a step without nesting: those of `diagnostics` as `diagnostics/NAME`."""
-    closer = values.get("diagnostics") or {}
+    diagnostics = values.get("diagnostics") or {}
     outer = {name: value for name, value in values.items() if name != "diagnostics"}
-    return {**outer, **{f"diagnostics/{name}": value for name, value in closer.items()}}
+    return {**outer, **{f"diagnostics/{name}": value for name, value in diagnostics.items()}}
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl up to `step`, atomically."""
-    if not path.exists():
-        return
-    kept = [json.dumps(values) for values in read_lines(path) if values["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines after `step` from metrics.jsonl."""
+    if path.exists():
+        write_file(path, "".join(json.dumps(values) + "\n" for values in read_lines(path) if values["step"] <= step))

@@ -1,7 +1,4 @@
-"""The live view of a run: what TensorBoard shows, in which group, and on which chart. It knows no model and no ranks.
-
-The first part of a tag is its group. The page "Custom Scalars" has charts of what belongs together.
-"""
+"""TensorBoard log of a run: scalars in groups, charts on the page "Custom Scalars", histograms, the recipe."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +20,7 @@ GROUPS = {
     "waiting": ("data_seconds", "teacher_seconds"),
     "memory": ("memory_bytes",),
 }
-"""What stands in none of them is a diagnostic, and brings its group along."""
+"""Names of each group, the first part of a tag; those of diagnostics have theirs in the name."""
 
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -35,7 +32,7 @@ LABELS_LAYOUT = {
     },
     "System": {
         "tokens a second": ["Multiline", ["^throughput/tokens_per_second$"]],
-        "seconds: the step, and what of it waited": ["Multiline", ["^throughput/seconds$", "^waiting/.*"]],
+        "seconds of a step, and of waiting": ["Multiline", ["^throughput/seconds$", "^waiting/.*"]],
     },
 }
 
@@ -46,7 +43,7 @@ DISTILLATION_LAYOUT = {
         "entropy: student and teacher": ["Multiline", ["^student/student_entropy$", "^teacher/teacher_entropy$"]],
         "agreement and acceptance": ["Multiline", ["^teacher/agreement$", "^diagnostics/acceptance$"]],
     },
-    "Closer look": {
+    "Diagnostics": {
         "KL by decile of the teacher's entropy": ["Multiline", ["^diagnostics/kl_entropy_decile_.*"]],
         "the teacher's mass in its top k": ["Multiline", ["^diagnostics/top_.*_mass$"]],
         "reverse KL and JSD": ["Multiline", ["^diagnostics/reverse_kl$", "^diagnostics/jsd$"]],
@@ -55,12 +52,12 @@ DISTILLATION_LAYOUT = {
 
 
 def tag_of(name: str) -> str:
-    """`GROUP/NAME` of a number of a step."""
+    """The tag `GROUP/NAME` of a number of a step."""
     return name if name.startswith("diagnostics/") else f"{_GROUP_OF.get(name, 'other')}/{name}"
 
 
-class Board:
-    """Writes a run's TensorBoard folder. A full disk costs the picture, not the run."""
+class TensorBoardLog:
+    """Writes a run's TensorBoard folder. Errors of the disk are ignored."""
 
     def __init__(self, folder: Path, recipe: Recipe, *, start_step: int) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
@@ -70,16 +67,16 @@ class Board:
             self._writer.add_text("recipe", _as_markdown(recipe.snapshot()), start_step)
 
     def numbers(self, step: int, values: dict[str, float | None]) -> None:
-        """The numbers of a step, by name; what is None is not known, and left out."""
+        """Writes the numbers of a step by name; None is not known, and left out."""
         with suppress(OSError):
             for name, value in values.items():
-                if name != "step" and value is not None:
+                if name not in ("step", "time") and value is not None:
                     self._writer.add_scalar(tag_of(name), value, step)
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
-        """Distributions over a tensor's elements, by tag."""
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Writes distributions of a tensor's elements by tag."""
         with suppress(OSError):
-            for tag, each in found.items():
+            for tag, each in histograms.items():
                 self._writer.add_histogram_raw(
                     tag,
                     min=each.lowest,
@@ -98,5 +95,5 @@ class Board:
 
 
 def _as_markdown(recipe: dict[str, Any]) -> str:
-    """TensorBoard shows text as Markdown, which leaves an indented block as it is."""
+    """The recipe as an indented block of Markdown, which TensorBoard renders unchanged."""
     return "".join(f"    {without_secrets(line)}\n" for line in yaml.safe_dump(recipe, sort_keys=False).splitlines())

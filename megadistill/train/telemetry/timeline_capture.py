@@ -1,128 +1,135 @@
-"""Room `train`: the steps that `run.timeline` names, recorded on every rank. It knows no step's work.
+"""Recording of the timeline of the steps in `run.timeline`, on every rank.
 
-A student's rank records from the begin of the first of them to the end of the last one. A rank of the teacher's own
-knows no steps: the requests say whether their step is recorded, and it keeps what it does from shortly before the first
-of them to the first that is not.
+A student's rank records from the start of the first step to the end of the last. A teacher's own rank has no step
+numbers: each request has a flag whether its step is recorded, and the rank records from shortly before the first such
+request to the first without the flag.
 """
 
+import logging
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Topology
-from megadistill.timeline.files import RankFile, StoredStep, forget_ranks, stored_spans, write_rank
-from megadistill.timeline.recorder import Recorder, clock_of
+from megadistill.timeline.files import RankFile, StoredSpan, StoredStep, remove_recordings, write_rank
+from megadistill.timeline.recorder import Recorder, clock_for
 from megadistill.train.setup.setup import Setup
+
+logger = logging.getLogger(__name__)
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-class Recording:
-    """On a rank of the student. All of them call the same methods."""
+class TimelineCapture:
+    """The recording on a rank of the student. All of them call the same methods."""
 
-    def __init__(self, setup: Setup, topology: Topology, say: Callable[[str], None]) -> None:
+    def __init__(self, setup: Setup, topology: Topology) -> None:
         window = setup.recipe.run.timeline
-        self._setup, self._topology, self._say = setup, topology, say
+        self._setup, self._topology = setup, topology
         self._steps = range(0) if window is None else range(window[0], window[1] + 1)
         self._recorder: Recorder | None = None
-        self._began = 0.0
+        self._first_barrier = 0.0
 
     def step(self, number: int) -> None:
         """Step `number` begins, and the one before it ends. Collective where the recording begins or ends."""
         if self._recorder is not None and number not in self._steps:
             self.finish()
         elif number in self._steps and self._recorder is None:
-            self._begin()
+            self._start()
         if self._recorder is not None:
             self._recorder.step(number)
 
     def finish(self) -> None:
-        """No further step begins. Collective."""
+        """No further step begins: stores a recording. Collective."""
         if self._recorder is not None:
             self._recorder.step(None)
             barrier(self._topology.world_group)
-            ended, recorder = time.monotonic(), self._recorder
-            self.give_up()
-            _write(self._setup, self._topology, recorder, began=self._began, ended=ended)
-            self._say(f"recorded a timeline: megadistill timeline {self._setup.folder}")
+            last_barrier, recorder = time.monotonic(), self._recorder
+            self.cancel()
+            _write(self._setup, self._topology, recorder, first_barrier=self._first_barrier, last_barrier=last_barrier)
+            logger.info("timeline recorded: draw it with megadistill timeline %s", self._setup.folder)
 
-    def give_up(self) -> None:
-        """Leaves off: other ranks may not come, nor the device."""
+    def cancel(self) -> None:
+        """Stops without waiting for other ranks or the device."""
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         if self._topology.is_first:
-            forget_ranks(self._setup.folder)
-        recorder = Recorder(clock_of(self._topology.device))
+            remove_recordings(self._setup.folder)
+        recorder = Recorder(clock_for(self._topology.device))
         barrier(self._topology.world_group)
-        self._began = time.monotonic()
+        self._first_barrier = time.monotonic()
         self._recorder = recorder
         recorder.start()
 
 
 @contextmanager
-def recorded(setup: Setup, topology: Topology, say: Callable[[str], None]) -> Iterator[Recording]:
-    """A recording that ends with what is inside."""
-    recording = Recording(setup, topology, say)
+def capture_timeline(setup: Setup, topology: Topology) -> Iterator[TimelineCapture]:
+    """A capture that is finished at the end of the context, or cancelled by an error."""
+    capture = TimelineCapture(setup, topology)
     try:
-        yield recording
+        yield capture
     except BaseException:
-        recording.give_up()
+        capture.cancel()
         raise
-    recording.finish()
+    capture.finish()
 
 
 @contextmanager
-def recorded_service(setup: Setup, topology: Topology) -> Iterator[None]:
-    """On a rank of the teacher's own: what is asked for while the student records is recorded inside."""
+def capture_teacher_server(setup: Setup, topology: Topology) -> Iterator[None]:
+    """Records a rank of the teacher's own inside of the context, while the student's ranks record."""
     if setup.recipe.run.timeline is None:
         yield
         return
-    recorder = Recorder(clock_of(topology.device), on_end=lambda: _write(setup, topology, recorder))
+    recorder = Recorder(clock_for(topology.device), on_end=lambda: _write(setup, topology, recorder))
     recorder.start()
     try:
         yield
     finally:
         recorder.stop()
-    if recorder.asked:
+    if recorder.is_requested:
         recorder.end()
 
 
 def _write(
-    setup: Setup, topology: Topology, recorder: Recorder, *, began: float | None = None, ended: float | None = None
+    setup: Setup,
+    topology: Topology,
+    recorder: Recorder,
+    *,
+    first_barrier: float | None = None,
+    last_barrier: float | None = None,
 ) -> None:
-    """A disk that refuses is no reason to end a run."""
+    """Stores the recording of this rank. An error of the disk is logged and does not end the run."""
     bridge, window = topology.bridge, setup.recipe.run.timeline
     assert window is not None
     spans, steps = recorder.recorded()
     has_stage = topology.role == "teacher" or (bridge is None and setup.teacher_config is not None)
-    kept = RankFile(
+    recording = RankFile(
         rank=topology.rank if bridge is None else bridge.rank,
         world=topology.world if bridge is None else bridge.roles.world,
         role=topology.role,
         stage=topology.group_rank if has_stage else None,
         node=_node(),
         clock="host" if topology.device.type == "cpu" else "device",
-        window=window,
-        met=None if bridge is None else bridge.met,
-        began=began,
-        ended=ended,
-        steps=[StoredStep(number=step.number, begin=step.begin, end=step.end) for step in steps],
-        spans=stored_spans(spans),
+        window=(window[0], window[1]),
+        rendezvous=None if bridge is None else bridge.rendezvous_time,
+        first_barrier=first_barrier,
+        last_barrier=last_barrier,
+        steps=[StoredStep(**step._asdict()) for step in steps],
+        spans=[StoredSpan(**span._asdict()) for span in spans],
     )
     try:
-        write_rank(setup.folder, kept)
+        write_rank(setup.folder, recording)
     except OSError as error:
-        print(f"megadistill: rank {topology.rank}: the timeline was not written: {error}", file=sys.stderr, flush=True)
+        logger.warning("timeline not stored: %s", error)
 
 
 def _node() -> str:
-    """The host and its boot: processes that share them share the monotonic clock."""
+    """Host name and boot ID: processes that share both share the monotonic clock."""
     boot = _BOOT.read_text(encoding="ascii").strip()[:8] if _BOOT.exists() else ""
     return f"{socket.gethostname()[:60]} {boot}".strip()

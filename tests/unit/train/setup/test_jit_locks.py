@@ -1,4 +1,4 @@
-"""A lock that a killed build left is refused with its path; one of a build at work is not."""
+"""Stale locks of JIT builds are refused with their path; one of a running build is not."""
 
 import os
 import time

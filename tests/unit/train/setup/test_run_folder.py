@@ -10,9 +10,9 @@ from megadistill.data import Manifest, Mixture
 from megadistill.errors import UserError
 from megadistill.train.setup.run_folder import (
     MAY_CHANGE,
+    copy_student_config,
+    copy_tokenizer,
     describe,
-    keep_student_config,
-    keep_tokenizer,
     refuse_other_recipe,
     student_config_of,
     write_description,
@@ -34,36 +34,43 @@ def _refused(folder: Path, snapshot: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Path:
+def started(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "a"
     write_description(folder, describe(_snapshot(), {"zero_optimization": {"stage": 3}}))
     return folder
 
 
-def test_the_description_is_plain_json_with_recipe_settings_and_versions(begun: Path) -> None:
-    written = json.loads((begun / "recipe.json").read_text(encoding="utf-8"))
+def test_the_description_is_plain_json_with_recipe_settings_and_versions(started: Path) -> None:
+    written = json.loads((started / "recipe.json").read_text(encoding="utf-8"))
     assert written["recipe"] == _snapshot()
     assert written["deepspeed"] == {"zero_optimization": {"stage": 3}}
     assert written["versions"].keys() == {"python", *PACKAGES}
-    assert [path.name for path in begun.iterdir()] == ["recipe.json"], "nothing temporary is left"
+    assert [path.name for path in started.iterdir()] == ["recipe.json"], "nothing temporary is left"
 
 
-def test_a_folder_with_former_key_names_is_refused_with_the_new_ones(begun: Path) -> None:
-    written = json.loads((begun / "recipe.json").read_text(encoding="utf-8"))
+def test_a_folder_with_former_key_names_is_refused_with_the_new_ones(started: Path) -> None:
+    written = json.loads((started / "recipe.json").read_text(encoding="utf-8"))
     written["recipe"]["train"]["clip"] = written["recipe"]["train"].pop("max_grad_norm")
-    (begun / "recipe.json").write_text(json.dumps(written), encoding="utf-8")
-    message = _refused(begun, _snapshot())
-    assert message == f"{begun / 'recipe.json'}: train.clip is now train.max_grad_norm: use the new name"
+    (started / "recipe.json").write_text(json.dumps(written), encoding="utf-8")
+    message = _refused(started, _snapshot())
+    assert message == f"{started / 'recipe.json'}: train.clip is now train.max_grad_norm: use the new name"
 
 
-def test_the_same_recipe_goes_on_and_a_new_folder_is_free(begun: Path, tmp_path: Path) -> None:
-    refuse_other_recipe(begun, _snapshot())
+def test_a_folder_with_former_event_names_is_refused_with_the_new_ones(started: Path) -> None:
+    (started / "events.jsonl").write_text(
+        '{"event": "completed"}\n{"event": "hole"}\n{"event": ["x"]}\n', encoding="utf-8"
+    )
+    assert "(hole is now samples_masked): name another run.folder" in _refused(started, _snapshot())
+
+
+def test_the_same_recipe_resumes_and_a_new_folder_is_free(started: Path, tmp_path: Path) -> None:
+    refuse_other_recipe(started, _snapshot())
     refuse_other_recipe(tmp_path / "new", _snapshot())
 
 
-def test_what_differs_is_listed_with_both_values(begun: Path) -> None:
+def test_what_differs_is_listed_with_both_values(started: Path) -> None:
     message = _refused(
-        begun, _snapshot(train={"max_grad_norm": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
+        started, _snapshot(train={"max_grad_norm": 0.5, "log_every": 3}, student={"config": {"model_type": "qwen3"}})
     )
     assert "train.max_grad_norm was 1.0, is 0.5" in message
     assert "student.config.model_type was 'llama', is 'qwen3'" in message
@@ -73,10 +80,10 @@ def test_what_differs_is_listed_with_both_values(begun: Path) -> None:
 
 
 SECTIONS = ("checkpoint.", "resilience.")
-"""What a run does about its disk and about faults moves no number of a run that has none."""
+"""Sections about checkpoints and faults, which move no number of a run without faults."""
 
 
-def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
+def test_what_may_change_is_all_that_may_change(started: Path) -> None:
     """Every other key of the recipe is refused when it has another value."""
 
     def changed(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -88,7 +95,7 @@ def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
                 continue
             values[key] = "another value"
             try:
-                refuse_other_recipe(begun, snapshot)
+                refuse_other_recipe(started, snapshot)
             except UserError:
                 refused.append(name)
             else:
@@ -109,19 +116,19 @@ def test_what_may_change_is_all_that_may_change(begun: Path) -> None:
     } <= set(refused)
 
 
-def test_a_key_that_is_newer_than_the_folder_has_its_default(begun: Path) -> None:
-    written = json.loads((begun / "recipe.json").read_text())
+def test_a_key_that_is_newer_than_the_folder_has_its_default(started: Path) -> None:
+    written = json.loads((started / "recipe.json").read_text())
     del written["recipe"]["data"]["prefetch"], written["recipe"]["data"]["document_mask"]
-    (begun / "recipe.json").write_text(json.dumps(written))
-    refuse_other_recipe(begun, _snapshot())
+    (started / "recipe.json").write_text(json.dumps(written))
+    refuse_other_recipe(started, _snapshot())
     with pytest.raises(UserError, match=r"data\.document_mask was False, is True"):
-        refuse_other_recipe(begun, _snapshot(data={"document_mask": True}))
+        refuse_other_recipe(started, _snapshot(data={"document_mask": True}))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": ', "\udcff"])
-def test_a_broken_description_is_refused(begun: Path, content: str) -> None:
-    (begun / "recipe.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    message = _refused(begun, _snapshot())
+def test_a_broken_description_is_refused(started: Path, content: str) -> None:
+    (started / "recipe.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    message = _refused(started, _snapshot())
     assert "recipe.json cannot be read" in message
     assert "run.folder" in message
 
@@ -131,13 +138,13 @@ def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
     data = Mixture.of(Manifest.load(described_data(tmp_path / "set" / "train")))
     source.mkdir()
     run.mkdir()
-    with pytest.raises(UserError, match=r"tokenizer\.model, the tokenizer of the shards, is not where"):
-        keep_tokenizer(run, data)
+    with pytest.raises(UserError, match=r"tokenizer\.model, the tokenizer of the shards, is missing"):
+        copy_tokenizer(run, data)
     (source / "tokenizer.model").write_bytes(b"one")
     (source / "tokenizer_config.json").write_bytes(b"{}")
-    keep_tokenizer(run, data)
+    copy_tokenizer(run, data)
     (source / "tokenizer.model").write_bytes(b"two")
-    keep_tokenizer(run, data)
+    copy_tokenizer(run, data)
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
     assert (run / "tokenizer" / "tokenizer_config.json").read_bytes() == b"{}"
     assert [path.name for path in run.iterdir()] == ["tokenizer"]
@@ -148,23 +155,23 @@ def test_the_tokenizer_of_remote_shards_is_copied_too(tmp_path: Path) -> None:
     (tmp_path / "set" / "tokenizer").mkdir()
     (tmp_path / "set" / "tokenizer" / "tokenizer.model").write_bytes(b"one")
     with serving(tmp_path) as server:
-        keep_tokenizer(tmp_path / "run", Mixture.of(Manifest.load(f"{server.url}/set/train/manifest.json")))
+        copy_tokenizer(tmp_path / "run", Mixture.of(Manifest.load(f"{server.url}/set/train/manifest.json")))
     assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.model"]
 
 
-def test_a_named_students_config_is_kept_and_read_where_the_folder_is_gone(tmp_path: Path) -> None:
+def test_a_named_students_config_is_copied_and_read_where_the_folder_is_gone(tmp_path: Path) -> None:
     named, run = tmp_path / "named", tmp_path / "run"
     described_teacher(named)
     section = recipe(tmp_path / "manifest.json", run, student={"config": str(named)}).student
-    keep_student_config(run, section)
+    copy_student_config(run, section)
     before = (named / "config.json").read_bytes()
     (named / "config.json").write_text("{}", encoding="utf-8")
-    keep_student_config(run, section)
-    found = student_config_of(run, section)
-    assert isinstance(found, Path)
-    assert (found / "config.json").read_bytes() == before, "a resume does not exchange it"
+    copy_student_config(run, section)
+    copy = student_config_of(run, section)
+    assert isinstance(copy, Path)
+    assert (copy / "config.json").read_bytes() == before, "a resume does not exchange it"
     assert student_config_of(None, section) == named
     spelled_out = recipe(tmp_path / "manifest.json", run).student
-    keep_student_config(tmp_path / "other", spelled_out)
+    copy_student_config(tmp_path / "other", spelled_out)
     assert not (tmp_path / "other").exists()
     assert student_config_of(run, spelled_out) == MODEL

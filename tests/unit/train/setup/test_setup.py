@@ -1,4 +1,4 @@
-"""What `prepare` refuses before anything starts: one line, the value, the way out, and nothing written."""
+"""Refusals of `prepare` before a run starts: one line, the value, the way out, and nothing written."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megadistill.config import Recipe, TeacherSection
-from megadistill.distributed.topology import Launch
+from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
-from megadistill.student.deepspeed_config import deepspeed_profile
+from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.setup.run_folder import describe, write_description
-from megadistill.train.setup.setup import prepare, where_it_runs
+from megadistill.train.setup.setup import describe_layout, prepare
 from tests.unit.train.cases import (
     MODEL,
     SEQUENCE,
@@ -49,12 +49,12 @@ def _refused(given: Recipe, *, world: int = 2) -> str:
 
 
 def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teacher: Path, tmp_path: Path) -> None:
-    found = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
-    assert (found.accumulation, found.group_size) == (2, 2)
-    assert found.tokens_per_step == 8 * SEQUENCE
-    assert found.student_config.vocab_size == VOCAB
-    assert found.teacher_config is not None
-    assert found.profile["zero_optimization"]["stage"] == 3
+    setup = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
+    assert (setup.accumulation, setup.group_size) == (2, 2)
+    assert setup.tokens_per_step == 8 * SEQUENCE
+    assert setup.student_config.vocab_size == VOCAB
+    assert setup.teacher_config is not None
+    assert setup.deepspeed_config["zero_optimization"]["stage"] == 3
     assert not (tmp_path / "run").exists()
     assert prepare(recipe(manifest, tmp_path / "run"), _launch(1)).teacher_config is None
 
@@ -63,7 +63,7 @@ def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teach
     ("sections", "says"),
     [
         ({"train": {"global_batch": 6}}, ["train.global_batch 6", "4 or 8"]),
-        ({"comm": {"vocab_group": 3}}, ["comm.vocab_group is 3", "1, 2"]),
+        ({"distributed": {"vocab_group": 3}}, ["distributed.vocab_group is 3", "1, 2"]),
         ({"student": {"deepspeed": "none.json"}}, ["student.deepspeed", "none.json"]),
         ({"student": {"config": {**MODEL, "hidden_sizes": 3}}}, ["student.config", "hidden_sizes", "hidden_size"]),
         ({"student": {"config": {**MODEL, "vocab_size": 77}}}, ["student.config", "77", "250", "leave it out"]),
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(
         ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer", "teacher.vocab_map"]),
         ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
         ({"tokenizer": None}, ["has no tokenizer.model", "copy", "teacher.vocab_map"]),
-        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "other words", "teacher.vocab_map"]),
+        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "different words", "teacher.vocab_map"]),
         ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_students_folder_with_another_tokenizer_is_refused(manifest: Path, tmp
         assert prepare(recipe(manifest, tmp_path / "run", student={"config": str(folder)}), _launch())
     other = described_teacher(tmp_path / "other", tokenizer=b"other pieces")
     message = _refused(recipe(manifest, tmp_path / "run", student={"config": str(other)}))
-    for part in ("student.config", "sha256", "no tokenizer"):
+    for part in ("student.config", "sha256", "without a tokenizer"):
         assert part in message
 
 
@@ -115,7 +115,7 @@ def test_a_students_folder_with_another_tokenizer_is_refused(manifest: Path, tmp
     [
         ({"hidden_size": 64}, ["hidden_size is 64 there, 32 here"]),
         ({"vocab_size": 249}, ["249", "250", "tokenize the text"]),
-        ({"tokenizer": b"other pieces"}, ["sha256", "no tokenizer"]),
+        ({"tokenizer": b"other pieces"}, ["sha256", "without a tokenizer"]),
         ({"model_type": "gpt2"}, ["gpt2"]),
     ],
 )
@@ -128,7 +128,7 @@ def test_weights_that_the_student_cannot_start_from_are_refused(
         assert part in message
 
 
-def test_weights_are_not_asked_for_once_the_run_has_saved(manifest: Path, tmp_path: Path) -> None:
+def test_weights_are_not_needed_once_the_run_has_saved(manifest: Path, tmp_path: Path) -> None:
     given = recipe(manifest, tmp_path / "run", student={"weights": str(tmp_path / "gone")})
     assert "gone" in _refused(given)
     (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_weights_are_not_asked_for_once_the_run_has_saved(manifest: Path, tmp_pa
 def test_a_teachers_own_ranks_that_do_not_fit_are_refused(
     manifest: Path, teacher: Path, tmp_path: Path, changes: dict[str, Any], world: int, says: list[str]
 ) -> None:
-    given = recipe(manifest, tmp_path / "run", teacher=teacher, comm={"vocab_group": 1})
+    given = recipe(manifest, tmp_path / "run", teacher=teacher, distributed={"vocab_group": 1})
     assert given.teacher is not None
     section = TeacherSection.model_validate({"path": str(teacher), "placement": "disaggregated", **changes})
     message = _refused(given.model_copy(update={"teacher": section}), world=world)
@@ -157,8 +157,8 @@ def test_a_teachers_own_ranks_that_do_not_fit_are_refused(
 
 def test_a_teacher_with_padding_rows_is_welcome(manifest: Path, tmp_path: Path) -> None:
     padded = described_teacher(tmp_path / "padded", vocab_size=VOCAB + 6)
-    found = prepare(recipe(manifest, tmp_path / "run", teacher=padded), _launch())
-    assert found.teacher_config is not None
+    setup = prepare(recipe(manifest, tmp_path / "run", teacher=padded), _launch())
+    assert setup.teacher_config is not None
 
 
 def test_the_folder_of_another_recipe_is_refused(manifest: Path, tmp_path: Path) -> None:
@@ -174,27 +174,25 @@ def _profile(folder: Path, name: str, **zero: Any) -> Path:
     return path
 
 
-def test_a_cpu_does_without_what_only_a_gpu_can_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _profile(tmp_path, "gpu.json", overlap_comm=True, reduce_scatter=True, zero_quantized_weights=True)
+def test_settings_that_need_a_gpu_are_disabled_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _profile(tmp_path, "gpu.json", overlap_comm=True, reduce_scatter=True, zero_quantized_weights=True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    used, left_out = deepspeed_profile(asked)
-    assert left_out == ("overlap_comm", "zero_quantized_weights")
+    used, disabled = active_deepspeed_config(path)
+    assert disabled == ("overlap_comm", "zero_quantized_weights")
     zero = used["zero_optimization"]
     assert (zero["overlap_comm"], zero["zero_quantized_weights"], zero["reduce_scatter"]) == (False, False, True)
     plain = _profile(tmp_path, "plain.json", reduce_scatter=True)
-    assert deepspeed_profile(plain) == (json.loads(plain.read_text()), ())
+    assert active_deepspeed_config(plain) == (json.loads(plain.read_text()), ())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert deepspeed_profile(asked) == (json.loads(asked.read_text()), ())
+    assert active_deepspeed_config(path) == (json.loads(path.read_text()), ())
 
 
-def test_one_line_says_where_it_runs(manifest: Path, tmp_path: Path) -> None:
+def test_one_line_describes_the_layout(manifest: Path, tmp_path: Path) -> None:
     precise = prepare(recipe(manifest, tmp_path / "run", train={"precision": "float32"}), _launch(1))
-    line = where_it_runs(precise, topology())
-    assert "CPU" in line
-    assert "1 process, vocabulary over 1, float32" in line
-    assert "slower" not in line
+    line = describe_layout(precise, topology())
+    assert line == "device: cpu; world size 1; vocab group 1; float32; disabled on a CPU: overlap_comm"
     short = prepare(recipe(manifest, tmp_path / "run", train={"precision": "bfloat16"}), _launch(1))
-    assert "bfloat16 products are many times slower" in where_it_runs(short, topology())
+    assert "bfloat16; slow: bfloat16 is emulated on a CPU" in describe_layout(short, topology())
 
 
 def test_a_vocabulary_that_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -205,10 +203,10 @@ def test_a_vocabulary_that_the_ranks_cannot_share_is_refused_before_anything_sta
 
 def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(tmp_path: Path) -> None:
     manifest = described_data(tmp_path / "data" / "train")
-    profile = tmp_path / "ds.json"
-    profile.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    deepspeed_config = tmp_path / "ds.json"
+    deepspeed_config.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
     with pytest.raises(UserError, match="stage must be 3, found 2"):
-        prepare(recipe(manifest, tmp_path / "run", student={"deepspeed": str(profile)}), Launch(0, 1, 0, 1))
+        prepare(recipe(manifest, tmp_path / "run", student={"deepspeed": str(deepspeed_config)}), Launch(0, 1, 0, 1))
 
 
 def test_attention_dropout_is_refused(tmp_path: Path) -> None:
@@ -233,11 +231,11 @@ def _mapped(manifest: Path, folder: Path, ids: list[int], **loss: Any) -> Recipe
     return made.model_copy(update={"teacher": teacher})
 
 
-def test_a_map_of_the_vocabulary_stands_in_for_the_tokenizer(manifest: Path, tmp_path: Path) -> None:
+def test_a_map_of_the_vocabulary_replaces_the_comparison_of_tokenizers(manifest: Path, tmp_path: Path) -> None:
     ids = [*range(89, -1, -1), *[-1] * (VOCAB - 90)]
-    found = prepare(_mapped(manifest, tmp_path, ids, divergence="jsd"), _launch())
-    assert found.vocab_map is not None
-    assert found.vocab_map.tolist() == ids
+    setup = prepare(_mapped(manifest, tmp_path, ids, divergence="jsd"), _launch())
+    assert setup.vocab_map is not None
+    assert setup.vocab_map.tolist() == ids
 
 
 @pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}])
@@ -248,18 +246,18 @@ def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path
 
 
 def test_a_compiled_loss_needs_a_compiler(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = recipe(manifest, tmp_path / "run", loss={"elementwise": "compiled"})
+    changed = recipe(manifest, tmp_path / "run", loss={"elementwise": "compiled"})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    message = _refused(asked)
+    message = _refused(changed)
     for part in ("loss.elementwise", "no-such-compiler", "CXX", "eager"):
         assert part in message
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "g++ is not on the PATH" in _refused(asked)
+    assert "g++ is not on the PATH" in _refused(changed)
     (tmp_path / "g++").write_bytes(b"")
     (tmp_path / "g++").chmod(0o755)
-    assert prepare(asked, _launch()).recipe.loss.elementwise == "compiled"
+    assert prepare(changed, _launch()).recipe.loss.elementwise == "compiled"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     (tmp_path / "g++").unlink()
-    prepare(asked, _launch())
+    prepare(changed, _launch())

@@ -55,7 +55,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "map.json"
     path.write_text(json.dumps([0, 1, 2, 3]), encoding="utf-8")
     monkeypatch.setattr(vocab_map, "MAX_MAP_BYTES", 3)
-    with pytest.raises(UserError, match="bytes is no map"):
+    with pytest.raises(UserError, match="bytes, too large for a map"):
         _read(path)
 
 
@@ -67,11 +67,11 @@ def _batch(tokens: list[int], labels: list[int]) -> TokenBatch:
 
 def test_the_teacher_reads_its_own_ids_and_answers_for_them() -> None:
     ids = torch.tensor([5, 9, -1, 0])
-    found = translated(_batch([3, 0, 1], [0, 1, IGNORED_LABEL]), ids)
-    assert found.tokens.tolist() == [[0, 5, 9]]
-    assert found.labels.tolist() == [[5, 9, IGNORED_LABEL]]
-    assert torch.equal(found.digests, token_digest(found.tokens))
-    assert found.slots.tolist() == [17]
+    batch = translated(_batch([3, 0, 1], [0, 1, IGNORED_LABEL]), ids)
+    assert batch.tokens.tolist() == [[0, 5, 9]]
+    assert batch.labels.tolist() == [[5, 9, IGNORED_LABEL]]
+    assert torch.equal(batch.digests, token_digest(batch.tokens))
+    assert batch.slots.tolist() == [17]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
-"""The log of a run: lines of JSON that survive a kill and a resume; throughput and MFU by hand."""
+"""The metrics of a run: lines of JSON that survive a kill and a resume; throughput and MFU by hand."""
 
 import json
+import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ REPORT = StepReport(
 FORWARD_KL = LossSection()
 
 
+@pytest.fixture(autouse=True)
+def _info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="megadistill")
+
+
 def _log(
     folder: Path,
     steps: range,
@@ -52,13 +59,13 @@ def _log(
     weights: dict[str, float] | None = None,
     **changes: Any,
 ) -> None:
-    """A run that goes on after the step before the first of `steps`."""
-    asked: dict[str, Any] = {"train": {"steps": 9, "log_every": log_every}}
+    """A run that resumes from the step before the first of `steps`."""
+    changed: dict[str, Any] = {"train": {"steps": 9, "log_every": log_every}}
     if loss is not None:
-        asked["loss"] = loss.model_dump()
+        changed["loss"] = loss.model_dump()
     log = RunLog(
         folder,
-        recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **asked),
+        recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **changed),
         start_step=steps.start - 1,
         topology=topology(rank=rank, world=rank + 1),
     )
@@ -74,16 +81,18 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_step_is_a_line_of_json(tmp_path: Path) -> None:
     _log(tmp_path, range(1, 4))
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
-    assert _lines(tmp_path)[0] == {name: value for name, value in REPORT.__dict__.items() if name != "diagnostics"}
+    first = _lines(tmp_path)[0]
+    assert 0 <= time.time() - first.pop("time") < 60
+    assert first == {name: value for name, value in REPORT.__dict__.items() if name != "diagnostics"}
     assert any((tmp_path / "tensorboard").iterdir())
 
 
 def test_a_resume_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
     _log(tmp_path, range(1, 6))
-    kept = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    before = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[:3]
     _log(tmp_path, range(4, 5))
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert lines[:3] == kept
+    assert lines[:3] == before
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     _log(tmp_path, range(1, 2))
     assert [line["step"] for line in _lines(tmp_path)] == [1], "a start without a checkpoint starts anew"
@@ -97,43 +106,44 @@ def test_a_last_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 4]
 
 
-def test_a_run_from_labels_says_nothing_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_from_labels_has_no_metrics_of_a_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _log(tmp_path, range(1, 2), loss=None)
     (line,) = _lines(tmp_path)
-    assert set(line) == set(REPORT.__dict__) - {*TEACHER_METRICS, "diagnostics"}
+    assert set(line) == {"time", *REPORT.__dict__} - {*TEACHER_METRICS, "diagnostics"}
     assert not [name for name in line if "teacher" in name or name in ("divergence", "kl", "agreement")]
-    assert "kl" not in capsys.readouterr().out
+    assert "kl" not in caplog.text
 
 
-def test_the_closer_look_is_an_object_on_the_steps_that_take_one(tmp_path: Path) -> None:
-    closer = {"acceptance": 0.75, "kl_entropy_decile_10": 0.5}
+def test_diagnostics_are_an_object_on_the_steps_that_have_them(tmp_path: Path) -> None:
+    diagnostics = {"acceptance": 0.75, "kl_entropy_decile_10": 0.5}
     _log(tmp_path, range(1, 2))
-    _log(tmp_path, range(2, 3), diagnostics=closer)
+    _log(tmp_path, range(2, 3), diagnostics=diagnostics)
     first, second = _lines(tmp_path)
     assert "diagnostics" not in first
-    assert second["diagnostics"] == closer
+    assert second["diagnostics"] == diagnostics
     last = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     board = EventAccumulator(str(last))  # files of one second are read in the order of a counter's digits
     board.Reload()
-    for name, value in closer.items():
+    for name, value in diagnostics.items():
         assert [(event.step, event.value) for event in board.Scalars(f"diagnostics/{name}")] == [(2, value)]
 
 
-def test_what_truncated_targets_do_not_tell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_that_truncated_targets_do_not_have_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _log(tmp_path, range(1, 2), loss=LossSection(targets=TargetsSection()))
     (line,) = _lines(tmp_path)
     assert not {"teacher_ce", "teacher_entropy", "agreement"} & set(line)
     assert line["kl"] == 0.5
-    said = capsys.readouterr().out
-    assert "kl 0.5000" in said
-    assert "agree" not in said
+    assert "kl 0.5000" in caplog.text
+    assert "agree" not in caplog.text
 
 
-def test_another_divergence_is_shown_beside_the_kl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_divergence_is_logged_beside_the_kl(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _log(tmp_path, range(1, 2))
-    assert "0.2500" not in capsys.readouterr().out
+    assert "0.2500" not in caplog.text
     _log(tmp_path, range(2, 3), loss=LossSection(divergence="jsd"))
-    assert "| jsd 0.2500 | kl 0.5000 |" in capsys.readouterr().out
+    assert "| jsd 0.2500 | kl 0.5000 |" in caplog.text
 
 
 def test_weights_are_logged_where_a_schedule_moves_them(tmp_path: Path) -> None:
@@ -142,21 +152,18 @@ def test_weights_are_logged_where_a_schedule_moves_them(tmp_path: Path) -> None:
     assert (line["kd_weight"], line["ce_weight"]) == (0.25, 0.75)
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     _log(tmp_path, range(1, 4), rank=1)
     assert not list(tmp_path.iterdir())
-    assert not capsys.readouterr().out
 
 
-def test_the_terminal_gets_a_line_now_and_then_and_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_few_steps_and_at_the_end_there_is_a_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _log(tmp_path, range(1, 10), log_every=4)
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in said] == ["step 4/9", "step 8/9", "step 9/9"]
+    lines = caplog.messages
+    assert [line.split(" | ")[0] for line in lines] == ["step 4/9", "step 8/9", "step 9/9"]
     for part in ("loss 1.5000", "ce 2.5000", "kl 0.5000", "agree 0.400", "lr 1.00e-03", "grad 0.700", "128 tok/s"):
-        assert part in said[0]
-    assert "mfu" not in said[0]
+        assert part in lines[0]
+    assert "mfu" not in lines[0]
 
 
 def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: bool) -> StepReport:
@@ -188,10 +195,10 @@ def test_model_flops_over_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch,
     body, head, attention = 2 * (2 * per_layer + 32), 2 * VOCAB * 32, 2 * 2 * 32 * 32
     flops = 3 * (body + head + attention)
     flops += body + head + attention if teacher else 0
-    found = _report(monkeypatch, 1e9, teacher=teacher)
-    assert found.tokens_per_second == 512.0
-    assert found.tokens == 3 * 256
-    assert found.mfu == pytest.approx(512.0 * flops / (2 * 1e9), rel=1e-12)
+    report = _report(monkeypatch, 1e9, teacher=teacher)
+    assert report.tokens_per_second == 512.0
+    assert report.tokens == 3 * 256
+    assert report.mfu == pytest.approx(512.0 * flops / (2 * 1e9), rel=1e-12)
 
 
 def test_mfu_is_left_out_where_the_peak_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +211,7 @@ def test_mfu_is_left_out_where_the_peak_is_not_known(monkeypatch: pytest.MonkeyP
     ("name", "precision", "peak"),
     [("NVIDIA H100 80GB HBM3", "bfloat16", 989e12), ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12), ("Toy", "x", None)],
 )
-def test_the_peak_is_found_by_the_name_of_the_device(
+def test_the_peak_follows_from_the_name_of_the_device(
     monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None
 ) -> None:
     class Module:

@@ -1,4 +1,4 @@
-"""What TensorBoard reads back: groups, charts, the recipe, and histograms, which are numpy's."""
+"""The TensorBoard log: groups, charts, the recipe, and histograms as numpy computes them."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.histogram.metadata import PLUGIN_NAME
 
 from megadistill.train.telemetry.histograms import BINS, histograms
-from megadistill.train.telemetry.tensorboard import Board, tag_of
+from megadistill.train.telemetry.tensorboard import TensorBoardLog, tag_of
 from megadistill.types import StepReport
 from tests.unit.train.cases import recipe, topology
 
@@ -27,7 +27,7 @@ def _read(folder: Path) -> Any:
 def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, teacher: Path | None) -> None:
     """A pattern that meets nothing is an empty chart, which nobody would notice before a run is on."""
     folder = tmp_path / "board"
-    Board(folder, recipe(tmp_path / "manifest.json", tmp_path, teacher=teacher), start_step=0).close()
+    TensorBoardLog(folder, recipe(tmp_path / "manifest.json", tmp_path, teacher=teacher), start_step=0).close()
     written = _read(folder).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(written)
     charts = [chart for category in layout.category for chart in category.chart]
@@ -50,8 +50,8 @@ def test_every_number_of_a_step_has_a_group() -> None:
 def test_the_recipe_is_there_to_read(tmp_path: Path) -> None:
     folder = tmp_path / "board"
     url = {"manifest": "s3://me:pass@bucket/manifest.json"}
-    asked = recipe(tmp_path, Path("<b>bold</b> # no heading"), data=url)
-    Board(folder, asked, start_step=7).close()
+    changed = recipe(tmp_path, Path("<b>bold</b> # no heading"), data=url)
+    TensorBoardLog(folder, changed, start_step=7).close()
     (event,) = _read(folder).Tensors("recipe/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
@@ -64,19 +64,19 @@ def test_a_histogram_is_numpys(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     pieces = {"weights/a": torch.randn(1000, generator=generator), "weights/constant": torch.full((5,), 2.0)}
     pieces["weights/a"][3] = torch.nan
-    found = histograms({**pieces, "weights/nothing": torch.empty(0)}, topology(world=1))
-    assert list(found) == ["weights/a", "weights/constant"]
+    computed = histograms({**pieces, "weights/nothing": torch.empty(0)}, topology(world=1))
+    assert list(computed) == ["weights/a", "weights/constant"]
     values = pieces["weights/a"][pieces["weights/a"].isfinite()].numpy()
     counts, edges = np.histogram(values, BINS, range=(values.min(), values.max()))
-    assert found["weights/a"].counts == pytest.approx(counts.tolist(), abs=1), "an edge may round to either side"
-    assert sum(found["weights/a"].counts) == 999
-    assert found["weights/a"].limits == pytest.approx(edges[1:].tolist(), abs=1e-6)
-    assert found["weights/a"].sum_squares == pytest.approx(float((values.astype(float) ** 2).sum()))
-    assert found["weights/constant"].counts[0] == 5
+    assert computed["weights/a"].counts == pytest.approx(counts.tolist(), abs=1), "an edge may round to either side"
+    assert sum(computed["weights/a"].counts) == 999
+    assert computed["weights/a"].limits == pytest.approx(edges[1:].tolist(), abs=1e-6)
+    assert computed["weights/a"].sum_squares == pytest.approx(float((values.astype(float) ** 2).sum()))
+    assert computed["weights/constant"].counts[0] == 5
 
     folder = tmp_path / "board"
-    board = Board(folder, recipe(tmp_path / "manifest.json", tmp_path), start_step=0)
-    board.histograms(3, found)
+    board = TensorBoardLog(folder, recipe(tmp_path / "manifest.json", tmp_path), start_step=0)
+    board.histograms(3, computed)
     board.close()
     read = _read(folder)
     assert PLUGIN_NAME == "histograms"
