@@ -1,1 +1,1 @@
-"""What stands against a run, before it starts: recipe, nodes, launch, and one small step. It trains nothing."""
+"""Checks before a run: recipe, nodes, launch, and one small step."""

@@ -1,8 +1,8 @@
-"""Room `doctor`: one step of a small run of the recipe's kind, through the run's own code, before the run.
+"""One optimizer step of a small model of the recipe's kind, through the code of a run.
 
 Architecture, precision, DeepSpeed's settings, loss, vocab group and stages are the recipe's; widths, depth, vocabulary
 and tokens are small. The teacher is written to a folder of each rank's own and read from it as a real one is. A teacher
-that the recipe gives ranks of its own rehearses on the student's: the bridge is left out.
+that has ranks of its own in the recipe is colocated here: the bridge is left out.
 """
 
 import math
@@ -35,11 +35,11 @@ VOCAB, SEQUENCE, SEED = 1000, 64, 1
 RATE = 1e-3
 
 
-def rehearse(setup: Setup, topology: Topology, launch: Launch, *, timeout: timedelta) -> str:
-    """Takes the step on all ranks of `topology`, whose world is `launch`'s; what came of it, in words. Collective.
+def dry_run(setup: Setup, topology: Topology, launch: Launch, *, timeout: timedelta) -> str:
+    """Takes the step on all ranks of `topology`, whose world is `launch`'s, and describes its outcome. Collective.
 
     Raises:
-        OperatorFault: its loss or its gradient is not finite. Whatever the run's code raises.
+        OperatorFault: its loss or its gradient is not finite. Any exception of the run's code.
     """
     began = time.perf_counter()
     group = setup.group_size if launch.world % setup.group_size == 0 else 1
@@ -49,9 +49,9 @@ def rehearse(setup: Setup, topology: Topology, launch: Launch, *, timeout: timed
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise OperatorFault(f"one small step has loss {loss} and gradient norm {norm}")
     without = "; the teacher's bridge was left out" if setup.roles is not None else ""
-    what = "student, teacher and loss" if setup.recipe.teacher is not None else "student and loss"
+    parts = "student, teacher and loss" if setup.recipe.teacher is not None else "student and loss"
     seconds = time.perf_counter() - began
-    return f"one small step of {what}: loss {loss:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s{without}"
+    return f"one small step of {parts}: loss {loss:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s{without}"
 
 
 def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]:
@@ -67,7 +67,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
             activation_checkpointing=recipe.student.activation_checkpointing,
         ),
         train=recipe.train.model_copy(update={"micro_batch": len(batch), "global_batch": len(batch) * topology.world}),
-        profile=setup.profile,
+        deepspeed_config=setup.deepspeed_config,
         vocab_size=VOCAB,
         seed=SEED,
         accumulation=1,
@@ -95,7 +95,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
 
 
 def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherStage | None:
-    """Of a small teacher in `folder`; for stored targets, of the student's architecture."""
+    """A stage of a small teacher in `folder`; for stored targets it has the student's architecture."""
     if setup.recipe.teacher is None:
         return None
     config: Any = setup.teacher_config if setup.teacher_config is not None else setup.student_config
@@ -111,13 +111,13 @@ def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherSta
 
 def _batch(topology: Topology, *, document_mask: bool) -> TokenBatch:
     generator = torch.Generator().manual_seed(SEED + topology.rank)
-    units = torch.randint(0, VOCAB, (1, SEQUENCE + 1), generator=generator)
-    tokens = units[:, :-1].contiguous()
+    sequence = torch.randint(0, VOCAB, (1, SEQUENCE + 1), generator=generator)
+    tokens = sequence[:, :-1].contiguous()
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 0] = starts[:, SEQUENCE // 2] = True
     return TokenBatch(
         tokens=tokens,
-        labels=units[:, 1:].contiguous(),
+        labels=sequence[:, 1:].contiguous(),
         slots=torch.tensor([topology.rank]),
         digests=token_digest(tokens),
         starts=starts,

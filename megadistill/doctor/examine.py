@@ -1,7 +1,7 @@
-"""Room `doctor`: what can be known before a run, asked on every rank of its launch. It trains nothing.
+"""Checks of a recipe, its nodes and its launch, on every rank before a run.
 
-What each rank can say by itself comes first, so that one that is broken still joins and says so; then what only all of
-them together can: whether they are alike, how fast they reach each other, and whether one small step goes through.
+Each rank's own checks come first, so that a broken one still joins and reports; then the collective ones: whether the
+ranks are alike, the bandwidth between them, and one small optimizer step.
 """
 
 import secrets
@@ -16,12 +16,12 @@ from megadistill.config import load_recipe
 from megadistill.distributed.bandwidth import (
     all_reduce_bandwidth,
     clock_offsets,
-    gathered_texts,
     neighbours,
     pair_bandwidths,
 )
-from megadistill.distributed.collectives import barrier, everywhere
-from megadistill.distributed.topology import Launch, Topology, joined, local_device
+from megadistill.distributed.collectives import all_gather_texts, all_true, barrier
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, local_device, process_groups
 from megadistill.doctor.comparison import (
     clock_row,
     contents_row,
@@ -32,68 +32,71 @@ from megadistill.doctor.comparison import (
     space_row,
     versions_row,
 )
-from megadistill.doctor.dry_run import rehearse
-from megadistill.doctor.findings import Examined, Mark, Report, Row, rows_of
+from megadistill.doctor.dry_run import dry_run
 from megadistill.doctor.node_check import check_device, check_devices, check_node, free_space
+from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summarize
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.models.flops import parameter_counts
-from megadistill.plan.counts.requirements import rank_memory
+from megadistill.plan.counts.model_stats import measure_models
+from megadistill.plan.counts.requirements import count_requirements
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.zero import Zero
 from megadistill.train.setup.setup import Setup
 
 TIMEOUT_MINUTES = 2.0
-"""For the ranks to meet, and for each collective: a launch that takes longer is not well."""
-TELLING_SECONDS = 10.0
-"""For the first rank to learn what broke on another one, and to tell: launchers end all ranks when one leaves."""
-SEEN_SECONDS = 5.0
-"""That a file may take until another node sees it."""
+"""Time limit for the rendezvous and for each collective."""
+REPORT_SECONDS = 10.0
+"""Time that a failed rank waits for rank 0 to report: launchers end all ranks when one leaves."""
+VISIBLE_SECONDS = 5.0
+"""Time limit for a file to become visible on other nodes."""
 
 
 def examine_node(path: Path, overrides: Sequence[str]) -> Report:
-    """What this node can say by itself, in seconds; the recipe is only asked for its run folder."""
-    own = Examined(0, socket.gethostname())
-    recipe = own.look("recipe", lambda: (load_recipe(path, overrides), f"{path} is valid"))
+    """Checks of this node alone, which take seconds; of the recipe only the run folder is used."""
+    own = RankReport(0, socket.gethostname())
+    recipe = own.check("recipe", lambda: (load_recipe(path, overrides), f"{path} is valid"))
     check_devices(own)
     check_node(own, None if recipe is None else Path(recipe.run.folder))
-    return Report(tuple(rows_of([own])))
+    return Report(tuple(summarize([own])))
 
 
-def examine(path: Path, overrides: Sequence[str], *, tell: Callable[[Report], None]) -> bool:
-    """Whether nothing stands against the run, on the ranks that the launcher started. The first of them tells.
+def examine(path: Path, overrides: Sequence[str], *, publish: Callable[[Report], None]) -> bool:
+    """Whether all checks pass on the ranks that the launcher started. Rank 0 calls `publish`.
 
     Raises:
-        UserError: the launcher's variables do not say which rank this is.
+        UserError: the launcher's variables do not give this process a rank.
     """
     launch = Launch.from_environment()
-    own, setup = _examined_alone(path, overrides, launch)
-    rows = rows_of([own])
+    own, setup = _own_checks(path, overrides, launch)
+    rows = summarize([own])
 
-    def tell_first(*more: Row) -> None:
+    def publish_first(*more: Row) -> None:
         if launch.rank == 0:
-            tell(Report((*rows, *more)))
+            publish(Report((*rows, *more)))
 
     try:
-        with joined(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
-            topology.watch.on_verdict = lambda reason: tell_first(Row("all ranks", Mark.BAD, reason))
-            topology.watch.stamp("comparing the ranks", 0, limit=60 * TIMEOUT_MINUTES)
-            examined = _gathered(own, topology)
-            rows = [*rows_of(examined), *_compared(examined), *_measured(topology, examined)]
-            rows += _shared_folder(topology, examined)
-            if everywhere(setup is not None, topology.device, topology.world_group):
-                topology.watch.stamp("rehearsing", 0, limit=60 * TIMEOUT_MINUTES)
+        with process_groups(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
+            topology.watchdog.on_abort = lambda reason: publish_first(Row("all ranks", Status.FAIL, reason))
+            topology.watchdog.enter_phase("comparing the ranks", 0, limit=60 * TIMEOUT_MINUTES)
+            reports = _gather(own, topology)
+            rows = [*summarize(reports), *_comparisons(reports), *_measurements(topology, reports)]
+            rows += _shared_folder(topology, reports)
+            if all_true(setup is not None, topology.device, topology.world_group):
+                topology.watchdog.enter_phase("dry run", 0, limit=60 * TIMEOUT_MINUTES)
                 assert setup is not None
-                said = rehearse(setup, topology, launch, timeout=timedelta(minutes=TIMEOUT_MINUTES))
-                rows.append(Row("rehearsal", Mark.GOOD, said))
-            tell_first()
-    except Exception as error:  # what the run would have met, whatever it is
-        tell_first(Row("all ranks", Mark.BAD, " ".join(f"{type(error).__name__}: {error}".split())))
+                detail = dry_run(setup, topology, launch, timeout=timedelta(minutes=TIMEOUT_MINUTES))
+                rows.append(Row("dry run", Status.OK, detail))
+            publish_first()
+    except Exception as error:  # the run would have failed in the same way
+        publish_first(Row("all ranks", Status.FAIL, " ".join(f"{type(error).__name__}: {error}".split())))
         if launch.rank > 0:
-            time.sleep(TELLING_SECONDS)
+            time.sleep(REPORT_SECONDS)
         return False
     return Report(tuple(rows)).ok
 
 
-def _examined_alone(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[Examined, Setup | None]:
-    own = Examined(launch.rank, socket.gethostname())
+def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[RankReport, Setup | None]:
+    own = RankReport(launch.rank, socket.gethostname())
     recipe, setup = check_recipe(own, path, overrides, launch)
     device = local_device(launch.local_rank)
     check_device(own, device, local_world=launch.local_world)
@@ -109,71 +112,77 @@ def _examined_alone(path: Path, overrides: Sequence[str], launch: Launch) -> tup
 
 
 def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
-    return rank_memory(
+    """Bytes that this rank will hold, by tensors, on its `device` and on its `host`."""
+    students = launch.world if setup.roles is None else setup.roles.students
+    stats = measure_models(setup.student_config, setup.teacher_config, sequence_length=setup.data.sequence_length)
+    run = Sharding(
         setup.recipe,
-        student=setup.student_config,
-        teacher=setup.teacher_config,
-        data=setup.data,
-        rank=launch.rank,
-        ranks=launch.world if setup.roles is None else setup.roles.students,
+        stats,
+        vocab_size=setup.data.vocab_size,
+        ranks=students,
+        ranks_per_node=students,
         group_size=setup.group_size,
         roles=setup.roles,
-        profile=setup.profile,
+        zero=Zero.of(setup.deepspeed_config),
     )
+    requirements = count_requirements(run)
+    if launch.rank >= students:
+        return {"device": requirements.teacher_memory, "host": {}}
+    return {"device": requirements.memory, "host": requirements.host}
 
 
-def _gathered(own: Examined, topology: Topology) -> list[Examined]:
-    return [Examined.loads(text) for text in gathered_texts(own.dumps(), topology)]
+def _gather(own: RankReport, topology: Topology) -> list[RankReport]:
+    return [RankReport.loads(text) for text in all_gather_texts(own.dumps(), topology.world_group)]
 
 
-def _compared(examined: Sequence[Examined]) -> list[Row]:
-    """What the facts of all ranks say beside each other, the same on every rank."""
-    ranks, nodes = len(examined), len({each.host for each in examined})
-    said = f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {nodes} {'node' if nodes == 1 else 'nodes'} have met"
-    rows = [Row("world", Mark.GOOD, said), contents_row(examined), versions_row(examined), devices_row(examined)]
-    rows += memory_rows(examined)
-    first = examined[0].facts
+def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
+    """Rows from the facts of all ranks, the same on every rank."""
+    ranks, nodes = len(reports), len({each.host for each in reports})
+    detail = f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {nodes} {'node' if nodes == 1 else 'nodes'} have met"
+    rows = [Row("world", Status.OK, detail), contents_row(reports), versions_row(reports), devices_row(reports)]
+    rows += memory_rows(reports)
+    first = reports[0].facts
     if "parameters" in first:
-        writes = [each.facts["write"] for each in examined if each.facts.get("write")]
+        writes = [each.facts["write"] for each in reports if each.facts.get("write")]
         rows.append(space_row(first["space"], first["parameters"], writes))
-    rows.append(products_row(examined))
+    rows.append(products_row(reports))
     return [row for row in rows if row is not None]
 
 
-def _measured(topology: Topology, examined: Sequence[Examined]) -> list[Row]:
-    """Clocks and links. Collective."""
-    hosts = [each.host for each in examined]
+def _measurements(topology: Topology, reports: Sequence[RankReport]) -> list[Row]:
+    """Clock skew and bandwidths. Collective."""
+    hosts = [each.host for each in reports]
     rows = [clock_row(clock_offsets(topology), hosts)]
     together = all_reduce_bandwidth(topology)
     if together is None:
         return rows
-    rows.append(Row("all-reduce", Mark.GOOD, f"{together / 1e9:.3g} GB/s over {topology.world} ranks"))
-    rounds = neighbours(topology.world, examined[0].facts["local_world"])
+    rows.append(Row("all-reduce", Status.OK, f"{together / 1e9:.3g} GB/s over {topology.world} ranks"))
+    rounds = neighbours(topology.world, reports[0].facts["local_world"])
     rates = pair_bandwidths(topology, rounds)
     return [*rows, pairs_row(rates, hosts, on_cpu=topology.device.type == "cpu")]
 
 
-def _shared_folder(topology: Topology, examined: Sequence[Examined]) -> list[Row]:
-    """Whether every node sees what the first rank writes to the run folder. Collective."""
-    named = examined[0].facts.get("folder")
-    own = Examined(topology.rank, examined[topology.rank].host)
-    if named is None or topology.world == 1:
+def _shared_folder(topology: Topology, reports: Sequence[RankReport]) -> list[Row]:
+    """Whether every node sees a file that rank 0 writes to the run folder. Collective."""
+    folder = reports[0].facts.get("folder")
+    own = RankReport(topology.rank, reports[topology.rank].host)
+    if folder is None or topology.world == 1:
         return []
-    token = gathered_texts(secrets.token_hex(8) if topology.is_first else "", topology)[0]
-    path = Path(named) / f".doctor-{token}"
+    token = all_gather_texts(secrets.token_hex(8) if topology.is_first else "", topology.world_group)[0]
+    path = Path(folder) / f".doctor-{token}"
     existed = path.parent.exists()
     if topology.is_first:
-        with suppress(OSError):  # the row of the run folder says so
+        with suppress(OSError):  # the check of the run folder reports it
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(token)
     barrier(topology.world_group)
     if topology.local_rank == 0:
         if _appears(path):
-            own.note("shared folder", Mark.GOOD, f"every node sees what rank 0 writes to {named}", of_node=True)
+            own.add("shared folder", Status.OK, f"every node sees the files of rank 0 in {folder}", of_node=True)
         else:
-            said = f"{named} is not the folder that rank 0 sees: every node must share it"
-            own.note("shared folder", Mark.BAD, said, of_node=True)
-    rows = rows_of(_gathered(own, topology))  # and nobody still looks for it
+            detail = f"{folder} is not the folder that rank 0 sees: every node must share it"
+            own.add("shared folder", Status.FAIL, detail, of_node=True)
+    rows = summarize(_gather(own, topology))  # after this no rank needs the file
     if topology.is_first:
         path.unlink(missing_ok=True)
         if not existed:
@@ -183,7 +192,7 @@ def _shared_folder(topology: Topology, examined: Sequence[Examined]) -> list[Row
 
 
 def _appears(path: Path) -> bool:
-    end = time.monotonic() + SEEN_SECONDS
+    end = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > end:
             return False

@@ -1,4 +1,4 @@
-"""Room `doctor`: what a node can say of itself: devices, memory, disk, leftovers. It knows no other one."""
+"""Checks of a node by itself: devices, memory, disk, processes of earlier runs."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megadistill.distributed.topology import local_device
-from megadistill.doctor.findings import Examined, Mark, some
+from megadistill.doctor.rank_report import RankReport, Status, some
 from megadistill.errors import UserError
 from megadistill.train.checkpoint.attempt import MAX_RECORD_BYTES
 from megadistill.train.resilience.stragglers import product_seconds
@@ -21,32 +21,30 @@ from megadistill.train.setup.jit_locks import extensions_folder, refuse_stale_ji
 from megadistill.versions import versions
 
 WRITTEN_BYTES = 16 << 20
-_VERB = "train"
+_COMMAND = "train"
 
 
-def check_node(own: Examined, folder: Path | None) -> None:
-    """What one process of a node looks at for all of them; `folder` is the run's, where it is known."""
-    own.look("JIT locks", _no_stale_locks, of_node=True)
+def check_node(own: RankReport, folder: Path | None) -> None:
+    """Checks that one process of a node makes for all of them. `folder`: the run folder, where it is known."""
+    own.check("JIT locks", _no_stale_locks, of_node=True)
     if folder is None:
         return
-    said = f"{folder}: written, synced, renamed and read back"
-    own.facts["write"] = own.look("run folder", lambda: (written_and_read(folder), said), of_node=True)
+    detail = f"{folder}: written, synced, renamed and read back"
+    own.facts["write"] = own.check("run folder", lambda: (written_and_read(folder), detail), of_node=True)
     leftovers = left_of_earlier_runs(folder)
     if leftovers:
-        own.note("earlier runs", Mark.BAD, "; ".join(leftovers), of_node=True)
+        own.add("earlier runs", Status.FAIL, "; ".join(leftovers), of_node=True)
         return
     others = other_runs()
     if others:
         pids = some(map(str, others))
-        own.note(
-            "earlier runs", Mark.DOUBTFUL, f"other training here shares the devices: processes {pids}", of_node=True
-        )
+        own.add("earlier runs", Status.WARN, f"other training here shares the devices: processes {pids}", of_node=True)
     else:
-        own.note("earlier runs", Mark.GOOD, "none of their processes is left")
+        own.add("earlier runs", Status.OK, "none of their processes is left")
 
 
-def check_device(own: Examined, device: torch.device, *, local_world: int) -> None:
-    """A product on this rank's device, its name and its free memory."""
+def check_device(own: RankReport, device: torch.device, *, local_world: int) -> None:
+    """A matrix product on this rank's device, its name and its free memory."""
     own.facts["versions"] = versions()
     own.facts["device"] = name = device_name(device)
     own.facts["free"], total = free_memory(device)
@@ -54,31 +52,31 @@ def check_device(own: Examined, device: torch.device, *, local_world: int) -> No
     try:
         own.facts["product"] = product_seconds(device)
     except RuntimeError as error:
-        own.note("device", Mark.BAD, f"{name} cannot multiply: {str(error).splitlines()[0]}", of_node=True)
+        own.add("device", Status.FAIL, f"{name} cannot multiply: {str(error).splitlines()[0]}", of_node=True)
         return
     visible = torch.accelerator.device_count()
     if device.type != "cpu" and visible < local_world:
-        said = f"{local_world} ranks share {visible} devices: start one a device"
-        own.note("device", Mark.BAD, said, of_node=True)
+        detail = f"{local_world} ranks share {visible} devices: start one rank per device"
+        own.add("device", Status.FAIL, detail, of_node=True)
         return
-    own.note("device", Mark.GOOD, f"{name}, {total / 1e9:.0f} GB", of_node=True)
+    own.add("device", Status.OK, f"{name}, {total / 1e9:.0f} GB", of_node=True)
 
 
-def check_devices(own: Examined) -> None:
-    """All devices that one process of a node sees, where nobody else looks at them."""
+def check_devices(own: RankReport) -> None:
+    """Checks all devices of a node from one process."""
     for index in range(max(1, torch.accelerator.device_count())):
         check_device(own, local_device(index), local_world=1)
-        if any(finding.mark is Mark.BAD for finding in own.findings):
+        if any(result.status is Status.FAIL for result in own.results):
             return
 
 
 def written_and_read(folder: Path) -> float:
-    """Writes, syncs, renames and reads a file of the run folder, or of the nearest folder above it; bytes a second.
+    """Writes, syncs, renames and reads a file in the run folder, or in the nearest existing parent; bytes per second.
 
-    A run folder that is not there is not made: nodes that look at the same time would take it from each other.
+    A missing run folder is not created: nodes that check at the same time would remove it under each other.
 
     Raises:
-        UserError: what came back is not what was written. OSError: the disk refuses.
+        UserError: the content that is read is not the one that was written. OSError: the disk refuses.
     """
     folder = _nearest(folder)
     name = f".doctor-{socket.gethostname()}-{os.getpid()}"
@@ -115,13 +113,12 @@ def left_of_earlier_runs(folder: Path) -> list[str]:
 
 
 def other_runs() -> list[int]:
-    """Processes of this host that train, whoever started them."""
-    found = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _trains(int(path.name))]
-    return sorted(found)
+    """Process ids of all training runs on this host."""
+    return sorted(int(path.name) for path in Path("/proc").glob("[0-9]*") if _trains(int(path.name)))
 
 
 def free_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free on this rank's device, and all that it has; a CPU's are the host's."""
+    """Free and total bytes of this rank's device; a CPU's are the host's."""
     if device.type == "cpu":
         return host_memory(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free, total = torch.accelerator.get_memory_info(device)
@@ -129,7 +126,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 
 
 def host_memory() -> int:
-    """Bytes of the host's memory that this process may still take, with the limit of its control group."""
+    """Bytes of the host's memory that this process may still allocate, within the limit of its control group."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, IndexError, ValueError):
         (line,) = [each for each in Path("/proc/meminfo").read_text().splitlines() if each.startswith("MemAvailable:")]
@@ -142,12 +139,12 @@ def host_memory() -> int:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that are free where `folder` is, or will be."""
+    """Free bytes on the disk of `folder`, whether it exists or not."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the first one above it that exists."""
+    """The folder, or its nearest parent that exists."""
     place = folder.resolve()
     while not place.exists():
         place = place.parent
@@ -166,7 +163,7 @@ def _no_stale_locks() -> tuple[None, str]:
 
 
 def _attempt(path: Path) -> dict[str, Any]:
-    """What an attempt says of itself; nothing where it cannot be read."""
+    """The record of an attempt; empty where it cannot be read."""
     try:
         with path.open("rb") as file:
             values = json.loads(file.read(MAX_RECORD_BYTES))
@@ -176,9 +173,9 @@ def _attempt(path: Path) -> dict[str, Any]:
 
 
 def _trains(process: int) -> bool:
-    """Whether a process of this host runs this package's training verb. A number may have been given away since."""
+    """Whether a process of this host is a training run of this package. Process ids are reused, so this is checked."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    return any("megadistill" in part for part in command[:6]) and _VERB in command
+    return any("megadistill" in part for part in command[:6]) and _COMMAND in command

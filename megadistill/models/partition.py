@@ -17,7 +17,7 @@ def stage_layers(config: PretrainedConfig, stages: int) -> list[range]:
     """The layers of each stage, cut so that the costliest stage, which sets the pipeline's pace, is as cheap as can be.
 
     A layer costs its active parameters; the embedding costs next to nothing, and no stage computes the head. The first
-    stage holds the embedding, so among equal cuts the larger stages are last: equal layers give sizes that differ by one
+    stage holds the embedding, so among equal cuts the larger stages are last: the sizes of equal layers differ by one
     at most.
 
     Raises:

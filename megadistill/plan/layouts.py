@@ -12,11 +12,11 @@ from megadistill.errors import UserError
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
 from megadistill.plan.plan_input import PlanInput
-from megadistill.student.deepspeed_config import deepspeed_config
+from megadistill.student.deepspeed_config import build_engine_config
 
 LARGEST_GROUP_NODES = 4
-"""Most nodes of a vocab group. It exchanges hidden states of all its ranks, so it leaves a node only for the stages of a
-colocated teacher that is too large for one."""
+"""Most nodes of a vocab group. It exchanges hidden states of all its ranks, so it leaves a node only for the stages of
+a colocated teacher that is too large for one."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
         ranks_per_node=cluster.gpus_per_node,
         group_size=vocab_group_size(recipe.distributed.vocab_group, launch),
         roles=roles,
-        zero=Zero.of(inputs.profile),
+        zero=Zero.of(inputs.deepspeed_config),
     )
-    deepspeed_config(inputs.profile, recipe.train, run.accumulation)
+    build_engine_config(inputs.deepspeed_config, recipe.train, run.accumulation)
     if run.teacher is not None and run.stages > run.teacher.layers:
         raise UserError(f"the teacher is cut into {run.stages} stages, and has {run.teacher.layers} layers")
     return run

@@ -10,7 +10,7 @@ from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
-from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.deepspeed_config import load_deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PlanInput:
     stats: RecipeStats
     """Its models, the student's with the data's vocabulary."""
     vocab_size: int
-    profile: dict[str, Any]
+    deepspeed_config: dict[str, Any]
     """DeepSpeed's settings."""
     without_data: bool
     """Whether the shards are elsewhere, and vocabulary and sequence length those of the student and the option."""
@@ -62,7 +62,7 @@ def read_plan_input(
         recipe=recipe,
         stats=measure_models(student, teacher, sequence_length=length),
         vocab_size=vocab_size,
-        profile=load_deepspeed(Path(recipe.student.deepspeed)),
+        deepspeed_config=load_deepspeed_config(Path(recipe.student.deepspeed)),
         without_data=data is None,
     )
 

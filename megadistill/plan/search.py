@@ -30,7 +30,7 @@ class Plan:
     best: tuple[Estimate, ...]
     """Layouts that fit, cheapest first; of similar pipelines only the best."""
     nearest: Estimate | None
-    """Where none fits: the layout that misses least."""
+    """The layout that misses least; None where one fits."""
     searched: int
     """Number of valid layouts."""
 
@@ -126,7 +126,7 @@ def _changes_that_fit(result: Plan) -> Iterator[str]:
         if fits(result.inputs, larger):
             yield f"it fits on {larger.nodes} nodes"
             break
-    zero = {**result.inputs.profile.get("zero_optimization", {}), "offload_optimizer": {"device": "cpu"}}
-    profile = {**result.inputs.profile, "zero_optimization": zero}
-    if fits(replace(result.inputs, profile=profile), result.cluster):
+    zero = {**result.inputs.deepspeed_config.get("zero_optimization", {}), "offload_optimizer": {"device": "cpu"}}
+    deepspeed_config = {**result.inputs.deepspeed_config, "zero_optimization": zero}
+    if fits(replace(result.inputs, deepspeed_config=deepspeed_config), result.cluster):
         yield "it fits with the optimizer's states on the host (offload_optimizer in the file of student.deepspeed)"

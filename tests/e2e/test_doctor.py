@@ -12,14 +12,14 @@ from tests.e2e.nodes import missing, two_nodes
 
 def test_a_recipe_that_would_run_is_well(place: Place) -> None:
     arguments = place.distill("doctor", steps=4, checkpoint_every=4)
-    told = place.folder / "doctor.json"
-    examine = [*TORCHRUN_2, "doctor", *arguments[1:], "--json", str(told)]
+    report = place.folder / "doctor.json"
+    examine = [*TORCHRUN_2, "doctor", *arguments[1:], "--json", str(report)]
     finished = succeed(*examine)
-    rows = {row["what"]: row for row in json.loads(told.read_text())["rows"]}
-    assert {what for what, row in rows.items() if row["mark"] == "bad"} == set()
-    assert {"teacher's weights", "host memory", "disk space", "pairs of ranks", "rehearsal"} <= rows.keys()
-    assert "2 ranks on 1 node" in rows["world"]["said"]
-    assert "rehearsal" in finished.out
+    rows = {row["check"]: row for row in json.loads(report.read_text())["rows"]}
+    assert {check for check, row in rows.items() if row["status"] == "fail"} == set()
+    assert {"teacher's weights", "host memory", "disk space", "pairs of ranks", "dry run"} <= rows.keys()
+    assert "2 ranks on 1 node" in rows["world"]["detail"]
+    assert "dry run" in finished.out
     assert not (place.folder / "doctor").exists()  # it leaves nothing behind
 
 

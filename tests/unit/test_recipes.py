@@ -143,15 +143,15 @@ def test_the_page_says_what_plan_says(path: Path) -> None:
     (row,) = [row for row in rows if row.startswith("|") and f"(../{path.relative_to(ROOT)})" in row]
     _, teacher, batch, tokens, memory, rate, _, hours = [cell.strip() for cell in row.strip("|").split("|")]
     planned = _planned(path)
-    recipe = planned.placed.recipe
+    recipe = planned.sharding.recipe
     assert recipe.teacher is not None
     if recipe.teacher.ranks is None:
-        assert teacher == f"colocated, {planned.placed.stages} stages"
+        assert teacher == f"colocated, {planned.sharding.stages} stages"
     else:
         assert teacher == f"{recipe.teacher.ranks:,} GPUs, {recipe.teacher.stages} stages"
     for said, counted in (
         (batch, recipe.train.global_batch * SEQUENCE),
-        (tokens, planned.needs.tokens),
+        (tokens, planned.requirements.tokens),
         (rate, planned.tokens_per_second),
         (hours, planned.gpu_hours),
     ):

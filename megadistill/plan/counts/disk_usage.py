@@ -54,8 +54,8 @@ class TargetBytes:
     """Bytes of a token's stored targets, with its share of the tars around them."""
 
     expected: float
-    """For draws, with the number of different ids that was counted for language models; for `threshold` and `top_p`,
-    whose number of ids depends on the teacher, the maximum."""
+    """Bytes for draws, with the number of different ids that was counted for language models; for `threshold` and
+    `top_p`, whose number of ids depends on the teacher, the maximum."""
     most: float
 
 

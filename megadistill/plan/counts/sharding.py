@@ -6,7 +6,7 @@ a chunk of the loss, of the whole group.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megadistill.config import Recipe, TeacherSection
@@ -41,7 +41,7 @@ class Sharding:
     """p: ranks of a vocab group."""
     roles: Roles | None = None
     """Ranks of student and teacher, for a teacher on ranks of its own."""
-    zero: Zero = Zero()
+    zero: Zero = field(default_factory=Zero)
 
     def __post_init__(self) -> None:
         self.recipe.accumulation(self.ranks)

@@ -39,12 +39,12 @@ class Zero:
     """Bytes of a gradient's number when it is reduced; None: as many as a parameter's."""
 
     @classmethod
-    def of(cls, profile: Mapping[str, Any]) -> "Zero":
-        zero = profile.get("zero_optimization", {})
+    def of(cls, deepspeed_config: Mapping[str, Any]) -> "Zero":
+        zero = deepspeed_config.get("zero_optimization", {})
         settings = {field.name: zero[field.name] for field in fields(cls) if field.name in zero}
         for key in ("offload_param", "offload_optimizer"):
             settings[key] = (zero.get(key) or {}).get("device") or "none"
-        dtype = profile.get("communication_data_type")
+        dtype = deepspeed_config.get("communication_data_type")
         return cls(**settings, reduce_element_bytes=None if dtype is None else COMMUNICATION_BYTES[dtype])
 
 

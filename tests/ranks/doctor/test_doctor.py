@@ -1,4 +1,4 @@
-"""The doctor on real ranks: what they measure together, the rehearsal of several recipes, a fault that one rank has."""
+"""The doctor on real ranks: their measurements, the dry run of several recipes, a fault of one rank."""
 
 import json
 import multiprocessing
@@ -15,15 +15,15 @@ from megadistill.config import Recipe
 from megadistill.distributed.bandwidth import (
     all_reduce_bandwidth,
     clock_offsets,
-    gathered_texts,
     neighbours,
     pair_bandwidths,
 )
-from megadistill.distributed.collectives import barrier
-from megadistill.distributed.topology import Launch, Topology
+from megadistill.distributed.collectives import all_gather_texts, barrier
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology
 from megadistill.doctor import examine as doctor
-from megadistill.doctor.dry_run import rehearse
-from megadistill.doctor.findings import Report
+from megadistill.doctor.dry_run import dry_run
+from megadistill.doctor.rank_report import Report
 from megadistill.train.setup.setup import prepare
 from tests.ranks.harness import PRELOAD, run_ranks
 from tests.unit.train.cases import MODEL, described_data, described_teacher, recipe
@@ -40,7 +40,7 @@ def _measured(topology: Topology) -> dict[str, Any]:
     time.time = clock
     rounds = neighbours(topology.world, topology.world)
     return {
-        "texts": gathered_texts("é" * topology.rank, topology),
+        "texts": all_gather_texts("é" * topology.rank, topology.world_group),
         "offsets": offsets,
         "pairs": pair_bandwidths(topology, rounds),
         "all": all_reduce_bandwidth(topology),
@@ -48,20 +48,20 @@ def _measured(topology: Topology) -> dict[str, Any]:
 
 
 def test_three_ranks_measure_each_other() -> None:
-    found = run_ranks(3, _measured)
-    for each in found:
+    results = run_ranks(3, _measured)
+    for each in results:
         assert each["texts"] == ["", "é", "éé"]
         assert each["offsets"][:2] == pytest.approx([0.0, 0.0], abs=5.0)
         assert each["offsets"][2] == pytest.approx(100.0, abs=5.0)
         assert set(each["pairs"]) == {(0, 1), (1, 2), (0, 2)}
-        assert each["pairs"] == found[0]["pairs"]
+        assert each["pairs"] == results[0]["pairs"]
         assert min(each["pairs"].values()) > 0
         assert each["all"] > 0
 
 
-def _rehearsed(topology: Topology, rehearsed: Recipe) -> str:
+def _dry_run(topology: Topology, tried: Recipe) -> str:
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
-    return rehearse(prepare(rehearsed, launch), topology, launch, timeout=timedelta(minutes=1))
+    return dry_run(prepare(tried, launch), topology, launch, timeout=timedelta(minutes=1))
 
 
 @pytest.mark.parametrize(
@@ -78,34 +78,34 @@ def test_a_small_step_of_the_recipes_kind_goes_through(
     teacher = described_teacher(tmp_path / "teacher", **model)
     sections = {"student": {"config": model}, **sections}
     whole = recipe(described_data(tmp_path / "data"), tmp_path / "run", teacher=teacher, **sections)
-    first, second = (said.rpartition(",")[0] for said in run_ranks(2, _rehearsed, whole))  # without the seconds
+    first, second = (detail.rpartition(",")[0] for detail in run_ranks(2, _dry_run, whole))  # without the seconds
     assert first == second
     assert first.startswith("one small step of student, teacher and loss: loss ")
 
 
 def _examines(rank: int, port: int, path: Path) -> None:
-    """One of two ranks, the second of which finds its part of the rehearsal broken; the first writes what it tells."""
+    """One of two ranks, the second of which has a broken dry run; the first writes its report."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
 
-    def rehearse_broken(_: object, topology: Topology, *__: object, **___: object) -> str:
+    def broken(_: object, topology: Topology, *__: object, **___: object) -> str:
         if topology.rank == 1:
             raise RuntimeError("no kernel image is available")
         barrier(topology.world_group)
         return "well"
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(doctor, "rehearse", rehearse_broken)
-    patch.setattr(doctor, "TELLING_SECONDS", 0.0)
+    patch.setattr(doctor, "dry_run", broken)
+    patch.setattr(doctor, "REPORT_SECONDS", 0.0)
 
-    def tell(report: Report) -> None:
-        path.with_name("told.json").write_text(json.dumps(report.values()))
+    def publish(report: Report) -> None:
+        path.with_name("report.json").write_text(json.dumps(report.to_json()))
 
-    well = doctor.examine(path, [], tell=tell)
+    well = doctor.examine(path, [], publish=publish)
     os._exit(0 if well else 2)
 
 
-def test_a_fault_that_one_rank_has_is_told_by_the_first(tmp_path: Path) -> None:
+def test_a_fault_of_one_rank_is_reported_by_the_first(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     values = recipe(described_data(tmp_path / "data"), tmp_path / "run").snapshot()
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -118,11 +118,11 @@ def test_a_fault_that_one_rank_has_is_told_by_the_first(tmp_path: Path) -> None:
     for process in ranks:
         process.join(timeout=60)
     assert [process.exitcode for process in ranks] == [2, 2]
-    told = json.loads((tmp_path / "told.json").read_text())
-    rows = {row["what"]: row for row in told["rows"]}
-    assert "no kernel image is available" in rows["all ranks"]["said"]
-    assert "rank 1" in rows["all ranks"]["said"]
-    # whatever comes before it is told as well: the shards that are only described, the ranks side by side
-    assert (rows["shards"]["mark"], rows["world"]["mark"]) == ("bad", "good")
-    assert rows["pairs of ranks"]["said"].startswith("on a node")
-    assert not told["ok"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["check"]: row for row in report["rows"]}
+    assert "no kernel image is available" in rows["all ranks"]["detail"]
+    assert "rank 1" in rows["all ranks"]["detail"]
+    # earlier checks are reported as well: the shards that are only described, the comparison of the ranks
+    assert (rows["shards"]["status"], rows["world"]["status"]) == ("fail", "ok")
+    assert rows["pairs of ranks"]["detail"].startswith("on a node")
+    assert not report["ok"]

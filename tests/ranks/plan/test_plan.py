@@ -1,4 +1,4 @@
-"""What a plan says of a run's memory, traffic and files, against the run itself, within a tenth.
+"""A plan's memory, traffic and files against those of the run, within a tenth.
 
 Runs of two ranks under the real engine, in sizes that fixed overheads are small beside. Two things of the CPU are added
 to the plan, which is for accelerators: the loss keeps its piece of logit memory (`loss/buffers.py`), and gloo copies
@@ -14,10 +14,12 @@ import torch
 from megadistill.loss.sparse.targets import BLOCK_ELEMENTS
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.plan.counts import memory
-from megadistill.plan.counts.model_stats import measure
-from megadistill.plan.counts.requirements import Needs, needs
+from megadistill.plan.counts.model_stats import measure_models
+from megadistill.plan.counts.requirements import Requirements, count_requirements
+from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, REQUESTS, STAGES, VOCABULARY
-from megadistill.teacher.disaggregated import RECEIVES
+from megadistill.plan.counts.zero import Zero
+from megadistill.teacher.disaggregated import POSTED_RECEIVES
 from tests.ranks.harness import run_ranks
 from tests.ranks.plan.plan_cases import SEQUENCE, STEPS, STUDENT, TEACHER, VOCAB, Case, Seen, watched_run
 
@@ -32,6 +34,7 @@ APART = Case(
     vocab_group=1,
     zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 )
+SAVED = ("activations", "checkpointed layer inputs", "shared by all layers", "last norm")
 COLOCATED = [DISTILLED, RECOMPUTED, IN_BFLOAT16]
 NAMES = ["distilled", "recomputed, with copies in the node", "bfloat16, tied, truncated targets"]
 
@@ -48,7 +51,7 @@ _RUNS: dict[str, list[Seen]] = {}
 
 
 def seen(case: Case, teacher: Path) -> list[Seen]:
-    """By rank of the launch; each case runs once."""
+    """Records of each rank of the launch; each case runs once."""
     if repr(case) not in _RUNS:
         folder = str(teacher) if case.objective == "distill" else None
         world, group, roles = case.students + case.teachers, case.vocab_group, case.roles
@@ -59,34 +62,35 @@ def seen(case: Case, teacher: Path) -> list[Seen]:
     return _RUNS[repr(case)]
 
 
-def planned(case: Case) -> Needs:
+def planned(case: Case) -> Requirements:
     student = load_config({**STUDENT, **case.student}, what="test")
-    taught = load_config(TEACHER, what="test") if case.objective == "distill" else None
-    return needs(
+    teacher = load_config(TEACHER, what="test") if case.objective == "distill" else None
+    run = Sharding(
         case.recipe,
-        measure(student, taught, sequence_length=SEQUENCE),
+        measure_models(student, teacher, sequence_length=SEQUENCE),
         vocab_size=VOCAB,
         ranks=case.students,
         ranks_per_node=case.students + case.teachers,
         group_size=case.vocab_group,
         roles=case.roles,
-        profile=case.profile,
+        zero=Zero.of(case.deepspeed_config),
     )
+    return count_requirements(run)
 
 
-def most(ranks: list[Seen], phase: str) -> Counter[str]:
-    """What lived when most did, on the rank where that was most."""
+def peak(ranks: list[Seen], phase: str) -> Counter[str]:
+    """Bytes at the peak of a phase, on the rank where the peak was highest."""
     return max((rank.peaks[phase] for rank in ranks), key=lambda lines: sum(lines.values()))
 
 
 def of_the_cpu(lines: Counter[str], *, in_the_loss: bool = False) -> int:
-    """What lives on a CPU alone."""
+    """Bytes that exist on a CPU alone."""
     return lines["gloo"] + (0 if in_the_loss else lines["logits"])
 
 
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
 def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
-    found = Counter(seen(case, teacher)[-1].received)  # the last stage, which hears from the one before
+    received = Counter(seen(case, teacher)[-1].received)  # the last stage, which hears from the one before
     tokens = case.accumulation * case.micro_batch * SEQUENCE
     traffic = planned(case).traffic
     names = {GATHERS: "weights", REDUCES: "gradients", HEAD: "head", VOCABULARY: "loss"}
@@ -94,11 +98,11 @@ def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
     for link, name in names.items():
         expected = traffic[link].received * tokens if link in traffic else 0
         if link == ANSWERS:  # the last stage's own part is sent to nobody; a scatter gives it to itself
-            assert found[name] in (0, pytest.approx(expected, rel=WITHIN))
+            assert received[name] in (0, pytest.approx(expected, rel=WITHIN))
             continue
-        assert found.pop(name, 0) == pytest.approx(expected, rel=WITHIN), link
-    del found["answers"]
-    assert found.total() < 1e-3 * tokens * sum(link.received for link in traffic.values()), found
+        assert received.pop(name, 0) == pytest.approx(expected, rel=WITHIN), link
+    del received["answers"]
+    assert received.total() < 1e-3 * tokens * sum(link.received for link in traffic.values()), received
 
 
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
@@ -109,46 +113,44 @@ def test_memory_in_each_phase(case: Case, teacher: Path, monkeypatch: pytest.Mon
     backward = max(together["backward"], together["embedding"])
     forward = max(together["forward"], together.get("targets", 0))
     for phase, expected in {"loss": together["loss"], "forward": forward, "backward": backward}.items():
-        lines = most(ranks, phase)
+        lines = peak(ranks, phase)
         assert sum(lines.values()) - of_the_cpu(lines, in_the_loss=phase == "loss") == pytest.approx(
             expected, rel=WITHIN
         ), phase
     for phase in {"step", "teacher"} & phases.keys():
-        lines = most(ranks, phase)
+        lines = peak(ranks, phase)
         assert sum(lines.values()) - of_the_cpu(lines) == pytest.approx(together[phase], rel=WITHIN), phase
 
 
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
 def test_memory_line_by_line(case: Case, teacher: Path) -> None:
-    """In the loss, when all lines are there; and what AdamW reads, in its step."""
+    """The loss has all lines; the optimizer's step has the gradients that it reads."""
     ranks, plan = seen(case, teacher), planned(case)
-    lines, found = Counter(plan.phases["loss"]), most(ranks, "loss")
+    lines, seen_lines = Counter(plan.phases["loss"]), peak(ranks, "loss")
     states = lines["ZeRO-3 states"] + lines["reduce bucket"]
-    assert found["ZeRO-3"] == pytest.approx(states, rel=0.001), "to the byte, but for a few numbers"
-    gathered = lines["gathered layers"] + lines["parameters that stay gathered"]
+    assert seen_lines["ZeRO-3"] == pytest.approx(states, rel=0.001), "to the byte, but for a few numbers"
+    gathered = lines["gathered layers"] + lines["persistent parameters"]
     if case is RECOMPUTED:
         gathered += lines["second partition in the node (hpZ)"]
-    assert found["gathered layers"] == pytest.approx(gathered, rel=WITHIN)
-    kept = lines["activations"] + lines["checkpointed layer inputs"] + lines["what layers share"] + lines["last norm"]
-    assert found["layers"] == pytest.approx(kept, rel=WITHIN)
+    assert seen_lines["gathered layers"] == pytest.approx(gathered, rel=WITHIN)
+    saved = sum(lines[name] for name in SAVED)
+    assert seen_lines["layers"] == pytest.approx(saved, rel=WITHIN)
     gradients = lines["head gradient"] + lines["head gradient of the micro-batch"]
-    assert found["head gradient"] == pytest.approx(gradients + lines["gradient of the hidden states"], rel=WITHIN)
-    if case.precision == "float32":  # in bfloat16 an accelerator copies the slope, for its product
-        assert found["logits"] == pytest.approx(lines["logit chunk"], rel=WITHIN)
+    assert seen_lines["head gradient"] == pytest.approx(gradients + lines["gradient of the hidden states"], rel=WITHIN)
+    if case.precision == "float32":  # in bfloat16 an accelerator copies dlogits, for its product
+        assert seen_lines["logits"] == pytest.approx(lines["logit chunk"], rel=WITHIN)
     for name in ("teacher stage", "teacher head rows", "head rows"):
-        assert found[name] == pytest.approx(lines[name], rel=WITHIN), name
-    copied = most(ranks, "step")["ZeRO-3"] - found["ZeRO-3"]
-    assert copied == pytest.approx(plan.phases["step"]["gradients that AdamW reads"], rel=WITHIN)
+        assert seen_lines[name] == pytest.approx(lines[name], rel=WITHIN), name
+    copied = peak(ranks, "step")["ZeRO-3"] - seen_lines["ZeRO-3"]
+    assert copied == pytest.approx(plan.phases["step"]["gradients that the optimizer reads"], rel=WITHIN)
 
 
-def test_a_layer_at_work(teacher: Path) -> None:
+def test_the_working_memory_of_a_layer(teacher: Path) -> None:
     for case in (DISTILLED, RECOMPUTED):
         lines = Counter(planned(case).phases["backward"])
-        kept = (
-            lines["activations"] + lines["checkpointed layer inputs"] + lines["what layers share"] + lines["last norm"]
-        )
-        found = max(rank.highest["backward"]["layers"] for rank in seen(case, teacher))
-        assert found == pytest.approx(kept + lines["layer at work"], rel=WITHIN)
+        saved = sum(lines[name] for name in SAVED)
+        seen_lines = max(rank.highest["backward"]["layers"] for rank in seen(case, teacher))
+        assert seen_lines == pytest.approx(saved + lines["working memory of a layer"], rel=WITHIN)
 
 
 def test_a_teacher_with_ranks_of_its_own(teacher: Path) -> None:
@@ -157,17 +159,17 @@ def test_a_teacher_with_ranks_of_its_own(teacher: Path) -> None:
     tokens = APART.micro_batch * SEQUENCE
     step = plan.traffic[ANSWERS].received * APART.accumulation * tokens
     assert student.received["bridge"] == pytest.approx(step, rel=WITHIN)
-    asked = STEPS * APART.accumulation + 1  # one more is under way when the student stops
-    parcels = plan.teacher_traffic[STAGES].received * tokens * (asked + RECEIVES)
-    assert last.received["bridge"] == pytest.approx(parcels, rel=WITHIN)
+    requested = STEPS * APART.accumulation + 1  # one more is under way when the student stops
+    packets = plan.teacher_traffic[STAGES].received * tokens * (requested + POSTED_RECEIVES)
+    assert last.received["bridge"] == pytest.approx(packets, rel=WITHIN)
     assert first.received["bridge"] == pytest.approx(
-        plan.teacher_traffic[REQUESTS].received * tokens * (asked + 1), rel=WITHIN
+        plan.teacher_traffic[REQUESTS].received * tokens * (requested + 1), rel=WITHIN
     )
     assert first.peaks["forward"].total() == pytest.approx(sum(plan.teacher_memory.values()), rel=WITHIN)
 
 
 def test_offloaded_states_lie_on_the_host(teacher: Path) -> None:
-    """Which is the device here."""
+    """The host is the device of these runs."""
     student, plan = seen(APART, teacher)[0], planned(APART)
     on_host = plan.host["offloaded ZeRO-3 states"]
     always = plan.phases["step"]["reduce bucket"] + plan.phases["step"]["teacher head rows"]

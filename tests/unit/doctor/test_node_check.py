@@ -1,4 +1,4 @@
-"""What a node says of itself: the disk of the run folder, leftovers of earlier runs."""
+"""Checks of a node by itself: the disk of the run folder, processes of earlier runs."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 
 from megadistill.cli.main import run_command
 from megadistill.doctor import node_check
-from megadistill.doctor.findings import Mark, RankReport
 from megadistill.doctor.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read
+from megadistill.doctor.rank_report import RankReport, Status
 from tests.paths import RECIPES
 
 
@@ -30,13 +30,13 @@ def test_a_disk_that_refuses_or_forgets_is_a_matter_of_the_node(
     (tmp_path / "file").write_text("x")
     own = RankReport(0, "a")
     check_node(own, tmp_path / "file" / "run")
-    found = {each.what: each for each in own.findings}
-    assert (found["run folder"].mark, found["run folder"].of_node) == (Mark.BAD, True)
+    results = {each.check: each for each in own.results}
+    assert (results["run folder"].status, results["run folder"].of_node) == (Status.FAIL, True)
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"zeros")
     own = RankReport(0, "a")
     check_node(own, tmp_path)
-    found = {each.what: each for each in own.findings}
-    assert "another content" in found["run folder"].said
+    results = {each.check: each for each in own.results}
+    assert "another content" in results["run folder"].detail
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
@@ -68,7 +68,7 @@ def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> No
     assert free_space(tmp_path / "a" / "b") > 0
 
 
-def test_the_verb_examines_a_node_by_itself(
+def test_the_command_examines_a_node_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
@@ -76,12 +76,12 @@ def test_the_verb_examines_a_node_by_itself(
     node = ["doctor", str(RECIPES / "smoke.yaml"), "--node", "--set", f"run.folder={tmp_path / 'run'}"]
     assert run_command([*node, "--json", str(tmp_path / "node.json")]) == 0
     values = json.loads((tmp_path / "node.json").read_text())
-    assert [(row["what"], row["mark"]) for row in values["rows"]] == [
-        ("recipe", "good"),
-        ("device", "good"),
-        ("JIT locks", "good"),
-        ("run folder", "good"),
-        ("earlier runs", "good"),
+    assert [(row["check"], row["status"]) for row in values["rows"]] == [
+        ("recipe", "ok"),
+        ("device", "ok"),
+        ("JIT locks", "ok"),
+        ("run folder", "ok"),
+        ("earlier runs", "ok"),
     ]
     assert "bad nodes" not in capsys.readouterr().out
     lock = tmp_path / "extensions" / "fused_adam" / "lock"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megadistill.distributed.topology import Launch
+from megadistill.distributed.launch import Launch
 from megadistill.doctor import recipe_check
-from megadistill.doctor.findings import Examined, Mark
+from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.errors import UserError
 from tests.unit.train.cases import described_data, described_teacher, recipe
@@ -16,14 +16,14 @@ from tests.unit.train.cases import described_data, described_teacher, recipe
 ONE = Launch(0, 1, 0, 1)
 
 
-def _marks(own: Examined) -> dict[str, Mark]:
-    return {each.what: each.mark for each in own.findings}
+def _statuses(own: RankReport) -> dict[str, Status]:
+    return {each.check: each.status for each in own.results}
 
 
-def _checked(folder: Path, values: dict[str, Any], launch: Launch = ONE) -> tuple[Examined, bool]:
+def _checked(folder: Path, values: dict[str, Any], launch: Launch = ONE) -> tuple[RankReport, bool]:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
-    own = Examined(0, "a")
+    own = RankReport(0, "a")
     _, setup = check_recipe(own, path, [], launch)
     return own, setup is not None
 
@@ -40,11 +40,11 @@ def test_one_fault_does_not_hide_the_next(tmp_path: Path) -> None:
     values["student"]["vocab_multiple"] = 255
     values["student"]["deepspeed"] = "none.json"
     own, runs = _checked(tmp_path, values, Launch(0, 2, 0, 2))
-    marks = _marks(own)
+    statuses = _statuses(own)
     assert not runs
-    bad = {what for what, mark in marks.items() if mark is Mark.BAD}
+    bad = {check for check, status in statuses.items() if status is Status.FAIL}
     assert bad == {"launch", "DeepSpeed's file", "shards", "vocabulary", "teacher's weights"}
-    assert "together" not in marks  # what `prepare` refuses first has been said
+    assert "setup" not in statuses  # the first refusal of `prepare` is a result already
 
 
 def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
@@ -52,20 +52,20 @@ def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
     values["student"]["config"]["max_position_embeddings"] = 8
     own, runs = _checked(tmp_path, values)
     assert not runs
-    assert _marks(own)["together"] is Mark.BAD
-    assert _marks(own)["student"] is Mark.GOOD
+    assert _statuses(own)["setup"] is Status.FAIL
+    assert _statuses(own)["student"] is Status.OK
 
 
 def test_the_students_weights_are_looked_at_like_the_teachers(tmp_path: Path) -> None:
     values = _well(tmp_path)
     values["student"]["weights"] = values["teacher"]["path"]
     own, runs = _checked(tmp_path, values)
-    assert _marks(own)["student's weights"] is Mark.GOOD
+    assert _statuses(own)["student's weights"] is Status.OK
     assert own.facts["content"]["student"] == own.facts["content"]["teacher"]
     (tmp_path / "teacher" / "model.safetensors").unlink()
     own, runs = _checked(tmp_path, values)
     assert not runs
-    assert _marks(own)["student's weights"] is Mark.BAD
+    assert _statuses(own)["student's weights"] is Status.FAIL
 
 
 def test_a_recipe_that_cannot_be_read_ends_the_look_at_it(tmp_path: Path) -> None:
@@ -73,13 +73,13 @@ def test_a_recipe_that_cannot_be_read_ends_the_look_at_it(tmp_path: Path) -> Non
     values["trian"] = values.pop("train")
     own, runs = _checked(tmp_path, values)
     assert not runs
-    assert _marks(own) == {"recipe": Mark.BAD}
+    assert _statuses(own) == {"recipe": Status.FAIL}
 
 
-def test_whatever_prepare_learns_to_refuse_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_refusal_of_prepare_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise UserError("the moon is full")
 
     monkeypatch.setattr(recipe_check, "prepare", refuse)
     own, _ = _checked(tmp_path, _well(tmp_path))
-    assert own.findings[-1].said == "the moon is full"
+    assert own.results[-1].detail == "the moon is full"

@@ -57,7 +57,7 @@ def tiny(
     ranks: int = 2,
     group_size: int = 1,
     global_batch: int = 8,
-    profile: dict[str, Any] | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
     **student: Any,
 ) -> Requirements:
     """A tiny student from labels, in float32."""
@@ -69,7 +69,7 @@ def tiny(
         ranks=ranks,
         ranks_per_node=ranks,
         group_size=group_size,
-        zero=Zero.of(profile or {}),
+        zero=Zero.of(deepspeed_config or {}),
     )
     return count_requirements(run)
 
@@ -86,7 +86,7 @@ def large(
     group_size: int = 8,
     ranks_per_node: int = 8,
     loss: dict[str, Any] | None = None,
-    profile: dict[str, Any] | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
 ) -> Requirements:
     """Llama-3-8B, from another of its size, in bfloat16 with activation checkpointing: 8 nodes of 8."""
     plain = recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
@@ -97,6 +97,6 @@ def large(
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         group_size=group_size,
-        zero=Zero.of(profile or {}),
+        zero=Zero.of(deepspeed_config or {}),
     )
     return count_requirements(run)

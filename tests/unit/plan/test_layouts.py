@@ -20,7 +20,7 @@ def test_divisors() -> None:
 
 
 def test_every_layout_that_is_not_refused_starts_as_its_overrides_say() -> None:
-    """Asked recompute by the run's own arithmetic, from the text of the overrides."""
+    """Checked again by the run's own arithmetic, from the text of the overrides."""
     inputs, where = plan_input(), cluster(2, 4)
     started = 0
     for layout in layouts(inputs, where):

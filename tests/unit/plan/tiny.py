@@ -70,7 +70,7 @@ def plan_input(
         recipe=validate_recipe(values, source="test"),
         stats=_stats(json.dumps(teacher)),
         vocab_size=250,
-        profile={
+        deepspeed_config={
             "zero_optimization": {"stage": 3, "memory_efficient_linear": False, "reduce_bucket_size": 1000},
             "data_types": {"grad_accum_dtype": "fp32"},
         },

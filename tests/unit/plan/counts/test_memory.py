@@ -27,7 +27,7 @@ ROWS = 129_024 // 8
 
 def test_states_are_counted_by_pieces_of_the_padded_parameters() -> None:
     each = TINY_PADDED // 2
-    step = tiny(profile={"zero_optimization": {"reduce_bucket_size": 100}}).phases["step"]
+    step = tiny(deepspeed_config={"zero_optimization": {"reduce_bucket_size": 100}}).phases["step"]
     assert step["ZeRO-3 states"] == 20 * each, "float32: 4 + gradient 4 + master 4 + moments 8"
     assert step["reduce bucket"] == 4 * 100
     assert step["gradients that the optimizer reads"] == 4 * each
@@ -91,7 +91,7 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
     each = TINY_PADDED // 2
 
     def held(**zero: Any) -> tuple[int, int]:
-        required = tiny(profile={"zero_optimization": zero})
+        required = tiny(deepspeed_config={"zero_optimization": zero})
         return required.phases["loss"].get("ZeRO-3 states", 0), required.host.get("offloaded ZeRO-3 states", 0)
 
     assert held() == (20 * each, 0)
@@ -102,7 +102,7 @@ def test_what_is_offloaded_lies_on_the_host() -> None:
 
 
 def test_copies_of_the_weights_in_a_node() -> None:
-    required = large(profile={"zero_optimization": {"zero_hpz_partition_size": 8}})
+    required = large(deepspeed_config={"zero_optimization": {"zero_hpz_partition_size": 8}})
     gathered = LLAMA3_8B_BODY + 129_024 * 4096  # the head is not
     assert required.memory["second partition in the node (hpZ)"] == 2 * gathered // 8
 

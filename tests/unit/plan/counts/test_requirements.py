@@ -46,7 +46,7 @@ def test_the_phase_that_takes_most_is_what_a_rank_needs() -> None:
     required = large()
     assert sum(required.memory.values()) == max(sum(lines.values()) for lines in required.phases.values())
     assert required.phase == "backward"
-    assert tiny(profile={"zero_optimization": {"reduce_bucket_size": 1000}}).phase == "loss"
+    assert tiny(deepspeed_config={"zero_optimization": {"reduce_bucket_size": 1000}}).phase == "loss"
 
 
 def test_what_does_not_divide_is_refused() -> None:

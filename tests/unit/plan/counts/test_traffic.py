@@ -28,10 +28,10 @@ def test_what_a_teacher_says_of_a_token() -> None:
 def test_zero_gathers_twice_and_reduces_once() -> None:
     """6 N bytes a micro-step, of which a rank has its own 64th already; layers are gathered once more to be recomputed,
     but for what ends them."""
-    traffic = large(profile=NOTHING_STAYS).traffic
-    recompute = GATHERED - NORMS - 129_024 * 4096 - 32 * 4096 * 14_336
+    traffic = large(deepspeed_config=NOTHING_STAYS).traffic
+    again = GATHERED - NORMS - 129_024 * 4096 - 32 * 4096 * 14_336
     once, norms = 2 * (GATHERED - NORMS) / S, 2 * NORMS / (4 * S)  # norms are gathered when they have moved
-    assert traffic[GATHERS].received == pytest.approx((2 * once + 2 * recompute / S + norms) * 63 / 64, rel=1e-9)
+    assert traffic[GATHERS].received == pytest.approx((2 * once + 2 * again / S + norms) * 63 / 64, rel=1e-9)
     assert traffic[REDUCES].received == pytest.approx(2 * GATHERED / S * 63 / 64, rel=1e-9)
 
 
@@ -99,10 +99,12 @@ def test_a_teacher_apart_sends_over_the_network() -> None:
 
 def test_copies_in_the_node_keep_the_second_gathering_there() -> None:
     copies = {"zero_optimization": {**NOTHING_STAYS["zero_optimization"], "zero_hpz_partition_size": 8}}
-    plain, near = (large(profile=profile).traffic[GATHERS] for profile in (NOTHING_STAYS, copies))
+    plain, near = (
+        large(deepspeed_config=deepspeed_config).traffic[GATHERS] for deepspeed_config in (NOTHING_STAYS, copies)
+    )
     assert near.network < 0.1 * plain.network, "once in four micro-steps, of three gatherings"
 
 
 def test_float32_gradients_on_the_wire_are_twice_as_many_bytes() -> None:
-    wide = large(profile={"communication_data_type": "fp32"}).traffic[REDUCES].received
+    wide = large(deepspeed_config={"communication_data_type": "fp32"}).traffic[REDUCES].received
     assert wide == pytest.approx(2 * large().traffic[REDUCES].received)

@@ -1,4 +1,4 @@
-"""What DeepSpeed's coordinator gathers, against walks done by hand; tests/ranks/plan has DeepSpeed's own."""
+"""Parameters that DeepSpeed's coordinator gathers, counted by hand; tests/ranks/plan has DeepSpeed's own."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_a_model_below_the_reuse_distance_stays_as_a_whole() -> None:
     ("distance", "stayed"), [(0, 0), (1, 1), (2, 1), (3, 5), (10, 5), (11, 7), (14, 7), (15, 10), (20, 10), (21, 20)]
 )
 def test_the_last_modules_of_the_forward_pass_stay(distance: int, stayed: int) -> None:
-    """The last one comes recompute after nothing, the one of 4 after twice 1, the one of 2 after twice 4 + 1."""
+    """The last one comes again after nothing, the one of 4 after twice 1, the one of 2 after twice 4 + 1."""
     gathered = count_gathered(
         MODULES, Zero(stage3_max_reuse_distance=distance, stage3_prefetch_bucket_size=0), recompute=False
     )
@@ -35,13 +35,14 @@ def test_the_last_modules_of_the_forward_pass_stay(distance: int, stayed: int) -
 
 
 def test_a_layer_that_is_computed_again_is_gathered_for_that_and_for_its_way_back() -> None:
-    """But for what ends it, which is not computed recompute: 3 twice, 4 twice, 2 and 1 once, and the embedding."""
+    """All but its end, which is not recomputed: 3 twice, 4 twice, 2 and 1 once, and the embedding."""
     gathered = count_gathered(MODULES, Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0), recompute=True)
     assert (gathered.forward, gathered.backward) == (ALL, 2 * 3 + 2 + 2 * 4 + 1 + 10)
 
 
 def test_what_is_fetched_ahead_lives_with_what_works() -> None:
-    """One module ahead: the embedding's 10 with the 3 after it; the 1 and the 4 recompute, whose use it has seen ahead."""
+    """One module ahead: the embedding's 10 with the 3 after it; the 1 and the 4 again,
+    whose use it has seen ahead."""
     gathered = count_gathered(
         MODULES, Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=1), recompute=False
     )

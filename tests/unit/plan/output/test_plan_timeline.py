@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megadistill.errors import UserError
-from megadistill.plan.output.plan_timeline import Pipeline, simulate
+from megadistill.plan.output.plan_timeline import simulate
 from megadistill.plan.throughput import StepTimes
 from megadistill.timeline.spans import Lane, Timeline, first_unnested, seconds_by_kind
 
@@ -37,91 +37,80 @@ APART = replace(COLOCATED, replicas=2)
 SLOW_TEACHER = replace(APART, stages=(1.0, 1.2, 1.0, 0.9))
 
 
-def _simulated(
-    times: StepTimes, pipeline: Pipeline = Pipeline.RUNS_AHEAD, *, steps: int = 3, run_steps: int = 3
-) -> Timeline:
-    return simulate(times, steps=steps, run_steps=run_steps, pipeline=pipeline, ranks_per_node=4)
+def _simulated(times: StepTimes, *, steps: int = 3, run_steps: int = 3) -> Timeline:
+    return simulate(times, steps=steps, run_steps=run_steps, ranks_per_node=4)
 
 
-def _idle(lane: Lane, found: Timeline) -> float:
-    begin, end = found.window
+def _idle(lane: Lane, timeline: Timeline) -> float:
+    begin, end = timeline.window
     return 1 - seconds_by_kind(lane, begin, end)["compute"] / (end - begin)
 
 
 @pytest.mark.parametrize(("replicas", "clients"), [(0, 4), (1, 2)])
-@pytest.mark.parametrize("pipeline", Pipeline)
-def test_the_bubble_is_the_closed_forms(replicas: int, clients: int, pipeline: Pipeline) -> None:
-    """(P - 1)/(m + P - 1) at each step where it drains, once a run where it runs ahead. A tick of stages of their own
-    is one rank's micro-batch, of colocated ones a round of all."""
+def test_the_bubble_is_the_closed_form(replicas: int, clients: int) -> None:
+    """(P - 1)/(m + P - 1), once a run. A tick of stages of their own is one rank's micro-batch, of colocated ones a
+    round of all."""
     times = replace(TEACHING_ALONE, replicas=replicas, students=clients)
-    a_step = times.micro_steps * (clients if replicas else 1)
-    m = a_step if pipeline is Pipeline.DRAINS else 3 * a_step
-    found = _simulated(times, pipeline)
-    idle = [_idle(lane, found) for lane in found.lanes if "stage" in lane.role]
-    assert idle == pytest.approx([3 / (m + 3)] * 4)
+    micro_batches = 3 * times.micro_steps * (clients if replicas else 1)
+    timeline = _simulated(times)
+    idle = [_idle(lane, timeline) for lane in timeline.lanes if "stage" in lane.role]
+    assert idle == pytest.approx([3 / (micro_batches + 3)] * 4)
 
 
 def test_in_a_longer_run_no_stage_runs_dry_at_the_end() -> None:
-    found = _simulated(TEACHING_ALONE, run_steps=100)
-    assert [_idle(lane, found) for lane in found.lanes] == pytest.approx([k / (3 * 6 + 3) for k in range(4)])
+    timeline = _simulated(TEACHING_ALONE, run_steps=100)
+    assert [_idle(lane, timeline) for lane in timeline.lanes] == pytest.approx([k / (3 * 6 + 3) for k in range(4)])
 
 
 @pytest.mark.parametrize("times", [COLOCATED, APART, SLOW_TEACHER])
 def test_a_filled_pipeline_takes_the_plans_seconds(times: StepTimes) -> None:
-    found = _simulated(times, steps=12, run_steps=100)
-    last = found.steps[-1]
+    timeline = _simulated(times, steps=12, run_steps=100)
+    last = timeline.steps[-1]
     assert last.end - last.begin == pytest.approx(times.step)
 
 
-@pytest.mark.parametrize("times", [COLOCATED, APART, SLOW_TEACHER])
-def test_draining_costs_time(times: StepTimes) -> None:
-    ahead, drained = (_simulated(times, pipeline, run_steps=100).window[1] for pipeline in Pipeline)
-    assert drained > 1.05 * ahead
-
-
 def test_traffic_shows_where_compute_does_not_hide_it() -> None:
-    found = _simulated(COLOCATED)
-    shown = [span.end - span.begin for span in found.lanes[0].spans if span.name.startswith("ZeRO-3")]
-    assert shown == pytest.approx([0.5] * 15)
+    timeline = _simulated(COLOCATED)
+    exposed = [span.end - span.begin for span in timeline.lanes[0].spans if span.name.startswith("ZeRO-3")]
+    assert exposed == pytest.approx([0.5] * 15)
     hidden = _simulated(replace(COLOCATED, gather=1.0))
     assert not any(span.name.startswith("ZeRO-3") for lane in hidden.lanes for span in lane.spans)
 
 
 @pytest.mark.parametrize("queue", [1, 2])
-def test_what_is_asked_for_late_is_waited_for(queue: int) -> None:
-    """A rank asks when it has learnt from the micro-batch `queue` before: so many micro-steps take an answer's way and
-    one micro-step. Four ranks ask at once, so the last one's way is three parts longer."""
-    way = sum(SLOW_TEACHER.stages) + 3 * max(SLOW_TEACHER.stages) + 3 * SLOW_TEACHER.packet + SLOW_TEACHER.answer
-    found = _simulated(replace(SLOW_TEACHER, queue=queue, micro_steps=6), steps=8, run_steps=100)
-    last = found.steps[-1].end - found.steps[-2].end
-    period = max((way + SLOW_TEACHER.student) / queue, SLOW_TEACHER.tick)
+def test_a_late_request_is_waited_for(queue: int) -> None:
+    """A rank sends a request after the micro-step `queue` before: so many micro-steps take an answer's latency and one
+    micro-step. Four ranks send at once, so the last one's latency is three parts longer."""
+    latency = sum(SLOW_TEACHER.stages) + 3 * max(SLOW_TEACHER.stages) + 3 * SLOW_TEACHER.packet + SLOW_TEACHER.answer
+    timeline = _simulated(replace(SLOW_TEACHER, queue=queue, micro_steps=6), steps=8, run_steps=100)
+    last = timeline.steps[-1].end - timeline.steps[-2].end
+    period = max((latency + SLOW_TEACHER.student) / queue, SLOW_TEACHER.tick)
     assert last == pytest.approx(6 * period)
 
 
 @pytest.mark.parametrize("times", [COLOCATED, APART, SLOW_TEACHER, replace(COLOCATED, stages=())])
-@pytest.mark.parametrize("pipeline", Pipeline)
-def test_spans_lie_apart_and_messages_arrive(times: StepTimes, pipeline: Pipeline) -> None:
-    found = _simulated(times, pipeline, run_steps=4)
-    assert all(first_unnested(lane.spans) is None for lane in found.lanes)
-    sent = {span.message: span.begin for lane in found.lanes for span in lane.spans if span.kind == "send"}
-    there = {span.message: span.end for lane in found.lanes for span in lane.spans if span.kind == "wait"}
+def test_spans_lie_apart_and_messages_arrive(times: StepTimes) -> None:
+    timeline = _simulated(times, run_steps=4)
+    assert all(first_unnested(lane.spans) is None for lane in timeline.lanes)
+    sent = {span.message: span.begin for lane in timeline.lanes for span in lane.spans if span.kind == "send"}
+    there = {span.message: span.end for lane in timeline.lanes for span in lane.spans if span.kind == "wait"}
     both = [message for message in sent if message is not None and message in there]
     assert bool(both) == bool(times.stages)
     assert all(sent[message] <= there[message] for message in both)
     assert set(there) - {None} <= set(sent)
 
 
-def test_what_is_shown_is_one_pipeline_of_several() -> None:
-    found = _simulated(APART)
-    assert [lane.rank for lane in found.lanes] == [0, 1, 2, 3, 8, 9, 10, 11]
-    assert [lane.node for lane in found.lanes] == ["node 0"] * 4 + ["node 2"] * 4
-    assert "8 of 16 ranks" in found.note
+def test_the_timeline_has_one_pipeline_of_several() -> None:
+    timeline = _simulated(APART)
+    assert [lane.rank for lane in timeline.lanes] == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert [lane.node for lane in timeline.lanes] == ["node 0"] * 4 + ["node 2"] * 4
+    assert "8 of 16 ranks" in timeline.note
 
 
 @pytest.mark.parametrize(
-    ("steps", "run_steps", "says"),
+    ("steps", "run_steps", "message"),
     [(0, 3, "give 1 to 3"), (4, 3, "give 1 to 3"), (10_000, 10_000, "give fewer steps")],
 )
-def test_steps_that_cannot_be_shown_are_refused(steps: int, run_steps: int, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_steps_that_cannot_be_shown_are_refused(steps: int, run_steps: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         _simulated(COLOCATED, steps=steps, run_steps=run_steps)
