@@ -1,13 +1,15 @@
 """The command `timeline`, which shows compute, waiting and communication of each rank in a few steps."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megadistill.cli.common import EXIT_CODES, Commands, add_command
 from megadistill.cli.plan import add_plan_options, build_plan
 from megadistill.errors import UserError
+
+if TYPE_CHECKING:
+    from megadistill.timeline.spans import Timeline
 
 STEPS = 3
 
@@ -17,7 +19,7 @@ Of a run: the steps of run.timeline, [first, last], which each rank recorded in 
   megadistill train RECIPE --set 'run.timeline=[101,103]'
   megadistill timeline RUN
 
-Of a plan: simulated from the seconds that `megadistill plan` expects, beside a teacher pipeline that drains.
+Of a plan: simulated from the seconds that `megadistill plan` expects.
 
   megadistill timeline RECIPE --nodes 8 --gpu h100 --output DIR
 
@@ -54,7 +56,7 @@ def _of_run(options: argparse.Namespace) -> int:
             raise UserError(
                 f"--{name} belongs to a plan, and {options.source} is a run folder: name a recipe, or leave it out"
             )
-    _write([read_timeline(options.source)], options.output or options.source)
+    _write(read_timeline(options.source), options.output or options.source)
     return 0
 
 
@@ -64,7 +66,7 @@ def _of_plan(options: argparse.Namespace) -> int:
             raise UserError(f"the timeline of a plan needs --{option}, as in --nodes 8 --gpu h100 --output DIR")
     from dataclasses import replace
 
-    from megadistill.plan.output.plan_timeline import Pipeline, simulate
+    from megadistill.plan.output.plan_timeline import simulate
     from megadistill.plan.search import remedies
 
     plan = build_plan(options.source, options)
@@ -72,23 +74,16 @@ def _of_plan(options: argparse.Namespace) -> int:
     if main is None:
         raise UserError(remedies(plan))
     recipe = main.sharding.recipe
-    pipelines = list(Pipeline) if main.times.stages else [Pipeline.RUNS_AHEAD]
     where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {options.gpu}"
     assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
-    timelines = [
-        simulate(
-            main.times,
-            steps=STEPS if options.steps is None else options.steps,
-            run_steps=recipe.train.steps,
-            pipeline=pipeline,
-            ranks_per_node=options.gpus_per_node,
-        )
-        for pipeline in pipelines
-    ]
-    _write(
-        [replace(each, title=f"{where}: {each.title}", note=f"{each.note}; {assumed}") for each in timelines],
-        options.output,
+    timeline = simulate(
+        main.times,
+        steps=STEPS if options.steps is None else options.steps,
+        run_steps=recipe.train.steps,
+        ranks_per_node=options.gpus_per_node,
     )
+    title, note = f"{where}: {timeline.title}", f"{timeline.note}; {assumed}"
+    _write(replace(timeline, title=title, note=note), options.output)
     settings = plan.settings(main)
     if settings:
         overrides = " ".join(f"--set {each}" for each in settings)
@@ -96,16 +91,14 @@ def _of_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(timelines: Sequence[Any], output: Path) -> None:
-    """Writes the trace of the first timeline, and a picture of all."""
+def _write(timeline: "Timeline", output: Path) -> None:
     from rich.console import Console
 
     from megadistill.timeline.picture import draw, table
     from megadistill.timeline.trace import write_trace
 
     output.mkdir(parents=True, exist_ok=True)
-    write_trace(timelines[0], output / "timeline.json")
-    draw(timelines, output / "timeline.png")
-    for timeline in timelines:
-        Console().print(table(timeline))
+    write_trace(timeline, output / "timeline.json")
+    draw(timeline, output / "timeline.png")
+    Console().print(table(timeline))
     print(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")
