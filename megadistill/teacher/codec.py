@@ -42,8 +42,8 @@ def checked_signal(hidden_BSE: Tensor, slots_B: Tensor, digests_B: Tensor) -> Te
     # One number instead of B·S·E flags: a NaN or an infinity stays one in the sum. One copy brings it and the tags.
     finite = hidden_BSE.sum(dtype=torch.float32).isfinite().long()
     tags = torch.cat([slots_B.to(digests_B.device), digests_B, finite.unsqueeze(0)]).cpu()
-    slots, digests, is_finite = tags.split([len(slots_B), len(digests_B), 1])
-    if not is_finite:
+    slots, digests = tags[: len(slots_B)], tags[len(slots_B) : -1]
+    if not tags[-1]:
         raise OperatorFault(
             f"the teacher's hidden states are not finite in slots {slots.tolist()}: check its weights and its dtype "
             f"({hidden_BSE.dtype}) before starting again"
@@ -76,8 +76,7 @@ class ActivationCodec:
     def decode(self, answer: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, S, E] in the teacher's dtype, slots [B], digests [B]."""
         header, payload = unpack(answer, 2 * B)
-        slots_B, digests_B = header.split(B)
-        shape = (B, S, self.width)
+        slots_B, digests_B, shape = header[:B], header[B:], (B, S, self.width)
         if not self.float8:
             return payload.view(self.dtype).view(shape), slots_B, digests_B
         scales_BS1 = payload[: 4 * B * S].view(torch.float32).view(B, S, 1)

@@ -242,7 +242,6 @@ class TeacherServer:
         client, is_recorded = header[:2].tolist()
         if client < 0:
             return None
-        slots_B, digests_B, positions = header[2:].split([B, B, len(header) - 2 - 2 * B])
-        positions_BS = positions.view(B, S) if self._requests.masked else None
+        positions_BS = header[2 + 2 * B :].view(B, S) if self._requests.masked else None
         hidden_BSE = payload.view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
-        return _Job(client, bool(is_recorded), slots_B, digests_B, positions_BS, hidden_BSE)
+        return _Job(client, bool(is_recorded), header[2 : 2 + B], header[2 + B : 2 + 2 * B], positions_BS, hidden_BSE)

@@ -1,6 +1,6 @@
-"""Room `timeline`: who computes, waits and sends in a few steps: recorded, stored, drawn. It knows no other room.
+"""Timelines of a few steps: spans of computing, waiting and sending on each rank, recorded, stored and drawn.
 
-Below the rooms that it looks at: they say what they do (`span`), and somebody above them turns a `Recorder` on.
+The packages above mark their spans (`span`); `train.telemetry` and `teacher` start a `Recorder`.
 """
 
 from megadistill.timeline.recorder import follow, message_span, recording, span

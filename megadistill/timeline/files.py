@@ -1,18 +1,18 @@
-"""Room `timeline`: the files in which ranks keep what they recorded, and one timeline from them. It starts no ranks.
+"""The files in which ranks store their recordings, and the timeline that is read from them.
 
 `RUN/timeline/rank-00000.json` is one rank's, by its own clock: `CLOCK_MONOTONIC` of its node, which all processes of
-that node share. Nodes are compared where all their ranks left a barrier together; see `_offsets`.
+that node share. Clocks of nodes are compared where all their ranks left a barrier together; see `_offsets`.
 """
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadistill.errors import UserError
+from megadistill.io import write_file
 from megadistill.timeline.spans import Kind, Lane, MessageId, Span, Step, Timeline, first_unnested
 
 FOLDER = "timeline"
@@ -29,14 +29,16 @@ class _Stored(BaseModel):
 
 
 class StoredSpan(_Stored):
+    """A `Span`."""
+
     kind: Kind
     name: Name
     begin: Seconds
     end: Seconds
     depth: Annotated[int, Field(ge=0, le=32)] = 0
     number: Number | None = None
-    message: Annotated[list[Number], Field(min_length=3, max_length=3)] | None = None
-    """From rank, to rank, which of those."""
+    message: tuple[Number, Number, Number] | None = None
+    """Sending rank, receiving rank, position among the messages between them."""
 
     def span(self, offset: float) -> Span:
         message = None if self.message is None else MessageId(*self.message)
@@ -44,13 +46,15 @@ class StoredSpan(_Stored):
 
 
 class StoredStep(_Stored):
+    """A `Step`."""
+
     number: Number
     begin: Seconds
     end: Seconds
 
 
 class RankFile(_Stored):
-    """What a rank keeps. Times are seconds of its node's monotonic clock."""
+    """The recording of a rank. Times are seconds of its node's monotonic clock."""
 
     format: Literal[1] = 1
     rank: Number
@@ -58,17 +62,17 @@ class RankFile(_Stored):
     """Ranks of the launch."""
     role: Literal["student", "teacher"]
     stage: Number | None = None
-    """Of the teacher, which it holds."""
+    """The teacher's stage on this rank."""
     node: Name
     clock: Literal["host", "device"]
-    window: Annotated[list[Number], Field(min_length=2, max_length=2)]
-    """The first and the last step that the recipe asks for."""
-    met: Seconds | None = None
-    """When student and teacher, of ranks of their own, met at the begin of the launch."""
-    began: Seconds | None = None
+    window: tuple[Number, Number]
+    """First and last step of the recipe's `run.timeline`."""
+    rendezvous: Seconds | None = None
+    """When all ranks of the launch had joined the bridge; None without ranks of the teacher's own."""
+    first_barrier: Seconds | None = None
     """When the student's ranks left the barrier before the first step."""
-    ended: Seconds | None = None
-    """When they left one behind the last step."""
+    last_barrier: Seconds | None = None
+    """When they left the one behind the last step."""
     steps: list[StoredStep]
     spans: list[StoredSpan]
 
@@ -77,32 +81,15 @@ def rank_path(folder: Path, rank: int) -> Path:
     return folder / FOLDER / f"rank-{rank:05d}.json"
 
 
-def stored_spans(spans: Iterable[Span]) -> list[StoredSpan]:
-    return [
-        StoredSpan(
-            kind=span.kind,
-            name=span.name,
-            begin=span.begin,
-            end=span.end,
-            depth=span.depth,
-            number=span.number,
-            message=None if span.message is None else list(span.message),
-        )
-        for span in spans
-    ]
-
-
-def write_rank(folder: Path, kept: RankFile) -> None:
-    """Whole or not at all. Raises OSError: the disk refuses it."""
-    path = rank_path(folder, kept.rank)
+def write_rank(folder: Path, recording: RankFile) -> None:
+    """Stores a recording in a run folder. Raises OSError: the disk refuses it."""
+    path = rank_path(folder, recording.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(kept.model_dump_json(exclude_none=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, recording.model_dump_json(exclude_none=True) + "\n")
 
 
-def forget_ranks(folder: Path) -> None:
-    """Deletes what an earlier recording left, of which this one might not overwrite all."""
+def remove_recordings(folder: Path) -> None:
+    """Deletes earlier recordings, of which a new one might not overwrite all."""
     for path in (folder / FOLDER).glob("rank-*.json"):
         path.unlink(missing_ok=True)
 
@@ -111,7 +98,7 @@ def read_timeline(folder: Path) -> Timeline:
     """The timeline of a run folder, all ranks on one clock, which is 0 at the begin of the first step.
 
     Raises:
-        UserError: the run has recorded none, not all of its ranks have, or a file is damaged.
+        UserError: the run has no recording, some of its ranks have none, or a file is damaged.
     """
     first = rank_path(folder, 0)
     if not first.is_file():
@@ -128,12 +115,12 @@ def read_timeline(folder: Path) -> Timeline:
                 f"{files[-1].world} and {files[-1].window}, not {files[0].world} and {files[0].window}; record again"
             )
     if not files[0].steps:
-        raise UserError(f"{first}: no step has been recorded to its end; record again")
+        raise UserError(f"{first}: no step was recorded to its end; record again")
     offsets = _offsets(files)
-    lanes = tuple(_lane(kept, offsets[kept.node], rank_path(folder, kept.rank)) for kept in files)
+    lanes = tuple(_lane(file, offsets[file.node], rank_path(folder, file.rank)) for file in files)
     numbers = [step.number for step in lanes[0].steps]
-    what = f"step {numbers[0]}" if len(numbers) == 1 else f"steps {numbers[0]} to {numbers[-1]}"
-    return Timeline(f"{folder}: {what}", lanes, _note(files, lanes))
+    steps = f"step {numbers[0]}" if len(numbers) == 1 else f"steps {numbers[0]} to {numbers[-1]}"
+    return Timeline(f"{folder}: {steps}", lanes, _note(files, lanes))
 
 
 def _read(path: Path, rank: int) -> RankFile:
@@ -141,7 +128,7 @@ def _read(path: Path, rank: int) -> RankFile:
         size = path.stat().st_size
         if size > MAX_RANK_BYTES:
             raise ValueError(f"{size:,} bytes are more than {MAX_RANK_BYTES:,}")
-        kept = RankFile.model_validate_json(path.read_bytes())
+        file = RankFile.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: rank {rank} has not recorded (yet); wait for the end of the recorded steps, or record "
@@ -155,69 +142,70 @@ def _read(path: Path, rank: int) -> RankFile:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove the folder and record again") from None
-    if kept.rank != rank:
-        raise UserError(f"{path} says that it is rank {kept.rank}'s: remove the folder and record again")
-    return kept
+    if file.rank != rank:
+        raise UserError(f"{path} is the file of rank {file.rank}: remove the folder and record again")
+    return file
 
 
-def _lane(kept: RankFile, offset: float, path: Path) -> Lane:
-    spans = tuple(stored.span(offset) for stored in kept.spans)
+def _lane(file: RankFile, offset: float, path: Path) -> Lane:
+    spans = tuple(stored.span(offset) for stored in file.spans)
     wrong = first_unnested(spans)
     if wrong is not None:
         raise UserError(
-            f"{path} is damaged: {wrong.name!r} at {wrong.begin:.6f} s overlaps what is around it; remove the folder "
+            f"{path} is damaged: {wrong.name!r} at {wrong.begin:.6f} s overlaps the span around it; remove the folder "
             "and record again"
         )
-    steps = tuple(Step(step.number, step.begin - offset, step.end - offset) for step in kept.steps)
+    steps = tuple(Step(step.number, step.begin - offset, step.end - offset) for step in file.steps)
     if any(not step.begin <= step.end for step in steps):
         raise UserError(f"{path} is damaged: a step ends before it begins; remove the folder and record again")
-    stage = "" if kept.stage is None else f" stage {kept.stage}" if kept.role == "teacher" else f", stage {kept.stage}"
-    return Lane(kept.rank, f"{kept.role}{stage}", kept.node, spans, steps)
+    stage = "" if file.stage is None else f" stage {file.stage}" if file.role == "teacher" else f", stage {file.stage}"
+    return Lane(file.rank, f"{file.role}{stage}", file.node, spans, steps)
 
 
 def _offsets(files: Sequence[RankFile]) -> dict[str, float]:
-    """What each node's clock shows at the begin of the first step on the first rank.
+    """Each node's clock at the begin of the first step on the first rank.
 
-    Ranks leave a barrier together, but for the way of its last message; of a node's, the earliest counts. Where a node
+    Ranks leave a barrier together, up to the delay of its last message; of a node's, the earliest counts. Where a node
     holds ranks of the teacher alone, its clock was compared at the begin of the launch, and has run on since.
     """
-    zero = files[0].steps[0].begin
-    home = files[0].node
-    began, met = _earliest(files, "began"), _earliest(files, "met")
+    zero, home = files[0].steps[0].begin, files[0].node
+    barrier, rendezvous = _earliest(files, "first_barrier"), _earliest(files, "rendezvous")
     offsets = {home: zero}
-    for node in {kept.node for kept in files} - {home}:
-        if node in began and home in began:
-            offsets[node] = zero + began[node] - began[home]
-        elif node in met and home in met:
-            offsets[node] = zero + met[node] - met[home]
+    for node in {file.node for file in files} - {home}:
+        for times in (barrier, rendezvous):
+            if node in times and home in times:
+                offsets[node] = zero + times[node] - times[home]
+                break
         else:
             raise UserError(f"the clock of {node!r} was never compared with that of {home!r}: record again")
     return offsets
 
 
-def _earliest(files: Sequence[RankFile], mark: Literal["met", "began", "ended"]) -> dict[str, float]:
-    """Node -> the first moment at which one of its ranks left a barrier."""
-    found: dict[str, float] = {}
-    for kept in files:
-        moment: float | None = getattr(kept, mark)
-        if moment is not None:
-            found[kept.node] = min(moment, found.get(kept.node, moment))
-    return found
+def _earliest(
+    files: Sequence[RankFile], mark: Literal["rendezvous", "first_barrier", "last_barrier"]
+) -> dict[str, float]:
+    """Node -> the first time at which one of its ranks left a barrier."""
+    earliest: dict[str, float] = {}
+    for file in files:
+        time: float | None = getattr(file, mark)
+        if time is not None:
+            earliest[file.node] = min(time, earliest.get(file.node, time))
+    return earliest
 
 
 def _note(files: Sequence[RankFile], lanes: Sequence[Lane]) -> str:
     clocks = "device time" if files[0].clock == "device" else "host time"
-    nodes = {kept.node for kept in files}
+    nodes = {file.node for file in files}
     if len(nodes) == 1:
         return f"{clocks}; one node, one clock"
-    return f"{clocks}; {len(nodes)} nodes, clocks apart by at least {1000 * _error(files, lanes):.3g} ms"
+    return f"{clocks}; {len(nodes)} nodes, clocks apart by at least {1000 * _clock_error(files, lanes):.3g} ms"
 
 
-def _error(files: Sequence[RankFile], lanes: Sequence[Lane]) -> float:
-    """Seconds by which the nodes' clocks are known to differ: at the second barrier, and where messages arrive before
-    they are sent."""
-    began, ended, home = _earliest(files, "began"), _earliest(files, "ended"), files[0].node
-    drifts = [ended[node] - began[node] - (ended[home] - began[home]) for node in began if node in ended]
+def _clock_error(files: Sequence[RankFile], lanes: Sequence[Lane]) -> float:
+    """Lower bound (s) on how far the nodes' clocks differ: from the last barrier, and from messages that seem to arrive
+    before they are sent."""
+    first, last, home = _earliest(files, "first_barrier"), _earliest(files, "last_barrier"), files[0].node
+    drifts = [last[node] - first[node] - (last[home] - first[home]) for node in first if node in last]
     sent: dict[MessageId, float] = {}
     arrived: dict[MessageId, float] = defaultdict(lambda: float("inf"))
     for lane in lanes:

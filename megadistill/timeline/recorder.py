@@ -1,10 +1,10 @@
-"""Room `timeline`: the recorder of one process: what its main thread does, by its host's or its device's clock.
+"""The recorder of one process: the spans of its main thread, by its host's or its device's clock.
 
-There is one a process, or none, as with a profiler: the rooms say what they do, whether somebody records it or not.
-Nothing recorded, `span` costs a comparison. It knows no files.
+A process has one recorder or none, as with a profiler: the package marks its spans whether they are recorded or not.
+Without a recorder, `span` costs a comparison.
 
-On an accelerator the host only queues work, so its clock tells nothing of when the work is done. There a moment is an
-event in the device's stream, and becomes a time once the device has passed it: a span is what the stream did from one
+On an accelerator the host only queues work, so its clock does not show when the work is done. There a moment is an
+event in the device's stream, and becomes a time once the device has passed it: a span is the stream's work from one
 to the other, and where it stood still for the host (for tokens, for a checkpoint) it shows as the span of that.
 """
 
@@ -13,16 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
 from megadistill.timeline.spans import Kind, MessageId, Span, Step
 
-BEFORE = 4096
-"""Spans that a rank which serves others keeps while nobody asks for them: what was under way when somebody does."""
+SPANS_BEFORE = 4096
+"""Spans that a server keeps while no client records: they cover what is under way when one begins to."""
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
 class Clock(Protocol):
@@ -31,7 +31,7 @@ class Clock(Protocol):
     def moment(self) -> Any: ...
 
     def seconds(self, moment: Any) -> float:
-        """Waits for the device to have passed the moment."""
+        """The time of a moment. Waits for the device to have passed it."""
         ...
 
     def anchor(self) -> None:
@@ -40,7 +40,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Where the host does the work itself."""
+    """The clock of a host that does the work itself."""
 
     def moment(self) -> float:
         return time.monotonic()
@@ -66,25 +66,25 @@ class DeviceClock:
 
     def seconds(self, moment: torch.Event) -> float:
         moment.synchronize()
-        return self._since + float(self._anchor.elapsed_time(moment)) / 1000
+        return self._anchor_seconds + float(self._anchor.elapsed_time(moment)) / 1000
 
     def anchor(self) -> None:
         torch.accelerator.synchronize(self._device)
         self._anchor = self.moment()
         self._anchor.synchronize()
-        self._since = time.monotonic()
+        self._anchor_seconds = time.monotonic()
 
 
-def clock_of(device: torch.device) -> Clock:
-    """The one switch between a CPU and what only an accelerator can do."""
+def clock_for(device: torch.device) -> Clock:
+    """The host's clock for a CPU, else the device's."""
     return HostClock() if device.type == "cpu" else DeviceClock(device)
 
 
 class Recorder:
-    """Takes down the spans of the thread that makes it, once `start`ed, until it is stopped.
+    """Records the spans of the thread that makes it, from `start` to `stop`.
 
-    `on_end`: for a rank that serves others, and is told by their requests (`follow`) what to record: called when what
-    was asked for is recorded. Until it is asked for, the last `BEFORE` spans are kept.
+    `on_end`: for a server, whose clients decide what to record (`follow`); called when a recording is complete. While
+    no client records, the last `SPANS_BEFORE` spans are kept.
     """
 
     def __init__(self, clock: Clock, *, on_end: Callable[[], None] | None = None) -> None:
@@ -92,13 +92,13 @@ class Recorder:
         self.thread = threading.get_ident()
         self.depth = 0
         self._on_end = on_end
-        self._taken: deque[tuple[Kind, str, Any, Any, int, int | None, MessageId | None]]
-        self._taken = deque(maxlen=None if on_end is None else BEFORE)
+        self._moments: deque[tuple[Any, Any, Span]] = deque(maxlen=None if on_end is None else SPANS_BEFORE)
+        """Begin and end of each span that has no times yet."""
         self._spans: list[Span] = []
         self._steps: list[Step] = []
         self._step: tuple[int, Any] | None = None
-        self.asked = False
-        """Whether `follow` was told to record."""
+        self.is_requested = False
+        """Whether a client records now."""
 
     def start(self) -> None:
         global _recorder
@@ -110,62 +110,58 @@ class Recorder:
         assert _recorder is self
         _recorder = None
 
-    def take(
-        self, kind: Kind, name: str, begin: Any, end: Any, depth: int, number: int | None, message: MessageId | None
-    ) -> None:
-        self._taken.append((kind, name, begin, end, depth, number, message))
+    def add(self, begin: Any, end: Any, span: Span) -> None:
+        """Records a span whose times are the moments `begin` and `end`."""
+        self._moments.append((begin, end, span))
 
     def step(self, number: int | None) -> None:
-        """A step ends here, and `number` begins; None: none does. What has happened so far becomes times."""
+        """Ends the current step and begins step `number`, if there is one. Resolves the moments recorded so far."""
         moment = self.clock.moment()
         if self._step is not None:
-            begun, since = self._step
-            self._steps.append(Step(begun, self.clock.seconds(since), self.clock.seconds(moment)))
-            self._settle()
+            previous, since = self._step
+            self._steps.append(Step(previous, self.clock.seconds(since), self.clock.seconds(moment)))
+            self._resolve()
         self._step = None if number is None else (number, moment)
 
-    def follow(self, asked: bool) -> None:
-        """A request begins to be served that came from a rank which records, or does not."""
-        if asked == self.asked:
+    def follow(self, is_recorded: bool) -> None:
+        """The server begins to work on a request; `is_recorded`: whether the client records the step."""
+        if is_recorded == self.is_requested:
             return
-        self.asked = asked
-        if asked:
-            self._taken = deque(self._taken)
+        self.is_requested = is_recorded
+        if is_recorded:
+            self._moments = deque(self._moments)
             self.clock.anchor()
         else:
             self.end()
 
     def end(self) -> None:
-        """What was asked for is recorded, and is forgotten here."""
+        """Completes the recording of a server, and forgets its spans."""
         assert self._on_end is not None
         self._on_end()
-        self.asked = False
-        self._taken, self._spans = deque(maxlen=BEFORE), []
+        self.is_requested = False
+        self._moments, self._spans = deque(maxlen=SPANS_BEFORE), []
 
     def recorded(self) -> tuple[tuple[Span, ...], tuple[Step, ...]]:
-        """What has been taken down so far, in the order of the begins."""
-        self._settle()
+        """The spans recorded so far, in the order of their begins, and the steps."""
+        self._resolve()
         return tuple(sorted(self._spans, key=lambda span: (span.begin, span.depth))), tuple(self._steps)
 
-    def _settle(self) -> None:
-        for kind, name, begin, end, depth, number, message in self._taken:
-            times = self.clock.seconds(begin), self.clock.seconds(end)
-            self._spans.append(Span(kind, name, *times, depth, number, message))
-        self._taken.clear()
+    def _resolve(self) -> None:
+        for begin, end, span in self._moments:
+            self._spans.append(span._replace(begin=self.clock.seconds(begin), end=self.clock.seconds(end)))
+        self._moments.clear()
 
 
 _recorder: Recorder | None = None
 
 
-class _Open:
+class _OpenSpan(AbstractContextManager[None]):
     """A span that has begun."""
 
-    __slots__ = ("_begin", "_kind", "_message", "_name", "_number", "_recorder")
+    __slots__ = ("_begin", "_recorder", "_span")
 
-    def __init__(
-        self, recorder: Recorder, kind: Kind, name: str, number: int | None, message: MessageId | None
-    ) -> None:
-        self._recorder, self._kind, self._name, self._number, self._message = recorder, kind, name, number, message
+    def __init__(self, recorder: Recorder, span: Span) -> None:
+        self._recorder, self._span = recorder, span
 
     def __enter__(self) -> None:
         self._recorder.depth += 1
@@ -175,7 +171,7 @@ class _Open:
         recorder = self._recorder
         end = recorder.clock.moment()
         recorder.depth -= 1
-        recorder.take(self._kind, self._name, self._begin, end, recorder.depth, self._number, self._message)
+        recorder.add(self._begin, end, self._span._replace(depth=recorder.depth))
 
 
 def recording() -> bool:
@@ -183,24 +179,26 @@ def recording() -> bool:
     return _recorder is not None
 
 
-def span(kind: Kind, name: str, number: int | None = None) -> AbstractContextManager[None]:
-    """To be recorded, if somebody records: what happens inside. It must not be left open over a `yield`."""
+def span(
+    kind: Kind, name: str, number: int | None = None, *, message: MessageId | None = None
+) -> AbstractContextManager[None]:
+    """A context whose time is recorded, if this thread has a recorder. It must not be left open over a `yield`."""
     recorder = _recorder
     if recorder is None or recorder.thread != threading.get_ident():
-        return _NOTHING
-    return cast(AbstractContextManager[None], _Open(recorder, kind, name, number, None))
+        return _NO_SPAN
+    return _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message))
 
 
-def message_span(kind: Kind, verb: str, what: str, source: int, to: int, number: int) -> AbstractContextManager[None]:
-    """A `span` in which message `number` from rank `source` to rank `to` is handed to the wire, or waited for."""
-    recorder = _recorder
-    if recorder is None or recorder.thread != threading.get_ident():
-        return _NOTHING
-    message = MessageId(source, to, number)
-    return cast(AbstractContextManager[None], _Open(recorder, kind, f"{verb} {what}", None, message))
+def message_span(
+    kind: Kind, prefix: str, label: str, source: int, to: int, number: int
+) -> AbstractContextManager[None]:
+    """A `span` of sending, or waiting for, message `number` from rank `source` to rank `to`."""
+    if _recorder is None:
+        return _NO_SPAN
+    return span(kind, f"{prefix} {label}", message=MessageId(source, to, number))
 
 
-def follow(asked: bool) -> None:
-    """For a rank that serves others: whether the one whose request it now serves records. See `Recorder.follow`."""
+def follow(is_recorded: bool) -> None:
+    """For a server: whether the client of the request that it begins to work on records. See `Recorder.follow`."""
     if _recorder is not None:
-        _recorder.follow(asked)
+        _recorder.follow(is_recorded)

@@ -1,4 +1,4 @@
-"""Room `timeline`: what a timeline is made of: spans of time on the lanes of ranks. It knows no clock and no file.
+"""The parts of a timeline: spans of time on the lanes of ranks.
 
 Times are seconds, on one clock for all lanes, from the begin of the first step on.
 """
@@ -16,22 +16,23 @@ DATA: Kind = "data"
 SAVE: Kind = "save"
 HOST: Kind = "host"
 KINDS: dict[Kind, str] = {
-    COMPUTE: "works",
-    WAIT: "waits for another rank, and for the wire",
-    SEND: "hands something to the wire, and waits until it has left",
-    DATA: "waits for the tokens of its batch",
-    SAVE: "stands still for a checkpoint",
-    HOST: "keeps the books: reports, logs, looks",
+    COMPUTE: "compute",
+    WAIT: "wait for another rank or a message",
+    SEND: "send",
+    DATA: "wait for the tokens of a batch",
+    SAVE: "checkpoint stall",
+    HOST: "logging",
 }
-"""Kind -> what a rank does then."""
+"""Kind -> its description in the trace."""
 
 
 class MessageId(NamedTuple):
-    """Of the messages from a rank to another, which arrive in order: one to send names it, and one to wait for it."""
+    """A message from one rank to another, the same at the span that sends it and the span that waits for it."""
 
     source: int
     to: int
     number: int
+    """Position among the messages from `source` to `to`."""
 
 
 class Step(NamedTuple):
@@ -42,32 +43,31 @@ class Step(NamedTuple):
     end: float
 
 
-@dataclass(frozen=True)
-class Span:
-    """What a rank does from `begin` to `end`."""
+class Span(NamedTuple):
+    """One activity of a rank, from `begin` to `end`."""
 
     kind: Kind
     name: str
     begin: float
     end: float
     depth: int = 0
-    """Spans of the same rank that this one lies in."""
+    """Number of spans of the same rank around this one."""
     number: int | None = None
-    """Of several with one name: the teacher's round."""
+    """Position among the spans with this name: the teacher's round."""
     message: MessageId | None = None
 
 
 @dataclass(frozen=True)
 class Lane:
-    """What one rank does. Its spans come in the order of their begins, and lie in each other or apart."""
+    """The spans of one rank, in the order of their begins. Two spans are nested or do not overlap."""
 
     rank: int
-    """Of the launch: the teacher's own ranks are the last."""
+    """Rank in the launch: the teacher's own ranks are the last."""
     role: str
     node: str
     spans: tuple[Span, ...]
     steps: tuple[Step, ...] = ()
-    """None on a rank of the teacher's own."""
+    """Empty on the teacher's own ranks."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,22 @@ class Timeline:
     title: str
     lanes: tuple[Lane, ...]
     note: str
-    """What is to be known of its times, in a line."""
+    """One line about its clocks."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Those of the first rank."""
+        """The steps of the first rank."""
         return self.lanes[0].steps
 
     @property
     def window(self) -> tuple[float, float]:
-        """From the begin of the first step to the end of the last one, on whichever rank it is latest."""
+        """Begin of the first step and end of the last one, on whichever rank it is latest."""
         steps = [step for lane in self.lanes for step in lane.steps]
         return min(step.begin for step in steps), max(step.end for step in steps)
 
 
 def first_unnested(spans: Sequence[Span]) -> Span | None:
-    """The first of the spans that neither lies in those around it nor behind them; None: all do."""
+    """The first span that overlaps another without being nested in it; None where there is none."""
     around: list[Span] = []
     for span in spans:
         while around and around[-1].end <= span.begin and around[-1].depth >= span.depth:
@@ -108,7 +108,7 @@ def first_unnested(spans: Sequence[Span]) -> Span | None:
 
 
 def pieces(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
-    """Of nested spans, each one's own parts between `begin` and `end`, without what lies in it: nothing overlaps."""
+    """The own parts of nested spans between `begin` and `end`, without the spans inside of them: none overlap."""
     around: list[Span] = []
     at = begin
 
@@ -116,7 +116,7 @@ def pieces(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
         nonlocal at
         stop = min(stop, end)
         if around and at < stop:
-            yield _cut(around[-1], at, stop)
+            yield around[-1]._replace(begin=at, end=stop)
         at = max(at, stop)
 
     for span in spans:
@@ -130,13 +130,9 @@ def pieces(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
         around.pop()
 
 
-def _cut(span: Span, begin: float, end: float) -> Span:
-    return Span(span.kind, span.name, begin, end, span.depth, span.number, span.message)
-
-
 def seconds_by_kind(lane: Lane, begin: float, end: float) -> dict[Kind, float]:
-    """What a lane spends on each kind between `begin` and `end`; a moment belongs to the innermost span."""
-    spent: dict[Kind, float] = defaultdict(float)
+    """Seconds of each kind on a lane between `begin` and `end`; a moment belongs to the innermost span."""
+    seconds: dict[Kind, float] = defaultdict(float)
     for piece in pieces(lane.spans, begin, end):
-        spent[piece.kind] += piece.end - piece.begin
-    return dict(spent)
+        seconds[piece.kind] += piece.end - piece.begin
+    return dict(seconds)

@@ -1,4 +1,4 @@
-"""Room `timeline`: a timeline in the Trace Event Format, which chrome://tracing and Perfetto load. It draws nothing.
+"""A timeline in the Trace Event Format, which chrome://tracing and Perfetto load.
 
 A process is a node, a thread is a rank. Format: "Trace Event Format" (Google, the Chromium project's document): `X` a
 complete event, `s` and `f` the ends of an arrow, `M` names; `ts` and `dur` are microseconds.
@@ -11,7 +11,6 @@ from typing import Any
 
 from megadistill.timeline.spans import KINDS, Kind, MessageId, Span, Timeline
 
-# Names out of Chrome's own palette: it takes no others. Perfetto colours by name, and ignores them.
 COLOURS: dict[Kind, str] = {
     "compute": "thread_state_running",
     "wait": "grey",
@@ -20,6 +19,7 @@ COLOURS: dict[Kind, str] = {
     "save": "terrible",
     "host": "thread_state_sleeping",
 }
+"""Names of Chrome's palette, which takes no others. Perfetto colours by span name, and ignores them."""
 STEP_COLOUR = "white"
 
 
@@ -72,14 +72,14 @@ def _event(span: Span, begin: float, end: float) -> dict[str, Any]:
 
 
 def _arrows(ends: dict[tuple[MessageId, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """From where a message is sent to where it is there, if both are in sight."""
+    """Arrows between the sending span and the waiting span of each message that has both."""
     for number, ((message, kind), sent) in enumerate(ends.items()):
         arrived = ends.get((message, "wait"))
         if kind != "send" or arrived is None:
             continue
         common = {"name": "message", "cat": "message", "id": number}
         yield {"ph": "s", **common, "ts": sent["ts"], "pid": sent["pid"], "tid": sent["tid"]}
-        # An arrow ends at the event around its time, so it must not stand behind its end.
+        # An arrow ends at the event around its time, so its time must not be later than the event's end.
         ts = arrived["ts"] + arrived["dur"] - min(0.001, arrived["dur"] / 2)
         yield {"ph": "f", "bp": "e", **common, "ts": ts, "pid": arrived["pid"], "tid": arrived["tid"]}
 

@@ -1,4 +1,4 @@
-"""What ranks record, one timeline from their files, its trace and its picture; files from elsewhere are input."""
+"""Recordings of ranks, the timeline that is read from their files, its trace and its picture; damaged files."""
 
 import json
 import threading
@@ -18,8 +18,8 @@ from megadistill.config import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture
 from megadistill.timeline.files import RankFile, StoredSpan, StoredStep, rank_path, read_timeline, write_rank
-from megadistill.timeline.picture import MOST_ROWS, draw, table
-from megadistill.timeline.recorder import BEFORE, DeviceClock, HostClock, Recorder
+from megadistill.timeline.picture import MAX_ROWS, draw, table
+from megadistill.timeline.recorder import SPANS_BEFORE, DeviceClock, HostClock, Recorder
 from megadistill.timeline.spans import (
     Kind,
     Lane,
@@ -59,14 +59,14 @@ def started_recorder() -> Iterator[Recorder]:
     made.stop()
 
 
-def test_nothing_is_recorded_and_nothing_made_while_nobody_records() -> None:
+def test_without_a_recorder_a_span_makes_no_object() -> None:
     assert not timeline.recording()
     off = timeline.span(timeline.COMPUTE, "loss")
     assert off is timeline.span(timeline.WAIT, "answer", 3)
     assert off is timeline.message_span(timeline.SEND, "send", "packet", 0, 1, 2)
 
 
-def test_spans_are_taken_with_what_lies_in_them(recorder: Recorder) -> None:
+def test_nested_spans_are_recorded(recorder: Recorder) -> None:
     recorder.step(7)
     outer = timeline.span(timeline.COMPUTE, "teacher stage 1", 4)
     with outer, timeline.message_span(timeline.WAIT, "wait for", "packet", 0, 1, 9):
@@ -97,22 +97,24 @@ def test_another_threads_spans_are_not_this_ones(recorder: Recorder) -> None:
     assert len(recorder.recorded()[0]) == 1
 
 
-def test_a_rank_that_serves_keeps_what_is_asked_for_and_a_little_before() -> None:
-    kept: list[tuple[Span, ...]] = []
+def test_a_server_records_the_requested_steps_and_a_little_before() -> None:
+    recordings: list[tuple[Span, ...]] = []
     clock = _Clock()
-    recorder = Recorder(clock, on_end=lambda: kept.append(recorder.recorded()[0]))
+    recorder = Recorder(clock, on_end=lambda: recordings.append(recorder.recorded()[0]))
     recorder.start()
     try:
-        for number in range(BEFORE + 5):
+        for number in range(SPANS_BEFORE + 5):
             with timeline.span(timeline.COMPUTE, "stage", number):
-                timeline.follow(number in (BEFORE + 2, BEFORE + 3))
+                timeline.follow(number in (SPANS_BEFORE + 2, SPANS_BEFORE + 3))
     finally:
         recorder.stop()
-    (spans,) = kept
-    assert [span.number for span in spans] == list(range(2, BEFORE + 4))
+    (spans,) = recordings
+    assert [span.number for span in spans] == list(range(2, SPANS_BEFORE + 4))
     assert clock.anchors == 1
-    assert not recorder.asked
-    assert recorder.recorded()[0] == (Span("compute", "stage", spans[-1].end + 1, spans[-1].end + 2, 0, BEFORE + 4),)
+    assert not recorder.is_requested
+    assert recorder.recorded()[0] == (
+        Span("compute", "stage", spans[-1].end + 1, spans[-1].end + 2, 0, SPANS_BEFORE + 4),
+    )
 
 
 def test_a_devices_moments_become_the_hosts_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +153,8 @@ NESTED = (
 
 
 def test_a_moment_belongs_to_the_innermost_span() -> None:
-    found = [(piece.name, piece.begin, piece.end) for piece in pieces(NESTED, 1.5, 6.0)]
-    assert found == [
+    parts = [(piece.name, piece.begin, piece.end) for piece in pieces(NESTED, 1.5, 6.0)]
+    assert parts == [
         ("outer", 1.5, 2.0),
         ("inner", 2.0, 2.5),
         ("innermost", 2.5, 2.75),
@@ -160,8 +162,8 @@ def test_a_moment_belongs_to_the_innermost_span() -> None:
         ("outer", 3.0, 5.0),
         ("next", 5.0, 6.0),
     ]
-    spent = seconds_by_kind(Lane(0, "student", "n", NESTED), 1.5, 6.0)
-    assert spent == {"compute": 2.5, "wait": 0.75, "send": 0.25, "data": 1.0}
+    seconds = seconds_by_kind(Lane(0, "student", "n", NESTED), 1.5, 6.0)
+    assert seconds == {"compute": 2.5, "wait": 0.75, "send": 0.25, "data": 1.0}
     assert first_unnested(NESTED) is None
 
 
@@ -175,10 +177,10 @@ def test_a_moment_belongs_to_the_innermost_span() -> None:
         (Span("compute", "wrong", 3, 2),),
     ],
 )
-def test_spans_that_overlap_are_found(spans: tuple[Span, ...]) -> None:
-    found = first_unnested(spans)
-    assert found is not None
-    assert found.name == "wrong"
+def test_spans_that_overlap_are_detected(spans: tuple[Span, ...]) -> None:
+    overlapping = first_unnested(spans)
+    assert overlapping is not None
+    assert overlapping.name == "wrong"
 
 
 def _span(name: str, begin: float, end: float, *, kind: Kind = "compute", **keys: Any) -> StoredSpan:
@@ -186,32 +188,38 @@ def _span(name: str, begin: float, end: float, *, kind: Kind = "compute", **keys
 
 
 def _files(*, node: str = "a", clock: float = 0.0, lag: float = 0.0) -> list[RankFile]:
-    """Of two students on node a, and a stage of the teacher's own on `node`, whose clock is `clock` seconds ahead and
-    has gone `lag` seconds wrong since the launch met at 50 s. Steps 3 and 4 take from 100 s to 102 s."""
+    """Two students on node a, and a stage of the teacher's own on `node`, whose clock is `clock` seconds ahead and has
+    drifted by `lag` seconds since the rendezvous at 50 s. Steps 3 and 4 take from 100 s to 102 s."""
     steps = [StoredStep(number=3, begin=100.0, end=101.0), StoredStep(number=4, begin=101.0, end=102.0)]
     files = []
     for rank in (0, 1):
         spans = [
-            _span("send request", 100.0, 100.1, kind="send", message=[rank, 2, 5]),
-            _span("wait for answer", 100.1, 100.9, kind="wait", message=[2, rank, 5]),
+            _span("send request", 100.0, 100.1, kind="send", message=(rank, 2, 5)),
+            _span("wait for answer", 100.1, 100.9, kind="wait", message=(2, rank, 5)),
             _span("loss", 101.0, 101.5),
         ]
-        keys: dict[str, Any] = {"steps": steps, "spans": spans, "began": 99.9, "ended": 102.1, "met": 50.0}
-        files.append(RankFile(rank=rank, world=3, role="student", node="a", clock="host", window=[3, 4], **keys))
+        keys: dict[str, Any] = {
+            "steps": steps,
+            "spans": spans,
+            "first_barrier": 99.9,
+            "last_barrier": 102.1,
+            "rendezvous": 50.0,
+        }
+        files.append(RankFile(rank=rank, world=3, role="student", node="a", clock="host", window=(3, 4), **keys))
     shift = clock + lag
     served = [
-        _span("wait for request", 90 + shift, 100.2 + shift, kind="wait", message=[0, 2, 5]),
+        _span("wait for request", 90 + shift, 100.2 + shift, kind="wait", message=(0, 2, 5)),
         _span("teacher stage 0", 100.2 + shift, 100.6 + shift, number=11),
-        _span("send answer", 100.6 + shift, 100.7 + shift, kind="send", message=[2, 0, 5]),
-        _span("wait for request", 100.7 + shift, 110 + shift, kind="wait", message=[1, 2, 5]),
+        _span("send answer", 100.6 + shift, 100.7 + shift, kind="send", message=(2, 0, 5)),
+        _span("wait for request", 100.7 + shift, 110 + shift, kind="wait", message=(1, 2, 5)),
     ]
-    keys = {"steps": [], "spans": served, "met": 50.0 + clock, "stage": 0}
-    return [*files, RankFile(rank=2, world=3, role="teacher", node=node, clock="host", window=[3, 4], **keys)]
+    keys = {"steps": [], "spans": served, "rendezvous": 50.0 + clock, "stage": 0}
+    return [*files, RankFile(rank=2, world=3, role="teacher", node=node, clock="host", window=(3, 4), **keys)]
 
 
 def _written(folder: Path, files: list[RankFile]) -> Path:
-    for kept in files:
-        write_rank(folder, kept)
+    for file in files:
+        write_rank(folder, file)
     return folder
 
 
@@ -228,12 +236,12 @@ def test_ranks_of_two_nodes_are_put_on_one_clock(tmp_path: Path) -> None:
     assert one.window == pytest.approx((0.0, 2.0))
 
 
-def test_what_the_clocks_are_known_to_err_is_said(tmp_path: Path) -> None:
-    """The teacher's answer, by a clock that runs 0.5 s early since, is sent 0.3 s after it has arrived."""
+def test_the_note_has_the_known_error_of_the_clocks(tmp_path: Path) -> None:
+    """By a clock that has drifted by 0.5 s, the teacher's answer is sent after it has arrived."""
     late = read_timeline(_written(tmp_path / "late", _files(node="b", clock=-7.0, lag=0.5)))
     assert "clocks apart by at least 200 ms" in late.note
     first, second, teacher = _files()
-    slow = second.model_copy(update={"node": "c", "ended": 102.1 + 0.25})
+    slow = second.model_copy(update={"node": "c", "last_barrier": 102.1 + 0.25})
     drifted = read_timeline(_written(tmp_path / "drifted", [first, slow, teacher]))
     assert "clocks apart by at least 250 ms" in drifted.note
 
@@ -259,7 +267,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep": (lambda folder: rank_path(folder, 1).write_text("[" * 100_000), "damaged"),
     "a folder": (_made_a_folder, "cannot be read"),
     "missing": (lambda folder: rank_path(folder, 1).unlink(), "has not recorded"),
-    "another rank's": (_damaged(lambda values: values.update(rank=0)), "says that it is rank 0's"),
+    "another rank's": (_damaged(lambda values: values.update(rank=0)), "is the file of rank 0"),
     "another recording's": (_damaged(lambda values: values.update(window=[8, 9])), "another recording"),
     "another kind": (_damaged(lambda values: values["spans"][0].update(kind="<b>")), "spans.0.kind"),
     "infinite": (_damaged(lambda values: values["spans"][0].update(end=float("inf"))), "damaged"),
@@ -267,22 +275,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "backwards": (_damaged(lambda values: values["steps"][0].update(end=1.0)), "ends before it begins"),
     "too many ranks": (_damaged(lambda values: values.update(world=10**9)), "world"),
     "unknown keys": (_damaged(lambda values: values.update(run="rm")), "run"),
-    "a node that never met": (_damaged(lambda values: values.update(node="b", began=None, met=None)), "never compared"),
+    "a node that was never compared": (
+        _damaged(lambda values: values.update(node="b", first_barrier=None, rendezvous=None)),
+        "never compared",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_file_is_refused_in_a_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage, says = DAMAGES[name]
+    damage, message = DAMAGES[name]
     folder = _written(tmp_path, _files())
     damage(folder)
     assert run_command(["timeline", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert message in line
     assert not (folder / "timeline.json").exists()
 
 
-def test_a_run_without_a_timeline_says_how_to_record_one(tmp_path: Path) -> None:
+def test_a_run_without_a_timeline_is_refused_with_the_way_to_record_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.timeline=\[101,103\]"):
         read_timeline(tmp_path)
 
@@ -298,8 +309,7 @@ def _hostile(folder: Path) -> Timeline:
 
 def test_the_trace_is_of_the_formats_events(tmp_path: Path) -> None:
     """By the Trace Event Format: times in µs, arrows whose ends lie in an event of their thread, names as metadata."""
-    found = _hostile(tmp_path)
-    events = json.loads(json.dumps(list(trace_events(found))))
+    events = json.loads(json.dumps(list(trace_events(_hostile(tmp_path)))))
     threads: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for event in events:
         assert event["ph"] in "XMsf"
@@ -328,27 +338,27 @@ def _many(ranks: int) -> Timeline:
 
 
 def test_the_picture_shows_each_rank_in_its_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw([_many(2), _hostile(tmp_path)], tmp_path / "two.png")
-    pixels = matplotlib.image.imread(tmp_path / "two.png")[..., :3]
+    draw(_hostile(tmp_path), tmp_path / "picture.png")
+    pixels = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
     for colour in ("#CC79A7", "#E3E3E3", "#009E73", "#E69F00"):
-        wanted = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
-        share = (np.abs(pixels - wanted).max(axis=2) < 0.01).mean()
+        expected = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        share = (np.abs(pixels - expected).max(axis=2) < 0.01).mean()
         assert 0.005 < share < 0.5, colour
-    monkeypatch.setattr(picture, "MOST_ROWS", 3)
+    monkeypatch.setattr(picture, "MAX_ROWS", 3)
     heights = []
     for ranks in (2, 3, 40):
-        draw([_many(ranks)], tmp_path / "many.png")
+        draw(_many(ranks), tmp_path / "many.png")
         heights.append(matplotlib.image.imread(tmp_path / "many.png").shape[0])
     assert heights[0] < heights[1] == heights[2]
 
 
 def test_the_table_adds_up_and_fits_a_terminal(tmp_path: Path) -> None:
-    for found in (_hostile(tmp_path), _many(100)):
+    for each in (_hostile(tmp_path), _many(100)):
         console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(table(found))
+        console.print(table(each))
         lines = console.export_text().splitlines()
         rows = [line for line in lines if "│" in line]
-        assert len(rows) == min(MOST_ROWS, len(found.lanes))
+        assert len(rows) == min(MAX_ROWS, len(each.lanes))
         for line in rows:
             shares = [float(cell) for cell in line.split("│")[3:-1]]
             assert sum(shares) == pytest.approx(100, abs=0.31)
@@ -356,7 +366,7 @@ def test_the_table_adds_up_and_fits_a_terminal(tmp_path: Path) -> None:
     assert "36 more ranks in the trace" in "".join(lines)
 
 
-def test_the_verb_writes_a_runs_trace_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_runs_trace_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _written(tmp_path / "run", _files())
     assert run_command(["timeline", str(folder)]) == 0
     assert "teacher stage 0" in capsys.readouterr().out
@@ -365,23 +375,21 @@ def test_the_verb_writes_a_runs_trace_and_picture(tmp_path: Path, capsys: pytest
     assert trace["otherData"]["note"] == "host time; one node, one clock"
 
 
-def test_the_verb_draws_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, teacher = described_data(tmp_path / "data" / "train"), described_teacher(tmp_path / "teacher")
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe(data, tmp_path / "run", teacher=teacher).snapshot()), encoding="utf-8")
     cluster = ["--nodes", "1", "--gpus-per-node", "2", "--gpu", "h100"]
     assert run_command(["timeline", str(path), *cluster, "--steps", "2", "--output", str(tmp_path / "plan")]) == 0
-    said = capsys.readouterr().out
-    assert "the teacher runs ahead" in said
-    assert "the teacher drains at every step" in said
+    assert "the first 2 steps" in capsys.readouterr().out
     trace = json.loads((tmp_path / "plan" / "timeline.json").read_text(encoding="utf-8"))
     assert {event["name"] for event in trace["traceEvents"] if event.get("cat") == "step"} == {"step 1", "step 2"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is not there"),
+        (["nowhere"], "nowhere does not exist"),
         (["RUN", "--nodes", "2"], "--nodes belongs to a plan"),
         (["RUN", "--set", "a=1"], "--set belongs to a plan"),
         (["recipes/smoke.yaml", "--gpu", "h100", "--output", "x"], "needs --nodes"),
@@ -389,16 +397,20 @@ def test_the_verb_draws_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert run_command(["timeline", *(str(tmp_path) if each == "RUN" else each for each in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("window", "says"),
+    ("window", "message"),
     [
         ("[3]", "give [first, last]"),
         ("[0,2]", "give [first, last]"),
@@ -406,7 +418,7 @@ def test_what_does_not_go_together_is_refused(
         ("[1,101]", "100 steps"),
     ],
 )
-def test_steps_that_are_no_range_are_refused(window: str, says: str) -> None:
+def test_steps_that_are_no_range_are_refused(window: str, message: str) -> None:
     with pytest.raises(UserError, match="timeline is") as refused:
         load_recipe(ROOT / "recipes" / "smoke.yaml", [f"run.timeline={window}"])
-    assert says in str(refused.value)
+    assert message in str(refused.value)

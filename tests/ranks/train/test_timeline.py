@@ -17,7 +17,7 @@ from megadistill.timeline.trace import write_trace
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
-from megadistill.train.telemetry.timeline_capture import recorded_service
+from megadistill.train.telemetry.timeline_capture import capture_teacher_server
 from tests.ranks.harness import run_ranks
 from tests.ranks.train import test_loop as loops
 
@@ -27,14 +27,12 @@ STEPS, FIRST, LAST, ACCUMULATION = 4, 2, 3, 2
 STUDENTS = 2
 
 
-def _distill(
-    topology: Topology, manifest: str, folder: str, teacher: dict[str, Any], timeline: list[int] | None
-) -> None:
+def _distill(topology: Topology, manifest: str, folder: str, teacher: dict[str, Any], window: list[int] | None) -> None:
     base = loops.recipe(Path(manifest), Path(folder)).snapshot()
     changes: dict[str, Any] = {
         "objective": "distill",
         "teacher": teacher,
-        "run": {**base["run"], "timeline": timeline},
+        "run": {**base["run"], "timeline": window},
         "train": {**base["train"], "steps": STEPS, "checkpoint_every": LAST},
     }
     rank, world = topology.rank, topology.world
@@ -42,16 +40,16 @@ def _distill(
         rank, world = topology.bridge.rank, topology.bridge.roles.world
     setup = prepare(Recipe.model_validate({**base, **changes}), Launch(rank, world, topology.local_rank, world))
     if topology.role == "teacher":
-        with recorded_service(setup, topology):
+        with capture_teacher_server(setup, topology):
             run_teacher_server(setup, topology)
     else:
         run(setup, topology, stop_after=None)
 
 
-def _messages(found: Timeline, kind: str) -> dict[MessageId, float]:
-    """When each was handed over, or was there."""
+def _messages(timeline: Timeline, kind: str) -> dict[MessageId, float]:
+    """Time at which each message was sent, or had arrived."""
     moments: dict[MessageId, float] = {}
-    for lane in found.lanes:
+    for lane in timeline.lanes:
         for span in lane.spans:
             if span.message is not None and span.kind == kind:
                 moments.setdefault(span.message, span.begin if kind == "send" else span.end)
@@ -76,16 +74,16 @@ def test_a_recorded_run(manifest: Path, teacher: Path, tmp_path: Path, roles: Ro
     assert len(numbers[0]) == STEPS
     assert numbers[0] == numbers[1], "recording must not change a bit"
     assert not (tmp_path / "plain" / "timeline").exists()
-    found = read_timeline(tmp_path / "recorded")  # which refuses spans that overlap
-    assert [lane.rank for lane in found.lanes] == list(range(world))
-    assert "one clock" in found.note
-    for lane in found.lanes[:STUDENTS]:
+    timeline = read_timeline(tmp_path / "recorded")  # which refuses spans that overlap
+    assert [lane.rank for lane in timeline.lanes] == list(range(world))
+    assert "one clock" in timeline.note
+    for lane in timeline.lanes[:STUDENTS]:
         _assert_whole_steps(lane, colocated=roles is None)
-    for lane in found.lanes[STUDENTS:]:  # it works ahead, so some of it before the steps, but none after their end
-        worked = [span for span in lane.spans if span.name == lane.role and span.end <= found.window[1]]
-        assert len(worked) >= (LAST - FIRST + 1) * ACCUMULATION * STUDENTS, "what the steps were told was worked"
-    _assert_messages_arrive(found)
-    write_trace(found, tmp_path / "trace.json")
+    for lane in timeline.lanes[STUDENTS:]:  # it works ahead, so some of it before the steps, but none after their end
+        worked = [span for span in lane.spans if span.name == lane.role and span.end <= timeline.window[1]]
+        assert len(worked) >= (LAST - FIRST + 1) * ACCUMULATION * STUDENTS, "each request of the steps has a span"
+    _assert_messages_arrive(timeline)
+    write_trace(timeline, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X", "s", "f"}
 
@@ -102,11 +100,11 @@ def _assert_whole_steps(lane: Lane, *, colocated: bool) -> None:
     assert counted[f"teacher stage {lane.rank}"] == (micros if colocated else 0)
 
 
-def _assert_messages_arrive(found: Timeline) -> None:
-    """What is sent before the last step arrives, after it was sent; what is not seen sent was sent before the steps."""
-    sent, arrived = _messages(found, "send"), _messages(found, "wait")
-    begin, end = found.window
-    inside = [message for message, moment in sent.items() if begin <= moment < found.steps[-1].begin]
+def _assert_messages_arrive(timeline: Timeline) -> None:
+    """Messages sent before the last step arrive after they were sent; those without a send left before the steps."""
+    sent, arrived = _messages(timeline, "send"), _messages(timeline, "wait")
+    begin, end = timeline.window
+    inside = [message for message, moment in sent.items() if begin <= moment < timeline.steps[-1].begin]
     assert len(inside) >= ACCUMULATION
     assert all(sent[message] <= arrived[message] for message in inside)
     for message, moment in arrived.items():
