@@ -6,6 +6,7 @@ keys. Costs are in seconds.
 
 import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 EVENTS = {
     "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions)",
     "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again",
-    "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` of the first rank, `removed`",
+    "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` a rank, `removed`",
     "checkpoint_failed": "a checkpoint was not written: `reason`, `stall_seconds`; the run continues",
     "checkpoint_quarantined": "a checkpoint that cannot be used was renamed to `path`: `reason`",
     "step_skipped": "the optimizer did not move, since a loss or a gradient was not finite: `reason`",
@@ -48,9 +51,11 @@ RENAMED_EVENTS = {
 }
 """Names of events before 0.1.0, and today's."""
 
+MAX_LINE_BYTES = 1 << 20
+
 
 class JsonLines:
-    """Appends to a file of JSON lines, each with one write. Lines that a full disk refuses are written with the next."""
+    """Appends to a file of JSON lines, each with one write. Lines that a full disk refuses are written later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,6 +105,12 @@ class EventLog:
         if self._writes:
             self._append(event, step, values)
 
+    def warn(self, event: str, message: str, *, step: int, **values: Any) -> None:
+        """Writes an event and logs a message for people as a warning, both on the rank that writes."""
+        if self._writes:
+            logger.warning("%s", message)
+            self._append(event, step, values)
+
     def attempt_failed(self, reason: str, *, step: int, rank: int, exit_code: int) -> None:
         """Records the end of an attempt by a fault, on any rank."""
         self._append("attempt_failed", step, {"rank": rank, "reason": reason, "exit_code": exit_code})
@@ -111,19 +122,28 @@ class EventLog:
         )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a .jsonl file. Damaged lines are left out, and a missing file has none."""
+def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The object of each line of a .jsonl file, None for a damaged line. A missing file has none.
+
+    Read line by line, as a run of a million steps writes half a gigabyte.
+    """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         return
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict):
-            yield values
+    with file:
+        while line := file.readline(MAX_LINE_BYTES):
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError):
+                values = None
+            if values is not None or line.strip():
+                yield values if isinstance(values, dict) else None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl file that are not damaged."""
+    return (line for line in json_lines(path) if line is not None)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The training loop: set-up, then for each step take it and run the hooks."""
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -9,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from megadistill import timeline
+from megadistill import logs, timeline
 from megadistill.config import Recipe
 from megadistill.data import TokenStream
 from megadistill.distributed.collectives import all_reduce_sum
@@ -39,6 +40,8 @@ from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.telemetry.metrics import RunLog
 from megadistill.train.telemetry.timeline_capture import capture_teacher_server, capture_timeline
 from megadistill.types import Cursor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def run(setup: Setup, topology: Topology, stop_after: int | None) -> RunOutcome:
     minutes = setup.recipe.run.time_limit_minutes
     with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
         recovery = Recovery(setup, topology)
+        if topology.is_first:
+            logs.add_file(setup.folder / "log.txt", topology.rank)
         topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number)
         topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
         topology.watchdog.on_abort = partial(recovery.ended, rank=topology.rank, exit_code=RestartFault.exit_code)
@@ -120,7 +125,7 @@ class Trainer:
             outcome = self._train_from(cursor, last)
         self._teacher.close()
         if outcome.done and (line := self._teacher.finish()):
-            print(line)
+            logger.info("%s", line)
         return outcome
 
     def _train_from(self, cursor: Cursor | None, last: int) -> RunOutcome | None:
@@ -130,10 +135,10 @@ class Trainer:
         monitor = recovery.loss_monitor(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
         with closing(RunLog(setup.folder, setup.recipe, start_step=self.step, topology=topology)) as log:
-            self._log_start(log, cursor, skips)
+            self._log_start(cursor, skips)
             stopped_by = self._stop_reason()
             if stopped_by is not None:
-                return self._stopped(stopped_by, log)
+                return self._stopped(stopped_by)
             with ExitStack() as stack:
                 taken = islice(stream, last - self.step)
                 batches = StepBatches(taken, self._teacher, micro_batch=setup.recipe.train.micro_batch)
@@ -156,10 +161,10 @@ class Trainer:
                         requests.add(request)
                     ends = self.step == last or Request.STOP in requests
                     if ends or Request.SAVE in requests:
-                        self._save(event.cursor, log, last=ends)
+                        self._save(event.cursor, last=ends)
                     if Request.STOP in requests and self.step < last:
-                        return self._stopped(stop_reason(event.outcome.flags), log)
-            return self._ended(log)
+                        return self._stopped(stop_reason(event.outcome.flags))
+            return self._ended()
 
     def _hooks(self, log: RunLog, monitor: LossMonitor, stream: TokenStream) -> list[Hook]:
         """The hooks, in the order in which they run after each step. Collective."""
@@ -176,18 +181,17 @@ class Trainer:
                 topology=topology,
                 histograms_every=recipe.train.histograms_every,
             ),
-            NonFiniteGuard(events, log, max_skipped_steps=resilience.max_skipped_steps),
-            SaveProgress(recovery, log),
+            NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
+            SaveProgress(recovery),
         ]
         if resilience.straggler_every:
-            hooks.append(StragglerCheck(events, log, topology, every=resilience.straggler_every))
+            hooks.append(StragglerCheck(events, topology, every=resilience.straggler_every))
         if self._frozen is not None:
             hooks.append(TeacherWeightsCheck(self._frozen, topology, every=resilience.teacher_hash_every))
         hooks += [
             LossAnomalies(
                 monitor,
                 recovery,
-                log,
                 topology,
                 first_slot=stream.start.next_slot,
                 rollback_steps=resilience.rollback_steps,
@@ -223,30 +227,29 @@ class Trainer:
         seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
         return StepEvent(self.step, outcome, rate, cursor, seconds, data_seconds=batches.waited - waited_before)
 
-    def _log_start(self, log: RunLog, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
+    def _log_start(self, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
         setup, topology, teacher, vocab = self._setup, self._topology, self._teacher, self._student.head.vocab
-        log.say(describe_layout(setup, topology))
-        log.say(self._recovery.mark_resumed(self.step))
+        logger.info("%s", describe_layout(setup, topology))
+        self._recovery.mark_resumed(self.step)
         sizes = {"micro_batch": setup.recipe.train.micro_batch, "sequence_length": setup.data.sequence_length}
         for line in (
             teacher.describe_prefetch(**sizes),
             check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips),
         ):
             if line is not None:
-                log.say(line)
+                logger.info("%s", line)
 
     def _enter_phase(self, phase: str, *, limit: float) -> None:
         self._topology.watchdog.enter_phase(phase, self.step, limit=limit)
         self._recovery.step = self.step
 
-    def _save(self, cursor: Cursor, log: RunLog, *, last: bool) -> None:
+    def _save(self, cursor: Cursor, *, last: bool) -> None:
         self._enter_phase("saving", limit=60 * self._setup.recipe.distributed.timeout_minutes)
         with timeline.span(timeline.SAVE, "save"):
             require_sound_student(self._student, self._topology)
             self._teacher.flush()
-            for line in self._recovery.save(self._student, self.step, cursor, last=last):
-                log.say(line)
+            self._recovery.save(self._student, self.step, cursor, last=last)
 
     def _stop_reason(self) -> str | None:
         """The stop requests that any rank received while the run was starting. Collective."""
@@ -255,14 +258,14 @@ class Trainer:
         reduced = all_reduce_sum(values, self._topology.world_group).tolist()
         return stop_reason(dict(zip(counts, reduced, strict=True)))
 
-    def _stopped(self, reason: str | None, log: RunLog) -> RunOutcome:
+    def _stopped(self, reason: str | None) -> RunOutcome:
         self._recovery.events.write("stopped", step=self.step, reason=reason)
-        log.say(f"stopped at step {self.step} ({reason}); {self._recovery.goodput()}")
+        logger.info("stopped at step %d (%s); %s", self.step, reason, self._recovery.goodput())
         return RunOutcome(step=self.step, done=False, stopped_by=reason)
 
-    def _ended(self, log: RunLog) -> RunOutcome:
+    def _ended(self) -> RunOutcome:
         done = self.step >= self._setup.recipe.train.steps
         if done:
             self._recovery.done(self.step)
-        log.say(self._recovery.goodput())
+        logger.info("%s", self._recovery.goodput())
         return RunOutcome(step=self.step, done=done)

@@ -129,12 +129,12 @@ def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
 
 
 def _names_written(node: ast.AST) -> list[str]:
-    """The literal first arguments of `….events.write(…)`, and those of `Anomaly(…)`."""
+    """The literal first arguments of `….events.write(…)` and `….warn(…)`, and those of `Anomaly(…)`."""
     names = []
     for call in ast.walk(node):
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
             called = ast.unparse(call.func)
-            if called.endswith("events.write") or called == "Anomaly":
+            if called.endswith(("events.write", ".warn")) or called == "Anomaly":
                 names.append(str(call.args[0].value))
     return names
 

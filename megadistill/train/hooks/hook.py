@@ -9,7 +9,7 @@ from megadistill.types import Cursor
 
 
 class Request(Enum):
-    """What a hook may ask the training loop for. All ranks ask for the same."""
+    """A hook's request to the training loop, the same on all ranks."""
 
     SAVE = "save"
     """A checkpoint of this step, once all hooks have run."""
@@ -24,7 +24,7 @@ class StepEvent:
     """A step that was taken."""
 
     step: int
-    """From 1."""
+    """Number of the step; the first is 1."""
     outcome: StepOutcome
     learning_rate: float
     cursor: Cursor

@@ -1,5 +1,6 @@
 """Detects loss spikes and a teacher that drifts; rolls back before a spike where the recipe says so."""
 
+import logging
 from collections import deque
 
 from megadistill.distributed.topology import Topology
@@ -7,7 +8,8 @@ from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import FrozenWeights
-from megadistill.train.telemetry.metrics import RunLog
+
+logger = logging.getLogger(__name__)
 
 
 class LossAnomalies:
@@ -17,7 +19,6 @@ class LossAnomalies:
         self,
         monitor: LossMonitor,
         recovery: Recovery,
-        log: RunLog,
         topology: Topology,
         *,
         first_slot: int,
@@ -31,7 +32,7 @@ class LossAnomalies:
             teacher_ce: whether the metrics have the teacher's cross-entropy, as those of truncated targets have not.
             frozen: the teacher's weights, compared when its cross-entropy drifts.
         """
-        self._monitor, self._recovery, self._log, self._topology = monitor, recovery, log, topology
+        self._monitor, self._recovery, self._topology = monitor, recovery, topology
         self._teacher_ce, self._frozen = teacher_ce, frozen
         self._next_slots = deque([first_slot], maxlen=rollback_steps + 1)
 
@@ -56,17 +57,14 @@ class LossAnomalies:
         self._record(alarm, event)
         if self._frozen is not None:
             self._frozen.require_unchanged(self._topology)
-            self._log.say("the teacher's weights on the student's ranks are unchanged since they were loaded")
+            logger.info("the teacher's weights on the student's ranks are unchanged since they were loaded")
 
     def _maybe_roll_back(self, spike: Anomaly, event: StepEvent) -> Request | None:
         self._record(spike, event)
         *before, end = self._next_slots
         slots_before = {event.step - back: slot for back, slot in enumerate(reversed(before))}
-        rollback, line = self._recovery.roll_back(spike, event.step, slots_before=slots_before, slots_end=end)
-        if line:
-            self._log.say(line)
-        return None if rollback is None else Request.ROLL_BACK
+        rolls_back = self._recovery.roll_back(spike, event.step, slots_before=slots_before, slots_end=end)
+        return Request.ROLL_BACK if rolls_back else None
 
     def _record(self, anomaly: Anomaly, event: StepEvent) -> None:
-        self._recovery.events.write(anomaly.event, step=event.step, **anomaly.values)
-        self._log.say(anomaly.line)
+        self._recovery.events.warn(anomaly.event, anomaly.line, step=event.step, **anomaly.values)

@@ -3,14 +3,13 @@
 from megadistill.events import EventLog
 from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.resilience.anomalies import SkippedSteps, not_finite
-from megadistill.train.telemetry.metrics import RunLog
 
 
 class NonFiniteGuard:
     """Counts skipped steps in a row."""
 
-    def __init__(self, events: EventLog, log: RunLog, *, max_skipped_steps: int) -> None:
-        self._events, self._log = events, log
+    def __init__(self, events: EventLog, *, max_skipped_steps: int) -> None:
+        self._events = events
         self._skipped = SkippedSteps(max_skipped_steps)
 
     def after_step(self, event: StepEvent) -> None:
@@ -21,6 +20,5 @@ class NonFiniteGuard:
         outcome = event.outcome
         if outcome.skipped:
             reason = not_finite(outcome.metrics, outcome.grad_norm)
-            self._events.write("step_skipped", step=event.step, reason=reason)
-            self._log.say(f"step {event.step} skipped: {reason}")
+            self._events.warn("step_skipped", f"step {event.step} skipped: {reason}", step=event.step, reason=reason)
         self._skipped.count(event.step, outcome.metrics, outcome.grad_norm)

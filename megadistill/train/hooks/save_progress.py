@@ -2,15 +2,13 @@
 
 from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.resilience.recovery import Recovery
-from megadistill.train.telemetry.metrics import RunLog
 
 
 class SaveProgress:
-    """Polls the save under way with the flags of all ranks, and logs its end."""
+    """Polls the save under way with the flags of all ranks."""
 
-    def __init__(self, recovery: Recovery, log: RunLog) -> None:
-        self._recovery, self._log = recovery, log
+    def __init__(self, recovery: Recovery) -> None:
+        self._recovery = recovery
 
     def after_step(self, event: StepEvent) -> None:
-        for line in self._recovery.poll(event.outcome.flags):
-            self._log.say(line)
+        self._recovery.poll(event.outcome.flags)

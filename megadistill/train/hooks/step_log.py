@@ -43,6 +43,6 @@ class StepLog:
                 event.outcome.teacher_seconds,
                 event.outcome.diagnostics,
             )
-            self._log.step(report, weights=self._objective.moving_weights(event.step))
+            self._log.step(report, weights=self._objective.scheduled_weights(event.step))
             if self._histograms_every > 0 and event.step % self._histograms_every == 0:
-                self._log.histograms(event.step, histograms(self._student.distributions(), self._topology))
+                self._log.histograms(event.step, histograms(self._student.state.distributions(), self._topology))

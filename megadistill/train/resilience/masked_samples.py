@@ -1,6 +1,6 @@
 """Corrupt samples that are masked (`data.on_corrupt_sample: mask`): every rank learns those of all ranks."""
 
-import sys
+import logging
 
 import torch
 
@@ -9,6 +9,8 @@ from megadistill.distributed.collectives import all_gather_rows
 from megadistill.distributed.topology import Topology
 from megadistill.events import EventLog
 from megadistill.types import Cursor, TokenBatch
+
+logger = logging.getLogger(__name__)
 
 
 def masked_cursor(
@@ -22,9 +24,9 @@ def masked_cursor(
 
 
 def gather_masked_slots(batch: TokenBatch, topology: Topology) -> list[int]:
-    """The slots of the global batch that any rank masked; each rank prints its own to stderr. Collective."""
+    """The slots of the global batch that any rank masked; each rank logs its own. Collective."""
     for _, message in batch.faults:
-        print(f"rank {topology.rank}: {message}: masked", file=sys.stderr)
+        logger.warning("%s: masked", message)
     own = torch.full((len(batch),), -1, dtype=torch.int64)
     slots = [slot for slot, _ in batch.faults]
     own[: len(slots)] = torch.tensor(slots, dtype=torch.int64)

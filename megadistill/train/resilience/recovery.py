@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -19,7 +20,6 @@ from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest, checkpoint_folders
 from megadistill.train.checkpoint.rollback import (
-    Rollback,
     is_abandoned,
     plan_rollback,
     read_rollbacks,
@@ -33,6 +33,8 @@ from megadistill.types import Cursor
 from megadistill.versions import versions
 
 FENCED = "fenced"
+
+logger = logging.getLogger(__name__)
 
 
 class Recovery:
@@ -104,7 +106,7 @@ class Recovery:
         return 0, None
 
     def _restore(self, checkpoint: Checkpoint, student: StudentEngine) -> tuple[int, Cursor]:
-        student.load_local_state(checkpoint.read)
+        student.state.load(checkpoint.read)
         rng = checkpoint.rng_state(self._topology.rank, self._topology.world)
         if rng is not None:
             torch.set_rng_state(rng)
@@ -130,8 +132,8 @@ class Recovery:
         known = values[:-1].view(-1, 2)[: int(values[-1])].tolist()
         return LossMonitor(resilience, losses=[loss for loss, _ in known], teacher_ces=[ce for _, ce in known])
 
-    def mark_resumed(self, step: int) -> str:
-        """Records that training starts after `step`, and counts goodput from here. Returns a log line."""
+    def mark_resumed(self, step: int) -> None:
+        """Records and logs that training starts after `step`, and counts goodput from here."""
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
         lost, self._lost = self._lost, 0
         self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), lost_steps=lost)
@@ -139,7 +141,7 @@ class Recovery:
             self._goodput, self._goodput_since = goodput(self._folder), time.perf_counter()
         where = f"{'starting at' if step == 0 else 'resuming from'} step {step} of {self._setup.recipe.train.steps}"
         repeated = f", {lost} steps to repeat" if lost else ""
-        return f"run {self._folder}: attempt {self.attempt.number}, {where}{repeated}"
+        logger.info("run %s: attempt %d, %s%s", self._folder, self.attempt.number, where, repeated)
 
     def flags(self) -> dict[str, float]:
         """This rank's flags for the next step's reduction."""
@@ -156,19 +158,20 @@ class Recovery:
         """Counts the time of a step as useful."""
         self._goodput = replace(self._goodput, useful=self._goodput.useful + seconds)
 
-    def poll(self, reduced: Mapping[str, float]) -> list[str]:
-        """Advances the save under way. Returns log lines when it ended with this step."""
+    def poll(self, reduced: Mapping[str, float]) -> None:
+        """Advances the save under way, and records its end."""
         result = self._saver.poll(reduced)
-        return self._record([result]) if result is not None else []
+        if result is not None:
+            self._record(result)
 
-    def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool) -> list[str]:
-        """Starts a checkpoint of this step; the last one of a run is waited for. Returns log lines on ended saves.
+    def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool) -> None:
+        """Starts a checkpoint of this step; the last one of a run is waited for.
 
         Raises:
             RestartFault: the last one failed.
         """
         began = time.perf_counter()
-        state = {**student.local_state(), RNG_KEY: torch.get_rng_state()}
+        state = {**student.state.local(), RNG_KEY: torch.get_rng_state()}
         manifest = CheckpointManifest(
             format=FORMAT,
             step=step,
@@ -176,7 +179,7 @@ class Recovery:
             world=self._topology.world,
             vocab_size=self._setup.data.vocab_size,
             cursor=cursor.state(),
-            parameters=student.parameters,
+            parameters=student.state.shapes,
             versions=versions(),
             attempt=self.attempt.number,
             recipe=self._recipe,
@@ -187,22 +190,20 @@ class Recovery:
         ended = self._saver.start(state, manifest, stalled=time.perf_counter() - began)
         if last and (not ended or ended[-1].step != step):
             ended.append(self._saver.finish())
-        lines = self._record(ended)
+        for result in ended:
+            self._record(result)
         if last:
             require_saved(ended[-1])
-        return lines
 
-    def roll_back(
-        self, spike: Anomaly, at_step: int, *, slots_before: Mapping[int, int], slots_end: int
-    ) -> tuple[Rollback | None, str]:
-        """Plans and records a rollback for a spike, which the next `resume` follows.
-
-        Returns the rollback and a log line, or None and the reason against it.
-        """
+    def roll_back(self, spike: Anomaly, at_step: int, *, slots_before: Mapping[int, int], slots_end: int) -> bool:
+        """Records a rollback for a spike, which the next `resume` follows; False where there is none."""
         resilience = self._setup.recipe.resilience
         if len(self.rollbacks) >= resilience.max_rollbacks:
-            return None, "no rollback: all of resilience.max_rollbacks are used" if self.rollbacks else ""
-        ended = self._record([self._saver.finish()] if self._saver.busy else [])
+            if self.rollbacks:
+                logger.info("no rollback: all of resilience.max_rollbacks are used")
+            return False
+        if self._saver.busy:
+            self._record(self._saver.finish())
         plan = plan_rollback(
             at_step,
             spike.line,
@@ -212,18 +213,16 @@ class Recovery:
             checkpoints=list(checkpoint_folders(self.checkpoints)),
         )
         if plan is None:
-            return (
-                None,
-                f"no rollback: no checkpoint is older than resilience.rollback_steps ({resilience.rollback_steps})",
-            )
+            logger.info("no rollback: no checkpoint is %d steps older", resilience.rollback_steps)
+            return False
         self._began = time.perf_counter()  # the time until the next step is start-up
         self.rollbacks.append(plan)
         if self._topology.is_first:
             record_rollbacks(self._folder, self.rollbacks)
-        self.events.write("rollback", step=at_step, to_step=plan.to_step, skipped_slots=list(plan.skipped_slots))
         first, stop = plan.skipped_slots
         line = f"rolling back to step {plan.to_step}; slots {first} to {stop - 1} are skipped"
-        return plan, "; ".join([*ended, line])
+        self.events.warn("rollback", line, step=at_step, to_step=plan.to_step, skipped_slots=[first, stop])
+        return True
 
     def ended(self, reason: str, *, rank: int, exit_code: int) -> None:
         """Records that the attempt ends by a fault on this rank."""
@@ -243,22 +242,13 @@ class Recovery:
     def close(self) -> None:
         self._saver.close()
 
-    def _record(self, results: list[SaveResult]) -> list[str]:
-        lines = []
-        for result in results:
-            stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)
-            if result.path is None:
-                self.events.write("checkpoint_failed", step=result.step, reason=result.problem, stall_seconds=stall)
-                lines.append(f"checkpoint of step {result.step} not written: {result.problem}")
-                continue
-            self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
-            self.events.write(
-                "checkpoint_saved",
-                step=result.step,
-                stall_seconds=stall,
-                write_seconds=write,
-                bytes=result.bytes,
-                removed=list(result.removed),
-            )
-            lines.append(f"checkpoint {result.path}: stalled {stall:.2f} s, written in {write:.2f} s")
-        return lines
+    def _record(self, result: SaveResult) -> None:
+        stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)
+        if result.path is None:
+            line = f"checkpoint of step {result.step} not written: {result.problem}"
+            self.events.warn("checkpoint_failed", line, step=result.step, reason=result.problem, stall_seconds=stall)
+            return
+        self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
+        values = {"bytes": result.bytes, "removed": list(result.removed)}
+        self.events.write("checkpoint_saved", step=result.step, stall_seconds=stall, write_seconds=write, **values)
+        logger.info("checkpoint %s: stalled %.2f s, written in %.2f s", result.path, stall, write)

@@ -105,10 +105,10 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     Raises:
         OperatorFault: on every rank, where one differs.
     """
-    whole = student.replicated()
+    whole = student.state.replicated()
     gather = partial(all_gather_rows, group=topology.world_group)
     difference = _difference(whole, weights_digest(whole).to(topology.device), topology.rank, gather)
-    rounded_wrong = student.params_differing_from_master()
+    rounded_wrong = student.state.params_differing_from_master()
     problem = None
     if rounded_wrong:
         problem = f"{_here(topology)}: the student's {_few(rounded_wrong)} is not its float32 master, rounded; {REMEDY}"

@@ -125,9 +125,6 @@ class RunLog:
             self._task = self._progress.add_task("training", total=self._steps, completed=start_step)
             self._progress.start()
 
-    def say(self, line: str) -> None:
-        logger.info("%s", line)
-
     def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
         """Writes one step to metrics.jsonl (at once, so that a kill loses nothing), TensorBoard and the log.
 

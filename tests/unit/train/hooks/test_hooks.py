@@ -1,0 +1,118 @@
+"""Hooks of a step: what each asks the loop for, and what it hands on to the parts that it calls."""
+
+import math
+from typing import Any
+
+import pytest
+
+from megadistill.errors import OperatorFault
+from megadistill.train.hooks.hook import Request, StepEvent
+from megadistill.train.hooks.loss_anomalies import LossAnomalies
+from megadistill.train.hooks.non_finite import NonFiniteGuard
+from megadistill.train.hooks.periodic_save import PeriodicSave
+from megadistill.train.hooks.stop import StopOnRequest
+from megadistill.train.resilience.anomalies import Anomaly
+from megadistill.train.resilience.preemption import REASONS
+from megadistill.train.step import StepOutcome
+from megadistill.types import Cursor
+from tests.unit.train.cases import topology
+
+BATCH = 10
+
+
+class Recorder:
+    """In place of events, log, monitor and recovery: records their calls."""
+
+    def __init__(self, *, spike_at: int = 0, drift_at: int = 0, rolls_back: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.events = self
+        self.spike_at, self.drift_at, self.rolls_back = spike_at, drift_at, rolls_back
+
+    def write(self, event: str, *, step: int, **values: Any) -> None:
+        self.calls.append((event, step, values))
+
+    def warn(self, event: str, message: str, *, step: int, **values: Any) -> None:
+        self.calls += [(event, step, values), message]
+
+    def spike(self, step: int, loss: float) -> Anomaly | None:
+        return Anomaly("loss_spike", "high", {"loss": loss}) if step == self.spike_at else None
+
+    def teacher_drift(self, step: int, teacher_ce: float, slots: tuple[int, int]) -> Anomaly | None:
+        return Anomaly("teacher_drift", "moved", {"slots": slots}) if step == self.drift_at else None
+
+    def roll_back(self, spike: Anomaly, step: int, **slots: Any) -> bool:
+        self.calls.append((spike.event, step, slots))
+        return self.rolls_back
+
+    def require_unchanged(self, topology: Any) -> None:
+        self.calls.append("compared")
+
+
+def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[str, float] | None = None) -> StepEvent:
+    metrics = {"loss": loss, "teacher_ce": 2.0}
+    outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {}, teacher_seconds=0.0)
+    return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0)
+
+
+def test_periodic_save() -> None:
+    save = PeriodicSave(every=3)
+    assert [save.after_step(event(step)) for step in (2, 3, 4, 6)] == [None, Request.SAVE, None, Request.SAVE]
+
+
+def test_stop_on_request() -> None:
+    events: Any = Recorder()
+    stop = StopOnRequest(events)
+    none = dict.fromkeys(REASONS, 0.0)
+    assert stop.after_step(event(1, flags=none)) is None
+    assert events.calls == []
+    assert stop.after_step(event(2, flags={**none, "SIGTERM": 2.0})) is Request.STOP
+    assert events.calls == [("stop_requested", 2, {"reason": "SIGTERM"})]
+
+
+def test_non_finite_guard() -> None:
+    recorder: Any = Recorder()
+    guard = NonFiniteGuard(recorder, max_skipped_steps=1)
+    guard.after_step(event(1))
+    assert recorder.calls == []
+    guard.after_step(event(2, loss=math.nan, skipped=True))
+    reason = "loss is nan"
+    assert recorder.calls == [("step_skipped", 2, {"reason": reason}), f"step 2 skipped: {reason}"]
+    guard.after_step(event(3))
+    guard.after_step(event(4, skipped=True))
+    with pytest.raises(OperatorFault, match="2 consecutive steps were skipped"):
+        guard.after_step(event(5, skipped=True))
+
+
+def anomalies(recorder: Any, *, teacher_ce: bool = False) -> LossAnomalies:
+    return LossAnomalies(
+        recorder,
+        recorder,
+        topology(),
+        first_slot=BATCH,
+        rollback_steps=2,
+        teacher_ce=teacher_ce,
+        frozen=recorder,
+    )
+
+
+def test_a_spike_rolls_back_with_the_slots_of_the_last_steps() -> None:
+    """A step that was skipped has its slots too, and is not looked at."""
+    recorder = Recorder(spike_at=4)
+    hook = anomalies(recorder)
+    assert [hook.after_step(event(step, skipped=step == 3)) for step in (2, 3, 4)] == [None, None, Request.ROLL_BACK]
+    slots = {"slots_before": {3: 2 * BATCH, 4: 3 * BATCH}, "slots_end": 4 * BATCH}
+    assert recorder.calls == [
+        ("loss_spike", 4, {"loss": 1.0}),
+        "high",
+        ("loss_spike", 4, slots),
+    ]
+    assert anomalies(Recorder(spike_at=2, rolls_back=False)).after_step(event(2)) is None
+
+
+def test_a_teacher_that_drifts_has_its_weights_compared() -> None:
+    recorder = Recorder(drift_at=2)
+    assert anomalies(recorder, teacher_ce=True).after_step(event(2)) is None
+    assert recorder.calls[:3] == [("teacher_drift", 2, {"slots": (BATCH, 2 * BATCH - 1)}), "moved", "compared"]
+    unlogged = Recorder(drift_at=2)
+    assert anomalies(unlogged, teacher_ce=False).after_step(event(2)) is None
+    assert unlogged.calls == []
