@@ -1,1 +1,1 @@
-"""What people look at after a run: evaluation tables and plots. It trains nothing."""
+"""Reports on runs: a page with tables and plots."""

@@ -1,4 +1,4 @@
-"""Room `report`: the curves of runs, over tokens and over the wall clock. It knows matplotlib's axes and no page."""
+"""Curves of runs over tokens and over the wall clock."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from megadistill.report.smoothing import COUNTS, TIMES, count_text, evenly, extr
 from megadistill.report.wall_clock import Clock
 
 RAW_POINTS, SMOOTHED_POINTS = 800, 300
-"""Of a line, at most; several runs share `POINTS`, so that a page of many runs of a million steps stays small."""
+"""Maximum points of a line; several runs share `POINTS`, so that a page of many long runs stays small."""
 POINTS = 2400
 FEW = 30
-"""Values that are drawn as points, each of them."""
+"""Maximum number of values that are drawn as points."""
 OUTLIERS = 1.0
-"""Percent of the single values at either end that the frame may cut."""
+"""Percentage of the single values at either end that the frame may cut."""
 STEEP_START = 1000
-"""Steps from which on a run's first hundredth does not decide the frame."""
+"""Minimum steps of a run whose first hundredth is ignored by the frame."""
 
 TEACHERS = "Dashed: the teacher's."
 
@@ -53,7 +53,7 @@ class Curve:
     smoothed: bool = True
     from_zero: bool = False
     counts: bool = False
-    """Of tokens: its axis is in thousands, millions, billions."""
+    """Counts of tokens, with an axis in thousands, millions, billions."""
     marks: bool = False
 
 
@@ -62,7 +62,7 @@ OVER_TOKENS = (
           caption="What each run minimises: other things where objectives differ."),
     Curve("cross_entropy", "Cross-entropy", "nats a token", _of("student_ce"), _of("teacher_ce"), TEACHERS),
     Curve("kl", "KL of the teacher against the student", "nats a token", _of("kl"),
-          caption="With truncated targets: of what was kept of it."),
+          caption="With sparse targets: over the stored ids."),
     Curve("agreement", "Agreement with the teacher", "% of tokens", _of("agreement", scale=100)),
     Curve("entropy", "Entropy", "nats a token", _of("student_entropy"), _of("teacher_entropy"), TEACHERS),
     Curve("grad_norm", "Gradient norm", "before clipping", _of("grad_norm")),
@@ -90,7 +90,7 @@ OVER_TIME = (
 
 
 def curves_over_tokens(runs: Sequence[RunRecord]) -> list[Drawing]:
-    """The figures that any of the runs has something to show in."""
+    """The figures for which any of the runs has values."""
     size, name = unit(max((run.series["tokens"].max() for run in runs if len(run)), default=0.0), COUNTS, "")
     places = [run.series["tokens"] / size for run in runs]
     axis = f"tokens ({name})" if name else "tokens"
@@ -98,7 +98,7 @@ def curves_over_tokens(runs: Sequence[RunRecord]) -> list[Drawing]:
 
 
 def curves_over_time(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> list[Drawing]:
-    """As `curves_over_tokens`. A line is broken between two starts of its run."""
+    """The figures for which any of the runs has values. A line is broken between two starts of its run."""
     size, name = unit(max(clock.wall for clock in clocks), TIMES, "seconds")
     places, starts = [clock.ends / size for clock in clocks], [clock.start for clock in clocks]
     reach = max(clock.wall for clock in clocks) / size
@@ -114,7 +114,7 @@ def _drawn(
     *,
     reach: float | None,
 ) -> list[Drawing]:
-    """`reach`: the last place, for axes that are to line up; None: as far as there are values."""
+    """`reach`: end of the axes, so that they line up; None: the last value."""
     drawn = []
     for curve in curves:
         figure, axes = new_figure()
@@ -148,7 +148,7 @@ def _plot(
     smoothed: bool,
     dashed: bool = False,
 ) -> list[Floats]:
-    """One row of values as a line, faint where a strong one shows its mean; what the frame has to hold."""
+    """Draws values as a line, faint below a strong one of their mean. Returns the values that the frame must hold."""
     known = np.isfinite(values) & np.isfinite(places)
     places, values = places[known], values[known]
     starts = starts[known] if starts is not None else None
@@ -175,7 +175,7 @@ def _plot(
 
 
 def _broken(places: Floats, values: Floats, chosen: NDArray[np.int64], starts: Starts | None) -> tuple[Floats, Floats]:
-    """The chosen points, with a gap where the run was started again between two of them."""
+    """The chosen points, with a gap between two starts of the run."""
     x, y = places[chosen], values[chosen]
     if starts is None:
         return x, y

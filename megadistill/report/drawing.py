@@ -1,4 +1,4 @@
-"""Room `report`: a matplotlib figure as SVG for the page and as PNG beside it, in one style. It knows no run.
+"""A matplotlib figure as SVG for the page and as PNG beside it, in one style.
 
 The SVG is written for a page: its colours are the page's variables, so that they follow a reader's light or dark
 scheme; what belongs to a run has the class `run-N`, so that the page can hide it; its text is text.
@@ -18,18 +18,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from megadistill.report.run_record import printable
+from megadistill.redaction import printable
 
-# Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers. Light first, then dark schemes.
+# Okabe and Ito, "Color Universal Design" (2008), which colour-blind readers can distinguish; light, then dark schemes.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b88700", "#56b4e9", "#7a5195", "#6b6b6b")
 PALETTE_DARK = ("#4aa8e0", "#ff8540", "#2ec79a", "#e59cc6", "#f0bf3a", "#8fd0f7", "#b794d6", "#a8a8a8")
 DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)))
-MOST_RUNS = len(PALETTE) * len(DASHES)
-"""That a reader can tell apart, at best."""
+MAX_RUNS = len(PALETTE) * len(DASHES)
+"""Maximum runs of a chart: colours times dash styles."""
 
 TEXT, GRID = "#1b1b1e", "#d9d9de"
 WIDTH, HEIGHT = 5.6, 3.0
-LONGEST_LABEL = 40
+MAX_LABEL = 40
 LEGEND_COLUMNS, LEGEND_LINE = 2, 0.18
 
 STYLE = {
@@ -60,10 +60,10 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, drawn twice."""
+    """A figure as SVG and as PNG."""
 
     name: str
-    """Of its PNG file, without the ending."""
+    """Name of its PNG file, without the suffix."""
     title: str
     caption: str
     svg: str
@@ -72,7 +72,7 @@ class Drawing:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures are made and drawn inside; a glyph that the font lacks is no news to a reader."""
+    """The style of figures that are made and drawn inside; missing glyphs give no warning."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -88,20 +88,20 @@ def colour(run: int) -> str:
 
 
 def dashes(run: int) -> object:
-    """Solid for as many runs as there are colours."""
+    """Dash style of a run: solid for the first ones, as many as there are colours."""
     return DASHES[run // len(PALETTE) % len(DASHES)]
 
 
 def label(text: str) -> str:
-    """A name as a figure shows it: its end, where it is long, and nothing that XML does not take."""
+    """A name for a figure: printable, and a long one without its begin."""
     text = printable(text)
-    return text if len(text) <= LONGEST_LABEL else "…" + text[-LONGEST_LABEL + 1 :]
+    return text if len(text) <= MAX_LABEL else "…" + text[-MAX_LABEL + 1 :]
 
 
 def draw(figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[str] = ()) -> Drawing:
-    """The figure as it goes to a page, and as it goes to a file, with its title where it has none of its own.
+    """Draws a figure for the page, and for a file with its title, where the axes have none, and a legend of `runs`.
 
-    A legend in the file says which line is which of `runs`: the page has one for all figures.
+    The page has one legend for all figures.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -126,7 +126,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def for_page(svg: bytes, *, prefix: str, title: str) -> str:
-    """matplotlib's SVG as an element of a page that holds several: ids of its own, classes, the page's colours."""
+    """matplotlib's SVG as an element of a page with several: unique ids, classes of runs, the page's colours."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
@@ -146,7 +146,7 @@ def _adapt(element: ElementTree.Element, prefix: str) -> None:
     name = element.attrib.pop("id", None)
     if name is not None and re.fullmatch(r"run-\d+", name):
         element.set("class", name)
-    elif name is not None and element.tag != f"{{{_SVG}}}g":  # what others point at: clips, markers, glyphs
+    elif name is not None and element.tag != f"{{{_SVG}}}g":  # targets of references: clips, markers, glyphs
         element.set("id", f"{prefix}-{name}")
     for key, value in element.attrib.items():
         if key == "d":

@@ -1,7 +1,4 @@
-"""What an evaluation found, as pictures: calibration, and where in the teacher's entropy the models differ.
-
-It knows records and matplotlib, and computes nothing.
-"""
+"""Plots of an evaluation: calibration, and results by decile of the teacher's entropy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ PANELS = 4
 
 
 def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
-    """Writes `calibration.png`, and `deciles.png` where there is a teacher; what was written."""
+    """Writes `calibration.png`, and `deciles.png` where there is a teacher; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     with style():
         figures = {"calibration.png": calibration_figure(results)}

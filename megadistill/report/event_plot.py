@@ -1,4 +1,4 @@
-"""Room `report`: the events of runs as marks on their axes, and where their wall time went. It knows no page."""
+"""Plots of the events of runs, and of the use of their wall time."""
 
 from collections.abc import Sequence
 
@@ -29,22 +29,22 @@ MARKS = {
     "attempt_failed": "X",
     "completed": "D",
 }
-"""A shape for each of `EVENTS`: shapes are told apart without colours."""
+"""Marker of each of `EVENTS`; shapes differ, so that colours are not needed."""
 
 assert MARKS.keys() == EVENTS.keys()
 
 TROUBLE = ("step_skipped", "loss_spike", "rollback", "teacher_drift", "attempt_failed")
 """Events that are marked under the loss."""
 
-MOST_MARKS = 300
-"""Of a run and a kind; more of them would cover each other."""
+MAX_MARKS = 300
+"""Maximum marks of a run and a kind; more would cover each other."""
 
 PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "lost": "#b5473c"}
-"""Of a run's wall time."""
+"""Uses of the wall time, each with its colour."""
 
 
 def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing:
-    """A lane a run: a bar an attempt, and the events on it."""
+    """A lane a run, with a bar for each attempt and its events."""
     longest = max(clock.wall for clock in clocks)
     size, name = unit(longest, TIMES, "seconds")
     figure, axes = new_figure(height=1.2 + 0.4 * len(runs))
@@ -53,7 +53,7 @@ def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing
         axes.broken_barh(bars, (lane - 0.3, 0.6), facecolor=colour(lane), alpha=0.35, gid=f"run-{lane}")
         for kind, marker in MARKS.items():
             times = np.array([event.time - clock.began for event in run.events if event.kind == kind]) / size
-            times = times[evenly(len(times), MOST_MARKS)] if len(times) else times
+            times = times[evenly(len(times), MAX_MARKS)] if len(times) else times
             _mark(axes, lane, times, np.full(len(times), lane), marker)
     axes.set_yticks(range(len(runs)), [label(run.name) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
@@ -61,21 +61,21 @@ def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing
         axes.set_xlim(-0.01 * longest / size, 1.02 * longest / size)
     axes.set_xlabel(f"{name} since the run began")
     _legend(axes, [kind for kind in MARKS if any(event.kind == kind for run in runs for event in run.events)])
-    return draw(figure, "events", "Events", "A bar is an attempt, from its start to the last that is known of it.")
+    return draw(figure, "events", "Events", "A bar is an attempt, from its start to its last event or step.")
 
 
 def mark_trouble(axes: Axes, index: int, run: RunRecord, places: Floats) -> None:
-    """What went wrong in a run, at the foot of its loss, which is drawn at `places`."""
+    """Marks the faults of a run at the foot of its loss, which is drawn at `places`."""
     if not len(run):
         return
     for kind in TROUBLE:
         steps = np.array([event.step for event in run.events if event.kind == kind], dtype=np.float64)
-        at = np.interp(steps[evenly(len(steps), MOST_MARKS)] if len(steps) else steps, run.series["step"], places)
+        at = np.interp(steps[evenly(len(steps), MAX_MARKS)] if len(steps) else steps, run.series["step"], places)
         _mark(axes, index, at, np.full(len(at), 0.03), MARKS[kind], along=True)
 
 
 def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Drawing:
-    """A bar a run: its wall time by what it was spent on."""
+    """A bar a run: its wall time by use."""
     figure, axes = new_figure(height=1.2 + 0.35 * len(runs))
     left = np.zeros(len(runs))
     for part, shade in PARTS.items():
@@ -91,7 +91,7 @@ def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Dr
 
 
 def _attempts(run: RunRecord, clock: Clock) -> list[tuple[float, float]]:
-    """From the first to the last sign of each attempt, in seconds since the run began."""
+    """First and last event or step of each attempt, in seconds since the run began."""
     spans: dict[int, tuple[float, float]] = {}
     resumes = [event for event in run.events if event.kind == "resumed"]
     signs = [(event.attempt, event.time - clock.began) for event in run.events]

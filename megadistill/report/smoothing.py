@@ -1,4 +1,4 @@
-"""Room `report`: a long row of numbers made fit to draw: smoothed, thinned, in readable units. It knows no run."""
+"""Long series made fit to draw: smoothed, thinned, in readable units."""
 
 from itertools import pairwise
 
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 from megadistill.report.run_record import Floats
 
 SMOOTHED_SHARE = 50
-"""A smoothed value is the mean over this part of a run's steps."""
+"""Length of a run over the length of its smoothing window."""
 
 COUNTS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 TIMES = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 
 
 def window(count: int) -> int:
-    """Steps of a smoothed value, for a run of `count` steps."""
+    """Length of the smoothing window, in steps, of a run of `count` steps."""
     return max(1, count // SMOOTHED_SHARE)
 
 
 def smooth(values: Floats, width: int) -> Floats:
-    """The mean of the finite values among the `width` around each; NaN where there is none.
+    """Centred moving average of width `width` over the finite values; NaN where there are none.
 
     The window shrinks towards the first value, evenly on both sides, so that a steep beginning is not flattened; at the
     end it loses the part that is not there yet.
@@ -37,7 +37,7 @@ def smooth(values: Floats, width: int) -> Floats:
 
 
 def extremes(values: Floats, limit: int) -> NDArray[np.int64]:
-    """Places of at most `limit` values that keep the outline: of each stretch the lowest and the highest, in order."""
+    """Indices of at most `limit` values that keep the outline: the lowest and the highest of each stretch, in order."""
     count, stretches = len(values), max(1, limit // 2)
     if count <= 2 * stretches:
         return np.arange(count)
@@ -52,12 +52,12 @@ def extremes(values: Floats, limit: int) -> NDArray[np.int64]:
 
 
 def evenly(count: int, limit: int) -> NDArray[np.int64]:
-    """At most `limit` of `count` places, with the first and the last."""
+    """Up to `limit` of `count` indices, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, max(0, count - 1), min(count, limit)).round().astype(np.int64))
 
 
 def unit(largest: float, units: tuple[tuple[float, str], ...], smallest: str) -> tuple[float, str]:
-    """The unit in which `largest` reads well: its size, and its name."""
+    """Size and name of the unit in which `largest` is written."""
     return next(((size, name) for size, name in units if largest >= size), (1.0, smallest))
 
 
@@ -68,6 +68,6 @@ def count_text(value: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """A stretch of time in its readable unit: 8,136 -> 2.26 h."""
+    """A duration in its largest unit: 8,136 -> 2.26 h."""
     size, name = unit(seconds, TIMES, "seconds")
     return f"{seconds / size:.3g} {'min' if name == 'minutes' else name if name == 'days' else name[0]}"

@@ -1,4 +1,4 @@
-"""Room `report`: what a run came to, in a row of a table; its events, in others. It draws nothing."""
+"""Tables of the results and of the events of runs."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from megadistill.report.tables import NOTHING, Table, digits, text
 from megadistill.report.wall_clock import Clock, state_of, utc
 
 LAST_STEPS = 50
-"""Whose mean is a run's last value."""
+"""Number of steps whose mean is a run's last value."""
 
 ROUTINE = ("checkpoint_saved",)
-"""Events that a table of what happened only counts."""
+"""Events that are counted, and not listed."""
 
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size")
 
@@ -54,7 +54,7 @@ def summary_table(
 
 
 def event_counts(runs: Sequence[RunRecord]) -> Table:
-    """How often each kind of event was met, and what it means."""
+    """Number of events of each kind, and its meaning."""
     counts = [Counter(event.kind for event in run.events) for run in runs]
     rows = [
         [kind, *(f"{each[kind]:,}" for each in counts), meaning.replace("`", "")]
@@ -64,21 +64,21 @@ def event_counts(runs: Sequence[RunRecord]) -> Table:
     return Table(["event", *(run.name for run in runs), "meaning"], rows)
 
 
-def events_table(runs: Sequence[RunRecord], *, most: int) -> tuple[Table, int]:
-    """The last `most` events of each run, but for the routine ones, and how many older ones are left out."""
+def events_table(runs: Sequence[RunRecord], *, limit: int) -> tuple[Table, int]:
+    """The last `limit` events of each run without the routine ones, and the number of older ones."""
     rows, owners, older = [], [], 0
     for index, run in enumerate(runs):
-        told = [event for event in run.events if event.kind not in ROUTINE]
-        older += max(0, len(told) - most)
-        for event in told[-most:]:
+        events = [event for event in run.events if event.kind not in ROUTINE]
+        older += max(0, len(events) - limit)
+        for event in events[-limit:]:
             rows.append(
-                [run.name, utc(event.time), str(event.attempt), event.kind, f"{event.step:,}", _said(event.values)]
+                [run.name, utc(event.time), str(event.attempt), event.kind, f"{event.step:,}", _details(event.values)]
             )
             owners.append(index)
-    return Table(["run", "time", "attempt", "event", "step", "what belongs to it"], rows, owners), older
+    return Table(["run", "time", "attempt", "event", "step", "details"], rows, owners), older
 
 
-def _said(values: Mapping[str, Any]) -> str:
+def _details(values: Mapping[str, Any]) -> str:
     return text("; ".join(f"{name} {text(value)}" for name, value in values.items() if name != "attempt_record"))
 
 
@@ -86,16 +86,18 @@ def _objective(run: RunRecord) -> str:
     objective = run.setting("objective")
     if objective != "distill":
         return text(objective)
-    kept = run.setting("loss.targets.select")
-    return text(f"distill: {run.setting('loss.divergence')}{f', {kept}' if kept else ''}")
+    selection = run.setting("loss.targets.select")
+    return text(f"distill: {run.setting('loss.divergence')}{f', {selection}' if selection else ''}")
 
 
-def _model(said: Any) -> str:
-    """A folder by its name, a configuration by its kind and size."""
-    if isinstance(said, Mapping):
-        kind, layers, width = (said.get(name) for name in SHAPE)
+def _model(folder_or_config: Any) -> str:
+    """Name of a folder; kind and size of a configuration."""
+    if isinstance(folder_or_config, Mapping):
+        kind, layers, width = (folder_or_config.get(name) for name in SHAPE)
         return text(f"{kind}, {layers} x {width}" if layers and width else str(kind))
-    return text(said.rstrip("/").rpartition("/")[2] or said) if isinstance(said, str) else NOTHING
+    if isinstance(folder_or_config, str):
+        return text(folder_or_config.rstrip("/").rpartition("/")[2] or folder_or_config)
+    return NOTHING
 
 
 def _steps(run: RunRecord) -> str:
@@ -114,7 +116,7 @@ def _median(values: Floats) -> float:
 
 
 def _part(run: RunRecord, name: str) -> float:
-    """What part of all its steps' seconds a run waited."""
+    """Fraction of the time of all steps that a run waited."""
     if not run.has(name):
         return np.nan
     seconds = np.nansum(run.series["seconds"])
@@ -122,6 +124,6 @@ def _part(run: RunRecord, name: str) -> float:
 
 
 def _without_empty(table: Table) -> Table:
-    """Columns that say something of any run."""
-    kept = [i for i in range(len(table.headings)) if any(row[i] != NOTHING for row in table.rows)]
-    return Table([table.headings[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.runs)
+    """The columns that have a value for any run."""
+    columns = [i for i in range(len(table.headings)) if any(row[i] != NOTHING for row in table.rows)]
+    return Table([table.headings[i] for i in columns], [[row[i] for i in columns] for row in table.rows], table.runs)

@@ -1,4 +1,4 @@
-"""Room `report`: tables as a page shows them: headings, and rows of text. It knows no HTML."""
+"""Tables of a page: headings, and rows of text."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadistill.config import dotted
-from megadistill.redaction import without_secrets
-from megadistill.report.run_record import RunRecord, printable
+from megadistill.redaction import printable, without_secrets
+from megadistill.report.run_record import RunRecord
 
-LONGEST_CELL = 600
+MAX_CELL = 600
 NOTHING = "–"
 
 
@@ -21,25 +21,25 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     runs: Sequence[int] | None = None
-    """Which run each row belongs to; None where rows belong to none."""
+    """Index of each row's run; None where rows belong to no run."""
 
 
 def text(value: Any) -> str:
-    """A value of a recipe or of an event as one line, without the secrets of a URL: pages are passed around."""
+    """A value of a recipe or an event as one line of bounded length, without secrets."""
     if value is None:
         return NOTHING
-    said = without_secrets(value if isinstance(value, str) else json.dumps(value, default=str))
-    said = printable(" ".join(said[: 2 * LONGEST_CELL].split()))
-    return said if len(said) <= LONGEST_CELL else said[:LONGEST_CELL] + "…"
+    line = without_secrets(value if isinstance(value, str) else json.dumps(value, default=str))
+    line = printable(" ".join(line[: 2 * MAX_CELL].split()))
+    return line if len(line) <= MAX_CELL else line[:MAX_CELL] + "…"
 
 
 def digits(value: float, form: str) -> str:
-    """A number in a format; a dash where there is none."""
+    """A number in a format; `NOTHING` where it is not finite."""
     return format(value, form) if math.isfinite(value) else NOTHING
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> Table:
-    """The keys of the recipes that are not the same in all runs, but for the folder, a column a run."""
+    """The recipe keys whose values differ between runs, without the folder; a column a run."""
     flat = [dotted(run.recipe) if run.recipe else {} for run in runs]
     keys = sorted({key for each in flat for key in each if key != "run.folder"})
     rows = [
@@ -55,23 +55,23 @@ def recipe_table(run: RunRecord) -> Table:
 
 
 def versions_table(runs: Sequence[RunRecord]) -> Table:
-    """What each run was computed with, as its newest attempt, or its recipe.json, says."""
-    said = [_versions(run) for run in runs]
-    names = list(dict.fromkeys(name for each in said for name in each))
+    """Package versions of each run, by its newest attempt or its recipe.json."""
+    line = [_versions(run) for run in runs]
+    names = list(dict.fromkeys(name for each in line for name in each))
     return Table(
         ["package", *(run.name for run in runs)],
-        [[name, *(each.get(name, NOTHING) for each in said)] for name in names],
+        [[name, *(each.get(name, NOTHING) for each in line)] for name in names],
     )
 
 
-def attempts_table(runs: Sequence[RunRecord], *, most: int) -> Table:
+def attempts_table(runs: Sequence[RunRecord], *, limit: int) -> Table:
     """The newest attempts of each run."""
     rows, owners = [], []
     for index, run in enumerate(runs):
-        for record in run.attempts[-most:]:
+        for record in run.attempts[-limit:]:
             command = record.get("command")
-            said = " ".join(str(part) for part in command) if isinstance(command, list) else ""
-            values = (record["number"], record.get("time"), record.get("host"), record.get("world"), said)
+            line = " ".join(str(part) for part in command) if isinstance(command, list) else ""
+            values = (record["number"], record.get("time"), record.get("host"), record.get("world"), line)
             rows.append([run.name, *map(text, values)])
             owners.append(index)
     return Table(["run", "attempt", "started", "host", "ranks", "command"], rows, owners)

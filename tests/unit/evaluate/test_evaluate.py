@@ -264,6 +264,7 @@ def test_a_model_of_another_vocabulary_is_refused(place: Path, tmp_path: Path) -
         (["runs/a/hf", "runs/b/hf"], ["a/hf", "b/hf"]),
         (["runs/a", "runs/a/hf"], ["a", "a/hf"]),
         (["one/x", "two/y/z"], ["one/x", "two/y/z"]),
+        (["/"], ["/"]),
     ],
 )
 def test_names_are_short_and_tell_the_models_apart(

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: what is drawn is what was found."""
+"""Plots of an evaluation: their values are those of the results."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,14 @@ FIRST = replace(LARGE, calibration=(*BINS, *[CalibrationBin(0, None, None)] * 19
 
 def test_a_reliability_diagram_has_the_accuracies_and_the_shares_of_its_bins() -> None:
     figure = calibration_figure([FIRST, *[replace(FIRST, model=f"model {n}") for n in range(5)]])
-    shown = [axes for axes in figure.axes if axes.axison]
-    assert len(shown) == 12, "two for each model"
-    bars = sorted(([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] for axes in shown), key=len)
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert len(panels) == 12, "two for each model"
+    bars = sorted(
+        ([bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)] for axes in panels), key=len
+    )
     assert bars[0] == [0.04, 0.05], "an empty bin has no bar"
     assert bars[-1] == [25.0, 75.0] + [0.0] * 19
-    points = shown[0].get_lines()[1]
+    points = panels[0].get_lines()[1]
     assert np.asarray(points.get_xydata()).tolist() == [[0.02, 0.04], [0.07, 0.05]]
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from megadistill.errors import UserError
-from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation
+from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, read_evaluations
 from megadistill.report.curves import curves_over_tokens
-from megadistill.report.drawing import MOST_RUNS, draw, new_figure, style
-from megadistill.report.evaluation_section import read_results
+from megadistill.report.drawing import MAX_RUNS, draw, new_figure, style
 from megadistill.report.page import PAGE, compose, report
 from megadistill.report.run_record import DIAGNOSTICS, METRICS, RunRecord, read_runs
 from megadistill.report.tables import text
@@ -46,7 +45,7 @@ def _parsed(html: str) -> _Tags:
 
 def _keep_of_steps(run: WrittenRun, *names: str) -> None:
     """Leaves the other numbers out, so that fewer figures are drawn."""
-    run.lines = [{name: line[name] for name in ("step", "tokens", *names)} for line in run.lines]
+    run.lines = [{name: line[name] for name in ("time", "step", "tokens", *names)} for line in run.lines]
 
 
 def _page(*folders: Path) -> str:
@@ -65,7 +64,7 @@ def _evaluation(model: str = "student") -> Evaluation:
 
 @pytest.fixture(scope="module")
 def eventful(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run in which much happened, its evaluation beside it, and its page as the verb writes it."""
+    """A run in which much happened, its evaluation beside it, and its page as the command writes it."""
     folder = run_with_faults(tmp_path_factory.mktemp("report") / "run").write()
     (folder / "evaluation.json").write_text(json.dumps([asdict(_evaluation())]))
     (folder / "evaluation-old.json").write_text("[{}]")
@@ -96,17 +95,17 @@ def test_the_page_needs_nothing_but_itself(eventful: tuple[Path, str]) -> None:
 
 def test_the_page_says_what_happened(eventful: tuple[Path, str]) -> None:
     parsed = _parsed(eventful[1])
-    said = " ".join(" ".join(parsed.text).split())
+    words = " ".join(" ".join(parsed.text).split())
     figures = {attributes.get("id") for tag, attributes in parsed.tags if tag == "figure"}
     assert {"loss", "kl", "cross_entropy", "entropy", "agreement", "learning_rate", "grad_norm"} <= figures
     assert {"progress", "throughput", "waiting", "memory", "events", "goodput"} <= figures
     assert {"evaluation-1-calibration", "evaluation-1-deciles"} <= figures
     assert "mfu" not in figures, "nobody knows the peak of a CPU"
     for part in ("40 of 40", "41K", "rank 1 is gone", "the loss left its window", "llama, 2 x 96", "teacher-hf"):
-        assert part in said, part
-    assert "skip, spike, rollback, fault" in said
-    assert "evaluation-old.json: no evaluations of this version" in said
-    assert "train.optimizer.beta2" in said
+        assert part in words, part
+    assert "step skipped, loss spike, rollback, attempt failed" in words
+    assert "evaluation-old.json: no evaluations of this version" in words
+    assert "train.optimizer.beta2" in words
 
 
 def test_a_summary_is_of_the_last_steps(eventful: tuple[Path, str]) -> None:
@@ -206,7 +205,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_million_steps_fit_on_a_page(tmp_path: Path) -> None:
-    for runs, steps, bytes_of_a_figure in ((1, 1_000_000, 40_000), (MOST_RUNS, 10_000, 350_000)):
+    for runs, steps, bytes_of_a_figure in ((1, 1_000_000, 40_000), (MAX_RUNS, 10_000, 350_000)):
         values = np.random.default_rng(0).random(steps)
         series = {name: np.full(steps, np.nan) for name in (*METRICS, *DIAGNOSTICS)}
         series |= {"step": np.arange(1.0, steps + 1), "tokens": np.arange(1.0, steps + 1) * 4e6}
@@ -238,8 +237,8 @@ def test_what_is_refused(tmp_path: Path, started: Path) -> None:
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "say where it goes" in refused(started, started)
-    assert "name fewer" in refused(*[started] * (MOST_RUNS + 1))
+    assert "give one, as in --output" in refused(started, started)
+    assert "name fewer" in refused(*[started] * (MAX_RUNS + 1))
     assert "evaluate --json FILE` writes one" in refused(started, evaluations=(tmp_path / "none.json",))
 
 
@@ -256,7 +255,7 @@ def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Pa
     path = tmp_path / "evaluation.json"
     path.write_text(content)
     with pytest.raises(UserError, match="evaluation") as caught:
-        read_results(path, name="evaluation.json")
+        read_evaluations(path)
     assert "\n" not in str(caught.value)
 
 

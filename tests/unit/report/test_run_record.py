@@ -1,4 +1,4 @@
-"""Run folders that are damaged, unfinished or somebody else's: what can be read is read, and the rest is said."""
+"""Run folders that are damaged, incomplete or from anybody: what can be read is read, and the rest is noted."""
 
 import json
 import math
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megadistill import events
 from megadistill.errors import UserError
-from megadistill.report import run_record as reading
-from megadistill.report.run_record import number, printable, read_run, read_runs, short_names
+from megadistill.redaction import printable
+from megadistill.report.run_record import number, read_run, read_runs
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
 
@@ -66,7 +67,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(events, "MAX_LINE_BYTES", 1000)
     folder = run_with_faults(tmp_path / "run").write()
     _append(folder / "metrics.jsonl", "9" * 2500, json.dumps(step_line(41, 0.5)), "")
     run = read_run(folder, "run")
@@ -75,26 +76,26 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: py
 
 
 def test_of_a_step_that_was_logged_twice_the_later_line_holds(tmp_path: Path) -> None:
-    run = WrittenRun(tmp_path / "run")
-    run.steps(1, 5)
-    run.steps(3, 4, loss=7.0)
-    found = read_run(run.write(), "run")
-    assert found.series["step"].tolist() == [1, 2, 3, 4, 5]
-    assert found.series["loss"][2:4].tolist() == [7.0, 7.0]
-    assert "5 of 7 lines kept" in found.notes[0]
+    written = WrittenRun(tmp_path / "run")
+    written.steps(1, 5)
+    written.steps(3, 4, loss=7.0)
+    run = read_run(written.write(), "run")
+    assert run.series["step"].tolist() == [1, 2, 3, 4, 5]
+    assert run.series["loss"][2:4].tolist() == [7.0, 7.0]
+    assert "5 of 7 lines kept" in run.notes[0]
 
 
 def test_what_is_not_a_number_is_no_value(tmp_path: Path) -> None:
-    run = WrittenRun(tmp_path / "run")
+    written = WrittenRun(tmp_path / "run")
     for step, value in enumerate((True, "5", None, [1], 10**400, 1e31, math.nan, math.inf, -3), 1):
-        run.steps(step, step, loss=value, diagnostics=value)
-    found = read_run(run.write(), "run")
-    assert [math.isfinite(each) for each in found.series["loss"]] == [False] * 8 + [True]
+        written.steps(step, step, loss=value, diagnostics=value)
+    run = read_run(written.write(), "run")
+    assert [math.isfinite(each) for each in run.series["loss"]] == [False] * 8 + [True]
     assert number(-3) == -3.0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"recipe": 3}', "[" * 200_000, '{"versions": {}}'])
-def test_a_recipe_that_cannot_be_read_is_said(content: str, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be_read_is_noted(content: str, tmp_path: Path) -> None:
     folder = run_with_faults(tmp_path / "run").write()
     (folder / "recipe.json").write_text(content, encoding="utf-8")
     run = read_run(folder, "run")
@@ -102,7 +103,7 @@ def test_a_recipe_that_cannot_be_read_is_said(content: str, tmp_path: Path) -> N
     assert "recipe.json" in run.notes[0]
 
 
-def test_a_recipe_of_another_version_is_shown_as_it_stands(tmp_path: Path) -> None:
+def test_a_recipe_of_another_version_is_left_as_it_is(tmp_path: Path) -> None:
     folder = run_with_faults(tmp_path / "run").write({**RECIPE, "optimizer": "muon"})
     run = read_run(folder, "run")
     assert run.setting("optimizer") == "muon"
@@ -135,17 +136,16 @@ def test_attempts_in_their_order(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_runs([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match="it holds neither"):
+    with pytest.raises(UserError, match="not a run folder"):
         read_runs([tmp_path])
 
 
 def test_names_are_short_and_differ(tmp_path: Path) -> None:
-    for name in ("a/x/run", "a/y/run", "a/y"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-    assert short_names([tmp_path / "a" / "x" / "run"]) == ["run"]
-    assert short_names([tmp_path / "a" / "x" / "run", tmp_path / "a" / "y" / "run"]) == ["x/run", "y/run"]
-    assert short_names([tmp_path / "a" / "y", tmp_path / "a" / "y" / "run"]) == ["y", "y/run"]
-    assert short_names([Path("/")]) == ["/"]
+    folders = [tmp_path / name for name in ("a/x/run", "a/y/run")]
+    for folder in folders:
+        run_with_faults(folder).write()
+    assert [run.name for run in read_runs(folders)] == ["x/run", "y/run"]
+    assert [run.name for run in read_runs(folders[:1])] == ["run"]
 
 
 def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path) -> None:

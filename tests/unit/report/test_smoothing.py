@@ -14,8 +14,8 @@ ROWS = st.lists(st.floats(-100, 100) | st.just(math.nan), max_size=60)
 
 @given(row=ROWS, width=st.integers(1, 25))
 def test_a_smoothed_value_is_the_mean_around_it(row: list[float], width: int) -> None:
-    found = smooth(np.array(row, dtype=np.float64), width)
-    for place, value in enumerate(found):
+    drawn = smooth(np.array(row, dtype=np.float64), width)
+    for place, value in enumerate(drawn):
         half = min(width // 2, place)
         around = [each for each in row[place - half : place + half + 1] if math.isfinite(each)]
         assert value == pytest.approx(sum(around) / len(around), abs=1e-9) if around else math.isnan(value)
@@ -36,7 +36,7 @@ def test_thinning_keeps_the_outline_within_its_limit(row: list[float], limit: in
     assert values[places].max() == values.max()
 
 
-def test_a_single_spike_of_a_million_values_is_kept() -> None:
+def test_a_single_spike_of_a_million_values_stays() -> None:
     values = np.zeros(1_000_000)
     values[123_456] = 9.0
     places = extremes(values, 800)

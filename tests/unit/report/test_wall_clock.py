@@ -19,18 +19,17 @@ def _read(run: WrittenRun) -> RunRecord:
 
 
 def test_each_step_ends_when_it_did(tmp_path: Path) -> None:
-    """Over a kill, a pause, a rollback, and what was taken again; a skipped step, which has no line, is lost time."""
+    """Over a kill, a pause, a rollback, steps that were taken again, and a skipped step."""
     run = run_with_faults(tmp_path / "run")
     record = _read(run)
     clock = clock_of(record)
     steps = record.series["step"].astype(int).tolist()
     truth = np.array([run.ended[step] for step in steps]) - 1_700_000_000.0
-    late = np.where(record.series["step"] > 31, 0.5, 0.0)
-    np.testing.assert_allclose(clock.ends + late, truth, atol=1e-6)
+    np.testing.assert_allclose(clock.ends, truth, atol=1e-6)
     assert clock.start.tolist() == [0] * 10 + [1] * 10 + [2] * 19
 
 
-def test_goodput_is_what_the_run_itself_says(tmp_path: Path) -> None:
+def test_goodput_is_that_of_the_run_itself(tmp_path: Path) -> None:
     record = _read(run_with_faults(tmp_path / "run"))
     mine, truth = goodput_of(record, clock_of(record)), goodput(tmp_path / "run")
     for part in ("useful", "startup", "saving", "wall", "lost"):
@@ -41,9 +40,9 @@ def test_a_run_that_goes_on_is_measured_up_to_its_last_step(tmp_path: Path) -> N
     run = WrittenRun(tmp_path / "run")
     run.begin(seconds=2.0)
     run.steps(1, 10, seconds=1.0)
-    found = goodput_of(_read(run), clock_of(_read(run)))
-    assert found.wall == pytest.approx(12.0)
-    assert found.ratio == pytest.approx(10 / 12)
+    measured = goodput_of(_read(run), clock_of(_read(run)))
+    assert measured.wall == pytest.approx(12.0)
+    assert measured.ratio == pytest.approx(10 / 12)
 
 
 def test_a_run_without_events_has_its_steps_alone(tmp_path: Path) -> None:
@@ -51,7 +50,17 @@ def test_a_run_without_events_has_its_steps_alone(tmp_path: Path) -> None:
     run.steps(1, 4, seconds=0.5)
     record = _read(run)
     assert clock_of(record).ends.tolist() == [0.5, 1.0, 1.5, 2.0]
+    assert clock_of(record).wall == 2.0
     assert goodput_of(record, clock_of(record)).wall == 0
+
+
+def test_steps_without_a_time_have_no_place_on_the_clock(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run")
+    run.begin(seconds=2.0)
+    run.steps(1, 4, time=None)
+    clock = clock_of(_read(run))
+    assert np.isnan(clock.ends).all()
+    assert clock.wall == 2.0
 
 
 @pytest.mark.parametrize(
@@ -63,7 +72,7 @@ def test_a_run_without_events_has_its_steps_alone(tmp_path: Path) -> None:
         ("stop_requested", "running"),
     ],
 )
-def test_how_a_run_stands_is_what_it_said_last(event: str, state: str, tmp_path: Path) -> None:
+def test_the_state_of_a_run_is_its_last_event(event: str, state: str, tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run")
     run.begin()
     run.steps(1, 3)
@@ -72,7 +81,7 @@ def test_how_a_run_stands_is_what_it_said_last(event: str, state: str, tmp_path:
     assert state_of(_read(run), now=NEVER) == state
 
 
-def test_a_run_that_says_nothing_any_more(tmp_path: Path) -> None:
+def test_a_run_that_writes_nothing_any_more_is_silent(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path / "run")
     run.begin()
     run.steps(1, 3, seconds=100.0)

@@ -35,7 +35,7 @@ class WrittenRun:
         self.restart(step=step, seconds=seconds)
 
     def restart(self, *, step: int, seconds: float) -> None:
-        """What an attempt does before its first step, and after a rollback."""
+        """Resumes: before the first step of an attempt, and after a rollback."""
         self.now += seconds
         lost = max(0, len(self.lines) - step)
         self.lines = [line for line in self.lines if line["step"] <= step]
@@ -46,7 +46,7 @@ class WrittenRun:
         for step in range(first, last + 1):
             self.now += seconds
             self.ended[step] = self.now
-            self.lines.append({**step_line(step, seconds), **values})
+            self.lines.append({"time": self.now, **step_line(step, seconds), **values})
 
     def save(self, step: int, *, stall: float = 0.25) -> None:
         self.now += stall
@@ -59,7 +59,7 @@ class WrittenRun:
             file.write(json.dumps(line) + "\n")
 
     def write(self, recipe: dict[str, Any] = RECIPE) -> Path:
-        """The folder, with all that was said so far."""
+        """The folder, with all records so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         described = {"recipe": recipe, "deepspeed": {}, "versions": {"torch": "2.13.0"}}
         (self.folder / "recipe.json").write_text(json.dumps(described), encoding="utf-8")
