@@ -4,6 +4,7 @@ from megadistill.config.load import dotted, load_recipe, refuse_renamed, validat
 from megadistill.config.recipe import (
     DataSection,
     LossSection,
+    OptimizerSection,
     Recipe,
     ResilienceSection,
     ScheduleSection,
@@ -17,6 +18,7 @@ from megadistill.config.recipe import (
 __all__ = [
     "DataSection",
     "LossSection",
+    "OptimizerSection",
     "Recipe",
     "ResilienceSection",
     "ScheduleSection",

@@ -5,6 +5,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -99,6 +100,8 @@ def _type_name(annotation: Any) -> str:
         return f"{_type_name(parts[0])} -> {_type_name(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "section"
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return " or ".join(f"`{member}`" for member in annotation)
     return _PLAIN[annotation.__name__]
 
 

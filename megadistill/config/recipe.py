@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from megadistill.divergence import DivergenceKind, parameter_owners, require_parameter
 from megadistill.errors import UserError, nearest
 from megadistill.precision import Precision
 
@@ -239,13 +240,15 @@ class TargetsSection(Section):
         return self
 
 
+def _describe_parameter(name: str) -> str:
+    return "; ".join(f"{kind}: {parameter.description}" for kind, parameter in parameter_owners(name).items()) + "."
+
+
 class LossSection(Section):
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    divergence: DivergenceKind = Field(default=DivergenceKind.FORWARD_KL, strict=False)
     """Between the teacher's distribution p and the student's q; forward_kl is KL(p ‖ q)."""
-    beta: float | None = Field(default=None, ge=0, le=1)
-    """jsd: the teacher's weight in the mixture; default 0.5."""
-    alpha: float | None = Field(default=None, ge=0, lt=1)
-    """skew_kl: the teacher's weight in the mixture; default 0.1."""
+    beta: float | None = Field(default=None, description=_describe_parameter("beta"))
+    alpha: float | None = Field(default=None, description=_describe_parameter("alpha"))
     temperature: float = Field(default=1.0, gt=0)
     """Both models' logits are divided by it in the divergence; the label's cross-entropy stays at 1."""
     temperature_squared: bool = False
@@ -271,14 +274,22 @@ class LossSection(Section):
     diagnostics_every: int = Field(default=0, ge=0)
     """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never."""
 
+    @property
+    def parameter(self) -> float | None:
+        """The divergence's parameter, whatever its name; None: its default."""
+        return self.alpha if self.beta is None else self.beta
+
+    @field_validator("beta", "alpha")
+    @classmethod
+    def _parameter_fits(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and "divergence" in info.data:  # not there where it is wrong itself
+            require_parameter(info.data["divergence"], str(info.field_name), value)
+        return value
+
     @model_validator(mode="after")
     def _terms_fit(self) -> "LossSection":
-        for name, owner in (("beta", "jsd"), ("alpha", "skew_kl")):
-            value = getattr(self, name)
-            if value is not None and self.divergence != owner:
-                raise ValueError(f"{name} is {value}, but it belongs to divergence {owner}, not {self.divergence}")
         if self.targets is not None:
-            if self.divergence != "forward_kl":
+            if self.divergence is not DivergenceKind.FORWARD_KL:
                 raise ValueError(
                     f"targets hold a part of the teacher's distribution, but {self.divergence} needs all of it"
                 )

@@ -18,8 +18,8 @@ OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch / (ranks x train.micro_batch)",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.adamw",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
     "bf16": "train.precision",
     "fp16": "train.precision",
@@ -50,8 +50,8 @@ GIVEN_UP = {
     "compile": "DeepCompile is not supported with a student whose head stays partitioned",
     "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps copies within a node",
     "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
-    "zero_optimization.zenflow": "ZenFlow takes the place of train.adamw",
-    "zero_optimization.offload_optimizer.super_offload": "SuperOffload takes the place of train.adamw",
+    "zero_optimization.zenflow": "ZenFlow takes the place of train.optimizer",
+    "zero_optimization.offload_optimizer.super_offload": "SuperOffload takes the place of train.optimizer",
 }
 
 # Under zero_optimization, and what stands for it on a CPU: DeepSpeed would start, and fail at the first kernel, or
@@ -64,21 +64,21 @@ GPU_ONLY = {
 }
 
 
-def deepspeed_profile(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def active_deepspeed_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The settings in force, and the names of those that the file switches on and a CPU does without.
 
     Raises:
-        UserError: see `load_deepspeed`.
+        UserError: see `load_deepspeed_config`.
     """
-    profile = load_deepspeed(path)
-    zero = profile.get("zero_optimization")
+    deepspeed_config = load_deepspeed_config(path)
+    zero = deepspeed_config.get("zero_optimization")
     if torch.accelerator.is_available() or not isinstance(zero, dict):
-        return profile, ()
-    left_out = tuple(name for name in GPU_ONLY if zero.get(name))
-    return {**profile, "zero_optimization": {**zero, **GPU_ONLY}} if left_out else profile, left_out
+        return deepspeed_config, ()
+    disabled = tuple(name for name in GPU_ONLY if zero.get(name))
+    return {**deepspeed_config, "zero_optimization": {**zero, **GPU_ONLY}} if disabled else deepspeed_config, disabled
 
 
-def load_deepspeed(path: Path) -> dict[str, Any]:
+def load_deepspeed_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON file, which may hold only what DeepSpeed owns.
 
     Raises:
@@ -114,13 +114,13 @@ def load_deepspeed(path: Path) -> dict[str, Any]:
     return values
 
 
-def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
-    """The profile (what DeepSpeed owns) with the sizes that the recipe owns.
+def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
+    """The deepspeed_config (what DeepSpeed owns) with the sizes that the recipe owns.
 
     Raises:
-        UserError: the profile is not one that this trainer's gradients are right under.
+        UserError: the deepspeed_config is not one that this trainer's gradients are right under.
     """
-    zero, types = profile.get("zero_optimization", {}), profile.get("data_types", {})
+    zero, types = deepspeed_config.get("zero_optimization", {}), deepspeed_config.get("data_types", {})
     for name, value in (("zero_optimization", zero), ("data_types", types)):
         if not isinstance(value, dict):
             raise UserError(f"student.deepspeed: {name} must be an object, found {value!r}")
@@ -139,10 +139,10 @@ def deepspeed_config(profile: dict[str, Any], train: TrainSection, accumulation:
             "under bfloat16 the gradients of an accumulation window would be summed in bfloat16"
         )
     return {
-        **copy.deepcopy(profile),  # DeepSpeed writes into what it is given
+        **copy.deepcopy(deepspeed_config),  # DeepSpeed writes into what it is given
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": train.clip,
+        "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bfloat16"},
         "steps_per_print": 2**31,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps where an offloaded state is

@@ -15,10 +15,10 @@ from torch import Tensor
 from megadistill.config import LossSection, Recipe, StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss import reference
+from megadistill.loss import Head, reference
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initialise import initial_tensor
-from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
 from megadistill.train.lookahead import StepBatch, StepBatches
 from megadistill.train.objective import Objective
@@ -157,19 +157,19 @@ class WatchedStudent(StudentEngine):
         return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self._model.named_parameters()}
 
 
-def build(case: Case, topology: Topology, profile: dict[str, Any] | None = None) -> WatchedStudent:
-    """`profile`: other settings of DeepSpeed's than a CPU's."""
-    profile = profile or load_deepspeed(DS_CONFIGS / "cpu.json")
-    profile["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistence
+def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | None = None) -> WatchedStudent:
+    """`deepspeed_config`: other settings of DeepSpeed's than a CPU's."""
+    deepspeed_config = deepspeed_config or load_deepspeed_config(DS_CONFIGS / "cpu.json")
+    deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persistence
     if case.offload_optimizer:
-        profile["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        deepspeed_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     student = WatchedStudent(
         config_of(case),
         section=StudentSection(
             config={}, vocab_multiple=MULTIPLE, activation_checkpointing=case.activation_checkpointing
         ),
         train=train_section(case, topology.world),
-        profile=profile,
+        deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
         seed=SEED,
         accumulation=case.accumulation,
@@ -249,10 +249,8 @@ def dense_truth(case: Case) -> Found:
         head = model.get_output_embeddings().weight
         if case.objective == "distill":
             terms = reference.distill_loss(
-                hidden,
-                head,
-                teacher_hidden(batch.slots).double(),
-                teacher_head().double(),
+                Head(hidden, head),
+                Head(teacher_hidden(batch.slots).double(), teacher_head().double()),
                 labels,
                 token_weights=weights,
                 divergence=Objective(case.loss, steps=3, seed=SEED).divergence(step),
@@ -260,7 +258,7 @@ def dense_truth(case: Case) -> Found:
             )
         else:
             terms = reference.label_loss(
-                hidden, head, labels, token_weights=weights, z_loss=case.loss.z_loss, vocab_size=VOCAB
+                Head(hidden, head), labels, token_weights=weights, z_loss=case.loss.z_loss, vocab_size=VOCAB
             )
         optimizer.zero_grad()
         terms.loss.backward()  # type: ignore[no-untyped-call]

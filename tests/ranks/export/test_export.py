@@ -58,11 +58,11 @@ def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
         logits_NP = torch.nn.functional.linear(student.hidden(_tokens_BS()), head_PD)
     save_checkpoint(
         Path(run) / "checkpoints",
-        student.local_state(),
+        student.state.local(),
         STEPS,
         rank=topology,
         vocab_size=VOCAB,
-        parameters=student.parameters,
+        parameters=student.state.shapes,
         cursor=CURSOR.state(),
     )
     return Trained(logits_NP=logits_NP, start_PD=start_PD, head_PD=head_PD)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megadistill.distributed.topology import Topology
-from megadistill.student.deepspeed_config import deepspeed_profile
+from megadistill.student.deepspeed_config import active_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import Case, WatchedStudent, build, run_steps
@@ -18,10 +18,10 @@ CASE = Case(accumulation=2, persistence=10)
 
 
 def _student(name: str, topology: Topology, *, hpz: int = 1) -> WatchedStudent:
-    profile, _ = deepspeed_profile(DS_CONFIGS / name)
+    deepspeed_config, _ = active_deepspeed_config(DS_CONFIGS / name)
     if hpz > 1:
-        profile["zero_optimization"]["zero_hpz_partition_size"] = hpz
-    return build(CASE, topology, profile)
+        deepspeed_config["zero_optimization"]["zero_hpz_partition_size"] = hpz
+    return build(CASE, topology, deepspeed_config)
 
 
 def _trained(topology: Topology, name: str, hpz: int) -> tuple[list[dict[str, float]], bool, bool]:
@@ -54,7 +54,7 @@ def test_offloading_moves_no_more_than_the_rounding_of_the_gradient_norm(truth: 
 
 
 def _reader(state: dict[str, Tensor], student: WatchedStudent) -> Callable[[str, int, int], Tensor]:
-    starts = {partition.name: partition.start for partition in student._partitions()}
+    starts = {partition.name: partition.start for partition in student.state._partitions()}
 
     def read(key: str, start: int, stop: int) -> Tensor:
         first = 0 if key == "optimizer_step" else starts[key.partition("/")[2]]
@@ -66,14 +66,14 @@ def _reader(state: dict[str, Tensor], student: WatchedStudent) -> Callable[[str,
 def _saved(topology: Topology) -> tuple[dict[str, Any], list[dict[str, float]]]:
     student = _student("cpu.json", topology)
     run_steps(CASE, student, topology, range(2))
-    state = {key: value.numpy() for key, value in student.local_state().items()}
+    state = {key: value.numpy() for key, value in student.state.local().items()}
     return state, run_steps(CASE, student, topology, range(2, 4))
 
 
 def _gone_on(topology: Topology, states: list[dict[str, Any]]) -> list[dict[str, float]]:
     student = _student("cpu.json", topology, hpz=2)
     state = {key: torch.from_numpy(value) for key, value in states[topology.rank].items()}
-    student.load_local_state(_reader(state, student))
+    student.state.load(_reader(state, student))
     return run_steps(CASE, student, topology, range(2, 4))
 
 

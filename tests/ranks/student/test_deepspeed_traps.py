@@ -12,7 +12,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
 from megadistill.models.families import build_causal_lm
 from megadistill.models.initialise import initial_tensor
-from megadistill.student.deepspeed_config import deepspeed_config, load_deepspeed
+from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
 from megadistill.teacher import TeacherStage
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
@@ -53,13 +53,13 @@ def _hyperparameters_after_a_resume(topology: Topology) -> list[dict[str, Any]]:
     case = Case()
     first = build(case, topology)
     run_steps(case, first, topology, range(1))
-    state = first.local_state()
+    state = first.state.local()
     second = build(case, topology)
 
     def read(key: str, start: int, stop: int) -> Tensor:
         return state[key]  # the same rank of the same world reads back its own piece
 
-    second.load_local_state(read)
+    second.state.load(read)
     run_steps(case, second, topology, range(1, 2))
     return [{k: v for k, v in group.items() if k != "params"} for group in second._optimizer.param_groups]
 
@@ -94,10 +94,10 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
     _, accumulated, head = run_ranks(2, _accumulation_dtypes)[0]
     assert accumulated == torch.float32
     assert head == torch.float32
-    profile = load_deepspeed(DS_CONFIGS / "zero3.json")
-    deepspeed_config(profile, train_section(Case(), 1), accumulation=1)
+    deepspeed_config = load_deepspeed_config(DS_CONFIGS / "zero3.json")
+    build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1)
     with pytest.raises(UserError, match="grad_accum_dtype must be 'fp32'"):
-        deepspeed_config({**profile, "data_types": {}}, train_section(Case(), 1), accumulation=1)
+        build_engine_config({**deepspeed_config, "data_types": {}}, train_section(Case(), 1), accumulation=1)
 
 
 def test_bfloat16_training_stays_near_the_float32_truth() -> None:
@@ -114,7 +114,7 @@ def test_bfloat16_training_stays_near_the_float32_truth() -> None:
 def _names(topology: Topology, case: Case) -> list[str]:
     student = build(case, topology)
     run_steps(case, student, topology, range(1))
-    return sorted(key.removeprefix("master/") for key in student.local_state() if key.startswith("master/"))
+    return sorted(key.removeprefix("master/") for key in student.state.local() if key.startswith("master/"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -147,17 +147,17 @@ def test_the_teacher_is_not_partitioned_and_linear_is_not_patched(tmp_path_facto
         assert not partitioned
         assert linear_is_torchs
         assert torch.allclose(hidden, true, atol=1e-6)
-    profile = load_deepspeed(DS_CONFIGS / "zero3.json")
-    profile["zero_optimization"].pop("memory_efficient_linear")
+    deepspeed_config = load_deepspeed_config(DS_CONFIGS / "zero3.json")
+    deepspeed_config["zero_optimization"].pop("memory_efficient_linear")
     with pytest.raises(UserError, match="memory_efficient_linear must be false"):
-        deepspeed_config(profile, train_section(Case(), 1), accumulation=1)
+        build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1)
 
 
 def _whole_from_pieces(topology: Topology) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     student = build(Case(), topology)
     run_steps(Case(), student, topology, range(1))
     whole = {name: safe_get_full_fp32_param(p).clone() for name, p in student._model.named_parameters()}
-    return whole, {key: value for key, value in student.local_state().items() if key.startswith("master/")}
+    return whole, {key: value for key, value in student.state.local().items() if key.startswith("master/")}
 
 
 def test_what_is_saved_is_the_whole_model() -> None:

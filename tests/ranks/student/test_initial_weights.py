@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.config import Recipe, StudentSection
 from megadistill.data import TokenStream
-from megadistill.distributed.topology import Launch, Topology
-from megadistill.loss import label_loss
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology
+from megadistill.loss import Head, label_loss
 from megadistill.models.families import load_config, logit_transform
 from megadistill.models.fingerprint import teacher_fingerprint
-from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from tests.corpora import VOCAB as TEXT_VOCAB
@@ -38,13 +39,13 @@ def _batch(rank: int) -> tuple[Tensor, Tensor]:
 
 def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[str, Any]:
     config = load_config(CASES[name], what="test")
-    profile = load_deepspeed(DS_CONFIGS / "cpu.json")
-    profile["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
+    deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
+    deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
     student = WatchedStudent(
         config,
         section=StudentSection(config={}, weights=folder, vocab_multiple=MULTIPLE),
         train=train_section(Case(), topology.world),
-        profile=profile,
+        deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
         seed=SEED,
         accumulation=1,
@@ -56,12 +57,10 @@ def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[
     tokens, labels = _batch(topology.rank)
     hidden = student.hidden(tokens)
     terms = label_loss(
-        hidden,
-        student.head.weight(),
+        Head(hidden, student.head.weight(), transform=logit_transform(config)),
         labels.flatten(),
         token_weights=torch.full((labels.numel(),), 1 / (labels.numel() * topology.world)),
         vocab=student.head.vocab,
-        student_logits=logit_transform(config),
     )
     student.backward(terms.loss)
     student.step(1e-3)
@@ -70,7 +69,7 @@ def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[
         "hidden": hidden.detach(),
         "loss": float(terms.loss),
         "gradients": student.gradients[0],
-        "unlike": student.params_differing_from_master(),
+        "unlike": student.state.params_differing_from_master(),
     }
 
 

@@ -110,10 +110,10 @@ def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: in
         assert checkpoint is not None
         assert checkpoint.manifest.step == first
         checkpoint.verify()
-        student.load_local_state(checkpoint.read)
+        student.state.load(checkpoint.read)
     steps = run_steps(case, student, topology, range(first, last))
-    state = {**student.local_state(), "rng": torch.get_rng_state()}
-    save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.parameters)
+    state = {**student.state.local(), "rng": torch.get_rng_state()}
+    save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.state.shapes)
     return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 
@@ -169,9 +169,9 @@ def _loaded_back_after_a_step(topology: Topology, case: Case) -> tuple[dict[str,
     """The same step twice, from the same state: the second time it is loaded into an engine that has moved on."""
     student = build(case, topology)
     run_steps(case, student, topology, range(1))
-    state = student.local_state()
+    state = student.state.local()
     (first,) = run_steps(case, student, topology, range(1, 2))
-    student.load_local_state(lambda key, start, stop: state[key])  # each rank reads back its own pieces
+    student.state.load(lambda key, start, stop: state[key])  # each rank reads back its own pieces
     (second,) = run_steps(case, student, topology, range(1, 2))
     return first, second
 

@@ -52,7 +52,7 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
     """Rank 1's disk takes a step longer than rank 0's; meanwhile the student moves on."""
     student = build(Case(persistence=10_000), topology)
     run_steps(Case(), student, topology, range(1))
-    state = {**student.local_state(), "rng": torch.get_rng_state()}
+    state = {**student.state.local(), "rng": torch.get_rng_state()}
     true = {name: value.clone() for name, value in state.items()}
     opened, write = threading.Event(), checkpoint.write_rank
 
@@ -62,7 +62,7 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
 
     writer.write_rank = held  # type: ignore[attr-defined]
     made = _saver(topology, run)
-    began = made.start(state, manifest_of(1, world=topology.world, parameters=student.parameters))
+    began = made.start(state, manifest_of(1, world=topology.world, parameters=student.state.shapes))
     visible = []
 
     def at_step(step: int) -> None:
@@ -76,7 +76,7 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
     made.close()
     assert result.path is not None
     saved = load_file(result.path / rank_file(topology.rank, topology.world))
-    later = student.local_state()
+    later = student.state.local()
     checkpoint.Checkpoint(result.path).verify()
     return {
         "began": began,

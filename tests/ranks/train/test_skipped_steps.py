@@ -95,14 +95,14 @@ class Found:
 def _steps(topology: Topology, case: Case, bad: bool) -> Found:
     """Steps 0 and 4, and between them, if `bad`, three that the last rank spoils."""
     student = build(case, topology)
-    found = Found([_step(student, case, topology, 0)], [student.local_state()])
+    found = Found([_step(student, case, topology, 0)], [student.state.local()])
     if bad:
         for step, what in enumerate(BAD, start=1):
             with _spoiled(student, what, here=topology.rank == topology.world - 1):
                 found.outcomes.append(_step(student, case, topology, step))
-            found.states.append(student.local_state())
+            found.states.append(student.state.local())
     found.outcomes.append(_step(student, case, topology, 4))
-    found.states.append(student.local_state())
+    found.states.append(student.state.local())
     return found
 
 
@@ -138,11 +138,11 @@ def _a_bad_first_step(topology: Topology) -> tuple[bool, list[str], int]:
     student = build(Case(), topology)
     with _spoiled(student, "hidden", here=True):
         skipped = _step(student, Case(), topology, 0).skipped
-    state = student.local_state()
+    state = student.state.local()
     _step(student, Case(), topology, 1)
-    moved = student.local_state()
-    student.load_local_state(lambda key, start, stop: state[key])
-    return skipped, _differ(student.local_state(), state), len(_differ(moved, state))
+    moved = student.state.local()
+    student.state.load(lambda key, start, stop: state[key])
+    return skipped, _differ(student.state.local(), state), len(_differ(moved, state))
 
 
 def test_the_very_first_step_may_be_skipped_and_saved() -> None:

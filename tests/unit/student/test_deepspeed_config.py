@@ -8,12 +8,12 @@ import pytest
 
 from megadistill.config import TrainSection, dotted
 from megadistill.errors import UserError
-from megadistill.student.deepspeed_config import deepspeed_config, load_deepspeed
+from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
 from tests.paths import DS_CONFIGS, ROOT
 
 
 def _train(**sizes: int) -> TrainSection:
-    values = {"steps": 1, "global_batch": 1, "micro_batch": 1, "adamw": {"learning_rate": 1e-3}, **sizes}
+    values = {"steps": 1, "global_batch": 1, "micro_batch": 1, "optimizer": {"learning_rate": 1e-3}, **sizes}
     return TrainSection.model_validate(values)
 
 
@@ -26,8 +26,8 @@ def test_these_files_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_deepspeed_file_that_we_ship_is_accepted_and_explained_key_by_key(name: str) -> None:
-    values = load_deepspeed(DS_CONFIGS / name)
-    deepspeed_config(values, _train(global_batch=8), accumulation=1)
+    values = load_deepspeed_config(DS_CONFIGS / name)
+    build_engine_config(values, _train(global_batch=8), accumulation=1)
     page = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
     unexplained = [key for key in dotted(values) if f"`{key.rpartition('.')[2]}`" not in page]
     assert not unexplained
@@ -39,9 +39,9 @@ def test_a_deepspeed_file_that_we_ship_is_accepted_and_explained_key_by_key(name
     [
         ("train_micro_batch_size_per_gpu", 4, "train.micro_batch"),
         ("gradient_accumulation_steps", 2, "train.global_batch"),
-        ("gradient_clipping", 1.0, "train.clip"),
+        ("gradient_clipping", 1.0, "train.max_grad_norm"),
         ("bf16", {"enabled": True}, "train.precision"),
-        ("optimizer", {"type": "AdamW"}, "train.adamw"),
+        ("optimizer", {"type": "AdamW"}, "train.optimizer"),
     ],
 )
 def test_a_deepspeed_file_that_sets_what_the_recipe_owns_is_refused(
@@ -50,19 +50,19 @@ def test_a_deepspeed_file_that_sets_what_the_recipe_owns_is_refused(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, key: value}), encoding="utf-8")
     with pytest.raises(UserError, match=f"sets {key}.*{owner}"):
-        load_deepspeed(path)
+        load_deepspeed_config(path)
 
 
 def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "auto"}}), encoding="utf-8")
     with pytest.raises(UserError, match=r"zero_optimization\.reduce_bucket_size"):
-        load_deepspeed(path)
+        load_deepspeed_config(path)
     path.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="JSON"):
-        load_deepspeed(path)
+        load_deepspeed_config(path)
     with pytest.raises(UserError, match="no file"):
-        load_deepspeed(tmp_path / "missing.json")
+        load_deepspeed_config(tmp_path / "missing.json")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
 def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> None:
     train = _train(global_batch=24, micro_batch=2)
     with pytest.raises(UserError, match=says):
-        deepspeed_config({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}, train, accumulation=2)
+        build_engine_config(
+            {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}, train, accumulation=2
+        )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> 
             {"zero_optimization": {"mics_shard_size": 8}},
             "mics_shard_size: DeepSpeed removed MiCS; zero_hpz_partition_si",
         ),
-        ({"zero_optimization": {"zenflow": {}}}, "ZenFlow takes the place of train.adamw"),
+        ({"zero_optimization": {"zenflow": {}}}, "ZenFlow takes the place of train.optimizer"),
         ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed removed it"),
         ({"curriculum_learning": {}}, "stages of data.sources"),
     ],
@@ -110,5 +112,5 @@ def test_a_key_that_is_mistyped_or_gone_is_refused_with_the_way_out(
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(UserError, match=says) as caught:
-        load_deepspeed(path)
+        load_deepspeed_config(path)
     assert "\n" not in str(caught.value)
