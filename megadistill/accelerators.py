@@ -1,4 +1,4 @@
-"""Kinds of GPU: peak, memory and links, from a data file. It knows no torch, no model and no cluster."""
+"""Kinds of GPU with their peaks, memory and bandwidths, from a data file."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -22,16 +22,16 @@ class Accelerator(BaseModel):
 
     name: str = Field(min_length=1)
     devices: list[str] = []
-    """Parts of the device's name as the driver says it."""
+    """Parts of the device's name that the driver reports."""
     peak_tflops: dict[str, float] = Field(min_length=1)
-    """Precision of the recipe -> dense peak."""
+    """Precision of the recipe -> dense peak, TFLOP/s."""
     memory_gb: float = Field(gt=0)
     node_gb_per_s: float = Field(gt=0)
-    """One way, to the GPUs of the same node."""
+    """GB/s one way to the GPUs of the same node."""
     network_gb_per_s: float = Field(gt=0)
-    """One way, to other nodes."""
+    """GB/s one way to other nodes."""
     source: str = Field(min_length=1)
-    """Where these numbers are from."""
+    """Source of these numbers."""
 
     @property
     def memory_bytes(self) -> int:
@@ -46,10 +46,10 @@ class Accelerator(BaseModel):
         return self.network_gb_per_s * GB
 
     def peak_flops(self, precision: str) -> float:
-        """Dense, FLOP/s.
+        """Dense peak, FLOP/s.
 
         Raises:
-            UserError: it has no such matrix units, or nobody wrote their peak down.
+            UserError: it has no such matrix units, or their peak is not known.
         """
         if precision not in self.peak_tflops:
             known = ", ".join(self.peak_tflops)
@@ -86,7 +86,7 @@ def accelerator(kind: str) -> Accelerator:
 
 
 def accelerator_of(device: str) -> Accelerator | None:
-    """The kind of a device by its driver's name; of several parts that fit, the longest decides."""
+    """The kind of a device by the name that its driver reports; of several matching parts, the longest decides."""
     fitting = [(len(part), kind) for kind in accelerators().values() for part in kind.devices if part in device]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
@@ -105,12 +105,12 @@ def _validated(values: Any, source: str) -> dict[str, Accelerator]:
         raise UserError(
             f"--gpu {source}: holds no kind: write NAME: and below it {', '.join(Accelerator.model_fields)}"
         )
-    found = {}
+    kinds = {}
     for kind, described in values.items():
         try:
-            found[str(kind)] = Accelerator.model_validate(described)
+            kinds[str(kind)] = Accelerator.model_validate(described)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join([str(kind), *map(str, first["loc"])])
             raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {first['input']!r}") from None
-    return found
+    return kinds

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.loss import AgainstTeacher, TokenTerms, VocabSlice, token_terms
-from megadistill.models.families import decoder, load_config, logit_transform, reading
+from megadistill.loss import AgainstTeacher, Head, TokenTerms, VocabSlice, token_terms
+from megadistill.models.families import decoder, forward_inputs, load_config, logit_transform
 from megadistill.models.weights import check_weights
-from megadistill.types import IGNORED_LABEL, LogitTransform, TokenBatch
+from megadistill.types import IGNORED_LABEL, TokenBatch
 
 
 def check_model(folder: Path, manifest: Manifest) -> None:
@@ -56,21 +56,20 @@ def batch_terms(
     teacher, students = (models[0], models[1:]) if first_is_teacher else (None, models)
     vocab = VocabSlice.contiguous(0, vocab_size, size=vocab_size)
     terms: list[TokenTerms] = []
-    against: dict[str, Any] = {}
+    teacher_head = None
     if teacher is not None:
-        teacher_ND, head, logits = _read(teacher, batch, labelled, vocab_size)
-        against = {"teacher_hidden": teacher_ND, "teacher_weight": head, "teacher_logits": logits}
-        alone = token_terms(teacher_ND, head, labels_N, vocab=vocab, student_logits=logits)
+        teacher_head = _head(teacher, batch, labelled, vocab_size)
+        alone = token_terms(teacher_head, labels_N, vocab=vocab)
         none_N, all_N = torch.zeros_like(alone.entropy), torch.ones_like(alone.entropy)
         terms.append(replace(alone, teacher=AgainstTeacher(kl=none_N, jsd=none_N, acceptance=all_N, agreement=all_N)))
     for student in students:
-        hidden_ND, head, logits = _read(student, batch, labelled, vocab_size)
-        terms.append(token_terms(hidden_ND, head, labels_N, vocab=vocab, student_logits=logits, **against))
+        student_head = _head(student, batch, labelled, vocab_size)
+        terms.append(token_terms(student_head, labels_N, vocab=vocab, teacher=teacher_head))
     return terms
 
 
-def _read(model: Any, batch: TokenBatch, labelled: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, LogitTransform]:
-    """Final hidden states [N, D] of the `labelled` tokens, the head without padding rows, and its transform."""
-    hidden: Tensor = decoder(model)(**reading(batch.tokens, batch.positions)).last_hidden_state
-    head = model.get_output_embeddings().weight[:vocab_size]
-    return hidden.flatten(0, 1)[labelled], head, logit_transform(model.config)
+def _head(model: Any, batch: TokenBatch, labelled: Tensor, vocab_size: int) -> Head:
+    """Final hidden states [N, D] of the `labelled` tokens, and the LM head without padding rows."""
+    hidden: Tensor = decoder(model)(**forward_inputs(batch.tokens, batch.positions)).last_hidden_state
+    weight = model.get_output_embeddings().weight[:vocab_size]
+    return Head(hidden.flatten(0, 1)[labelled], weight, transform=logit_transform(model.config))

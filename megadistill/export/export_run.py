@@ -1,65 +1,65 @@
-"""Room `export`: from a checkpoint to a Hugging Face folder, tensor by tensor. It starts no ranks, and needs no GPU."""
+"""Export of a checkpoint to a Hugging Face folder, tensor by tensor, in one process without a GPU."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megadistill.config import Recipe, validate_recipe
+from megadistill.config import validate_recipe
 from megadistill.errors import UserError
 from megadistill.export.model_card import Origin, model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
 from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, newest_checkpoint
-from megadistill.train.checkpoint.rollback import given_up, read_rollbacks
+from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, student_config_of
 
 
 def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes: int, dtype: Precision | None) -> int:
-    """Writes the student of a checkpoint to `output`, with a card that says what it was trained on; its step.
+    """Writes the student of a checkpoint to `output` with a model card, and returns the checkpoint's step.
 
-    `source`: a run folder, whose newest checkpoint it is, or that of `step`; or a checkpoint's own folder. The float32
-    master weights are rounded once, to `dtype` or to the run's precision, which is what the training model computes
-    with. Held in memory: a shard of `max_shard_bytes`, as much of the checkpoint, and one parameter in float32.
+    `source`: a run folder, for its newest checkpoint or that of `step`; or a checkpoint's own folder. The float32
+    master weights are rounded once, to `dtype` or to the run's precision, which the training model computes with.
+    Memory holds a shard of `max_shard_bytes`, as much of the checkpoint, and one parameter in float32.
 
     Raises:
-        UserError: neither a run folder nor a checkpoint, no such step, or an output that exists.
+        UserError: no run folder and no checkpoint, no such step, or an output that exists.
         OperatorFault: the checkpoint is damaged.
     """
     if max_shard_bytes < 1:
         raise UserError("--max-shard-mb: a shard needs at least 1 MB")
     if output.exists():  # before a checkpoint of terabytes is read
         raise UserError(f"{output} exists already; remove it, or export to another folder")
-    run, checkpoint = _found(source, step)
+    run, checkpoint = _find_checkpoint(source, step)
     manifest = checkpoint.manifest
-    recipe = _recipe_of(run, checkpoint)
-    numbers = torch_dtype(dtype or recipe.train.precision)
+    if not manifest.recipe:
+        raise UserError(f"{checkpoint.folder} is of format 1, without a recipe: resume its run and export a later step")
+    recipe = validate_recipe(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
+    weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
-    config = exported_config(config, dtype=numbers, true_vocab=manifest.vocab_size)
+    config = exported_config(config, dtype=weights_dtype, true_vocab=manifest.vocab_size)
     tokenizer = run / TOKENIZER_FOLDER if run is not None else None
     if tokenizer is None:
-        print(f"{checkpoint.folder} lies in no run folder: no tokenizer is exported with it", file=sys.stderr)
+        print(f"{checkpoint.folder} is in no run folder: it is exported without a tokenizer", file=sys.stderr)
     checkpoint.verify()
     export_model(
         output,
         config=config,
         tensors=_readers(checkpoint, mapped_bytes=max_shard_bytes),
-        dtype=numbers,
+        dtype=weights_dtype,
         true_vocab=manifest.vocab_size,
         max_shard_bytes=max_shard_bytes,
         tokenizer_folder=tokenizer,
-        card=model_card(output.name, Origin(checkpoint, recipe, run, config)),
+        texts={"README.md": model_card(output.name, Origin(checkpoint, recipe, run, config))},
     )
     return manifest.step
 
 
 def _readers(checkpoint: Checkpoint, *, mapped_bytes: int) -> list[NamedReader]:
-    """A reader for each parameter. The checkpoint's files are let go whenever `mapped_bytes` of them have been read."""
+    """A reader for each parameter. The checkpoint's files are unmapped after every `mapped_bytes` that are read."""
     mapped = 0
 
     def read(name: str) -> Tensor:
@@ -74,14 +74,14 @@ def _readers(checkpoint: Checkpoint, *, mapped_bytes: int) -> list[NamedReader]:
     return [(name, torch.Size(shape), partial(read, name)) for name, shape in checkpoint.manifest.parameters.items()]
 
 
-def _found(source: Path, step: int | None) -> tuple[Path | None, Checkpoint]:
+def _find_checkpoint(source: Path, step: int | None) -> tuple[Path | None, Checkpoint]:
     """The run folder, where there is one, and the checkpoint."""
     if (source / "recipe.json").is_file():
         return source, _checkpoint_of(source, step)
     if not (source / "manifest.json").is_file():
         raise UserError(
-            f"{source} is no run folder: it has no recipe.json; and no checkpoint: it has no manifest.json. Name a run "
-            "folder, or one of its checkpoints/step-…"
+            f"{source}: not a run folder (no recipe.json) or a checkpoint (no manifest.json). Name a run folder, or "
+            "one of its checkpoints/step-…"
         )
     checkpoint = Checkpoint(source)
     if step not in (None, checkpoint.manifest.step):
@@ -96,30 +96,11 @@ def _checkpoint_of(run: Path, step: int | None) -> Checkpoint:
         newest = newest_checkpoint(folder)
         if newest is None:
             raise UserError(f"{run} has no checkpoint yet: train it, or lower train.checkpoint_every")
-        if given_up(newest.manifest, read_rollbacks(run)):
-            raise UserError(
-                f"{newest.folder} is newest, but a rollback has left it for an older one: name a step with --step"
-            )
+        if is_abandoned(newest.manifest, read_rollbacks(run)):
+            raise UserError(f"{newest.folder} is newest, but a rollback abandoned it: name a step with --step")
         return newest
     complete = checkpoint_folders(folder)
     if step not in complete:
-        found = ", ".join(map(str, complete)) or "none"
-        raise UserError(f"--step {step}: {run} has no checkpoint of it; it has {found}")
+        steps = ", ".join(map(str, complete)) or "none"
+        raise UserError(f"--step {step}: {run} has no checkpoint of it; it has {steps}")
     return Checkpoint(complete[step])
-
-
-def _recipe_of(run: Path | None, checkpoint: Checkpoint) -> Recipe:
-    """The recipe that wrote the checkpoint: its own word, or the run folder's, where its format has none."""
-    if checkpoint.manifest.recipe:
-        return validate_recipe(checkpoint.manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
-    if run is None:
-        raise UserError(
-            f"{checkpoint.folder} does not say its recipe, as checkpoints of format 1 do not: put it back into its run "
-            "folder, below checkpoints/"
-        )
-    path = run / "recipe.json"
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return validate_recipe(values, source=str(path))

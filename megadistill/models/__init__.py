@@ -1,1 +1,1 @@
-"""Hugging Face models: built from a config, cut by layers, read by slices, exported. Knows no ranks, no engine."""
+"""Hugging Face models: built from a config, cut by layers, read by slices, exported."""

@@ -1,4 +1,4 @@
-"""Room `model`: the architectures that are supported, from a config to a model. It knows no ranks and no engine.
+"""Supported architectures, from a config to a model.
 
 A family is supported when the tests hold it against transformers: cut into stages, counted, exported and loaded back.
 Code that comes with a checkpoint is never run: the classes are transformers' own.
@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,25 +27,28 @@ from megadistill.errors import UserError, nearest
 from megadistill.models.experts import ExpertNames
 from megadistill.types import LogitTransform
 
+ModelConfig: TypeAlias = PretrainedConfig
+Model: TypeAlias = PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a `model_type` apart, beyond the transformers class that it names."""
+    """Properties of a `model_type` beyond its transformers class."""
 
     attention: str = "sdpa"
-    """The implementation that computes all of the family's attention: torch's own knows no softcap on the scores."""
-    neutral_norm: float = 1.0
-    """The weight with which a norm only normalises, and from which it is trained: Gemma's norms add 1 to theirs."""
+    """Implementation that computes the family's attention: torch's own has no softcap on the scores."""
+    norm_init: float = 1.0
+    """Initial weight of a norm, with which it only normalises: Gemma's norms add 1 to theirs."""
     more_keys: tuple[str, ...] = ()
     """Keys of its configs that transformers reads, but does not declare."""
     experts: ExpertNames | None = None
-    """How a mixture names its experts. A student's router learns from the loss alone: the auxiliary losses that keep
-    experts evenly loaded (`router_aux_loss_coef`) are left out."""
+    """Names of a mixture's experts. A student's router learns from the loss alone: the auxiliary losses that
+    balance the experts' load (`router_aux_loss_coef`) are not used."""
 
 
 FAMILIES = {
-    "gemma2": Family(attention="eager", neutral_norm=0.0),
-    "gemma3_text": Family(neutral_norm=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
+    "gemma2": Family(attention="eager", norm_init=0.0),
+    "gemma3_text": Family(norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
     "llama": Family(),
     "mistral": Family(),
     "mixtral": Family(experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")),
@@ -162,8 +165,8 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def reading(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
-    """What a decoder is called with: x is tokens [B, S], or hidden states [B, S, E] of the layers before.
+def forward_inputs(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """Keyword arguments of a decoder's forward pass: `x` is tokens [B, S], or hidden states [B, S, E].
 
     `positions` [B, S] int64 restart at 0 where a document begins. transformers' masks follow from them: where they do
     not go up by one, another document begins, and no token attends to one before it. None: a row is one document.
@@ -173,11 +176,11 @@ def reading(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """What the model does to its head's products, by the names that transformers' families give it.
+    """The transform of the head's products into logits, by the config keys of transformers' families.
 
     Gemma bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
-    (`logits_scaling`). A key does nothing where it is absent or None, nor where the family does not have it:
-    transformers keeps a stray one in silence, and does not obey it.
+    (`logits_scaling`). A key has no effect where it is absent or None, nor where the family does not
+    declare it: transformers keeps and ignores it.
 
     Raises:
         ValueError, ZeroDivisionError: a softcap that is not positive, or a scale that is 0.

@@ -1,4 +1,4 @@
-"""Room `model`: which weights a folder holds, told in seconds. It knows no architecture and no ranks."""
+"""Fingerprint of a folder's weights, from a few rows of each tensor."""
 
 import hashlib
 import json
@@ -11,15 +11,14 @@ from megadistill.errors import UserError
 from megadistill.models.hf_folder import SafetensorsFolder
 
 SAMPLED_ROWS: Final = 4
-"""Of each tensor; they are looked at, and the rest is not."""
+"""Rows of each tensor that are hashed."""
 
 
 def teacher_fingerprint(folder: Path) -> str:
     """sha256 over config.json and, for each tensor, its name, type, shape and first rows.
 
-    How the tensors are dealt out to files does not matter. Headers alone would be the same for any two checkpoints of
-    one architecture; training moves all rows. What is not seen is an edit by hand of later rows, of a few tokens'
-    embeddings for instance.
+    The distribution of the tensors over files does not matter. Headers alone are equal for all checkpoints of one
+    architecture; training changes all rows. An edit of later rows by hand is not detected.
 
     Raises:
         UserError: the folder holds no config.json, or no weights that can be read.

@@ -1,4 +1,4 @@
-"""Room `model`: parameters and FLOPs of a model, counted on meta. It knows no hardware and no schedule.
+"""Parameters and FLOPs of a model, counted on meta.
 
 Legend: B body parameters, A those of them that a token passes through (all, but in a mixture of experts), V vocabulary,
 d width, L layers, s sequence length, a attention width (heads × head size).
@@ -22,9 +22,9 @@ class ParameterCounts:
     """Parameters of a model. A tied head is the embedding, so it counts 0."""
 
     body: int
-    """B: all but embedding and head; what memory and traffic are counted by."""
+    """B: all but embedding and head."""
     active_body: int
-    """A: what FLOPs are counted by."""
+    """A: parameters that a token is multiplied by, from which FLOPs are counted."""
     embedding: int
     head: int
 
@@ -67,7 +67,7 @@ def layer_costs(config: PretrainedConfig) -> list[int]:
 
 
 def layer_parameters(config: PretrainedConfig) -> list[int]:
-    """Parameters of each layer, every expert's too: what a stage's memory is counted by."""
+    """Parameters of each layer, with those of all experts: a stage's memory is counted from them."""
     return _by_layer(config, lambda name, shape: shape.numel())
 
 

@@ -1,7 +1,4 @@
-"""Room `model`: a model and its tokenizer out of a GGUF file, as a Hugging Face folder. It knows no ranks, no engine.
-
-Done once, before a run: `recipes/smollm2.yaml` shows how.
-"""
+"""Conversion of a GGUF file to a Hugging Face folder, once before a run (see `recipes/smollm2.yaml`)."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +13,7 @@ from megadistill.models.families import FAMILIES
 from megadistill.models.hf_export import export_model
 
 READERS = ("gguf", "accelerate")
-"""The packages that transformers reads a GGUF file with."""
+"""Packages with which transformers reads a GGUF file."""
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -31,7 +28,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """
     if missing := [name for name in READERS if find_spec(name) is None]:
         raise UserError(f"{file}: reading GGUF takes {' and '.join(missing)}: pip install 'megadistill[smollm2]'")
-    if folder.exists():  # before the minute that reading takes
+    if folder.exists():  # before reading, which takes a minute
         raise UserError(f"{folder} exists already; remove it, or convert to another folder")
     model = _read(file)
     config = model.config

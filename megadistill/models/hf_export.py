@@ -1,10 +1,10 @@
-"""Room `model`: writes a Hugging Face model folder, one shard in memory at a time. It knows no ranks and no engine."""
+"""Export of a model to a Hugging Face folder, with one shard in memory at a time."""
 
 import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,14 +15,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from megadistill import __version__
 from megadistill.errors import UserError
-from megadistill.models.experts import pieces
+from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
 from megadistill.models.hf_folder import INDEX_FILE
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 NamedReader = tuple[str, Sequence[int], Callable[[], Tensor]]
-"""A parameter's name, its shape with padding, and what reads it."""
+"""A parameter's name, its shape with padding, and a function that reads it."""
 
 
 def export_model(
@@ -34,14 +34,14 @@ def export_model(
     true_vocab: int,
     max_shard_bytes: int,
     tokenizer_folder: Path | None,
-    card: str | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model where `AutoModelForCausalLM.from_pretrained(folder)` finds it: whole, or not at all.
 
-    Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger parameter) is what
-    is held in memory, and one parameter more. Fused experts are written one by one, as their family's checkpoints are.
-    The rows of embedding and head from `true_vocab` on are padding and stay out, as does a tied head. `card` is the
-    text of README.md; None: one that tells the sizes alone.
+    Each reader is called once, when its shard is written; a shard (`max_shard_bytes`, or one larger parameter) is
+    held in memory, and one parameter more. Fused experts are written one by one, as their family's checkpoints are.
+    The rows of embedding and head from `true_vocab` on are padding and are not written, nor is a tied head.
+    `texts`: further files by name; README.md is a short model card unless it is among them.
 
     Raises:
         UserError: the folder exists, the tensors are not those of the config, or there is no tokenizer to copy.
@@ -54,15 +54,15 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and renamed, so that a reader never meets half a model.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
-        unfinished = Path(beside) / folder.name
-        unfinished.mkdir()
-        config.save_pretrained(unfinished)
-        _write_shards(unfinished, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        staging = Path(beside) / folder.name
+        staging.mkdir()
+        config.save_pretrained(staging)
+        _write_shards(staging, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
         if tokenizer_folder is not None:
-            _copy_tokenizer(tokenizer_folder, unfinished)
-        card = card or _model_card(folder.name, config, shapes)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        unfinished.rename(folder)
+            _copy_tokenizer(tokenizer_folder, staging)
+        for name, text in {"README.md": _model_card(folder.name, config, shapes), **(texts or {})}.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        staging.rename(folder)
 
 
 def exported_config(config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int) -> PretrainedConfig:
@@ -123,18 +123,18 @@ def _write_shards(
 
 
 def _stored(config: PretrainedConfig, name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """Checkpoint name -> tensor. An expert is copied out of its stack: safetensors refuses views of one storage."""
-    found = pieces(name, parameter.shape, family(config).experts)
-    if len(found) == 1:
-        return {found[0].name: found[0].of(parameter).contiguous()}
-    return {piece.name: piece.of(parameter).clone(memory_format=torch.contiguous_format) for piece in found}
+    """Checkpoint name -> tensor. Experts are copied, as safetensors refuses views of one storage."""
+    stored = stored_tensors(name, parameter.shape, family(config).experts)
+    if len(stored) == 1:
+        return {stored[0].name: stored[0].view(parameter).contiguous()}
+    return {each.name: each.view(parameter).clone(memory_format=torch.contiguous_format) for each in stored}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
+    files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not files:
         raise UserError(f"{source} has no tokenizer to export: none of {', '.join(TOKENIZER_FILES)}")
-    for name in found:
+    for name in files:
         shutil.copyfile(source / name, target / name)
 
 
@@ -147,19 +147,6 @@ pipeline_tag: text-generation
 
 # {name}
 
-A {config.architectures[0]} of {parameters:,} parameters, exported by megadistill {__version__}.
-
-| | |
-|---|---|
-| vocabulary | {config.vocab_size:,} |
-| layers | {config.num_hidden_layers} |
-| width | {config.hidden_size} |
-| positions | {config.max_position_embeddings:,} |
-| numbers | {str(config.dtype).removeprefix("torch.")} |
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```
+A {config.architectures[0]} of {parameters:,} parameters with a vocabulary of {config.vocab_size:,} ids, exported by
+megadistill {__version__}.
 """

@@ -1,8 +1,8 @@
-"""Room `model`: reads a folder of safetensors, tensor by tensor or row by row. It knows no architecture and no ranks.
+"""Reader of a folder of safetensors, tensor by tensor or row by row.
 
-Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when a tensor of it is asked for,
-so a rank never touches the files of the other stages. What is read is a view of the file, mapped into memory: pages
-that were touched count as this process's memory until the last view is gone, so copy what you keep and drop the view.
+Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when one of its tensors is read,
+so a rank never opens the files of other stages. Tensors are views of the file, mapped into memory: its pages count as
+this process's memory until the last view is freed, so copy the tensors that you keep and drop the views.
 """
 
 import json
@@ -52,14 +52,14 @@ class SafetensorsFolder:
         return torch.Size(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The floating type in which it is stored; integers and 8-bit floats are quantised weights: refused."""
+        """The stored floating type of a tensor; integers and 8-bit floats are quantised weights, which are refused."""
         stored = self._slice(name).get_dtype()
         if stored not in _FLOATS:
             raise UserError(f"{name} in {self.folder} is stored as {stored}: quantised weights are not supported")
         return _FLOATS[stored]
 
     def tensors(self, names: Sequence[str]) -> Iterator[Tensor]:
-        """The whole tensors, one after the other, as they are stored: views of the mapped files, on the CPU."""
+        """The whole tensors, one after the other, in their stored types: views of the mapped files, on the CPU."""
         opened: dict[str, Any] = {}
         for name in names:
             self.dtype(name)
@@ -72,7 +72,7 @@ class SafetensorsFolder:
         """The rows of half-open `ranges`, one range after the other. Only these rows are read."""
         rows = self.shape(name)[0]
         # safetensors, like Python, would cut a range that reaches too far
-        assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, asked for {ranges}"
+        assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, not {ranges}"
         self.dtype(name)
         stored = self._opened(self._files[name]).get_slice(name)
         return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
@@ -89,13 +89,13 @@ class SafetensorsFolder:
             ) from None
 
     def _header(self, file: str) -> Any:
-        """The file, kept open for names, shapes and types: no tensor is read through it."""
+        """The file, opened once for names, shapes and types: no tensor is read through it."""
         if file not in self._headers:
             self._headers[file] = self._opened(file)
         return self._headers[file]
 
     def _opened(self, file: str) -> Any:
-        """The file, mapped. safetensors reads its header, and holds the tensors' places against the file's size."""
+        """The file, mapped. safetensors reads its header, and checks the tensors' offsets against the file's size."""
         path = self.folder / file
         try:
             return safe_open(path, framework="pt", device="cpu")

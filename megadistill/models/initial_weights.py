@@ -1,7 +1,7 @@
-"""Room `model`: the first values of a model out of another one's folder, by ranges of elements. It knows no ranks.
+"""Initial weights of a student from a Hugging Face folder, read by ranges of elements.
 
-A student that goes on from a pruned teacher, or from an earlier student, starts from a Hugging Face folder. ZeRO-3
-keeps a flat piece of each parameter on each rank, so a rank asks for its piece alone, and reads the rows around it.
+The folder is a pruned teacher or an earlier student. ZeRO-3 keeps a flat piece of each parameter on each rank, so a
+rank reads only the rows that its piece lies in.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from transformers import PretrainedConfig
 
 from megadistill.errors import UserError
-from megadistill.models.experts import pieces
+from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, load_config
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights
@@ -24,7 +24,7 @@ FREE_KEYS = (
     "bos_token_id",
     "eos_token_id",
     "initializer_range",
-    "max_window_layers",  # layer_types says what follows from it
+    "max_window_layers",  # layer_types has its effect
     "output_router_logits",
     "pad_token_id",
     "pretraining_tp",
@@ -33,13 +33,13 @@ FREE_KEYS = (
     "use_cache",
     "vocab_size",  # the rows are compared with the data's
 )
-"""Keys in which the two configs may differ: they do not change what the weights compute here."""
+"""Keys in which the two configs may differ: they do not change the computation of the weights here."""
 
 MAX_DIFFERENCES = 5
-"""That a message names."""
+"""Maximum number of differences that a message lists."""
 
 
-class StartingWeights:
+class InitialWeights:
     """The parameters of a folder, for a model of `config` whose vocabulary of `vocab_size` ids may be padded.
 
     Raises, from every method:
@@ -54,12 +54,12 @@ class StartingWeights:
     def read(self, name: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened parameter `name`: float32, on the host; padding rows are zero.
 
-        A narrower type is widened exactly. Memory: what is asked for, and at most a row more at either end.
+        A narrower type is widened exactly. Memory: the range, and at most a row more at either end.
         """
-        found = torch.zeros(stop - start, dtype=torch.float32)
+        values = torch.zeros(stop - start, dtype=torch.float32)
         whole = torch.empty(Size(shape), device="meta")
-        for piece in pieces(name, shape, self._experts):  # each is a run of the flattened parameter
-            place = piece.of(whole)
+        for tensor in stored_tensors(name, shape, self._experts):  # each is contiguous in the flattened parameter
+            place = tensor.view(whole)
             first = int(place.storage_offset())
             rows = self._vocab_size if name in (EMBEDDING, HEAD) else place.shape[0]
             width = place.shape[1:].numel()
@@ -67,16 +67,16 @@ class StartingWeights:
             if low >= high:
                 continue
             low_row, high_row = (low - first) // width, -(-(high - first) // width)
-            stored = self._weights.rows(piece.name, [(low_row, high_row)]).flatten()
+            stored = self._weights.rows(tensor.name, [(low_row, high_row)]).flatten()
             skip = low - first - low_row * width
-            found[low - start : high - start] = stored[skip : skip + high - low]
-        return found
+            values[low - start : high - start] = stored[skip : skip + high - low]
+        return values
 
 
-def check_starting_weights(folder: Path, config: PretrainedConfig, *, vocab_size: int) -> None:
+def check_initial_weights(folder: Path, config: PretrainedConfig, *, vocab_size: int) -> None:
     """Whether a model of `config` can start from the folder: the same model, all of it there. Headers alone are read.
 
-    More rows of the vocabulary than `vocab_size` are no fault: those beyond stay out.
+    The folder may have more rows of the vocabulary than `vocab_size`: those beyond are not read.
 
     Raises:
         UserError: the folder is no supported model or not whole, or is another model than `config` says.
@@ -98,7 +98,7 @@ def check_starting_weights(folder: Path, config: PretrainedConfig, *, vocab_size
 
 
 def _differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list[str]:
-    """What of two configs computes differently, key by key."""
+    """Keys of two configs whose values change the computation."""
     if theirs.model_type != ours.model_type:
         return [f"model_type is {theirs.model_type} there, {ours.model_type} here"]
     general = {field.name for field in fields(PretrainedConfig)}

@@ -1,7 +1,7 @@
-"""Room `model`: the first value of a parameter, from its name. It knows no model object, no ranks and no engine.
+"""Random initial values of a parameter, by its name.
 
-A parameter's numbers depend on (seed, name) alone, so they are the same for every world size, for every order in which
-parameters are filled, and whatever else has drawn random numbers before.
+They depend on (seed, name) alone, so they are the same for every world size, for every order in which parameters are
+filled, and whatever random numbers were drawn before.
 """
 
 from collections.abc import Sequence

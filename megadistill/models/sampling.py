@@ -71,7 +71,7 @@ def continuations(
         output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         logits_BV = output.logits[:, -1, :vocab_size].double()
-        chosen_B = drawn(logits_BV, uniforms_BN[:, place], temperature=temperature, top_p=top_p)
+        chosen_B = draw_ids(logits_BV, uniforms_BN[:, place], temperature=temperature, top_p=top_p)
         new_BN[:, place] = torch.where(ended_B, eos, chosen_B)
         ended_B |= new_BN[:, place] == eos
         all_ended, finite = torch.stack([ended_B.all(), logits_BV.isfinite().all()]).tolist()
@@ -83,7 +83,7 @@ def continuations(
     return new_BN.cpu()
 
 
-def drawn(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
+def draw_ids(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """[B]: for each row the id at which the most likely ids, one after the other, add up to more than its uniform
     number of what the fewest of them hold that reach `top_p`. Of equals the lowest id comes first.
 

@@ -1,7 +1,7 @@
-"""Room `model`: a small model of the same architecture, for a rehearsal before the run. It knows no ranks.
+"""A tiny model of the same architecture, for a dry run.
 
-Small in width, depth, experts and vocabulary; the size of a head, the kinds of layers and what the family does to its
-logits stay, so that the same kernels and the same code run.
+Width, depth, experts and vocabulary are small; the size of a head, the kinds of layers and the logit transform stay, so
+that the same kernels and the same code run.
 """
 
 import copy
@@ -18,8 +18,8 @@ from megadistill.models.weights import stored_shapes
 HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 4, 2
 
 
-def shrunken(config: PretrainedConfig, *, vocab_size: int, min_layers: int) -> PretrainedConfig:
-    """At least `min_layers` layers, and each kind of layer of `config` at least once."""
+def tiny_config(config: PretrainedConfig, *, vocab_size: int, min_layers: int) -> PretrainedConfig:
+    """A small config with at least `min_layers` layers, and each kind of layer of `config` at least once."""
     small = copy.deepcopy(config)
     heads = min(HEADS, config.num_attention_heads)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
@@ -51,7 +51,7 @@ def shrunken(config: PretrainedConfig, *, vocab_size: int, min_layers: int) -> P
 def write_random(config: PretrainedConfig, folder: Path, *, seed: int) -> None:
     """A model folder with `config` and initial weights, the same wherever it is written."""
     config.save_pretrained(folder)
-    norm = family(config).neutral_norm
+    norm = family(config).norm_init
     tensors = {
         name: initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
         for name, shape in stored_shapes(config).items()

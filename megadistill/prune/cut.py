@@ -1,9 +1,9 @@
-"""Room `model`: the parameters of a pruned model, cut out of the whole one's files. It knows no importance.
+"""Parameters of a pruned model, cut out of the whole model's files.
 
-An RMSNorm divides by the root of a mean over all channels. With fewer channels that mean is another, so the norm's
-weight is multiplied by what keeps its typical output: sqrt(n f / n'), with n and n' channels before and after, f the
-share of the square that the kept ones have. Where the others are zero that is exact. Gemma multiplies embeddings by
-sqrt(n), so its embedding makes up for the smaller n', and where that is the head, too, the last norm for the embedding.
+An RMSNorm divides by the root of a mean over all channels, which differs with fewer channels. Its weight is multiplied
+by sqrt(n f / n'), with n and n' channels before and after and f the share of the square in the remaining ones, which
+keeps its typical output; that is exact where the other channels are zero. Gemma multiplies embeddings by sqrt(n), so
+its embedding is scaled for the smaller n', and where that is the head as well, the last norm is scaled back.
 """
 
 import math
@@ -12,14 +12,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from megadistill.models.families import EMBEDDING, build_decoder, family, head_dim, parameter_shapes
+from megadistill.models.families import EMBEDDING, ModelConfig, build_decoder, family, head_dim, parameter_shapes
 from megadistill.models.flops import LAYERS
 from megadistill.models.hf_export import NamedReader
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import read_parameter
-from megadistill.prune.choice import Kept
+from megadistill.prune.choice import PruningChoice
 
 LAST_NORM = "model.norm.weight"
 
@@ -38,26 +37,26 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "q_norm": (HEADS,),
     "k_norm": (GROUPS,),
 }
-"""What the dimensions of each matrix of a layer count; a bias has the first of them, and any other norm HIDDEN."""
+"""Axes of each matrix of a layer; a bias has the first of them, and any other norm HIDDEN."""
 
 
 def pruned_tensors(
     weights: SafetensorsFolder,
-    config: PretrainedConfig,
-    small: PretrainedConfig,
-    kept: Kept,
+    config: ModelConfig,
+    small: ModelConfig,
+    choice: PruningChoice,
     shares: Mapping[str, Tensor],
 ) -> Iterator[NamedReader]:
-    """Each parameter of the pruned model of config `small`: its name, its shape, and what reads and cuts it.
+    """Each parameter of the pruned model of config `small`: its name, its shape, and a function that reads and cuts it.
 
     `shares` as in `Importance`. One whole parameter is in memory while it is cut.
     """
     shapes = parameter_shapes(config)
     growth = _embedding_growth(config, small)
     for name, shape in parameter_shapes(small).items():
-        source = _whole_name(name, kept.layers)
+        source = _whole_name(name, choice.layers)
         axes = _axes(source, shapes[source], head_dim(config))
-        indices = [_indices(axis, name, config, kept) for axis in axes]
+        indices = [_indices(axis, name, config, choice) for axis in axes]
         gain = growth if name == EMBEDDING else 1.0
         is_norm = source.removesuffix(".weight") in shares
         if is_norm:
@@ -65,29 +64,29 @@ def pruned_tensors(
             gain = _norm_gain(shares[source.removesuffix(".weight")], index)
         if name == LAST_NORM and small.tie_word_embeddings:
             gain /= growth
-        offset = 1.0 - family(config).neutral_norm if is_norm else 0.0  # Gemma's norms add 1 to their weight
+        offset = 1.0 - family(config).norm_init if is_norm else 0.0  # Gemma's norms add 1 to their weight
         yield name, shape, partial(_read, weights, config, source, shapes[source], indices, gain, offset)
 
 
 def _read(
     weights: SafetensorsFolder,
-    config: PretrainedConfig,
+    config: ModelConfig,
     name: str,
     shape: Sequence[int],
     indices: Sequence[Tensor | None],
     gain: float,
     offset: float,
 ) -> Tensor:
-    """float32: `gain` times the kept elements, counted from -`offset`."""
-    found = read_parameter(weights, config, name, shape, dtype=torch.float32, device=torch.device("cpu"))
+    """float32: the remaining elements x as (x + offset) gain - offset."""
+    parameter = read_parameter(weights, config, name, shape, dtype=torch.float32, device=torch.device("cpu"))
     for dimension, index in enumerate(indices):
         if index is not None:
-            found = found.index_select(dimension, index)
-    return found if gain == 1.0 else (found + offset) * gain - offset
+            parameter = parameter.index_select(dimension, index)
+    return parameter if gain == 1.0 else (parameter + offset) * gain - offset
 
 
-def _embedding_growth(config: PretrainedConfig, small: PretrainedConfig) -> float:
-    """By how much a kept embedding must grow so that its layers read what they did."""
+def _embedding_growth(config: ModelConfig, small: ModelConfig) -> float:
+    """Factor of the embedding that makes up for the model's own factor of sqrt(width)."""
     if not hasattr(build_decoder(config, layers=range(1)).embed_tokens, "embed_scale"):
         return 1.0
     return math.sqrt(config.hidden_size / small.hidden_size)
@@ -108,26 +107,26 @@ def _whole_name(name: str, layers: Sequence[int]) -> str:
 
 
 def _axes(name: str, shape: Sequence[int], size: int) -> tuple[str | None, ...]:
-    """What the parameter's dimensions count; None: nothing that pruning cuts."""
+    """Axes of the parameter's dimensions; None: an axis that pruning does not cut."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     if module in ("q_norm", "k_norm") and shape[0] == size:  # within each head
         return (None,)
     if module in AXES:
         return AXES[module][: len(shape)]
-    assert module.endswith("norm"), f"{name}: not known how to cut it"
+    assert module.endswith("norm"), f"{name}: no rule cuts it"
     return (HIDDEN,)
 
 
-def _indices(axis: str | None, name: str, config: PretrainedConfig, kept: Kept) -> Tensor | None:
-    """What stays of a dimension; None: all. `name` counts the pruned model's layers."""
+def _indices(axis: str | None, name: str, config: ModelConfig, choice: PruningChoice) -> Tensor | None:
+    """Indices that stay of a dimension; None: all. `name` counts the pruned model's layers."""
     if axis is None or axis == VOCABULARY:
         return None
     if axis == HIDDEN:
-        return torch.tensor(kept.hidden)
+        return torch.tensor(choice.hidden)
     layer = int(name.removeprefix(LAYERS).partition(".")[0])
     if axis == NEURONS:
-        return torch.tensor(kept.neurons[layer])
+        return torch.tensor(choice.neurons[layer])
     rows = head_dim(config)
     if axis == HEADS:
         rows *= config.num_attention_heads // config.num_key_value_heads  # the heads of a group are neighbours
-    return torch.cat([torch.arange(group * rows, (group + 1) * rows) for group in kept.groups[layer]])
+    return torch.cat([torch.arange(group * rows, (group + 1) * rows) for group in choice.groups[layer]])

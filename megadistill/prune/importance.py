@@ -1,7 +1,7 @@
-"""Room `model`: how much each part of a model does on some text, by its activations. It knows no sizes to prune to.
+"""Importance of each part of a model, by its activations on some text.
 
-Muralidharan et al., Minitron (2407.14679), section 2.2: of each sequence the mean of the activations' absolute values,
-of all sequences the L2 norm of these, the best pair in their table 13.
+Muralidharan et al., Minitron (2407.14679), section 2.2: the mean of the activations' absolute values over a sequence,
+and the L2 norm of these over all sequences, the best pair in their table 13.
 
 Legend: B sequences, S tokens of a sequence, E hidden channels, I neurons of an MLP, H heads, W channels of whatever.
 """
@@ -13,92 +13,97 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from megadistill.errors import OperatorFault, UserError
-from megadistill.models.families import decoder, head_dim, reading
+from megadistill.models.families import Model, decoder, forward_inputs, head_dim
 from megadistill.types import IGNORED_LABEL, TokenBatch
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, the higher the more a part does; float64 on the host."""
+    """Scores of the parts, higher for more important ones; float64 on the host."""
 
     hidden: Tensor
-    """[E]: of what each RMSNorm over the hidden channels gives, in all layers and at the end, added up."""
+    """[E]: scores of the outputs of all RMSNorms over the hidden channels, added up."""
     neurons: list[Tensor]
-    """Of each layer [I]: of what the down projection reads."""
+    """[I] for each layer: scores of the inputs of the down projection."""
     heads: list[Tensor]
-    """Of each layer [H]: of the L2 norm of what a head gives."""
+    """[H] for each layer: scores of the L2 norms of the heads' outputs."""
     layers: Tensor
-    """[layers]: block importance, 1 - cos(what the layer reads, what it gives), a token's mean (2403.03853)."""
+    """[layers]: block importance, 1 - cos(input, output), averaged over tokens (2403.03853)."""
     shares: dict[str, Tensor]
-    """By the name of each RMSNorm over more than one head [W]: a channel's share of the square of what it reads."""
+    """Name of an RMSNorm over more than one head -> [W]: each channel's share of the square of its input."""
     sequences: int
     tokens: int
-    """That were counted: those with a label."""
+    """Tokens that were counted: those with a label."""
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, batches: Iterable[TokenBatch]) -> Importance:
+def measure_importance(model: Model, batches: Iterable[TokenBatch]) -> Importance:
     """Runs the model's body over the batches, on its own device.
 
-    How the sequences are cut into batches changes rounding alone. Memory: the model, a forward pass, and a few copies
+    The batch size changes rounding alone. Memory: the model, a forward pass, and a few copies
     of the widest activation.
 
     Raises:
         UserError: no token has a label. OperatorFault: an activation is not finite.
     """
-    tally = _Tally()
+    sums = _Accumulator()
     sequences = 0
-    with _watched(model, tally):
+    with _hooked(model, sums):
         for batch in batches:
             batch = batch.to(model.device)
-            tally.counted_BS = batch.labels != IGNORED_LABEL
-            decoder(model)(**reading(batch.tokens, batch.positions))
+            sums.counted_BS = batch.labels != IGNORED_LABEL
+            decoder(model)(**forward_inputs(batch.tokens, batch.positions))
             sequences += len(batch)
-            tally.tokens += batch.valid_tokens
-    if tally.tokens == 0:
+            sums.tokens += batch.valid_tokens
+    if sums.tokens == 0:
         raise UserError("the calibration sequences hold no token with a label: give other data")
     layers = range(model.config.num_hidden_layers)
-    found = Importance(
-        hidden=torch.stack([tally.score(name) for name in tally.squares if name in tally.over_hidden]).sum(dim=0),
-        neurons=[tally.score(f"model.layers.{layer}.mlp.down_proj") for layer in layers],
-        heads=[tally.score(f"model.layers.{layer}.self_attn.o_proj") for layer in layers],
-        layers=torch.stack([tally.sums[f"model.layers.{layer}"] for layer in layers]) / tally.tokens,
-        shares={name: _shares(total) for name, total in tally.sums.items() if name.endswith("norm")},
+    importance = Importance(
+        hidden=torch.stack([sums.score(name) for name in sums.squares if name in sums.over_hidden]).sum(dim=0),
+        neurons=[sums.score(f"model.layers.{layer}.mlp.down_proj") for layer in layers],
+        heads=[sums.score(f"model.layers.{layer}.self_attn.o_proj") for layer in layers],
+        layers=torch.stack([sums.totals[f"model.layers.{layer}"] for layer in layers]) / sums.tokens,
+        shares={name: _shares(total) for name, total in sums.totals.items() if name.endswith("norm")},
         sequences=sequences,
-        tokens=tally.tokens,
+        tokens=sums.tokens,
     )
-    scores = [found.hidden, found.layers, *found.neurons, *found.heads, *found.shares.values()]
+    scores = [
+        importance.hidden,
+        importance.layers,
+        *importance.neurons,
+        *importance.heads,
+        *importance.shares.values(),
+    ]
     if not all(bool(score.isfinite().all()) for score in scores):
         raise OperatorFault("the teacher's activations are not finite: check its weights")
-    return found
+    return importance
 
 
-class _Tally:
-    """Sums over the batches so far, by the name of what was looked at."""
+class _Accumulator:
+    """Sums over the batches so far, by the name of the module."""
 
     def __init__(self) -> None:
         self.counted_BS = torch.empty(0)
-        """Which tokens of the batch at hand count."""
+        """Mask of the tokens of the current batch that are counted."""
         self.tokens = 0
         self.squares: dict[str, Tensor] = {}
-        """Over sequences, of the square of the mean over the sequence."""
-        self.sums: dict[str, Tensor] = {}
-        """Over tokens."""
+        """Sums over sequences of the square of the mean over the sequence."""
+        self.totals: dict[str, Tensor] = {}
+        """Sums over tokens."""
         self.over_hidden: set[str] = set()
-        """Which of `squares` are norms over the hidden channels."""
+        """Names in `squares` of norms over the hidden channels."""
 
     def add_magnitudes(self, name: str, x_BSW: Tensor) -> None:
-        """One activation a token and channel: see `Importance`."""
+        """Adds activations for the scores of `Importance`."""
         weights_BS = self.counted_BS.float() / self.counted_BS.sum(dim=1, keepdim=True).clamp_min(1)
         means_BW = torch.einsum("bs,bsw->bw", weights_BS, x_BSW.float().abs())
         _add(self.squares, name, means_BW.double().square().sum(dim=0))
 
     def add_tokens(self, name: str, x_BSW: Tensor) -> None:
-        """Over the tokens that count."""
-        _add(self.sums, name, x_BSW[self.counted_BS].double().sum(dim=0))
+        """Adds values of the counted tokens."""
+        _add(self.totals, name, x_BSW[self.counted_BS].double().sum(dim=0))
 
     def score(self, name: str) -> Tensor:
         return self.squares[name].sqrt()
@@ -110,37 +115,37 @@ def _add(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
 
 
 def _shares(totals_W: Tensor) -> Tensor:
-    """Where a norm reads zeros a token has no shares: of a padding id's embedding, or behind a layer that is silent."""
+    """Shares of the total; equal ones if a norm reads only zeros, as after a layer that outputs zeros."""
     total = totals_W.sum()
     return torch.full_like(totals_W, 1 / len(totals_W)) if total == 0 else totals_W / total
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, tally: _Tally) -> Iterator[None]:
-    """The model with its norms, down projections, head outputs and layers told to `tally`."""
+def _hooked(model: Model, sums: _Accumulator) -> Iterator[None]:
+    """Adds the activations of the model's norms, down projections, heads and layers to `sums`."""
     size = head_dim(model.config)
 
     def norm(name: str, over_hidden: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], given: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             squares = args[0].float().square()
-            tally.add_tokens(
+            sums.add_tokens(
                 name, squares / squares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             )
             if over_hidden:
-                tally.over_hidden.add(name)
-                tally.add_magnitudes(name, given)
+                sums.over_hidden.add(name)
+                sums.add_magnitudes(name, output)
 
         return hook
 
-    def read_by(name: str, x: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-        return lambda module, args: tally.add_magnitudes(name, x(args[0]))
+    def input_of(name: str, x: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        return lambda module, args: sums.add_magnitudes(name, x(args[0]))
 
     def layer(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], keys: dict[str, Any], given: Any) -> None:
-            read = args[0] if args else keys["hidden_states"]
-            given = given[0] if isinstance(given, tuple) else given
-            cosine_BS = torch.nn.functional.cosine_similarity(read.float(), given.float(), dim=-1)
-            tally.add_tokens(name, 1 - cosine_BS)
+        def hook(module: nn.Module, args: tuple[Any, ...], keys: dict[str, Any], output: Any) -> None:
+            x = args[0] if args else keys["hidden_states"]
+            y = output[0] if isinstance(output, tuple) else output
+            cosine_BS = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1)
+            sums.add_tokens(name, 1 - cosine_BS)
 
         return hook
 
@@ -148,9 +153,9 @@ def _watched(model: PreTrainedModel, tally: _Tally) -> Iterator[None]:
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if leaf == "down_proj":
-            handles.append(module.register_forward_pre_hook(read_by(name, lambda x: x)))
+            handles.append(module.register_forward_pre_hook(input_of(name, lambda x: x)))
         elif leaf == "o_proj":
-            heads = read_by(name, lambda x: x.float().view(*x.shape[:-1], -1, size).norm(dim=-1))
+            heads = input_of(name, lambda x: x.float().view(*x.shape[:-1], -1, size).norm(dim=-1))
             handles.append(module.register_forward_pre_hook(heads))
         elif leaf in ("q_norm", "k_norm") and _width(module) > size:  # over all heads, as OLMo 2 has it
             handles.append(module.register_forward_hook(norm(name, over_hidden=False)))

@@ -1,6 +1,6 @@
-"""Room `teacher`: a smaller copy of a teacher for a student to start from, by what it does on some of the data.
+"""Structured pruning of a teacher by activation importance, for a student to start from.
 
-One process, one device that holds the whole teacher; the files are read parameter by parameter. It trains nothing.
+One process, one device that holds the whole teacher; the files are read parameter by parameter.
 """
 
 import json
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -24,17 +23,10 @@ from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights, load_pretrained
 from megadistill.progress import ShowProgress
-from megadistill.prune import (
-    Importance,
-    Kept,
-    Sizes,
-    choose,
-    measure,
-    pruned_config,
-    pruned_sizes,
-    pruned_tensors,
-    sizes_of,
-)
+from megadistill.prune.choice import choose
+from megadistill.prune.cut import pruned_tensors
+from megadistill.prune.importance import Importance, measure_importance
+from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes, sizes_of
 from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.types import TokenBatch
 
@@ -44,7 +36,7 @@ MAX_SHARD_BYTES: Final = 4096 * 1_000_000
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What became of a teacher."""
+    """Summary of a pruning."""
 
     output: Path
     before: Sizes
@@ -52,23 +44,23 @@ class PruneReport:
     parameters_before: int
     parameters_after: int
     layers: list[int]
-    """Those that were kept."""
+    """Indices of the layers that stay."""
     sequences: int
     tokens: int
     seconds: float
 
     def table(self) -> Table:
-        """The sizes before and after, for a person."""
-        shown = Table()
+        """The sizes before and after."""
+        table = Table()
         for heading in ("", "teacher", "pruned"):
-            shown.add_column(heading, justify="right" if heading else "left")
-        shown.add_row("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+            table.add_column(heading, justify="right" if heading else "left")
+        table.add_row("parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
         for name, before in asdict(self.before).items():
-            shown.add_row(name.replace("_", " "), f"{before:,}", f"{asdict(self.after)[name]:,}")
-        return shown
+            table.add_row(name.replace("_", " "), f"{before:,}", f"{asdict(self.after)[name]:,}")
+        return table
 
     def line(self) -> str:
-        """What was written, and by what it was decided."""
+        """One line: the output, the removed layers, and the tokens that decided."""
         dropped = [str(layer) for layer in range(self.before.layers) if layer not in self.layers]
         without = f" without layers {', '.join(dropped)} (counted from 0)" if dropped else ""
         return (
@@ -91,13 +83,13 @@ def prune(
     device: torch.device,
     progress: ShowProgress,
 ) -> PruneReport:
-    """Writes the pruned teacher to `output`, a Hugging Face folder with the tokenizer and a record of what was kept.
+    """Writes the pruned teacher to `output`, a Hugging Face folder with the tokenizer and a record of the pruning.
 
-    What is kept is decided by the first `sequences` of the data's order under seed 1, `batch` at a time. Ids that the
-    data does not have, a teacher's padding, stay out. On a CPU the teacher computes in float32.
+    The first `sequences` of the data's order under seed 1 decide which parts stay, `batch` at a time. The padding
+    rows of the teacher's vocabulary are not written. On a CPU the teacher computes in float32.
 
     Raises:
-        UserError: a size, the teacher, the data or the output does not do; one line, before the teacher is loaded.
+        UserError: a size, the teacher, the data or the output is refused; one line, before the teacher is loaded.
         ShardFault: a sequence cannot be read. OperatorFault: an activation is not finite.
     """
     began = time.perf_counter()
@@ -111,10 +103,12 @@ def prune(
         config, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads, layers=layers
     )
     _check_data(teacher, config, data)
-    stream = TokenStream(data, seed=1, batch_slots=1, rank=0, world_size=1, document_mask=_packed_side_by_side(data))
-    importance = _measured(teacher, data, stream, slots=sequences, batch=batch, device=device, progress=progress)
-    kept = choose(importance, config, sizes)
-    small = pruned_config(config, sizes, layers=kept.layers)
+    # Best-fit packing puts whole documents together by chance: each of them is read by itself.
+    masked = any(manifest.packer.name == "bestfit" for manifest in data.sources.values())
+    stream = TokenStream(data, seed=1, batch_slots=1, rank=0, world_size=1, document_mask=masked)
+    importance = _measure(teacher, data, stream, slots=sequences, batch=batch, device=device, progress=progress)
+    choice = choose(importance, config, sizes)
+    small = pruned_config(config, sizes, layers=choice.layers)
     record = {
         "megadistill": __version__,
         "teacher": {"name": teacher.resolve().name, "fingerprint": teacher_fingerprint(teacher)},
@@ -127,16 +121,26 @@ def prune(
         "teacher_sizes": asdict(sizes_of(config)),
         "sizes": asdict(sizes),
         "block_importance": importance.layers.tolist(),
-        "kept": asdict(kept),
+        "kept": asdict(choice),
     }
-    _write(teacher, output, config, small, kept, importance, vocab_size=data.vocab_size, record=record)
+    weights = SafetensorsFolder(teacher)
+    export_model(
+        output,
+        config=small,
+        tensors=pruned_tensors(weights, config, small, choice, importance.shares),
+        dtype=weights.dtype(EMBEDDING),
+        true_vocab=data.vocab_size,
+        max_shard_bytes=MAX_SHARD_BYTES,
+        tokenizer_folder=teacher,
+        texts={RECORD_FILE: json.dumps(record) + "\n"},
+    )
     return PruneReport(
         output=output,
         before=sizes_of(config),
         after=sizes,
         parameters_before=parameter_counts(config).total,
         parameters_after=parameter_counts(load_config(output, what=str(output))).total,
-        layers=kept.layers,
+        layers=choice.layers,
         sequences=importance.sequences,
         tokens=importance.tokens,
         seconds=time.perf_counter() - began,
@@ -153,12 +157,7 @@ def _check_data(teacher: Path, config: Any, data: Mixture) -> None:
     check_weights(teacher, config)
 
 
-def _packed_side_by_side(data: Mixture) -> bool:
-    """Whether a sequence holds whole documents that only chance has brought together: each is then read by itself."""
-    return any(manifest.packer.name == "bestfit" for manifest in data.sources.values())
-
-
-def _measured(
+def _measure(
     teacher: Path,
     data: Mixture,
     stream: TokenStream,
@@ -180,33 +179,4 @@ def _measured(
             yield stream.batch(range(start, stop))
             progress("calibrate", done=stop * data.sequence_length, total=total)
 
-    return measure(model, batches())
-
-
-def _write(
-    teacher: Path,
-    output: Path,
-    config: Any,
-    small: Any,
-    kept: Kept,
-    importance: Importance,
-    *,
-    vocab_size: int,
-    record: dict[str, Any],
-) -> None:
-    """The folder with its record, whole or not at all."""
-    weights = SafetensorsFolder(teacher)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as beside:
-        unfinished = Path(beside) / output.name
-        export_model(
-            unfinished,
-            config=small,
-            tensors=pruned_tensors(weights, config, small, kept, importance.shares),
-            dtype=weights.dtype(EMBEDDING),
-            true_vocab=vocab_size,
-            max_shard_bytes=MAX_SHARD_BYTES,
-            tokenizer_folder=teacher,
-        )
-        (unfinished / RECORD_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        unfinished.rename(output)
+    return measure_importance(model, batches())

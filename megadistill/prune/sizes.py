@@ -1,18 +1,16 @@
-"""Room `model`: how large a pruned model may be, and its config. It knows no weights and no importance."""
+"""Sizes of a pruned model, and its config."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import PretrainedConfig
-
 from megadistill.errors import UserError
-from megadistill.models.families import FAMILIES, family, head_dim
+from megadistill.models.families import FAMILIES, ModelConfig, family, head_dim
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What pruning can make smaller; `heads` are query heads. The size of a head and the vocabulary stay."""
+    """Sizes that pruning reduces; `heads` are query heads. The size of a head and the vocabulary stay."""
 
     hidden_size: int
     intermediate_size: int
@@ -20,7 +18,7 @@ class Sizes:
     layers: int
 
 
-def sizes_of(config: PretrainedConfig) -> Sizes:
+def sizes_of(config: ModelConfig) -> Sizes:
     """The sizes of a model as it is."""
     return Sizes(
         hidden_size=config.hidden_size,
@@ -31,16 +29,16 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
 
 
 def pruned_sizes(
-    config: PretrainedConfig,
+    config: ModelConfig,
     *,
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     heads: int | None = None,
     layers: int | None = None,
 ) -> Sizes:
-    """The sizes of the pruned model: those that are given, and the model's own for the others.
+    """The sizes of the pruned model: the given ones, and the model's own for the others.
 
-    Heads go by whole key-value groups, so that the heads a group has are the model's.
+    Heads are removed by whole key-value groups, so that the number of heads of a group stays.
 
     Raises:
         UserError: a mixture of experts, a size that the model does not have, sizes that do not fit together, or none
@@ -50,13 +48,13 @@ def pruned_sizes(
         dense = ", ".join(name for name, each in FAMILIES.items() if each.experts is None)
         raise UserError(f"a {config.model_type} model has experts, which are not pruned; families that are: {dense}")
     own = sizes_of(config)
-    asked = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "layers": layers}
-    for name, size in asked.items():
+    given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "layers": layers}
+    for name, size in given.items():
         if size is not None and not 1 <= size <= asdict(own)[name]:
             raise UserError(f"{option(name)} {size}: give 1 to {asdict(own)[name]}, which the teacher has")
-    sizes = Sizes(**{**asdict(own), **{name: size for name, size in asked.items() if size is not None}})
+    sizes = Sizes(**{**asdict(own), **{name: size for name, size in given.items() if size is not None}})
     if sizes == own:
-        raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, asked))}")
+        raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, given))}")
     group = config.num_attention_heads // config.num_key_value_heads
     if sizes.heads % group:
         raise UserError(
@@ -65,14 +63,14 @@ def pruned_sizes(
         )
     if sizes.hidden_size % sizes.heads:
         raise UserError(
-            f"--hidden-size {sizes.hidden_size}: transformers wants a multiple of the {sizes.heads} heads: "
+            f"--hidden-size {sizes.hidden_size}: transformers needs a multiple of the {sizes.heads} heads: "
             f"{_nearest(sizes.hidden_size, sizes.heads, own.hidden_size)}"
         )
     return sizes
 
 
 def option(name: str) -> str:
-    """The option that says a size."""
+    """The command-line option of a size."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -82,7 +80,7 @@ def _nearest(size: int, step: int, most: int) -> str:
     return f"the nearest that fit: {' or '.join(fits)}" if fits else "none fits"
 
 
-def pruned_config(config: PretrainedConfig, sizes: Sizes, *, layers: Sequence[int]) -> PretrainedConfig:
+def pruned_config(config: ModelConfig, sizes: Sizes, *, layers: Sequence[int]) -> ModelConfig:
     """The config of the pruned model, of the layers `layers` of the whole one, in order."""
     small = copy.deepcopy(config)
     group = config.num_attention_heads // config.num_key_value_heads

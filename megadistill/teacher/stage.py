@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.models.families import EMBEDDING, HEAD, load_config, reading, rebuild_buffers
+from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.partition import stage_decoder
 from megadistill.models.weights import read_parameter
@@ -87,8 +87,8 @@ class TeacherStage(nn.Module):
     # Not inference mode: its tensors could not be saved for the student's backward pass.
     @torch.no_grad()
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]. `positions` as for `reading`."""
-        hidden_BSE = self.decoder(**reading(x, positions)).last_hidden_state
+        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]. `positions` as for `forward_inputs`."""
+        hidden_BSE = self.decoder(**forward_inputs(x, positions)).last_hidden_state
         assert isinstance(hidden_BSE, Tensor)
         return hidden_BSE
 

@@ -25,13 +25,13 @@ def test_the_units_of_the_data_sheet_become_bytes_and_flops() -> None:
     assert (h100.node_bandwidth, h100.network_bandwidth) == (450e9, 50e9)
 
 
-def test_every_kind_is_described_whole_and_found_by_its_devices() -> None:
-    for kind, found in accelerators().items():
-        assert found.peak_flops("bfloat16") > found.peak_flops("float32"), kind
-        assert found.node_bandwidth > found.network_bandwidth, kind
-        assert found.devices, kind
-        for device in found.devices:
-            assert accelerator_of(f"Vendor {device} more") == found, kind
+def test_every_kind_is_complete_and_matched_by_its_devices() -> None:
+    for name, kind in accelerators().items():
+        assert kind.peak_flops("bfloat16") > kind.peak_flops("float32"), name
+        assert kind.node_bandwidth > kind.network_bandwidth, name
+        assert kind.devices, name
+        for device in kind.devices:
+            assert accelerator_of(f"Vendor {device} more") == kind, name
 
 
 @pytest.mark.parametrize(

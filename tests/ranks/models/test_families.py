@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.config import StudentSection
 from megadistill.distributed.topology import Topology
-from megadistill.loss import label_loss
+from megadistill.loss import Head, label_loss
 from megadistill.models.families import family, load_config, logit_transform
 from megadistill.models.initialise import initial_tensor
-from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, SEED, Case, WatchedStudent, train_section
@@ -32,7 +32,7 @@ TWO_TOKENS = ((2, 16), (1, 2))
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to: hidden states of each rank's tokens, the loss over all of them, every gradient."""
+    """Outcome of a step: hidden states of each rank's tokens, the loss over all of them, every gradient."""
 
     hidden: list[Tensor]
     loss: float
@@ -52,13 +52,13 @@ def _student(
     name: str, topology: Topology, *, checkpointing: bool = False, precision: str = "float32"
 ) -> tuple[WatchedStudent, Any]:
     config = load_config(CASES[name], what="test")
-    profile = load_deepspeed(DS_CONFIGS / "cpu.json")
-    profile["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
+    deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     student = WatchedStudent(
         config,
         section=StudentSection(config={}, vocab_multiple=MULTIPLE, activation_checkpointing=checkpointing),
         train=train_section(Case(precision=precision), topology.world),
-        profile=profile,
+        deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
         seed=SEED,
         accumulation=1,
@@ -79,12 +79,10 @@ def _step(
     tokens, labels, positions = _batch(shapes[topology.rank], topology.rank)
     hidden = student.hidden(tokens, positions)
     terms = label_loss(
-        hidden,
-        student.head.weight(),
+        Head(hidden, student.head.weight(), transform=logit_transform(config)),
         labels.flatten(),
         token_weights=torch.full((labels.numel(),), 1 / sum(rows * length for rows, length in shapes)),
         vocab=student.head.vocab,
-        student_logits=logit_transform(config),
     )
     student.backward(terms.loss)
     student.step(1e-3)
@@ -96,7 +94,7 @@ def _dense_model(name: str) -> Any:
     config.pad_token_id = None  # the embedding of the padding id is trained like the others
     model = AutoModelForCausalLM.from_config(config)
     model.set_experts_implementation("eager")
-    norm = family(config).neutral_norm
+    norm = family(config).norm_init
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             values = initial_tensor(path, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm)
@@ -118,11 +116,11 @@ def _truth(name: str, shapes: tuple[tuple[int, int], ...]) -> Step:
     return Step(hidden, loss.item(), {path: parameter.grad for path, parameter in model.named_parameters()})
 
 
-def _assert_matches(found: list[Step], true: Step) -> None:
-    for step, hidden in zip(found, true.hidden, strict=True):
+def _assert_matches(actual: list[Step], true: Step) -> None:
+    for step, hidden in zip(actual, true.hidden, strict=True):
         torch.testing.assert_close(step.hidden[0].double(), hidden, rtol=1e-4, atol=1e-5)
-    assert sum(step.loss for step in found) == pytest.approx(true.loss, rel=2e-6)
-    gradients = found[0].gradients
+    assert sum(step.loss for step in actual) == pytest.approx(true.loss, rel=2e-6)
+    gradients = actual[0].gradients
     assert gradients.keys() == true.gradients.keys()
     for path, gradient in true.gradients.items():
         rows = gradient.shape[0]
@@ -144,16 +142,16 @@ def test_a_step_that_recomputes_its_activations_equals_the_dense_truth(name: str
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_a_step_in_bfloat16_is_the_dense_truth_to_its_precision(name: str) -> None:
     """Direction and length of each gradient; eight bits of mantissa, and a token may take another expert on a tie."""
-    found, true = run_ranks(2, _step, name, EVEN, False, "bfloat16"), _truth(name, EVEN)
-    assert sum(step.loss for step in found) == pytest.approx(true.loss, rel=0.01)
+    actual, true = run_ranks(2, _step, name, EVEN, False, "bfloat16"), _truth(name, EVEN)
+    assert sum(step.loss for step in actual) == pytest.approx(true.loss, rel=0.01)
     for path, gradient in true.gradients.items():
-        ours = found[0].gradients[path][: gradient.shape[0]].double()
+        ours = actual[0].gradients[path][: gradient.shape[0]].double()
         assert torch.cosine_similarity(ours.flatten(), gradient.flatten(), dim=0) > 0.95, path
         assert ours.norm() == pytest.approx(float(gradient.norm()), rel=0.1), path
 
 
 def _experts_hit(name: str, shapes: tuple[tuple[int, int], ...]) -> list[list[set[int]]]:
-    """By rank and layer of experts, the experts that get a token."""
+    """The experts that get a token, by rank and layer."""
     model = _dense_model(name)
     routers = [module for path, module in model.named_modules() if path.endswith(".mlp.gate")]
     hit: list[set[int]] = []
@@ -188,10 +186,10 @@ def _initial(topology: Topology, name: str) -> tuple[dict[str, Tensor], dict[str
 def test_zero_init_changes_neither_initial_values_nor_buffers(name: str) -> None:
     truth = _dense_model(name)
     buffers = {path: buffer.float() for path, buffer in truth.named_buffers()}
-    for parameters, found in run_ranks(2, _initial, name):
+    for parameters, actual in run_ranks(2, _initial, name):
         for path, parameter in truth.named_parameters():
             assert torch.equal(parameters[path][: parameter.shape[0]], parameter.float()), path
-        assert found.keys() == buffers.keys()
-        for path, buffer in found.items():
+        assert actual.keys() == buffers.keys()
+        for path, buffer in actual.items():
             assert buffer.dtype == torch.float32
             assert torch.equal(buffer, buffers[path]), path

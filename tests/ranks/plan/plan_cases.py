@@ -1,8 +1,8 @@
-"""A student and its teacher at work on real ranks, watched: which bytes live, who made them, and which bytes arrive.
+"""A student and its teacher on real ranks, with a record of live bytes, their makers, and received bytes.
 
-Both are seen where torch dispatches operators, below DeepSpeed and this package: an operator's outputs are storages
-that live until nobody holds them, and a collective is an operator of `c10d` with the tensors that it sends and fills.
-Who made or asked for them is told by the file of the innermost caller that is known.
+Both are recorded where torch dispatches operators, below DeepSpeed and this package: an operator's outputs are storages
+that live until they are freed, and a collective is an operator of `c10d` with the tensors that it sends and fills.
+The maker or receiver is the innermost known caller, by its file.
 """
 
 import sys
@@ -27,7 +27,7 @@ from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
 from megadistill.precision import Precision, torch_dtype
-from megadistill.student.deepspeed_config import load_deepspeed
+from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
 from megadistill.teacher import (
     ActivationCodec,
@@ -68,7 +68,7 @@ class Case:
 
     students: int = 2
     teachers: int = 0
-    """With ranks of their own; else each of the student's has a stage."""
+    """Ranks of the teacher's own; 0: each of the student's ranks has a stage."""
     vocab_group: int = 2
     precision: Precision = "float32"
     micro_batch: int = 2
@@ -112,10 +112,10 @@ class Case:
         return Roles(self.students + self.teachers, self.teachers, self.teachers) if self.teachers else None
 
     @property
-    def profile(self) -> dict[str, Any]:
-        """As on a GPU, in proportion: the parameters of some layers stay, and of one are fetched ahead."""
-        profile = load_deepspeed(DS_CONFIGS / "cpu.json")
-        profile["zero_optimization"].update(
+    def deepspeed_config(self) -> dict[str, Any]:
+        """Settings like those of a GPU, in proportion: the parameters of some layers stay, those of one are prefetched."""
+        deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
+        deepspeed_config["zero_optimization"].update(
             {
                 "stage3_max_reuse_distance": 4_000_000,
                 "stage3_prefetch_bucket_size": 500_000,
@@ -125,12 +125,12 @@ class Case:
                 **self.zero,
             }
         )
-        return profile
+        return deepspeed_config
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one rank saw."""
+    """Record of one rank."""
 
     built: Counter[str]
     """Bytes that live when student and teacher are built, by maker."""
@@ -161,11 +161,11 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
         built = Counter(watch.live)
         with watch.phases(student, pipeline):
             _steps(topology, case, student, source, watch)
-        found = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
-    state = {**student.local_state(), RNG_KEY: torch.get_rng_state()}
+        seen = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
+    state = {**student.state.local(), RNG_KEY: torch.get_rng_state()}
     record = write_rank(Path(folder), state, rank=topology.rank, world=topology.world)
     assert (Path(folder) / rank_file(topology.rank, topology.world)).stat().st_size == record.bytes
-    return replace(found, checkpoint=record.bytes)
+    return replace(seen, checkpoint=record.bytes)
 
 
 def _student(topology: Topology, case: Case) -> StudentEngine:
@@ -174,7 +174,7 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
         load_config(recipe.student.config, what="test"),  # type: ignore[arg-type]
         section=recipe.student,
         train=recipe.train,
-        profile=case.profile,
+        deepspeed_config=case.deepspeed_config,
         vocab_size=VOCAB,
         seed=1,
         accumulation=case.accumulation,
@@ -292,15 +292,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.highest = defaultdict(Counter)
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        found = function(*arguments, **(keywords or {}))
+        result = function(*arguments, **(keywords or {}))
         if function.namespace == "c10d":
             self._receive(function._opname, arguments)
-        for tensor in tree_leaves(found):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         if self._sum > self._most[self._phase]:
             self._most[self._phase], self.peaks[self._phase] = self._sum, Counter(self.live)
-        return found
+        return result
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -321,7 +321,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         highest[maker] = max(highest[maker], self.live[maker])
 
     def _receive(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """What the others give of it; an all-reduce is a reduction and a gathering."""
+        """Adds the bytes that the other ranks send; an all-reduce is a reduce-scatter and an all-gather."""
         who = _known_caller(_asker)
         if name == "_allgather_base_":
             self.received[who] += arguments[0].nbytes - arguments[1].nbytes

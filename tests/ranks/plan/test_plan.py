@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadistill.loss.sparse.targets import BLOCK_ELEMENTS
+from megadistill.loss.buffers import BLOCK_ELEMENTS
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.plan.counts import memory
 from megadistill.plan.counts.model_stats import measure_models

@@ -24,7 +24,7 @@ from megadistill.data.tokenizers.base import load_tokenizer
 from megadistill.datagen.generate import GenerateReport, generate
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import load_config
-from megadistill.models.sampling import Sampling, continuations, drawn
+from megadistill.models.sampling import Sampling, continuations, draw_ids
 from megadistill.progress import ShowProgress
 from megadistill.types import IGNORED_LABEL
 from tests.unit.models.cases import VOCAB, whole_model
@@ -142,7 +142,7 @@ def test_evenly_spread_numbers_draw_what_transformers_warpers_leave(temperature:
         warped = TopPLogitsWarper(top_p)(torch.zeros(1, 1), warped)
     expected_V = warped.softmax(dim=1)[0]
     uniforms = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    ids = drawn(logits_V.expand(points, V), uniforms, temperature=temperature, top_p=top_p)
+    ids = draw_ids(logits_V.expand(points, V), uniforms, temperature=temperature, top_p=top_p)
     counts_V = torch.bincount(ids, minlength=V)
     assert ((counts_V - points * expected_V).abs() <= 1).all()
 
@@ -150,8 +150,8 @@ def test_evenly_spread_numbers_draw_what_transformers_warpers_leave(temperature:
 def test_of_equals_the_lowest_ids_are_the_most_likely() -> None:
     logits = torch.zeros(4, 8, dtype=torch.float64)
     uniforms = torch.tensor([0.0, 0.49, 0.51, 1 - 2**-53], dtype=torch.float64)
-    assert drawn(logits, uniforms, temperature=1.0, top_p=0.25).tolist() == [0, 0, 1, 1]
-    assert drawn(logits, uniforms, temperature=1.0, top_p=1.0).tolist() == [0, 3, 4, 7]
+    assert draw_ids(logits, uniforms, temperature=1.0, top_p=0.25).tolist() == [0, 0, 1, 1]
+    assert draw_ids(logits, uniforms, temperature=1.0, top_p=1.0).tolist() == [0, 3, 4, 7]
 
 
 def test_first_tokens_over_many_slots_follow_the_softmax(teacher: Path) -> None:

@@ -30,7 +30,7 @@ def test_versions_name_only_what_differs() -> None:
     same = {"torch": "2.13", "numpy": "2.4"}
     row = versions_row(_ranks(versions=[same, same, same, {**same, "torch": "2.12"}]))
     assert (row.status, row.detail) == (Status.FAIL, "b: torch 2.12; elsewhere torch 2.13")
-    assert row.nodes == ()  # the other rank of b is well: the node is not told apart
+    assert row.nodes == ()  # the other rank of b is well: the node is not at fault
     assert versions_row(_ranks(versions=[same, same])).detail == "torch 2.13, numpy 2.4"
 
 
@@ -61,9 +61,9 @@ def test_memory_is_the_worst_ranks() -> None:
 
 
 def test_space_is_for_two_checkpoints() -> None:
-    needed = 2 * 12 * 1_000_000
-    assert space_row(2 * needed, 1_000_000, [1e9]).status is Status.OK
-    assert space_row(needed, 1_000_000, []).status is Status.FAIL  # to the last byte is too little
+    checkpoint = 12_000_000
+    assert space_row(4 * checkpoint, checkpoint, [1e9]).status is Status.OK
+    assert space_row(2 * checkpoint, checkpoint, []).status is Status.FAIL  # to the last byte is too little
 
 
 def test_a_clock_that_is_off_is_named() -> None:

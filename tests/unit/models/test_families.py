@@ -131,7 +131,7 @@ def test_rebuilt_buffers_are_float32_and_transformers_own(case: str) -> None:
 
 
 def test_gemma3_has_two_rotary_embeddings_and_a_scaled_embedding() -> None:
-    """What the case above has to rebuild: else it would compare nothing."""
+    """The buffers that the case above has to rebuild differ: else it would compare nothing."""
     buffers = dict(whole_model("gemma3").named_buffers())
     local, globally = (buffers[f"model.rotary_emb.{kind}_attention_inv_freq"] for kind in ("sliding", "full"))
     assert not torch.equal(local, globally)
@@ -211,8 +211,8 @@ def test_the_logit_transform_is_transformers_own(model_type: str, keys: dict[str
         products = model.base_model(input_ids=tokens).last_hidden_state @ model.get_output_embeddings().weight.T
         truth = model(input_ids=tokens).logits
     transform = logit_transform(config)
-    found = products * transform.scale
+    actual = products * transform.scale
     if transform.softcap is not None:
-        found = transform.softcap * torch.tanh(found / transform.softcap)
-    torch.testing.assert_close(found, truth)
-    assert torch.equal(found, products) == (model_type == "llama"), "the case must tell the transforms apart"
+        actual = transform.softcap * torch.tanh(actual / transform.softcap)
+    torch.testing.assert_close(actual, truth)
+    assert torch.equal(actual, products) == (model_type == "llama"), "the case must tell the transforms apart"

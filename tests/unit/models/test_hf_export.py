@@ -28,7 +28,7 @@ def _padded(tensor: Tensor, name: str) -> Tensor:
 
 
 def _readers(model: Any, read: Callable[[str], None] = lambda name: None) -> list[NamedReader]:
-    """As the training model has them: the vocabulary padded, and the tied head under its own name as well."""
+    """Readers like the training model's: the vocabulary padded, and the tied head under its own name as well."""
 
     def reader(name: str, tensor: Tensor) -> Callable[[], Tensor]:
         def call() -> Tensor:

@@ -45,7 +45,7 @@ def test_names_shapes_dtypes_tensors_and_rows(write: object, tmp_path: Path) -> 
         next(folder.tensors(["a.weigt"]))
 
 
-def test_a_file_is_opened_only_when_a_tensor_of_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_file_is_opened_only_when_one_of_its_tensors_is_read(tmp_path: Path) -> None:
     _sharded(tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
     folder = SafetensorsFolder(tmp_path)

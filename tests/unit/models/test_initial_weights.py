@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.models.hf_folder import SafetensorsFolder
-from megadistill.models.initial_weights import StartingWeights, check_starting_weights
+from megadistill.models.initial_weights import InitialWeights, check_initial_weights
 from tests.unit.models.cases import CASES, SIZES, VOCAB, saved_model
 
 PADDED = 256
@@ -27,7 +27,7 @@ def _padded(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _require_equal(folder: Path, model: Any) -> None:
-    weights = StartingWeights(folder, load_config(folder, what="test"), vocab_size=VOCAB)
+    weights = InitialWeights(folder, load_config(folder, what="test"), vocab_size=VOCAB)
     for name, parameter in model.named_parameters():
         expected = _padded(name, parameter.detach())
         length = -(-expected.numel() // PIECES)
@@ -52,35 +52,35 @@ def test_bfloat16_is_widened_exactly(tmp_path: Path) -> None:
 
 def test_only_the_rows_around_a_piece_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_model("mixtral", tmp_path)
-    weights = StartingWeights(tmp_path, load_config(tmp_path, what="test"), vocab_size=VOCAB)
-    asked: list[tuple[str, Any]] = []
+    weights = InitialWeights(tmp_path, load_config(tmp_path, what="test"), vocab_size=VOCAB)
+    reads: list[tuple[str, Any]] = []
     read = SafetensorsFolder.rows
 
     def rows(self: SafetensorsFolder, name: str, ranges: Any) -> torch.Tensor:
-        asked.append((name.removeprefix("model.layers.0.block_sparse_moe.experts."), ranges))
+        reads.append((name.removeprefix("model.layers.0.block_sparse_moe.experts."), ranges))
         return read(self, name, ranges)
 
     monkeypatch.setattr(SafetensorsFolder, "rows", rows)
     # gate and up of an expert are 96 rows of 64 each: from row 95 of expert 0's up to row 1 of expert 1's gate
     weights.read("model.layers.0.mlp.experts.gate_up_proj", (4, 192, 64), 191 * 64 + 5, 193 * 64 + 1)
-    assert asked == [("0.w3.weight", [(95, 96)]), ("1.w1.weight", [(0, 2)])]
+    assert reads == [("0.w3.weight", [(95, 96)]), ("1.w1.weight", [(0, 2)])]
 
 
 def test_rows_beyond_the_datas_vocabulary_stay_out(tmp_path: Path) -> None:
     model = saved_model("llama", tmp_path)
     config = load_config(tmp_path, what="test")
-    check_starting_weights(tmp_path, config, vocab_size=VOCAB - 9)
-    weights = StartingWeights(tmp_path, config, vocab_size=VOCAB - 9)
-    found = weights.read(EMBEDDING, (PADDED, 64), 0, PADDED * 64).view(PADDED, 64)
-    assert torch.equal(found[: VOCAB - 9], model.get_parameter(EMBEDDING)[: VOCAB - 9])
-    assert not found[VOCAB - 9 :].any()
+    check_initial_weights(tmp_path, config, vocab_size=VOCAB - 9)
+    weights = InitialWeights(tmp_path, config, vocab_size=VOCAB - 9)
+    values = weights.read(EMBEDDING, (PADDED, 64), 0, PADDED * 64).view(PADDED, 64)
+    assert torch.equal(values[: VOCAB - 9], model.get_parameter(EMBEDDING)[: VOCAB - 9])
+    assert not values[VOCAB - 9 :].any()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_model_in_a_recipes_words_is_no_other(case: str, tmp_path: Path) -> None:
     saved_model(case, tmp_path)
     inline = load_config({**CASES[case], "initializer_range": 0.02}, what="test")
-    check_starting_weights(tmp_path, inline, vocab_size=VOCAB)
+    check_initial_weights(tmp_path, inline, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_another_model_is_refused(changes: dict[str, Any], says: list[str], tmp_
     saved_model("llama", tmp_path)
     other = load_config({**CASES["llama"], **changes}, what="test")
     with pytest.raises(UserError) as caught:
-        check_starting_weights(tmp_path, other, vocab_size=VOCAB)
+        check_initial_weights(tmp_path, other, vocab_size=VOCAB)
     assert "\n" not in str(caught.value)
     for part in ["student.weights", str(tmp_path), *says]:
         assert part in str(caught.value)
@@ -110,5 +110,5 @@ def test_another_model_is_refused(changes: dict[str, Any], says: list[str], tmp_
 def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
     saved_model("llama", tmp_path)
     with pytest.raises(UserError, match=f"{VOCAB} ids, the shards were made with {VOCAB + 1}"):
-        check_starting_weights(tmp_path, load_config({"model_type": "llama", **SIZES, "rope_theta": 5e5}, what="test"),
+        check_initial_weights(tmp_path, load_config({"model_type": "llama", **SIZES, "rope_theta": 5e5}, what="test"),
                                vocab_size=VOCAB + 1)  # fmt: skip

@@ -21,9 +21,9 @@ def test_the_same_name_and_seed_give_the_same_numbers_whatever_was_drawn_before(
 
 def test_the_numbers_are_these() -> None:
     """A change here changes every run that starts from a seed: it needs a Numerics line in the CHANGELOG."""
-    found = initial_tensor(EMBEDDING, (2, 2), std=0.02, seed=0)
+    tensor = initial_tensor(EMBEDDING, (2, 2), std=0.02, seed=0)
     expected = torch.tensor([[0.030046141, 0.015409504], [-0.00864528, 0.003847604]])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("width", [1, 7, 64])
@@ -37,7 +37,7 @@ def test_the_true_rows_do_not_depend_on_the_padding(width: int, padded: int) -> 
 def test_every_parameter_has_the_mean_and_spread_that_transformers_gives_it(case: str) -> None:
     config = load_config(CASES[case], what="test")
     torch.manual_seed(0)
-    norm = family(config).neutral_norm
+    norm = family(config).norm_init
     for name, theirs in AutoModelForCausalLM.from_config(config).named_parameters():
         ours = initial_tensor(name, theirs.shape, std=config.initializer_range, seed=0, norm=norm)
         assert (ours.dtype, ours.shape) == (torch.float32, theirs.shape)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.models.families import FAMILIES, head_dim, load_config, logit_transform
-from megadistill.models.tiny import shrunken, write_random
+from megadistill.models.tiny import tiny_config, write_random
 from megadistill.models.weights import check_weights
 
 LARGE = {
@@ -23,7 +23,7 @@ LARGE = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_shrinks_to_a_model_that_runs(model_type: str, tmp_path: Path) -> None:
     large = load_config({"model_type": model_type, **LARGE}, what="test")
-    small = shrunken(large, vocab_size=300, min_layers=3)
+    small = tiny_config(large, vocab_size=300, min_layers=3)
     write_random(small, tmp_path, seed=1)
     read = load_config(tmp_path, what="test")
     check_weights(tmp_path, read)
@@ -43,6 +43,6 @@ def test_a_small_model_does_not_grow() -> None:
         {"model_type": "llama", **LARGE, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
         what="test",
     )
-    small = shrunken(tiny, vocab_size=300, min_layers=1)
+    small = tiny_config(tiny, vocab_size=300, min_layers=1)
     assert (small.hidden_size, small.num_attention_heads, small.num_key_value_heads) == (64, 2, 1)
     assert small.num_hidden_layers == 1

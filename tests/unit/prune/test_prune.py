@@ -14,7 +14,7 @@ from megadistill.data import Manifest, Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
-from megadistill.prune import prune as room
+from megadistill.prune import prune as module
 from megadistill.prune.prune import PruneReport, prune
 from tests.corpora import VOCAB as IDS
 from tests.corpora import small_data_set
@@ -35,7 +35,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(data_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In bfloat16, with padding rows."""
+    """A folder in bfloat16, with padding rows."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     config = {
@@ -78,10 +78,10 @@ def test_the_folder_is_a_model_and_says_where_it_comes_from(teacher: Path, data_
     assert record["teacher"] == {"name": teacher.name, "fingerprint": teacher_fingerprint(teacher)}
     assert record["calibration"]["sequences"] == 6
     assert record["sizes"] == {"hidden_size": 20, "intermediate_size": 30, "heads": 2, "layers": 2}
-    kept = record["kept"]
+    indices = record["kept"]
     whole = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-    first = whole.get_parameter(f"model.layers.{kept['layers'][0]}.mlp.up_proj.weight")
-    expected = first[kept["neurons"][0]][:, kept["hidden"]]
+    first = whole.get_parameter(f"model.layers.{indices['layers'][0]}.mlp.up_proj.weight")
+    expected = first[indices["neurons"][0]][:, indices["hidden"]]
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, expected)
     assert str(data_set) not in json.dumps(record), "a path of this machine"
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
     options: dict[str, Any],
     says: list[str],
 ) -> None:
-    monkeypatch.delattr(room, "load_pretrained")
+    monkeypatch.delattr(module, "load_pretrained")
     given = change(teacher, tmp_path / "changed") if change else teacher
     with pytest.raises(UserError) as caught:
         _prune(given, data_set, tmp_path / "out" / "pruned", **options)
@@ -140,12 +140,12 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_verb(teacher: Path, data_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(teacher: Path, data_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = str(data_set / "train" / "manifest.json")
     command = ["prune", str(teacher), "--data", manifest, "--output", str(tmp_path / "pruned"), "--layers", "2"]
     assert run_command([*command, "--sequences", "4"]) == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for part in ("parameters", "hidden size", "without layers", "4 sequences"):
-        assert part in said
+        assert part in text
     assert run_command(command) == 2
     assert "exists already" in capsys.readouterr().err

@@ -16,7 +16,10 @@ from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import head_dim, load_config
 from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
-from megadistill.prune import Kept, Sizes, choose, measure, pruned_config, pruned_sizes, pruned_tensors
+from megadistill.prune.choice import PruningChoice, choose
+from megadistill.prune.cut import pruned_tensors
+from megadistill.prune.importance import measure_importance
+from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 from tests.unit.models.cases import CASES, SIZES, VOCAB
 
@@ -30,7 +33,7 @@ class Planted:
     """A model of which only `live` does anything."""
 
     model: Any
-    live: Kept
+    live: PruningChoice
 
 
 def _batches(*shapes: tuple[int, int], seed: int = 5) -> list[TokenBatch]:
@@ -70,7 +73,7 @@ def _silenced(module: Any, rows: list[int]) -> None:
 def _planted(name: str, **changes: Any) -> Planted:
     # An epsilon so small that it makes no difference over how many channels a mean is taken.
     model = _model({**CASES[name], "rms_norm_eps": 1e-12, **changes})
-    live = Kept(
+    live = PruningChoice(
         hidden=_some(CHANNELS, 64, seed=1),
         layers=LAYERS,
         groups=[_some(1, 2, seed=10 + layer) for layer in LAYERS],
@@ -96,24 +99,24 @@ def _planted(name: str, **changes: Any) -> Planted:
     return Planted(model, live)
 
 
-def _pruned(model: Any, folder: Path, sizes: Sizes, batches: list[TokenBatch]) -> tuple[Kept, Any]:
-    """What was kept, and the smaller model as transformers loads it."""
+def _pruned(model: Any, folder: Path, sizes: Sizes, batches: list[TokenBatch]) -> tuple[PruningChoice, Any]:
+    """The choice, and the smaller model as transformers loads it."""
     model.save_pretrained(folder / "whole")
     config = load_config(folder / "whole", what="test")
-    importance = measure(model, batches)
-    kept = choose(importance, config, sizes)
-    small = pruned_config(config, sizes, layers=kept.layers)
+    importance = measure_importance(model, batches)
+    choice = choose(importance, config, sizes)
+    small = pruned_config(config, sizes, layers=choice.layers)
     export_model(
         folder / "pruned",
         config=small,
-        tensors=pruned_tensors(SafetensorsFolder(folder / "whole"), config, small, kept, importance.shares),
+        tensors=pruned_tensors(SafetensorsFolder(folder / "whole"), config, small, choice, importance.shares),
         dtype=torch.float32,
         true_vocab=VOCAB,
         max_shard_bytes=10**9,
         tokenizer_folder=None,
     )
     load_config(folder / "pruned", what="test")
-    return kept, AutoModelForCausalLM.from_pretrained(folder / "pruned", attn_implementation="eager").eval()
+    return choice, AutoModelForCausalLM.from_pretrained(folder / "pruned", attn_implementation="eager").eval()
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:
@@ -128,11 +131,11 @@ SMALL = Sizes(hidden_size=CHANNELS, intermediate_size=NEURONS, heads=2, layers=l
 @pytest.mark.parametrize(
     ("name", "changes"), [*((name, {}) for name in DENSE), ("gemma2", {"tie_word_embeddings": False})]
 )
-def test_what_does_nothing_is_found_and_not_missed(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_parts_without_effect_are_cut_without_loss(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     planted = _planted(name, **changes)
     (batch,) = batches = _batches((3, 16))
-    kept, small = _pruned(planted.model, tmp_path, SMALL, batches)
-    assert kept == planted.live
+    choice, small = _pruned(planted.model, tmp_path, SMALL, batches)
+    assert choice == planted.live
     kinds = getattr(planted.model.config, "layer_types", None)
     assert getattr(small.config, "layer_types", None) == (kinds and [kinds[layer] for layer in LAYERS])
     whole = _logits(planted.model, batch.tokens)
@@ -146,10 +149,10 @@ def test_one_size_alone_leaves_the_others(tmp_path: Path) -> None:
     own = Sizes(hidden_size=64, intermediate_size=96, heads=4, layers=5)
     sizes = pruned_sizes(model.config, layers=4)
     assert sizes == Sizes(64, 96, 4, 4)
-    kept, small = _pruned(model, tmp_path, sizes, batches)
+    choice, small = _pruned(model, tmp_path, sizes, batches)
     everything = list(range(96))
-    assert (kept.hidden, kept.neurons, kept.groups) == (everything[:64], [everything] * 4, [[0, 1]] * 4)
-    (dropped,) = set(range(own.layers)) - set(kept.layers)
+    assert (choice.hidden, choice.neurons, choice.groups) == (everything[:64], [everything] * 4, [[0, 1]] * 4)
+    (dropped,) = set(range(own.layers)) - set(choice.layers)
     del model.model.layers[dropped]
     assert torch.equal(_logits(small, batches[0].tokens), _logits(model, batches[0].tokens))
 
@@ -176,7 +179,7 @@ def test_scores_are_the_formulas(tmp_path: Path) -> None:
                 states.append([state[0] for state in given.hidden_states[:-1]] + [seen["model.norm"][-1]])
                 counted.append([place for place, label in enumerate(labels.tolist()) if label != IGNORED_LABEL])
     seen = {name: list(rows) for name, rows in seen.items()}
-    found = measure(model, [first, second])
+    importance = measure_importance(model, [first, second])
 
     def l2_of_means(sequences: list[Tensor]) -> Tensor:
         means = [
@@ -192,39 +195,41 @@ def test_scores_are_the_formulas(tmp_path: Path) -> None:
                 hidden += l2_of_means([row * module.weight for row in x])
                 tokens = torch.cat([row[places] for row, places in zip(seen[name], counted, strict=False)])
                 shares = tokens.square() / tokens.square().sum(-1, keepdim=True)
-                torch.testing.assert_close(found.shares[name], shares.double().mean(0), rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(found.hidden, hidden, rtol=1e-5, atol=0)
+                torch.testing.assert_close(importance.shares[name], shares.double().mean(0), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(importance.hidden, hidden, rtol=1e-5, atol=0)
         for number, layer in enumerate(model.model.layers):
             prefix = f"model.layers.{number}"
             mlp = layer.mlp
             products = [torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x) for x in seen[f"{prefix}.mlp"][:3]]
-            torch.testing.assert_close(found.neurons[number], l2_of_means(products), rtol=1e-5, atol=0)
+            torch.testing.assert_close(importance.neurons[number], l2_of_means(products), rtol=1e-5, atol=0)
             outputs = seen[f"{prefix}.self_attn.o_proj"][:3]
             norms = [
                 torch.stack([row[:, 16 * h : 16 * h + 16].norm(dim=1) for h in range(4)], dim=1) for row in outputs
             ]
-            torch.testing.assert_close(found.heads[number], l2_of_means(norms), rtol=1e-5, atol=0)
+            torch.testing.assert_close(importance.heads[number], l2_of_means(norms), rtol=1e-5, atol=0)
             cosines = [
                 torch.dot(row[number][s], row[number + 1][s]) / (row[number][s].norm() * row[number + 1][s].norm())
                 for row, places in zip(states, counted, strict=True)
                 for s in places
             ]
-            assert found.layers[number] == pytest.approx(1 - float(torch.stack(cosines).mean()), rel=1e-4)
-    assert (found.sequences, found.tokens) == (3, sum(map(len, counted)))
+            assert importance.layers[number] == pytest.approx(1 - float(torch.stack(cosines).mean()), rel=1e-4)
+    assert (importance.sequences, importance.tokens) == (3, sum(map(len, counted)))
 
 
 def test_the_highest_stay_and_of_equals_the_first() -> None:
     model = _model({"model_type": "llama", **SIZES, "num_hidden_layers": 2})
-    found = measure(model, _batches((1, 8)))
-    found.heads[1][:] = torch.tensor([4.0, 0.0, 1.0, 2.0])  # the first group does more, though its second head does not
-    found.neurons[1][:] = 1.0
-    found.layers[:] = torch.tensor([0.1, 0.3])
-    kept = choose(found, model.config, Sizes(hidden_size=64, intermediate_size=3, heads=2, layers=1))
-    assert kept == Kept(hidden=list(range(64)), layers=[1], groups=[[0]], neurons=[[0, 1, 2]])
+    importance = measure_importance(model, _batches((1, 8)))
+    importance.heads[1][:] = torch.tensor(
+        [4.0, 0.0, 1.0, 2.0]
+    )  # the first group scores more, though not its second head
+    importance.neurons[1][:] = 1.0
+    importance.layers[:] = torch.tensor([0.1, 0.3])
+    choice = choose(importance, model.config, Sizes(hidden_size=64, intermediate_size=3, heads=2, layers=1))
+    assert choice == PruningChoice(hidden=list(range(64)), layers=[1], groups=[[0]], neurons=[[0, 1, 2]])
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "says"),
+    ("name", "given", "says"),
     [
         ("llama", {"hidden_size": 65}, ["--hidden-size 65", "64"]),
         ("llama", {"intermediate_size": 97}, ["--intermediate-size 97", "96"]),
@@ -239,9 +244,9 @@ def test_the_highest_stay_and_of_equals_the_first() -> None:
         ("qwen3_moe", {"layers": 2}, ["qwen3_moe", "experts"]),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name: str, asked: dict[str, int], says: list[str]) -> None:
+def test_sizes_that_cannot_be_are_refused(name: str, given: dict[str, int], says: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        pruned_sizes(load_config(CASES[name], what="test"), **asked)
+        pruned_sizes(load_config(CASES[name], what="test"), **given)
     assert "\n" not in str(caught.value)
     for part in says:
         assert part in str(caught.value)
@@ -252,7 +257,7 @@ def test_activations_that_say_nothing_are_refused() -> None:
     (batch,) = _batches((1, 8))
     batch.labels[:] = IGNORED_LABEL
     with pytest.raises(UserError, match="no token with a label"):
-        measure(model, [batch])
+        measure_importance(model, [batch])
     model.model.layers[0].mlp.up_proj.weight.data[3] = torch.nan
     with pytest.raises(OperatorFault, match="not finite"):
-        measure(model, _batches((1, 8)))
+        measure_importance(model, _batches((1, 8)))

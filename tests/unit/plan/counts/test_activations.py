@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from megadistill.models.families import build_decoder, load_config, reading, rebuild_buffers
+from megadistill.models.families import build_decoder, forward_inputs, load_config, rebuild_buffers
 from megadistill.plan.counts.activations import Activations, Peak, count_activations
 
 S = 64
@@ -60,7 +60,7 @@ def _saved_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
     hidden = torch.randn(1, S, config.hidden_size, dtype=dtype, requires_grad=True)
     positions = torch.arange(S).remainder(24).unsqueeze(0) if masked else None
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = decoder(**reading(hidden, positions)).last_hidden_state
+        out = decoder(**forward_inputs(hidden, positions)).last_hidden_state
     saved[out.untyped_storage()._cdata] = out
     for parameter in decoder.parameters():
         saved.pop(parameter.untyped_storage()._cdata, None)

@@ -10,14 +10,12 @@ import torch
 
 from megadistill.config import LossSection
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.divergence import Divergence, Elementwise
-from megadistill.loss.heads import Head
-from megadistill.loss.inputs import Problem, agree
+from megadistill.loss import Divergence, Head, LossOptions
+from megadistill.loss.inputs import LossInputs, exchange_metadata
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
-from megadistill.types import LogitTransform
 from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, recipe, stats, tiny
 
 TINY_PADDED = 2 * TINY_LAYER + 32 + 2 * 256 * 32
@@ -72,19 +70,19 @@ def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
 @pytest.mark.parametrize("tokens", [1, 24, 100])
 @pytest.mark.parametrize("megabytes", [1, 2])
 def test_a_chunk_is_the_losss_own(tokens: int, megabytes: int) -> None:
-    """Of one rank, whose vocabulary is no slice; what the loss agrees on is its own."""
+    """A group of one rank, which agrees with no other."""
     model = load_config({**TINY, "vocab_size": 7000, "max_position_embeddings": 128}, what="test")
     plain = recipe(distill=False, precision="float32", global_batch=1, micro_batch=1, vocab_multiple=1)
     plain = plain.model_copy(update={"loss": LossSection(logit_memory_mb=megabytes)})
     counted = measure_models(model, None, sequence_length=tokens)
     run = Sharding(plain, counted, 7000, 1, 1, 1)
     labels = torch.zeros(tokens, dtype=torch.int64)
-    head = Head("student", torch.zeros(tokens, 32), torch.zeros(7000, 32), None, LogitTransform())
+    head = Head(torch.zeros(tokens, 32), torch.zeros(7000, 32))
     vocab = VocabSlice.contiguous(0, 7000, 7000)
     weights = torch.ones(tokens)
-    problem = Problem((head,), labels, weights, Divergence(), vocab, megabytes << 20, Elementwise.EAGER)
-    plan = agree(problem, with_gradient=True)
-    assert (run.chunk, run.in_flight) == (plan.tokens, plan.in_flight)
+    inputs = LossInputs(head, None, labels, weights, Divergence(), vocab, LossOptions(megabytes << 20))
+    plan, _ = exchange_metadata(inputs, with_gradient=True)
+    assert run.loss_chunks == plan
 
 
 def test_what_is_offloaded_lies_on_the_host() -> None:

@@ -1,4 +1,4 @@
-"""What a recipe needs, against numbers written out by hand. Memory and traffic have tests of their own, beside this."""
+"""Requirements of a recipe, against numbers written out by hand. Memory and traffic have tests of their own."""
 
 from typing import Any
 

@@ -63,7 +63,7 @@ def test_the_surest_tokens_take_the_teachers_hidden_states_once_more() -> None:
     assert more == pytest.approx(7 * (2 * D + 8 * 6 * 4))
 
 
-def test_parcels_go_from_stage_to_stage_and_answers_to_all() -> None:
+def test_packets_go_from_stage_to_stage_and_answers_to_all() -> None:
     packet = 2 * D + 8 / S
     traffic = large().traffic
     assert traffic[STAGES].node == pytest.approx(8 * packet)
