@@ -22,17 +22,17 @@ import webdataset
 from benchmarks.measure import Spread, rounds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.data import Manifest, TokenStream
-from megadistill.data.shards.manifest import PackerRecord, SourceRecord, TokenizerRecord, UnitRecord
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.manifest import PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
-from megadistill.data.stream.order import Order, Source, Stage
+from megadistill.data.stream.order import CurriculumEntry, Order, Source
 
 QUESTIONS = ("speed", "position", "wait")
 MEASURED = ("megadistill/data", "megadistill/types.py", "benchmarks/*.py")
 VOCAB = 50_000
 BATCH = 256
 DOCUMENT = 700
-"""Tokens of a document: the units say where documents begin."""
+"""Tokens of a document: the sequences say where documents begin."""
 
 HELP = """\
 questions (all of them, when --only does not choose):
@@ -59,18 +59,18 @@ def _write(folder: Path, sequences: int, sequence: int) -> Manifest:
     shards = tuple(
         write_shard(
             folder / f"shard-{number:05d}.tar",
-            (Unit(row.astype(np.int32), bounds) for row in tokens[start : start + per_shard]),
+            (PackedSequence(row.astype(np.int32), bounds) for row in tokens[start : start + per_shard]),
             dtype="uint16",
         )
         for number, start in enumerate(range(0, sequences, per_shard))
     )
     Manifest(
-        version=2,
+        version=3,
         split="train",
         sequence_length=sequence,
         dtype="uint16",
         vocab_size=VOCAB,
-        unit=UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
         packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
         documents=None,
@@ -87,7 +87,7 @@ def ours(manifest: Manifest) -> int:
     read = 0
     for batch, _ in stream:
         read += len(batch)
-        if read >= manifest.units:
+        if read >= manifest.sequences:
             return read
     raise AssertionError("the stream has no end")
 
@@ -127,12 +127,12 @@ def mosaic(folder: Path) -> int:
     return _in_batches(sample["tokens"] for sample in dataset)
 
 
-def _in_batches(units: Iterator[np.ndarray]) -> int:
+def _in_batches(sequences: Iterator[np.ndarray]) -> int:
     """Int64 tokens and labels, as ours gives them."""
     read = 0
     rows: list[np.ndarray] = []
-    for unit in units:
-        rows.append(unit)
+    for sequence in sequences:
+        rows.append(sequence)
         if len(rows) == BATCH:
             batch = np.stack(rows).astype(np.int64)
             torch.from_numpy(np.ascontiguousarray(batch[:, :-1]))
@@ -196,9 +196,9 @@ def speed(folder: Path, manifest: Manifest, sequences: int, sequence: int, repor
 def position(report: Report) -> None:
     shape = "10^12 tokens, sequences of 2048, 119210 shards"
     counts = [4096] * 119_210
-    stages = [Stage(10**8, {"a": 0.9, "b": 0.1}), Stage(None, {"a": 0.5, "b": 0.5})]
+    curriculum = [CurriculumEntry(10**8, {"a": 0.9, "b": 0.1}), CurriculumEntry(None, {"a": 0.5, "b": 0.5})]
     began = time.perf_counter()
-    order = Order({"a": Source("a", counts), "b": Source("b", counts)}, stages, seed=1)
+    order = Order({"a": Source("a", counts), "b": Source("b", counts)}, curriculum, seed=1)
     opened = time.perf_counter() - began
     found = []
     for repeat in range(report.repeats):

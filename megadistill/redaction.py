@@ -30,17 +30,17 @@ def command_line(arguments: list[str]) -> list[str]:
 
 
 def without_secrets(value: str) -> str:
-    """`value` with what has the form of a well-known key, or of a URL's password, as `***`."""
+    """`value` with everything that has the form of a well-known key or of a URL's password as `***`."""
     return _SECRET_VALUE.sub("***", value)
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether an option or a variable of this name holds a secret; tokens of a text are none."""
+    """Whether an option or a variable of this name holds a secret; `tokens` of a text are none."""
     return _SECRET_NAME.search(_NO_SECRET.sub("", name)) is not None
 
 
 def redact_url(location: Path | str) -> str:
-    """A path as it is; a URL without its credentials: no user, no password, no query."""
+    """A path unchanged; a URL without user, password and query."""
     scheme, mark, rest = str(location).partition("://")
     if not mark:
         return scheme

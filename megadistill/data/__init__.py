@@ -1,11 +1,11 @@
-"""The token stream: text to shards, shards to batches. It knows no models, no ranks' groups; of the recipe its `data`.
+"""The data: text to shards, shards to a token stream, and stored targets.
 
 `tokenize` writes a data set, `Manifest` describes one of its splits, `Mixture` joins splits, `TokenStream` reads them.
 """
 
 from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.shards.reader import ShardFault
+from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
 from megadistill.data.tokenizers.base import tokenizer_sha256

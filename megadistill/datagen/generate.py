@@ -25,7 +25,6 @@ from megadistill.data.shards.manifest import (
     Manifest,
     PackerRecord,
     SourceRecord,
-    refuse_finished,
     token_dtype,
 )
 from megadistill.data.shards.tar import SAMPLE_FORMAT
@@ -123,7 +122,7 @@ def generate(
     if not 0 <= rank < world:
         raise UserError(f"job {rank} of {world}: jobs count from 0")
     _check_teacher(teacher, data, prompt_tokens, sampling.new_tokens)
-    refuse_finished(output / TRAIN)
+    Manifest.refuse_finished(output / TRAIN)
     _refuse_foreign(output)
     record = GeneratedRecord(
         teacher=teacher_fingerprint(teacher),

@@ -1,14 +1,16 @@
-"""Secrets in command lines and values are not shown; what only looks like one is."""
+"""Secrets in command lines, values and URLs are removed; what only looks like one stays."""
+
+from pathlib import Path
 
 import pytest
 
-from megadistill.redaction import command_line, without_secrets
+from megadistill.redaction import command_line, redact, redact_url, without_secrets
 
 
 def test_a_name_that_says_a_secret_hides_a_value_of_any_form() -> None:
     given = ["--token", "one", "--api-key=two", "--password", "three", "s3.secret=four", "data.token_file=five"]
-    shown = ["--token", "***", "--api-key=***", "--password", "***", "s3.secret=***", "data.token_file=***"]
-    assert command_line(given) == shown
+    expected = ["--token", "***", "--api-key=***", "--password", "***", "s3.secret=***", "data.token_file=***"]
+    assert command_line(given) == expected
 
 
 def test_what_only_looks_like_a_secret_is_shown() -> None:
@@ -18,7 +20,7 @@ def test_what_only_looks_like_a_secret_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("url", "redacted"),
     [
         ("https://me:pass@host/x", "https://***@host/x"),
         ("s3://b/x?X-Amz-Signature=ab12&part=3", "s3://b/x?***&part=3"),
@@ -26,5 +28,11 @@ def test_what_only_looks_like_a_secret_is_shown() -> None:
         ("https://h/x?token=1&AWSAccessKeyId=2", "https://h/x?***&***"),
     ],
 )
-def test_a_url_keeps_all_but_its_secrets(url: str, shown: str) -> None:
-    assert without_secrets(f"data.manifest={url}") == f"data.manifest={shown}"
+def test_a_url_keeps_all_but_its_secrets(url: str, redacted: str) -> None:
+    assert without_secrets(f"data.manifest={url}") == f"data.manifest={redacted}"
+
+
+def test_locations_and_messages_lose_the_credentials_of_their_urls() -> None:
+    assert redact_url("https://u:p@h/a/b?sig=1") == "https://h/a/b"
+    assert redact_url(Path("/a/b?c@d")) == "/a/b?c@d"
+    assert redact("no 'https://u:p@h/a?sig=1' here") == "no 'https://h/a' here"

@@ -1,4 +1,4 @@
-"""The corpus: files to documents, one after the other. It knows no tokenizer, no splits and no shards.
+"""Reading a corpus: files to documents, one after the other.
 
 | file                                          | a document                                          |
 |-----------------------------------------------|-----------------------------------------------------|
@@ -6,7 +6,7 @@
 | `.parquet`                                    | a row: the text in one column                       |
 | any other                                     | the whole file; `.gz` and `.zst` are decompressed   |
 
-Memory holds one document, or one batch of rows, however long the file. What is left out is counted; what is damaged is
+Memory holds one document, or one batch of rows, however long the file. What is left out is counted; a damaged file is
 refused, since half a file is never a shorter corpus.
 """
 
@@ -36,7 +36,7 @@ else:
 MAX_DOCUMENT_BYTES: Final = 1 << 28
 
 LINES: Final = (".jsonl", ".json.gz", ".json.zst", ".jsonl.gz", ".jsonl.zst")
-"""A `.json` file that is not compressed is one document: as many of them are one as are lines."""
+"""Endings of files with a document a line; an uncompressed `.json` file is one document, which as many are."""
 PARQUET: Final = ".parquet"
 
 _DIGEST_BYTES = 8
@@ -50,7 +50,7 @@ _DAMAGED = (EOFError, zlib.error, zstd.ZstdError)
 
 
 class LeftOut(StrEnum):
-    """Why a document is no part of the data set."""
+    """Reasons for leaving a document out of the data set."""
 
     EMPTY = "empty"
     INVALID = "not UTF-8"
@@ -67,7 +67,7 @@ class Document:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of the text: copies have the same, whatever file they lie in."""
+        """Hash of the text: copies have the same, whatever file they lie in."""
         return hashlib.blake2b(self.data, digest_size=_DIGEST_BYTES).digest()
 
     @property
@@ -84,7 +84,7 @@ class Corpus:
         self._fields: set[str] = set()
         self.left_out: Counter[LeftOut] = Counter()
         self.bytes_read = 0
-        """Of the files as they lie on the disk, compressed ones too."""
+        """Bytes of the files that were read, as they lie on the disk."""
 
     def __iter__(self) -> Iterator[Document]:
         """Raises UserError: a file cannot be read, or is damaged."""
@@ -98,8 +98,8 @@ class Corpus:
                     yield document
             self.bytes_read = before + path.stat().st_size
 
-    def nothing(self) -> UserError:
-        """The error of a corpus without a document: what was there instead."""
+    def no_documents(self) -> UserError:
+        """The error for a corpus without a document, with what was left out."""
         fields = ", ".join(repr(field) for field in sorted(self._fields))
         way_out = f": the fields are {fields}, name one with --text-field" if fields else ": give other files"
         return UserError(f"no text to tokenize: {in_words(self.left_out) or 'the files hold no document'}{way_out}")
@@ -174,22 +174,22 @@ def find_files(
 ) -> Iterator[Path]:
     """Files as they are given, and those of folders in sorted order, without following symbolic links.
 
-    `output`, which may lie inside of a folder, is left out: what is written there is no input.
+    `output`, which may lie inside of a folder, is left out.
 
-    Of a folder's files those are taken that match a pattern of `include` and none of `exclude`. A pattern matches the
+    A folder's files are read that match a pattern of `include` and none of `exclude`. A pattern matches the
     path relative to the folder (`*` crosses `/`), the same with a leading `/`, or the file's name.
 
     Raises:
         UserError: an input does not exist, a folder cannot be read, or nothing matches.
     """
-    found = False
+    any_file = False
     for given in inputs:
         if not given.exists():
             raise UserError(f"{given} does not exist: give files of text, or folders of them")
         for path in [given] if given.is_file() else _walk(given, include, exclude, output.resolve()):
-            found = True
+            any_file = True
             yield path
-    if not found:
+    if not any_file:
         raise UserError(
             f"no file of {', '.join(map(str, inputs))} matches --include {' '.join(include)}"
             f"{f' and not --exclude {chr(32).join(exclude)}' if exclude else ''}: change the patterns"
@@ -210,8 +210,8 @@ def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], output: 
         for name in sorted(names):
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
-            wanted = _matches(relative, include) and not _matches(relative, exclude)
-            if wanted and path.is_file() and not path.is_symlink():
+            chosen = _matches(relative, include) and not _matches(relative, exclude)
+            if chosen and path.is_file() and not path.is_symlink():
                 yield path
 
 
@@ -230,7 +230,7 @@ def _document(data: bytes) -> Document | LeftOut:
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | LeftOut]:
-    """Lines that are not blank. One above the bound is passed over without being held."""
+    """Lines that are not blank. One above the bound is skipped without being held in memory."""
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         if len(line) <= MAX_DOCUMENT_BYTES:
             if not line.isspace():
@@ -248,7 +248,7 @@ def _readable(path: Path) -> Iterator[None]:
     except _DAMAGED as error:
         raise _damaged(path, error) from None
     except OSError as error:
-        if error.errno is None:  # what gzip and pyarrow raise for bad bytes
+        if error.errno is None:  # gzip and pyarrow, for bad bytes
             raise _damaged(path, error) from None
         raise _unreadable(path, error) from None
 
@@ -276,7 +276,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _parquet(path: Path) -> tuple[Any, Any]:
-    """pyarrow.parquet and pyarrow, which only those need who have such files."""
+    """pyarrow.parquet and pyarrow, an extra."""
     try:
         import pyarrow  # noqa: PLC0415
         import pyarrow.parquet  # noqa: PLC0415
@@ -288,13 +288,5 @@ def _parquet(path: Path) -> tuple[Any, Any]:
 def _is_text(kind: Any, types: Any) -> bool:
     """Whether an Arrow type holds strings, or bytes that a writer did not mark as strings."""
     value = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        test(value)
-        for test in (
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-            types.is_binary,
-            types.is_large_binary,
-        )
-    )
+    names = ("string", "large_string", "string_view", "binary", "large_binary")
+    return any(getattr(types, f"is_{name}")(value) for name in names)

@@ -1,9 +1,9 @@
-"""Encoding: one run of documents to one shard, and the record by which a later start knows it. It knows no inputs.
+"""Encoding a task: its documents to one shard, and the record that lets a later start reuse the shard.
 
-The record `.shard-00012.json` is written when its shard is whole, and says from what documents and by what rules. It is
-gone when the data set is finished.
+The record `.shard-00012.json` is written when its shard is whole, with hashes of the documents and of the encoding. It
+is deleted when the data set is complete.
 
-Legend: B units at a time, S tokens of a sequence.
+Legend: B sequences at a time, S tokens of a sequence.
 """
 
 import errno
@@ -12,34 +12,34 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megadistill.data.prepare.shard_tasks import Run
+from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.shards.labels import predicted, shift
 from megadistill.data.shards.manifest import FORMAT_VERSION, Count, Shard, TokenDtype
-from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, Unit, bestfit, chunk
+from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
 from megadistill.data.shards.tar import write_shard
 from megadistill.data.tokenizers.base import Tokenizer
 from megadistill.errors import OperatorFault, UserError
-from megadistill.io import file_sha256, written_whole
+from megadistill.io import atomic_write, file_sha256
 
 PackerName = Literal["chunk", "bestfit"]
 PACKERS: Final = (CHUNK, BESTFIT)
 
-_TEXT_BYTES_AT_A_TIME = 1 << 20  # a tokenizer's answer is many times as large as the text
-_UNITS_AT_A_TIME = 256
+_TEXT_BYTES_AT_A_TIME = 1 << 20  # a tokenizer's result is many times as large as the text
+_SEQUENCES_AT_A_TIME = 256
 _MAX_RECORD_BYTES = 1 << 16
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What decides, with the documents, the bytes of a shard."""
+class EncodingSpec:
+    """The settings that decide, with the documents, the bytes of a shard."""
 
     packer: PackerName
     packer_version: int
@@ -51,7 +51,7 @@ class Rules:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int, dtype: TokenDtype) -> "Rules":
+    def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int, dtype: TokenDtype) -> "EncodingSpec":
         return cls(
             packer=packer,
             packer_version=PACKER_VERSIONS[packer],
@@ -67,38 +67,38 @@ class Rules:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-class Finished(BaseModel):
-    """What became of a run."""
+class ShardResult(BaseModel):
+    """The result of a task, and its record on disk."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    rules: str
-    run: str
-    """Digest of its documents."""
+    encoding: str
+    """Digest of the EncodingSpec."""
+    task: str
+    """Digest of the task's documents."""
     shard: Shard | None
-    """None: the documents make no unit."""
+    """None: the documents fill no sequence."""
     documents: Count
     tokens: Count
-    """Tokens that the shard predicts."""
+    """Predicted tokens of the shard."""
     text_bytes: Count
     """UTF-8 bytes of their text."""
     dropped: Count
-    """Tokens that were to be predicted, and are in no unit."""
+    """Tokens to predict that are in no sequence."""
     padding: Count
-    """Tokens of the units that are of no document."""
+    """Tokens of the sequences that belong to no document."""
 
 
 def record_path(folder: Path, shard: str) -> Path:
     return folder / f".{Path(shard).stem}.json"
 
 
-def kept(folder: Path, run: Run, rules: Rules) -> Finished | None:
-    """The record of an earlier start, where it is of these documents and rules, and its shard is whole on the disk."""
-    path = record_path(folder, run.shard)
+def reusable_result(folder: Path, task: ShardTask, spec: EncodingSpec) -> ShardResult | None:
+    """The result of an earlier start, if it has the same documents and encoding, and its shard is whole on disk."""
     try:
-        with open(path, "rb") as file:
-            record = Finished.model_validate_json(file.read(_MAX_RECORD_BYTES))
-        same = record.rules == rules.digest and record.run == run.digest
+        with open(record_path(folder, task.shard), "rb") as file:
+            record = ShardResult.model_validate_json(file.read(_MAX_RECORD_BYTES))
+        same = (record.encoding, record.task) == (spec.digest, task.digest)
         return record if same and _is_whole(folder, record.shard) else None
     except (OSError, ValidationError):
         return None
@@ -112,36 +112,36 @@ def _is_whole(folder: Path, shard: Shard | None) -> bool:
     )
 
 
-def encode_run(folder: Path, run: Run, rules: Rules, tokenizer: Tokenizer) -> Finished:
-    """Writes the shard of a run into `folder`, and then its record.
+def encode_task(folder: Path, task: ShardTask, spec: EncodingSpec, tokenizer: Tokenizer) -> ShardResult:
+    """Writes the shard of a task into `folder`, and then its record.
 
     Raises:
         OperatorFault: the disk is full.
     """
-    count = _Count(tokenizer, rules)
-    path = folder / run.shard
+    counter = _TokenCounter(tokenizer, spec)
     with disk_faults(folder):
-        units = count.units(_packed(count.documents(_encoded(run.texts, tokenizer)), rules))
-        first = next(units, None)
-        shard = None if first is None else write_shard(path, _chained(first, units), dtype=rules.dtype)
-        finished = Finished(
-            rules=rules.digest,
-            run=run.digest,
+        sequences = counter.sequences(_packed(counter.documents(_encoded(task.texts, tokenizer)), spec))
+        first = next(sequences, None)
+        path = folder / task.shard
+        shard = None if first is None else write_shard(path, chain([first], sequences), dtype=spec.dtype)
+        result = ShardResult(
+            encoding=spec.digest,
+            task=task.digest,
             shard=shard,
-            documents=len(run.texts),
-            tokens=count.tokens,
-            text_bytes=count.text_bytes,
-            dropped=count.to_predict - count.tokens,
-            padding=count.padding,
+            documents=len(task.texts),
+            tokens=counter.tokens,
+            text_bytes=counter.text_bytes,
+            dropped=counter.to_predict - counter.tokens,
+            padding=counter.padding,
         )
-        with written_whole(record_path(folder, run.shard)) as file:
-            file.write(finished.model_dump_json().encode())
-    return finished
+        with atomic_write(record_path(folder, task.shard)) as file:
+            file.write(result.model_dump_json().encode())
+    return result
 
 
 @contextmanager
 def disk_faults(folder: Path) -> Iterator[None]:
-    """Says in one line what the operating system has against writing into `folder`.
+    """Turns an OSError of a write into `folder` into one line.
 
     Raises:
         OperatorFault: the disk is full or fails.
@@ -150,63 +150,55 @@ def disk_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{error.filename or folder} cannot be written ({error.strerror or error})"
+        message = f"{error.filename or folder} cannot be written ({error.strerror or error})"
         if error.errno is None or error.errno in _DISK_FAULTS:  # numpy's short write has no number
             raise OperatorFault(
-                f"{what}: make room, and start the same command again: it keeps what is whole"
+                f"{message}: free some space, and start the same command again: whole shards are reused"
             ) from None
-        raise UserError(f"{what}: give an --output that can be written to") from None
+        raise UserError(f"{message}: give an --output that can be written to") from None
 
 
 def _encoded(texts: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[Ids]:
     batch: list[str] = []
-    held = 0
+    batch_bytes = 0
     for text in texts:
         batch.append(text.decode())
-        held += len(text)
-        if held >= _TEXT_BYTES_AT_A_TIME:
+        batch_bytes += len(text)
+        if batch_bytes >= _TEXT_BYTES_AT_A_TIME:
             yield from tokenizer.encode_batch(batch)
-            batch, held = [], 0
+            batch, batch_bytes = [], 0
     yield from tokenizer.encode_batch(batch)
 
 
-def _packed(documents: Iterable[Ids], rules: Rules) -> Iterator[Unit]:
-    if rules.packer == CHUNK:
-        return chunk(documents, sequence_length=rules.sequence_length, bos=rules.bos, eos=rules.eos)
-    return bestfit(documents, sequence_length=rules.sequence_length, bos=rules.bos, eos=rules.eos, pad=rules.eos)
+def _packed(documents: Iterable[Ids], spec: EncodingSpec) -> Iterator[PackedSequence]:
+    if spec.packer == CHUNK:
+        return chunk(documents, sequence_length=spec.sequence_length, bos=spec.bos, eos=spec.eos)
+    return bestfit(documents, sequence_length=spec.sequence_length, bos=spec.bos, eos=spec.eos, pad=spec.eos)
 
 
-def _chained(first: Unit, rest: Iterator[Unit]) -> Iterator[Unit]:
-    yield first
-    yield from rest
+class _TokenCounter:
+    """Counts of the documents that go into the packer, and of the sequences that come out of it."""
 
-
-class _Count:
-    """What goes into the packer, and what comes out of it."""
-
-    def __init__(self, tokenizer: Tokenizer, rules: Rules) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self._piece_bytes = tokenizer.piece_bytes
-        self._rules = rules
-        self._frame = 1 if rules.bos is None else 2
+        self._spec = spec
+        self._across = spec.packer == CHUNK
+        self._frame = 1 if spec.bos is None else 2
         self.to_predict = self.tokens = self.text_bytes = self.padding = 0
 
     def documents(self, documents: Iterable[Ids]) -> Iterator[Ids]:
         """Every token but a document's first one is to be predicted; laid end to end, every one but the very first."""
-        across = self._rules.packer == CHUNK
         for number, document in enumerate(documents):
-            self.to_predict += len(document) + self._frame - (0 if across and number else 1)
+            self.to_predict += len(document) + self._frame - (0 if self._across and number else 1)
             yield document
 
-    def units(self, units: Iterator[Unit]) -> Iterator[Unit]:
-        while batch := list(islice(units, _UNITS_AT_A_TIME)):
-            self._add(batch)
+    def sequences(self, sequences: Iterator[PackedSequence]) -> Iterator[PackedSequence]:
+        length = self._spec.sequence_length
+        while batch := list(islice(sequences, _SEQUENCES_AT_A_TIME)):
+            bounds = [sequence.bounds for sequence in batch]
+            _, labels_BS = shift(np.stack([sequence.tokens for sequence in batch]))
+            predicted_BS = predicted(bounds, sequence_length=length, across_documents=self._across)
+            self.tokens += int(predicted_BS.sum())
+            self.text_bytes += int(self._piece_bytes[labels_BS][predicted_BS].sum())
+            self.padding += sum(length + 1 - int(row[-1]) for row in bounds)
             yield from batch
-
-    def _add(self, batch: list[Unit]) -> None:
-        sequence = self._rules.sequence_length
-        bounds = [unit.bounds for unit in batch]
-        _, labels_BS = shift(np.stack([unit.tokens for unit in batch]))
-        inside_BS = predicted(bounds, sequence_length=sequence, across_documents=self._rules.packer == CHUNK)
-        self.tokens += int(inside_BS.sum())
-        self.text_bytes += int(self._piece_bytes[labels_BS][inside_BS].sum())
-        self.padding += sum(sequence + 1 - int(row[-1]) for row in bounds)

@@ -1,7 +1,4 @@
-"""Foreign shards: WebDataset tars that somebody else made, indexed and described as a split. The tars stay as they are.
-
-Legend: L tokens of a sequence, S = L - 1 tokens of a sequence.
-"""
+"""Indexing external shards: a split of WebDataset tars that another program wrote, and that stay as they are."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
     FileName,
@@ -23,12 +18,11 @@ from megadistill.data.shards.manifest import (
     SourceRecord,
     TokenDtype,
     TokenizerRecord,
-    refuse_finished,
     token_dtype,
 )
 from megadistill.data.shards.npy import MAX_LENGTH, MemberError, row_of
 from megadistill.data.shards.reader import SequenceReader
-from megadistill.data.shards.tar import Sample, index_path, index_tar, mapped, member_of, publish, samples
+from megadistill.data.shards.tar import Sample, index_path, index_sequences, map_tar, member_of, samples, write_index
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
@@ -37,8 +31,6 @@ from megadistill.progress import ShowProgress, console_progress
 TAR: Final = ".tar"
 BOUNDS: Final = "bounds.npy"
 TOKENIZER_FOLDER: Final = "tokenizer"
-BATCH: Final = 256
-"""SequenceBatch read at a time."""
 
 
 def index(
@@ -53,28 +45,28 @@ def index(
     """Makes a split of the tars in `folder`: an index beside each, the tokenizer, and manifest.json, last.
 
     `member` is the suffix of the tokens' member, `npz:NAME` for one array of several; None: the only .npy or .npz of a
-    sample. `dtype`, uint16 or uint32, is that of a member of raw little-endian bytes. A member `bounds.npy` says where
-    documents begin. Every sequence is read and checked.
+    sample. `dtype`, uint16 or uint32, is that of a member of raw little-endian bytes. A member `bounds.npy` holds the
+    bounds of documents. Every sequence is read and checked.
 
     Raises:
         UserError: there are no tars, one is damaged, or a sequence is not like the others; no manifest was written.
     """
-    refuse_finished(folder)
+    Manifest.refuse_finished(folder)
     tars = _tars(folder)
     _check_name(split, "--split")
     model = load_tokenizer(tokenizer)
-    form = _form(tars[0], split, model, member, dtype)
+    template = _template(tars[0], split, model, member, dtype)
     with nullcontext(progress) if progress else console_progress() as show, _indices_of(tars):
-        shards, tokens = _index_all(tars, form, show)
+        shards, tokens = _index_all(tars, template, show)
     model.write(folder / TOKENIZER_FOLDER)
-    manifest = _manifest(form, shards, tokens)
+    manifest = _manifest(template, shards, tokens)
     manifest.write(folder)
     return manifest.lying_in(folder_of(str(folder)))
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What all sequences have in common; the `first` one decided it."""
+class _Template:
+    """The properties that all sequences share, taken from the `first` one."""
 
     folder: str
     split: str
@@ -103,12 +95,13 @@ def _check_name(name: str, what: str) -> None:
         TypeAdapter(FileName).validate_python(name)
     except ValidationError:
         raise UserError(
-            f"{what}: {name!r} is no name for a manifest: use letters, digits, '.', '_' and '-', none of '.-' in front"
+            f"{what}: {name!r} is not a name for a manifest: use letters, digits, '.', '_' and '-', the first one a letter, "
+            "digit or '_'"
         ) from None
 
 
-def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: str | None) -> _Form:
-    """As the first sample of the first tar is, so all must be."""
+def _template(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: str | None) -> _Template:
+    """The template from the first sample of the first tar."""
     sample = next(samples(tar), None)
     if sample is None:
         raise UserError(f"{tar} holds no samples: leave it out of the folder")
@@ -116,12 +109,12 @@ def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: st
     sample_format, dtype_on_disk = _sample_format(sample, member, dtype, token_dtype(model.vocab_size), where)
     tokens = member_of(sample, sample_format.tokens, where)
     try:
-        row = row_of(mapped(tar).read(tokens.at, tokens.bytes), sample_format, dtype=dtype_on_disk, length=None)
+        row = row_of(map_tar(tar).read(tokens.at, tokens.bytes), sample_format, dtype=dtype_on_disk, length=None)
     except MemberError as error:
         raise UserError(f"{where} member {sample_format.tokens}: {error}: name another --member") from None
     if not 2 <= len(row) <= MAX_LENGTH:
-        raise UserError(f"{where} has {len(row)} tokens: a sequence has 2 to {MAX_LENGTH}")
-    return _Form(
+        raise UserError(f"{where} has {len(row)} tokens: a sequence has 2 to {MAX_LENGTH} with the last label")
+    return _Template(
         folder=tar.resolve().parent.name,
         split=split,
         sample_format=sample_format,
@@ -136,18 +129,18 @@ def _form(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: st
 def _sample_format(
     sample: Sample, member: str | None, dtype: str | None, narrowest: TokenDtype, where: str
 ) -> tuple[SampleFormat, TokenDtype]:
-    """Which member holds the tokens, and how; the dtype is that of raw bytes, or what the ids are read into."""
+    """The format of the samples, and the dtype of raw bytes, or the one that the ids are read into."""
     candidates = [name for name in sample.members if name.endswith(("npy", "npz")) and name != BOUNDS]
     has = f"{where} has {sample.suffixes}"
     if member is None and len(candidates) != 1:
-        raise UserError(f"{has}: say with --member which one holds the tokens")
+        raise UserError(f"{has}: name the one that holds the tokens with --member")
     suffix, _, array = (candidates[0] if member is None else member).partition(":")
     kind: Literal["npy", "npz", "raw"] = "npy" if suffix.endswith("npy") else "npz" if suffix.endswith("npz") else "raw"
     if (kind == "raw") != (dtype is not None):
         raise UserError(
-            f"--member {suffix} is raw bytes: say with --dtype whether they are uint16 or uint32"
+            f"--member {suffix} is raw bytes: give --dtype uint16 or uint32"
             if kind == "raw"
-            else f"--dtype {dtype} is for raw bytes, and {suffix} says its own: leave --dtype out"
+            else f"--dtype {dtype} is for raw bytes, and {suffix} has its own: leave --dtype out"
         )
     if dtype not in (None, "uint16", "uint32"):
         raise UserError(f"--dtype {dtype}: raw bytes are uint16 or uint32")
@@ -163,7 +156,7 @@ def _sample_format(
 
 @contextmanager
 def _indices_of(tars: Sequence[Path]) -> Iterator[None]:
-    """Takes the indices away again when one of the tars does not do."""
+    """Deletes the indices again when one of the tars is refused."""
     try:
         yield
     except BaseException:
@@ -172,49 +165,49 @@ def _indices_of(tars: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _index_all(tars: Sequence[Path], form: _Form, show: ShowProgress) -> tuple[list[Shard], int]:
-    """The shards, and how many of their labels are learned."""
+def _index_all(tars: Sequence[Path], template: _Template, show: ShowProgress) -> tuple[list[Shard], int]:
+    """The shards, and the number of their predicted tokens."""
     total = sum(path.stat().st_size for path in tars)
     shards: list[Shard] = []
     tokens = done = sequences = 0
-    show(form.split, done=0, total=total, tokens=0)
+    show(template.split, done=0, total=total, tokens=0)
     for path in tars:
-        shard = publish(path, index_tar(path, form.sample_format))
-        tokens += _checked_tokens(path, form, shard)
+        shard = write_index(path, index_sequences(path, template.sample_format))
+        tokens += _checked_tokens(path, template, shard)
         shards.append(shard)
         done += shard.bytes
         sequences += shard.sequences
-        show(form.split, done=done, total=total, tokens=sequences * (form.length - 1))
+        show(template.split, done=done, total=total, tokens=sequences * (template.length - 1))
     return shards, tokens
 
 
-def _checked_tokens(path: Path, form: _Form, shard: Shard) -> int:
-    """Reads every sequence, as a training run will; how many labels are learned."""
-    reader = SequenceReader(_manifest(form, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
+def _checked_tokens(path: Path, template: _Template, shard: Shard) -> int:
+    """Reads every sequence, as a training run will; the number of predicted tokens."""
+    reader = SequenceReader(_manifest(template, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
     tokens = 0
-    for first in range(0, shard.sequences, BATCH):
-        numbers = np.arange(first, min(first + BATCH, shard.sequences))
-        sequences = reader.read(np.stack([np.zeros_like(numbers), numbers], axis=1))
-        if sequences.faults:
-            fault = sequences.faults[min(sequences.faults)]
-            raise UserError(f"{fault}: all sequences must be like {form.first}, {form.length} ids of the tokenizer")
-        tokens += int(predicted(sequences.bounds, sequence_length=form.length - 1, across_documents=True).sum())
+    for batch in reader.read_shard(0):
+        if batch.faults:
+            fault = batch.faults[min(batch.faults)]
+            raise UserError(
+                f"{fault}: all sequences must be like {template.first}, {template.length} ids of the tokenizer"
+            )
+        tokens += batch.predicted_tokens(across_documents=True)
     return tokens
 
 
-def _manifest(form: _Form, shards: Sequence[Shard], tokens: int) -> Manifest:
+def _manifest(template: _Template, shards: Sequence[Shard], tokens: int) -> Manifest:
     return Manifest(
         version=FORMAT_VERSION,
-        split=form.split,
-        sequence_length=form.length - 1,
-        dtype=form.dtype,
-        vocab_size=form.vocab_size,
-        sample_format=form.sample_format,
-        tokenizer=form.tokenizer,
-        packer=PackerRecord(name="foreign", version=1, bos=None, eos=None),
+        split=template.split,
+        sequence_length=template.length - 1,
+        dtype=template.dtype,
+        vocab_size=template.vocab_size,
+        sample_format=template.sample_format,
+        tokenizer=template.tokenizer,
+        packer=PackerRecord(name="external", version=1, bos=None, eos=None),
         documents=None,
         tokens=tokens,
         text_bytes=None,
-        source=SourceRecord(inputs=(form.folder,)),
+        source=SourceRecord(inputs=(template.folder,)),
         shards=tuple(shards),
     )

@@ -1,4 +1,4 @@
-"""An output that is not finished: who may write there, and what is deleted when it is done. It knows no text."""
+"""Locking an output folder while it is written, and removing what a complete data set does not need."""
 
 import fcntl
 from collections.abc import Iterable, Iterator
@@ -8,26 +8,26 @@ from typing import Final
 
 from megadistill.data.prepare.shard_tasks import HELDOUT, SHARD_PREFIX, TRAIN
 from megadistill.data.prepare.tokenizer_training import RECORD
-from megadistill.data.shards.manifest import MANIFEST, Manifest, refuse_finished
+from megadistill.data.shards.manifest import MANIFEST, Manifest
 from megadistill.errors import UserError
 
 TOKENIZER_FOLDER: Final = "tokenizer"
-UNFINISHED: Final = ".unfinished"
-"""Lies in the output from the first moment to the last, and is locked while somebody writes there."""
+INCOMPLETE: Final = ".incomplete"
+"""Marker file of an output that is not complete; locked while a process writes there."""
 
 
 @contextmanager
-def unfinished(output: Path, splits: Iterable[str]) -> Iterator[None]:
-    """Marks the output as unfinished, and keeps a second process from writing there.
+def locked_output(output: Path, splits: Iterable[str]) -> Iterator[None]:
+    """Marks the output as incomplete, and keeps a second process from writing there.
 
     Raises:
-        UserError: it holds a finished split, or somebody writes there.
+        UserError: it holds a complete split, or another process writes there.
     """
-    if not (output / UNFINISHED).exists():
+    if not (output / INCOMPLETE).exists():
         for split in (TRAIN, HELDOUT):
-            refuse_finished(output / split)
+            Manifest.refuse_finished(output / split)
     output.mkdir(parents=True, exist_ok=True)
-    with open(output / UNFINISHED, "ab") as file:
+    with open(output / INCOMPLETE, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,13 +37,13 @@ def unfinished(output: Path, splits: Iterable[str]) -> Iterator[None]:
         for split in splits:
             (output / split).mkdir(exist_ok=True)
         for split in (TRAIN, HELDOUT):
-            (output / split / MANIFEST).unlink(missing_ok=True)  # broken off between two manifests
+            (output / split / MANIFEST).unlink(missing_ok=True)  # an earlier start ended between two manifests
         yield
 
 
-def clear(output: Path, manifests: Iterable[Manifest]) -> None:
-    """Deletes what a later start would have needed, and shards of an earlier start that are of no use any more."""
-    (output / UNFINISHED).unlink()
+def remove_leftovers(output: Path, manifests: Iterable[Manifest]) -> None:
+    """Deletes the records for a later start, and shards of earlier starts that are in no manifest."""
+    (output / INCOMPLETE).unlink()
     (output / TOKENIZER_FOLDER / RECORD).unlink(missing_ok=True)
     listed = {
         output / one.split / name for one in manifests for shard in one.shards for name in (shard.name, shard.index)

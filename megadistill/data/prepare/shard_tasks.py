@@ -1,7 +1,7 @@
-"""Runs: the documents of each split, cut into pieces of work. It knows no tokenizer and no processes.
+"""Cutting the documents of each split into shard tasks.
 
-Where a run ends depends on the text and on `run_bytes` alone. A run becomes one shard, so the bytes of the shards do
-not depend on who writes them, nor on how often the work was broken off.
+The end of a task depends on the text and on `task_bytes` alone. A task becomes one shard, so the bytes of the shards
+depend neither on the process that writes them nor on restarts.
 """
 
 import hashlib
@@ -17,49 +17,50 @@ SHARD_PREFIX: Final = "shard-"
 
 
 @dataclass(frozen=True)
-class Run:
-    """Documents that become one shard."""
+class ShardTask:
+    """The documents of one shard."""
 
     split: str
     number: int
     texts: tuple[bytes, ...]
     digest: str
-    """Of the documents, in hexadecimal."""
+    """Hash of the documents, in hexadecimal."""
     file_bytes: int
-    """Of the files, read since the run that was cut before this one: what its work is worth as progress."""
+    """Bytes of the files read since the task before this one: the progress that it counts for."""
 
     @property
     def shard(self) -> str:
+        """Name of the shard."""
         return f"{SHARD_PREFIX}{self.number:05d}.tar"
 
 
 def split_of(document: Document, heldout_fraction: float) -> str:
-    """By the text, so that copies lie on one side."""
+    """The split of a document, by its text, so that copies lie on one side."""
     return HELDOUT if int.from_bytes(document.digest, "big") < heldout_fraction * 2**64 else TRAIN
 
 
-def cut(corpus: Corpus, *, heldout_fraction: float, run_bytes: int) -> Iterator[Run]:
-    """The runs of both splits as they fill up: a run ends with the document that brings it to `run_bytes` of text.
+def cut_into_tasks(corpus: Corpus, *, heldout_fraction: float, task_bytes: int) -> Iterator[ShardTask]:
+    """The tasks of both splits as they fill up: a task ends with the document that brings it to `task_bytes` of text.
 
-    Two runs are held at most, of `run_bytes` and a document each.
+    Two tasks are held at most, of `task_bytes` and a document each.
     """
-    open_runs = {TRAIN: _OpenRun(TRAIN), HELDOUT: _OpenRun(HELDOUT)}
-    told = 0
+    open_tasks = {TRAIN: _OpenTask(TRAIN), HELDOUT: _OpenTask(HELDOUT)}
+    counted = 0
     for document in corpus:
         split = split_of(document, heldout_fraction)
-        run = open_runs[split]
-        run.add(document)
-        if run.text_bytes >= run_bytes:
-            yield run.closed(corpus.bytes_read - told)
-            told = corpus.bytes_read
-            open_runs[split] = _OpenRun(split, run.number + 1)
-    for run in open_runs.values():
-        if run.texts:
-            yield run.closed(corpus.bytes_read - told)
-            told = corpus.bytes_read
+        task = open_tasks[split]
+        task.add(document)
+        if task.text_bytes >= task_bytes:
+            yield task.closed(corpus.bytes_read - counted)
+            counted = corpus.bytes_read
+            open_tasks[split] = _OpenTask(split, task.number + 1)
+    for task in open_tasks.values():
+        if task.texts:
+            yield task.closed(corpus.bytes_read - counted)
+            counted = corpus.bytes_read
 
 
-class _OpenRun:
+class _OpenTask:
     def __init__(self, split: str, number: int = 0) -> None:
         self.split, self.number = split, number
         self.text_bytes = 0
@@ -71,5 +72,5 @@ class _OpenRun:
         self.text_bytes += len(document.data)
         self._digest.update(document.digest)
 
-    def closed(self, file_bytes: int) -> Run:
-        return Run(self.split, self.number, tuple(self.texts), self._digest.hexdigest(), file_bytes)
+    def closed(self, file_bytes: int) -> ShardTask:
+        return ShardTask(self.split, self.number, tuple(self.texts), self._digest.hexdigest(), file_bytes)

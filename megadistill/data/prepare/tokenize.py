@@ -1,14 +1,14 @@
-"""Tokenizing: a corpus to a data set (tokenizer, train split, held-out split). It knows no order and no batches.
+"""Tokenizing: a corpus to a data set (tokenizer, train split, held-out split).
 
-Documents are read one after the other, sorted into the splits by their text, and cut into runs; each run becomes a
-shard, by itself. The same command, started again after it was broken off at any instant, keeps what is whole and goes
-on; what it gives is the same to the byte.
+Documents are read one after the other, sorted into the splits by their text, and cut into tasks; each task becomes a
+shard, independently. The same command, started again after it ended at any instant, reuses what is whole; the result is
+the same to the byte.
 """
 
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,31 +17,24 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
-from megadistill.data.prepare.encode import PACKERS, Finished, PackerName, Rules, disk_faults
-from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, clear, unfinished
-from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut, split_of
+from megadistill.data.prepare.encode import PACKERS, EncodingSpec, PackerName, disk_faults
+from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, locked_output, remove_leftovers
+from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
-from megadistill.data.prepare.workers import Done, Work, encode_all
-from megadistill.data.shards.manifest import (
-    FORMAT_VERSION,
-    Manifest,
-    PackerRecord,
-    SampleFormat,
-    SourceRecord,
-    token_dtype,
-)
+from megadistill.data.prepare.workers import EncodedShard, EncodeJob, encode_all
+from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord, token_dtype
 from megadistill.data.shards.packing import CHUNK
+from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 
 SHARD_MB: Final = 32
-SAMPLE_FORMAT: Final = SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split came to."""
+    """Counts of one split."""
 
     documents: int
     sequences: int
@@ -49,40 +42,40 @@ class SplitReport:
     tokens: int
     text_bytes: int
     dropped: int
-    """Tokens that are in no sequence: what is left at the end of a shard."""
+    """Tokens that are in no sequence: the rest at the end of a shard."""
     padding: float
     """Share of the sequences' tokens."""
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What `tokenize` did."""
+    """The result of `tokenize`."""
 
     output: Path
     vocab_size: int
     train: SplitReport
     heldout: SplitReport | None
     left_out: Counter[LeftOut]
-    kept: int
+    reused: int
     """Shards that an earlier start had written."""
     seconds: float
 
     def table(self) -> Table:
-        """For a person: a column a split, and what was left out below."""
-        resumed = f"; {self.kept:,} shards were kept from an earlier start" if self.kept else ""
-        shown = Table(
+        """A column a split; the caption counts the documents that were left out."""
+        resumed = f"; {self.reused:,} shards reused from an earlier start" if self.reused else ""
+        table = Table(
             title=f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s",
             caption=f"left out: {in_words(self.left_out) or 'nothing'}{resumed}",
             title_justify="left",
             caption_justify="left",
         )
         splits = {TRAIN: self.train} | ({HELDOUT: self.heldout} if self.heldout else {})
-        shown.add_column("")
+        table.add_column("")
         for name in splits:
-            shown.add_column(name, justify="right")
+            table.add_column(name, justify="right")
         for heading, cells in zip(_HEADINGS, zip(*map(_cells, splits.values()), strict=True), strict=True):
-            shown.add_row(heading, *cells)
-        return shown
+            table.add_row(heading, *cells)
+        return table
 
 
 _HEADINGS = ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "tokens dropped")
@@ -119,65 +112,53 @@ def tokenize(
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `shard_mb` is the text of a shard in 10^6 bytes.
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
-    that calls this must keep its own acts under `if __name__ == "__main__"`. `progress` is told how it goes; by default
-    a bar on a terminal, plain lines elsewhere.
+    that calls this must keep its own acts under `if __name__ == "__main__"`. `progress` is called as the
+    work is done; by default it is a bar on a terminal, plain lines elsewhere.
 
     Raises:
-        UserError: an argument, the text or the output folder does not do; no manifest was written.
-        OperatorFault: the disk is full. RestartFault: a process was killed. The same command goes on.
+        UserError: an argument, the text or the output folder is unusable; no manifest was written.
+        OperatorFault: the disk is full. RestartFault: a process was killed. The same command resumes.
     """
     began = time.perf_counter()
-    _check(
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        sequence_length=sequence_length,
-        heldout_fraction=heldout_fraction,
-        packer=packer,
-        shard_mb=shard_mb,
-        processes=processes,
-    )
-    reading = _Reading(inputs, output, include, exclude, text_field, heldout_fraction)
+    _check(tokenizer, vocab_size, {"--sequence-length": sequence_length, "--processes": processes}, packer, shard_mb)
+    files = _Inputs(inputs, output, include, exclude, text_field, heldout_fraction)
+    folder = output / TOKENIZER_FOLDER
     with (
         nullcontext(progress) if progress else console_progress() as show,
         disk_faults(output),
-        unfinished(output, reading.splits),
+        locked_output(output, files.splits),
     ):
-        if tokenizer is not None:
-            model = load_tokenizer(tokenizer)
-        else:
-            assert vocab_size is not None
-            model = _trained(reading, output / TOKENIZER_FOLDER, vocab_size, show)
-        model.write(output / TOKENIZER_FOLDER)
+        model = load_tokenizer(tokenizer) if tokenizer else _train(files, folder, vocab_size or 0, show)
+        model.write(folder)
         dtype = token_dtype(model.vocab_size)
-        rules = Rules.of(model, packer=packer, sequence_length=sequence_length, dtype=dtype)
-        corpus = reading.corpus()
-        done = _encoded(
-            Work(output, output / TOKENIZER_FOLDER / model.file, rules),
+        spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length, dtype=dtype)
+        corpus = files.corpus()
+        shards = _encode(
+            EncodeJob(output, folder / model.file, spec),
             corpus,
-            reading,
-            run_bytes=round(shard_mb * 1e6),
+            files,
+            task_bytes=round(shard_mb * 1e6),
             processes=processes or len(os.sched_getaffinity(0)),
             show=show,
         )
-        manifests = {split: _manifest(split, done, model, rules, reading) for split in reading.splits}
-        for split, manifest in manifests.items():  # last, when nothing can fail any more
+        splits = {split: _manifest(split, shards, model, spec, files.record()) for split in files.splits}
+        for split, (manifest, _) in splits.items():  # last, when nothing can fail any more
             manifest.write(output / split)
-        clear(output, manifests.values())
-    reports = {split: _split_report(manifests[split], done) for split in manifests}
+        remove_leftovers(output, (manifest for manifest, _ in splits.values()))
     return TokenizeReport(
         output=output,
         vocab_size=model.vocab_size,
-        train=reports[TRAIN],
-        heldout=reports.get(HELDOUT),
+        train=splits[TRAIN][1],
+        heldout=splits[HELDOUT][1] if HELDOUT in splits else None,
         left_out=corpus.left_out,
-        kept=sum(one.kept and one.finished.shard is not None for one in done),
+        reused=sum(shard.reused and shard.result.shard is not None for shard in shards),
         seconds=time.perf_counter() - began,
     )
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """What is read; each pass over it reads the same."""
+class _Inputs:
+    """The files of a data set; each pass over them reads the same documents."""
 
     inputs: Sequence[Path]
     output: Path
@@ -185,6 +166,10 @@ class _Reading:
     exclude: Sequence[str]
     text_field: str
     heldout_fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError(f"--heldout-fraction {self.heldout_fraction}: give a share between 0 and 1, such as 0.01")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -202,7 +187,7 @@ class _Reading:
     def refuse_one_sided(self, documents: Counter[str], corpus: Corpus) -> None:
         """Raises UserError: there is no document, or not one in each split."""
         if not documents:
-            raise corpus.nothing()
+            raise corpus.no_documents()
         empty = next((split for split in self.splits if not documents[split]), None)
         if empty is not None:
             full = HELDOUT if empty == TRAIN else TRAIN
@@ -213,7 +198,7 @@ class _Reading:
 
     def record(self) -> SourceRecord:
         return SourceRecord(
-            inputs=tuple(path.resolve().name for path in self.inputs),  # no folders above: moving it changes nothing
+            inputs=tuple(path.resolve().name for path in self.inputs),  # no parent folders: a move changes nothing
             include=tuple(self.include),
             exclude=tuple(self.exclude),
             heldout_fraction=self.heldout_fraction,
@@ -221,14 +206,11 @@ class _Reading:
 
 
 def _check(
-    *,
     tokenizer: Path | None,
     vocab_size: int | None,
-    sequence_length: int,
-    heldout_fraction: float,
+    sizes: Mapping[str, int | None],
     packer: str,
     shard_mb: float,
-    processes: int | None,
 ) -> None:
     if (tokenizer is None) == (vocab_size is None):
         raise UserError(
@@ -236,32 +218,30 @@ def _check(
         )
     if vocab_size is not None and vocab_size < 300:
         raise UserError(
-            f"--vocab-size {vocab_size}: 256 byte pieces and 3 control pieces leave no room; 300 is the least"
+            f"--vocab-size {vocab_size}: 256 byte pieces and 3 control pieces leave too few; 300 is the least"
         )
-    for option, value in (("--sequence-length", sequence_length), ("--processes", processes)):
+    for option, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
     if not 1e-6 <= shard_mb < 1e6:
         raise UserError(f"--shard-mb {shard_mb}: give the millions of bytes of text in a shard, such as {SHARD_MB}")
-    if not 0 <= heldout_fraction < 1:
-        raise UserError(f"--heldout-fraction {heldout_fraction}: give a share between 0 and 1, such as 0.01")
     if packer not in PACKERS:
         raise UserError(f"--packer {packer}: give {' or '.join(PACKERS)}")
 
 
-def _trained(reading: _Reading, folder: Path, vocab_size: int, show: ShowProgress) -> Tokenizer:
-    total = reading.file_bytes()
-    corpus = reading.corpus()
+def _train(files: _Inputs, folder: Path, vocab_size: int, show: ShowProgress) -> Tokenizer:
+    total = files.file_bytes()
+    corpus = files.corpus()
     sample = TrainingSample()
     documents: Counter[str] = Counter()
     show("sample", done=0, total=total, tokens=0)
     for document in corpus:
-        split = split_of(document, reading.heldout_fraction)
+        split = split_of(document, files.heldout_fraction)
         documents[split] += 1
         if split == TRAIN:
             sample.add(document)
-        show("sample", done=min(corpus.bytes_read, total - 1), total=total, tokens=0)  # `total` is said once, last
-    reading.refuse_one_sided(documents, corpus)
+        show("sample", done=min(corpus.bytes_read, total - 1), total=total, tokens=0)  # `total` is reported once, last
+    files.refuse_one_sided(documents, corpus)
     show("sample", done=total, total=total, tokens=0)
     show("tokenizer", done=0, total=sample.bytes, tokens=0)
     model = trained_tokenizer(sample, folder, vocab_size=vocab_size)
@@ -269,70 +249,63 @@ def _trained(reading: _Reading, folder: Path, vocab_size: int, show: ShowProgres
     return model
 
 
-def _encoded(
-    work: Work, corpus: Corpus, reading: _Reading, *, run_bytes: int, processes: int, show: ShowProgress
-) -> list[Done]:
-    """What became of each run, in order."""
-    total = reading.file_bytes()
+def _encode(
+    job: EncodeJob, corpus: Corpus, files: _Inputs, *, task_bytes: int, processes: int, show: ShowProgress
+) -> list[EncodedShard]:
+    """The result of each task, in order."""
+    total = files.file_bytes()
     read = tokens = 0
-    done: list[Done] = []
+    shards: list[EncodedShard] = []
     show("shards", done=0, total=total, tokens=0)
-    runs = cut(corpus, heldout_fraction=reading.heldout_fraction, run_bytes=run_bytes)
-    if total <= run_bytes:
-        processes = 1  # for one shard or two it is quicker not to start any
-    for one in encode_all(work, runs, processes=processes):
-        done.append(one)
-        read += one.file_bytes
-        tokens += 0 if one.kept else one.finished.tokens
-        show("shards", done=min(read, total - 1), total=total, tokens=tokens)
+    tasks = cut_into_tasks(corpus, heldout_fraction=files.heldout_fraction, task_bytes=task_bytes)
+    if total <= task_bytes:
+        processes = 1  # quicker for a shard or two
     documents: Counter[str] = Counter()
-    for one in done:
-        documents[one.split] += one.finished.documents
-    reading.refuse_one_sided(documents, corpus)
+    for shard in encode_all(job, tasks, processes=processes):
+        shards.append(shard)
+        documents[shard.split] += shard.result.documents
+        read += shard.file_bytes
+        tokens += 0 if shard.reused else shard.result.tokens
+        show("shards", done=min(read, total - 1), total=total, tokens=tokens)
+    files.refuse_one_sided(documents, corpus)
     show("shards", done=total, total=total, tokens=tokens)
-    return sorted(done, key=lambda one: one.number)
+    return sorted(shards, key=lambda shard: shard.number)
 
 
-def _of(split: str, done: Iterable[Done]) -> list[Finished]:
-    return [one.finished for one in done if one.split == split]
-
-
-def _manifest(split: str, done: Iterable[Done], model: Tokenizer, rules: Rules, reading: _Reading) -> Manifest:
-    finished = _of(split, done)
-    shards = tuple(one.shard for one in finished if one.shard is not None)
-    documents = sum(one.documents for one in finished)
-    if not shards:
+def _manifest(
+    split: str, shards: Iterable[EncodedShard], model: Tokenizer, spec: EncodingSpec, source: SourceRecord
+) -> tuple[Manifest, SplitReport]:
+    results = [shard.result for shard in shards if shard.split == split]
+    documents = sum(result.documents for result in results)
+    files = tuple(result.shard for result in results if result.shard is not None)
+    if not files:
         raise UserError(
-            f"the {split} split, {documents} documents, has fewer than the {rules.sequence_length + 1} tokens of "
+            f"the {split} split, {documents} documents, has fewer than the {spec.sequence_length + 1} tokens of "
             "one sequence: shorten --sequence-length, change --heldout-fraction, or give more text"
         )
-    return Manifest(
+    tokens, text_bytes = sum(result.tokens for result in results), sum(result.text_bytes for result in results)
+    manifest = Manifest(
         version=FORMAT_VERSION,
         split=split,
-        sequence_length=rules.sequence_length,
-        dtype=rules.dtype,
+        sequence_length=spec.sequence_length,
+        dtype=spec.dtype,
         vocab_size=model.vocab_size,
         sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
-        packer=PackerRecord(name=rules.packer, version=rules.packer_version, bos=rules.bos, eos=rules.eos),
+        packer=PackerRecord(name=spec.packer, version=spec.packer_version, bos=spec.bos, eos=spec.eos),
         documents=documents,
-        tokens=sum(one.tokens for one in finished),
-        text_bytes=sum(one.text_bytes for one in finished),
-        source=reading.record(),
-        shards=shards,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        source=source,
+        shards=files,
     )
-
-
-def _split_report(manifest: Manifest, done: Iterable[Done]) -> SplitReport:
-    finished = _of(manifest.split, done)
-    assert manifest.documents is not None
-    assert manifest.text_bytes is not None
-    return SplitReport(
-        documents=manifest.documents,
+    report = SplitReport(
+        documents=documents,
         sequences=manifest.sequences,
-        shards=len(manifest.shards),
-        tokens=manifest.tokens,
-        text_bytes=manifest.text_bytes,
-        dropped=sum(one.dropped for one in finished),
-        padding=sum(one.padding for one in finished) / (manifest.sequences * (manifest.sequence_length + 1)),
+        shards=len(files),
+        tokens=tokens,
+        text_bytes=text_bytes,
+        dropped=sum(result.dropped for result in results),
+        padding=sum(result.padding for result in results) / (manifest.sequences * (spec.sequence_length + 1)),
     )
+    return manifest, report

@@ -1,4 +1,4 @@
-"""Training a tokenizer for a corpus: on which documents, and not twice on the same ones. It knows no shards."""
+"""Training a tokenizer on a sample of a corpus, once for the same sample."""
 
 import hashlib
 import heapq
@@ -10,10 +10,10 @@ from typing import Final
 from megadistill.data.prepare.corpus import Document
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_tokenizer
 from megadistill.errors import UserError
-from megadistill.io import written_whole
+from megadistill.io import atomic_write
 
 SAMPLE_BYTES: Final = 10_000_000
-"""Text that a tokenizer is trained on, at most: whole documents, and the lines of one more."""
+"""Most bytes of text in a sample: whole documents, and the lines of one more."""
 
 RECORD: Final = ".training.json"
 
@@ -58,23 +58,23 @@ def _size(document: Document) -> int:
 def trained_tokenizer(sample: TrainingSample, folder: Path, *, vocab_size: int) -> SentencePieceTokenizer:
     """The tokenizer of `vocab_size` pieces for a sample, trained and written into `folder` with its record.
 
-    Where the record there says so already, it is not trained again.
+    It is not trained again where the record in `folder` is of the same sample.
     """
-    wanted: dict[str, str | int] = {"vocab_size": vocab_size, "sample": sample.digest}
-    earlier = _earlier(folder, wanted)
+    inputs: dict[str, str | int] = {"vocab_size": vocab_size, "sample": sample.digest}
+    earlier = _earlier(folder, inputs)
     if earlier is not None:
         return earlier
     tokenizer = train_tokenizer(sample.lines(), vocab_size=vocab_size)
     tokenizer.write(folder)
-    with written_whole(folder / RECORD) as file:
-        file.write(json.dumps({**wanted, "sha256": tokenizer.sha256}).encode())
+    with atomic_write(folder / RECORD) as file:
+        file.write(json.dumps({**inputs, "sha256": tokenizer.sha256}).encode())
     return tokenizer
 
 
-def _earlier(folder: Path, wanted: dict[str, str | int]) -> SentencePieceTokenizer | None:
+def _earlier(folder: Path, inputs: dict[str, str | int]) -> SentencePieceTokenizer | None:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         tokenizer = SentencePieceTokenizer.load(folder / MODEL_FILE)
     except (OSError, ValueError, UserError):
         return None
-    return tokenizer if record == {**wanted, "sha256": tokenizer.sha256} else None
+    return tokenizer if record == {**inputs, "sha256": tokenizer.sha256} else None

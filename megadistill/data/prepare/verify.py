@@ -1,7 +1,4 @@
-"""Verifying: a data set against what its manifests say, all faults at once. It knows no order, and mends nothing.
-
-Legend: S tokens of a sequence.
-"""
+"""Comparing a data set with its manifests, and reporting all faults at once."""
 
 import time
 from collections.abc import Iterator
@@ -10,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
-from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import MANIFEST, Manifest
-from megadistill.data.shards.reader import SequenceReader, ShardFault, open_shard
+from megadistill.data.shards.opening import OpenShard, ShardFault
+from megadistill.data.shards.reader import SequenceReader, open_shard
 from megadistill.data.storage.base import sha256_of
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
@@ -25,25 +20,23 @@ from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 from megadistill.redaction import redact_url
 
-BATCH: Final = 256
-"""SequenceBatch read at a time."""
 MAX_LINES: Final = 1000
-"""Faults of a split that are told one by one; the others are counted."""
+"""Faults of a split that are listed; the others are only counted."""
 
 
 @dataclass
 class SplitCheck:
-    """What was found in one split."""
+    """The faults of one split."""
 
     location: str
-    """Of its manifest."""
+    """Location of its manifest."""
     shards: int = 0
     sequences: int = 0
     faults: list[str] = field(default_factory=list)
-    """A line each, MAX_LINES at most: shard, sequence, byte, what was expected, what was found."""
+    """A line each, MAX_LINES at most: shard, sequence, byte, expected, found."""
     fault_count: int = 0
     unlisted: list[str] = field(default_factory=list)
-    """Names in the folder that the manifest does not speak of."""
+    """Names in the folder that are not in the manifest; not faults."""
 
     def add(self, fault: str) -> None:
         self.fault_count += 1
@@ -53,7 +46,7 @@ class SplitCheck:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found, a record a split."""
+    """The result of `verify`, a record a split."""
 
     splits: tuple[SplitCheck, ...]
     quick: bool
@@ -64,7 +57,7 @@ class VerifyReport:
         return not any(split.fault_count for split in self.splits)
 
     def lines(self) -> list[str]:
-        """Each fault, and each name that the manifests do not speak of, which is none."""
+        """A line for each fault, and for each name that is not in a manifest."""
         lines = []
         for split in self.splits:
             lines += split.faults
@@ -74,7 +67,7 @@ class VerifyReport:
         return lines
 
     def table(self) -> Table:
-        """For a person: a row a split."""
+        """A row a split."""
         depth = "manifests, sizes and indices" if self.quick else "manifests, sizes, hashes, and every sequence"
         table = Table(title=f"{depth}, {self.seconds:.0f} s", title_justify="left")
         table.add_column("manifest", overflow="fold")
@@ -87,7 +80,7 @@ class VerifyReport:
 
 
 def verify(location: Path | str, *, quick: bool, progress: ShowProgress | None = None) -> VerifyReport:
-    """Checks a split, or all splits of a data set, and collects what is wrong.
+    """Checks a split, or all splits of a data set, and collects the faults.
 
     `location` is a manifest.json, the folder of a split or one above several, or a URL of a split. `quick` checks the
     manifest, the tokenizer, the sizes of the shards and their indices; otherwise also the sha256 of each shard, every
@@ -97,26 +90,26 @@ def verify(location: Path | str, *, quick: bool, progress: ShowProgress | None =
         UserError: there is no manifest.
     """
     began = time.perf_counter()
-    locations = manifests_at(location)
+    locations = find_manifests(location)
     with nullcontext(progress) if progress else console_progress() as show:
         splits = tuple(_check(where, quick, show) for where in locations)
     return VerifyReport(splits, quick, time.perf_counter() - began)
 
 
 def info(location: Path | str) -> list[Table]:
-    """What the manifests at `location` (see `verify`) say, a table a split.
+    """The contents of the manifests at `location` (see `verify`), a table a split.
 
     Raises:
         UserError: there is no manifest, or it cannot be read; one line.
     """
-    return [_described(Manifest.load(where), where) for where in manifests_at(location)]
+    return [_described(Manifest.load(where), where) for where in find_manifests(location)]
 
 
-def manifests_at(location: Path | str) -> list[str]:
+def find_manifests(location: Path | str) -> list[str]:
     """The manifests at a location: itself, in it, or in the folders below.
 
     Raises:
-        UserError: there is none, or it is out of reach.
+        UserError: there is none, or it is unreachable.
     """
     text = str(location).rstrip("/")
     if "://" in text:
@@ -130,10 +123,10 @@ def manifests_at(location: Path | str) -> list[str]:
         return [f"{folder}/{MANIFEST}"]
     if Path(text).name == MANIFEST and Path(text).is_file():
         return [text]
-    found = sorted(str(path) for path in Path(location).rglob(MANIFEST))
-    if not found:
+    manifests = sorted(str(path) for path in Path(location).rglob(MANIFEST))
+    if not manifests:
         raise UserError(f"{location} holds no {MANIFEST}: give the folder of a data set, or tokenize a text first")
-    return found
+    return manifests
 
 
 def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
@@ -149,7 +142,7 @@ def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
         check.unlisted = _unlisted(manifest, folder)
         for fault in _tokenizer_faults(manifest, folder):
             check.add(fault)
-    (_check_indices if quick else _check_sequences)(manifest, check, show)
+    _check_shards(manifest, check, quick, show)
     return check
 
 
@@ -163,70 +156,51 @@ def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
     record = manifest.tokenizer
     path = (folder / record.file).resolve()
     try:
-        found = tokenizer_sha256(path, prefer=record.kind)
+        tokenizer = tokenizer_sha256(path, prefer=record.kind)
     except UserError as error:
         yield f"tokenizer: {error}"
         return
-    said = "none" if found is None else f"sha256 {found[1][:12]}…"
-    if found is None or found[1] != record.sha256:
-        yield f"tokenizer: {path}: expected sha256 {record.sha256[:12]}…, found {said}"
+    if tokenizer is None or tokenizer[1] != record.sha256:
+        actual = "none" if tokenizer is None else f"sha256 {tokenizer[1][:12]}…"
+        yield f"tokenizer: {path}: expected sha256 {record.sha256[:12]}…, found {actual}"
 
 
-def _check_indices(manifest: Manifest, check: SplitCheck, show: ShowProgress) -> None:
-    done, total = 0, sum(shard.bytes for shard in manifest.shards)
-    for number, shard in enumerate(manifest.shards):
-        try:
-            open_shard(manifest, number)
-        except ShardFault as fault:
-            check.add(f"shard {number}: {fault}")
-        done += shard.bytes
-        show(f"{manifest.split}, indices", done=done, total=total, tokens=0)
-
-
-def _check_sequences(manifest: Manifest, check: SplitCheck, show: ShowProgress) -> None:
-    """Every byte, twice: for the sha256 of the tar, and sequence by sequence."""
-    stage, total = manifest.split, sum(shard.bytes for shard in manifest.shards)
+def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: ShowProgress) -> None:
+    """Opens every shard; unless `quick`, reads every byte twice: for the sha256 of the tar, and by sequence."""
+    stage, total = f"{manifest.split}, indices" if quick else manifest.split, sum(one.bytes for one in manifest.shards)
     reader = SequenceReader(manifest)
-    done = sequences_read = tokens = 0
+    done = sequences = tokens = 0
     show(stage, done=0, total=total, tokens=0)
     for number, shard in enumerate(manifest.shards):
-        opened = _check_hash(manifest, number, check)
-        for first in range(0, shard.sequences, BATCH) if opened else ():
-            batch = np.arange(first, min(first + BATCH, shard.sequences))
-            sequences = reader.read(np.stack([np.full_like(batch, number), batch], axis=1))
-            for _, fault in sorted(sequences.faults.items()):
-                check.add(f"shard {number}: {fault}")
-            tokens += _tokens(manifest, sequences.bounds)
-            sequences_read += len(batch)
-            part = shard.bytes * (first + len(batch)) // shard.sequences
-            show(stage, done=done + part, total=total, tokens=sequences_read * manifest.sequence_length)
+        try:
+            opened = open_shard(manifest, number)
+        except ShardFault as fault:
+            check.add(f"shard {number}: {fault}")
+        else:
+            if not quick:
+                for message in _hash_faults(opened, shard.sha256):
+                    check.add(f"shard {number}: {message}")
+            for batch in () if quick else reader.read_shard(number):
+                for row in sorted(batch.faults):
+                    check.add(f"shard {number}: {batch.faults[row]}")
+                tokens += batch.predicted_tokens(across_documents=manifest.packer.across_documents)
+                sequences += len(batch.bounds)
+                part = done + shard.bytes * len(batch.bounds) // shard.sequences
+                show(stage, done=min(part, total - 1), total=total, tokens=sequences * manifest.sequence_length)
         done += shard.bytes
-    if not check.fault_count and tokens != manifest.tokens:
-        check.add(f"{check.location}: expected {manifest.tokens} tokens, as it says, found {tokens}")
+        show(stage, done=done, total=total, tokens=sequences * manifest.sequence_length)
+    if not quick and not check.fault_count and tokens != manifest.tokens:
+        check.add(f"{check.location}: expected {manifest.tokens} tokens, as it records, found {tokens}")
 
 
-def _check_hash(manifest: Manifest, number: int, check: SplitCheck) -> bool:
-    """Whether the shard opens at all."""
-    expected = manifest.shards[number].sha256
+def _hash_faults(shard: OpenShard, expected: str) -> Iterator[str]:
     try:
-        shard = open_shard(manifest, number)
-    except ShardFault as fault:
-        check.add(f"shard {number}: {fault}")
-        return False
-    try:
-        found = sha256_of(shard.file)
+        digest = sha256_of(shard.file)
     except OSError as error:
-        check.add(f"shard {number}: {shard.path}: expected {shard.file.size} bytes, found: {error.strerror or error}")
-        return True
-    if found != expected:
-        check.add(f"shard {number}: {shard.path}: expected sha256 {expected[:12]}…, found {found[:12]}…")
-    return True
-
-
-def _tokens(manifest: Manifest, bounds: list[NDArray[np.int64]]) -> int:
-    """Labels that are learned without document masks; see `rows`."""
-    sequence_length, across = manifest.sequence_length, manifest.packer.name != "bestfit"
-    return int(predicted(bounds, sequence_length=sequence_length, across_documents=across).sum())
+        yield f"{shard.path}: expected {shard.file.size} bytes, found: {error.strerror or error}"
+        return
+    if digest != expected:
+        yield f"{shard.path}: expected sha256 {expected[:12]}…, found {digest[:12]}…"
 
 
 def _described(manifest: Manifest, location: str) -> Table:

@@ -1,6 +1,6 @@
-"""Worker processes: runs to shards, several at a time. It knows no inputs and no manifests.
+"""Worker processes: tasks to shards, several at a time.
 
-Memory: the text of at most two runs a process waits or is worked on, and a process holds a run's text, the ids of a
+Memory: the text of at most two tasks a process waits or is worked on, and a process holds a task's text, the ids of a
 group of documents, and the tokenizer.
 """
 
@@ -15,76 +15,87 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from megadistill.data.prepare.encode import Finished, Rules, encode_run, kept
-from megadistill.data.prepare.shard_tasks import Run
+from megadistill.data.prepare.encode import EncodingSpec, ShardResult, encode_task, reusable_result
+from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer
 from megadistill.errors import RestartFault
 
-RUNS_A_PROCESS = 2
+TASKS_A_PROCESS = 2
 
 
 @dataclass(frozen=True)
-class Done:
-    """A run that is a shard now."""
+class EncodedShard:
+    """The result of a task, with what identifies the task."""
 
     split: str
     number: int
     file_bytes: int
-    finished: Finished
-    kept: bool
-    """It was a shard already when the work began."""
+    result: ShardResult
+    reused: bool
+    """True: an earlier start had written it."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all runs have in common."""
+class EncodeJob:
+    """The settings that all tasks share."""
 
     output: Path
     tokenizer: Path
-    """As it was written into the output: what encodes is what is shipped."""
-    rules: Rules
+    """The tokenizer's file in the output: what encodes is what is shipped."""
+    spec: EncodingSpec
+
+    def reuse(self, task: ShardTask) -> EncodedShard | None:
+        """The shard of an earlier start, if it is whole and of the same documents."""
+        result = reusable_result(self.output / task.split, task, self.spec)
+        return None if result is None else EncodedShard(task.split, task.number, task.file_bytes, result, True)
+
+    def encode(self, task: ShardTask, tokenizer: Tokenizer) -> EncodedShard:
+        result = encode_task(self.output / task.split, task, self.spec, tokenizer)
+        return EncodedShard(task.split, task.number, task.file_bytes, result, False)
 
 
-def encode_all(work: Work, runs: Iterable[Run], *, processes: int) -> Iterator[Done]:
-    """Encodes the runs that no earlier start has encoded, as they are finished, in any order.
+def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) -> Iterator[EncodedShard]:
+    """Encodes the tasks that no earlier start has encoded; yields all of them, in the order of completion.
 
     Raises:
         OperatorFault: the disk is full.
         RestartFault: a worker process was killed.
     """
     if processes == 1:
-        tokenizer = load_tokenizer(work.tokenizer)
-        for run in runs:
-            yield _kept(work, run) or _done(run, encode_run(work.output / run.split, run, work.rules, tokenizer))
+        tokenizer = load_tokenizer(job.tokenizer)
+        for task in tasks:
+            yield job.reuse(task) or job.encode(task, tokenizer)
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # each worker is then a fork that has its imports
-    pool = ProcessPoolExecutor(processes, context, _begin, (work,))
+    pool = ProcessPoolExecutor(processes, context, _initialise, (job,))
     try:
-        yield from _encode_in(pool, work, runs, limit=RUNS_A_PROCESS * processes)
+        yield from _encode_in(pool, job, tasks, limit=TASKS_A_PROCESS * processes)
     except BrokenProcessPool:
         raise RestartFault(
-            "a process that encodes was killed, most likely for want of memory: start the same command again, it keeps "
+            "a worker process was killed, most likely for lack of memory: start the same command again, it reuses "
             "the shards that are whole; where memory is short, with fewer --processes or a smaller --shard-mb"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_in(pool: ProcessPoolExecutor, work: Work, runs: Iterable[Run], *, limit: int) -> Iterator[Done]:
-    pending: dict[Future[Done], None] = {}  # as a set, in order
-    for run in runs:
-        if earlier := _kept(work, run):
-            yield earlier
+def _encode_in(
+    pool: ProcessPoolExecutor, job: EncodeJob, tasks: Iterable[ShardTask], *, limit: int
+) -> Iterator[EncodedShard]:
+    pending: dict[Future[EncodedShard], None] = {}  # as a set, in order
+    for task in tasks:
+        if reused := job.reuse(task):
+            yield reused
             continue
-        pending[pool.submit(_encode, run)] = None
+        pending[pool.submit(_encode, task)] = None
         if len(pending) >= limit:
-            yield from _finished(pending)
+            yield from _completed(pending)
     while pending:
-        yield from _finished(pending)
+        yield from _completed(pending)
 
 
-def _finished(pending: dict[Future[Done], None]) -> Iterator[Done]:
+def _completed(pending: dict[Future[EncodedShard], None]) -> Iterator[EncodedShard]:
     """Waits for one at least."""
     done, _ = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
@@ -92,27 +103,18 @@ def _finished(pending: dict[Future[Done], None]) -> Iterator[Done]:
         yield future.result()
 
 
-def _kept(work: Work, run: Run) -> Done | None:
-    finished = kept(work.output / run.split, run, work.rules)
-    return None if finished is None else _done(run, finished, kept=True)
-
-
-def _done(run: Run, finished: Finished, *, kept: bool = False) -> Done:
-    return Done(split=run.split, number=run.number, file_bytes=run.file_bytes, finished=finished, kept=kept)
-
-
 # In the worker processes
 
-_work: Work
+_job: EncodeJob
 _tokenizer: Tokenizer
 
 
-def _begin(work: Work) -> None:
-    global _work, _tokenizer
+def _initialise(job: EncodeJob) -> None:
+    global _job, _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process encodes in one thread: there is one for each core
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: nothing half-written counts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it silently: partial files do not count
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _work, _tokenizer = work, load_tokenizer(work.tokenizer)
+    _job, _tokenizer = job, load_tokenizer(job.tokenizer)
 
 
 def _die_with_parent() -> None:
@@ -123,5 +125,5 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(run: Run) -> Done:
-    return _done(run, encode_run(_work.output / run.split, run, _work.rules, _tokenizer))
+def _encode(task: ShardTask) -> EncodedShard:
+    return _job.encode(task, _tokenizer)

@@ -1,10 +1,10 @@
-"""Units to rows: what is read, which label follows, where documents begin. The one place that says so.
+"""Sequences to rows of tokens and labels: the shift, where documents begin, and which labels are predicted.
 
-A unit is S + 1 tokens and its *bounds* [D + 1]: document d is tokens `bounds[d]:bounds[d + 1]`, and what lies behind
-the last bound is padding (flash-attention calls the same numbers `cu_seqlens`). A unit may begin in the middle of a
-document; its first bound is 0 all the same.
+A sequence is S + 1 tokens and its *bounds* [D + 1]: document d is tokens `bounds[d]:bounds[d + 1]`, and the tokens past
+the last bound are padding (flash-attention calls the same numbers `cu_seqlens`). A sequence may begin in the middle of
+a document; its first bound is 0 all the same.
 
-Legend: B rows, S tokens of a sequence, D documents of a unit.
+Legend: B rows, S tokens of a sequence, D documents of a sequence.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from megadistill.types import IGNORED_LABEL
 Bounds = NDArray[np.integer[Any]]
 
 
-def shift(units: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Units [..., S + 1] to the tokens [..., S] that are read and the labels [..., S] that follow them."""
-    return units[..., :-1], units[..., 1:]
+def shift(sequences: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The inputs [..., S] and the labels [..., S] of sequences [..., S + 1]."""
+    return sequences[..., :-1], sequences[..., 1:]
 
 
 def document_starts(bounds: Sequence[Bounds], *, sequence_length: int) -> NDArray[np.bool_]:
@@ -31,9 +31,9 @@ def document_starts(bounds: Sequence[Bounds], *, sequence_length: int) -> NDArra
 
 
 def predicted(bounds: Sequence[Bounds], *, sequence_length: int, across_documents: bool) -> NDArray[np.bool_]:
-    """[B, S]: True where a position's label is learned: never in the padding, nor of what lies behind a row's end.
+    """[B, S]: True where a position's label is predicted: never in the padding.
 
-    `across_documents`: the last token of a document is asked for the first one of the next.
+    `across_documents`: the first token of a document is predicted from the last one of the document before.
     """
     places_S = np.arange(1, sequence_length + 1)
     ends_B = np.array([row[-1] for row in bounds], dtype=np.int64)
@@ -41,15 +41,15 @@ def predicted(bounds: Sequence[Bounds], *, sequence_length: int, across_document
     return inside_BS if across_documents else inside_BS & ~_marks(bounds, sequence_length)[:, 1:]
 
 
-def labels_of(labels_BS: NDArray[np.int64], predicted_BS: NDArray[np.bool_]) -> NDArray[np.int64]:
+def mask_labels(labels_BS: NDArray[np.int64], predicted_BS: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The labels, `IGNORED_LABEL` where nothing is predicted; in place."""
     np.putmask(labels_BS, ~predicted_BS, IGNORED_LABEL)
     return labels_BS
 
 
 def _marks(bounds: Sequence[Bounds], sequence_length: int) -> NDArray[np.bool_]:
-    """[B, S + 1]: True at each bound but a last one that lies behind the unit."""
-    marks_BU = np.zeros((len(bounds), sequence_length + 2), dtype=np.bool_)
+    """[B, S + 1]: True at each bound, but one at the end of the sequence."""
+    marks_BT = np.zeros((len(bounds), sequence_length + 2), dtype=np.bool_)
     rows = np.repeat(np.arange(len(bounds)), [len(row) for row in bounds])
-    marks_BU[rows, np.concatenate(bounds) if len(bounds) else rows] = True
-    return marks_BU[:, :-1]
+    marks_BT[rows, np.concatenate(bounds) if len(bounds) else rows] = True
+    return marks_BT[:, :-1]

@@ -1,8 +1,8 @@
-"""Packing: documents of any length to units of one length. Pure; it knows no files and no tokenizer.
+"""Packing documents of any length into sequences of one length.
 
 A document is its ids, framed: the tokenizer's begin id before them where it has one, and always its end id behind them.
 
-Legend: S tokens of a sequence, L tokens of a document, D documents of a unit.
+Legend: S tokens of a sequence, L tokens of a document, D documents of a sequence.
 """
 
 from bisect import bisect_left, insort
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 CHUNK: Final = "chunk"
 BESTFIT: Final = "bestfit"
 PACKER_VERSIONS: Final = {CHUNK: 2, BESTFIT: 1}
-"""Raise one when the same documents would give other units."""
+"""Raise one when the same documents would give other sequences."""
 
 GROUP: Final = 4000
 """Documents that `bestfit` sorts at a time."""
@@ -28,8 +28,8 @@ Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What a shard stores: tokens [S + 1], and bounds [D + 1] (see `rows`)."""
+class PackedSequence:
+    """A sequence as a shard stores it: tokens [S + 1], and bounds [D + 1] (see `labels`)."""
 
     tokens: Ids
     bounds: NDArray[np.int32]
@@ -43,12 +43,12 @@ def framed(documents: Iterable[Ids], *, bos: int | None, eos: int) -> Iterator[I
         yield np.concatenate((begin, document, end))
 
 
-def chunk(documents: Iterable[Ids], *, sequence_length: int, bos: int | None, eos: int) -> Iterator[Unit]:
-    """Lays documents [L] end to end and cuts the result into units.
+def chunk(documents: Iterable[Ids], *, sequence_length: int, bos: int | None, eos: int) -> Iterator[PackedSequence]:
+    """Lays documents [L] end to end and cuts the result into sequences.
 
-    Consecutive units share one token, unit k being tokens k·S to k·S + S: the last label of a unit is the first input
-    of the next, so that every token but the very first is predicted exactly once. The tail that fills no unit is
-    dropped.
+    Consecutive sequences share one token, sequence k being tokens k·S to k·S + S: the last label of a sequence is the
+    first input of the next, so that every token but the very first is predicted exactly once. The tail that fills no
+    sequence is dropped.
     """
     pending: list[Ids] = []
     starts: list[int] = []
@@ -63,20 +63,24 @@ def chunk(documents: Iterable[Ids], *, sequence_length: int, bos: int | None, eo
         tokens = np.concatenate(pending)
         edges = np.array(starts, dtype=np.int32)
         for first in range(0, whole * sequence_length, sequence_length):
-            yield Unit(tokens[first : first + sequence_length + 1], _bounds(edges, first, sequence_length + 1))
+            yield PackedSequence(
+                tokens[first : first + sequence_length + 1], _bounds(edges, first, sequence_length + 1)
+            )
         left = whole * sequence_length
         pending, held = [tokens[left:]], held - left
         starts = (edges[edges >= left] - left).tolist()
 
 
 def _bounds(edges: NDArray[np.int32], first: int, length: int) -> NDArray[np.int32]:
-    """[D + 1]: the documents that begin inside `length` tokens from `first`, between the unit's own two ends."""
+    """[D + 1]: the documents that begin inside `length` tokens from `first`, between the sequence's own two ends."""
     inside = edges[bisect_left(edges, first + 1) : bisect_left(edges, first + length)] - first
     return np.concatenate(([0], inside, [length])).astype(np.int32)
 
 
-def bestfit(documents: Iterable[Ids], *, sequence_length: int, bos: int | None, eos: int, pad: int) -> Iterator[Unit]:
-    """Puts documents [L] whole into units, and `pad` behind the last of each (best-fit decreasing, arXiv 2404.10830).
+def bestfit(
+    documents: Iterable[Ids], *, sequence_length: int, bos: int | None, eos: int, pad: int
+) -> Iterator[PackedSequence]:
+    """Packs whole documents [L] into sequences, padded with `pad` (best-fit decreasing, arXiv 2404.10830).
 
     A document that fits is never cut. A longer one is cut as `chunk` does it, into pieces that share one token. So each
     token of a document but its first is predicted exactly once, inside its own document; one token alone, which
@@ -95,27 +99,27 @@ def bestfit(documents: Iterable[Ids], *, sequence_length: int, bos: int | None, 
 
 
 def _bins(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Which pieces lie together: longest first, each into the fullest bin that has room, the oldest among equals."""
+    """The pieces of each bin: longest first, each into the fullest bin that it fits, the oldest among equals."""
     bins: list[list[int]] = []
-    rooms: list[int] = []  # sorted; the free space, and below it the number of the bin
+    free: list[int] = []  # sorted; the free tokens of a bin in the high bits, its number in the low ones
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         size = sizes[number]
-        at = bisect_left(rooms, size << _NUMBER_BITS)
-        if at == len(rooms):
-            room = capacity << _NUMBER_BITS | len(bins)
+        at = bisect_left(free, size << _NUMBER_BITS)
+        if at == len(free):
+            bin = capacity << _NUMBER_BITS | len(bins)
             bins.append([])
         else:
-            room = rooms.pop(at)
-        bins[room & ((1 << _NUMBER_BITS) - 1)].append(number)
-        left = room - (size << _NUMBER_BITS)
+            bin = free.pop(at)
+        bins[bin & ((1 << _NUMBER_BITS) - 1)].append(number)
+        left = bin - (size << _NUMBER_BITS)
         if left >> _NUMBER_BITS > 1:  # nothing of one token is ever packed
-            insort(rooms, left)
+            insort(free, left)
     return bins
 
 
-def _padded(pieces: list[Ids], capacity: int, pad: int) -> Unit:
+def _padded(pieces: list[Ids], capacity: int, pad: int) -> PackedSequence:
     bounds = np.zeros(len(pieces) + 1, dtype=np.int32)
     np.cumsum([len(piece) for piece in pieces], out=bounds[1:])
     tokens = np.full(capacity, pad, dtype=np.int32)
     np.concatenate(pieces, out=tokens[: bounds[-1]])
-    return Unit(tokens, bounds)
+    return PackedSequence(tokens, bounds)

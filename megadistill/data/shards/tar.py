@@ -1,50 +1,44 @@
-"""Shards: units to plain WebDataset tars, and tars to their indices. It knows no manifest file and no order.
+"""Writing sequences as plain WebDataset tars, and indexing tars.
 
-Any WebDataset reader can read the tars; this package reads them through the index, because iterating over a tar takes a
-broken header for the end of the file. A shard is a sample a unit: `{key}.tokens.npy` and `{key}.bounds.npy`.
+Any WebDataset reader can read the tars; this package reads them through the index, because iteration over a tar takes a
+broken header for the end of the file. A sample is one sequence: `{key}.tokens.npy` and `{key}.bounds.npy`.
 
-Legend: S tokens of a sequence, U units of a shard, D documents of a unit.
+Legend: Q sequences of a shard, M members of a sample.
 """
 
-import itertools
 import re
 import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
-from megadistill.data.shards.manifest import INDEX_SUFFIX, Shard, TokenDtype, UnitRecord
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.manifest import INDEX_SUFFIX, SampleFormat, Shard, TokenDtype
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.storage.local import MappedFile
 from megadistill.errors import UserError
-from megadistill.io import file_sha256, written_whole
+from megadistill.io import atomic_write, file_sha256
 
-OWN_UNIT: Final = UnitRecord(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
-"""How a unit lies in the tars that `write_shard` writes."""
+SAMPLE_FORMAT: Final = SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
+"""The format of the samples that `write_shard` writes."""
 
-MAX_UNIT_BYTES: Final = 1 << 28
-"""Of one sample in its tar, headers and all."""
+MAX_SAMPLE_BYTES: Final = 1 << 28
+"""Limit of one sample in its tar, headers and padding included."""
 MAX_TAR_HEADER_BYTES: Final = 1 << 20
 TAR_BLOCK: Final = tarfile.BLOCKSIZE
 TAR_END: Final = 2 * TAR_BLOCK
-"""Zeros that say that a tar ends here, and was not cut off."""
+"""Zeros at the end of a tar that was not cut off."""
 
 
 class Column(IntEnum):
-    """What an index [U, 7] int64 says of each unit.
-
-    A unit is `LENGTH` bytes of the tar from `START`, with the headers and the padding of its members, and their crc32.
-    Units touch each other, and the first begins at 0. The members' places are relative to `START`; a unit without
-    bounds has 0 bytes of them.
-    """
+    """Columns of the index [Q, 7] of a shard of sequences; `opening` describes an index."""
 
     START = 0
     LENGTH = 1
@@ -58,39 +52,44 @@ class Column(IntEnum):
 Index = NDArray[np.int64]
 
 
-def write_shard(path: Path, units: Iterable[Unit], *, dtype: TokenDtype) -> Shard:
-    """Writes `units` as the tar `path` and its index, each whole or not at all. The same units give the same bytes.
+def write_shard(path: Path, sequences: Iterable[PackedSequence], *, dtype: TokenDtype) -> Shard:
+    """Writes `sequences` as the tar `path` and its index, each whole or not at all; the same ones give the same bytes.
 
-    Returns what the manifest says of them.
+    Returns the manifest's record of both.
 
     Raises:
-        ValueError: there are no units, or an id does not fit into `dtype`.
+        ValueError: there are no sequences, or an id does not fit into `dtype`.
     """
-    waiting = iter(units)
-    first = next(waiting, None)
-    if first is None:
-        raise ValueError(f"{path}: a shard has one unit at least")
-    with (
-        written_whole(path) as file,
-        TarWriter(file, mtime=0) as tar,
-    ):  # a real mtime adds a PAX header of 1 KB a member
-        for number, unit in enumerate(itertools.chain([first], waiting)):
-            tokens, bounds = _narrowed(unit.tokens, dtype), _narrowed(unit.bounds, "uint32")
-            tar.write({"__key__": f"{number:010d}", "tokens.npy": tokens, "bounds.npy": bounds})
-    return publish(path, index_tar(path, OWN_UNIT))
+    arrays = (
+        {"tokens.npy": _narrowed(sequence.tokens, dtype), "bounds.npy": _narrowed(sequence.bounds, "uint32")}
+        for sequence in sequences
+    )
+    write_tar(path, ({"__key__": f"{number:010d}", **sample} for number, sample in enumerate(arrays)))
+    return write_index(path, index_sequences(path, SAMPLE_FORMAT))
 
 
-def publish(path: Path, rows_U7: Index) -> Shard:
-    """Writes the index of the tar `path`; returns what the manifest says of both."""
-    index = index_path(path)
-    with written_whole(index) as file:
-        np.save(file, rows_U7, allow_pickle=False)
+def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Writes samples with webdataset, whole or not at all. Raises ValueError: there are none."""
+    count = 0
+    with atomic_write(path) as file:
+        with TarWriter(file, mtime=0) as tar:  # a real mtime adds a PAX header of 1 KB a member
+            for sample in samples:
+                tar.write(sample)
+                count += 1
+        if not count:
+            raise ValueError(f"{path}: a shard has one sample at least")
+
+
+def write_index(path: Path, index: Index) -> Shard:
+    """Writes the index of the tar `path`; returns the manifest's record of both."""
+    with atomic_write(index_path(path)) as file:
+        np.save(file, index, allow_pickle=False)
     return Shard(
         name=path.name,
-        units=len(rows_U7),
+        sequences=len(index),
         bytes=path.stat().st_size,
         sha256=file_sha256(path),
-        index_sha256=file_sha256(index),
+        index_sha256=file_sha256(index_path(path)),
     )
 
 
@@ -106,7 +105,7 @@ def _narrowed(ids: NDArray[np.int32], dtype: TokenDtype) -> NDArray[np.unsignedi
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file lie in a tar; `plain`: it is a file, no link, device, folder or sparse file."""
+    """The place of one file in a tar, in bytes; `plain`: it is a file, no link, device, folder or sparse file."""
 
     name: str
     at: int
@@ -122,46 +121,51 @@ class Sample:
     start: int
     stop: int
     members: dict[str, Member]
-    """By suffix, in small letters."""
+    """Suffix in lower case -> member."""
 
     @property
     def suffixes(self) -> str:
-        """For messages, in which nothing from a tar may break the line."""
+        """Names of the members for a message of one line."""
         return ", ".join(repr(suffix[:100]) for suffix in list(self.members)[:10])
 
 
-def index_tar(path: Path, record: UnitRecord) -> Index:
-    """[U, 7]: the index of a finished tar whose samples are units as `record` says. See `Column`.
+def index_sequences(path: Path, record: SampleFormat) -> Index:
+    """The index [Q, 7] of a finished tar of sequences. Raises UserError as `index_tar`."""
+    return index_tar(path, (record.tokens, record.bounds))
+
+
+def index_tar(path: Path, suffixes: Sequence[str | None]) -> Index:
+    """The index [Q, 3 + 2·M] of a finished tar whose samples have members with the `suffixes`; None: no such member.
 
     Raises:
-        UserError: the tar is damaged, or a sample is no such unit; one line.
+        UserError: the tar is damaged, or a sample has no such members; one line.
     """
-    file = mapped(path)
-    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    file = map_tar(path)
+    rows = []
     for sample in samples(path):
         where = f"{path} sample {sample.key[:200]!r} at byte {sample.start}"
         length = sample.stop - sample.start
-        if length > MAX_UNIT_BYTES:
-            raise UserError(f"{where} has {length} bytes, more than the {MAX_UNIT_BYTES} allowed: leave it out")
-        tokens = member_of(sample, record.tokens, where)
-        bounds = member_of(sample, record.bounds, where) if record.bounds else Member("", sample.start, 0, True)
-        crc = zlib.crc32(file.read(sample.start, length))
-        places = (tokens.at - sample.start, tokens.bytes, bounds.at - sample.start, bounds.bytes)
-        rows.append((sample.start, length, crc, *places))
+        if length > MAX_SAMPLE_BYTES:
+            raise UserError(f"{where} has {length} bytes, more than the {MAX_SAMPLE_BYTES} allowed: leave it out")
+        row = [sample.start, length, isal_zlib.crc32(file.read(sample.start, length))]
+        for suffix in suffixes:
+            member = member_of(sample, suffix, where) if suffix else None
+            row += (0, 0) if member is None else (member.at - sample.start, member.bytes)
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no samples: leave it out of the folder")
     return np.array(rows, dtype=np.int64)
 
 
 def samples(path: Path) -> Iterator[Sample]:
-    """The samples of a tar, as webdataset sees them: it leaves out folders, links, and names without a suffix.
+    """The samples of a tar as webdataset groups them: without folders, links, and names without a suffix.
 
     Raises:
-        UserError: it is no tar, or it is damaged; one line.
+        UserError: it is not a tar, or it is damaged; one line.
     """
     with open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_BoundedReader(file), mode="r:") as tar:  # type: ignore[call-overload]
                 yield from _grouped(path, tar)
                 _refuse_rest(path, file, tar.offset)
         except (tarfile.TarError, OverflowError, ValueError) as error:
@@ -195,7 +199,7 @@ def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
 
 
 def member_of(sample: Sample, suffix: str, where: str) -> Member:
-    """The member of a sample with the suffix. Raises UserError, which says `where`: there is none, or it is no file."""
+    """The member of a sample with the suffix. Raises UserError: there is none, or it is no file."""
     member = sample.members.get(suffix.lower())
     if member is None:
         raise UserError(f"{where} has no member {suffix}, only {sample.suffixes}: leave it out")
@@ -207,7 +211,7 @@ def member_of(sample: Sample, suffix: str, where: str) -> Member:
 
 
 def _refuse_rest(path: Path, file: BinaryIO, end: int) -> None:
-    """Iteration over a tar ends at the first block that is no header, whatever lies behind it; here, that is seen."""
+    """Raises UserError: iteration ended at a block that is no header, before the end of the tar."""
     file.seek(end)
     zeros = 0
     while part := file.read(1 << 20):
@@ -222,7 +226,7 @@ def _refuse_rest(path: Path, file: BinaryIO, end: int) -> None:
         )
 
 
-def mapped(path: Path) -> MappedFile:
+def map_tar(path: Path) -> MappedFile:
     """The tar `path`, to read ranges of. Raises UserError: it cannot be read."""
     try:
         return MappedFile(path)
@@ -230,8 +234,8 @@ def mapped(path: Path) -> MappedFile:
         raise UserError(f"{path} cannot be read ({error.strerror}): get it again, or leave it out") from None
 
 
-class _Bounded:
-    """A file of which headers are read: what claims to be a longer one is refused before memory is set aside for it."""
+class _BoundedReader:
+    """A file whose headers are read: one that claims too many bytes is refused before memory is allocated."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""What every storage backend offers: files of a folder by name, read at random."""
+"""Interface of the storage backends: files of a folder by name, read at random."""
 
 import errno
 import hashlib
@@ -14,18 +14,18 @@ class Bytes(Protocol):
     size: int
 
     def read(self, start: int, length: int) -> memoryview:
-        """`length` bytes from `start`. Raises OSError: they are not there, or cannot be reached."""
+        """`length` bytes from `start`. Raises OSError: out of range, or unreachable."""
         ...
 
 
 class Folder(Protocol):
-    """Files by name. Raises OSError for what is not there, is empty, cannot be read, or cannot be reached."""
+    """Files by name. Raises OSError for a file that is missing, empty, unreadable or unreachable."""
 
     location: str
-    """The path or the URL, without a slash at the end: what messages say. Credentials are left out of it."""
+    """The path or the URL for messages, without a slash at the end and without credentials."""
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
-        """All of a file. Raises OSError: it has more than `max_bytes`, which is never allocated."""
+        """All of a file. Raises OSError also where it has more than `max_bytes`; they are never allocated."""
         ...
 
     def open(self, name: str) -> Bytes: ...
@@ -33,8 +33,7 @@ class Folder(Protocol):
     def prefetch(self, ranges: Iterable[tuple[Bytes, int, int]]) -> None:
         """Fetches ranges (file, start, length) of open files at the same time, for the reads that follow.
 
-        What cannot be fetched is an error of those reads. Nothing happens, and `ranges` is not consumed, where files
-        are mapped.
+        A failed fetch is an error of the read that needs it. Mapped files need none: `ranges` is not consumed.
         """
         ...
 
@@ -48,12 +47,12 @@ def refuse_larger(path: str, size: int, max_bytes: int) -> None:
         raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {max_bytes} allowed", path)
 
 
-def outside(path: str, start: int, length: int, size: int) -> OSError:
+def out_of_range(path: str, start: int, length: int, size: int) -> OSError:
     return OSError(errno.EINVAL, f"it has {size} bytes, none from {start} to {start + length}", path)
 
 
 def sha256_of(file: Bytes, *, progress: Callable[[int], None] | None = None) -> str:
-    """Of all of an open file; `progress` is told how many bytes were hashed, after each part.
+    """The sha256 of an open file; `progress` is called with the bytes of each part.
 
     Raises:
         OSError: a part cannot be read.

@@ -1,4 +1,4 @@
-"""A folder of this machine's file system, its files mapped into memory."""
+"""Local storage: a folder of this machine's file system, its files mapped into memory."""
 
 import errno
 import mmap
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from megadistill.data.storage.base import Bytes, outside, refuse_larger
+from megadistill.data.storage.base import Bytes, out_of_range, refuse_larger
 
 
 class LocalFolder:
@@ -48,12 +48,12 @@ class MappedFile:
     def read(self, start: int, length: int) -> memoryview:
         stop = start + length
         if not 0 <= start <= stop <= self.size:
-            raise outside(str(self._path), start, length, self.size)
+            raise out_of_range(str(self._path), start, length, self.size)
         return self._bytes[start:stop]
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A regular file: a pipe would wait for its writer, and a device has no size."""
+    """The opened file, which must be regular: a pipe would wait for its writer, and a device has no size."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -7,14 +7,14 @@ from urllib.request import url2pathname
 from megadistill.data.storage.base import Folder
 from megadistill.data.storage.local import LocalFolder
 from megadistill.errors import UserError
-from megadistill.redaction import shown
+from megadistill.redaction import redact_url
 
 
 def folder_of(location: str) -> Folder:
     """The folder at a path, or at a URL `scheme://...`.
 
     Raises:
-        UserError: a URL needs a package that is not installed, or nobody knows its scheme.
+        UserError: a URL needs a package that is not installed, or its scheme is unknown.
     """
     if location.startswith("file://"):
         location = url2pathname(urlsplit(location).path)
@@ -23,5 +23,7 @@ def folder_of(location: str) -> Folder:
     try:
         from megadistill.data.storage.remote import RemoteFolder  # noqa: PLC0415  an extra; most data is local
     except ImportError:
-        raise UserError(f"{shown(location)} is a URL, which needs fsspec: pip install 'megadistill[remote]'") from None
+        raise UserError(
+            f"{redact_url(location)} is a URL, which needs fsspec: pip install 'megadistill[remote]'"
+        ) from None
     return RemoteFolder(location)

@@ -1,4 +1,4 @@
-"""What a run reads: the splits that its recipe names, and the stages that mix them. It reads no shard.
+"""Mixtures: the splits that a recipe names, and the curriculum that mixes them.
 
 Legend: S tokens of a sequence.
 """
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 
 from megadistill.config import DataSection
 from megadistill.data.shards.manifest import Manifest, TokenizerRecord
-from megadistill.data.stream.order import Order, Source, Stage
+from megadistill.data.stream.order import CurriculumEntry, Order, Source
 from megadistill.errors import UserError
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Splits by name, and the stages that deal sequences out to them; the last stage has no end.
+    """Splits by name, and the curriculum of their weights; its last entry has no end.
 
     Raises:
         UserError: the splits do not fit together.
     """
 
     sources: Mapping[str, Manifest]
-    stages: Sequence[Stage]
+    curriculum: Sequence[CurriculumEntry]
 
     def __post_init__(self) -> None:
         (first_name, first), *others = self.sources.items()
         for name, manifest in others:
-            for what in ("sequence_length", "vocab_size"):
-                if getattr(manifest, what) != getattr(first, what):
+            for field in ("sequence_length", "vocab_size"):
+                if getattr(manifest, field) != getattr(first, field):
                     raise UserError(
-                        f"data.sources: {name} has {what} {getattr(manifest, what)}, {first_name} has "
-                        f"{getattr(first, what)}: sources of one mixture must agree, tokenize one of them again"
+                        f"data.sources: {name} has {field} {getattr(manifest, field)}, {first_name} has "
+                        f"{getattr(first, field)}: sources of one mixture must agree, tokenize one of them again"
                     )
             if manifest.tokenizer.sha256 != first.tokenizer.sha256:
                 raise UserError(
@@ -40,12 +40,12 @@ class Mixture:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Mixture":
-        """One split, for ever."""
-        return cls({"data": manifest}, (Stage(None, {"data": 1}),))
+        """One split, repeated without an end."""
+        return cls({"data": manifest}, (CurriculumEntry(None, {"data": 1}),))
 
     @classmethod
     def load(cls, section: DataSection) -> "Mixture":
-        """What a recipe's `data` names.
+        """The mixture of a recipe's `data` section.
 
         Raises:
             UserError: a manifest cannot be read, or the sources do not fit together.
@@ -54,11 +54,11 @@ class Mixture:
             return cls.of(Manifest.load(section.manifest))
         sources = {name: Manifest.load(location) for name, location in section.sources.items()}
         sequence_length = next(iter(sources.values())).sequence_length
-        stages = [
-            Stage(None if stage.tokens is None else -(-stage.tokens // sequence_length), stage.weights)
-            for stage in section.stages
+        curriculum = [
+            CurriculumEntry(None if entry.tokens is None else -(-entry.tokens // sequence_length), entry.weights)
+            for entry in section.curriculum
         ]
-        return cls(sources, stages)
+        return cls(sources, curriculum)
 
     @property
     def _any(self) -> Manifest:
@@ -66,12 +66,12 @@ class Mixture:
 
     @property
     def sequence_length(self) -> int:
-        """S."""
+        """S, in tokens."""
         return self._any.sequence_length
 
     @property
     def vocab_size(self) -> int:
-        """The true number of ids."""
+        """Number of ids, without padding."""
         return self._any.vocab_size
 
     @property
@@ -79,13 +79,13 @@ class Mixture:
         return self._any.tokenizer
 
     def tokenizer_file(self, name: str, *, max_bytes: int) -> bytes:
-        """A file that lies beside the tokenizer's own. Raises OSError: there is none."""
+        """The content of a file beside the tokenizer's own. Raises OSError: there is none."""
         record, folder = self._any.tokenizer, self._any.folder
         return folder.sibling(record.file.rpartition("/")[0] or ".").read_whole(name, max_bytes=max_bytes)
 
     def order(self, seed: int) -> Order:
         sources = {
-            name: Source(manifest.fingerprint, [shard.units for shard in manifest.shards])
+            name: Source(manifest.fingerprint, [shard.sequences for shard in manifest.shards])
             for name, manifest in self.sources.items()
         }
-        return Order(sources, self.stages, seed=seed)
+        return Order(sources, self.curriculum, seed=seed)

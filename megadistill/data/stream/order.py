@@ -1,11 +1,11 @@
-"""The mixture: slot to (source, shard, unit), through stages and weights; a pure function. It knows no files.
+"""The order of a mixture: slot to (source, shard, sequence), through a curriculum of weights; a pure function.
 
-A stage deals its slots out to its sources by integer quotas: of each period of P slots a source gets q. Its k-th unit
-falls into the slots [floor((k-1)·P/q), ceil(k·P/q)), which earliest deadline first always meets (Baruah, Cohen, Plaxton
-and Varvel, 1996, "Proportionate progress"): so no prefix strays from its share by a whole unit. A source goes on in a
-later stage where it stopped in the earlier one, epochs included.
+A curriculum entry assigns its slots to sources by integer quotas: of each period of P slots a source gets q. Its k-th
+sequence falls into the slots [floor((k-1)·P/q), ceil(k·P/q)), which earliest deadline first always meets (Baruah,
+Cohen, Plaxton and Varvel, 1996, "Proportionate progress"), so that no prefix strays from its share by a whole sequence.
+In a later entry a source continues where it stopped in the earlier one, epochs included.
 
-Legend: N slots asked for, P slots of a period, K sources.
+Legend: N slots to locate, P slots of a period, K sources.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ MAX_PERIOD = 1 << 16
 
 
 @dataclass(frozen=True)
-class Stage:
-    """`slots` sequences, dealt out by `weights` (source name -> share, in any unit); None: without an end."""
+class CurriculumEntry:
+    """`slots` sequences, shared by `weights` (source name -> share, of any sum); None: without an end."""
 
     slots: int | None
     weights: Mapping[str, float]
@@ -37,63 +37,62 @@ class Stage:
 
 @dataclass(frozen=True)
 class Source:
-    """What the order needs to know of a split: its manifest's fingerprint, and the units of each shard."""
+    """A split as the order sees it: its manifest's fingerprint, and the number of sequences of each shard."""
 
     fingerprint: str
     counts: Sequence[int]
 
 
 class Order:
-    """Where each slot's unit lies. The sources are numbered in the order of their names."""
+    """The place of each slot's sequence. The sources are numbered in the order of their names."""
 
-    def __init__(self, sources: Mapping[str, Source], stages: Sequence[Stage], *, seed: int) -> None:
-        """The last stage has no end, and every other one has.
+    def __init__(self, sources: Mapping[str, Source], curriculum: Sequence[CurriculumEntry], *, seed: int) -> None:
+        """The last entry of `curriculum` has no end, and every other one has.
 
         Raises:
-            UserError: a weight that is too small for its period.
+            UserError: a weight is too small for its period.
         """
-        assert stages[-1].slots is None
-        assert all(stage.slots for stage in stages[:-1])
+        assert curriculum[-1].slots is None
+        assert all(entry.slots for entry in curriculum[:-1])
         self.names = tuple(sorted(sources))
         self._orders = [SourceOrder(sources[name].counts, seed=seed, name=name) for name in self.names]
-        self._dealt: list[_DealtStage] = []
+        self._schedules: list[_Schedule] = []
         start, taken_K = 0, np.zeros(len(self.names), dtype=np.int64)
-        for number, stage in enumerate(stages, 1):
-            shares = quotas(stage.weights, stage=number)
-            dealt = _DealtStage(start, [shares.get(name, 0) for name in self.names], taken_K)
-            self._dealt.append(dealt)
-            if stage.slots is not None:
-                start, taken_K = start + stage.slots, taken_K + dealt.count(stage.slots)
+        shares = [quotas(entry.weights, entry=number) for number, entry in enumerate(curriculum, 1)]
+        for entry, share in zip(curriculum, shares, strict=True):
+            schedule = _Schedule(start, [share.get(name, 0) for name in self.names], taken_K)
+            self._schedules.append(schedule)
+            if entry.slots is not None:
+                start, taken_K = start + entry.slots, taken_K + schedule.count(entry.slots)
         self.description: dict[str, Any] = {
             "version": ORDER_VERSION,
             "seed": seed,
             "sources": {name: sources[name].fingerprint for name in self.names},
             "stages": [
-                {"slots": stage.slots, "quotas": quotas(stage.weights, stage=number)}
-                for number, stage in enumerate(stages, 1)
+                {"slots": entry.slots, "quotas": share} for entry, share in zip(curriculum, shares, strict=True)
             ],
         }
-        """What decides every position, as JSON values."""
+        """All that decides the order, as JSON values; its keys are part of every fingerprint."""
         self.fingerprint = hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
     def locate(self, slots_N: Positions) -> Positions:
-        """[N, 3] int64: source, shard, and unit in the shard, of each slot [N] int64."""
+        """[N, 3] int64: source, shard, and sequence in the shard, of each slot [N] int64."""
         slots_N = np.asarray(slots_N, dtype=np.int64)
         places_N3 = np.empty((len(slots_N), 3), dtype=np.int64)
-        starts = np.array([dealt.start for dealt in self._dealt])
-        stages_N = np.searchsorted(starts, slots_N, side="right") - 1
-        for stage in np.unique(stages_N).tolist():
-            in_stage = np.flatnonzero(stages_N == stage)
-            sources_n, positions_n = self._dealt[stage].deal(slots_N[in_stage])
+        starts = np.array([schedule.start for schedule in self._schedules])
+        entries_N = np.searchsorted(starts, slots_N, side="right") - 1
+        for entry in np.unique(entries_N).tolist():
+            in_entry = np.flatnonzero(entries_N == entry)
+            sources_n, positions_n = self._schedules[entry].assign(slots_N[in_entry])
             for source in np.unique(sources_n).tolist():
                 here = sources_n == source
-                places_N3[in_stage[here], 0] = source
-                places_N3[in_stage[here], 1:] = self._orders[source].locate(positions_n[here])
+                places_N3[in_entry[here], 0] = source
+                places_N3[in_entry[here], 1:] = self._orders[source].locate(positions_n[here])
         return places_N3
 
 
-class _DealtStage:
-    """A stage that begins at slot `start`, when its sources have given `taken_K` units before."""
+class _Schedule:
+    """A curriculum entry from slot `start` on, before which its sources have given `taken_K` sequences."""
 
     def __init__(self, start: int, quotas_K: Sequence[int], taken_K: Positions) -> None:
         self.start = start
@@ -105,24 +104,24 @@ class _DealtStage:
             here = self._period_P == source
             self._earlier_P[here] = np.arange(here.sum())
 
-    def deal(self, slots_N: Positions) -> tuple[NDArray[np.int64], Positions]:
-        """The source [N] of each slot [N] of this stage, and the position [N] in that source's stream."""
+    def assign(self, slots_N: Positions) -> tuple[NDArray[np.int64], Positions]:
+        """The source [N] of each slot [N] of this entry, and the position [N] in that source's stream."""
         rounds_N, places_N = np.divmod(slots_N - self.start, len(self._period_P))
         sources_N = self._period_P[places_N]
         taken_N = self._taken_K[sources_N] + self._quotas_K[sources_N] * rounds_N + self._earlier_P[places_N]
         return sources_N, taken_N.astype(np.int64, copy=False)
 
     def count(self, slots: int) -> Positions:
-        """[K]: units of each source in the first `slots` slots of this stage."""
+        """[K]: sequences of each source in the first `slots` slots of this entry."""
         rounds, places = divmod(slots, len(self._period_P))
-        begun_K = np.bincount(self._period_P[:places], minlength=len(self._quotas_K)).astype(np.int64)
-        return rounds * self._quotas_K + begun_K
+        partial_K = np.bincount(self._period_P[:places], minlength=len(self._quotas_K)).astype(np.int64)
+        return rounds * self._quotas_K + partial_K
 
 
-def quotas(weights: Mapping[str, float], *, stage: int) -> dict[str, int]:
+def quotas(weights: Mapping[str, float], *, entry: int) -> dict[str, int]:
     """Whole numbers in the ratio of `weights`, as small as they can be; their sum is the period.
 
-    Weights are read as the decimals that they are written as. Where the exact period would be longer than MAX_PERIOD,
+    Weights are taken as the decimals that they are written as. Where the exact period would be longer than MAX_PERIOD,
     the parts of MAX_PERIOD are given out by the largest remainder.
 
     Raises:
@@ -141,14 +140,14 @@ def quotas(weights: Mapping[str, float], *, stage: int) -> dict[str, int]:
     for name, part in parts.items():
         if part == 0:
             raise UserError(
-                f"data.stages: in stage {stage} the weight of {name} is {weights[name]} of {float(total)}, less than "
-                f"one sequence in {MAX_PERIOD}: leave the source out, or raise its weight"
+                f"data.curriculum: in entry {entry} the weight of {name} is {weights[name]} of {float(total)}, less "
+                f"than one sequence in {MAX_PERIOD}: leave the source out, or raise its weight"
             )
     return parts
 
 
 def interleave(quotas_K: Sequence[int]) -> NDArray[np.int64]:
-    """[P]: the source of each slot of a period, each source k as often as `quotas_K[k]` says, evenly spread."""
+    """[P]: the source of each slot of a period, source k `quotas_K[k]` times, evenly spread."""
     period = sum(quotas_K)
     pattern_P = np.empty(period, dtype=np.int64)
     waiting = [(0, source, 1) for source, quota in enumerate(quotas_K) if quota]  # by the slot of their release
@@ -165,45 +164,45 @@ def interleave(quotas_K: Sequence[int]) -> NDArray[np.int64]:
     return pattern_P
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, next_slot: int) -> list[str]:
-    """What differs in the part of two descriptions that slots below `next_slot` were read by; a line each."""
+def order_differences(before: Mapping[str, Any], now: Mapping[str, Any], *, next_slot: int) -> list[str]:
+    """Differences of two descriptions in the part that decided the slots below `next_slot`; a line each."""
     old, new = _consumed(before, next_slot), _consumed(now, next_slot)
-    found = [
+    lines = [
         f"the {what} was {old[key]}, is {new[key]}"
         for key, what in (("version", "version of the order"), ("seed", "seed"))
         if old[key] != new[key]
     ]
     for name in sorted(old["sources"].keys() | new["sources"].keys()):
         if name in old["sources"] and name in new["sources"] and old["sources"][name] != new["sources"][name]:
-            found.append(
+            lines.append(
                 f"source {name} was the manifest {old['sources'][name][:12]}…, is {new['sources'][name][:12]}…"
             )
     for number in range(1, max(len(old["stages"]), len(new["stages"])) + 1):
-        was, is_ = (stages[number - 1] if number <= len(stages) else None for stages in (old["stages"], new["stages"]))
+        was, is_ = (one["stages"][number - 1] if number <= len(one["stages"]) else None for one in (old, new))
         if was != is_:
-            found.append(f"stage {number} was {_in_words(was)}, is {_in_words(is_)}")
-    return found
+            lines.append(f"curriculum entry {number} was {_described(was)}, is {_described(is_)}")
+    return lines
 
 
 def _consumed(description: Mapping[str, Any], next_slot: int) -> dict[str, Any]:
-    """The description without what slots below `next_slot` did not need: later stages, their sources, the end of the
-    stage that is under way."""
-    stages: list[dict[str, Any]] = []
+    """The description without what slots below `next_slot` did not need: later entries, their sources, the end of the
+    entry that is under way."""
+    entries: list[dict[str, Any]] = []
     start = 0
-    for stage in description["stages"]:
+    for entry in description["stages"]:
         if start >= next_slot:
             break
-        slots = stage["slots"]
+        slots = entry["slots"]
         ended = slots is not None and start + slots < next_slot  # one that ends exactly here may still be prolonged
-        stages.append({"slots": slots if ended else None, "quotas": stage["quotas"]})
+        entries.append({"slots": slots if ended else None, "quotas": entry["quotas"]})
         start += slots or next_slot
-    used = {name for stage in stages for name in stage["quotas"]}
+    used = {name for entry in entries for name in entry["quotas"]}
     sources = {name: fingerprint for name, fingerprint in description["sources"].items() if name in used}
-    return {**description, "sources": sources, "stages": stages}
+    return {**description, "sources": sources, "stages": entries}
 
 
-def _in_words(stage: Mapping[str, Any] | None) -> str:
-    if stage is None:
+def _described(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
         return "absent"
-    shares = ", ".join(f"{name} {quota}" for name, quota in stage["quotas"].items())
-    return f"{shares} parts" + (f" for {stage['slots']:,} sequences" if stage["slots"] is not None else "")
+    shares = ", ".join(f"{name} {quota}" for name, quota in entry["quotas"].items())
+    return f"{shares} parts" + (f" for {entry['slots']:,} sequences" if entry["slots"] is not None else "")

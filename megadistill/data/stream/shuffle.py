@@ -1,14 +1,14 @@
-"""The order inside one source: position to (shard, unit), a pure function. It knows counts and a seed, no files.
+"""The order of one source: position to (shard, sequence), a pure function of the shards' counts and a seed.
 
-Nothing is stored or shuffled. An epoch numbers its units from a shift of its own, cuts them into blocks of BLOCK
-neighbours, permutes the blocks, and permutes the units inside each window of WINDOW blocks. Reads stay near each other,
-as if a buffer of 65,536 units were shuffled, and any position of any epoch is found in constant memory and time. The
-units behind the last whole block come last; the shift makes them other ones in each epoch.
+Nothing is stored or shuffled. An epoch numbers its sequences from a shift of its own, cuts them into blocks of BLOCK
+neighbours, permutes the blocks, and permutes the sequences inside each window of WINDOW blocks. Reads stay near each
+other, as if a buffer of 65,536 sequences were shuffled, and any position of any epoch is located in constant memory and
+time. The sequences after the last whole block come last; the shift makes them other ones in each epoch.
 
 The arithmetic is this module's own, because the streams of numpy's generators may change between versions (NEP 19);
-tests/golden/order.json holds it still.
+tests/golden/order.json pins it.
 
-Legend: N positions asked for, P shards.
+Legend: N positions to locate, P shards.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ ORDER_VERSION = 2
 """Part of every stream's fingerprint. Raise it when a golden vector moves: old checkpoints are then refused."""
 
 BLOCK = 64
-"""Neighbouring units that stay in one window."""
+"""Neighbouring sequences that stay in one window."""
 WINDOW = 1024
-"""Blocks whose units are mixed."""
+"""Blocks in one window, whose sequences are mixed."""
 ROUNDS = 6
 
 Words = NDArray[np.uint64]
@@ -32,53 +32,53 @@ Positions = NDArray[np.int64]
 
 
 class SourceOrder:
-    """Where the unit at each position of a source's endless stream lies, for shards of `counts` [P] units.
+    """The place of each position in a source's endless stream, for shards of `counts` [P] sequences.
 
-    Epoch e is positions e·units to (e + 1)·units - 1, and visits every unit once.
+    Epoch e is positions e·sequences to (e + 1)·sequences - 1, and visits every sequence once.
     """
 
     def __init__(self, counts: Sequence[int], *, seed: int, name: str) -> None:
         self._ends_P = np.cumsum(np.asarray(counts, dtype=np.int64))
         self._starts_P = self._ends_P - counts
         self._key = f"{seed}/{name}"
-        self.units = int(self._ends_P[-1])
-        self._blocks = self.units // BLOCK
+        self.sequences = int(self._ends_P[-1])
+        self._blocks = self.sequences // BLOCK
 
     def locate(self, positions_N: Positions) -> Positions:
-        """[N, 2] int64: the shard, and the unit in that shard, at each position [N] int64."""
-        units_N = self.unit_of(positions_N)
-        shards_N = np.searchsorted(self._ends_P, units_N, side="right")
-        return np.stack([shards_N, units_N - self._starts_P[shards_N]], axis=1)
+        """[N, 2] int64: the shard, and the sequence in that shard, at each position [N] int64."""
+        sequences_N = self.sequence_at(positions_N)
+        shards_N = np.searchsorted(self._ends_P, sequences_N, side="right")
+        return np.stack([shards_N, sequences_N - self._starts_P[shards_N]], axis=1)
 
-    def unit_of(self, positions_N: Positions) -> Positions:
-        """[N] int64: the unit at each position [N], numbered through all shards."""
-        epochs_N, places_N = np.divmod(np.asarray(positions_N, dtype=np.int64), self.units)
-        units_N = np.empty_like(places_N)
+    def sequence_at(self, positions_N: Positions) -> Positions:
+        """[N] int64: the sequence at each position [N], numbered through all shards."""
+        epochs_N, places_N = np.divmod(np.asarray(positions_N, dtype=np.int64), self.sequences)
+        sequences_N = np.empty_like(places_N)
         for epoch in np.unique(epochs_N).tolist():
             here = epochs_N == epoch
-            units_N[here] = self._in_epoch(epoch, places_N[here])
-        return units_N
+            sequences_N[here] = self._in_epoch(epoch, places_N[here])
+        return sequences_N
 
     def _in_epoch(self, epoch: int, places_N: Positions) -> Positions:
         whole = self._blocks * BLOCK
-        units_N = np.empty_like(places_N)
+        sequences_N = np.empty_like(places_N)
         windows_N = np.where(places_N < whole, places_N // (BLOCK * WINDOW), -1)
         for window in np.unique(windows_N).tolist():
             here = windows_N == window
             if window < 0:
-                size, keys = self.units - whole, _keys(self._key, epoch, "rest")
-                units_N[here] = whole + permute(places_N[here] - whole, size=size, keys=keys)
+                size, keys = self.sequences - whole, _keys(self._key, epoch, "rest")
+                sequences_N[here] = whole + permute(places_N[here] - whole, size=size, keys=keys)
             else:
-                units_N[here] = self._in_window(epoch, window, places_N[here] - window * BLOCK * WINDOW)
-        shift = int(_keys(self._key, epoch, "shift")[0]) % self.units
-        return (units_N + shift) % self.units
+                sequences_N[here] = self._in_window(epoch, window, places_N[here] - window * BLOCK * WINDOW)
+        shift = int(_keys(self._key, epoch, "shift")[0]) % self.sequences
+        return (sequences_N + shift) % self.sequences
 
     def _in_window(self, epoch: int, window: int, places_N: Positions) -> Positions:
         blocks = min(WINDOW, self._blocks - window * WINDOW)
         mixed_N = permute(places_N, size=blocks * BLOCK, keys=_keys(self._key, epoch, f"window {window}"))
-        block_N, unit_N = np.divmod(mixed_N, BLOCK)
+        block_N, sequence_N = np.divmod(mixed_N, BLOCK)
         block_N = permute(window * WINDOW + block_N, size=self._blocks, keys=_keys(self._key, epoch, "blocks"))
-        return block_N * BLOCK + unit_N
+        return block_N * BLOCK + sequence_N
 
 
 def permute(places_N: Positions, *, size: int, keys: Words) -> Positions:
@@ -108,7 +108,7 @@ def _feistel(values: Words, bits: int, keys: Words) -> Words:
 
 
 def _mix(words: Words) -> Words:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014); uint64 arrays wrap, as it wants."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014); uint64 arrays wrap, as it needs."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -1,39 +1,41 @@
-"""The stream: batches by slot number, the same for every world size. It knows ranks as two numbers, no groups.
+"""The token stream: batches by slot, the same for every world size.
 
-A position in the data is one integer, the global slot. A batch of G slots is cut into one contiguous run of rows a
-rank, so that the ranks' rows in rank order are the global batch, whatever their number.
+A position in the data is one integer, the global slot. A global batch of G slots is cut into one contiguous range of
+rows a rank, so that the ranks' rows in rank order are the global batch, whatever their number.
 
 Legend: B rows of this rank, S tokens of a sequence.
 """
 
 import json
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from megadistill.data.shards.labels import document_starts, labels_of, predicted, shift
+from megadistill.data.shards.labels import document_starts, mask_labels, predicted, shift
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.shards.reader import ShardFault, UnitReader
+from megadistill.data.shards.opening import ShardFault
+from megadistill.data.shards.reader import SequenceReader
 from megadistill.data.stream.mixture import Mixture
-from megadistill.data.stream.order import differences
+from megadistill.data.stream.order import order_differences
 from megadistill.data.stream.shuffle import Positions
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest
 
-OnFault = Literal["fail", "quarantine"]
+OnCorruptSample = Literal["fail", "mask"]
 Skips = Sequence[tuple[int, int]]
 
 LOOKAHEAD_ROWS = 4096
-"""Rows whose places are found at a time: the arithmetic costs as much for one row as for some hundred."""
+"""Rows located at a time: the arithmetic costs as much for one row as for some hundred."""
 
 
 class TokenStream:
-    """Iterates `(batch, cursor)` for ever: this rank's rows of the next global batch, and the position after it.
+    """Endless iterator of `(batch, cursor)`: this rank's rows of the next global batch, and the position after it.
 
     Nothing is lost or repeated when a stream is started from a cursor, in a world of any size.
     """
@@ -48,17 +50,17 @@ class TokenStream:
         world_size: int,
         start: Cursor | None = None,
         document_mask: bool = False,
-        on_fault: OnFault = "fail",
-        max_holes_per_million: int = 100,
+        on_corrupt_sample: OnCorruptSample = "fail",
+        max_masked_per_million: int = 100,
         skips: Skips = (),
         prefetch: int = 0,
     ) -> None:
-        """`batch_slots` sequences are a global batch, over all `world_size` ranks; `start` is where to go on.
+        """`batch_slots` sequences are a global batch, over all `world_size` ranks; `start` is where to resume.
 
-        `document_mask`: documents are read by themselves, and no label lies in another document. `on_fault`: what
-        becomes of a damaged unit: the end of the run, or a masked row in its slot, up to `max_holes_per_million` of
-        them in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a
-        thread reads ahead; 0 reads when asked.
+        `document_mask`: documents are read by themselves, and no label lies in another document. `on_corrupt_sample`:
+        "fail" raises at a damaged sequence, "mask" makes it a masked sample in its slot, up to `max_masked_per_million`
+        in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
+        reads ahead; 0 reads on demand.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
@@ -75,7 +77,7 @@ class TokenStream:
         self._mixture = data if isinstance(data, Mixture) else Mixture.of(data)
         self._order = self._mixture.order(seed)
         self.fingerprint = self._order.fingerprint
-        """Names the order: manifests, stages, seed, version of the arithmetic. Not the batch size, which may change."""
+        """sha256 of what decides the order: manifests, curriculum, seed, version of the arithmetic; no batch size."""
         self.start = self._checked(start) if start else Cursor(self.fingerprint, 0)
         self._skips = _merged(skips, self.start)
         self.start = replace(
@@ -85,10 +87,10 @@ class TokenStream:
             skips=_before(self._skips, self.start.next_slot),
         )
         self._document_mask = document_mask
-        self._on_fault = on_fault
-        self._max_holes = max_holes_per_million
-        self._holes = set(self.start.holes)
-        self._journal = threading.Lock()  # of the holes: the thread that reads ahead finds them, the run adds others'
+        self._on_fault = on_corrupt_sample
+        self._max_masked = max_masked_per_million
+        self._masked_slots = set(self.start.masked_slots)
+        self._masked_lock = threading.Lock()  # the prefetch thread and the training loop both add slots
         self._readers = [self._reader(name) for name in self._order.names]
         self._batch_slots = batch_slots
         self._rows = batch_slots // world_size
@@ -96,35 +98,36 @@ class TokenStream:
         self._prefetch = prefetch
 
     def __iter__(self) -> Iterator[tuple[TokenBatch, Cursor]]:
-        return _ahead(self._batches(), self._prefetch) if self._prefetch else self._batches()
+        return _prefetched(self._batches(), self._prefetch) if self._prefetch else self._batches()
 
     def batch(self, slots: range) -> TokenBatch:
-        """The rows of `slots`, on the host, skipped ones too. range(0, units) visits every unit of one split once.
+        """The rows of `slots`, on the host, skipped ones too. range(0, sequences) visits each one of a split once.
 
         Raises:
-            ShardFault: a shard does not hold what the manifest says, and `on_fault` is "fail"; or too many do not.
+            ShardFault: a shard does not hold what the manifest says, and `on_corrupt_sample` is "fail"; or too many
+                do not.
         """
         slots_B = np.arange(slots.start, slots.stop, slots.step, dtype=np.int64)
         return self._read(slots_B, self._order.locate(slots_B))
 
-    def with_holes(self, cursor: Cursor, slots: Iterable[int]) -> Cursor:
-        """`cursor` with the holes that other ranks found, which are journalled from now on.
+    def with_masked(self, cursor: Cursor, slots: Iterable[int]) -> Cursor:
+        """`cursor` with the slots that other ranks masked, which stay masked from now on.
 
         Raises:
-            ShardFault: there are more than `max_holes_per_million` in a million slots.
+            ShardFault: there are more than `max_masked_per_million` in a million slots.
         """
-        self._add_holes(slots)
+        self._add_masked(slots)
         return self._cursor(cursor.next_slot)
 
-    def _add_holes(self, slots: Iterable[int]) -> None:
-        with self._journal:
-            self._holes.update(slots)
-            holes = sorted(self._holes)
-        for first, last in zip(holes, holes[self._max_holes :], strict=False):
+    def _add_masked(self, slots: Iterable[int]) -> None:
+        with self._masked_lock:
+            self._masked_slots.update(slots)
+            masked = sorted(self._masked_slots)
+        for first, last in zip(masked, masked[self._max_masked :], strict=False):
             if last - first < 1_000_000:
                 raise ShardFault(
-                    f"slots {first} to {last} have more than data.max_holes_per_million {self._max_holes} damaged "
-                    "units: `megadistill shards verify` tells which; mend the shards, or raise the bound"
+                    f"slots {first} to {last} have more than data.max_masked_per_million {self._max_masked} damaged "
+                    "sequences: `megadistill shards verify` lists them; restore the shards, or raise the bound"
                 )
 
     def _checked(self, start: Cursor) -> Cursor:
@@ -134,23 +137,23 @@ class TokenStream:
             before = json.loads(start.order)
             known = {"version", "seed", "sources", "stages"} <= before.keys()
             now, next_slot = self._order.description, start.next_slot
-            differing = differences(before, now, next_slot=next_slot) if known else ["it does not say which"]
+            differing = order_differences(before, now, next_slot=next_slot) if known else ["its order is not recorded"]
             if differing:
                 raise UserError(
                     f"the position to resume from, slot {next_slot}, belongs to another order of the data: "
-                    f"{'; '.join(differing)}: undo the change (stages that lie in the future may be edited), "
+                    f"{'; '.join(differing)}: undo the change (curriculum entries not yet reached may be edited), "
                     "or start a new run"
                 )
         return start
 
-    def _reader(self, name: str) -> UnitReader:
+    def _reader(self, name: str) -> SequenceReader:
         manifest = self._mixture.sources[name]
-        if self._document_mask and manifest.unit.bounds is None:
+        if self._document_mask and manifest.sample_format.bounds is None:
             raise UserError(
-                f"data.document_mask: the shards of {manifest.folder.location} do not say where documents begin: "
+                f"data.document_mask: the shards of {manifest.folder.location} do not record where documents begin: "
                 "set it to false, or tokenize the text with this package"
             )
-        return UnitReader(manifest)
+        return SequenceReader(manifest)
 
     def _batches(self) -> Iterator[tuple[TokenBatch, Cursor]]:
         """Each batch is the next G slots that are not skipped."""
@@ -166,9 +169,9 @@ class TokenStream:
                 yield batch, self._cursor(next_slot)
 
     def _cursor(self, next_slot: int) -> Cursor:
-        with self._journal:
-            holes = tuple(sorted(slot for slot in self._holes if slot < next_slot))
-        return replace(self.start, next_slot=next_slot, holes=holes, skips=_before(self._skips, next_slot))
+        with self._masked_lock:
+            masked = tuple(sorted(slot for slot in self._masked_slots if slot < next_slot))
+        return replace(self.start, next_slot=next_slot, masked_slots=masked, skips=_before(self._skips, next_slot))
 
     def _unskipped(self, next_slot: int, offsets: Positions) -> Positions:
         """The slots at `offsets` from `next_slot` on, counting only those that are not skipped."""
@@ -180,36 +183,38 @@ class TokenStream:
         return slots
 
     def _read(self, slots_B: Positions, places_B3: Positions) -> TokenBatch:
-        rows, sequence = len(slots_B), self._mixture.sequence_length
+        rows, length = len(slots_B), self._mixture.sequence_length
         # torch's allocator keeps memory that numpy's would give back and fault in again for each batch.
-        tokens, labels = (torch.empty(rows, sequence, dtype=torch.int64) for _ in range(2))
-        starts = torch.empty(rows, sequence, dtype=torch.bool)
+        tokens, labels = (torch.empty(rows, length, dtype=torch.int64) for _ in range(2))
+        starts = torch.empty(rows, length, dtype=torch.bool)
         tokens_BS, labels_BS, starts_BS = tokens.numpy(), labels.numpy(), starts.numpy()
-        with self._journal:
-            known = np.isin(slots_B, list(self._holes))
+        with self._masked_lock:
+            masked_B = np.isin(slots_B, list(self._masked_slots))
         faults: dict[int, str] = {}
         for source, reader in enumerate(self._readers):
-            here = np.flatnonzero((places_B3[:, 0] == source) & ~known)
-            units = reader.read(places_B3[here, 1:])
+            here = np.flatnonzero((places_B3[:, 0] == source) & ~masked_B)
+            sequences = reader.read(places_B3[here, 1:])
             whole: slice | Positions = slice(None) if len(here) == rows else here
-            tokens_BS[whole], labels_BS[whole] = shift(units.tokens)
-            starts_BS[whole] = document_starts(units.bounds, sequence_length=sequence)
-            packer = self._mixture.sources[self._order.names[source]].packer.name
-            if packer != "chunk" or self._document_mask:  # whose units are full, and learned across documents
-                across = packer != "bestfit" and not self._document_mask
-                learned = predicted(units.bounds, sequence_length=sequence, across_documents=across)
-                labels_BS[whole] = labels_of(labels_BS[whole], learned)
-            for row, fault in units.faults.items():
+            tokens_BS[whole], labels_BS[whole] = shift(sequences.tokens)
+            starts_BS[whole] = document_starts(sequences.bounds, sequence_length=length)
+            packer = self._mixture.sources[self._order.names[source]].packer
+            if (
+                packer.name != "chunk" or self._document_mask
+            ):  # chunked sequences are full, and predicted across documents
+                across = packer.across_documents and not self._document_mask
+                predicted_BS = predicted(sequences.bounds, sequence_length=length, across_documents=across)
+                labels_BS[whole] = mask_labels(labels_BS[whole], predicted_BS)
+            for row, fault in sequences.faults.items():
                 slot, shard = int(slots_B[here[row]]), int(places_B3[here[row], 1])
                 where = f"source {self._order.names[source]}, " if len(self._readers) > 1 else ""
                 faults[int(here[row])] = f"slot {slot}, {where}shard {shard}: {fault}"
         if faults and self._on_fault == "fail":
             raise ShardFault(faults[min(faults)])
-        for row in (*np.flatnonzero(known).tolist(), *faults):
+        for row in (*np.flatnonzero(masked_B).tolist(), *faults):
             tokens_BS[row], labels_BS[row], starts_BS[row] = 0, IGNORED_LABEL, False
-        found = tuple((int(slots_B[row]), message) for row, message in sorted(faults.items()))
-        if found:
-            self._add_holes(slot for slot, _ in found)
+        slot_faults = tuple((int(slots_B[row]), message) for row, message in sorted(faults.items()))
+        if slot_faults:
+            self._add_masked(slot for slot, _ in slot_faults)
         return TokenBatch(
             tokens=tokens,
             labels=labels,
@@ -217,24 +222,24 @@ class TokenStream:
             digests=token_digest(tokens),
             starts=starts,
             document_mask=self._document_mask,
-            faults=found,
+            faults=slot_faults,
         )
 
 
 def _merged(skips: Skips, start: Cursor) -> tuple[tuple[int, int], ...]:
-    """The ranges asked for and those of the journal, in order, without overlaps.
+    """The given ranges and those of the cursor, in order, without overlaps.
 
     Raises:
         UserError: a range is empty, or reaches into slots that were delivered.
     """
     for first, stop in skips:
         if not 0 <= first < stop:
-            raise UserError(f"data.skip: [{first}, {stop}] is no range of slots: give [first, one behind the last]")
-        left_out = any(begun <= first and stop <= ended for begun, ended in start.skips)
+            raise UserError(f"data.skip: [{first}, {stop}] is not a range of slots: give [first, one past the last]")
+        left_out = any(begin <= first and stop <= end for begin, end in start.skips)
         if first < start.next_slot and not left_out:
             raise UserError(
-                f"data.skip: [{first}, {stop}] begins before slot {start.next_slot}, where the run goes on: it was "
-                "read already; resume from an earlier checkpoint, or skip later slots"
+                f"data.skip: [{first}, {stop}] begins before slot {start.next_slot}, where the run resumes: it was "
+                "already read; resume from an earlier checkpoint, or skip later slots"
             )
     merged: list[tuple[int, int]] = []
     for first, stop in sorted([*start.skips, *((int(first), int(stop)) for first, stop in skips)]):
@@ -249,41 +254,14 @@ def _before(skips: Skips, next_slot: int) -> tuple[tuple[int, int], ...]:
     return tuple((first, stop) for first, stop in skips if first < next_slot)
 
 
-@dataclass(frozen=True)
-class _Raised:
-    error: BaseException
-
-
-def _ahead(batches: Iterator[tuple[TokenBatch, Cursor]], depth: int) -> Iterator[tuple[TokenBatch, Cursor]]:
+def _prefetched(batches: Iterator[tuple[TokenBatch, Cursor]], depth: int) -> Iterator[tuple[TokenBatch, Cursor]]:
     """The same, read by a thread up to `depth` batches ahead; what it raises is raised in its place."""
-    waiting: queue.Queue[tuple[TokenBatch, Cursor] | _Raised] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: tuple[TokenBatch, Cursor] | _Raised) -> None:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in batches:
-                put(item)
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # whatever it is belongs to the reader of the batches
-            put(_Raised(error))
-
-    thread = threading.Thread(target=work, name="token-stream", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, "token-stream")
     try:
+        pending = deque(pool.submit(next, batches) for _ in range(depth))
         while True:
-            item = waiting.get()
-            if isinstance(item, _Raised):
-                raise item.error
+            item = pending.popleft().result()
+            pending.append(pool.submit(next, batches))
             yield item
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The tokenizer: what every kind of it can do, and which kind lies in a folder. It knows no shards and no documents.
+"""Interface of the tokenizers, and loading one from a file or a folder.
 
 Legend: L tokens of a text, V ids of the vocabulary.
 """
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def file(self) -> str:
-        """Name of the file that `sha256` is of, in the folder that `write` wrote."""
+        """Name of the file that `sha256` hashes, in the folder of `write`."""
         ...
 
     @property
@@ -38,17 +38,17 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V: the highest id, and one."""
+        """V: the highest id, plus one."""
         ...
 
     @property
     def bos(self) -> int | None:
-        """What stands before each document, where the tokenizer's own rules put something there."""
+        """The id before each document; None where the tokenizer's own rules put none there."""
         ...
 
     @property
     def eos(self) -> int:
-        """What stands behind each document."""
+        """The id after each document."""
         ...
 
     @property
@@ -72,24 +72,24 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer at `path`: a SentencePiece `.model` file, a `tokenizer.json`, or a folder with one of them.
 
-    A folder with both is read by its `tokenizer.json`, unless that is what was written of the model: a data set that is
-    tokenized with another one's tokenizer records the same original.
+    A folder with both is read by its `tokenizer.json`, unless that was written from the model: a data set that is
+    tokenized with the tokenizer of another one records the same original.
 
     Raises:
-        UserError: there is none, it cannot be used, or nothing says which id ends a document.
+        UserError: there is none, it is unusable, or it names no id that ends a document.
     """
     file = path
     if path.is_dir():
         file = next((path / name for name in (TOKENIZER_FILE, MODEL_FILE) if (path / name).is_file()), path)
         if file == path:
             raise UserError(f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer")
-        if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_of_model(path):
+        if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_from_model(path):
             file = path / MODEL_FILE
     return HuggingFaceTokenizer.load(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
 
 
-def _written_of_model(folder: Path) -> bool:
-    """Whether a folder's `tokenizer.json` is what `SentencePieceTokenizer.write` makes of its `tokenizer.model`."""
+def _written_from_model(folder: Path) -> bool:
+    """Whether a folder's `tokenizer.json` is the one that `SentencePieceTokenizer.write` makes of its model."""
     try:
         with TemporaryDirectory() as made:
             SentencePieceTokenizer.load(folder / MODEL_FILE).write(Path(made))
@@ -103,28 +103,28 @@ def _written_of_model(folder: Path) -> bool:
 
 
 def tokenizer_record(tokenizer: Tokenizer, folder: str) -> TokenizerRecord:
-    """What a manifest says of a tokenizer; `folder` is where it was written, as seen from the manifest's."""
+    """The manifest's record of a tokenizer; `folder` is where it was written, relative to the manifest."""
     return TokenizerRecord(kind=tokenizer.kind, file=f"{folder}/{tokenizer.file}", sha256=tokenizer.sha256)
 
 
 def tokenizer_sha256(path: Path, *, prefer: Kind) -> tuple[Kind, str] | None:
     """Kind and sha256 of the tokenizer at `path`, a file or a folder, as a manifest records them; None: there is none.
 
-    A folder may hold one of each kind; then the one that is `prefer`red counts.
+    A folder may hold one of each kind; then the kind `prefer` is taken.
 
     Raises:
-        UserError: the file cannot be read, or is no tokenizer.
+        UserError: the file cannot be read, or is not a tokenizer.
     """
     files: dict[Kind, Path] = {"huggingface": path / TOKENIZER_FILE, "sentencepiece": path / MODEL_FILE}
     if path.is_file():
         files = {"huggingface" if path.suffix == ".json" else "sentencepiece": path}
-    found = {kind: file for kind, file in files.items() if file.is_file()}
-    if not found:
+    present = {kind: file for kind, file in files.items() if file.is_file()}
+    if not present:
         return None
-    kind = prefer if prefer in found else next(iter(found))
+    kind = prefer if prefer in present else next(iter(present))
     if kind == "huggingface":
-        return kind, huggingface_tokenizer.canonical_sha256(huggingface_tokenizer.read_json(found[kind]))
+        return kind, huggingface_tokenizer.canonical_sha256(huggingface_tokenizer.read_json(present[kind]))
     try:
-        return kind, hashlib.sha256(found[kind].read_bytes()).hexdigest()
+        return kind, hashlib.sha256(present[kind].read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{found[kind]} cannot be read ({error.strerror}): make it readable") from None
+        raise UserError(f"{present[kind]} cannot be read ({error.strerror}): make it readable") from None

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer: `tokenizer.json` and what lies beside it. It knows no shards and no other tokenizer.
+"""Hugging Face tokenizers: `tokenizer.json` and the files beside it.
 
 Legend: L tokens of a text, V ids of the vocabulary.
 """
@@ -38,20 +38,20 @@ class HuggingFaceTokenizer:
         """`values` is the content of `path`, `config` that of tokenizer_config.json beside it.
 
         Raises:
-            UserError: it is no tokenizer, or nothing says which id ends a document.
+            UserError: it is not a tokenizer, or no id that ends a document is named.
         """
         self._path = path
         self._config = config
         self._values = values
         try:
-            self._backend = Backend.from_str(json.dumps(_plain(values)))
+            self._backend = Backend.from_str(json.dumps(_without_sampling(values)))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())[:200]}") from None
         self._backend.encode_special_tokens = True
         self.sha256 = canonical_sha256(values)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos = self._known(eos, "eos_token")
-        self.bos = self._begin()
+        self.eos = self._token_id(eos, "eos_token")
+        self.bos = self._bos()
 
     @classmethod
     def load(cls, path: Path) -> "HuggingFaceTokenizer":
@@ -95,34 +95,36 @@ class HuggingFaceTokenizer:
         return sizes
 
     def write(self, folder: Path) -> None:
-        """Writes the tokenizer's files as they are; the config says which token ends a document, where it did not."""
+        """Writes the tokenizer's files; adds the token that ends a document to a config without it."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
             source = self._path.parent / name if name != TOKENIZER_FILE else self._path
             if source.is_file():
                 (folder / name).write_bytes(source.read_bytes())
-        said = {} if _content(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **said}
+        eos = {} if _content(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **eos}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _known(self, token: str | int | None, name: str) -> int:
+    def _token_id(self, token: str | int | None, name: str) -> int:
         id = self._backend.token_to_id(token) if isinstance(token, str) else token
         if type(id) is int and 0 <= id < self.vocab_size and self._backend.id_to_token(id) is not None:
             return id
-        found = "is named nowhere beside it" if token is None else f"is {token!r}, which the vocabulary does not have"
-        raise UserError(f"{self._path}: its {name} {found}: write the token as {name} into {CONFIG_FILE} there")
+        problem = "is missing" if token is None else f"is {token!r}, which the vocabulary does not have"
+        raise UserError(f"{self._path}: its {name} {problem}: write the token as {name} into {CONFIG_FILE} there")
 
-    def _begin(self) -> int | None:
-        """The id that the tokenizer puts before a text: by its post-processor, or else by its config."""
+    def _bos(self) -> int | None:
+        """The id that the tokenizer puts before a text, by its post-processor or else by its config."""
         plain = self._backend.encode("a", add_special_tokens=False).ids
         whole = self._backend.encode("a", add_special_tokens=True).ids
         before = next(i for i in range(len(whole) + 1) if whole[i : i + len(plain)] == plain)
         if before > 1:
-            raise UserError(f"{self._path} puts {before} ids before a text: only one, or none, can stand there")
+            raise UserError(f"{self._path} puts {before} ids before a text: this release supports one, or none")
         if before:
             return int(whole[0])
         return (
-            self._known(_content(self._config, "bos_token"), "bos_token") if self._config.get("add_bos_token") else None
+            self._token_id(_content(self._config, "bos_token"), "bos_token")
+            if self._config.get("add_bos_token")
+            else None
         )
 
 
@@ -148,17 +150,17 @@ def read_json(path: Path) -> Json:
 
 
 def canonical_sha256(values: Json) -> str:
-    """Of what makes the ids: the same after loading and saving, by this release of `tokenizers` or a later one.
+    """sha256 of what decides the ids: the same after loading and saving, by any release of `tokenizers`.
 
-    Truncation and padding are left out, and what is null or false: a release adds options that are off. A merge was
-    "a b" once and is ["a", "b"] now.
+    Truncation and padding are left out, and values that are null or false: later releases add options that are off. A
+    merge was "a b" once and is ["a", "b"] now.
     """
-    kept = {name: value for name, value in values.items() if name not in ("truncation", "padding")}
+    parts = {name: value for name, value in values.items() if name not in ("truncation", "padding")}
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("merges"), list):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        kept["model"] = {**model, "merges": merges}
-    canonical = json.dumps(_without_off(kept), sort_keys=True, separators=(",", ":"))
+        parts["model"] = {**model, "merges": merges}
+    canonical = json.dumps(_without_off(parts), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -168,8 +170,8 @@ def _without_off(value: Any) -> Any:
     return [_without_off(one) for one in value] if isinstance(value, list) else value
 
 
-def _plain(values: Json) -> Json:
-    """Without what cuts, fills or randomly splits a text."""
+def _without_sampling(values: Json) -> Json:
+    """The tokenizer without truncation, padding and random merges."""
     model = values.get("model")
     return {
         **values,
@@ -191,7 +193,7 @@ def _content(rules: Json, name: str) -> str | None:
 
 
 def _size(piece: str, *, byte_level: bool, byte_fallback: bool) -> int:
-    """UTF-8 bytes of text: a byte-level piece has a character for each byte, another marks spaces."""
+    """UTF-8 bytes of text: a byte-level piece has a character for each byte; others mark spaces."""
     if byte_level:
         return len(piece)
     if byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):

@@ -1,6 +1,6 @@
-"""SentencePiece: a model trained, loaded, and written for Hugging Face. It knows no shards and no other tokenizer.
+"""SentencePiece tokenizers: training, loading, and writing one for Hugging Face.
 
-What is trained here is lossless: decode(encode(text)) == text to the byte, with newlines, tabs and runs of spaces. The
+A model trained here is lossless: decode(encode(text)) == text to the byte, with newlines, tabs and runs of spaces. The
 one exception is SentencePiece's own: U+2581 (▁) is its mark for a space, and comes back as one.
 
 Legend: L tokens of a text, V ids of the vocabulary.
@@ -41,10 +41,10 @@ class SentencePieceTokenizer:
     bos: Final = None
 
     def __init__(self, model: bytes, *, name: str) -> None:
-        """`model` is the content of a `.model` file, `name` what to call it in an error.
+        """`model` is the content of a `.model` file, `name` its name in errors.
 
         Raises:
-            UserError: it is no SentencePiece model, or it has no end-of-sentence piece.
+            UserError: it is not a SentencePiece model, or it has no end-of-sentence piece.
         """
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
@@ -102,7 +102,7 @@ class SentencePieceTokenizer:
         The ids of both are exactly the same.
 
         Raises:
-            UserError: the model does something that the written form cannot repeat exactly.
+            UserError: the written form cannot repeat the model exactly.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model)
@@ -196,19 +196,19 @@ def _refuse_inexact(proto: ModelProto, name: str) -> None:
             piece.type in (piece.USER_DEFINED, piece.UNUSED) for piece in proto.pieces
         ),
     }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
+    problems = [reason for reason, holds in reasons.items() if holds]
+    if problems:
         raise UserError(
-            f"{name} cannot be written as a Hugging Face tokenizer with exactly its ids: {', '.join(found)}; "
+            f"{name} cannot be written as a Hugging Face tokenizer with exactly its ids: {', '.join(problems)}; "
             "use a BPE model with byte fallback and the identity normalisation, or train one with --vocab-size"
         )
 
 
 def _parts(line: str) -> list[str]:
-    """A line in pieces that the trainer does not leave out for their length."""
+    """A line in pieces that are not too long for the trainer."""
     return [line[start : start + MAX_LINE_CHARACTERS] for start in range(0, len(line), MAX_LINE_CHARACTERS)]
 
 
 def _reason(error: RuntimeError) -> str:
-    """What SentencePiece says, without its file and line: `INTERNAL: file.cc(1) [condition] Vocabulary size ...`."""
+    """SentencePiece's message without file and line: `INTERNAL: file.cc(1) [condition] Vocabulary size ...`."""
     return re.sub(r"^.*\.cc\(\d+\) \[.*\] ", "", " ".join(str(error).split()))

@@ -58,7 +58,7 @@ def write_split(
         sequence if packer == "chunk" else int(packed.bounds[-1]) - len(packed.bounds) + 1 for packed in sequences
     )
     Manifest(
-        version=2,
+        version=3,
         split="train",
         sequence_length=sequence,
         dtype=dtype,

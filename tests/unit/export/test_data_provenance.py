@@ -1,4 +1,4 @@
-"""What a cursor says was read, against every slot located one by one."""
+"""Data provenance from a cursor, against every slot located one by one."""
 
 from collections import Counter
 
@@ -7,35 +7,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.data.stream.order import Order, Source, Stage
+from megadistill.data.stream.order import CurriculumEntry, Order, Source
 from megadistill.export.data_provenance import sequences_of
 from megadistill.types import Cursor
 
 SOURCES = {name: Source(fingerprint=name * 3, counts=(7, 30)) for name in ("books", "code", "web")}
-STAGES = (
-    Stage(23, {"web": 0.7, "code": 0.3}),
-    Stage(10, {"web": 1, "books": 1, "code": 5}),
-    Stage(None, {"books": 3, "web": 1}),
+CURRICULUM = (
+    CurriculumEntry(23, {"web": 0.7, "code": 0.3}),
+    CurriculumEntry(10, {"web": 1, "books": 1, "code": 5}),
+    CurriculumEntry(None, {"books": 3, "web": 1}),
 )
-ORDER = Order(SOURCES, STAGES, seed=5)
+ORDER = Order(SOURCES, CURRICULUM, seed=5)
 
 
-def _cursor(next_slot: int, holes: tuple[int, ...] = (), skips: tuple[tuple[int, int], ...] = ()) -> Cursor:
-    return Cursor(ORDER.fingerprint, next_slot, holes=holes, skips=skips)
+def _cursor(next_slot: int, masked: tuple[int, ...] = (), skips: tuple[tuple[int, int], ...] = ()) -> Cursor:
+    return Cursor(ORDER.fingerprint, next_slot, masked_slots=masked, skips=skips)
 
 
 def _located(slots: list[int]) -> dict[str, int]:
-    found = Counter(ORDER.names[source] for source, _, _ in ORDER.locate(np.array(slots, dtype=np.int64)).tolist())
-    return {name: found[name] for name in ORDER.names}
+    counts = Counter(ORDER.names[source] for source, _, _ in ORDER.locate(np.array(slots, dtype=np.int64)).tolist())
+    return {name: counts[name] for name in ORDER.names}
 
 
 @settings(max_examples=60, deadline=None)
-@given(next_slot=st.integers(0, 120), first=st.integers(0, 120), length=st.integers(1, 40), hole=st.integers(0, 119))
-def test_sequences_of_each_source_are_those_of_the_slots(next_slot: int, first: int, length: int, hole: int) -> None:
+@given(
+    next_slot=st.integers(0, 120), first=st.integers(0, 120), length=st.integers(1, 40), masked_at=st.integers(0, 119)
+)
+def test_sequences_by_source_are_those_of_the_slots(next_slot: int, first: int, length: int, masked_at: int) -> None:
     skipped = range(first, first + length)
-    holes = (hole,) if hole < next_slot and hole not in skipped else ()
-    read = [slot for slot in range(next_slot) if slot not in skipped and slot not in holes]
-    cursor = _cursor(next_slot, holes, ((first, first + length),))
+    masked = (masked_at,) if masked_at < next_slot and masked_at not in skipped else ()
+    read = [slot for slot in range(next_slot) if slot not in skipped and slot not in masked]
+    cursor = _cursor(next_slot, masked, ((first, first + length),))
     assert sequences_of(ORDER.description, cursor) == _located(read)
 
 

@@ -49,12 +49,12 @@ def topology(*, rank: int = 0, world: int = 1) -> Topology:
 def described_data(folder: Path) -> Path:
     """The manifest of a data set whose shards nobody reads."""
     values = {
-        "version": 2,
+        "version": 3,
         "split": "train",
         "sequence_length": SEQUENCE,
         "dtype": "uint16",
         "vocab_size": VOCAB,
-        "unit": {"kind": "npy", "tokens": "tokens.npy", "bounds": "bounds.npy"},
+        "sample_format": {"kind": "npy", "tokens": "tokens.npy", "bounds": "bounds.npy"},
         "tokenizer": {
             "kind": "sentencepiece",
             "file": "../tokenizer/tokenizer.model",
@@ -68,7 +68,7 @@ def described_data(folder: Path) -> Path:
         "shards": [
             {
                 "name": "shard-00000.tar",
-                "units": 8,
+                "sequences": 8,
                 "bytes": 1,
                 "sha256": "0" * 64,
                 "index_sha256": "0" * 64,
@@ -100,7 +100,7 @@ def recipe(manifest: Path, run: Path, *, teacher: Path | None = None, **sections
         "run": {"folder": str(run)},
         "data": {"manifest": str(manifest)},
         "student": {"config": MODEL, "deepspeed": str(DS_CONFIGS / "zero3.json"), "vocab_multiple": 256},
-        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "adamw": {"learning_rate": 1e-3}},
+        "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "optimizer": {"learning_rate": 1e-3}},
         "teacher": None if teacher is None else {"path": str(teacher)},
     }
     for name, section in sections.items():

@@ -127,15 +127,15 @@ def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
     assert _read(tmp_path, text_field="body")[0] == ["one", "two"]
 
 
-def test_where_nothing_is_left_the_counts_and_the_fields_are_said(tmp_path: Path) -> None:
+def test_a_corpus_without_documents_is_refused_with_counts_and_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(_lines([{"body": "one", "id": 1}, {"title": "two"}, 5]))
     texts, read = _read(tmp_path)
     assert texts == []
-    message = str(read.nothing())
+    message = str(read.no_documents())
     assert "1 no JSON object, 2 without the text field" in message
     assert "the fields are 'body', 'id', 'title', name one with --text-field" in message
     (tmp_path / "a.jsonl").write_bytes(b"")
-    assert "the files hold no document" in str(_read(tmp_path)[1].nothing())
+    assert "the files hold no document" in str(_read(tmp_path)[1].no_documents())
 
 
 def test_a_document_above_the_bound_is_counted_and_the_next_one_is_whole(
@@ -162,13 +162,13 @@ def _parquet_bytes(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.parquet"])
-@pytest.mark.parametrize("kept", [0, 2, 40, 0.5, -5, -1])
-def test_a_file_that_is_cut_off_is_refused_wherever_the_cut_is(name: str, kept: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 2, 40, 0.5, -5, -1])
+def test_a_file_that_is_cut_off_is_refused_wherever_the_cut_is(name: str, size: float, tmp_path: Path) -> None:
     text = _lines(_rows(TEXTS * 50))
     data = {"gz": gzip.compress(text), "zst": zstd.compress(text), "parquet": _parquet_bytes(tmp_path)}[
         name.rpartition(".")[2]
     ]
-    (tmp_path / name).write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    (tmp_path / name).write_bytes(data[: int(size * len(data)) if isinstance(size, float) else size])
     with pytest.raises(UserError, match=rf"{name} is damaged or cut off") as refused:
         _read(tmp_path)
     assert "\n" not in str(refused.value)

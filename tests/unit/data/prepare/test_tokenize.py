@@ -143,9 +143,11 @@ def test_chunks_are_the_documents_of_a_shard_in_order(corpus: Path, given: Path,
             run.append(text)
         expected = [id for text in run for id in [*tokenizer.encode(text).tolist(), tokenizer.eos]]
         path = str(tmp_path / "out" / "train" / shard.name)
-        units = [sample["tokens.npy"].tolist() for sample in webdataset.WebDataset(path, shardshuffle=False).decode()]
+        sequences = [
+            sample["tokens.npy"].tolist() for sample in webdataset.WebDataset(path, shardshuffle=False).decode()
+        ]
         whole = (len(expected) - 1) // SEQUENCE
-        assert units == [expected[k * SEQUENCE : (k + 1) * SEQUENCE + 1] for k in range(whole)]
+        assert sequences == [expected[k * SEQUENCE : (k + 1) * SEQUENCE + 1] for k in range(whole)]
         tokens += whole * SEQUENCE
         dropped += len(expected) - 1 - whole * SEQUENCE
         text_bytes += len(tokenizer.decode(np.array(expected[1 : whole * SEQUENCE + 1])).encode())
@@ -186,11 +188,11 @@ def test_bestfit_keeps_documents_whole_and_counts_what_it_predicts(
     assert Counter(tuple(document.tolist()) for sample in samples for document in _documents_of(sample)) == expected
     manifest = Manifest.load(tmp_path / "out" / "train" / "manifest.json")
     tokens = sum((len(document) - 1) * count for document, count in expected.items())
-    padding = manifest.units * 401 - sum(len(document) * count for document, count in expected.items())
+    padding = manifest.sequences * 401 - sum(len(document) * count for document, count in expected.items())
     unpredicted = 0 if begin else sum(int(tokenizer.piece_bytes[d[0]]) * count for d, count in expected.items())
     assert manifest.tokens == report.train.tokens == tokens
     assert manifest.text_bytes == sum(len(text.encode()) for text in document_texts()) - unpredicted
-    assert (report.train.dropped, report.train.padding) == (0, padding / (manifest.units * 401))
+    assert (report.train.dropped, report.train.padding) == (0, padding / (manifest.sequences * 401))
     assert (manifest.tokenizer.kind, manifest.tokenizer.sha256) == (kind, tokenizer.sha256)
     assert (manifest.packer.bos, manifest.packer.eos) == (tokenizer.bos, tokenizer.eos)
     written = load_tokenizer(tmp_path / "out" / "train" / manifest.tokenizer.file)
@@ -305,14 +307,14 @@ def test_no_text_no_input_and_a_damaged_one_are_refused(given: Path, tmp_path: P
 def test_a_finished_split_is_not_overwritten(corpus: Path, given: Path, tmp_path: Path) -> None:
     _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
     before = tree(tmp_path / "out")
-    with pytest.raises(UserError, match="a split is never changed"):
+    with pytest.raises(UserError, match="a manifest is never changed"):
         _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, sequence_length=8)
     assert tree(tmp_path / "out") == before
 
 
 def test_two_do_not_write_to_one_folder(corpus: Path, given: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".unfinished", "w") as file:
+    with open(tmp_path / "out" / ".incomplete", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another `megadistill tokenize` is writing"):
             _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)

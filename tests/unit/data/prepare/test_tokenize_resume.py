@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from megadistill.data.prepare.corpus import Corpus
-from megadistill.data.prepare.encode import Rules
-from megadistill.data.prepare.shard_tasks import Run, cut
+from megadistill.data.prepare.encode import EncodingSpec
+from megadistill.data.prepare.shard_tasks import ShardTask, cut_into_tasks
 from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
-from megadistill.data.prepare.workers import Work, encode_all
+from megadistill.data.prepare.workers import EncodeJob, encode_all
 from megadistill.data.tokenizers.base import load_tokenizer
 from megadistill.errors import OperatorFault, RestartFault
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts
@@ -56,12 +56,12 @@ class _BrokenOff(Exception):
 
 def _break_off(corpus: Path, tokenizer: Path | None, output: Path, *, after: int, **changes: Any) -> None:
     """Stops when so many shards are written."""
-    told = 0
+    calls = 0
 
     def progress(stage: str, **numbers: int) -> None:
-        nonlocal told
-        told += stage == "shards"
-        if told > after:
+        nonlocal calls
+        calls += stage == "shards"
+        if calls > after:
             raise _BrokenOff
 
     with pytest.raises(_BrokenOff):
@@ -120,14 +120,14 @@ def _wait_until_gone(session: int) -> None:
         pytest.fail("workers outlive the process that started them")
 
 
-def test_shards_of_an_earlier_start_are_kept(
+def test_shards_of_an_earlier_start_are_reused(
     corpus: Path, folder: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     _break_off(corpus, folder, output, after=4)
     written = {path: path.stat().st_mtime_ns for path in output.rglob("shard-*.tar")}
     assert len(written) == 4
-    assert _run(corpus, folder, output).kept == 4
+    assert _run(corpus, folder, output).reused == 4
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
     assert tree(output) == unbroken
 
@@ -146,11 +146,11 @@ def test_a_shard_that_is_not_what_its_record_says_is_written_again(
         "flipped": lambda: shard.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:]),
         "gone": lambda: shard.unlink(),
         "index": lambda: shard.with_name(f"{shard.name}.idx.npy").unlink(),
-        "junk record": lambda: record.write_bytes(b'{"rules": 1}'),
+        "junk record": lambda: record.write_bytes(b'{"encoding": 1}'),
         "no record": lambda: record.unlink(),
     }
     damage[what]()
-    assert _run(corpus, folder, output).kept == 3
+    assert _run(corpus, folder, output).reused == 3
     assert tree(output) == unbroken
 
 
@@ -176,7 +176,7 @@ def test_text_that_changed_is_read_again(corpus: Path, folder: Path, tmp_path: P
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def test_broken_off_between_two_manifests_it_is_unfinished(
+def test_ended_between_two_manifests_it_is_incomplete(
     corpus: Path, folder: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -210,7 +210,7 @@ def test_a_tokenizer_is_trained_once_for_the_same_text(corpus: Path, tmp_path: P
 
 @contextmanager
 def _small_files(size: int) -> Iterator[None]:
-    """No file of this process may be larger, as on a disk without room."""
+    """No file of this process may be larger, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -219,13 +219,13 @@ def _small_files(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_that_finds_no_room_is_one_line_and_the_same_command_goes_on(
+def test_a_file_that_cannot_be_written_is_one_line_and_the_same_command_resumes(
     corpus: Path, folder: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     with (
         _small_files(50_000),
-        pytest.raises(OperatorFault, match=r"cannot be written .*: make room, and start") as fault,
+        pytest.raises(OperatorFault, match=r"cannot be written .*: free some space, and start") as fault,
     ):
         _run(corpus, folder, output)
     assert "\n" not in str(fault.value)
@@ -236,7 +236,7 @@ def test_a_file_that_finds_no_room_is_one_line_and_the_same_command_goes_on(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(
     processes: int, corpus: Path, folder: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
             _run(corpus, folder, disk / "out", processes=processes)
         assert not list(disk.rglob("manifest.json"))
         subprocess.run(["mount", "-o", "remount,size=60m", disk], check=True)
-        assert _run(corpus, folder, disk / "out", processes=processes).kept > 0
+        assert _run(corpus, folder, disk / "out", processes=processes).reused > 0
         assert tree(disk / "out") == unbroken
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -257,17 +257,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 def test_a_worker_that_is_killed_is_one_line_that_a_restart_mends(corpus: Path, folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    rules = Rules.of(tokenizer, packer="chunk", sequence_length=16, dtype="uint16")
+    spec = EncodingSpec.of(tokenizer, packer="chunk", sequence_length=16, dtype="uint16")
     (tmp_path / "train").mkdir()
-    runs = cut(Corpus(sorted(corpus.iterdir()), text_field="text"), heldout_fraction=0, run_bytes=10_000)
+    tasks = cut_into_tasks(Corpus(sorted(corpus.iterdir()), text_field="text"), heldout_fraction=0, task_bytes=10_000)
 
-    def deadly() -> Iterator[Run]:
-        for run in runs:
-            if run.number == 5:
+    def deadly() -> Iterator[ShardTask]:
+        for task in tasks:
+            if task.number == 5:
                 for worker in multiprocessing.active_children():
                     os.kill(worker.pid or 0, signal.SIGKILL)
-            yield run
+            yield task
 
-    with pytest.raises(RestartFault, match="was killed, most likely for want of memory") as fault:
-        list(encode_all(Work(tmp_path, folder / "tokenizer.json", rules), deadly(), processes=2))
+    with pytest.raises(RestartFault, match="a worker process was killed, most likely for lack of memory") as fault:
+        list(encode_all(EncodeJob(tmp_path, folder / "tokenizer.json", spec), deadly(), processes=2))
     assert "\n" not in str(fault.value)

@@ -1,4 +1,4 @@
-"""All that is wrong in a data set is told at once, and tars that somebody else made become a split like any other."""
+"""All faults of a data set are reported at once, and external tars become a split like any other."""
 
 import io
 import shutil
@@ -14,9 +14,9 @@ from webdataset import TarWriter, WebDataset
 
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.index_external import index
-from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, info, manifests_at, verify
+from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, find_manifests, info, verify
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.shards.tar import SAMPLE_FORMAT, Column, index_tar, publish, write_shard
+from megadistill.data.shards.tar import SAMPLE_FORMAT, Column, index_sequences, write_index, write_shard
 from megadistill.errors import UserError
 from megadistill.io import file_sha256
 from tests.unit.data.servers import serving
@@ -62,7 +62,7 @@ def test_a_whole_data_set_is_whole_wherever_one_points(data_set: Path, quick: bo
     assert str(data_set / "train" / "manifest.json") in _text(report.table())
 
 
-def test_all_faults_are_told_at_once(broken: Path) -> None:
+def test_all_faults_are_reported_at_once(broken: Path) -> None:
     train, heldout = (Manifest.load(broken / split / "manifest.json") for split in ("train", "heldout"))
     first, second, third = (broken / "train" / shard.name for shard in train.shards[:3])
     rows = np.load(broken / "train" / train.shards[0].index)
@@ -105,11 +105,11 @@ def test_a_byte_behind_the_last_sequence_is_seen_by_the_full_check_alone(broken:
 def test_a_wrong_number_of_tokens_is_a_fault(broken: Path) -> None:
     split = broken / "train"
     manifest = Manifest.load(split / "manifest.json")
-    said = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"tokens": manifest.tokens - 1}
-    Manifest(**said).write(split)
+    values = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"tokens": manifest.tokens - 1}
+    Manifest(**values).write(split)
     assert _verify(split, quick=True).ok
     (line,) = _verify(split).lines()
-    assert line.endswith(f"expected {manifest.tokens - 1} tokens, as it says, found {manifest.tokens}")
+    assert line.endswith(f"expected {manifest.tokens - 1} tokens, as it records, found {manifest.tokens}")
 
 
 def test_a_tokenizer_that_is_another_one_or_missing_is_a_fault(broken: Path) -> None:
@@ -137,8 +137,8 @@ def test_faults_beyond_a_bound_are_counted(broken: Path) -> None:
     tokens = np.full(manifest.sequence_length + 1, manifest.vocab_size, dtype=np.int32)
     sequences = [PackedSequence(tokens, np.array([0, len(tokens)], dtype=np.int32))] * count
     shard = write_shard(split / "shard-00000.tar", sequences, dtype="uint16")
-    said = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"shards": (shard,), "tokens": 1}
-    Manifest(**said).write(split)
+    values = {name: getattr(manifest, name) for name in Manifest.model_fields} | {"shards": (shard,), "tokens": 1}
+    Manifest(**values).write(split)
     report = _verify(split)
     assert report.splits[0].fault_count == count
     assert len(report.splits[0].faults) == MAX_LINES
@@ -175,7 +175,7 @@ def test_info_says_what_the_manifest_says(data_set: Path) -> None:
     assert f"{manifest.tokens:,}" in train
     assert manifest.fingerprint in train
     assert manifest.fingerprint not in heldout
-    assert len(manifests_at(data_set)) == 2
+    assert len(find_manifests(data_set)) == 2
 
 
 def _npy(array: Any) -> bytes:
@@ -196,14 +196,14 @@ def _tar(path: Path, samples: Sequence[dict[str, bytes]]) -> None:
             tar.write({"__key__": f"{path.stem}/{number}", **sample})
 
 
-UNITS = random_sequences(12, seed=3, sequence=LENGTH - 1, vocab=IDS)
+SEQUENCES = random_sequences(12, seed=3, sequence=LENGTH - 1, vocab=IDS)
 
 
 def _folder(tmp_path: Path, member: Callable[[PackedSequence], dict[str, bytes]]) -> Path:
     folder = tmp_path / "tars"
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(("b.tar", "a.tar")):
-        _tar(folder / name, [member(sequence) for sequence in UNITS[6 * number : 6 * number + 6]])
+        _tar(folder / name, [member(sequence) for sequence in SEQUENCES[6 * number : 6 * number + 6]])
     return folder
 
 
@@ -247,10 +247,10 @@ def test_tars_of_any_kind_become_a_split_that_a_stream_reads(
     stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
     batch = stream.batch(range(12))
     rows = np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1)
-    assert {tuple(row) for row in rows.tolist()} == {tuple(sequence.tokens.tolist()) for sequence in UNITS}
-    assert (manifest.sample_format.bounds is not None) == ("bounds.npy" in sample(UNITS[0]))
+    assert {tuple(row) for row in rows.tolist()} == {tuple(sequence.tokens.tolist()) for sequence in SEQUENCES}
+    assert (manifest.sample_format.bounds is not None) == ("bounds.npy" in sample(SEQUENCES[0]))
     samples = WebDataset(str(folder / "a.tar"), shardshuffle=False)
-    assert [len(found) for found in samples] == [3 + len(sample(UNITS[0]))] * 6
+    assert [len(members) for members in samples] == [3 + len(sample(SEQUENCES[0]))] * 6
 
 
 def test_padding_behind_the_last_bound_is_not_counted(data_set: Path, tmp_path: Path) -> None:
@@ -265,17 +265,22 @@ SHORT = random_sequences(1, seed=9, sequence=LENGTH - 2, vocab=IDS)[0]
 @pytest.mark.parametrize(
     ("samples", "member", "dtype", "match"),
     [
-        ([{"a.npy": b"", "b.npy": b""}], None, None, "has 'a.npy', 'b.npy': say with --member"),
-        ([{"txt": b""}], None, None, "has 'txt': say with --member"),
+        (
+            [{"a.npy": b"", "b.npy": b""}],
+            None,
+            None,
+            "has 'a.npy', 'b.npy': name the one that holds the tokens with --member",
+        ),
+        ([{"txt": b""}], None, None, "has 'txt': name the one that holds the tokens with --member"),
         ([{"npy": _npy(SHORT.tokens)}], "tokens.npy", None, "--member tokens.npy: .* has 'npy'"),
-        ([{"u16": bytes(130)}], "u16", None, "say with --dtype"),
+        ([{"u16": bytes(130)}], "u16", None, "give --dtype uint16 or uint32"),
         ([{"npy": _npy(SHORT.tokens)}], None, "uint16", "leave --dtype out"),
         ([{"u16": bytes(130)}], "u16", "float32", "raw bytes are uint16 or uint32"),
         ([{"u16": bytes(131)}], "u16", "uint16", "expected uint16 tokens, found 131 bytes"),
         ([{"npy": _npy([1.5, 2.5])}], None, None, "expected an .npy of one row of .*, found"),
         ([{"npy": _npy([1])}], None, None, "has 1 tokens: a sequence has 2 to"),
         ([{"npz": _npz(a=[1, 2], b=[1, 2])}], None, None, "expected one array in the .npz, found 'a.npy', 'b.npy'"),
-        ([{"npy": _npy(SHORT.tokens)}, {"npy": _npy(UNITS[0].tokens)}], None, None, "expected 64 tokens, found 65"),
+        ([{"npy": _npy(SHORT.tokens)}, {"npy": _npy(SEQUENCES[0].tokens)}], None, None, "expected 64 tokens, found 65"),
         ([{"npy": _npy([1, IDS])}], None, None, f"expected ids from 0 to {IDS - 1}, found {IDS}"),
         ([{"npy": _npy([1, 2]), "bounds.npy": _npy([0, 3])}], None, None, "expected bounds that climb"),
         (
@@ -298,8 +303,8 @@ def test_tars_that_make_no_split_are_refused_and_left_as_they_were(
 
 
 def test_two_lengths_are_refused_with_both_sequences(data_set: Path, tmp_path: Path) -> None:
-    _tar(tmp_path / "a.tar", [{"npy": _npy(UNITS[0].tokens)}] * 2)
-    _tar(tmp_path / "b.tar", [{"npy": _npy(UNITS[0].tokens)}, {"npy": _npy(SHORT.tokens)}])
+    _tar(tmp_path / "a.tar", [{"npy": _npy(SEQUENCES[0].tokens)}] * 2)
+    _tar(tmp_path / "b.tar", [{"npy": _npy(SEQUENCES[0].tokens)}, {"npy": _npy(SHORT.tokens)}])
     with pytest.raises(UserError) as refused:
         _index(tmp_path, data_set)
     for part in (
@@ -314,20 +319,20 @@ def test_names_and_folders_that_do_not_do_are_refused(data_set: Path, tmp_path: 
     with pytest.raises(UserError, match=r"holds no \.tar files"):
         _index(tmp_path, data_set)
     _tar(tmp_path / "a b.tar", [{"npy": _npy([1, 2])}])
-    with pytest.raises(UserError, match=r"'a b\.tar' is no name"):
+    with pytest.raises(UserError, match=r"'a b\.tar' is not a name"):
         _index(tmp_path, data_set)
-    with pytest.raises(UserError, match="exists, and a split is never changed"):
+    with pytest.raises(UserError, match="exists, and a manifest is never changed"):
         _index(data_set / "train", data_set)
     with pytest.raises(UserError, match="cannot be read"):
         _index(tmp_path / "none", data_set)
 
 
-def test_own_tars_indexed_as_foreign_ones_have_the_same_index(data_set: Path, tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.tar", UNITS, dtype="uint16")
+def test_own_tars_indexed_as_external_ones_have_the_same_index(data_set: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", SEQUENCES, dtype="uint16")
     own = np.load(tmp_path / "a.tar.idx.npy")
     (tmp_path / "a.tar.idx.npy").unlink()
     manifest = _index(tmp_path, data_set)
     assert manifest.sample_format == SAMPLE_FORMAT
     np.testing.assert_array_equal(np.load(tmp_path / "a.tar.idx.npy"), own)
-    np.testing.assert_array_equal(index_tar(tmp_path / "a.tar", SAMPLE_FORMAT), own)
-    assert publish(tmp_path / "a.tar", own) == manifest.shards[0]
+    np.testing.assert_array_equal(index_sequences(tmp_path / "a.tar", SAMPLE_FORMAT), own)
+    assert write_index(tmp_path / "a.tar", own) == manifest.shards[0]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadistill.data.shards.labels import document_starts, labels_of, predicted, shift
+from megadistill.data.shards.labels import document_starts, mask_labels, predicted, shift
 from megadistill.types import IGNORED_LABEL
 
 S = 9
@@ -35,11 +35,11 @@ def test_nothing_is_predicted_in_the_padding_nor_of_another_document(rows: list[
             assert one[place] == (label < row[-1] and label not in row)
 
 
-def test_units_are_shifted_by_one_and_labels_masked() -> None:
+def test_sequences_are_shifted_by_one_and_labels_masked() -> None:
     tokens, labels = shift(np.arange(S + 1))
     assert tokens.tolist() == list(range(S))
     learned = np.array([label % 2 == 0 for label in range(1, S + 1)])
-    assert labels_of(labels.copy(), learned).tolist() == [i if i % 2 == 0 else IGNORED_LABEL for i in range(1, S + 1)]
+    assert mask_labels(labels.copy(), learned).tolist() == [i if i % 2 == 0 else IGNORED_LABEL for i in range(1, S + 1)]
 
 
 def test_no_rows_are_no_rows() -> None:

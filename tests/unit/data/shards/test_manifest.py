@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megadistill.data.shards.manifest import Manifest, refuse_finished, token_dtype
+from megadistill.data.shards.manifest import Manifest, token_dtype
 from megadistill.errors import UserError
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -18,7 +18,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "train"
-    write_split(folder, random_units(9, seed=0), per_shard=4)
+    write_split(folder, random_sequences(9, seed=0), per_shard=4)
     return folder
 
 
@@ -86,26 +86,26 @@ def test_a_tokenizer_outside_of_the_data_set_is_refused(split: Path, file: str) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=1), "format version 1; this release reads version 2"),
+        (lambda m: m.update(version=2), "format version 2; this release reads version 3"),
         (lambda m: m.pop("version"), "format version None"),
         (lambda m: m.update(vocab_size=10**12), "vocab_size"),
         (lambda m: m.update(vocab_size=70_000), "dtype uint16 does not go with vocab_size 70000"),
         (lambda m: m.update(sequence_length=0), "sequence_length"),
         (lambda m: m.update(sequence_length=10**15), "sequence_length"),
         (lambda m: m.update(sequence_length="24"), "sequence_length"),
-        (lambda m: m.update(tokens=9 * 24 + 1), "tokens is 217, but 9 units of 24 make 216 at most"),
+        (lambda m: m.update(tokens=9 * 24 + 1), "tokens is 217, but 9 sequences of 24 make 216 at most"),
         (lambda m: m.update(text_bytes=0), "text_bytes"),
         (lambda m: m.update(shards=[]), "shards"),
         (lambda m: m["shards"][1].update(name=m["shards"][0]["name"]), "same name"),
         (lambda m: m["shards"][1].update(name=m["shards"][0]["name"] + ".idx.npy"), "same name"),
-        (lambda m: m["shards"][0].update(units=-1), "units"),
+        (lambda m: m["shards"][0].update(sequences=-1), "sequences"),
         (lambda m: m["shards"][0].update(bytes=10**20), "bytes"),
         (lambda m: m["shards"][0].update(sha256="abc"), "sha256"),
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("dtype"), "dtype"),
         (lambda m: m["packer"].update(name="other"), r"packer\.name"),
-        (lambda m: m["unit"].update(kind="pickle"), r"unit\.kind"),
-        (lambda m: m["unit"].update(tokens="../x"), r"unit\.tokens"),
+        (lambda m: m["sample_format"].update(kind="pickle"), r"sample_format\.kind"),
+        (lambda m: m["sample_format"].update(tokens="../x"), r"sample_format\.tokens"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(split: Path, change: Change, message: str) -> None:
@@ -126,6 +126,6 @@ def test_no_manifest_bad_json_and_a_folder_are_refused(split: Path) -> None:
 
 def test_a_finished_split_is_not_written_into(split: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json exists"):
-        refuse_finished(split)
-    refuse_finished(tmp_path)
+        Manifest.refuse_finished(split)
+    Manifest.refuse_finished(tmp_path)
     assert (token_dtype(65_536), token_dtype(65_537)) == ("uint16", "uint32")

@@ -1,4 +1,4 @@
-"""Units as they were written, and every fault reported in its own row, with no other row touched."""
+"""Sequences as they were written, and every fault reported in its own row, with no other row touched."""
 
 import dataclasses
 import io
@@ -13,26 +13,27 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
-from megadistill.data.shards.manifest import Manifest, UnitRecord
-from megadistill.data.shards.packing import Unit
-from megadistill.data.shards.reader import OPEN_SHARDS, ShardFault, UnitReader, Units
-from megadistill.data.shards.tar import Column, index_tar, publish, write_shard
-from megadistill.data.storage.remote import BLOCK_BYTES, Patience, RemoteFolder
+from megadistill.data.shards.manifest import Manifest, SampleFormat
+from megadistill.data.shards.opening import OPEN_SHARDS, ShardFault
+from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.reader import SequenceBatch, SequenceReader
+from megadistill.data.shards.tar import Column, index_sequences, write_index, write_shard
+from megadistill.data.storage.remote import BLOCK_BYTES, RemoteFolder, RetryPolicy
 from megadistill.errors import OperatorFault
 from tests.unit.data import servers
 from tests.unit.data.servers import serving
-from tests.unit.data.splits import SEQUENCE, VOCAB, random_units, write_split
+from tests.unit.data.splits import SEQUENCE, VOCAB, random_sequences, write_split
 
 PER_SHARD, SHARDS = 10, 4
 LENGTH = SEQUENCE + 1
-UNITS = random_units(PER_SHARD * SHARDS, seed=7, full=False)
-EVERY = np.array([(shard, unit) for shard in range(SHARDS) for unit in range(PER_SHARD)])
+SEQUENCES = random_sequences(PER_SHARD * SHARDS, seed=7, full=False)
+EVERY = np.array([(shard, sequence) for shard in range(SHARDS) for sequence in range(PER_SHARD)])
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "train"
-    write_split(folder, UNITS, per_shard=PER_SHARD, packer="bestfit")
+    write_split(folder, SEQUENCES, per_shard=PER_SHARD, packer="bestfit")
     return folder
 
 
@@ -46,30 +47,32 @@ def _manifest(split: Path) -> Manifest:
     return Manifest.load(split / "manifest.json")
 
 
-def _read(split: Path, places: Any = EVERY) -> Units:
-    return UnitReader(_manifest(split)).read(np.array(places))
+def _read(split: Path, places: Any = EVERY) -> SequenceBatch:
+    return SequenceReader(_manifest(split)).read(np.array(places))
 
 
-def _check(units: Units, *, faults: dict[int, str], places: Any = EVERY, written: list[Unit] = UNITS) -> None:
-    """Exactly these rows are faults, each with its message; every other row is the unit that was written."""
-    assert units.faults.keys() == faults.keys()
-    assert units.tokens.shape == (len(places), LENGTH)
-    for row, (shard, unit) in enumerate(places):
-        expected = written[shard * PER_SHARD + unit]
+def _check(
+    sequences: SequenceBatch, *, faults: dict[int, str], places: Any = EVERY, written: list[PackedSequence] = SEQUENCES
+) -> None:
+    """Exactly these rows are faults, each with its message; every other row is the sequence that was written."""
+    assert sequences.faults.keys() == faults.keys()
+    assert sequences.tokens.shape == (len(places), LENGTH)
+    for row, (shard, sequence) in enumerate(places):
+        expected = written[shard * PER_SHARD + sequence]
         if row in faults:
-            assert not units.tokens[row].any()
-            assert units.bounds[row].tolist() == [0, LENGTH]
-            fault = units.faults[row]
+            assert not sequences.tokens[row].any()
+            assert sequences.bounds[row].tolist() == [0, LENGTH]
+            fault = sequences.faults[row]
             assert isinstance(fault, OperatorFault)
             assert faults[row] in str(fault)
             assert "\n" not in str(fault)
         else:
-            np.testing.assert_array_equal(units.tokens[row], expected.tokens)
-            np.testing.assert_array_equal(units.bounds[row], expected.bounds)
+            np.testing.assert_array_equal(sequences.tokens[row], expected.tokens)
+            np.testing.assert_array_equal(sequences.bounds[row], expected.bounds)
 
 
 def _rows(shard: int, message: str) -> dict[int, str]:
-    return {shard * PER_SHARD + unit: message for unit in range(PER_SHARD)}
+    return {shard * PER_SHARD + sequence: message for sequence in range(PER_SHARD)}
 
 
 def _paths(split: Path, shard: int) -> tuple[Path, Path]:
@@ -93,8 +96,8 @@ def _publish(split: Path, shard: int, rows: np.ndarray | None = None) -> None:
     """Makes index and manifest agree with the tar as it now is: only its content is wrong."""
     manifest = _manifest(split)
     tar, _ = _paths(split, shard)
-    record = publish(tar, index_tar(tar, manifest.unit) if rows is None else rows)
-    record = dataclasses.replace(record, units=manifest.shards[shard].units)
+    record = write_index(tar, index_sequences(tar, manifest.sample_format) if rows is None else rows)
+    record = dataclasses.replace(record, sequences=manifest.shards[shard].sequences)
     shards = (*manifest.shards[:shard], record, *manifest.shards[shard + 1 :])
     (split / "manifest.json").unlink()
     _changed(manifest, shards=shards).write(split)
@@ -104,16 +107,16 @@ def _changed(manifest: Manifest, **changes: Any) -> Manifest:
     return Manifest(**{name: getattr(manifest, name) for name in Manifest.model_fields} | changes)
 
 
-def _rewrite(split: Path, unit: int, **members: bytes) -> None:
-    """Shard 1 with other bytes in the members `tokens` or `bounds` of a unit; its index and the manifest are right."""
+def _rewrite(split: Path, sequence: int, **members: bytes) -> None:
+    """Shard 1 with other bytes in the members `tokens` or `bounds` of a sequence; index and manifest are right."""
     tar_path, _ = _paths(split, 1)
     with open(tar_path, "wb") as file, TarWriter(file, mtime=0) as tar:
-        for number, written in enumerate(UNITS[PER_SHARD : 2 * PER_SHARD]):
+        for number, written in enumerate(SEQUENCES[PER_SHARD : 2 * PER_SHARD]):
             sample: dict[str, Any] = {
                 "tokens.npy": written.tokens.astype(np.uint16),
                 "bounds.npy": written.bounds.astype(np.uint32),
             }
-            if number == unit:
+            if number == sequence:
                 sample |= {f"{name}.npy": data for name, data in members.items()}
             tar.write({"__key__": f"{number:010d}", **sample})
     _publish(split, 1)
@@ -125,29 +128,29 @@ def _npy(array: Any, dtype: Any = None) -> bytes:
     return stream.getvalue()
 
 
-def test_units_are_read_as_they_were_written_in_any_order(whole: Path) -> None:
+def test_sequences_are_read_as_they_were_written_in_any_order(whole: Path) -> None:
     places = np.random.default_rng(0).permutation(np.concatenate([EVERY, EVERY, EVERY[:5]]))
-    units = _read(whole, places)
-    assert units.tokens.dtype == np.uint16
-    _check(units, faults={}, places=places)
+    sequences = _read(whole, places)
+    assert sequences.tokens.dtype == np.uint16
+    _check(sequences, faults={}, places=places)
     _check(_read(whole, EVERY[:0].reshape(0, 2)), faults={}, places=EVERY[:0])
 
 
-def test_uint32_units_are_read_as_they_were_written(tmp_path: Path) -> None:
-    written = random_units(2 * PER_SHARD, seed=1, vocab=100_000)
+def test_uint32_sequences_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written = random_sequences(2 * PER_SHARD, seed=1, vocab=100_000)
     write_split(tmp_path, written, per_shard=PER_SHARD, vocab=100_000)
-    units = _read(tmp_path, EVERY[: 2 * PER_SHARD])
-    assert units.tokens.dtype == np.uint32
-    _check(units, faults={}, places=EVERY[: 2 * PER_SHARD], written=written)
+    sequences = _read(tmp_path, EVERY[: 2 * PER_SHARD])
+    assert sequences.tokens.dtype == np.uint32
+    _check(sequences, faults={}, places=EVERY[: 2 * PER_SHARD], written=written)
 
 
 def test_more_shards_are_read_than_are_kept_open(tmp_path: Path) -> None:
-    written = random_units(OPEN_SHARDS + 20, seed=2)
+    written = random_sequences(OPEN_SHARDS + 20, seed=2)
     write_split(tmp_path, written, per_shard=1)
     places = np.array([(shard, 0) for shard in range(len(written))])
-    reader = UnitReader(_manifest(tmp_path))
+    reader = SequenceReader(_manifest(tmp_path))
     for _ in range(2):
-        np.testing.assert_array_equal(reader.read(places).tokens, [unit.tokens for unit in written])
+        np.testing.assert_array_equal(reader.read(places).tokens, [sequence.tokens for sequence in written])
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/" in line]
     assert len(mapped) == 2 * OPEN_SHARDS  # the tar and its index
 
@@ -158,9 +161,9 @@ def test_a_truncated_or_zero_length_tar(split: Path, left: int) -> None:
     data = tar.read_bytes()
     tar.write_bytes(data[:left])
     found = "it is empty" if left == 0 else f"found {len(data) + left}"
-    units = _read(split)
-    _check(units, faults=_rows(1, found))
-    assert all(f"{tar}: expected" in str(fault) and str(len(data)) in str(fault) for fault in units.faults.values())
+    sequences = _read(split)
+    _check(sequences, faults=_rows(1, found))
+    assert all(f"{tar}: expected" in str(fault) and str(len(data)) in str(fault) for fault in sequences.faults.values())
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -170,7 +173,7 @@ def test_a_missing_tar_or_index(split: Path, which: int) -> None:
 
 
 @pytest.mark.parametrize("place", ["tokens", "tokens header", "bounds", "padding"])
-def test_a_flipped_byte_is_named_by_unit_and_offset(split: Path, place: str) -> None:
+def test_a_flipped_byte_is_named_by_sequence_and_offset(split: Path, place: str) -> None:
     tar, index = _paths(split, 1)
     row = np.load(index)[4]
     start, length, tokens_at = (int(row[column]) for column in (Column.START, Column.LENGTH, Column.TOKENS_AT))
@@ -182,11 +185,12 @@ def test_a_flipped_byte_is_named_by_unit_and_offset(split: Path, place: str) -> 
     }[place]
     _flip(tar, at)
     _check(
-        _read(split), faults={PER_SHARD + 4: f"{tar} unit 4 at byte {start}: expected crc32 {row[2]:#010x}, found 0x"}
+        _read(split),
+        faults={PER_SHARD + 4: f"{tar} sequence 4 at byte {start}: expected crc32 {row[2]:#010x}, found 0x"},
     )
 
 
-def test_a_flipped_byte_behind_the_last_unit_is_no_fault_of_a_unit(split: Path) -> None:
+def test_a_flipped_byte_behind_the_last_sequence_is_no_fault_of_a_sequence(split: Path) -> None:
     tar, _ = _paths(split, 1)
     _flip(tar, tar.stat().st_size - 1)
     _check(_read(split), faults={})
@@ -194,10 +198,11 @@ def test_a_flipped_byte_behind_the_last_unit_is_no_fault_of_a_unit(split: Path) 
 
 def test_swapped_tars_and_swapped_pairs(split: Path) -> None:
     first, second = (
-        write_shard(split / f"shard-0000{shard}.tar", random_units(10, seed=shard), dtype="uint16") for shard in (1, 2)
+        write_shard(split / f"shard-0000{shard}.tar", random_sequences(10, seed=shard), dtype="uint16")
+        for shard in (1, 2)
     )
     assert first.bytes == second.bytes  # or the size alone would tell them apart
-    written = [*UNITS[:10], *random_units(10, seed=1), *random_units(10, seed=2), *UNITS[30:]]
+    written = [*SEQUENCES[:10], *random_sequences(10, seed=1), *random_sequences(10, seed=2), *SEQUENCES[30:]]
     for shard in (1, 2):
         _publish(split, shard)
     _check(_read(split), faults={}, written=written)
@@ -237,7 +242,7 @@ NOT_INTEGERS = "expected an .npy of one row of uint16, uint32, int32, int64"
         (_npy(TOKENS)[:40], "expected an .npy of integers"),
         (_npy([_Bomb()] * LENGTH, object), NOT_INTEGERS),
         (pickle.dumps(_Bomb()), "expected an .npy of integers"),
-        (b"", "expected a tokens member inside the unit"),
+        (b"", "expected a tokens member inside the sequence"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 100, "expected an .npy of integers"),
         (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000, "expected an .npy of integers"),
         (_npy(TOKENS).replace(b"(25,)", b"(9**9,)"), "expected an .npy of integers"),
@@ -276,41 +281,41 @@ def test_bounds_that_do_not_climb_though_their_crc_holds(
 
 
 def test_bounds_with_a_known_header_and_other_bytes(split: Path) -> None:
-    bounds = UNITS[PER_SHARD + 3].bounds
-    assert any(len(unit.bounds) == len(bounds) for unit in UNITS[:PER_SHARD])
+    bounds = SEQUENCES[PER_SHARD + 3].bounds
+    assert any(len(sequence.bounds) == len(bounds) for sequence in SEQUENCES[:PER_SHARD])
     for data in (_npy(bounds, np.uint32) + bytes(4), _npy(bounds, np.uint32)[:-4]):
         _rewrite(split, 3, bounds=data)
         _check(_read(split), faults={PER_SHARD + 3: "as its header says, found"})
 
 
 def test_other_dtypes_of_integers_are_read_into_the_manifests(split: Path) -> None:
-    unit = UNITS[PER_SHARD + 3]
+    sequence = SEQUENCES[PER_SHARD + 3]
     for dtype in (np.uint16, np.uint32, np.int32, np.int64):
-        _rewrite(split, 3, tokens=_npy(unit.tokens, dtype), bounds=_npy(unit.bounds, dtype))
-        units = _read(split)
-        assert units.tokens.dtype == np.uint16
-        _check(units, faults={})
+        _rewrite(split, 3, tokens=_npy(sequence.tokens, dtype), bounds=_npy(sequence.bounds, dtype))
+        sequences = _read(split)
+        assert sequences.tokens.dtype == np.uint16
+        _check(sequences, faults={})
 
 
 def _edits(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, str]]:
-    def edited(unit: int, column: Column, value: int) -> np.ndarray:
+    def edited(sequence: int, column: Column, value: int) -> np.ndarray:
         copy = rows.copy()
-        copy[unit, column] = value
+        copy[sequence, column] = value
         return copy
 
     huge = np.iinfo(np.int64).max
-    yield edited(2, Column.START, -1), "unit 2: expected places in"
-    yield edited(2, Column.LENGTH, huge), "unit 2: expected places in"
-    yield edited(2, Column.TOKENS_AT, huge), "unit 2: expected places in"
-    yield edited(2, Column.LENGTH, 0), "unit 2: expected at most"
-    yield edited(2, Column.START, 0), "unit 2: expected units that touch each other"
-    yield edited(0, Column.START, 1), "unit 0: expected units that touch each other"
-    yield edited(9, Column.LENGTH, size), "unit 9: expected a range that ends before byte"
-    yield edited(2, Column.CRC32, -1), "unit 2: expected a crc32"
-    yield edited(2, Column.TOKENS_BYTES, 0), "unit 2: expected a tokens member inside"
-    yield edited(2, Column.TOKENS_AT, int(rows[2, Column.LENGTH])), "unit 2: expected a tokens member inside"
-    yield edited(2, Column.BOUNDS_AT, int(rows[2, Column.LENGTH])), "unit 2: expected a bounds member inside"
-    yield edited(2, Column.BOUNDS_BYTES, 0), "unit 2: expected a bounds member"
+    yield edited(2, Column.START, -1), "sequence 2: expected places in"
+    yield edited(2, Column.LENGTH, huge), "sequence 2: expected places in"
+    yield edited(2, Column.TOKENS_AT, huge), "sequence 2: expected places in"
+    yield edited(2, Column.LENGTH, 0), "sequence 2: expected at most"
+    yield edited(2, Column.START, 0), "sequence 2: expected sequences that touch each other"
+    yield edited(0, Column.START, 1), "sequence 0: expected sequences that touch each other"
+    yield edited(9, Column.LENGTH, size), "sequence 9: expected a range that ends before byte"
+    yield edited(2, Column.CRC32, -1), "sequence 2: expected a crc32"
+    yield edited(2, Column.TOKENS_BYTES, 0), "sequence 2: expected a tokens member inside"
+    yield edited(2, Column.TOKENS_AT, int(rows[2, Column.LENGTH])), "sequence 2: expected a tokens member inside"
+    yield edited(2, Column.BOUNDS_AT, int(rows[2, Column.LENGTH])), "sequence 2: expected a bounds member inside"
+    yield edited(2, Column.BOUNDS_BYTES, 0), "sequence 2: expected a bounds member"
     yield rows[:-1], "bytes, found"
     yield rows.astype(np.int32), "bytes, found"
     yield rows.astype(np.float64), "int64, found"
@@ -330,24 +335,24 @@ def test_a_shard_that_does_not_open_is_not_tried_again(split: Path) -> None:
     tar, _ = _paths(split, 1)
     kept = tar.read_bytes()
     tar.unlink()
-    reader = UnitReader(_manifest(split))
+    reader = SequenceReader(_manifest(split))
     _check(reader.read(EVERY), faults=_rows(1, "No such file"))
     tar.write_bytes(kept)
     _check(reader.read(EVERY), faults=_rows(1, "No such file"))
     _check(_read(split), faults={})
 
 
-def _foreign(folder: Path, members: list[dict[str, bytes]], record: UnitRecord) -> Manifest:
+def _foreign(folder: Path, members: list[dict[str, bytes]], record: SampleFormat) -> Manifest:
     """A split of one shard with the given members a sample."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "a.tar", "wb") as file, TarWriter(file, mtime=0) as tar:
         for number, sample in enumerate(members):
             tar.write({"__key__": f"x/{number}", **sample})
-    shard = publish(folder / "a.tar", index_tar(folder / "a.tar", record))
+    shard = write_index(folder / "a.tar", index_sequences(folder / "a.tar", record))
     base = _manifest(folder)
     (folder / "manifest.json").unlink()
-    packer = base.packer.model_copy(update={"name": "foreign"})
-    _changed(base, unit=record, shards=(shard,), packer=packer, tokens=1).write(folder)
+    packer = base.packer.model_copy(update={"name": "external"})
+    _changed(base, sample_format=record, shards=(shard,), packer=packer, tokens=1).write(folder)
     return _manifest(folder)
 
 
@@ -358,20 +363,20 @@ def _npz(**arrays: Any) -> bytes:
 
 
 def test_raw_and_zipped_tokens_are_read(split: Path) -> None:
-    units = UNITS[:PER_SHARD]
+    sequences = SEQUENCES[:PER_SHARD]
     places = EVERY[:PER_SHARD]
-    raw = [{"u16": unit.tokens.astype("<u2").tobytes()} for unit in units]
-    one = [{"tokens.npz": _npz(ids=unit.tokens), "bounds.npy": _npy(unit.bounds)} for unit in units]
-    two = [{"npz": _npz(ids=unit.tokens.astype(np.int64), mask=unit.tokens > 3)} for unit in units]
+    raw = [{"u16": sequence.tokens.astype("<u2").tobytes()} for sequence in sequences]
+    one = [{"tokens.npz": _npz(ids=sequence.tokens), "bounds.npy": _npy(sequence.bounds)} for sequence in sequences]
+    two = [{"npz": _npz(ids=sequence.tokens.astype(np.int64), mask=sequence.tokens > 3)} for sequence in sequences]
     for members, record in (
-        (raw, UnitRecord(kind="raw", tokens="u16", bounds=None)),
-        (one, UnitRecord(kind="npz", tokens="tokens.npz", bounds="bounds.npy")),
-        (two, UnitRecord(kind="npz", tokens="npz", bounds=None, array="ids")),
+        (raw, SampleFormat(kind="raw", tokens="u16", bounds=None)),
+        (one, SampleFormat(kind="npz", tokens="tokens.npz", bounds="bounds.npy")),
+        (two, SampleFormat(kind="npz", tokens="npz", bounds=None, array="ids")),
     ):
-        found = UnitReader(_foreign(split, members, record)).read(places)
+        found = SequenceReader(_foreign(split, members, record)).read(places)
         assert not found.faults
-        np.testing.assert_array_equal(found.tokens, [unit.tokens for unit in units])
-        bounds = [unit.bounds.tolist() if record.bounds else [0, LENGTH] for unit in units]
+        np.testing.assert_array_equal(found.tokens, [sequence.tokens for sequence in sequences])
+        bounds = [sequence.bounds.tolist() if record.bounds else [0, LENGTH] for sequence in sequences]
         assert [row.tolist() for row in found.bounds] == bounds
 
 
@@ -397,20 +402,22 @@ def _bomb() -> bytes:
     ],
 )
 def test_an_npz_that_holds_something_else(split: Path, data: bytes, message: str) -> None:
-    record = UnitRecord(kind="npz", tokens="npz", bounds=None)
-    good = {"npz": _npz(ids=UNITS[0].tokens)}
-    units = UnitReader(_foreign(split, [good, {"npz": data}, good], record)).read(np.array([(0, 0), (0, 1), (0, 2)]))
-    assert units.faults.keys() == {1}
-    assert message in str(units.faults[1])
+    record = SampleFormat(kind="npz", tokens="npz", bounds=None)
+    good = {"npz": _npz(ids=SEQUENCES[0].tokens)}
+    sequences = SequenceReader(_foreign(split, [good, {"npz": data}, good], record)).read(
+        np.array([(0, 0), (0, 1), (0, 2)])
+    )
+    assert sequences.faults.keys() == {1}
+    assert message in str(sequences.faults[1])
     for row in (0, 2):
-        np.testing.assert_array_equal(units.tokens[row], UNITS[0].tokens)
+        np.testing.assert_array_equal(sequences.tokens[row], SEQUENCES[0].tokens)
 
 
 def test_raw_tokens_of_another_length(split: Path) -> None:
-    record = UnitRecord(kind="raw", tokens="u16", bounds=None)
+    record = SampleFormat(kind="raw", tokens="u16", bounds=None)
     members = [{"u16": bytes(size)} for size in (2 * LENGTH, 2 * LENGTH - 1, 2 * LENGTH + 2)]
-    units = UnitReader(_foreign(split, members, record)).read(np.array([(0, 0), (0, 1), (0, 2)]))
-    assert {row: str(fault).partition(": ")[2] for row, fault in units.faults.items()} == {
+    sequences = SequenceReader(_foreign(split, members, record)).read(np.array([(0, 0), (0, 1), (0, 2)]))
+    assert {row: str(fault).partition(": ")[2] for row, fault in sequences.faults.items()} == {
         1: f"expected uint16 tokens, found {2 * LENGTH - 1} bytes",
         2: f"expected {LENGTH} tokens, found {LENGTH + 1}",
     }
@@ -419,7 +426,7 @@ def test_raw_tokens_of_another_length(split: Path) -> None:
 def test_a_batch_over_http_is_the_batch_of_the_disk(whole: Path) -> None:
     with serving(whole.parent) as server:
         manifest = Manifest.load(f"{server.url}/train/manifest.json")
-        reader = UnitReader(manifest)
+        reader = SequenceReader(manifest)
         _check(reader.read(EVERY), faults={})
         asked = len(server.requests)
         _check(reader.read(EVERY[::-1]), faults={}, places=EVERY[::-1])
@@ -428,8 +435,8 @@ def test_a_batch_over_http_is_the_batch_of_the_disk(whole: Path) -> None:
     assert sum(shard.bytes for shard in manifest.shards) < BLOCK_BYTES
 
 
-def test_a_block_that_cannot_be_fetched_is_a_fault_of_its_units_alone(whole: Path) -> None:
-    patience = Patience(attempts=2, limit=5, pause=0.01)
+def test_a_block_that_cannot_be_fetched_is_a_fault_of_its_sequences_alone(whole: Path) -> None:
+    retry = RetryPolicy(attempts=2, timeout=5, pause=0.01)
 
     def breaks_shard_1(handler: servers.Handler, body: bytes) -> bool:
         broken = handler.path.endswith("shard-00001.tar") and len(body) > 1
@@ -437,11 +444,13 @@ def test_a_block_that_cannot_be_fetched_is_a_fault_of_its_units_alone(whole: Pat
 
     with serving(whole.parent) as server:
         server.always = breaks_shard_1
-        folder = RemoteFolder(f"{server.url}/train", patience=patience)
-        reader = UnitReader(_manifest(whole).lying_in(folder))
-        units = reader.read(EVERY)
-        _check(units, faults=_rows(1, "could not be read in 2 attempts: 500 Internal Server Error"))
-        assert str(units.faults[PER_SHARD]).startswith(f"{server.url}/train/shard-00001.tar unit 0 at byte 0: expected")
+        folder = RemoteFolder(f"{server.url}/train", retry=retry)
+        reader = SequenceReader(_manifest(whole).lying_in(folder))
+        sequences = reader.read(EVERY)
+        _check(sequences, faults=_rows(1, "could not be read in 2 attempts: 500 Internal Server Error"))
+        assert str(sequences.faults[PER_SHARD]).startswith(
+            f"{server.url}/train/shard-00001.tar sequence 0 at byte 0: expected"
+        )
         server.always = None
         _check(reader.read(EVERY), faults={})
 

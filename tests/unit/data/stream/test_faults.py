@@ -1,4 +1,4 @@
-"""The nine faults and a manifest edited by hand, under both policies: none is silent, and none moves another unit."""
+"""The nine faults and an edited manifest, under both policies: none is silent, and none moves another sequence."""
 
 import itertools
 import json
@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from megadistill.data import Manifest, Mixture, ShardFault, TokenStream
-from megadistill.data.shards.packing import Unit
+from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import Column
-from megadistill.data.stream.stream import OnFault
+from megadistill.data.stream.stream import OnCorruptSample
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, TokenBatch
-from tests.unit.data.splits import SEQUENCE, VOCAB, random_units, write_split
+from tests.unit.data.splits import SEQUENCE, VOCAB, random_sequences, write_split
 
-UNITS, PER_SHARD, SEED = 90, 30, 4
+SEQUENCES, PER_SHARD, SEED = 90, 30, 4
 BATCH = 10
 VICTIM = 1
 """The shard that is damaged, but for the swap, which takes the one after it too."""
@@ -28,7 +28,7 @@ VICTIM = 1
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "train"
-    write_split(folder, random_units(UNITS, seed=1), per_shard=PER_SHARD)
+    write_split(folder, random_sequences(SEQUENCES, seed=1), per_shard=PER_SHARD)
     return folder
 
 
@@ -41,7 +41,7 @@ def _index(folder: Path) -> Path:
 
 
 def _flip(folder: Path, column: Column | None) -> None:
-    """In unit 7: the last byte of its tokens, or a byte of its first tar header."""
+    """In sequence 7: the last byte of its tokens, or a byte of its first tar header."""
     row = np.load(_index(folder))[7]
     at = row[Column.START] + (100 if column is None else row[Column.TOKENS_AT] + row[Column.TOKENS_BYTES] - 2)
     data = bytearray(_tar(folder).read_bytes())
@@ -64,12 +64,12 @@ def _swap(folder: Path) -> None:
 
 
 def _rewritten(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """A split whose unit 37 was written wrong, with an index and a manifest that vouch for it."""
-    units = random_units(UNITS, seed=1)
-    unit = units[PER_SHARD * VICTIM + 7]
-    units[PER_SHARD * VICTIM + 7] = Unit(change(unit.tokens), unit.bounds)
+    """A split whose sequence 37 was written wrong, with an index and a manifest that vouch for it."""
+    sequences = random_sequences(SEQUENCES, seed=1)
+    sequence = sequences[PER_SHARD * VICTIM + 7]
+    sequences[PER_SHARD * VICTIM + 7] = PackedSequence(change(sequence.tokens), sequence.bounds)
     shutil.rmtree(folder)
-    write_split(folder, units, per_shard=PER_SHARD)
+    write_split(folder, sequences, per_shard=PER_SHARD)
 
 
 def _short(folder: Path) -> None:
@@ -80,29 +80,29 @@ def _past_the_vocabulary(folder: Path) -> None:
     _rewritten(folder, lambda tokens: np.where(np.arange(SEQUENCE + 1) == 5, VOCAB, tokens))
 
 
-# What is done, and which units of the shard it takes: all of them, or one.
+# What is done, and which sequences of the shard it takes: all of them, or one.
 FAULTS: dict[str, tuple[Callable[[Path], None], list[tuple[int, int]], str]] = {
-    "truncated tar": (_truncate, [(VICTIM, unit) for unit in range(PER_SHARD)], "bytes, found"),
-    "zero-length shard": (_empty, [(VICTIM, unit) for unit in range(PER_SHARD)], "it is empty"),
+    "truncated tar": (_truncate, [(VICTIM, sequence) for sequence in range(PER_SHARD)], "bytes, found"),
+    "zero-length shard": (_empty, [(VICTIM, sequence) for sequence in range(PER_SHARD)], "it is empty"),
     "missing shard": (lambda folder: _tar(folder).unlink(), [(VICTIM, u) for u in range(PER_SHARD)], "No such file"),
     "missing index": (lambda folder: _index(folder).unlink(), [(VICTIM, u) for u in range(PER_SHARD)], "No such file"),
     "flipped byte in tokens": (lambda folder: _flip(folder, Column.TOKENS_AT), [(VICTIM, 7)], "expected crc32"),
     "flipped byte in a header": (lambda folder: _flip(folder, None), [(VICTIM, 7)], "expected crc32"),
     "swapped shards": (
         _swap,
-        [(shard, unit) for shard in (VICTIM, VICTIM + 1) for unit in range(PER_SHARD)],
+        [(shard, sequence) for shard in (VICTIM, VICTIM + 1) for sequence in range(PER_SHARD)],
         "expected",
     ),
-    "short unit": (_short, [(VICTIM, 7)], "expected"),
+    "short sequence": (_short, [(VICTIM, 7)], "expected"),
     "token id past the vocabulary": (_past_the_vocabulary, [(VICTIM, 7)], f"found {VOCAB}"),
 }
 
 
-def _batches(folder: Path, policy: OnFault) -> list[TokenBatch]:
+def _batches(folder: Path, policy: OnCorruptSample) -> list[TokenBatch]:
     """An epoch."""
     manifest = Manifest.load(folder / "manifest.json")
-    stream = TokenStream(manifest, seed=SEED, batch_slots=BATCH, rank=0, world_size=1, on_fault=policy)
-    return [batch for batch, _ in itertools.islice(stream, UNITS // BATCH)]
+    stream = TokenStream(manifest, seed=SEED, batch_slots=BATCH, rank=0, world_size=1, on_corrupt_sample=policy)
+    return [batch for batch, _ in itertools.islice(stream, SEQUENCES // BATCH)]
 
 
 @pytest.fixture(params=FAULTS)
@@ -113,7 +113,9 @@ def fault(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> tuple[
     damage(folder)
     order = Mixture.of(Manifest.load(folder / "manifest.json")).order(SEED)
     slots = [
-        slot for slot, (_, shard, unit) in enumerate(order.locate(np.arange(UNITS)).tolist()) if (shard, unit) in places
+        slot
+        for slot, (_, shard, sequence) in enumerate(order.locate(np.arange(SEQUENCES)).tolist())
+        if (shard, sequence) in places
     ]
     assert len(slots) == len(places)
     return folder, slots, says, _batches(whole, "fail")
@@ -130,7 +132,7 @@ def test_fail_ends_the_run_at_the_first_damaged_slot(fault: tuple[Path, list[int
 
 def test_quarantine_masks_the_damaged_slots_and_no_other(fault: tuple[Path, list[int], str, list[TokenBatch]]) -> None:
     folder, slots, says, healthy = fault
-    batches = _batches(folder, "quarantine")
+    batches = _batches(folder, "mask")
     assert [slot for batch in batches for slot, _ in batch.faults] == slots
     assert all(says in message for batch in batches for _, message in batch.faults)
     for found, truth in zip(batches, healthy, strict=True):
@@ -142,12 +144,12 @@ def test_quarantine_masks_the_damaged_slots_and_no_other(fault: tuple[Path, list
                 assert torch.equal(found.labels[row], truth.labels[row])
 
 
-@pytest.mark.parametrize("policy", ["fail", "quarantine"])
-def test_a_manifest_edited_by_hand_is_refused(whole: Path, tmp_path: Path, policy: OnFault) -> None:
+@pytest.mark.parametrize("policy", ["fail", "mask"])
+def test_a_manifest_edited_by_hand_is_refused(whole: Path, tmp_path: Path, policy: OnCorruptSample) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "train"))
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
-    values["shards"][0]["units"] -= 1
+    values["shards"][0]["sequences"] -= 1
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"manifest\.json is not a valid|was changed after it was written"):
         _batches(folder, policy)

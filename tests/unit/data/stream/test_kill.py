@@ -12,7 +12,7 @@ import pytest
 from megadistill.data import TokenStream
 from tests.paths import ROOT
 from tests.unit.data.reading import BATCH
-from tests.unit.data.splits import random_units, write_split
+from tests.unit.data.splits import random_sequences, write_split
 
 BATCHES = 400
 
@@ -32,7 +32,7 @@ def _read(manifest: Path, output: Path, world: int, *, kill_after: float | None)
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_slot_is_delivered_exactly_once(tmp_path: Path, seed: int) -> None:
-    split = write_split(tmp_path / "data", random_units(1000, seed=1), per_shard=130)
+    split = write_split(tmp_path / "data", random_sequences(1000, seed=1), per_shard=130)
     output = tmp_path / "out"
     output.mkdir()
     draw = random.Random(seed)

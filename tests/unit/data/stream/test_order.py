@@ -11,21 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadistill.data.stream.order import MAX_PERIOD, Order, Source, Stage, differences, interleave, quotas
+from megadistill.data.stream.order import (
+    MAX_PERIOD,
+    CurriculumEntry,
+    Order,
+    Source,
+    interleave,
+    order_differences,
+    quotas,
+)
 from megadistill.data.stream.shuffle import SourceOrder
 from megadistill.errors import UserError
 
 SOURCES = {"code": Source("c" * 64, [40, 37]), "law": Source("e" * 64, [11]), "web": Source("a" * 64, [100, 30, 7])}
-STAGES = (
-    Stage(333, {"web": 0.7, "code": 0.3}),
-    Stage(100, {"web": 1, "code": 1, "law": 1}),
-    Stage(None, {"code": 0.25, "law": 0.75}),
+CURRICULUM = (
+    CurriculumEntry(333, {"web": 0.7, "code": 0.3}),
+    CurriculumEntry(100, {"web": 1, "code": 1, "law": 1}),
+    CurriculumEntry(None, {"code": 0.25, "law": 0.75}),
 )
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12))
-def test_no_prefix_of_a_period_strays_by_a_whole_unit(shares: list[int]) -> None:
+def test_no_prefix_of_a_period_strays_by_a_whole_sequence(shares: list[int]) -> None:
     period = interleave(shares)
     assert np.bincount(period, minlength=len(shares)).tolist() == shares
     for source, share in enumerate(shares):
@@ -35,34 +43,34 @@ def test_no_prefix_of_a_period_strays_by_a_whole_unit(shares: list[int]) -> None
 
 
 def test_weights_are_read_as_the_decimals_that_they_are_written_as() -> None:
-    assert quotas({"web": 0.7, "code": 0.3}, stage=1) == {"code": 3, "web": 7}
-    assert quotas({"web": 2, "code": 1.0}, stage=1) == {"code": 1, "web": 2}
-    assert quotas({"web": 0.62, "code": 0.25, "law": 0.13}, stage=1) == {"code": 25, "law": 13, "web": 62}
+    assert quotas({"web": 0.7, "code": 0.3}, entry=1) == {"code": 3, "web": 7}
+    assert quotas({"web": 2, "code": 1.0}, entry=1) == {"code": 1, "web": 2}
+    assert quotas({"web": 0.62, "code": 0.25, "law": 0.13}, entry=1) == {"code": 25, "law": 13, "web": 62}
 
 
 def test_weights_without_a_short_period_are_rounded_and_none_is_lost() -> None:
-    found = quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-4}, stage=1)
+    found = quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-4}, entry=1)
     assert sum(found.values()) == MAX_PERIOD
     assert found["c"] == round(1e-4 / 1.0001 * MAX_PERIOD)
-    with pytest.raises(UserError, match=r"in stage 4 the weight of c is 1e-06.*leave the source out"):
-        quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-6}, stage=4)
+    with pytest.raises(UserError, match=r"in entry 4 the weight of c is 1e-06.*leave the source out"):
+        quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-6}, entry=4)
 
 
 def test_slots_are_dealt_by_hand() -> None:
-    """Every slot of three stages, found again by walking them one by one."""
-    order = Order(SOURCES, STAGES, seed=3)
+    """Every slot of three curriculum entries, by walking them one by one."""
+    order = Order(SOURCES, CURRICULUM, seed=3)
     total = 1000
     walkers = {name: SourceOrder(source.counts, seed=3, name=name) for name, source in SOURCES.items()}
     taken = dict.fromkeys(SOURCES, 0)
     expected, slot = [], 0
-    for stage in STAGES:
+    for entry in CURRICULUM:
         names = sorted(SOURCES)
-        shares = quotas(stage.weights, stage=1)
+        shares = quotas(entry.weights, entry=1)
         period = interleave([shares.get(name, 0) for name in names])
-        for place in range(stage.slots if stage.slots is not None else total - slot):
+        for place in range(entry.slots if entry.slots is not None else total - slot):
             name = names[period[place % len(period)]]
-            shard, unit = walkers[name].locate(np.array([taken[name]]))[0].tolist()
-            expected.append([names.index(name), shard, unit])
+            shard, sequence = walkers[name].locate(np.array([taken[name]]))[0].tolist()
+            expected.append([names.index(name), shard, sequence])
             taken[name] += 1
             slot += 1
     assert order.locate(np.arange(total)).tolist() == expected
@@ -70,63 +78,63 @@ def test_slots_are_dealt_by_hand() -> None:
 
 
 def test_every_epoch_of_every_source_is_whole_through_the_stages() -> None:
-    places = Order(SOURCES, STAGES, seed=3).locate(np.arange(2000))
+    places = Order(SOURCES, CURRICULUM, seed=3).locate(np.arange(2000))
     for number, source in enumerate(SOURCES.values()):
         mine = places[places[:, 0] == number, 1:]
-        units = sum(source.counts)
-        for epoch in range(len(mine) // units):
-            part = mine[epoch * units : (epoch + 1) * units]
-            assert len(np.unique(part, axis=0)) == units
+        sequences = sum(source.counts)
+        for epoch in range(len(mine) // sequences):
+            part = mine[epoch * sequences : (epoch + 1) * sequences]
+            assert len(np.unique(part, axis=0)) == sequences
 
 
-def _described(stages: Sequence[Stage] = STAGES, *, seed: int = 3, **sources: Source) -> Order:
-    return Order({**SOURCES, **sources}, stages, seed=seed)
+def _described(curriculum: Sequence[CurriculumEntry] = CURRICULUM, *, seed: int = 3, **sources: Source) -> Order:
+    return Order({**SOURCES, **sources}, curriculum, seed=seed)
 
 
 def test_stages_that_lie_in_the_future_may_be_edited() -> None:
     before = _described()
     law = Source("f" * 64, [500])
-    edited = _described((STAGES[0], Stage(50, {"law": 1}), Stage(None, {"web": 1})), law=law)
-    assert differences(before.description, edited.description, next_slot=333) == []
+    edited = _described((CURRICULUM[0], CurriculumEntry(50, {"law": 1}), CurriculumEntry(None, {"web": 1})), law=law)
+    assert order_differences(before.description, edited.description, next_slot=333) == []
     assert before.locate(np.arange(333)).tolist() == edited.locate(np.arange(333)).tolist()
 
 
 def test_the_stage_under_way_may_end_elsewhere_in_the_future() -> None:
     before = _described()
     for slots in (200, 100_000):
-        edited = _described((Stage(slots, STAGES[0].weights), STAGES[2]))
-        assert differences(before.description, edited.description, next_slot=200) == []
-    shorter = _described((Stage(199, STAGES[0].weights), STAGES[2]))
-    found = differences(before.description, shorter.description, next_slot=200)
+        edited = _described((CurriculumEntry(slots, CURRICULUM[0].weights), CURRICULUM[2]))
+        assert order_differences(before.description, edited.description, next_slot=200) == []
+    shorter = _described((CurriculumEntry(199, CURRICULUM[0].weights), CURRICULUM[2]))
+    found = order_differences(before.description, shorter.description, next_slot=200)
     assert found == [
-        "stage 1 was code 3, web 7 parts, is code 3, web 7 parts for 199 sequences",
-        "stage 2 was absent, is code 1, law 3 parts",
+        "curriculum entry 1 was code 3, web 7 parts, is code 3, web 7 parts for 199 sequences",
+        "curriculum entry 2 was absent, is code 1, law 3 parts",
     ]
 
 
 def test_what_was_read_is_compared_and_named() -> None:
     before = _described().description
     other = _described(
-        (Stage(333, {"web": 0.6, "code": 0.4}), *STAGES[1:]), seed=4, web=Source("b" * 64, [100, 30, 7])
+        (CurriculumEntry(333, {"web": 0.6, "code": 0.4}), *CURRICULUM[1:]), seed=4, web=Source("b" * 64, [100, 30, 7])
     ).description
-    assert differences(before, other, next_slot=1) == [
+    assert order_differences(before, other, next_slot=1) == [
         "the seed was 3, is 4",
         "source web was the manifest aaaaaaaaaaaa…, is bbbbbbbbbbbb…",
-        "stage 1 was code 3, web 7 parts, is code 2, web 3 parts",
+        "curriculum entry 1 was code 3, web 7 parts, is code 2, web 3 parts",
     ]
-    assert differences(before, json.loads(json.dumps(before)), next_slot=10**9) == []
+    assert order_differences(before, json.loads(json.dumps(before)), next_slot=10**9) == []
 
 
 def test_a_trillion_tokens_take_no_memory_and_no_time() -> None:
-    """488 million units of 2,048 tokens: address space is bounded to 64 MB over what an import takes."""
+    """488 million sequences of 2,048 tokens: address space is bounded to 64 MB over what an import takes."""
     program = """
 import resource, sys, time
 import numpy as np
-from megadistill.data.stream.order import Order, Source, Stage
+from megadistill.data.stream.order import Order, Source, CurriculumEntry
 counts = [4096] * 119_210
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 order = Order({"a": Source("a", counts), "b": Source("b", counts)},
-              [Stage(10**8, {"a": 0.9, "b": 0.1}), Stage(None, {"a": 0.5, "b": 0.5})], seed=1)
+              [CurriculumEntry(10**8, {"a": 0.9, "b": 0.1}), CurriculumEntry(None, {"a": 0.5, "b": 0.5})], seed=1)
 began = time.perf_counter()
 places = order.locate(np.arange(4 * 10**8, 4 * 10**8 + 256))
 seconds = time.perf_counter() - began

@@ -6,7 +6,6 @@ ORDER_VERSION and a Numerics line in the CHANGELOG: every stream that was begun 
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadistill.data.stream.shuffle import BLOCK, ORDER_VERSION, WINDOW, SourceOrder
+from tests.paths import ROOT
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "order.json"
+GOLDEN = ROOT / "tests" / "golden" / "order.json"
 
 CASES: list[dict[str, Any]] = [
     {"counts": [1], "seed": 0, "name": "data", "first": 0},
@@ -49,52 +49,52 @@ def test_golden_vectors() -> None:
     seed=st.integers(0, 2**64),
     epoch=st.integers(0, 10**6),
 )
-def test_an_epoch_visits_every_unit_once(counts: list[int], seed: int, epoch: int) -> None:
-    units = sum(counts)
-    places = _order(counts, seed).locate(np.arange(units) + epoch * units)
-    expected = {(shard, unit) for shard, count in enumerate(counts) for unit in range(count)}
-    assert len(places) == units
-    assert {(shard, unit) for shard, unit in places.tolist()} == expected
+def test_an_epoch_visits_every_sequence_once(counts: list[int], seed: int, epoch: int) -> None:
+    sequences = sum(counts)
+    places = _order(counts, seed).locate(np.arange(sequences) + epoch * sequences)
+    expected = {(shard, sequence) for shard, count in enumerate(counts) for sequence in range(count)}
+    assert len(places) == sequences
+    assert {(shard, sequence) for shard, sequence in places.tolist()} == expected
 
 
-@pytest.mark.parametrize("units", [*range(1, 300, 7), 63, 64, 65, 4095, 4096, 4097, 65_536, 65_537, 200_001])
-def test_every_unit_once_for_sizes_around_blocks_and_windows(units: int) -> None:
-    assert np.array_equal(np.sort(_order([units], 5).unit_of(np.arange(units))), np.arange(units))
+@pytest.mark.parametrize("sequences", [*range(1, 300, 7), 63, 64, 65, 4095, 4096, 4097, 65_536, 65_537, 200_001])
+def test_every_sequence_once_for_sizes_around_blocks_and_windows(sequences: int) -> None:
+    assert np.array_equal(np.sort(_order([sequences], 5).sequence_at(np.arange(sequences))), np.arange(sequences))
 
 
 def test_epochs_seeds_and_names_differ() -> None:
     n = 1000
     slots = np.arange(n)
     order = _order([n], 7)
-    orders = [order.unit_of(slots), order.unit_of(slots + n), _order([n], 8).unit_of(slots), slots]
-    orders.append(_order([n], 7, "other").unit_of(slots))
+    orders = [order.sequence_at(slots), order.sequence_at(slots + n), _order([n], 8).sequence_at(slots), slots]
+    orders.append(_order([n], 7, "other").sequence_at(slots))
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).mean() < 0.02, "two permutations of 1,000 agree in about one place"
 
 
-def test_the_units_behind_the_last_block_are_others_in_each_epoch() -> None:
+def test_the_sequences_behind_the_last_block_are_others_in_each_epoch() -> None:
     n = 10 * BLOCK + 30
     order = _order([n], 7)
-    last = [set(order.unit_of(np.arange(10 * BLOCK, n) + epoch * n).tolist()) for epoch in range(8)]
-    assert all(len(units) == 30 for units in last)
+    last = [set(order.sequence_at(np.arange(10 * BLOCK, n) + epoch * n).tolist()) for epoch in range(8)]
+    assert all(len(sequences) == 30 for sequences in last)
     assert len(set.union(*last)) > 120, "eight times 30 of 670, at random places"
 
 
-def test_a_window_draws_its_blocks_from_everywhere_and_mixes_their_units() -> None:
+def test_a_window_draws_its_blocks_from_everywhere_and_mixes_their_sequences() -> None:
     """As far from sorted as independent draws: neighbours in the order are a third of the whole apart."""
     n = 4 * BLOCK * WINDOW
-    units = _order([n], 3).unit_of(np.arange(BLOCK * WINDOW))
-    assert abs(np.abs(np.diff(units)).mean() / n - 1 / 3) < 0.01
-    assert len(np.unique(units // BLOCK)) <= 2 * WINDOW, "whole blocks, which the shift cuts in two"
+    sequences = _order([n], 3).sequence_at(np.arange(BLOCK * WINDOW))
+    assert abs(np.abs(np.diff(sequences)).mean() / n - 1 / 3) < 0.01
+    assert len(np.unique(sequences // BLOCK)) <= 2 * WINDOW, "whole blocks, which the shift cuts in two"
 
 
 def test_a_batch_is_as_varied_as_one_of_a_shuffle_buffer() -> None:
-    """Units of a shard resemble each other: the variance of a batch's mean, to that of independent draws (1.0)."""
+    """Sequences of a shard resemble each other: the variance of a batch's mean, to that of independent draws (1.0)."""
     shard, shards, batch = 4096, 256, 256
     n = shard * shards
-    units = _order([shard] * shards, 3).unit_of(np.arange(n))
-    values = np.random.default_rng(0).normal(size=shards)[units // shard]
+    sequences = _order([shard] * shards, 3).sequence_at(np.arange(n))
+    values = np.random.default_rng(0).normal(size=shards)[sequences // shard]
     inflation = values.reshape(-1, batch).mean(axis=1).var() / (values.var() / batch)
     assert inflation < 2.5
 

@@ -13,31 +13,31 @@ import pytest
 import torch
 
 from megadistill.data import Manifest, Mixture, ShardFault, TokenStream
-from megadistill.data.shards.packing import Unit
-from megadistill.data.stream.order import Stage
+from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.stream.order import CurriculumEntry
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest
-from tests.unit.data.splits import SEQUENCE, random_units, write_split
+from tests.unit.data.splits import SEQUENCE, random_sequences, write_split
 
 FIELDS = ("tokens", "labels", "slots", "digests", "starts")
-UNITS = 137
+SEQUENCES = 137
 
 Batches = list[tuple[TokenBatch, Cursor]]
 
 
 @pytest.fixture(scope="module")
-def units() -> list[Unit]:
-    return random_units(UNITS, seed=1)
+def sequences() -> list[PackedSequence]:
+    return random_sequences(SEQUENCES, seed=1)
 
 
 @pytest.fixture(scope="module")
-def manifest(units: list[Unit], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_split(tmp_path_factory.mktemp("split") / "train", units)
+def manifest(sequences: list[PackedSequence], tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_split(tmp_path_factory.mktemp("split") / "train", sequences)
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_split(tmp_path_factory.mktemp("other") / "train", random_units(50, seed=2))
+    return write_split(tmp_path_factory.mktemp("other") / "train", random_sequences(50, seed=2))
 
 
 def _stream(
@@ -66,7 +66,7 @@ def _through_json(cursor: Cursor) -> Cursor:
 # ---- what a batch is
 
 
-def test_a_row_is_a_unit_shifted_by_one(manifest: Manifest, units: list[Unit]) -> None:
+def test_a_row_is_a_sequence_shifted_by_one(manifest: Manifest, sequences: list[PackedSequence]) -> None:
     (batch, cursor), (following, _) = _take(manifest, 2)
     assert batch.tokens.shape == batch.labels.shape == batch.starts.shape == (8, SEQUENCE)
     assert batch.tokens.dtype == batch.labels.dtype == batch.slots.dtype == torch.int64
@@ -79,43 +79,43 @@ def test_a_row_is_a_unit_shifted_by_one(manifest: Manifest, units: list[Unit]) -
     assert batch.valid_tokens == 8 * SEQUENCE
     places = Mixture.of(manifest).order(3).locate(np.arange(8))
     for row, (_, shard, number) in enumerate(places.tolist()):
-        unit = units[40 * shard + number]
-        assert batch.tokens[row].tolist() == unit.tokens[:-1].tolist()
-        assert batch.labels[row].tolist() == unit.tokens[1:].tolist()
-        assert batch.starts[row].nonzero().flatten().tolist() == [b for b in unit.bounds.tolist() if b < SEQUENCE]
+        sequence = sequences[40 * shard + number]
+        assert batch.tokens[row].tolist() == sequence.tokens[:-1].tolist()
+        assert batch.labels[row].tolist() == sequence.tokens[1:].tolist()
+        assert batch.starts[row].nonzero().flatten().tolist() == [b for b in sequence.bounds.tolist() if b < SEQUENCE]
 
 
 def test_with_a_document_mask_no_label_lies_in_another_document(manifest: Manifest) -> None:
-    plain, masked = (_stream(manifest, document_mask=mask).batch(range(UNITS)) for mask in (False, True))
+    plain, masked = (_stream(manifest, document_mask=mask).batch(range(SEQUENCES)) for mask in (False, True))
     assert (plain.document_mask, masked.document_mask) == (False, True)
     assert torch.equal(plain.tokens, masked.tokens)
     crossing = torch.zeros_like(plain.starts)
     crossing[:, :-1] = plain.starts[:, 1:]
     last = masked.labels[:, -1] == IGNORED_LABEL  # where a document begins with the label of the last token
     assert torch.equal((masked.labels == IGNORED_LABEL)[:, :-1], crossing[:, :-1])
-    assert 0 < last.sum() < UNITS
+    assert 0 < last.sum() < SEQUENCES
     kept = masked.labels != IGNORED_LABEL
     assert torch.equal(masked.labels[kept], plain.labels[kept])
 
 
 def test_whole_documents_learn_nothing_of_each_other_nor_of_padding(tmp_path: Path) -> None:
-    units = random_units(30, seed=5, full=False)
-    split = write_split(tmp_path, units, packer="bestfit")
+    sequences = random_sequences(30, seed=5, full=False)
+    split = write_split(tmp_path, sequences, packer="bestfit")
     batch = _stream(split).batch(range(30))
     assert batch.valid_tokens == split.tokens
     assert batch.document_mask is False
 
 
-def test_padding_of_somebody_elses_units_is_not_learned(tmp_path: Path) -> None:
-    units = random_units(30, seed=5, full=False)
-    split = write_split(tmp_path, units, packer="foreign")
-    assert _stream(split).batch(range(30)).valid_tokens == sum(int(unit.bounds[-1]) - 1 for unit in units)
+def test_padding_of_external_sequences_is_not_predicted(tmp_path: Path) -> None:
+    sequences = random_sequences(30, seed=5, full=False)
+    split = write_split(tmp_path, sequences, packer="external")
+    assert _stream(split).batch(range(30)).valid_tokens == sum(int(sequence.bounds[-1]) - 1 for sequence in sequences)
 
 
-def test_a_mask_needs_to_know_the_documents(manifest: Manifest) -> None:
-    unit = manifest.unit.model_copy(update={"bounds": None})
-    blind = manifest.model_copy(update={"unit": unit})
-    with pytest.raises(UserError, match=r"data.document_mask: the shards of .* do not say where documents begin"):
+def test_a_document_mask_needs_the_bounds_of_documents(manifest: Manifest) -> None:
+    sample_format = manifest.sample_format.model_copy(update={"bounds": None})
+    blind = manifest.model_copy(update={"sample_format": sample_format})
+    with pytest.raises(UserError, match=r"data.document_mask: the shards of .* do not record where documents begin"):
         _stream(blind, document_mask=True)
 
 
@@ -151,9 +151,9 @@ def test_a_resume_with_another_world_and_batch_loses_nothing(manifest: Manifest)
     assert torch.equal(torch.cat([part.tokens for part in resumed]), whole.tokens[8:24])
 
 
-def test_an_epoch_is_every_unit_once_and_the_next_is_another_order(manifest: Manifest) -> None:
+def test_an_epoch_is_every_sequence_once_and_the_next_is_another_order(manifest: Manifest) -> None:
     stream = _stream(manifest)
-    first, second = stream.batch(range(UNITS)), stream.batch(range(UNITS, 2 * UNITS))
+    first, second = stream.batch(range(SEQUENCES)), stream.batch(range(SEQUENCES, 2 * SEQUENCES))
     assert not torch.equal(first.tokens, second.tokens)
     assert sorted(first.tokens.tolist()) == sorted(second.tokens.tolist())
 
@@ -172,27 +172,31 @@ def test_a_batch_that_does_not_divide_names_those_that_do(manifest: Manifest, ba
 # ---- mixtures
 
 
-def _mixture(manifest: Manifest, other: Manifest, *stages: Stage) -> Mixture:
-    return Mixture({"web": manifest, "code": other}, stages or (Stage(None, {"web": 0.75, "code": 0.25}),))
+def _mixture(manifest: Manifest, other: Manifest, *curriculum: CurriculumEntry) -> Mixture:
+    return Mixture(
+        {"web": manifest, "code": other}, curriculum or (CurriculumEntry(None, {"web": 0.75, "code": 0.25}),)
+    )
 
 
 def test_a_mixture_reads_each_source_at_its_share(manifest: Manifest, other: Manifest) -> None:
     rows = {tuple(row) for row in _stream(other).batch(range(50)).tokens.tolist()}
     mixed = _stream(_mixture(manifest, other)).batch(range(200)).tokens.tolist()
     assert sum(tuple(row) in rows for row in mixed) == 50
-    assert len({tuple(row) for row in mixed if tuple(row) in rows}) == 50, "an epoch of 50 units"
+    assert len({tuple(row) for row in mixed if tuple(row) in rows}) == 50, "an epoch of 50 sequences"
 
 
 def test_stages_that_were_not_reached_may_be_edited_and_a_consumed_one_is_refused(
     manifest: Manifest, other: Manifest
 ) -> None:
-    before = _mixture(manifest, other, Stage(40, {"web": 1}), Stage(None, {"web": 0.5, "code": 0.5}))
-    later = _mixture(manifest, other, Stage(48, {"web": 1}), Stage(None, {"code": 1}))
+    before = _mixture(
+        manifest, other, CurriculumEntry(40, {"web": 1}), CurriculumEntry(None, {"web": 0.5, "code": 0.5})
+    )
+    later = _mixture(manifest, other, CurriculumEntry(48, {"web": 1}), CurriculumEntry(None, {"code": 1}))
     whole = _take(before, 5)
     resumed = _take(later, 2, start=_through_json(whole[3][1]))  # slot 32
     assert _same(resumed[0][0], whole[4][0])
     assert resumed[0][1].fingerprint != whole[4][1].fingerprint
-    with pytest.raises(UserError, match=r"slot 48.*stage 1 was web 1 parts for 40 sequences, is web 1 parts\b.*undo"):
+    with pytest.raises(UserError, match=r"slot 48.*entry 1 was web 1 parts for 40 sequences, is web 1 parts\b.*undo"):
         _stream(later, start=_through_json(_take(before, 6)[5][1]))
 
 
@@ -208,12 +212,12 @@ def test_a_cursor_of_another_order_is_refused_and_says_why(manifest: Manifest, o
 
 
 def test_sources_that_do_not_fit_together_are_refused(manifest: Manifest, tmp_path: Path) -> None:
-    short = write_split(tmp_path / "short", random_units(5, seed=1, sequence=8))
+    short = write_split(tmp_path / "short", random_sequences(5, seed=1, sequence=8))
     with pytest.raises(UserError, match="b has sequence_length 8, a has 24"):
-        Mixture({"a": manifest, "b": short}, (Stage(None, {"a": 1}),))
-    foreign = write_split(tmp_path / "foreign", random_units(5, seed=1), tokenizer_sha256="f" * 64)
+        Mixture({"a": manifest, "b": short}, (CurriculumEntry(None, {"a": 1}),))
+    foreign = write_split(tmp_path / "foreign", random_sequences(5, seed=1), tokenizer_sha256="f" * 64)
     with pytest.raises(UserError, match="b was made by another tokenizer"):
-        Mixture({"a": manifest, "b": foreign}, (Stage(None, {"a": 1}),))
+        Mixture({"a": manifest, "b": foreign}, (CurriculumEntry(None, {"a": 1}),))
 
 
 # ---- skips
@@ -254,35 +258,35 @@ def test_a_skip_may_be_added_ahead_of_the_position_and_not_behind_it(manifest: M
 
 
 def _damage(manifest: Manifest, slots: Sequence[int], *, seed: int = 3) -> dict[Path, bytes]:
-    """Flips a byte of the tokens of each slot's unit; the files as they were."""
+    """Flips a byte of the tokens of each slot's sequence; the files as they were."""
     saved: dict[Path, bytes] = {}
-    for _, shard, unit in Mixture.of(manifest).order(seed).locate(np.array(slots)).tolist():
+    for _, shard, sequence in Mixture.of(manifest).order(seed).locate(np.array(slots)).tolist():
         path = Path(manifest.folder.location) / manifest.shards[shard].name
         data = bytearray(path.read_bytes())
         saved.setdefault(path, bytes(data))
         rows = np.load(f"{path}.idx.npy")
-        data[rows[unit][0] + rows[unit][3] + 140] ^= 1
+        data[rows[sequence][0] + rows[sequence][3] + 140] ^= 1
         path.write_bytes(data)
     return saved
 
 
-def test_a_damaged_unit_ends_the_run_with_one_line(manifest: Manifest, tmp_path: Path) -> None:
-    split = write_split(tmp_path / "train", random_units(UNITS, seed=1))
+def test_a_damaged_sequence_ends_the_run_with_one_line(manifest: Manifest, tmp_path: Path) -> None:
+    split = write_split(tmp_path / "train", random_sequences(SEQUENCES, seed=1))
     _damage(split, [11])
     batches = iter(_stream(split))
     next(batches)
     with pytest.raises(
-        ShardFault, match=r"slot 11, shard \d+: .*shard-0000\d.tar unit \d+ at byte \d+: expected crc32"
+        ShardFault, match=r"slot 11, shard \d+: .*shard-0000\d.tar sequence \d+ at byte \d+: expected crc32"
     ):
         next(batches)
 
 
 @pytest.mark.parametrize("world", [1, 4])
 def test_quarantine_masks_the_row_and_moves_nothing(tmp_path: Path, world: int) -> None:
-    split = write_split(tmp_path / "train", random_units(UNITS, seed=1))
+    split = write_split(tmp_path / "train", random_sequences(SEQUENCES, seed=1))
     whole = _take(split, 5)
     saved = _damage(split, [11, 13, 30])
-    ranks = [_take(split, 5, rank=rank, world=world, on_fault="quarantine") for rank in range(world)]
+    ranks = [_take(split, 5, rank=rank, world=world, on_corrupt_sample="mask") for rank in range(world)]
     for step, (healthy, _) in enumerate(whole):
         batch = _joined([ranks[rank][step][0] for rank in range(world)])
         for row, slot in enumerate(batch.slots.tolist()):
@@ -294,35 +298,37 @@ def test_quarantine_masks_the_row_and_moves_nothing(tmp_path: Path, world: int) 
                 assert torch.equal(batch.labels[row], healthy.labels[row])
         assert [slot for slot, _ in batch.faults] == [slot for slot in batch.slots.tolist() if slot in (11, 13, 30)]
     if world == 1:
-        assert [cursor.holes for _, cursor in ranks[0]] == [(), (11, 13), (11, 13), (11, 13, 30), (11, 13, 30)]
+        assert [cursor.masked_slots for _, cursor in ranks[0]] == [(), (11, 13), (11, 13), (11, 13, 30), (11, 13, 30)]
     cursor = ranks[0][1][1]
-    agreed = _stream(split, on_fault="quarantine").with_holes(cursor, (11, 13))
+    agreed = _stream(split, on_corrupt_sample="mask").with_masked(cursor, (11, 13))
     for path, data in saved.items():
         path.write_bytes(data)
-    mended = _take(split, 4, start=_through_json(dataclasses.replace(agreed, next_slot=8)), on_fault="quarantine")
-    assert mended[0][0].labels[3].eq(IGNORED_LABEL).all(), "the journal wins over the mended shard"
-    assert mended[0][0].faults == (), "an old hole is no news"
-    assert torch.equal(mended[2][0].tokens, whole[3][0].tokens), "slot 30 was never journalled, and is whole again"
+    resumed = _take(split, 4, start=_through_json(dataclasses.replace(agreed, next_slot=8)), on_corrupt_sample="mask")
+    assert resumed[0][0].labels[3].eq(IGNORED_LABEL).all(), "the cursor wins over the restored shard"
+    assert resumed[0][0].faults == (), "a slot masked before is not reported again"
+    assert torch.equal(resumed[2][0].tokens, whole[3][0].tokens), "slot 30 was never masked, and is whole again"
 
 
-def test_too_many_holes_in_a_million_slots_end_the_run(tmp_path: Path) -> None:
-    split = write_split(tmp_path / "train", random_units(UNITS, seed=1))
+def test_too_many_masked_samples_in_a_million_slots_end_the_run(tmp_path: Path) -> None:
+    split = write_split(tmp_path / "train", random_sequences(SEQUENCES, seed=1))
     _damage(split, [1, 5, 9])
-    _take(split, 3, on_fault="quarantine", max_holes_per_million=3)
-    with pytest.raises(ShardFault, match=r"slots 1 to 9 have more than data.max_holes_per_million 2 damaged units"):
-        _take(split, 3, on_fault="quarantine", max_holes_per_million=2)
-    stream = _stream(split, on_fault="quarantine", max_holes_per_million=2)
+    _take(split, 3, on_corrupt_sample="mask", max_masked_per_million=3)
+    with pytest.raises(
+        ShardFault, match=r"slots 1 to 9 have more than data.max_masked_per_million 2 damaged sequences"
+    ):
+        _take(split, 3, on_corrupt_sample="mask", max_masked_per_million=2)
+    stream = _stream(split, on_corrupt_sample="mask", max_masked_per_million=2)
     cursor = dataclasses.replace(stream.start, next_slot=4_000_000)
-    assert stream.with_holes(cursor, [5, 9, 2_000_000, 1_000_005]).holes == (5, 9, 1_000_005, 2_000_000)
+    assert stream.with_masked(cursor, [5, 9, 2_000_000, 1_000_005]).masked_slots == (5, 9, 1_000_005, 2_000_000)
     with pytest.raises(ShardFault, match="more than"):
-        stream.with_holes(cursor, [1_000_004])
+        stream.with_masked(cursor, [1_000_004])
 
 
 # ---- reading ahead
 
 
 def test_what_is_raised_while_reading_ahead_is_raised_in_its_place(tmp_path: Path) -> None:
-    split = write_split(tmp_path / "train", random_units(UNITS, seed=1))
+    split = write_split(tmp_path / "train", random_sequences(SEQUENCES, seed=1))
     healthy = _take(split, 2)
     _damage(split, [17])
     batches = iter(_stream(split, prefetch=4))
@@ -349,6 +355,6 @@ def test_the_thread_reads_no_further_than_it_may_and_ends_with_its_reader(
             break
         threading.Event().wait(0.02)
     threading.Event().wait(0.2)
-    assert len(read) == 5, "one was taken, three wait, one is in hand"
+    assert len(read) == 4, "one was taken, three wait"
     batches.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name == "token-stream"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("token-stream")]

@@ -24,23 +24,23 @@ from torch import Tensor
 from megadistill.config import TargetsSection
 from megadistill.data import ShardFault
 from megadistill.data.shards.manifest import Shard
-from megadistill.data.shards.npy import Misfit
-from megadistill.data.shards.tar import Index, publish
+from megadistill.data.shards.npy import MemberError
+from megadistill.data.shards.tar import Index, write_index
 from megadistill.data.targets import target_writer
-from megadistill.data.targets.target_codec import RowFormat
+from megadistill.data.targets.target_codec import TargetCodec
 from megadistill.data.targets.target_manifest import (
-    TARGETS,
     SlotMap,
     TargetKey,
     TargetManifest,
     TargetShard,
-    slot_runs,
+    split_into_ranges,
 )
 from megadistill.data.targets.target_reader import TargetReader
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.loss.sparse.targets import sparse_targets
+from megadistill.loss import Head
+from megadistill.loss.sparse import sparse_targets
 from megadistill.train.objective import selection, uniforms
 from megadistill.types import SparseTargets
 from tests.unit.data.servers import serving
@@ -56,7 +56,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "top_k-all": {"select": "top_k", "k": 1000, "tail": "dropped"},
     "threshold": {"select": "threshold", "epsilon": 0.01},
     "threshold-of-nothing": {"select": "threshold", "epsilon": 0.99},
-    "top_p": {"select": "top_p", "mass": 0.9, "max_ids": 40, "tail": "renormalised"},
+    "top_p": {"select": "top_p", "p": 0.9, "max_ids": 40, "tail": "renormalised"},
 }
 
 
@@ -92,17 +92,16 @@ def _digests(slots: Tensor) -> Tensor:
 
 
 def _live(slots: Tensor, key: TargetKey) -> SparseTargets:
-    """What a live run's teacher says of `slots`; each slot has hidden states of its own."""
+    """The targets of a live teacher for `slots`; each slot has hidden states of its own."""
     hidden = torch.cat(
         [torch.randn(SEQUENCE, WIDTH, generator=torch.Generator().manual_seed(slot)) for slot in slots.tolist()]
     )
     head = torch.randn(key.vocab_size, WIDTH, generator=torch.Generator().manual_seed(0))
-    kept, tail = selection(key.targets)
+    choice, tail = selection(key.targets)
     draws = key.targets.draws
     return sparse_targets(
-        hidden,
-        head,
-        selection=kept,
+        Head(hidden, head),
+        selection=choice,
         tail=tail,
         vocab=VocabSlice(ranges=((0, key.vocab_size),), size=key.vocab_size, group=None),
         temperature=key.temperature,
@@ -127,10 +126,10 @@ def _read(reader: TargetReader, slots: list[int]) -> SparseTargets:
     return reader.read(tensor, _digests(tensor))
 
 
-def _require_equal(found: SparseTargets, expected: SparseTargets) -> None:
-    assert (found.tail, found.temperature) == (expected.tail, expected.temperature)
+def _require_equal(actual: SparseTargets, expected: SparseTargets) -> None:
+    assert (actual.tail, actual.temperature) == (expected.tail, expected.temperature)
     for name in ("ids", "probs", "log_tail"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
+        ours, theirs = getattr(actual, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), name
 
@@ -141,7 +140,7 @@ def test_what_is_read_is_what_the_live_run_has_to_the_bit(tmp_path: Path, name: 
     key = _key(targets=TargetsSection(**SELECTIONS[name]), temperature=1.5, vocab_size=vocab)
     _stored(tmp_path / "set", [6, 2, 3, 9, 4], key)
     reader = TargetReader(tmp_path / "set", key)
-    for slots in ([9, 2], [4], [3, 6, 9, 2, 4]):  # K is that of the slots asked for, as it is in a live micro-batch
+    for slots in ([9, 2], [4], [3, 6, 9, 2, 4]):  # K is that of these slots, as it is in a live micro-batch
         _require_equal(_read(reader, slots), _live(torch.tensor(slots), key))
 
 
@@ -175,9 +174,9 @@ def test_a_plain_webdataset_reader_reads_them(tmp_path: Path) -> None:
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples] == [f"{slot:016d}" for slot in (7, 8)]
     expected = _live(torch.tensor([7]), key)
-    kept, codes = samples[0]["kept.npy"], samples[0]["codes.npy"].astype(np.int64)
+    num_ids, codes = samples[0]["num_ids.npy"], samples[0]["codes.npy"].astype(np.int64)
     numbers = (codes * 256 ** np.arange(codes.shape[1])).sum(axis=1)
-    assert kept.tolist() == (expected.ids >= 0).sum(dim=1).tolist()
+    assert num_ids.tolist() == (expected.ids >= 0).sum(dim=1).tolist()
     assert (numbers // 50).tolist() == expected.ids[expected.ids >= 0].tolist()
     counts = (expected.probs[expected.ids >= 0] * 50).round().long()
     assert (numbers % 50 + 1).tolist() == counts.tolist()
@@ -186,7 +185,11 @@ def test_a_plain_webdataset_reader_reads_them(tmp_path: Path) -> None:
 DIFFERENCES: list[tuple[str, Any, str]] = [
     ("tokenizer", "9" * 64, "the tokenizer was 111111111111…, is 999999999999…"),
     ("order", _order((None, {"data": 1}), seed=4), "the seed was 3, is 4"),
-    ("order", _order((4, {"data": 1}), (None, {"other": 1})), "stage 1 was data 1 parts, is data 1 parts for 4"),
+    (
+        "order",
+        _order((4, {"data": 1}), (None, {"other": 1})),
+        "curriculum entry 1 was data 1 parts, is data 1 parts for 4",
+    ),
     ("teacher", "9" * 64, "the teacher was 222222222222…, is 999999999999…"),
     ("vocab_map", "9" * 64, "teacher.vocab_map was None, is 999999999999…"),
     ("targets", TargetsSection(draws=51), "loss.targets was select sampled, draws 50, is select sampled, draws 51"),
@@ -200,9 +203,7 @@ DIFFERENCES: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("field", "value", "words"), DIFFERENCES)
-def test_a_run_that_differs_is_refused_and_told_what_differs(
-    tmp_path: Path, field: str, value: Any, words: str
-) -> None:
+def test_a_run_that_differs_is_refused_with_the_difference(tmp_path: Path, field: str, value: Any, words: str) -> None:
     _stored(tmp_path / "set", list(range(6)), _key())
     with pytest.raises(UserError) as refused:
         TargetReader(tmp_path / "set", _key(**{field: value}))
@@ -233,7 +234,7 @@ def test_the_ranks_shards_are_one_set_that_any_world_reads(tmp_path: Path) -> No
     for writer in writers:
         writer.flush()
     manifest = finish_targets(folder, key)
-    assert [shard.runs for shard in manifest.shards] == [((2 * rank, 2, 6, 4),) for rank in range(3)]
+    assert [shard.slots for shard in manifest.shards] == [((2 * rank, 2, 6, 4),) for rank in range(3)]
     assert (manifest.slots, manifest.stop) == (24, 24)
     reader = TargetReader(folder, key)
     assert reader.first_missing(0, 30) == 24
@@ -250,7 +251,7 @@ def _store_by_fours(folder: Path, key: TargetKey) -> None:
             writer.flush()
 
 
-def test_a_killed_writer_goes_on_behind_its_last_whole_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_writer_resumes_after_its_last_whole_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, folder = _key(), tmp_path / "set"
     shards = itertools.count()
 
@@ -258,9 +259,9 @@ def test_a_killed_writer_goes_on_behind_its_last_whole_shard(tmp_path: Path, mon
         """The tar of the third shard is there, and nothing beside it."""
         if next(shards) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return publish(path, rows)
+        return write_index(path, rows)
 
-    monkeypatch.setattr(target_writer, "publish", fatal)
+    monkeypatch.setattr(target_writer, "write_index", fatal)
     child = multiprocessing.get_context("fork").Process(target=_store_by_fours, args=(folder, key))
     child.start()
     child.join(60)
@@ -277,10 +278,10 @@ def test_a_killed_writer_goes_on_behind_its_last_whole_shard(tmp_path: Path, mon
     assert manifest.slots == 14
     _require_equal(_read(TargetReader(folder, key), list(range(14))), _live(torch.arange(14), key))
     listed = {name for shard in manifest.shards for name in (shard.file.name, shard.file.index)}
-    assert {path.name for path in folder.iterdir()} == {TARGETS, *listed}
+    assert {path.name for path in folder.iterdir()} == {TargetManifest.FILE, *listed}
 
 
-def test_a_shard_that_was_cut_off_since_is_made_again(tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_off_since_is_written_again(tmp_path: Path) -> None:
     key, folder = _key(), tmp_path / "set"
     _store_by_fours(folder, key)
     tar = folder / "shard-00000-000001.tar"
@@ -301,7 +302,7 @@ def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:
     _require_equal(_read(TargetReader(tmp_path / "set", key), list(range(12))), _live(torch.arange(12), key))
 
 
-def test_a_folder_is_kept_for_the_targets_that_it_was_begun_with(tmp_path: Path) -> None:
+def test_a_folder_takes_only_the_targets_that_it_was_made_for(tmp_path: Path) -> None:
     writer = TargetWriter(tmp_path, _key())
     _add(writer, [0], _key())
     writer.flush()
@@ -322,7 +323,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     tokens.parent.mkdir()
     tokens.write_bytes(b"tokens")
     for folder in (tokens.parent, tokens):
-        with pytest.raises(UserError, match="holds no beginning of targets: give them a folder of their own"):
+        with pytest.raises(UserError, match="holds something other than targets: give another folder"):
             TargetWriter(folder, _key())
     with pytest.raises(UserError, match="no stored targets"):
         finish_targets(tokens.parent, _key())
@@ -341,7 +342,7 @@ def test_what_is_no_target_of_the_key_is_not_stored(tmp_path: Path) -> None:
     targets = _live(slots, key)
     wrong = {
         "not counts": replace(targets, probs=targets.probs * 0.99),
-        "no targets of this key": replace(targets, ids=targets.ids + VOCAB),
+        "not targets of this key": replace(targets, ids=targets.ids + VOCAB),
         "float32": replace(targets, probs=targets.probs.double()),
         "not those of the key": replace(targets, temperature=2.0),
     }
@@ -397,7 +398,7 @@ def test_missing_slots_other_tokens_and_broken_files_are_faults(tmp_path: Path) 
     with pytest.raises(ShardFault, match="expected the index"):
         _read(TargetReader(folder, key), [5])
     index.write_bytes(whole[:-8])
-    with pytest.raises(ShardFault, match="an index of"):
+    with pytest.raises(ShardFault, match="bytes, found"):
         _read(TargetReader(folder, key), [5])
     index.write_bytes(whole)
     os.truncate(tar, tar.stat().st_size - 512)
@@ -409,22 +410,24 @@ def test_missing_slots_other_tokens_and_broken_files_are_faults(tmp_path: Path) 
 
 
 def _forged(folder: Path, manifest: TargetManifest, rows: Index) -> None:
-    """The set as somebody would leave it who changes an index, and what is said of it."""
+    """The set after a change of an index and of its hash in the manifest."""
     shard = manifest.shards[0]
     np.save(folder / shard.file.index, rows)
     file = replace(shard.file, index_sha256=hashlib.sha256((folder / shard.file.index).read_bytes()).hexdigest())
-    TargetManifest(version=1, key=manifest.key, shards=(TargetShard(file, shard.runs),)).write(folder)
+    TargetManifest(version=2, key=manifest.key, shards=(TargetShard(file, shard.slots),)).write(folder)
 
 
 @pytest.mark.parametrize(
     ("row", "column", "value", "words"),
     [
         (1, 0, 9, "slot 6 .* found slot 9"),
-        (1, 2, 1 << 40, "samples inside of"),
-        (1, 3, 1 << 29, "samples inside of"),
-        (1, 3, -1, "samples inside of"),
-        (1, 6, 1 << 62, "samples inside of"),
-        (0, 7, 1 << 20, "samples inside of"),
+        (1, 2, 1 << 40, "expected places in"),
+        (1, 3, 1 << 29, "expected places in"),
+        (1, 3, -1, "expected places in"),
+        (1, 6, 1 << 62, "expected places in"),
+        (0, 7, 1 << 20, "expected places in"),
+        (1, 6, 9000, "codes.npy member inside|num_ids.npy member inside"),
+        (1, 2, 0, "sequences that touch each other"),
     ],
 )
 def test_an_index_that_points_elsewhere_is_a_fault(
@@ -462,9 +465,9 @@ def _with_last(member: NDArray[Any], value: Any) -> NDArray[Any]:
         (TargetsSection(), "codes", lambda codes: codes[1:], "codes.npy to be an .npy"),
         (TargetsSection(), "codes", lambda codes: _with_last(codes, [0, 0]), "50 draws of token 15"),
         (TargetsSection(), "codes", lambda codes: _with_last(codes, [255, 255]), "draws|ids below"),
-        (TargetsSection(), "kept", lambda kept: kept[1:], "kept.npy to be an .npy"),
-        (TargetsSection(), "kept", lambda kept: _with_last(kept, 51), "at most 50 ids a token, found 51"),
-        (TargetsSection(), "kept", lambda kept: kept.astype(np.int64), "kept.npy to be an .npy"),
+        (TargetsSection(), "num_ids", lambda num_ids: num_ids[1:], "num_ids.npy to be an .npy"),
+        (TargetsSection(), "num_ids", lambda num_ids: _with_last(num_ids, 51), "at most 50 ids a token, found 51"),
+        (TargetsSection(), "num_ids", lambda num_ids: num_ids.astype(np.int64), "num_ids.npy to be an .npy"),
         (TOP_K, "ids", lambda ids: _with_last(ids, [244, 1]), "ids below 500, found 500"),
         (TOP_K, "probs", lambda probs: _with_last(probs, np.nan), "probabilities"),
         (TOP_K, "probs", lambda probs: _with_last(probs, 1.01), "probabilities"),
@@ -472,27 +475,27 @@ def _with_last(member: NDArray[Any], value: Any) -> NDArray[Any]:
         (TOP_K, "log_tail", lambda log_tail: _with_last(log_tail, 0.01), "tail"),
     ],
 )
-def test_a_sample_that_holds_something_else_is_a_misfit(
+def test_a_sample_that_holds_something_else_is_refused(
     targets: TargetsSection, name: str, change: Callable[[NDArray[Any]], NDArray[Any]], words: str
 ) -> None:
     key = _key(targets=targets)
-    live, form = _live(torch.tensor([3]), key), RowFormat(key)
-    members = form.encoded(live.ids.numpy(), live.probs.numpy(), live.log_tail.numpy())
-    form.decoded({suffix: _bytes_of(member) for suffix, member in members.items()})
+    live, codec = _live(torch.tensor([3]), key), TargetCodec(key)
+    members = codec.encode(live.ids.numpy(), live.probs.numpy(), live.log_tail.numpy())
+    codec.decode({suffix: _bytes_of(member) for suffix, member in members.items()})
     members[f"{name}.npy"] = change(members[f"{name}.npy"])
-    with pytest.raises(Misfit, match=words):
-        form.decoded({suffix: _bytes_of(member) for suffix, member in members.items()})
+    with pytest.raises(MemberError, match=words):
+        codec.decode({suffix: _bytes_of(member) for suffix, member in members.items()})
 
 
 def test_a_manifest_that_was_changed_or_is_none_is_refused(tmp_path: Path) -> None:
     _stored(tmp_path / "set", [5], _key())
-    path = tmp_path / "set" / TARGETS
+    path = tmp_path / "set" / TargetManifest.FILE
     text = path.read_text()
     path.write_text(text.replace('"seed": 5', '"seed": 6'))
     with pytest.raises(UserError, match="was changed after it was written"):
         TargetReader(tmp_path / "set", _key())
-    path.write_text(text.replace('"version": 1', '"version": 2'))
-    with pytest.raises(UserError, match="version"):
+    path.write_text(text.replace('"version": 2', '"version": 1', 1))
+    with pytest.raises(UserError, match="format version 1; this release reads version 2: store the targets again"):
         TargetReader(tmp_path / "set", _key())
     path.write_text(text.replace('"name": "shard', '"name": "../shard'))
     with pytest.raises(UserError, match="name"):
@@ -503,13 +506,13 @@ def test_a_manifest_that_was_changed_or_is_none_is_refused(tmp_path: Path) -> No
 
 
 def _shard(number: int, slots: list[int]) -> TargetShard:
-    file = Shard(name=f"s{number}.tar", units=len(slots), bytes=1, sha256="0" * 64, index_sha256="0" * 64)
-    return TargetShard(file, slot_runs(slots))
+    file = Shard(name=f"s{number}.tar", sequences=len(slots), bytes=1, sha256="0" * 64, index_sha256="0" * 64)
+    return TargetShard(file, split_into_ranges(slots))
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=80), st.integers(1, 7))
-def test_a_slot_is_found_in_whichever_shard_has_it(owners: list[int], scale: int) -> None:
-    """`owners` says which of four shards has each slot, -1 none; in groups of `scale`, as ranks have them."""
+def test_a_slot_is_located_in_whichever_shard_has_it(owners: list[int], scale: int) -> None:
+    """`owners` names which of four shards has each slot, -1 none; in groups of `scale`, as ranks have them."""
     dealt = [owner for owner in owners for _ in range(scale)]
     held = {number: [slot for slot, owner in enumerate(dealt) if owner == number] for number in range(4)}
     held = {number: slots for number, slots in held.items() if slots}

@@ -129,7 +129,7 @@ def _train_foreign(text: str = CODE[:60_000], **options: Any) -> bytes:
 
 def test_a_model_with_a_dummy_prefix_is_written_exactly(tmp_path: Path) -> None:
     """The rules of the Llama-2 tokenizer."""
-    foreign = SentencePieceTokenizer(_train_foreign(), name="foreign")
+    foreign = SentencePieceTokenizer(_train_foreign(), name="external")
     foreign.write(tmp_path)
     fast = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("hello world", " hello", "  \n", "", AWKWARD, CODE):
@@ -141,7 +141,7 @@ def test_names_of_byte_and_control_pieces_in_a_text_are_text(tmp_path: Path) -> 
     """A model whose pieces are the halves of `<0x0A>`: joining them must not make a newline."""
     words = "x<0x0Ay\n<0x0A\nA>\nB>\nC>\n</\n" * 99
     joined = {"split_by_unicode_script": False, "split_by_number": False, "add_dummy_prefix": False}
-    foreign = SentencePieceTokenizer(_train_foreign(words, vocab_size=273, **joined), name="foreign")
+    foreign = SentencePieceTokenizer(_train_foreign(words, vocab_size=273, **joined), name="external")
     assert len(foreign.encode("<0x0A>")) == 2
     foreign.write(tmp_path)
     fast = AutoTokenizer.from_pretrained(tmp_path)
@@ -162,7 +162,7 @@ def test_names_of_byte_and_control_pieces_in_a_text_are_text(tmp_path: Path) -> 
 )
 def test_what_cannot_be_written_exactly_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
-        SentencePieceTokenizer(_train_foreign(**options), name="foreign").write(tmp_path)
+        SentencePieceTokenizer(_train_foreign(**options), name="external").write(tmp_path)
 
 
 def test_bad_models_are_refused(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_begin_id_comes_from_the_post_processor_or_from_the_config(copy: Path)
     _configure(copy, bos_token=BEGIN, eos_token=END, add_bos_token=True)
     assert load_tokenizer(copy).bos == 0
     _configure(copy, eos_token=END, add_bos_token=True)
-    with pytest.raises(UserError, match="its bos_token is named nowhere"):
+    with pytest.raises(UserError, match="its bos_token is missing"):
         load_tokenizer(copy)
 
 
@@ -355,7 +355,7 @@ def test_the_hash_is_of_what_makes_the_ids(copy: Path, tmp_path: Path) -> None:
     assert len({found(), expected, found(tmp_path / "saved")}) == 2
 
 
-def test_the_hash_of_a_folder_with_both_kinds_is_of_the_one_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_the_hash_of_a_folder_with_both_kinds_is_of_the_preferred_one(folder: Path, tmp_path: Path) -> None:
     sentencepiece = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
     assert tokenizer_sha256(folder, prefer="sentencepiece") == ("sentencepiece", sentencepiece)
     assert tokenizer_sha256(folder, prefer="huggingface") == (
@@ -409,7 +409,7 @@ def test_a_tokenizer_that_marks_spaces_counts_bytes_of_text(copy: Path) -> None:
         ("tokenizer.json", "[]", "holds a JSON list"),
         ("tokenizer.json", "{}", "is not a tokenizer.json"),
         ("tokenizer.json", '{"model": {"type": "Other"}}', "is not a tokenizer.json"),
-        ("tokenizer_config.json", "{}", "its eos_token is named nowhere"),
+        ("tokenizer_config.json", "{}", "its eos_token is missing"),
         ("tokenizer_config.json", "junk", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", '{"eos_token": "<nowhere>"}', "'<nowhere>', which the vocabulary does not have"),
         ("generation_config.json", '{"eos_token_id": -1}', "is -1, which the vocabulary does not have"),
