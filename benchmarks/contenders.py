@@ -1,11 +1,10 @@
-"""What is measured: our loss, its floor, and what a user would pick instead. It knows no clocks.
+"""The implementations to measure: our loss, its matrix products alone, and what a user would pick instead.
 
-Every contender makes the same thing: dX and dW of the mean forward KL, from hidden states and heads.
+Every contender computes the same: dX and dW of the mean forward KL, from hidden states and heads.
 
 Legend: N tokens, D student width, E teacher width, V vocabulary, n tokens of a chunk.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
-from megadistill.loss import Divergence, Elementwise, VocabSlice, distill_loss
-from megadistill.loss.buffers import LOGIT_MEMORY
+from megadistill.loss import Divergence, Elementwise, Head, LossOptions, VocabSlice, distill_loss
+from megadistill.loss.inputs import ChunkPlan, fitting_tokens
+from megadistill.loss.options import LOGIT_MEMORY
 
 Gradients = tuple[Tensor, ...]
 """dX [N, D] and dW [V, D]."""
@@ -40,8 +40,8 @@ class Shape:
 
     def chunk_tokens(self, logit_memory: int, models: int = 2) -> int:
         """n, on one process: as many tokens as `logit_memory` holds the logits of, in chunks of equal size."""
-        fit = max(1, logit_memory // (4 * models * self.vocab))
-        return math.ceil(self.tokens / math.ceil(self.tokens / fit))
+        fitting = fitting_tokens(logit_memory, models=models, itemsize=4, rows=self.vocab)
+        return ChunkPlan.of(self.tokens, fitting, group_size=1).chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Inputs:
     labels: Tensor
     token_weights: Tensor
     vocab: VocabSlice
+
+    @property
+    def student(self) -> Head:
+        return Head(self.student_hidden, self.student_weight)
+
+    @property
+    def teacher(self) -> Head:
+        return Head(self.teacher_hidden, self.teacher_weight)
 
     @classmethod
     def random(cls, shape: Shape) -> "Inputs":
@@ -129,22 +137,19 @@ def ours(
     divergence: Divergence = Divergence(),  # noqa: B008 - frozen
 ) -> Gradients:
     terms = distill_loss(
-        inputs.student_hidden,
-        inputs.student_weight,
-        inputs.teacher_hidden,
-        inputs.teacher_weight,
+        inputs.student,
+        inputs.teacher,
         inputs.labels,
         token_weights=inputs.token_weights,
         divergence=divergence,
         vocab=inputs.vocab,
-        logit_memory=logit_memory,
-        elementwise=elementwise,
+        options=LossOptions(logit_memory, elementwise),
     )
     return gradients(inputs, terms.loss)
 
 
 def kl_div(inputs: Inputs) -> Gradients:
-    """What everybody writes first."""
+    """The usual first implementation, on whole logits."""
     log_p_s = F.log_softmax(inputs.student_hidden @ inputs.student_weight.T, dim=1)
     log_p_t = F.log_softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, dim=1)
     return gradients(inputs, F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True))
@@ -153,7 +158,7 @@ def kl_div(inputs: Inputs) -> Gradients:
 def linear_cross_entropy(inputs: Inputs, options: LinearCrossEntropyOptions | None) -> Gradients:
     """Torch's own, against the teacher's softmax `[N, V]`, which is part of the price.
 
-    With options torch would work in chunks, but not against soft targets: it warns, and sets the options aside.
+    With options torch would work in chunks, but not against soft targets: it warns, and ignores the options.
     """
     p_t = F.softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, dim=1)
     with warnings.catch_warnings():

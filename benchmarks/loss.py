@@ -29,13 +29,21 @@ from benchmarks.contenders import (
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, ranks, rounds, seconds
 from benchmarks.report import ROOT, Report, commit, cpu, shown
 from megadistill.distributed.topology import Topology
-from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice, label_loss, sparse_distill_loss
-from megadistill.loss.buffers import LOGIT_MEMORY
-from megadistill.loss.sparse.targets import Sampled, TopK, sparse_targets
+from megadistill.loss import (
+    Divergence,
+    DivergenceKind,
+    Elementwise,
+    LossOptions,
+    VocabSlice,
+    label_loss,
+    sparse_distill_loss,
+)
+from megadistill.loss.options import LOGIT_MEMORY
+from megadistill.loss.sparse import Sampled, TopK, sparse_targets
 from megadistill.types import SparseTargets, Tail
 
 QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")
-MEASURED = ("megadistill/loss", "megadistill/comm", "benchmarks/*.py")
+MEASURED = ("megadistill/loss", "megadistill/distributed", "benchmarks/*.py")
 
 HELP = """\
 questions (all of them, when --only does not choose):
@@ -197,26 +205,24 @@ DIVERGENCES = {
 
 def _from_labels(inputs: Inputs, elementwise: Elementwise) -> Gradients:
     terms = label_loss(
-        inputs.student_hidden,
-        inputs.student_weight,
+        inputs.student,
         inputs.labels,
         token_weights=inputs.token_weights,
         vocab=inputs.vocab,
-        elementwise=elementwise,
+        options=LossOptions(elementwise=elementwise),
     )
     return gradients(inputs, terms.loss)
 
 
 def _from_targets(inputs: Inputs, targets: SparseTargets, elementwise: Elementwise) -> Gradients:
     terms = sparse_distill_loss(
-        inputs.student_hidden,
-        inputs.student_weight,
+        inputs.student,
         targets,
         inputs.labels,
         token_weights=inputs.token_weights,
         divergence=Divergence(),
         vocab=inputs.vocab,
-        elementwise=elementwise,
+        options=LossOptions(elementwise=elementwise),
     )
     return gradients(inputs, terms.loss)
 
@@ -225,7 +231,7 @@ def divergences(shape: Shape, report: Report) -> None:
     """Each divergence in its own rounds with its own floor: four products with a teacher, three without."""
     report.console.print(f"\n[bold]divergences[/bold], {shape}", highlight=False)
     inputs = Inputs.random(shape)
-    make_targets = partial(sparse_targets, inputs.teacher_hidden, inputs.teacher_weight, vocab=inputs.vocab)
+    make_targets = partial(sparse_targets, inputs.teacher, vocab=inputs.vocab)
     uniforms = torch.rand(shape.tokens, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # What a step reads from storage: how long the targets took to make is not in these times.
     targets = {

@@ -28,8 +28,9 @@ from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
-from megadistill.loss import distill_loss
+from megadistill.loss import Head, distill_loss
 from megadistill.models.families import load_config
+from megadistill.timeline.recorder import HostClock, Recorder
 from megadistill.train.build import build, objective_of, stream_of
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.setup.setup import Setup, prepare
@@ -126,9 +127,12 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
         )
 
     def waiting() -> float:
-        before = pipeline.wait_seconds
+        recorder = Recorder(HostClock())
+        recorder.start()
         step()
-        return pipeline.wait_seconds - before
+        recorder.stop()
+        stages = ("wait for packet", "wait for answer", "send answers", "flush")
+        return sum(span.end - span.begin for span in recorder.recorded()[0] if span.name in stages)
 
     tokens = torch.randint(VOCAB, (MICRO, SEQUENCE))
 
@@ -152,10 +156,8 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
     def loss_alone() -> None:
         for _ in range(ACCUMULATION):
             distill_loss(
-                hidden,
-                head,
-                teacher_hidden,
-                teacher.head,
+                Head(hidden, head),
+                teacher.head_on(teacher_hidden),
                 labels,
                 token_weights=weights,
                 divergence=objective.divergence(1),

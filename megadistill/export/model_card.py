@@ -1,6 +1,5 @@
-"""Room `export`: the model card of an exported student, made of what its run wrote down. It reads no weights of it."""
+"""The model card of an exported student, from the records of its run."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -16,22 +15,17 @@ from megadistill.config import LossSection, Recipe, ScheduleSection
 from megadistill.data import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.events import read_lines
-from megadistill.export.data_provenance import Reading
-from megadistill.export.markdown import Rows, last_name, plain, table, table_of
-from megadistill.export.results import came_to
+from megadistill.export.data_provenance import DataProvenance
+from megadistill.export.markdown import Rows, basename, escape_md, rows_table, table
+from megadistill.export.results import results_section
+from megadistill.io import read_json
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import flops_per_token, parameter_counts
+from megadistill.student.optimizer import describe
 from megadistill.train.checkpoint.format import Checkpoint
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER
 
-DIVERGENCES = {
-    "forward_kl": "forward KL, KL(teacher ‖ student)",
-    "reverse_kl": "reverse KL, KL(student ‖ teacher)",
-    "jsd": "generalised Jensen-Shannon divergence",
-    "skew_kl": "skew KL",
-    "tvd": "total variation distance",
-}
 TARGETS = {
     "sampled": "counts of {draws} draws from its distribution",
     "top_k": "its {k} most likely ids",
@@ -43,43 +37,43 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported model comes from."""
+    """Origin of an exported model."""
 
     checkpoint: Checkpoint
     recipe: Recipe
     run: Path | None
-    """The run folder; None where the checkpoint lies alone."""
+    """The run folder; None for a checkpoint outside of one."""
     config: Any
-    """The student's, as it is exported."""
+    """Config of the exported student."""
 
     @property
-    def reading(self) -> Reading:
-        return Reading.of(self.checkpoint.manifest, self.recipe)
+    def provenance(self) -> DataProvenance:
+        return DataProvenance.of(self.checkpoint.manifest, self.recipe)
 
 
 def model_card(name: str, origin: Origin) -> str:
-    """README.md of the folder `name`: metadata that the Hugging Face hub reads, and what the model was trained on."""
-    reading = origin.reading
-    results = came_to(origin.run, origin.checkpoint.manifest.step) if origin.run is not None else ""
+    """README.md of the folder `name`: metadata for the Hugging Face hub, and the model's data, teacher and training."""
+    provenance = origin.provenance
+    results = results_section(origin.run, origin.checkpoint.manifest.step) if origin.run is not None else ""
     sections = {
         "How to load it": _loading(name, with_tokenizer=origin.run is not None),
-        "What it was trained on": f"{_sources(reading)}\n\n{table_of(_stream(origin, reading))}",
-        "How it was trained": table_of(_training(origin, reading)),
-        "The teacher": table_of(_teacher(origin.recipe, reading)),
-        "The model": table_of(_model(origin.config)),
-        "The checkpoint": table_of(_checkpoint(origin)),
-        "What it came to": results,
+        "What it was trained on": f"{_sources(provenance)}\n\n{rows_table(_stream(origin, provenance))}",
+        "How it was trained": rows_table(_training(origin, provenance)),
+        "The teacher": rows_table(_teacher(origin.recipe, provenance)),
+        "The model": rows_table(_model(origin.config)),
+        "The checkpoint": rows_table(_checkpoint(origin)),
+        "Results": results,
         "Limits": _limits(origin.recipe),
     }
     if origin.recipe.teacher is None:
         del sections["The teacher"]
-    parts = [f"---\n{_metadata(origin.recipe)}\n---", f"# {plain(name)}", _introduction(origin)]
+    parts = [f"---\n{_metadata(origin.recipe)}\n---", f"# {escape_md(name)}", _introduction(origin)]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
 
 def _metadata(recipe: Recipe) -> str:
-    """`base_model` stands for what weights go on from, so a student from random numbers has none, whoever taught it."""
+    """The hub's metadata. `base_model` is the model whose weights were trained further: a teacher is none."""
     tags = ["megadistill", *(["distillation"] if recipe.objective == "distill" else [])]
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=tags, base_model=_base_model(recipe)
@@ -88,7 +82,7 @@ def _metadata(recipe: Recipe) -> str:
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """The hub's name of what `student.weights` were made of, where the card of that folder says it."""
+    """The `base_model` of the card in the folder of `student.weights`, where it has one."""
     if recipe.student.weights is None:
         return None
     try:
@@ -101,14 +95,15 @@ def _base_model(recipe: Recipe) -> str | None:
 def _introduction(origin: Origin) -> str:
     recipe, tokens = origin.recipe, origin.checkpoint.manifest.tokens
     what = f"{origin.config.architectures[0]} of {parameter_counts(origin.config).total:,} parameters"
-    begun = "" if recipe.student.weights is None else f", begun from the weights of {last_name(recipe.student.weights)}"
+    if recipe.student.weights is not None:
+        what += f", initialised from the weights of {basename(recipe.student.weights)}"
     made = f"Made by megadistill {__version__}."
     if recipe.teacher is None:
-        return f"A {what}{begun}, pretrained from labels on {tokens:,} tokens. {made}"
-    named = f", {last_name(recipe.teacher.path)}," if recipe.teacher.path else ""
+        return f"A {what}, pretrained from labels on {tokens:,} tokens. {made}"
+    teacher = f", {basename(recipe.teacher.path)}," if recipe.teacher.path else ""
     return (
-        f"A {what}{begun}, pretrained by distillation: at each of {tokens:,} tokens it learned from the next-token "
-        f"distribution of a teacher{named} that read the same text. {made}"
+        f"A {what}, pretrained by distillation: at each of {tokens:,} tokens it learned from the next-token "
+        f"distribution of a teacher{teacher} that read the same text. {made}"
     )
 
 
@@ -119,80 +114,74 @@ def _loading(name: str, *, with_tokenizer: bool) -> str:
     return "\n".join(["```python", f"from transformers import {', '.join(classes)}", "", *lines, "```"])
 
 
-def _sources(reading: Reading) -> str:
-    """A line each; of what no manifest tells, since none is at hand, there is no column."""
-    lines = [["source", "sequences", "tokens", "manifest sha256", "epochs", "documents", "text bytes"]]
-    for source in reading.sources:
-        held, tokens = source.manifest, f"{source.sequences * reading.sequence_length:,}"
-        known = ["", "", ""]
-        if held is not None:
-            known = [f"{source.sequences / held.sequences:.3g}", _count(held.documents), _count(held.text_bytes)]
-        lines.append([plain(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", *known])
-    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    return table(list(line) for line in zip(*columns, strict=True))
+def _sources(provenance: DataProvenance) -> str:
+    """A row for each source; without the columns that need a manifest where none is at hand."""
+    rows = [["source", "sequences", "tokens", "manifest sha256", "epochs", "documents", "text bytes"]]
+    for source in provenance.sources:
+        manifest, tokens = source.manifest, f"{source.sequences * provenance.sequence_length:,}"
+        rows.append([escape_md(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", "", "", ""])
+        if manifest is not None:
+            counts = ("" if count is None else f"{count:,}" for count in (manifest.documents, manifest.text_bytes))
+            rows[-1][-3:] = f"{source.sequences / manifest.sequences:.3g}", *counts
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    heading, *rest = zip(*columns, strict=True)
+    return table(heading, rest)
 
 
-def _count(number: int | None) -> str:
-    return "" if number is None else f"{number:,}"
-
-
-def _stream(origin: Origin, reading: Reading) -> Rows:
-    data, manifests = origin.recipe.data, [each.manifest for each in reading.sources if each.manifest]
+def _stream(origin: Origin, provenance: DataProvenance) -> Rows:
+    data, manifests = origin.recipe.data, [each.manifest for each in provenance.sources if each.manifest]
     texts = sorted({name for manifest in manifests for name in manifest.source.inputs})
     generated = any(manifest.source.generated for manifest in manifests)
-    left_out = sum(stop - start for start, stop in reading.cursor.skips)
+    left_out = sum(stop - start for start, stop in provenance.cursor.skips)
     return {
-        "text": ", ".join(map(plain, texts)) or None,
+        "text": ", ".join(map(escape_md, texts)) or None,
         "written by": "a teacher, in part or in whole (sequence-level distillation)" if generated else None,
-        "stages": _stages(reading.order),
-        "sequence length": f"{reading.sequence_length:,} tokens",
-        "packing": ", ".join(sorted({plain(manifest.packer.name) for manifest in manifests})) or None,
+        "curriculum": _curriculum(provenance.order),
+        "sequence length": f"{provenance.sequence_length:,} tokens",
+        "packing": ", ".join(sorted({escape_md(manifest.packer.name) for manifest in manifests})) or None,
         "documents": "each by itself" if data.document_mask else "side by side, visible to each other",
-        "tokenizer": _tokenizer(origin, reading),
-        "order": f"seed {data.seed}, fingerprint `{reading.cursor.fingerprint}`",
-        "damaged sequences, masked": f"{len(reading.cursor.masked_slots):,}",
-        "sequences left out on purpose": f"{left_out:,}",
+        "tokenizer": _tokenizer(origin, provenance),
+        "order": f"seed {data.seed}, fingerprint `{provenance.cursor.fingerprint}`",
+        "damaged sequences, masked": f"{len(provenance.cursor.masked_slots):,}",
+        "sequences skipped after a rollback": f"{left_out:,}",
     }
 
 
-def _tokenizer(origin: Origin, reading: Reading) -> str | None:
-    """As the data says it, else as it lies in the run folder."""
-    for source in reading.sources:
+def _tokenizer(origin: Origin, provenance: DataProvenance) -> str | None:
+    """Kind and sha256 by the data's manifest, else by the run folder."""
+    for source in provenance.sources:
         if source.manifest is not None:
             record = source.manifest.tokenizer
             return f"{record.kind}, sha256 `{record.sha256}`"
-    found = None if origin.run is None else tokenizer_sha256(origin.run / TOKENIZER_FOLDER, prefer="sentencepiece")
-    return None if found is None else f"{found[0]}, sha256 `{found[1]}`"
+    stored = None if origin.run is None else tokenizer_sha256(origin.run / TOKENIZER_FOLDER, prefer="sentencepiece")
+    return None if stored is None else f"{stored[0]}, sha256 `{stored[1]}`"
 
 
-def _stages(order: Mapping[str, Any]) -> str | None:
+def _curriculum(order: Mapping[str, Any]) -> str | None:
     if len(order["stages"]) < 2:
         return None
     words = []
     for stage in order["stages"]:
-        shares = ", ".join(f"{plain(name)} {quota}" for name, quota in stage["quotas"].items())
+        shares = ", ".join(f"{escape_md(name)} {quota}" for name, quota in stage["quotas"].items())
         words.append(shares + (" parts" if stage["slots"] is None else f" parts of {stage['slots']:,} sequences"))
     return "; then ".join(words)
 
 
-def _training(origin: Origin, reading: Reading) -> Rows:
+def _training(origin: Origin, provenance: DataProvenance) -> Rows:
     recipe, manifest = origin.recipe, origin.checkpoint.manifest
-    section, adamw = recipe.train, recipe.train.optimizer
-    forward = flops_per_token(origin.config, reading.sequence_length).forward
+    section = recipe.train
+    forward = flops_per_token(origin.config, provenance.sequence_length).forward
     weights = recipe.student.weights
     return {
         "objective": _objective(recipe.loss) if recipe.teacher is not None else "cross-entropy of the next token",
         "z-loss": f"{recipe.loss.z_loss:g}" if recipe.loss.z_loss else None,
         "steps": f"{manifest.step:,} of {section.steps:,}",
         "tokens": f"{manifest.tokens:,}",
-        "batch": f"{section.global_batch:,} sequences, {section.global_batch * reading.sequence_length:,} tokens",
-        "optimizer": (
-            f"AdamW, β₁ {adamw.beta1:g}, β₂ {adamw.beta2:g}, ε {adamw.epsilon:g}, weight decay "
-            f"{adamw.weight_decay:g} on matrices; gradient norm clipped at {section.max_grad_norm:g}"
-        ),
-        "learning rate": f"{adamw.learning_rate:g}, {_schedule(section.schedule)}",
+        "batch": f"{section.global_batch:,} sequences, {section.global_batch * provenance.sequence_length:,} tokens",
+        "optimizer": f"{describe(section.optimizer)}; gradient norm clipped at {section.max_grad_norm:g}",
+        "learning rate": f"{section.optimizer.learning_rate:g}, {_schedule(section.schedule)}",
         "precision": f"{section.precision}, float32 master weights",
-        "starting weights": f"random, seed {recipe.run.seed}" if weights is None else last_name(weights),
+        "starting weights": f"random, seed {recipe.run.seed}" if weights is None else basename(weights),
         "fingerprint of the starting weights": _started_from(origin.run) or _fingerprint(weights),
         "FLOPs of the student": f"{3 * forward * manifest.tokens:.3g}, without what was computed again",
         "ranks": f"{manifest.world:,}",
@@ -200,27 +189,27 @@ def _training(origin: Origin, reading: Reading) -> Rows:
 
 
 def _started_from(run: Path | None) -> str | None:
-    """What the run wrote down of the weights that it began from, which may be gone."""
+    """The fingerprint of the starting weights by recipe.json: the weights may be gone."""
     try:
-        kept = json.loads((run / "recipe.json").read_text(encoding="utf-8")) if run is not None else {}
-        return f"`{plain(kept['started_from']['fingerprint'])}`"
+        written = read_json(run / "recipe.json") if run is not None else {}
+        return f"`{escape_md(written['started_from']['fingerprint'])}`"
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def _objective(loss: LossSection) -> str:
-    what = DIVERGENCES[loss.divergence]
-    for letter, value in (("β", loss.beta), ("α", loss.alpha)):
-        what += f", {letter} {value:g}" if value is not None else ""
+    what, parameter = loss.divergence.spec.title, loss.divergence.spec.parameter
+    if parameter is not None and loss.parameter is not None:
+        what += f", {parameter.symbol} {loss.parameter:g}"
     terms = [f"{loss.kd_weight:g} × ({what})"]
     if loss.ce_weight:
         terms.append(f"{loss.ce_weight:g} × cross-entropy of the label")
-    said = f"{' + '.join(terms)}, temperature {loss.temperature:g}"
+    text = f"{' + '.join(terms)}, temperature {loss.temperature:g}"
     if loss.schedule is not None:
-        said += f"; the divergence's weight: {_schedule(loss.schedule)}; the label has the rest"
+        text += f"; the divergence's weight: {_schedule(loss.schedule)}; the label has the rest"
     if loss.label_fraction:
-        said += f"; the {loss.label_fraction:.0%} of tokens where the teacher is surest learn from the label"
-    return said
+        text += f"; the {loss.label_fraction:.0%} of tokens with the lowest teacher entropy learn from the label"
+    return text
 
 
 def _schedule(schedule: ScheduleSection) -> str:
@@ -230,27 +219,29 @@ def _schedule(schedule: ScheduleSection) -> str:
     return f"{up}down to {schedule.final_ratio:g} of it along a cosine"
 
 
-def _teacher(recipe: Recipe, reading: Reading) -> Rows:
+def _teacher(recipe: Recipe, provenance: DataProvenance) -> Rows:
     section, targets = recipe.teacher, recipe.loss.targets
     if section is None:
         return {}
-    kept = "its whole distribution" if targets is None else TARGETS[targets.select].format(**targets.model_dump())
+    select = "its whole distribution" if targets is None else TARGETS[targets.select].format(**targets.model_dump())
     rest = "" if targets is None or targets.tail is None else f", the rest {targets.tail}"
+    origin = "stored before the run" if section.source == "stored" else "computed in the run"
     rows: Rows = {
-        "teacher": "not named by the recipe" if section.path is None else last_name(section.path),
-        "targets": f"{kept}{rest}, {'stored before the run' if section.source == 'stored' else 'computed in the run'}",
+        "teacher": "not named by the recipe" if section.path is None else basename(section.path),
+        "targets": f"{select}{rest}, {origin}",
         "vocabulary": None if section.vocab_map is None else "another one, mapped id by id",
         "fingerprint of its folder today": _fingerprint(section.path),
     }
     try:
         config = load_config(Path(section.path or ""), what="teacher.path")
-    except UserError:  # a card is written where the teacher may not be
+    except UserError:  # the teacher may be on another machine
         return rows
-    forward = flops_per_token(config, reading.sequence_length).forward
+    forward = flops_per_token(config, provenance.sequence_length).forward
     return rows | {
-        "architecture": f"{plain(config.model_type)}, {config.num_hidden_layers} layers, width {config.hidden_size:,}",
+        "architecture": escape_md(config.model_type),
+        "size": f"{config.num_hidden_layers} layers, width {config.hidden_size:,}",
         "parameters": f"{parameter_counts(config).total:,}",
-        "FLOPs of the teacher": f"{forward * reading.tokens:.3g}" if section.source == "live" else None,
+        "FLOPs of the teacher": f"{forward * provenance.tokens:.3g}" if section.source == "live" else None,
     }
 
 
@@ -276,32 +267,30 @@ def _model(config: Any) -> Rows:
 
 
 def _checkpoint(origin: Origin) -> Rows:
-    manifest, folder = origin.checkpoint.manifest, origin.checkpoint.folder
+    manifest = origin.checkpoint.manifest
     skipped = set()
     if origin.run is not None:
         events = read_lines(origin.run / "events.jsonl")
         skipped = {each["step"] for each in events if each["event"] == "step_skipped" and each["step"] <= manifest.step}
-    content = manifest.sha256 or hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     return {
         "step": f"{manifest.step:,}",
-        "sha256 of its manifest": f"`{content}`",
-        "sha256 of the recipe": f"`{manifest.recipe_sha256}`" if manifest.recipe_sha256 else None,
-        "starts of the run until then": f"{manifest.attempt}" if manifest.attempt else None,
+        "sha256 of its manifest": f"`{manifest.sha256}`",
+        "sha256 of the recipe": f"`{manifest.recipe_sha256}`",
+        "attempts until then": f"{manifest.attempt}",
         "rollbacks after a loss spike": f"{manifest.rollbacks}",
-        "steps that moved nothing": f"{len(skipped)}" if skipped else None,
-        "versions": ", ".join(f"{plain(name)} {plain(number)}" for name, number in manifest.versions.items()),
+        "skipped steps": f"{len(skipped)}" if skipped else None,
+        "versions": ", ".join(f"{escape_md(name)} {escape_md(number)}" for name, number in manifest.versions.items()),
     }
 
 
 def _limits(recipe: Recipe) -> str:
-    alone = recipe.teacher is None and recipe.student.weights is None
-    terms = "they follow from the text" + ("" if alone else ", and from the terms of the models that it was made from")
-    said = [
-        "A base model: it continues text. It was not trained to follow instructions, nor to refuse them, and what it "
-        "says may be wrong or harmful, as the text that it was trained on may be.",
+    of_models = "" if recipe.teacher is None and recipe.student.weights is None else " and from the models it came from"
+    limits = [
+        "A base model: it continues text. It was not trained to follow or refuse instructions, and its text may be "
+        "wrong or harmful, as its training text may be.",
         "It has read sequences of the length above, and no longer ones.",
-        f"Neither licence nor language is named here: {terms}.",
+        f"Licence and language are not named here: they follow from the text{of_models}.",
     ]
     if recipe.teacher is not None:
-        said.append("Errors and biases of the teacher are what it learned from.")
-    return "\n".join(f"* {each}" for each in said)
+        limits.append("Errors and biases of the teacher are what it learned from.")
+    return "\n".join(f"* {each}" for each in limits)

@@ -1,11 +1,13 @@
-"""The loss: what student and teacher disagree about, and its gradient. It does not know models or optimizers.
+"""The distillation loss and its gradient.
 
-`distill_loss`, `sparse_distill_loss` and `label_loss` are the vocabulary-parallel operator, `token_terms` is what they
-add up, token by token; `loss.reference` defines what they compute.
+`distill_loss`, `sparse_distill_loss` and `label_loss` are the vocabulary-parallel operator, `token_terms` its values
+token by token; `loss.reference` defines what they compute.
 """
 
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.divergence import Divergence, DivergenceKind, Elementwise
+from megadistill.divergence import Divergence, DivergenceKind
+from megadistill.loss.heads import Head
+from megadistill.loss.options import Elementwise, LossOptions
 from megadistill.loss.tokens import AgainstTeacher, TokenTerms, token_terms
 from megadistill.loss.vocab_parallel import distill_loss, label_loss, sparse_distill_loss
 
@@ -14,6 +16,8 @@ __all__ = [
     "Divergence",
     "DivergenceKind",
     "Elementwise",
+    "Head",
+    "LossOptions",
     "TokenTerms",
     "VocabSlice",
     "distill_loss",

@@ -1,30 +1,39 @@
-"""Memory for logits. It knows no shapes but sizes.
+"""Memory for logits: the buffer that chunks share, and the blocks in which eager arithmetic goes over it.
 
 An accelerator's allocator keeps what is freed. A CPU's gives large pieces back to the system, and each call would have
-the system clear them again, page by page: 0.08 s for 256 MiB, a fourteenth of what the products take at D 256. So there
-one piece is kept from call to call, and whoever takes it has it alone.
+the system clear them again, page by page: 0.08 s for 256 MiB, a fourteenth of the products' time at D 256. So on a CPU
+one buffer is reused from call to call; one caller has it at a time.
 """
 
 from torch import Tensor
 
-LOGIT_MEMORY = 512 << 20
-"""Bytes of logits that exist at a time, by default: two models' of 2048 tokens, at a slice of 32,768 ids. With half of
-it the products of such chunks are some 4 % slower on a CPU."""
+BLOCK_ELEMENTS = 1 << 18
+"""Logits of a block, about: the temporaries of eager arithmetic stay small, and in a CPU's cache."""
+
+ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
+"""Logits of a block of float64 arithmetic on an accelerator, where a block is a kernel launch: 128 MiB."""
 
 _spare: list[Tensor] = []
 
 
+def row_blocks(z_nv: Tensor, elements: int) -> list[slice]:
+    """The rows in order, in ranges of about so many elements each."""
+    n, v = z_nv.shape
+    step = max(1, elements // max(1, v))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def take(elements: int, like: Tensor) -> Tensor:
-    """[elements] of anything, of the dtype and device of `like`. Give it back with `give` when nothing reads it."""
+    """[elements], uninitialised, of the dtype and device of `like`. Return it with `give` when nothing reads it."""
     if like.device.type != "cpu":
         return like.new_empty(elements)
-    kept = _spare.pop() if _spare else None
-    if kept is None or kept.dtype != like.dtype or kept.numel() < elements:
+    buffer = _spare.pop() if _spare else None
+    if buffer is None or buffer.dtype != like.dtype or buffer.numel() < elements:
         return like.new_empty(elements)
-    return kept[:elements]
+    return buffer[:elements]
 
 
 def give(memory: Tensor) -> None:
-    """The next `take` may have it."""
+    """Makes the memory available to the next `take`."""
     if memory.device.type == "cpu" and not _spare:
         _spare.append(memory if memory._base is None else memory._base)

@@ -1,6 +1,4 @@
-"""A model's head on this rank's slice: what must fit, the products, and the logits that they become.
-
-It knows one model and one slice; it does not know tokens of other ranks, softmaxes or losses.
+"""A model's LM head on this rank's slice of the vocabulary, and the matrix products with it.
 
 Legend: N tokens, n of them in a chunk; D the model's width; w this rank's rows of the vocabulary, v of them true (not
 padding).
@@ -19,44 +17,53 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Head:
-    """What a caller passes of one model. The teacher's padding may be another than the slice's."""
+    """One model of a loss: its final hidden states, and its LM head's rows on this rank."""
 
-    name: str
-    hidden_ND: Tensor
-    weight_wD: Tensor
-    bias_w: Tensor | None
-    transform: LogitTransform
+    hidden: Tensor
+    """[N, D]: float64, float32 or bfloat16. Products accumulate in float32 (float64 for float64)."""
+    weight: Tensor
+    """[w, D], of the same dtype."""
+    bias: Tensor | None = None
+    """[w], added to the products; -inf for an id that a teacher does not know."""
+    transform: LogitTransform = LogitTransform()
+    """Scale and softcap, applied before the softmax."""
 
-    def require_fit(self, tokens: int, vocab: VocabSlice) -> None:
-        """
+    def require_fit(self, name: str, tokens: int, vocab: VocabSlice, *, padding: bool) -> None:
+        """Checks shapes and dtypes. With `padding` there must be as many rows as the slice has, padding included.
+
         Raises:
-            ValueError: shapes or dtypes that do not fit the tokens, the slice or each other.
+            ValueError: they do not fit the tokens, the slice or each other.
         """
-        hidden, weight, bias = self.hidden_ND, self.weight_wD, self.bias_w
-        enough = weight.shape[0] == vocab.rows if self.name == "student" else weight.shape[0] >= vocab.true_rows
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        enough = weight.shape[0] == vocab.rows if padding else weight.shape[0] >= vocab.true_rows
         if hidden.shape != (tokens, hidden.shape[-1]) or weight.shape[1:] != hidden.shape[1:] or not enough:
             raise ValueError(
-                f"{self.name} hidden states {list(hidden.shape)} and head {list(weight.shape)} do not fit {tokens} "
+                f"{name} hidden states {list(hidden.shape)} and head {list(weight.shape)} do not fit {tokens} "
                 f"tokens and the slice's {vocab.rows} rows ({vocab.true_rows} without padding); pass "
                 f"[{tokens}, width] and [{vocab.rows}, width]"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{self.name} bias {list(bias.shape)} does not fit its head {list(weight.shape)}; pass one a row"
+                f"{name} bias {list(bias.shape)} does not fit its head {list(weight.shape)}; pass one number a row"
             )
         if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
             raise ValueError(
-                f"{self.name} hidden states are {hidden.dtype} and the head is {weight.dtype}; cast both to one of "
+                f"{name} hidden states are {hidden.dtype} and the head is {weight.dtype}; cast both to one of "
                 "float64, float32 or bfloat16 (float16 underflows with weights of 1/tokens)"
             )
 
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of products, statistics and sums: float64 for float64, else float32."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
     def rows(self, vocab: VocabSlice, dtype: torch.dtype) -> Tensor:
         """[v, D]: true rows come first, so padding is cut off before any product, and no softmax sees it."""
-        return operand(self.weight_wD[: vocab.true_rows], dtype)
+        return operand(self.weight[: vocab.true_rows], dtype)
 
-    def bias(self, vocab: VocabSlice, dtype: torch.dtype) -> Tensor | None:
-        """[v]."""
-        return None if self.bias_w is None else self.bias_w[: vocab.true_rows].to(dtype)
+    def true_bias(self, vocab: VocabSlice, dtype: torch.dtype) -> Tensor | None:
+        """[v]"""
+        return None if self.bias is None else self.bias[: vocab.true_rows].to(dtype)
 
 
 def padded(rows: Tensor, length: int, fill: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""A call of the loss: its arguments, what must fit, and what the ranks agree on before the first chunk.
+"""The inputs of a call of the loss, their checks, and the plan of its chunks, which all ranks share.
 
-Legend: N this rank's tokens, L those of the rank that has most; g ranks of the vocab group; k tokens that each of them
-gives to a chunk; v this rank's true rows of the vocabulary; K ids kept of a token.
+Legend: N this rank's tokens; g ranks of the vocab group; K sparse target ids of a token; v this rank's true rows of the
+vocabulary.
 """
 
 import math
@@ -11,31 +11,33 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megadistill.distributed.collectives import all_gather_rows
+from megadistill.distributed.collectives import all_gather_rows, group_size
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.divergence import Divergence, Elementwise
+from megadistill.divergence import Divergence
 from megadistill.loss.heads import Head
+from megadistill.loss.options import LossOptions
 from megadistill.types import IGNORED_LABEL, SparseTargets
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The arguments of a call, and what follows from them."""
+class LossInputs:
+    """The arguments of a call, checked."""
 
-    heads: tuple[Head, ...]
+    student: Head
+    teacher: Head | None
     labels_N: Tensor
     weights_N: Tensor
     divergence: Divergence
     vocab: VocabSlice
-    logit_memory: int
-    elementwise: Elementwise
+    options: LossOptions
     targets: SparseTargets | None = None
-    diagnose: bool = False
+    """Sparse targets in place of a teacher."""
 
     def __post_init__(self) -> None:
         tokens = self.labels_N.shape[0]
-        for head in self.heads:
-            head.require_fit(tokens, self.vocab)
+        self.student.require_fit("student", tokens, self.vocab, padding=True)
+        if self.teacher is not None:
+            self.teacher.require_fit("teacher", tokens, self.vocab, padding=False)
         if self.weights_N.shape != self.labels_N.shape:
             raise ValueError(f"{list(self.weights_N.shape)} token weights for {tokens} labels; pass one for each")
         if self.targets is not None and (
@@ -47,58 +49,87 @@ class Problem:
                 f"target ids {list(self.targets.ids.shape)}, probs {list(self.targets.probs.shape)} and log_tail "
                 f"{list(self.targets.log_tail.shape)} do not fit {tokens} labels; pass [{tokens}, K] twice, [{tokens}]"
             )
-        if self.logit_memory < 1:
-            raise ValueError(f"logit_memory is {self.logit_memory} bytes; a chunk needs at least one token's logits")
         assert self.vocab.size < 2**24, "ids travel among float32 statistics, which hold them exactly below 2**24"
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of every accumulator: products, statistics, sums."""
-        return torch.float64 if any(h.hidden_ND.dtype == torch.float64 for h in self.heads) else torch.float32
+    def heads(self) -> tuple[Head, ...]:
+        """The student's, then the teacher's where there is one."""
+        return (self.student,) if self.teacher is None else (self.student, self.teacher)
 
     @property
-    def student(self) -> Head:
-        return self.heads[0]
+    def diagnostics(self) -> bool:
+        """Whether they are computed: asked for, and there is a teacher."""
+        return self.options.diagnostics and self.teacher is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of every accumulator: products, statistics, sums."""
+        return torch.float64 if any(h.accumulator == torch.float64 for h in self.heads) else torch.float32
 
     @cached_property
-    def operands(self) -> tuple[Tensor, ...]:
-        """[v, D] of each head."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """[v, D] of each head, as products take them."""
         return tuple(head.rows(self.vocab, self.dtype) for head in self.heads)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the ranks agree on before the first chunk."""
+class ChunkPlan:
+    """How the tokens are cut into chunks: the same on every rank of the vocab group."""
 
     longest: int
-    """L."""
-    tokens: int
-    """k."""
+    """Tokens of the rank that has most."""
+    chunk_tokens: int
+    """Tokens that each rank gives to a chunk; the last one may have fewer."""
     in_flight: int
-    """Chunks whose logits exist at a time: while one's statistics travel, the next one's products run."""
-    kept: int
-    """K."""
+    """Chunks whose logits exist at a time: while the statistics of one are gathered, the next one's products run."""
+
+    @classmethod
+    def of(cls, longest: int, fitting: int, group_size: int, *, in_flight: int | None = None) -> "ChunkPlan":
+        """Chunks of equal size, of at most `fitting` tokens of the whole group together, at least one of each rank.
+
+        In flight are two chunks where there are ranks to gather from, unless `in_flight` is given.
+        """
+        in_flight = in_flight or (1 if group_size == 1 else 2)
+        chunks = math.ceil(longest / max(1, fitting // (group_size * in_flight)))
+        return cls(longest, math.ceil(longest / max(1, chunks)) or 1, in_flight)
 
     def spans(self) -> list[slice]:
-        """Each chunk's tokens, of every rank."""
-        return [slice(start, min(start + self.tokens, self.longest)) for start in range(0, self.longest, self.tokens)]
+        """The token range of each chunk, the same for every rank."""
+        step = self.chunk_tokens
+        return [slice(start, min(start + step, self.longest)) for start in range(0, self.longest, step)]
 
 
-def agree(problem: Problem, *, with_gradient: bool) -> Plan:
-    """One small all-gather of what the ranks must know of each other, and the call's one host-device sync."""
-    labels_N, vocab, targets = problem.labels_N, problem.vocab, problem.targets
-    strangers = ((labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab.size))).sum().view(1)
-    unknown = torch.zeros_like(strangers) if targets is None else (targets.ids >= vocab.size).sum().view(1)
-    kept = 0 if targets is None else targets.ids.shape[1]
-    itemsize = torch.empty((), dtype=problem.dtype).itemsize
-    fit = problem.logit_memory // (len(problem.heads) * itemsize * max(1, vocab.true_rows))
-    counts = labels_N.new_tensor(
-        [labels_N.shape[0], vocab.true_rows, int(with_gradient), kept, min(fit, 1 << 40)], dtype=torch.int64
+def fitting_tokens(logit_memory: int, *, models: int, itemsize: int, rows: int) -> int:
+    """Tokens whose logits fit into `logit_memory` bytes, on a slice of so many true rows."""
+    return logit_memory // (models * itemsize * max(1, rows))
+
+
+def exchange_metadata(inputs: LossInputs, *, with_gradient: bool) -> tuple[ChunkPlan, int]:
+    """One small all-gather of shapes, memory limits and checks, and the call's one host-device sync.
+
+    Returns:
+        The plan of the chunks; the largest K of a rank, 0 without sparse targets.
+
+    Raises:
+        ValueError: on every rank, where one has labels or ids outside of the vocabulary, the slices do not add up to
+            it, or the ranks disagree about gradients.
+    """
+    labels_N, vocab, targets = inputs.labels_N, inputs.vocab, inputs.targets
+    bad_labels = ((labels_N != IGNORED_LABEL) & ((labels_N < 0) | (labels_N >= vocab.size))).sum().view(1)
+    bad_ids = torch.zeros_like(bad_labels) if targets is None else (targets.ids >= vocab.size).sum().view(1)
+    own_K = 0 if targets is None else targets.ids.shape[1]
+    fitting = fitting_tokens(
+        inputs.options.logit_memory,
+        models=len(inputs.heads),
+        itemsize=inputs.dtype.itemsize,
+        rows=vocab.true_rows,
     )
-    told = all_gather_rows(torch.cat([counts, strangers, unknown]).view(1, -1), vocab.group)
-    tokens, rows, gradient, kepts, fits, labels, ids = zip(*told.tolist(), strict=True)
-    if sum(rows) != vocab.size:
-        raise ValueError(f"the slices hold {list(rows)} true rows, which do not add up to a vocabulary of {vocab.size}")
+    counts = labels_N.new_tensor(
+        [labels_N.shape[0], vocab.true_rows, int(with_gradient), own_K, min(fitting, 1 << 40)], dtype=torch.int64
+    )
+    gathered = all_gather_rows(torch.cat([counts, bad_labels, bad_ids]).view(1, -1), vocab.group)
+    tokens, rows, gradients, Ks, fittings, labels, ids = zip(*gathered.tolist(), strict=True)
+    require_whole_vocabulary(rows, vocab)
     if any(labels):
         raise ValueError(
             f"{list(labels)} labels (by rank) are neither ids below {vocab.size} nor {IGNORED_LABEL}; "
@@ -108,11 +139,17 @@ def agree(problem: Problem, *, with_gradient: bool) -> Plan:
         raise ValueError(
             f"{list(ids)} target ids (by rank) are not below {vocab.size}; mark places without an id with -1"
         )
-    if len(set(gradient)) > 1:
+    if len(set(gradients)) > 1:
         raise ValueError(
-            f"some ranks want gradients and some do not ({list(gradient)}); set requires_grad and the grad mode alike"
+            f"some ranks want gradients and some do not ({list(gradients)}); set requires_grad and the grad mode alike"
         )
-    g, longest = len(tokens), int(max(tokens))
-    in_flight = 1 if vocab.group is None else 2
-    chunks = math.ceil(longest / max(1, min(fits) // (g * in_flight)))
-    return Plan(longest, math.ceil(longest / max(1, chunks)) or 1, in_flight, int(max(kepts)))
+    return ChunkPlan.of(int(max(tokens)), int(min(fittings)), group_size(vocab.group)), int(max(Ks))
+
+
+def require_whole_vocabulary(rows: tuple[int, ...], vocab: VocabSlice) -> None:
+    """
+    Raises:
+        ValueError: the true rows of all ranks do not add up to the vocabulary.
+    """
+    if sum(rows) != vocab.size:
+        raise ValueError(f"the slices hold {list(rows)} true rows, which do not add up to a vocabulary of {vocab.size}")

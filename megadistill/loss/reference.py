@@ -1,10 +1,10 @@
-"""The definitions, dense and in plain torch: the oracle of the operator. It knows one process and the whole vocabulary.
+"""The definitions, dense and in plain torch, on one process with the whole vocabulary: the oracle of the operator.
 
-Every dtype is kept (float64 in, float64 out) and autograd finds the gradients, so nothing here is clever. It builds
-the `[N, V]` logits of both models.
+Dtypes are preserved (float64 in, float64 out) and autograd computes the gradients, so nothing here is clever. The
+`[N, V]` logits of both models are in memory.
 
-Legend: N tokens, D student width, E teacher width, V rows of the heads (padding included), U ≤ V the true vocabulary,
-K ids kept of a token, M draws.
+Legend: N tokens, V rows of the heads (padding included), U ≤ V the true vocabulary, K sparse target ids of a token, M
+draws.
 """
 
 import math
@@ -12,58 +12,49 @@ import math
 import torch
 from torch import Tensor
 
-from megadistill.loss.divergence import Divergence, DivergenceKind
-from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK
-from megadistill.types import DECILES, IGNORED_LABEL, TOP_K, Diagnostics, LogitTransform, LossTerms, SparseTargets, Tail
+from megadistill.divergence import Divergence, DivergenceKind
+from megadistill.loss.heads import Head
+from megadistill.loss.sparse.selection import Sampled, Selection, Threshold, TopK
+from megadistill.types import DECILES, IGNORED_LABEL, TOP_K, Diagnostics, LossTerms, SparseTargets, Tail
 
 
 def distill_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    student: Head,
+    teacher: Head,
     labels: Tensor,
     *,
     token_weights: Tensor,
     divergence: Divergence,
     vocab_size: int,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
-    teacher_logits: LogitTransform = LogitTransform(),
-    diagnose: bool = False,
+    diagnostics: bool = False,
 ) -> LossTerms:
     """`divergence` of student against teacher, summed over the tokens, each times its weight.
 
     Args:
-        student_hidden: [N, D], what the student's head reads.
-        student_weight: [V, D], the student's head. Rows from `vocab_size` on are padding, which no softmax sees.
-        teacher_hidden: [N, E]; no gradient flows to it, nor to `teacher_weight`.
-        teacher_weight: [V', E], its padding may be another.
+        student: hidden [N, D], weight [V, D]. Rows from `vocab_size` on are padding, which no softmax sees.
+        teacher: hidden [N, E], weight [V', E]; its padding may be another. No gradient flows to it. A bias of -inf
+            marks an id that it does not know.
         labels: [N] int64; `IGNORED_LABEL` where there is none: such a token has no cross-entropy term, student's or
-            teacher's, and keeps the others.
-        token_weights: [N]. A token of weight 0 is not there: nothing of it is read.
+            teacher's, and its other terms count.
+        token_weights: [N]. A token of weight 0 contributes nothing: none of its values is read.
         divergence: the terms of the loss and their weights.
         vocab_size: U, the number of true ids.
-        student_bias, teacher_bias: [V] and [V'], added to the products. A teacher's bias of -inf says that it does not
-            know an id.
-        student_logits, teacher_logits: what each model does to its products before the softmax.
-        diagnose: whether `LossTerms.diagnostics` is wanted.
+        diagnostics: whether `LossTerms.diagnostics` is computed.
 
     Returns:
         `LossTerms` in nats; cross-entropies, entropies, agreement and log Z at temperature 1.
     """
     live = token_weights != 0
-    weights_N, labels_N, T = token_weights[live].to(student_hidden.dtype), labels[live], divergence.temperature
-    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
-    teacher_NU = logits(teacher_hidden[live], teacher_weight, teacher_bias, teacher_logits, vocab_size).detach()
+    weights_N, labels_N, T = token_weights[live].to(student.hidden.dtype), labels[live], divergence.temperature
+    logits_NU = logits(student, vocab_size, live)
+    teacher_NU = logits(teacher, vocab_size, live).detach()
     log_p_t, log_p_s = (teacher_NU / T).log_softmax(dim=1), (logits_NU / T).log_softmax(dim=1)
     value_N = divergence_value(log_p_t, log_p_s, divergence)
 
     entropy_N = entropy(teacher_NU)
-    routed_N = _surest(entropy_N, labels_N, divergence.label_fraction)
+    use_label_N = _lowest_entropy(entropy_N, labels_N, divergence.label_fraction)
     ce_N = label_ce(logits_NU, labels_N)
-    kd_N = torch.where(routed_N, divergence.kd_weight * ce_N, divergence.kd_factor * value_N)
+    kd_N = torch.where(use_label_N, divergence.kd_weight * ce_N, divergence.kd_factor * value_N)
     log_z_N = logits_NU.logsumexp(dim=1)
     loss_N = kd_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
 
@@ -80,44 +71,32 @@ def distill_loss(
         teacher_entropy=total(entropy_N),
         agreement=total((logits_NU.argmax(dim=1) == teacher_NU.argmax(dim=1)).to(weights_N.dtype)),
         log_z=total(log_z_N).detach(),
-        diagnostics=_diagnostics(teacher_NU, logits_NU.detach(), weights_N) if diagnose else None,
+        diagnostics=_diagnostics(teacher_NU, logits_NU.detach(), weights_N) if diagnostics else None,
     )
 
 
 def label_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    *,
-    token_weights: Tensor,
-    vocab_size: int,
-    z_loss: float = 0.0,
-    student_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
+    student: Head, labels: Tensor, *, token_weights: Tensor, vocab_size: int, z_loss: float = 0.0
 ) -> LossTerms:
     """Cross-entropy against the labels plus `z_loss · (ln Z)²`: `distill_loss` without a teacher (its terms are 0)."""
     live = token_weights != 0
-    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
-    weights_N = token_weights[live].to(student_hidden.dtype)
-    none_N = torch.zeros_like(weights_N)
+    weights_N = token_weights[live].to(student.hidden.dtype)
     divergence = Divergence(kd_weight=0.0, ce_weight=1.0, z_loss=z_loss)
-    return _without_teacher(logits_NU, labels[live], weights_N, none_N, divergence)
+    logits_NU = logits(student, vocab_size, live)
+    return _without_teacher(logits_NU, labels[live], weights_N, torch.zeros_like(weights_N), divergence)
 
 
 def sparse_distill_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    student: Head,
     targets: SparseTargets,
     labels: Tensor,
     *,
     token_weights: Tensor,
     divergence: Divergence,
     vocab_size: int,
-    student_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
 ) -> LossTerms:
-    """Forward KL against what was kept of the teacher's distribution: Σ over the kept ids q (ln q - ln p_s), and for
-    `Tail.OTHER` the same for the one event that stands for all other ids. The other terms are those of `distill_loss`.
+    """Forward KL against a part of the teacher's distribution: Σ over the target ids q (ln q - ln p_s), and for
+    `Tail.OTHER` the same for one event, "any other id". The other terms are those of `distill_loss`.
 
     With `Tail.DROPPED` the sum is of a measure that is smaller than 1, and may be negative.
 
@@ -126,16 +105,15 @@ def sparse_distill_loss(
     """
     require_sparse(divergence, targets)
     live = token_weights != 0
-    logits_NU = logits(student_hidden[live], student_weight, student_bias, student_logits, vocab_size)
+    logits_NU = logits(student, vocab_size, live)
     ids_NK, q_NK = targets.ids[live], targets.probs[live].to(logits_NU.dtype)
     log_p_s = (logits_NU / divergence.temperature).log_softmax(dim=1)
-    kept_NK = (ids_NK >= 0) & (q_NK > 0)
-    picked_NK = log_p_s.gather(1, ids_NK.clamp_min(0))
-    value_N = torch.where(kept_NK, q_NK * (q_NK.log() - picked_NK), 0).sum(dim=1)
+    log_p_NK = log_p_s.gather(1, ids_NK.clamp_min(0))
+    value_N = torch.where((ids_NK >= 0) & (q_NK > 0), q_NK * (q_NK.log() - log_p_NK), 0).sum(dim=1)
     if targets.tail is Tail.OTHER:
         log_r_t = targets.log_tail[live].to(logits_NU.dtype)
         inside_NU = torch.zeros_like(log_p_s).scatter_add(1, ids_NK.clamp_min(0), (ids_NK >= 0).to(log_p_s.dtype)) > 0
-        # Where no id is left outside, the tail holds nothing; a number keeps the gradient of what is not used finite.
+        # Where no id is left outside, the tail holds nothing; a number makes the gradient of what is not used finite.
         outside_NU = torch.where((log_r_t == -math.inf).unsqueeze(1), False, ~inside_NU)
         log_r_s = torch.where(
             outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, torch.finfo(log_p_s.dtype).min).logsumexp(dim=1), 0
@@ -145,17 +123,15 @@ def sparse_distill_loss(
 
 
 def require_sparse(divergence: Divergence, targets: SparseTargets) -> None:
-    """Refuses what kept ids cannot tell.
+    """Checks that the divergence can be computed from sparse targets.
 
     Raises:
         ValueError: see `sparse_distill_loss`.
     """
     if divergence.formula is not DivergenceKind.FORWARD_KL:
-        raise ValueError(
-            f"{divergence.kind.value} needs the teacher's whole distribution; sparse targets have forward KL"
-        )
+        raise ValueError(f"{divergence.kind} needs the teacher's whole distribution; sparse targets have forward KL")
     if divergence.label_fraction > 0:
-        raise ValueError("label_fraction needs the teacher's entropy, which sparse targets do not tell")
+        raise ValueError("label_fraction needs the teacher's entropy, which sparse targets do not hold")
     if divergence.temperature != targets.temperature:
         raise ValueError(
             f"the targets were made at temperature {targets.temperature}, the loss is at {divergence.temperature}: "
@@ -163,37 +139,38 @@ def require_sparse(divergence: Divergence, targets: SparseTargets) -> None:
         )
 
 
-def logits(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, transform: LogitTransform, vocab_size: int
-) -> Tensor:
-    """[N, U]: what the softmax reads."""
-    raw_NU = hidden_ND @ weight_VD[:vocab_size].T
-    if bias_V is not None:
-        raw_NU = raw_NU + bias_V[:vocab_size]
+def logits(head: Head, vocab_size: int, rows: Tensor | slice = slice(None)) -> Tensor:
+    """[N, U]: the logits that the softmax reads, of the tokens `rows`."""
+    transform, bias_U = head.transform, None if head.bias is None else head.bias[:vocab_size]
+    raw_NU = head.hidden[rows] @ head.weight[:vocab_size].T
+    if bias_U is not None:
+        raw_NU = raw_NU + bias_U
     scaled_NU = raw_NU * transform.scale
     if transform.softcap is None:
         return scaled_NU
     capped_NU = transform.softcap * torch.tanh(scaled_NU / transform.softcap)
-    return capped_NU if bias_V is None else capped_NU.masked_fill(bias_V[:vocab_size] == -math.inf, -math.inf)
+    return capped_NU if bias_U is None else capped_NU.masked_fill(bias_U == -math.inf, -math.inf)
 
 
 def divergence_value(log_p_t: Tensor, log_p_s: Tensor, divergence: Divergence) -> Tensor:
-    """[N]: the divergence asked for, from the log-probabilities [N, U] of teacher and student."""
-    formula, share = divergence.formula, divergence.mixture
-    if formula is DivergenceKind.FORWARD_KL:
+    """[N]: the divergence of the log-probabilities [N, U] of teacher and student."""
+    kind, share = divergence.formula, divergence.share
+    if kind is DivergenceKind.FORWARD_KL:
         return kl(log_p_t, log_p_s)
-    if formula is DivergenceKind.REVERSE_KL:
+    if kind is DivergenceKind.REVERSE_KL:
         return kl(log_p_s, log_p_t)
-    if formula is DivergenceKind.TVD:
+    if kind is DivergenceKind.TVD:
         return 0.5 * (log_p_t.exp() - log_p_s.exp()).abs().sum(dim=1)
     log_m = torch.logaddexp(log_p_t + math.log(share), log_p_s + math.log(1 - share))
-    if formula is DivergenceKind.SKEW_KL:
+    if kind is DivergenceKind.SKEW_KL:
         return kl(log_p_t, log_m)
-    return share * kl(log_p_t, log_m) + (1 - share) * kl(log_p_s, log_m)
+    if kind is DivergenceKind.JSD:
+        return share * kl(log_p_t, log_m) + (1 - share) * kl(log_p_s, log_m)
+    raise NotImplementedError(f"no definition of the divergence {kind}")
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """[N]: KL(p ‖ q) = Σ p (ln p - ln q), where p is 0 nothing."""
+    """[N]: KL(p ‖ q) = Σ p (ln p - ln q); a term with p = 0 is 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(dim=1)
 
@@ -211,8 +188,8 @@ def label_ce(logits_NU: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(has_label_N, -picked_N1.squeeze(1), 0)
 
 
-def _surest(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Tensor:
-    """[N] bool: the share `fraction` (rounded down) of the labelled tokens, of lowest entropy; of equals the first."""
+def _lowest_entropy(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Tensor:
+    """[N] bool: the fraction (rounded down) of the labelled tokens with the lowest entropy; of equals the first."""
     labelled_N = labels_N != IGNORED_LABEL
     count = math.floor(fraction * int(labelled_N.sum()))
     order_N = torch.where(labelled_N, entropy_N, math.inf).argsort(stable=True)
@@ -222,7 +199,7 @@ def _surest(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Tensor:
 def _without_teacher(
     logits_NU: Tensor, labels_N: Tensor, weights_N: Tensor, value_N: Tensor, divergence: Divergence
 ) -> LossTerms:
-    """The terms that need no teacher beside `value_N`, its divergence of each token."""
+    """The terms of a loss whose teacher is known by `value_N` alone, the divergence of each token."""
     ce_N, log_z_N = label_ce(logits_NU, labels_N), logits_NU.logsumexp(dim=1)
     loss_N = divergence.kd_factor * value_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
     value = (weights_N * value_N).sum().detach()
@@ -243,14 +220,14 @@ def _without_teacher(
 def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> Diagnostics:
     log_p_t, log_p_s = teacher_NU.log_softmax(dim=1), student_NU.log_softmax(dim=1)
     N, U = teacher_NU.shape
-    kept_NU = log_p_t.exp().sort(dim=1, descending=True).values
+    sorted_NU = log_p_t.exp().sort(dim=1, descending=True).values
     place_N = torch.empty(N, dtype=torch.int64).scatter_(0, entropy(teacher_NU).argsort(stable=True), torch.arange(N))
     decile_N = place_N * DECILES // max(1, N)
     return Diagnostics(
         acceptance=(weights_N * torch.minimum(log_p_t.exp(), log_p_s.exp()).sum(dim=1)).sum(),
         reverse_kl=(weights_N * kl(log_p_s, log_p_t)).sum(),
         jsd=(weights_N * divergence_value(log_p_t, log_p_s, Divergence(DivergenceKind.JSD))).sum(),
-        top_k_mass=torch.stack([(weights_N * kept_NU[:, : min(k, U)].sum(dim=1)).sum() for k in TOP_K]),
+        top_k_mass=torch.stack([(weights_N * sorted_NU[:, : min(k, U)].sum(dim=1)).sum() for k in TOP_K]),
         kl_by_entropy_decile=weights_N.new_zeros(DECILES).index_add_(
             0, decile_N.to(weights_N.device), weights_N * kl(log_p_t, log_p_s)
         ),
@@ -258,20 +235,16 @@ def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> D
 
 
 def sparse_targets(
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher: Head,
     *,
     selection: Selection,
     tail: Tail,
     vocab_size: int,
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_logits: LogitTransform = LogitTransform(),
 ) -> SparseTargets:
-    """What `selection` keeps of the teacher's distribution; see `loss.targets.sparse_targets` for the arguments."""
-    logits_NU = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_logits, vocab_size)
-    log_p = (logits_NU / temperature).log_softmax(dim=1)
+    """A part of the teacher's distribution; see `loss.sparse.sparse_targets` for the arguments."""
+    log_p = (logits(teacher, vocab_size) / temperature).log_softmax(dim=1)
     p = log_p.exp()
     order_NU = log_p.argsort(dim=1, descending=True, stable=True)
     sorted_NU = p.gather(1, order_NU)
@@ -279,7 +252,7 @@ def sparse_targets(
         assert uniforms is not None
         drawn_NM = (p.cumsum(dim=1).unsqueeze(2) <= uniforms.unsqueeze(1)).sum(dim=1).clamp_max(vocab_size - 1)
         counts_NU = torch.zeros_like(p).scatter_add(1, drawn_NM, torch.ones_like(uniforms, dtype=p.dtype))
-        kept_NU, target_NU = counts_NU > 0, counts_NU / selection.draws
+        selected_NU, target_NU = counts_NU > 0, counts_NU / selection.draws
         order_NU = torch.arange(vocab_size).expand_as(order_NU)
     else:
         place_NU = torch.arange(vocab_size).expand_as(sorted_NU)
@@ -289,16 +262,16 @@ def sparse_targets(
             first_NU = (sorted_NU >= selection.epsilon) | ((place_NU == 0) & (tail is Tail.RENORMALISED))
         else:
             before_NU = sorted_NU.cumsum(dim=1).roll(1, dims=1).index_fill(1, torch.tensor([0]), 0)
-            first_NU = (before_NU < selection.mass) & (place_NU < selection.max_ids)
-        kept_NU = torch.zeros_like(first_NU).scatter(1, order_NU, first_NU) & (log_p > -math.inf)
-        target_NU = torch.where(kept_NU, log_p, -math.inf).softmax(dim=1) if tail is Tail.RENORMALISED else p
+            first_NU = (before_NU < selection.p) & (place_NU < selection.max_ids)
+        selected_NU = torch.zeros_like(first_NU).scatter(1, order_NU, first_NU) & (log_p > -math.inf)
+        target_NU = torch.where(selected_NU, log_p, -math.inf).softmax(dim=1) if tail is Tail.RENORMALISED else p
 
-    # The kept ids of a row, in order, then nothing.
-    first_NK = kept_NU.gather(1, order_NU).argsort(dim=1, descending=True, stable=True)
-    first_NK = first_NK[:, : int(kept_NU.sum(dim=1).amax()) if len(p) else 0]
+    # The selected ids of a row, in order, then -1.
+    first_NK = selected_NU.gather(1, order_NU).argsort(dim=1, descending=True, stable=True)
+    first_NK = first_NK[:, : int(selected_NU.sum(dim=1).amax()) if len(p) else 0]
     ids_NK = order_NU.gather(1, first_NK)
-    none_NK = ~kept_NU.gather(1, ids_NK)
-    outside_N = torch.where(kept_NU, -math.inf, log_p).logsumexp(dim=1)
+    none_NK = ~selected_NU.gather(1, ids_NK)
+    outside_N = torch.where(selected_NU, -math.inf, log_p).logsumexp(dim=1)
     return SparseTargets(
         ids=ids_NK.masked_fill(none_NK, -1),
         probs=target_NU.gather(1, ids_NK).masked_fill(none_NK, 0),

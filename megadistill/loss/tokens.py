@@ -1,7 +1,6 @@
-"""The loss token by token: what an evaluation asks of each position. It knows no gradient and adds nothing up.
+"""The terms of the loss token by token, for an evaluation: no gradient, no sums.
 
-Legend: N this rank's tokens; D student width, E teacher width; g ranks of the vocab group; k tokens that each of them
-gives to a chunk; w this rank's rows of the vocabulary.
+Legend: N this rank's tokens; g ranks of the vocab group; n tokens of a chunk (of the whole group).
 """
 
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from megadistill.distributed.collectives import all_reduce_sum, group_rank, group_size
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.buffers import LOGIT_MEMORY
+from megadistill.divergence import Divergence
 from megadistill.loss.chunk import Chunk
-from megadistill.loss.divergence import Divergence, Elementwise
 from megadistill.loss.heads import Head
-from megadistill.loss.inputs import Problem, agree
-from megadistill.loss.passes import Everyone, walk
-from megadistill.types import LogitTransform
+from megadistill.loss.in_flight import GroupTokens, iter_chunks
+from megadistill.loss.inputs import LossInputs, exchange_metadata
+from megadistill.loss.options import LossOptions
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class AgainstTeacher:
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What a student says of each of N tokens, at temperature 1: [N] each, in nats."""
+    """A student's terms on each of N tokens, at temperature 1: [N] each, in nats."""
 
     cross_entropy: Tensor
     """-ln p_s of the label; 0 where there is none."""
@@ -50,25 +48,16 @@ class TokenTerms:
 
 @torch.no_grad()
 def token_terms(
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    student: Head,
     labels: Tensor,
     *,
     vocab: VocabSlice,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
-    teacher_logits: LogitTransform = LogitTransform(),
-    logit_memory: int = LOGIT_MEMORY,
+    teacher: Head | None = None,
+    options: LossOptions = LossOptions(),
 ) -> TokenTerms:
     """The terms of `distill_loss` of each token by itself, or of `label_loss` where there is no teacher.
 
-    Collective over `vocab.group`, as they are, and no more than `logit_memory` bytes of logits exist at a time.
-
-    Args:
-        student_hidden, student_weight: [N, D] and [w, D], as in `distill_loss`.
-        labels: [N] int64 global ids, or `IGNORED_LABEL`.
-        teacher_hidden, teacher_weight: [N, E] and [w', E], both or none.
+    Collective over `vocab.group`, as they are; arguments as there.
 
     Returns:
         `TokenTerms` in float32 (float64 for float64).
@@ -76,32 +65,25 @@ def token_terms(
     Raises:
         ValueError: as in `distill_loss`.
     """
-    heads = [Head("student", student_hidden, student_weight, None, student_logits)]
-    if teacher_hidden is not None and teacher_weight is not None:
-        heads.append(Head("teacher", teacher_hidden, teacher_weight, None, teacher_logits))
     ones_N = torch.ones_like(labels, dtype=torch.float32)
-    problem = Problem(tuple(heads), labels, ones_N, Divergence(), vocab, logit_memory, Elementwise.EAGER)
-    plan = agree(problem, with_gradient=False)
-    everyone = Everyone.gather(problem, plan)
+    inputs = LossInputs(student, teacher, labels, ones_N, Divergence(), vocab, options)
+    plan, _ = exchange_metadata(inputs, with_gradient=False)
+    tokens = GroupTokens.gather(inputs, plan)
     g, rank = group_size(vocab.group), group_rank(vocab.group)
-    found = []
-    for begun in walk(problem, plan, everyone):
-        chunk = begun.chunk(problem)
-        k = len(chunk.tokens.weights_n) // g
-        found.append(_columns(chunk)[:, rank * k : (rank + 1) * k])
-    columns = torch.cat(found, dim=1) if found else everyone.weights_gL.new_empty(4 * len(heads), 0)
-    cross_entropy, entropy, confidence, best, *against = columns[:, : len(labels)].unbind()
+    chunks = [_terms(in_flight.wait(inputs)).chunk(g, dim=1)[rank] for in_flight in iter_chunks(inputs, plan, tokens)]
+    terms = torch.cat(chunks, dim=1) if chunks else tokens.weights_gL.new_empty(4 * len(inputs.heads), 0)
+    cross_entropy, entropy, confidence, best, *against = terms[:, : len(labels)].unbind()
     correct = (best == labels).to(best.dtype)
     return TokenTerms(cross_entropy, entropy, confidence, correct, AgainstTeacher(*against) if against else None)
 
 
-def _columns(chunk: Chunk) -> Tensor:
+def _terms(chunk: Chunk) -> Tensor:
     """[4 or 8, n]: cross-entropy, entropy, confidence, most likely id, then `AgainstTeacher`. Collective."""
-    student, teacher, labelled_n = chunk.student, chunk.teacher, chunk.tokens.labelled_n
-    cross_entropy_n = torch.where(labelled_n > 0, student.label_ce_n, 0)
-    own = torch.stack([cross_entropy_n, student.entropy_n, (-student.log_sum_n).exp(), student.best_n])
+    student, teacher, has_label_n = chunk.student, chunk.teacher, chunk.tokens.has_label_n
+    cross_entropy_n = torch.where(has_label_n > 0, student.label_ce_n, 0)
+    own = torch.stack([cross_entropy_n, student.entropy_n, (-student.log_sum_n).exp(), student.argmax_n])
     if teacher is None:
         return own
-    kl_n, _, jsd_n, acceptance_n = all_reduce_sum(chunk.diagnose(), chunk.vocab.group).unbind(dim=1)
-    same_n = (teacher.best_n == student.best_n).to(labelled_n.dtype)
+    kl_n, _, jsd_n, acceptance_n = all_reduce_sum(chunk.pairwise_terms(), chunk.vocab.group).unbind(dim=1)
+    same_n = (teacher.argmax_n == student.argmax_n).to(has_label_n.dtype)
     return torch.cat([own, torch.stack([kl_n, jsd_n, acceptance_n, same_n])])

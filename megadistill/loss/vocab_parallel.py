@@ -1,45 +1,46 @@
-"""The vocabulary-parallel loss: the heads, the divergence and its gradient in one pass, a chunk of tokens at a time.
+"""The vocabulary-parallel loss: LM heads, divergence and gradient in one pass, a chunk of tokens at a time.
 
-The front of the room: what a caller passes and gets, and autograd's view of it. `loss/reference.py` defines what it
-computes, `passes.py` does it, docs/loss.md tells the order of work.
+Every rank of the vocab group has its own tokens X [N, D] and its own rows W [w, D] of the heads, as in Megatron's
+vocab-parallel cross-entropy. The hidden states are gathered over the group chunk by chunk, so logits exist for a chunk
+of tokens and a slice of the vocabulary only. The gradient is computed in the forward pass, by hand: no collective is
+ever differentiated, which is how such losses come to be wrong by a factor of the group's size.
 
-Legend: N this rank's tokens; D student width, E teacher width; w this rank's rows of the vocabulary, v of them true
-(not padding); K ids kept of a token.
+`loss/reference.py` defines the values, docs/loss.md derives them.
+
+Legend: N this rank's tokens, L those of the rank that has most; g ranks of the vocab group; D student width, E teacher
+width; w this rank's rows of the vocabulary, v of them true (not padding); K sparse target ids of a token.
 """
 
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megadistill.distributed.collectives import all_reduce_sum, group_rank, group_size
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss.buffers import LOGIT_MEMORY
-from megadistill.loss.diagnostics import unpacked
-from megadistill.loss.divergence import Divergence, Elementwise
+from megadistill.divergence import Divergence
+from megadistill.loss.chunk import SLICE_TERMS
+from megadistill.loss.diagnostics import DiagnosticsAccumulator, ascending_places, unpacked
+from megadistill.loss.gradients import Gradients
 from megadistill.loss.heads import Head
-from megadistill.loss.inputs import Problem
-from megadistill.loss.passes import evaluate
+from megadistill.loss.in_flight import GroupTokens, iter_chunks
+from megadistill.loss.inputs import ChunkPlan, LossInputs, exchange_metadata
+from megadistill.loss.options import LossOptions
 from megadistill.loss.reference import require_sparse
-from megadistill.types import METRIC_NAMES, LogitTransform, LossTerms, SparseTargets
+from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets
 
 
 def distill_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    student: Head,
+    teacher: Head,
     labels: Tensor,
     *,
     token_weights: Tensor,
     divergence: Divergence,
     vocab: VocabSlice,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
-    teacher_logits: LogitTransform = LogitTransform(),
-    logit_memory: int = LOGIT_MEMORY,
-    elementwise: Elementwise = Elementwise.EAGER,
-    diagnose: bool = False,
+    options: LossOptions = LossOptions(),
 ) -> LossTerms:
     """`divergence` of student against teacher, summed over this rank's tokens, each times its weight.
 
@@ -49,24 +50,16 @@ def distill_loss(
     every rank, once. Where no gradient is wanted (grad mode off, or nothing requires one) only the values are computed.
 
     Args:
-        student_hidden: [N, D], what the student's head reads; float64, float32 or bfloat16, products accumulate in
-            float32 (float64 for float64).
-        student_weight: [w, D], this rank's rows, of the same dtype. Its gradient is complete without a collective, and
-            float32 where `student_weight.grad_dtype` says so; that of padding rows is zero.
-        teacher_hidden: [N, E]. The teacher gets no gradient.
-        teacher_weight: [w', E], the teacher's rows for the same ids; its padding may be another (w' ≥ v).
+        student: hidden [N, D], weight [w, D]. The weight's gradient is complete without a collective, and float32 where
+            `weight.grad_dtype` says so; that of padding rows is zero. The bias gets a gradient too.
+        teacher: hidden [N, E], weight [w', E] for the same ids; its padding may be another (w' ≥ v). It gets no
+            gradient. A bias of -inf marks an id that the teacher does not know (reverse KL is then infinite).
         labels: [N] int64 global ids, or `IGNORED_LABEL`: no cross-entropy for that token; its other terms count.
         token_weights: [N]. With weights 1/(tokens of the step) the terms are means. A token of weight 0 contributes
             nothing, whatever its hidden states hold.
         divergence: the terms of the loss and their weights.
         vocab: which rows of the vocabulary this rank holds; slices may be uneven, empty or block-cyclic.
-        student_bias, teacher_bias: [w] and [w'], added to the products; the student's gets a gradient like its head. A
-            teacher's bias of -inf says that it does not know an id (reverse KL is then infinite).
-        student_logits, teacher_logits: what each model does to its products before the softmax.
-        logit_memory: bytes of logits, of both models, that exist at a time on a rank: the tokens of a chunk follow from
-            it, at least one a rank. The smallest of the group's counts.
-        elementwise: whether the arithmetic between the products is compiled.
-        diagnose: whether `LossTerms.diagnostics` is wanted: a second look at the logits of each chunk.
+        options: memory, compiled or eager arithmetic, diagnostics.
 
     Returns:
         `LossTerms` in nats, float32 (float64 for float64): `loss` differentiable, the others detached.
@@ -75,91 +68,77 @@ def distill_loss(
         ValueError: shapes, dtypes or labels that do not fit, slices that do not add up to the vocabulary, or ranks that
             disagree about gradients.
     """
-    heads = (
-        Head("student", student_hidden, student_weight, student_bias, student_logits),
-        Head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_logits),
-    )
-    return _loss(Problem(heads, labels, token_weights, divergence, vocab, logit_memory, elementwise, diagnose=diagnose))
+    return _loss(LossInputs(student, teacher, labels, token_weights, divergence, vocab, options))
 
 
 def label_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    student: Head,
     labels: Tensor,
     *,
     token_weights: Tensor,
     vocab: VocabSlice,
     z_loss: float = 0.0,
-    student_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
-    logit_memory: int = LOGIT_MEMORY,
-    elementwise: Elementwise = Elementwise.EAGER,
+    options: LossOptions = LossOptions(),
 ) -> LossTerms:
     """Cross-entropy against the labels plus `z_loss · (ln Z)²`: `distill_loss` without a teacher (its terms are 0)."""
     divergence = Divergence(kd_weight=0.0, ce_weight=1.0, z_loss=z_loss)
-    heads = (Head("student", student_hidden, student_weight, student_bias, student_logits),)
-    return _loss(Problem(heads, labels, token_weights, divergence, vocab, logit_memory, elementwise))
+    return _loss(LossInputs(student, None, labels, token_weights, divergence, vocab, options))
 
 
 def sparse_distill_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
+    student: Head,
     targets: SparseTargets,
     labels: Tensor,
     *,
     token_weights: Tensor,
     divergence: Divergence,
     vocab: VocabSlice,
-    student_bias: Tensor | None = None,
-    student_logits: LogitTransform = LogitTransform(),
-    logit_memory: int = LOGIT_MEMORY,
-    elementwise: Elementwise = Elementwise.EAGER,
+    options: LossOptions = LossOptions(),
 ) -> LossTerms:
-    """Forward KL against what was kept of the teacher's distribution, plus cross-entropy and z-loss.
+    """Forward KL against a part of the teacher's distribution, plus cross-entropy and z-loss.
 
     `distill_loss` with `targets` in the teacher's place: `divergence` and `kl` of the terms are those against the
     targets, the other terms of the teacher are 0. Which targets are biased, and how, is in docs/loss.md.
 
     Args:
-        targets: of this rank's N tokens. K may differ between ranks.
+        targets: those of this rank's N tokens. K may differ between ranks.
 
     Raises:
         ValueError: as in `distill_loss`; another divergence than forward KL, targets of another temperature, or ids
             outside the vocabulary.
     """
     require_sparse(divergence, targets)
-    heads = (Head("student", student_hidden, student_weight, student_bias, student_logits),)
-    return _loss(Problem(heads, labels, token_weights, divergence, vocab, logit_memory, elementwise, targets))
+    return _loss(LossInputs(student, None, labels, token_weights, divergence, vocab, options, targets))
 
 
-def _loss(problem: Problem) -> LossTerms:
-    student = problem.student
-    wanting = [t for t in (student.hidden_ND, student.weight_wD, student.bias_w) if t is not None and t.requires_grad]
-    if torch.is_grad_enabled() and wanting:
+def _loss(inputs: LossInputs) -> LossTerms:
+    student = inputs.student
+    trainable = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
+    if torch.is_grad_enabled() and trainable:
         loss, metrics = _GradientInForward.apply(  # type: ignore[no-untyped-call]
-            student.hidden_ND, student.weight_wD, student.bias_w, problem
+            student.hidden, student.weight, student.bias, inputs
         )
     else:
-        outcome = evaluate(problem, with_gradient=False)
-        loss, metrics = outcome.loss, outcome.metrics
-    diagnostics = unpacked(metrics[8:]) if problem.diagnose else None
+        result = _forward(inputs, with_gradient=False)
+        loss, metrics = result.loss, result.metrics
+    diagnostics = unpacked(metrics[8:]) if inputs.diagnostics else None
     scalars = dict(zip(METRIC_NAMES, (loss, *metrics[:8].unbind()), strict=True))
     return LossTerms(**scalars, diagnostics=diagnostics)
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The gradients are there when the forward ends; the backward scales them and hands them over."""
+    """The forward pass computes the gradients; the backward pass multiplies them by the upstream scalar."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_wD: Tensor, bias_w: Tensor | None, problem: Problem
+        ctx: Any, hidden_ND: Tensor, weight_wD: Tensor, bias_w: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, Tensor]:
-        outcome = evaluate(problem, with_gradient=True)
-        ctx.gradients = outcome.gradients
+        result = _forward(inputs, with_gradient=True)
+        ctx.gradients = result.gradients
         # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
         ctx.weight_grad_dtype = (weight_wD.grad_dtype if weight_wD.is_leaf else None) or weight_wD.dtype
-        ctx.mark_non_differentiable(outcome.metrics)
-        return outcome.loss, outcome.metrics
+        ctx.mark_non_differentiable(result.metrics)
+        return result.loss, result.metrics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,3 +152,68 @@ class _GradientInForward(torch.autograd.Function):
         weight_grad_wD = gradients.weight_wD.mul_(upstream).to(ctx.weight_grad_dtype)
         bias_grad_w = None if gradients.bias_w is None else gradients.bias_w.mul_(upstream)
         return gradients.hidden_ND.mul_(upstream), weight_grad_wD, bias_grad_w, None
+
+
+@dataclass(frozen=True)
+class _Result:
+    loss: Tensor
+    metrics: Tensor
+    """[8]: the other scalars of `LossTerms`, in order; [24] with those of `Diagnostics` behind them."""
+    gradients: Gradients | None
+
+
+@torch.no_grad()
+def _forward(inputs: LossInputs, *, with_gradient: bool) -> _Result:
+    """The whole computation. Collective over the vocab group."""
+    group = inputs.vocab.group
+    g, rank = group_size(group), group_rank(group)
+
+    # Once a call: shapes and checks (the only host-device sync), then labels and weights of the group's tokens.
+    plan, K = exchange_metadata(inputs, with_gradient=with_gradient)
+    tokens = GroupTokens.gather(inputs, plan)
+    if inputs.divergence.label_fraction > 0:
+        tokens = replace(tokens, use_label_gL=_lowest_entropy(inputs, plan, tokens))
+
+    gradients = Gradients.empty(inputs, plan) if with_gradient else None
+    diagnostics = DiagnosticsAccumulator.zeros(tokens.weights_gL) if inputs.diagnostics else None
+    token_sums = tokens.weights_gL.new_zeros(10)
+    slice_sums_g = tokens.weights_gL.new_zeros(g, SLICE_TERMS)
+    for in_flight in iter_chunks(inputs, plan, tokens, K=K):
+        # Logits [n, v] of both models are computed; the softmax over the whole vocabulary needs the other slices.
+        chunk, span = in_flight.wait(inputs), in_flight.span
+        own_tokens = slice(rank * (span.stop - span.start), (rank + 1) * (span.stop - span.start))
+        token_sums += chunk.token_sums(own_tokens)
+        if diagnostics is not None:
+            diagnostics.add(chunk, span, own_tokens)
+        # This slice's share of the divergence of every token; dlogits [n, v] over the student's logits.
+        slice_terms = chunk.write_dlogits(with_gradient=with_gradient)
+        slice_sums_g += slice_terms.view(g, -1, SLICE_TERMS).sum(dim=1)
+        if gradients is not None:
+            # dW += dlogitsᵀ · X; dX = dlogits · W, reduce-scattered while the next chunk is computed.
+            gradients.add(chunk.student.logits.z_nv, in_flight.hidden_nD, span, inputs)
+            gradients.receive(in_flight=plan.in_flight)
+    if gradients is not None:
+        gradients.receive(in_flight=1)
+
+    # One all-reduce a call: the slices' shares, summed, are the divergence of each rank's tokens.
+    divergence, kl, divergence_in_loss = all_reduce_sum(slice_sums_g, group)[rank].unbind()
+    log_z_squared, tail, ce_in_loss, tail_in_loss = token_sums[6:].unbind()
+    loss = divergence_in_loss + tail_in_loss + ce_in_loss + inputs.divergence.z_loss * log_z_squared
+    metrics = torch.cat([torch.stack([divergence + tail, kl + tail]), token_sums[:6]])
+    if diagnostics is not None:
+        metrics = torch.cat([metrics, diagnostics.sums(tokens.weights_gL, inputs.vocab)])
+    return _Result(loss, metrics, gradients)
+
+
+def _lowest_entropy(inputs: LossInputs, plan: ChunkPlan, tokens: GroupTokens) -> Tensor:
+    """[g, L] bool: the `label_fraction` of the labelled tokens with the lowest teacher entropy.
+
+    One pass over the teacher's head.
+    """
+    entropy_gL = torch.zeros_like(tokens.weights_gL)
+    for in_flight in iter_chunks(inputs, plan, tokens, teacher_alone=True):
+        (teacher,) = in_flight.pending.wait(inputs.vocab)
+        entropy_gL[:, in_flight.span] = teacher.entropy_n.view(len(entropy_gL), -1)
+    labelled = (tokens.weights_gL != 0) & (tokens.labels_gL != IGNORED_LABEL)
+    count = (labelled.sum().double() * inputs.divergence.label_fraction).floor()
+    return ascending_places(torch.where(labelled, entropy_gL, math.inf)) < count

@@ -1,4 +1,4 @@
-"""What a run asks of the loss at each step: weights, truncation, draws. It knows no model and no ranks.
+"""The objective of a run: the loss of each step, the truncation of the teacher's distribution, its random draws.
 
 Legend: B sequences, S tokens of a sequence, N = B·S, M draws of a token.
 """
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from megadistill.config import LossSection, TargetsSection
-from megadistill.loss import Divergence, DivergenceKind, Elementwise
-from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP
+from megadistill.divergence import Divergence
+from megadistill.loss import Elementwise, LossOptions
+from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP
 from megadistill.rng import keyed_generator
 from megadistill.train.schedule import scheduled
 from megadistill.types import LogitTransform, Tail
@@ -19,58 +20,52 @@ from megadistill.types import LogitTransform, Tail
 
 @dataclass(frozen=True)
 class Objective:
-    """The recipe's loss section over a run, and what it draws from."""
+    """The recipe's loss section over the steps of a run."""
 
     loss: LossSection
     steps: int
-    """Of the whole run: what a schedule is stretched over."""
+    """Optimizer steps of the whole run: the length of `loss.schedule`."""
     seed: int
-    """Of the draws of sampled targets."""
+    """Seed of the draws of sampled targets."""
     student_logits: LogitTransform = LogitTransform()
 
     def divergence(self, step: int) -> Divergence:
         """The loss of optimizer step `step`.
 
-        The label's cross-entropy takes what the divergence gives up, so that both weights together stay the same.
+        Where a schedule lowers `kd_weight`, `ce_weight` rises as much: their sum is constant.
         """
         loss, share = self.loss, 1.0
         if loss.schedule is not None:
             share = scheduled(1.0, step=step, steps=self.steps, schedule=loss.schedule)
         return Divergence(
-            kind=DivergenceKind(loss.divergence),
+            kind=loss.divergence,
             temperature=loss.temperature,
             temperature_squared=loss.temperature_squared,
-            beta=loss.beta,
-            alpha=loss.alpha,
+            parameter=loss.parameter,
             kd_weight=loss.kd_weight * share,
             ce_weight=loss.ce_weight + loss.kd_weight * (1.0 - share),
             z_loss=loss.z_loss,
             label_fraction=loss.label_fraction if share > 0 else 0.0,  # else every token learns from the label
         )
 
-    def moving_weights(self, step: int) -> dict[str, float] | None:
-        """`kd_weight` and `ce_weight` of step `step`; None where they are the recipe's at every step."""
+    def scheduled_weights(self, step: int) -> dict[str, float] | None:
+        """`kd_weight` and `ce_weight` of step `step`; None without a schedule."""
         if self.loss.schedule is None:
             return None
         divergence = self.divergence(step)
         return {"kd_weight": divergence.kd_weight, "ce_weight": divergence.ce_weight}
 
-    def diagnoses(self, step: int) -> bool:
-        """Whether step `step` takes the closer look."""
+    def computes_diagnostics(self, step: int) -> bool:
+        """Whether step `step` computes diagnostics."""
         return self.loss.diagnostics_every > 0 and step % self.loss.diagnostics_every == 0
 
-    @property
-    def logit_memory(self) -> int:
-        """Bytes."""
-        return self.loss.logit_memory_mb << 20
-
-    @property
-    def elementwise(self) -> Elementwise:
-        return Elementwise(self.loss.elementwise)
+    def options(self, *, diagnostics: bool = False) -> LossOptions:
+        """How the loss is computed."""
+        return LossOptions(self.loss.logit_memory_mb << 20, Elementwise(self.loss.elementwise), diagnostics)
 
 
 def selection(targets: TargetsSection) -> tuple[Selection, Tail]:
-    """Which ids the recipe keeps of the teacher's distribution, and what becomes of the rest."""
+    """The rule that selects ids of the teacher's distribution, and the treatment of the rest."""
     if targets.select == "sampled":
         assert targets.draws is not None
         return Sampled(targets.draws), Tail.RENORMALISED
@@ -87,9 +82,9 @@ def selection(targets: TargetsSection) -> tuple[Selection, Tail]:
 
 
 def uniforms(slots_B: Tensor, *, sequence: int, draws: int, seed: int) -> Tensor:
-    """[N, M] float64 in [0, 1), on the CPU: those of a sequence depend on (seed, slot) alone.
+    """[N, M] float64 in [0, 1), on the CPU; a sequence's numbers depend on (seed, slot) alone.
 
-    So every number of ranks, every micro-batch and every resume draws the same.
+    So they are the same for any number of ranks, any micro-batch size and after a resume.
     """
     rows = [keyed_generator(seed, f"draws/{slot}").random((sequence, draws)) for slot in slots_B.tolist()]
     return torch.from_numpy(np.concatenate(rows))

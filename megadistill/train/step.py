@@ -16,7 +16,7 @@ from megadistill import timeline
 from megadistill.distributed.collectives import all_reduce_sum, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.loss import Divergence
+from megadistill.loss import Divergence, Head
 from megadistill.student.engine import StudentEngine
 from megadistill.train.lookahead import StepBatch
 from megadistill.train.objective import Objective
@@ -89,7 +89,7 @@ def train_step(
         student,
         objective,
         objective.divergence(step),
-        diagnostics=objective.diagnoses(step),
+        diagnostics=objective.computes_diagnostics(step),
         tokens=_global_tokens(batch, topology),
         device=topology.device,
     )
@@ -153,14 +153,13 @@ class _Forward:
         with timeline.span(timeline.COMPUTE, "loss"):
             labels = micro.labels.flatten()
             output = StudentOutput(
-                hidden=hidden,
-                weight=self.student.head.weight(),
+                head=Head(hidden, self.student.head.weight(), transform=self.objective.student_logits),
                 labels=labels,
                 token_weights=(labels != IGNORED_LABEL).to(torch.float32).div_(self.tokens.to(torch.float32)),
                 vocab=self.student.head.vocab,
                 objective=self.objective,
                 divergence=self.divergence,
-                diagnostics=self.diagnostics,
+                options=self.objective.options(diagnostics=self.diagnostics),
             )
             return targeted.target.loss(output)
 

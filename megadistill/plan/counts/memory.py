@@ -7,11 +7,11 @@ leave a margin.
 Legend: as in `plan.counts.sharding`.
 """
 
-from megadistill.loss.softmax import BLOCK_ELEMENTS
-from megadistill.loss.sparse.targets import ACCELERATOR_BLOCK_ELEMENTS
-from megadistill.plan.counts.disk_usage import STATES
+from megadistill.loss.buffers import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
+from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 from megadistill.precision import torch_dtype
+from megadistill.student.optimizer import state_bytes
 from megadistill.teacher.codec import ActivationCodec
 from megadistill.teacher.disaggregated import POSTED_RECEIVES
 
@@ -65,12 +65,12 @@ def teacher_memory(run: Sharding) -> Lines:
 
 def host_memory(run: Sharding) -> Lines:
     """Bytes on the host of a student's rank."""
-    lines = {"checkpoint being written": len(STATES) * FLOAT32 * run.partition_size}
+    lines = {"checkpoint being written": state_bytes(run.recipe.train.optimizer) * run.partition_size}
     offloaded = 0
     if run.zero.offload_param == "cpu":
         offloaded += run.itemsize * run.partition_size
     if run.zero.offload_optimizer == "cpu":  # the gradient twice: the accumulated one, and the optimizer's copy
-        offloaded += (len(STATES) + 2) * FLOAT32 * run.partition_size
+        offloaded += (state_bytes(run.recipe.train.optimizer) + 2 * FLOAT32) * run.partition_size
     if offloaded:
         lines["offloaded ZeRO-3 states"] = offloaded
     return lines
@@ -80,7 +80,8 @@ def _states(run: Sharding) -> Lines:
     """ZeRO-3's states, allocated when the engine is built."""
     zero = run.zero
     weights = run.itemsize * run.partition_size
-    trained = (1 + len(STATES)) * FLOAT32 * run.partition_size  # the gradient, and the states with the master copy
+    state = state_bytes(run.recipe.train.optimizer)  # with the master weights
+    trained = (FLOAT32 + state) * run.partition_size  # and the gradient
     lines = {
         "ZeRO-3 states": (weights if zero.offload_param == "none" else 0)
         + (trained if zero.offload_optimizer == "none" else 0),
@@ -150,7 +151,7 @@ def _prefetched(run: Sharding, most: int) -> Lines:
 
 def _loss(run: Sharding) -> Lines:
     """The loss (`loss.passes.evaluate`) with its first chunks in memory."""
-    n, in_flight = run.group_size * run.chunk, run.in_flight
+    n, in_flight = run.group_size * run.loss_chunks.chunk_tokens, run.loss_chunks.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
     compiled = run.recipe.loss.elementwise == "compiled"
     blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
@@ -168,8 +169,10 @@ def _loss(run: Sharding) -> Lines:
 
 
 def _targets(run: Sharding) -> Lines:
-    """Truncated targets of a live teacher (`loss.sparse.targets`)."""
-    logits = min(run.recipe.loss.logit_memory_mb << 20, FLOAT32 * run.group_size * run.tokens * run.unpadded_rows)
+    """Truncated targets of a live teacher (`loss.sparse`)."""
+    fitting = fitting_tokens(run.recipe.loss.logit_memory_mb << 20, models=1, itemsize=FLOAT32, rows=run.unpadded_rows)
+    chunk = ChunkPlan.of(run.tokens, fitting, run.group_size, in_flight=1).chunk_tokens
+    logits = FLOAT32 * run.group_size * chunk * run.unpadded_rows
     return {
         "gathered layers": run.itemsize * run.live_at_loss,
         "logit chunk": logits,

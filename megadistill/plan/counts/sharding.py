@@ -12,6 +12,7 @@ from functools import cached_property
 from megadistill.config import Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
+from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.models.families import EMBEDDING, HEAD
 from megadistill.plan.counts.activations import Activations
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
@@ -193,14 +194,10 @@ class Sharding:
         """Models whose logits the loss holds at a time: truncated targets are made before it."""
         return 2 if self.teacher is not None and self.recipe.loss.targets is None else 1
 
-    @property
-    def in_flight(self) -> int:
-        """Chunks of the loss at a time (`loss.inputs`)."""
-        return 1 if self.group_size == 1 else 2
-
     @cached_property
-    def chunk(self) -> int:
-        """Tokens that each rank gives to a chunk of the loss (`loss.inputs`)."""
-        fit = (self.recipe.loss.logit_memory_mb << 20) // (self.heads * FLOAT32 * max(1, self.unpadded_rows))
-        chunks = math.ceil(self.tokens / max(1, fit // (self.group_size * self.in_flight)))
-        return math.ceil(self.tokens / chunks)
+    def loss_chunks(self) -> ChunkPlan:
+        """The chunks of tokens in the loss."""
+        fitting = fitting_tokens(
+            self.recipe.loss.logit_memory_mb << 20, models=self.heads, itemsize=FLOAT32, rows=self.unpadded_rows
+        )
+        return ChunkPlan.of(self.tokens, fitting, self.group_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megadistill.config import LossSection, Recipe
 from megadistill.data import Mixture, tokenizer_sha256
+from megadistill.divergence import Divergence
 from megadistill.errors import UserError
 from megadistill.models.initial_weights import check_initial_weights
 
@@ -110,10 +111,10 @@ def check_compiler(loss: LossSection) -> None:
 
 def _divergence_is_finite(loss: LossSection, vocab_map: Tensor) -> None:
     unknown = int((vocab_map < 0).sum())
-    reverse = loss.divergence == "reverse_kl" or (loss.divergence == "jsd" and loss.beta == 1.0)
-    if reverse and unknown:
+    spec = Divergence(loss.divergence, parameter=loss.parameter).formula.spec
+    if unknown and not spec.finite_at_zero:
         raise UserError(
-            f"loss.divergence: reverse KL is infinite where the teacher gives no probability, and teacher.vocab_map "
+            f"loss.divergence: {spec.title}, is infinite where the teacher gives no probability, and teacher.vocab_map "
             f"leaves {unknown} ids without one of the teacher's: choose another divergence"
         )
 

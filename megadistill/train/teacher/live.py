@@ -16,8 +16,8 @@ from torch import Tensor
 from megadistill import timeline
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss import label_loss
-from megadistill.loss.sparse.targets import sparse_targets
+from megadistill.loss import Head, label_loss
+from megadistill.loss.sparse import sparse_targets
 from megadistill.teacher import RemoteTeacher, TeacherPipeline
 from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.train.resilience.sdc import FrozenWeights
@@ -44,6 +44,10 @@ class LiveTeacher(Teacher):
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
     saved: SavedTargets | None = None
     """Receives the truncated targets; None where the recipe does not save them."""
+
+    def head_on(self, hidden: Tensor) -> Head:
+        """The loss's inputs of this teacher, for hidden states [N, E]."""
+        return Head(hidden, self.head, self.bias, self.logits)
 
     def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:
         """See `Teacher` and `live_targets`."""
@@ -109,13 +113,10 @@ class LiveTeacher(Teacher):
         hidden_KE = target.hidden.view(B, S, -1)[0, :K]
         with torch.no_grad():
             terms = label_loss(
-                hidden_KE[:-1],
-                self.head,
+                self.head_on(hidden_KE[:-1]),
                 probe.tokens[1:].to(hidden_KE.device),
                 token_weights=torch.full((K - 1,), 1 / (K - 1), device=hidden_KE.device),
                 vocab=vocab,
-                student_bias=self.bias,
-                student_logits=self.logits,
             )
         return ProbeOutput(hidden_KE[:PROBE_STATES].float(), terms.student_ce.double())
 
@@ -141,7 +142,7 @@ class LiveTarget:
 
     def loss(self, student: StudentOutput) -> LossTerms:
         if student.objective.loss.targets is None:
-            return HiddenTarget(self.hidden, self.teacher.head, self.teacher.bias, self.teacher.logits).loss(student)
+            return HiddenTarget(self.teacher.head_on(self.hidden)).loss(student)
         with timeline.span(timeline.COMPUTE, "teacher targets"):
             targets = self.truncated(student.objective, student.vocab)
         return SparseTarget(targets).loss(student)
@@ -160,16 +161,13 @@ class LiveTarget:
             draws = uniforms(self.batch.slots, sequence=sequence, draws=section.draws, seed=objective.seed)
             draws = draws.to(self.hidden.device)
         targets = sparse_targets(
-            self.hidden,
-            teacher.head,
+            teacher.head_on(self.hidden),
             selection=chosen,
             tail=tail,
             vocab=vocab,
             temperature=objective.loss.temperature,
             uniforms=draws,
-            teacher_bias=teacher.bias,
-            teacher_logits=teacher.logits,
-            logit_memory=objective.logit_memory,
+            logit_memory=objective.options().logit_memory,
         )
         if teacher.saved is not None:
             teacher.saved.add(self.batch.slots, self.batch.digests, targets)

@@ -10,19 +10,17 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss import Divergence, distill_loss, label_loss, sparse_distill_loss
+from megadistill.loss import Divergence, Head, LossOptions, distill_loss, label_loss, sparse_distill_loss
 from megadistill.train.objective import Objective
-from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch
+from megadistill.types import LossTerms, SparseTargets, TokenBatch
 
 
 @dataclass(frozen=True)
 class StudentOutput:
     """The student's part of a loss: one micro-batch of this rank."""
 
-    hidden: Tensor
-    """[N, D] after the last norm."""
-    weight: Tensor
-    """[v, D]: this rank's rows of the head."""
+    head: Head
+    """Hidden states [N, D] after the last norm, and this rank's rows of the LM head [v, D]."""
     labels: Tensor
     """[N] int64"""
     token_weights: Tensor
@@ -31,8 +29,8 @@ class StudentOutput:
     objective: Objective
     divergence: Divergence
     """The objective's at this step."""
-    diagnostics: bool = False
-    """Whether `LossTerms.diagnostics` are computed."""
+    options: LossOptions
+    """How the loss is computed."""
 
 
 class Target(Protocol):
@@ -46,7 +44,7 @@ class TargetedBatch(NamedTuple):
     """A micro-batch and its target."""
 
     batch: TokenBatch
-    """On the host."""
+    """Tensors on the host."""
     target: Target
 
 
@@ -55,17 +53,13 @@ class LabelTarget:
     """No teacher: the next token."""
 
     def loss(self, student: StudentOutput) -> LossTerms:
-        objective = student.objective
         return label_loss(
-            student.hidden,
-            student.weight,
+            student.head,
             student.labels,
             token_weights=student.token_weights,
             vocab=student.vocab,
-            z_loss=objective.loss.z_loss,
-            student_logits=objective.student_logits,
-            logit_memory=objective.logit_memory,
-            elementwise=objective.elementwise,
+            z_loss=student.divergence.z_loss,
+            options=student.options,
         )
 
 
@@ -73,31 +67,18 @@ class LabelTarget:
 class HiddenTarget:
     """A whole distribution: final hidden states, and the head that makes logits of them."""
 
-    hidden: Tensor
-    """[N, E]"""
-    weight: Tensor
-    """[v, E]: this rank's rows of the teacher's head."""
-    bias: Tensor | None = None
-    """[v]"""
-    logits: LogitTransform = LogitTransform()
+    teacher: Head
+    """Hidden states [N, E], and this rank's rows of the LM head [v, E]."""
 
     def loss(self, student: StudentOutput) -> LossTerms:
-        objective = student.objective
         return distill_loss(
-            student.hidden,
-            student.weight,
-            self.hidden,
-            self.weight,
+            student.head,
+            self.teacher,
             student.labels,
             token_weights=student.token_weights,
             divergence=student.divergence,
             vocab=student.vocab,
-            teacher_bias=self.bias,
-            student_logits=objective.student_logits,
-            teacher_logits=self.logits,
-            logit_memory=objective.logit_memory,
-            elementwise=objective.elementwise,
-            diagnose=student.diagnostics,
+            options=student.options,
         )
 
 
@@ -108,16 +89,12 @@ class SparseTarget:
     targets: SparseTargets
 
     def loss(self, student: StudentOutput) -> LossTerms:
-        objective = student.objective
         return sparse_distill_loss(
-            student.hidden,
-            student.weight,
+            student.head,
             self.targets,
             student.labels,
             token_weights=student.token_weights,
             divergence=student.divergence,
             vocab=student.vocab,
-            student_logits=objective.student_logits,
-            logit_memory=objective.logit_memory,
-            elementwise=objective.elementwise,
+            options=student.options,
         )

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megadistill.accelerators import accelerator_of
 from megadistill.config import Recipe
 from megadistill.distributed.topology import Topology
+from megadistill.divergence import DivergenceKind
 from megadistill.events import JsonLines, read_lines
 from megadistill.io import write_file
 from megadistill.models.flops import flops_per_token
@@ -118,7 +119,7 @@ class RunLog:
         _drop_after(path, start_step)
         self._lines = JsonLines(path)
         self._tensorboard = TensorBoardLog(folder / "tensorboard", recipe, start_step=start_step)
-        console = Console(stderr=True)  # as the log lines, which it keeps above the bar
+        console = Console()
         if console.is_terminal and not console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=console)
@@ -166,7 +167,7 @@ class RunLog:
     def _line(self, report: StepReport) -> str:
         teacher = ""
         if self._loss is not None:
-            if self._loss.divergence != "forward_kl":
+            if self._loss.divergence is not DivergenceKind.FORWARD_KL:
                 teacher += f" | {self._loss.divergence} {report.divergence:.4f}"
             teacher += f" | kl {report.kl:.4f}"
             if self._loss.targets is None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges
-from megadistill.loss import VocabSlice, reference
-from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss import Head, VocabSlice, reference
+from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
 from megadistill.types import LogitTransform, SparseTargets, Tail
 from tests.ranks.harness import run_ranks
 from tests.ranks.loss.test_loss import ROWS, SIZE, SLICINGS, TOKENS, Ranges
@@ -77,15 +77,12 @@ class Case:
         """Of the whole group, in float64."""
         p, (transform, temperature, _) = self.problem(), MODELS[self.model]
         return reference.sparse_targets(
-            p.teacher_hidden,
-            p.teacher_weight,
+            Head(p.teacher_hidden, p.teacher_weight, self.bias(), transform),
             selection=self.selection,
             tail=self.tail,
             vocab_size=SIZE,
             temperature=temperature,
             uniforms=self.uniforms(),
-            teacher_bias=self.bias(),
-            teacher_logits=transform,
         )
 
     def tokens_of(self, rank: int) -> slice:
@@ -126,15 +123,12 @@ def _run_case(topology: Topology, case: Case) -> SparseTargets:
     rows = torch.tensor([row for first, stop in case.slices[rank] for row in range(first, stop)], dtype=torch.int64)
     uniforms = case.uniforms()
     return sparse_targets(
-        p.teacher_hidden[own],
-        p.teacher_weight[rows],
+        Head(p.teacher_hidden[own], p.teacher_weight[rows], case.bias().to(case.dtype)[rows], transform),
         selection=case.selection,
         tail=case.tail,
         vocab=VocabSlice(case.slices[rank], SIZE, topology.vocab_group),
         temperature=temperature,
         uniforms=None if uniforms is None else uniforms[own],
-        teacher_bias=case.bias().to(case.dtype)[rows],
-        teacher_logits=transform,
         logit_memory=case.logit_memory,
     )
 
@@ -166,13 +160,15 @@ def _drawn_at_edges(topology: Topology) -> list[list[int]]:
     ranges = block_cyclic_ranges(24, 8, topology.group_size, rank)
     rows = torch.cat([torch.arange(*pair) for pair in ranges])
     found = sparse_targets(
-        torch.zeros(3, 2, dtype=torch.float64),
-        torch.zeros(len(rows), 2, dtype=torch.float64),
+        Head(
+            torch.zeros(3, 2, dtype=torch.float64),
+            torch.zeros(len(rows), 2, dtype=torch.float64),
+            torch.where(known, 0.0, -math.inf)[rows],
+        ),
         selection=Sampled(15),
         tail=Tail.RENORMALISED,
         vocab=VocabSlice(ranges, 24, topology.vocab_group),
         uniforms=uniforms,
-        teacher_bias=torch.where(known, 0.0, -math.inf)[rows],
     )
     ids: list[list[int]] = found.ids.tolist()
     return ids
@@ -199,13 +195,11 @@ def _drawn_by_rounding(topology: Topology) -> bool:
     ranges = block_cyclic_ranges(24, 8, topology.group_size, rank)
     rows = torch.cat([torch.arange(*pair) for pair in ranges])
     found = sparse_targets(
-        hidden,
-        weight[rows],
+        Head(hidden, weight[rows], torch.where(known, 0.0, -math.inf)[rows]),
         selection=Sampled(uniforms.shape[1]),
         tail=Tail.RENORMALISED,
         vocab=VocabSlice(ranges, 24, topology.vocab_group),
         uniforms=uniforms,
-        teacher_bias=torch.where(known, 0.0, -math.inf)[rows],
     )
     return bool(known[found.ids[found.ids >= 0]].all())
 
@@ -225,8 +219,7 @@ def _refused(topology: Topology, what: str) -> str:
     rows = torch.arange(*ranges[0])
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the parent matches the message)
         sparse_targets(
-            p.teacher_hidden[2 * rank : 2 * rank + 2],
-            p.teacher_weight[rows],
+            Head(p.teacher_hidden[2 * rank : 2 * rank + 2], p.teacher_weight[rows]),
             selection=Sampled(3),
             tail=Tail.RENORMALISED,
             vocab=VocabSlice(ranges, SIZE, topology.vocab_group),

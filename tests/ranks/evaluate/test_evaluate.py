@@ -14,7 +14,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
 from megadistill.evaluate.splits import load_splits
-from megadistill.loss import TokenTerms, VocabSlice, token_terms
+from megadistill.loss import Head, LossOptions, TokenTerms, VocabSlice, token_terms
 from megadistill.models.families import load_config
 from tests.ranks.harness import run_ranks
 from tests.unit.data.splits import random_sequences, write_split
@@ -86,13 +86,11 @@ def _split_vocabulary(topology: Topology, counts: list[int]) -> TokenTerms:
     start, stop = (0, 7, 7, len(p.student_weight))[rank : rank + 2]
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     return token_terms(
-        p.student_hidden[mine],
-        p.student_weight[start:stop],
+        Head(p.student_hidden[mine], p.student_weight[start:stop]),
         p.labels[mine],
         vocab=VocabSlice.contiguous(start, stop, size=p.size, group=topology.vocab_group),
-        teacher_hidden=p.teacher_hidden[mine],
-        teacher_weight=p.teacher_weight[start:stop],
-        logit_memory=2000,
+        teacher=Head(p.teacher_hidden[mine], p.teacher_weight[start:stop]),
+        options=LossOptions(logit_memory=2000),
     )
 
 
@@ -101,12 +99,10 @@ def test_a_vocabulary_over_ranks_says_the_same_of_each_token() -> None:
     counts = [9, 0, 20]
     p = problem(3, tokens=sum(counts))
     whole = token_terms(
-        p.student_hidden,
-        p.student_weight,
+        p.student,
         p.labels,
         vocab=VocabSlice.contiguous(0, len(p.student_weight), size=p.size),
-        teacher_hidden=p.teacher_hidden,
-        teacher_weight=p.teacher_weight,
+        teacher=p.teacher,
     )
     parts = run_ranks(3, _split_vocabulary, counts)
     for name in ("cross_entropy", "entropy", "confidence", "correct"):

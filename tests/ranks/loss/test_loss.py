@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges
-from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss, label_loss
+from megadistill.loss import Divergence, DivergenceKind, Head, LossOptions, VocabSlice, distill_loss, label_loss
 from megadistill.types import IGNORED_LABEL, SparseTargets, Tail
 from tests.ranks.harness import run_ranks
 from tests.unit.loss.problems import (
@@ -177,7 +177,7 @@ def _run_case(topology: Topology, case: Case) -> Truth:
         )
     options: dict[str, Any] = {"logit_memory": _logit_memory(case, topology.group_size)}
     if case.diagnosed:
-        options["diagnose"] = True
+        options["diagnostics"] = True
     vocab = VocabSlice(case.slices[rank], SIZE, topology.vocab_group)
     return run(mine, case.divergence, vocab=vocab, targets=targets, upstream=UPSTREAM, z_loss=0.1, **options)
 
@@ -190,7 +190,7 @@ def _check(case: Case, founds: list[Truth]) -> None:
     """The gradients, put together, and the terms of all ranks added up; each rank's own where no token's part in the
     loss hangs on the others' (a share of all tokens' entropies does)."""
     p, tolerance, targets = case.problem(), TOLERANCE[case.dtype], case.targets()
-    whole = truth(p, case.divergence, z_loss=0.1, targets=targets, diagnose=case.diagnosed)
+    whole = truth(p, case.divergence, z_loss=0.1, targets=targets, diagnostics=case.diagnosed)
     told = [scalars(found.terms) for found in founds]
     for name, true in scalars(whole.terms).items():
         total = sum(terms[name] for terms in told)
@@ -280,15 +280,13 @@ def _count_collectives(topology: Topology, case: Case) -> list[list[tuple[str, i
     def loss(hidden: Tensor) -> Tensor:
         assert case.divergence is not None
         return distill_loss(
-            hidden,
-            p.student_weight[rows],
-            p.teacher_hidden[tokens],
-            p.teacher_weight[rows],
+            Head(hidden, p.student_weight[rows]),
+            Head(p.teacher_hidden[tokens], p.teacher_weight[rows]),
             p.labels[tokens],
             token_weights=p.token_weights[tokens],
             divergence=case.divergence,
             vocab=VocabSlice(case.slices[rank], SIZE, topology.vocab_group),
-            logit_memory=_logit_memory(case, topology.group_size),
+            options=LossOptions(logit_memory=_logit_memory(case, topology.group_size)),
         ).loss
 
     with _Collectives() as forward:
@@ -345,10 +343,8 @@ def _agreement(topology: Topology, best: int) -> float:
     teacher_weight = torch.zeros_like(p.teacher_weight)
     teacher_weight[best] = 1.0
     terms = distill_loss(
-        p.student_hidden[own],
-        torch.zeros_like(p.student_weight)[rows],
-        torch.ones_like(p.teacher_hidden)[own],
-        teacher_weight[rows],
+        Head(p.student_hidden[own], torch.zeros_like(p.student_weight)[rows]),
+        Head(torch.ones_like(p.teacher_hidden)[own], teacher_weight[rows]),
         p.labels[own],
         token_weights=torch.full((2,), 0.5),
         divergence=Divergence(),
@@ -375,8 +371,7 @@ def _refused(topology: Topology, what: str) -> str:
     ranges = ((int(rows[0]), int(rows[-1]) + 1),)
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the parent matches the message)
         label_loss(
-            hidden,
-            p.student_weight[rows],
+            Head(hidden, p.student_weight[rows]),
             labels,
             token_weights=p.token_weights[case.tokens_of(rank)],
             vocab=VocabSlice(ranges, SIZE, topology.vocab_group),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megadistill.distributed.topology import Topology
-from megadistill.loss import VocabSlice, label_loss
+from megadistill.loss import Head, VocabSlice, label_loss
 from megadistill.types import IGNORED_LABEL
 from tests.ranks.harness import run_ranks
 from tests.unit.loss.problems import TOLERANCE, problem, relative_error
@@ -47,7 +47,7 @@ def _both(topology: Topology) -> tuple[Found, Found]:
 
     hidden, weight = p.student_hidden[mine].requires_grad_(), p.student_weight[rows].requires_grad_()
     vocab = VocabSlice.contiguous(rows.start, rows.stop, ROWS, topology.vocab_group)
-    loss = label_loss(hidden, weight, labels_N[mine], token_weights=weights_N[mine], vocab=vocab).loss
+    loss = label_loss(Head(hidden, weight), labels_N[mine], token_weights=weights_N[mine], vocab=vocab).loss
     ours = Found(loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=topology.group_size)

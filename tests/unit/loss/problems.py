@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megadistill.loss import (
     Divergence,
     DivergenceKind,
+    Head,
+    LossOptions,
     VocabSlice,
     distill_loss,
     label_loss,
@@ -34,18 +36,18 @@ DIVERGENCES = {
     "reverse kl": Divergence(DivergenceKind.REVERSE_KL),
     "reverse kl at 2": Divergence(DivergenceKind.REVERSE_KL, temperature=2.0),
     "jsd": Divergence(DivergenceKind.JSD),
-    "jsd of 0.9 at 2": Divergence(DivergenceKind.JSD, temperature=2.0, temperature_squared=True, beta=0.9),
-    "jsd of 0": Divergence(DivergenceKind.JSD, beta=0.0),
-    "jsd of 1": Divergence(DivergenceKind.JSD, beta=1.0),
+    "jsd of 0.9 at 2": Divergence(DivergenceKind.JSD, temperature=2.0, temperature_squared=True, parameter=0.9),
+    "jsd of 0": Divergence(DivergenceKind.JSD, parameter=0.0),
+    "jsd of 1": Divergence(DivergenceKind.JSD, parameter=1.0),
     "skew kl": Divergence(DivergenceKind.SKEW_KL),
-    "skew kl of 0.7 at 2": Divergence(DivergenceKind.SKEW_KL, temperature=2.0, alpha=0.7),
-    "skew kl of 0": Divergence(DivergenceKind.SKEW_KL, alpha=0.0),
+    "skew kl of 0.7 at 2": Divergence(DivergenceKind.SKEW_KL, temperature=2.0, parameter=0.7),
+    "skew kl of 0": Divergence(DivergenceKind.SKEW_KL, parameter=0.0),
     "tvd": Divergence(DivergenceKind.TVD),
     "tvd at 2": Divergence(DivergenceKind.TVD, temperature=2.0),
     "ce": Divergence(kd_weight=0.0, ce_weight=1.0),
     "z-loss": Divergence(kd_weight=0.0, z_loss=1.0),
     "all": Divergence(temperature=2.0, temperature_squared=True, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
-    "all with jsd": Divergence(DivergenceKind.JSD, beta=0.3, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
+    "all with jsd": Divergence(DivergenceKind.JSD, parameter=0.3, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
     "all with tvd at 2": Divergence(DivergenceKind.TVD, temperature=2.0, kd_weight=0.7, ce_weight=0.3, z_loss=0.01),
     "routed": Divergence(label_fraction=0.4),
     "routed, all with skew kl at 2": Divergence(
@@ -80,6 +82,22 @@ class Problem:
     teacher_bias: Tensor | None = None
     student_logits: LogitTransform = LogitTransform()
     teacher_logits: LogitTransform = LogitTransform()
+
+    @property
+    def student(self) -> Head:
+        return Head(self.student_hidden, self.student_weight, self.student_bias, self.student_logits)
+
+    @property
+    def teacher(self) -> Head:
+        return Head(self.teacher_hidden, self.teacher_weight, self.teacher_bias, self.teacher_logits)
+
+    def differentiable(self) -> "tuple[Problem, tuple[Tensor, ...]]":
+        """With a student that is a leaf, and its tensors that want gradients."""
+        leaves = [self.student_hidden, self.student_weight, *([] if self.student_bias is None else [self.student_bias])]
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        bias = leaves[2] if len(leaves) > 2 else None
+        p = replace(self, student_hidden=leaves[0], student_weight=leaves[1], student_bias=bias)
+        return p, tuple(leaves)
 
     def cast(self, dtype: torch.dtype) -> "Problem":
         """The same numbers, hidden states and heads in `dtype`; token weights stay as they are."""
@@ -160,37 +178,20 @@ def truth(
     *,
     z_loss: float = 0.0,
     targets: SparseTargets | None = None,
-    diagnose: bool = False,
+    diagnostics: bool = False,
 ) -> Truth:
     """In float64; `divergence=None` is the label loss, `targets` those of the sparse one."""
-    p = p.cast(torch.float64)
-    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
-    bias = None if p.student_bias is None else p.student_bias.clone().requires_grad_()
-    shared: dict[str, Any] = {
-        "token_weights": p.token_weights,
-        "vocab_size": p.size,
-        "student_bias": bias,
-        "student_logits": p.student_logits,
-    }
+    p, leaves = p.cast(torch.float64).differentiable()
+    shared: dict[str, Any] = {"token_weights": p.token_weights, "vocab_size": p.size}
     if divergence is None:
-        terms = reference.label_loss(hidden, weight, p.labels, z_loss=z_loss, **shared)
+        terms = reference.label_loss(p.student, p.labels, z_loss=z_loss, **shared)
     elif targets is not None:
-        terms = reference.sparse_distill_loss(hidden, weight, targets, p.labels, divergence=divergence, **shared)
+        terms = reference.sparse_distill_loss(p.student, targets, p.labels, divergence=divergence, **shared)
     else:
         terms = reference.distill_loss(
-            hidden,
-            weight,
-            p.teacher_hidden,
-            p.teacher_weight,
-            p.labels,
-            divergence=divergence,
-            teacher_bias=p.teacher_bias,
-            teacher_logits=p.teacher_logits,
-            diagnose=diagnose,
-            **shared,
+            p.student, p.teacher, p.labels, divergence=divergence, diagnostics=diagnostics, **shared
         )
-    wanted = (hidden, weight) if bias is None else (hidden, weight, bias)
-    return Truth(terms, *torch.autograd.grad(terms.loss, wanted))
+    return Truth(terms, *torch.autograd.grad(terms.loss, leaves))
 
 
 def run(
@@ -204,33 +205,19 @@ def run(
     **options: Any,
 ) -> Truth:
     """The operator and its backward on what a rank holds; arguments as in `truth`."""
-    hidden, weight = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
-    bias = None if p.student_bias is None else p.student_bias.clone().requires_grad_()
+    p, leaves = p.differentiable()
     shared: dict[str, Any] = {
         "token_weights": p.token_weights,
         "vocab": vocab,
-        "student_bias": bias,
-        "student_logits": p.student_logits,
-        **options,
+        "options": LossOptions(**options),
     }
     if divergence is None:
-        terms = label_loss(hidden, weight, p.labels, z_loss=z_loss, **shared)
+        terms = label_loss(p.student, p.labels, z_loss=z_loss, **shared)
     elif targets is not None:
-        terms = sparse_distill_loss(hidden, weight, targets, p.labels, divergence=divergence, **shared)
+        terms = sparse_distill_loss(p.student, targets, p.labels, divergence=divergence, **shared)
     else:
-        terms = distill_loss(
-            hidden,
-            weight,
-            p.teacher_hidden,
-            p.teacher_weight,
-            p.labels,
-            divergence=divergence,
-            teacher_bias=p.teacher_bias,
-            teacher_logits=p.teacher_logits,
-            **shared,
-        )
-    wanted = (hidden, weight) if bias is None else (hidden, weight, bias)
-    gradients = torch.autograd.grad(terms.loss * upstream, wanted)
+        terms = distill_loss(p.student, p.teacher, p.labels, divergence=divergence, **shared)
+    gradients = torch.autograd.grad(terms.loss * upstream, leaves)
     return Truth(replace(terms, loss=terms.loss.detach()), *gradients)
 
 

@@ -27,8 +27,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.loss import Divergence, VocabSlice, distill_loss, label_loss, sparse_distill_loss
-from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss import Divergence, Head, VocabSlice, distill_loss, label_loss, sparse_distill_loss
+from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
 from megadistill.types import LossTerms, SparseTargets, Tail
 
 V, N, SHORT, LONG, RATE = 128, 256, 300, 900, 0.05
@@ -93,21 +93,20 @@ def true_kl(signal: Signal, steps: int, seed: int = 1) -> float:
 
 def _terms(signal: Signal, H: Tensor, table_VV: Tensor, labels_N: Tensor, generator: torch.Generator) -> LossTerms:
     """The package's loss: one-hot hidden states read a row of each table, whose transpose is the head."""
-    weights_N, teacher_VV = torch.full((N,), 1 / N), source().log_p_VV.T.contiguous()
+    weights_N = torch.full((N,), 1 / N)
+    student, teacher = Head(H, table_VV), Head(H, source().log_p_VV.T.contiguous())
     if signal == LABELS:
-        return label_loss(H, table_VV, labels_N, token_weights=weights_N, vocab=VOCAB)
+        return label_loss(student, labels_N, token_weights=weights_N, vocab=VOCAB)
     if signal == FULL:
-        return distill_loss(
-            H, table_VV, H, teacher_VV, labels_N, token_weights=weights_N, divergence=Divergence(), vocab=VOCAB
-        )
+        return distill_loss(student, teacher, labels_N, token_weights=weights_N, divergence=Divergence(), vocab=VOCAB)
     assert not isinstance(signal, str)
     selection, tail = signal
     uniforms = None
     if isinstance(selection, Sampled):
         uniforms = torch.rand(N, selection.draws, dtype=torch.float64, generator=generator)
-    targets = sparse_targets(H, teacher_VV, selection=selection, tail=tail, vocab=VOCAB, uniforms=uniforms)
+    targets = sparse_targets(teacher, selection=selection, tail=tail, vocab=VOCAB, uniforms=uniforms)
     return sparse_distill_loss(
-        H, table_VV, targets, labels_N, token_weights=weights_N, divergence=Divergence(), vocab=VOCAB
+        student, targets, labels_N, token_weights=weights_N, divergence=Divergence(), vocab=VOCAB
     )
 
 
@@ -182,15 +181,15 @@ def _gradients(selection: Selection, tail: Tail, temperature: float, repeats: in
     if isinstance(selection, Sampled):
         uniforms = torch.rand(len(teacher), selection.draws, dtype=torch.float64, generator=generator)
     targets = sparse_targets(
-        teacher, identity, selection=selection, tail=tail, vocab=vocab, temperature=temperature, uniforms=uniforms
+        Head(teacher, identity), selection=selection, tail=tail, vocab=vocab, temperature=temperature, uniforms=uniforms
     )
     labels = torch.zeros(len(teacher), dtype=torch.int64)
     ones, divergence = torch.ones(len(teacher), dtype=torch.float64), Divergence(temperature=temperature)
     sparse = sparse_distill_loss(
-        student, identity, targets, labels, token_weights=ones, divergence=divergence, vocab=vocab
+        Head(student, identity), targets, labels, token_weights=ones, divergence=divergence, vocab=vocab
     )
     full = distill_loss(
-        student, identity, teacher, identity, labels, token_weights=ones, divergence=divergence, vocab=vocab
+        Head(student, identity), Head(teacher, identity), labels, token_weights=ones, divergence=divergence, vocab=vocab
     )
     (sparse_grad,) = torch.autograd.grad(sparse.loss, student)
     (full_grad,) = torch.autograd.grad(full.loss, student)

@@ -24,7 +24,7 @@ LOGIT_MEMORY = 5 * 2 * 21 * 4  # chunks of 5, 5 and 3 tokens
     [
         Divergence(),
         Divergence(temperature=2.0, ce_weight=0.3, z_loss=0.01, label_fraction=0.3),
-        Divergence(DivergenceKind.JSD, beta=0.3, ce_weight=0.3),
+        Divergence(DivergenceKind.JSD, parameter=0.3, ce_weight=0.3),
         Divergence(DivergenceKind.REVERSE_KL),
         Divergence(DivergenceKind.SKEW_KL),
         Divergence(DivergenceKind.TVD),
@@ -33,9 +33,9 @@ LOGIT_MEMORY = 5 * 2 * 21 * 4  # chunks of 5, 5 and 3 tokens
 )
 def test_compiled_is_the_reference_too(divergence: Divergence) -> None:
     p = problem(1)
-    options: dict[str, Any] = {"logit_memory": LOGIT_MEMORY, "elementwise": Elementwise.COMPILED, "diagnose": True}
+    options: dict[str, Any] = {"logit_memory": LOGIT_MEMORY, "elementwise": Elementwise.COMPILED, "diagnostics": True}
     found = run(p.cast(torch.float32), divergence, vocab=VOCAB, **options)
-    assert_same(found, truth(p, divergence, diagnose=True), 1e-6)
+    assert_same(found, truth(p, divergence, diagnostics=True), 1e-6)
 
 
 def test_bent_logits_and_sparse_targets_and_labels() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 
-from megadistill.loss import Divergence, DivergenceKind, VocabSlice, distill_loss, label_loss
+from megadistill.loss import Divergence, DivergenceKind, Head, VocabSlice, distill_loss, label_loss
 from megadistill.types import IGNORED_LABEL
 from tests.unit.loss.problems import TOLERANCE, Problem, problem, relative_error
 
@@ -53,13 +53,11 @@ def _check(
     theirs_X, theirs_W = p.student_hidden.clone().requires_grad_(), p.student_weight.clone().requires_grad_()
     vocab = VocabSlice.contiguous(0, p.size, p.size)
     if divergence is None:
-        loss = label_loss(ours_X, ours_W, p.labels, token_weights=p.token_weights, vocab=vocab).loss
+        loss = label_loss(Head(ours_X, ours_W), p.labels, token_weights=p.token_weights, vocab=vocab).loss
     else:
         loss = distill_loss(
-            ours_X,
-            ours_W,
-            p.teacher_hidden,
-            p.teacher_weight,
+            Head(ours_X, ours_W),
+            p.teacher,
             p.labels,
             token_weights=p.token_weights,
             divergence=divergence,
@@ -78,7 +76,7 @@ def _torch_divergence(log_p_t: Tensor, log_p_s: Tensor, divergence: Divergence) 
     def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
-    share = divergence.mixture
+    share = divergence.share or 0.5  # M is not used where there is none
     log_m = torch.stack([log_p_t + math.log(share), log_p_s + math.log(1 - share)]).logsumexp(dim=0)
     match divergence.kind:
         case DivergenceKind.FORWARD_KL:
@@ -100,9 +98,7 @@ def _torch_divergence(log_p_t: Tensor, log_p_s: Tensor, divergence: Divergence) 
 )
 def test_kl_div(kind: DivergenceKind, share: float | None, temperature: float) -> None:
     p = _means(1)
-    divergence = Divergence(
-        kind, temperature, beta=share if kind is JSD else None, alpha=share if kind is SKEW else None
-    )
+    divergence = Divergence(kind, temperature, parameter=share)
 
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
         log_p_s = F.log_softmax(hidden @ weight.T / temperature, dim=1)
@@ -165,7 +161,7 @@ def test_ligers_jsd(beta: float, temperature: float) -> None:
         loss: Tensor = jsd(hidden, weight, p.teacher_hidden, p.teacher_weight, p.labels)
         return loss
 
-    _check(p, theirs, Divergence(JSD, temperature, beta=beta), value_tolerance=ROUNDED)
+    _check(p, theirs, Divergence(JSD, temperature, parameter=beta), value_tolerance=ROUNDED)
 
 
 def test_ligers_mix_with_labels() -> None:
@@ -183,7 +179,7 @@ def test_ligers_mix_with_labels() -> None:
     _check(
         p,
         theirs,
-        Divergence(JSD, 2.0, beta=0.5, kd_weight=0.7, ce_weight=0.3),
+        Divergence(JSD, 2.0, parameter=0.5, kd_weight=0.7, ce_weight=0.3),
         value_tolerance=ROUNDED,
         gradient_tolerance=ROUNDED,
     )

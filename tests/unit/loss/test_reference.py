@@ -69,10 +69,8 @@ def test_the_label_loss_is_the_distillation_loss_without_its_teacher() -> None:
 def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     p = problem(5).cast(dtype)
     terms = reference.distill_loss(
-        p.student_hidden,
-        p.student_weight,
-        p.teacher_hidden,
-        p.teacher_weight,
+        p.student,
+        p.teacher,
         p.labels,
         token_weights=p.token_weights,
         divergence=Divergence(ce_weight=1.0, z_loss=0.1),
@@ -87,7 +85,7 @@ def test_a_sparse_loss_with_an_other_event_stays_in_its_dtype() -> None:
     targets = sparse(p, Tail.OTHER, kept=4)
     single = p.cast(torch.float32)
     shared: dict[str, Any] = {"divergence": Divergence(), "vocab_size": p.size, "token_weights": p.token_weights}
-    found = reference.sparse_distill_loss(single.student_hidden, single.student_weight, targets, p.labels, **shared)
-    expected = reference.sparse_distill_loss(p.student_hidden, p.student_weight, targets, p.labels, **shared)
+    found = reference.sparse_distill_loss(single.student, targets, p.labels, **shared)
+    expected = reference.sparse_distill_loss(p.student, targets, p.labels, **shared)
     assert found.loss.dtype == torch.float32
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)

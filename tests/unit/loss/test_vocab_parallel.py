@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadistill.loss import Divergence, DivergenceKind, VocabSlice, buffers, distill_loss, passes
-from megadistill.loss import softmax as softmax_module
+from megadistill.loss import Divergence, DivergenceKind, Head, LossOptions, VocabSlice, buffers, distill_loss
 from megadistill.loss.chunk import Chunk
+from megadistill.loss.gradients import Gradients
 from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LossTerms, SparseTargets, Tail
 from tests.unit.loss.problems import (
     DIVERGENCES,
@@ -46,8 +46,8 @@ def _run(p: Problem, divergence: Divergence | None, *, chunk_tokens: int = 4, **
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_distill_loss_is_the_reference(name: str, dtype: torch.dtype) -> None:
     p, divergence = problem(1), DIVERGENCES[name]
-    found = _run(p.cast(dtype), divergence, diagnose=True)
-    assert_same(found, truth(p, divergence, diagnose=True), TOLERANCE[dtype])
+    found = _run(p.cast(dtype), divergence, diagnostics=True)
+    assert_same(found, truth(p, divergence, diagnostics=True), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -57,8 +57,8 @@ def test_softcap_scale_bias_and_ids_that_the_teacher_does_not_know(name: str, dt
     if divergence.formula is DivergenceKind.REVERSE_KL:  # infinite where the teacher does not know an id
         assert p.teacher_bias is not None
         p = replace(p, teacher_bias=p.teacher_bias.clamp_min(-3))
-    found = _run(p.cast(dtype), divergence, diagnose=True)
-    assert_same(found, truth(p, divergence, diagnose=True), TOLERANCE[dtype])
+    found = _run(p.cast(dtype), divergence, diagnostics=True)
+    assert_same(found, truth(p, divergence, diagnostics=True), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -139,7 +139,7 @@ def test_any_shape_chunk_and_magnitude(
 ) -> None:
     p = problem(seed, tokens=tokens, D=widths[0], E=widths[1], rows=size + padding, size=size, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax_module, "BLOCK_ELEMENTS", block)
+        patch.setattr(buffers, "BLOCK_ELEMENTS", block)
         found = _run(p, divergence, chunk_tokens=chunk_tokens)
     expected = truth(p, divergence)
     far = scale > 1 and divergence.formula is DivergenceKind.TVD  # p_s - p_t of nearly certain models: absolute error
@@ -172,7 +172,7 @@ def test_any_sparse_targets(seed: int, tokens: int, size: int, kept: int, chunk_
     torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=1e-12)
 
 
-def test_the_gradient_is_the_slope_of_the_value() -> None:
+def test_the_gradient_is_the_central_difference_of_the_value() -> None:
     """Central differences of the operator's own value: independent of the reference's autograd."""
     p, step = problem(3), 1e-5
     found = _run(p, ALL_TERMS, upstream=3.0)
@@ -300,7 +300,7 @@ def test_deciles_are_of_the_tokens_that_are_there() -> None:
     column = torch.zeros(24, 1).double()
     column[3] = -20.0  # undoes the bias where the hidden states are not zeros
     sure = replace(sure, teacher_weight=torch.cat([p.teacher_weight, column], dim=1))
-    assert_same(_run(sure, Divergence(), diagnose=True), truth(sure, Divergence(), diagnose=True), 1e-12)
+    assert_same(_run(sure, Divergence(), diagnostics=True), truth(sure, Divergence(), diagnostics=True), 1e-12)
 
 
 def test_a_token_of_weight_zero_costs_no_infinity() -> None:
@@ -311,7 +311,7 @@ def test_a_token_of_weight_zero_costs_no_infinity() -> None:
     dead = replace(
         p, teacher_bias=bias, labels=torch.full_like(p.labels, 7), token_weights=torch.zeros_like(p.token_weights)
     )
-    terms = _run(dead, Divergence(DivergenceKind.REVERSE_KL), diagnose=True).terms
+    terms = _run(dead, Divergence(DivergenceKind.REVERSE_KL), diagnostics=True).terms
     assert set(scalars(terms).values()) == {0.0}
 
 
@@ -353,15 +353,13 @@ def test_bf16_accumulates_in_float32(asked: torch.dtype | None) -> None:
     if asked is not None:
         weight.grad_dtype = asked
     terms = distill_loss(
-        hidden,
-        weight,
-        p.teacher_hidden,
-        p.teacher_weight,
+        Head(hidden, weight),
+        p.teacher,
         p.labels,
         token_weights=p.token_weights,
         divergence=ALL_TERMS,
         vocab=VocabSlice.contiguous(0, 24, p.size),
-        logit_memory=3 * 2 * 21 * 4,
+        options=LossOptions(logit_memory=3 * 2 * 21 * 4),
     )
     torch.autograd.backward(terms.loss)
     assert hidden.grad is not None
@@ -376,15 +374,13 @@ def test_bf16_accumulates_in_float32(asked: torch.dtype | None) -> None:
 def _call(p: Problem, hidden: Tensor, weight: Tensor) -> LossTerms:
     vocab = VocabSlice.contiguous(0, weight.shape[0], p.size)
     return distill_loss(
-        hidden,
-        weight,
-        p.teacher_hidden,
-        p.teacher_weight,
+        Head(hidden, weight),
+        p.teacher,
         p.labels,
         token_weights=p.token_weights,
         divergence=ALL_TERMS,
         vocab=vocab,
-        logit_memory=4 * 2 * 21 * 8,
+        options=LossOptions(logit_memory=4 * 2 * 21 * 8),
     )
 
 
@@ -414,7 +410,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("gradient work")
 
-    monkeypatch.setattr(passes.Gradients, "before", refuse)
+    monkeypatch.setattr(Gradients, "empty", refuse)
     with torch.no_grad():
         terms = _call(p, p.student_hidden.clone().requires_grad_(), p.student_weight)
     for found in (terms, _call(p, p.student_hidden, p.student_weight)):
@@ -426,7 +422,7 @@ def test_no_gradient_work_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) 
 
 def test_memory_is_two_chunks_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk_tokens, size = 32, 200
-    monkeypatch.setattr(softmax_module, "BLOCK_ELEMENTS", 2 * size)
+    monkeypatch.setattr(buffers, "BLOCK_ELEMENTS", 2 * size)
     monkeypatch.setattr(buffers, "_spare", [])
     p = problem(19, tokens=96, rows=size, size=size).cast(torch.float32)
     with LargeStorages(chunk_tokens * size * 4) as large:
@@ -457,7 +453,7 @@ def test_a_call_that_fails_half_way_spoils_nothing(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("half-way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Chunk, "write_slope", fail)
+        patch.setattr(Chunk, "write_dlogits", fail)
         with pytest.raises(RuntimeError, match="half-way"):
             _run(p, ALL_TERMS)
     assert_same(_run(p, ALL_TERMS), expected, 1e-12)

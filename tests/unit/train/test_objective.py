@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megadistill.config import LossSection, ScheduleSection, TargetsSection
-from megadistill.loss import Elementwise
-from megadistill.loss.sparse.targets import Sampled, Threshold, TopK, TopP
+from megadistill.loss import Elementwise, LossOptions
+from megadistill.loss.sparse import Sampled, Threshold, TopK, TopP
 from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.types import Tail
 
@@ -31,18 +31,22 @@ def objective(**loss: object) -> Objective:
 def test_every_key_of_the_recipe_reaches_the_loss(loss: dict[str, object]) -> None:
     asked = objective(**loss)
     found = asdict(asked.divergence(3))
-    assert found.pop("kind").value == asked.loss.divergence
-    elsewhere = {"divergence", "schedule", "targets", "logit_memory_mb", "elementwise", "diagnose_every"}
+    assert found.pop("kind") is asked.loss.divergence
+    assert found.pop("parameter") == (loss.get("beta") or loss.get("alpha"))
+    of_the_divergence, options = (
+        {"divergence", "beta", "alpha"},
+        {"logit_memory_mb", "elementwise", "diagnostics_every"},
+    )
+    elsewhere = {*of_the_divergence, *options, "schedule", "targets"}
     assert found == asked.loss.model_dump(exclude=elsewhere)
-    assert asked.moving_weights(3) is None
+    assert asked.scheduled_weights(3) is None
 
 
 def test_how_the_loss_is_computed_is_handed_on_too() -> None:
-    asked = objective(logit_memory_mb=3, elementwise="compiled", diagnose_every=4)
-    assert asked.logit_memory == 3 * 1024 * 1024
-    assert asked.elementwise is Elementwise.COMPILED
-    assert [step for step in range(1, 10) if asked.diagnoses(step)] == [4, 8]
-    assert not any(objective().diagnoses(step) for step in range(1, 10))
+    asked = objective(logit_memory_mb=3, elementwise="compiled", diagnostics_every=4)
+    assert asked.options(diagnostics=True) == LossOptions(3 * 1024 * 1024, Elementwise.COMPILED, diagnostics=True)
+    assert [step for step in range(1, 10) if asked.computes_diagnostics(step)] == [4, 8]
+    assert not any(objective().computes_diagnostics(step) for step in range(1, 10))
 
 
 def test_the_label_takes_what_the_divergence_gives_up() -> None:
@@ -53,7 +57,7 @@ def test_the_label_takes_what_the_divergence_gives_up() -> None:
     assert [d.kd_weight for d in found] == pytest.approx([0.9 * share for share in shares])
     assert [d.kd_weight + d.ce_weight for d in found] == pytest.approx([1.0] * STEPS)
     assert [d.label_fraction for d in found] == [0.2] * 9 + [0.0], "with no divergence left there is nothing to route"
-    assert asked.moving_weights(8) == {"kd_weight": found[7].kd_weight, "ce_weight": found[7].ce_weight}
+    assert asked.scheduled_weights(8) == {"kd_weight": found[7].kd_weight, "ce_weight": found[7].ce_weight}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_the_label_takes_what_the_divergence_gives_up() -> None:
         ({"select": "top_k", "k": 12}, (TopK(12), Tail.OTHER)),
         ({"select": "top_k", "k": 12, "tail": "renormalised"}, (TopK(12), Tail.RENORMALISED)),
         ({"select": "threshold", "epsilon": 1e-3, "tail": "dropped"}, (Threshold(1e-3), Tail.DROPPED)),
-        ({"select": "top_p", "mass": 0.95, "max_ids": 50}, (TopP(0.95, 50), Tail.OTHER)),
+        ({"select": "top_p", "p": 0.95, "max_ids": 50}, (TopP(0.95, 50), Tail.OTHER)),
     ],
 )
 def test_the_recipes_targets_are_the_loss_rooms(targets: dict[str, object], kept: tuple[object, Tail]) -> None:

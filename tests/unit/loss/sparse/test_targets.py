@@ -11,19 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megadistill.loss import VocabSlice, reference
-from megadistill.loss.sparse import targets as targets_module
-from megadistill.loss.sparse.targets import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss import Head, VocabSlice, buffers, reference
+from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
 from megadistill.types import LogitTransform, SparseTargets, Tail
 from tests.unit.loss.problems import TOLERANCE, LargeStorages, problem
 
 TAILS = [Tail.OTHER, Tail.DROPPED, Tail.RENORMALISED]
-KEPT: list[tuple[Selection, Tail]] = [
+MOST_LIKELY: list[tuple[Selection, Tail]] = [
     (selection, tail)
     for selection in (TopK(1), TopK(4), TopK(64), Threshold(0.05), Threshold(0.6), TopP(0.9, 5), TopP(0.5, 100))
     for tail in TAILS
 ]
-CASES = [*KEPT, (Sampled(7), Tail.RENORMALISED)]
+CASES = [*MOST_LIKELY, (Sampled(7), Tail.RENORMALISED)]
 
 
 def _uniforms(tokens: int, selection: Selection, seed: int = 0) -> Tensor | None:
@@ -33,21 +32,17 @@ def _uniforms(tokens: int, selection: Selection, seed: int = 0) -> Tensor | None
 
 
 def _made(
-    hidden: Tensor,
-    weight: Tensor,
-    selection: Selection,
-    tail: Tail = Tail.RENORMALISED,
-    *,
-    size: int | None = None,
-    **more: Any,
+    teacher: Head, selection: Selection, tail: Tail = Tail.RENORMALISED, *, size: int | None = None, **more: Any
 ) -> SparseTargets:
-    vocab = VocabSlice.contiguous(0, weight.shape[0], size or weight.shape[0])
-    return sparse_targets(hidden, weight, selection=selection, tail=tail, vocab=vocab, **more)
+    vocab = VocabSlice.contiguous(0, teacher.weight.shape[0], size or teacher.weight.shape[0])
+    return sparse_targets(teacher, selection=selection, tail=tail, vocab=vocab, **more)
 
 
-def _of(logits: Tensor, selection: Selection, tail: Tail = Tail.RENORMALISED, **more: Any) -> SparseTargets:
+def _of(
+    logits: Tensor, selection: Selection, tail: Tail = Tail.RENORMALISED, *, bias: Tensor | None = None, **more: Any
+) -> SparseTargets:
     """Targets of the logits [N, V] themselves: the head's columns are the tokens' logits."""
-    return _made(torch.eye(logits.shape[0], dtype=logits.dtype), logits.T.contiguous(), selection, tail, **more)
+    return _made(Head(torch.eye(len(logits), dtype=logits.dtype), logits.T.contiguous(), bias), selection, tail, **more)
 
 
 def _assert_equal(found: SparseTargets, expected: SparseTargets, tolerance: float) -> None:
@@ -63,11 +58,8 @@ def _assert_equal(found: SparseTargets, expected: SparseTargets, tolerance: floa
 def test_targets_are_the_references(selection: Selection, tail: Tail, temperature: float, dtype: torch.dtype) -> None:
     p, uniforms = problem(1), _uniforms(13, selection)
     more: dict[str, Any] = {"temperature": temperature, "uniforms": uniforms}
-    expected = reference.sparse_targets(
-        p.teacher_hidden, p.teacher_weight, selection=selection, tail=tail, vocab_size=p.size, **more
-    )
-    p = p.cast(dtype)
-    found = _made(p.teacher_hidden, p.teacher_weight, selection, tail, size=p.size, **more)
+    expected = reference.sparse_targets(p.teacher, selection=selection, tail=tail, vocab_size=p.size, **more)
+    found = _made(p.cast(dtype).teacher, selection, tail, size=p.size, **more)
     assert found.probs.dtype == found.log_tail.dtype == dtype
     assert not found.probs.requires_grad
     _assert_equal(found, expected, TOLERANCE[dtype])
@@ -114,17 +106,14 @@ def test_any_shape_chunk_and_magnitude(
     more: dict[str, Any] = {
         "temperature": temperature,
         "uniforms": _uniforms(tokens, selection, seed),
-        "teacher_bias": bias,
-        "teacher_logits": transform if unknown in (None, 0.0) else replace(transform, softcap=None),
     }
-    expected = reference.sparse_targets(
-        p.teacher_hidden, p.teacher_weight, selection=selection, tail=tail, vocab_size=size, **more
+    teacher = replace(
+        p.teacher, bias=bias, transform=transform if unknown in (None, 0.0) else replace(transform, softcap=None)
     )
+    expected = reference.sparse_targets(teacher, selection=selection, tail=tail, vocab_size=size, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(targets_module, "BLOCK_ELEMENTS", block)
-        found = _made(
-            p.teacher_hidden, p.teacher_weight, selection, tail, size=size, logit_memory=room * size * 8, **more
-        )
+        patch.setattr(buffers, "BLOCK_ELEMENTS", block)
+        found = _made(teacher, selection, tail, size=size, logit_memory=room * size * 8, **more)
     _assert_equal(found, expected, 1e-12 * max(1.0, scale))
 
 
@@ -196,12 +185,12 @@ def test_an_id_that_the_teacher_does_not_know_is_never_kept(tail: Tail) -> None:
     bias[[1, 4]] = torch.tensor([0.0, 1.0])
     logits = torch.zeros(2, 6)
     for selection in (TopK(5), TopP(0.999, 5), Threshold(1e-9)):
-        found = _of(logits, selection, tail, teacher_bias=bias)
+        found = _of(logits, selection, tail, bias=bias)
         assert found.ids.tolist() == [[4, 1]] * 2
         assert found.log_tail.tolist() == [-math.inf] * 2
         assert found.probs.sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
     ends = torch.tensor([[0.0, 1 - 2**-53], [0.2, 0.3]], dtype=torch.float64)
-    assert _of(logits, Sampled(2), uniforms=ends, teacher_bias=bias).ids.tolist() == [[1, 4], [1, 4]]
+    assert _of(logits, Sampled(2), uniforms=ends, bias=bias).ids.tolist() == [[1, 4], [1, 4]]
 
 
 def test_padding_rows_are_never_read() -> None:
@@ -210,19 +199,17 @@ def test_padding_rows_are_never_read() -> None:
     poisoned[p.size :] = math.nan
     for selection, tail in CASES:
         uniforms = _uniforms(13, selection)
-        clean = _made(p.teacher_hidden, p.teacher_weight, selection, tail, size=p.size, uniforms=uniforms)
-        found = _made(p.teacher_hidden, poisoned, selection, tail, size=p.size, uniforms=uniforms)
+        clean = _made(p.teacher, selection, tail, size=p.size, uniforms=uniforms)
+        found = _made(replace(p.teacher, weight=poisoned), selection, tail, size=p.size, uniforms=uniforms)
         assert torch.equal(found.ids, clean.ids)
         assert torch.equal(found.probs, clean.probs)
 
 
 def test_bfloat16_products_accumulate_in_float32() -> None:
     p = problem(3, tokens=20, E=64).cast(torch.bfloat16)
-    found = _made(p.teacher_hidden, p.teacher_weight, TopK(5), Tail.OTHER, size=p.size)
+    found = _made(p.teacher, TopK(5), Tail.OTHER, size=p.size)
     p = p.cast(torch.float64)
-    expected = reference.sparse_targets(
-        p.teacher_hidden, p.teacher_weight, selection=TopK(5), tail=Tail.OTHER, vocab_size=p.size
-    )
+    expected = reference.sparse_targets(p.teacher, selection=TopK(5), tail=Tail.OTHER, vocab_size=p.size)
     assert found.probs.dtype == torch.float32
     # Logits of ±30 in float32 are good to 2e-6.
     torch.testing.assert_close(found.probs.double(), expected.probs, rtol=1e-5, atol=1e-6)
@@ -247,8 +234,7 @@ def _mean_target(found: SparseTargets, V: int) -> Tensor:
 def test_counts_of_a_row_add_up_to_the_draws() -> None:
     p, draws = problem(4, tokens=40), 9
     found = _made(
-        p.teacher_hidden,
-        p.teacher_weight,
+        p.teacher,
         Sampled(draws),
         size=p.size,
         uniforms=_uniforms(40, Sampled(draws)),
@@ -272,7 +258,7 @@ def test_counts_are_an_unbiased_estimate(dtype: torch.dtype) -> None:
     p = _teacher(V, seed=5)
     logits = p.log().to(dtype).expand(tokens, V)
     weight, hidden = logits[:1].T.contiguous(), torch.ones(tokens, 1, dtype=dtype)
-    found = _made(hidden, weight, Sampled(draws), uniforms=_uniforms(tokens, Sampled(draws), seed=6))
+    found = _made(Head(hidden, weight), Sampled(draws), uniforms=_uniforms(tokens, Sampled(draws), seed=6))
     mean = _mean_target(found, V)
     error = (p * (1 - p) / (tokens * draws)).sqrt()
     assert ((mean - p).abs() < 5 * error).all()
@@ -292,7 +278,7 @@ def test_ids_below_the_resolution_of_float32_are_drawn(dtype: torch.dtype) -> No
     steps = torch.arange(10_000, dtype=torch.float64)
     uniforms = (1 - 1e-6 + (steps + 0.5) * 1e-10).unsqueeze(1)
     hidden, weight = torch.ones(10_000, 1, dtype=dtype), p.log().to(dtype).unsqueeze(1)
-    found = _made(hidden, weight, Sampled(1), uniforms=uniforms)
+    found = _made(Head(hidden, weight), Sampled(1), uniforms=uniforms)
     counts = found.ids.flatten().bincount(minlength=V)
     # In float32 the two likely ids' logits are off by 3e-8, which moves the start of the others by as much: 30 ids.
     whole = counts[2:] if dtype == torch.float64 else counts[102:900]
@@ -312,7 +298,7 @@ def test_draws_at_the_edges() -> None:
 def test_the_same_uniforms_give_the_same_ids_in_any_chunk() -> None:
     p, uniforms = problem(7, tokens=30), _uniforms(30, Sampled(11))
     found = [
-        _made(p.teacher_hidden, p.teacher_weight, Sampled(11), size=p.size, uniforms=uniforms, logit_memory=memory)
+        _made(p.teacher, Sampled(11), size=p.size, uniforms=uniforms, logit_memory=memory)
         for memory in (1, 21 * 8 * 7, 1 << 20)
     ]
     for other in found[1:]:
@@ -323,20 +309,22 @@ def test_the_same_uniforms_give_the_same_ids_in_any_chunk() -> None:
 # Memory and refusals.
 
 
-@pytest.mark.parametrize(("selection", "tail"), [*KEPT[3:6], *KEPT[9:15], *KEPT[15:18], CASES[-1]])
+@pytest.mark.parametrize(("selection", "tail"), [*MOST_LIKELY[3:6], *MOST_LIKELY[9:15], *MOST_LIKELY[15:18], CASES[-1]])
 def test_memory_is_one_chunk_of_logits(selection: Selection, tail: Tail, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the buffer is as large as a chunk's logits, though blocks are float64."""
-    size, chunk = 400, 32
-    monkeypatch.setattr(targets_module, "BLOCK_ELEMENTS", 2 * size)
-    p, memory = problem(8, tokens=100, rows=size, size=size).cast(torch.float32), chunk * size * 4
+    """Nothing but the buffer is as large as a chunk's logits, though blocks are float64.
+
+    100 tokens, of which 32 fit, are four chunks of 25.
+    """
+    size, memory = 400, 25 * 400 * 4
+    monkeypatch.setattr(buffers, "BLOCK_ELEMENTS", 2 * size)
+    p = problem(8, tokens=100, rows=size, size=size).cast(torch.float32)
     with LargeStorages(memory) as large:
         _made(
-            p.teacher_hidden,
-            p.teacher_weight,
+            p.teacher,
             selection,
             tail,
             uniforms=_uniforms(100, selection),
-            logit_memory=memory,
+            logit_memory=32 * size * 4,
         )
     assert [storage.nbytes() for storage in large.kept.values()] == [memory]
 
@@ -349,7 +337,7 @@ def test_memory_is_one_chunk_of_logits(selection: Selection, tail: Tail, monkeyp
         (lambda: Threshold(0.0), "epsilon is 0.0"),
         (lambda: Threshold(1.0), "epsilon is 1.0"),
         (lambda: Threshold(math.nan), "epsilon is nan"),
-        (lambda: TopP(1.0, 50), r"mass is 1.0.*TopK\(50\)"),
+        (lambda: TopP(1.0, 50), r"p is 1.0.*TopK\(50\)"),
         (lambda: TopP(0.95, 0), "max_ids is 0"),
     ],
 )
@@ -386,6 +374,6 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         "tail": Tail.RENORMALISED,
         "vocab": VocabSlice.contiguous(0, 24, 21),
     } | change
-    hidden, weight = arguments.pop("teacher_hidden"), arguments.pop("teacher_weight")
+    teacher = Head(*(arguments.pop(name, None) for name in ("teacher_hidden", "teacher_weight", "teacher_bias")))
     with pytest.raises(ValueError, match=message):
-        sparse_targets(hidden, weight, **arguments)
+        sparse_targets(teacher, **arguments)

@@ -241,7 +241,7 @@ def test_a_map_of_the_vocabulary_replaces_the_comparison_of_tokenizers(manifest:
 @pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}])
 def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     message = _refused(_mapped(manifest, tmp_path, [0, *[-1] * (VOCAB - 1)], **loss))
-    assert "reverse KL is infinite" in message
+    assert "reverse KL, KL(student ‖ teacher), is infinite" in message
     assert f"{VOCAB - 1} ids" in message
 
 

@@ -1,0 +1,60 @@
+"""The gradients dX and dW of the group's loss, accumulated chunk by chunk from dlogits.
+
+Legend: N this rank's tokens, n tokens of a chunk (of the whole group); D student width; w this rank's rows of the
+vocabulary, v of them true (not padding).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megadistill.distributed.collectives import Pending, start_reduce_scatter_rows
+from megadistill.loss.heads import multiply
+from megadistill.loss.inputs import ChunkPlan, LossInputs
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient of the group's loss with respect to this rank's tokens and its rows of the student's head."""
+
+    hidden_ND: Tensor
+    """dX, in the dtype of the hidden states: each token is written once."""
+    weight_wD: Tensor
+    """dW, in the accumulator's dtype: every chunk adds to it."""
+    bias_w: Tensor | None
+    _scatters: deque[tuple[slice, Pending]] = field(default_factory=deque)
+    """Reduce-scatters of dX in flight, with the tokens that they are for."""
+
+    @classmethod
+    def empty(cls, inputs: LossInputs, plan: ChunkPlan) -> "Gradients":
+        """Uninitialised memory for what the first chunk writes, and zeros for what no chunk does: padding rows.
+
+        Zeros for the first chunk to add to would be one more pass over a matrix of the head's size.
+        """
+        head, dtype = inputs.student, inputs.dtype
+        bias_w = None if head.bias is None else torch.zeros_like(head.bias, dtype=dtype)
+        weight_wD = torch.empty_like(head.weight, dtype=dtype)
+        weight_wD[inputs.vocab.true_rows if plan.longest > 0 else 0 :] = 0
+        return cls(torch.empty_like(head.hidden), weight_wD, bias_w)
+
+    def add(self, dlogits_nv: Tensor, hidden_nD: Tensor, span: slice, inputs: LossInputs) -> None:
+        """dW += dlogitsᵀ · X, which needs no collective; dX = dlogits · W starts on its way to the tokens' ranks."""
+        student_vD = inputs.weights[0]
+        v = len(student_vD)
+        if self.bias_w is not None:
+            self.bias_w[:v] += dlogits_nv.sum(dim=0)
+        # On an accelerator a bf16 product wants bf16 dlogits; the rounding is 2^-9 of each entry, without a bias.
+        dlogits_nv = dlogits_nv.to(hidden_nD.dtype)
+        multiply(dlogits_nv.T, hidden_nD, out=self.weight_wD[:v], add=span.start > 0)
+        dX_nD = self.weight_wD.new_empty(hidden_nD.shape)
+        multiply(dlogits_nv, student_vD, out=dX_nD)
+        self._scatters.append((span, start_reduce_scatter_rows(dX_nD, inputs.vocab.group)))
+
+    def receive(self, *, in_flight: int) -> None:
+        """Waits for the oldest reduce-scatters of dX until fewer than `in_flight` are left."""
+        while len(self._scatters) >= in_flight:
+            span, pending = self._scatters.popleft()
+            own_D = self.hidden_ND[span]
+            own_D.copy_(pending.wait()[: len(own_D)])  # rows after this rank's last token are padding

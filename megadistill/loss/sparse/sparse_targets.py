@@ -1,0 +1,165 @@
+"""Sparse targets from the teacher's hidden states: vocabulary-parallel, exact, a chunk of tokens at a time.
+
+`loss/reference.py` defines the result. The logits of a chunk exist at a time, each rank's on its own slice; from the
+logits on the arithmetic is in float64.
+
+Legend: N this rank's tokens; g ranks of the vocab group; n tokens of a chunk (of the whole group); E teacher width; w
+this rank's rows of the vocabulary, v of them true (not padding); K ids of a token; M draws of a token; z logits over
+the temperature.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadistill.distributed.collectives import all_gather_rows, group_rank, group_size
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.loss.heads import Head, multiply, operand, padded
+from megadistill.loss.inputs import ChunkPlan, fitting_tokens, require_whole_vocabulary
+from megadistill.loss.options import LOGIT_MEMORY
+from megadistill.loss.pointwise import apply_transform_
+from megadistill.loss.sparse.exponentials import vocabulary_maximum
+from megadistill.loss.sparse.most_likely import select_most_likely
+from megadistill.loss.sparse.sampled import Ranges, draw, true_ranges
+from megadistill.loss.sparse.selection import Sampled, SelectedIds, Selection, pad_columns
+from megadistill.types import SparseTargets, Tail
+
+
+@torch.no_grad()
+def sparse_targets(
+    teacher: Head,
+    *,
+    selection: Selection,
+    tail: Tail,
+    vocab: VocabSlice,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    logit_memory: int = LOGIT_MEMORY,
+) -> SparseTargets:
+    """The part of the teacher's distribution at `temperature` that `selection` selects, for this rank's tokens.
+
+    Collective over `vocab.group`: every rank passes its own N tokens (N may differ, and may be 0) and its own rows of
+    the head. The result is that of one rank with the whole vocabulary, whatever the slices. An id that the teacher
+    does not know (its bias is -inf) is never selected and has no mass.
+
+    Args:
+        teacher: hidden [N, E], weight [w, E]. Padding rows are never read, and may be missing.
+        selection: which ids are selected.
+        tail: what becomes of the mass outside; `Tail.RENORMALISED` alone for `Sampled`. A token without an id above a
+            threshold is all tail; with `Tail.RENORMALISED` it has its most likely id.
+        vocab: which rows of the vocabulary this rank holds; slices may be uneven, empty or block-cyclic.
+        uniforms: [N, M] float64 in [0, 1), for `Sampled` alone. A draw is the first id, in the order of global ids, up
+            to which the distribution adds up to more than its uniform number.
+        logit_memory: bytes of this rank's logits; as in `LossOptions`.
+
+    Returns:
+        `SparseTargets`, float32 (float64 for float64) without gradient. K is the largest number of ids of a token of
+        the group. The ids of a row go from the most likely down, of equals the lowest first; those of `Sampled` ascend.
+
+    Raises:
+        ValueError: shapes, dtypes or uniforms that do not fit, a tail for counts, or slices that do not add up to the
+            vocabulary.
+    """
+    request = _Request(teacher, uniforms, selection, tail, vocab, temperature, logit_memory)
+    plan, max_rows, ranges = _exchange_metadata(request)
+    tokens, dtype, rank = teacher.hidden.shape[0], teacher.accumulator, group_rank(vocab.group)
+    weight_vE = teacher.rows(vocab, dtype)
+    buffer = teacher.hidden.new_empty((group_size(vocab.group) * plan.chunk_tokens, vocab.true_rows), dtype=dtype)
+    chunks = []
+    for span in plan.spans():
+        hidden_nE = operand(_gathered(teacher.hidden, span, vocab), dtype)
+        z_nv = buffer[: len(hidden_nE)]
+        multiply(hidden_nE, weight_vE.T, out=z_nv)
+        apply_transform_(z_nv, teacher.true_bias(vocab, dtype), teacher.transform)
+        if temperature != 1.0:
+            z_nv.div_(temperature)
+        maximum_n = vocabulary_maximum(z_nv, vocab)
+        if uniforms is not None:
+            selected = draw(z_nv, maximum_n, _gathered(uniforms, span, vocab), ranges, vocab)
+        else:
+            assert not isinstance(selection, Sampled)
+            length = span.stop - span.start
+            selected = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
+            selected = selected[rank * length : (rank + 1) * length]
+        chunks.append(selected[: max(0, tokens - span.start)])
+    return _joined(chunks, request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of a call, checked."""
+
+    teacher: Head
+    uniforms_NM: Tensor | None
+    selection: Selection
+    tail: Tail
+    vocab: VocabSlice
+    temperature: float
+    logit_memory: int
+
+    def __post_init__(self) -> None:
+        self.teacher.require_fit("teacher", self.teacher.hidden.shape[0], self.vocab, padding=False)
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature is {self.temperature}; it divides the logits, so pass a positive number")
+        if self.logit_memory < 1:
+            raise ValueError(f"logit_memory is {self.logit_memory}; pass the bytes that the logits may take")
+        if isinstance(self.selection, Sampled):
+            self._require_uniforms(self.selection.draws)
+        elif self.uniforms_NM is not None:
+            raise ValueError(f"{self.selection} draws nothing; pass uniforms for Sampled alone")
+        assert self.vocab.size < 2**24, "ids travel among float32 logits, which hold them exactly below 2**24"
+
+    def _require_uniforms(self, draws: int) -> None:
+        if self.tail is not Tail.RENORMALISED:
+            raise ValueError(
+                f"tail is {self.tail.value}, but counts of draws add up to 1 and leave none; pass Tail.RENORMALISED"
+            )
+        shape, u = (self.teacher.hidden.shape[0], draws), self.uniforms_NM
+        if u is None or u.shape != shape or u.dtype != torch.float64:
+            given = "none" if u is None else f"{list(u.shape)} {u.dtype}"
+            raise ValueError(
+                f"{self.selection} needs uniforms {list(shape)} torch.float64, got {given}; "
+                f"torch.rand({shape[0]}, {shape[1]}, dtype=torch.float64) makes them"
+            )
+
+
+def _exchange_metadata(request: _Request) -> tuple[ChunkPlan, int, Ranges]:
+    """The plan of the chunks, the largest v of a rank, and the ranges of all slices.
+
+    Two small all-gathers, with host-device syncs.
+    """
+    vocab, teacher, u = request.vocab, request.teacher, request.uniforms_NM
+    fitting = fitting_tokens(
+        request.logit_memory, models=1, itemsize=teacher.accumulator.itemsize, rows=vocab.true_rows
+    )
+    outside = 0 if u is None else int(((u >= 0) & (u < 1)).logical_not().sum())
+    own = [teacher.hidden.shape[0], vocab.true_rows, fitting, len(true_ranges(vocab)), outside]
+    gathered = all_gather_rows(torch.tensor([own], device=teacher.hidden.device), vocab.group)
+    tokens, rows, fittings, range_counts, outsides = zip(*gathered.tolist(), strict=True)
+    require_whole_vocabulary(rows, vocab)
+    if any(outsides):
+        raise ValueError(f"{list(outsides)} uniforms (by rank) are not in [0, 1); torch.rand makes numbers that are")
+    plan = ChunkPlan.of(int(max(tokens)), int(min(fittings)), group_size(vocab.group), in_flight=1)
+    return plan, int(max(rows)), Ranges.gather(vocab, range_counts, teacher.hidden.device)
+
+
+def _joined(chunks: list[SelectedIds], request: _Request) -> SparseTargets:
+    """The chunks of this rank's tokens, K wide."""
+    hidden, dtype = request.teacher.hidden, request.teacher.accumulator
+    own = torch.tensor([max((chunk.width for chunk in chunks), default=0)], device=hidden.device)
+    K = int(all_gather_rows(own, request.vocab.group).max())
+    none = SelectedIds(hidden.new_empty((0, K), dtype=torch.int64), hidden.new_empty((0, K)), hidden.new_empty((0,)))
+    return SparseTargets(
+        ids=torch.cat([pad_columns(chunk.ids, K, -1) for chunk in [none, *chunks]]),
+        probs=torch.cat([pad_columns(chunk.probs, K, 0).to(dtype) for chunk in [none, *chunks]]),
+        log_tail=torch.cat([chunk.log_tail.to(dtype) for chunk in [none, *chunks]]),
+        tail=request.tail,
+        temperature=request.temperature,
+    )
+
+
+def _gathered(rows: Tensor, span: slice, vocab: VocabSlice) -> Tensor:
+    """The rows `span` of every rank, one rank after the other; zeros after a rank's last one."""
+    return all_gather_rows(padded(rows[span], span.stop - span.start, 0), vocab.group)
