@@ -1,1 +1,1 @@
-"""From a run to a Hugging Face folder, with a card that says what it was trained on. It starts no ranks."""
+"""Export of a checkpoint as a Hugging Face folder with a model card."""

@@ -1,4 +1,4 @@
-"""Room `export`: what a run has read until a checkpoint, source by source, from the cursor alone. It opens no shard.
+"""The data that a run has trained on until a checkpoint, by source, from the cursor alone. No shard is opened.
 
 Legend: P slots of a stage's period, K sources.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megadistill.config import Recipe
 from megadistill.data import Manifest
@@ -19,19 +20,19 @@ from megadistill.types import Cursor
 
 @dataclass(frozen=True)
 class SourceRead:
-    """What was read of one source."""
+    """The part of one source."""
 
     name: str
     fingerprint: str
-    """sha256 of its manifest."""
+    """The sha256 of its manifest."""
     sequences: int
     manifest: Manifest | None
-    """None where it is not at hand, or is not the one that was read."""
+    """None where it is not at hand, or has changed since."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the student was trained on."""
+class DataProvenance:
+    """The data that the student was trained on."""
 
     cursor: Cursor
     order: Mapping[str, Any]
@@ -41,10 +42,10 @@ class Reading:
     sources: tuple[SourceRead, ...]
 
     @classmethod
-    def of(cls, manifest: CheckpointManifest, recipe: Recipe) -> "Reading":
+    def of(cls, manifest: CheckpointManifest, recipe: Recipe) -> "DataProvenance":
         cursor = Cursor.from_state(manifest.cursor)
         order = manifest.cursor["order"]
-        read = sequences_of(order, cursor)
+        sequences = sequences_of(order, cursor)
         named = {"data": recipe.data.manifest} if recipe.data.manifest is not None else recipe.data.sources
         return cls(
             cursor=cursor,
@@ -52,40 +53,40 @@ class Reading:
             tokens=manifest.tokens,
             sequence_length=manifest.tokens // (manifest.step * recipe.train.global_batch),
             sources=tuple(
-                SourceRead(name, fingerprint, read[name], _manifest(named.get(name), fingerprint))
+                SourceRead(name, fingerprint, sequences[name], _manifest(named.get(name), fingerprint))
                 for name, fingerprint in sorted(order["sources"].items())
             ),
         )
 
 
 def sequences_of(order: Mapping[str, Any], cursor: Cursor) -> dict[str, int]:
-    """Source -> sequences that were learned from, in the slots below the cursor: without those that were masked or skipped.
+    """Source -> sequences trained on in the slots below the cursor, without those that were masked or skipped.
 
-    `order` is the description that a cursor carries.
+    `order`: the order's description in the cursor.
     """
     names = sorted(order["sources"])
     end = cursor.next_slot
-    read_K = _dealt(order["stages"], names, end)
+    trained_K = _counts(order["stages"], names, end)
     for start, stop in [*cursor.skips, *((slot, slot + 1) for slot in cursor.masked_slots)]:
-        read_K -= _dealt(order["stages"], names, min(stop, end)) - _dealt(order["stages"], names, min(start, end))
-    return dict(zip(names, read_K.tolist(), strict=True))
+        trained_K -= _counts(order["stages"], names, min(stop, end)) - _counts(order["stages"], names, min(start, end))
+    return dict(zip(names, trained_K.tolist(), strict=True))
 
 
-def _dealt(stages: Sequence[Mapping[str, Any]], names: Sequence[str], stop: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """[K]: how many of the slots below `stop` each source has."""
-    dealt_K = np.zeros(len(names), dtype=np.int64)
+def _counts(stages: Sequence[Mapping[str, Any]], names: Sequence[str], stop: int) -> NDArray[np.int64]:
+    """[K] number of the slots below `stop` of each source."""
+    counts_K = np.zeros(len(names), dtype=np.int64)
     for stage in stages:
         slots = stop if stage["slots"] is None else min(stop, stage["slots"])
         quotas_K = [stage["quotas"].get(name, 0) for name in names]
         rounds, places = divmod(slots, sum(quotas_K))
-        begun_K = np.bincount(interleave(quotas_K)[:places], minlength=len(names))
-        dealt_K += rounds * np.asarray(quotas_K, dtype=np.int64) + begun_K
+        partial_K = np.bincount(interleave(quotas_K)[:places], minlength=len(names))
+        counts_K += rounds * np.asarray(quotas_K, dtype=np.int64) + partial_K
         stop -= slots
-    return dealt_K
+    return counts_K
 
 
 def _manifest(location: str | None, fingerprint: str) -> Manifest | None:
-    """That of a source, where it lies on this machine; a URL is not asked: a card may be written without a network."""
+    """A source's manifest, if it is on this machine: no URL is read, as a card is written without a network."""
     if location is None or "://" in location:
         return None
     try:

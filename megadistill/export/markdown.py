@@ -1,37 +1,38 @@
-"""Room `export`: text and tables as Markdown. It knows no run.
+"""Text and tables as Markdown.
 
-Text from elsewhere is escaped, and of a path the last name alone is shown: a card gives away no machine, no user, and
-no key of a URL.
+Text from elsewhere is escaped, and a path or URL is cut to its last name: a page gives away no machine, no user and no
+key of a URL.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from megadistill.redaction import without_secrets
+from megadistill.redaction import printable, without_secrets
 
 Rows = dict[str, str | None]
-"""What it is -> the value, as Markdown; None: the row is left out."""
+"""Name -> value as Markdown; a row of None is left out."""
 
 
-def plain(text: object) -> str:
-    """Text as one line of Markdown that shows it and does nothing: no markup, no HTML, no link."""
-    line = " ".join(without_secrets(str(text)).split())
-    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+def escape_md(text: object) -> str:
+    """Text as one line of Markdown without effect: no markup, no HTML, no link."""
+    line = printable(" ".join(without_secrets(str(text)).split()))
     return re.sub(r"([\\`*_\[\]<>#|~$&:@])", r"\\\1", line)
 
 
-def last_name(path: str) -> str:
-    """Of a path or a URL."""
-    return plain(Path(path.partition("?")[0]).name or "a folder")
+def basename(path: str) -> str:
+    """The last name of a path or a URL, escaped."""
+    return escape_md(Path(path.partition("?")[0]).name or "a folder")
 
 
-def table_of(rows: Rows) -> str:
-    """A row each, without a heading."""
-    return table([["", ""], *([name, value] for name, value in rows.items() if value is not None)])
+def rows_table(rows: Rows) -> str:
+    """A table of names and values without a heading."""
+    return table(("", ""), [(name, value) for name, value in rows.items() if value is not None])
 
 
-def table(lines: Iterable[list[str]]) -> str:
-    """The first line is the heading."""
-    head, *rest = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rest])
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | None = None) -> str:
+    """A table. The columns after the first `left` are aligned to the right; None: no column is."""
+    rules = ["---" if left is None or column < left else "---:" for column in range(len(heading))]
+    return "\n".join(
+        [f"| {' | '.join(heading)} |", f"|{'|'.join(rules)}|", *(f"| {' | '.join(row)} |" for row in rows)]
+    )

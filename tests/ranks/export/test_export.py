@@ -1,4 +1,4 @@
-"""From two training ranks to a Hugging Face folder: what transformers loads is the model that was trained.
+"""Export of a run of two ranks: transformers loads the model that was trained.
 
 Legend: B sequences, S tokens of a sequence, N = B·S, V true vocabulary, P padded vocabulary, D width.
 """
@@ -32,11 +32,11 @@ CURSOR = Cursor(
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training model says after its last step."""
+    """The training model after its last step."""
 
     logits_NP: Tensor
     start_PD: Tensor
-    """The rows of the head before the first step."""
+    """Rows of the head before the first step."""
     head_PD: Tensor
 
 

@@ -1,8 +1,9 @@
-"""From a checkpoint of any number of ranks to a folder that transformers loads, and the card that comes with it."""
+"""Export of a checkpoint of any number of ranks to a folder that transformers loads, and its model card."""
 
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ from megadistill import __version__
 from megadistill.config import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import OperatorFault, UserError
+from megadistill.evaluate.evaluation import write_json
 from megadistill.export.export_run import export_run
-from megadistill.export.markdown import plain
+from megadistill.export.markdown import escape_md
 from megadistill.models.families import EMBEDDING, HEAD, load_config, parameter_shapes
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import flops_per_token, parameter_counts
 from megadistill.train.checkpoint.format import commit, write_rank
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
-from megadistill.train.setup.run_folder import describe, keep_student_config, write_description
+from megadistill.train.setup.run_folder import copy_student_config, describe, write_description
 from megadistill.types import Cursor
+from tests.unit.evaluate.test_evaluation_tables import LARGE
 from tests.unit.train.cases import (
     MODEL,
     SEQUENCE,
@@ -43,17 +46,17 @@ TINY = {"train": {"precision": "float32"}}
 
 
 def _parameters() -> dict[str, Tensor]:
-    """Of the padded model: the rows past the vocabulary hold what no export may show."""
+    """Parameters of the padded model: no export may hold the rows past the vocabulary."""
     generator = torch.Generator().manual_seed(1)
     shapes = parameter_shapes(load_config(MODEL | {"vocab_size": VOCAB}, what="test"))
-    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name in (EMBEDDING, HEAD):
-        found[name] = torch.cat([found[name], torch.full((PADDED - VOCAB, MODEL["hidden_size"]), 99.0)])
-    return found
+        values[name] = torch.cat([values[name], torch.full((PADDED - VOCAB, MODEL["hidden_size"]), 99.0)])
+    return values
 
 
 def _checkpoint(run: Path, made: Recipe, *, step: int = STEP, **changes: Any) -> Path:
-    """As `WORLD` ranks write it: each has a piece of each flattened parameter, uneven ones and empty ones too."""
+    """A checkpoint of `WORLD` ranks: each has a piece of each flattened parameter, uneven ones and empty ones too."""
     folder, beside = run / "checkpoints", run / f".step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     beside.mkdir()
@@ -104,8 +107,8 @@ def _export(source: Path, output: Path, **options: Any) -> ModelCard:
 
 
 def _metadata(card: ModelCard) -> dict[str, Any]:
-    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    return found
+    values: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return values
 
 
 def _rows(card: ModelCard) -> dict[str, str]:
@@ -133,32 +136,22 @@ def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path
     named = tmp_path / "named"
     described_teacher(named)
     run, made = _run(tmp_path, student={"config": str(named)})
-    keep_student_config(run, made.student)
+    copy_student_config(run, made.student)
     _checkpoint(run, made)
     shutil.rmtree(named)
     _export(run, tmp_path / "out")
     assert load_config(tmp_path / "out", what="test").num_hidden_layers == MODEL["num_hidden_layers"]
 
 
-def _as_format_1(checkpoint: Path) -> None:
-    path = checkpoint / "manifest.json"
+def test_a_checkpoint_of_format_1_is_refused(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    path = _checkpoint(run, made) / "manifest.json"
     values = json.loads(path.read_text())
     for newer in ("sha256", "recipe", "recipe_sha256", "attempt", "rollbacks"):
         del values[newer]
     path.write_text(json.dumps(values | {"format": 1}))
-
-
-def test_a_checkpoint_of_format_1_has_its_recipe_from_the_run_folder(tmp_path: Path) -> None:
-    run, made = _run(tmp_path)
-    checkpoint = _checkpoint(run, made)
-    _export(run, tmp_path / "new")
-    _as_format_1(checkpoint)
-    _export(checkpoint, tmp_path / "old")
-    for path in (tmp_path / "new").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "old" / path.name).read_bytes()
-    alone = checkpoint.rename(tmp_path / "alone")
-    with pytest.raises(UserError, match="does not say its recipe"):
-        _export(alone, tmp_path / "out")
+    with pytest.raises(UserError, match="is of format 1, without a recipe"):
+        _export(run, tmp_path / "out")
 
 
 def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_says_so(
@@ -167,7 +160,7 @@ def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_says_so(
     run, made = _run(tmp_path)
     alone = _checkpoint(run, made).rename(tmp_path / "alone")
     card = _export(alone, tmp_path / "out")
-    assert "no tokenizer" in capsys.readouterr().err
+    assert "without a tokenizer" in capsys.readouterr().err
     assert "AutoTokenizer" not in card.text
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
@@ -178,7 +171,7 @@ def test_what_is_no_run_and_no_such_step_is_refused(tmp_path: Path) -> None:
         _export(run, tmp_path / "out")
     checkpoint = _checkpoint(run, made)
     for source, step, reason in [
-        (tmp_path, None, "no run folder"),
+        (tmp_path, None, "not a run folder"),
         (run, 5, "it has 6"),
         (checkpoint, 5, "is the checkpoint of step 6"),
     ]:
@@ -197,8 +190,8 @@ def test_what_is_no_run_and_no_such_step_is_refused(tmp_path: Path) -> None:
 def test_what_a_rollback_left_is_not_taken_for_the_newest(tmp_path: Path) -> None:
     run, made = _run(tmp_path)
     _checkpoint(run, made)
-    record_rollbacks(run, [Rollback(at_step=7, to_step=3, skip=(30, 50), reason="a spike")])
-    with pytest.raises(UserError, match="a rollback has left it"):
+    record_rollbacks(run, [Rollback(at_step=7, to_step=3, skipped_slots=(30, 50), reason="a spike")])
+    with pytest.raises(UserError, match="a rollback abandoned it"):
         _export(run, tmp_path / "out")
     _export(run, tmp_path / "out", step=STEP)
 
@@ -221,8 +214,8 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
         line = {"step": step, "loss": 0.5 + step, "kl": 0.25, "student_ce": 3.0, "agreement": 0.5}
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-    evaluated = {"model": "runs/x/out", "tokens": 12345, "cross_entropy": 3.25, "kl": 0.125, "agreement": 0.75}
-    (run / "evaluation.json").write_text(json.dumps([evaluated]), encoding="utf-8")
+    evaluated = replace(LARGE, model="runs/x/out", parameters=90, tokens=12345, cross_entropy=3.25, bits_per_byte=None)
+    write_json([evaluated], run / "evaluation.json")
     card = _export(run, tmp_path / "out")
 
     metadata = _metadata(card)
@@ -237,7 +230,7 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
     manifest = Mixture.load(made.data).sources["data"]
     order = Mixture.load(made.data).order(made.data.seed)
     forward = flops_per_token(load_config(teacher, what="test"), SEQUENCE).forward
-    for name, said in {
+    for name, value in {
         "objective": "0.9 × (forward KL, KL(teacher ‖ student)) + 0.1 × cross-entropy of the label, temperature 1",
         "z-loss": "0.0001",
         "steps": "6 of 6",
@@ -263,11 +256,12 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
         "rollbacks after a loss spike": "2",
         "versions": "torch some",
     }.items():
-        assert rows[name].startswith(said), (name, rows[name])
+        assert rows[name].startswith(value), (name, rows[name])
     read = f"| data | {8 * STEP} | {TOKENS:,} | `{manifest.fingerprint}` | 6 | 3 | 1,000 |"
     assert read in card.text
     assert "| 6.5000 | 0.2500 | 3.0000 | 0.5000 |" in card.text, "the checkpoint's step, not the last one"
-    assert "| out | 12,345 | 3.2500 | 0.1250 | 75.0% |" in card.text
+    measures = "90 | 12,345 | 3.2500 | 150555.25 | 10.4321 | 0.6931 | 100.0% | 45.7% | 12.34%"
+    assert f"| out | {measures} |" in card.text
     assert f"megadistill {__version__}" in card.text
     assert f"{counts.total:,} parameters" in card.text
 
@@ -287,13 +281,13 @@ def test_a_student_that_goes_on_from_weights_names_what_they_were_made_of(tmp_pa
     assert "## The teacher" not in card.text
     (weights / "README.md").write_text("---\nbase_model: '../../etc|<b>'\n---\n", encoding="utf-8")
     assert "base_model" not in _metadata(_export(run, tmp_path / "hostile"))
-    described = describe(made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "kept"})
+    described = describe(made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "before"})
     write_description(run, described)
-    assert _rows(_export(run, tmp_path / "told"))["fingerprint of the starting weights"] == "`kept`"
+    assert _rows(_export(run, tmp_path / "gone"))["fingerprint of the starting weights"] == "`before`"
 
 
 def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None:
-    """What a recipe says may be anybody's: it becomes text, and of paths and URLs the last name is shown at most."""
+    """A recipe may be anybody's: its values become text, and of paths and URLs the last name at most."""
     teacher = described_teacher(tmp_path / "home" / "alice" / "a|b<img src=x>[c](mailto:evil) `d` *e*")
     run, made = _run(tmp_path, teacher=teacher)
     url = "https://alice:hunter2@there.example/data/manifest.json?token=s3cr3t"
@@ -312,7 +306,7 @@ def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "escaped"),
     [
         ("a|b", r"a\|b"),
         ("<script>", r"\<script\>"),
@@ -321,8 +315,8 @@ def test_the_card_gives_away_no_place_no_name_and_no_key(tmp_path: Path) -> None
         ("hf_abcdefghijklmnopqrstuv", r"\*\*\*"),
     ],
 )
-def test_text_from_elsewhere_is_shown_and_does_nothing(text: str, shown: str) -> None:
-    assert plain(text) == shown
+def test_text_from_elsewhere_has_no_effect(text: str, escaped: str) -> None:
+    assert escape_md(text) == escaped
 
 
 def test_evaluations_that_are_none_of_ours_are_left_out(tmp_path: Path) -> None:
