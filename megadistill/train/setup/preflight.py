@@ -50,7 +50,7 @@ def check_fit(
             f"{teacher.num_hidden_layers} layers: set {key} to {teacher.num_hidden_layers} or less"
         )
     if vocab_map is not None:  # the map replaces the comparison of tokenizers
-        _divergence_is_finite(recipe.loss, vocab_map)
+        check_divergence(recipe.loss, vocab_map)
         return
     if teacher.vocab_size < data.vocab_size:
         raise UserError(
@@ -109,7 +109,12 @@ def check_compiler(loss: LossSection) -> None:
         )
 
 
-def _divergence_is_finite(loss: LossSection, vocab_map: Tensor) -> None:
+def check_divergence(loss: LossSection, vocab_map: Tensor) -> None:
+    """Checks that the divergence is finite where the teacher has no id for one of the student's.
+
+    Raises:
+        UserError: it is not, and `vocab_map` [true vocabulary] has such ids (-1).
+    """
     unknown = int((vocab_map < 0).sum())
     spec = Divergence(loss.divergence, parameter=loss.parameter).formula.spec
     if unknown and not spec.finite_at_zero:
