@@ -105,10 +105,10 @@ class EventLog:
         if self._writes:
             self._append(event, step, values)
 
-    def warn(self, event: str, message: str, *, step: int, **values: Any) -> None:
-        """Writes an event and logs a message for people as a warning, both on the rank that writes."""
+    def warn(self, event: str, line: str, /, *, step: int, **values: Any) -> None:
+        """Writes an event and logs a line as a warning, both on the rank that writes."""
         if self._writes:
-            logger.warning("%s", message)
+            logger.warning("%s", line)
             self._append(event, step, values)
 
     def attempt_failed(self, reason: str, *, step: int, rank: int, exit_code: int) -> None:

@@ -17,16 +17,20 @@ from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
-from megadistill.train.hooks.fencing import Fencing
-from megadistill.train.hooks.hook import Hook, Request, StepEvent
-from megadistill.train.hooks.loss_anomalies import LossAnomalies
-from megadistill.train.hooks.non_finite import NonFiniteGuard
-from megadistill.train.hooks.periodic_save import PeriodicSave
-from megadistill.train.hooks.save_progress import SaveProgress
-from megadistill.train.hooks.step_log import StepLog
-from megadistill.train.hooks.stop import StopOnRequest
-from megadistill.train.hooks.straggler_check import StragglerCheck
-from megadistill.train.hooks.teacher_weights import TeacherWeightsCheck
+from megadistill.train.hooks import (
+    Fencing,
+    Hook,
+    LossAnomalies,
+    NonFiniteGuard,
+    PeriodicSave,
+    Request,
+    SaveProgress,
+    StepEvent,
+    StepLog,
+    StopOnRequest,
+    StragglerCheck,
+    TeacherWeightsCheck,
+)
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.resilience.anomalies import LossMonitor
 from megadistill.train.resilience.masked_samples import masked_cursor
@@ -134,74 +138,56 @@ class Trainer:
         skips = [rollback.skipped_slots for rollback in recovery.rollbacks]
         monitor = recovery.loss_monitor(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
-        with closing(RunLog(setup.folder, setup.recipe, start_step=self.step, topology=topology)) as log:
+        with ExitStack() as stack:
+            log = RunLog(setup.folder, setup.recipe, start_step=self.step, topology=topology)
+            stack.enter_context(closing(log))
             self._log_start(cursor, skips)
             stopped_by = self._stop_reason()
             if stopped_by is not None:
                 return self._stopped(stopped_by)
-            with ExitStack() as stack:
-                taken = islice(stream, last - self.step)
-                batches = StepBatches(taken, self._teacher, micro_batch=setup.recipe.train.micro_batch)
-                stack.enter_context(closing(batches))
-                timeline_capture = stack.enter_context(capture_timeline(setup, topology))
-                hooks = self._hooks(log, monitor, stream)
-                seconds = setup.recipe.resilience.step_timeout_seconds
-                limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
-                while self.step < last:
-                    self.step += 1
-                    timeline_capture.step(self.step)
-                    self._enter_phase("step", limit=limit)
-                    limit = seconds
-                    event = self._take_step(batches, stream)
-                    requests = set()
-                    for hook in hooks:
-                        request = hook.after_step(event)
-                        if request is Request.ROLL_BACK:
-                            return None
-                        requests.add(request)
-                    ends = self.step == last or Request.STOP in requests
-                    if ends or Request.SAVE in requests:
-                        self._save(event.cursor, last=ends)
-                    if Request.STOP in requests and self.step < last:
-                        return self._stopped(stop_reason(event.outcome.flags))
+            steps = islice(stream, last - self.step)
+            batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch)
+            stack.enter_context(closing(batches))
+            timeline_capture = stack.enter_context(capture_timeline(setup, topology))
+            hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot)
+            seconds = setup.recipe.resilience.step_timeout_seconds
+            limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
+            while self.step < last:
+                self.step += 1
+                timeline_capture.step(self.step)
+                self._enter_phase("step", limit=limit)
+                limit = seconds
+                event = self._take_step(batches, stream)
+                requests = set()
+                for hook in hooks:
+                    request = hook.after_step(event)
+                    if request is Request.ROLL_BACK:
+                        return None
+                    requests.add(request)
+                ends = self.step == last or Request.STOP in requests
+                if ends or Request.SAVE in requests:
+                    self._save(event.cursor, last=ends)
+                if Request.STOP in requests and self.step < last:
+                    return self._stopped(stop_reason(event.outcome.flags))
             return self._ended()
 
-    def _hooks(self, log: RunLog, monitor: LossMonitor, stream: TokenStream) -> list[Hook]:
+    def _hooks(self, log: RunLog, monitor: LossMonitor, *, first_slot: int) -> list[Hook]:
         """The hooks, in the order in which they run after each step. Collective."""
-        setup, topology, recovery, events = self._setup, self._topology, self._recovery, self._recovery.events
-        recipe, resilience = setup.recipe, setup.recipe.resilience
-        hooks: list[Hook] = [
+        topology, recovery, events = self._topology, self._recovery, self._recovery.events
+        recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
+        meter, every = meter_of(self._setup, topology), recipe.train.histograms_every
+        hooks: list[Hook | None] = [
             Fencing(recovery),
-            StepLog(
-                log,
-                meter=meter_of(setup, topology),
-                objective=self._objective,
-                recovery=recovery,
-                student=self._student,
-                topology=topology,
-                histograms_every=recipe.train.histograms_every,
-            ),
+            StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             SaveProgress(recovery),
-        ]
-        if resilience.straggler_every:
-            hooks.append(StragglerCheck(events, topology, every=resilience.straggler_every))
-        if self._frozen is not None:
-            hooks.append(TeacherWeightsCheck(self._frozen, topology, every=resilience.teacher_hash_every))
-        hooks += [
-            LossAnomalies(
-                monitor,
-                recovery,
-                topology,
-                first_slot=stream.start.next_slot,
-                rollback_steps=resilience.rollback_steps,
-                teacher_ce=recipe.teacher is not None and recipe.loss.targets is None,
-                frozen=self._frozen,
-            ),
+            StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
+            TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
+            LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
             PeriodicSave(every=recipe.train.checkpoint_every),
         ]
-        return hooks
+        return [hook for hook in hooks if hook is not None]
 
     def _take_step(self, batches: StepBatches, stream: TokenStream) -> StepEvent:
         section, every = self._setup.recipe.train, self._setup.recipe.resilience.recompute_every
@@ -209,8 +195,7 @@ class Trainer:
         batch = next(batches)
         cursor = batch.cursor
         if self._setup.recipe.data.on_corrupt_sample == "mask":
-            events = self._recovery.events
-            cursor = masked_cursor(batch.batch, cursor, stream, self._topology, events, step=self.step)
+            cursor = masked_cursor(batch.batch, cursor, stream, self._topology, self._recovery.events, step=self.step)
         rate = scheduled(
             section.optimizer.learning_rate, step=self.step, steps=section.steps, schedule=section.schedule
         )
@@ -232,13 +217,11 @@ class Trainer:
         setup, topology, teacher, vocab = self._setup, self._topology, self._teacher, self._student.head.vocab
         logger.info("%s", describe_layout(setup, topology))
         self._recovery.mark_resumed(self.step)
-        sizes = {"micro_batch": setup.recipe.train.micro_batch, "sequence_length": setup.data.sequence_length}
-        for line in (
-            teacher.describe_prefetch(**sizes),
-            check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips),
-        ):
-            if line is not None:
-                logger.info("%s", line)
+        B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
+        if line := teacher.describe_prefetch(micro_batch=B, sequence_length=S):
+            logger.info("%s", line)
+        if line := check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips):
+            logger.info("%s", line)
 
     def _enter_phase(self, phase: str, *, limit: float) -> None:
         self._topology.watchdog.enter_phase(phase, self.step, limit=limit)

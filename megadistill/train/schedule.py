@@ -1,4 +1,4 @@
-"""A number that changes with the step, as a pure function of it. It knows no optimizer and no loss."""
+"""Schedules: a number as a pure function of the optimizer step (the learning rate, the weight of a loss term)."""
 
 import math
 
@@ -6,7 +6,7 @@ from megadistill.config import ScheduleSection
 
 
 def scheduled(peak: float, *, step: int, steps: int, schedule: ScheduleSection) -> float:
-    """What a number with this peak is at optimizer step `step` (1 to `steps`): a learning rate, the weight of a term.
+    """The value at optimizer step `step` (1 to `steps`) of a number with this peak.
 
     Linear warm-up from 0 over the first `warmup_steps`. Then `cosine`: half a cosine down to `final_ratio` of the peak
     at the last step (Loshchilov and Hutter, 2017). Or `wsd`: constant, then linear down to it over the last

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 
+from megadistill.config import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
@@ -17,24 +18,24 @@ class LossAnomalies:
 
     def __init__(
         self,
+        recipe: Recipe,
         monitor: LossMonitor,
         recovery: Recovery,
         topology: Topology,
         *,
         first_slot: int,
-        rollback_steps: int,
-        teacher_ce: bool,
         frozen: FrozenWeights | None,
     ) -> None:
         """
         Args:
-            first_slot: of the first step.
-            teacher_ce: whether the metrics have the teacher's cross-entropy, as those of truncated targets have not.
+            first_slot: first slot of the first step.
             frozen: the teacher's weights, compared when its cross-entropy drifts.
         """
         self._monitor, self._recovery, self._topology = monitor, recovery, topology
-        self._teacher_ce, self._frozen = teacher_ce, frozen
-        self._next_slots = deque([first_slot], maxlen=rollback_steps + 1)
+        self._frozen = frozen
+        self._teacher_ce = recipe.teacher is not None and recipe.loss.targets is None
+        """Whether the metrics have the teacher's cross-entropy: with truncated targets it is unknown."""
+        self._next_slots = deque([first_slot], maxlen=recipe.resilience.rollback_steps + 1)
 
     def after_step(self, event: StepEvent) -> Request | None:
         """

@@ -16,12 +16,12 @@ class StepLog:
     def __init__(
         self,
         log: RunLog,
-        *,
         meter: Meter,
         objective: Objective,
         recovery: Recovery,
         student: StudentEngine,
         topology: Topology,
+        *,
         histograms_every: int,
     ) -> None:
         self._log, self._meter, self._objective = log, meter, objective

@@ -81,11 +81,11 @@ TEACHERS: dict[str, Callable[[Setup, Topology], TeacherOnSlice]] = {
     "live": live_teacher,
     "stored": _stored_teacher,
 }
-"""By `teacher.source`; "none" for a recipe without a teacher."""
+"""Loaders of the kinds of teacher, by `teacher.source`; "none" for a recipe without a teacher."""
 
 
 def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteTeacher:
-    """Source of the teacher's hidden states: this rank's stage and those of its group, or ranks of the teacher's own."""
+    """Source of hidden states: this rank's stage and those of its group, or ranks of the teacher's own."""
     if topology.bridge is None:
         return TeacherPipeline(load_stage(setup, topology, topology.group_rank, topology.group_size), topology)
     queue = _section(setup).queue

@@ -4,8 +4,8 @@ One row of tokens goes through the teacher as a micro-batch does: through its st
 states through the slices of its head. Wrong weights, a wrong stage, slice or map, and a device that computes wrongly
 show at once.
 
-Legend: B rows of a micro-batch, S tokens of a row, K of them in the probe, L whose hidden states are recorded, E teacher
-width.
+Legend: B rows of a micro-batch, S tokens of a row, K of them in the probe, L of those with recorded hidden states, E
+teacher width.
 """
 
 from collections.abc import Callable

@@ -21,7 +21,7 @@ class Teacher(ABC):
         Close the generator before another one is begun.
         """
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 (optional)
         """Prepares for the steps after a start or a rollback. Collective."""
 
     def check(
@@ -48,14 +48,14 @@ class Teacher(ABC):
         """The weights that this rank holds, with their digests; None where it holds none."""
         return None
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 (optional)
         """Makes targets that are being saved durable, before a checkpoint counts their slots as done."""
 
     def finish(self) -> str | None:
         """Completes the targets that were saved, after the run's last step; a log line on rank 0. Collective."""
         return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (optional)
         """Tells ranks that serve this one that no more requests come."""
 
 

@@ -20,7 +20,8 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.train.checkpoint.format import newest_checkpoint
-from megadistill.train.loop import run
+from megadistill.train.hooks import Hook, Request, StepEvent
+from megadistill.train.loop import Trainer, run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
 from tests.corpora import small_data_set
@@ -117,9 +118,61 @@ def test_ranks_that_see_other_checkpoints_do_not_train_on(manifest: Path, tmp_pa
     run_ranks(2, _train, str(manifest), str(tmp_path / "shared"))
     (tmp_path / "unshared").mkdir()
     first, second = run_ranks(2, _train_in_a_folder_of_its_own, str(manifest), str(tmp_path))
-    assert "another rank says why" in first
-    assert "sees step 0" in second
-    assert f"rank 0 sees step {STEPS}" in second
+    assert first.startswith("rank 1 and rank 0 see different newest checkpoints")
+    assert f"(step 0 on rank 1, step {STEPS} on rank 0)" in second
+
+
+class _Seen:
+    """A hook that records the steps that it sees."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def after_step(self, event: StepEvent) -> Request | None:
+        self.steps.append(event.step)
+        return None
+
+
+class _Asks(_Seen):
+    """Asks for a checkpoint of step 2, for a rollback at its first step 4 and for a stop at its second."""
+
+    def after_step(self, event: StepEvent) -> Request | None:
+        super().after_step(event)
+        if event.step == 4:
+            return Request.ROLL_BACK if self.steps.count(4) == 1 else Request.STOP
+        return Request.SAVE if event.step == 2 else None
+
+
+def _train_with_hooks(topology: Topology, manifest: str, folder: str) -> tuple[list[int], list[int], int]:
+    """Steps seen by the hook that asks, by one behind it, and where the run stopped."""
+    base = recipe(Path(manifest), Path(folder)).snapshot()
+    given = Recipe.model_validate({**base, "checkpoint": {"asynchronous": False}})
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    own, asks, behind = Trainer._hooks, _Asks(), _Seen()
+
+    def hooks(*arguments: Any, **keys: Any) -> list[Hook]:
+        return [*own(*arguments, **keys), asks, behind]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_hooks", hooks)
+        ended = lambda flags: "a hook" if asks.steps.count(4) == 2 else None  # noqa: E731
+        patch.setattr("megadistill.train.loop.stop_reason", ended)
+        outcome = run(prepare(given, launch), topology, stop_after=None)
+    assert (outcome.done, outcome.stopped_by) == (False, "a hook")
+    return asks.steps, behind.steps, outcome.step
+
+
+def test_a_hook_asks_for_a_checkpoint_a_rollback_and_a_stop(manifest: Path, tmp_path: Path) -> None:
+    """The step that is rolled back is not seen by the hooks behind, and the steps are taken again to the same digit."""
+    folder = tmp_path / "run"
+    for seen, behind, step in run_ranks(2, _train_with_hooks, str(manifest), str(folder)):
+        assert seen == [1, 2, 3, 4, 3, 4]
+        assert behind == [1, 2, 3, 3, 4]
+        assert step == 4
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    whole = tmp_path / "whole"
+    run_ranks(2, _train, str(manifest), str(whole))
+    assert _numbers(folder) == _numbers(whole)[:4]
 
 
 def _timeouts(topology: Topology) -> list[float]:
@@ -148,7 +201,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
     "top-p": {"targets": TOP_P},
 }
-CLOCK = {"seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
+CLOCK = {"time", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
 
 
 def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
@@ -280,7 +333,7 @@ def _cursor(folder: Path) -> dict[str, Any]:
     return cursor
 
 
-def test_a_mixture_with_masks_skips_and_a_hole_is_learned_alike(
+def test_a_mixture_with_document_masks_skips_and_a_masked_sample_is_learned_alike(
     manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
 ) -> None:
     whole = _run(2, manifest, tmp_path / "two", {}, data=mixed, path=teacher)
@@ -295,7 +348,7 @@ def test_a_mixture_with_masks_skips_and_a_hole_is_learned_alike(
     assert all(json.loads(line)["data_seconds"] >= 0 for line in lines)
 
 
-def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
+def test_a_curriculum_entry_not_yet_reached_may_be_edited_and_others_not(
     manifest: Path, teacher: Path, tmp_path: Path, mixed: dict[str, Any]
 ) -> None:
     folder = tmp_path / "run"
@@ -304,7 +357,7 @@ def test_a_stage_that_lies_ahead_may_be_edited_and_one_behind_may_not(
     first, last = mixed["curriculum"]
     other = {**mixed, "curriculum": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
     for said in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
-        assert "stage 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
+        assert "curriculum entry 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
     edited = {**mixed, "curriculum": [first, {"weights": {"train": 1}}]}
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
     assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
@@ -398,7 +451,7 @@ def test_stored_targets_of_another_run_are_refused(manifest: Path, teacher: Path
     assert "the seed was 1, is 3" in said
 
 
-def test_the_log_says_what_the_recipe_asked_for(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+def test_the_log_has_the_numbers_of_the_recipes_options(manifest: Path, teacher: Path, tmp_path: Path) -> None:
     lines = _run(1, manifest, tmp_path / "run", ROUTED, path=teacher)
     assert [line["kd_weight"] for line in lines] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
     assert [line["kd_weight"] + line["ce_weight"] for line in lines] == pytest.approx([1.0] * STEPS)

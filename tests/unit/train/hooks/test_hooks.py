@@ -1,27 +1,33 @@
 """Hooks of a step: what each asks the loop for, and what it hands on to the parts that it calls."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megadistill.errors import OperatorFault
-from megadistill.train.hooks.hook import Request, StepEvent
-from megadistill.train.hooks.loss_anomalies import LossAnomalies
-from megadistill.train.hooks.non_finite import NonFiniteGuard
-from megadistill.train.hooks.periodic_save import PeriodicSave
-from megadistill.train.hooks.stop import StopOnRequest
+from megadistill.train.hooks import (
+    LossAnomalies,
+    NonFiniteGuard,
+    PeriodicSave,
+    Request,
+    StepEvent,
+    StopOnRequest,
+    StragglerCheck,
+)
 from megadistill.train.resilience.anomalies import Anomaly
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
-from tests.unit.train.cases import topology
+from tests.unit.train.cases import recipe, topology
 
 BATCH = 10
 
 
 class Recorder:
-    """In place of events, log, monitor and recovery: records their calls."""
+    """Records calls, as events, monitor, recovery and weights."""
 
     def __init__(self, *, spike_at: int = 0, drift_at: int = 0, rolls_back: bool = True) -> None:
         self.calls: list[Any] = []
@@ -31,8 +37,8 @@ class Recorder:
     def write(self, event: str, *, step: int, **values: Any) -> None:
         self.calls.append((event, step, values))
 
-    def warn(self, event: str, message: str, *, step: int, **values: Any) -> None:
-        self.calls += [(event, step, values), message]
+    def warn(self, event: str, line: str, /, *, step: int, **values: Any) -> None:
+        self.calls += [(event, step, values), line]
 
     def spike(self, step: int, loss: float) -> Anomaly | None:
         return Anomaly("loss_spike", "high", {"loss": loss}) if step == self.spike_at else None
@@ -83,16 +89,22 @@ def test_non_finite_guard() -> None:
         guard.after_step(event(5, skipped=True))
 
 
+def test_straggler_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data seconds of the steps since the last comparison are added up."""
+    recorder: Any = Recorder()
+    check = StragglerCheck(recorder, topology(), every=2)
+    monkeypatch.setattr(check._stragglers, "check", lambda seconds: [f"rank 0 waited {seconds} s"])
+    for step in (1, 2, 3, 4):
+        check.after_step(replace(event(step), data_seconds=step))
+    line = "rank 0 waited 7 s"
+    assert recorder.calls[-2:] == [("straggler", 4, {"message": line}), f"step 4: {line}"]
+    assert len(recorder.calls) == 4
+
+
 def anomalies(recorder: Any, *, teacher_ce: bool = False) -> LossAnomalies:
-    return LossAnomalies(
-        recorder,
-        recorder,
-        topology(),
-        first_slot=BATCH,
-        rollback_steps=2,
-        teacher_ce=teacher_ce,
-        frozen=recorder,
-    )
+    teacher = Path("teacher") if teacher_ce else None
+    given = recipe(Path("manifest.json"), Path("run"), teacher=teacher, resilience={"rollback_steps": 2})
+    return LossAnomalies(given, recorder, recorder, topology(), first_slot=BATCH, frozen=recorder)
 
 
 def test_a_spike_rolls_back_with_the_slots_of_the_last_steps() -> None:
