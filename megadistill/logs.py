@@ -12,11 +12,11 @@ PACKAGE = logging.getLogger("megadistill")
 
 
 def configure(rank: int) -> None:
-    """Sends log lines to stderr: INFO and above on rank 0, WARNING and above on other ranks. Called by the CLI."""
+    """Sends log lines to the terminal: warnings and errors of all ranks to stderr, INFO of rank 0 to stdout."""
     for former in PACKAGE.handlers[:]:
         PACKAGE.removeHandler(former)
         former.close()
-    handler = _StderrHandler()
+    handler = _TerminalHandler()
     handler.setFormatter(_Formatter(rank))
     PACKAGE.addHandler(handler)
     PACKAGE.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -47,11 +47,11 @@ class _QuietOnOsError(logging.StreamHandler[TextIO]):
             super().handleError(record)
 
 
-class _StderrHandler(_QuietOnOsError):
-    """Writes to what sys.stderr is at the moment, which a progress bar replaces to keep itself below the lines."""
+class _TerminalHandler(_QuietOnOsError):
+    """Looks up sys.stdout and sys.stderr for each line: a progress bar replaces them to keep itself below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
+        self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         with suppress(SystemExit):  # rich exits the process when its terminal is gone
             super().emit(record)
 

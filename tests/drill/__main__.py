@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.drill.cases import CASES, Found
+from tests.drill.cases import CASES, CaseResult
 from tests.drill.launch import left_over
 from tests.drill.place import Place
 
@@ -35,39 +35,39 @@ def main() -> int:
     table = Table(title=f"the drill: {len(rows)} faults in {time.monotonic() - began:.0f} s", title_justify="left")
     for heading, justify in (
         ("fault", "left"),
-        ("found after", "right"),
+        ("ended after", "right"),
         ("steps taken twice", "right"),
         ("result", "left"),
     ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for fault, found, problem in rows:
-        table.add_row(fault, *cells(found, problem))
+    for fault, result, problem in rows:
+        table.add_row(fault, *cells(result, problem))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if options.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if any(problem for _, _, problem in rows) else 0
 
 
-def run(name: str, place: Place) -> tuple[Found | None, str | None]:
-    """What a case found, or what is wrong."""
+def run(name: str, place: Place) -> tuple[CaseResult | None, str | None]:
+    """The result of a case, or its problem."""
     began = time.monotonic()
-    found, problem = None, None
+    result, problem = None, None
     try:
-        found = CASES[name][1](place)
+        result = CASES[name][1](place)
     except AssertionError as error:
         problem = str(error)
-    orphans = left_over()
-    if orphans:
-        problem = f"{problem or ''} processes were left over: {orphans}"
-    print(f"{name}: {problem or (found and found.result)} ({time.monotonic() - began:.1f} s)", flush=True)
-    return found, problem
+    ranks = left_over()
+    if ranks:
+        problem = f"{problem or ''} processes were left over: {ranks}"
+    print(f"{name}: {problem or (result and result.result)} ({time.monotonic() - began:.1f} s)", flush=True)
+    return result, problem
 
 
-def cells(found: Found | None, problem: str | None) -> tuple[str, str, str]:
-    if found is None or problem is not None:
+def cells(result: CaseResult | None, problem: str | None) -> tuple[str, str, str]:
+    if result is None or problem is not None:
         return "", "", f"FAILED: {(problem or '').splitlines()[0]}"
-    seconds = "" if found.seconds is None else f"{found.seconds:.1f} s"
-    return seconds, "" if found.steps is None else str(found.steps), found.result
+    seconds = "" if result.seconds is None else f"{result.seconds:.1f} s"
+    return seconds, "" if result.steps is None else str(result.steps), result.result
 
 
 if __name__ == "__main__":

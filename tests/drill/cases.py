@@ -1,6 +1,6 @@
-"""The cases of the drill. Each makes a fault, goes on by the same command, and compares with the truth.
+"""The cases of the drill. Each makes a fault, resumes by the same command, and compares with an undisturbed run.
 
-A case returns a `Found`, or raises AssertionError.
+A case returns a `CaseResult`, or raises AssertionError.
 """
 
 import os
@@ -28,15 +28,15 @@ SLOW = "slow:60"
 
 
 @dataclass(frozen=True)
-class Found:
-    """After how many seconds the run had ended by the fault, how many steps it cost, and what came out."""
+class CaseResult:
+    """Seconds until the run had ended by the fault, steps that it cost, and the comparison."""
 
     seconds: float | None
     steps: int | None
     result: str
 
 
-Case = Callable[[Place], Found]
+Case = Callable[[Place], CaseResult]
 CASES: dict[str, tuple[str, Case]] = {}
 
 
@@ -63,19 +63,19 @@ def steps_of(folder: Path) -> int:
 
 def until_step(folder: Path, step: int, ranks: Ranks) -> None:
     until(lambda: steps_of(folder) >= step or not ranks.alive, 60.0, f"{folder} did not come to step {step}")
-    assert ranks.alive, f"the run ended before step {step}\n{ranks.said}"
+    assert ranks.alive, f"the run ended before step {step}\n{ranks.output}"
 
 
 def since(moment: float) -> float:
     return time.monotonic() - moment
 
 
-def resume_run(place: Place, name: str, *changes: str, seconds: float | None) -> Found:
+def resume_run(place: Place, name: str, *changes: str, seconds: float | None) -> CaseResult:
     """The same command ends the run, and it is the undisturbed one."""
     ranks = place.attempt(name, *changes)
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.output
     folder = place.run_folder(name)
-    return Found(seconds, lost_steps(folder), Record.of(folder).require_same(truth(place)))
+    return CaseResult(seconds, lost_steps(folder), Record.of(folder).require_same(truth(place)))
 
 
 def half_way(place: Place, name: str) -> Path:
@@ -89,28 +89,28 @@ def half_way(place: Place, name: str) -> Path:
 
 
 def require_no_checkpoint_but(folder: Path, expected: list[int]) -> None:
-    found = list(checkpoint_folders(folder / "checkpoints"))
-    assert found == expected, f"checkpoints {found}, not {expected}"
+    steps = list(checkpoint_folders(folder / "checkpoints"))
+    assert steps == expected, f"checkpoints {steps}, not {expected}"
 
 
 @case("clean", "none: two clean runs")
-def clean(place: Place) -> Found:
+def clean(place: Place) -> CaseResult:
     truth(place)
     return resume_run(place, "clean", seconds=None)
 
 
 @case("kill-rank", "SIGKILL to a rank in mid-step")
-def kill_rank(place: Place) -> Found:
+def kill_rank(place: Place) -> CaseResult:
     ranks = place.attempt("kill-rank", faults={1: ["die:11"]})
     ranks.processes[1].join(60)
     began = time.monotonic()
     codes = ranks.wait(30)
-    assert codes == [RESTART, -signal.SIGKILL], f"{codes}\n{ranks.said}"
+    assert codes == [RESTART, -signal.SIGKILL], f"{codes}\n{ranks.output}"
     return resume_run(place, "kill-rank", seconds=since(began))
 
 
 @case("kill-in-save", "SIGKILL to all in a save, after the bytes, before the rename")
-def kill_in_save(place: Place) -> Found:
+def kill_in_save(place: Place) -> CaseResult:
     folder = place.run_folder("kill-in-save")
     ranks = place.attempt("kill-in-save", faults={0: ["before_rename:8", SLOW]})
     ranks.until_blocked()
@@ -118,9 +118,9 @@ def kill_in_save(place: Place) -> Found:
     ranks.wait(10)
     require_no_checkpoint_but(folder, [4])
     assert list((folder / "checkpoints").glob(".tmp-*")), "the bytes were there"
-    found = resume_run(place, "kill-in-save", seconds=0.0)
+    result = resume_run(place, "kill-in-save", seconds=0.0)
     assert not list((folder / "checkpoints").glob(".tmp-*")), "what was left over is still there"
-    return found
+    return result
 
 
 def newest_file(folder: Path, *, back: int = 0) -> Path:
@@ -141,27 +141,27 @@ def flip(path: Path) -> None:
 
 
 @case("truncated", "the newest checkpoint truncated")
-def truncated(place: Place) -> Found:
+def truncated(place: Place) -> CaseResult:
     folder = half_way(place, "truncated")
     truncate(newest_file(folder))
-    found = resume_run(place, "truncated", seconds=None)
-    (aside,) = Record.of(folder).named("checkpoint_quarantined")
-    assert aside["step"] == 12, aside
-    return found
+    result = resume_run(place, "truncated", seconds=None)
+    (quarantined,) = Record.of(folder).named("checkpoint_quarantined")
+    assert quarantined["step"] == 12, quarantined
+    return result
 
 
 @case("flipped", "a byte flipped in the newest, a file missing in the next")
-def flipped(place: Place) -> Found:
+def flipped(place: Place) -> CaseResult:
     folder = half_way(place, "flipped")
     flip(newest_file(folder))
     newest_file(folder, back=1).unlink()
-    found = resume_run(place, "flipped", seconds=None)
+    result = resume_run(place, "flipped", seconds=None)
     assert [each["step"] for each in Record.of(folder).named("checkpoint_quarantined")] == [12, 8]
-    return found
+    return result
 
 
 @case("only-damaged", "the only checkpoint damaged")
-def only_damaged(place: Place) -> Found:
+def only_damaged(place: Place) -> CaseResult:
     folder = half_way(place, "only-damaged")
     for step, path in checkpoint_folders(folder / "checkpoints").items():
         if step < 3 * EVERY:
@@ -169,16 +169,16 @@ def only_damaged(place: Place) -> Found:
     flip(newest_file(folder))
     began = time.monotonic()
     ranks = place.attempt("only-damaged")
-    assert ranks.wait() == [PERSON, PERSON], ranks.said
-    assert "does not begin from scratch" in ranks.said
-    (aside,) = (folder / "checkpoints").glob(".corrupt-*")
-    flip(next(aside.glob("rank-00000-*.safetensors")))  # a person mends it, and gives it its name back
-    aside.rename(folder / "checkpoints" / aside.name[aside.name.index("step-") :])
+    assert ranks.wait() == [PERSON, PERSON], ranks.output
+    assert "does not start from scratch" in ranks.output
+    (quarantined,) = (folder / "checkpoints").glob(".corrupt-*")
+    flip(next(quarantined.glob("rank-00000-*.safetensors")))  # a person restores it under its name
+    quarantined.rename(folder / "checkpoints" / quarantined.name[quarantined.name.index("step-") :])
     return resume_run(place, "only-damaged", seconds=since(began))
 
 
 @case("full-disk", "a full disk (tmpfs), in mid-run and at the last save")
-def full_disk(place: Place) -> Found:
+def full_disk(place: Place) -> CaseResult:
     truth(place)
     folder = place.run_folder("full-disk")
     one = sum(path.stat().st_size for path in newest_file(place.run_folder("truth")).parent.iterdir())
@@ -189,7 +189,7 @@ def full_disk(place: Place) -> Found:
         began = time.monotonic()
         ranks = place.attempt("full-disk", *settings(checkpoint__keep_last=8))
         codes = ranks.wait()
-        assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+        assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
         assert not (folder / "DONE").exists(), "a last save that failed must not look done"
         failed = [each for each in read_lines(folder / "events.jsonl") if each["event"] == "checkpoint_failed"]
         assert failed, "no event says that a save failed"
@@ -205,7 +205,7 @@ def full_disk(place: Place) -> Found:
 
 
 @case("shard", "a shard corrupted, under quarantine; killed and resumed")
-def shard(place: Place) -> Found:
+def shard(place: Place) -> CaseResult:
     data = place.folder / "data-damaged"
     shutil.copytree(place.data, data)
     tars = sorted((data / "train").glob("*.tar"))
@@ -224,14 +224,14 @@ def shard(place: Place) -> Found:
     ranks = place.attempt("shard", *changes, data=data, faults={0: ["die:15"]})
     ranks.wait(60)
     ranks = place.attempt("shard", *changes, data=data)
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.output
     folder = place.run_folder("shard")
     result = Record.of(folder).require_same(expected)
-    return Found(None, lost_steps(folder), f"{len(expected.cursor['masked_slots'])} rows masked, {result}")
+    return CaseResult(None, lost_steps(folder), f"{len(expected.cursor['masked_slots'])} rows masked, {result}")
 
 
-def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str) -> Found:
-    """Asked to stop by `stop`, all ranks save the same step, and the run goes on from there."""
+def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str) -> CaseResult:
+    """Stopped by `stop`, all ranks save the same step, and the run resumes from there."""
     folder = place.run_folder(name)
     ranks = place.attempt(name, *changes, faults={rank: [SLOW] for rank in range(2)})
     until_step(folder, 1, ranks)
@@ -239,40 +239,40 @@ def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *chang
     stop(ranks, folder)
     codes = ranks.wait()
     seconds = since(began)
-    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
     record = Record.of(folder)
     assert record.step == steps_of(folder) < STEPS, "the checkpoint is not of the step at which it stopped"
     (event,) = record.named("stopped")
     assert reason in event["reason"], event
-    found = resume_run(place, name, *settings(run__time_limit_minutes="null"), seconds=seconds)
-    assert found.steps == 0, "a clean stop costs no step"
-    return found
+    result = resume_run(place, name, *settings(run__time_limit_minutes="null"), seconds=seconds)
+    assert result.steps == 0, "a clean stop costs no step"
+    return result
 
 
 @case("usr2", "SIGUSR2 to one rank")
-def usr2(place: Place) -> Found:
+def usr2(place: Place) -> CaseResult:
     return stopped(place, "usr2", lambda ranks, _: ranks.send(signal.SIGUSR2, rank=1), reason="SIGUSR2")
 
 
 @case("term", "SIGTERM to all")
-def term(place: Place) -> Found:
+def term(place: Place) -> CaseResult:
     return stopped(place, "term", lambda ranks, _: ranks.send(signal.SIGTERM), reason="SIGTERM")
 
 
 @case("stop-file", "the file STOP")
-def stop_file(place: Place) -> Found:
+def stop_file(place: Place) -> CaseResult:
     return stopped(place, "stop-file", lambda _, folder: (folder / "STOP").touch(), reason="STOP")
 
 
 @case("budget", "the time budget is spent")
-def budget(place: Place) -> Found:
+def budget(place: Place) -> CaseResult:
     return stopped(
         place, "budget", lambda *_: None, *settings(run__time_limit_minutes=0.06), reason="run.time_limit_minutes"
     )
 
 
 @case("second-signal", "a second signal")
-def second_signal(place: Place) -> Found:
+def second_signal(place: Place) -> CaseResult:
     folder = place.run_folder("second-signal")
     ranks = place.attempt("second-signal", faults={0: ["slow:4000"]})
     until_step(folder, 1, ranks)
@@ -281,13 +281,13 @@ def second_signal(place: Place) -> Found:
     time.sleep(2.2)
     ranks.send(signal.SIGTERM)
     codes = ranks.wait(20)
-    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
     require_no_checkpoint_but(folder, [])
     return resume_run(place, "second-signal", seconds=since(began))
 
 
 @case("frozen", "SIGSTOP to one rank")
-def frozen(place: Place) -> Found:
+def frozen(place: Place) -> CaseResult:
     folder = place.run_folder("frozen")
     ranks = place.attempt("frozen", faults={rank: [SLOW] for rank in range(2)})
     until_step(folder, 6, ranks)
@@ -296,66 +296,66 @@ def frozen(place: Place) -> Found:
     ranks.processes[0].join(60)
     seconds = since(began)
     ranks.send(signal.SIGKILL, rank=1)  # as its launcher does; a stopped process takes no other signal
-    assert ranks.wait(10) == [RESTART, -signal.SIGKILL], ranks.said
-    assert "rank 1" in ranks.logs[0].read_text().rpartition("megadistill")[2], ranks.said
+    assert ranks.wait(10) == [RESTART, -signal.SIGKILL], ranks.output
+    assert "rank 1" in ranks.logs[0].read_text().rpartition("megadistill")[2], ranks.output
     return resume_run(place, "frozen", seconds=seconds)
 
 
 @case("stuck", "a rank stuck in Python")
-def stuck(place: Place) -> Found:
+def stuck(place: Place) -> CaseResult:
     folder = place.run_folder("stuck")
     ranks = place.attempt("stuck", faults={1: ["stuck:7"]})
     until_step(folder, 6, ranks)
     began = time.monotonic()
     codes = ranks.wait(60)
-    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.said}"
-    assert "rank 1" in ranks.said
-    assert "_stuck" in ranks.said or any("_stuck" in path.read_text() for path in folder.rglob("*rank-00001*")), (
+    assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
+    assert "rank 1" in ranks.output
+    assert "_stuck" in ranks.output or any("_stuck" in path.read_text() for path in folder.rglob("*rank-00001*")), (
         "no stack shows where it was stuck"
     )
     return resume_run(place, "stuck", seconds=since(began))
 
 
 @case("nan", "a NaN in one rank")
-def nan(place: Place) -> Found:
+def nan(place: Place) -> CaseResult:
     ranks = place.attempt("nan", faults={1: ["nan:7"]})
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.output
     record = Record.of(place.run_folder("nan"))
     (skip,) = record.named("step_skipped")
     assert skip["step"] == 7
     before, clean_run = record.steps, truth(place).steps
     assert sorted(before) == [step for step in clean_run if step != 7], "another step was left out"
     assert all(before[step] == clean_run[step] for step in range(1, 7))
-    return Found(0.0, 1, "one step moved nothing, on all ranks")
+    return CaseResult(0.0, 1, "one step skipped, on all ranks")
 
 
 @case("nan-for-good", "NaNs in one rank for good")
-def nan_for_good(place: Place) -> Found:
+def nan_for_good(place: Place) -> CaseResult:
     began = time.monotonic()
     ranks = place.attempt("nan-for-good", faults={1: ["nan_from:9"]})
     codes = ranks.wait()
-    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
-    assert "steps in a row moved nothing" in ranks.said
+    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.output}"
+    assert "consecutive steps were skipped" in ranks.output
     return resume_run(place, "nan-for-good", seconds=since(began))
 
 
 @case("teacher-nan", "a NaN in the teacher")
-def teacher_nan(place: Place) -> Found:
+def teacher_nan(place: Place) -> CaseResult:
     ranks = place.attempt("teacher-nan", faults={1: ["teacher_nan:9"]})
     began = time.monotonic()
     codes = ranks.wait()
-    assert PERSON in codes, f"{codes}\n{ranks.said}"
-    assert set(codes) <= {PERSON, RESTART}, f"{codes}\n{ranks.said}"
-    assert "teacher" in ranks.said
+    assert PERSON in codes, f"{codes}\n{ranks.output}"
+    assert set(codes) <= {PERSON, RESTART}, f"{codes}\n{ranks.output}"
+    assert "teacher" in ranks.output
     assert steps_of(place.run_folder("teacher-nan")) <= 9
     return resume_run(place, "teacher-nan", seconds=since(began))
 
 
 @case("wrong-teacher", "the teacher's weights exchanged under a resume")
-def wrong_teacher(place: Place) -> Found:
+def wrong_teacher(place: Place) -> CaseResult:
     half_way(place, "wrong-teacher")
-    kept = place.folder / "teacher-kept"
-    shutil.copytree(place.teacher, kept)
+    backup = place.folder / "teacher-backup"
+    shutil.copytree(place.teacher, backup)
     began = time.monotonic()
     try:
         for path in place.teacher.glob("*.safetensors"):
@@ -364,9 +364,9 @@ def wrong_teacher(place: Place) -> Found:
         codes = ranks.wait()
     finally:
         shutil.rmtree(place.teacher)
-        kept.rename(place.teacher)
-    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.said}"
-    assert "probe" in ranks.said
+        backup.rename(place.teacher)
+    assert codes == [PERSON, PERSON], f"{codes}\n{ranks.output}"
+    assert "probe" in ranks.output
     return resume_run(place, "wrong-teacher", seconds=since(began))
 
 
@@ -387,9 +387,9 @@ def spiking(place: Place, name: str, *, faults: list[str]) -> Ranks:
 
 
 @case("spike", "a loss spike: rollback, skipped; killed after it and resumed")
-def spike(place: Place) -> Found:
+def spike(place: Place) -> CaseResult:
     ranks = spiking(place, "spike", faults=[])
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.output
     record = Record.of(place.run_folder("spike"))
     (rollback,) = record.named("rollback")
     first, stop = rollback["skipped_slots"]
@@ -402,46 +402,48 @@ def spike(place: Place) -> Found:
     killed.send(signal.SIGKILL)
     killed.wait(10)
     ranks = spiking(place, "spike-killed", faults=[])
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.output
     Record.of(place.run_folder("spike-killed")).require_same(record)
-    return Found(None, rollback["step"] - rollback["to_step"], f"as a run that skips slots {first} to {stop}: {result}")
+    return CaseResult(
+        None, rollback["step"] - rollback["to_step"], f"as a run that skips slots {first} to {stop}: {result}"
+    )
 
 
 @case("zombie", "a frozen attempt thaws while a later one has finished")
-def zombie(place: Place) -> Found:
+def zombie(place: Place) -> CaseResult:
     folder = place.run_folder("zombie")
     ranks = place.attempt("zombie", faults={rank: [SLOW] for rank in range(2)})
     until_step(folder, 6, ranks)
     ranks.send(signal.SIGSTOP)
     later = place.attempt("zombie")
-    assert later.wait() == [0, 0], later.said
+    assert later.wait() == [0, 0], later.output
     record, before = Record.of(folder), names(folder)
     began = time.monotonic()
     ranks.send(signal.SIGCONT)
     codes = ranks.wait(60)
-    assert 0 not in codes, f"{codes}\n{ranks.said}"
+    assert 0 not in codes, f"{codes}\n{ranks.output}"
     assert names(folder) == before, "the old attempt changed the checkpoints"
     assert Record.of(folder).steps == record.steps, "the old attempt wrote to the log"
-    return Found(since(began), lost_steps(folder), Record.of(folder).require_same(truth(place)))
+    return CaseResult(since(began), lost_steps(folder), Record.of(folder).require_same(truth(place)))
 
 
 @case("worlds", "other worlds: 2, then 1, then 4")
-def worlds(place: Place) -> Found:
+def worlds(place: Place) -> CaseResult:
     for world, stop in ((2, 7), (1, 15), (4, STEPS)):
         layout = settings(distributed__vocab_group=min(world, 2), train__micro_batch=1 if world == 4 else 2)
         ranks = place.attempt("worlds", *layout, "--stop-after", str(stop), world=world)
-        assert ranks.wait() == [0] * world, ranks.said
-    return Found(None, 0, Record.of(place.run_folder("worlds")).require_close(truth(place)))
+        assert ranks.wait() == [0] * world, ranks.output
+    return CaseResult(None, 0, Record.of(place.run_folder("worlds")).require_close(truth(place)))
 
 
 APART = settings(teacher__placement="disaggregated", teacher__ranks=1, distributed__vocab_group=2)
 
 
-def apart(place: Place, name: str, dies: int) -> Found:
+def apart(place: Place, name: str, dies: int) -> CaseResult:
     expected_folder = place.run_folder("apart")
     if not expected_folder.exists():
         ranks = place.attempt("apart", *APART, world=3)
-        assert ranks.wait() == [0, 0, 0], ranks.said
+        assert ranks.wait() == [0, 0, 0], ranks.output
     expected = Record.of(expected_folder)
     expected.require_close(truth(place))
     folder = place.run_folder(name)
@@ -452,24 +454,24 @@ def apart(place: Place, name: str, dies: int) -> Found:
     codes = ranks.wait(90)
     seconds = since(began)
     others = [code for rank, code in enumerate(codes) if rank != dies]
-    assert others == [RESTART, RESTART], f"{codes}\n{ranks.said}"
+    assert others == [RESTART, RESTART], f"{codes}\n{ranks.output}"
     ranks = place.attempt(name, *APART, world=3)
-    assert ranks.wait() == [0, 0, 0], ranks.said
-    return Found(seconds, lost_steps(folder), Record.of(folder).require_same(expected))
+    assert ranks.wait() == [0, 0, 0], ranks.output
+    return CaseResult(seconds, lost_steps(folder), Record.of(folder).require_same(expected))
 
 
 @case("teacher-dies", "disaggregated: SIGKILL to a rank of the teacher")
-def teacher_dies(place: Place) -> Found:
+def teacher_dies(place: Place) -> CaseResult:
     return apart(place, "teacher-dies", dies=2)
 
 
 @case("student-dies", "disaggregated: SIGKILL to a rank of the student")
-def student_dies(place: Place) -> Found:
+def student_dies(place: Place) -> CaseResult:
     return apart(place, "student-dies", dies=1)
 
 
 @case("jit-lock", "a JIT lock left behind")
-def jit_lock(place: Place) -> Found:
+def jit_lock(place: Place) -> CaseResult:
     extensions = place.folder / "extensions"
     lock = extensions / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
@@ -479,18 +481,18 @@ def jit_lock(place: Place) -> Found:
     ranks = place.attempt("jit-lock", environment={"TORCH_EXTENSIONS_DIR": str(extensions)})
     codes = ranks.wait()
     seconds = since(began)
-    assert codes == [2, 2], f"{codes}\n{ranks.said}"
-    assert str(lock) in ranks.said
+    assert codes == [2, 2], f"{codes}\n{ranks.output}"
+    assert str(lock) in ranks.output
     return resume_run(place, "jit-lock", seconds=seconds)
 
 
-def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> Found:
+def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> CaseResult:
     """The launcher's first process is killed, as by a person who means the run: its ranks stop by themselves."""
     folder = place.run_folder(name)
     command = [*launcher, *place.command(name, steps=400)]
-    with open(place.folder / f"{name}.log", "wb") as said:
+    with open(place.folder / f"{name}.log", "wb") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**environment(), **marked()}, stdout=said, stderr=said, start_new_session=True
+            command, cwd=ROOT, env={**environment(), **marked()}, stdout=log, stderr=log, start_new_session=True
         )
     until(lambda: steps_of(folder) >= 6, 90.0, f"{name} did not come to step 6")
     process.send_signal(signal.SIGKILL)
@@ -500,16 +502,16 @@ def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> Found:
     seconds, record = since(began), Record.of(folder)
     assert record.step == steps_of(folder), "the checkpoint is not of the step at which it stopped"
     assert "SIGTERM" in record.named("stopped")[0]["reason"]
-    return Found(seconds, lost_steps(folder), "no process was left, and a checkpoint of the step at hand")
+    return CaseResult(seconds, lost_steps(folder), "no process was left, and a checkpoint of the step at hand")
 
 
 @case("torchrun-dies", "SIGKILL to torchrun")
-def torchrun_dies(place: Place) -> Found:
+def torchrun_dies(place: Place) -> CaseResult:
     return launcher_dies(place, "torchrun-dies", TORCHRUN_2)
 
 
 @case("deepspeed-dies", "SIGKILL to the deepspeed runner")
-def deepspeed_dies(place: Place) -> Found:
+def deepspeed_dies(place: Place) -> CaseResult:
     return launcher_dies(place, "deepspeed-dies", DEEPSPEED_2)
 
 
@@ -519,15 +521,15 @@ LONG = 150
 
 
 @case("twenty", f"{FAULTS} random faults in a row")
-def twenty(place: Place) -> Found:
+def twenty(place: Place) -> CaseResult:
     seed = int(os.environ.get("DRILL_SEED", "1"))
     draw = random.Random(seed)
     assert place.attempt("twenty-truth", steps=LONG).wait(240) == [0, 0]
-    folder, done, said = place.run_folder("twenty"), 0, []
+    folder, done = place.run_folder("twenty"), 0
     while done < FAULTS:
         before = len(starts(folder))
         ranks = place.attempt("twenty", steps=LONG, faults={rank: ["slow:20"] for rank in range(2)})
-        until_begun(ranks, folder, before, steps=draw.randint(1, 8))
+        until_started(ranks, folder, before, steps=draw.randint(1, 8))
         fault = draw.choice(("kill-one", "kill-all", "usr2", "term", "kill-and-truncate", "kill-and-flip"))
         if fault == "usr2":
             ranks.send(signal.SIGUSR2, rank=draw.randint(0, 1))
@@ -541,15 +543,14 @@ def twenty(place: Place) -> Found:
         saved = list(checkpoint_folders(folder / "checkpoints"))
         if fault.startswith("kill-and") and len(saved) > 1:
             (truncate if fault.endswith("truncate") else flip)(newest_file(folder))
-        said.append(fault)
         done += 1
     ranks = place.attempt("twenty", steps=LONG)
-    assert ranks.wait(240) == [0, 0], ranks.said
+    assert ranks.wait(240) == [0, 0], ranks.output
     result = Record.of(folder).require_same(Record.of(place.run_folder("twenty-truth")))
-    return Found(None, lost_steps(folder), f"{result} (seed {seed})")
+    return CaseResult(None, lost_steps(folder), f"{result} (seed {seed})")
 
 
-def until_begun(ranks: Ranks, folder: Path, before: int, *, steps: int) -> None:
+def until_started(ranks: Ranks, folder: Path, before: int, *, steps: int) -> None:
     """Until an attempt, the one after `before` others, has taken so many steps."""
     until(lambda: len(starts(folder)) > before or not ranks.alive, 60.0, "no attempt began")
     last = starts(folder)[-1]

@@ -1,4 +1,4 @@
-"""What goes wrong inside a rank. The package knows nothing of it: a drill replaces functions before the rank runs.
+"""Faults inside a rank, made by replacing functions of the package before the rank runs.
 
 A fault is `NAME` or `NAME:NUMBER`, the number being a step (or a slot). `slow:MS` may stand beside others.
 """
@@ -19,16 +19,16 @@ from megadistill.train.lookahead import StepBatch
 from megadistill.train.teacher.targets import TargetedBatch
 
 STEP = 0
-"""Of this rank, at the moment."""
+"""Current step of this rank."""
 SLOTS: tuple[int, ...] = ()
-"""Of the micro-batch that this rank works on."""
+"""Slots of the current micro-batch of this rank."""
 
 BLOCKED = "blocked"
-"""A file that a rank makes, in the folder DRILL_SIGNS, where it waits to be killed."""
+"""File that a rank creates in the folder DRILL_SIGNS when it waits to be killed."""
 
 
 def inject(faults: list[str]) -> None:
-    """Makes this process one that has them."""
+    """Replaces functions of this process so that it has the faults."""
     if not faults:
         return
     import megadistill.train.loop
@@ -115,24 +115,24 @@ def _hidden(changed: Callable[[Tensor], Tensor | None]) -> None:
     real = StudentEngine.hidden
 
     def hidden(self: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        found = real(self, tokens, positions)
-        other = changed(found)
-        return found if other is None else other
+        states = real(self, tokens, positions)
+        other = changed(states)
+        return states if other is None else other
 
     StudentEngine.hidden = hidden  # type: ignore[method-assign]
 
 
 def _nan(step: int) -> None:
-    _hidden(lambda found: found * torch.nan if step == STEP else None)
+    _hidden(lambda states: states * torch.nan if step == STEP else None)
 
 
 def _nan_from(step: int) -> None:
-    _hidden(lambda found: found * torch.nan if step <= STEP else None)
+    _hidden(lambda states: states * torch.nan if step <= STEP else None)
 
 
 def _spike(slot: int) -> None:
     """Whoever reads this slot computes nonsense: the loss is high on it, whenever it is read."""
-    _hidden(lambda found: found * -30.0 if slot in SLOTS else None)
+    _hidden(lambda states: states * -30.0 if slot in SLOTS else None)
 
 
 def _teacher_nan(step: int) -> None:

@@ -17,16 +17,16 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.ranks.preload", "tests.drill.faults"])
 
 MARK = "MEGADISTILL_DRILL"
-"""In the environment of every rank, so that one that is left over is found."""
+"""Environment variable of every rank of a drill, to recognise those that still run."""
 
 
-def _rank(environment: dict[str, str], arguments: list[str], faults: list[str], said: str) -> None:
+def _rank(environment: dict[str, str], arguments: list[str], faults: list[str], log: str) -> None:
     import torch
 
     from megadistill.cli.main import main
 
     os.environ.update(environment)
-    with open(said, "ab", buffering=0) as file:
+    with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
@@ -62,7 +62,7 @@ class Ranks:
         left = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
         if left:
             self.send(signal.SIGKILL)
-            raise AssertionError(f"ranks {left} were still there after {seconds:.0f} s\n{self.said}")
+            raise AssertionError(f"ranks {left} were still there after {seconds:.0f} s\n{self.output}")
         return [process.exitcode or 0 for process in self.processes]
 
     def send(self, number: signal.Signals, *, rank: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Ranks:
         until(lambda: (self.signs / BLOCKED).exists(), seconds, "no rank came to where it should wait")
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(f"--- rank {place}\n{log.read_text(errors='replace')}" for place, log in enumerate(self.logs))
 
 
@@ -97,7 +97,7 @@ def launch(
     folder: Path,
     environment: Mapping[str, str],
 ) -> Ranks:
-    """`megadistill ARGUMENTS` on `world` ranks; `faults` by rank; what they say goes to files in `folder`."""
+    """`megadistill ARGUMENTS` on `world` ranks; `faults` by rank; their output goes to files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,18 +127,18 @@ def launch(
 
 
 def marked() -> dict[str, str]:
-    """What the environment of this drill's processes says."""
+    """The environment variable that marks this drill's processes."""
     return {MARK: str(os.getpid())}
 
 
 def left_over() -> list[int]:
-    """Ranks of this drill that are still there, by their environment."""
-    found = []
-    wanted = f"{MARK}={os.getpid()}".encode()
+    """Process ids of this drill's ranks that still run."""
+    processes = []
+    mark = f"{MARK}={os.getpid()}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # another one's, or gone
+            if mark in path.read_bytes().split(b"\0"):
+                processes.append(int(path.parent.name))
+        except OSError:  # another user's, or ended
             continue
-    return found
+    return processes

@@ -47,7 +47,10 @@ class Place:
         succeed(*PLAIN, "tokenize", *corpus, *split, "--output", str(self.data))
         recipe = ["train", "recipes/smoke-teacher.yaml", *TINY, *settings(run__folder=self.folder / "teacher")]
         recipe += settings(data__manifest=self.data / "train" / "manifest.json", train__steps=6)
-        assert launch(recipe, world=2, faults={}, folder=self.folder / "teacher-said", environment={}).wait() == [0, 0]
+        assert launch(recipe, world=2, faults={}, folder=self.folder / "teacher-output", environment={}).wait() == [
+            0,
+            0,
+        ]
         succeed(*PLAIN, "export", str(self.folder / "teacher"), "--output", str(self.teacher))
         return self
 
@@ -55,7 +58,7 @@ class Place:
         return self.folder / "runs" / name
 
     def command(self, name: str, *, steps: int = STEPS, data: Path | None = None) -> list[str]:
-        """What is given to `megadistill`."""
+        """Arguments of `megadistill`."""
         return [
             "train",
             "recipes/smoke.yaml",
@@ -82,10 +85,10 @@ class Place:
         data: Path | None = None,
         environment: dict[str, str] | None = None,
     ) -> Ranks:
-        """The run of that name, begun or gone on with; `changes` are further arguments."""
-        said = self.folder / "said" / name
+        """Starts or resumes the run of that name; `changes` are further arguments."""
+        output = self.folder / "output" / name
         arguments = [*self.command(name, steps=steps, data=data), *changes]
-        number = len(list(said.glob("*"))) + 1
+        number = len(list(output.glob("*"))) + 1
         return launch(
-            arguments, world=world, faults=faults or {}, folder=said / f"{number:02d}", environment=environment or {}
+            arguments, world=world, faults=faults or {}, folder=output / f"{number:02d}", environment=environment or {}
         )

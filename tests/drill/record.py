@@ -1,21 +1,23 @@
-"""What a run has come to, in numbers that two runs can be compared by."""
+"""The state of a run in numbers, to compare two runs by."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadistill.config import validate_recipe
 from megadistill.events import read_lines
+from megadistill.student.optimizer import state_kinds
 from megadistill.train.checkpoint.format import checkpoint_folders, newest_checkpoint
 
 
 @dataclass(frozen=True)
 class Record:
-    """Of a run folder, at its newest checkpoint."""
+    """State of a run folder at its newest checkpoint."""
 
     step: int
     parameters: str
-    """sha256 of all float32 masters and both moments."""
+    """sha256 of all master weights and optimizer states."""
     cursor: dict[str, Any]
     steps: dict[int, tuple[float, float]]
     """Step -> loss and gradient norm, as logged."""
@@ -27,11 +29,12 @@ class Record:
         assert checkpoint is not None, f"{folder} has no checkpoint"
         checkpoint.verify()
         manifest, digest = checkpoint.manifest, hashlib.sha256()
+        kinds = state_kinds(validate_recipe(manifest.recipe, source=str(folder)).train.optimizer)
         for name, shape in sorted(manifest.parameters.items()):
             elements = 1
             for size in shape:
                 elements *= size
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for kind in kinds:
                 digest.update(checkpoint.read(f"{kind}/{name}", 0, elements).numpy().tobytes())
         lines = list(read_lines(folder / "metrics.jsonl"))
         steps = {int(line["step"]): (float(line["loss"]), float(line["grad_norm"])) for line in lines}
@@ -61,7 +64,7 @@ class Record:
 
 
 def lost_steps(folder: Path) -> int:
-    """Steps that were taken twice, by what the starts say."""
+    """Steps that were taken twice, by the events."""
     return sum(int(event["lost_steps"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resumed")
 
 

@@ -27,7 +27,7 @@ def _restored() -> Iterator[None]:
 def test_a_line_has_time_level_rank_and_logger(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(0)
     logger.info("step %d", 3)
-    line = capsys.readouterr().err
+    line = capsys.readouterr().out
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO rank 0 megadistill\.train\.loop: step 3\n", line)
 
 
@@ -35,7 +35,9 @@ def test_other_ranks_write_warnings_alone(capsys: pytest.CaptureFixture[str]) ->
     logs.configure(5)
     logger.info("step 3")
     logger.warning("the disk is full")
-    (line,) = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    assert not printed.out
+    (line,) = printed.err.splitlines()
     assert line.endswith("WARNING rank 5 megadistill.train.loop: the disk is full")
 
 
@@ -53,8 +55,8 @@ def test_a_file_has_the_same_lines_and_is_appended_to(tmp_path: Path, capsys: py
         logger.info("line %d", number)
     logs.configure(0)
     logger.info("no longer")
-    stderr = capsys.readouterr().err.splitlines()
-    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == stderr[:2]
+    printed = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == printed[:2]
 
 
 def test_no_secret_gets_into_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,14 +66,15 @@ def test_no_secret_gets_into_a_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "hunter22" not in capsys.readouterr().err + (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
-def test_lines_stay_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stream", "level"), [("stdout", logging.INFO), ("stderr", logging.WARNING)])
+def test_lines_stay_above_a_progress_bar(stream: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, stream, terminal)
     logs.configure(0)
     with Progress(console=Console(file=terminal, force_terminal=True, width=200), auto_refresh=False) as progress:
         progress.add_task("training", total=2)
         progress.refresh()
-        logger.info("step 1")
+        logger.log(level, "step 1")
     line, bar = (terminal.getvalue().rindex(part) for part in ("step 1", "training"))
     assert line < bar, "the bar is drawn again below the line"
 
@@ -90,7 +93,7 @@ def test_a_terminal_that_is_gone_costs_the_line_alone(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     logs.configure(0)
-    monkeypatch.setattr(sys, "stderr", _Closed(error))
+    monkeypatch.setattr(sys, "stdout", _Closed(error))
     logs.add_file(tmp_path / "log.txt", 0)
     logger.info("step 1")
     assert "step 1" in (tmp_path / "log.txt").read_text(encoding="utf-8")
