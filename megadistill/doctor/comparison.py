@@ -18,8 +18,6 @@ PAIR_SLOWER = 2.0
 """Multiple of the median time of its kind above which a pair of ranks is slow."""
 CHECKPOINTS = 2
 """Checkpoints on disk at a time: the old one stays until the new one is complete."""
-STATE_BYTES = 12
-"""Bytes of a parameter in a checkpoint: the float32 master copy and AdamW's two moments."""
 TIGHT = 0.9
 """Fraction of the free memory that is warned of, as a run takes more than is counted."""
 
@@ -90,9 +88,9 @@ def _memory_row(
     return Row(check, status, detail, tuple(sorted(nodes)))
 
 
-def space_row(free: int, parameters: int, writes: Sequence[float]) -> Row:
-    """Free space for checkpoints on the disk of the run folder; `writes`: bytes per second of each node."""
-    needed = int(CHECKPOINTS * STATE_BYTES * parameters * FREE_SPACE_MARGIN)
+def space_row(free: int, checkpoint: int, writes: Sequence[float]) -> Row:
+    """Free space on the run folder's disk, for checkpoints of these bytes; `writes`: bytes per second of each node."""
+    needed = int(CHECKPOINTS * checkpoint * FREE_SPACE_MARGIN)
     detail = f"{CHECKPOINTS} checkpoints need {readable(needed, 'B')}, {readable(free, 'B')} are free"
     if writes:
         detail += f"; a node writes {spread([each / 1e6 for each in writes], 'MB/s')}"

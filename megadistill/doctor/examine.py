@@ -41,6 +41,7 @@ from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
+from megadistill.student.optimizer import state_bytes
 from megadistill.train.setup.setup import Setup
 
 TIMEOUT_MINUTES = 2.0
@@ -107,7 +108,9 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
         own.facts["needs"] = _needs(setup, launch)
-        own.facts["parameters"] = parameter_counts(setup.student_config).total
+        own.facts["checkpoint"] = (
+            state_bytes(setup.recipe.train.optimizer) * parameter_counts(setup.student_config).total
+        )
     return own, setup
 
 
@@ -142,9 +145,9 @@ def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     rows = [Row("world", Status.OK, detail), contents_row(reports), versions_row(reports), devices_row(reports)]
     rows += memory_rows(reports)
     first = reports[0].facts
-    if "parameters" in first:
+    if "checkpoint" in first:
         writes = [each.facts["write"] for each in reports if each.facts.get("write")]
-        rows.append(space_row(first["space"], first["parameters"], writes))
+        rows.append(space_row(first["space"], first["checkpoint"], writes))
     rows.append(products_row(reports))
     return [row for row in rows if row is not None]
 

@@ -1,7 +1,5 @@
 """Checks of a node by itself: devices, memory, disk, processes of earlier runs."""
 
-import hashlib
-import json
 import os
 import shutil
 import socket
@@ -15,7 +13,7 @@ import torch
 from megadistill.distributed.topology import local_device
 from megadistill.doctor.rank_report import RankReport, Status, some
 from megadistill.errors import UserError
-from megadistill.train.checkpoint.attempt import MAX_RECORD_BYTES
+from megadistill.io import read_json, write_file
 from megadistill.train.resilience.stragglers import product_seconds
 from megadistill.train.setup.jit_locks import extensions_folder, refuse_stale_jit_locks
 from megadistill.versions import versions
@@ -79,23 +77,17 @@ def written_and_read(folder: Path) -> float:
         UserError: the content that is read is not the one that was written. OSError: the disk refuses.
     """
     folder = _nearest(folder)
-    name = f".doctor-{socket.gethostname()}-{os.getpid()}"
-    temporary, final = folder / f"{name}.tmp", folder / name
+    path = folder / f".doctor-{socket.gethostname()}-{os.getpid()}"
     content = os.urandom(1 << 16) * (WRITTEN_BYTES >> 16)
     try:
         began = time.perf_counter()
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(final)
+        write_file(path, content)
         seconds = time.perf_counter() - began
-        if hashlib.sha256(final.read_bytes()).digest() != hashlib.sha256(content).digest():
+        if path.read_bytes() != content:
             raise UserError(f"{folder}: a file that was written and renamed has another content when it is read")
     finally:
-        for path in (temporary, final):
-            with suppress(OSError):
-                path.unlink()
+        with suppress(OSError):
+            path.unlink()
     return WRITTEN_BYTES / seconds
 
 
@@ -165,9 +157,8 @@ def _no_stale_locks() -> tuple[None, str]:
 def _attempt(path: Path) -> dict[str, Any]:
     """The record of an attempt; empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            values = json.loads(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -5,7 +5,6 @@ Code that comes with a checkpoint is never run: the classes are transformers' ow
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from megadistill.errors import UserError, nearest
+from megadistill.io import read_json
 from megadistill.models.experts import ExpertNames
 from megadistill.types import LogitTransform
 
@@ -107,7 +107,7 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
 def _read_json(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        keys = json.loads(path.read_text(encoding="utf-8"))
+        keys = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist; name a Hugging Face model folder") from None
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Initial weights of a student from a Hugging Face folder, read by ranges of elements.
+"""Initial weights of a student: random ones, or those of a Hugging Face folder, read by ranges of elements.
 
 The folder is a pruned teacher or an earlier student. ZeRO-3 keeps a flat piece of each parameter on each rank, so a
 rank reads only the rows that its piece lies in.
@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 from transformers import PretrainedConfig
@@ -18,6 +19,7 @@ from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, load_config
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights
+from megadistill.rng import keyed_generator
 
 FREE_KEYS = (
     "attention_dropout",
@@ -37,6 +39,23 @@ FREE_KEYS = (
 
 MAX_DIFFERENCES = 5
 """Maximum number of differences that a message lists."""
+
+
+def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, norm: float = 1.0) -> Tensor:
+    """float32 on the CPU: matrices (and experts' stacks of them) normal(0, `std`), biases zero, norms `norm`.
+
+    As in transformers, except that the embedding of `pad_token_id` is drawn like the others. `norm` is the family's
+    `norm_init`. Values depend on (seed, name) alone, not on the world size or the order of parameters, and are drawn in
+    row-major order: the first rows of an embedding or head do not depend on the number of padding rows.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(*shape)
+    if len(shape) == 1:
+        return torch.full(tuple(shape), norm)
+    # numpy's normal is drawn one value after the other; torch's works in blocks of 16, so that its tail depends on
+    # the size, and its last digits on the vector unit.
+    normal = keyed_generator(seed, name).standard_normal(tuple(shape), dtype=np.float32)
+    return torch.from_numpy(normal).mul_(std)
 
 
 class InitialWeights:

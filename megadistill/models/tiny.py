@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from megadistill.models.families import family, head_dim
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import initial_tensor
 from megadistill.models.weights import stored_shapes
 
 HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 4, 2

@@ -11,7 +11,7 @@ from megadistill.plan.counts.requirements import Requirements, count_requirement
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
 from megadistill.plan.layouts import Cluster, Layout
-from megadistill.plan.throughput import MfuAssumption, StepTimes, hiding_tokens
+from megadistill.plan.throughput import MfuAssumption, StepTimes
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -24,10 +24,6 @@ class Estimate:
     cluster: Cluster
     requirements: Requirements
     times: StepTimes
-    hiding_tokens: float
-    """Tokens of the smallest micro-step whose compute hides ZeRO-3's traffic."""
-    hiding_tokens_unshared: float
-    """The same if every GPU received all of it over its own network link, and nothing from its node."""
 
     @property
     def layout(self) -> Layout:
@@ -39,6 +35,11 @@ class Estimate:
             teacher_ranks=0 if roles is None else roles.teachers,
             stages=0 if roles is None else roles.stages,
         )
+
+    @property
+    def hiding_tokens(self) -> float:
+        """Tokens of the smallest micro-step whose compute hides ZeRO-3's traffic."""
+        return self.sharding.tokens * (self.times.gather + self.times.reduce) / self.times.compute
 
     @property
     def steps(self) -> int:
@@ -81,31 +82,12 @@ def estimate(run: Sharding, cluster: Cluster, mfu: MfuAssumption) -> Estimate:
     Raises:
         UserError: the peak of the GPU at the recipe's precision is not known.
     """
-    accelerator, requirements = cluster.accelerator, count_requirements(run)
-    peak = accelerator.peak_flops(run.recipe.train.precision)
-    times = _step_times(run, requirements, cluster, mfu, peak)
-    links = [requirements.traffic.get(name, NO_TRAFFIC) for name in (GATHERS, REDUCES)]
-    unshared = hiding_tokens(
-        traffic=sum(link.received for link in links) * run.tokens,
-        bandwidth=accelerator.network_bandwidth if cluster.nodes > 1 else accelerator.node_bandwidth,
-        flops=requirements.models[0].flops,
-        mfu=mfu.student_mfu,
-        peak=peak,
-    )
-    return Estimate(
-        sharding=run,
-        cluster=cluster,
-        requirements=requirements,
-        times=times,
-        hiding_tokens=run.tokens * (times.gather + times.reduce) / times.compute,
-        hiding_tokens_unshared=unshared,
-    )
+    requirements = count_requirements(run)
+    return Estimate(run, cluster, requirements, _step_times(run, requirements, cluster, mfu))
 
 
-def _step_times(
-    run: Sharding, requirements: Requirements, cluster: Cluster, mfu: MfuAssumption, peak: float
-) -> StepTimes:
-    """`peak`: FLOP/s of one GPU."""
+def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu: MfuAssumption) -> StepTimes:
+    peak = cluster.accelerator.peak_flops(run.recipe.train.precision)
     student, *teachers = requirements.models
     student_rate, teacher_rate = (run.tokens / (share * peak) for share in (mfu.student_mfu, mfu.teacher_mfu))
     teacher_head = sum(teacher_rate * (model.work.head + model.work.recompute) for model in teachers)

@@ -113,11 +113,3 @@ class StepTimes:
     def seconds(self, steps: int) -> float:
         """Seconds of a whole run, whose pipeline is filled once."""
         return steps * self.step + max(0, len(self.stages) - 1) * self.tick
-
-
-def hiding_tokens(*, traffic: float, bandwidth: float, flops: float, mfu: float, peak: float) -> float:
-    """Tokens of the smallest micro-step whose compute takes as long as `traffic` bytes over the slowest link.
-
-    `flops`: FLOPs of a token. With 6 N bytes and 8 N FLOPs (full recomputation) it is 0.75 · mfu · peak / bandwidth.
-    """
-    return traffic / bandwidth * mfu * peak / flops

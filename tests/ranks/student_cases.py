@@ -17,7 +17,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, reference
 from megadistill.models.families import build_causal_lm, load_config
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
 from megadistill.train.lookahead import StepBatch, StepBatches

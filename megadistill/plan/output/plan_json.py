@@ -87,7 +87,6 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         },
         "step_seconds": times.step,
         "hiding_tokens": each.hiding_tokens,
-        "hiding_tokens_unshared": each.hiding_tokens_unshared,
         "tokens_per_second": each.tokens_per_second,
         "days": each.days,
         "gpu_hours": each.gpu_hours,

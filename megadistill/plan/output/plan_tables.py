@@ -167,10 +167,7 @@ def _time_notes(estimate: Estimate) -> str:
     times = estimate.times
     notes = []
     if times.gather or times.reduce:
-        notes.append(
-            f"ZeRO-3's traffic is hidden from {estimate.hiding_tokens:,.0f} tokens on; from "
-            f"{estimate.hiding_tokens_unshared:,.0f} if each GPU received all of it over the network."
-        )
+        notes.append(f"Compute hides ZeRO-3's traffic from {estimate.hiding_tokens:,.0f} tokens on.")
     if times.stages:
         even = sum(times.stages) / len(times.stages) / max(times.stages)
         notes.append(f"Stages are {even:.1%} even.")

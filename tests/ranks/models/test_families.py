@@ -15,7 +15,7 @@ from megadistill.config import StudentSection
 from megadistill.distributed.topology import Topology
 from megadistill.loss import Head, label_loss
 from megadistill.models.families import family, load_config, logit_transform
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks

@@ -113,7 +113,7 @@ class Case:
 
     @property
     def deepspeed_config(self) -> dict[str, Any]:
-        """Settings like those of a GPU, in proportion: the parameters of some layers stay, those of one are prefetched."""
+        """Settings like those of a GPU, in proportion: parameters of some layers stay, those of one are prefetched."""
         deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
         deepspeed_config["zero_optimization"].update(
             {

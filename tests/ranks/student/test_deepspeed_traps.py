@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
 from megadistill.models.families import build_causal_lm
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
 from megadistill.teacher import TeacherStage
 from tests.paths import DS_CONFIGS

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megadistill.plan.throughput import StepTimes, hiding_tokens
+from megadistill.plan.throughput import StepTimes
 
 ALONE = StepTimes(
     students=8,
@@ -43,16 +43,6 @@ def test_a_teacher_beside_the_student_is_as_fast_as_the_slower_side() -> None:
         "too little is requested ahead"
     )
     assert replace(BESIDE, answer=1.0).micro_step == pytest.approx(4.0), "the link back to the student is slow"
-
-
-def test_the_micro_step_that_hides_zero_3() -> None:
-    """0.75 · MFU · peak / bandwidth with full recomputation: about 5,900 tokens at 40 % and 50 GB/s."""
-    parameters = 8e9
-    tokens = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=8 * parameters, mfu=0.4, peak=989e12)
-    assert tokens == pytest.approx(0.75 * 0.4 * 989e12 / 50e9)
-    assert round(tokens, -2) == 5_900
-    less = hiding_tokens(traffic=6 * parameters, bandwidth=50e9, flops=6 * parameters, mfu=0.4, peak=989e12)
-    assert less == pytest.approx(tokens * 8 / 6), "without recomputation there is less to hide behind"
 
 
 def test_a_pipeline_is_filled_once_a_run() -> None:

@@ -117,3 +117,10 @@ def test_405b_to_70b_on_2048() -> None:
     result = _estimate(LLAMA3_70B, LLAMA3_405B, nodes=256, stages=2, sequence_length=16_384)
     assert result.tokens_per_second == pytest.approx(0.57e6, rel=0.01)
     assert _days(result) == pytest.approx(20.4, rel=0.015)
+
+
+def test_the_micro_step_that_hides_zero_3() -> None:
+    """A micro-step of that many tokens takes as long for its compute as for its weights and gradients."""
+    result = _estimate(LLAMA3_8B, None, nodes=64, stages=8, sequence_length=8192)
+    share = result.hiding_tokens / result.sharding.tokens
+    assert result.times.gather + result.times.reduce == pytest.approx(share * result.times.compute)

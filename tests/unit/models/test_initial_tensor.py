@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.models.families import EMBEDDING, family, load_config
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import initial_tensor
 from tests.unit.models.cases import CASES
 
 
