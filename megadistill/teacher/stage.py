@@ -87,7 +87,7 @@ class TeacherStage(nn.Module):
     # Not inference mode: its tensors could not be saved for the student's backward pass.
     @torch.no_grad()
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, S] tokens on the first stage, [B, S, E] on the others -> [B, S, E]. `positions` as for `forward_inputs`."""
+        """Tokens [B, S] on the first stage, [B, S, E] on the others -> [B, S, E]. `positions`: see `forward_inputs`."""
         hidden_BSE = self.decoder(**forward_inputs(x, positions)).last_hidden_state
         assert isinstance(hidden_BSE, Tensor)
         return hidden_BSE
