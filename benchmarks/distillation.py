@@ -1,4 +1,4 @@
-"""What a student learns from a teacher, by what it is told: trains, measures, and writes the page of results.
+"""Comparison of training targets: trains and evaluates a student for each, and writes the page of results.
 
 python -m benchmarks.distillation      (`make results`)
 """
@@ -29,14 +29,14 @@ RECIPES = Path("recipes/results")
 FOLDER = Path("runs/results")
 SEEDS = (1, 2, 3)
 MEASURE_SECONDS = 25.0
-"""Of one core, roughly, for a model on the held-out text."""
+"""Estimated seconds of one core to evaluate a model on the held-out text."""
 LINE_SECONDS = 60.0
-"""Between plain lines where there is no terminal."""
+"""Time between plain lines where there is no terminal."""
 
 HELP = """\
 A teacher is pretrained on this Python's standard library, then the same student learns the same tokens from the
-signal of each recipe in recipes/results. What is finished in runs/results is not done again, and a run that was
-stopped goes on from its checkpoint; remove the folder to start afresh. At the end: the table, its CSV file, and
+target of each recipe in recipes/results. Finished runs in runs/results are not repeated, and a stopped run resumes
+from its checkpoint; remove the folder to start again. At the end: the table, its CSV file, and
 docs/results/distillation.md with its figures."""
 
 ROWS = (
@@ -59,7 +59,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything of `make results` lies."""
+    """The folder of `make results`."""
 
     folder: Path
 
@@ -86,7 +86,7 @@ class Place:
 
     @property
     def round(self) -> Path:
-        """What one call of `evaluate` measured, before it is shared out."""
+        """The results of one call of `evaluate`, before they are split into files."""
         return self.folder / "evaluations/round.json"
 
 
@@ -104,29 +104,21 @@ def tokenize_job(place: Place) -> Job:
     data = place.folder / "data"
     command = (
         *("tokenize", sysconfig.get_paths()["stdlib"], "--include", "*.py", "--exclude", "site-packages/*"),
-        *(
-            "--vocab-size",
-            "2048",
-            "--sequence-length",
-            str(SEQUENCE),
-            "--heldout-fraction",
-            "0.02",
-            "--output",
-            str(data),
-        ),
+        *("--vocab-size", "2048", "--sequence-length", str(SEQUENCE)),
+        *("--heldout-fraction", "0.02", "--output", str(data)),
     )
     log = place.folder / "logs/tokenize.log"
-    return Job("the text, tokenized", (_verb(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)
+    return Job("the text, tokenized", (_command(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)
 
 
 def teacher_job(place: Place) -> Job:
-    """Two ranks: nothing else can run before there is a teacher."""
+    """Trains on two ranks: nothing else can run before there is a teacher."""
     folder = place.folder / "teacher"
     recipe, settings = _recipe("teacher", folder, seed=None)
     train = (*_ranks(2), "train", str(RECIPES / "teacher.yaml"), *_set(settings))
     steps = (
         Step(train, folder / f"checkpoints/step-{recipe.train.steps:08d}"),
-        _verb(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
+        _command(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
     )
     log = place.folder / "logs/teacher.log"
     return Job("the teacher", steps, log, weight=800, fraction=lambda: _trained(folder, recipe))
@@ -137,11 +129,11 @@ def student_job(place: Place, row: Row, seed: int) -> Job:
     recipe, settings = _recipe(row.name, folder, seed=seed)
     exported = place.exported(row, seed)
     steps = (
-        _verb(
+        _command(
             ("train", str(RECIPES / f"{row.name}.yaml"), *_set(settings)),
             folder / f"checkpoints/step-{recipe.train.steps:08d}",
         ),
-        _verb(("export", str(folder), "--output", str(exported)), exported / "config.json"),
+        _command(("export", str(folder), "--output", str(exported)), exported / "config.json"),
     )
     return Job(
         f"{row.name}, seed {seed}",
@@ -153,7 +145,7 @@ def student_job(place: Place, row: Row, seed: int) -> Job:
 
 
 def measure_job(place: Place, keys: Sequence[Key]) -> Job:
-    """One call for many students: the teacher reads the held-out text once for all of them."""
+    """Evaluates many students in one call: the teacher reads the held-out text once for all of them."""
     models = [str(place.exported(row, seed)) for row, seed in keys]
     what = ("--teacher", str(place.teacher), "--data", str(place.heldout), "--json", str(place.round))
     step = Step((*_ranks(cores()), "evaluate", *models, *what), place.round)
@@ -162,13 +154,13 @@ def measure_job(place: Place, keys: Sequence[Key]) -> Job:
 
 
 def measurement(place: Place, key: Key) -> Job:
-    """One student's part of `measure_job`, for the time left: it is never run by itself."""
+    """One student's part of `measure_job`, for the estimate of the time left: it is never run."""
     step = Step((), place.evaluation(*key))
     return Job("measurement", (step,), place.folder / "logs/evaluate.log", MEASURE_SECONDS, fraction=lambda: 0.0)
 
 
 def share_out(place: Place, keys: Sequence[Key]) -> None:
-    """A file a student, of the teacher and it: what is there is not measured again."""
+    """Splits the results into a file for each student, with the teacher: existing ones are not measured again."""
     teacher, *students = json.loads(place.round.read_text(encoding="utf-8"))
     for (row, seed), student in zip(keys, students, strict=True):
         place.evaluation(row, seed).write_text(json.dumps([teacher, student], indent=1) + "\n", encoding="utf-8")
@@ -176,13 +168,13 @@ def share_out(place: Place, keys: Sequence[Key]) -> None:
 
 
 def refuse_stale(place: Place, rows: Sequence[Row]) -> None:
-    """What lies there from an earlier time must be of today's recipes, and of the teacher that lies there.
+    """Checks that the folder's runs are of today's recipes, and of its teacher.
 
     Raises:
         UserError: a run's recipe has changed since, or its student is older than the teacher.
     """
-    found = [("teacher", place.folder / "teacher", None), *((r.name, place.run(r, s), s) for r, s in runs(rows))]
-    for name, folder, seed in found:
+    started = [("teacher", place.folder / "teacher", None), *((r.name, place.run(r, s), s) for r, s in runs(rows))]
+    for name, folder, seed in started:
         if not folder.exists():
             continue
         try:
@@ -197,7 +189,7 @@ def refuse_stale(place: Place, rows: Sequence[Row]) -> None:
 
 
 def _recipe(name: str, folder: Path, *, seed: int | None) -> tuple[Recipe, list[str]]:
-    """And the settings that make it of the recipe's file. The recipe itself says where text and teacher lie."""
+    """A recipe, and the settings of `--set` that make it of its file."""
     settings = [f"run.folder={folder}"]
     if seed is not None:
         settings += [f"run.seed={seed}", f"data.seed={seed}"]
@@ -208,7 +200,7 @@ def _set(settings: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def _verb(arguments: Sequence[str], product: Path) -> Step:
+def _command(arguments: Sequence[str], product: Path) -> Step:
     return Step((sys.executable, "-m", "megadistill", *arguments), product)
 
 
@@ -218,7 +210,7 @@ def _ranks(count: int) -> tuple[str, ...]:
 
 
 def _trained(folder: Path, recipe: Recipe) -> float:
-    """The last step of the run so far, as a share of all; measuring is small beside it."""
+    """Fraction of a run's steps that are taken, of 0.95: the rest is exporting."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
@@ -229,9 +221,9 @@ def _trained(folder: Path, recipe: Recipe) -> float:
 
 
 def follow(jobs: Sequence[Job], *, side_by_side: int, pace: Pace, console: Console) -> list[Ended]:
-    """Runs the jobs and says how far they are: a bar on a terminal, lines elsewhere. Returns those that failed."""
+    """Runs the jobs with a progress bar on a terminal and lines elsewhere. Returns those that failed."""
     failed = []
-    said = time.monotonic()
+    printed = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[left]}"))
     with (
         closing(run(jobs, side_by_side=side_by_side)) as events,
@@ -242,8 +234,8 @@ def follow(jobs: Sequence[Job], *, side_by_side: int, pace: Pace, console: Conso
             bars.update(bar, completed=pace.done, left=pace.left())
             if ended is not None and ended.failure is not None:
                 failed.append(ended)
-            if ended is not None or (not console.is_terminal and time.monotonic() - said > LINE_SECONDS):
-                said = time.monotonic()
+            if ended is not None or (not console.is_terminal and time.monotonic() - printed > LINE_SECONDS):
+                printed = time.monotonic()
                 console.print(_line(ended, pace), highlight=False, soft_wrap=True, markup=False)
     return failed
 
@@ -258,7 +250,7 @@ def _line(ended: Ended | None, pace: Pace) -> str:
 
 
 def results(place: Place, console: Console) -> int:
-    """Everything that is not there yet, then the table and, where all of it is there, the page. An exit code."""
+    """Runs all unfinished jobs, prints the table and, once all are done, writes the page. Returns an exit code."""
     refuse_stale(place, ROWS)
     first = [tokenize_job(place), teacher_job(place)]
     students = {key: student_job(place, *key) for key in runs(ROWS)}
@@ -282,11 +274,11 @@ def results(place: Place, console: Console) -> int:
     if failed:
         console.print("the page is left as it is; the same command tries the failed runs again", highlight=False)
         return 1
-    found = read_results(_measured(place))
-    folders = {key: place.run(*key) for key in found.students}
-    draw(found, folders, PAGE.parent)
-    write_page(found, folders)
-    console.print(result_table(found))
+    measured = read_results(_measured(place))
+    folders = {key: place.run(*key) for key in measured.students}
+    draw(measured, folders, PAGE.parent)
+    write_page(measured, folders)
+    console.print(result_table(measured))
     return 0
 
 
@@ -309,7 +301,7 @@ def main() -> None:
     try:
         sys.exit(results(Place(FOLDER), Console()))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(RestartFault.exit_code)
     except UserError as error:
         print(f"results: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The results of the distillation runs as a table, a CSV file and a page. It trains and measures nothing.
+"""The results of the distillation runs as a table, a CSV file and a page.
 
 The gap is what the teacher's whole distribution gains over labels, of the same seed: CE of `labels` less CE of
 `full-kl`. A row's share of it is 0 where it does as `labels` does and 100 where it does as `full-kl`.
@@ -16,9 +16,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.markdown import put, table
+from benchmarks.markdown import put
 from benchmarks.report import ROOT, cpu
 from megadistill.errors import UserError
+from megadistill.export.markdown import table
 
 PAGE = ROOT / "docs/results/distillation.md"
 CSV = ROOT / "benchmarks/results/distillation.csv"
@@ -34,14 +35,14 @@ HEADING = ("training signal", "held-out CE", "share of the gap", "KL", "acceptan
 
 @dataclass(frozen=True)
 class Row:
-    """What a student is told at each token."""
+    """A kind of training target."""
 
     name: str
-    """Of the recipe."""
+    """Name of the recipe."""
     signal: str
-    """In words."""
+    """Name in the table."""
     main: bool = False
-    """With every seed; the others have the first one alone."""
+    """Whether it is trained with every seed; the others are trained with the first alone."""
 
 
 Key = tuple[Row, int]
@@ -50,14 +51,14 @@ Key = tuple[Row, int]
 
 @dataclass(frozen=True)
 class Results:
+    """Evaluations of all students and of the teacher."""
+
     students: Mapping[Key, Mapping[str, Any]]
-    """What `megadistill evaluate` measured."""
     teacher: Mapping[str, Any]
 
     def rows(self) -> list[Row]:
         """The best first, by their share of the gap: a row of one seed is compared with the others' same seed."""
-        found = list(dict.fromkeys(row for row, _ in self.students))
-        return sorted(found, key=self._place)
+        return sorted(dict.fromkeys(row for row, _ in self.students), key=self._place)
 
     def _place(self, row: Row) -> tuple[bool, float]:
         shares = self.shares(row)
@@ -65,11 +66,11 @@ class Results:
 
     def values(self, row: Row, measure: str) -> list[float]:
         """One value a seed."""
-        return [float(found[measure]) for (other, _), found in self.students.items() if other == row]
+        return [float(student[measure]) for (other, _), student in self.students.items() if other == row]
 
     def shares(self, row: Row) -> list[float]:
-        """Of the gap of the same seed, in percent; empty where a seed's `labels` or `full-kl` is not there."""
-        by_name = {(r.name, seed): float(found["cross_entropy"]) for (r, seed), found in self.students.items()}
+        """Percent of the gap of the same seed, for each seed that has `labels` and `full-kl`."""
+        by_name = {(r.name, seed): float(student["cross_entropy"]) for (r, seed), student in self.students.items()}
         shares = []
         for seed in (seed for other, seed in self.students if other == row):
             zero, hundred = by_name.get((LABELS, seed)), by_name.get((FULL, seed))
@@ -79,13 +80,13 @@ class Results:
 
 
 def read_results(evaluations: Mapping[Key, Path]) -> Results:
-    """What `megadistill evaluate` wrote: the teacher first, then the student.
+    """The results in files of `megadistill evaluate`, of the teacher and then the student.
 
     Raises:
         UserError: there is none, or one lacks a measure.
     """
     if not evaluations:
-        raise UserError("no run has come to an evaluation yet: look at the logs")
+        raise UserError("no run has an evaluation yet: look at the logs")
     students = {}
     for key, path in evaluations.items():
         teacher, student = json.loads(path.read_text(encoding="utf-8"))
@@ -126,30 +127,30 @@ def teacher_cells(teacher: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def result_table(results: Results) -> Table:
-    """For a terminal of 80 columns: the share without its range."""
-    shown = Table(
+    """A table for a terminal of 80 columns, with the share without its range."""
+    printed = Table(
         box=SIMPLE_HEAD,
         padding=0,
         caption="CE, KL: nats a token of held-out text. ±: half the range of the seeds.",
         caption_justify="left",
     )
     for i, heading in enumerate(("training signal", "CE", "gap %", "KL", "accept", "calib. %", "agree")):
-        shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+        printed.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
     for row in results.rows():
         signal, cross_entropy, share, *others = cells(results, row)
-        shown.add_row(signal, cross_entropy, share.partition(" ")[0], *others)
-    shown.add_row(*teacher_cells(results.teacher))
-    return shown
+        printed.add_row(signal, cross_entropy, share.partition(" ")[0], *others)
+    printed.add_row(*teacher_cells(results.teacher))
+    return printed
 
 
 def write_page(results: Results, folders: Mapping[Key, Path]) -> None:
-    """The page's table and what was run, and the CSV file. `folders` are the run folders."""
+    """Writes the table and the list of runs of the page, and the CSV file. `folders`: run folders."""
     described = json.loads((next(iter(folders.values())) / "recipe.json").read_text(encoding="utf-8"))
     write_csv(results, described["versions"], CSV)
     put(
         PAGE,
         "table",
-        table(HEADING, [*(cells(results, row) for row in results.rows()), teacher_cells(results.teacher)]),
+        table(HEADING, [*(cells(results, row) for row in results.rows()), teacher_cells(results.teacher)], left=1),
     )
     put(PAGE, "what was run", what_was_run(results, described))
 
@@ -173,8 +174,8 @@ def write_csv(results: Results, versions: Mapping[str, str], path: Path) -> None
     """A line a run, and the teacher's."""
     about = {"cpu": cpu(), "cores": len(os.sched_getaffinity(0)), **versions}
     lines: list[dict[str, object]] = [
-        {"row": row.name, "seed": seed} | {name: found[name] for name in MEASURES} | about
-        for (row, seed), found in results.students.items()
+        {"row": row.name, "seed": seed} | {name: student[name] for name in MEASURES} | about
+        for (row, seed), student in results.students.items()
     ]
     lines.append({"row": "teacher", "seed": ""} | {name: results.teacher[name] for name in MEASURES} | about)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Figures of the distillation runs. It knows the results and the runs' metrics.jsonl, and measures nothing."""
+"""Figures of the distillation runs, from their results and metrics.jsonl."""
 
 import json
 from collections.abc import Mapping
@@ -11,13 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.distillation_page import FULL, LABELS, Key, Results, Row
+from megadistill.types import DECILES
 
 WINDOW = 64
 """Steps of a curve's moving average."""
 CALIBRATION = (LABELS, FULL, "top-12-other", "top-12-renormalised", "reverse-kl", "top-1")
 FEWEST = 100
-"""Tokens of a bin of the calibration diagram; fewer say nothing."""
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
+"""Minimum tokens of a bin of the calibration diagram."""
+# Okabe and Ito: distinct for colour-blind readers.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def draw(results: Results, folders: Mapping[Key, Path], to: Path) -> None:
@@ -84,22 +86,24 @@ def _cross_entropies(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     steps = {}
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         step = json.loads(line)
-        steps[step["step"]] = (step["tokens"], step["student_ce"])  # a step is there twice where a run went on
+        steps[step["step"]] = (step["tokens"], step["student_ce"])  # a later line of a step replaces an earlier one
     tokens, values = np.array([steps[number] for number in sorted(steps)]).T
     return tokens[WINDOW - 1 :], np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid")
 
 
 def _by_decile(results: Results) -> Figure:
-    """What a signal gains over labels, from the tokens where the teacher is surest to those where it is least so."""
+    """Gain over labels by decile of the teacher's entropy."""
     figure, axes = _figure(8, 4)
-    labels = {seed: _deciles(found) for (row, seed), found in results.students.items() if row.name == LABELS}
+    labels = {seed: _deciles(student) for (row, seed), student in results.students.items() if row.name == LABELS}
     for row, colour in _main(results).items():
         if row.name == LABELS:
             continue
-        gains = [_deciles(found) - labels[seed] for (other, seed), found in results.students.items() if other == row]
-        axes.plot(range(1, 11), np.mean(gains, axis=0), marker="o", ms=4, color=colour, label=row.signal)
+        gains = [
+            _deciles(student) - labels[seed] for (other, seed), student in results.students.items() if other == row
+        ]
+        axes.plot(range(1, DECILES + 1), np.mean(gains, axis=0), marker="o", ms=4, color=colour, label=row.signal)
     axes.axhline(0, color="black", lw=1)
-    axes.set_xticks(range(1, 11))
+    axes.set_xticks(range(1, DECILES + 1))
     axes.set_xlabel("tenth of the held-out tokens, by the teacher's entropy: 1 surest, 10 least sure")
     axes.set_ylabel("cross-entropy less that of labels, nats")
     axes.legend(frameon=False)
@@ -113,13 +117,13 @@ def _deciles(evaluation: Mapping[str, object]) -> np.ndarray:
 
 
 def _calibration(results: Results) -> Figure:
-    """How often the most likely token is right, by the probability that the student gives it; the first seed's."""
+    """Accuracy of the most likely token by its probability, for the first seed."""
     figure, axes = _figure(6, 5)
     axes.plot([0, 1], [0, 1], color="black", lw=1, ls="--", label="as sure as right")
-    shown = [row for row in results.rows() if row.name in CALIBRATION]
-    for colour, row in zip(COLOURS, shown, strict=False):
-        found = next(found for (other, _), found in results.students.items() if other == row)
-        bins = [one for one in found["calibration"] if one["count"] >= FEWEST]
+    rows = [row for row in results.rows() if row.name in CALIBRATION]
+    for colour, row in zip(COLOURS, rows, strict=False):
+        student = next(student for (other, _), student in results.students.items() if other == row)
+        bins = [one for one in student["calibration"] if one["count"] >= FEWEST]
         sure, right = ([one[name] for one in bins] for name in ("confidence", "accuracy"))
         axes.plot(sure, right, marker="o", ms=3, color=colour, label=row.signal)
     axes.set_xlabel("probability of the most likely token")

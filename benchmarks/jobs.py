@@ -1,4 +1,4 @@
-"""Commands side by side: what is finished is left alone, and one that fails stops no other. It knows no recipe."""
+"""Jobs of commands, run side by side: finished ones are skipped, and a failure stops no other job."""
 
 import subprocess
 import time
@@ -14,23 +14,25 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Step:
+    """A command."""
+
     command: tuple[str, ...]
     product: Path
-    """Is there once the command is done: it is written whole or not at all."""
+    """File that the command writes atomically at its end."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Steps that need each other, in order. Those whose product is there are left out."""
+    """Steps in order. Those whose product exists are skipped."""
 
     name: str
     steps: tuple[Step, ...]
     log: Path
-    """What the commands say is added to it."""
+    """File that the commands' output is appended to."""
     weight: float
-    """What it costs, in seconds of one core as a rule: the time left is reckoned by it."""
+    """Estimated cost in seconds of one core."""
     fraction: Callable[[], float]
-    """How much of an unfinished job is done, from 0 to 1."""
+    """Progress of an unfinished job, from 0 to 1."""
 
     @property
     def done(self) -> bool:
@@ -39,10 +41,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
+    """A job that has ended."""
+
     job: Job
     seconds: float
     failure: str | None
-    """None, or why the job is not done: one line."""
+    """Reason of a failure in one line; None for a job that is done."""
 
 
 @dataclass
@@ -54,7 +58,7 @@ class _Running:
     process: subprocess.Popen[bytes] | None = None
 
     def advance(self) -> Ended | None:
-        """Starts the next step when the one before is over; what came of the job once that is known."""
+        """Starts the next step when the one before has ended. Returns the job's end, or None while it runs."""
         if self.process is not None:
             code = self.process.poll()
             if code is None:
@@ -62,12 +66,12 @@ class _Running:
             step = self.steps.popleft()
             if code != 0 or not step.product.exists():
                 reason = f"exit code {code}" if code else f"it left no {step.product}"
-                said = f"; it said: {line}" if (line := last_line(self.job.log)) else ""
-                return self._ended(f"{' '.join(step.command)}: {reason}{said} (all of it: {self.job.log})")
+                last = f"; last line: {line}" if (line := last_line(self.job.log)) else ""
+                return self._ended(f"{' '.join(step.command)}: {reason}{last} (see {self.job.log})")
         if not self.steps:
             return self._ended(None)
-        # In a group of its own: Ctrl-C reaches `run` alone, which sends one signal; at a second one a run would leave
-        # without a checkpoint.
+        # A process group of its own: Ctrl-C reaches `run` alone, which sends one signal; at a second one a training run
+        # would end without a checkpoint.
         self.process = subprocess.Popen(
             self.steps[0].command,
             stdin=subprocess.DEVNULL,
@@ -82,7 +86,7 @@ class _Running:
 
 
 def run(jobs: Sequence[Job], *, side_by_side: int) -> Generator[Ended | None, None, None]:
-    """Runs the jobs that are not done. Yields each as it ends, and None in between, to look at how far they are.
+    """Runs the jobs that are not done. Yields each as it ends, and None in between, to show progress.
 
     When the iterator is closed or interrupted, the running commands get SIGTERM and are waited for.
     """
@@ -121,7 +125,7 @@ def last_line(log: Path) -> str:
 
 @dataclass
 class Pace:
-    """How long the jobs that are left will take, at the pace of those that were watched."""
+    """Estimate of the time left, by the progress since its construction."""
 
     jobs: Sequence[Job]
     began: float = field(default_factory=time.monotonic)
@@ -139,7 +143,7 @@ class Pace:
         return sum(job.weight if job.done else job.weight * job.fraction() for job in self.jobs)
 
     def left(self) -> str:
-        """In words; nothing before there is a pace, which takes a hundredth of the work."""
+        """Time left as text; empty before a hundredth of the work is done."""
         done = self.done
         if done - self.at_first < self.total / 100:
             return ""

@@ -6,12 +6,10 @@ memory, and each divergence. Prints tables and appends every number to a CSV fil
 
 import argparse
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -27,7 +25,7 @@ from benchmarks.contenders import (
     ours,
 )
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, ranks, rounds, seconds
-from benchmarks.report import ROOT, Report, commit, cpu, shown
+from benchmarks.report import Report, cell, parser
 from megadistill.distributed.topology import Topology
 from megadistill.loss import (
     Divergence,
@@ -114,7 +112,7 @@ def speed(shape: Shape, report: Report, *, others: bool) -> None:
         to_floor = Spread.of_ratios(own, times[floor])
         to_ours = Spread.of_ratios(own, times["ours, compiled"])
         report.add(question, shape, name, Spread.of(own), ratio=to_floor, to=floor)
-        table.add_row(name, f"{Spread.of(own).median:.3f}", shown(to_floor), shown(to_ours))
+        table.add_row(name, f"{Spread.of(own).median:.3f}", cell(to_floor), cell(to_ours))
     report.console.print(table)
 
 
@@ -151,7 +149,7 @@ def two_processes(shape: Shape, report: Report) -> None:
         ratio = Spread.of_ratios(two, one)
         report.add("ranks", shape, f"one process: {name}", Spread.of(one))
         report.add("ranks", shape, f"two processes: {name}", Spread.of(two), ratio=ratio, to="one process")
-        table.add_row(name, f"{Spread.of(one).median:.3f}", f"{Spread.of(two).median:.3f}", shown(ratio))
+        table.add_row(name, f"{Spread.of(one).median:.3f}", f"{Spread.of(two).median:.3f}", cell(ratio))
     report.console.print(table)
 
 
@@ -258,31 +256,22 @@ def divergences(shape: Shape, report: Report) -> None:
         for kind, ratio in ratios.items():
             taken = Spread.of(times[kind.value])
             report.add("divergences", shape, f"{name}, {kind.value}", taken, ratio=ratio, to=floor)
-        table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(shown(ratio) for ratio in ratios.values()))
+        table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(cell(ratio) for ratio in ratios.values()))
     report.console.print(table)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loss",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
-    parser.add_argument("--tokens", type=int, default=2048, help="N (default %(default)s; memory, divergences: half)")
-    parser.add_argument("--vocab", type=int, default=32768, help="V of all but memory (default %(default)s)")
-    parser.add_argument(
+    options = parser("loss", __doc__, HELP, QUESTIONS)
+    options.add_argument("--tokens", type=int, default=2048, help="N (default %(default)s; memory, divergences: half)")
+    options.add_argument("--vocab", type=int, default=32768, help="V of all but memory (default %(default)s)")
+    options.add_argument(
         "--widths",
         default="256x512,1024x2048",
         help="DxE, by commas (default %(default)s); the last two take the first",
     )
-    parser.add_argument("--memory-vocab", default="32768,262144", help="V of memory (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/loss.csv", help="where rows are added")
-    parser.add_argument("--no-csv", action="store_true", help="only print")
-    return parser.parse_args()
+    options.add_argument("--memory-vocab", default="32768,262144", help="V of memory (default %(default)s)")
+    options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    return options.parse_args()
 
 
 def main() -> None:
@@ -292,11 +281,7 @@ def main() -> None:
     shapes = [Shape(arguments.tokens, arguments.vocab, D, E) for D, E in widths]
     fewer, (D, E) = arguments.tokens // 2, widths[0]
     report = Report(threads=arguments.threads, repeats=arguments.repeats, measured=MEASURED)
-    report.console.print(
-        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, {arguments.threads} threads, python "
-        f"{platform.python_version()}, torch {torch.__version__}, commit {commit(MEASURED)}",
-        highlight=False,
-    )
+    report.print_machine()
     jobs: dict[str, list[Callable[[], None]]] = {
         "speed": [partial(speed, shape, report, others=False) for shape in shapes],
         "others": [partial(speed, shape, report, others=True) for shape in shapes],

@@ -1,7 +1,7 @@
-"""How time and memory are taken. It knows no losses.
+"""Measurement of time and memory.
 
-Time is taken in rounds: each round runs every contender once, in alternating order, and a ratio is made of the two
-times of one round. A machine that slows down for a while slows both.
+Time is measured in rounds: each round runs every contender once, in alternating order, and a ratio is that of two times
+of one round. A machine that slows down for a while slows both.
 """
 
 import ctypes
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from megadistill.distributed.topology import Launch, Topology, joined
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, process_groups
 
 Run = Callable[[], object]
 
@@ -31,7 +32,7 @@ _fresh = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and the lowest and highest of what it is the median of."""
+    """Median, minimum and maximum of measurements."""
 
     median: float
     low: float
@@ -43,12 +44,12 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, above: list[float], below: list[float]) -> "Spread":
-        """Of the ratios of the two times of each round."""
+        """The spread of the ratios of two times of each round."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
 
 def seconds(run: Run) -> float:
-    """Of one call; what it returns is dropped after the clock stops. A call that returns a float counted for itself."""
+    """Seconds of one call, or the float that it returns; another result is dropped after the clock stops."""
     start = time.perf_counter()
     result = run()
     stop = time.perf_counter()
@@ -59,7 +60,7 @@ def seconds(run: Run) -> float:
 
 
 def rounds(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """`repeats` seconds of each contender, interleaved. Each has been warmed up by the caller, and times itself."""
+    """`repeats` times of each contender, interleaved. Contenders are warm, and return their seconds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
@@ -74,17 +75,17 @@ def rounds(contenders: Mapping[str, Callable[[], float]], repeats: int) -> dict[
 
 
 def available_memory() -> int:
-    """Bytes that the kernel would give without swapping."""
+    """Bytes of memory that are available without swapping."""
     return 1024 * _field("/proc/meminfo", "MemAvailable")
 
 
 def peak(run: Run) -> int:
-    """Bytes of resident memory that a call takes at its highest, beyond what was resident before it.
+    """Peak of a call's resident memory in bytes, above the resident memory before it.
 
     Linux alone: writing 5 to clear_refs sets the high-water mark back to what is resident now.
     """
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that the warm-up freed would be taken again, and not counted
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that the warm-up freed would be reused, and not counted
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _field("/proc/self/status", "VmRSS")
     result = run()
@@ -94,7 +95,7 @@ def peak(run: Run) -> int:
 
 
 def _field(file: str, name: str) -> int:
-    """kB."""
+    """A field of a /proc file, in kB."""
     for line in Path(file).read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1])
@@ -102,7 +103,7 @@ def _field(file: str, name: str) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function(*arguments)` returns in a process of its own; `function` is at the top level of its module.
+    """The result of `function(*arguments)` in a new process; `function` is at the top level of its module.
 
     Raises:
         RuntimeError: it failed there, with its traceback, or the process died.
@@ -114,7 +115,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         failure, result = ours.recv()
     except EOFError:
-        failure, result = "it died without a word (out of memory?)", None
+        failure, result = "it died without an error (out of memory?)", None
     process.join()
     if failure is not None:
         raise RuntimeError(f"{function.__name__} failed in its own process:\n{failure}")
@@ -180,7 +181,7 @@ def _serve(
     torch.set_num_threads(1)
     launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
     try:
-        with joined(launch, vocab_group=world, timeout_minutes=10.0) as topology:
+        with process_groups(launch, vocab_group=world, timeout_minutes=10.0) as topology:
             _serve_runs(topology, pipe, make(topology, *arguments))
     except BaseException:
         pipe.send(traceback.format_exc())

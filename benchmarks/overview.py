@@ -1,4 +1,4 @@
-"""The benchmarks of loss, stream and teacher as one page: what was measured last, on what. It measures nothing.
+"""The last measurements of loss, stream and teacher, and their machine, as one page.
 
 python -m benchmarks.overview      writes the tables of docs/results/benchmarks.md from benchmarks/results/*.csv
 """
@@ -7,9 +7,10 @@ import csv
 import sys
 from collections.abc import Sequence
 
-from benchmarks.markdown import put, table
+from benchmarks.markdown import put
 from benchmarks.report import ROOT
 from megadistill.errors import UserError
+from megadistill.export.markdown import table
 
 PAGE = ROOT / "docs/results/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
@@ -19,7 +20,7 @@ Line = dict[str, str]
 
 
 def newest(lines: Sequence[Line]) -> list[Line]:
-    """Of each question and shape what its last run measured: lines are only ever added, the last is of today's code."""
+    """The lines of the last run of each question and shape: a run appends its lines."""
     last = {(line["question"], line["shape"]): (line["date"], line["commit"]) for line in lines}
     by_contender = {
         (line["question"], line["shape"], line["contender"]): line
@@ -30,7 +31,7 @@ def newest(lines: Sequence[Line]) -> list[Line]:
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """A heading and a table for each question and shape, and on what it was measured."""
+    """A heading, a table and the machine for each question and shape."""
     parts = []
     for question, shape in dict.fromkeys((line["question"], line["shape"]) for line in lines):
         these = [line for line in lines if (line["question"], line["shape"]) == (question, shape)]
@@ -51,6 +52,7 @@ def _table(lines: Sequence[Line]) -> str:
             )
             for line in lines
         ],
+        left=1,
     )
 
 
@@ -67,7 +69,7 @@ def _bare(line: Line, column: str) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """Three digits, in a unit of a fitting size."""
+    """Three digits, in a unit of suitable size."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     if unit.endswith("s") and value < 0.1:

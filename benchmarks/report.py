@@ -1,5 +1,6 @@
-"""What a benchmark prints and keeps: tables on the screen, rows of a CSV file. It knows nothing of what is measured."""
+"""Options, tables and CSV file of a benchmark."""
 
+import argparse
 import csv
 import os
 import platform
@@ -30,7 +31,7 @@ class Report:
     threads: int
     repeats: int
     measured: tuple[str, ...]
-    """Paths whose state the commit in a row tells: a + marks changes that no commit has."""
+    """Paths that the commit in a row is about: a + marks uncommitted changes in them."""
     console: Console = field(default_factory=lambda: Console(width=120))
     rows: list[dict[str, object]] = field(default_factory=list)
 
@@ -52,6 +53,14 @@ class Report:
             row |= {"ratio": f"{ratio.median:.4f}", "ratio_low": f"{ratio.low:.4f}", "ratio_high": f"{ratio.high:.4f}"}
         self.rows.append(row | {"ratio_to": to, "repeats": self.repeats if isinstance(value, Spread) else 1})
 
+    def print_machine(self) -> None:
+        """Prints the machine, the versions and the commit."""
+        self.console.print(
+            f"{cpu()}, {len(os.sched_getaffinity(0))} cores, {self.threads} threads a process, python "
+            f"{platform.python_version()}, torch {torch.__version__}, commit {commit(self.measured)}",
+            highlight=False,
+        )
+
     def table(self, title: str, *columns: str) -> Table:
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
@@ -59,7 +68,7 @@ class Report:
         return table
 
     def append_to(self, file: Path) -> None:
-        """Rows are only ever added."""
+        """Appends the rows to a CSV file."""
         about = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "commit": commit(self.measured),
@@ -78,6 +87,22 @@ class Report:
             writer.writerows(about | row for row in self.rows)
 
 
+def parser(subject: str, description: str | None, epilog: str, questions: Sequence[str]) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `description`: the docstring of the benchmark's module."""
+    options = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{subject}",
+        description=description.split("\n\n")[0] if description else None,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("--only", nargs="+", choices=questions, default=questions, help="these questions alone")
+    options.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
+    csv_file = ROOT / f"benchmarks/results/{subject}.csv"
+    options.add_argument("--csv", type=Path, default=csv_file, help="where rows are added")
+    options.add_argument("--no-csv", action="store_true", help="only print")
+    return options
+
+
 def commit(measured: Sequence[str]) -> str:
     """Short, with a + where the measured code differs from it."""
     git = ["git", "-C", str(ROOT)]
@@ -94,6 +119,6 @@ def cpu() -> str:
     return platform.machine()
 
 
-def shown(spread: Spread) -> str:
-    """For a cell of a table."""
+def cell(spread: Spread) -> str:
+    """A spread as a cell of a table."""
     return f"{spread.median:.3f}  ({spread.low:.2f} to {spread.high:.2f})"

@@ -1,13 +1,11 @@
-"""What reading the stream costs: CPU seconds a token against plain WebDataset iteration and a flat memory map, over the
-same tokens, page cache warm; how soon a far position is found; what prefetching leaves of the wait.
+"""The cost of reading the stream: CPU seconds a token against plain WebDataset iteration and a flat memory map, over the
+same tokens, page cache warm; the time to locate a far position; the wait that prefetching leaves.
 
     python -m benchmarks.stream --help
 """
 
 import argparse
 import importlib
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ import torch
 import webdataset
 
 from benchmarks.measure import Spread, rounds
-from benchmarks.report import ROOT, Report, commit, cpu, shown
+from benchmarks.report import Report, cell, parser
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.shards.manifest import PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import PackedSequence
@@ -93,7 +91,7 @@ def ours(manifest: Manifest) -> int:
 
 
 def memmap(folder: Path, sequences: int, sequence: int) -> int:
-    """As nanoGPT does: rows of a flat file at random places, cast to int64 twice."""
+    """nanoGPT's way: rows of a flat file at random places, cast to int64 twice."""
     flat = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
     places = np.random.default_rng(1).permutation(sequences) * (sequence + 1)
     for start in range(0, sequences, BATCH):
@@ -145,13 +143,13 @@ def _in_batches(sequences: Iterator[np.ndarray]) -> int:
 def _write_for_others(folder: Path, sequences: int, sequence: int, report: Report) -> dict[str, Read]:
     """Their readers, for those that are installed."""
     tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16).reshape(sequences, sequence + 1)
-    found: dict[str, Read] = {}
+    contenders: dict[str, Read] = {}
     try:
         builder = megatron_datasets().IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
         for row in tokens:
             builder.add_document(row, [len(row)])
         builder.finalize(str(folder / "megatron.idx"))
-        found["Megatron's IndexedDataset"] = partial(megatron, folder, sequences)
+        contenders["Megatron's IndexedDataset"] = partial(megatron, folder, sequences)
     except ImportError as missing:
         report.console.print(f"  Megatron's IndexedDataset is left out: {missing}", highlight=False)
     try:
@@ -159,10 +157,10 @@ def _write_for_others(folder: Path, sequences: int, sequence: int, report: Repor
         with mosaic_streaming().MDSWriter(out=str(folder / "mosaic"), columns=columns) as writer:
             for row in tokens:
                 writer.write({"tokens": row})
-        found["mosaic-streaming"] = partial(mosaic, folder)
+        contenders["mosaic-streaming"] = partial(mosaic, folder)
     except ImportError as missing:
         report.console.print(f"  mosaic-streaming is left out: {missing}", highlight=False)
-    return found
+    return contenders
 
 
 def _cpu_seconds(read: Read, sequences: int) -> float:
@@ -189,7 +187,7 @@ def speed(folder: Path, manifest: Manifest, sequences: int, sequence: int, repor
     for name, own in times.items():
         ratio = Spread.of_ratios(own, times["ours, all checked"])
         report.add("speed", shape, name, Spread.of(own), unit="cpu s", ratio=ratio, to="ours, all checked")
-        table.add_row(name, f"{sequences * sequence / Spread.of(own).median / 1e6:,.0f}", shown(ratio))
+        table.add_row(name, f"{sequences * sequence / Spread.of(own).median / 1e6:,.0f}", cell(ratio))
     report.console.print(table)
 
 
@@ -200,16 +198,16 @@ def position(report: Report) -> None:
     began = time.perf_counter()
     order = Order({"a": Source("a", counts), "b": Source("b", counts)}, curriculum, seed=1)
     opened = time.perf_counter() - began
-    found = []
+    seconds = []
     for repeat in range(report.repeats):
         began = time.perf_counter()
         order.locate(np.arange(256) + (repeat + 1) * 10**8)
-        found.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
     report.add("position", shape, "the order made", opened)
-    report.add("position", shape, "256 slots found", Spread.of(found))
+    report.add("position", shape, "256 slots found", Spread.of(seconds))
     table = report.table(f"position: {shape}", "", "ms")
     table.add_row("the order made from the shards' counts, once", f"{opened * 1e3:.1f}")
-    table.add_row("256 slots found, each time in another epoch or window", f"{Spread.of(found).median * 1e3:.2f}")
+    table.add_row("256 slots found, each time in another epoch or window", f"{Spread.of(seconds).median * 1e3:.2f}")
     report.console.print(table)
 
 
@@ -232,32 +230,19 @@ def wait(manifest: Manifest, step_ms: float, report: Report) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stream",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
-    parser.add_argument("--sequences", type=int, default=32_768, help="how many (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of each (default %(default)s)")
-    parser.add_argument("--step-ms", type=float, default=50.0, help="of wait (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the data goes for the time of the run")
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/results/stream.csv", help="where rows are added")
-    parser.add_argument("--no-csv", action="store_true", help="only print")
-    return parser.parse_args()
+    options = parser("stream", __doc__, HELP, QUESTIONS)
+    options.add_argument("--sequences", type=int, default=32_768, help="how many (default %(default)s)")
+    options.add_argument("--sequence-length", type=int, default=2048, help="tokens of each (default %(default)s)")
+    options.add_argument("--step-ms", type=float, default=50.0, help="of wait (default %(default)s)")
+    options.add_argument("--folder", type=Path, help="where the data goes for the time of the run")
+    return options.parse_args()
 
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     report = Report(threads=1, repeats=arguments.repeats, measured=MEASURED)
-    report.console.print(
-        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, one thread, python {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {commit(MEASURED)}",
-        highlight=False,
-    )
+    report.print_machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         if {"speed", "wait"} & set(arguments.only):

@@ -1,12 +1,9 @@
-"""What the teacher costs a run: a colocated step against its parts alone, and the bubble of a pipeline that drains at
+"""Cost of the teacher in a run: a colocated step against its parts alone, and the bubble of a pipeline that drains at
 each step against one that runs ahead. Prints tables and appends every number to a CSV file.
 
     python -m benchmarks.teacher --help
 """
 
-import argparse
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -16,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Run, Spread, ranks, rounds
-from benchmarks.report import ROOT, Report, commit, cpu, shown
+from benchmarks.report import Report, cell, parser
 from megadistill.config import Recipe
 from megadistill.data.shards.manifest import Manifest, PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import PackedSequence
@@ -49,11 +45,11 @@ questions (both, when --only does not choose):
   step     two ranks of one thread each: a whole colocated step, in turn with its parts run alone on the same cores
            (the student's layers forward and backward with the optimizer; this rank's stage on both micro-batches; the
            loss on hidden states that lie there), and of another step the time that a rank waits for other stages
-  bubble   2 and 4 stages, the teacher alone: beats in which a stage has nothing to do, and the time of a step, when the
+  bubble   2 and 4 stages, the teacher alone: idle ticks of a stage, and the time of a step, when the
            pipeline is drained at the end of each step and when it runs ahead through all of them
 
 a ratio is the median over rounds of this / that in the same round; a machine with fewer cores than ranks shows the
-bubble in beats alone, since an idle stage gives its core to another one"""
+bubble in ticks alone, since an idle stage gives its core to another one"""
 
 
 def write_inputs(folder: Path) -> Path:
@@ -208,7 +204,7 @@ def step_question(folder: Path, report: Report) -> None:
     for name, own in {**times, "parts together": together}.items():
         ratio = Spread.of_ratios(own, together)
         report.add("step", shape, name, Spread.of(own), ratio=ratio, to="parts together")
-        table.add_row(name, f"{Spread.of(own).median * 1e3:.0f}", shown(ratio))
+        table.add_row(name, f"{Spread.of(own).median * 1e3:.0f}", cell(ratio))
     report.console.print(table)
 
 
@@ -218,41 +214,21 @@ def bubble_question(folder: Path, report: Report) -> None:
         with ranks(stages, bubble_runs, folder) as slower:
             times = _timed(slower, ["drained", "ahead"], report.repeats)
         rounds_ = 8 * ACCUMULATION
-        beats = {"drained": 8 * (ACCUMULATION + stages - 1), "ahead": rounds_ + stages - 1}
-        table = report.table(f"bubble: {shape}, 8 steps", "", "idle beats of a stage", "ms a step", "to ahead")
+        ticks = {"drained": 8 * (ACCUMULATION + stages - 1), "ahead": rounds_ + stages - 1}
+        table = report.table(f"bubble: {shape}, 8 steps", "", "idle ticks of a stage", "ms a step", "to ahead")
         for name, own in times.items():
             ratio = Spread.of_ratios(own, times["ahead"])
             report.add("bubble", shape, name, Spread.of(own), ratio=ratio, to="ahead")
-            idle = 1 - rounds_ / beats[name]
-            report.add("bubble", shape, f"{name}, idle beats", idle, unit="share")
-            table.add_row(name, f"{idle:.1%}", f"{Spread.of(own).median / 8 * 1e3:.0f}", shown(ratio))
+            idle = 1 - rounds_ / ticks[name]
+            report.add("bubble", shape, f"{name}, idle ticks", idle, unit="share")
+            table.add_row(name, f"{idle:.1%}", f"{Spread.of(own).median / 8 * 1e3:.0f}", cell(ratio))
         report.console.print(table)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.teacher",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="these questions alone")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of each comparison (default %(default)s)")
-    parser.add_argument(
-        "--csv", type=Path, default=ROOT / "benchmarks/results/teacher.csv", help="where rows are added"
-    )
-    parser.add_argument("--no-csv", action="store_true", help="only print")
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = _arguments()
-    report = Report(threads=1, repeats=arguments.repeats, measured=MEASURED, console=Console(width=120))
-    report.console.print(
-        f"{cpu()}, {len(os.sched_getaffinity(0))} cores, one thread a rank, python {platform.python_version()}, "
-        f"torch {torch.__version__}, commit {commit(MEASURED)}",
-        highlight=False,
-    )
+    arguments = parser("teacher", __doc__, HELP, QUESTIONS).parse_args()
+    report = Report(threads=1, repeats=arguments.repeats, measured=MEASURED)
+    report.print_machine()
     with tempfile.TemporaryDirectory() as name:
         folder = write_inputs(Path(name))
         if "step" in arguments.only:

@@ -33,7 +33,7 @@ def test_every_recipe_is_a_row() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {"base", "teacher", *(row.name for row in ROWS)}
 
 
-def test_rows_of_a_seed_differ_in_what_the_student_is_told_alone() -> None:
+def test_rows_of_a_seed_differ_in_the_training_target_alone() -> None:
     """The same initialisation, tokens, schedule and learning rate: only the loss, and for labels the teacher."""
     resolved = {}
     for row in ROWS:
@@ -45,9 +45,9 @@ def test_rows_of_a_seed_differ_in_what_the_student_is_told_alone() -> None:
     assert full["teacher.path"] == str(Place(FOLDER).teacher)
     for name, keys in resolved.items():
         differing = {key for key in full.keys() | keys.keys() if full.get(key) != keys.get(key)} - {"run.folder"}
-        told = {key for key in differing if key.startswith(("loss.", "teacher.")) or key in ("loss", "teacher")}
-        assert differing - told == ({"objective"} if name == "labels" else set())
-        assert told or name == "full-kl"
+        targets = {key for key in differing if key.startswith(("loss.", "teacher.")) or key in ("loss", "teacher")}
+        assert differing - targets == ({"objective"} if name == "labels" else set())
+        assert targets or name == "full-kl"
 
 
 def test_no_student_reads_in_the_order_of_its_teacher() -> None:
@@ -67,7 +67,7 @@ def test_a_run_of_another_recipe_is_refused_with_the_way_out(tmp_path: Path) -> 
     written = place.run(row, 1) / "recipe.json"
     written.write_text(json.dumps({"recipe": recipe}))
     distillation.refuse_stale(place, ROWS)
-    recipe["train"]["adamw"]["learning_rate"] = 1.0
+    recipe["train"]["optimizer"]["learning_rate"] = 1.0
     written.write_text(json.dumps({"recipe": recipe}))
     with pytest.raises(UserError, match=r"learning_rate was 1\.0.*remove .*labels-1"):
         distillation.refuse_stale(place, ROWS)
@@ -115,7 +115,7 @@ class Invented:
             lambda place, row, seed: self.job(f"{row.name}-{seed}", place.exported(row, seed)),
         )
         monkeypatch.setattr(distillation, "measure_job", self.measure)
-        monkeypatch.setattr(distillation, "draw", lambda found, folders, to: None)
+        monkeypatch.setattr(distillation, "draw", lambda results, folders, to: None)
         monkeypatch.setattr(distillation, "write_page", self.page)
 
     def job(self, name: str, product: Path, text: str = "") -> Job:
@@ -123,9 +123,9 @@ class Invented:
         command = ("sh", "-c", "echo no luck; exit 4" if name in self.failing else script)
         return Job(name, (Step(command, product),), self.folder / f"{name}.log", 1.0, lambda: 0.0)
 
-    def page(self, found: Results, folders: dict[Key, Path]) -> None:
-        assert found.teacher["cross_entropy"] == 1.0
-        self.pages.append({folders[key].name: student["cross_entropy"] for key, student in found.students.items()})
+    def page(self, results: Results, folders: dict[Key, Path]) -> None:
+        assert results.teacher["cross_entropy"] == 1.0
+        self.pages.append({folders[key].name: student["cross_entropy"] for key, student in results.students.items()})
 
     def measure(self, place: Place, keys: list[Key]) -> Job:
         """A student's cross-entropy tells which it is."""
@@ -143,42 +143,42 @@ class Invented:
         return code, console.file.getvalue()
 
 
-def test_a_failed_run_is_told_and_leaves_the_page_until_it_is_mended(
+def test_a_failed_run_is_reported_and_leaves_the_page_until_it_is_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     invented = Invented(tmp_path, monkeypatch)
     invented.failing = {"labels-2"}
-    code, said = invented.results()
+    code, printed = invented.results()
     assert code == 1
     assert invented.pages == []
-    assert "labels-2: FAILED" in said
-    assert "no luck" in said
-    assert "labels-3: done" in said, "the others go on"
+    assert "labels-2: FAILED" in printed
+    assert "no luck" in printed
+    assert "labels-3: done" in printed, "the others go on"
     assert invented.measured == [["labels-1", "full-kl-1"], ["labels-3"]]
     invented.failing = set()
-    code, said = invented.results()
+    code, printed = invented.results()
     assert code == 0
     assert invented.pages == [{"labels-1": 4.0, "full-kl-1": 2.0, "labels-2": 5.0, "labels-3": 6.0}]
-    assert "labels-2: done" in said
-    assert "labels-3: done" not in said, "what is finished is not done again"
+    assert "labels-2: done" in printed
+    assert "labels-3: done" not in printed, "what is finished is not done again"
     assert invented.measured[2:] == [["labels-2"]], "nor measured again"
 
 
 def test_a_failed_measurement_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invented = Invented(tmp_path, monkeypatch)
     invented.failing = {"measure"}
-    code, said = invented.results()
+    code, printed = invented.results()
     assert (code, invented.pages) == (1, [])
-    assert said.count("measure: FAILED") == 4, "as they happen, and at the end"
+    assert printed.count("measure: FAILED") == 4, "as they happen, and at the end"
     invented.failing = set()
     assert invented.results()[0] == 0
     assert len(invented.pages[0]) == 4
 
 
-def test_without_a_teacher_no_student_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_teacher_no_student_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invented = Invented(tmp_path, monkeypatch)
     invented.failing = {"teacher_job"}
-    code, said = invented.results()
+    code, printed = invented.results()
     assert code == 1
-    assert "teacher_job: FAILED" in said
-    assert "labels-1" not in said
+    assert "teacher_job: FAILED" in printed
+    assert "labels-1" not in printed

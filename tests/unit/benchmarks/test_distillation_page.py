@@ -38,11 +38,11 @@ def results() -> Results:
 
 
 def test_a_share_is_of_the_gap_of_the_same_seed() -> None:
-    found = results()
-    assert found.shares(LABELS) == [0.0, 0.0]
-    assert found.shares(FULL) == pytest.approx([100.0, 100.0])
-    assert found.shares(HALF) == pytest.approx([50.0])
-    worse = Results({**found.students, (HALF, 2): measured(5.9)}, found.teacher)
+    measures = results()
+    assert measures.shares(LABELS) == [0.0, 0.0]
+    assert measures.shares(FULL) == pytest.approx([100.0, 100.0])
+    assert measures.shares(HALF) == pytest.approx([50.0])
+    worse = Results({**measures.students, (HALF, 2): measured(5.9)}, measures.teacher)
     assert worse.shares(HALF) == pytest.approx([50.0, -50.0])  # of 1.0, and of 1.2
     del worse.students[LABELS, 2]  # type: ignore[attr-defined]
     assert worse.shares(HALF) == pytest.approx([50.0])
@@ -54,12 +54,12 @@ def test_a_cell_is_the_mean_and_half_the_range() -> None:
 
 
 def test_the_best_row_comes_first() -> None:
-    found = results()
-    assert [row.name for row in found.rows()] == ["full-kl", "half", "labels"]
+    measures = results()
+    assert [row.name for row in measures.rows()] == ["full-kl", "half", "labels"]
     # 4.8 is less than the mean 5.15 of labels, but of seed 1 labels have 4.7
-    students = {**found.students, (LABELS, 1): measured(4.7), (HALF, 1): measured(4.8)}
-    assert [row.name for row in Results(students, found.teacher).rows()] == ["full-kl", "labels", "half"]
-    alone = Results({(LABELS, 1): measured(5.0), (HALF, 1): measured(4.8)}, found.teacher)
+    students = {**measures.students, (LABELS, 1): measured(4.7), (HALF, 1): measured(4.8)}
+    assert [row.name for row in Results(students, measures.teacher).rows()] == ["full-kl", "labels", "half"]
+    alone = Results({(LABELS, 1): measured(5.0), (HALF, 1): measured(4.8)}, measures.teacher)
     assert [row.name for row in alone.rows()] == ["half", "labels"], "without a gap by cross-entropy"
 
 
@@ -74,12 +74,12 @@ def test_an_evaluation_without_a_measure_is_named(tmp_path: Path) -> None:
         read_results({})
 
 
-def run_folders(folder: Path, found: Results) -> dict[tuple[Row, int], Path]:
+def run_folders(folder: Path, measures: Results) -> dict[tuple[Row, int], Path]:
     folders = {}
-    for row, seed in found.students:
+    for row, seed in measures.students:
         run = folders[row, seed] = folder / f"{row.name}-{seed}"
         run.mkdir()
-        train = {"steps": 128, "global_batch": 8, "adamw": {"learning_rate": 0.004}}
+        train = {"steps": 128, "global_batch": 8, "optimizer": {"learning_rate": 0.004}}
         described = {"recipe": {"train": train}, "versions": {"python": "3.11", "torch": "2.13"}}
         (run / "recipe.json").write_text(json.dumps(described))
         steps = [{"step": i, "tokens": 1024 * i, "student_ce": 7.0 - i / 100} for i in range(1, 129)]
@@ -93,8 +93,8 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(distillation_page, "CSV", numbers)
     marks = "# P\n\n<!-- table: x -->\nold\n<!-- end of table -->\n\nwords\n\n<!-- what was run: x -->\n"
     page.write_text(marks + "<!-- end of what was run -->\nthe end\n")
-    found = results()
-    write_page(found, run_folders(tmp_path, found))
+    measures = results()
+    write_page(measures, run_folders(tmp_path, measures))
     text = page.read_text()
     assert "| half | 4.500 | 50 | 1.234 | 0.500 | 1.2 | 37.5 % |" in text
     assert "old" not in text
@@ -111,8 +111,8 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path, monkeypatch: py
 
 
 def test_the_figures_are_drawn(tmp_path: Path) -> None:
-    found = results()
-    draw(found, run_folders(tmp_path, found), tmp_path)
+    measures = results()
+    draw(measures, run_folders(tmp_path, measures), tmp_path)
     drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert sorted(drawn) == [f"distillation-{name}.png" for name in ("calibration", "ce", "curves", "deciles")]
     assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
@@ -125,11 +125,11 @@ def test_the_page_in_docs_shows_the_numbers_of_its_csv() -> None:
         *lines, teacher = csv.DictReader(stream)
     for line in lines:
         students[by_name[line["row"]], int(line["seed"])] = line
-    found = Results(students, {name: float(teacher[name]) for name in MEASURES})
+    measures = Results(students, {name: float(teacher[name]) for name in MEASURES})
     text = distillation_page.PAGE.read_text(encoding="utf-8")
     assert {row.name for row, _ in students} == set(by_name)
-    for row in found.rows():
-        assert f"| {' | '.join(cells(found, row))} |" in text
+    for row in measures.rows():
+        assert f"| {' | '.join(cells(measures, row))} |" in text
     for figure in ("ce", "curves", "deciles", "calibration"):
         assert (distillation_page.PAGE.parent / f"distillation-{figure}.png").is_file()
 
@@ -138,7 +138,7 @@ def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     Console(width=80).print(result_table(results()))
-    said = capsys.readouterr().out
-    assert "5.150 ± 0.150" in said
-    assert "…" not in said
-    assert "the teacher itself" in said
+    printed = capsys.readouterr().out
+    assert "5.150 ± 0.150" in printed
+    assert "…" not in printed
+    assert "the teacher itself" in printed

@@ -1,4 +1,4 @@
-"""Jobs: what is done stays, what fails is told, and a stop reaches every command."""
+"""Jobs: what is done stays, what fails is reported, and a stop reaches every command."""
 
 import time
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_a_command_that_leaves_nothing_has_failed(tmp_path: Path) -> None:
     assert f"it left no {tmp_path / 'x'}" in failure
 
 
-def test_no_more_than_asked_for_run_side_by_side(tmp_path: Path) -> None:
+def test_no_more_jobs_run_than_side_by_side_allows(tmp_path: Path) -> None:
     (tmp_path / "now").mkdir()
     script = "touch now/$0; ls now | wc -l >> counts; sleep 0.1; rm now/$0; touch $0"
     several = [

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overview
-from benchmarks.markdown import put, table
+from benchmarks.markdown import put
 from benchmarks.overview import amount, newest, tables
 from megadistill.errors import UserError
+from megadistill.export.markdown import table
 
 
 def line(contender: str, commit: str, median: float, *, question: str = "speed", unit: str = "s") -> dict[str, str]:
@@ -26,10 +27,10 @@ def line(contender: str, commit: str, median: float, *, question: str = "speed",
     }
 
 
-def test_of_each_question_the_last_run_is_shown() -> None:
+def test_the_last_run_of_each_question_is_on_the_page() -> None:
     lines = [line("gone", "a", 9), line("ours", "a", 9), line("ours", "b", 2), line("ours", "b", 1)]
     lines.append(line("kept", "a", 3, question="memory"))
-    assert [(found["contender"], found["median"]) for found in newest(lines)] == [("ours", "1"), ("kept", "3")]
+    assert [(line["contender"], line["median"]) for line in newest(lines)] == [("ours", "1"), ("kept", "3")]
 
 
 def test_a_table_says_what_it_was_measured_on() -> None:
@@ -40,7 +41,7 @@ def test_a_table_says_what_it_was_measured_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "unit", "shown"),
+    ("value", "unit", "cell"),
     [
         (1.23456, "s", "1.23 s"),
         (0.00446, "s", "4.46 ms"),
@@ -48,8 +49,8 @@ def test_a_table_says_what_it_was_measured_on() -> None:
         (5.11647e9, "bytes", "5,116 MB"),
     ],
 )
-def test_amounts_have_fitting_units(value: float, unit: str, shown: str) -> None:
-    assert amount(value, unit) == shown
+def test_amounts_have_fitting_units(value: float, unit: str, cell: str) -> None:
+    assert amount(value, unit) == cell
 
 
 def test_a_part_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_part_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> Non
 
 
 def test_numbers_are_set_to_the_right() -> None:
-    assert table(("a", "b"), [("x", "1")]) == "| a | b |\n|---|---:|\n| x | 1 |"
+    assert table(("a", "b"), [("x", "1")], left=1) == "| a | b |\n|---|---:|\n| x | 1 |"
 
 
 def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
