@@ -1,6 +1,6 @@
 """Export of a checkpoint to a Hugging Face folder, tensor by tensor, in one process without a GPU."""
 
-import sys
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, newest_checkpoint
 from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, student_config_of
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes: int, dtype: Precision | None) -> int:
@@ -43,7 +45,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     config = exported_config(config, dtype=weights_dtype, true_vocab=manifest.vocab_size)
     tokenizer = run / TOKENIZER_FOLDER if run is not None else None
     if tokenizer is None:
-        print(f"{checkpoint.folder} is in no run folder: it is exported without a tokenizer", file=sys.stderr)
+        logger.warning("%s is in no run folder: it is exported without a tokenizer", checkpoint.folder)
     checkpoint.verify()
     export_model(
         output,

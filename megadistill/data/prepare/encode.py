@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.shards.labels import predicted, shift
-from megadistill.data.shards.manifest import FORMAT_VERSION, Count, Shard, TokenDtype
+from megadistill.data.shards.manifest import FORMAT_VERSION, Count, Shard, TokenDtype, token_dtype
 from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
-from megadistill.data.shards.tar import write_shard
+from megadistill.data.shards.tar import record_path, write_shard
 from megadistill.data.tokenizers.base import Tokenizer
 from megadistill.errors import OperatorFault, UserError
-from megadistill.io import atomic_write, file_sha256
+from megadistill.io import file_sha256, write_file
 
 PackerName = Literal["chunk", "bestfit"]
 PACKERS: Final = (CHUNK, BESTFIT)
@@ -51,12 +51,12 @@ class EncodingSpec:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int, dtype: TokenDtype) -> "EncodingSpec":
+    def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int) -> "EncodingSpec":
         return cls(
             packer=packer,
             packer_version=PACKER_VERSIONS[packer],
             sequence_length=sequence_length,
-            dtype=dtype,
+            dtype=token_dtype(tokenizer.vocab_size),
             tokenizer_sha256=tokenizer.sha256,
             bos=tokenizer.bos,
             eos=tokenizer.eos,
@@ -89,14 +89,10 @@ class ShardResult(BaseModel):
     """Tokens of the sequences that belong to no document."""
 
 
-def record_path(folder: Path, shard: str) -> Path:
-    return folder / f".{Path(shard).stem}.json"
-
-
 def reusable_result(folder: Path, task: ShardTask, spec: EncodingSpec) -> ShardResult | None:
     """The result of an earlier start, if it has the same documents and encoding, and its shard is whole on disk."""
     try:
-        with open(record_path(folder, task.shard), "rb") as file:
+        with open(record_path(folder / task.shard), "rb") as file:
             record = ShardResult.model_validate_json(file.read(_MAX_RECORD_BYTES))
         same = (record.encoding, record.task) == (spec.digest, task.digest)
         return record if same and _is_whole(folder, record.shard) else None
@@ -134,8 +130,7 @@ def encode_task(folder: Path, task: ShardTask, spec: EncodingSpec, tokenizer: To
             dropped=counter.to_predict - counter.tokens,
             padding=counter.padding,
         )
-        with atomic_write(record_path(folder, task.shard)) as file:
-            file.write(result.model_dump_json().encode())
+        write_file(record_path(folder / task.shard), result.model_dump_json())
     return result
 
 

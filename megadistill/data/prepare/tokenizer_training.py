@@ -10,7 +10,7 @@ from typing import Final
 from megadistill.data.prepare.corpus import Document
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_tokenizer
 from megadistill.errors import UserError
-from megadistill.io import atomic_write
+from megadistill.io import write_file
 
 SAMPLE_BYTES: Final = 10_000_000
 """Most bytes of text in a sample: whole documents, and the lines of one more."""
@@ -66,8 +66,7 @@ def trained_tokenizer(sample: TrainingSample, folder: Path, *, vocab_size: int) 
         return earlier
     tokenizer = train_tokenizer(sample.lines(), vocab_size=vocab_size)
     tokenizer.write(folder)
-    with atomic_write(folder / RECORD) as file:
-        file.write(json.dumps({**inputs, "sha256": tokenizer.sha256}).encode())
+    write_file(folder / RECORD, json.dumps({**inputs, "sha256": tokenizer.sha256}).encode())
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from megadistill.data.storage.base import Folder
 from megadistill.errors import UserError
-from megadistill.io import atomic_write
+from megadistill.io import write_file
 
 MAX_RECORD_BYTES = 1 << 30
 
@@ -28,6 +28,8 @@ class HashedRecord(BaseModel):
     """The kind of record, for messages."""
     VERSION: ClassVar[int]
     """The format version that this release reads and writes."""
+    LOCATION: ClassVar[str]
+    """The kind of path that locates a record, for messages."""
     WAY_OUT: ClassVar[str]
     """How to make the record again, for messages."""
 
@@ -37,8 +39,16 @@ class HashedRecord(BaseModel):
     _folder: Folder | None = PrivateAttr(default=None)
 
     @classmethod
-    def _parse(cls, text: bytes, where: str) -> Self:
-        """Raises UserError, one line: the text is no such record, of another version, or changed by hand."""
+    def _read(cls, folder: Folder, name: str, where: str) -> Self:
+        """The record in the file `name`, whose location is `where`.
+
+        Raises:
+            UserError: there is none, it was changed by hand, or it has another format version; one line.
+        """
+        try:
+            text = folder.read_whole(name, max_bytes=MAX_RECORD_BYTES)
+        except OSError as error:
+            raise UserError(f"{where} cannot be read ({error.strerror or error}): give {cls.LOCATION}") from None
         way_out = f"{cls.WAY_OUT} again, or restore it"
         try:
             stored = cls.model_validate_json(text)
@@ -58,7 +68,7 @@ class HashedRecord(BaseModel):
                 f"{where} was changed after it was written: its content has sha256 {stored.fingerprint[:12]}…, it "
                 f"records {(stored.sha256 or 'none')[:12]}…; a {cls.TITLE} is immutable: {way_out}"
             )
-        return stored.model_copy(update={"sha256": None})
+        return stored.model_copy(update={"sha256": None}).lying_in(folder)
 
     def lying_in(self, folder: Folder) -> Self:
         """The same record, with its shards in `folder`."""
@@ -69,8 +79,7 @@ class HashedRecord(BaseModel):
     def write(self, folder: Path) -> None:
         """Writes the record's file into `folder`, whole or not at all: the last file that is written there."""
         values: dict[str, Any] = {**self.model_dump(mode="json"), "sha256": self.fingerprint}
-        with atomic_write(folder / self.FILE) as file:
-            file.write(json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_file(folder / self.FILE, json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
 
     @classmethod
     def refuse_finished(cls, folder: Path) -> None:

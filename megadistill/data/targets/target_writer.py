@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from megadistill.data.shards.tar import index_path, index_tar, write_index, write_tar
+from megadistill.data.shards.tar import index_path, index_tar, record_path, write_index, write_tar
 from megadistill.data.targets.target_codec import Members, TargetCodec
 from megadistill.data.targets.target_manifest import (
     SlotMap,
@@ -26,7 +26,7 @@ from megadistill.data.targets.target_manifest import (
     split_into_ranges,
 )
 from megadistill.errors import UserError
-from megadistill.io import atomic_write
+from megadistill.io import write_file
 from megadistill.types import SparseTargets
 
 SHARD_BYTES: Final = 256 << 20
@@ -110,8 +110,7 @@ class TargetWriter:
         own_columns = np.array([(slot, self._waiting[slot][0]) for slot in slots], dtype=np.int64)
         index = np.hstack([own_columns, index_tar(path, self._codec.members)])
         shard = TargetShard(write_index(path, index), split_into_ranges(slots))
-        with atomic_write(_record_path(path)) as file:
-            file.write(_Record(key=self._key, shard=shard).model_dump_json().encode())
+        write_file(record_path(path), _Record(key=self._key, shard=shard).model_dump_json())
         self._number += 1
         self._waiting, self._waiting_bytes = {}, 0
 
@@ -169,7 +168,3 @@ def _recorded(path: Path, key: TargetKey) -> Iterator[TargetShard]:
 
 def _prefix(rank: int) -> str:
     return f"shard-{rank:05d}-"
-
-
-def _record_path(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.json")

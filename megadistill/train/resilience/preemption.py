@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megadistill.distributed.watchdog.parent import write_stderr
 from megadistill.errors import RestartFault
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -71,9 +72,7 @@ class StopRequests:
         self._requested.add(name)
 
     def _write(self, line: str) -> None:
-        with suppress(OSError):  # a closed pipe
-            # Not by logging: the interrupted code may hold its lock.
-            os.write(2, f"megadistill: rank {self._rank}: {line}\n".encode())
+        write_stderr(f"rank {self._rank}: {line}")  # not by logging: the interrupted code may hold its lock
 
 
 @contextmanager
@@ -82,9 +81,7 @@ def ignore_stop_signals(rank: int) -> Iterator[None]:
 
     def report(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        line = f"megadistill: rank {rank} of the teacher: {name} ignored, the student's ranks stop the run\n"
-        with suppress(OSError):
-            os.write(2, line.encode())
+        write_stderr(f"rank {rank} of the teacher: {name} ignored, the student's ranks stop the run")
 
     before = {each: signal.signal(each, report) for each in SIGNALS}
     try:

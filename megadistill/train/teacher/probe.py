@@ -21,7 +21,7 @@ from megadistill.config import Recipe
 from megadistill.distributed.collectives import all_reduce_sum, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.io import atomic_write
+from megadistill.io import write_file
 from megadistill.train.setup.setup import Setup
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
@@ -163,8 +163,7 @@ def _write(path: Path, probe: ProbeInput, output: ProbeOutput) -> None:
         "hidden": output.hidden.cpu().contiguous(),
         "cross_entropy": output.cross_entropy.cpu(),
     }
-    with atomic_write(path) as file:
-        file.write(save(tensors))
+    write_file(path, save(tensors))
 
 
 def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> tuple[ProbeInput, ProbeOutput] | None:

@@ -154,13 +154,13 @@ def test_a_checkpoint_of_format_1_is_refused(tmp_path: Path) -> None:
         _export(run, tmp_path / "out")
 
 
-def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_logs_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, made = _run(tmp_path)
     alone = _checkpoint(run, made).rename(tmp_path / "alone")
     card = _export(alone, tmp_path / "out")
-    assert "without a tokenizer" in capsys.readouterr().err
+    assert "without a tokenizer" in caplog.text
     assert "AutoTokenizer" not in card.text
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
