@@ -1,9 +1,9 @@
-"""The student: a Hugging Face model under ZeRO-3. The only room that knows deepspeed."""
+"""The student: a Hugging Face model under DeepSpeed's ZeRO-3. No other package imports deepspeed."""
 
 import os
 
 import torch
 
-# DeepSpeed asks for its accelerator when it is imported, and takes the machine for a GPU's where it finds none.
+# DeepSpeed chooses its accelerator when it is imported, and assumes a GPU if it detects none.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON file: what it may say, what it must say, and what the recipe adds. It builds no engine."""
+"""DeepSpeed's JSON file: keys that it may and must hold, and the ones that the recipe adds."""
 
 import copy
 import json
@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from megadistill.config import TrainSection
 from megadistill.errors import UserError, nearest
 
-# Keys of a DeepSpeed file whose value the recipe owns: two owners of one number drift apart.
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -28,9 +27,9 @@ OWNED_BY_RECIPE = {
     "checkpoint": "checkpoint",
     "tensorboard": "the run folder",
 }
+"""Key of a DeepSpeed file -> the recipe key that owns its value."""
 
-# What a file may hold: a key that nobody knows is a typing mistake, and DeepSpeed itself would keep it in silence.
-KNOWN = (
+ALLOWED = (
     "zero_optimization",
     "data_types",
     "communication_data_type",
@@ -40,32 +39,33 @@ KNOWN = (
     "memory_breakdown",
     "wall_clock_breakdown",
 )
+"""Keys that a file may hold at the top level. DeepSpeed itself accepts unknown ones without a warning."""
 
-# Keys of published files that DeepSpeed no longer has, or whose work is done here by something else.
-GIVEN_UP = {
-    "elasticity": "DeepSpeed removed it; a run here goes on with any number of ranks",
-    "nebula": "DeepSpeed removed it; checkpoints here are asynchronous by themselves",
-    "curriculum_learning": "DeepSpeed removed it; stages of data.sources change what is read",
-    "data_efficiency": "the stream here is a function of the seed; stages of data.sources change what is read",
+UNSUPPORTED = {
+    "elasticity": "DeepSpeed removed it; a run here resumes with any number of ranks",
+    "nebula": "DeepSpeed removed it; checkpoints here are asynchronous",
+    "curriculum_learning": "DeepSpeed removed it; data.curriculum changes the mixture",
+    "data_efficiency": "the stream here is a function of the seed; data.curriculum changes the mixture",
     "compile": "DeepCompile is not supported with a student whose head stays partitioned",
-    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps copies within a node",
+    "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps copies in a node",
     "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
-    "zero_optimization.zenflow": "ZenFlow takes the place of train.optimizer",
-    "zero_optimization.offload_optimizer.super_offload": "SuperOffload takes the place of train.optimizer",
+    "zero_optimization.zenflow": "ZenFlow replaces train.optimizer",
+    "zero_optimization.offload_optimizer.super_offload": "SuperOffload replaces train.optimizer",
 }
+"""Keys of published files that DeepSpeed no longer has, or that conflict with this package -> the reason."""
 
-# Under zero_optimization, and what stands for it on a CPU: DeepSpeed would start, and fail at the first kernel, or
-# (overlap_comm) make streams that do not overlap.
 GPU_ONLY = {
     "overlap_comm": False,
     "zero_quantized_weights": False,
     "zero_quantized_gradients": False,
     "zero_quantized_nontrainable_weights": False,
 }
+"""Keys of zero_optimization that need a GPU -> their value on a CPU. DeepSpeed would start with them and fail at the
+first kernel, or (overlap_comm) create streams that do not overlap."""
 
 
 def active_deepspeed_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings in force, and the names of those that the file switches on and a CPU does without.
+    """The settings of a file on this machine, and the names of those that are disabled because it has no GPU.
 
     Raises:
         UserError: see `load_deepspeed_config`.
@@ -79,11 +79,11 @@ def active_deepspeed_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]
 
 
 def load_deepspeed_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file, which may hold only what DeepSpeed owns.
+    """Loads a DeepSpeed JSON file, which may hold only keys that DeepSpeed owns.
 
     Raises:
-        UserError: it is missing, no JSON object, holds "auto" or a key that DeepSpeed does not have, or sets what the
-            recipe owns.
+        UserError: it is missing, is not a JSON object, holds "auto" or an unknown key, or sets a key that the recipe
+            owns.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -96,17 +96,14 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
     for key, owner in OWNED_BY_RECIPE.items():
         if key in values:
             raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")
-    for place in _places(values):
-        if place in GIVEN_UP:
-            raise UserError(f"{path} sets {place}: {GIVEN_UP[place]}: remove it")
-    unknown = [key for key in values if key not in KNOWN]
-    if unknown:
-        raise UserError(f"{path}: no such key {unknown[0]}{nearest(unknown[0], KNOWN)}; it may hold {', '.join(KNOWN)}")
-    automatic = _find_auto(values)
-    if automatic:
-        raise UserError(
-            f'{path} sets {automatic} to "auto", which only the Hugging Face Trainer fills in: give a value'
-        )
+    for key, value in _items(values):
+        if key in UNSUPPORTED:
+            raise UserError(f"{path} sets {key}: {UNSUPPORTED[key]}: remove it")
+        if value == "auto":
+            raise UserError(f'{path} sets {key} to "auto", which only the Hugging Face Trainer fills in: give a value')
+    for key in values:
+        if key not in ALLOWED:
+            raise UserError(f"{path}: no such key {key}{nearest(key, ALLOWED)}; it may hold {', '.join(ALLOWED)}")
     zero = values.get("zero_optimization")
     if isinstance(zero, dict):
         _refuse_unknown(zero, DeepSpeedZeroConfig, f"{path}: zero_optimization")
@@ -115,10 +112,10 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
-    """The deepspeed_config (what DeepSpeed owns) with the sizes that the recipe owns.
+    """The configuration of a DeepSpeed engine: `deepspeed_config` with the recipe's values.
 
     Raises:
-        UserError: the deepspeed_config is not one that this trainer's gradients are right under.
+        UserError: `deepspeed_config` has settings under which gradients would be wrong.
     """
     zero, types = deepspeed_config.get("zero_optimization", {}), deepspeed_config.get("data_types", {})
     for name, value in (("zero_optimization", zero), ("data_types", types)):
@@ -139,18 +136,19 @@ def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, a
             "under bfloat16 the gradients of an accumulation window would be summed in bfloat16"
         )
     return {
-        **copy.deepcopy(deepspeed_config),  # DeepSpeed writes into what it is given
+        **copy.deepcopy(deepspeed_config),  # DeepSpeed modifies it
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bfloat16"},
         "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps where an offloaded state is
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimizer also updates an offloaded state
+        "zero_allow_untested_optimizer": True,  # DeepSpeed lists those that it tests; `student.optimizer` decides
     }
 
 
 def _require_secondary_groups(size: int, train: TrainSection, accumulation: int) -> None:
-    """hpZ keeps a copy of the weights in each group of `size` ranks."""
+    """Refuses a size of hpZ's groups, which keep a copy of the weights each, that does not divide the ranks."""
     world = train.global_batch // (train.micro_batch * accumulation)
     if size > 1 and world % size:
         divisors = [divisor for divisor in range(1, world + 1) if world % divisor == 0]
@@ -161,7 +159,7 @@ def _require_secondary_groups(size: int, train: TrainSection, accumulation: int)
 
 
 def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], where: str) -> None:
-    """Keys of the file, at any depth, against DeepSpeed's own model of them."""
+    """Refuses keys, at any depth, that DeepSpeed's own model does not have."""
     fields = model.model_fields
     known = {**fields, **{field.alias: field for field in fields.values() if field.alias}}
     for key, value in values.items():
@@ -170,9 +168,9 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], where: st
         extra = known[key].json_schema_extra
         if isinstance(extra, dict) and extra.get("deprecated"):
             instead = f"use {extra['new_param']}" if extra.get("new_param") else "remove it"
-            raise UserError(f"{where}: DeepSpeed gave up {key}: {instead}")
-        below = [option for option in get_args(known[key].annotation) if isinstance(option, type)]
-        models = [option for option in below if issubclass(option, BaseModel)]
+            raise UserError(f"{where}: DeepSpeed removed {key}: {instead}")
+        options = [option for option in get_args(known[key].annotation) if isinstance(option, type)]
+        models = [option for option in options if issubclass(option, BaseModel)]
         if models and isinstance(value, dict):
             _refuse_unknown(value, models[0], f"{where}.{key}")
 
@@ -186,20 +184,10 @@ def _refuse_wrong_values(zero: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {place}: {first['msg'].lower()}, found {first['input']!r}") from None
 
 
-def _places(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key at any depth, with dots."""
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _places(value, f"{prefix}{key}.")
-
-
-def _find_auto(value: Any, place: str = "") -> str | None:
-    if value == "auto":
-        return place
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
-        found = _find_auto(child, f"{place}.{key}" if place else str(key))
-        if found:
-            return found
-    return None
+def _items(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every entry of nested objects and lists, at any depth."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        name = f"{path}.{key}" if path else str(key)
+        yield name, child
+        yield from _items(child, name)

@@ -23,8 +23,7 @@ from megadistill.config import StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, forward_inputs, rebuild_buffers
-from megadistill.models.initial_weights import InitialWeights
-from megadistill.models.initialise import initial_tensor
+from megadistill.models.initial_weights import InitialWeights, initial_tensor
 from megadistill.precision import Precision, torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config
 from megadistill.student.head import StudentHead

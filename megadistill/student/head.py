@@ -1,11 +1,11 @@
-"""The student's LM head, computed on where ZeRO-3 keeps it. It knows no engine and no loss.
+"""The student's LM head: each rank computes on the rows of its ZeRO-3 partition.
 
 ZeRO-3 stores a [V, D] parameter as w flat contiguous pieces; with V % w == 0 piece r is exactly rows
-[r·V/w, (r+1)·V/w). Those rows are this rank's slice of the vocabulary, so the head is never gathered over the world.
+[r·V/w, (r+1)·V/w). Those rows are this rank's vocab slice, so the head is never gathered over the world.
 
-Legend: V padded vocabulary, D width, w world, p ranks of a vocab group, v = V/p rows of this rank's slice.
-A rank of a group with p < w computes on w/p pieces (block-cyclic, see `comm.vocabulary`): one all-gather and one
-reduce-scatter an optimizer step over the ranks with the same place in their groups, none when p = w.
+Legend: V padded vocabulary, D width, w world size, p ranks of a vocab group, v = V/p rows of this rank's slice.
+A rank of a group with p < w computes on w/p pieces (block-cyclic, see `distributed.vocab`): one all-gather and one
+reduce-scatter an optimizer step over the ranks with the same rank in their groups, none when p = w.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from megadistill.distributed.vocab import VocabSlice, block_cyclic_ranges
 
 
 class StudentHead:
-    """The rows of the head on which this rank computes, and the way of their gradient back to ZeRO-3.
+    """The rows of the head on which this rank computes; their gradient is returned to ZeRO-3.
 
     `parameter` is ZeRO-3's [V, D] parameter: lm_head.weight, or the embedding of a model with tied embeddings (`tied`).
     `vocab_size` is the true vocabulary; V is padded.
@@ -39,7 +39,7 @@ class StudentHead:
     def weight(self) -> Tensor:
         """[v, D]: an autograd leaf in the model's precision whose `.grad` accumulates in float32.
 
-        The same leaf until `flush_gradient`: weights do not change within an accumulation window. It is read afresh
+        The same leaf until `flush_gradient`: weights do not change within an accumulation window. It is read again
         after each step, because the partition is a view into the optimizer's flat buffer.
         """
         if self._leaf is None:
@@ -50,11 +50,11 @@ class StudentHead:
 
     @torch.no_grad()
     def flush_gradient(self, loss_scale: float) -> None:
-        """Puts the gradient of the window where ZeRO-3 keeps it: clipping, norm and optimizer then act as stock.
+        """Writes the window's gradient into ZeRO-3's partition, for its norm, clipping and optimizer step.
 
         Call it after the last backward of the window and before the optimizer step. The gradient is that of the loss
-        times `loss_scale`, which is divided out here. With tied embeddings, ZeRO-3 has already reduced the lookup's
-        part of it, and the head's is added.
+        times `loss_scale`, which is divided out here. With tied embeddings, ZeRO-3 has already reduced the gradient of
+        the lookup, and that of the head is added.
         """
         leaf, self._leaf = self._leaf, None
         assert leaf is not None, "the head was not used in this window"

@@ -10,9 +10,8 @@ from functools import lru_cache
 
 from megadistill.config import TargetsSection
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
+from megadistill.student.optimizer import state_bytes, state_kinds
 
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""States of each parameter in a checkpoint, in float32."""
 RNG_BYTES = 5056
 """Bytes of the state of torch's generator on a CPU."""
 TAR_BLOCK = 512
@@ -27,18 +26,20 @@ def checkpoint_bytes(run: Sharding) -> int:
 
     Exact where the ranks divide every parameter; else some bytes too many, as the last pieces are counted whole.
     """
-    states = len(STATES) * FLOAT32 * sum(run.param_sizes)
+    optimizer = run.recipe.train.optimizer
+    states = state_bytes(optimizer) * sum(run.param_sizes)
     pieces = tuple(-(-size // run.ranks) for size in run.param_sizes)
-    return states + run.ranks * (_header_bytes(tuple(run.student.shapes), pieces) + RNG_BYTES + FLOAT32)
+    header = _header_bytes(tuple(run.student.shapes), pieces, state_kinds(optimizer))
+    return states + run.ranks * (header + RNG_BYTES + FLOAT32)
 
 
 @lru_cache(maxsize=256)
-def _header_bytes(names: tuple[str, ...], pieces: tuple[int, ...]) -> int:
+def _header_bytes(names: tuple[str, ...], pieces: tuple[int, ...], states: tuple[str, ...]) -> int:
     """Bytes of the header of a rank's safetensors file: its length in eight bytes, and JSON padded to a multiple of
     eight. Tensors of wide numbers come first."""
     sizes = {"optimizer_step": 1}
     for name, piece in zip(names, pieces, strict=True):
-        sizes |= {f"{state}/{name}": piece for state in STATES}
+        sizes |= {f"{state}/{name}": piece for state in states}
     header, offset = {}, 0
     for name in sorted(sizes):
         offsets = [offset, offset + FLOAT32 * sizes[name]]
