@@ -18,13 +18,11 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
 from megadistill.train.hooks import (
-    Fencing,
+    Checkpoints,
     Hook,
     LossAnomalies,
     NonFiniteGuard,
-    PeriodicSave,
     Request,
-    SaveProgress,
     StepEvent,
     StepLog,
     StopOnRequest,
@@ -177,15 +175,13 @@ class Trainer:
         recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
         meter, every = meter_of(self._setup, topology), recipe.train.histograms_every
         hooks: list[Hook | None] = [
-            Fencing(recovery),
+            Checkpoints(recovery, every=recipe.train.checkpoint_every),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
-            SaveProgress(recovery),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
             TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
-            PeriodicSave(every=recipe.train.checkpoint_every),
         ]
         return [hook for hook in hooks if hook is not None]
 

@@ -9,9 +9,9 @@ import pytest
 
 from megadistill.errors import OperatorFault
 from megadistill.train.hooks import (
+    Checkpoints,
     LossAnomalies,
     NonFiniteGuard,
-    PeriodicSave,
     Request,
     StepEvent,
     StopOnRequest,
@@ -50,6 +50,12 @@ class Recorder:
         self.calls.append((spike.event, step, slots))
         return self.rolls_back
 
+    def require_newest(self, reduced: dict[str, float]) -> None:
+        self.calls.append("newest")
+
+    def poll(self, reduced: dict[str, float]) -> None:
+        self.calls.append("poll")
+
     def require_unchanged(self, topology: Any) -> None:
         self.calls.append("compared")
 
@@ -60,9 +66,11 @@ def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[st
     return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0)
 
 
-def test_periodic_save() -> None:
-    save = PeriodicSave(every=3)
-    assert [save.after_step(event(step)) for step in (2, 3, 4, 6)] == [None, Request.SAVE, None, Request.SAVE]
+def test_checkpoints() -> None:
+    recorder: Any = Recorder()
+    checkpoints = Checkpoints(recorder, every=3)
+    assert [checkpoints.after_step(event(step)) for step in (2, 3, 4, 6)] == [None, Request.SAVE, None, Request.SAVE]
+    assert recorder.calls == 4 * ["newest", "poll"], "fenced before the save is advanced"
 
 
 def test_stop_on_request() -> None:
@@ -96,7 +104,7 @@ def test_straggler_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check._stragglers, "check", lambda seconds: [f"rank 0 waited {seconds} s"])
     for step in (1, 2, 3, 4):
         check.after_step(replace(event(step), data_seconds=step))
-    line = "rank 0 waited 7 s"
+    line = "rank 0 waited 7.0 s"
     assert recorder.calls[-2:] == [("straggler", 4, {"message": line}), f"step 4: {line}"]
     assert len(recorder.calls) == 4
 
