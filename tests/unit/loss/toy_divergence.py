@@ -75,7 +75,8 @@ def meet_every_guard() -> None:
         return validate_recipe({**plain, "loss": {"divergence": "jeffreys", **loss}}, source="recipe").loss
 
     assert section().divergence is kind
-    for wrong in ({"beta": 1.0}, {"beta": -0.1}, {"alpha": 0.5}, {"targets": {}}):
+    refused: list[dict[str, object]] = [{"beta": 1.0}, {"beta": -0.1}, {"alpha": 0.5}, {"targets": {}}]
+    for wrong in refused:
         with pytest.raises(UserError, match=r"the weight of forward KL, from 0 to less than 1|skew_kl|jeffreys"):
             section(**wrong)
     by_name = {key.name: key for key in keys()}

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megadistill.config import LossSection, TargetsSection
+from megadistill.divergence import DivergenceKind
 from megadistill.models.families import load_config
 from megadistill.train.telemetry import metrics
 from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
@@ -142,7 +143,7 @@ def test_metrics_that_truncated_targets_do_not_have_are_left_out(
 def test_another_divergence_is_logged_beside_the_kl(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _log(tmp_path, range(1, 2))
     assert "0.2500" not in caplog.text
-    _log(tmp_path, range(2, 3), loss=LossSection(divergence="jsd"))
+    _log(tmp_path, range(2, 3), loss=LossSection(divergence=DivergenceKind.JSD))
     assert "| jsd 0.2500 | kl 0.5000 |" in caplog.text
 
 
