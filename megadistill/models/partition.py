@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
 from megadistill.models.families import build_decoder
-from megadistill.models.flops import layer_costs
+from megadistill.models.flops import LAYERS, layer_costs
 
 
 def stage_layers(config: PretrainedConfig, stages: int) -> list[range]:
@@ -84,12 +84,12 @@ def stage_decoder(config: PretrainedConfig, *, stage: int, stages: int) -> tuple
         decoder.embed_tokens = None
     if stage < stages - 1:
         decoder.norm = nn.Identity()
-    return decoder, {f"model.{_whole_name(name, layers)}": name for name, _ in decoder.named_parameters()}
+    return decoder, {whole_name(f"model.{name}", layers): name for name, _ in decoder.named_parameters()}
 
 
-def _whole_name(name: str, layers: range) -> str:
-    """`layers.0.x` of the stage is `layers.<first>.x` of the whole model."""
-    if not name.startswith("layers."):
+def whole_name(name: str, layers: Sequence[int]) -> str:
+    """The name in the whole model of a parameter of a part that has these layers: `layers[0]` is the part's layer 0."""
+    if not name.startswith(LAYERS):
         return name
-    _, index, rest = name.split(".", 2)
-    return f"layers.{layers[int(index)]}.{rest}"
+    index, _, rest = name.removeprefix(LAYERS).partition(".")
+    return f"{LAYERS}{layers[int(index)]}.{rest}"

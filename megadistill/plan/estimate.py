@@ -7,13 +7,12 @@ of link sets the pace of a collective.
 from dataclasses import dataclass
 from functools import cached_property
 
+from megadistill.models.partition import balanced_sizes
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
 from megadistill.plan.layouts import Cluster, Layout
 from megadistill.plan.throughput import MfuAssumption, StepTimes
-
-HOUR, DAY = 3600.0, 86400.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +68,7 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        return self.seconds / HOUR * self.cluster.ranks
-
-    @property
-    def days(self) -> float:
-        return self.seconds / DAY
+        return self.seconds / 3600 * self.cluster.ranks
 
 
 def estimate(run: Sharding, cluster: Cluster, mfu: MfuAssumption) -> Estimate:
@@ -124,5 +119,5 @@ def _stage_seconds(run: Sharding, rate: float) -> tuple[float, ...]:
     if teacher is None:
         return ()
     attention = teacher.forward.attention / teacher.layers
-    costs, sizes = teacher.stage_costs(run.stages), teacher.stage_sizes(run.stages)
+    costs, sizes = teacher.stage_costs(run.stages), balanced_sizes(teacher.layer_costs, run.stages)
     return tuple(rate * (2 * cost + attention * size) for cost, size in zip(costs, sizes, strict=True))

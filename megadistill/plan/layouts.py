@@ -1,5 +1,6 @@
 """Layouts of a recipe on a cluster: the choices, and the recipe of each. A run's own checks decide which are valid."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -134,23 +135,17 @@ def recipe_with_layout(layout: Layout, recipe: Recipe, cluster: Cluster) -> Reci
             stages=layout.stages if own else None,
         )
         if own:
+            # Rounds that keep all stages busy: those in the pipeline, and the one in use.
             clients = (cluster.ranks - layout.teacher_ranks) * layout.stages // layout.teacher_ranks
-            values["teacher"]["queue"] = max(values["teacher"]["queue"], _queue(layout.stages, clients))
+            rounds = math.ceil((layout.stages + clients - 1) / clients) + 1
+            values["teacher"]["queue"] = max(values["teacher"]["queue"], rounds)
         else:
             values["teacher"].update(queue=4, transfer_dtype="native")
     return validate_recipe(values, source=f"{asdict(layout)}")
 
 
-def _queue(stages: int, clients: int) -> int:
-    """Prefetched rounds that keep all stages busy: those in the pipeline, and the one in use."""
-    return -(-(stages + clients - 1) // clients) + 1
-
-
 def overrides(proposed: Recipe, recipe: Recipe) -> list[str]:
     """The `--set` options that turn `recipe` into the proposed one."""
     old, new = dotted(recipe.snapshot()), dotted(proposed.snapshot())
-    return [f"{key}={_yaml(value)}" for key, value in new.items() if old.get(key) != value]
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    changed = {key: value for key, value in new.items() if old.get(key) != value}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]

@@ -17,8 +17,9 @@ from megadistill.models.families import EMBEDDING, ModelConfig, build_decoder, f
 from megadistill.models.flops import LAYERS
 from megadistill.models.hf_export import NamedReader
 from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.partition import whole_name
 from megadistill.models.weights import read_parameter
-from megadistill.prune.choice import PruningChoice
+from megadistill.prune.importance import PruningChoice
 
 LAST_NORM = "model.norm.weight"
 
@@ -54,7 +55,7 @@ def pruned_tensors(
     shapes = parameter_shapes(config)
     growth = _embedding_growth(config, small)
     for name, shape in parameter_shapes(small).items():
-        source = _whole_name(name, choice.layers)
+        source = whole_name(name, choice.layers)
         axes = _axes(source, shapes[source], head_dim(config))
         indices = [_indices(axis, name, config, choice) for axis in axes]
         gain = growth if name == EMBEDDING else 1.0
@@ -96,14 +97,6 @@ def _norm_gain(shares: Tensor, index: Tensor | None) -> float:
     if index is None or len(index) == len(shares):
         return 1.0
     return math.sqrt(len(shares) / len(index) * float(shares[index].sum()))
-
-
-def _whole_name(name: str, layers: Sequence[int]) -> str:
-    """The parameter of the whole model that becomes `name`, whose layers are counted anew."""
-    if not name.startswith(LAYERS):
-        return name
-    number, _, rest = name.removeprefix(LAYERS).partition(".")
-    return f"{LAYERS}{layers[int(number)]}.{rest}"
 
 
 def _axes(name: str, shape: Sequence[int], size: int) -> tuple[str | None, ...]:

@@ -23,9 +23,8 @@ from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights, load_pretrained
 from megadistill.progress import ShowProgress
-from megadistill.prune.choice import choose
 from megadistill.prune.cut import pruned_tensors
-from megadistill.prune.importance import Importance, measure_importance
+from megadistill.prune.importance import Importance, choose, measure_importance
 from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes, sizes_of
 from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.types import TokenBatch

@@ -77,21 +77,13 @@ class ModelStats:
             parts.setdefault(part, {}).setdefault(module, []).append(math.prod(shape))
         return tuple(tuple(tuple(sizes) for sizes in modules.values()) for modules in parts.values())
 
-    def stage_sizes(self, stages: int) -> tuple[int, ...]:
-        """Layers of each stage of a frozen pipeline, as `models.partition.stage_layers` cuts them.
-
-        Raises:
-            UserError: fewer than one stage, or more than layers.
-        """
-        return balanced_sizes(self.layer_costs, stages)
-
     def stage_costs(self, stages: int) -> tuple[int, ...]:
-        """Active parameters of each stage's layers."""
-        return _sums(self.layer_costs, self.stage_sizes(stages))
+        """Active parameters of each stage's layers. Raises UserError: fewer than one stage, or more than layers."""
+        return _sums(self.layer_costs, balanced_sizes(self.layer_costs, stages))
 
     def stage_parameters(self, stages: int) -> tuple[int, ...]:
         """Parameters of each stage: its layers, with the embedding on the first one and the last norm on the last."""
-        totals = list(_sums(self.layer_parameters, self.stage_sizes(stages)))
+        totals = list(_sums(self.layer_parameters, balanced_sizes(self.layer_costs, stages)))
         totals[0] += self.parameters.embedding
         totals[-1] += self.parameters.body - sum(self.layer_parameters)
         return tuple(totals)

@@ -88,7 +88,7 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         "step_seconds": times.step,
         "hiding_tokens": each.hiding_tokens,
         "tokens_per_second": each.tokens_per_second,
-        "days": each.days,
+        "days": each.seconds / 86_400,
         "gpu_hours": each.gpu_hours,
         "price": None if price is None else each.gpu_hours * price,
     }

@@ -16,9 +16,8 @@ from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import head_dim, load_config
 from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
-from megadistill.prune.choice import PruningChoice, choose
 from megadistill.prune.cut import pruned_tensors
-from megadistill.prune.importance import measure_importance
+from megadistill.prune.importance import PruningChoice, choose, measure_importance
 from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 from tests.unit.models.cases import CASES, SIZES, VOCAB
