@@ -1,5 +1,5 @@
-"""The cost of reading the stream: CPU seconds a token against plain WebDataset iteration and a flat memory map, over the
-same tokens, page cache warm; the time to locate a far position; the wait that prefetching leaves.
+"""The cost of reading the stream: CPU seconds a token against plain WebDataset iteration and a flat memory map, over
+the same tokens, page cache warm; the time to locate a far position; the wait that prefetching leaves.
 
     python -m benchmarks.stream --help
 """

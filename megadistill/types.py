@@ -22,10 +22,10 @@ IGNORED_LABEL = -100
 class Cursor:
     """A position in the token stream: some hundred bytes, the same on every rank, whatever the position.
 
-    `fingerprint` names the order and `order` describes it, as JSON (sources, stages, seed), so that a resume can tell
-    an edit of what is to come from one of what was read. `next_slot` is the first slot not yet delivered. `masked_slots`
-    were delivered empty because their sequence was damaged; `skips` are ranges [start, stop) of slots that were left
-    out on purpose. Both hold on a resume, whatever has been mended or configured since.
+    `fingerprint` names the order and `order` describes it, as JSON (sources, curriculum, seed), so that a resume can
+    tell an edit of what is to come from one of what was read. `next_slot` is the first slot not yet delivered.
+    `masked_slots` were delivered empty because their sequence was damaged; `skips` are ranges [start, stop) of slots
+    that were left out on purpose. Both hold on a resume, even where the shard or the recipe has changed since.
     """
 
     fingerprint: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,7 +17,6 @@ from megadistill.data.shards.manifest import (
     Shard,
     SourceRecord,
     TokenDtype,
-    TokenizerRecord,
     token_dtype,
 )
 from megadistill.data.shards.npy import MAX_LENGTH, MemberError, row_of
@@ -55,27 +54,13 @@ def index(
     tars = _tars(folder)
     _check_name(split, "--split")
     model = load_tokenizer(tokenizer)
-    template = _template(tars[0], split, model, member, dtype)
+    describe = _description(tars[0], split, model, member, dtype)
     with nullcontext(progress) if progress else console_progress() as show, _indices_of(tars):
-        shards, tokens = _index_all(tars, template, show)
+        shards, tokens = _index_all(tars, split, describe, show)
     model.write(folder / TOKENIZER_FOLDER)
-    manifest = _manifest(template, shards, tokens)
+    manifest = describe(shards=tuple(shards), tokens=tokens)
     manifest.write(folder)
     return manifest.lying_in(folder_of(str(folder)))
-
-
-@dataclass(frozen=True)
-class _Template:
-    """The properties that all sequences share, taken from the `first` one."""
-
-    folder: str
-    split: str
-    sample_format: SampleFormat
-    dtype: TokenDtype
-    length: int
-    first: str
-    vocab_size: int
-    tokenizer: TokenizerRecord
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -95,13 +80,13 @@ def _check_name(name: str, what: str) -> None:
         TypeAdapter(FileName).validate_python(name)
     except ValidationError:
         raise UserError(
-            f"{what}: {name!r} is not a name for a manifest: use letters, digits, '.', '_' and '-', the first one a letter, "
-            "digit or '_'"
+            f"{what}: {name!r} is not a name for a manifest: use letters, digits, '.', '_' and '-', and begin with a "
+            "letter, a digit or '_'"
         ) from None
 
 
-def _template(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: str | None) -> _Template:
-    """The template from the first sample of the first tar."""
+def _description(tar: Path, split: str, model: Tokenizer, member: str | None, dtype: str | None) -> "partial[Manifest]":
+    """The manifest but for shards and tokens, after the first sample of the first tar."""
     sample = next(samples(tar), None)
     if sample is None:
         raise UserError(f"{tar} holds no samples: leave it out of the folder")
@@ -109,20 +94,26 @@ def _template(tar: Path, split: str, model: Tokenizer, member: str | None, dtype
     sample_format, dtype_on_disk = _sample_format(sample, member, dtype, token_dtype(model.vocab_size), where)
     tokens = member_of(sample, sample_format.tokens, where)
     try:
-        row = row_of(map_tar(tar).read(tokens.at, tokens.bytes), sample_format, dtype=dtype_on_disk, length=None)
+        row = row_of(
+            map_tar(tar).read(tokens.offset_data, tokens.size), sample_format, dtype=dtype_on_disk, length=None
+        )
     except MemberError as error:
         raise UserError(f"{where} member {sample_format.tokens}: {error}: name another --member") from None
     if not 2 <= len(row) <= MAX_LENGTH:
         raise UserError(f"{where} has {len(row)} tokens: a sequence has 2 to {MAX_LENGTH} with the last label")
-    return _Template(
-        folder=tar.resolve().parent.name,
+    return partial(
+        Manifest,
+        version=FORMAT_VERSION,
         split=split,
-        sample_format=sample_format,
+        sequence_length=len(row) - 1,
         dtype=dtype_on_disk,
-        length=len(row),
-        first=where,
         vocab_size=model.vocab_size,
+        sample_format=sample_format,
         tokenizer=tokenizer_record(model, TOKENIZER_FOLDER),
+        packer=PackerRecord(name="external", version=1, bos=None, eos=None),
+        documents=None,
+        text_bytes=None,
+        source=SourceRecord(inputs=(tar.resolve().parent.name,)),
     )
 
 
@@ -165,49 +156,28 @@ def _indices_of(tars: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _index_all(tars: Sequence[Path], template: _Template, show: ShowProgress) -> tuple[list[Shard], int]:
-    """The shards, and the number of their predicted tokens."""
+def _index_all(
+    tars: Sequence[Path], split: str, describe: "partial[Manifest]", show: ShowProgress
+) -> tuple[list[Shard], int]:
+    """Reads every sequence, as a training run will. The shards, and the number of their predicted tokens."""
+    folder = folder_of(str(tars[0].parent))
     total = sum(path.stat().st_size for path in tars)
     shards: list[Shard] = []
-    tokens = done = sequences = 0
-    show(template.split, done=0, total=total, tokens=0)
+    tokens = done = read = 0
+    show(split, done=0, total=total, tokens=0)
     for path in tars:
-        shard = write_index(path, index_sequences(path, template.sample_format))
-        tokens += _checked_tokens(path, template, shard)
+        shard = write_index(path, index_sequences(path, describe.keywords["sample_format"]))
+        manifest = describe(shards=(shard,), tokens=0)
+        for batch in SequenceReader(manifest.lying_in(folder)).read_shard(0):
+            if batch.faults:
+                fault = batch.faults[min(batch.faults)]
+                raise UserError(
+                    f"{fault}: all sequences must be like the first one of {tars[0]}, {manifest.sequence_length + 1} "
+                    "ids of the tokenizer"
+                )
+            tokens += batch.predicted_tokens(across_documents=True)
         shards.append(shard)
         done += shard.bytes
-        sequences += shard.sequences
-        show(template.split, done=done, total=total, tokens=sequences * (template.length - 1))
+        read += shard.sequences * manifest.sequence_length
+        show(split, done=done, total=total, tokens=read)
     return shards, tokens
-
-
-def _checked_tokens(path: Path, template: _Template, shard: Shard) -> int:
-    """Reads every sequence, as a training run will; the number of predicted tokens."""
-    reader = SequenceReader(_manifest(template, [shard], tokens=0).lying_in(folder_of(str(path.parent))))
-    tokens = 0
-    for batch in reader.read_shard(0):
-        if batch.faults:
-            fault = batch.faults[min(batch.faults)]
-            raise UserError(
-                f"{fault}: all sequences must be like {template.first}, {template.length} ids of the tokenizer"
-            )
-        tokens += batch.predicted_tokens(across_documents=True)
-    return tokens
-
-
-def _manifest(template: _Template, shards: Sequence[Shard], tokens: int) -> Manifest:
-    return Manifest(
-        version=FORMAT_VERSION,
-        split=template.split,
-        sequence_length=template.length - 1,
-        dtype=template.dtype,
-        vocab_size=template.vocab_size,
-        sample_format=template.sample_format,
-        tokenizer=template.tokenizer,
-        packer=PackerRecord(name="external", version=1, bos=None, eos=None),
-        documents=None,
-        tokens=tokens,
-        text_bytes=None,
-        source=SourceRecord(inputs=(template.folder,)),
-        shards=tuple(shards),
-    )

@@ -22,7 +22,7 @@ from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, locked_output
 from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import EncodedShard, EncodeJob, encode_all
-from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord, token_dtype
+from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord
 from megadistill.data.shards.packing import CHUNK
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
@@ -30,21 +30,32 @@ from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 
 SHARD_MB: Final = 32
+HEADINGS: Final = ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "tokens dropped")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split."""
+    """The manifest of one split, and what its sequences leave out or add."""
 
-    documents: int
-    sequences: int
-    shards: int
-    tokens: int
-    text_bytes: int
+    manifest: Manifest
     dropped: int
     """Tokens that are in no sequence: the rest at the end of a shard."""
-    padding: float
-    """Share of the sequences' tokens."""
+    padding: int
+    """Tokens of the sequences that belong to no document."""
+
+    def cells(self) -> tuple[str, ...]:
+        """The column of a table under HEADINGS."""
+        one = self.manifest
+        counts = (f"{count:,}" for count in (one.documents, one.sequences, len(one.shards), one.tokens))
+        text_bytes = one.text_bytes or 0
+        padding = self.padding / (one.sequences * (one.sequence_length + 1))
+        return (
+            *counts,
+            f"{text_bytes / 1e6:,.1f} MB",
+            f"{text_bytes / one.tokens:.2f}",
+            f"{padding:.2%}",
+            f"{self.dropped:,}",
+        )
 
 
 @dataclass(frozen=True)
@@ -69,22 +80,13 @@ class TokenizeReport:
             title_justify="left",
             caption_justify="left",
         )
-        splits = {TRAIN: self.train} | ({HELDOUT: self.heldout} if self.heldout else {})
         table.add_column("")
-        for name in splits:
-            table.add_column(name, justify="right")
-        for heading, cells in zip(_HEADINGS, zip(*map(_cells, splits.values()), strict=True), strict=True):
+        splits = [split for split in (self.train, self.heldout) if split]
+        for split in splits:
+            table.add_column(split.manifest.split, justify="right")
+        for heading, cells in zip(HEADINGS, zip(*(split.cells() for split in splits), strict=True), strict=True):
             table.add_row(heading, *cells)
         return table
-
-
-_HEADINGS = ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "tokens dropped")
-
-
-def _cells(split: SplitReport) -> tuple[str, ...]:
-    counts = (f"{count:,}" for count in (split.documents, split.sequences, split.shards, split.tokens))
-    text = (f"{split.text_bytes / 1e6:,.1f} MB", f"{split.text_bytes / split.tokens:.2f}")
-    return (*counts, *text, f"{split.padding:.2%}", f"{split.dropped:,}")
 
 
 def tokenize(
@@ -130,8 +132,7 @@ def tokenize(
     ):
         model = load_tokenizer(tokenizer) if tokenizer else _train(files, folder, vocab_size or 0, show)
         model.write(folder)
-        dtype = token_dtype(model.vocab_size)
-        spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length, dtype=dtype)
+        spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length)
         corpus = files.corpus()
         shards = _encode(
             EncodeJob(output, folder / model.file, spec),
@@ -141,15 +142,16 @@ def tokenize(
             processes=processes or len(os.sched_getaffinity(0)),
             show=show,
         )
-        splits = {split: _manifest(split, shards, model, spec, files.record()) for split in files.splits}
-        for split, (manifest, _) in splits.items():  # last, when nothing can fail any more
-            manifest.write(output / split)
-        remove_leftovers(output, (manifest for manifest, _ in splits.values()))
+        splits = {split: _split_report(split, shards, model, spec, files.record()) for split in files.splits}
+        manifests = [report.manifest for report in splits.values()]
+        for manifest in manifests:  # last, when nothing can fail any more
+            manifest.write(output / manifest.split)
+        remove_leftovers(output, manifests)
     return TokenizeReport(
         output=output,
         vocab_size=model.vocab_size,
-        train=splits[TRAIN][1],
-        heldout=splits[HELDOUT][1] if HELDOUT in splits else None,
+        train=splits[TRAIN],
+        heldout=splits.get(HELDOUT),
         left_out=corpus.left_out,
         reused=sum(shard.reused and shard.result.shard is not None for shard in shards),
         seconds=time.perf_counter() - began,
@@ -272,9 +274,9 @@ def _encode(
     return sorted(shards, key=lambda shard: shard.number)
 
 
-def _manifest(
+def _split_report(
     split: str, shards: Iterable[EncodedShard], model: Tokenizer, spec: EncodingSpec, source: SourceRecord
-) -> tuple[Manifest, SplitReport]:
+) -> SplitReport:
     results = [shard.result for shard in shards if shard.split == split]
     documents = sum(result.documents for result in results)
     files = tuple(result.shard for result in results if result.shard is not None)
@@ -283,7 +285,6 @@ def _manifest(
             f"the {split} split, {documents} documents, has fewer than the {spec.sequence_length + 1} tokens of "
             "one sequence: shorten --sequence-length, change --heldout-fraction, or give more text"
         )
-    tokens, text_bytes = sum(result.tokens for result in results), sum(result.text_bytes for result in results)
     manifest = Manifest(
         version=FORMAT_VERSION,
         split=split,
@@ -294,18 +295,10 @@ def _manifest(
         tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
         packer=PackerRecord(name=spec.packer, version=spec.packer_version, bos=spec.bos, eos=spec.eos),
         documents=documents,
-        tokens=tokens,
-        text_bytes=text_bytes,
+        tokens=sum(result.tokens for result in results),
+        text_bytes=sum(result.text_bytes for result in results),
         source=source,
         shards=files,
     )
-    report = SplitReport(
-        documents=documents,
-        sequences=manifest.sequences,
-        shards=len(files),
-        tokens=tokens,
-        text_bytes=text_bytes,
-        dropped=sum(result.dropped for result in results),
-        padding=sum(result.padding for result in results) / (manifest.sequences * (spec.sequence_length + 1)),
-    )
-    return manifest, report
+    dropped, padding = sum(result.dropped for result in results), sum(result.padding for result in results)
+    return SplitReport(manifest, dropped, padding)

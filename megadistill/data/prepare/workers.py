@@ -7,8 +7,9 @@ group of documents, and the tokenizer.
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class EncodeJob:
 
 
 def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) -> Iterator[EncodedShard]:
-    """Encodes the tasks that no earlier start has encoded; yields all of them, in the order of completion.
+    """Encodes the tasks that no earlier start has encoded; yields all of them, reused ones early.
 
     Raises:
         OperatorFault: the disk is full.
@@ -69,8 +70,16 @@ def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) ->
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # each worker is then a fork that has its imports
     pool = ProcessPoolExecutor(processes, context, _initialise, (job,))
+    pending: deque[Future[EncodedShard]] = deque()
     try:
-        yield from _encode_in(pool, job, tasks, limit=TASKS_A_PROCESS * processes)
+        for task in tasks:
+            if reused := job.reuse(task):
+                yield reused
+                continue
+            pending.append(pool.submit(_encode, task))
+            if len(pending) == TASKS_A_PROCESS * processes:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
     except BrokenProcessPool:
         raise RestartFault(
             "a worker process was killed, most likely for lack of memory: start the same command again, it reuses "
@@ -78,29 +87,6 @@ def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) ->
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _encode_in(
-    pool: ProcessPoolExecutor, job: EncodeJob, tasks: Iterable[ShardTask], *, limit: int
-) -> Iterator[EncodedShard]:
-    pending: dict[Future[EncodedShard], None] = {}  # as a set, in order
-    for task in tasks:
-        if reused := job.reuse(task):
-            yield reused
-            continue
-        pending[pool.submit(_encode, task)] = None
-        if len(pending) >= limit:
-            yield from _completed(pending)
-    while pending:
-        yield from _completed(pending)
-
-
-def _completed(pending: dict[Future[EncodedShard], None]) -> Iterator[EncodedShard]:
-    """Waits for one at least."""
-    done, _ = wait(pending, return_when=FIRST_COMPLETED)
-    for future in done:
-        del pending[future]
-        yield future.result()
 
 
 # In the worker processes

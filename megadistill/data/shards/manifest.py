@@ -13,9 +13,8 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from megadistill.data.shards.hashed_record import MAX_RECORD_BYTES, HashedRecord, Sha256
+from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.storage.open import folder_of
-from megadistill.errors import UserError
 from megadistill.redaction import redact_url
 
 FORMAT_VERSION: Final = 3
@@ -125,6 +124,7 @@ class Manifest(HashedRecord):
     FILE: ClassVar[str] = MANIFEST
     TITLE: ClassVar[str] = "manifest"
     VERSION: ClassVar[int] = FORMAT_VERSION
+    LOCATION: ClassVar[str] = "the manifest.json of a split, which `megadistill tokenize` writes"
     WAY_OUT: ClassVar[str] = "run `megadistill tokenize` (or `megadistill shards index`)"
 
     version: Literal[3]
@@ -170,15 +170,7 @@ class Manifest(HashedRecord):
         """
         parent, _, name = str(location).rpartition("/")
         folder = folder_of(parent or ("/" if str(location).startswith("/") else "."))
-        where = redact_url(location)
-        try:
-            text = folder.read_whole(name, max_bytes=MAX_RECORD_BYTES)
-        except OSError as error:
-            raise UserError(
-                f"{where} cannot be read ({error.strerror or error}): give the manifest.json of a split, which "
-                "`megadistill tokenize` writes"
-            ) from None
-        return cls._parse(text, where).lying_in(folder)
+        return cls._read(folder, name, redact_url(location))
 
     @cached_property
     def sequences(self) -> int:

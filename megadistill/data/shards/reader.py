@@ -20,7 +20,6 @@ from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.npy import MemberError, Row, npy_header_of, npy_row, row_of
 from megadistill.data.shards.opening import OPEN_SHARDS, OpenShard, ShardFault, open_indexed_tar
-from megadistill.data.shards.tar import Column
 
 HEADER_BYTES: Final = 128
 """Length of the .npy header that numpy writes for a row of integers."""
@@ -100,12 +99,9 @@ class SequenceReader:
         bounds, wrong = _unpacked(packed, rows=len(places_N2), length=self._length)
         wrong |= self._large_ids(tokens_NT)
         for group in groups if wrong else ():
-            at_fault = (
-                (row, sequence) for row, sequence in zip(group.rows, group.sequences, strict=True) if row in wrong
-            )
-            faults |= {
-                row: _fault(group.shard, sequence, wrong[row]) for row, sequence in at_fault if row not in faults
-            }
+            for row, sequence in zip(group.rows, group.sequences, strict=True):
+                if row in wrong and row not in faults:
+                    faults[row] = _fault(group.shard, sequence, wrong[row])
         for row in faults:
             tokens_NT[row] = 0
             bounds[row] = np.array([0, self._length])
@@ -198,7 +194,7 @@ class SequenceReader:
 
 
 def _fault(shard: OpenShard, sequence: int, message: str) -> ShardFault:
-    return ShardFault(f"{shard.path} sequence {sequence} at byte {shard.index[sequence, Column.START]}: {message}")
+    return ShardFault(f"{shard.path} sequence {sequence} at byte {shard.index[sequence, 0]}: {message}")
 
 
 def _ids_below(vocab_size: int, id: Any) -> str:

@@ -10,7 +10,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -37,19 +36,8 @@ TAR_END: Final = 2 * TAR_BLOCK
 """Zeros at the end of a tar that was not cut off."""
 
 
-class Column(IntEnum):
-    """Columns of the index [Q, 7] of a shard of sequences; `opening` describes an index."""
-
-    START = 0
-    LENGTH = 1
-    CRC32 = 2
-    TOKENS_AT = 3
-    TOKENS_BYTES = 4
-    BOUNDS_AT = 5
-    BOUNDS_BYTES = 6
-
-
 Index = NDArray[np.int64]
+"""[Q, 3 + 2·M], described in `opening`."""
 
 
 def write_shard(path: Path, sequences: Iterable[PackedSequence], *, dtype: TokenDtype) -> Shard:
@@ -97,20 +85,15 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.name + INDEX_SUFFIX)
 
 
+def record_path(path: Path) -> Path:
+    """The record that the tar `path` is whole, for a later start of the command that writes it."""
+    return path.with_name(f".{path.stem}.json")
+
+
 def _narrowed(ids: NDArray[np.int32], dtype: TokenDtype) -> NDArray[np.unsignedinteger[Any]]:
     if ids.min() < 0 or ids.max() > np.iinfo(dtype).max:
         raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit into {dtype}")
     return ids.astype(np.dtype(dtype).newbyteorder("<"))
-
-
-@dataclass(frozen=True)
-class Member:
-    """The place of one file in a tar, in bytes; `plain`: it is a file, no link, device, folder or sparse file."""
-
-    name: str
-    at: int
-    bytes: int
-    plain: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ class Sample:
     key: str
     start: int
     stop: int
-    members: dict[str, Member]
+    members: dict[str, tarfile.TarInfo]
     """Suffix in lower case -> member."""
 
     @property
@@ -150,7 +133,7 @@ def index_tar(path: Path, suffixes: Sequence[str | None]) -> Index:
         row = [sample.start, length, isal_zlib.crc32(file.read(sample.start, length))]
         for suffix in suffixes:
             member = member_of(sample, suffix, where) if suffix else None
-            row += (0, 0) if member is None else (member.at - sample.start, member.bytes)
+            row += (0, 0) if member is None else (member.offset_data - sample.start, member.size)
         rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no samples: leave it out of the folder")
@@ -176,7 +159,7 @@ def samples(path: Path) -> Iterator[Sample]:
 
 def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
     key, start, stop = "", 0, 0
-    members: dict[str, Member] = {}
+    members: dict[str, tarfile.TarInfo] = {}
     while (entry := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # or it keeps them all
         prefix, suffix = base_plus_ext(entry.name)
@@ -192,18 +175,17 @@ def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
                 f"{path} at byte {entry.offset} has {entry.name[:200]!r} twice in one sample: write it again"
             )
         key, stop = prefix, tar.offset
-        plain = entry.isreg() and not entry.issparse()
-        members[suffix] = Member(entry.name, entry.offset_data, entry.size, plain)
+        members[suffix] = entry
     if members:
         yield Sample(key, start, stop, members)
 
 
-def member_of(sample: Sample, suffix: str, where: str) -> Member:
-    """The member of a sample with the suffix. Raises UserError: there is none, or it is no file."""
+def member_of(sample: Sample, suffix: str, where: str) -> tarfile.TarInfo:
+    """The member of a sample with the suffix. Raises UserError: there is none, or it is not a plain file."""
     member = sample.members.get(suffix.lower())
     if member is None:
         raise UserError(f"{where} has no member {suffix}, only {sample.suffixes}: leave it out")
-    if not member.plain:
+    if not member.isreg() or member.issparse():
         raise UserError(
             f"{where}: its member {member.name[:200]!r} is not a plain file: write the tar again without links"
         )

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megadistill.config import TargetsSection
-from megadistill.data.shards.hashed_record import MAX_RECORD_BYTES, HashedRecord, Sha256
+from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.shards.manifest import Shard
 from megadistill.data.storage.open import folder_of
 from megadistill.data.stream.order import order_differences
@@ -221,6 +221,7 @@ class TargetManifest(HashedRecord):
     FILE: ClassVar[str] = "targets.json"
     TITLE: ClassVar[str] = "target set"
     VERSION: ClassVar[int] = 2
+    LOCATION: ClassVar[str] = "the folder of a finished target set"
     WAY_OUT: ClassVar[str] = "store the targets"
 
     version: Literal[2]
@@ -234,15 +235,7 @@ class TargetManifest(HashedRecord):
         Raises:
             UserError: there is none, it was changed by hand, or it has another format version; one line.
         """
-        folder = folder_of(str(location))
-        where = f"{redact_url(location)}/{cls.FILE}"
-        try:
-            text = folder.read_whole(cls.FILE, max_bytes=MAX_RECORD_BYTES)
-        except OSError as error:
-            raise UserError(
-                f"{where} cannot be read ({error.strerror or error}): give the folder of a finished target set"
-            ) from None
-        return cls._parse(text, where).lying_in(folder)
+        return cls._read(folder_of(str(location)), cls.FILE, f"{redact_url(location)}/{cls.FILE}")
 
     @property
     def slots(self) -> int:

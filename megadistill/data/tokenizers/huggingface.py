@@ -44,10 +44,14 @@ class HuggingFaceTokenizer:
         self._config = config
         self._values = values
         try:
-            self._backend = Backend.from_str(json.dumps(_without_sampling(values)))
+            self._backend = Backend.from_str(json.dumps(values))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())[:200]}") from None
         self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None  # merges at random
         self.sha256 = canonical_sha256(values)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos = self._token_id(eos, "eos_token")
@@ -168,17 +172,6 @@ def _without_off(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_off(one) for key, one in value.items() if one is not None and one is not False}
     return [_without_off(one) for one in value] if isinstance(value, list) else value
-
-
-def _without_sampling(values: Json) -> Json:
-    """The tokenizer without truncation, padding and random merges."""
-    model = values.get("model")
-    return {
-        **values,
-        "truncation": None,
-        "padding": None,
-        "model": {**model, "dropout": None} if isinstance(model, dict) and "dropout" in model else model,
-    }
 
 
 def _read_optional(path: Path) -> Json:

@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that answers ranged requests, and misbehaves as it is told."""
+"""A real HTTP server on loopback that answers ranged requests, and misbehaves on demand."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Misdeed = Callable[["Handler", bytes], bool]
-"""Told of a request and the bytes that a good answer holds; True: it has answered in its own way."""
+"""Called with a request and the bytes of a good response; returns True where it has sent a response itself."""
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the files of `folder`. `requests` are paths and ranges asked for, `misdeeds` one a request, in turn."""
+    """Serves the files of `folder`. `requests` are paths and Range headers, `misdeeds` one a request, in turn."""
 
     daemon_threads = True
     block_on_close = False
@@ -38,28 +38,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        said = self.headers.get("Range")
-        self.server.requests.append((path, said))
+        header = self.headers.get("Range")
+        self.server.requests.append((path, header))
         file = self.server.folder / path.lstrip("/")
         if not file.is_file():
             self.send_error(404)
             return
         data = file.read_bytes()
         start, stop = 0, len(data)
-        if said:
-            first, last = said.removeprefix("bytes=").split("-")
+        if header:
+            first, last = header.removeprefix("bytes=").split("-")
             start, stop = int(first), min(int(last) + 1, len(data))
         self.total, self.start = len(data), start
         misdeed = self.server.always or (self.server.misdeeds.pop(0) if self.server.misdeeds else None)
         if misdeed and misdeed(self, data[start:stop]):
             return
-        if said and start >= len(data):
+        if header and start >= len(data):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.answer(data[start:stop], status=206 if said else 200)
+        self.answer(data[start:stop], status=206 if header else 200)
 
     def answer(self, body: bytes, *, status: int, claimed: int | None = None) -> None:
         """`claimed`: the length that the headers say, where it is not the body's."""

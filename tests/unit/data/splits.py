@@ -1,6 +1,7 @@
 """Splits of random sequences, written as a data set is, and what each slot of their stream must read."""
 
 from collections.abc import Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,18 @@ from megadistill.data.shards.tar import write_shard
 
 SEQUENCE = 24
 VOCAB = 500
+
+
+class Column(IntEnum):
+    """Columns of the index [Q, 7] of a shard of sequences."""
+
+    START = 0
+    LENGTH = 1
+    CRC32 = 2
+    TOKENS_AT = 3
+    TOKENS_BYTES = 4
+    BOUNDS_AT = 5
+    BOUNDS_BYTES = 6
 
 
 def random_sequences(

@@ -73,7 +73,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
         report = _run(
             corpus, tmp_path / str(processes), tokenizer=given, vocab_size=None, packer=packer, processes=processes
         )
-    assert report.train.shards > 3
+    assert len(report.train.manifest.shards) > 3
     first = tree(tmp_path / "1")
     assert first == tree(tmp_path / "2") == tree(tmp_path / "3")
     assert {"train/manifest.json", "train/shard-00001.tar", "heldout/shard-00000.tar.idx.npy"} <= first.keys()
@@ -154,7 +154,7 @@ def test_chunks_are_the_documents_of_a_shard_in_order(corpus: Path, given: Path,
         documents += len(run)
     assert next(texts, None) is None
     assert (manifest.tokens, manifest.text_bytes, manifest.documents) == (tokens, text_bytes, documents) != (0, 0, 0)
-    assert (report.train.tokens, report.train.dropped, report.train.padding) == (tokens, dropped, 0)
+    assert (report.train.manifest.tokens, report.train.dropped, report.train.padding) == (tokens, dropped, 0)
     assert manifest.packer.model_dump() == {"name": "chunk", "version": 2, "bos": None, "eos": tokenizer.eos}
 
 
@@ -164,7 +164,11 @@ def test_an_output_inside_of_the_input_is_no_input(tmp_path: Path) -> None:
     outside = write_texts(tmp_path / "outside", document_texts())
     inner = _run(inside, inside / "made" / "set", tokenizer=None, vocab_size=300)
     outer = _run(outside, tmp_path / "set", tokenizer=None, vocab_size=300)
-    assert (inner.train, inner.heldout) == (outer.train, outer.heldout)
+    for ours, theirs in ((inner.train, outer.train), (inner.heldout, outer.heldout)):
+        assert ours is not None
+        assert theirs is not None
+        assert ours.manifest.shards == theirs.manifest.shards
+        assert (ours.dropped, ours.padding) == (theirs.dropped, theirs.padding)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
@@ -190,9 +194,9 @@ def test_bestfit_keeps_documents_whole_and_counts_what_it_predicts(
     tokens = sum((len(document) - 1) * count for document, count in expected.items())
     padding = manifest.sequences * 401 - sum(len(document) * count for document, count in expected.items())
     unpredicted = 0 if begin else sum(int(tokenizer.piece_bytes[d[0]]) * count for d, count in expected.items())
-    assert manifest.tokens == report.train.tokens == tokens
+    assert manifest.tokens == report.train.manifest.tokens == tokens
     assert manifest.text_bytes == sum(len(text.encode()) for text in document_texts()) - unpredicted
-    assert (report.train.dropped, report.train.padding) == (0, padding / (manifest.sequences * 401))
+    assert (report.train.dropped, report.train.padding) == (0, padding)
     assert (manifest.tokenizer.kind, manifest.tokenizer.sha256) == (kind, tokenizer.sha256)
     assert (manifest.packer.bos, manifest.packer.eos) == (tokenizer.bos, tokenizer.eos)
     written = load_tokenizer(tmp_path / "out" / "train" / manifest.tokenizer.file)
@@ -204,8 +208,11 @@ def test_splits_are_disjoint_and_copies_stay_together(given: Path, tmp_path: Pat
     corpus = write_texts(tmp_path / "corpus", [*texts, *texts])
     report = _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, packer="bestfit", sequence_length=400)
     assert report.heldout is not None
-    assert report.train.documents + report.heldout.documents == 2 * len(texts)
-    assert 0.1 < report.heldout.documents / (2 * len(texts)) < 0.5
+    train, heldout = report.train.manifest.documents, report.heldout.manifest.documents
+    assert train is not None
+    assert heldout is not None
+    assert train + heldout == 2 * len(texts)
+    assert 0.1 < heldout / (2 * len(texts)) < 0.5
     tokenizer = load_tokenizer(given)
     seen = {split: _texts(tmp_path / "out" / split, tokenizer) for split in ("train", "heldout")}
     for text in texts:
@@ -219,7 +226,7 @@ def _texts(folder: Path, tokenizer: Tokenizer) -> Counter[str]:
 def test_with_no_share_held_out_there_is_no_such_split(corpus: Path, given: Path, tmp_path: Path) -> None:
     report = _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, heldout_fraction=0)
     assert report.heldout is None
-    assert report.train.documents == len(document_texts())
+    assert report.train.manifest.documents == len(document_texts())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer", "train"]
 
 
@@ -235,12 +242,13 @@ def test_what_is_taken_and_what_is_counted(given: Path, tmp_path: Path) -> None:
     os.symlink(outside, corpus / "linked")
     report = _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, include=["*.txt"], exclude=["*/test/*"])
     assert report.heldout is not None
-    assert report.train.documents + report.heldout.documents == len(document_texts())
+    documents = [split.manifest.documents or 0 for split in (report.train, report.heldout)]
+    assert sum(documents) == len(document_texts())
     assert report.left_out == {LeftOut.EMPTY: 1, LeftOut.INVALID: 1}
     assert Manifest.load(tmp_path / "out" / "train" / "manifest.json").source.inputs == ("corpus",)
     table = io.StringIO()
     Console(file=table, width=200).print(report.table())
-    assert f"{report.train.tokens:,}" in table.getvalue()
+    assert f"{report.train.manifest.tokens:,}" in table.getvalue()
     assert f"{report.train.dropped:,}" in table.getvalue()
     assert "left out: 1 empty, 1 not UTF-8" in table.getvalue()
 

@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(
 
 def test_a_worker_that_is_killed_is_one_line_that_a_restart_mends(corpus: Path, folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    spec = EncodingSpec.of(tokenizer, packer="chunk", sequence_length=16, dtype="uint16")
+    spec = EncodingSpec.of(tokenizer, packer="chunk", sequence_length=16)
     (tmp_path / "train").mkdir()
     tasks = cut_into_tasks(Corpus(sorted(corpus.iterdir()), text_field="text"), heldout_fraction=0, task_bytes=10_000)
 

@@ -16,11 +16,11 @@ from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.index_external import index
 from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, find_manifests, info, verify
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.shards.tar import SAMPLE_FORMAT, Column, index_sequences, write_index, write_shard
+from megadistill.data.shards.tar import SAMPLE_FORMAT, index_sequences, write_index, write_shard
 from megadistill.errors import UserError
 from megadistill.io import file_sha256
 from tests.unit.data.servers import serving
-from tests.unit.data.splits import random_sequences
+from tests.unit.data.splits import Column, random_sequences
 
 LENGTH = 65
 IDS = 600
@@ -310,7 +310,7 @@ def test_two_lengths_are_refused_with_both_sequences(data_set: Path, tmp_path: P
     for part in (
         f"{tmp_path / 'b.tar'} sequence 1 at byte",
         f"found {LENGTH - 1}",
-        f"{tmp_path / 'a.tar'} sample 'a/0', {LENGTH}",
+        f"the first one of {tmp_path / 'a.tar'}, {LENGTH} ids",
     ):
         assert part in str(refused.value)
 

@@ -19,8 +19,8 @@ def bounds(draw: st.DrawFn) -> Row:
 
 @given(st.lists(bounds(), min_size=1, max_size=4))
 def test_starts_are_the_bounds_before_the_last_token(rows: list[Row]) -> None:
-    found = document_starts([np.array(row) for row in rows], sequence_length=S)
-    assert found.tolist() == [[place in row for place in range(S)] for row in rows]
+    starts = document_starts([np.array(row) for row in rows], sequence_length=S)
+    assert starts.tolist() == [[place in row for place in range(S)] for row in rows]
 
 
 @given(st.lists(bounds(), min_size=1, max_size=4))

@@ -1,4 +1,4 @@
-"""What a manifest must not say, and the one line that refuses it."""
+"""Values that a manifest must not have, and the one line that refuses each."""
 
 import json
 import shutil

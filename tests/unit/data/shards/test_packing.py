@@ -76,17 +76,17 @@ def test_bestfit_predicts_every_token_but_a_documents_first_exactly_once(
     documents = _documents(lengths)
     sequences = list(bestfit(iter(documents), sequence_length=sequence_length, bos=bos, eos=EOS, pad=PAD))
     _check_form(sequences, sequence_length)
-    found: Counter[tuple[int, int]] = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
     if sequences:
-        tokens_BU = np.stack([sequence.tokens for sequence in sequences])
+        tokens_BT = np.stack([sequence.tokens for sequence in sequences])
         inside_BS = predicted(
             [sequence.bounds for sequence in sequences], sequence_length=sequence_length, across_documents=False
         )
-        found.update(zip(tokens_BU[:, :-1][inside_BS].tolist(), tokens_BU[:, 1:][inside_BS].tolist(), strict=True))
+        pairs.update(zip(tokens_BT[:, :-1][inside_BS].tolist(), tokens_BT[:, 1:][inside_BS].tolist(), strict=True))
         padding = np.arange(sequence_length + 1) >= np.array([sequence.bounds[-1] for sequence in sequences])[:, None]
-        assert (tokens_BU[padding] == PAD).all()
+        assert (tokens_BT[padding] == PAD).all()
     expected = Counter(pair for document in _framed(documents, bos) for pair in itertools.pairwise(document))
-    assert found == expected
+    assert pairs == expected
 
 
 @given(lengths=lengths_of, sequence_length=st.integers(1, 17), bos=frames)
@@ -100,7 +100,7 @@ def test_bestfit_cuts_no_document_that_fits(lengths: list[int], sequence_length:
             assert placed[tuple(document)] == documents.count(document)
 
 
-def test_a_piece_goes_into_the_fullest_sequence_that_has_room() -> None:
+def test_a_piece_goes_into_the_fullest_sequence_that_it_fits() -> None:
     """Sizes with the end id 7, 6, 4, 3 into sequences of 10: 7 and 3, 6 and 4."""
     documents = [np.full(size - 1, size, dtype=np.int32) for size in (3, 4, 6, 7)]
     sequences = list(bestfit(documents, sequence_length=9, bos=None, eos=EOS, pad=PAD))

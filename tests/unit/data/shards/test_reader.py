@@ -17,12 +17,12 @@ from megadistill.data.shards.manifest import Manifest, SampleFormat
 from megadistill.data.shards.opening import OPEN_SHARDS, ShardFault
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.reader import SequenceBatch, SequenceReader
-from megadistill.data.shards.tar import Column, index_sequences, write_index, write_shard
+from megadistill.data.shards.tar import index_sequences, write_index, write_shard
 from megadistill.data.storage.remote import BLOCK_BYTES, RemoteFolder, RetryPolicy
 from megadistill.errors import OperatorFault
 from tests.unit.data import servers
 from tests.unit.data.servers import serving
-from tests.unit.data.splits import SEQUENCE, VOCAB, random_sequences, write_split
+from tests.unit.data.splits import SEQUENCE, VOCAB, Column, random_sequences, write_split
 
 PER_SHARD, SHARDS = 10, 4
 LENGTH = SEQUENCE + 1
@@ -87,9 +87,9 @@ def _flip(path: Path, at: int) -> None:
 
 
 def _swap(first: Path, second: Path) -> None:
-    kept = first.read_bytes()
+    data = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    second.write_bytes(kept)
+    second.write_bytes(data)
 
 
 def _publish(split: Path, shard: int, rows: np.ndarray | None = None) -> None:
@@ -144,7 +144,7 @@ def test_uint32_sequences_are_read_as_they_were_written(tmp_path: Path) -> None:
     _check(sequences, faults={}, places=EVERY[: 2 * PER_SHARD], written=written)
 
 
-def test_more_shards_are_read_than_are_kept_open(tmp_path: Path) -> None:
+def test_more_shards_are_read_than_stay_open(tmp_path: Path) -> None:
     written = random_sequences(OPEN_SHARDS + 20, seed=2)
     write_split(tmp_path, written, per_shard=1)
     places = np.array([(shard, 0) for shard in range(len(written))])
@@ -160,9 +160,9 @@ def test_a_truncated_or_zero_length_tar(split: Path, left: int) -> None:
     tar, _ = _paths(split, 1)
     data = tar.read_bytes()
     tar.write_bytes(data[:left])
-    found = "it is empty" if left == 0 else f"found {len(data) + left}"
+    expected = "it is empty" if left == 0 else f"found {len(data) + left}"
     sequences = _read(split)
-    _check(sequences, faults=_rows(1, found))
+    _check(sequences, faults=_rows(1, expected))
     assert all(f"{tar}: expected" in str(fault) and str(len(data)) in str(fault) for fault in sequences.faults.values())
 
 
@@ -255,7 +255,7 @@ def test_tokens_that_are_none_though_their_crc_holds(split: Path, data: bytes, m
 
 
 @pytest.mark.parametrize(
-    ("bounds", "found"),
+    ("bounds", "text"),
     [
         ([0], "[0]"),
         ([], "[]"),
@@ -270,13 +270,13 @@ def test_tokens_that_are_none_though_their_crc_holds(split: Path, data: bytes, m
 )
 @pytest.mark.parametrize("dtype", [np.uint32, np.int64])
 def test_bounds_that_do_not_climb_though_their_crc_holds(
-    split: Path, bounds: list[int], found: str, dtype: type[np.integer[Any]]
+    split: Path, bounds: list[int], text: str, dtype: type[np.integer[Any]]
 ) -> None:
     values = np.array(bounds, dtype=np.int64).astype(dtype)
     _rewrite(split, 3, bounds=_npy(values))
     if dtype is np.uint32:
-        found = found.replace("-1", str((1 << 32) - 1))
-    message = f"expected bounds that climb from 0 to {LENGTH} at most, found {found}"
+        text = text.replace("-1", str((1 << 32) - 1))
+    message = f"expected bounds that climb from 0 to {LENGTH} at most, found {text}"
     _check(_read(split), faults={PER_SHARD + 3: message})
 
 
@@ -333,11 +333,11 @@ def test_an_index_that_points_elsewhere_though_its_hash_holds(split: Path) -> No
 
 def test_a_shard_that_does_not_open_is_not_tried_again(split: Path) -> None:
     tar, _ = _paths(split, 1)
-    kept = tar.read_bytes()
+    data = tar.read_bytes()
     tar.unlink()
     reader = SequenceReader(_manifest(split))
     _check(reader.read(EVERY), faults=_rows(1, "No such file"))
-    tar.write_bytes(kept)
+    tar.write_bytes(data)
     _check(reader.read(EVERY), faults=_rows(1, "No such file"))
     _check(_read(split), faults={})
 
@@ -373,11 +373,11 @@ def test_raw_and_zipped_tokens_are_read(split: Path) -> None:
         (one, SampleFormat(kind="npz", tokens="tokens.npz", bounds="bounds.npy")),
         (two, SampleFormat(kind="npz", tokens="npz", bounds=None, array="ids")),
     ):
-        found = SequenceReader(_foreign(split, members, record)).read(places)
-        assert not found.faults
-        np.testing.assert_array_equal(found.tokens, [sequence.tokens for sequence in sequences])
+        batch = SequenceReader(_foreign(split, members, record)).read(places)
+        assert not batch.faults
+        np.testing.assert_array_equal(batch.tokens, [sequence.tokens for sequence in sequences])
         bounds = [sequence.bounds.tolist() if record.bounds else [0, LENGTH] for sequence in sequences]
-        assert [row.tolist() for row in found.bounds] == bounds
+        assert [row.tolist() for row in batch.bounds] == bounds
 
 
 def _bomb() -> bytes:
@@ -428,10 +428,10 @@ def test_a_batch_over_http_is_the_batch_of_the_disk(whole: Path) -> None:
         manifest = Manifest.load(f"{server.url}/train/manifest.json")
         reader = SequenceReader(manifest)
         _check(reader.read(EVERY), faults={})
-        asked = len(server.requests)
+        requests = len(server.requests)
         _check(reader.read(EVERY[::-1]), faults={}, places=EVERY[::-1])
-        assert len(server.requests) == asked
-    assert asked == 2 + SHARDS * 4  # the manifest, and of each shard and index the size and the only block
+        assert len(server.requests) == requests
+    assert requests == 2 + SHARDS * 4  # the manifest, and of each shard and index the size and the only block
     assert sum(shard.bytes for shard in manifest.shards) < BLOCK_BYTES
 
 

@@ -12,10 +12,10 @@ from webdataset import WebDataset
 
 from megadistill.data.shards.manifest import SampleFormat, Shard
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.shards.tar import MAX_TAR_HEADER_BYTES, SAMPLE_FORMAT, Column, index_sequences, write_shard
+from megadistill.data.shards.tar import MAX_TAR_HEADER_BYTES, SAMPLE_FORMAT, index_sequences, write_shard
 from megadistill.errors import UserError
 from megadistill.io import file_sha256
-from tests.unit.data.splits import random_sequences
+from tests.unit.data.splits import Column, random_sequences
 
 FOREIGN = SampleFormat(kind="raw", tokens="u16", bounds=None)
 

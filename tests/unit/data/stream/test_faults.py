@@ -13,11 +13,10 @@ import torch
 
 from megadistill.data import Manifest, Mixture, ShardFault, TokenStream
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.shards.tar import Column
 from megadistill.data.stream.stream import OnCorruptSample
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, TokenBatch
-from tests.unit.data.splits import SEQUENCE, VOCAB, random_sequences, write_split
+from tests.unit.data.splits import SEQUENCE, VOCAB, Column, random_sequences, write_split
 
 SEQUENCES, PER_SHARD, SEED = 90, 30, 4
 BATCH = 10
@@ -41,7 +40,7 @@ def _index(folder: Path) -> Path:
 
 
 def _flip(folder: Path, column: Column | None) -> None:
-    """In sequence 7: the last byte of its tokens, or a byte of its first tar header."""
+    """Flips, in sequence 7, the last byte of its tokens, or a byte of its first tar header."""
     row = np.load(_index(folder))[7]
     at = row[Column.START] + (100 if column is None else row[Column.TOKENS_AT] + row[Column.TOKENS_BYTES] - 2)
     data = bytearray(_tar(folder).read_bytes())
@@ -107,8 +106,8 @@ def _batches(folder: Path, policy: OnCorruptSample) -> list[TokenBatch]:
 
 @pytest.fixture(params=FAULTS)
 def fault(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> tuple[Path, list[int], str, list[TokenBatch]]:
-    """The damaged split, the slots that it takes, what is said of them, and the healthy batches at the same slots."""
-    damage, places, says = FAULTS[request.param]
+    """The damaged split, the slots that it takes, the message, and the healthy batches at the same slots."""
+    damage, places, message = FAULTS[request.param]
     folder = Path(shutil.copytree(whole, tmp_path / "train"))
     damage(folder)
     order = Mixture.of(Manifest.load(folder / "manifest.json")).order(SEED)
@@ -118,30 +117,30 @@ def fault(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> tuple[
         if (shard, sequence) in places
     ]
     assert len(slots) == len(places)
-    return folder, slots, says, _batches(whole, "fail")
+    return folder, slots, message, _batches(whole, "fail")
 
 
 def test_fail_ends_the_run_at_the_first_damaged_slot(fault: tuple[Path, list[int], str, list[TokenBatch]]) -> None:
-    folder, slots, says, _ = fault
-    with pytest.raises(ShardFault, match=rf"^slot {slots[0]}, shard \d: ") as found:
+    folder, slots, message, _ = fault
+    with pytest.raises(ShardFault, match=rf"^slot {slots[0]}, shard \d: ") as refused:
         _batches(folder, "fail")
-    assert says in str(found.value)
-    assert "shard-0000" in str(found.value)
-    assert "\n" not in str(found.value)
+    assert message in str(refused.value)
+    assert "shard-0000" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_quarantine_masks_the_damaged_slots_and_no_other(fault: tuple[Path, list[int], str, list[TokenBatch]]) -> None:
-    folder, slots, says, healthy = fault
+def test_the_damaged_slots_are_masked_and_no_other(fault: tuple[Path, list[int], str, list[TokenBatch]]) -> None:
+    folder, slots, expected, healthy = fault
     batches = _batches(folder, "mask")
     assert [slot for batch in batches for slot, _ in batch.faults] == slots
-    assert all(says in message for batch in batches for _, message in batch.faults)
-    for found, truth in zip(batches, healthy, strict=True):
-        for row, slot in enumerate(found.slots.tolist()):
+    assert all(expected in message for batch in batches for _, message in batch.faults)
+    for batch, truth in zip(batches, healthy, strict=True):
+        for row, slot in enumerate(batch.slots.tolist()):
             if slot in slots:
-                assert found.labels[row].eq(IGNORED_LABEL).all()
+                assert batch.labels[row].eq(IGNORED_LABEL).all()
             else:
-                assert torch.equal(found.tokens[row], truth.tokens[row])
-                assert torch.equal(found.labels[row], truth.labels[row])
+                assert torch.equal(batch.tokens[row], truth.tokens[row])
+                assert torch.equal(batch.labels[row], truth.labels[row])
 
 
 @pytest.mark.parametrize("policy", ["fail", "mask"])

@@ -26,8 +26,8 @@ def _read(manifest: Path, output: Path, world: int, *, kill_after: float | None)
             time.sleep(0.01)  # the first instants are all imports
         time.sleep(kill_after)
         process.kill()
-    told, _ = process.communicate(timeout=120)
-    return told == "done\n"
+    printed, _ = process.communicate(timeout=120)
+    return printed == "done\n"
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -1,4 +1,4 @@
-"""Stages, weights and epochs: shares kept at every prefix, sources that go on, edits that are told apart."""
+"""Curriculum, weights and epochs: shares hold at every prefix, sources continue, and edits are distinguished."""
 
 import json
 import subprocess
@@ -49,9 +49,9 @@ def test_weights_are_read_as_the_decimals_that_they_are_written_as() -> None:
 
 
 def test_weights_without_a_short_period_are_rounded_and_none_is_lost() -> None:
-    found = quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-4}, entry=1)
-    assert sum(found.values()) == MAX_PERIOD
-    assert found["c"] == round(1e-4 / 1.0001 * MAX_PERIOD)
+    actual = quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-4}, entry=1)
+    assert sum(actual.values()) == MAX_PERIOD
+    assert actual["c"] == round(1e-4 / 1.0001 * MAX_PERIOD)
     with pytest.raises(UserError, match=r"in entry 4 the weight of c is 1e-06.*leave the source out"):
         quotas({"a": 1 / 3, "b": 2 / 3, "c": 1e-6}, entry=4)
 
@@ -105,8 +105,8 @@ def test_the_stage_under_way_may_end_elsewhere_in_the_future() -> None:
         edited = _described((CurriculumEntry(slots, CURRICULUM[0].weights), CURRICULUM[2]))
         assert order_differences(before.description, edited.description, next_slot=200) == []
     shorter = _described((CurriculumEntry(199, CURRICULUM[0].weights), CURRICULUM[2]))
-    found = order_differences(before.description, shorter.description, next_slot=200)
-    assert found == [
+    actual = order_differences(before.description, shorter.description, next_slot=200)
+    assert actual == [
         "curriculum entry 1 was code 3, web 7 parts, is code 3, web 7 parts for 199 sequences",
         "curriculum entry 2 was absent, is code 1, law 3 parts",
     ]
@@ -142,5 +142,5 @@ grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert places[:, 1].max() < 119_210 and len(np.unique(places, axis=0)) == 256
 print(seconds, grown * 1024)
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert float(told.split()[1]) < 64e6
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert float(output.split()[1]) < 64e6

@@ -36,11 +36,11 @@ def _first(case: dict[str, Any]) -> Any:
 
 
 def test_golden_vectors() -> None:
-    found = {"order_version": ORDER_VERSION, "places": [_first(case) for case in CASES]}
+    actual = {"order_version": ORDER_VERSION, "places": [_first(case) for case in CASES]}
     if os.environ.get("RENEW_GOLDEN"):
-        GOLDEN.write_text(json.dumps(found) + "\n")
+        GOLDEN.write_text(json.dumps(actual) + "\n")
         pytest.fail(f"{GOLDEN} was renewed: run again without RENEW_GOLDEN")
-    assert found == json.loads(GOLDEN.read_text())
+    assert actual == json.loads(GOLDEN.read_text())
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +82,7 @@ def test_the_sequences_behind_the_last_block_are_others_in_each_epoch() -> None:
 
 
 def test_a_window_draws_its_blocks_from_everywhere_and_mixes_their_sequences() -> None:
-    """As far from sorted as independent draws: neighbours in the order are a third of the whole apart."""
+    """The order is as far from sorted as independent draws: neighbours in the order are a third of the whole apart."""
     n = 4 * BLOCK * WINDOW
     sequences = _order([n], 3).sequence_at(np.arange(BLOCK * WINDOW))
     assert abs(np.abs(np.diff(sequences)).mean() / n - 1 / 3) < 0.01

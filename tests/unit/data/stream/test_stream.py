@@ -94,8 +94,8 @@ def test_with_a_document_mask_no_label_lies_in_another_document(manifest: Manife
     last = masked.labels[:, -1] == IGNORED_LABEL  # where a document begins with the label of the last token
     assert torch.equal((masked.labels == IGNORED_LABEL)[:, :-1], crossing[:, :-1])
     assert 0 < last.sum() < SEQUENCES
-    kept = masked.labels != IGNORED_LABEL
-    assert torch.equal(masked.labels[kept], plain.labels[kept])
+    predicted = masked.labels != IGNORED_LABEL
+    assert torch.equal(masked.labels[predicted], plain.labels[predicted])
 
 
 def test_whole_documents_learn_nothing_of_each_other_nor_of_padding(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_sources_that_do_not_fit_together_are_refused(manifest: Manifest, tmp_pa
 # ---- skips
 
 SKIPS = [(10, 13), (20, 45)]
-KEPT = [slot for slot in range(200) if not any(first <= slot < stop for first, stop in SKIPS)]
+NOT_SKIPPED = [slot for slot in range(200) if not any(first <= slot < stop for first, stop in SKIPS)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
@@ -231,7 +231,7 @@ def test_skipped_slots_are_left_out_for_every_world(manifest: Manifest, world: i
     ranks = [_take(manifest, 12, rank=rank, world=world, skips=SKIPS) for rank in range(world)]
     for step in range(12):
         batch = _joined([ranks[rank][step][0] for rank in range(world)])
-        assert batch.slots.tolist() == KEPT[8 * step : 8 * step + 8]
+        assert batch.slots.tolist() == NOT_SKIPPED[8 * step : 8 * step + 8]
         assert _same(batch, _joined([_stream(manifest).batch(range(s, s + 1)) for s in batch.slots.tolist()]))
 
 
@@ -351,7 +351,7 @@ def test_the_thread_reads_no_further_than_it_may_and_ends_with_its_reader(
     batches = iter(_stream(manifest, prefetch=3))
     next(batches)
     for _ in range(100):
-        if len(read) >= 5:
+        if len(read) >= 4:
             break
         threading.Event().wait(0.02)
     threading.Event().wait(0.2)

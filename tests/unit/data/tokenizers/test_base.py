@@ -333,7 +333,7 @@ def test_random_splits_are_turned_off(copy: Path) -> None:
 def test_the_hash_is_of_what_makes_the_ids(copy: Path, tmp_path: Path) -> None:
     expected = ("huggingface", load_tokenizer(copy).sha256)
 
-    def found(folder: Path = copy) -> Any:
+    def hashed(folder: Path = copy) -> Any:
         return tokenizer_sha256(folder, prefer="sentencepiece")
 
     AutoTokenizer.from_pretrained(copy).save_pretrained(tmp_path / "saved")
@@ -341,18 +341,18 @@ def test_the_hash_is_of_what_makes_the_ids(copy: Path, tmp_path: Path) -> None:
     backend.no_truncation()
     backend.enable_padding(length=9)
     backend.save(str(tmp_path / "saved" / "padded.json"), pretty=False)
-    assert found() == found(tmp_path / "saved") == found(tmp_path / "saved" / "padded.json") == expected
+    assert hashed() == hashed(tmp_path / "saved") == hashed(tmp_path / "saved" / "padded.json") == expected
 
     def as_of_old(values: dict[str, Any]) -> None:
         values["model"]["merges"] = [" ".join(merge) for merge in values["model"]["merges"]]
         del values["model"]["byte_fallback"], values["model"]["dropout"]
 
     _change(copy, as_of_old)
-    assert found() == expected
+    assert hashed() == expected
     _change(copy, lambda values: values["model"]["merges"].pop())
-    assert found() != expected
+    assert hashed() != expected
     _change(copy, lambda values: values.pop("post_processor"))
-    assert len({found(), expected, found(tmp_path / "saved")}) == 2
+    assert len({hashed(), expected, hashed(tmp_path / "saved")}) == 2
 
 
 def test_the_hash_of_a_folder_with_both_kinds_is_of_the_preferred_one(folder: Path, tmp_path: Path) -> None:
