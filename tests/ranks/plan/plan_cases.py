@@ -250,7 +250,7 @@ MAKERS = {
     "zero/stage3.py": "ZeRO-3",
     "student/engine.py": "ZeRO-3",
     "loss/buffers.py": "logits",
-    "loss/passes.py:before": "head gradient",
+    "loss/gradients.py:empty": "head gradient",
     "megadistill/loss/": "loss",
     "teacher/stage.py:head_rows": "teacher head rows",
     "models/weights.py": "teacher stage",
