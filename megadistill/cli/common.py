@@ -1,32 +1,82 @@
-"""Shared parts of the commands: how one is added to the parser, the recipe argument, and the exit codes."""
+"""Shared parts of the commands: how one and its options are added to the parser, the exit codes, printed tables."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 EXIT_CODES = "exit codes: 0 done; 2 invalid input; 3 a fault that a restart may fix; 4 a fault that needs a person"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Options: TypeAlias = "argparse._ActionsContainer"
+"""A parser, or a group of its options."""
+Run = Callable[[argparse.Namespace], int]
 
 
-def add_command(commands: Commands, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    """A command, or an action of a command, with its summary as the first line of its help."""
-    return commands.add_parser(
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks of the epilog, and appends the default to an option's help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, False, [], argparse.SUPPRESS) or "default" in str(action.help)
+        return action.help if plain else f"{action.help} (default %(default)s)"
+
+
+def add_command(
+    commands: Commands, name: str, summary: str, epilog: str, run: Run | None = None, *, exit_codes: str = EXIT_CODES
+) -> argparse.ArgumentParser:
+    """A command, or an action of one. Its help has the summary, the options, the epilog and the exit codes."""
+    command = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{epilog}\n\n{exit_codes}",
+        formatter_class=_HelpFormatter,
     )
+    command.set_defaults(run=run)
+    return command
 
 
-def add_recipe(command: argparse.ArgumentParser, text: str = "a YAML recipe, such as recipes/smoke.yaml") -> None:
+def option(
+    options: Options, name: str, metavar: str, text: str, *, default: Any = None, kind: Any = None, **settings: Any
+) -> None:
+    """Adds an option with a value: of type `kind`, else of its default's type, else text."""
+    kind = kind or (str if default is None else type(default))
+    options.add_argument(name, metavar=metavar, help=text, default=default, type=kind, **settings)
+
+
+def repeatable(options: Options, name: str, metavar: str, text: str, *, kind: Any = str, **settings: Any) -> None:
+    """Adds an option that may be given several times; its value is a list."""
+    text = f"{text}; repeatable"
+    options.add_argument(name, metavar=metavar, help=text, default=[], type=kind, action="append", **settings)
+
+
+def add_recipe(command: Options, text: str = "a YAML recipe, such as recipes/smoke.yaml") -> None:
     """The arguments RECIPE and --set."""
     command.add_argument("recipe", type=Path, metavar="RECIPE", help=text)
     add_overrides(command)
 
 
-def add_overrides(command: argparse.ArgumentParser) -> None:
+def add_overrides(command: Options) -> None:
     """The option --set of a command that reads a recipe."""
-    text = "override a key of the recipe, as in --set train.steps=100; repeatable"
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    repeatable(command, "--set", "KEY=VALUE", "override a key of the recipe, as in --set train.steps=100")
+
+
+def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
+    """The options of drawing continuations. --new-tokens is required if `new_tokens` gives no default."""
+    required = new_tokens is None
+    text = "maximum tokens of a continuation"
+    option(command, "--new-tokens", "T", text, default=new_tokens, kind=int, required=required)
+    option(command, "--temperature", "X", "0: the most likely token", default=1.0)
+    option(command, "--top-p", "X", "nucleus: probability to draw from; 1: all", default=1.0)
+    option(command, "--seed", "N", "seed of the draws", default=1)
+
+
+def print_tables(*tables: Any) -> None:
+    """Prints tables on the terminal, an empty line between two."""
+    from rich.console import Console
+
+    console = Console()
+    for number, table in enumerate(tables):
+        if number:
+            console.print()
+        console.print(table)

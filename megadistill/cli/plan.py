@@ -4,59 +4,41 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megadistill.cli.common import EXIT_CODES, Commands, add_command, add_overrides
+from megadistill.cli.common import Commands, add_command, add_overrides, option
 
-PLAN_EPILOG = f"""\
+PLAN_EPILOG = """\
 Nothing is started, and no GPU is needed: models are built on the meta device.
 
 examples:
   megadistill plan recipes/smoke.yaml --nodes 1 --gpu h100
   megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR   # data, teacher elsewhere
 
-Exit code 2 also where no layout fits; the message then gives the missing memory, and settings that would help.
-
-{EXIT_CODES}"""
+Exit code 2 also where no layout fits; the message then gives the missing memory, and settings that would help."""
 
 
 def add(commands: Commands) -> None:
-    command = add_command(
-        commands, "plan", "memory, traffic, time and cost of a recipe on a cluster, and its best layouts", PLAN_EPILOG
-    )
+    summary = "memory, traffic, time and cost of a recipe on a cluster, and its best layouts"
+    command = add_command(commands, "plan", summary, PLAN_EPILOG, _plan)
     command.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe, such as recipes/smoke.yaml")
     add_plan_options(command, required=True)
     law = command.add_argument_group("the distillation scaling law")
-    law.add_argument("--teacher-loss", type=float, metavar="X", help="the teacher's cross-entropy, nats per token")
-    law.add_argument("--teacher-tokens", type=float, metavar="D", help="or the number of tokens that it was trained on")
-    command.add_argument("--price", type=float, metavar="X", help="price of a GPU-hour, in your currency")
-    command.add_argument(
-        "--json", type=Path, metavar="FILE", help="everything as JSON; - for stdout, in place of tables"
-    )
-    command.set_defaults(run=_plan)
+    option(law, "--teacher-loss", "X", "the teacher's cross-entropy, nats per token", kind=float)
+    option(law, "--teacher-tokens", "D", "or the number of tokens that it was trained on", kind=float)
+    option(command, "--price", "X", "price of a GPU-hour, in your currency", kind=float)
+    option(command, "--json", "FILE", "everything as JSON; - for stdout, in place of tables", kind=Path)
 
 
 def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of `build_plan`: the cluster, and assumptions about it."""
-    command.add_argument("--nodes", type=int, required=required, metavar="N", help="nodes of the cluster, all alike")
-    command.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="processes of a node, one per GPU (8)"
-    )
-    command.add_argument(
-        "--gpu", required=required, metavar="KIND", help="h100, a100-80gb, ... or a YAML file that describes one"
-    )
+    option(command, "--nodes", "N", "nodes of the cluster, all alike", kind=int, required=required)
+    option(command, "--gpus-per-node", "N", "processes of a node, one per GPU", default=8)
+    option(command, "--gpu", "KIND", "h100, a100-80gb, ... or a YAML file that describes one", required=required)
     add_overrides(command)
-    command.add_argument("--sequence-length", type=int, metavar="S", help="if the data is not on this machine")
-    command.add_argument(
-        "--teacher-config",
-        type=Path,
-        metavar="DIR",
-        help="folder with config.json, if teacher.path is not on this machine",
-    )
-    command.add_argument(
-        "--student-mfu", type=float, default=0.40, metavar="X", help="assumed MFU of the student's training (0.40)"
-    )
-    command.add_argument(
-        "--teacher-mfu", type=float, default=0.45, metavar="X", help="assumed MFU of the teacher's forward pass (0.45)"
-    )
+    option(command, "--sequence-length", "S", "if the data is not on this machine", kind=int)
+    text = "folder with config.json, if teacher.path is not on this machine"
+    option(command, "--teacher-config", "DIR", text, kind=Path)
+    option(command, "--student-mfu", "X", "assumed MFU of the student's training", default=0.40)
+    option(command, "--teacher-mfu", "X", "assumed MFU of the teacher's forward pass", default=0.45)
 
 
 def build_plan(recipe: Path, options: argparse.Namespace) -> Any:

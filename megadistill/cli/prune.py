@@ -3,41 +3,35 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import EXIT_CODES, Commands, add_command
+from megadistill.cli.common import Commands, add_command, option, print_tables
 
-EPILOG = f"""\
+EPILOG = """\
 One process and one device, which holds the whole teacher. The output folder is a Hugging Face model with a pruning.json
 that lists the kept channels, neurons, heads and layers. Name it in student.weights and student.config, and distil from
 the teacher that it was cut from.
 
 example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidden-size 3072 --intermediate-size 9216 \\
-    --output pruned
-
-{EXIT_CODES}"""
+    --output pruned"""
 
 
 def add(commands: Commands) -> None:
-    command = add_command(commands, "prune", "structured pruning of a teacher by activation importance", EPILOG)
+    summary = "structured pruning of a teacher by activation importance"
+    command = add_command(commands, "prune", summary, EPILOG, _prune)
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
-    command.add_argument("--data", required=True, metavar="MANIFEST", help="manifest.json of the split to measure on")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
-    for option, metavar, what in (
+    option(command, "--data", "MANIFEST", "manifest.json of the split to measure on", required=True)
+    option(command, "--output", "DIR", "the folder to write", kind=Path, required=True)
+    for name, metavar, parts in (
         ("--hidden-size", "H", "channels of the hidden state"),
         ("--intermediate-size", "I", "neurons of each MLP"),
         ("--heads", "N", "query heads, by whole key-value groups"),
         ("--layers", "L", "layers"),
     ):
-        command.add_argument(option, type=int, metavar=metavar, help=f"{what} to keep (default: all)")
-    command.add_argument(
-        "--sequences", type=int, default=512, metavar="N", help="sequences to measure on (default 512)"
-    )
-    command.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a forward pass (default 8)")
-    command.set_defaults(run=_prune)
+        option(command, name, metavar, f"{parts} to keep (default: all)", kind=int)
+    option(command, "--sequences", "N", "sequences to measure on", default=512)
+    option(command, "--batch", "N", "sequences of a forward pass", default=8)
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from megadistill.data import Manifest, Mixture
     from megadistill.distributed.topology import local_device
     from megadistill.progress import console_progress
@@ -57,6 +51,6 @@ def _prune(options: argparse.Namespace) -> int:
             device=local_device(0),
             progress=show,
         )
-    Console().print(report.table())
+    print_tables(report.table())
     print(report.line())
     return 0

@@ -4,9 +4,9 @@ import argparse
 import time
 from pathlib import Path
 
-from megadistill.cli.common import EXIT_CODES, Commands, add_command
+from megadistill.cli.common import Commands, add_command, option, repeatable
 
-REPORT_EPILOG = f"""\
+REPORT_EPILOG = """\
 The page needs no network, and any browser shows it: curves over tokens and over
 time, events, evaluations, recipes. A run may still be running, or have failed.
 
@@ -16,31 +16,16 @@ evaluation*.json in the run folders, and those that --evaluation names.
 examples:
   megadistill report runs/smoke/distill
   megadistill report runs/smoke/labels runs/smoke/distill --output runs/smoke \\
-      --evaluation runs/smoke/evaluation.json
-
-{EXIT_CODES}"""
+      --evaluation runs/smoke/evaluation.json"""
 
 
 def add(commands: Commands) -> None:
-    command = add_command(
-        commands, "report", "write one HTML page on one or several runs, with its figures beside it", REPORT_EPILOG
-    )
+    summary = "write one HTML page on one or several runs, with its figures beside it"
+    command = add_command(commands, "report", summary, REPORT_EPILOG, _report)
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    command.add_argument(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        help="an .html file, or a folder for report.html (default: the run's folder; several runs need it)",
-    )
-    command.add_argument(
-        "--evaluation",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="another file of `evaluate --json` to show; repeatable",
-    )
-    command.set_defaults(run=_report)
+    text = "an .html file, or a folder for report.html (default: the run's folder; several runs need it)"
+    option(command, "--output", "PATH", text, kind=Path)
+    repeatable(command, "--evaluation", "FILE", "another file of `evaluate --json` to show", kind=Path)
 
 
 def _report(options: argparse.Namespace) -> int:

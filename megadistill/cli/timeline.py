@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.cli.common import EXIT_CODES, Commands, add_command
+from megadistill.cli.common import Commands, add_command, option, print_tables
 from megadistill.cli.plan import add_plan_options, build_plan
 from megadistill.errors import UserError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 STEPS = 3
 
-TIMELINE_EPILOG = f"""\
+TIMELINE_EPILOG = """\
 Of a run: the steps of run.timeline, [first, last], which each rank recorded in RUN/timeline/.
 
   megadistill train RECIPE --set 'run.timeline=[101,103]'
@@ -23,20 +23,16 @@ Of a plan: simulated from the seconds that `megadistill plan` expects.
 
   megadistill timeline RECIPE --nodes 8 --gpu h100 --output DIR
 
-timeline.json opens in https://ui.perfetto.dev and chrome://tracing; timeline.png is a picture of the same.
-
-{EXIT_CODES}"""
+timeline.json opens in https://ui.perfetto.dev and chrome://tracing; timeline.png is a picture of the same."""
 
 
 def add(commands: Commands) -> None:
-    command = add_command(
-        commands, "timeline", "trace and picture of compute, waiting and communication per rank", TIMELINE_EPILOG
-    )
+    summary = "trace and picture of compute, waiting and communication per rank"
+    command = add_command(commands, "timeline", summary, TIMELINE_EPILOG, _timeline)
     command.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
     add_plan_options(command, required=False)  # a run recorded its own layout
-    command.add_argument("--steps", type=int, metavar="N", help=f"of a plan: steps to simulate (default {STEPS})")
-    command.add_argument("--output", type=Path, metavar="DIR", help="folder of the output (of a run: by default RUN)")
-    command.set_defaults(run=_timeline)
+    option(command, "--steps", "N", f"of a plan: steps to simulate (default {STEPS})", kind=int)
+    option(command, "--output", "DIR", "folder of the output (of a run: by default RUN)", kind=Path)
 
 
 def _timeline(options: argparse.Namespace) -> int:
@@ -50,9 +46,8 @@ def _timeline(options: argparse.Namespace) -> int:
 def _of_run(options: argparse.Namespace) -> int:
     from megadistill.timeline.files import read_timeline
 
-    for option in ("nodes", "gpu", "steps", "set", "sequence_length", "teacher_config"):
-        if getattr(options, option):
-            name = option.replace("_", "-")
+    for name in ("nodes", "gpu", "steps", "set", "sequence-length", "teacher-config"):
+        if getattr(options, name.replace("-", "_")):
             raise UserError(
                 f"--{name} belongs to a plan, and {options.source} is a run folder: name a recipe, or leave it out"
             )
@@ -61,9 +56,9 @@ def _of_run(options: argparse.Namespace) -> int:
 
 
 def _of_plan(options: argparse.Namespace) -> int:
-    for option in ("nodes", "gpu", "output"):
-        if getattr(options, option) is None:
-            raise UserError(f"the timeline of a plan needs --{option}, as in --nodes 8 --gpu h100 --output DIR")
+    for name in ("nodes", "gpu", "output"):
+        if getattr(options, name) is None:
+            raise UserError(f"the timeline of a plan needs --{name}, as in --nodes 8 --gpu h100 --output DIR")
     from dataclasses import replace
 
     from megadistill.plan.output.plan_timeline import simulate
@@ -92,13 +87,11 @@ def _of_plan(options: argparse.Namespace) -> int:
 
 
 def _write(timeline: "Timeline", output: Path) -> None:
-    from rich.console import Console
-
     from megadistill.timeline.picture import draw, table
     from megadistill.timeline.trace import write_trace
 
     output.mkdir(parents=True, exist_ok=True)
     write_trace(timeline, output / "timeline.json")
     draw(timeline, output / "timeline.png")
-    Console().print(table(timeline))
+    print_tables(table(timeline))
     print(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import EXIT_CODES, Commands, add_command, add_recipe
+from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
 from megadistill.distributed.launch import environment_rank
 from megadistill.errors import RestartFault, UserError
 
-TRAIN_EPILOG = f"""\
+TRAIN_EPILOG = """\
 The same command under every launcher, which sets rank, world size and rendezvous:
 
   one process        megadistill train RECIPE
@@ -16,9 +16,7 @@ The same command under every launcher, which sets rank, world size and rendezvou
 
 A run folder that already holds a checkpoint resumes automatically: give the same command again.
 
-example: megadistill train recipes/smoke.yaml --set distributed.vocab_group=1 --set train.steps=20
-
-{EXIT_CODES}"""
+example: megadistill train recipes/smoke.yaml --set distributed.vocab_group=1 --set train.steps=20"""
 
 DOCTOR_EPILOG = """\
 Start it as the run: in one process, or under the launcher in the run's own allocation. It takes at most a minute and
@@ -27,11 +25,9 @@ leaves no files behind. If nodes are at fault, the last line after the table is 
 examples:
   megadistill doctor recipes/smoke.yaml --set distributed.vocab_group=1
   torchrun --nproc_per_node 8 -m megadistill doctor RECIPE
-  srun --ntasks-per-node 1 megadistill doctor RECIPE --node
+  srun --ntasks-per-node 1 megadistill doctor RECIPE --node"""
 
-exit codes: 0 all checks passed; 2 a check failed"""
-
-STORE_TARGETS_EPILOG = f"""\
+STORE_TARGETS_EPILOG = """\
 The recipe's loss.targets selects the part of the distribution to store; `teacher.save_targets` stores the same during a
 run with a live teacher. A run with teacher.source=stored and teacher.targets=DIR reads them, and computes the same
 losses as with the live teacher. Targets belong to a tokenizer, an order of the data, a teacher and a seed: a run that
@@ -39,44 +35,29 @@ differs in one of these is refused.
 
 examples:
   megadistill store-targets recipes/mine.yaml --set loss.targets.draws=50 --output targets
-  torchrun --nproc_per_node 8 -m megadistill store-targets recipes/mine.yaml --output targets
-
-{EXIT_CODES}"""
+  torchrun --nproc_per_node 8 -m megadistill store-targets recipes/mine.yaml --output targets"""
 
 
 def add(commands: Commands) -> None:
-    _train_parser(commands)
-    _doctor_parser(commands)
-    _store_targets_parser(commands)
-
-
-def _train_parser(commands: Commands) -> None:
     summary = "train a student from labels, or by distillation from a teacher"
-    command = add_command(commands, "train", summary, TRAIN_EPILOG)
+    command = add_command(commands, "train", summary, TRAIN_EPILOG, _train)
     add_recipe(command)
     text = "save a checkpoint and stop after this step; rerun without it to continue"
-    command.add_argument("--stop-after", type=int, metavar="STEP", help=text)
-    command.set_defaults(run=_train)
+    option(command, "--stop-after", "STEP", text, kind=int)
 
-
-def _doctor_parser(commands: Commands) -> None:
     summary = "check machine, data and recipe for what would stop a run, before it starts"
-    command = add_command(commands, "doctor", summary, DOCTOR_EPILOG)
+    codes = "exit codes: 0 all checks passed; 2 a check failed"
+    command = add_command(commands, "doctor", summary, DOCTOR_EPILOG, _doctor, exit_codes=codes)
     add_recipe(command)
     text = "only the checks of one node by itself; start it without a launcher, once per node"
     command.add_argument("--node", action="store_true", help=text)
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    command.set_defaults(run=_doctor)
+    option(command, "--json", "FILE", "also write the table as JSON", kind=Path)
 
-
-def _store_targets_parser(commands: Commands) -> None:
     summary = "store a teacher's targets, for runs without the teacher in memory"
-    command = add_command(commands, "store-targets", summary, STORE_TARGETS_EPILOG)
+    command = add_command(commands, "store-targets", summary, STORE_TARGETS_EPILOG, _store_targets)
     add_recipe(command, "a YAML recipe with a live teacher and loss.targets")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the targets")
-    text = "targets of the first N steps only (default: train.steps)"
-    command.add_argument("--steps", type=int, metavar="N", help=text)
-    command.set_defaults(run=_store_targets)
+    option(command, "--output", "DIR", "folder of the targets", kind=Path, required=True)
+    option(command, "--steps", "N", "targets of the first N steps only (default: train.steps)", kind=int)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -104,12 +85,10 @@ def _train(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     import json
 
-    from rich.console import Console
-
     from megadistill.doctor.rank_report import Report
 
     def show(report: Report) -> None:
-        Console().print(report.table())
+        print_tables(report.table())
         if options.json:
             options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         if report.bad_nodes:
