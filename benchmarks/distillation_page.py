@@ -7,6 +7,7 @@ The gap is what the teacher's whole distribution gains over labels, of the same 
 import csv
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +153,10 @@ def write_page(results: Results, folders: Mapping[Key, Path]) -> None:
         "table",
         table(HEADING, [*(cells(results, row) for row in results.rows()), teacher_cells(results.teacher)], left=1),
     )
-    put(PAGE, "what was run", what_was_run(results, described))
+    put(PAGE, "runs", description_of_runs(results, described))
 
 
-def what_was_run(results: Results, described: Mapping[str, Any]) -> str:
+def description_of_runs(results: Results, described: Mapping[str, Any]) -> str:
     student, teacher = next(iter(results.students.values())), results.teacher
     train = described["recipe"]["train"]
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
@@ -165,7 +166,8 @@ def what_was_run(results: Results, described: Mapping[str, Any]) -> str:
             f"{train['global_batch'] * SEQUENCE:,} tokens, learning rate {train['optimizer']['learning_rate']}.",
             f"* Teacher: {teacher['parameters']:,} parameters, held-out CE {teacher['cross_entropy']:.3f}.",
             f"* Held out: {student['tokens']:,} tokens.",
-            f"* {versions}; {cpu()}, {len(os.sched_getaffinity(0))} cores.",
+            textwrap.fill(f"* {versions}.", width=118, subsequent_indent="  "),
+            f"* {cpu()}, {len(os.sched_getaffinity(0))} cores.",
         )
     )
 

@@ -164,13 +164,13 @@ def test_a_name_in_a_figures_legend_is_a_name() -> None:
 
 
 def test_a_run_that_just_began(started: Path, tmp_path: Path) -> None:
-    assert "No step is on record yet" in _page(started)
+    assert "No steps yet" in _page(started)
     run = WrittenRun(tmp_path / "run")
     run.begin()
     run.steps(1, 1)
     _keep_of_steps(run, "loss", "seconds", "tokens_per_second")
     html = _page(run.write())
-    assert "No step is on record yet" not in html
+    assert "No steps yet" not in html
     assert 'id="loss"' in html
     assert 'id="throughput"' in html
 
@@ -200,7 +200,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     loss = html[html.index('<figure id="loss">') :].partition("</figure>")[0]
     assert 'class="run-0"' in loss
     assert 'class="run-1"' in loss
-    differing = html[html.index("What differs") :].partition("</table>")[0]
+    differing = html[html.index("Differences") :].partition("</table>")[0]
     assert re.findall(r"loss\.[a-z_]+|run\.folder|train\.[a-z]+", differing) == ["loss.temperature"]
 
 
