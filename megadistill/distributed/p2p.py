@@ -21,10 +21,7 @@ class Message:
     buffer: Tensor
     work: Work
     label: str
-    source: int
-    to: int
-    number: int
-    """Position among the messages from `source` to `to`."""
+    id: timeline.MessageId
     is_sent: bool
 
     def wait(self) -> Tensor:
@@ -32,7 +29,7 @@ class Message:
         if self.is_sent:
             span = timeline.span(timeline.SEND, "flush")
         else:
-            span = timeline.message_span(timeline.WAIT, "wait for", self.label, self.source, self.to, self.number)
+            span = timeline.span(timeline.WAIT, f"wait for {self.label}", message=self.id)
         with span:
             self.work.wait()
         return self.buffer
@@ -55,19 +52,19 @@ class Endpoint:
         `to` is a place in the group, `label` the message's name in a timeline.
         """
         assert self._group is not None
-        ids = self._ranks[self._own], self._ranks[to], self._sent[to]
+        message_id = timeline.MessageId(self._ranks[self._own], self._ranks[to], self._sent[to])
         self._sent[to] += 1
-        with timeline.message_span(timeline.SEND, "send", label, *ids):
+        with timeline.span(timeline.SEND, f"send {label}", message=message_id):
             work = self._group.send([message], to, 0)
-        return Message(message, work, label, *ids, is_sent=True)
+        return Message(message, work, label, message_id, is_sent=True)
 
     def post_recv(self, buffer: Tensor, source: int, *, label: str) -> Message:
         """Posts the receive of the next message from place `source` of the group, whose shape is that of `buffer`."""
         assert self._group is not None
-        ids = self._ranks[source], self._ranks[self._own], self._received[source]
+        message_id = timeline.MessageId(self._ranks[source], self._ranks[self._own], self._received[source])
         self._received[source] += 1
         work = self._group.recv([buffer], source, 0)
-        return Message(buffer, work, label, *ids, is_sent=False)
+        return Message(buffer, work, label, message_id, is_sent=False)
 
 
 def exchange(sent: Tensor, received: Tensor, partner: int, group: ProcessGroup | None) -> None:

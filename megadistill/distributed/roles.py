@@ -66,10 +66,3 @@ class Roles:
     def clients(self, replica: int) -> range:
         share = self.students // self.replicas
         return range(replica * share, (replica + 1) * share)
-
-    def partners(self, rank: int) -> list[int]:
-        """Ranks of the other role that this one exchanges messages with."""
-        replica = self.replica(rank)
-        if self.is_student(rank):
-            return sorted({self.rank_of(replica, 0), self.rank_of(replica, self.stages - 1)})
-        return list(self.clients(replica)) if self.stage(rank) in (0, self.stages - 1) else []

@@ -6,7 +6,6 @@ vocab group: together they store the rows that each of them computes on.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,10 +40,10 @@ class Topology:
     group_size: int
     """p: ranks of a vocab group, and stages of the teacher."""
     device: torch.device
-    world_group: ProcessGroup | None
-    vocab_group: ProcessGroup | None
-    slice_group: ProcessGroup | None
-    pipeline_group: ProcessGroup | None
+    world_group: ProcessGroup | None = None
+    vocab_group: ProcessGroup | None = None
+    slice_group: ProcessGroup | None = None
+    pipeline_group: ProcessGroup | None = None
     role: Literal["student", "teacher"] = "student"
     """Student and teacher have a world each where the teacher has ranks of its own."""
     bridge: Bridge | None = None
@@ -90,10 +89,7 @@ def process_groups(
     device = local_device(launch.local_rank)
     # DeepSpeed reads these too, and looks for MPI where they are missing.
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # a free port
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world), LOCAL_RANK=str(launch.local_rank))
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -112,7 +108,8 @@ def process_groups(
         if roles is None or role == "student":
             topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
         else:
-            topology = _teachers_topology(own, roles, device)
+            # The stages of the teacher exchange all messages over the bridge.
+            topology = Topology(own.rank, own.world, own.local_rank, roles.stages, device, role="teacher")
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
         watchdog.count_collectives(lambda: collectives_joined(role, excluded=topology.pipeline_group))
         yield replace(topology, bridge=bridge, watchdog=watchdog)
@@ -160,22 +157,6 @@ def _own_launch(launch: Launch, roles: Roles) -> Launch:
     if roles.is_student(launch.rank):
         return replace(launch, world=roles.students)
     return replace(launch, rank=launch.rank - roles.students, world=roles.teachers)
-
-
-def _teachers_topology(launch: Launch, roles: Roles, device: torch.device) -> Topology:
-    """The topology of a rank of the teacher: all its messages cross the bridge, so it has no groups."""
-    return Topology(
-        rank=launch.rank,
-        world=launch.world,
-        local_rank=launch.local_rank,
-        group_size=roles.stages,
-        device=device,
-        world_group=None,
-        vocab_group=None,
-        slice_group=None,
-        pipeline_group=None,
-        role="teacher",
-    )
 
 
 def _is_communication(error: RuntimeError) -> bool:

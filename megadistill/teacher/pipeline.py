@@ -12,7 +12,6 @@ tokens are read and leave the pipeline together with the hidden states, so a mic
 delivered to the wrong rank does not match that rank's batch.
 """
 
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -50,8 +49,6 @@ class TeacherPipeline:
         ranks = range(first_rank, first_rank + topology.group_size)
         self.endpoint = Endpoint(self.group, rank=stage.stage, ranks=ranks)
         self._name = f"teacher stage {stage.stage}"
-        self.wait_seconds = 0.0
-        """Time (s) that this rank has waited for other stages."""
 
     @property
     def ahead(self) -> int:
@@ -93,7 +90,7 @@ class TeacherPipeline:
                     with timeline.span(timeline.COMPUTE, self._name, current):
                         packets = self._work(rounds[current - first], incoming)
                     if outgoing is not None:
-                        self._wait(outgoing)
+                        outgoing.wait()
                     outgoing = None
                     if self.stage.is_last:
                         finished = packets
@@ -142,28 +139,20 @@ class TeacherPipeline:
             yield from zip(current.tokens_gBS.chunk(stages), digests_gB.chunk(stages), strict=True)
             return
         assert incoming is not None, "the stage before sent nothing"
-        for packet in self._wait(incoming):
+        for packet in incoming.wait():
             yield self._unpack(packet, *current.batch.tokens.shape)
 
     def _scatter_signals(self, oldest: _Round, finished: Tensor | None) -> TeacherSignal:
         """This rank's part of a round, from the last stage."""
         B, S = oldest.batch.tokens.shape
-        began = time.perf_counter()
         kind, name = (timeline.SEND, "send answers") if self.stage.is_last else (timeline.WAIT, "wait for answer")
         with timeline.span(kind, name):
             packets = scatter_rows(
                 finished, self._empty_packets(1, B, S), source=self.stage.stages - 1, group=self.group
             )
-        self.wait_seconds += time.perf_counter() - began
         # After the last collective of the tick: a rank that stops here leaves no other one waiting in it.
         hidden_BSE, digests_B = self._unpack(packets[0], B, S)
         return checked_signal(hidden_BSE, oldest.batch.slots, digests_B)
-
-    def _wait(self, message: Message) -> Tensor:
-        began = time.perf_counter()
-        buffer = message.wait()
-        self.wait_seconds += time.perf_counter() - began
-        return buffer
 
     def _packet_bytes(self, B: int, S: int) -> int:
         return INT64_BYTES * B + self.stage.hidden_bytes(B, S)

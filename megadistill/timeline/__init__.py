@@ -3,7 +3,7 @@
 The packages above mark their spans (`span`); `train.telemetry` and `teacher` start a `Recorder`.
 """
 
-from megadistill.timeline.recorder import follow, message_span, recording, span
-from megadistill.timeline.spans import COMPUTE, DATA, HOST, SAVE, SEND, WAIT
+from megadistill.timeline.recorder import follow, recording, span
+from megadistill.timeline.spans import COMPUTE, DATA, HOST, SAVE, SEND, WAIT, MessageId
 
-__all__ = ["COMPUTE", "DATA", "HOST", "SAVE", "SEND", "WAIT", "follow", "message_span", "recording", "span"]
+__all__ = ["COMPUTE", "DATA", "HOST", "SAVE", "SEND", "WAIT", "MessageId", "follow", "recording", "span"]

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -25,34 +25,21 @@ SPANS_BEFORE = 4096
 _NO_SPAN: AbstractContextManager[None] = nullcontext()
 
 
-class Clock(Protocol):
-    """Moments, and the times that they become: seconds of the host's monotonic clock, which its processes share."""
+class HostClock:
+    """The clock of a host that does the work itself. Times are seconds of its monotonic clock, which is the node's."""
 
-    def moment(self) -> Any: ...
+    def moment(self) -> Any:
+        return time.monotonic()
 
     def seconds(self, moment: Any) -> float:
         """The time of a moment. Waits for the device to have passed it."""
-        ...
+        return float(moment)
 
     def anchor(self) -> None:
         """Compares the device's clock with the host's: the nearer to the moments, the better."""
-        ...
 
 
-class HostClock:
-    """The clock of a host that does the work itself."""
-
-    def moment(self) -> float:
-        return time.monotonic()
-
-    def seconds(self, moment: float) -> float:
-        return moment
-
-    def anchor(self) -> None:
-        """There is nothing to compare."""
-
-
-class DeviceClock:
+class DeviceClock(HostClock):
     """Events in the current stream of an accelerator. They count milliseconds in float32: 0.1 ms of half an hour."""
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +62,7 @@ class DeviceClock:
         self._anchor_seconds = time.monotonic()
 
 
-def clock_for(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> HostClock:
     """The host's clock for a CPU, else the device's."""
     return HostClock() if device.type == "cpu" else DeviceClock(device)
 
@@ -87,7 +74,7 @@ class Recorder:
     no client records, the last `SPANS_BEFORE` spans are kept.
     """
 
-    def __init__(self, clock: Clock, *, on_end: Callable[[], None] | None = None) -> None:
+    def __init__(self, clock: HostClock, *, on_end: Callable[[], None] | None = None) -> None:
         self.clock = clock
         self.thread = threading.get_ident()
         self.depth = 0
@@ -187,15 +174,6 @@ def span(
     if recorder is None or recorder.thread != threading.get_ident():
         return _NO_SPAN
     return _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message))
-
-
-def message_span(
-    kind: Kind, prefix: str, label: str, source: int, to: int, number: int
-) -> AbstractContextManager[None]:
-    """A `span` of sending, or waiting for, message `number` from rank `source` to rank `to`."""
-    if _recorder is None:
-        return _NO_SPAN
-    return span(kind, f"{prefix} {label}", message=MessageId(source, to, number))
 
 
 def follow(is_recorded: bool) -> None:

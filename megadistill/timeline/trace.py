@@ -9,18 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadistill.timeline.spans import KINDS, Kind, MessageId, Span, Timeline
-
-COLOURS: dict[Kind, str] = {
-    "compute": "thread_state_running",
-    "wait": "grey",
-    "send": "thread_state_runnable",
-    "data": "yellow",
-    "save": "terrible",
-    "host": "thread_state_sleeping",
-}
-"""Names of Chrome's palette, which takes no others. Perfetto colours by span name, and ignores them."""
-STEP_COLOUR = "white"
+from megadistill.timeline.spans import KINDS, MessageId, Span, Timeline
 
 
 def write_trace(timeline: Timeline, path: Path) -> None:
@@ -45,7 +34,7 @@ def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
         yield _name("thread_sort_index", **place, sort_index=lane.rank)
         for step in lane.steps:
             times = {"ts": _us(step.begin), "dur": _us(step.end) - _us(step.begin)}
-            yield {"ph": "X", "name": f"step {step.number}", "cat": "step", "cname": STEP_COLOUR, **times, **place}
+            yield {"ph": "X", "name": f"step {step.number}", "cat": "step", **times, **place}
         for span in lane.spans:
             if span.end < begin or span.begin > end:
                 continue
@@ -64,7 +53,6 @@ def _event(span: Span, begin: float, end: float) -> dict[str, Any]:
         "ph": "X",
         "name": span.name,
         "cat": span.kind,
-        "cname": COLOURS[span.kind],
         "ts": _us(begin),
         "dur": _us(end) - _us(begin),
         "args": arguments,

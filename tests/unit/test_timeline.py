@@ -63,13 +63,13 @@ def test_without_a_recorder_a_span_makes_no_object() -> None:
     assert not timeline.recording()
     off = timeline.span(timeline.COMPUTE, "loss")
     assert off is timeline.span(timeline.WAIT, "answer", 3)
-    assert off is timeline.message_span(timeline.SEND, "send", "packet", 0, 1, 2)
+    assert off is timeline.span(timeline.SEND, "send packet", message=MessageId(0, 1, 2))
 
 
 def test_nested_spans_are_recorded(recorder: Recorder) -> None:
     recorder.step(7)
     outer = timeline.span(timeline.COMPUTE, "teacher stage 1", 4)
-    with outer, timeline.message_span(timeline.WAIT, "wait for", "packet", 0, 1, 9):
+    with outer, timeline.span(timeline.WAIT, "wait for packet", message=MessageId(0, 1, 9)):
         pass
     with pytest.raises(ZeroDivisionError), timeline.span(timeline.COMPUTE, "loss"):
         raise ZeroDivisionError

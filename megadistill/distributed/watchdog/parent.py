@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from megadistill.distributed.launch import environment_rank
 from megadistill.errors import RestartFault
 
 POLL_SECONDS = 1.0
@@ -39,7 +40,7 @@ def write_stderr(line: str) -> None:
 def _poll(parent: int, runner: int | None, limit: float) -> None:
     while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
         time.sleep(POLL_SECONDS)
-    rank = os.environ["RANK"]
+    rank = environment_rank()
     write_stderr(f"rank {rank}: its launcher is gone: stopping")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(limit)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum, reduce_scatter_rows, scatter_rows
+from megadistill.distributed.collectives import (
+    all_gather_rows,
+    all_gather_texts,
+    all_reduce_sum,
+    all_true,
+    first_false,
+    reduce_scatter_rows,
+    scatter_rows,
+)
 from megadistill.distributed.topology import Topology
 from tests.ranks.harness import run_ranks
 
@@ -37,6 +45,19 @@ def test_results_come_in_rank_order() -> None:
 def test_a_failing_rank_is_the_failure_and_nobody_waits() -> None:
     with pytest.raises(AssertionError, match="rank one fails"):
         run_ranks(2, _fail_on_one)
+
+
+def _flags(topology: Topology) -> tuple[list[str], list[int | None], bool]:
+    group, device = topology.world_group, topology.device
+    texts = all_gather_texts("é" * topology.rank, group)
+    lowest = [first_false(topology.rank < limit, device, group) for limit in range(topology.world + 1)]
+    return texts, lowest, all_true(topology.rank < topology.world, device, group)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_rank_knows_the_texts_of_all_and_the_first_that_failed(world: int) -> None:
+    expected = ["é" * rank for rank in range(world)], [*range(world), None], True
+    assert run_ranks(world, _flags) == [expected] * world
 
 
 @pytest.mark.parametrize(("world", "p"), [(1, 1), (2, 2), (4, 2), (4, 1)])

@@ -203,4 +203,3 @@ def test_every_rank_has_one_place() -> None:
     assert [roles.is_student(rank) for rank in range(12)] == [True] * 8 + [False] * 4
     assert [list(roles.clients(replica)) for replica in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [(roles.replica(rank), roles.stage(rank)) for rank in range(8, 12)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [roles.partners(rank) for rank in (0, 5, 8, 11)] == [[8, 9], [10, 11], [0, 1, 2, 3], [4, 5, 6, 7]]
