@@ -91,8 +91,8 @@ def test_the_page_is_written_between_its_markers(tmp_path: Path, monkeypatch: py
     page, numbers = tmp_path / "page.md", tmp_path / "numbers.csv"
     monkeypatch.setattr(distillation_page, "PAGE", page)
     monkeypatch.setattr(distillation_page, "CSV", numbers)
-    marks = "# P\n\n<!-- table: x -->\nold\n<!-- end of table -->\n\nwords\n\n<!-- what was run: x -->\n"
-    page.write_text(marks + "<!-- end of what was run -->\nthe end\n")
+    marks = "# P\n\n<!-- table: x -->\nold\n<!-- end of table -->\n\nwords\n\n<!-- runs: x -->\n"
+    page.write_text(marks + "<!-- end of runs -->\nthe end\n")
     measures = results()
     write_page(measures, run_folders(tmp_path, measures))
     text = page.read_text()
