@@ -22,19 +22,19 @@ CASES = {
 }
 
 
-def _found() -> dict[str, list[dict[str, float]]]:
+def _run_cases() -> dict[str, list[dict[str, float]]]:
     runs = {name: run_ranks(world, three_steps, case)[0].steps for name, (world, case) in CASES.items()}
     return {name: [{key: step[key] for key in NAMES} for step in steps] for name, steps in runs.items()}
 
 
 def test_losses_and_gradient_norms_are_what_they_were() -> None:
-    found = _found()
+    steps_by_case = _run_cases()
     if os.environ.get("RENEW_GOLDEN"):
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        GOLDEN.write_text(json.dumps(steps_by_case, indent=1) + "\n", encoding="utf-8")
         pytest.fail(f"{GOLDEN} was renewed: run again without RENEW_GOLDEN")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert found.keys() == golden.keys()
+    assert steps_by_case.keys() == golden.keys()
     for name, steps in golden.items():
-        assert len(found[name]) == len(steps) == 3
-        for number, (ours, theirs) in enumerate(zip(found[name], steps, strict=True)):
+        assert len(steps_by_case[name]) == len(steps) == 3
+        for number, (ours, theirs) in enumerate(zip(steps_by_case[name], steps, strict=True)):
             assert ours == pytest.approx(theirs, rel=1e-6, abs=0.0), f"{name}: step {number}"

@@ -1,4 +1,4 @@
-"""The loop on real ranks: how many steps each takes is the recipe's word, never a rank's own view of the data."""
+"""The training loop on real ranks: steps, hooks, resumes, and every kind of teacher and of loss."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ STEPS, BATCH = 5, 4
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of a few units, so that steps end in the middle of an epoch, and epochs in the middle of a step."""
+    """A split of a few sequences, so that steps end in the middle of an epoch, and epochs in the middle of a step."""
     folder = tmp_path_factory.mktemp("data")
     return small_data_set(folder, sequence_length=64, heldout_fraction=0.3) / "train" / "manifest.json"
 
@@ -78,9 +78,9 @@ def _train(topology: Topology, manifest: str, folder: str) -> int:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, world: int) -> None:
     """DeepSpeed's trap 9: ZeRO-3's gathers are collective, so a rank with one batch fewer hangs the others for ever."""
-    units = Manifest.load(manifest).sequences
-    assert units % BATCH, "the batch must not divide the epoch, or this tests nothing"
-    assert units < STEPS * BATCH, "the run must be longer than an epoch"
+    sequences = Manifest.load(manifest).sequences
+    assert sequences % BATCH, "the batch must not divide the epoch, or this tests nothing"
+    assert sequences < STEPS * BATCH, "the run must be longer than an epoch"
     assert run_ranks(world, _train, str(manifest), str(tmp_path / "run")) == [STEPS] * world
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -88,22 +88,22 @@ def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, worl
 
 
 def _require_histograms_of_the_whole(folder: Path) -> None:
-    """What TensorBoard shows of the last step is the checkpoint's own tensors, however many ranks held them."""
+    """TensorBoard's histograms of the last step are those of the checkpoint's tensors, on any number of ranks."""
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
     board.Reload()
     checkpoint = newest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     for name in checkpoint.manifest.parameters:
-        (shown,) = [event.histogram_value for event in board.Histograms(f"weights/{name}")]
+        (histogram,) = [event.histogram_value for event in board.Histograms(f"weights/{name}")]
         values = checkpoint.parameter(name).double()
-        assert shown.num == values.numel()
-        assert (shown.min, shown.max) == (float(values.min()), float(values.max()))
-        assert shown.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-9)
+        assert histogram.num == values.numel()
+        assert (histogram.min, histogram.max) == (float(values.min()), float(values.max()))
+        assert histogram.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-9)
         assert board.Histograms(f"gradient_mean/{name}")[0].histogram_value.num == values.numel()
 
 
 def _train_in_a_folder_of_its_own(topology: Topology, manifest: str, folder: str) -> str:
-    """What a rank says when rank 1 sees another run folder than rank 0."""
+    """A rank's fault where rank 1 has another run folder than rank 0."""
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
     own = Path(folder) / ("shared" if topology.is_first else "unshared")
     try:
@@ -114,7 +114,7 @@ def _train_in_a_folder_of_its_own(topology: Topology, manifest: str, folder: str
 
 
 def test_ranks_that_see_other_checkpoints_do_not_train_on(manifest: Path, tmp_path: Path) -> None:
-    """A folder that the nodes do not share would go on from different steps, with weights of two runs."""
+    """A folder that the nodes do not share would be resumed from different steps, with weights of two runs."""
     run_ranks(2, _train, str(manifest), str(tmp_path / "shared"))
     (tmp_path / "unshared").mkdir()
     first, second = run_ranks(2, _train_in_a_folder_of_its_own, str(manifest), str(tmp_path))
@@ -185,7 +185,7 @@ def test_every_group_has_the_time_limit_of_the_run() -> None:
 
 
 # Distillation by what a recipe may ask for. Each rank's micro-batch is all that it has of a step, so that the tokens
-# of the vocab group, among which the surest are looked for, are the same on one rank and on two.
+# of the vocab group, among which those of lowest entropy are selected, are the same on one rank and on two.
 
 ROUTED = {
     "divergence": "jsd",
@@ -225,7 +225,7 @@ def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same ids as the student."""
+    """A teacher with the student's ids."""
     described = Manifest.load(manifest)
     return _teacher(tmp_path_factory.mktemp("teacher"), described, torch.arange(described.vocab_size))
 
@@ -239,7 +239,7 @@ def _distill(
     stop_after: int | None,
     data: dict[str, Any],
 ) -> str:
-    """What stopped the run, or nothing."""
+    """The error that stopped the run, or nothing."""
     base = recipe(Path(manifest), Path(folder)).snapshot()
     changes: dict[str, Any] = {
         "objective": "distill",
@@ -291,9 +291,9 @@ def _flat(line: dict[str, Any]) -> dict[str, Any]:
     return {**line, "diagnostics": len(closer), **{f"closer {name}": value for name, value in closer.items()}}
 
 
-def _assert_alike(found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
-    assert len(found) == len(truth) == STEPS
-    for ours, theirs in zip(found, truth, strict=True):
+def _assert_alike(numbers: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
+    assert len(numbers) == len(truth) == STEPS
+    for ours, theirs in zip(numbers, truth, strict=True):
         assert ours.keys() == theirs.keys()
         assert _flat(ours) == pytest.approx(_flat(theirs), rel=2e-5, abs=1e-7)
 
@@ -356,8 +356,8 @@ def test_a_curriculum_entry_not_yet_reached_may_be_edited_and_others_not(
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, 2, mixed) == [""] * 2
     first, last = mixed["curriculum"]
     other = {**mixed, "curriculum": [{**first, "weights": {"train": 1, "heldout": 1}}, last]}
-    for said in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
-        assert "curriculum entry 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in said
+    for message in run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, other):
+        assert "curriculum entry 1 was heldout 1, train 2 parts, is heldout 1, train 1 parts" in message
     edited = {**mixed, "curriculum": [first, {"weights": {"train": 1}}]}
     assert run_ranks(2, _distill, str(manifest), str(folder), {}, paths, None, edited) == [""] * 2
     assert _cursor(folder)["order"]["stages"][1]["quotas"] == {"train": 1}
@@ -368,7 +368,7 @@ DISAGGREGATED: dict[str, Any] = {"placement": "disaggregated", "queue": 3}
 
 @pytest.fixture(scope="module")
 def colocated(manifest: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks learn with a stage each, documents masked."""
+    """The numbers of two ranks with a stage each, documents masked."""
     folder = tmp_path_factory.mktemp("colocated") / "run"
     return _run(2, manifest, folder, {}, data={"document_mask": True}, path=teacher)
 
@@ -387,7 +387,7 @@ def test_a_teacher_on_ranks_of_its_own_teaches_the_same(
     _assert_alike(apart, colocated)
 
 
-def test_a_run_goes_on_with_its_teacher_elsewhere(
+def test_a_run_resumes_with_its_teacher_elsewhere(
     manifest: Path, teacher: Path, tmp_path: Path, colocated: list[dict[str, Any]]
 ) -> None:
     roles = Roles(4, 2, 2)
@@ -396,7 +396,7 @@ def test_a_run_goes_on_with_its_teacher_elsewhere(
     _assert_alike(moved, colocated)
 
 
-def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+def test_hidden_states_in_eight_bits_move_the_loss_little(manifest: Path, teacher: Path, tmp_path: Path) -> None:
     roles = Roles(2, 1, 1)
     keys: dict[str, Any] = {**DISAGGREGATED, "ranks": 1, "path": teacher}
     exact = _run(2, manifest, tmp_path / "whole", {}, roles=roles, **keys)
@@ -408,7 +408,7 @@ def test_eight_bits_on_the_wire_move_the_loss_little(manifest: Path, teacher: Pa
 def _stored(
     topology: Topology, manifest: str, folder: str, loss: dict[str, Any], teacher: dict[str, Any]
 ) -> str | None:
-    """What `cache` says, of ranks that hold the vocabulary and the teacher's stages between them."""
+    """The result of `store-targets`, of ranks that hold the vocabulary and the teacher's stages between them."""
     base = recipe(Path(manifest), Path(folder) / "no-run").snapshot()
     section = {**teacher, "save_targets": folder}
     train = {**base["train"], "micro_batch": BATCH // topology.world}
@@ -430,25 +430,25 @@ def test_stored_targets_teach_as_the_live_teacher_does(
     assert _run(2, manifest, tmp_path / "from-beside", loss, stops=(2, None), **stored) == live
     for world in worlds:
         folder = tmp_path / f"{world}"
-        said = run_ranks(world, _stored, str(manifest), str(folder), loss, {"path": str(teacher)})
-        assert f"targets of {STEPS * BATCH} sequences" in said[0]
-        found = _run(2, manifest, tmp_path / f"from-{world}", loss, source="stored", targets=folder)
+        message = run_ranks(world, _stored, str(manifest), str(folder), loss, {"path": str(teacher)})
+        assert f"targets of {STEPS * BATCH} sequences" in message[0]
+        numbers = _run(2, manifest, tmp_path / f"from-{world}", loss, source="stored", targets=folder)
         if world == 1:  # other slices of the vocabulary: the sums behind the probabilities have another order
-            _assert_alike(found, live)
+            _assert_alike(numbers, live)
         else:
-            assert found == live
+            assert numbers == live
 
 
 def test_stored_targets_of_another_run_are_refused(manifest: Path, teacher: Path, tmp_path: Path) -> None:
     run_ranks(1, _stored, str(manifest), str(tmp_path / "kept"), LOSSES["sampled"], {"path": str(teacher)})
     section = {"source": "stored", "targets": str(tmp_path / "kept")}
     for loss, says in (({"targets": {"draws": 9}}, "loss.targets was"), (LOSSES["top-p"], "loss.targets was")):
-        (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), loss, section, None, {})
-        assert says in said
-    (said,) = run_ranks(
+        (message,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), loss, section, None, {})
+        assert says in message
+    (message,) = run_ranks(
         1, _distill, str(manifest), str(tmp_path / "run"), LOSSES["sampled"], section, None, {"seed": 3}
     )
-    assert "the seed was 1, is 3" in said
+    assert "the seed was 1, is 3" in message
 
 
 def test_the_log_has_the_numbers_of_the_recipes_options(manifest: Path, teacher: Path, tmp_path: Path) -> None:
@@ -503,6 +503,6 @@ def test_a_token_that_the_teacher_has_no_id_for_stops_the_run(manifest: Path, te
     path = tmp_path / "map.json"
     path.write_text(json.dumps(ids.tolist()), encoding="utf-8")
     paths = {"path": str(teacher), "vocab_map": str(path)}
-    (said,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None, {})
-    assert f"no teacher's id for {int(first)}" in said
-    assert "slot 0" in said
+    (message,) = run_ranks(1, _distill, str(manifest), str(tmp_path / "run"), {}, paths, None, {})
+    assert f"no teacher's id for {int(first)}" in message
+    assert "slot 0" in message

@@ -1,4 +1,4 @@
-"""The probe of a run: kept at the first start, and any other teacher is told from it, wherever its parts lie."""
+"""The teacher check: recorded at the first start; any other teacher fails it, in every placement."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ SLOT = 7
 
 
 def _rows() -> TokenBatch:
-    """Two, the first of which is a hole."""
+    """Two rows, the first of which is masked."""
     tokens = torch.randint(VOCAB, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
     labels = tokens.clone()
     labels[0] = -100
@@ -37,7 +37,7 @@ def _rows() -> TokenBatch:
 
 
 def _never() -> TokenBatch:
-    raise AssertionError("only the first rank is asked for rows, and only where there is no probe")
+    raise AssertionError("only the first rank reads rows, and only where there is no probe")
 
 
 def _setup(topology: Topology, folder: Path, teacher: str, keys: dict[str, Any], precision: str) -> Setup:
@@ -53,7 +53,7 @@ def _setup(topology: Topology, folder: Path, teacher: str, keys: dict[str, Any],
 def _start(
     topology: Topology, folder: str, teacher: str, keys: dict[str, Any], precision: str, wrong: tuple[str, ...]
 ) -> list[str]:
-    """What starts say: the line, or why they stop. `wrong`: what of the teacher is wrong on the last rank at each."""
+    """The line of each start, or its fault. `wrong`: by start, the part that is wrong on the last rank."""
     setup = _setup(topology, Path(folder), teacher, keys, precision)
     if topology.role == "teacher":
         run_teacher_server(setup, topology)
@@ -61,7 +61,7 @@ def _start(
     vocab = even_slice(VOCAB, topology)
     sound = live_teacher(setup, topology)(vocab)
     pipeline = sound.pipeline
-    said = []
+    lines = []
     for part in wrong:
         given = sound
         if topology.rank == topology.world - 1 and part == "head":
@@ -75,11 +75,11 @@ def _start(
         barrier(topology.world_group)
         rows = _rows if topology.is_first and not probed else _never
         try:
-            said.append(str(given.check(setup, vocab, topology, rows=rows)))
+            lines.append(str(given.check(setup, vocab, topology, rows=rows)))
         except OperatorFault as fault:
-            said.append(str(fault))
+            lines.append(str(fault))
     sound.close()
-    return said
+    return lines
 
 
 def _starts(
@@ -92,7 +92,7 @@ def _starts(
     wrong: tuple[str, ...] = ("",),
     **layout: Any,
 ) -> list[list[str]]:
-    """By rank."""
+    """See `_start`, by rank."""
     return run_ranks(world, _start, str(folder), teacher, keys or {}, precision, wrong, **layout)
 
 
@@ -109,7 +109,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def truth(folder: Path) -> dict[str, torch.Tensor]:
-    """What the unsplit model says of the row."""
+    """The unsplit model's output for the row."""
     model = whole_model("gemma2", seed=0)
     row = _rows().tokens[1:]
     with torch.no_grad():
@@ -126,12 +126,12 @@ def truth(folder: Path) -> dict[str, torch.Tensor]:
 OTHER = "this is not the teacher that the run was started with"
 
 
-def test_what_is_kept_is_what_the_unsplit_model_says_and_each_start_asks_it(
+def test_the_record_is_the_unsplit_models_output_and_each_start_compares(
     folder: Path, truth: dict[str, torch.Tensor]
 ) -> None:
     entropy = f"CE {truth['cross_entropy'].item():.4f}"
-    found = _starts(2, folder, wrong=("", "", "head", "stage", "file"))
-    for rank, (recorded, again, head, stage, file) in enumerate(found):
+    ranks = _starts(2, folder, wrong=("", "", "head", "stage", "file"))
+    for rank, (recorded, again, head, stage, file) in enumerate(ranks):
         assert recorded == f"teacher check: recorded reference output (sample {SLOT}, {entropy})"
         assert again == f"teacher check passed: bitwise identical to the first start ({entropy})"
         # A wrong slice spoils the cross-entropy of all ranks, and a wrong last stage their hidden states.
@@ -150,7 +150,7 @@ def test_what_is_kept_is_what_the_unsplit_model_says_and_each_start_asks_it(
         torch.testing.assert_close(written[name], truth[name], rtol=0, atol=1e-5)
 
 
-def test_other_layouts_and_roundings_are_told_from_another_teacher(
+def test_other_layouts_and_roundings_pass_and_another_teacher_fails(
     folder: Path, truth: dict[str, torch.Tensor]
 ) -> None:
     """The teacher on ranks of its own; its answers in eight bits; all of it in bfloat16."""

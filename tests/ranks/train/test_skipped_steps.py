@@ -55,8 +55,8 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
 
 @contextmanager
 def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
-    """On this rank, in the first micro-batch: a NaN in the hidden states; or in a number of the loss that no gradient
-    shows; or an infinity in a gradient that no number of the loss shows."""
+    """Spoils the first micro-batch on this rank: a NaN in the hidden states; or in a number of the loss that no
+    gradient shows; or an infinity in a gradient that no number of the loss shows."""
     hidden, numbers, spoilt = student.hidden, step_module._numbers, here
 
     def spoil(values: Tensor, by: float) -> Tensor:
@@ -69,12 +69,12 @@ def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
         return values + mask
 
     def bad_hidden(*arguments: Any) -> Tensor:
-        found: Any = hidden(*arguments)
+        taken: Any = hidden(*arguments)
         if what == "hidden":
-            found = spoil(found, torch.nan)
+            taken = spoil(taken, torch.nan)
         elif what == "gradient" and spoilt:
-            found.register_hook(lambda gradient: spoil(gradient, torch.inf))
-        return found  # type: ignore[no-any-return]
+            taken.register_hook(lambda gradient: spoil(gradient, torch.inf))
+        return taken  # type: ignore[no-any-return]
 
     def bad_numbers(terms: LossTerms) -> Tensor:
         return spoil(numbers(terms), torch.nan) if what == "number" else numbers(terms)
@@ -86,24 +86,24 @@ def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Found:
+class Run:
     outcomes: list[StepOutcome]
     states: list[dict[str, Tensor]]
     """This rank's, after each of the outcomes."""
 
 
-def _steps(topology: Topology, case: Case, bad: bool) -> Found:
+def _steps(topology: Topology, case: Case, bad: bool) -> Run:
     """Steps 0 and 4, and between them, if `bad`, three that the last rank spoils."""
     student = build(case, topology)
-    found = Found([_step(student, case, topology, 0)], [student.state.local()])
+    taken = Run([_step(student, case, topology, 0)], [student.state.local()])
     if bad:
         for step, what in enumerate(BAD, start=1):
             with _spoiled(student, what, here=topology.rank == topology.world - 1):
-                found.outcomes.append(_step(student, case, topology, step))
-            found.states.append(student.state.local())
-    found.outcomes.append(_step(student, case, topology, 4))
-    found.states.append(student.state.local())
-    return found
+                taken.outcomes.append(_step(student, case, topology, step))
+            taken.states.append(student.state.local())
+    taken.outcomes.append(_step(student, case, topology, 4))
+    taken.states.append(student.state.local())
+    return taken
 
 
 def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -116,21 +116,21 @@ def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 )
 def test_a_step_that_is_not_finite_leaves_no_trace(world: int, case: Case) -> None:
     clean_ranks = run_ranks(world, _steps, case, False)
-    for clean, found in zip(clean_ranks, run_ranks(world, _steps, case, True), strict=True):
-        assert [outcome.skipped for outcome in found.outcomes] == [False, True, True, True, False], (
+    for clean, taken in zip(clean_ranks, run_ranks(world, _steps, case, True), strict=True):
+        assert [outcome.skipped for outcome in taken.outcomes] == [False, True, True, True, False], (
             "on every rank alike"
         )
-        said = [finite(outcome.metrics) for outcome in found.outcomes]
-        assert said == [True, False, False, True, True], "either is enough, and what one rank computed all ranks know"
-        before, *after_bad, after = found.states
+        all_finite = [finite(outcome.metrics) for outcome in taken.outcomes]
+        assert all_finite == [True, False, False, True, True], "either is enough, and all ranks know of it"
+        before, *after_bad, after = taken.states
         assert len(before) == 1 + 3 * sum(name.startswith("master/") for name in before), "moments, and the step count"
         for state in after_bad:
             assert _differ(state, before) == []
         assert "optimizer_step" in _differ(after, before)
         assert _differ(after, clean.states[-1]) == []
-        assert found.outcomes[-1].metrics == clean.outcomes[-1].metrics
-        assert found.outcomes[-1].grad_norm == clean.outcomes[-1].grad_norm
-        for outcome in (*found.outcomes, *clean.outcomes):
+        assert taken.outcomes[-1].metrics == clean.outcomes[-1].metrics
+        assert taken.outcomes[-1].grad_norm == clean.outcomes[-1].grad_norm
+        for outcome in (*taken.outcomes, *clean.outcomes):
             assert outcome.flags == {"rank": world * (world - 1) / 2, "one": float(world)}, "summed on any step"
 
 

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: a world of one, a data set that is only described, small recipes."""
+"""Shared by the tests of this folder: a world of one, a data set that is only described, small recipes."""
 
 import hashlib
 import json
@@ -109,7 +109,7 @@ def recipe(manifest: Path, run: Path, *, teacher: Path | None = None, **sections
 
 
 def manifest_of(step: int, *, world: int = 1, **changes: Any) -> CheckpointManifest:
-    """What a checkpoint of `step` says of itself, without its files."""
+    """The manifest of a checkpoint of `step`, without its files."""
     values: dict[str, Any] = {
         "format": FORMAT,
         "step": step,

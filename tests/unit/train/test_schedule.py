@@ -14,31 +14,31 @@ PEAK = 3e-4
 
 
 def rates(steps: int, schedule: ScheduleSection) -> list[float]:
-    """Of steps 1 to `steps`."""
+    """The rates of steps 1 to `steps`."""
     return [scheduled(PEAK, step=step, steps=steps, schedule=schedule) for step in range(1, steps + 1)]
 
 
 def test_cosine_by_hand() -> None:
-    found = rates(12, ScheduleSection(kind="cosine", warmup_steps=4, final_ratio=0.1))
+    values = rates(12, ScheduleSection(kind="cosine", warmup_steps=4, final_ratio=0.1))
     expected = [0.25, 0.5, 0.75, 1.0, *(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 9))]
-    assert found == pytest.approx([PEAK * share for share in expected], rel=1e-12)
-    assert found[7] == pytest.approx(PEAK * 0.55, rel=1e-12), "half-way down in the middle"
-    assert found[-1] == PEAK * 0.1
+    assert values == pytest.approx([PEAK * share for share in expected], rel=1e-12)
+    assert values[7] == pytest.approx(PEAK * 0.55, rel=1e-12), "half-way down in the middle"
+    assert values[-1] == PEAK * 0.1
 
 
 def test_warmup_stable_decay_by_hand() -> None:
-    found = rates(10, ScheduleSection(kind="wsd", warmup_steps=2, decay_steps=4, final_ratio=0.2))
+    values = rates(10, ScheduleSection(kind="wsd", warmup_steps=2, decay_steps=4, final_ratio=0.2))
     expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
-    assert found == pytest.approx([PEAK * share for share in expected], rel=1e-12)
-    assert found[-1] == PEAK * 0.2
+    assert values == pytest.approx([PEAK * share for share in expected], rel=1e-12)
+    assert values[-1] == PEAK * 0.2
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_without_warmup_and_down_to_nothing(kind: str) -> None:
     decay = 5 if kind == "wsd" else None
-    found = rates(5, ScheduleSection.model_validate({"kind": kind, "decay_steps": decay, "final_ratio": 0.0}))
-    assert found[0] < PEAK, "the first step is one step down already: there is no step 0"
-    assert found[-1] == 0.0
+    values = rates(5, ScheduleSection.model_validate({"kind": kind, "decay_steps": decay, "final_ratio": 0.0}))
+    assert values[0] < PEAK, "the first step is one step down already: there is no step 0"
+    assert values[-1] == 0.0
 
 
 @st.composite
@@ -57,13 +57,13 @@ def schedules(draw: st.DrawFn) -> tuple[int, ScheduleSection]:
 @given(schedules())
 def test_up_to_the_peak_then_never_up_again(case: tuple[int, ScheduleSection]) -> None:
     steps, schedule = case
-    found = rates(steps, schedule)
+    values = rates(steps, schedule)
     tiny = 1e-12 * PEAK
-    rising, falling = found[: schedule.warmup_steps], found[max(0, schedule.warmup_steps - 1) :]
+    rising, falling = values[: schedule.warmup_steps], values[max(0, schedule.warmup_steps - 1) :]
     assert all(later > earlier for earlier, later in itertools.pairwise(rising))
     assert all(later <= earlier + tiny for earlier, later in itertools.pairwise(falling))
     if rising:
         assert rising[-1] == pytest.approx(PEAK, rel=1e-12)
-    assert found[-1] == PEAK * schedule.final_ratio
+    assert values[-1] == PEAK * schedule.final_ratio
     assert min(falling) >= PEAK * schedule.final_ratio - tiny
-    assert max(found) <= PEAK + tiny
+    assert max(values) <= PEAK + tiny

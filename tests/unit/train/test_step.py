@@ -16,7 +16,7 @@ def _terms(diagnostics: Diagnostics | None) -> LossTerms:
 
 
 def test_every_number_has_its_name() -> None:
-    closer = Diagnostics(
+    diagnostics = Diagnostics(
         acceptance=torch.tensor(0.5),
         reverse_kl=torch.tensor(math.inf),
         jsd=torch.tensor(0.25),
@@ -24,12 +24,12 @@ def test_every_number_has_its_name() -> None:
         kl_by_entropy_decile=torch.arange(10) / 10,
     )
     names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES)
-    found = dict(zip(names, _numbers(_terms(closer)).tolist(), strict=True))
-    assert [found[name] for name in METRIC_NAMES] == list(range(9))
-    assert found["acceptance"] == 0.5
-    assert found["top_64_mass"] == pytest.approx(0.2)
-    assert found["kl_entropy_decile_1"] == 0.0
-    assert found["kl_entropy_decile_10"] == pytest.approx(9.0), "the mean over the decile's own tenth of the tokens"
-    assert "reverse_kl" not in _finite(found, DIAGNOSTIC_NAMES), "JSON has no infinity"
-    assert len(_finite(found, DIAGNOSTIC_NAMES)) == len(DIAGNOSTIC_NAMES) - 1
+    numbers = dict(zip(names, _numbers(_terms(diagnostics)).tolist(), strict=True))
+    assert [numbers[name] for name in METRIC_NAMES] == list(range(9))
+    assert numbers["acceptance"] == 0.5
+    assert numbers["top_64_mass"] == pytest.approx(0.2)
+    assert numbers["kl_entropy_decile_1"] == 0.0
+    assert numbers["kl_entropy_decile_10"] == pytest.approx(9.0), "the mean over the decile's own tenth of the tokens"
+    assert "reverse_kl" not in _finite(numbers, DIAGNOSTIC_NAMES), "JSON has no infinity"
+    assert len(_finite(numbers, DIAGNOSTIC_NAMES)) == len(DIAGNOSTIC_NAMES) - 1
     assert _numbers(_terms(None)).tolist() == list(range(9))
