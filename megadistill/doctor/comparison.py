@@ -28,7 +28,7 @@ def versions_row(reports: Sequence[RankReport]) -> Row:
     unlike = [name for name in versions[0] if len({each.get(name) for each in versions}) > 1]
     values = [" ".join(f"{name} {each.get(name)}" for name in unlike) for each in versions]
     usual = ", ".join(f"{name} {version}" for name, version in versions[0].items())
-    return require_same("versions", values, [each.host for each in reports], same=usual)
+    return require_same("versions", values, reports, same=usual)
 
 
 def contents_row(reports: Sequence[RankReport]) -> Row | None:
@@ -37,17 +37,13 @@ def contents_row(reports: Sequence[RankReport]) -> Row | None:
     if not readers:
         return None
     values = [", ".join(f"{name} {value}" for name, value in each.facts["content"].items()) for each in readers]
-    return require_same("contents", values, [each.host for each in readers], same=values[0])
+    return require_same("contents", values, readers, same=values[0])
 
 
 def devices_row(reports: Sequence[RankReport]) -> Row:
     """Different devices are a warning: they work, at the pace of the slowest."""
-    row = require_same(
-        "devices",
-        [each.facts["device"] for each in reports],
-        [each.host for each in reports],
-        same=f"{len(reports)} x {reports[0].facts['device']}",
-    )
+    devices = [each.facts["device"] for each in reports]
+    row = require_same("devices", devices, reports, same=f"{len(devices)} x {devices[0]}")
     return Row(row.check, Status.WARN, row.detail) if row.status is Status.FAIL else row
 
 
@@ -150,12 +146,8 @@ def pairs_row(bandwidths: Mapping[Pair, float], hosts: Sequence[str], *, on_cpu:
     if not late:
         return Row("pairs of ranks", Status.OK, "; ".join(rates_by_kind))
     status = Status.WARN if on_cpu else Status.FAIL
-    return Row(
-        "pairs of ranks",
-        status,
-        f"slow: {some(late)}; {'; '.join(rates_by_kind)}",
-        () if on_cpu else tuple(sorted(bad)),
-    )
+    detail = f"slow: {some(late)}; {'; '.join(rates_by_kind)}"
+    return Row("pairs of ranks", status, detail, () if on_cpu else tuple(sorted(bad)))
 
 
 def _suspects(pairs: Sequence[Pair], hosts: Sequence[str]) -> set[str]:

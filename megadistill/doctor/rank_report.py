@@ -141,12 +141,12 @@ def _row(check: str, reports: Sequence[RankReport]) -> Row:
     return Row(check, worst, text, tuple(sorted(affected)) if at_fault else ())
 
 
-def require_same(check: str, values: Sequence[str], hosts: Sequence[str], *, same: str) -> Row:
-    """Compares the ranks' `values`; fails for those unlike the most frequent one, or the first of equally frequent.
+def require_same(check: str, values: Sequence[str], reports: Sequence[RankReport], *, same: str) -> Row:
+    """Compares the `values` of `reports`; fails for those unlike the most frequent one, the first of equally frequent.
 
     `same`: the detail where all are equal.
     """
-    counts = Counter(values)
+    counts, hosts = Counter(values), [report.host for report in reports]
     if len(counts) == 1:
         return Row(check, Status.OK, same)
     usual = max(counts, key=lambda value: (counts[value], value == values[0]))

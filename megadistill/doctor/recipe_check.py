@@ -50,13 +50,13 @@ def check_recipe(
         content["data"] = data.order(recipe.data.seed).fingerprint[:12]
         own.check("shards", lambda: _shards(recipe, data, launch))
         own.check("vocabulary", lambda: _vocabulary(recipe, data, launch))
-    own.check("student", lambda: _student(recipe, data))
+    own.check("student", lambda: _described(_student_config(recipe, data)))
     if recipe.student.weights is not None and data is not None:
         folder = Path(recipe.student.weights)
         content["student"] = own.check("student's weights", lambda: _start(recipe, folder, data))
     if recipe.teacher is not None and recipe.teacher.path is not None:
         path_of_teacher = Path(recipe.teacher.path)
-        own.check("teacher", lambda: _teacher(path_of_teacher))
+        own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
         content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
     details = {result.detail for result in own.results}
@@ -83,10 +83,8 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
 
 def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     roles, students = students_of(recipe, launch)
-    accumulation, group = (
-        recipe.accumulation(students.world),
-        vocab_group_size(recipe.distributed.vocab_group, students),
-    )
+    accumulation = recipe.accumulation(students.world)
+    group = vocab_group_size(recipe.distributed.vocab_group, students)
     ranks = f"{students.world} {'rank' if students.world == 1 else 'ranks'}"
     detail = f"{ranks}, vocabulary over {group}, accumulation {accumulation}"
     if roles is not None:
@@ -98,7 +96,7 @@ def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
     deepspeed_config, disabled = active_deepspeed_config(Path(recipe.student.deepspeed))
     if accumulation is not None:
         build_engine_config(deepspeed_config, recipe.train, accumulation)
-    without = f"; a CPU does without {', '.join(disabled)}" if disabled else ""
+    without = f"; disabled on a CPU: {', '.join(disabled)}" if disabled else ""
     return None, f"{recipe.student.deepspeed}{without}"
 
 
@@ -151,10 +149,6 @@ def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, st
     return None, f"{data.vocab_size:,} ids padded to {padded:,}, {padded // group:,} a rank; {data.tokenizer.kind}"
 
 
-def _student(recipe: Recipe, data: Mixture | None) -> tuple[None, str]:
-    return None, _described(_student_config(recipe, data))
-
-
 def _student_config(recipe: Recipe, data: Mixture | None) -> Any:
     source = recipe.student.config
     config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
@@ -171,20 +165,16 @@ def _start(recipe: Recipe, weights: Path, data: Mixture) -> tuple[str | None, st
     return fingerprint, f"every tensor is there in its shape, of the student's model; fingerprint {fingerprint}"
 
 
-def _teacher(folder: Path) -> tuple[None, str]:
-    return None, _described(load_config(folder, what="teacher.path"))
-
-
 def _fingerprint(folder: Path) -> tuple[str, str]:
     check_weights(folder, load_config(folder, what="teacher.path"))
     fingerprint = teacher_fingerprint(folder)[:12]
     return fingerprint, f"every tensor is there in its shape; fingerprint {fingerprint}"
 
 
-def _described(config: Any) -> str:
+def _described(config: Any) -> tuple[None, str]:
     counts = parameter_counts(config)
     parts = ", ".join(f"{name} {count(size)}" for name, size in asdict(counts).items() if name != "active_body")
-    return f"{config.model_type} on meta: {count(counts.total)} parameters ({parts})"
+    return None, f"{config.model_type} on meta: {count(counts.total)} parameters ({parts})"
 
 
 def _earlier_checkpoints(recipe: Recipe) -> tuple[None, str]:

@@ -66,11 +66,13 @@ def test_a_report_survives_serialization() -> None:
 
 
 def test_the_odd_one_out_is_named() -> None:
-    row = require_same("versions", ["torch 2", "torch 2", "torch 1"], ["a", "b", "c"], same="all")
+    row = require_same(
+        "versions", ["torch 2", "torch 2", "torch 1"], [_rank(0, "a"), _rank(1, "b"), _rank(2, "c")], same="all"
+    )
     assert row == Row("versions", FAIL, "c: torch 1; elsewhere torch 2", ("c",))
-    tie = require_same("versions", ["torch 1", "torch 2"], ["a", "b"], same="all")
+    tie = require_same("versions", ["torch 1", "torch 2"], [_rank(0, "a"), _rank(1, "b")], same="all")
     assert tie.nodes == ("b",)  # unlike where the user is
-    assert require_same("versions", ["", ""], ["a", "b"], same="all") == Row("versions", OK, "all")
+    assert require_same("versions", ["", ""], [_rank(0, "a"), _rank(1, "b")], same="all") == Row("versions", OK, "all")
 
 
 def test_a_report_is_json_with_its_bad_nodes() -> None:
