@@ -1,10 +1,10 @@
-"""The ground floor: the few errors of the package and the exit code of each. It knows nothing else.
+"""Errors of the package, by who has to act, and the exit code of each.
 
-| error          | exit | who mends it                                   |
-|----------------|------|------------------------------------------------|
-| UserError      | 2    | the user: one line says what, the value, the way out |
-| RestartFault   | 3    | a restart: the sbatch files requeue on it      |
-| OperatorFault  | 4    | a person: the sbatch files do not requeue      |
+| error          | exit | action                                               |
+|----------------|------|------------------------------------------------------|
+| UserError      | 2    | the user corrects the input that the message names   |
+| RestartFault   | 3    | a restart: the sbatch files requeue                  |
+| OperatorFault  | 4    | a person investigates: the sbatch files do not       |
 """
 
 import difflib
@@ -12,23 +12,23 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The input is wrong (a recipe, an argument, a file). Shown as one line, without a traceback."""
+    """Invalid input (a recipe, an argument, a file). Shown as one line, without a traceback."""
 
     exit_code = 2
 
 
 class RankUserError(UserError):
-    """The input is wrong as one rank met it, after the ranks had joined: that rank says so, whoever it is."""
+    """Invalid input that one rank found after the ranks had joined: that rank prints it, whichever it is."""
 
 
 class RestartFault(RuntimeError):
-    """Something broke that starting again from the newest checkpoint can mend."""
+    """A failure that a restart from the latest checkpoint may fix."""
 
     exit_code = 3
 
 
 class OperatorFault(RuntimeError):
-    """Something broke that a restart would only repeat: a person has to look."""
+    """A failure that a restart would repeat: a person has to investigate."""
 
     exit_code = 4
 

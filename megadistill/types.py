@@ -1,4 +1,4 @@
-"""What flows between the rooms: batches, the teacher's signal, loss terms, reports. It knows torch only.
+"""Types shared between packages: batches, the teacher's signal, loss terms, step reports.
 
 Legend: B sequences of this rank in a micro-batch (or step), S tokens of a sequence, N = B·S tokens, E teacher width.
 """
@@ -60,7 +60,7 @@ class TokenBatch:
 
     tokens [B, S] int64; labels [B, S] int64, the next token, `IGNORED_LABEL` where there is none;
     slots [B] int64, the stream position of each row; digests [B] int64 of each row's tokens (`token_digest`);
-    starts [B, S] bool, where a document begins; `document_mask`: whether each document is read by itself.
+    starts [B, S] bool, where a document begins; `document_mask`: whether attention is limited to a document.
     """
 
     tokens: Tensor
@@ -70,7 +70,7 @@ class TokenBatch:
     starts: Tensor
     document_mask: bool = False
     faults: tuple[tuple[int, str], ...] = ()
-    """Slots of this rank's rows found damaged just now, with what is wrong: masked from now on."""
+    """(slot, reason) of this rank's rows that failed their check in this batch; they are masked from now on."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -86,35 +86,35 @@ class TokenBatch:
         ]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """What models read on `device`; slots and digests stay on the host, where they are compared."""
+        """Copies the models' inputs to `device`; slots and digests stay on the host, where they are compared."""
         return replace(
             self, tokens=self.tokens.to(device), labels=self.labels.to(device), starts=self.starts.to(device)
         )
 
     @property
     def valid_tokens(self) -> int:
-        """How many positions carry a loss."""
+        """Number of positions with a label."""
         return int((self.labels != IGNORED_LABEL).sum())
 
     @property
     def positions(self) -> Tensor | None:
-        """[B, S] int64: each token's place in its own document, if documents are read by themselves, else None."""
+        """[B, S] int64: position of each token in its document, with `document_mask`; else None."""
         return document_positions(self.starts) if self.document_mask else None
 
 
 def document_positions(starts: Tensor) -> Tensor:
-    """[B, S] int64: how far each token is behind the start of its document, for `starts` [B, S] bool."""
-    places = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
-    return places - torch.where(starts, places, 0).cummax(dim=1).values
+    """[B, S] int64: distance of each token from the start of its document, for `starts` [B, S] bool."""
+    positions = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+    return positions - torch.where(starts, positions, 0).cummax(dim=1).values
 
 
 def token_digest(tokens: Tensor) -> Tensor:
     """[B] int64 on the tokens' device: Σ tokens[s] · m[s] mod 2^64 for each row of `tokens` [B, S], with odd m.
 
-    Any one changed token changes it. Tells batches apart, proves nothing.
+    A single changed token always changes it. A checksum against mistakes, not a cryptographic hash.
     """
     multipliers = _multipliers(tokens.shape[1])
-    if tokens.device.type == "cpu":  # numpy needs no product as large as the tokens
+    if tokens.device.type == "cpu":  # einsum allocates no product as large as the tokens
         return torch.from_numpy(np.einsum("bs,s->b", tokens.to(torch.int64).numpy(), multipliers.numpy()))
     return (tokens.to(torch.int64) * multipliers.to(tokens.device)).sum(dim=1)
 
@@ -125,15 +125,15 @@ def _multipliers(length: int) -> Tensor:
     numbers, state = [], 1
     for _ in range(length):
         state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
-        numbers.append((state | 1) - (1 << 63))  # as int64, odd all the same
+        numbers.append((state | 1) - (1 << 63))  # as int64, still odd
     return torch.tensor(numbers, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class TeacherSignal:
-    """What the teacher says of a micro-batch: final hidden states (after the last norm, before the head).
+    """The teacher's output for a micro-batch: final hidden states (after the last norm, before the head).
 
-    hidden [B·S, E]; slots and digests [B] name the batch that it answers.
+    hidden [B·S, E]; slots and digests [B] identify the batch.
     """
 
     hidden: Tensor
@@ -141,14 +141,14 @@ class TeacherSignal:
     digests: Tensor
 
     def hidden_for(self, batch: TokenBatch) -> Tensor:
-        """`hidden`, if this signal answers `batch`.
+        """Returns `hidden`, if this signal belongs to `batch`.
 
         Raises:
             SignalMismatch: the slots or the digests differ.
         """
         if not torch.equal(self.slots, batch.slots):
             raise SignalMismatch(
-                f"the teacher answered slots {self.slots.tolist()}, the student is at slots {batch.slots.tolist()}"
+                f"the teacher's signal is of slots {self.slots.tolist()}, the student's batch of {batch.slots.tolist()}"
             )
         if not torch.equal(self.digests, batch.digests):
             raise SignalMismatch(f"teacher and student read different tokens in slots {batch.slots.tolist()}")
@@ -156,12 +156,12 @@ class TeacherSignal:
 
 
 class SignalMismatch(AssertionError):
-    """A teacher's signal met a batch that it does not answer: the two would be trained against each other's tokens."""
+    """A teacher's signal belongs to another batch than the student's: the loss would compare different tokens."""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's products before the softmax: `softcap · tanh(scale · (x Wᵀ + bias) / softcap)`.
+    """Transform of the head's products before the softmax: `softcap · tanh(scale · (x Wᵀ + bias) / softcap)`.
 
     Without a softcap `scale · (x Wᵀ + bias)`. The order is that of the Hugging Face models: Gemma 2 has a softcap
     (`final_logit_softcapping`), Cohere a scale (`logit_scale`), Granite the inverse of one (`logits_scaling`).
@@ -181,24 +181,24 @@ class LogitTransform:
 
 
 class Tail(Enum):
-    """What becomes of the probability that the kept ids do not hold."""
+    """Treatment of the probability outside the selected ids."""
 
     OTHER = "other"
     """One more event, "any other id": a lower bound of the full KL (log-sum inequality)."""
     RENORMALISED = "renormalised"
-    """The kept probabilities are scaled to 1. Biased for the most likely ids; right for counts of independent draws."""
+    """Scales the selected probabilities to 1. Biased for the most likely ids; exact for counts of independent draws."""
     DROPPED = "dropped"
-    """The sum over the kept ids alone. The kept probabilities stay what they are, and their sum is below 1."""
+    """Sums over the selected ids only. Their probabilities are unchanged, and add up to less than 1."""
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """What is kept of the teacher's distribution, for the N tokens of one rank.
+    """The selected part of the teacher's distribution, for the N tokens of one rank.
 
     ids [N, K] int64 global ids, distinct in a row, -1 where a row has fewer than K; probs [N, K] their targets, 0 where
     there is no id: the teacher's own probabilities, or for `Tail.RENORMALISED` numbers that add up to 1 (counts/draws).
-    log_tail [N] is the log of what the kept ids do not hold, added up directly: `1 - Σ` has no digits left when the
-    tail is small. It is -inf for `Tail.RENORMALISED`. Both were made at `temperature`.
+    log_tail [N] is the log of the probability outside the selected ids, summed directly: `1 - Σ` has no digits left
+    when the tail is small. It is -inf for `Tail.RENORMALISED`. Both were made at `temperature`.
     """
 
     ids: Tensor
@@ -224,7 +224,7 @@ TOP_K = (16, 64, 256)
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """A closer look at teacher and student, at temperature 1: sums like those of `LossTerms`, detached."""
+    """Extra diagnostics of teacher and student, at temperature 1: sums like those of `LossTerms`, detached."""
 
     acceptance: Tensor
     """Σ min(p_t, p_s): the acceptance rate of speculative decoding, 1 - total variation."""
@@ -232,7 +232,7 @@ class Diagnostics:
     jsd: Tensor
     """Jensen-Shannon divergence, β = 0.5."""
     top_k_mass: Tensor
-    """[3]: what the teacher gives to its `TOP_K` most likely ids."""
+    """[3]: the teacher's probability of its `TOP_K` most likely ids."""
     kl_by_entropy_decile: Tensor
     """[DECILES]: forward KL of the tokens in each tenth of the vocab group's tokens of a call, from the lowest teacher
     entropy to the highest. They add up to the forward KL."""
@@ -248,9 +248,9 @@ class LossTerms:
 
     loss: Tensor
     divergence: Tensor
-    """The divergence asked for, over all tokens, at the loss's temperature (no T² factor)."""
+    """The recipe's divergence, over all tokens, at the loss's temperature (no T² factor)."""
     kl: Tensor
-    """Forward KL, whatever the divergence asked for, at the loss's temperature."""
+    """Forward KL, for any divergence of the recipe, at the loss's temperature."""
     student_ce: Tensor
     teacher_ce: Tensor
     student_entropy: Tensor
@@ -258,34 +258,25 @@ class LossTerms:
     agreement: Tensor
     """1 where teacher and student have the same most likely token."""
     log_z: Tensor
-    """Log of the student's partition function: the quantity that the z-loss holds near zero."""
+    """Log of the student's partition function, which the z-loss keeps near zero."""
     diagnostics: Diagnostics | None = None
 
     def metrics(self) -> Tensor:
-        """[9] float64: `METRIC_NAMES`, in that order, for one reduction over ranks."""
+        """[9] float64: the values of `METRIC_NAMES`, for one reduction over ranks."""
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = (
-    "loss",
-    "divergence",
-    "kl",
-    "student_ce",
-    "teacher_ce",
-    "student_entropy",
-    "teacher_entropy",
-    "agreement",
-    "log_z",
-)
+METRIC_NAMES = tuple(field.name for field in fields(LossTerms) if field.name != "diagnostics")
+"""The scalar terms, in the order of `LossTerms.metrics`."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as it is logged: means over the step's tokens of all ranks."""
+    """Log record of an optimizer step: means over the step's tokens of all ranks."""
 
     step: int
     tokens: int
-    """Tokens seen since the run began, this step included."""
+    """Tokens since the start of the run, including this step."""
     loss: float
     divergence: float
     kl: float
@@ -300,12 +291,12 @@ class StepReport:
     seconds: float
     tokens_per_second: float
     data_seconds: float
-    """Seconds of the step that rank 0 waited for its batch."""
+    """Seconds that rank 0 waited for its batch in the step."""
     teacher_seconds: float
-    """Seconds of the step that the student waited for the teacher's signal, on rank 0."""
+    """Seconds that rank 0 waited for the teacher's signal in the step."""
     mfu: float | None
-    """Model FLOPs over peak FLOPs, both models together; None where the device's peak is not known."""
+    """Model FLOPs over peak FLOPs, both models together; None if the device's peak is unknown."""
     memory_bytes: int
     """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
     diagnostics: dict[str, float] | None = None
-    """What the closer look found, by name, on the steps that take one."""
+    """The extra diagnostics by name, on the steps that compute them."""

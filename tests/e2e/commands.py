@@ -29,18 +29,18 @@ class Finished:
     err: str
 
     @property
-    def said(self) -> str:
+    def transcript(self) -> str:
         return f"exit {self.code}\n--- out\n{self.out}\n--- err\n{self.err}"
 
 
 def environment() -> dict[str, str]:
     """The caller's, less what a launcher set, and with one thread a process."""
-    kept = {
+    variables = {
         k: v
         for k, v in os.environ.items()
         if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return {**variables, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 def run(*command: str, timeout: float = 180.0) -> Finished:
@@ -54,7 +54,7 @@ def succeed(*command: str, timeout: float = 180.0) -> Finished:
 
 
 def succeeded(finished: Finished) -> Finished:
-    assert finished.code == 0, finished.said
+    assert finished.code == 0, finished.transcript
     return finished
 
 

@@ -125,14 +125,14 @@ def test_a_documented_command_runs(command: Command, sandbox: Path) -> None:
     line = command.line
     for pattern, smaller in SMALLER.items():
         line = re.sub(pattern, smaller, line)
-    _make_room(sandbox, line)
+    _remove_output(sandbox, line)
     finished = _process(sandbox, line) if STARTS_PROCESSES.match(line) else _here(sandbox, line)
-    assert finished.code == 0, f"{command.page}: {finished.said}"
+    assert finished.code == 0, f"{command.page}: {finished.transcript}"
     assert (finished.out + finished.err).strip(), f"{command.page}: {line} says nothing"
 
 
-def _make_room(sandbox: Path, line: str) -> None:
-    """Takes away what an earlier command wrote to the same place, or this one would find its work done."""
+def _remove_output(sandbox: Path, line: str) -> None:
+    """Removes the output of an earlier command in the same folder, or this one would have nothing to do."""
     for written in re.findall(r" (?:tokenize|generate|store-targets|export|prune) .*--output (\S+)", line):
         shutil.rmtree(sandbox / written, ignore_errors=True)
     for recipe in re.findall(r" train recipes/smoke(\S*)\.yaml(?!.*run\.folder)", line):
@@ -160,14 +160,14 @@ def _here(sandbox: Path, line: str) -> Finished:
 
 @pytest.mark.parametrize("target", sorted({c.line for c in every_command() if c.program == "make"}))
 def test_a_documented_target_is_there(target: str) -> None:
-    """CI runs check, smoke and test; the others are asked what they would do."""
+    """CI runs check, smoke and test; the others run dry."""
     done = subprocess.run(["make", "--dry-run", *target.split()[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 def test_what_runs_elsewhere_is_there() -> None:
-    """And nothing stands in the table that no page says."""
+    """Each entry of the table is in a page, and its test exists."""
     lines = [command.line for command in every_command()]
     for pattern, where in ELSEWHERE.items():
         path, _, name = where.partition("::")

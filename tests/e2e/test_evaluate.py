@@ -16,8 +16,8 @@ def test_two_ranks_find_what_one_process_finds(place: Place) -> None:
     write_split(place.folder / "small", units, vocab=ids, tokenizer_sha256=of_the_teacher.tokenizer.sha256)
     data = f"library={place.folder / 'small' / 'manifest.json'}"
     command = ["evaluate", str(place.teacher), "--data", data, "--batch", "4"]
-    shown = succeeded(in_process(*command, "--json", str(alone), "--plots", str(plots)))
-    assert "calibration error" in shown.out
+    finished = succeeded(in_process(*command, "--json", str(alone), "--plots", str(plots)))
+    assert "calibration error" in finished.out
     assert (plots / "calibration.png").stat().st_size > 5_000
     finished = succeed(*TORCHRUN_2, *command, "--json", str(shared))
     assert finished.out.count("held-out") == 1, "one rank speaks"

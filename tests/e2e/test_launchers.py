@@ -34,9 +34,9 @@ def truth(place: Place) -> Record:
 
 
 def _ends_well(*launchers: "subprocess.Popen[str]") -> str:
-    said = [launcher.communicate(timeout=120)[0] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n---\n".join(said)
-    return "".join(said)
+    outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n---\n".join(outputs)
+    return "".join(outputs)
 
 
 def test_deepspeed_over_ssh(place: Place, nodes: tuple[Node, Node], truth: Record, tmp_path: Path) -> None:

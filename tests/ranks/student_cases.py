@@ -1,4 +1,4 @@
-"""What the rank tests of the student share: a tiny student, a teacher made of random numbers, and the dense truth.
+"""Shared parts of the student's rank tests: a tiny student, a teacher of random numbers, and the dense truth.
 
 The truth is one process, one dense transformers model in float64, torch's own clipping and AdamW: nothing of ours but
 the initial values and the definition of the loss.
@@ -50,7 +50,7 @@ class Case:
 
 
 class SmallChunks(Objective):
-    """So little memory that a micro-batch goes through the loss in several chunks."""
+    """Little memory for logits, so that a micro-batch goes through the loss in several chunks."""
 
     @property
     def logit_memory(self) -> int:
@@ -108,7 +108,7 @@ def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:
 
 
 def teacher_hidden(slots: Tensor) -> Tensor:
-    """[B·S, E]: what a teacher would say of these slots, as random numbers keyed by slot."""
+    """[B·S, E]: hidden states of a teacher for these slots, as random numbers keyed by slot."""
     rows = [torch.randn(SEQUENCE, TEACHER_WIDTH, generator=torch.Generator().manual_seed(int(s))) for s in slots]
     return torch.cat(rows)
 
@@ -119,7 +119,7 @@ def teacher_head() -> Tensor:
 
 
 class RandomTeacher:
-    """Stands where the pipeline stands; the pipeline has tests of its own."""
+    """Replaces the teacher pipeline, which has tests of its own."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -149,8 +149,8 @@ class WatchedStudent(StudentEngine):
 
     def step(self, learning_rate: float) -> float | None:
         if self._engine.is_gradient_accumulation_boundary():
-            found = {name: safe_get_full_grad(p) for name, p in self._model.named_parameters()}
-            self.gradients.append({name: gradient.cpu().clone() for name, gradient in found.items()})
+            whole = {name: safe_get_full_grad(p) for name, p in self._model.named_parameters()}
+            self.gradients.append({name: gradient.cpu().clone() for name, gradient in whole.items()})
         return super().step(learning_rate)
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | Non
 def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: range) -> list[dict[str, float]]:
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
     teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else NoTeacher()
-    found = []
+    lines = []
     for step in steps:
         batch = rows_of(global_batch(step, document_mask=case.document_mask), topology)
         outcome = train_step(
@@ -193,28 +193,28 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
             objective=SmallChunks(case.loss, steps=3, seed=SEED),
             topology=topology,
         )
-        found.append({**outcome.metrics, "grad_norm": outcome.grad_norm})
-    return found
+        lines.append({**outcome.metrics, "grad_norm": outcome.grad_norm})
+    return lines
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a run of three steps came to."""
+class RunResult:
+    """Metrics, gradients and parameters of a run of three steps."""
 
     steps: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
     parameters: dict[str, Tensor]
 
 
-def three_steps(topology: Topology, case: Case) -> Found:
+def three_steps(topology: Topology, case: Case) -> RunResult:
     """A rank's whole run; the gradients and parameters are gathered, so every rank returns the same."""
     student = build(case, topology)
     steps = run_steps(case, student, topology, range(3))
-    return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
+    return RunResult(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 
 def masked(starts_BS: Tensor) -> dict[str, Tensor]:
-    """What makes a dense model read each document by itself: who sees whom, [B, 1, S, S], and restarting positions."""
+    """Inputs with which a dense model limits attention to documents: a mask [B, 1, S, S], and restarting positions."""
     S = starts_BS.shape[1]
     document_BS = starts_BS.long().cumsum(dim=1)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
@@ -222,7 +222,7 @@ def masked(starts_BS: Tensor) -> dict[str, Tensor]:
     return {"attention_mask": sees_BSS[:, None], "position_ids": sees_BSS.sum(dim=2) - 1}
 
 
-def dense_truth(case: Case) -> Found:
+def dense_truth(case: Case) -> RunResult:
     """The same three steps on one dense model in float64, from the same initial values, without padding."""
     config = config_of(case)
     model = build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32)
@@ -275,7 +275,9 @@ def dense_truth(case: Case) -> Found:
                 "grad_norm": norm.item(),
             }
         )
-    return Found(steps=steps, gradients=gradients, parameters={name: p.detach().clone() for name, p in named.items()})
+    return RunResult(
+        steps=steps, gradients=gradients, parameters={name: p.detach().clone() for name, p in named.items()}
+    )
 
 
 def recipe_for(manifest: str, folder: str, **changes: Any) -> Recipe:

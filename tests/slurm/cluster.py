@@ -31,20 +31,20 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else f"no namespaces: {tried.stderr.strip()}; a privileged container has them"
 
 
-def until(what: str, holds: Callable[[], bool], seconds: float, said: Callable[[], str] = lambda: "") -> None:
+def until(what: str, holds: Callable[[], bool], seconds: float, transcript: Callable[[], str] = lambda: "") -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{said()}"
+        assert time.monotonic() < end, f"not within {seconds} s: {what}\n{transcript()}"
         time.sleep(0.1)
 
 
 def environment() -> dict[str, str]:
-    kept = {
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name not in OF_A_LAUNCHER and not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return {**variables, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
 
 
 @dataclass(frozen=True)
@@ -62,30 +62,30 @@ class Job:
 
     @property
     def errors(self) -> str:
-        """What all ranks of all starts said on standard error."""
+        """Standard error of all ranks of all starts."""
         files = sorted(self.folder.glob("logs/*/*/rank-*.err"))
         return "".join(f"--- {path.relative_to(self.folder)}\n{path.read_text(encoding='utf-8')}" for path in files)
 
-    def said(self) -> str:
+    def transcript(self) -> str:
         return f"{self.cluster.call('squeue', '-l')}\n{self.log}\n{self.errors}"
 
-    def shown(self, key: str) -> str:
+    def field(self, key: str) -> str:
         """A value of `scontrol show job`."""
         fields = self.cluster.call("scontrol", "show", "job", self.number).split()
         return next(field.partition("=")[2] for field in fields if field.startswith(f"{key}="))
 
     def ends(self, seconds: float = 120) -> "Job":
-        until("the job leaves the queue", lambda: not self._queued(), seconds, self.said)
+        until("the job leaves the queue", lambda: not self._queued(), seconds, self.transcript)
         return self
 
     def _queued(self) -> bool:
         return bool(self.cluster.call("squeue", "-h", "-j", self.number).strip())
 
     def says(self, line: str, seconds: float = 90) -> None:
-        until(f"the log says {line!r}", lambda: line in self.log, seconds, self.said)
+        until(f"the log says {line!r}", lambda: line in self.log, seconds, self.transcript)
 
     def reaches(self, step: int, seconds: float = 90) -> None:
-        until(f"step {step}", lambda: self._step() >= step, seconds, self.said)
+        until(f"step {step}", lambda: self._step() >= step, seconds, self.transcript)
 
     def _step(self) -> int:
         path = self.folder / "metrics.jsonl"
@@ -144,13 +144,13 @@ class Cluster:
             **settings,
         }
         file.write_text("".join(f"{key}={value}\n" for key, value in lines.items() if value), encoding="utf-8")
-        asked = {
+        variables = {
             "SBATCH_GPUS_PER_NODE": "1",
             "SBATCH_TIMELIMIT": "10",
             "SBATCH_OUTPUT": str(folder.parent / f"{folder.name}-%A.log"),
             "MEGADISTILL_ENV": str(file),
         }
-        number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", variables=asked).strip()
+        number = self.call("sbatch", "--parsable", *options, f"slurm/{script}.sbatch", variables=variables).strip()
         return Job(self, number, folder)
 
     def are_idle(self) -> None:

@@ -65,7 +65,7 @@ class Work:
         return [tensor for file in files for _, tensor in sorted(load_file(file).items())]
 
     def reference(self, world: int, **more: object) -> list[torch.Tensor]:
-        """Of the same run without Slurm: plain processes that the environment tells who they are."""
+        """Master weights of the same run without Slurm: processes whose ranks are set in the environment."""
         name = f"reference-{world}"
         if not (self.folder / name).exists():
             self._run_plainly(name, world, more)
@@ -80,8 +80,8 @@ class Work:
         line = f"{setting} exec {command} --set run.folder={self.folder / name}"
         ranks = []
         for rank in range(world):
-            said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            variables = {**said, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks_and_sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            variables = {**ranks_and_sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = {**environment(), **{key: str(value) for key, value in variables.items()}}
             ranks.append(subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, stdout=subprocess.DEVNULL))
         assert [rank.wait(timeout=180) for rank in ranks] == [0] * world

@@ -14,7 +14,7 @@ def test_each_task_of_an_array_tokenizes_a_source(cluster: Cluster, work: Work) 
     settings = {"TOKENIZE_LIST": f"{work.folder}/list", "TOKENIZE_OPTIONS": options, "DATA_FOLDER": str(folder)}
     job = cluster.submit("tokenize", work.folder / "tokenize", "--array=1-2", **settings).ends()
     for name in ("one", "two"):
-        assert (folder / name / "train/manifest.json").exists(), job.said()
+        assert (folder / name / "train/manifest.json").exists(), job.transcript()
 
 
 def test_targets_are_stored_and_a_finished_set_is_left_alone(cluster: Cluster, work: Work) -> None:
@@ -24,7 +24,7 @@ def test_targets_are_stored_and_a_finished_set_is_left_alone(cluster: Cluster, w
     job = cluster.submit(
         "store-targets", work.folder / "store-targets", "--nodes=2", "--array=1-2%1", **settings
     ).ends()
-    assert (targets / "targets.json").exists(), job.said()
+    assert (targets / "targets.json").exists(), job.transcript()
     assert "nothing is left to do" in job.log
 
 
@@ -34,7 +34,7 @@ def test_shares_of_a_teachers_words_become_one_data_set(cluster: Cluster, work: 
     settings = {"TEACHER": str(work.teacher), "GENERATE_OPTIONS": options, "GENERATED_FOLDER": str(written)}
     shares = cluster.submit("generate", work.folder / "generate", "--array=0-1", **settings)
     job = cluster.submit("generate", work.folder / "join", f"--dependency=afterany:{shares.number}", **settings).ends()
-    assert (written / "train/manifest.json").exists(), shares.said() + job.said()
+    assert (written / "train/manifest.json").exists(), shares.transcript() + job.transcript()
 
 
 def test_a_run_is_exported_and_measured(cluster: Cluster, work: Work) -> None:
@@ -42,12 +42,12 @@ def test_a_run_is_exported_and_measured(cluster: Cluster, work: Work) -> None:
     heldout = str(work.folder / "data/heldout/manifest.json")
     settings = {**work.settings, "TEACHER": str(work.teacher), "HELDOUT": heldout}
     job = cluster.submit("evaluate", work.folder / "reference-2", **settings).ends()
-    assert job.shown("ExitCode") == "0:0", job.said()
+    assert job.field("ExitCode") == "0:0", job.transcript()
     (table,) = (work.folder / "reference-2/exports").glob("*.json")
     assert len(json.loads(table.read_text(encoding="utf-8"))) == 2, "the teacher and the student"
 
 
 def test_the_nodes_are_examined_together(cluster: Cluster, work: Work) -> None:
     job = cluster.submit("doctor", work.folder / "examined", "--nodes=2", **work.settings).ends()
-    assert job.shown("ExitCode") == "0:0", job.said()
+    assert job.field("ExitCode") == "0:0", job.transcript()
     assert "2 ranks on 2 nodes have met" in job.log

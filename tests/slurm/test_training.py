@@ -14,14 +14,14 @@ SOON = 20
 
 
 def _same(work: Work, job: Job, reference: list[torch.Tensor]) -> None:
-    assert (job.folder / "DONE").exists(), job.said()
+    assert (job.folder / "DONE").exists(), job.transcript()
     ours = work.weights(job.folder.name)
-    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)), job.said()
+    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True)), job.transcript()
 
 
 def _stopped_at(job: Job, reason: str) -> list[int]:
     stops = job.events("stopped")
-    assert stops, job.said()
+    assert stops, job.transcript()
     assert all(stop["reason"] == reason for stop in stops), stops
     return [int(str(stop["step"])) for stop in stops]
 
@@ -33,12 +33,12 @@ def _resumed_at(job: Job) -> list[int]:
 def test_two_nodes_do_what_two_processes_do(cluster: Cluster, work: Work) -> None:
     job = cluster.submit("train", work.folder / "clean", "--nodes=2", **work.settings).ends()
     _same(work, job, work.reference(2))
-    assert job.shown("ExitCode") == "0:0"
+    assert job.field("ExitCode") == "0:0"
     assert job.log.count(f"step {STEPS}/{STEPS} | ") == 1, "rank 0 alone speaks in the log"
     assert "ranks by exit code: 2 x 0" in job.log
     again = cluster.submit("train", job.folder, "--nodes=2", **work.settings).ends(20)
     assert "nothing is left to do" in again.log
-    assert again.shown("ExitCode") == "0:0"
+    assert again.field("ExitCode") == "0:0"
 
 
 def test_before_the_time_limit_a_job_saves_requeues_itself_and_goes_on(cluster: Cluster, work: Work) -> None:
@@ -51,7 +51,7 @@ def test_before_the_time_limit_a_job_saves_requeues_itself_and_goes_on(cluster: 
     minutes = (time.monotonic() - began) // 60 + 2
     cluster.call("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes:.0f}")
     job.says("back into the queue", 120)
-    until("the job waits in the queue", lambda: job.shown("JobState") == "PENDING", 30, job.said)
+    until("the job waits in the queue", lambda: job.field("JobState") == "PENDING", 30, job.transcript)
     cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     cluster.node("quick", "n1")
     _same(work, job.ends(), work.reference(2))
@@ -65,7 +65,7 @@ def test_a_job_that_is_preempted_gives_its_nodes_and_goes_on_later(cluster: Clus
     cluster.call("srun", "--partition=main", "--nodes=3", "--exclusive", "--job-name=urgent", "sleep", "1")
     _same(work, job.ends(), work.reference(2))
     assert _resumed_at(job) == [0, *_stopped_at(job, "SIGUSR2")]
-    assert job.shown("Restarts") == "1"
+    assert job.field("Restarts") == "1"
 
 
 def test_the_jobs_of_an_array_go_on_one_after_the_other(cluster: Cluster, work: Work) -> None:
@@ -100,7 +100,7 @@ def test_a_spare_node_stands_in_for_one_that_lost_its_power(cluster: Cluster, wo
     finally:
         cluster.node("start", "n2")
     assert "start 2 on n1 n3" in job.log
-    assert job.shown("Restarts") == "0", "it never went back into the queue"
+    assert job.field("Restarts") == "0", "it never went back into the queue"
 
 
 def test_a_node_that_cannot_do_its_part_is_passed_over(cluster: Cluster, work: Work) -> None:
@@ -132,10 +132,10 @@ def test_what_no_restart_mends_is_held_for_a_person(
     job = cluster.submit("train", tmp_path / "run", "--nodes=2", **settings).ends()
     assert says in (job.folder / "HOLD").read_text(encoding="utf-8")
     assert job.log.count("srun ended") == starts
-    assert job.shown("ExitCode") == "4:0"
+    assert job.field("ExitCode") == "4:0"
     later = cluster.submit("train", job.folder, "--nodes=2", **settings).ends(20)
     assert "HOLD exists" in later.log
-    assert later.shown("ExitCode") == "4:0"
+    assert later.field("ExitCode") == "4:0"
 
 
 def test_a_run_that_another_job_took_over_is_left_to_it(cluster: Cluster, tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def test_a_documented_command_parses(command: str) -> None:
     if program == "make":
         assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         return
-    verb, found = re.subn(LAUNCHERS[program], "", command)
-    assert found, f"{command}: not how a launcher starts this package"
-    options = parser().parse_args(shlex.split(verb))
+    arguments, matches = re.subn(LAUNCHERS[program], "", command)
+    assert matches, f"{command}: not how a launcher starts this package"
+    options = parser().parse_args(shlex.split(arguments))
     recipe = getattr(options, "recipe", None)
     assert recipe is None or (ROOT / recipe).is_file()
 
@@ -50,13 +50,13 @@ def test_links_lead_somewhere(page: object) -> None:
 
 def test_documented_extras_are_the_projects() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    said = {
+    extras_of_pages = {
         name.strip()
         for page in PAGES
         for names in re.findall(r"megadistill\[([a-z0-9, -]+)\]", page.read_text(encoding="utf-8"))
         for name in names.split(",")
     }
-    assert said <= set(extras), said - set(extras)
+    assert extras_of_pages <= set(extras), extras_of_pages - set(extras)
 
 
 def test_a_documented_recipe_is_one() -> None:

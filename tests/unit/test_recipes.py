@@ -1,6 +1,6 @@
-"""The recipes of the repository: each one loads, and those at scale start, as far as this machine can say.
+"""The recipes of the repository: each one loads, and those at scale pass the checks before a run.
 
-A run's own checks are asked with the published configs, data that is only described, and no weights.
+The checks run with the published configs, data that is only described, and no weights.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.unit.train.cases import TOKENIZER, described_data
 MODELS = RECIPES / "models"
 SEQUENCE, GPUS_PER_NODE = 8192, 8
 MARGIN = 0.8
-"""What a driver's context, NCCL's buffers and an allocator's gaps take is left to the margin."""
+"""Usable fraction of memory: the rest is for the driver's context, NCCL's buffers and the allocator's gaps."""
 
 AT_SCALE = sorted(path for path in RECIPES.glob("*/*-nodes.yaml"))
 
@@ -87,13 +87,13 @@ def _described(recipe: Recipe, folder: Path) -> list[str]:
     Manifest.model_validate_json(json.dumps(plain.model_dump(mode="json") | changes)).write(folder / "data")
     manifest = folder / "data" / "manifest.json"
     sources = [f"sources.{name}" for name in recipe.data.sources] or ["manifest"]
-    found = [f"data.{name}={manifest}" for name in sources]
+    overrides = [f"data.{name}={manifest}" for name in sources]
     assert recipe.teacher is not None
     teacher = folder / "teacher"
     teacher.mkdir()
     (teacher / "config.json").write_bytes((MODELS / TEACHERS[str(recipe.teacher.path)] / "config.json").read_bytes())
     (teacher / "tokenizer.model").write_bytes(TOKENIZER)
-    return [*found, f"teacher.path={teacher}", f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
+    return [*overrides, f"teacher.path={teacher}", f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Pa
 
 @cache
 def _planned(path: Path) -> Estimate:
-    """What `megadistill plan` counts for the recipe as it is."""
+    """The estimate of `megadistill plan` for the recipe."""
     recipe = load_recipe(path)
     assert recipe.teacher is not None
     teacher = TEACHERS[str(recipe.teacher.path)]
@@ -131,13 +131,13 @@ def _planned(path: Path) -> Estimate:
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "": 1.0}
 
 
-def _number(said: str) -> float:
-    value, unit = re.fullmatch(r"([\d.,]+) ?([kMBT]?)(?: GB)?", said).groups()  # type: ignore[union-attr]
+def _number(text: str) -> float:
+    value, unit = re.fullmatch(r"([\d.,]+) ?([kMBT]?)(?: GB)?", text).groups()  # type: ignore[union-attr]
     return float(value.replace(",", "")) * UNITS[unit]
 
 
 @pytest.mark.parametrize("path", AT_SCALE, ids=_name)
-def test_the_page_says_what_plan_says(path: Path) -> None:
+def test_the_page_has_the_numbers_of_plan(path: Path) -> None:
     """To a tenth, memory to a fifth: a refined plan is no reason to rewrite the page."""
     rows = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     (row,) = [row for row in rows if row.startswith("|") and f"(../{path.relative_to(ROOT)})" in row]
@@ -149,13 +149,13 @@ def test_the_page_says_what_plan_says(path: Path) -> None:
         assert teacher == f"colocated, {planned.sharding.stages} stages"
     else:
         assert teacher == f"{recipe.teacher.ranks:,} GPUs, {recipe.teacher.stages} stages"
-    for said, counted in (
+    for text, counted in (
         (batch, recipe.train.global_batch * SEQUENCE),
         (tokens, planned.requirements.tokens),
         (rate, planned.tokens_per_second),
         (hours, planned.gpu_hours),
     ):
-        assert _number(said) == pytest.approx(counted, rel=0.1)
+        assert _number(text) == pytest.approx(counted, rel=0.1)
     assert 1e9 * _number(memory) == pytest.approx(planned.memory, rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""What flows between the rooms: a batch in parts is the batch, and a signal for another batch is refused.
+"""Shared types: a batch in parts is the batch, and a signal for another batch is refused.
 
 Legend: B sequences, S tokens of a sequence, N = B·S, E teacher width.
 """
@@ -92,7 +92,7 @@ def test_positions_restart_where_a_document_begins() -> None:
 
 
 def test_a_cursor_survives_json() -> None:
-    cursor = Cursor("f", 17, holes=(3, 9), skips=((1, 2), (5, 6)), order=json.dumps({"seed": 1}))
+    cursor = Cursor("f", 17, masked_slots=(3, 9), skips=((1, 2), (5, 6)), order=json.dumps({"seed": 1}))
     assert Cursor.from_state(json.loads(json.dumps(cursor.state()))) == cursor
 
 
@@ -105,7 +105,7 @@ def test_a_signal_that_answers_the_batch_is_its_hidden_states() -> None:
 def test_a_signal_for_other_slots_or_other_tokens_is_refused() -> None:
     batch = _batch()
     signal = _signal(batch)
-    with pytest.raises(SignalMismatch, match=r"slots \[10, .*15\], the student is at slots \[11, .*16\]"):
+    with pytest.raises(SignalMismatch, match=r"slots \[10, .*15\], the student's batch of \[11, .*16\]"):
         signal.hidden_for(replace(batch, slots=batch.slots + 1))
     with pytest.raises(SignalMismatch, match=r"different tokens in slots \[10, "):
         signal.hidden_for(replace(batch, digests=batch.digests.flip(0)))
@@ -117,10 +117,10 @@ def test_metrics_are_the_terms_by_name_and_carry_no_gradient() -> None:
     numbers: dict[str, Any] = {name: torch.tensor(float(i)) for i, name in enumerate(METRIC_NAMES)}
     terms = LossTerms(**numbers)
     terms = replace(terms, loss=torch.tensor(9.0, requires_grad=True))
-    found = terms.metrics()
-    assert dict(zip(METRIC_NAMES, found.tolist(), strict=True))["loss"] == 9.0
-    assert found.tolist()[1:] == [float(i) for i in range(1, len(METRIC_NAMES))]
-    assert found.dtype == torch.float64
-    assert not found.requires_grad
+    metrics = terms.metrics()
+    assert dict(zip(METRIC_NAMES, metrics.tolist(), strict=True))["loss"] == 9.0
+    assert metrics.tolist()[1:] == [float(i) for i in range(1, len(METRIC_NAMES))]
+    assert metrics.dtype == torch.float64
+    assert not metrics.requires_grad
     assert {*METRIC_NAMES, "diagnostics"} == {field.name for field in fields(LossTerms)}
     assert set(METRIC_NAMES) < {field.name for field in fields(StepReport)}, "every term is reported"

@@ -40,16 +40,16 @@ def truth() -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(("name", "hpz"), [("zero3.json", 1), ("hpz.json", 2), ("zeropp.json", 2)])
 def test_a_file_for_gpus_trains_to_the_same_numbers(name: str, hpz: int, truth: list[dict[str, float]]) -> None:
-    found, offloaded, copies = run_ranks(2, _trained, name, hpz)[0]
-    assert found == truth
+    result, offloaded, copies = run_ranks(2, _trained, name, hpz)[0]
+    assert result == truth
     assert not offloaded
     assert copies == (hpz > 1), "hpZ keeps a second partition of each parameter"
 
 
 def test_offloading_moves_no_more_than_the_rounding_of_the_gradient_norm(truth: list[dict[str, float]]) -> None:
-    found, offloaded, _ = run_ranks(2, _trained, "zero3-offload.json", 1)[0]
+    result, offloaded, _ = run_ranks(2, _trained, "zero3-offload.json", 1)[0]
     assert offloaded
-    for step, true in zip(found, truth, strict=True):
+    for step, true in zip(result, truth, strict=True):
         assert step == pytest.approx(true, rel=1e-5)
 
 
@@ -80,5 +80,5 @@ def _gone_on(topology: Topology, states: list[dict[str, Any]]) -> list[dict[str,
 def test_a_resume_under_hpz_leaves_no_stale_copy_of_the_weights() -> None:
     """DeepSpeed gathers from hpZ's second partition until the first step: that of a new engine holds first values."""
     saved = run_ranks(2, _saved)
-    found = run_ranks(2, _gone_on, [state for state, _ in saved])
-    assert found[0] == saved[0][1]
+    result = run_ranks(2, _gone_on, [state for state, _ in saved])
+    assert result[0] == saved[0][1]

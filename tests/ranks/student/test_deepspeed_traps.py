@@ -34,9 +34,9 @@ def test_initialisation_and_rope_survive_zero_init(precision: str) -> None:
     frequencies: Any = plain.base_model.rotary_emb.inv_freq
     per_world = [run_ranks(world, _initial, case)[0] for world in (1, 2)]
     for parameters, *rotary in per_world:
-        for found in rotary:
-            assert found.dtype == torch.float32
-            assert torch.equal(found, frequencies)
+        for buffer in rotary:
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, frequencies)
         for name, parameter in plain.named_parameters():
             values = parameters[name][: parameter.shape[0]]
             expected = initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED)
@@ -85,12 +85,12 @@ def _accumulation_dtypes(topology: Topology) -> tuple[set[torch.dtype], torch.dt
     student = build(case, topology)
     run_steps(case, student, topology, range(1))
     zero = student._engine.optimizer
-    kept = {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group}
-    return kept, student._engine.get_data_types()[1], student.head.weight().grad_dtype or torch.bfloat16
+    dtypes = {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group}
+    return dtypes, student._engine.get_data_types()[1], student.head.weight().grad_dtype or torch.bfloat16
 
 
 def test_bfloat16_gradients_accumulate_in_float32() -> None:
-    """Trap 4: under bf16 DeepSpeed sums the gradients of an accumulation window in bf16 unless told not to."""
+    """Trap 4: under bf16 DeepSpeed sums the gradients of an accumulation window in bf16 unless configured otherwise."""
     _, accumulated, head = run_ranks(2, _accumulation_dtypes)[0]
     assert accumulated == torch.float32
     assert head == torch.float32
@@ -102,12 +102,12 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
 
 def test_bfloat16_training_stays_near_the_float32_truth() -> None:
     truth = run_ranks(2, three_steps, Case(accumulation=2))[0]
-    found = run_ranks(2, three_steps, Case(accumulation=2, precision="bfloat16"))[0]
+    result = run_ranks(2, three_steps, Case(accumulation=2, precision="bfloat16"))[0]
     for step in range(3):
-        assert found.steps[step]["loss"] == pytest.approx(truth.steps[step]["loss"], rel=0.02)
-        assert found.steps[step]["grad_norm"] == pytest.approx(truth.steps[step]["grad_norm"], rel=0.05)
+        assert result.steps[step]["loss"] == pytest.approx(truth.steps[step]["loss"], rel=0.02)
+        assert result.steps[step]["grad_norm"] == pytest.approx(truth.steps[step]["grad_norm"], rel=0.05)
     for name, gradient in truth.gradients[0].items():
-        error = (found.gradients[0][name] - gradient).norm() / gradient.norm()
+        error = (result.gradients[0][name] - gradient).norm() / gradient.norm()
         assert error < 0.05, f"{name} is off by {error:.1%}"
 
 

@@ -104,9 +104,9 @@ def test_the_first_step_is_transformers_own(
     loss = torch.stack(losses).mean()
     loss.backward()  # type: ignore[no-untyped-call]
 
-    found = run_ranks(world, _step, name, str(tmp_path / "weights"), persistence)
-    assert sum(each["loss"] for each in found) == pytest.approx(loss.item(), rel=1e-6)
-    for each, true in zip(found, hidden, strict=True):
+    results = run_ranks(world, _step, name, str(tmp_path / "weights"), persistence)
+    assert sum(each["loss"] for each in results) == pytest.approx(loss.item(), rel=1e-6)
+    for each, true in zip(results, hidden, strict=True):
         torch.testing.assert_close(each["hidden"], true.flatten(0, 1), rtol=1e-4, atol=1e-5)
         assert each["unlike"] == []
         assert each["parameters"].keys() == masters.keys()
@@ -115,7 +115,7 @@ def test_the_first_step_is_transformers_own(
             assert torch.equal(each["parameters"][path][:rows], master), path
             assert not each["parameters"][path][rows:].any(), f"padding rows of {path}"
     for path, parameter in model.named_parameters():
-        gradient = found[0]["gradients"][path][: parameter.shape[0]]
+        gradient = results[0]["gradients"][path][: parameter.shape[0]]
         error = (gradient - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-12)
         assert error < 1e-5, f"the gradient of {path} is off by {error:.1e}"
 

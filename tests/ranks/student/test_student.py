@@ -12,7 +12,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.types import document_positions
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import Case, Found, build, dense_truth, global_batch, run_steps, three_steps
+from tests.ranks.student_cases import Case, RunResult, build, dense_truth, global_batch, run_steps, three_steps
 from tests.unit.train.cases import save_checkpoint
 
 # (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
@@ -32,20 +32,20 @@ LAYOUTS = [
 
 
 @cache
-def truth(case: Case) -> Found:
+def truth(case: Case) -> RunResult:
     return dense_truth(case)
 
 
-def relative_error(found: Tensor, true: Tensor) -> float:
-    return float((found.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30))
+def relative_error(result: Tensor, true: Tensor) -> float:
+    return float((result.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30))
 
 
-def assert_matches(found: Found, true: Found, *, case: Case) -> None:
-    for step, (ours, theirs) in enumerate(zip(found.steps, true.steps, strict=True)):
+def assert_matches(result: RunResult, true: RunResult, *, case: Case) -> None:
+    for step, (ours, theirs) in enumerate(zip(result.steps, true.steps, strict=True)):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
         assert theirs["grad_norm"] > 2 * case.clip, "clipping must be active, or the case does not test it"
-    for step, (ours_all, theirs_all) in enumerate(zip(found.gradients, true.gradients, strict=True)):
+    for step, (ours_all, theirs_all) in enumerate(zip(result.gradients, true.gradients, strict=True)):
         assert ours_all.keys() == theirs_all.keys(), "Hugging Face's own names, none missing"
         for name, gradient in theirs_all.items():
             rows = gradient.shape[0]
@@ -54,24 +54,24 @@ def assert_matches(found: Found, true: Found, *, case: Case) -> None:
             assert not ours_all[name][rows:].any(), f"padding rows of {name} have a gradient"
     for name, parameter in true.parameters.items():
         rows = parameter.shape[0]
-        assert relative_error(found.parameters[name][:rows], parameter) < 5e-6, name
-        assert not found.parameters[name][rows:].any(), f"padding rows of {name} moved"
+        assert relative_error(result.parameters[name][:rows], parameter) < 5e-6, name
+        assert not result.parameters[name][rows:].any(), f"padding rows of {name} moved"
 
 
 @pytest.mark.parametrize(("world", "p", "accumulation", "tied"), LAYOUTS)
 def test_distillation_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
     case = Case(tied=tied, accumulation=accumulation)
     true = truth(Case(tied=tied))
-    for found in run_ranks(world, three_steps, case, vocab_group=p):
-        assert_matches(found, true, case=case)
+    for result in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(result, true, case=case)
 
 
 @pytest.mark.parametrize(("world", "p", "accumulation", "tied"), [(1, 1, 1, False), (2, 2, 2, False), (4, 2, 1, True)])
 def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
     case = Case(objective="labels", tied=tied, accumulation=accumulation)
     true = truth(Case(objective="labels", tied=tied))
-    for found in run_ranks(world, three_steps, case, vocab_group=p):
-        assert_matches(found, true, case=case)
+    for result in run_ranks(world, three_steps, case, vocab_group=p):
+        assert_matches(result, true, case=case)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumul
     ],
 )
 def test_variants_equal_the_dense_truth(case: Case) -> None:
-    for found in run_ranks(2, three_steps, case):
-        assert_matches(found, truth(case), case=case)
+    for result in run_ranks(2, three_steps, case):
+        assert_matches(result, truth(case), case=case)
 
 
-def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: int, last: int) -> Found:
+def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: int, last: int) -> RunResult:
     """Steps `first` to `last`; from step 0 freshly built, else from what an earlier call left in `folder`."""
     student = build(case, topology)
     if first > 0:
@@ -114,12 +114,12 @@ def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: in
     steps = run_steps(case, student, topology, range(first, last))
     state = {**student.state.local(), "rng": torch.get_rng_state()}
     save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.state.shapes)
-    return Found(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
+    return RunResult(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 
 @pytest.mark.parametrize("persistence", [0, 10_000])
 def test_a_resume_is_bitwise_on_the_same_world(tmp_path_factory: pytest.TempPathFactory, persistence: int) -> None:
-    """With weight decay in one of two groups, so that hyperparameters which a resume loses are seen."""
+    """Weight decay is in one of two groups, so that hyperparameters which a resume loses are noticed."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     case = Case(tied=True, accumulation=2, persistence=persistence)
     whole = run_ranks(2, three_steps, case)[0]
@@ -138,12 +138,12 @@ def test_a_run_goes_from_world_to_world_and_on(
     folder, case = str(tmp_path_factory.mktemp("checkpoints")), Case()
     true = truth(case)
     for step, world in enumerate(worlds):
-        found = run_ranks(world, _steps_with_a_restart, case, folder, step, step + 1)[0]
+        result = run_ranks(world, _steps_with_a_restart, case, folder, step, step + 1)[0]
         for name, value in true.steps[step].items():
-            assert found.steps[0][name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
-        assert found.steps[0]["loss"] == pytest.approx(true.steps[step]["loss"], rel=1e-6)
+            assert result.steps[0][name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
+        assert result.steps[0]["loss"] == pytest.approx(true.steps[step]["loss"], rel=1e-6)
     for name, parameter in true.parameters.items():
-        assert relative_error(found.parameters[name][: parameter.shape[0]], parameter) < 5e-6, name
+        assert relative_error(result.parameters[name][: parameter.shape[0]], parameter) < 5e-6, name
 
 
 def _layer_forwards(topology: Topology, case: Case) -> int:

@@ -24,7 +24,7 @@ from megadistill.train.teacher.placement import load_pipeline, load_stage
 from megadistill.types import TokenBatch, token_digest
 from tests.ranks import student_cases
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import Case, Found, three_steps
+from tests.ranks.student_cases import Case, RunResult, three_steps
 from tests.unit.train.cases import SEQUENCE, described_data, described_teacher, recipe
 
 
@@ -61,7 +61,7 @@ def _student(topology: Topology, precision: str, offload: bool) -> dict[str, str
         require_sound_student(student, topology)
 
     messages = {"sound": _message(check)}
-    assert len(student.replicated()) == 5, "two norms of each layer, and the last one"
+    assert len(student.state.replicated()) == 5, "two norms of each layer, and the last one"
     with _flipped(parameters[MATRIX].ds_tensor, here):
         messages["piece"] = _message(check)
     assert parameters[NORM].numel() == 64
@@ -120,7 +120,7 @@ def test_a_bit_of_the_teacher() -> None:
         assert ("changed in memory: see the log of rank 1" in changed) == (rank != 1)
 
 
-def _computed_twice(topology: Topology, case: Case, recompute: bool) -> Found:
+def _computed_twice(topology: Topology, case: Case, recompute: bool) -> RunResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(student_cases, "train_step", partial(train_step, recompute=recompute))
         return three_steps(topology, case)

@@ -1,4 +1,4 @@
-"""What an optimizer's entry decides, for AdamW and for a kind that a test adds: recipe keys, groups, state, plan."""
+"""An optimizer's recipe keys, groups, state and plan, for AdamW and for a kind that a test adds."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config import Recipe, load_recipe, validate_recipe
+from megadistill.config import OptimizerSection, Recipe, load_recipe, validate_recipe
 from megadistill.config.keys import keys
 from megadistill.config.recipe import AdamWSection
 from megadistill.errors import UserError
@@ -75,7 +75,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_a_new_kind_is_read_listed_and_refused_like_the_others(tmp_path: Path) -> None:
-    section = _recipe(kind="momentum", momentum=0.8).train.optimizer
+    section: OptimizerSection = _recipe(kind="momentum", momentum=0.8).train.optimizer
     assert section == MomentumSection(learning_rate=1e-3, momentum=0.8)
     assert describe(section) == "SGD, momentum 0.8, weight decay 0.1 on matrices"
     assert validate_recipe(_recipe(kind="momentum").snapshot(), source="recipe.json") == _recipe(kind="momentum")

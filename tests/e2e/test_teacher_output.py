@@ -1,4 +1,4 @@
-"""What a teacher says, kept: targets that a run learns from without it, and texts that it wrote, as commands."""
+"""The commands store-targets and generate: targets and text of a teacher, for runs without it."""
 
 from megadistill.data import Manifest
 from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
@@ -17,8 +17,8 @@ def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
     succeed(*PLAIN, *command("live"))
     stored = {"teacher__path": "null", "teacher__source": "stored", "teacher__targets": targets}
     succeed(*PLAIN, *command("stored", **stored))
-    live, found = (place.metrics(name) for name in ("live", "stored"))
-    assert [line["loss"] for line in found] == [line["loss"] for line in live]
+    live, stored_targets = (place.metrics(name) for name in ("live", "stored"))
+    assert [line["loss"] for line in stored_targets] == [line["loss"] for line in live]
 
 
 def test_a_recipe_reads_what_the_teacher_wrote(place: Place) -> None:
