@@ -34,6 +34,10 @@ class Parameter:
             raise ValueError(f"{self.name} is {value}; it is {self.description}")
 
 
+BETA = Parameter("beta", "β", "the teacher's share of the mixture", default=0.5, includes_one=True)
+ALPHA = Parameter("alpha", "α", "the teacher's share of the mixture", default=0.1, includes_one=False)
+
+
 @dataclass(frozen=True)
 class DivergenceSpec:
     """All that the rest of the package must know of a divergence. Its arithmetic is in `loss`."""
@@ -66,21 +70,12 @@ class DivergenceKind(StrEnum):
     JSD = (
         "jsd",
         DivergenceSpec(
-            "generalised Jensen-Shannon divergence",
-            Parameter("beta", "β", "the teacher's share of the mixture", default=0.5, includes_one=True),
-            limits=((0.0, "forward_kl"), (1.0, "reverse_kl")),
+            "generalised Jensen-Shannon divergence", BETA, limits=((0.0, "forward_kl"), (1.0, "reverse_kl"))
         ),
     )
     """β KL(p_t ‖ M) + (1-β) KL(p_s ‖ M), M = β p_t + (1-β) p_s (GKD, Agarwal et al., arXiv:2306.13649, section 2).
     β = 0 and β = 1, where that is 0, are forward and reverse KL by convention."""
-    SKEW_KL = (
-        "skew_kl",
-        DivergenceSpec(
-            "skew KL",
-            Parameter("alpha", "α", "the teacher's share of the mixture", default=0.1, includes_one=False),
-            limits=((0.0, "forward_kl"),),
-        ),
-    )
+    SKEW_KL = "skew_kl", DivergenceSpec("skew KL", ALPHA, limits=((0.0, "forward_kl"),))
     """KL(p_t ‖ α p_t + (1-α) p_s): forward KL, bounded by -ln α (DistiLLM, Ko et al., arXiv:2402.03898)."""
     TVD = "tvd", DivergenceSpec("total variation distance")
     """Total variation, ½ Σ |p_t - p_s|: bounded by 1, and so is its gradient."""

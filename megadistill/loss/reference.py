@@ -8,6 +8,7 @@ draws.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,34 +46,15 @@ def distill_loss(
         `LossTerms` in nats; cross-entropies, entropies, agreement and log Z at temperature 1.
     """
     live = token_weights != 0
-    weights_N, labels_N, T = token_weights[live].to(student.hidden.dtype), labels[live], divergence.temperature
+    weights_N, T = token_weights[live].to(student.hidden.dtype), divergence.temperature
     logits_NU = logits(student, vocab_size, live)
     teacher_NU = logits(teacher, vocab_size, live).detach()
     log_p_t, log_p_s = (teacher_NU / T).log_softmax(dim=1), (logits_NU / T).log_softmax(dim=1)
-    value_N = divergence_value(log_p_t, log_p_s, divergence)
-
-    entropy_N = entropy(teacher_NU)
-    use_label_N = _lowest_entropy(entropy_N, labels_N, divergence.label_fraction)
-    ce_N = label_ce(logits_NU, labels_N)
-    kd_N = torch.where(use_label_N, divergence.kd_weight * ce_N, divergence.kd_factor * value_N)
-    log_z_N = logits_NU.logsumexp(dim=1)
-    loss_N = kd_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
-
-    def total(values_N: Tensor) -> Tensor:
-        return (weights_N * values_N).sum()
-
-    return LossTerms(
-        loss=total(loss_N),
-        divergence=total(value_N).detach(),
-        kl=total(kl(log_p_t, log_p_s)).detach(),
-        student_ce=total(ce_N).detach(),
-        teacher_ce=total(label_ce(teacher_NU, labels_N)),
-        student_entropy=total(entropy(logits_NU)).detach(),
-        teacher_entropy=total(entropy_N),
-        agreement=total((logits_NU.argmax(dim=1) == teacher_NU.argmax(dim=1)).to(weights_N.dtype)),
-        log_z=total(log_z_N).detach(),
-        diagnostics=_diagnostics(teacher_NU, logits_NU.detach(), weights_N) if diagnostics else None,
-    )
+    value_N, kl_N = divergence_value(log_p_t, log_p_s, divergence), kl(log_p_t, log_p_s)
+    terms = _terms(logits_NU, labels[live], weights_N, value_N, kl_N, divergence, teacher_NU)
+    if diagnostics:
+        terms = replace(terms, diagnostics=_diagnostics(teacher_NU, logits_NU.detach(), weights_N))
+    return terms
 
 
 def label_loss(
@@ -83,7 +65,8 @@ def label_loss(
     weights_N = token_weights[live].to(student.hidden.dtype)
     divergence = Divergence(kd_weight=0.0, ce_weight=1.0, z_loss=z_loss)
     logits_NU = logits(student, vocab_size, live)
-    return _without_teacher(logits_NU, labels[live], weights_N, torch.zeros_like(weights_N), divergence)
+    none_N = torch.zeros_like(weights_N)
+    return _terms(logits_NU, labels[live], weights_N, none_N, none_N, divergence)
 
 
 def sparse_distill_loss(
@@ -119,7 +102,7 @@ def sparse_distill_loss(
             outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, torch.finfo(log_p_s.dtype).min).logsumexp(dim=1), 0
         )
         value_N = value_N + torch.where(log_r_t > -math.inf, log_r_t.exp() * (log_r_t - log_r_s), 0)
-    return _without_teacher(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, divergence)
+    return _terms(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, value_N, divergence)
 
 
 def require_sparse(divergence: Divergence, targets: SparseTargets) -> None:
@@ -196,25 +179,27 @@ def _lowest_entropy(entropy_N: Tensor, labels_N: Tensor, fraction: float) -> Ten
     return torch.zeros_like(labelled_N).index_fill(0, order_N[:count], True)
 
 
-def _without_teacher(
-    logits_NU: Tensor, labels_N: Tensor, weights_N: Tensor, value_N: Tensor, divergence: Divergence
+def _terms(
+    logits_NU: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    value_N: Tensor,
+    kl_N: Tensor,
+    divergence: Divergence,
+    teacher_NU: Tensor | None = None,
 ) -> LossTerms:
-    """The terms of a loss whose teacher is known by `value_N` alone, the divergence of each token."""
+    """The terms for a divergence `value_N`; those of the teacher are 0 without its logits."""
+    none_N = torch.zeros_like(weights_N)
+    teacher_ce_N = none_N if teacher_NU is None else label_ce(teacher_NU, labels_N)
+    entropy_N = none_N if teacher_NU is None else entropy(teacher_NU)
+    agrees_N = none_N if teacher_NU is None else (logits_NU.argmax(dim=1) == teacher_NU.argmax(dim=1)).to(none_N.dtype)
+    use_label_N = _lowest_entropy(entropy_N, labels_N, divergence.label_fraction)
     ce_N, log_z_N = label_ce(logits_NU, labels_N), logits_NU.logsumexp(dim=1)
-    loss_N = divergence.kd_factor * value_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
-    value = (weights_N * value_N).sum().detach()
-    zero = torch.zeros_like(value)
-    return LossTerms(
-        loss=(weights_N * loss_N).sum(),
-        divergence=value,
-        kl=value,
-        student_ce=(weights_N * ce_N).sum().detach(),
-        teacher_ce=zero,
-        student_entropy=(weights_N * entropy(logits_NU)).sum().detach(),
-        teacher_entropy=zero,
-        agreement=zero,
-        log_z=(weights_N * log_z_N).sum().detach(),
-    )
+    kd_N = torch.where(use_label_N, divergence.kd_weight * ce_N, divergence.kd_factor * value_N)
+    loss_N = kd_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
+    terms = (loss_N, value_N, kl_N, ce_N, teacher_ce_N, entropy(logits_NU), entropy_N, agrees_N, log_z_N)
+    loss, *metrics = ((weights_N * term_N).sum() for term_N in terms)
+    return LossTerms(loss, *(metric.detach() for metric in metrics))
 
 
 def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> Diagnostics:

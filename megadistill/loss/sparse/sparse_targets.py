@@ -9,7 +9,7 @@ the temperature.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from megadistill.distributed.collectives import all_gather_rows, group_rank, gro
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.heads import Head, multiply, operand, padded
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens, require_whole_vocabulary
-from megadistill.loss.options import LOGIT_MEMORY
+from megadistill.loss.options import LOGIT_MEMORY, LossOptions
 from megadistill.loss.pointwise import apply_transform_
 from megadistill.loss.sparse.exponentials import vocabulary_maximum
 from megadistill.loss.sparse.most_likely import select_most_likely
@@ -62,9 +62,15 @@ def sparse_targets(
         ValueError: shapes, dtypes or uniforms that do not fit, a tail for counts, or slices that do not add up to the
             vocabulary.
     """
-    request = _Request(teacher, uniforms, selection, tail, vocab, temperature, logit_memory)
-    plan, max_rows, ranges = _exchange_metadata(request)
-    tokens, dtype, rank = teacher.hidden.shape[0], teacher.accumulator, group_rank(vocab.group)
+    tokens = teacher.hidden.shape[0]
+    teacher.require_fit("teacher", tokens, vocab, padding=False)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; it divides the logits, so pass a positive number")
+    _require_uniforms(uniforms, tokens, selection, tail)
+    assert vocab.size < 2**24, "ids travel among float32 logits, which hold them exactly below 2**24"
+    options = LossOptions(logit_memory)
+    plan, max_rows, ranges = _exchange_metadata(teacher, uniforms, vocab, options)
+    dtype, rank = teacher.accumulator, group_rank(vocab.group)
     weight_vE = teacher.rows(vocab, dtype)
     buffer = teacher.hidden.new_empty((group_size(vocab.group) * plan.chunk_tokens, vocab.true_rows), dtype=dtype)
     chunks = []
@@ -84,57 +90,48 @@ def sparse_targets(
             selected = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
             selected = selected[rank * length : (rank + 1) * length]
         chunks.append(selected[: max(0, tokens - span.start)])
-    return _joined(chunks, request)
+    none = SelectedIds(*(teacher.hidden.new_empty(shape) for shape in ((0, 0), (0, 0), (0,))))
+    chunks.append(replace(none, ids=none.ids.long()))
+    width = torch.tensor([max(chunk.width for chunk in chunks)], device=teacher.hidden.device)
+    K = int(all_gather_rows(width, vocab.group).max())
+    return SparseTargets(
+        ids=torch.cat([pad_columns(chunk.ids, K, -1) for chunk in chunks]),
+        probs=torch.cat([pad_columns(chunk.probs, K, 0).to(dtype) for chunk in chunks]),
+        log_tail=torch.cat([chunk.log_tail.to(dtype) for chunk in chunks]),
+        tail=tail,
+        temperature=temperature,
+    )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of a call, checked."""
-
-    teacher: Head
-    uniforms_NM: Tensor | None
-    selection: Selection
-    tail: Tail
-    vocab: VocabSlice
-    temperature: float
-    logit_memory: int
-
-    def __post_init__(self) -> None:
-        self.teacher.require_fit("teacher", self.teacher.hidden.shape[0], self.vocab, padding=False)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature is {self.temperature}; it divides the logits, so pass a positive number")
-        if self.logit_memory < 1:
-            raise ValueError(f"logit_memory is {self.logit_memory}; pass the bytes that the logits may take")
-        if isinstance(self.selection, Sampled):
-            self._require_uniforms(self.selection.draws)
-        elif self.uniforms_NM is not None:
-            raise ValueError(f"{self.selection} draws nothing; pass uniforms for Sampled alone")
-        assert self.vocab.size < 2**24, "ids travel among float32 logits, which hold them exactly below 2**24"
-
-    def _require_uniforms(self, draws: int) -> None:
-        if self.tail is not Tail.RENORMALISED:
-            raise ValueError(
-                f"tail is {self.tail.value}, but counts of draws add up to 1 and leave none; pass Tail.RENORMALISED"
-            )
-        shape, u = (self.teacher.hidden.shape[0], draws), self.uniforms_NM
-        if u is None or u.shape != shape or u.dtype != torch.float64:
-            given = "none" if u is None else f"{list(u.shape)} {u.dtype}"
-            raise ValueError(
-                f"{self.selection} needs uniforms {list(shape)} torch.float64, got {given}; "
-                f"torch.rand({shape[0]}, {shape[1]}, dtype=torch.float64) makes them"
-            )
+def _require_uniforms(uniforms: Tensor | None, tokens: int, selection: Selection, tail: Tail) -> None:
+    if not isinstance(selection, Sampled):
+        if uniforms is not None:
+            raise ValueError(f"{selection} draws nothing; pass uniforms for Sampled alone")
+        return
+    if tail is not Tail.RENORMALISED:
+        raise ValueError(
+            f"tail is {tail.value}, but counts of draws add up to 1 and leave none; pass Tail.RENORMALISED"
+        )
+    shape = (tokens, selection.draws)
+    if uniforms is None or uniforms.shape != shape or uniforms.dtype != torch.float64:
+        given = "none" if uniforms is None else f"{list(uniforms.shape)} {uniforms.dtype}"
+        raise ValueError(
+            f"{selection} needs uniforms {list(shape)} torch.float64, got {given}; "
+            f"torch.rand({shape[0]}, {shape[1]}, dtype=torch.float64) makes them"
+        )
 
 
-def _exchange_metadata(request: _Request) -> tuple[ChunkPlan, int, Ranges]:
+def _exchange_metadata(
+    teacher: Head, uniforms: Tensor | None, vocab: VocabSlice, options: LossOptions
+) -> tuple[ChunkPlan, int, Ranges]:
     """The plan of the chunks, the largest v of a rank, and the ranges of all slices.
 
     Two small all-gathers, with host-device syncs.
     """
-    vocab, teacher, u = request.vocab, request.teacher, request.uniforms_NM
     fitting = fitting_tokens(
-        request.logit_memory, models=1, itemsize=teacher.accumulator.itemsize, rows=vocab.true_rows
+        options.logit_memory, models=1, itemsize=teacher.accumulator.itemsize, rows=vocab.true_rows
     )
-    outside = 0 if u is None else int(((u >= 0) & (u < 1)).logical_not().sum())
+    outside = 0 if uniforms is None else int(((uniforms >= 0) & (uniforms < 1)).logical_not().sum())
     own = [teacher.hidden.shape[0], vocab.true_rows, fitting, len(true_ranges(vocab)), outside]
     gathered = all_gather_rows(torch.tensor([own], device=teacher.hidden.device), vocab.group)
     tokens, rows, fittings, range_counts, outsides = zip(*gathered.tolist(), strict=True)
@@ -143,21 +140,6 @@ def _exchange_metadata(request: _Request) -> tuple[ChunkPlan, int, Ranges]:
         raise ValueError(f"{list(outsides)} uniforms (by rank) are not in [0, 1); torch.rand makes numbers that are")
     plan = ChunkPlan.of(int(max(tokens)), int(min(fittings)), group_size(vocab.group), in_flight=1)
     return plan, int(max(rows)), Ranges.gather(vocab, range_counts, teacher.hidden.device)
-
-
-def _joined(chunks: list[SelectedIds], request: _Request) -> SparseTargets:
-    """The chunks of this rank's tokens, K wide."""
-    hidden, dtype = request.teacher.hidden, request.teacher.accumulator
-    own = torch.tensor([max((chunk.width for chunk in chunks), default=0)], device=hidden.device)
-    K = int(all_gather_rows(own, request.vocab.group).max())
-    none = SelectedIds(hidden.new_empty((0, K), dtype=torch.int64), hidden.new_empty((0, K)), hidden.new_empty((0,)))
-    return SparseTargets(
-        ids=torch.cat([pad_columns(chunk.ids, K, -1) for chunk in [none, *chunks]]),
-        probs=torch.cat([pad_columns(chunk.probs, K, 0).to(dtype) for chunk in [none, *chunks]]),
-        log_tail=torch.cat([chunk.log_tail.to(dtype) for chunk in [none, *chunks]]),
-        tail=request.tail,
-        temperature=request.temperature,
-    )
 
 
 def _gathered(rows: Tensor, span: slice, vocab: VocabSlice) -> Tensor:
