@@ -147,6 +147,12 @@ def test_every_event_that_the_package_writes_has_a_name() -> None:
     assert set(written) <= EVENTS.keys()
 
 
+def test_every_event_is_documented() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    for event, meaning in EVENTS.items():
+        assert f"| `{event}` | {meaning} |\n" in page
+
+
 def _run(folder: Path, events: list[dict[str, Any]], seconds: list[Any]) -> Goodput:
     for event in events:
         JsonLines(folder / "events.jsonl").append({"attempt": 1, "step": 0, **event})
