@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megadistill.config import Recipe, Section
+from megadistill.config.recipe import sections_in
 from megadistill.errors import UserError, nearest
 
 PREFACE = """\
@@ -61,22 +62,13 @@ def keys() -> list[Key]:
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     nested: list[tuple[type[BaseModel], str]] = []
     for name, field in model.model_fields.items():
-        sections, is_list = _sections_of(field.annotation)
+        sections, is_list = sections_in(field.annotation), get_origin(field.annotation) is list
         nested += [(section, f"{prefix}{name}{'[]' if is_list else ''}.") for section in sections]
         if sections and (field.is_required() or (not is_list and field.default is not None)):
             continue
         yield Key(f"{prefix}{name}", _type_of(field), _default_of(field), _meaning_of(field))
     for section, path in nested:
         yield from _keys(section, path)
-
-
-def _sections_of(annotation: Any) -> tuple[list[type[Section]], bool]:
-    """The section that a key holds, or those of a union, and whether the key holds a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation], False
-    parts = [_sections_of(part) for part in get_args(annotation)]
-    sections = [section for part, _ in parts for section in part]
-    return sections, get_origin(annotation) is list or any(is_list for _, is_list in parts)
 
 
 def _type_of(field: FieldInfo) -> str:

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from yaml import YAMLError
 
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import Recipe, Section, sections_in
 from megadistill.errors import UserError, nearest
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -159,28 +159,21 @@ def _explain(error: ValidationError) -> str:
 
 
 def _locate(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
-    """The key path of pydantic's location, without the tag of a union's member, and the keys beside its last part."""
-    models: list[type[BaseModel]] = [Recipe]
+    """The key path of pydantic's location, without the kind of a union's member, and the keys beside its last part."""
+    sections: list[type[Section]] = [Recipe]
     path, siblings = [], list(Recipe.model_fields)
     for part in map(str, location):
-        tagged = [
-            model for model in models if "kind" in model.model_fields and model.model_fields["kind"].default == part
+        of_kind = [
+            each for each in sections if "kind" in each.model_fields and each.model_fields["kind"].default == part
         ]
-        if tagged:
-            models = tagged
+        if of_kind:
+            sections = of_kind
             continue
         path.append(part)
-        siblings = [key for model in models for key in model.model_fields]
-        fields = [model.model_fields[part] for model in models if part in model.model_fields]
-        models = [model for field in fields for model in _models_in(field.annotation)] or models
+        siblings = [key for section in sections for key in section.model_fields]
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [inner for field in fields for inner in sections_in(field.annotation)] or sections
     return path, siblings
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models of an annotation such as `list[Entry]` or `A | B | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The recipe as frozen pydantic models, one per section. Paths are relative to the current directory."""
 
-from typing import Annotated, Any, Literal
+import math
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +18,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections of a key's annotation, such as `list[Entry]` or `A | B | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
 
 
 class RunSection(Section):
@@ -242,6 +250,12 @@ class TargetsSection(Section):
 
 def _describe_parameter(name: str) -> str:
     return "; ".join(f"{kind}: {parameter.description}" for kind, parameter in parameter_owners(name).items()) + "."
+
+    def max_ids_per_token(self, vocab_size: int) -> int:
+        """The most ids that a token can have, of a vocabulary of `vocab_size` ids."""
+        if self.epsilon is not None:
+            return min(math.floor(1 / self.epsilon) + 1, vocab_size)  # a quotient is rounded
+        return min(next(number for number in (self.draws, self.k, self.max_ids) if number is not None), vocab_size)
 
 
 class LossSection(Section):
