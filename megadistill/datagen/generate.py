@@ -6,6 +6,7 @@ depend on the job that writes it. The same call, started again, keeps complete s
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,36 +51,20 @@ class GenerateReport:
     """Result of `generate`, over the shards of this job."""
 
     output: Path
-    sequences: int
-    shards: int
     finished: bool
-    """The manifest is written."""
-    new_tokens: int
-    """Tokens that the teacher wrote."""
-    ended: int
-    """Continuations with an end-of-document id."""
-    left_out: int
-    """Slots whose prompt is not one stretch of text: padding, or documents that were packed side by side."""
-    reused: int
-    """Shards of an earlier start, or of another job."""
+    """Whether the manifest is written."""
+    counts: Mapping[str, int]
+    """Number of sequences, shards, tokens, and so on, by the name in the table."""
     seconds: float
 
     def table(self) -> Table:
         """A table for a terminal."""
         state = "finished" if self.finished else "the share of one job"
-        table = Table(
-            "", title=f"{self.output}: {state}, {self.seconds:.0f} s", title_justify="left", show_header=False
-        )
+        title = f"{self.output}: {state}, {self.seconds:.0f} s"
+        table = Table("", title=title, title_justify="left", show_header=False)
         table.add_column("", justify="right")
-        for heading, number in (
-            ("sequences", self.sequences),
-            ("shards", self.shards),
-            ("of them reused", self.reused),
-            ("tokens written", self.new_tokens),
-            ("continuations that ended", self.ended),
-            ("prompts left out", self.left_out),
-        ):
-            table.add_row(heading, f"{number:,}")
+        for name, count in self.counts.items():
+            table.add_row(name, f"{count:,}")
         return table
 
 
@@ -144,17 +129,15 @@ def generate(
         records, reused = _generate_shards(generator, _share(slots, shard_slots, rank, world), progress)
         if world == 1:
             _finish(generator, records, data, inputs=(teacher.resolve().name, *sorted(data.sources)))
-    return GenerateReport(
-        output=output,
-        sequences=sum(record.shard.sequences for record in records if record.shard),
-        shards=sum(record.shard is not None for record in records),
-        finished=world == 1,
-        new_tokens=sum(record.new_tokens for record in records),
-        ended=sum(record.ended for record in records),
-        left_out=sum(record.left_out for record in records),
-        reused=reused,
-        seconds=time.perf_counter() - began,
-    )
+    counts = {
+        "sequences": sum(record.shard.sequences for record in records if record.shard),
+        "shards": sum(record.shard is not None for record in records),
+        "shards reused": reused,
+        "tokens written": sum(record.new_tokens for record in records),
+        "continuations that ended": sum(record.ended for record in records),
+        "prompts left out": sum(record.left_out for record in records),
+    }
+    return GenerateReport(output, finished=world == 1, counts=counts, seconds=time.perf_counter() - began)
 
 
 def _share(slots: range, shard_slots: int, rank: int, world: int) -> dict[int, range]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.accumulator import COLUMNS, Accumulator, Deciles, Floats, Totals, entropy_deciles
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.models import batch_terms, check_model
-from megadistill.evaluate.splits import Split, batches, share, short_names
+from megadistill.evaluate.splits import Split, own_batches, short_names
 from megadistill.models.weights import load_pretrained
 from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
@@ -65,7 +66,7 @@ def evaluate(
     accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []
     vocab_size = splits[0].manifest.vocab_size
-    for source, tokens in _own_batches(splits, batch, topology, progress):
+    for source, tokens in _read(splits, batch, topology, progress):
         terms_by_model = batch_terms(loaded, tokens, vocab_size, first_is_teacher=teacher is not None)
         for accumulator, terms in zip(accumulators, terms_by_model, strict=True):
             accumulator.add(terms, source)
@@ -83,22 +84,21 @@ def evaluate(
     ]
 
 
-def _own_batches(
+def _read(
     splits: Sequence[Split], size: int, topology: Topology, progress: ShowProgress
 ) -> Iterator[tuple[int, TokenBatch]]:
     """This rank's batches, each with the number of its split. The first rank shows the progress of its own."""
-    own = share(batches(splits, size), topology.rank, topology.world)
+    own = own_batches(splits, size, rank=topology.rank, world=topology.world)
     streams = [split.stream() for split in splits]
-    lengths = [split.manifest.sequence_length for split in splits]
-    total = sum(len(batch.slots) * lengths[batch.split] for batch in own)
-    tokens = 0
-    for batch in own:
+    tokens = list(
+        accumulate((len(slots) * splits[number].manifest.sequence_length for number, slots in own), initial=0)
+    )
+    for done, (number, slots) in zip(tokens, own, strict=False):
         if topology.is_first:
-            progress("evaluate", done=tokens, total=total)
-        yield batch.split, streams[batch.split].batch(batch.slots).to(topology.device)
-        tokens += len(batch.slots) * lengths[batch.split]
+            progress("evaluate", done=done, total=tokens[-1])
+        yield number, streams[number].batch(slots).to(topology.device)
     if topology.is_first:
-        progress("evaluate", done=tokens, total=total)
+        progress("evaluate", done=tokens[-1], total=tokens[-1])
 
 
 def _evaluation(

@@ -24,14 +24,6 @@ class Split:
         return TokenStream(self.manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one forward pass."""
-
-    split: int
-    slots: range
-
-
 def load_splits(given: Sequence[str]) -> list[Split]:
     """The splits of `--data`, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
 
@@ -63,17 +55,13 @@ def load_splits(given: Sequence[str]) -> list[Split]:
     return splits
 
 
-def batches(splits: Sequence[Split], size: int) -> list[Batch]:
-    """All sequences of all splits, `size` at a time, whatever the number of ranks."""
-    return [
-        Batch(number, range(start, min(start + size, split.manifest.sequences)))
+def own_batches(splits: Sequence[Split], size: int, *, rank: int, world: int) -> list[tuple[int, range]]:
+    """Split number and slots of each of a rank's batches: its consecutive share of all batches of `size` sequences."""
+    batches = [
+        (number, range(start, min(start + size, split.manifest.sequences)))
         for number, split in enumerate(splits)
         for start in range(0, split.manifest.sequences, size)
     ]
-
-
-def share(batches: Sequence[Batch], rank: int, world: int) -> Sequence[Batch]:
-    """The consecutive batches of a rank."""
     return batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
 
 

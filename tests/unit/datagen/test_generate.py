@@ -195,9 +195,11 @@ def test_units_are_prompts_and_what_follows_up_to_its_end(teacher: Path, data_se
     assert min(lengths) < NEW, "no continuation comes to its end"
     assert max(lengths) == NEW
 
-    assert (report.sequences, report.shards, report.finished, report.left_out) == (len(SLOTS), 4, True, 0)
-    assert report.new_tokens == sum(lengths)
-    assert report.ended == sum(
+    assert report.finished
+    counts = report.counts
+    assert (counts["sequences"], counts["shards"], counts["prompts left out"]) == (len(SLOTS), 4, 0)
+    assert counts["tokens written"] == sum(lengths)
+    assert counts["continuations that ended"] == sum(
         int(row[PROMPT - 1 + length - 1] == eos) for row, length in zip(labels, lengths, strict=True)
     )
     assert manifest.tokens == int((labels != IGNORED_LABEL).sum())
@@ -240,7 +242,8 @@ def test_neither_batches_nor_jobs_change_a_byte(teacher: Path, data_set: Path, t
         report = _generate(teacher, data_set, tmp_path / "jobs", rank=rank, world=3)
         assert not report.finished
     merged = _generate(teacher, data_set, tmp_path / "jobs")
-    assert (merged.reused, merged.finished, merged.sequences) == (4, True, len(SLOTS))
+    assert merged.finished
+    assert (merged.counts["shards reused"], merged.counts["sequences"]) == (4, len(SLOTS))
     assert _files(tmp_path / "jobs") == expected
     _generate(teacher, data_set, tmp_path / "other", sampling=Sampling(NEW, 0.9, 0.95, seed=5))
     assert _files(tmp_path / "other") != expected
@@ -264,10 +267,10 @@ def test_what_was_broken_off_goes_on_behind_its_whole_shards(teacher: Path, data
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
     with pytest.raises(KeyboardInterrupt):  # shards of other slots are not taken for these
         _generate(teacher, data_set, tmp_path / "elsewhere", shard_slots=12, progress=breaks_after(2))
-    assert _generate(teacher, data_set, tmp_path / "elsewhere").reused == 0
+    assert _generate(teacher, data_set, tmp_path / "elsewhere").counts["shards reused"] == 0
     assert _files(tmp_path / "elsewhere") == _files(tmp_path / "whole")
     report = _generate(teacher, data_set, tmp_path / "out")
-    assert report.reused == 2  # of the three that were written, one was damaged since
+    assert report.counts["shards reused"] == 2  # of the three that were written, one was damaged since
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
     with pytest.raises(UserError, match="never changed"):
         _generate(teacher, data_set, tmp_path / "out")
@@ -280,7 +283,7 @@ def test_prompts_that_are_no_one_text_are_left_out(teacher: Path, data_set: Path
     report = _generate(teacher, tmp_path / "packed", tmp_path / "out", slots=slots, **options)
     read = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(slots)
     whole = (read.labels != IGNORED_LABEL).all(dim=1)
-    assert 0 < report.left_out == int((~whole).sum())
+    assert 0 < report.counts["prompts left out"] == int((~whole).sum())
     tokens, _ = _units(tmp_path / "out")
     assert torch.equal(tokens[:, :SEQUENCE], read.tokens[whole])
 
