@@ -1,7 +1,7 @@
 """Indexing external shards: a split of WebDataset tars that another program wrote, and that stay as they are."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -55,8 +55,13 @@ def index(
     _check_name(split, "--split")
     model = load_tokenizer(tokenizer)
     describe = _description(tars[0], split, model, member, dtype)
-    with nullcontext(progress) if progress else console_progress() as show, _indices_of(tars):
-        shards, tokens = _index_all(tars, split, describe, show)
+    try:
+        with nullcontext(progress) if progress else console_progress() as show:
+            shards, tokens = _index_all(tars, split, describe, show)
+    except BaseException:
+        for path in tars:
+            index_path(path).unlink(missing_ok=True)
+        raise
     model.write(folder / TOKENIZER_FOLDER)
     manifest = describe(shards=tuple(shards), tokens=tokens)
     manifest.write(folder)
@@ -143,17 +148,6 @@ def _sample_format(
     except ValidationError:
         raise UserError(f"--member {member}: give a suffix such as tokens.npy, u16, or npz:tokens") from None
     return record, "uint16" if dtype == "uint16" else "uint32" if dtype == "uint32" else narrowest
-
-
-@contextmanager
-def _indices_of(tars: Sequence[Path]) -> Iterator[None]:
-    """Deletes the indices again when one of the tars is refused."""
-    try:
-        yield
-    except BaseException:
-        for path in tars:
-            index_path(path).unlink(missing_ok=True)
-        raise
 
 
 def _index_all(

@@ -30,11 +30,6 @@ class MemberError(ValueError):
     """A member does not hold what it should: `expected …, found …`."""
 
 
-def max_member_bytes(length: int) -> int:
-    """More than any member with `length` integers can have."""
-    return MAX_HEADER_BYTES + length * max(dtype.itemsize for dtype in DTYPES)
-
-
 def row_of(data: memoryview, record: SampleFormat, *, dtype: TokenDtype, length: int | None) -> Row:
     """[L]: the tokens in the bytes of a member, in their dtype on disk; `length` is the expected L, where known.
 
@@ -42,7 +37,8 @@ def row_of(data: memoryview, record: SampleFormat, *, dtype: TokenDtype, length:
         MemberError: the bytes hold something else.
     """
     if record.kind == "npz":
-        data = _unzipped(data, array=record.array, max_bytes=max_member_bytes(length or MAX_LENGTH))
+        most = MAX_HEADER_BYTES + (length or MAX_LENGTH) * max(one.itemsize for one in DTYPES)
+        data = _unzipped(data, array=record.array, max_bytes=most)
     if record.kind == "raw" and len(data) % np.dtype(dtype).itemsize:
         raise MemberError(f"expected {dtype} tokens, found {len(data)} bytes")
     row = np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")) if record.kind == "raw" else npy_row(data)
@@ -91,10 +87,6 @@ def _parse_header(data: bytes) -> tuple[np.dtype[Any], int, int]:
     return dtype, shape[0], stream.tell()
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(repr(name[:100]) for name in names[:10]) or "none"
-
-
 def _unzipped(data: memoryview, *, array: str | None, max_bytes: int) -> memoryview:
     """The .npy in an .npz: the only one, or the one that `array` names."""
     try:
@@ -102,9 +94,8 @@ def _unzipped(data: memoryview, *, array: str | None, max_bytes: int) -> memoryv
             names = archive.namelist()
             arrays = [name for name in names if array is None or name == f"{array}.npy"]
             if len(arrays) != 1:
-                raise MemberError(
-                    f"expected one array{f' {array}' if array else ''} in the .npz, found {_listed(names)}"
-                )
+                listed = ", ".join(repr(name[:100]) for name in names[:10]) or "none"
+                raise MemberError(f"expected one array{f' {array}' if array else ''} in the .npz, found {listed}")
             size = archive.getinfo(arrays[0]).file_size
             if size > max_bytes:
                 raise MemberError(f"expected an array of at most {max_bytes} bytes, found {size}")

@@ -7,9 +7,7 @@ is incomplete.
 Legend: S tokens of a sequence, N slots to locate, R ranges of slots.
 """
 
-import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -65,17 +63,7 @@ class TargetKey(BaseModel):
     @property
     def max_ids_per_token(self) -> int:
         """The most ids that a token can have."""
-        targets = self.targets
-        if targets.epsilon is not None:
-            most = math.floor(1 / targets.epsilon) + 1  # a quotient is rounded
-        else:
-            most = next(number for number in (targets.draws, targets.k, targets.max_ids) if number is not None)
-        return min(most, self.vocab_size)
-
-    @property
-    def order_fingerprint(self) -> str:
-        """`TokenStream.fingerprint`."""
-        return hashlib.sha256(self.order.encode()).hexdigest()
+        return self.targets.max_ids_per_token(self.vocab_size)
 
 
 def key_differences(stored: TargetKey, run: TargetKey, *, stop: int) -> list[str]:

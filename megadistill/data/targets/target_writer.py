@@ -6,7 +6,6 @@ shards, with any number of ranks; `finish_targets` makes the records one manifes
 Legend: B slots, S tokens of a sequence, K ids of a token.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -144,26 +143,25 @@ class _Record(BaseModel):
 
 def _whole_shards(folder: Path, key: TargetKey) -> list[TargetShard]:
     """The whole shards, in the order of their names. Raises UserError: one has another key."""
-    return [shard for path in sorted(folder.glob(f".{SHARDS}.json")) for shard in _recorded(path, key)]
-
-
-def _recorded(path: Path, key: TargetKey) -> Iterator[TargetShard]:
-    try:
-        with open(path, "rb") as file:
-            record = _Record.model_validate_json(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValidationError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}): delete it; its shard is written again"
-        ) from None
-    differing = key_differences(record.key, key, stop=record.shard.stop)
-    if differing:
-        raise UserError(
-            f"{path.parent} holds a part of another target set: {'; '.join(differing)}: "
-            "undo the change, give another folder, or delete it"
-        )
-    tar = path.parent / record.shard.file.name
-    if tar.is_file() and tar.stat().st_size == record.shard.file.bytes and index_path(tar).is_file():
-        yield record.shard
+    shards = []
+    for path in sorted(folder.glob(f".{SHARDS}.json")):
+        try:
+            with open(path, "rb") as file:
+                record = _Record.model_validate_json(file.read(MAX_RECORD_BYTES))
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}): delete it; its shard is written again"
+            ) from None
+        differing = key_differences(record.key, key, stop=record.shard.stop)
+        if differing:
+            raise UserError(
+                f"{folder} holds a part of another target set: {'; '.join(differing)}: "
+                "undo the change, give another folder, or delete it"
+            )
+        tar = folder / record.shard.file.name
+        if tar.is_file() and tar.stat().st_size == record.shard.file.bytes and index_path(tar).is_file():
+            shards.append(record.shard)
+    return shards
 
 
 def _prefix(rank: int) -> str:
