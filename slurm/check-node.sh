@@ -1,5 +1,5 @@
 #!/bin/bash
-# What a node must be able to do before ranks are started on it. Its last line says what it cannot.
+# Checks that a node is usable before ranks are started on it. Its last line is the reason if it is not.
 # shellcheck source=slurm/env.sh.example
 . "${MEGADISTILL_ENV:-slurm/env.sh}"
 file=$FOLDER/.check-$SLURMD_NODENAME

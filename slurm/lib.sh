@@ -1,53 +1,53 @@
 # shellcheck shell=bash
-# What the sbatch files share. It knows nodes, signals and markers; it knows no training.
+# Shared functions of the sbatch files: node checks, signals, markers and restarts.
 #
-# Markers decide, not exit codes: srun's is 0 after a node has lost its power, and 137 for a clean stop whose last rank was
-# slow. Those are the marker of the end (DONE), HOLD (a person has to look), and what `progress` prints. What the ranks
-# themselves say is in logs/JOB/TRY/: rank-00000.err, and rank-00000.code with the exit code.
+# Markers decide, not exit codes: srun's is 0 after a node lost power, and 137 for a clean stop whose last rank was slow.
+# The markers are DONE (finished), HOLD (a person has to investigate), and the output of `progress`. Each rank's standard
+# error and exit code are in logs/JOB/TRY/: rank-00000.err and rank-00000.code.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
 # shellcheck source=slurm/env.sh.example
 . "${MEGADISTILL_ENV:-slurm/env.sh}" || exit 2
 
 MAX_STARTS=3      # without progress; then HOLD
-CHECK_SECONDS=120 # a node that has not answered by then is not used
+CHECK_SECONDS=120 # time limit of a node's check; then the node is not used
 CHECKS_AT_ONCE=128
 SPARES=${SPARES:-0}
-NOTICE=""         # USR2: stop with a checkpoint and go on in another job; TERM: somebody ends this one
+NOTICE=""         # USR2: stop with a checkpoint and resume in another job; TERM: this job is cancelled
 STEP_PID=""
 
 log() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}: $*"; }
 
 on_notice() {
   log "SIG$1"
-  [ -z "$NOTICE" ] || return # the ranks take a second signal as the wish to leave without a checkpoint
+  [ -z "$NOTICE" ] || return # on a second signal the ranks end without a checkpoint
   NOTICE=$1
-  # TERM is not passed on: srun would kill the ranks. Slurm sends it to them itself.
+  # TERM is not forwarded: srun would kill the ranks. Slurm sends it to them itself.
   if [ "$1" = USR2 ] && [ -n "$STEP_PID" ]; then kill -USR2 "$STEP_PID"; fi
 }
 trap 'on_notice USR2' USR2
 trap 'on_notice TERM' TERM
 
-# leave CODE REASON: the work goes on in this job when it starts again, or in the next one of an array or a chain.
+# leave CODE REASON: ends this job; the run resumes when it starts again, or in the next job of an array or a chain.
 leave() {
   if scontrol show job "$SLURM_JOB_ID" | grep -q 'Requeue=1'; then
-    log "$2: back into the queue"
+    log "$2: requeued"
     trap - USR2 TERM # requeuing ends this script with TERM
     scontrol requeue "$SLURM_JOB_ID" && sleep 300
   fi
-  log "$2: the next job of the array or chain goes on"
+  log "$2: the next job of the array or chain resumes"
   exit "$1"
 }
 
 # hold FOLDER CODE REASON
 hold() {
   log "HOLD: $3"
-  printf '%s\njob %s, %s\nWhen it is mended, delete this file and submit again.\n' "$3" "$SLURM_JOB_ID" "$(date)" >"$1/HOLD"
+  printf '%s\njob %s, %s\nAfter fixing the cause, delete this file and submit again.\n' "$3" "$SLURM_JOB_ID" "$(date)" >"$1/HOLD"
   rm -f "$1/starts-without-progress"
   exit "$2"
 }
 
-# require_open FOLDER MARKER: nothing to do where the work is done, nothing may be done where a person has to look.
+# require_open FOLDER MARKER: ends this job if the run is finished (MARKER), or if a person has to investigate (HOLD).
 require_open() {
   if [ -e "$2" ]; then
     log "$2 exists: nothing is left to do"
@@ -59,7 +59,7 @@ require_open() {
   fi
 }
 
-# count_start FOLDER: before the start, so that one that ends this script counts too.
+# count_start FOLDER: called before the start, so that one that ends this script counts too.
 count_start() {
   local count=0 before="" now
   now=$(progress)
@@ -70,7 +70,7 @@ count_start() {
 }
 
 # usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in the order of LIST.
-# It does not wait for the others once it has enough.
+# It does not wait for the other checks once there are enough.
 usable_nodes() {
   local passed node state pids=() found
   passed=$(mktemp -d "$LOGS/nodes.XXXXXX")
@@ -88,17 +88,17 @@ usable_nodes() {
 }
 
 check_node() { # FOLDER NODE [SRUN OPTION]
-  local said
-  if said=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 "${@:3}" \
+  local output
+  if output=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 "${@:3}" \
     bash slurm/check-node.sh 2>&1); then
     touch "$1/$2"
   else
-    said=$(grep '✗' <<<"$said" || grep -v '^srun: ' <<<"$said" | tail -n 1) # a row of doctor's, else a last word
-    log "$2 is not used: ${said:-no answer within $CHECK_SECONDS s}" >&2
+    output=$(grep '✗' <<<"$output" || grep -v '^srun: ' <<<"$output" | tail -n 1) # a failed row of doctor, else the last line
+    log "$2 is not used: ${output:-no answer within $CHECK_SECONDS s}" >&2
   fi
 }
 
-# component NODES RANKS_PER_NODE COMMAND...: adds one rank a task on these nodes (one a line) to the step STEP.
+# component NODES RANKS_PER_NODE COMMAND...: adds one rank per task on these nodes (one per line) to the step STEP.
 component() {
   local nodes per=$2 count cpus
   mapfile -t nodes <<<"$1"
@@ -110,7 +110,7 @@ component() {
     bash slurm/rank.sh "${@:3}")
 }
 
-# run_step: starts STEP, waits for its end, and says how it ended.
+# run_step: starts STEP, waits for its end, and logs the exit codes.
 run_step() {
   local began=$SECONDS code
   srun "${STEP[@]}" &
@@ -136,16 +136,16 @@ first_rank_with() {
 
 newest_attempt() { find "$1/attempts" -name '*.json' 2>/dev/null | sort | tail -n 1; }
 
-# is_superseded FOLDER BEFORE: whether another job has begun to work in FOLDER since the attempt BEFORE.
+# is_superseded FOLDER BEFORE: whether another job has started in FOLDER since the attempt BEFORE.
 is_superseded() {
   local now
   now=$(newest_attempt "$1")
   [ "$now" != "$2" ] && ! { grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"; }
 }
 
-# until_done FOLDER MARKER LAYOUT COMMAND...: starts COMMAND again and again, until the file MARKER says that it is done, or
-# this job has to go. LAYOUT, a function, fills STEP for the command with usable nodes; it fails where they are too few.
-# FOLDER is for what is kept of the jobs: logs, HOLD and the count of starts.
+# until_done FOLDER MARKER LAYOUT COMMAND...: restarts COMMAND until the file MARKER exists, or this job has to end. LAYOUT,
+# a function, fills STEP for the command with usable nodes; it fails if there are too few. FOLDER holds the logs, HOLD and
+# the count of starts.
 until_done() {
   local folder=$1 marker=$2 layout=$3 before why try=0
   shift 3
@@ -160,24 +160,24 @@ until_done() {
     mkdir -p "$LOGS"
     STEP=()
     "$layout" "$@" || leave 3 "too few usable nodes"
-    [ -z "$NOTICE" ] || leave 0 "asked to stop"
+    [ -z "$NOTICE" ] || leave 0 "stop requested"
     before=$(newest_attempt "$folder")
     log "start $try on $(xargs <<<"$STEP_NODES"), after $(progress | grep . || echo nothing)"
     run_step
     [ ! -e "$marker" ] || { log "done" && exit 0; }
     if is_superseded "$folder" "$before"; then
-      log "another job works in $folder: this one leaves"
+      log "another job has started in $folder: this job ends"
       exit 1
     fi
     if why=$(first_rank_with 2 4); then hold "$folder" 4 "rank $why"; fi
     if why=$(first_rank_with 3); then log "rank $why"; fi
     [ "$NOTICE" != USR2 ] || leave 0 "stopped at $(progress)"
     [ "$NOTICE" != TERM ] || exit 143
-    sleep 3 # the controller hears of a lost node later than the ranks do
+    sleep 3 # the controller notices a lost node later than the ranks do
   done
 }
 
-# to_the_end COMMAND...: a command of one process, on this node, that goes on where it was stopped.
+# to_the_end COMMAND...: a command of one process, on this node, that resumes where it was stopped.
 to_the_end() {
   local code
   "$@" &

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# What the training scripts share: the command, what counts as progress, and which nodes get which ranks.
+# Shared parts of the training scripts: the command, the measure of progress, and the ranks of each node.
 # shellcheck disable=SC2034 # the scripts use it
 TRAIN=("${MEGADISTILL[@]}" train "${RECIPE:?}" --set run.folder="${RUN_FOLDER:?}" "${OVERRIDES[@]}")
-if [ -z "${RANKS_PER_NODE:-}" ]; then # a rank a GPU; not SLURM_GPUS_ON_NODE, which under --exclusive is all that there are
+if [ -z "${RANKS_PER_NODE:-}" ]; then # one rank per GPU; under --exclusive SLURM_GPUS_ON_NODE counts all GPUs of the node
   RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:?ask for --gpus-per-node, or set RANKS_PER_NODE}}
   RANKS_PER_NODE=${RANKS_PER_NODE##*:} # of h100:8
 fi
 
-progress() { # the newest checkpoint
+progress() { # the latest checkpoint
   find "$RUN_FOLDER/checkpoints" -maxdepth 1 -name 'step-*' ! -name '*.*' 2>/dev/null | sort | tail -n 1 | sed 's|.*/||'
 }
 
@@ -17,7 +17,7 @@ one_kind_of_node() { # COMMAND...
   [ "$(wc -l <<<"$STEP_NODES")" -eq "$want" ] && component "$STEP_NODES" "$RANKS_PER_NODE" "$@"
 }
 
-ranks_of_group() { # a rank a GPU
+ranks_of_group() { # one rank per GPU
   local gpus=SLURM_GPUS_PER_NODE_HET_GROUP_$1
   echo "${!gpus##*:}"
 }

@@ -34,7 +34,7 @@ def test_two_nodes_do_what_two_processes_do(cluster: Cluster, work: Work) -> Non
     job = cluster.submit("train", work.folder / "clean", "--nodes=2", **work.settings).ends()
     _same(work, job, work.reference(2))
     assert job.field("ExitCode") == "0:0"
-    assert job.log.count(f"step {STEPS}/{STEPS} | ") == 1, "rank 0 alone speaks in the log"
+    assert job.log.count(f"step {STEPS}/{STEPS} | ") == 1, "rank 0 alone is in the log"
     assert "ranks by exit code: 2 x 0" in job.log
     again = cluster.submit("train", job.folder, "--nodes=2", **work.settings).ends(20)
     assert "nothing is left to do" in again.log
@@ -75,7 +75,7 @@ def test_the_jobs_of_an_array_go_on_one_after_the_other(cluster: Cluster, work: 
     job.notify()
     _same(work, job.ends(), work.reference(2))
     assert _resumed_at(job) == [0, *_stopped_at(job, "SIGUSR2")]
-    assert "the next job of the array or chain goes on" in job.log
+    assert "the next job of the array or chain resumes" in job.log
     assert "nothing is left to do" in job.log
 
 
@@ -142,7 +142,7 @@ def test_a_run_that_another_job_took_over_is_left_to_it(cluster: Cluster, tmp_pa
     taken = "mkdir -p $RUN/attempts; echo {} > $RUN/attempts/00002.json; exit 4"
     settings = {"RECIPE": "none", "OVERRIDES": "()", "MEGADISTILL": f"(bash -c 'RUN={tmp_path}/run; {taken}')"}
     job = cluster.submit("train", tmp_path / "run", "--nodes=1", **settings).ends()
-    assert "another job works in" in job.log
+    assert "another job has started in" in job.log
     assert not (job.folder / "HOLD").exists()
 
 
