@@ -2,6 +2,7 @@
 
 from megadistill.config.load import dotted, load_recipe, refuse_renamed, validate_recipe
 from megadistill.config.recipe import (
+    CheckpointSection,
     DataSection,
     LossSection,
     OptimizerSection,
@@ -16,6 +17,7 @@ from megadistill.config.recipe import (
 )
 
 __all__ = [
+    "CheckpointSection",
     "DataSection",
     "LossSection",
     "OptimizerSection",

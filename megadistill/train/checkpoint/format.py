@@ -1,7 +1,7 @@
 """The checkpoint format: safetensors files and a manifest, complete or invisible, readable without this package.
 
 `checkpoints/step-00001000/` holds one safetensors file a rank (its piece of every flattened parameter's float32
-master copy and AdamW moments, see `student.engine.local_state`) and `manifest.json` (step, stream cursor, shapes,
+master weights and optimizer state, see `student.state`) and `manifest.json` (step, stream cursor, shapes,
 every file's size and sha256). The pieces of the ranks, one after the other, are the parameter, so that any number of
 ranks can read what any number of ranks wrote. No file is a pickle. `writer` writes checkpoints, `select` chooses one.
 """

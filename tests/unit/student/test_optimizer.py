@@ -1,6 +1,7 @@
 """An optimizer's recipe keys, groups, state and plan, for AdamW and for a kind that a test adds."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
 from megadistill.student.optimizer import build_optimizer, describe, gradient_mean, state_bytes, state_kinds
+from tests.paths import ROOT
 from tests.toy_optimizer import MomentumSection, toy_optimizer
 from tests.unit.plan.cases import stats
 
@@ -102,3 +104,13 @@ def test_a_new_kind_is_planned() -> None:
     assert states == [18 * size, 14 * size], "bfloat16 weights, gradient, master weights and one or two states"
     saved = adamw.checkpoint_bytes - momentum.checkpoint_bytes
     assert saved > 4 * sum(runs[0].param_sizes), "a state less, and its entries in the headers"
+
+
+def test_other_modules_do_not_name_an_optimizer_or_its_state() -> None:
+    """They ask `student.optimizer`. `config.load` has the former name of a key."""
+    naming = {
+        path.relative_to(ROOT / "megadistill").as_posix()
+        for path in (ROOT / "megadistill").rglob("*.py")
+        if re.search("adamw|exp_avg", path.read_text(encoding="utf-8"), re.IGNORECASE)
+    }
+    assert naming == {"config/load.py", "config/recipe.py", "student/optimizer.py"}
