@@ -1,4 +1,4 @@
-"""A data set of a few units, made by the package itself, for tests that are about something else."""
+"""A data set of a few sequences, made by the package itself, for tests that are about something else."""
 
 from pathlib import Path
 
