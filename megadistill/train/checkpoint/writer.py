@@ -11,14 +11,14 @@ A save is a few states that all ranks go through together, without a collective 
 4. Rank 0's notice of that ends the save, on all ranks after the same step.
 
 A failure on any rank ends the save on all of them: the temporary folder is removed, older checkpoints are unchanged,
-and the run continues. `finish` waits, and goes through the same states at once.
+and the run continues. `finish` waits, and goes through the same states with reductions of its own.
 """
 
 import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megadistill.config import CheckpointSection
 from megadistill.distributed.collectives import all_reduce_sum, all_true, barrier, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
@@ -80,27 +81,15 @@ class _Save:
 class Saver:
     """Writes the checkpoints of a run, one at a time."""
 
-    def __init__(
-        self,
-        folder: Path,
-        topology: Topology,
-        attempt: Attempt,
-        *,
-        asynchronous: bool,
-        keep_last: int,
-        keep_every: int,
-    ) -> None:
-        self._folder = folder
-        self._topology = topology
-        self._attempt = attempt
-        self._asynchronous = asynchronous
-        self._keep_last = keep_last
-        self._keep_every = keep_every
+    def __init__(self, folder: Path, topology: Topology, attempt: Attempt, section: CheckpointSection) -> None:
+        self._folder, self._topology, self._attempt, self._section = folder, topology, attempt, section
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
         if topology.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder, attempt)
+            for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):  # of earlier attempts
+                attempt.require_newest()
+                shutil.rmtree(path, ignore_errors=True)
         barrier(topology.world_group)
 
     def start(
@@ -124,7 +113,7 @@ class Saver:
         writing = self._thread.submit(_timed, lambda: write_rank(temporary, state, rank=rank, world=world))
         stall = stalled + time.perf_counter() - began
         self._save = _Save(manifest, temporary, writing, bytes_, stall)
-        return ended if self._asynchronous else [*ended, self.finish()]
+        return ended if self._section.asynchronous else [*ended, self.finish()]
 
     @property
     def busy(self) -> bool:
@@ -157,13 +146,11 @@ class Saver:
         if not save.ended and reduced["save_ended"] == self._topology.world:
             save.ended = True
             if reduced["save_failed"]:
-                return self._give_up(save, _reason(save.writing, self._topology.rank))
+                return self._end(save, complete=False)
             if self._topology.is_first:
                 save.committing = self._thread.submit(self._commit, save)
-        elif reduced["save_not_committed"]:
-            return self._give_up(save, _reason(save.committing, self._topology.rank))
-        elif reduced["save_committed"]:
-            return self._done(save)
+        elif reduced["save_not_committed"] or reduced["save_committed"]:
+            return self._end(save, complete=not reduced["save_not_committed"])
         return None
 
     def finish(self) -> SaveResult:
@@ -174,18 +161,16 @@ class Saver:
         """
         save = self._save
         assert save is not None, "no save was started"
-        began = time.perf_counter()
-        failed = save.writing.exception() is not None  # waits
-        if not save.ended and not self._all_true(not failed):
-            save.stall_seconds += time.perf_counter() - began
-            return self._give_up(save, _reason(save.writing, self._topology.rank))
-        if self._topology.is_first and save.committing is None:
-            save.committing = self._thread.submit(self._commit, save)
-        committed = save.committing is None or save.committing.exception() is None
-        save.stall_seconds += time.perf_counter() - began
-        if not self._all_true(committed):
-            return self._give_up(save, _reason(save.committing, self._topology.rank))
-        return self._done(save)
+        began, stalled = time.perf_counter(), save.stall_seconds
+        result = None
+        while result is None:
+            wait([save.committing or save.writing])
+            flags = self.flags()
+            values = torch.tensor(list(flags.values()), device=self._topology.device)
+            reduced = all_reduce_sum(values, self._topology.world_group).tolist()
+            save.stall_seconds = stalled + time.perf_counter() - began
+            result = self.poll(dict(zip(flags, reduced, strict=True)))
+        return result
 
     def close(self) -> None:
         """Ends without waiting for the disk: a save that is not complete stays invisible."""
@@ -210,7 +195,7 @@ class Saver:
                     temporary.mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        if self._all_true(problem is None):
+        if all_true(problem is None, device, self._topology.world_group):
             return None
         return problem or "see the log of rank 0"
 
@@ -223,8 +208,8 @@ class Saver:
     def _remove_old(self) -> tuple[str, ...]:
         folders = checkpoint_folders(self._folder)
         removed = []
-        for step in sorted(folders)[: -self._keep_last]:
-            if self._keep_every and step % self._keep_every == 0:
+        for step in sorted(folders)[: -self._section.keep_last]:
+            if self._section.keep_every and step % self._section.keep_every == 0:
                 continue
             if not self._attempt.is_newest():
                 break
@@ -236,27 +221,27 @@ class Saver:
                 removed.append(folders[step].name)
         return tuple(removed)
 
-    def _done(self, save: _Save) -> SaveResult:
-        removed = save.committing.result() if save.committing is not None else ()
-        return self._result(save, self._folder / checkpoint_name(save.manifest.step), None, removed)
-
-    def _give_up(self, save: _Save, problem: str | None) -> SaveResult:
+    def _end(self, save: _Save, *, complete: bool) -> SaveResult:
+        """Ends the save, on all ranks alike; one that is not complete is removed. Collective."""
+        self._save = None
+        error = save.writing.exception() or (save.committing.exception() if save.committing else None)
+        if not isinstance(error, OSError | SafetensorError | OperatorFault | None):
+            raise error
+        seconds = save.writing.result() if save.writing.exception() is None else 0.0
+        numbers = save.stall_seconds, seconds, save.bytes
+        step = save.manifest.step
+        if complete:
+            removed = save.committing.result() if save.committing else ()
+            return SaveResult(step, self._folder / checkpoint_name(step), None, *numbers, removed)
         if self._topology.is_first and self._attempt.is_newest():
             shutil.rmtree(save.temporary, ignore_errors=True)
-        fenced = save.committing.exception() if save.committing is not None else None
-        failing = first_false(problem is None, self._topology.device, self._topology.world_group)
-        result = self._result(save, None, problem or f"see the log of rank {failing}")
-        if isinstance(fenced, OperatorFault):
-            raise fenced
-        return result
-
-    def _result(self, save: _Save, path: Path | None, problem: str | None, removed: tuple[str, ...] = ()) -> SaveResult:
-        self._save = None
-        seconds = save.writing.result() if save.writing.exception() is None else 0.0
-        return SaveResult(save.manifest.step, path, problem, save.stall_seconds, seconds, save.bytes, removed)
-
-    def _all_true(self, flag: bool) -> bool:
-        return all_true(flag, self._topology.device, self._topology.world_group)
+        failing = first_false(error is None, self._topology.device, self._topology.world_group)
+        if isinstance(error, OperatorFault):
+            raise error
+        if error is None:
+            return SaveResult(step, None, f"see the log of rank {failing}", *numbers)
+        logger.warning("checkpoint: %s", error)
+        return SaveResult(step, None, f"rank {self._topology.rank}: {error}", *numbers)
 
 
 def require_saved(result: SaveResult) -> SaveResult:
@@ -281,26 +266,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, attempt: Attempt) -> None:
-    """Removes the folders that earlier attempts left while they wrote or deleted a checkpoint."""
-    for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):
-        attempt.require_newest()
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _reason(future: Future[float] | Future[tuple[str, ...]] | None, rank: int) -> str | None:
-    """The error of this rank's part, which is also logged; None without one."""
-    error = future.exception() if future is not None else None
-    if error is None:
-        return None
-    if not isinstance(error, OSError | SafetensorError | OperatorFault):
-        raise error
-    reason = f"rank {rank}: {error}"
-    logger.warning("checkpoint: %s", error)
-    return reason

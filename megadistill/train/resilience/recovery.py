@@ -59,15 +59,7 @@ class Recovery:
         self.events.write(
             "attempt_started", step=0, world_size=topology.world, attempt_record=f"attempts/{number:05d}.json"
         )
-        section = setup.recipe.checkpoint
-        self._saver = Saver(
-            self.checkpoints,
-            topology,
-            self.attempt,
-            asynchronous=section.asynchronous,
-            keep_last=section.keep_last,
-            keep_every=section.keep_every,
-        )
+        self._saver = Saver(self.checkpoints, topology, self.attempt, setup.recipe.checkpoint)
         self.rollbacks = read_rollbacks(self._folder)
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()

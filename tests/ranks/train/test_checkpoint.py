@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megadistill.config import CheckpointSection
 from megadistill.distributed.collectives import all_reduce_sum, barrier
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
@@ -26,8 +27,8 @@ from tests.unit.train.cases import manifest_of, save_checkpoint
 
 
 def _saver(topology: Topology, run: str, **options: Any) -> Saver:
-    rules = {"asynchronous": True, "keep_last": 9, "keep_every": 0, **options}
-    return Saver(Path(run) / "checkpoints", topology, Attempt(Path(run), 1), **rules)
+    section = CheckpointSection(**{"keep_last": 9, **options})
+    return Saver(Path(run) / "checkpoints", topology, Attempt(Path(run), 1), section)
 
 
 def _reduced(made: Saver, topology: Topology) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.config import Recipe
+from megadistill.config import CheckpointSection, Recipe
 from megadistill.data import Manifest
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import FAMILIES, load_config, parameter_shapes
@@ -136,7 +136,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint below `folder` at once, as an attempt at the run above it; its path. Collective."""
     rank = rank or topology()
-    saver = Saver(folder, rank, Attempt(folder.parent, attempt), asynchronous=False, keep_last=99, keep_every=0)
+    saver = Saver(folder, rank, Attempt(folder.parent, attempt), CheckpointSection(asynchronous=False, keep_last=99))
     try:
         (result,) = saver.start(state, manifest_of(step, world=rank.world, attempt=attempt, **manifest))
     finally:

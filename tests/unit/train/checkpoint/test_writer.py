@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megadistill.config import CheckpointSection
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import writer as writer_module
@@ -46,14 +47,8 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def _saver(attempt: Attempt, *, asynchronous: bool = True, keep_last: int = 9, keep_every: int = 0) -> Iterator[Saver]:
-    made = Saver(
-        attempt.folder / "checkpoints",
-        topology(),
-        attempt,
-        asynchronous=asynchronous,
-        keep_last=keep_last,
-        keep_every=keep_every,
-    )
+    section = CheckpointSection(asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every)
+    made = Saver(attempt.folder / "checkpoints", topology(), attempt, section)
     yield made
     made.close()
 
