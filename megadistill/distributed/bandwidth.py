@@ -57,25 +57,20 @@ def neighbours(world: int, local_world: int) -> list[list[Pair]]:
     First come neighbours on a ring of all ranks, which are mostly of one node; then, where there are several nodes,
     the ranks in the same place on neighbouring nodes.
     """
-    rounds = [[(pair[0], pair[1]) for pair in matching] for matching in _ring(list(range(world)))]
+    rounds = _ring(world)
     nodes = world // local_world
     if nodes > 1 and local_world > 1 and world % local_world == 0:
-        for matching in _ring(list(range(nodes))):
-            between = [
-                (min(a, b) * local_world + place, max(a, b) * local_world + place)
-                for a, b in matching
-                for place in range(local_world)
-            ]
-            rounds.append(between)
+        for pairs in _ring(nodes):
+            firsts = [(a * local_world, b * local_world) for a, b in pairs]
+            rounds.append([(a + place, b + place) for a, b in firsts for place in range(local_world)])
     return rounds
 
 
-def _ring(places: list[int]) -> list[list[Pair]]:
-    """The pairs of neighbours on a ring, dealt out to two rounds, or three where their number is odd."""
-    n = len(places)
-    pairs = [(min(a, b), max(a, b)) for a, b in zip(places, places[1:] + places[:1], strict=True)]
+def _ring(n: int) -> list[list[Pair]]:
+    """The pairs of neighbours on a ring of n, dealt out to two rounds, or three where their number is odd."""
     if n < 3:
-        return [pairs[:1]] if n == 2 else []
+        return [[(0, 1)]] if n == 2 else []
+    pairs = [*((place, place + 1) for place in range(n - 1)), (0, n - 1)]
     even = n - n % 2
     rounds = [pairs[0:even:2], pairs[1:even:2], pairs[even:]]
     return [each for each in rounds if each]

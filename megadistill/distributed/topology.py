@@ -6,7 +6,7 @@ vocab group: together they store the rows that each of them computes on.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -111,20 +111,17 @@ def process_groups(
             # The stages of the teacher exchange all messages over the bridge.
             topology = Topology(own.rank, own.world, own.local_rank, roles.stages, device, role="teacher")
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
-        watchdog.count_collectives(lambda: collectives_joined(role, excluded=topology.pipeline_group))
+        watchdog.collectives = lambda: collectives_joined(role, excluded=topology.pipeline_group)
         yield replace(topology, bridge=bridge, watchdog=watchdog)
         # A rank that left now would be reported lost by those that still work.
         if bridge is not None:
             bridge.barrier()
         else:
             barrier(topology.world_group)
-    except RuntimeError as error:
-        if not _is_communication(error):
-            watchdog.report_failure(_one_line(error))
-            raise
-        raise RestartFault(_lost_rank(watchdog, error)) from error
     except BaseException as error:
-        watchdog.report_failure(_one_line(error))
+        if _is_communication(error):
+            raise RestartFault(_lost_rank(watchdog, error)) from error
+        watchdog.report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
     watchdog.stop()
     dist.destroy_process_group()
@@ -140,16 +137,12 @@ def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdo
     ).start()
 
 
-def _lost_rank(watchdog: Watchdog, error: RuntimeError) -> str:
+def _lost_rank(watchdog: Watchdog, error: BaseException) -> str:
     lost = watchdog.lost_rank() or "see the log of the rank that failed first"
     reason = f"lost another rank in a collective: {lost} ({str(error).splitlines()[0]})"
     if watchdog.on_abort is not None:
         watchdog.on_abort(reason)
     return reason
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _own_launch(launch: Launch, roles: Roles) -> Launch:
@@ -159,9 +152,12 @@ def _own_launch(launch: Launch, roles: Roles) -> Launch:
     return replace(launch, rank=launch.rank - roles.students, world=roles.teachers)
 
 
-def _is_communication(error: RuntimeError) -> bool:
+def _is_communication(error: BaseException) -> bool:
     """gloo reports a lost peer as a plain RuntimeError that names its own source."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection closed" in str(error)
+    from_gloo = isinstance(error, RuntimeError) and any(
+        source in str(error) for source in ("gloo/transport", "Connection closed")
+    )
+    return from_gloo or isinstance(error, dist.DistError)
 
 
 def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device, timeout: timedelta) -> Topology:
@@ -176,18 +172,15 @@ def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device,
         group_size=p,
         device=device,
         world_group=dist.group.WORLD if world > 1 else None,
-        vocab_group=_own_group(consecutive, launch.rank, timeout),
-        slice_group=_own_group(strided, launch.rank, timeout),
-        pipeline_group=_own_group(consecutive, launch.rank, timeout),
+        vocab_group=_own_group(consecutive, timeout),
+        slice_group=_own_group(strided, timeout),
+        pipeline_group=_own_group(consecutive, timeout),
     )
 
 
-def _own_group(partition: list[list[int]], rank: int, timeout: timedelta) -> ProcessGroup | None:
-    own = None
-    for ranks in partition:
-        if len(ranks) == 1:
-            continue
-        group = dist.new_group(ranks, timeout=timeout)
-        if rank in ranks:
-            own = group
-    return own
+def _own_group(partition: list[list[int]], timeout: timedelta) -> ProcessGroup | None:
+    """This rank's group in a partition of the world into groups of one size."""
+    if len(partition[0]) == 1:
+        return None
+    new_groups: Callable[..., tuple[ProcessGroup, list[ProcessGroup]]] = dist.new_subgroups_by_enumeration
+    return new_groups(partition, timeout=timeout)[0]

@@ -164,7 +164,8 @@ class TeacherServer:
 
         Under way are `POSTED_RECEIVES` receives at most, and `queue` sends a client.
         """
-        for done, job in enumerate(self._jobs(), 1):
+        jobs = self._jobs_of_clients() if self._previous is None else self._jobs_of_stage(self._previous)
+        for done, job in enumerate(jobs, 1):
             timeline.follow(job.is_recorded)
             with timeline.span(timeline.COMPUTE, self._name, done):
                 y = self._stage(job.x, job.positions_BS)
@@ -180,9 +181,6 @@ class TeacherServer:
                 self._send(stop, self._next)
         while self._outgoing:
             self._outgoing.popleft().wait()
-
-    def _jobs(self) -> Iterator[_Job]:
-        return self._jobs_of_clients() if self._previous is None else self._jobs_of_stage(self._previous)
 
     def _jobs_of_clients(self) -> Iterator[_Job]:
         """One request of each client in turn; the receive of each one's next request is always posted."""

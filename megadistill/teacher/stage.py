@@ -140,9 +140,7 @@ def unknown_bias(vocab: VocabSlice, ids: Tensor, *, device: torch.device) -> Ten
 
 def _consecutive_ranges(ids: Tensor) -> list[tuple[int, int]]:
     """The ids as half-open ranges, in their order: a range for each stretch of consecutive ids."""
-    if ids.numel() == 0:
-        return []
-    breaks = (ids.diff() != 1).nonzero().flatten() + 1
-    starts = torch.cat([ids[:1], ids[breaks]])
-    stops = torch.cat([ids[breaks - 1], ids[-1:]]) + 1
-    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+    breaks = ids.diff() != 1
+    edges = breaks.new_ones(min(1, len(ids)))
+    starts, lasts = ids[torch.cat([edges, breaks])], ids[torch.cat([breaks, edges])]
+    return list(zip(starts.tolist(), (lasts + 1).tolist(), strict=True))

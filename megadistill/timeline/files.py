@@ -5,7 +5,7 @@ that node share. Clocks of nodes are compared where all their ranks left a barri
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,10 +69,8 @@ class RankFile(_Stored):
     """First and last step of the recipe's `run.timeline`."""
     rendezvous: Seconds | None = None
     """When all ranks of the launch had joined the bridge; None without ranks of the teacher's own."""
-    first_barrier: Seconds | None = None
-    """When the student's ranks left the barrier before the first step."""
-    last_barrier: Seconds | None = None
-    """When they left the one behind the last step."""
+    barriers: tuple[Seconds, Seconds] | None = None
+    """When the student's ranks left the barriers before the first step and after the last one; None for a server."""
     steps: list[StoredStep]
     spans: list[StoredSpan]
 
@@ -169,7 +167,8 @@ def _offsets(files: Sequence[RankFile]) -> dict[str, float]:
     holds ranks of the teacher alone, its clock was compared at the begin of the launch, and has run on since.
     """
     zero, home = files[0].steps[0].begin, files[0].node
-    barrier, rendezvous = _earliest(files, "first_barrier"), _earliest(files, "rendezvous")
+    rendezvous = _earliest((file.node, file.rendezvous) for file in files if file.rendezvous is not None)
+    barrier = _earliest((file.node, file.barriers[0]) for file in files if file.barriers is not None)
     offsets = {home: zero}
     for node in {file.node for file in files} - {home}:
         for times in (barrier, rendezvous):
@@ -181,15 +180,11 @@ def _offsets(files: Sequence[RankFile]) -> dict[str, float]:
     return offsets
 
 
-def _earliest(
-    files: Sequence[RankFile], mark: Literal["rendezvous", "first_barrier", "last_barrier"]
-) -> dict[str, float]:
+def _earliest(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Node -> the first time at which one of its ranks left a barrier."""
     earliest: dict[str, float] = {}
-    for file in files:
-        time: float | None = getattr(file, mark)
-        if time is not None:
-            earliest[file.node] = min(time, earliest.get(file.node, time))
+    for node, time in times:
+        earliest[node] = min(time, earliest.get(node, time))
     return earliest
 
 
@@ -204,8 +199,10 @@ def _note(files: Sequence[RankFile], lanes: Sequence[Lane]) -> str:
 def _clock_error(files: Sequence[RankFile], lanes: Sequence[Lane]) -> float:
     """Lower bound (s) on how far the nodes' clocks differ: from the last barrier, and from messages that seem to arrive
     before they are sent."""
-    first, last, home = _earliest(files, "first_barrier"), _earliest(files, "last_barrier"), files[0].node
-    drifts = [last[node] - first[node] - (last[home] - first[home]) for node in first if node in last]
+    barriers = [(file.node, file.barriers) for file in files if file.barriers is not None]
+    first, last = (_earliest((node, times[end]) for node, times in barriers) for end in (0, 1))
+    home = files[0].node
+    drifts = [last[node] - first[node] - (last[home] - first[home]) for node in first if home in first]
     sent: dict[MessageId, float] = {}
     arrived: dict[MessageId, float] = defaultdict(lambda: float("inf"))
     for lane in lanes:

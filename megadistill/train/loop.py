@@ -40,7 +40,7 @@ from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.telemetry.metrics import RunLog
-from megadistill.train.telemetry.timeline_capture import capture_teacher_server, capture_timeline
+from megadistill.train.telemetry.timeline_capture import TimelineCapture, capture_teacher_server
 from megadistill.types import Cursor
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Trainer:
             steps = islice(stream, last - self.step)
             batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch)
             stack.enter_context(closing(batches))
-            timeline_capture = stack.enter_context(capture_timeline(setup, topology))
+            timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
             hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot)
             seconds = setup.recipe.resilience.step_timeout_seconds
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles

@@ -54,7 +54,7 @@ def test_one_launch_starts_both_roles_and_ends_them(place: Place) -> None:
     with _launched(place, "apart", steps=4) as ranks:
         output = [process.communicate(timeout=150)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0, 0], output
-    assert "teacher on 1 more, 1 x 1 stages" in output[0]
+    assert "teacher ranks 1 (1 x 1 stages)" in output[0]
     assert "step 4 of 4, done" in output[0]
     assert "step" not in output[TEACHER]
     succeed(*TORCHRUN_2, *place.distill("colocated", steps=4, checkpoint_every=4))

@@ -201,8 +201,7 @@ def _files(*, node: str = "a", clock: float = 0.0, lag: float = 0.0) -> list[Ran
         keys: dict[str, Any] = {
             "steps": steps,
             "spans": spans,
-            "first_barrier": 99.9,
-            "last_barrier": 102.1,
+            "barriers": (99.9, 102.1),
             "rendezvous": 50.0,
         }
         files.append(RankFile(rank=rank, world=3, role="student", node="a", clock="host", window=(3, 4), **keys))
@@ -241,7 +240,7 @@ def test_the_note_has_the_known_error_of_the_clocks(tmp_path: Path) -> None:
     late = read_timeline(_written(tmp_path / "late", _files(node="b", clock=-7.0, lag=0.5)))
     assert "clocks apart by at least 200 ms" in late.note
     first, second, teacher = _files()
-    slow = second.model_copy(update={"node": "c", "last_barrier": 102.1 + 0.25})
+    slow = second.model_copy(update={"node": "c", "barriers": (99.9, 102.1 + 0.25)})
     drifted = read_timeline(_written(tmp_path / "drifted", [first, slow, teacher]))
     assert "clocks apart by at least 250 ms" in drifted.note
 
@@ -276,7 +275,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "too many ranks": (_damaged(lambda values: values.update(world=10**9)), "world"),
     "unknown keys": (_damaged(lambda values: values.update(run="rm")), "run"),
     "a node that was never compared": (
-        _damaged(lambda values: values.update(node="b", first_barrier=None, rendezvous=None)),
+        _damaged(lambda values: values.update(node="b", barriers=None, rendezvous=None)),
         "never compared",
     ),
 }

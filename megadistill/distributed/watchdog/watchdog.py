@@ -68,9 +68,10 @@ class Watchdog:
     ) -> None:
         self.on_abort: Callable[[str], None] | None = None
         """Called with the reason, on the ranks that log it, before the process exits."""
+        self.collectives: Callable[[], dict[str, int]] = dict
+        """Counts the collectives that this process has joined, by group (`stack_probe`)."""
         self._store: Any = store
         self._rank, self._world, self._silence, self._reports_rank_0 = rank, world, silence, reports_rank_0
-        self._collectives: Callable[[], dict[str, int]] = dict
         self._period = HEARTBEAT_SECONDS * (1 + world // RANKS_PER_PERIOD)
         self._frozen = 0.0
         """Time (s) in which this process did not run at all, as its clock noticed."""
@@ -125,10 +126,6 @@ class Watchdog:
         """
         self._phase = (phase, step, limit, self._now())
 
-    def count_collectives(self, collectives: Callable[[], dict[str, int]]) -> None:
-        """Sets the function that counts the collectives joined by this process, by group (`stack_probe`)."""
-        self._collectives = collectives
-
     def open_stack_file(self, folder: Path, attempt: int) -> None:
         """Sends stacks to `folder`/stacks/attempt-00003-rank-00001.txt (rank of the launch); before, to stderr.
 
@@ -141,23 +138,20 @@ class Watchdog:
             self._arm_faulthandler()
 
     def report_failure(self, reason: str) -> None:
-        """Publishes that this rank ends with an error of its own, and stops the watchdog."""
-        self._leave(reason)
-
-    def lost_rank(self) -> str | None:
-        """The rank behind a broken connection, and its error, if rank 0 finds out in seconds. Stops the watchdog."""
-        self._leave(LOST)
-        return self._lost_rank
-
-    def _leave(self, end: str) -> None:
+        """Publishes why this rank ends, and stops the watchdog."""
         if self._threads and self._store is not None:
             self._acknowledged.clear()
-            self._end = end
+            self._end = reason
             self._wake.set()
             self._acknowledged.wait(REPLY_SECONDS)
             if self._rank == 0:
                 time.sleep(1.5 * HEARTBEAT_SECONDS)  # the store may be in this process: let the others read it
         self.stop()
+
+    def lost_rank(self) -> str | None:
+        """The rank behind a broken connection, and its error, if rank 0 finds out in seconds. Stops the watchdog."""
+        self.report_failure(LOST)
+        return self._lost_rank
 
     def _now(self) -> float:
         """A clock (s) that stands still while the process is frozen."""
@@ -179,7 +173,7 @@ class Watchdog:
             limit=limit,
             is_waiting=is_waiting,
             location=location,
-            collectives=self._collectives(),
+            collectives=self.collectives(),
             end=self._end,
         )
 

@@ -24,7 +24,10 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class TimelineCapture:
-    """The recording on a rank of the student. All of them call the same methods."""
+    """The recording on a rank of the student: a context that stores it, or drops it on an error.
+
+    All of the student's ranks call the same methods.
+    """
 
     def __init__(self, setup: Setup, topology: Topology) -> None:
         window = setup.recipe.run.timeline
@@ -47,13 +50,21 @@ class TimelineCapture:
         if self._recorder is not None:
             self._recorder.step(None)
             barrier(self._topology.world_group)
-            last_barrier, recorder = time.monotonic(), self._recorder
-            self.cancel()
-            _write(self._setup, self._topology, recorder, first_barrier=self._first_barrier, last_barrier=last_barrier)
+            barriers, recorder = (self._first_barrier, time.monotonic()), self._recorder
+            self._stop()
+            _write(self._setup, self._topology, recorder, barriers)
             logger.info("timeline recorded: draw it with megadistill timeline %s", self._setup.folder)
 
-    def cancel(self) -> None:
-        """Stops without waiting for other ranks or the device."""
+    def __enter__(self) -> "TimelineCapture":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self._stop()  # waits neither for other ranks nor for the device
+
+    def _stop(self) -> None:
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
@@ -66,18 +77,6 @@ class TimelineCapture:
         self._first_barrier = time.monotonic()
         self._recorder = recorder
         recorder.start()
-
-
-@contextmanager
-def capture_timeline(setup: Setup, topology: Topology) -> Iterator[TimelineCapture]:
-    """A capture that is finished at the end of the context, or cancelled by an error."""
-    capture = TimelineCapture(setup, topology)
-    try:
-        yield capture
-    except BaseException:
-        capture.cancel()
-        raise
-    capture.finish()
 
 
 @contextmanager
@@ -96,14 +95,7 @@ def capture_teacher_server(setup: Setup, topology: Topology) -> Iterator[None]:
         recorder.end()
 
 
-def _write(
-    setup: Setup,
-    topology: Topology,
-    recorder: Recorder,
-    *,
-    first_barrier: float | None = None,
-    last_barrier: float | None = None,
-) -> None:
+def _write(setup: Setup, topology: Topology, recorder: Recorder, barriers: tuple[float, float] | None = None) -> None:
     """Stores the recording of this rank. An error of the disk is logged and does not end the run."""
     bridge, window = topology.bridge, setup.recipe.run.timeline
     assert window is not None
@@ -118,8 +110,7 @@ def _write(
         clock="host" if topology.device.type == "cpu" else "device",
         window=(window[0], window[1]),
         rendezvous=None if bridge is None else bridge.rendezvous_time,
-        first_barrier=first_barrier,
-        last_barrier=last_barrier,
+        barriers=barriers,
         steps=[StoredStep(**step._asdict()) for step in steps],
         spans=[StoredSpan(**span._asdict()) for span in spans],
     )
