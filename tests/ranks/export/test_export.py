@@ -64,18 +64,26 @@ def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
         vocab_size=VOCAB,
         parameters=student.state.shapes,
         cursor=CURSOR.state(),
+        recipe=_recipe(Path(run), case),
     )
     return Trained(logits_NP=logits_NP, start_PD=start_PD, head_PD=head_PD)
 
 
-def _describe(run: Path, case: Case) -> None:
-    """The run folder, as far as an export reads it."""
-    config_of(case).save_pretrained(run / "config")
+def _recipe(run: Path, case: Case) -> dict[str, Any]:
     recipe = recipe_for("manifest.json", str(run), student={"config": str(run / "config")}).snapshot()
     recipe["train"]["precision"] = case.precision
-    (run / "recipe.json").write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
-    (run / "tokenizer").mkdir()
-    (run / "tokenizer" / "tokenizer.model").write_bytes(b"pieces")
+    return recipe
+
+
+def _describe(run: Path, config: dict[str, Any]) -> None:
+    """The parts of the run folder that an export reads."""
+    for name, content in (
+        ("recipe.json", b"{}"),
+        ("config/config.json", json.dumps(config).encode()),
+        ("tokenizer/tokenizer.model", b"pieces"),
+    ):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(content)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -87,7 +95,7 @@ def test_transformers_loads_the_model_that_was_trained(precision: Precision, tie
     assert (trained.head_PD[:VOCAB] != trained.start_PD[:VOCAB]).float().mean() > 0.5, "training moved the head"
     assert trained.head_PD.shape[0] == MULTIPLE
 
-    _describe(tmp_path, case)
+    _describe(tmp_path, config_of(case).to_dict())
     output = tmp_path / "exported"
     assert export_run(tmp_path, output, step=None, max_shard_bytes=40_000, dtype=None) == STEPS
     model, info = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
@@ -132,13 +140,9 @@ def test_an_export_holds_a_shard_and_a_parameter_not_the_model(tmp_path: Path) -
         vocab_size=LARGE["vocab_size"],
         parameters={name: tuple(shape) for name, shape in shapes.items()},
         cursor=CURSOR.state(),
+        recipe=recipe_for("manifest.json", str(tmp_path), student={"config": str(tmp_path / "config")}).snapshot(),
     )
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
-    recipe = recipe_for("manifest.json", str(tmp_path), student={"config": str(tmp_path / "config")})
-    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": recipe.snapshot()}), encoding="utf-8")
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(b"pieces")
+    _describe(tmp_path, LARGE)
     model = 4 * sum(shape.numel() for shape in shapes.values())
     parameter = 4 * max(shape.numel() for shape in shapes.values())
     (grown,) = run_ranks(1, _export_large, str(tmp_path))
