@@ -247,15 +247,15 @@ class TargetsSection(Section):
             raise ValueError(f"select {self.select} needs a tail: other, renormalised or dropped")
         return self
 
-
-def _describe_parameter(name: str) -> str:
-    return "; ".join(f"{kind}: {parameter.description}" for kind, parameter in parameter_owners(name).items()) + "."
-
     def max_ids_per_token(self, vocab_size: int) -> int:
         """The most ids that a token can have, of a vocabulary of `vocab_size` ids."""
         if self.epsilon is not None:
             return min(math.floor(1 / self.epsilon) + 1, vocab_size)  # a quotient is rounded
         return min(next(number for number in (self.draws, self.k, self.max_ids) if number is not None), vocab_size)
+
+
+def _describe_parameter(name: str) -> str:
+    return "; ".join(f"{kind}: {parameter.description}" for kind, parameter in parameter_owners(name).items()) + "."
 
 
 class LossSection(Section):
