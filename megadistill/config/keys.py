@@ -3,9 +3,10 @@
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -109,17 +110,14 @@ def _meaning_of(field: FieldInfo) -> str:
     return " ".join((field.description or "").split()).replace("None:", "null:")
 
 
-def _by_section(some: Sequence[Key]) -> dict[str, list[Key]]:
-    grouped: dict[str, list[Key]] = {}
-    for key in some:
-        grouped.setdefault(key.section, []).append(key)
-    return grouped
+def _by_section(some: Iterable[Key]) -> Iterator[tuple[str, Iterator[Key]]]:
+    return groupby(some, key=lambda key: key.section)
 
 
 def markdown() -> str:
     """The page docs/config-keys.md."""
     page = [PREFACE]
-    for section, members in _by_section(keys()).items():
+    for section, members in _by_section(keys()):
         page.append(f"## {section or 'the recipe itself'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
         page += [f"| `{key.name}` | {key.type} | `{key.default}` | {_cell(key.meaning)} |\n" for key in members]
         page.append("\n")
@@ -142,10 +140,10 @@ def tables(prefix: str | None) -> list[Table]:
         if not selected:
             known = {key.name for key in every} | {key.section for key in every if key.section}
             raise UserError(f"a recipe has no key {prefix}{nearest(prefix, known)}")
-    return [_table(section, members) for section, members in _by_section(selected).items()]
+    return [_table(section, members) for section, members in _by_section(selected)]
 
 
-def _table(section: str, members: Sequence[Key]) -> Table:
+def _table(section: str, members: Iterable[Key]) -> Table:
     table = Table(title=section or "the recipe itself", title_justify="left", show_lines=True)
     for heading in ("key", "type", "default", "meaning"):
         table.add_column(heading, overflow="fold", ratio=2 if heading == "meaning" else 1)
