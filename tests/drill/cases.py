@@ -204,7 +204,7 @@ def full_disk(place: Place) -> CaseResult:
         subprocess.run(["umount", str(folder)], check=False)
 
 
-@case("shard", "a shard corrupted, under quarantine; killed and resumed")
+@case("shard", "a shard corrupted, its sequences masked; killed and resumed")
 def shard(place: Place) -> CaseResult:
     data = place.folder / "data-damaged"
     shutil.copytree(place.data, data)

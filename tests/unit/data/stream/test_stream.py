@@ -282,7 +282,7 @@ def test_a_damaged_sequence_ends_the_run_with_one_line(manifest: Manifest, tmp_p
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_quarantine_masks_the_row_and_moves_nothing(tmp_path: Path, world: int) -> None:
+def test_mask_masks_the_row_and_moves_nothing(tmp_path: Path, world: int) -> None:
     split = write_split(tmp_path / "train", random_sequences(SEQUENCES, seed=1))
     whole = _take(split, 5)
     saved = _damage(split, [11, 13, 30])
