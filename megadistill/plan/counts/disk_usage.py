@@ -62,7 +62,7 @@ class TargetBytes:
 
 def target_bytes(targets: TargetsSection, *, vocab_size: int, sequence_length: int) -> TargetBytes:
     """Bytes of a token's targets by `loss.targets`, whether the run stores them or not."""
-    most = _max_ids(targets, vocab_size)
+    most = targets.max_ids_per_token(vocab_size)
     expected = float(most)
     if targets.draws is not None:
         # Heaps' law through one id of one draw and the published number for 50.
@@ -75,20 +75,13 @@ def target_bytes(targets: TargetsSection, *, vocab_size: int, sequence_length: i
 def bytes_with(targets: TargetsSection, ids: float, *, vocab_size: int, sequence_length: int) -> float:
     """Bytes of a token that has `ids` ids on average: the members of `data.targets.target_codec` in a tar."""
     S = sequence_length
-    count_bytes = 1 << (_bytes_of(_max_ids(targets, vocab_size)) - 1).bit_length()  # one of numpy's integers
+    count_bytes = 1 << (_bytes_of(targets.max_ids_per_token(vocab_size)) - 1).bit_length()  # one of numpy's integers
     members = [S * count_bytes, S * ids * _bytes_of(vocab_size * (targets.draws or 1) - 1)]
     if targets.draws is None:
         members.append(S * ids * FLOAT32)
         if targets.tail != "renormalised":
             members.append(S * FLOAT32)
     return sum(TAR_BLOCK * (1 + math.ceil((NPY_HEADER + member) / TAR_BLOCK)) for member in members) / S
-
-
-def _max_ids(targets: TargetsSection, vocab_size: int) -> int:
-    """Most ids of a token, as in the manifest of stored targets."""
-    if targets.epsilon is not None:
-        return min(math.floor(1 / targets.epsilon) + 1, vocab_size)
-    return min(next(n for n in (targets.draws, targets.k, targets.max_ids) if n is not None), vocab_size)
 
 
 def _bytes_of(largest: int) -> int:

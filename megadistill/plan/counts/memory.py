@@ -25,9 +25,6 @@ TARGET_BLOCK = ACCELERATOR_BLOCK_ELEMENTS
 TARGET_BLOCKS = 6
 """Copies of a block of the teacher's logits, in float64, while truncated targets are made."""
 
-STATISTICS = 6
-"""Numbers that a vocab slice sends of each token and model in the loss (`loss.softmax`)."""
-
 
 def student_memory(run: Sharding) -> dict[str, Lines]:
     """Bytes on the device of a student's rank: phase -> tensors -> bytes. The largest phase decides what it needs.
@@ -150,7 +147,7 @@ def _prefetched(run: Sharding, most: int) -> Lines:
 
 
 def _loss(run: Sharding) -> Lines:
-    """The loss (`loss.passes.evaluate`) with its first chunks in memory."""
+    """The loss (`loss.vocab_parallel`) with its first chunks in memory."""
     n, in_flight = run.group_size * run.loss_chunks.chunk_tokens, run.loss_chunks.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
     compiled = run.recipe.loss.elementwise == "compiled"

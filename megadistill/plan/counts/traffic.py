@@ -11,7 +11,7 @@ Legend: as in `plan.counts.sharding`.
 from dataclasses import dataclass
 
 from megadistill.accelerators import Accelerator
-from megadistill.plan.counts.memory import STATISTICS
+from megadistill.loss.softmax import SLICE_STATS
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 INT64 = 8
@@ -47,9 +47,11 @@ STAGES, ANSWERS, REQUESTS = "teacher, from stage to stage", "teacher's answers",
 
 def student_traffic(run: Sharding) -> dict[str, Link]:
     """Traffic of a student's rank: name -> link."""
+    # Quantized gradients have four bits within the node, and four bits of the rest between nodes.
+    gradients = (0.5 if run.zero.zero_quantized_gradients else run.reduce_itemsize) * run.reduced
     links = {
         GATHERS: _weights(run),
-        REDUCES: _ring(run, _gradient_bytes(run) / run.tokens, run.ranks, stride=1),
+        REDUCES: _ring(run, gradients / run.tokens, run.ranks, stride=1),
         HEAD: _head(run),
         VOCABULARY: _vocabulary(run),
     }
@@ -90,12 +92,6 @@ def _weights(run: Sharding) -> Link:
     return Link(everywhere.node + copies.node, everywhere.network + copies.network)
 
 
-def _gradient_bytes(run: Sharding) -> float:
-    if run.zero.zero_quantized_gradients:  # four bits within the node, and four bits of the rest between nodes
-        return run.reduced / 2
-    return run.reduce_itemsize * run.reduced
-
-
 def _head(run: Sharding) -> Link:
     """Over the ranks with the same place in their vocab groups: gathered in the run's precision, reduced in float32."""
     window = run.tokens * run.accumulation
@@ -109,9 +105,9 @@ def _vocabulary(run: Sharding) -> Link:
     own: float = run.itemsize * width + FLOAT32 * width + INT64 + FLOAT32
     if run.teacher is not None and run.heads == 2:
         own += run.itemsize * run.teacher.width
-    own += p * run.heads * STATISTICS * FLOAT32
+    own += p * run.heads * SLICE_STATS * FLOAT32
     if run.teacher is not None and run.recipe.loss.label_fraction > 0:  # a pass to find the lowest entropies
-        own += run.itemsize * run.teacher.width + p * STATISTICS * FLOAT32
+        own += run.itemsize * run.teacher.width + p * SLICE_STATS * FLOAT32
     if run.recipe.loss.targets is not None:
         own += _targets(run)
     return _ring(run, own * p, p, stride=1)

@@ -49,8 +49,7 @@ def summary_lines(plan: Plan, *, price: float | None) -> Text:
         if main is not None:
             text.append(f"The rest describes the {'best' if plan.best else 'nearest'} layout that can:\n")
     if main is not None:
-        fit, style = _fit(main)
-        text.append(f"{fit}: {_memory_share(main)}\n", style=f"bold {style}")
+        text.append_text(_fit(main))
         cost = f"{count(main.tokens_per_second)} tokens/s, {spell(main.seconds)}, {main.gpu_hours:,.0f} GPU-hours"
         paid = "" if price is None else f" (at {price:g}: {main.gpu_hours * price:,.0f})"
         text.append(f"{cost}{paid} for {count(main.requirements.tokens)} tokens\n", style="bold")
@@ -65,18 +64,14 @@ def summary_lines(plan: Plan, *, price: float | None) -> Text:
     return text
 
 
-def _fit(estimate: Estimate) -> tuple[str, str]:
-    if not estimate.fits:
-        return "does not fit", "red"
-    tight = estimate.margin < TIGHT * estimate.cluster.accelerator.memory_bytes
-    return ("fits, but tightly", "yellow") if tight else ("fits", "green")
-
-
-def _memory_share(estimate: Estimate) -> str:
+def _fit(estimate: Estimate) -> Text:
     kind = estimate.cluster.accelerator
-    share = abs(estimate.margin) / kind.memory_bytes
-    left = "free" if estimate.fits else "too much"
-    return f"{readable(estimate.memory, 'B')} of {kind.memory_gb:g} GB a GPU, {share:.0%} {left}"
+    share = estimate.margin / kind.memory_bytes
+    tight = ("fits, but tightly", "yellow") if share < TIGHT else ("fits", "green")
+    fit, style = tight if estimate.fits else ("does not fit", "red")
+    left = f"{abs(share):.0%} {'free' if estimate.fits else 'too much'}"
+    line = f"{fit}: {readable(estimate.memory, 'B')} of {kind.memory_gb:g} GB a GPU, {left}\n"
+    return Text(line, style=f"bold {style}")
 
 
 def _table(*headings: str, texts: tuple[int, ...] = (0,)) -> Table:
