@@ -72,7 +72,7 @@ def _small(recipe: Recipe, manifest: Path, folder: Path) -> list[str]:
 
 
 def _tiny(folder: Path, vocab_size: int) -> Any:
-    """Narrower than a rehearsal's, with two layers: heads keep their width."""
+    """Narrower than a dry run's, with two layers: heads keep their width."""
     config = tiny_config(load_config(folder, what="test"), vocab_size=vocab_size, min_layers=2)
     config.num_attention_heads, config.num_key_value_heads = 2, 1
     config.hidden_size = config.intermediate_size = 128
