@@ -2,7 +2,7 @@
 
 Legend: g ranks of the vocab group; n tokens of a chunk (of the whole group), b of them in a block; v this rank's true
 rows of the vocabulary; K sparse target ids of a token; T the temperature of the divergence; S statistics of a slice and
-model, 6 (7 with the sum over a tail).
+model, `SLICE_STATS` (one more with the sum over a tail).
 """
 
 import math
@@ -18,6 +18,9 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import buffers, pointwise
 from megadistill.loss.options import Elementwise
 from megadistill.types import Tail
+
+SLICE_STATS = 6
+"""Numbers in the statistics of a token, model and slice: `Logits.stats`."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Logits:
         An empty slice has a maximum of -inf and sums of 0.
         """
         n, v = self.z_nv.shape
-        stats_n6 = self.z_nv.new_tensor([-math.inf, math.inf, 0.0, 0.0, 0.0, 0.0]).repeat(n, 1)
+        stats_n6 = self.z_nv.new_zeros(n, SLICE_STATS)
+        stats_n6[:, 0], stats_n6[:, 1] = -math.inf, math.inf
         if v == 0:
             return stats_n6
         slice_stats = self.kernel(pointwise.slice_stats)

@@ -1,6 +1,7 @@
 """The kinds of selection: which ids of the teacher's distribution become sparse targets."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,21 +61,15 @@ class TopP:
 Selection = Sampled | TopK | Threshold | TopP
 
 
-@dataclass(frozen=True)
-class SelectedIds:
-    """The targets of some tokens: ids [n, W], -1 after the last one of a row; probs [n, W]; log_tail [n]."""
+class SelectedIds(NamedTuple):
+    """The targets of some tokens."""
 
     ids: Tensor
+    """[n, W], -1 after the last one of a row."""
     probs: Tensor
+    """[n, W]"""
     log_tail: Tensor
-
-    def __getitem__(self, rows: slice) -> "SelectedIds":
-        return SelectedIds(self.ids[rows], self.probs[rows], self.log_tail[rows])
-
-    @property
-    def width(self) -> int:
-        """The largest number of ids of a token."""
-        return int((self.ids >= 0).any(dim=0).sum())
+    """[n]"""
 
 
 def pad_columns(rows: Tensor, width: int, fill: float) -> Tensor:

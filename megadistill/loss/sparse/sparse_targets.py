@@ -9,7 +9,6 @@ the temperature.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,13 +85,12 @@ def sparse_targets(
             selected = draw(z_nv, maximum_n, _gathered(uniforms, span, vocab), ranges, vocab)
         else:
             assert not isinstance(selection, Sampled)
-            length = span.stop - span.start
-            selected = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
-            selected = selected[rank * length : (rank + 1) * length]
-        chunks.append(selected[: max(0, tokens - span.start)])
-    none = SelectedIds(*(teacher.hidden.new_empty(shape) for shape in ((0, 0), (0, 0), (0,))))
-    chunks.append(replace(none, ids=none.ids.long()))
-    width = torch.tensor([max(chunk.width for chunk in chunks)], device=teacher.hidden.device)
+            group = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
+            selected = SelectedIds(*(part.chunk(group_size(vocab.group))[rank] for part in group))
+        chunks.append(SelectedIds(*(part[: max(0, tokens - span.start)] for part in selected)))
+    empty = teacher.hidden.new_empty((0, 0), dtype=dtype)
+    chunks.append(SelectedIds(empty.long(), empty, empty.flatten()))
+    width = torch.stack([(chunk.ids >= 0).any(dim=0).sum() for chunk in chunks]).amax(dim=0, keepdim=True)
     K = int(all_gather_rows(width, vocab.group).max())
     return SparseTargets(
         ids=torch.cat([pad_columns(chunk.ids, K, -1) for chunk in chunks]),
