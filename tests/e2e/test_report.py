@@ -56,14 +56,14 @@ def browser() -> Iterator["Browser"]:
 @pytest.fixture
 def page(browser: "Browser", written: Path) -> Iterator["Page"]:
     """The page, opened; whatever it asks for but itself, and whatever the browser complains of, fails the test."""
-    asked: list[str] = []
+    requested: list[str] = []
     complaints: list[str] = []
 
     def alone(route: "Route", request: "Request") -> None:
         if request.url == written.as_uri():
             route.continue_()
         else:
-            asked.append(request.url)
+            requested.append(request.url)
             route.abort()
 
     context = browser.new_context(viewport={"width": WIDTHS[0], "height": 900})
@@ -75,7 +75,7 @@ def page(browser: "Browser", written: Path) -> Iterator["Page"]:
     opened.goto(written.as_uri())
     yield opened
     context.close()
-    assert asked == []
+    assert requested == []
     assert complaints == []
 
 

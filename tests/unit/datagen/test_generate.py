@@ -125,12 +125,12 @@ def test_at_temperature_0_it_says_what_transformers_says(case: str) -> None:
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
     eos = int(model.generate(prompts_BP, **options, eos_token_id=None, pad_token_id=0)[2, 4 + 5])
     expected = model.generate(prompts_BP, **options, eos_token_id=eos, pad_token_id=eos)[:, 4:]
-    found = continuations(
+    drawn_ids = continuations(
         model, prompts_BP, torch.zeros(5, 14, dtype=torch.float64), temperature=0, top_p=1, eos=eos, vocab_size=VOCAB
     )
     assert eos in expected[2, :6], "no row comes to its end"
-    assert torch.equal(found[:, : expected.shape[1]], expected)
-    assert (found[:, expected.shape[1] :] == eos).all()
+    assert torch.equal(drawn_ids[:, : expected.shape[1]], expected)
+    assert (drawn_ids[:, expected.shape[1] :] == eos).all()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (1.6, 0.3), (0.9, 1e-6)])
@@ -160,11 +160,11 @@ def test_first_tokens_over_many_slots_follow_the_softmax(teacher: Path) -> None:
     slots, prompt_P = 4000, torch.tensor([5, 8, 13])
     uniforms = torch.stack([SAMPLING.uniforms(f"generate/{slot}")[:1] for slot in range(slots)])
     prompts = prompt_P.expand(slots, 3)
-    found = continuations(model, prompts, uniforms, temperature=1.0, top_p=1.0, eos=2, vocab_size=IDS)
+    drawn_ids = continuations(model, prompts, uniforms, temperature=1.0, top_p=1.0, eos=2, vocab_size=IDS)
     with torch.no_grad():
         expected = slots * model(input_ids=prompts[:1]).logits[0, -1, :IDS].double().softmax(dim=0)
     often = expected >= 5
-    counts = torch.bincount(found[:, 0], minlength=IDS).double()
+    counts = torch.bincount(drawn_ids[:, 0], minlength=IDS).double()
     counts = torch.cat([counts[often], counts[~often].sum().view(1)])
     expected = torch.cat([expected[often], expected[~often].sum().view(1)])
     freedom = len(expected) - 1
@@ -186,11 +186,11 @@ def test_units_are_prompts_and_what_follows_up_to_its_end(teacher: Path, data_se
     eos = load_tokenizer(data_set / "tokenizer").eos
     lengths = []
     for row_labels in labels:
-        said = row_labels[PROMPT - 1 :]  # the tokens after the prompt, ignored behind their end
-        ends = (said == eos).nonzero().flatten().tolist()
+        continued = row_labels[PROMPT - 1 :]  # the tokens after the prompt, ignored behind their end
+        ends = (continued == eos).nonzero().flatten().tolist()
         length = ends[0] + 1 if ends else NEW
-        assert (said[length:] == IGNORED_LABEL).all()
-        assert (said[:length] != IGNORED_LABEL).all()
+        assert (continued[length:] == IGNORED_LABEL).all()
+        assert (continued[:length] != IGNORED_LABEL).all()
         lengths.append(length)
     assert min(lengths) < NEW, "no continuation comes to its end"
     assert max(lengths) == NEW
@@ -214,7 +214,7 @@ def test_units_are_prompts_and_what_follows_up_to_its_end(teacher: Path, data_se
     assert "finished" in console.export_text()
 
 
-def test_the_documents_of_a_prompt_are_kept_apart(teacher: Path, data_set: Path, tmp_path: Path) -> None:
+def test_the_documents_of_a_prompt_stay_apart(teacher: Path, data_set: Path, tmp_path: Path) -> None:
     source = Manifest.load(data_set / "train" / "manifest.json")
     every = TokenStream(source, seed=2, batch_slots=1, rank=0, world_size=1).batch(range(source.sequences))
     second = int(every.starts[:, 1:PROMPT].any(dim=1).nonzero()[0])  # the first slot with two documents in its prompt
@@ -288,7 +288,7 @@ def test_prompts_that_are_no_one_text_are_left_out(teacher: Path, data_set: Path
     assert torch.equal(tokens[:, :SEQUENCE], read.tokens[whole])
 
 
-def test_the_manifests_of_texts_by_people_say_what_they_said(data_set: Path) -> None:
+def test_manifests_of_human_text_have_no_record_of_a_teacher(data_set: Path) -> None:
     assert "generated" not in Manifest.load(data_set / "train" / "manifest.json").model_dump_json()
 
 
