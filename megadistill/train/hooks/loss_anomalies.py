@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossAnomalies:
-    """Looks at the losses of each step that moved the student."""
+    """Monitors the losses of every step that was not skipped."""
 
     def __init__(
         self,

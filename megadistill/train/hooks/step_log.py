@@ -11,7 +11,7 @@ from megadistill.train.telemetry.metrics import Meter, RunLog
 
 
 class StepLog:
-    """Writes a step that moved the student to the run's log."""
+    """Logs every step that was not skipped."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class StepLog:
             report = self._meter.report(
                 event.step,
                 event.outcome.metrics,
-                event.learning_rate,
-                event.outcome.grad_norm,
-                event.seconds,
-                event.data_seconds,
-                event.outcome.teacher_seconds,
-                event.outcome.diagnostics,
+                seconds=event.seconds,
+                learning_rate=event.learning_rate,
+                grad_norm=event.outcome.grad_norm,
+                data_seconds=event.data_seconds,
+                teacher_seconds=event.outcome.teacher_seconds,
+                diagnostics=event.outcome.diagnostics,
             )
             self._log.step(report, weights=self._objective.scheduled_weights(event.step))
             if self._histograms_every > 0 and event.step % self._histograms_every == 0:

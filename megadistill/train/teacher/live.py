@@ -82,10 +82,10 @@ class LiveTeacher(Teacher):
     def check(
         self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
     ) -> str | None:
-        def answer(probe: ProbeInput) -> ProbeOutput:
+        def forward(probe: ProbeInput) -> ProbeOutput:
             return self._probe_output(probe, setup, vocab)
 
-        return check_probe(setup, topology, width=self.head.shape[1], rows=rows, answer=answer)
+        return check_probe(setup, topology, width=self.head.shape[1], rows=rows, forward=forward)
 
     def describe_prefetch(self, *, micro_batch: int, sequence_length: int) -> str | None:
         if not self.pipeline.ahead:

@@ -109,8 +109,8 @@ def run_teacher_server(setup: Setup, topology: Topology) -> None:
     frozen = FrozenWeights.of(stage.weights()) if every else None
     per_step = setup.accumulation * len(bridge.roles.clients(0))  # micro-batches; as many in every replica
     server = TeacherServer(stage, bridge, *transfer_codecs(setup), queue=_section(setup).queue)
-    for answered in server.serve():
-        if frozen is not None and answered % (every * per_step) == 0:
+    for served in server.serve():
+        if frozen is not None and served % (every * per_step) == 0:
             frozen.require_unchanged(topology)
 
 

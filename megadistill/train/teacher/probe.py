@@ -86,14 +86,14 @@ def check_probe(
     *,
     width: int,
     rows: Callable[[], TokenBatch],
-    answer: Callable[[ProbeInput], ProbeOutput],
+    forward: Callable[[ProbeInput], ProbeOutput],
 ) -> str:
     """Compares the teacher with the probe of the run folder; the first start records it. Collective over the world.
 
     Args:
         width: E.
         rows: reads the beginning of the run's stream; called on rank 0 alone, where there is no probe.
-        answer: runs the teacher. All ranks give it the same probe, so every stage and slice of each replica takes part.
+        forward: runs the teacher; on all ranks with the same probe, so that every stage, slice and replica takes part.
 
     Returns:
         A log line.
@@ -107,7 +107,7 @@ def check_probe(
     if topology.is_first:
         probe = recorded[0] if recorded is not None else ProbeInput.of(rows(), K)
     probe, is_new = _broadcast_input(probe, recorded is None, topology)
-    output = answer(probe)
+    output = forward(probe)
     expected = _broadcast_output(output if recorded is None else recorded[1], topology)
     errors, bound = output.error_to(expected), _bound(setup.recipe)
     matches = all(error <= bound for error in errors)  # false for a NaN
