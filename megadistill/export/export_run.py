@@ -37,8 +37,6 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         raise UserError(f"{output} exists already; remove it, or export to another folder")
     run, checkpoint = _find_checkpoint(source, step)
     manifest = checkpoint.manifest
-    if not manifest.recipe:
-        raise UserError(f"{checkpoint.folder} is of format 1, without a recipe: resume its run and export a later step")
     recipe = validate_recipe(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import OperatorFault
+from megadistill.io import read_json
 from megadistill.redaction import command_line, names_a_secret, without_secrets
 from megadistill.versions import versions
-
-MAX_RECORD_BYTES = 1 << 20
 
 RECORDED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HOSTNAME", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
@@ -56,18 +55,16 @@ def acquire(folder: Path, record: Mapping[str, Any]) -> Attempt:
     attempts = folder / "attempts"
     attempts.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.stem) for path in attempts.glob("*.json") if path.stem.isdigit()), default=0)
-    content = (json.dumps(dict(record), indent=1) + "\n").encode()
     while True:
         try:
-            descriptor = os.open(_path(folder, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            with open(_path(folder, number), "x", encoding="utf-8") as file:
+                file.write(json.dumps(dict(record), indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except FileExistsError:  # taken by a concurrent start
             number += 1
-            continue
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        return Attempt(folder, number)
+        else:
+            return Attempt(folder, number)
 
 
 def launch_record(world: int) -> dict[str, Any]:
@@ -95,8 +92,7 @@ def _path(folder: Path, number: int) -> Path:
 def _record(path: Path) -> dict[str, Any]:
     """The record of an attempt; empty where it is not written yet."""
     try:
-        with open(path, "rb") as file:
-            values = json.loads(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -24,8 +24,6 @@ from megadistill.errors import OperatorFault
 from megadistill.io import file_sha256, sync_folder, write_file
 
 FORMAT = 2
-READABLE_FORMATS = (1, 2)
-"""Format 1 has no attempt, recipe and rollbacks."""
 RNG_KEY = "rng"
 MAX_MANIFEST_BYTES = 64 << 20
 
@@ -208,10 +206,10 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise OperatorFault(f"{path}: {path.stat().st_size} bytes is too large for a manifest")
         values = json.loads(path.read_bytes())
-        if isinstance(values, dict) and values.get("format") not in READABLE_FORMATS:  # before its keys
-            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {READABLE_FORMATS}")
+        if isinstance(values, dict) and values.get("format") != FORMAT:  # before its keys
+            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
         manifest = CheckpointManifest.model_validate(values)
-        if manifest.format > 1 and manifest.sha256 != _own_sha256(values):
+        if manifest.sha256 != _own_sha256(values):
             raise OperatorFault(f"{path} is damaged: its values do not have the sha256 that it records")
         return manifest
     except ValidationError as error:
@@ -219,8 +217,7 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         place = ".".join(str(part) for part in first["loc"])
         raise OperatorFault(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OperatorFault(f"{path} is not a checkpoint manifest ({reason})") from None
+        raise OperatorFault(f"{path} is not a checkpoint manifest ({str(error).splitlines()[0]})") from None
 
 
 def _own_sha256(values: dict[str, Any]) -> str:

@@ -8,13 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from megadistill.errors import OperatorFault
-from megadistill.io import write_file
+from megadistill.io import read_json, write_file
 from megadistill.train.checkpoint.format import CheckpointManifest
-
-MAX_RECORD_BYTES = 16 << 20
 
 
 class Rollback(BaseModel):
@@ -39,12 +37,10 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
     """
     path = folder / "rollbacks.json"
     try:
-        with open(path, "rb") as file:
-            values = json.loads(file.read(MAX_RECORD_BYTES))
-        return [Rollback.model_validate(value) for value in values]
+        return [Rollback.model_validate(value) for value in read_json(path)]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, RecursionError, ValidationError) as error:
+    except (ValueError, TypeError) as error:
         raise OperatorFault(f"{path} is damaged ({str(error).splitlines()[0]}): restore it from a copy") from None
 
 

@@ -18,7 +18,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +164,7 @@ class Saver:
         began, stalled = time.perf_counter(), save.stall_seconds
         result = None
         while result is None:
-            wait([save.committing or save.writing])
+            (save.committing or save.writing).exception()  # waits
             flags = self.flags()
             values = torch.tensor(list(flags.values()), device=self._topology.device)
             reduced = all_reduce_sum(values, self._topology.world_group).tolist()

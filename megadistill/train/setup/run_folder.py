@@ -10,7 +10,7 @@ from megadistill.config import StudentSection, dotted, refuse_renamed, validate_
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, read_lines
-from megadistill.io import write_file
+from megadistill.io import read_json, write_file
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.train.checkpoint.format import checkpoint_folders
@@ -85,7 +85,7 @@ def started_from(folder: Path, weights: str | None) -> dict[str, str] | None:
     if not has_saved(folder):
         return {"weights": weights, "fingerprint": teacher_fingerprint(Path(weights))}
     try:
-        recorded = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("started_from")
+        recorded = read_json(folder / "recipe.json").get("started_from")
     except (OSError, ValueError, AttributeError):
         return None
     return recorded if isinstance(recorded, dict) else None
@@ -103,7 +103,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        written = read_json(path)["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
     refuse_renamed(written, source=str(path))

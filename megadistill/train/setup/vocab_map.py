@@ -3,7 +3,6 @@
 Legend: U ids of the student, B sequences, S tokens of a sequence.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import UserError
+from megadistill.io import read_json
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
-
-MAX_MAP_BYTES = 16 << 20
-"""Maximum size of the file; a million ids of seven digits take half of it."""
 
 
 def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
@@ -24,16 +21,10 @@ def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
         UserError: the file is missing or wrong.
     """
     try:
-        if path.stat().st_size > MAX_MAP_BYTES:
-            raise UserError(
-                f"teacher.vocab_map: {path}: {path.stat().st_size} bytes, too large for a map (at most {MAX_MAP_BYTES})"
-            )
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise UserError(f"teacher.vocab_map: {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, ValueError) as error:
         raise UserError(f"teacher.vocab_map: {path} cannot be read as JSON: {error}") from None
     if not isinstance(values, list):
         raise UserError(f"teacher.vocab_map: {path} holds a {type(values).__name__}, not a list of ids")

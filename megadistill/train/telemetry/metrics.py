@@ -72,31 +72,18 @@ class Meter:
         peak = peak_flops(topology.device, precision)
         self._peak = peak * topology.world if peak is not None else None
 
-    def report(
-        self,
-        step: int,
-        metrics: dict[str, float],
-        rate: float,
-        grad_norm: float,
-        seconds: float,
-        data_seconds: float,
-        teacher_seconds: float,
-        diagnostics: dict[str, float] | None = None,
-    ) -> StepReport:
+    def report(self, step: int, metrics: dict[str, Any], *, seconds: float, **values: Any) -> StepReport:
+        """The report of a step that took `seconds`. `metrics`, `values`: the fields that are not computed here."""
         tokens_per_second = self._tokens_per_step / seconds
         return StepReport(
             step=step,
             tokens=step * self._tokens_per_step,
-            **metrics,
-            learning_rate=rate,
-            grad_norm=grad_norm,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
-            data_seconds=data_seconds,
-            teacher_seconds=teacher_seconds,
             mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
             memory_bytes=peak_memory(self._device),
-            diagnostics=diagnostics,
+            **metrics,
+            **values,
         )
 
 

@@ -143,17 +143,6 @@ def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path
     assert load_config(tmp_path / "out", what="test").num_hidden_layers == MODEL["num_hidden_layers"]
 
 
-def test_a_checkpoint_of_format_1_is_refused(tmp_path: Path) -> None:
-    run, made = _run(tmp_path)
-    path = _checkpoint(run, made) / "manifest.json"
-    values = json.loads(path.read_text())
-    for newer in ("sha256", "recipe", "recipe_sha256", "attempt", "rollbacks"):
-        del values[newer]
-    path.write_text(json.dumps(values | {"format": 1}))
-    with pytest.raises(UserError, match="is of format 1, without a recipe"):
-        _export(run, tmp_path / "out")
-
-
 def test_a_checkpoint_alone_is_exported_without_a_tokenizer_and_logs_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,7 +123,7 @@ def test_a_changed_file_is_named(tmp_path: Path, damage: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads (1, {FORMAT})"),
+        ({"format": FORMAT + 1}, f"format {FORMAT + 1}, this version reads {FORMAT}"),
         ({"world": 2}, "lists 1 files, but 2 ranks wrote it"),
         ({"files": {}}, "lists 0 files, but 1 ranks wrote it"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "lists 1 files"),  # only the ranks' own are opened
@@ -167,8 +167,8 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
         save_file({"master/w": piece.clone()}, path)
         content = path.read_bytes()
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {
-        "format": 1,
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
         "step": 3,
         "tokens": 30,
         "world": len(pieces),
@@ -178,6 +178,7 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
         "versions": {},
         "files": files,
     }
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return whole
 

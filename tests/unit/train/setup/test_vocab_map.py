@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megadistill import io
 from megadistill.errors import UserError
-from megadistill.train.setup import vocab_map
 from megadistill.train.setup.vocab_map import read_vocab_map, translated
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
@@ -54,8 +54,8 @@ def test_a_wrong_map_is_refused_in_one_line(tmp_path: Path, text: str | None, sa
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps([0, 1, 2, 3]), encoding="utf-8")
-    monkeypatch.setattr(vocab_map, "MAX_MAP_BYTES", 3)
-    with pytest.raises(UserError, match="bytes, too large for a map"):
+    monkeypatch.setattr(io, "MAX_JSON_BYTES", 3)
+    with pytest.raises(UserError, match="larger than 3 bytes"):
         _read(path)
 
 

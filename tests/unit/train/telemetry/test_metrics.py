@@ -181,7 +181,7 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
     return meter.report(
         3,
         dict.fromkeys(METRIC_NAMES, 1.0),
-        rate=1e-3,
+        learning_rate=1e-3,
         grad_norm=2.0,
         seconds=0.5,
         data_seconds=0.01,
