@@ -14,5 +14,5 @@ import tests.unit.loss.problems  # noqa: F401
 # DeepSpeed collects garbage when it starts, and would walk through all that was imported, in each rank.
 gc.collect()
 gc.freeze()
-# The server's own end: extensions count then what was never freed, and say so.
+# At the server's own end extensions report what was never freed.
 atexit.register(gc.unfreeze)

@@ -1,4 +1,4 @@
-"""Slices of a vocabulary: what a rank holds, what it says of ids, and that the ranks of a group share all of them.
+"""Slices of a vocabulary: what a rank holds, its rows of ids, and that the ranks of a group share all of them.
 
 Legend: V padded vocabulary, D width, w world, p ranks of a vocab group.
 """

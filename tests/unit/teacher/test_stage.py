@@ -230,8 +230,8 @@ def test_head_rows_are_the_slice_and_padding_is_zero(
     monkeypatch.delattr(SafetensorsFolder, "tensors")  # rows alone are read
     vocab = VocabSlice(ranges=ranges, size=VOCAB)
     padded = torch.nn.functional.pad(model.lm_head.weight.detach(), (0, 0, 0, 6))
-    found = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU)
-    assert torch.equal(found, padded[vocab.global_ids().long()])
+    rows = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU)
+    assert torch.equal(rows, padded[vocab.global_ids().long()])
 
 
 def test_a_larger_vocabulary_of_the_teacher_is_cut_and_a_smaller_one_refused(tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_larger_vocabulary_of_the_teacher_is_cut_and_a_smaller_one_refused(tmp
     def rows(size: int) -> Any:
         return head_rows(tmp_path, VocabSlice.contiguous(0, 256, size), dtype=torch.float32, device=CPU)
 
-    found = rows(240)
-    assert torch.equal(found[:240], model.lm_head.weight[:240])
-    assert not found[240:].any()
+    first = rows(240)
+    assert torch.equal(first[:240], model.lm_head.weight[:240])
+    assert not first[240:].any()
     with pytest.raises(UserError, match="250 vocabulary rows, the student's tokenizer has 251 ids"):
         rows(251)
 
@@ -258,8 +258,8 @@ def test_head_rows_follow_a_map_of_the_vocabulary(ranges: tuple[tuple[int, int],
     vocab = VocabSlice(ranges=ranges, size=240)
     whole = torch.zeros(256, 64)
     whole[:240][ids >= 0] = model.lm_head.weight.detach()[ids[ids >= 0]]
-    found = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU, ids=ids)
-    assert torch.equal(found, whole[vocab.global_ids().long()])
+    rows = head_rows(tmp_path, vocab, dtype=torch.float32, device=CPU, ids=ids)
+    assert torch.equal(rows, whole[vocab.global_ids().long()])
     bias = unknown_bias(vocab, ids, device=CPU)
     assert bias is not None
     unknown = torch.nn.functional.pad(ids < 0, (0, 16))[vocab.global_ids().long()]

@@ -46,30 +46,30 @@ def _scripts(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _launched(**values: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "RANK"}
-    return {**kept, "PYTHONPATH": str(ROOT), **values}
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return {**environment, "PYTHONPATH": str(ROOT), **values}
 
 
-def _said_after_a_kill(process: subprocess.Popen[str]) -> str:
-    """What the rank says from then on until it has ended: it holds the other end of the pipe."""
+def _output_after_kill(process: subprocess.Popen[str]) -> str:
+    """The output of the rank from the kill to its end: it holds the other end of the pipe."""
     process.send_signal(signal.SIGKILL)
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     process.wait()
     process.stdout.close()
-    return said
+    return output
 
 
 @pytest.mark.parametrize("sigterm", ["obeys", "ignores"])
 def test_a_rank_ends_with_its_launcher(sigterm: str, tmp_path: Path) -> None:
     launcher, rank = _scripts(tmp_path)
     chain = [sys.executable, str(launcher)], [sys.executable, str(rank), sigterm, "60"]
-    said = _said_after_a_kill(_starts(*chain, environment=_launched(RANK="3")))
-    assert said.startswith("megadistill: rank 3: its launcher is gone: stopping\n")
-    assert ("still running 0 s after its launcher was gone: exiting without a checkpoint" in said) == (
+    output = _output_after_kill(_starts(*chain, environment=_launched(RANK="3")))
+    assert output.startswith("megadistill: rank 3: its launcher is gone: stopping\n")
+    assert ("still running 0 s after its launcher was gone: exiting without a checkpoint" in output) == (
         sigterm == "ignores"
     )
-    assert "ended by itself" not in said
+    assert "ended by itself" not in output
 
 
 def test_a_rank_ends_with_the_runner_of_deepspeed(tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_a_rank_ends_with_the_runner_of_deepspeed(tmp_path: Path) -> None:
     launch = [sys.executable, str(launcher)]
     middle = [sys.executable, "-c", LAUNCHER.replace("argv[1:]", "argv[2:]"), "deepspeed.launcher.launch"]
     chain = launch, middle, [sys.executable, str(rank), "obeys", "60"]
-    said = _said_after_a_kill(_starts(*chain, environment=_launched(RANK="0")))
-    assert said == "megadistill: rank 0: its launcher is gone: stopping\n"
+    output = _output_after_kill(_starts(*chain, environment=_launched(RANK="0")))
+    assert output == "megadistill: rank 0: its launcher is gone: stopping\n"
 
 
 def test_what_no_launcher_started_outlives_its_parent(tmp_path: Path) -> None:
     launcher, rank = _scripts(tmp_path)
     chain = [sys.executable, str(launcher)], [sys.executable, str(rank), "obeys", "0.5"]
-    said = _said_after_a_kill(_starts(*chain, environment=_launched()))
-    assert said == "ended by itself\n"
+    output = _output_after_kill(_starts(*chain, environment=_launched()))
+    assert output == "ended by itself\n"
