@@ -16,7 +16,7 @@ from torch import Tensor
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.loss.heads import Head
 from megadistill.loss.sparse.selection import Sampled, Selection, Threshold, TopK
-from megadistill.types import DECILES, IGNORED_LABEL, TOP_K, Diagnostics, LossTerms, SparseTargets, Tail
+from megadistill.types import DECILES, IGNORED_LABEL, METRIC_NAMES, TOP_K, Diagnostics, LossTerms, SparseTargets, Tail
 
 
 def distill_loss(
@@ -199,7 +199,8 @@ def _terms(
     loss_N = kd_N + divergence.ce_weight * ce_N + divergence.z_loss * log_z_N.square()
     terms = (loss_N, value_N, kl_N, ce_N, teacher_ce_N, entropy(logits_NU), entropy_N, agrees_N, log_z_N)
     loss, *metrics = ((weights_N * term_N).sum() for term_N in terms)
-    return LossTerms(loss, *(metric.detach() for metric in metrics))
+    scalars = dict(zip(METRIC_NAMES, (loss, *(metric.detach() for metric in metrics)), strict=True))
+    return LossTerms(**scalars, diagnostics=None)
 
 
 def _diagnostics(teacher_NU: Tensor, student_NU: Tensor, weights_N: Tensor) -> Diagnostics:
