@@ -15,21 +15,21 @@ from tests.paths import ROOT
 
 
 class Disk:
-    """Takes `room` more bytes: the last of them in the middle of a line, as a full disk does."""
+    """Takes `free` more bytes: the last of them in the middle of a line, as a full disk does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.room = 1 << 30
+        self.free = 1 << 30
         write, truncate = os.write, os.ftruncate
 
         def limited(descriptor: int, content: bytes) -> int:
-            if self.room == 0:
+            if self.free == 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            written = write(descriptor, content[: self.room])
-            self.room -= written
+            written = write(descriptor, content[: self.free])
+            self.free -= written
             return written
 
         def freeing(descriptor: int, size: int) -> None:
-            self.room += os.fstat(descriptor).st_size - size
+            self.free += os.fstat(descriptor).st_size - size
             truncate(descriptor, size)
 
         monkeypatch.setattr(os, "write", limited)
@@ -56,21 +56,21 @@ def test_a_disk_that_is_full_now_and_then_loses_nothing(
     disk, lines, chance = Disk(monkeypatch), JsonLines(tmp_path / "a.jsonl"), random.Random(seed)
     refused = 0
     for n in range(100):
-        disk.room = chance.choice([0, 1, 7, 40, 100, 1000])
+        disk.free = chance.choice([0, 1, 7, 40, 100, 1000])
         why = lines.append({"n": n, "filler": "x" * chance.randrange(30)})
         refused += why is not None
         assert _numbers(lines.path) == list(range(len(_numbers(lines.path)))), "whole lines, in order"
         assert (why is None) == (len(_numbers(lines.path)) == n + 1)
     assert 0 < refused < 100
-    disk.room = 1 << 30
+    disk.free = 1 << 30
     assert lines.append({"n": 100}) is None
     assert _numbers(lines.path) == list(range(101))
 
 
 def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, lines = Disk(monkeypatch), JsonLines(tmp_path / "a.jsonl")
-    for room in (0, 5):
-        disk.room = room
+    for free in (0, 5):
+        disk.free = free
         assert "No space left" in str(lines.append({"n": 1}))
         assert lines.path.stat().st_size == 0
 
@@ -115,15 +115,15 @@ def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
     for each in (log, other):
         each.write("checkpoint_saved", step=8, bytes=5)
         each.attempt_failed("it broke", step=9, rank=int(each is other), exit_code=4)
-    found = list(read_lines(tmp_path / "events.jsonl"))
-    assert [(line["event"], line["step"], line["attempt"]) for line in found] == [
+    lines = list(read_lines(tmp_path / "events.jsonl"))
+    assert [(line["event"], line["step"], line["attempt"]) for line in lines] == [
         ("checkpoint_saved", 8, 3),
         ("attempt_failed", 9, 3),
         ("attempt_failed", 9, 3),
     ]
-    assert found[0]["bytes"] == 5
-    assert [line["rank"] for line in found[1:]] == [0, 1], "one rank speaks, but a fault is any rank's"
-    assert found[0]["time"] == pytest.approx(found[2]["time"], abs=60)
+    assert lines[0]["bytes"] == 5
+    assert [line["rank"] for line in lines[1:]] == [0, 1], "one rank writes events, but any rank a fault"
+    assert lines[0]["time"] == pytest.approx(lines[2]["time"], abs=60)
     with pytest.raises(AssertionError, match="svaed"):
         log.write("svaed", step=8)
 
@@ -174,11 +174,11 @@ def test_goodput_counts_each_step_once_and_each_second_once(tmp_path: Path) -> N
         {"time": 1071.0, "event": "checkpoint_failed", "stall_seconds": 9.0},
         {"time": 1100.0, "event": "checkpoint_saved", "stall_seconds": 1.0},
     ]
-    found = _run(tmp_path, events, [3.0] * 20)
-    assert (found.wall, found.useful, found.startup, found.saving) == (100.0, 60.0, 15.0, 3.0)
-    assert found.lost == pytest.approx(22.0)
-    assert found.ratio == pytest.approx(0.6)
-    assert str(found) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, lost 22.0%)"
+    result = _run(tmp_path, events, [3.0] * 20)
+    assert (result.wall, result.useful, result.startup, result.saving) == (100.0, 60.0, 15.0, 3.0)
+    assert result.lost == pytest.approx(22.0)
+    assert result.ratio == pytest.approx(0.6)
+    assert str(result) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, lost 22.0%)"
 
 
 def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:

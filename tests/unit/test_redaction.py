@@ -13,7 +13,7 @@ def test_a_name_that_says_a_secret_hides_a_value_of_any_form() -> None:
     assert command_line(given) == expected
 
 
-def test_what_only_looks_like_a_secret_is_shown() -> None:
+def test_what_only_looks_like_a_secret_is_not_redacted() -> None:
     """Tokens are what this package is about."""
     plain = ["data.tokenizer=a", "--tokens", "100", "train.steps=3", "https://host/data/manifest.json", "sk-7", "a:b@c"]
     assert command_line(plain) == plain
