@@ -24,7 +24,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, forward_inputs, rebuild_buffers
 from megadistill.models.initial_weights import InitialWeights, initial_tensor
-from megadistill.precision import Precision, torch_dtype
+from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config
 from megadistill.student.head import StudentHead
 from megadistill.student.optimizer import MASTER, build_optimizer
@@ -46,35 +46,11 @@ def _hidden_states(self: Module, tokens: Tensor, positions: Tensor | None) -> Te
     return hidden
 
 
-def build_partitioned(
-    config: Any,
-    *,
-    vocab_size: int,
-    padded: int,
-    seed: int | None,
-    precision: Precision,
-    rank: int,
-    engine_config: dict[str, Any],
-) -> Module:
-    """A model whose parameters ZeRO-3 has partitioned, initialised the same for every world size.
-
-    `seed` None leaves them uninitialised, for values that will be loaded.
-
-    Inside `zero.Init` transformers initialises parameters of size 0 and casts RoPE's frequencies to bfloat16, so both
-    are done again: each parameter is gathered alone and filled from an RNG keyed by its name, and the buffers are
-    rebuilt outside. `forward` is replaced on the model itself: a wrapper would prefix every name in a checkpoint.
-    """
-    with deepspeed.zero.Init(config_dict_or_path=engine_config):
-        model: Module = build_causal_lm(config, vocab_size=padded, dtype=torch_dtype(precision))
-    if seed is not None:
-        _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=rank)
-    rebuild_buffers(model)
-    model.forward = MethodType(_hidden_states, model)
-    return model
-
-
 def _initialise(model: Module, config: Any, *, vocab_size: int, seed: int, rank: int) -> None:
-    """Gathers each parameter by itself; rank 0 fills it."""
+    """Fills the parameters with the same values for every world size: an RNG keyed by the name, on rank 0.
+
+    transformers initialised them inside `zero.Init`, where their size is 0.
+    """
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
@@ -108,15 +84,12 @@ class StudentEngine:
     ) -> None:
         engine_config = build_engine_config(deepspeed_config, train, accumulation)
         padded = padded_vocabulary(vocab_size, section.vocab_multiple)
-        model = build_partitioned(
-            config,
-            vocab_size=vocab_size,
-            padded=padded,
-            seed=seed if section.weights is None else None,
-            precision=train.precision,
-            rank=topology.rank,
-            engine_config=engine_config,
-        )
+        with deepspeed.zero.Init(config_dict_or_path=engine_config):
+            model: Module = build_causal_lm(config, vocab_size=padded, dtype=torch_dtype(train.precision))
+        if section.weights is None:
+            _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
+        rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
+        model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
         if section.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         tied = bool(config.tie_word_embeddings)

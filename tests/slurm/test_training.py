@@ -50,7 +50,7 @@ def test_before_the_time_limit_a_job_saves_requeues_itself_and_goes_on(cluster: 
     # Slurm looks at limits every 30 s, and sends the notice as long before its time.
     minutes = (time.monotonic() - began) // 60 + 2
     cluster.call("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes:.0f}")
-    job.says("back into the queue", 120)
+    job.says("requeued", 120)
     until("the job waits in the queue", lambda: job.field("JobState") == "PENDING", 30, job.transcript)
     cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     cluster.node("quick", "n1")
