@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megadistill.config import validate_recipe
 from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
-from megadistill.events import EVENTS, json_lines
+from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines
 from megadistill.io import read_json
 from megadistill.redaction import printable
 
@@ -187,8 +187,9 @@ def _series(path: Path, notes: list[str]) -> dict[str, Floats]:
 
 
 def _events(path: Path, notes: list[str]) -> list[Event]:
-    events, damaged = [], 0
+    events, damaged, former = [], 0, set[str]()
     for line in json_lines(path):
+        former |= {str(line.get("event"))} & RENAMED_EVENTS.keys() if line is not None else set()
         event = _event(line) if line is not None else None
         if event is None:
             damaged += 1
@@ -196,6 +197,7 @@ def _events(path: Path, notes: list[str]) -> list[Event]:
             events.append(event)
     if damaged:
         notes.append(f"events.jsonl: {damaged:,} {'line' if damaged == 1 else 'lines'} damaged or unknown, left out")
+    notes += [f"events.jsonl: {name} is now {RENAMED_EVENTS[name]}, and left out" for name in sorted(former)]
     return sorted(events, key=lambda event: event.time)
 
 

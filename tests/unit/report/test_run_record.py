@@ -38,6 +38,12 @@ def test_everything_that_a_run_wrote(tmp_path: Path) -> None:
     assert run.notes == []
 
 
+def test_events_of_a_former_version_are_named_with_their_new_word(tmp_path: Path) -> None:
+    folder = run_with_faults(tmp_path / "run").write()
+    _append(folder / "events.jsonl", '{"time": 1, "attempt": 1, "event": "hole", "step": 3}')
+    assert "events.jsonl: hole is now samples_masked, and left out" in read_run(folder, "run").notes
+
+
 def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = run_with_faults(tmp_path / "run").write()
     _append(
