@@ -5,7 +5,7 @@ the initial values and the definition of the loss.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from megadistill.config import LossSection, Recipe, StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.loss import Head, reference
+from megadistill.loss import Head, LossOptions, reference
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
@@ -52,9 +52,8 @@ class Case:
 class SmallChunks(Objective):
     """Little memory for logits, so that a micro-batch goes through the loss in several chunks."""
 
-    @property
-    def logit_memory(self) -> int:
-        return 2 * 4 * 12 * VOCAB
+    def options(self, *, diagnostics: bool = False) -> LossOptions:
+        return replace(super().options(diagnostics=diagnostics), logit_memory=2 * 4 * 12 * VOCAB)
 
 
 def config_of(case: Case) -> Any:
