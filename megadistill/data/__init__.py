@@ -8,7 +8,7 @@ from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
-from megadistill.data.tokenizers.base import tokenizer_sha256
+from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 
 __all__ = [
     "Manifest",

@@ -29,7 +29,7 @@ from megadistill.data.shards.manifest import (
     token_dtype,
 )
 from megadistill.data.shards.tar import SAMPLE_FORMAT
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, Generator, ShardRecord
 from megadistill.errors import UserError
 from megadistill.models.families import load_config

@@ -24,7 +24,7 @@ from megadistill.data.prepare.shard_tasks import SHARD_PREFIX
 from megadistill.data.shards.manifest import FORMAT_VERSION, Count, GeneratedRecord, Shard, token_dtype
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
-from megadistill.data.tokenizers.base import Tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.io import file_sha256, write_file
 from megadistill.models.sampling import Sampling, continuations
 from megadistill.models.weights import load_pretrained

@@ -8,7 +8,7 @@ import numpy as np
 
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.shards.packing import Ids
-from megadistill.data.tokenizers.base import Tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from megadistill.data import Manifest
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.models import check_model
 from megadistill.evaluate.prompts import Prompt, decoded

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadistill.data.tokenizers.base import load_tokenizer
+from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.models.gguf import READERS, convert_gguf
 from megadistill.models.hf_folder import SafetensorsFolder
 from tests.e2e.commands import PLAIN, TORCHRUN_2, settings, succeed

@@ -24,7 +24,7 @@ from megadistill.data.shards.labels import predicted, shift
 from megadistill.data.shards.manifest import FORMAT_VERSION, Count, Shard, TokenDtype, token_dtype
 from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
 from megadistill.data.shards.tar import record_path, write_shard
-from megadistill.data.tokenizers.base import Tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.io import file_sha256, write_file
 

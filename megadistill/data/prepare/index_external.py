@@ -23,7 +23,7 @@ from megadistill.data.shards.npy import MAX_LENGTH, MemberError, row_of
 from megadistill.data.shards.reader import SequenceReader
 from megadistill.data.shards.tar import Sample, index_path, index_sequences, map_tar, member_of, samples, write_index
 from megadistill.data.storage.open import folder_of
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 

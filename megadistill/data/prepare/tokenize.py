@@ -25,7 +25,7 @@ from megadistill.data.prepare.workers import EncodedShard, EncodeJob, encode_all
 from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord
 from megadistill.data.shards.packing import CHUNK
 from megadistill.data.shards.tar import SAMPLE_FORMAT
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 

@@ -15,7 +15,7 @@ from megadistill.data.shards.reader import SequenceReader, open_shard
 from megadistill.data.storage.base import sha256_of
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
-from megadistill.data.tokenizers.base import tokenizer_sha256
+from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
 from megadistill.redaction import redact_url

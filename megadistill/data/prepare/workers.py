@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megadistill.data.prepare.encode import EncodingSpec, ShardResult, encode_task, reusable_result
 from megadistill.data.prepare.shard_tasks import ShardTask
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import RestartFault
 
 TASKS_A_PROCESS = 2

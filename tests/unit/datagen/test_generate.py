@@ -20,7 +20,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from megadistill.data import Manifest, Mixture, TokenStream, tokenize
 from megadistill.data.prepare.verify import verify
-from megadistill.data.tokenizers.base import load_tokenizer
+from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.datagen.generate import GenerateReport, generate
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import load_config

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadistill.data import Manifest
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.tokenizers.base import load_tokenizer
+from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.prompts import Prompt, held_out_prompts, typed_prompts
 from megadistill.evaluate.sample import Continuation, Sample, _after, escape_control, load_for_sampling, samples, show

@@ -28,7 +28,7 @@ from megadistill.data.prepare.corpus import Document, LeftOut
 from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
 from megadistill.data.prepare.tokenizer_training import TrainingSample
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import UserError
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts
 

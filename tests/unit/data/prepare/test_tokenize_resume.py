@@ -21,7 +21,7 @@ from megadistill.data.prepare.encode import EncodingSpec
 from megadistill.data.prepare.shard_tasks import ShardTask, cut_into_tasks
 from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
 from megadistill.data.prepare.workers import EncodeJob, encode_all
-from megadistill.data.tokenizers.base import load_tokenizer
+from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import OperatorFault, RestartFault
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts
 

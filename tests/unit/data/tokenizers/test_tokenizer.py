@@ -19,9 +19,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, LlamaConfig
 
-from megadistill.data.tokenizers.base import Tokenizer, load_tokenizer, tokenizer_record, tokenizer_sha256
 from megadistill.data.tokenizers.huggingface import HuggingFaceTokenizer
 from megadistill.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
+from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record, tokenizer_sha256
 from megadistill.errors import UserError
 from tests.unit.data.conftest import STDLIB
 
