@@ -6,6 +6,7 @@ that node share. Clocks of nodes are compared where all their ranks left a barri
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,48 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadistill.errors import UserError
 from megadistill.io import write_file
-from megadistill.timeline.spans import Kind, Lane, MessageId, Span, Step, Timeline, first_unnested
+from megadistill.timeline.spans import Lane, MessageId, Name, Number, Seconds, Span, Step, Timeline, first_unnested
 
 FOLDER = "timeline"
 MAX_RANKS = 1 << 17
 MAX_RANK_BYTES = 64 << 20
 
-Seconds = Annotated[float, Field(ge=0, lt=1e10)]
-Name = Annotated[str, Field(min_length=1, max_length=80)]
-Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 
-
-class _Stored(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class StoredSpan(_Stored):
-    """A `Span`."""
-
-    kind: Kind
-    name: Name
-    begin: Seconds
-    end: Seconds
-    depth: Annotated[int, Field(ge=0, le=32)] = 0
-    number: Number | None = None
-    message: tuple[Number, Number, Number] | None = None
-    """Sending rank, receiving rank, position among the messages between them."""
-
-    def span(self, offset: float) -> Span:
-        message = None if self.message is None else MessageId(*self.message)
-        return Span(self.kind, self.name, self.begin - offset, self.end - offset, self.depth, self.number, message)
-
-
-class StoredStep(_Stored):
-    """A `Step`."""
-
-    number: Number
-    begin: Seconds
-    end: Seconds
-
-
-class RankFile(_Stored):
+class RankFile(BaseModel):
     """The recording of a rank. Times are seconds of its node's monotonic clock."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
     rank: Number
@@ -71,8 +41,8 @@ class RankFile(_Stored):
     """When all ranks of the launch had joined the bridge; None without ranks of the teacher's own."""
     barriers: tuple[Seconds, Seconds] | None = None
     """When the student's ranks left the barriers before the first step and after the last one; None for a server."""
-    steps: list[StoredStep]
-    spans: list[StoredSpan]
+    steps: list[Step]
+    spans: list[Span]
 
 
 def rank_path(folder: Path, rank: int) -> Path:
@@ -146,14 +116,16 @@ def _read(path: Path, rank: int) -> RankFile:
 
 
 def _lane(file: RankFile, offset: float, path: Path) -> Lane:
-    spans = tuple(stored.span(offset) for stored in file.spans)
+    spans, steps = (
+        tuple(replace(one, begin=one.begin - offset, end=one.end - offset) for one in recorded)
+        for recorded in (file.spans, file.steps)
+    )
     wrong = first_unnested(spans)
     if wrong is not None:
         raise UserError(
             f"{path} is damaged: {wrong.name!r} at {wrong.begin:.6f} s overlaps the span around it; remove the folder "
             "and record again"
         )
-    steps = tuple(Step(step.number, step.begin - offset, step.end - offset) for step in file.steps)
     if any(not step.begin <= step.end for step in steps):
         raise UserError(f"{path} is damaged: a step ends before it begins; remove the folder and record again")
     stage = "" if file.stage is None else f" stage {file.stage}" if file.role == "teacher" else f", stage {file.stage}"

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class Recorder:
 
     def _resolve(self) -> None:
         for begin, end, span in self._moments:
-            self._spans.append(span._replace(begin=self.clock.seconds(begin), end=self.clock.seconds(end)))
+            self._spans.append(replace(span, begin=self.clock.seconds(begin), end=self.clock.seconds(end)))
         self._moments.clear()
 
 
@@ -158,7 +159,7 @@ class _OpenSpan(AbstractContextManager[None]):
         recorder = self._recorder
         end = recorder.clock.moment()
         recorder.depth -= 1
-        recorder.add(self._begin, end, self._span._replace(depth=recorder.depth))
+        recorder.add(self._begin, end, replace(self._span, depth=recorder.depth))
 
 
 def recording() -> bool:

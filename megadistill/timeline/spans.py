@@ -1,12 +1,15 @@
 """The parts of a timeline: spans of time on the lanes of ranks.
 
-Times are seconds, on one clock for all lanes, from the begin of the first step on.
+Times are seconds, on one clock for all lanes, from the begin of the first step on. The bounds in the annotations are
+those of a recording in a file, where times are by the clock of the rank's node.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 Kind = Literal["compute", "wait", "send", "data", "save", "host"]
 COMPUTE: Kind = "compute"
@@ -25,34 +28,40 @@ KINDS: dict[Kind, str] = {
 }
 """Kind -> its description in the trace."""
 
+Seconds = Annotated[float, Field(ge=0, lt=1e10)]
+Name = Annotated[str, Field(min_length=1, max_length=80)]
+Number = Annotated[int, Field(ge=0, lt=1 << 53)]
+
 
 class MessageId(NamedTuple):
     """A message from one rank to another, the same at the span that sends it and the span that waits for it."""
 
-    source: int
-    to: int
-    number: int
+    source: Number
+    to: Number
+    number: Number
     """Position among the messages from `source` to `to`."""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Step:
     """An optimizer step, from its begin to the next one's."""
 
-    number: int
-    begin: float
-    end: float
+    number: Number
+    begin: Seconds
+    end: Seconds
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Span:
     """One activity of a rank, from `begin` to `end`."""
 
     kind: Kind
-    name: str
-    begin: float
-    end: float
-    depth: int = 0
+    name: Name
+    begin: Seconds
+    end: Seconds
+    depth: Annotated[int, Field(ge=0, le=32)] = 0
     """Number of spans of the same rank around this one."""
-    number: int | None = None
+    number: Number | None = None
     """Position among the spans with this name: the teacher's round."""
     message: MessageId | None = None
 
@@ -116,7 +125,7 @@ def pieces(spans: Iterable[Span], begin: float, end: float) -> Iterator[Span]:
         nonlocal at
         stop = min(stop, end)
         if around and at < stop:
-            yield around[-1]._replace(begin=at, end=stop)
+            yield replace(around[-1], begin=at, end=stop)
         at = max(at, stop)
 
     for span in spans:

@@ -17,7 +17,7 @@ from megadistill.cli.main import run_command
 from megadistill.config import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture
-from megadistill.timeline.files import RankFile, StoredSpan, StoredStep, rank_path, read_timeline, write_rank
+from megadistill.timeline.files import RankFile, rank_path, read_timeline, write_rank
 from megadistill.timeline.picture import MAX_ROWS, draw, table
 from megadistill.timeline.recorder import SPANS_BEFORE, DeviceClock, HostClock, Recorder
 from megadistill.timeline.spans import (
@@ -183,14 +183,14 @@ def test_spans_that_overlap_are_detected(spans: tuple[Span, ...]) -> None:
     assert overlapping.name == "wrong"
 
 
-def _span(name: str, begin: float, end: float, *, kind: Kind = "compute", **keys: Any) -> StoredSpan:
-    return StoredSpan(kind=kind, name=name, begin=begin, end=end, **keys)
+def _span(name: str, begin: float, end: float, *, kind: Kind = "compute", **keys: Any) -> Span:
+    return Span(kind=kind, name=name, begin=begin, end=end, **keys)
 
 
 def _files(*, node: str = "a", clock: float = 0.0, lag: float = 0.0) -> list[RankFile]:
     """Two students on node a, and a stage of the teacher's own on `node`, whose clock is `clock` seconds ahead and has
     drifted by `lag` seconds since the rendezvous at 50 s. Steps 3 and 4 take from 100 s to 102 s."""
-    steps = [StoredStep(number=3, begin=100.0, end=101.0), StoredStep(number=4, begin=101.0, end=102.0)]
+    steps = [Step(number=3, begin=100.0, end=101.0), Step(number=4, begin=101.0, end=102.0)]
     files = []
     for rank in (0, 1):
         spans = [

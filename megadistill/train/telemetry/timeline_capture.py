@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Topology
-from megadistill.timeline.files import RankFile, StoredSpan, StoredStep, remove_recordings, write_rank
+from megadistill.timeline.files import RankFile, remove_recordings, write_rank
 from megadistill.timeline.recorder import Recorder, clock_for
 from megadistill.train.setup.setup import Setup
 
@@ -111,8 +111,8 @@ def _write(setup: Setup, topology: Topology, recorder: Recorder, barriers: tuple
         window=(window[0], window[1]),
         rendezvous=None if bridge is None else bridge.rendezvous_time,
         barriers=barriers,
-        steps=[StoredStep(**step._asdict()) for step in steps],
-        spans=[StoredSpan(**span._asdict()) for span in spans],
+        steps=list(steps),
+        spans=list(spans),
     )
     try:
         write_rank(setup.folder, recording)
