@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megadistill.config import validate_recipe
 from megadistill.errors import UserError
-from megadistill.export.model_card import Origin, model_card
+from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
 from megadistill.precision import Precision, torch_dtype
@@ -53,7 +53,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         true_vocab=manifest.vocab_size,
         max_shard_bytes=max_shard_bytes,
         tokenizer_folder=tokenizer,
-        texts={"README.md": model_card(output.name, Origin(checkpoint, recipe, run, config))},
+        texts={"README.md": model_card(output.name, checkpoint, recipe, run=run, config=config)},
     )
     return manifest.step
 

@@ -10,9 +10,6 @@ from pathlib import Path
 
 from megadistill.redaction import printable, without_secrets
 
-Rows = dict[str, str | None]
-"""Name -> value as Markdown; a row of None is left out."""
-
 
 def escape_md(text: object) -> str:
     """Text as one line of Markdown without effect: no markup, no HTML, no link."""
@@ -23,11 +20,6 @@ def escape_md(text: object) -> str:
 def basename(path: str) -> str:
     """The last name of a path or a URL, escaped."""
     return escape_md(Path(path.partition("?")[0]).name or "a folder")
-
-
-def rows_table(rows: Rows) -> str:
-    """A table of names and values without a heading."""
-    return table(("", ""), [(name, value) for name, value in rows.items() if value is not None])
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], *, left: int | None = None) -> str:

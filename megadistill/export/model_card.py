@@ -2,22 +2,22 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from megadistill import __version__
-from megadistill.config import LossSection, Recipe, ScheduleSection
-from megadistill.data import tokenizer_sha256
+from megadistill.config import LossSection, Recipe, ScheduleSection, TargetsSection
+from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
+from megadistill.evaluate.evaluation import measure_rows, read_evaluations
 from megadistill.events import read_lines
 from megadistill.export.data_provenance import DataProvenance
-from megadistill.export.markdown import Rows, basename, escape_md, rows_table, table
-from megadistill.export.results import results_section
+from megadistill.export.markdown import basename, escape_md, table
 from megadistill.io import read_json
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
@@ -32,44 +32,71 @@ TARGETS = {
     "threshold": "ids to which it gives at least {epsilon}",
     "top_p": "its most likely ids, up to {p} of the probability and {max_ids} ids",
 }
+LOGGED = {
+    "loss": "loss",
+    "kl": "KL",
+    "student_ce": "CE",
+    "teacher_ce": "CE of the teacher",
+    "agreement": "agreement",
+    "grad_norm": "gradient norm",
+}
+"""Key of a line of metrics.jsonl -> heading."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Origin of an exported model."""
+def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any) -> str:
+    """README.md of the folder `name`: metadata for the Hugging Face hub, and the model's data, teacher and training.
 
-    checkpoint: Checkpoint
-    recipe: Recipe
-    run: Path | None
-    """The run folder; None for a checkpoint outside of one."""
-    config: Any
-    """Config of the exported student."""
-
-    @property
-    def provenance(self) -> DataProvenance:
-        return DataProvenance.of(self.checkpoint.manifest, self.recipe)
-
-
-def model_card(name: str, origin: Origin) -> str:
-    """README.md of the folder `name`: metadata for the Hugging Face hub, and the model's data, teacher and training."""
-    provenance = origin.provenance
-    results = results_section(origin.run, origin.checkpoint.manifest.step) if origin.run is not None else ""
-    sections = {
-        "How to load it": _loading(name, with_tokenizer=origin.run is not None),
-        "What it was trained on": f"{_sources(provenance)}\n\n{rows_table(_stream(origin, provenance))}",
-        "How it was trained": rows_table(_training(origin, provenance)),
-        "The teacher": rows_table(_teacher(origin.recipe, provenance)),
-        "The model": rows_table(_model(origin.config)),
-        "The checkpoint": rows_table(_checkpoint(origin)),
-        "Results": results,
-        "Limits": _limits(origin.recipe),
-    }
-    if origin.recipe.teacher is None:
-        del sections["The teacher"]
-    parts = [f"---\n{_metadata(origin.recipe)}\n---", f"# {escape_md(name)}", _introduction(origin)]
-    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
-    return "\n\n".join(parts) + "\n"
+    `run`: the run folder, None for a checkpoint outside of one. `config`: the exported student's Hugging Face config.
+    """
+    manifest, weights = checkpoint.manifest, recipe.student.weights
+    provenance = DataProvenance.of(manifest, recipe)
+    teacher_path = None if recipe.teacher is None else recipe.teacher.path
+    manifests = [each.manifest for each in provenance.sources if each.manifest]
+    teacher = _config(teacher_path)
+    events = [] if run is None else read_lines(run / "events.jsonl")
+    skipped = [each["step"] for each in events if each["event"] == "step_skipped"]
+    environment = Environment(  # of Markdown: text from elsewhere goes through `escape_md` or `basename`
+        loader=PackageLoader("megadistill.export"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"escape_md": escape_md, "basename": basename, "commas": "{:,}".format}
+    return environment.get_template("model_card.md.j2").render(
+        name=name,
+        quoted_name=json.dumps(name),
+        version=__version__,
+        metadata=_metadata(recipe),
+        recipe=recipe,
+        train=recipe.train,
+        manifest=manifest,
+        in_run=run is not None,
+        config=config,
+        counts=parameter_counts(config),
+        forward=flops_per_token(config, provenance.sequence_length).forward,
+        provenance=provenance,
+        sources=_sources(provenance),
+        texts=sorted({text for each in manifests for text in each.source.inputs}),
+        generated=any(each.source.generated for each in manifests),
+        packers=sorted({each.packer.name for each in manifests}),
+        curriculum=_curriculum(provenance.order),
+        tokenizer=_tokenizer(run, manifests),
+        left_out=sum(stop - start for start, stop in provenance.cursor.skips),
+        objective=_objective(recipe.loss) if recipe.teacher is not None else "cross-entropy of the next token",
+        optimizer=describe(recipe.train.optimizer),
+        schedule=_schedule(recipe.train.schedule),
+        started_from=_started_from(run) or _fingerprint(weights),
+        targets=_targets(recipe.loss.targets),
+        teacher=teacher,
+        teacher_fingerprint=_fingerprint(teacher_path),
+        teacher_parameters=parameter_counts(teacher).total if teacher else None,
+        teacher_forward=flops_per_token(teacher, provenance.sequence_length).forward if teacher else None,
+        skipped_steps={step for step in skipped if step <= manifest.step},
+        metrics=None if run is None else _metrics(run, manifest.step),
+        evaluations=[] if run is None else list(_evaluations(run)),
+    )
 
 
 def _metadata(recipe: Recipe) -> str:
@@ -92,28 +119,6 @@ def _base_model(recipe: Recipe) -> str | None:
     return name if isinstance(name, str) and HUB_NAME.fullmatch(name) else None
 
 
-def _introduction(origin: Origin) -> str:
-    recipe, tokens = origin.recipe, origin.checkpoint.manifest.tokens
-    what = f"{origin.config.architectures[0]} of {parameter_counts(origin.config).total:,} parameters"
-    if recipe.student.weights is not None:
-        what += f", initialised from the weights of {basename(recipe.student.weights)}"
-    made = f"Made by megadistill {__version__}."
-    if recipe.teacher is None:
-        return f"A {what}, pretrained from labels on {tokens:,} tokens. {made}"
-    teacher = f", {basename(recipe.teacher.path)}," if recipe.teacher.path else ""
-    return (
-        f"A {what}, pretrained by distillation: at each of {tokens:,} tokens it learned from the next-token "
-        f"distribution of a teacher{teacher} that read the same text. {made}"
-    )
-
-
-def _loading(name: str, *, with_tokenizer: bool) -> str:
-    classes = ["AutoModelForCausalLM", "AutoTokenizer"] if with_tokenizer else ["AutoModelForCausalLM"]
-    variables = zip(("model", "tokenizer"), classes, strict=False)
-    lines = [f"{variable} = {each}.from_pretrained({json.dumps(name)})" for variable, each in variables]
-    return "\n".join(["```python", f"from transformers import {', '.join(classes)}", "", *lines, "```"])
-
-
 def _sources(provenance: DataProvenance) -> str:
     """A row for each source; without the columns that need a manifest where none is at hand."""
     rows = [["source", "sequences", "tokens", "manifest sha256", "epochs", "documents", "text bytes"]]
@@ -128,33 +133,11 @@ def _sources(provenance: DataProvenance) -> str:
     return table(heading, rest)
 
 
-def _stream(origin: Origin, provenance: DataProvenance) -> Rows:
-    data, manifests = origin.recipe.data, [each.manifest for each in provenance.sources if each.manifest]
-    texts = sorted({name for manifest in manifests for name in manifest.source.inputs})
-    generated = any(manifest.source.generated for manifest in manifests)
-    left_out = sum(stop - start for start, stop in provenance.cursor.skips)
-    return {
-        "text": ", ".join(map(escape_md, texts)) or None,
-        "written by": "a teacher, in part or in whole (sequence-level distillation)" if generated else None,
-        "curriculum": _curriculum(provenance.order),
-        "sequence length": f"{provenance.sequence_length:,} tokens",
-        "packing": ", ".join(sorted({escape_md(manifest.packer.name) for manifest in manifests})) or None,
-        "documents": "each by itself" if data.document_mask else "side by side, visible to each other",
-        "tokenizer": _tokenizer(origin, provenance),
-        "order": f"seed {data.seed}, fingerprint `{provenance.cursor.fingerprint}`",
-        "damaged sequences, masked": f"{len(provenance.cursor.masked_slots):,}",
-        "sequences skipped after a rollback": f"{left_out:,}",
-    }
-
-
-def _tokenizer(origin: Origin, provenance: DataProvenance) -> str | None:
+def _tokenizer(run: Path | None, manifests: Sequence[Manifest]) -> tuple[str, str] | None:
     """Kind and sha256 by the data's manifest, else by the run folder."""
-    for source in provenance.sources:
-        if source.manifest is not None:
-            record = source.manifest.tokenizer
-            return f"{record.kind}, sha256 `{record.sha256}`"
-    stored = None if origin.run is None else tokenizer_sha256(origin.run / TOKENIZER_FOLDER, prefer="sentencepiece")
-    return None if stored is None else f"{stored[0]}, sha256 `{stored[1]}`"
+    if manifests:
+        return manifests[0].tokenizer.kind, manifests[0].tokenizer.sha256
+    return None if run is None else tokenizer_sha256(run / TOKENIZER_FOLDER, prefer="sentencepiece")
 
 
 def _curriculum(order: Mapping[str, Any]) -> str | None:
@@ -167,32 +150,11 @@ def _curriculum(order: Mapping[str, Any]) -> str | None:
     return "; then ".join(words)
 
 
-def _training(origin: Origin, provenance: DataProvenance) -> Rows:
-    recipe, manifest = origin.recipe, origin.checkpoint.manifest
-    section = recipe.train
-    forward = flops_per_token(origin.config, provenance.sequence_length).forward
-    weights = recipe.student.weights
-    return {
-        "objective": _objective(recipe.loss) if recipe.teacher is not None else "cross-entropy of the next token",
-        "z-loss": f"{recipe.loss.z_loss:g}" if recipe.loss.z_loss else None,
-        "steps": f"{manifest.step:,} of {section.steps:,}",
-        "tokens": f"{manifest.tokens:,}",
-        "batch": f"{section.global_batch:,} sequences, {section.global_batch * provenance.sequence_length:,} tokens",
-        "optimizer": f"{describe(section.optimizer)}; gradient norm clipped at {section.max_grad_norm:g}",
-        "learning rate": f"{section.optimizer.learning_rate:g}, {_schedule(section.schedule)}",
-        "precision": f"{section.precision}, float32 master weights",
-        "starting weights": f"random, seed {recipe.run.seed}" if weights is None else basename(weights),
-        "fingerprint of the starting weights": _started_from(origin.run) or _fingerprint(weights),
-        "FLOPs of the student": f"{3 * forward * manifest.tokens:.3g}, without what was computed again",
-        "ranks": f"{manifest.world:,}",
-    }
-
-
 def _started_from(run: Path | None) -> str | None:
     """The fingerprint of the starting weights by recipe.json: the weights may be gone."""
     try:
         written = read_json(run / "recipe.json") if run is not None else {}
-        return f"`{escape_md(written['started_from']['fingerprint'])}`"
+        return escape_md(written["started_from"]["fingerprint"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -219,78 +181,41 @@ def _schedule(schedule: ScheduleSection) -> str:
     return f"{up}down to {schedule.final_ratio:g} of it along a cosine"
 
 
-def _teacher(recipe: Recipe, provenance: DataProvenance) -> Rows:
-    section, targets = recipe.teacher, recipe.loss.targets
-    if section is None:
-        return {}
-    select = "its whole distribution" if targets is None else TARGETS[targets.select].format(**targets.model_dump())
-    rest = "" if targets is None or targets.tail is None else f", the rest {targets.tail}"
-    origin = "stored before the run" if section.source == "stored" else "computed in the run"
-    rows: Rows = {
-        "teacher": "not named by the recipe" if section.path is None else basename(section.path),
-        "targets": f"{select}{rest}, {origin}",
-        "vocabulary": None if section.vocab_map is None else "another one, mapped id by id",
-        "fingerprint of its folder today": _fingerprint(section.path),
-    }
-    try:
-        config = load_config(Path(section.path or ""), what="teacher.path")
-    except UserError:  # the teacher may be on another machine
-        return rows
-    forward = flops_per_token(config, provenance.sequence_length).forward
-    return rows | {
-        "architecture": escape_md(config.model_type),
-        "size": f"{config.num_hidden_layers} layers, width {config.hidden_size:,}",
-        "parameters": f"{parameter_counts(config).total:,}",
-        "FLOPs of the teacher": f"{forward * provenance.tokens:.3g}" if section.source == "live" else None,
-    }
+def _targets(targets: TargetsSection | None) -> str:
+    if targets is None:
+        return "its whole distribution"
+    rest = "" if targets.tail is None else f", the rest {targets.tail}"
+    return TARGETS[targets.select].format(**targets.model_dump()) + rest
 
 
-def _fingerprint(folder: str | None) -> str | None:
+def _config(folder: str | None) -> Any | None:
+    """The config of a model's folder; None where it is not on this machine."""
     try:
-        return None if folder is None else f"`{teacher_fingerprint(Path(folder))}`"
+        return load_config(Path(folder or ""), what="teacher.path")
     except UserError:
         return None
 
 
-def _model(config: Any) -> Rows:
-    counts = parameter_counts(config)
-    return {
-        "architecture": config.architectures[0],
-        "parameters": f"{counts.total:,}, {counts.body:,} of them without embedding and head",
-        "layers": f"{config.num_hidden_layers}",
-        "width": f"{config.hidden_size:,}, of the MLP {config.intermediate_size:,}",
-        "attention": f"{config.num_attention_heads} heads, {config.num_key_value_heads} of keys and values",
-        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tie_word_embeddings else 'untied'} head",
-        "positions": f"{config.max_position_embeddings:,}",
-        "numbers": str(config.dtype).removeprefix("torch."),
-    }
+def _fingerprint(folder: str | None) -> str | None:
+    try:
+        return None if folder is None else teacher_fingerprint(Path(folder))
+    except UserError:
+        return None
 
 
-def _checkpoint(origin: Origin) -> Rows:
-    manifest = origin.checkpoint.manifest
-    skipped = set()
-    if origin.run is not None:
-        events = read_lines(origin.run / "events.jsonl")
-        skipped = {each["step"] for each in events if each["event"] == "step_skipped" and each["step"] <= manifest.step}
-    return {
-        "step": f"{manifest.step:,}",
-        "sha256 of its manifest": f"`{manifest.sha256}`",
-        "sha256 of the recipe": f"`{manifest.recipe_sha256}`",
-        "attempts until then": f"{manifest.attempt}",
-        "rollbacks after a loss spike": f"{manifest.rollbacks}",
-        "skipped steps": f"{len(skipped)}" if skipped else None,
-        "versions": ", ".join(f"{escape_md(name)} {escape_md(number)}" for name, number in manifest.versions.items()),
-    }
+def _metrics(run: Path, step: int) -> str | None:
+    """The table of the metrics of `step`, where it was logged."""
+    line = next((line for line in read_lines(run / "metrics.jsonl") if line.get("step") == step), {})
+    metrics = {heading: f"{line[key]:.4f}" for key, heading in LOGGED.items() if isinstance(line.get(key), float)}
+    return table(list(metrics), [list(metrics.values())]) if metrics else None
 
 
-def _limits(recipe: Recipe) -> str:
-    of_models = "" if recipe.teacher is None and recipe.student.weights is None else " and from the models it came from"
-    limits = [
-        "A base model: it continues text. It was not trained to follow or refuse instructions, and its text may be "
-        "wrong or harmful, as its training text may be.",
-        "It has read sequences of the length above, and no longer ones.",
-        f"Licence and language are not named here: they follow from the text{of_models}.",
-    ]
-    if recipe.teacher is not None:
-        limits.append("Errors and biases of the teacher are what it learned from.")
-    return "\n".join(f"* {each}" for each in limits)
+def _evaluations(run: Path) -> Iterator[tuple[str, str]]:
+    """Name and table of each `evaluation*.json` in the run folder."""
+    for path in sorted(run.glob("evaluation*.json")):
+        try:
+            evaluations = read_evaluations(path)
+        except UserError:  # of another version, or another tool
+            continue
+        heading, *rows = measure_rows("model", [(basename(each.model), each) for each in evaluations], missing="")
+        yield path.stem, table(heading, rows)
