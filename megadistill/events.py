@@ -28,7 +28,7 @@ EVENTS = {
     "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
     "samples_masked": "corrupt sequences were masked: `slots`",
     "straggler": "a rank is slower than the others: `message`",
-    "stop_requested": "the run was asked to stop: `reason`",
+    "stop_requested": "a stop of the run was requested: `reason`",
     "stopped": "the run stopped after `step` with a checkpoint: `reason`; the same command resumes it",
     "attempt_failed": "an attempt ended by a fault: `rank`, `reason`, `exit_code`",
     "completed": "the last step is taken and saved",

@@ -1,8 +1,10 @@
-"""The documentation tells the truth: every command line in it parses, every file that it names is there."""
+"""Pages agree with the code: commands parse, recipes validate, links and paths exist. Their prose is short and plain."""
 
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,6 +20,24 @@ LAUNCHERS = {
     "deepspeed": r"^deepspeed .*--module megadistill ",
 }
 
+
+PROSE = sorted([*PAGES, ROOT / "CHANGELOG.md"])
+
+MAX_COLUMNS = 120
+
+PHRASES = re.compile(
+    r"\b(rooms?|verbs?|goes on|go on with|gone on|going on|said|told|asked|nobody|somebody|everybody|knows? no|"
+    r"lessons?|vigils?|verdicts?|whereabouts|parcels?|holes?|set aside|sets aside|the wire|heartbeats? of a|orphans?|"
+    r"stands? for itself|stands? in the way|stood still|stand still|stands still|closer look|at a look|looks? at|"
+    r"what is left|what stays|what it costs|what fills|keeps the books|by itself and no|believe it|is worth)\b",
+    re.IGNORECASE,
+)
+"""Idiom that pages had before 0.1.0, or that a reader of English as a second language stumbles over."""
+
+PATH = re.compile(r"`((?:megadistill|tests|docs|recipes|slurm|benchmarks|ds_configs|container)/[\w./*-]*)[`:]")
+"""A path of the repository in a code span. Names with a placeholder in capitals do not match."""
+
+MADE_BY_USERS = {"slurm/env.sh"}
 
 PARSED = [command.line for command in every_command() if command.program in ("make", *LAUNCHERS)]
 
@@ -39,11 +59,47 @@ def test_a_documented_command_parses(command: str) -> None:
     assert recipe is None or (ROOT / recipe).is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: object) -> None:
-    from pathlib import Path
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is neither code nor a row of a table."""
+    fenced = False
+    after_list = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("|"):
+            if line.startswith("    ") and not after_list:
+                continue
+            after_list = bool(re.match(r"\s*(\*|-|\d+\.) ", line)) or (after_list and line.startswith(" "))
+            yield number, line
 
-    assert isinstance(page, Path)
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_of_prose_fit_the_columns(page: Path) -> None:
+    long = [
+        f"line {number}: {len(line)} columns"
+        for number, line in prose(page)
+        if len(line) > MAX_COLUMNS and not re.fullmatch(r"\W*\[[^]]*\]\([^)]*\)\W*", line)
+    ]
+    assert not long, long
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_pages_have_no_former_idiom(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$|^    .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`]*`", "", text)
+    matches = [match[0] for match in PHRASES.finditer(" ".join(text.split()))]
+    assert not matches, matches
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_in_pages_exist(page: Path) -> None:
+    paths = set(PATH.findall(page.read_text(encoding="utf-8"))) - MADE_BY_USERS
+    missing = {path for path in paths if not [*ROOT.glob(path.rstrip("/"))]}
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
