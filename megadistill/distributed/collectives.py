@@ -4,6 +4,7 @@ Legend: g ranks of the group, n rows.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megadistill import timeline
+
+Value = TypeVar("Value")
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
@@ -90,12 +93,12 @@ def barrier(group: ProcessGroup | None) -> None:
         dist.barrier(group=group)
 
 
-def all_gather_texts(text: str, group: ProcessGroup | None) -> list[str]:
-    """The text of every rank, in rank order."""
-    texts = [text] * group_size(group)
+def all_gather_objects(own: Value, group: ProcessGroup | None) -> list[Value]:
+    """The object of every rank, which pickle can copy, in rank order."""
+    objects = [own] * group_size(group)
     if group is not None:
-        dist.all_gather_object(texts, text, group=group)
-    return texts
+        dist.all_gather_object(objects, own, group=group)
+    return objects
 
 
 def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:

@@ -22,7 +22,8 @@ from megadistill.models.families import load_config, logit_transform
 from megadistill.models.tiny import tiny_config, write_random
 from megadistill.precision import torch_dtype
 from megadistill.student.engine import StudentEngine
-from megadistill.teacher import TeacherPipeline, TeacherStage, head_rows
+from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage, head_rows
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.setup.setup import Setup

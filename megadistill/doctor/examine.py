@@ -13,13 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from megadistill.config import load_recipe
-from megadistill.distributed.bandwidth import (
-    all_reduce_bandwidth,
-    clock_offsets,
-    neighbours,
-    pair_bandwidths,
-)
-from megadistill.distributed.collectives import all_gather_texts, all_true, barrier
+from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
+from megadistill.distributed.collectives import all_gather_objects, all_true, barrier
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, local_device, process_groups
 from megadistill.doctor.comparison import (
@@ -79,7 +74,7 @@ def examine(path: Path, overrides: Sequence[str], *, publish: Callable[[Report],
         with process_groups(launch, vocab_group=1, timeout_minutes=TIMEOUT_MINUTES) as topology:
             topology.watchdog.on_abort = lambda reason: publish_first(Row("all ranks", Status.FAIL, reason))
             topology.watchdog.enter_phase("comparing the ranks", 0, limit=60 * TIMEOUT_MINUTES)
-            reports = _gather(own, topology)
+            reports = all_gather_objects(own, topology.world_group)
             rows = [*summarize(reports), *_comparisons(reports), *_measurements(topology, reports)]
             rows += _shared_folder(topology, reports)
             if all_true(setup is not None, topology.device, topology.world_group):
@@ -134,10 +129,6 @@ def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
     return {"device": requirements.memory, "host": requirements.host}
 
 
-def _gather(own: RankReport, topology: Topology) -> list[RankReport]:
-    return [RankReport.loads(text) for text in all_gather_texts(own.dumps(), topology.world_group)]
-
-
 def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     """Rows from the facts of all ranks, the same on every rank."""
     ranks, nodes = len(reports), len({each.host for each in reports})
@@ -171,7 +162,7 @@ def _shared_folder(topology: Topology, reports: Sequence[RankReport]) -> list[Ro
     own = RankReport(topology.rank, reports[topology.rank].host)
     if folder is None or topology.world == 1:
         return []
-    token = all_gather_texts(secrets.token_hex(8) if topology.is_first else "", topology.world_group)[0]
+    token = all_gather_objects(secrets.token_hex(8) if topology.is_first else "", topology.world_group)[0]
     path = Path(folder) / f".doctor-{token}"
     existed = path.parent.exists()
     if topology.is_first:
@@ -185,7 +176,7 @@ def _shared_folder(topology: Topology, reports: Sequence[RankReport]) -> list[Ro
         else:
             detail = f"{folder} is not the folder that rank 0 sees: every node must share it"
             own.add("shared folder", Status.FAIL, detail, of_node=True)
-    rows = summarize(_gather(own, topology))  # after this no rank needs the file
+    rows = summarize(all_gather_objects(own, topology.world_group))  # after this no rank needs the file
     if topology.is_first:
         path.unlink(missing_ok=True)
         if not existed:

@@ -6,14 +6,14 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megadistill.distributed.topology import local_device
 from megadistill.doctor.rank_report import RankReport, Status, some
 from megadistill.errors import UserError
-from megadistill.io import read_json, write_file
+from megadistill.io import write_file
+from megadistill.train.checkpoint.attempt import attempt_record
 from megadistill.train.resilience.stragglers import product_seconds
 from megadistill.train.setup.jit_locks import extensions_folder, refuse_stale_jit_locks
 from megadistill.versions import versions
@@ -95,7 +95,7 @@ def left_of_earlier_runs(folder: Path) -> list[str]:
     """A line for each attempt at this run folder whose first process still runs on this host."""
     lines = []
     for path in sorted((folder / "attempts").glob("*.json")):
-        record = _attempt(path)
+        record = attempt_record(path)
         process = record.get("pid")
         if record.get("host") == socket.gethostname() and isinstance(process, int) and _trains(process):
             lines.append(
@@ -152,15 +152,6 @@ def device_name(device: torch.device) -> str:
 def _no_stale_locks() -> tuple[None, str]:
     refuse_stale_jit_locks()
     return None, f"none that is stale in {extensions_folder()}"
-
-
-def _attempt(path: Path) -> dict[str, Any]:
-    """The record of an attempt; empty where it cannot be read."""
-    try:
-        values = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _trains(process: int) -> bool:

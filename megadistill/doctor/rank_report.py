@@ -4,7 +4,6 @@ A rank reports a result for each check. The summary has a row for each check: on
 node where they do not. A node is bad where a check of the node itself fails, or where a check fails there alone.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -64,16 +63,6 @@ class RankReport:
             return None
         self.add(name, Status.OK, detail, of_node=of_node)
         return value
-
-    def dumps(self) -> str:
-        results = [{**asdict(each), "status": each.status.name} for each in self.results]
-        return json.dumps({"rank": self.rank, "host": self.host, "results": results, "facts": self.facts})
-
-    @classmethod
-    def loads(cls, text: str) -> "RankReport":
-        values = json.loads(text)
-        results = [CheckResult(**{**each, "status": Status[each["status"]]}) for each in values["results"]]
-        return cls(values["rank"], values["host"], results, values["facts"])
 
 
 @dataclass(frozen=True)

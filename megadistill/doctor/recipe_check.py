@@ -16,7 +16,6 @@ from megadistill.config import Recipe, load_recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
 from megadistill.distributed.launch import Launch, vocab_group_size
-from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.errors import UserError
@@ -28,7 +27,7 @@ from megadistill.plan.units import count
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
-from megadistill.train.setup.setup import Setup, prepare, roles_of
+from megadistill.train.setup.setup import Setup, prepare, students_of
 
 SHARD_SECONDS = 10.0
 """Time limit for opening a rank's share of the shards; the rest is skipped and reported."""
@@ -68,17 +67,6 @@ def check_recipe(
         return recipe, None
     own.add("setup", Status.OK, "recipe, data and models fit together")
     return recipe, setup
-
-
-def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
-    """The roles of the ranks, and the student's part of the launch as its first rank sees it.
-
-    Raises:
-        UserError: the ranks cannot be divided as the recipe says.
-    """
-    roles = roles_of(recipe, launch)
-    students = launch.world if roles is None else roles.students
-    return roles, Launch(0, students, 0, min(launch.local_world, students))
 
 
 def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:

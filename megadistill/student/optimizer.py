@@ -72,11 +72,6 @@ def state_bytes(section: OptimizerSection) -> int:
     return BYTES * len(state_kinds(section))
 
 
-def gradient_mean(section: OptimizerSection) -> str | None:
-    """Name of the state that is a running mean of the gradient; None if there is none."""
-    return OPTIMIZERS[section.kind].gradient_mean
-
-
 def describe(section: OptimizerSection) -> str:
     """Name and hyperparameters as text, without the learning rate."""
     return f"{OPTIMIZERS[section.kind].describe(section)}, weight decay {section.weight_decay:g} on matrices"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megadistill.config import OptimizerSection
-from megadistill.student.optimizer import MASTER, gradient_mean, state_kinds
+from megadistill.student.optimizer import MASTER, OPTIMIZERS, state_kinds
 
 STEP_KEY = "optimizer_step"
 """Key of the number of steps that the optimizer has applied, for its bias correction."""
@@ -100,7 +100,7 @@ class StudentState:
 
         A step frees its gradients; the optimizer's running mean of them remains.
         """
-        mean = gradient_mean(self._section)
+        mean = OPTIMIZERS[self._section.kind].gradient_mean
         return {
             f"{title}/{partition.name}": partition.read(kind)
             for partition in self._partitions()

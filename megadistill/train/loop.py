@@ -17,18 +17,14 @@ from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
-from megadistill.train.hooks import (
-    Checkpoints,
-    Hook,
-    LossAnomalies,
-    NonFiniteGuard,
-    Request,
-    StepEvent,
-    StepLog,
-    StopOnRequest,
-    StragglerCheck,
-    TeacherWeightsCheck,
-)
+from megadistill.train.hooks.checkpoints import Checkpoints
+from megadistill.train.hooks.hook import Hook, Request, StepEvent
+from megadistill.train.hooks.loss_anomalies import LossAnomalies
+from megadistill.train.hooks.non_finite import NonFiniteGuard
+from megadistill.train.hooks.step_log import StepLog
+from megadistill.train.hooks.stop import StopOnRequest
+from megadistill.train.hooks.straggler_check import StragglerCheck
+from megadistill.train.hooks.teacher_weights import TeacherWeightsCheck
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.resilience.anomalies import LossMonitor
 from megadistill.train.resilience.masked_samples import masked_cursor

@@ -4,7 +4,6 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 """
 
 import math
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
-from megadistill.distributed.collectives import all_reduce_sum, first_false
+from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault
 from megadistill.loss import Divergence, Head
 from megadistill.student.engine import StudentEngine
 from megadistill.train.lookahead import StepBatch
 from megadistill.train.objective import Objective
 from megadistill.train.resilience.anomalies import finite, require_sound_teacher
+from megadistill.train.resilience.sdc import REMEDY, describe_rank, raise_everywhere
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
 from megadistill.types import DECILES, IGNORED_LABEL, METRIC_NAMES, TOP_K, Diagnostics, LossTerms
 
@@ -183,20 +182,14 @@ def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBa
     """
     with torch.no_grad():
         again = _numbers(forward(targeted))
-    same = bool((again.view(torch.int64) == numbers.view(torch.int64)).all())
-    failing = first_false(same, topology.device, topology.world_group)
-    if failing is None:
-        return
-    if same:
-        raise OperatorFault(
-            f"another rank computed a micro-batch twice and got two results: see the log of rank {failing}"
+    problem = None
+    if not torch.equal(again.view(torch.int64), numbers.view(torch.int64)):
+        differing = [f"{a!r} and {b!r}" for a, b in zip(numbers.tolist(), again.tolist(), strict=True) if a != b]
+        problem = (
+            f"{describe_rank(topology)} computed a micro-batch twice and got two results "
+            f"({', '.join(differing[:3]) or 'zeros of two signs'}); {REMEDY}"
         )
-    differing = [f"{a!r} and {b!r}" for a, b in zip(numbers.tolist(), again.tolist(), strict=True) if a != b]
-    raise OperatorFault(
-        f"rank {topology.rank} on {socket.gethostname()} computed a micro-batch twice and got two results "
-        f"({', '.join(differing[:3]) or 'zeros of two signs'}): its device or its memory is not to be trusted; leave "
-        "the node out and start again"
-    )
+    raise_everywhere(problem, "another rank computed a micro-batch twice and got two results", topology)
 
 
 def _numbers(terms: LossTerms) -> Tensor:

@@ -42,7 +42,7 @@ class Attempt:
         """Raises OperatorFault: a later attempt has acquired the folder."""
         if self.is_newest():
             return
-        later = _record(_path(self.folder, self.number + 1))
+        later = attempt_record(_path(self.folder, self.number + 1))
         where = f" on {later.get('host')} at {later.get('time')}" if later else ""
         raise OperatorFault(
             f"attempt {self.number} of {self.folder} ends: attempt {self.number + 1} has started{where}, and only the "
@@ -89,8 +89,8 @@ def _path(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:05d}.json"
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """The record of an attempt; empty where it is not written yet."""
+def attempt_record(path: Path) -> dict[str, Any]:
+    """The record of an attempt; empty where it is not written yet, or cannot be read."""
     try:
         values = read_json(path)
     except (OSError, ValueError):

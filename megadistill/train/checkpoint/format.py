@@ -71,8 +71,7 @@ class Checkpoint:
         self.folder = folder
         path = folder / "manifest.json"
         self.manifest = _read_manifest(path)
-        expected = [rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
-        if sorted(self.manifest.files) != expected:
+        if sorted(self.manifest.files) != _rank_files(self.manifest.world):
             raise OperatorFault(
                 f"{path}: lists {len(self.manifest.files)} files, but {self.manifest.world} ranks wrote it"
             )
@@ -96,8 +95,7 @@ class Checkpoint:
 
     @cached_property
     def _files(self) -> list[Any]:
-        names = [rank_file(rank, self.manifest.world) for rank in range(self.manifest.world)]
-        return [safe_open(self.folder / name, framework="pt") for name in names]
+        return [safe_open(self.folder / name, framework="pt") for name in _rank_files(self.manifest.world)]
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop` of the flattened tensor whose pieces the ranks hold under `key`.
@@ -189,7 +187,7 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
         OSError: the disk refuses it, or `target` exists.
     """
     files = {}
-    for name in (rank_file(rank, manifest.world) for rank in range(manifest.world)):
+    for name in _rank_files(manifest.world):
         files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
     values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
     values["sha256"] = _own_sha256(values)
@@ -227,6 +225,10 @@ def _own_sha256(values: dict[str, Any]) -> str:
 
 def rank_file(rank: int, world: int) -> str:
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def _rank_files(world: int) -> list[str]:
+    return [rank_file(rank, world) for rank in range(world)]
 
 
 def record_of(path: Path) -> FileRecord:

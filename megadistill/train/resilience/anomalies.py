@@ -42,29 +42,6 @@ def require_sound_teacher(step: int, metrics: Mapping[str, float]) -> None:
             )
 
 
-class SkippedSteps:
-    """Counts consecutive skipped steps."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._in_a_row = 0
-
-    def count(self, step: int, metrics: Mapping[str, float], grad_norm: float) -> None:
-        """Raises OperatorFault: more than `most` consecutive steps were skipped."""
-        if math.isfinite(grad_norm):
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
-        if self._in_a_row > self._most:
-            reason = not_finite(metrics, grad_norm)
-            raise OperatorFault(
-                f"step {step}: {reason}, and {self._in_a_row} consecutive steps were skipped "
-                f"(resilience.max_skipped_steps is {self._most}), so the student diverged. If metrics.jsonl "
-                "shows that it began earlier, move the checkpoints since then away; then lower "
-                "train.optimizer.learning_rate or train.max_grad_norm, or correct the data"
-            )
-
-
 def not_finite(metrics: Mapping[str, float], grad_norm: float) -> str:
     """The first non-finite number of a skipped step, as in `loss is nan`."""
     values = {**metrics, "grad_norm": grad_norm}

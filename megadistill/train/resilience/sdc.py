@@ -81,8 +81,10 @@ class FrozenWeights:
         """
         same = (weights_digest(self.tensors) == self.digests).tolist()
         changed = [name for (name, _), equal in zip(self.tensors, same, strict=True) if not equal]
-        problem = f"{_here(topology)}: the teacher's {_few(changed)} changed in memory; {REMEDY}" if changed else None
-        _raise_everywhere(problem, "the teacher's weights changed in memory", topology)
+        problem = None
+        if changed:
+            problem = f"{describe_rank(topology)}: the teacher's {_few(changed)} changed in memory; {REMEDY}"
+        raise_everywhere(problem, "the teacher's weights changed in memory", topology)
 
     def require_same_replicas(self, topology: Topology) -> None:
         """Compares the copies of a stage and of rows of the head in the slice group. Collective over the world.
@@ -93,7 +95,7 @@ class FrozenWeights:
         gather = partial(all_gather_rows, group=topology.slice_group)
         difference = _difference(self.tensors, self.digests, topology.rank, gather)
         problem = f"the teacher's weights differ: {difference}; check that its files are the same on every node"
-        _raise_everywhere(problem if difference else None, "the teacher's weights differ between ranks", topology)
+        raise_everywhere(problem if difference else None, "the teacher's weights differ between ranks", topology)
 
 
 def require_sound_student(student: StudentEngine, topology: Topology) -> None:
@@ -111,10 +113,11 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     rounded_wrong = student.state.params_differing_from_master()
     problem = None
     if rounded_wrong:
-        problem = f"{_here(topology)}: the student's {_few(rounded_wrong)} is not its float32 master, rounded; {REMEDY}"
+        what = f"the student's {_few(rounded_wrong)} is not its float32 master, rounded"
+        problem = f"{describe_rank(topology)}: {what}; {REMEDY}"
     elif difference:
         problem = f"copies of the student's parameters differ: {difference}; {REMEDY}"
-    _raise_everywhere(problem, "the student's parameters are corrupt", topology)
+    raise_everywhere(problem, "the student's parameters are corrupt", topology)
 
 
 def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, gather: Gather) -> str | None:
@@ -136,14 +139,15 @@ def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: 
     return f"{_few(names)}, on {_ranks([r for r, digest in by_rank if digest != majority])} of {len(by_rank)}"
 
 
-def _raise_everywhere(problem: str | None, elsewhere: str, topology: Topology) -> None:
+def raise_everywhere(problem: str | None, elsewhere: str, topology: Topology) -> None:
     """Raises OperatorFault on every rank where one has a problem, so that no rank reports lost peers instead."""
     failing = first_false(problem is None, topology.device, topology.world_group)
     if failing is not None:
         raise OperatorFault(problem or f"{elsewhere}: see the log of rank {failing}")
 
 
-def _here(topology: Topology) -> str:
+def describe_rank(topology: Topology) -> str:
+    """The rank and its host, as in `rank 3 on node07`."""
     whose = "the teacher's rank" if topology.role == "teacher" else "rank"
     return f"{whose} {topology.rank} on {socket.gethostname()}"
 

@@ -57,9 +57,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         UserError: something does not fit; the message is one line.
     """
     refuse_stale_jit_locks()
-    roles = roles_of(recipe, launch)
-    if roles is not None:
-        launch = _students_launch(launch, roles)
+    roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
     deepspeed_config, disabled = active_deepspeed_config(Path(recipe.student.deepspeed))
@@ -69,18 +67,18 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
-    teacher_config = _live_teacher_config(recipe)
-    vocab_map = None
-    if teacher_config is not None and recipe.teacher is not None and recipe.teacher.vocab_map is not None:
-        path, teacher_ids = Path(recipe.teacher.vocab_map), teacher_config.vocab_size
-        vocab_map = read_vocab_map(path, student_ids=data.vocab_size, teacher_ids=teacher_ids)
+    teacher, teacher_config, vocab_map = recipe.teacher, None, None
+    if teacher is not None and teacher.source == "live":
+        teacher_config = load_config(Path(str(teacher.path)), what="teacher.path")
+        if teacher.vocab_map is not None:
+            ids = {"student_ids": data.vocab_size, "teacher_ids": teacher_config.vocab_size}
+            vocab_map = read_vocab_map(Path(teacher.vocab_map), **ids)
     stages = group_size if roles is None else roles.stages
     check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
-    if teacher_config is not None:
-        assert recipe.teacher is not None
-        check_weights(Path(str(recipe.teacher.path)), teacher_config)
-    if recipe.teacher is not None and recipe.teacher.save_targets is not None:
-        refuse_other_content(Path(recipe.teacher.save_targets))
+    if teacher is not None and teacher_config is not None:
+        check_weights(Path(str(teacher.path)), teacher_config)
+    if teacher is not None and teacher.save_targets is not None:
+        refuse_other_content(Path(teacher.save_targets))
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
@@ -102,32 +100,21 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     )
 
 
-def _live_teacher_config(recipe: Recipe) -> Any | None:
-    """The config of the teacher that runs; None where none does."""
-    section = recipe.teacher
-    if section is None or section.source == "stored":
-        return None
-    assert section.path is not None
-    return load_config(Path(section.path), what="teacher.path")
+def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
+    """Roles of the ranks (None where no rank is the teacher's alone), and the student's part of the launch.
 
-
-def roles_of(recipe: Recipe, launch: Launch) -> Roles | None:
-    """Roles of the launch; None where no rank is the teacher's alone.
+    The teacher's own ranks get a place in the student's part too: they check the same recipe.
 
     Raises:
         UserError: the ranks cannot be divided as the recipe says.
     """
     teacher = recipe.teacher
     if teacher is None or teacher.placement == "colocated":
-        return None
+        return None, launch
     assert teacher.ranks is not None
-    return Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
-
-
-def _students_launch(launch: Launch, roles: Roles) -> Launch:
-    """The student's part of the launch. Given to the teacher's own ranks too, which check the same recipe."""
+    roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
     local = min(launch.local_world, roles.students)
-    return Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
+    return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
 
 
 def describe_layout(setup: Setup, topology: Topology) -> str:

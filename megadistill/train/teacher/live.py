@@ -18,7 +18,8 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, label_loss
 from megadistill.loss.sparse import sparse_targets
-from megadistill.teacher import RemoteTeacher, TeacherPipeline
+from megadistill.teacher.disaggregated import RemoteTeacher
+from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup

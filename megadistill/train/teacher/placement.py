@@ -17,16 +17,10 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.models.families import logit_transform
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.precision import torch_dtype
-from megadistill.teacher import (
-    ActivationCodec,
-    RemoteTeacher,
-    RequestCodec,
-    TeacherPipeline,
-    TeacherServer,
-    TeacherStage,
-    head_rows,
-    unknown_bias,
-)
+from megadistill.teacher.codec import ActivationCodec
+from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec, TeacherServer
+from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup
 from megadistill.train.teacher.live import ColocatedTeacher, LiveTeacher

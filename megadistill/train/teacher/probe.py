@@ -18,10 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from megadistill.config import Recipe
-from megadistill.distributed.collectives import all_reduce_sum, first_false
+from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault
 from megadistill.io import write_file
+from megadistill.train.resilience.sdc import raise_everywhere
 from megadistill.train.setup.setup import Setup
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
@@ -110,12 +110,10 @@ def check_probe(
     output = forward(probe)
     expected = _broadcast_output(output if recorded is None else recorded[1], topology)
     errors, bound = output.error_to(expected), _bound(setup.recipe)
-    matches = all(error <= bound for error in errors)  # false for a NaN
-    failing = first_false(matches, topology.device, topology.world_group)
-    if failing is not None:
-        if matches:
-            raise OperatorFault(f"teacher check failed on another rank: see the log of rank {failing}")
-        raise OperatorFault(f"rank {topology.rank}: {_mismatch(path, output, expected, errors, bound, is_new=is_new)}")
+    problem = None
+    if not all(error <= bound for error in errors):  # so for a NaN
+        problem = f"rank {topology.rank}: {_mismatch(path, output, expected, errors, bound, is_new=is_new)}"
+    raise_everywhere(problem, "teacher check failed on another rank", topology)
     cross_entropy = f"CE {float(output.cross_entropy):.4f}"
     if not is_new:
         if max(errors) == 0:
@@ -132,27 +130,16 @@ def _bound(recipe: Recipe) -> float:
     return FLOAT8_BOUND if recipe.teacher.transfer_dtype == "float8" else BOUNDS[recipe.train.precision]
 
 
-def read_probe(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | None:
-    """The probe of a run folder, on the host; None where there is none.
-
-    Raises:
-        OperatorFault: it cannot be read, or is no probe of such a run.
-    """
-    try:
-        if path.stat().st_size > MAX_PROBE_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes is no probe")
-        tensors = load(path.read_bytes())
-        slot, tokens, hidden, entropy = (tensors[name] for name in ("slot", "tokens", "hidden", "cross_entropy"))
-        shapes = [tuple(tensor.shape) for tensor in (slot, tokens, hidden, entropy)]
-        if shapes != [(), (K,), (min(K, PROBE_STATES), E), ()]:
-            raise ValueError(f"its shapes are {shapes}: another teacher's, or another data set's")
-    except FileNotFoundError:
+def _read(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | None:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise OperatorFault(
-            f"{path} cannot be read ({error}): if the teacher is surely the one that the run was started with, remove "
-            "the file, and the next start records another one"
-        ) from None
+    if path.stat().st_size > MAX_PROBE_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes is no probe")
+    tensors = load(path.read_bytes())
+    slot, tokens, hidden, entropy = (tensors[name] for name in ("slot", "tokens", "hidden", "cross_entropy"))
+    shapes = [tuple(tensor.shape) for tensor in (slot, tokens, hidden, entropy)]
+    if shapes != [(), (K,), (min(K, PROBE_STATES), E), ()]:
+        raise ValueError(f"its shapes are {shapes}: another teacher's, or another data set's")
     return ProbeInput(int(slot), tokens), ProbeOutput(hidden, entropy)
 
 
@@ -167,15 +154,21 @@ def _write(path: Path, probe: ProbeInput, output: ProbeOutput) -> None:
 
 
 def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> tuple[ProbeInput, ProbeOutput] | None:
-    """`read_probe` on rank 0; None elsewhere. Its fault is raised on all ranks."""
-    recorded, fault = None, None
+    """The probe of a run folder on rank 0, where there is one; None elsewhere. Collective.
+
+    Raises:
+        OperatorFault: on every rank, where it cannot be read, or is no probe of such a run.
+    """
+    recorded, problem = None, None
     if topology.is_first:
         try:
-            recorded = read_probe(path, K=K, E=E)
-        except OperatorFault as error:
-            fault = error
-    if first_false(fault is None, topology.device, topology.world_group) is not None:
-        raise fault or OperatorFault(f"{path} cannot be read: see the log of rank 0")
+            recorded = _read(path, K=K, E=E)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            problem = (
+                f"{path} cannot be read ({error}): if the teacher is surely the one that the run was started with, "
+                "remove the file, and the next start records another one"
+            )
+    raise_everywhere(problem, f"{path} cannot be read", topology)
     return recorded
 
 

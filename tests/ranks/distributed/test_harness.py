@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megadistill.distributed.collectives import (
+    all_gather_objects,
     all_gather_rows,
-    all_gather_texts,
     all_reduce_sum,
     all_true,
     first_false,
@@ -49,7 +49,7 @@ def test_a_failing_rank_is_the_failure_and_nobody_waits() -> None:
 
 def _flags(topology: Topology) -> tuple[list[str], list[int | None], bool]:
     group, device = topology.world_group, topology.device
-    texts = all_gather_texts("é" * topology.rank, group)
+    texts = all_gather_objects("é" * topology.rank, group)
     lowest = [first_false(topology.rank < limit, device, group) for limit in range(topology.world + 1)]
     return texts, lowest, all_true(topology.rank < topology.world, device, group)
 

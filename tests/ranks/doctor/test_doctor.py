@@ -18,7 +18,7 @@ from megadistill.distributed.bandwidth import (
     neighbours,
     pair_bandwidths,
 )
-from megadistill.distributed.collectives import all_gather_texts, barrier
+from megadistill.distributed.collectives import all_gather_objects, barrier
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.doctor import examine as doctor
@@ -40,7 +40,7 @@ def _measured(topology: Topology) -> dict[str, Any]:
     time.time = clock
     rounds = neighbours(topology.world, topology.world)
     return {
-        "texts": all_gather_texts("é" * topology.rank, topology.world_group),
+        "texts": all_gather_objects("é" * topology.rank, topology.world_group),
         "offsets": offsets,
         "pairs": pair_bandwidths(topology, rounds),
         "all": all_reduce_bandwidth(topology),

@@ -29,15 +29,10 @@ from megadistill.models.families import load_config
 from megadistill.precision import Precision, torch_dtype
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
-from megadistill.teacher import (
-    ActivationCodec,
-    RemoteTeacher,
-    RequestCodec,
-    TeacherPipeline,
-    TeacherServer,
-    TeacherStage,
-    head_rows,
-)
+from megadistill.teacher.codec import ActivationCodec
+from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec, TeacherServer
+from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage, head_rows
 from megadistill.train.checkpoint.format import RNG_KEY, rank_file, write_rank
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective

@@ -13,7 +13,7 @@ from megadistill.errors import UserError
 from megadistill.models.families import build_causal_lm
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
-from megadistill.teacher import TeacherStage
+from megadistill.teacher.stage import TeacherStage
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import SEED, VOCAB, Case, build, config_of, run_steps, three_steps, train_section

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.teacher import TeacherPipeline, TeacherStage
+from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage
 from megadistill.types import SignalMismatch, TeacherSignal, TokenBatch, token_digest
 from tests.ranks.harness import run_ranks
 from tests.unit.models.cases import VOCAB, final_hidden, saved_model

@@ -20,7 +20,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.train.checkpoint.format import newest_checkpoint
-from megadistill.train.hooks import Hook, Request, StepEvent
+from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import Trainer, run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server

@@ -15,7 +15,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.teacher import TeacherPipeline
+from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.teacher.placement import live_teacher, run_teacher_server
 from megadistill.train.teacher.probe import PROBE_FILE

@@ -16,7 +16,7 @@ from megadistill.errors import UserError
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
-from megadistill.student.optimizer import build_optimizer, describe, gradient_mean, state_bytes, state_kinds
+from megadistill.student.optimizer import OPTIMIZERS, build_optimizer, describe, state_bytes, state_kinds
 from tests.paths import ROOT
 from tests.toy_optimizer import MomentumSection, toy_optimizer
 from tests.unit.plan.cases import stats
@@ -45,7 +45,7 @@ def test_adamw_is_the_default() -> None:
     section = _recipe().train.optimizer
     assert section == AdamWSection(learning_rate=1e-3) == _recipe(kind="adamw").train.optimizer
     assert state_kinds(section) == ("master", "exp_avg", "exp_avg_sq")
-    assert (state_bytes(section), gradient_mean(section)) == (12, "exp_avg")
+    assert (state_bytes(section), OPTIMIZERS[section.kind].gradient_mean) == (12, "exp_avg")
     assert describe(section) == "AdamW, β₁ 0.9, β₂ 0.95, ε 1e-08, weight decay 0.1 on matrices"
 
 

@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 
 from megadistill.errors import OperatorFault
-from megadistill.train.hooks import (
-    Checkpoints,
-    LossAnomalies,
-    NonFiniteGuard,
-    Request,
-    StepEvent,
-    StopOnRequest,
-    StragglerCheck,
-)
+from megadistill.train.hooks.checkpoints import Checkpoints
+from megadistill.train.hooks.hook import Request, StepEvent
+from megadistill.train.hooks.loss_anomalies import LossAnomalies
+from megadistill.train.hooks.non_finite import NonFiniteGuard
+from megadistill.train.hooks.stop import StopOnRequest
+from megadistill.train.hooks.straggler_check import StragglerCheck
 from megadistill.train.resilience.anomalies import Anomaly
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
@@ -95,6 +92,23 @@ def test_non_finite_guard() -> None:
     guard.after_step(event(4, skipped=True))
     with pytest.raises(OperatorFault, match="2 consecutive steps were skipped"):
         guard.after_step(event(5, skipped=True))
+
+
+def test_a_few_consecutive_skipped_steps_are_allowed_and_one_more_is_not() -> None:
+    recorder: Any = Recorder()
+    guard = NonFiniteGuard(recorder, max_skipped_steps=2)
+    for step, skipped in enumerate([True, True, False, True, True, False, False, True, True], start=1):
+        guard.after_step(event(step, skipped=skipped))
+    with pytest.raises(OperatorFault, match=r"^step 10: loss is nan, and 3 consecutive steps were skipped .* is 2\)"):
+        guard.after_step(event(10, loss=math.nan, skipped=True))
+
+
+def test_where_none_is_allowed_the_first_skipped_step_fails() -> None:
+    recorder: Any = Recorder()
+    guard = NonFiniteGuard(recorder, max_skipped_steps=0)
+    guard.after_step(event(1))
+    with pytest.raises(OperatorFault, match=r"^step 2: grad_norm is \w+, and 1 consecutive steps"):
+        guard.after_step(event(2, skipped=True))
 
 
 def test_straggler_check(monkeypatch: pytest.MonkeyPatch) -> None:

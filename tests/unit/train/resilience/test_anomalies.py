@@ -13,7 +13,6 @@ from megadistill.train.resilience.anomalies import (
     Anomaly,
     LossMonitor,
     RobustWindow,
-    SkippedSteps,
     finite,
     not_finite,
     require_sound_teacher,
@@ -47,21 +46,6 @@ def test_finite_numbers_pass() -> None:
 
 def test_a_bad_gradient_is_named_where_all_else_is_fine() -> None:
     assert not_finite(FINE, math.inf) == "grad_norm is inf"
-
-
-def test_a_few_consecutive_skipped_steps_are_allowed_and_one_more_is_not() -> None:
-    skipped = SkippedSteps(2)
-    for step, norm in enumerate([math.inf, math.nan, 1.0, math.inf, math.inf, 1.0, 1.0, math.inf, math.inf], start=1):
-        skipped.count(step, FINE, norm)
-    with pytest.raises(OperatorFault, match=r"^step 10: loss is nan, and 3 consecutive steps were skipped .* is 2\)"):
-        skipped.count(10, {**FINE, "loss": math.nan}, math.inf)
-
-
-def test_where_none_is_allowed_the_first_skipped_step_fails() -> None:
-    skipped = SkippedSteps(0)
-    skipped.count(1, FINE, 0.0)
-    with pytest.raises(OperatorFault, match=r"^step 2: grad_norm is inf, and 1 consecutive steps"):
-        skipped.count(2, FINE, math.inf)
 
 
 def _window(values: list[float], *, zscore: float = 10.0, floor: float = 0.01) -> RobustWindow:
