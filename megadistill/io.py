@@ -3,15 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 16 << 20
-
-HASH_BYTES = 1 << 22
-"""Bytes hashed at a time."""
 
 
 @contextmanager
@@ -36,6 +34,12 @@ def write_file(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes values, dataclasses among them, as a JSON file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(value, default=asdict, indent=1, allow_nan=False) + "\n")
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -45,32 +49,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: Path, *, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of a local file, in hex. `progress` is called with each number of bytes read.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """The sha256 of a local file, in hex. Raises OSError: the file cannot be read."""
     with open(path, "rb") as file:
-        while part := file.read(HASH_BYTES):
-            digest.update(part)
-            if progress:
-                progress(len(part))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """The content of a JSON file of anybody.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, or larger than `MAX_JSON_BYTES`.
+        ValueError: it is damaged, nested too deeply, or larger than `max_bytes`.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
     try:
         return json.loads(content)
     except RecursionError:

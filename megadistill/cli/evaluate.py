@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
 from megadistill.errors import UserError
+from megadistill.io import write_json
 
 EVALUATE_EPILOG = """\
 Several --data are measured together and each by itself; NAME=MANIFEST names one. Sequences are split over the ranks of
@@ -65,7 +66,6 @@ def add(commands: Commands) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from megadistill.distributed.launch import Launch
     from megadistill.evaluate.evaluate import evaluate, ranks
-    from megadistill.evaluate.evaluation import write_json
     from megadistill.evaluate.evaluation_tables import tables
     from megadistill.evaluate.splits import load_splits
     from megadistill.progress import console_progress
@@ -77,7 +77,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
         if topology.is_first:
             if options.json:
-                write_json(results, options.json)
+                write_json(options.json, results)
             if options.plots:
                 from megadistill.report.evaluation_plots import write_plots
 
@@ -94,7 +94,7 @@ def _sample(options: argparse.Namespace) -> int:
     from megadistill.data import Manifest
     from megadistill.distributed.topology import local_device
     from megadistill.evaluate.prompts import held_out_prompts, typed_prompts
-    from megadistill.evaluate.sample import load_for_sampling, samples, show, write_json
+    from megadistill.evaluate.sample import load_for_sampling, samples, show
     from megadistill.models.sampling import Sampling
 
     sampling = Sampling(options.new_tokens, options.temperature, options.top_p, options.seed)
@@ -115,7 +115,7 @@ def _sample(options: argparse.Namespace) -> int:
         drawn.append(sample)
         show(sample, console, title=f"prompt {number} of {len(prompts)}")
     if options.json:
-        write_json(drawn, options.json)
+        write_json(options.json, drawn)
     return 0
 
 
@@ -134,5 +134,5 @@ def _lm_eval(options: argparse.Namespace) -> int:
     )
     print_tables(results.table())
     if options.json:
-        results.write_json(options.json)
+        write_json(options.json, results)
     return 0

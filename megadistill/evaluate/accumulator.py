@@ -68,12 +68,8 @@ class Accumulator:
             for column, values_N in enumerate(np.concatenate([np.empty((3, 0)), *self._per_token], axis=1), start=1):
                 by_decile_D4[:, column] = np.bincount(decile_N, values_N, minlength=DECILES)
         parts = (self._sums_KC, self._bins_KB3, by_decile_D4)
-        summed = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(topology.device)
-        reduced = _host(all_reduce_sum(summed, topology.world_group))
-        ends = np.cumsum([part.size for part in parts])
-        return Totals(
-            *(flat.reshape(part.shape) for flat, part in zip(np.split(reduced, ends[:-1]), parts, strict=True))
-        )
+        own = (torch.from_numpy(part).to(topology.device) for part in parts)
+        return Totals(*(_host(all_reduce_sum(part, topology.world_group)) for part in own))
 
 
 @dataclass(frozen=True)

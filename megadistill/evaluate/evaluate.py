@@ -116,7 +116,7 @@ def _evaluation(
         ),
         by_decile=tuple(map(_decile, deciles.bounds, total.by_decile_D4.tolist())) if deciles else None,
         by_source=tuple(
-            SourceResult(split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], with_teacher=with_teacher))
+            SourceResult(source=split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], with_teacher=with_teacher))
             for split, sums_C, bins_B3 in zip(splits, total.by_source_KC, total.by_bin_KB3, strict=True)
         ),
     )

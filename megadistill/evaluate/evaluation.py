@@ -3,16 +3,14 @@
 Means are over tokens, in nats where no other unit is given.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megadistill.errors import UserError
-from megadistill.io import read_json, write_file
+from megadistill.io import read_json
 from megadistill.redaction import printable
 
 MAX_MODELS, MAX_PARTS = 32, 1000
@@ -43,27 +41,9 @@ class Decile:
 
 
 @dataclass(frozen=True)
-class SourceResult:
-    """One model on one of the splits; the fields are those of `Evaluation`."""
+class Measures:
+    """One model on some tokens."""
 
-    source: str
-    tokens: int
-    cross_entropy: float
-    perplexity: float
-    bits_per_byte: float | None
-    calibration_error: float
-    kl: float | None
-    jsd: float | None
-    agreement: float | None
-    acceptance: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One model on all splits."""
-
-    model: str
-    parameters: int
     tokens: int
     cross_entropy: float
     perplexity: float
@@ -71,7 +51,7 @@ class Evaluation:
     """None where a split's manifest has no count of bytes."""
     calibration_error: float
     """Expected calibration error (Guo et al., 2017, arXiv:1706.04599, section 3): the mean distance of confidence and
-    accuracy over the bins of `calibration`, weighted by tokens."""
+    accuracy over 21 bins, weighted by tokens."""
     kl: float | None
     """KL(teacher ‖ model); None without a teacher."""
     jsd: float | None
@@ -80,14 +60,27 @@ class Evaluation:
     """Fraction of positions where both have the same most likely token."""
     acceptance: float | None
     """Mean of Σ min(p, q): the fraction of the model's draws that speculative decoding with the teacher accepts."""
+
+
+@dataclass(frozen=True)
+class SourceResult(Measures):
+    """One model on one of the splits."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Evaluation(Measures):
+    """One model on all splits."""
+
+    model: str
+    parameters: int
     calibration: tuple[CalibrationBin, ...]
     by_decile: tuple[Decile, ...] | None
     """Results by decile of the teacher's entropy; None without a teacher."""
     by_source: tuple[SourceResult, ...]
     """One for each split, in the order in which they were given."""
 
-
-Measured: TypeAlias = Evaluation | SourceResult
 
 MEASURES: Mapping[str, tuple[str, str]] = {
     "parameters": ("parameters", ",.0f"),
@@ -104,30 +97,24 @@ MEASURES: Mapping[str, tuple[str, str]] = {
 """Heading and format of each measure, in the order of a table's columns."""
 
 
-def measure_cells(result: Measured, names: Sequence[str], *, missing: str = "-") -> list[str]:
+def measure_cells(result: Measures, names: Sequence[str], *, missing: str = "-") -> list[str]:
     """The measures `names` of a result as text."""
     values = [(getattr(result, name, None), MEASURES[name][1]) for name in names]
     return [missing if value is None else format(value, form) for value, form in values]
 
 
-def measure_rows(first: str, results: Sequence[tuple[str, Measured]], *, missing: str = "-") -> list[list[str]]:
+def measure_rows(first: str, results: Sequence[tuple[str, Measures]], *, missing: str = "-") -> list[list[str]]:
     """A table of named results with the measures that any of them has: its heading, then a row for each."""
     names = [name for name in MEASURES if any(getattr(result, name, None) is not None for _, result in results)]
     rows = ([label, *measure_cells(result, names, missing=missing)] for label, result in results)
     return [[first, *(MEASURES[name][0] for name in names)], *rows]
 
 
-def write_json(results: Sequence[Evaluation], path: Path) -> None:
-    """Writes the evaluations as a JSON list, one object a model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps([asdict(result) for result in results], indent=1, allow_nan=False) + "\n")
-
-
 _FILE = TypeAdapter(list[Evaluation], config=ConfigDict(allow_inf_nan=False))
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """The evaluations in a file of `write_json`.
+    """The evaluations in a file of `megadistill evaluate --json`.
 
     Raises:
         UserError: there is no such file, or it holds no evaluations of this version.

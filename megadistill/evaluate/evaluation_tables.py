@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from megadistill.evaluate.evaluation import MEASURES, Decile, Evaluation, Measured, measure_cells
+from megadistill.evaluate.evaluation import MEASURES, Decile, Evaluation, Measures, measure_cells
 
 MAIN = ("cross_entropy", "perplexity", "bits_per_byte", "kl", "agreement")
 FURTHER = ("calibration_error", "jsd", "acceptance")
@@ -34,7 +34,7 @@ def _measures(
     title: str,
     models: Sequence[Evaluation],
     names: Sequence[str],
-    results: Sequence[Measured],
+    results: Sequence[Measures],
     caption: str | None = None,
 ) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=72)

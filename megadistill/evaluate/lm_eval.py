@@ -3,11 +3,10 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from rich.table import Table
 
 from megadistill.errors import UserError, nearest
 from megadistill.evaluate.sample import load_for_sampling
-from megadistill.io import write_file
 
 HARNESS = "lm_eval"
 
@@ -61,11 +59,6 @@ class TaskScores:
             ]
             table.add_row(escape(score.task), escape(score.metric), *numbers)
         return table
-
-    def write_json(self, path: Path) -> None:
-        """Writes the scores as a JSON object."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def run_tasks(

@@ -3,9 +3,8 @@
 Legend: N new tokens.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.models import check_model
 from megadistill.evaluate.prompts import Prompt, decoded
-from megadistill.io import write_file
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling, continuations
 from megadistill.models.weights import check_weights, load_pretrained
@@ -132,12 +130,6 @@ def show(sample: Sample, console: Console, *, title: str) -> None:
     if sample.original is not None:
         console.rule(Text("the data"), align="left", style="dim")
         console.print(Text(escape_control(sample.original)), soft_wrap=True)
-
-
-def write_json(samples: Sequence[Sample], path: Path) -> None:
-    """Writes a list, one object a prompt, with the text as the model wrote it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps([asdict(sample) for sample in samples], indent=1) + "\n")
 
 
 def escape_control(text: str) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from megadistill.data import Manifest, TokenStream
@@ -33,7 +34,7 @@ def load_splits(given: Sequence[str]) -> list[Split]:
     """
     named = [match.groups() if (match := _NAMED.fullmatch(text)) else (None, text) for text in given]
     unnamed = [PurePosixPath(location).parent.parts for name, location in named if name is None]
-    folders = iter(short_names(unnamed) if unnamed else [])
+    folders = iter(short_names(unnamed))
     splits = [Split(name or next(folders), Manifest.load(location)) for name, location in named]
     first = splits[0]
     for split in splits:
@@ -67,9 +68,6 @@ def own_batches(splits: Sequence[Split], size: int, *, rank: int, world: int) ->
 
 def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
     """Paths, given as parts, without the leading parts that all share; a single one is its last part."""
-    if len(paths) == 1:
-        return [paths[0][-1]] if paths[0] else ["."]
-    shared = 0
-    while all(len(p) > shared + 1 and p[shared] == paths[0][shared] for p in paths):
-        shared += 1
-    return ["/".join(p[shared:]) or "." for p in paths]
+    parts = zip(*(path[:-1] for path in paths), strict=False)
+    shared = len(list(takewhile(lambda each: len(set(each)) == 1, parts)))
+    return ["/".join(path[shared:]) or "." for path in paths]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megadistill.evaluate.evaluation import Evaluation, Measured, measure_rows
+from megadistill.evaluate.evaluation import Evaluation, Measures, measure_rows
 from megadistill.report.drawing import Drawing, draw
 from megadistill.report.evaluation_plots import calibration_figure, deciles_figure
 from megadistill.report.tables import NOTHING, Table, text
@@ -35,7 +35,7 @@ class Results:
         return drawn
 
 
-def _table(heading: str, results: Sequence[tuple[str, Measured]]) -> Table:
+def _table(heading: str, results: Sequence[tuple[str, Measures]]) -> Table:
     named = [(text(name), result) for name, result in results]
     head, *rows = measure_rows(heading, named, missing=NOTHING)
     return Table(head, rows)

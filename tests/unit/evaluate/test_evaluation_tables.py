@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult, write_json
+from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.evaluation_tables import tables
+from megadistill.io import write_json
 
 LARGE = Evaluation(
     model="teachers/a-model-with-quite-a-long-name-of-its-own/step-00100000",
@@ -28,8 +29,8 @@ LARGE = Evaluation(
         Decile(None, 0, None, None, None),
     ),
     by_source=(
-        SourceResult("web", 10_000_000, 11.9221, 150_555.25, 12.3456, 0.1, 10.4321, 0.6931, 1.0, 0.4567),
-        SourceResult("code", 990_000_000, 0.5, 1.6487, None, 0.1, 10.4321, 0.6931, 1.0, 0.4567),
+        SourceResult(10_000_000, 11.9221, 150_555.25, 12.3456, 0.1, 10.4321, 0.6931, 1.0, 0.4567, "web"),
+        SourceResult(990_000_000, 0.5, 1.6487, None, 0.1, 10.4321, 0.6931, 1.0, 0.4567, "code"),
     ),
 )
 ALONE = replace(
@@ -74,7 +75,7 @@ def test_without_a_teacher_and_with_one_source_there_are_fewer() -> None:
 
 def test_the_json_is_the_record(tmp_path: Path) -> None:
     path = tmp_path / "new" / "evaluation.json"
-    write_json([LARGE], path)
+    write_json(path, [LARGE])
     (written,) = json.loads(path.read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(asdict(LARGE)))
     assert written["calibration"][0] == {"count": 1_000_000_000, "confidence": 0.5, "accuracy": 0.25}

@@ -18,7 +18,7 @@ from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.prompts import Prompt, held_out_prompts, typed_prompts
 from megadistill.evaluate.sample import Continuation, Sample, _after, escape_control, load_for_sampling, samples, show
-from megadistill.evaluate.sample import write_json as write_samples
+from megadistill.io import write_json
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling
 from tests.unit.data.corpora import byte_level_tokenizer, document_texts
@@ -137,7 +137,7 @@ def test_nothing_that_a_model_writes_controls_the_terminal(tmp_path: Path) -> No
     assert text.count("[bold]") == 3
     for part in ("prompt 1 of 1", "the model: 1 of 2, 12 tokens, then the end of the document", "the data", "x" * 300):
         assert part in text
-    write_samples([sample], tmp_path / "new" / "samples.json")
+    write_json(tmp_path / "new" / "samples.json", [sample])
     (written,) = json.loads((tmp_path / "new" / "samples.json").read_text(encoding="utf-8"))
     assert written["prompt"] == hostile
     assert written["continuations"][0] == {"text": hostile, "tokens": 12, "ended": True}

@@ -18,15 +18,15 @@ from megadistill import __version__
 from megadistill.config import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import OperatorFault, UserError
-from megadistill.evaluate.evaluation import write_json
 from megadistill.export.export_run import export_run
 from megadistill.export.markdown import escape_md
+from megadistill.io import write_json
 from megadistill.models.families import EMBEDDING, HEAD, load_config, parameter_shapes
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import flops_per_token, parameter_counts
 from megadistill.train.checkpoint.format import commit, write_rank
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
-from megadistill.train.setup.run_folder import copy_student_config, describe, write_description
+from megadistill.train.setup.run_folder import copy_student_config, write_description
 from megadistill.types import Cursor
 from tests.unit.evaluate.test_evaluation_tables import LARGE
 from tests.unit.train.cases import (
@@ -93,7 +93,7 @@ def _run(folder: Path, *, teacher: Path | None = None, **sections: Any) -> tuple
     """A run folder as far as an export reads it, and its recipe."""
     made = recipe(described_data(folder / "data"), folder / "run", teacher=teacher, **(TINY | sections))
     run = folder / "run"
-    write_description(run, {"recipe": made.snapshot()})
+    write_json(run / "recipe.json", {"recipe": made.snapshot()})
     (run / "tokenizer").mkdir()
     (run / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER)
     return run, made
@@ -204,7 +204,7 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
         with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     evaluated = replace(LARGE, model="runs/x/out", parameters=90, tokens=12345, cross_entropy=3.25, bits_per_byte=None)
-    write_json([evaluated], run / "evaluation.json")
+    write_json(run / "evaluation.json", [evaluated])
     card = _export(run, tmp_path / "out")
 
     metadata = _metadata(card)
@@ -270,8 +270,7 @@ def test_a_student_that_goes_on_from_weights_names_what_they_were_made_of(tmp_pa
     assert "## The teacher" not in card.text
     (weights / "README.md").write_text("---\nbase_model: '../../etc|<b>'\n---\n", encoding="utf-8")
     assert "base_model" not in _metadata(_export(run, tmp_path / "hostile"))
-    described = describe(made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "before"})
-    write_description(run, described)
+    write_description(run, made.snapshot(), {}, started_from={"weights": "there", "fingerprint": "before"})
     assert _rows(_export(run, tmp_path / "gone"))["fingerprint of the starting weights"] == "`before`"
 
 
