@@ -19,7 +19,7 @@ from rich.table import Table
 from megadistill.data import Mixture, TokenStream
 from megadistill.data.prepare.encode import disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER
-from megadistill.data.prepare.shard_tasks import SHARD_PREFIX, TRAIN
+from megadistill.data.prepare.shard_tasks import SHARD_PATTERN, TRAIN
 from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
     GeneratedRecord,
@@ -28,9 +28,10 @@ from megadistill.data.shards.manifest import (
     SourceRecord,
     token_dtype,
 )
+from megadistill.data.shards.shard_record import remove_unlisted
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
-from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, Generator, ShardRecord
+from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, GeneratedShard, Generator
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
@@ -148,7 +149,7 @@ def _share(slots: range, shard_slots: int, rank: int, world: int) -> dict[int, r
 
 def _generate_shards(
     generator: Generator, share: dict[int, range], progress: ShowProgress
-) -> tuple[list[ShardRecord], int]:
+) -> tuple[list[GeneratedShard], int]:
     """The record of each shard, and how many of them were complete before."""
     existing = {number: generator.existing(number, slots) for number, slots in share.items()}
     slot_bytes = generator.record.new_tokens * np.dtype(token_dtype(generator.tokenizer.vocab_size)).itemsize
@@ -165,7 +166,7 @@ def _generate_shards(
     return records, sum(record is not None for record in existing.values())
 
 
-def _finish(generator: Generator, records: list[ShardRecord], data: Mixture, *, inputs: tuple[str, ...]) -> None:
+def _finish(generator: Generator, records: list[GeneratedShard], data: Mixture, *, inputs: tuple[str, ...]) -> None:
     """Writes the manifest, and deletes the files that only a later start would have needed."""
     prompts, folder, tokenizer = generator.record, generator.folder, generator.tokenizer
     listed = tuple(record.shard for record in records if record.shard is not None)
@@ -189,10 +190,7 @@ def _finish(generator: Generator, records: list[ShardRecord], data: Mixture, *, 
         source=SourceRecord(inputs=inputs, generated=prompts),
         shards=listed,
     ).write(folder)
-    names = {name for shard in listed for name in (shard.name, shard.index)}
-    for path in [*folder.glob(f"{SHARD_PREFIX}*.tar*"), *folder.glob(f".{SHARD_PREFIX}*")]:
-        if path.name not in names:
-            path.unlink()
+    remove_unlisted(folder, SHARD_PATTERN, listed)
     (folder.parent / MARKER).unlink()
 
 

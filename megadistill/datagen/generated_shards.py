@@ -1,8 +1,7 @@
 """Shards of prompts and the teacher's continuations of them.
 
 A sequence is the first tokens of a slot's sequence and the teacher's continuation, up to its end-of-document id; behind
-that there is padding without labels. A shard has a record `.shard-00012.json` from when it is complete until the data
-set is.
+that there is padding without labels.
 
 Legend: B sequences of a batch, P tokens of a prompt, N new tokens; a sequence has P + N.
 """
@@ -16,16 +15,15 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from megadistill.data import TokenStream
 from megadistill.data.prepare.shard_tasks import SHARD_PREFIX
-from megadistill.data.shards.manifest import FORMAT_VERSION, Count, GeneratedRecord, Shard, token_dtype
+from megadistill.data.shards.manifest import FORMAT_VERSION, Count, GeneratedRecord, token_dtype
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard_record import ShardRecord
 from megadistill.data.shards.tar import write_shard
 from megadistill.data.tokenizers.tokenizer import Tokenizer
-from megadistill.io import file_sha256, write_file
 from megadistill.models.sampling import Sampling, continuations
 from megadistill.models.weights import load_pretrained
 from megadistill.types import IGNORED_LABEL
@@ -33,23 +31,13 @@ from megadistill.types import IGNORED_LABEL
 PACKER: Final[Literal["generated"]] = "generated"
 PACKER_VERSION: Final = 1
 """Version of the format: raise it when the same prompts and draws would give other sequences."""
-MAX_RECORD_BYTES: Final = 1 << 16
 
 
-class ShardRecord(BaseModel):
+class GeneratedShard(ShardRecord):
     """Counts of a complete shard."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     inputs_sha256: str
     """Digest of everything that decided the shard's content."""
-    shard: Shard | None
-    """None: every slot was left out."""
-    documents: Count
-    tokens: Count
-    """Tokens with a label."""
-    text_bytes: Count
-    """Bytes of text of those tokens."""
     new_tokens: Count
     """Tokens that the teacher wrote."""
     ended: Count
@@ -76,27 +64,16 @@ class Generator:
     def _model(self) -> Any:
         return load_pretrained(self.teacher, what=f"teacher {self.teacher}", device=self.device)
 
-    def existing(self, number: int, slots: range) -> ShardRecord | None:
+    def existing(self, number: int, slots: range) -> GeneratedShard | None:
         """The record of a shard that an earlier start, or another job, completed from the same inputs."""
-        try:
-            with open(self._record_path(number), "rb") as file:
-                record = ShardRecord.model_validate_json(file.read(MAX_RECORD_BYTES))
-            if record.inputs_sha256 != self._inputs_sha256(slots):
-                return None
-            shard = record.shard
-            files = () if shard is None else ((shard.name, shard.sha256), (shard.index, shard.index_sha256))
-            if any(file_sha256(self.folder / name) != sha256 for name, sha256 in files):
-                return None
-        except (OSError, ValidationError):
-            return None
-        return record
+        return GeneratedShard.load(self._path(number), inputs_sha256=self._inputs_sha256(slots))
 
-    def generate(self, number: int, slots: range) -> ShardRecord:
+    def generate(self, number: int, slots: range) -> GeneratedShard:
         """Writes a shard, and then its record."""
         sequences = list(self._sequences(slots))
-        path = self.folder / f"{SHARD_PREFIX}{number:05d}.tar"
+        path = self._path(number)
         written = [sequence.tokens[: sequence.bounds[-1]] for sequence in sequences]
-        record = ShardRecord(
+        record = GeneratedShard(
             inputs_sha256=self._inputs_sha256(slots),
             shard=write_shard(path, sequences, dtype=token_dtype(self.tokenizer.vocab_size)) if sequences else None,
             documents=sum(len(sequence.bounds) - 1 for sequence in sequences),
@@ -106,7 +83,7 @@ class Generator:
             ended=sum(int(tokens[-1] == self.tokenizer.eos) for tokens in written),
             left_out=len(slots) - len(sequences),
         )
-        write_file(self._record_path(number), record.model_dump_json())
+        record.write(path)
         return record
 
     def _sequences(self, slots: range) -> Iterator[PackedSequence]:
@@ -143,5 +120,5 @@ class Generator:
         inputs = f"{self.record.model_dump_json()} {slots.start}:{slots.stop} {PACKER_VERSION} {FORMAT_VERSION}"
         return hashlib.sha256(inputs.encode()).hexdigest()
 
-    def _record_path(self, number: int) -> Path:
-        return self.folder / f".{SHARD_PREFIX}{number:05d}.json"
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{SHARD_PREFIX}{number:05d}.tar"

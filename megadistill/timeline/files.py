@@ -116,10 +116,8 @@ def _read(path: Path, rank: int) -> RankFile:
 
 
 def _lane(file: RankFile, offset: float, path: Path) -> Lane:
-    spans, steps = (
-        tuple(replace(one, begin=one.begin - offset, end=one.end - offset) for one in recorded)
-        for recorded in (file.spans, file.steps)
-    )
+    spans = tuple(replace(span, begin=span.begin - offset, end=span.end - offset) for span in file.spans)
+    steps = tuple(replace(step, begin=step.begin - offset, end=step.end - offset) for step in file.steps)
     wrong = first_unnested(spans)
     if wrong is not None:
         raise UserError(

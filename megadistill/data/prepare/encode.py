@@ -1,7 +1,4 @@
-"""Encoding a task: its documents to one shard, and the record that lets a later start reuse the shard.
-
-The record `.shard-00012.json` is written when its shard is whole, with hashes of the documents and of the encoding. It
-is deleted when the data set is complete.
+"""Encoding a task: its documents to one shard, and the shard's record.
 
 Legend: B sequences at a time, S tokens of a sequence.
 """
@@ -17,23 +14,21 @@ from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.shards.labels import predicted, shift
-from megadistill.data.shards.manifest import FORMAT_VERSION, Count, Shard, TokenDtype, token_dtype
+from megadistill.data.shards.manifest import FORMAT_VERSION, Count, TokenDtype, token_dtype
 from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
-from megadistill.data.shards.tar import record_path, write_shard
+from megadistill.data.shards.shard_record import ShardRecord
+from megadistill.data.shards.tar import write_shard
 from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import OperatorFault, UserError
-from megadistill.io import file_sha256, write_file
 
 PackerName = Literal["chunk", "bestfit"]
 PACKERS: Final = (CHUNK, BESTFIT)
 
 _TEXT_BYTES_AT_A_TIME = 1 << 20  # a tokenizer's result is many times as large as the text
 _SEQUENCES_AT_A_TIME = 256
-_MAX_RECORD_BYTES = 1 << 16
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -67,60 +62,36 @@ class EncodingSpec:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-class ShardResult(BaseModel):
-    """The result of a task, and its record on disk."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class EncodedShard(ShardRecord):
+    """The result of a task."""
 
     encoding: str
     """Digest of the EncodingSpec."""
     task: str
     """Digest of the task's documents."""
-    shard: Shard | None
-    """None: the documents fill no sequence."""
-    documents: Count
-    tokens: Count
-    """Predicted tokens of the shard."""
-    text_bytes: Count
-    """UTF-8 bytes of their text."""
     dropped: Count
     """Tokens to predict that are in no sequence."""
     padding: Count
     """Tokens of the sequences that belong to no document."""
 
 
-def reusable_result(folder: Path, task: ShardTask, spec: EncodingSpec) -> ShardResult | None:
+def reusable_shard(output: Path, task: ShardTask, spec: EncodingSpec) -> EncodedShard | None:
     """The result of an earlier start, if it has the same documents and encoding, and its shard is whole on disk."""
-    try:
-        with open(record_path(folder / task.shard), "rb") as file:
-            record = ShardResult.model_validate_json(file.read(_MAX_RECORD_BYTES))
-        same = (record.encoding, record.task) == (spec.digest, task.digest)
-        return record if same and _is_whole(folder, record.shard) else None
-    except (OSError, ValidationError):
-        return None
+    return EncodedShard.load(output / task.path, encoding=spec.digest, task=task.digest)
 
 
-def _is_whole(folder: Path, shard: Shard | None) -> bool:
-    return shard is None or (
-        (folder / shard.name).stat().st_size == shard.bytes
-        and file_sha256(folder / shard.name) == shard.sha256
-        and file_sha256(folder / shard.index) == shard.index_sha256
-    )
-
-
-def encode_task(folder: Path, task: ShardTask, spec: EncodingSpec, tokenizer: Tokenizer) -> ShardResult:
-    """Writes the shard of a task into `folder`, and then its record.
+def encode_task(output: Path, task: ShardTask, spec: EncodingSpec, tokenizer: Tokenizer) -> EncodedShard:
+    """Writes the shard of a task below `output`, and then its record.
 
     Raises:
         OperatorFault: the disk is full.
     """
-    counter = _TokenCounter(tokenizer, spec)
-    with disk_faults(folder):
+    counter, path = _TokenCounter(tokenizer, spec), output / task.path
+    with disk_faults(path.parent):
         sequences = counter.sequences(_packed(counter.documents(_encoded(task.texts, tokenizer)), spec))
         first = next(sequences, None)
-        path = folder / task.shard
         shard = None if first is None else write_shard(path, chain([first], sequences), dtype=spec.dtype)
-        result = ShardResult(
+        result = EncodedShard(
             encoding=spec.digest,
             task=task.digest,
             shard=shard,
@@ -130,7 +101,7 @@ def encode_task(folder: Path, task: ShardTask, spec: EncodingSpec, tokenizer: To
             dropped=counter.to_predict - counter.tokens,
             padding=counter.padding,
         )
-        write_file(record_path(folder / task.shard), result.model_dump_json())
+        result.write(path)
     return result
 
 

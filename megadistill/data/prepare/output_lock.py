@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from megadistill.data.prepare.shard_tasks import HELDOUT, SHARD_PREFIX, TRAIN
+from megadistill.data.prepare.shard_tasks import HELDOUT, SHARD_PATTERN, TRAIN
 from megadistill.data.prepare.tokenizer_training import RECORD
 from megadistill.data.shards.manifest import MANIFEST, Manifest
+from megadistill.data.shards.shard_record import remove_unlisted
 from megadistill.errors import UserError
 
 TOKENIZER_FOLDER: Final = "tokenizer"
@@ -45,11 +46,6 @@ def remove_leftovers(output: Path, manifests: Iterable[Manifest]) -> None:
     """Deletes the records for a later start, and shards of earlier starts that are in no manifest."""
     (output / INCOMPLETE).unlink()
     (output / TOKENIZER_FOLDER / RECORD).unlink(missing_ok=True)
-    listed = {
-        output / one.split / name for one in manifests for shard in one.shards for name in (shard.name, shard.index)
-    }
+    shards = {manifest.split: manifest.shards for manifest in manifests}
     for split in (TRAIN, HELDOUT):
-        for record in list((output / split).glob(f".{SHARD_PREFIX}*")):
-            shard = record.name[1:].partition(".")[0]
-            for path in {record, *record.parent.glob(f"{shard}.tar*")} - listed:
-                path.unlink()
+        remove_unlisted(output / split, SHARD_PATTERN, shards.get(split, ()))

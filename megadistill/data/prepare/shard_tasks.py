@@ -7,6 +7,7 @@ depend neither on the process that writes them nor on restarts.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from megadistill.data.prepare.corpus import Corpus, Document
@@ -14,6 +15,7 @@ from megadistill.data.prepare.corpus import Corpus, Document
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"
 SHARD_PREFIX: Final = "shard-"
+SHARD_PATTERN: Final = f"{SHARD_PREFIX}[0-9]*"
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class ShardTask:
     """Bytes of the files read since the task before this one: the progress that it counts for."""
 
     @property
-    def shard(self) -> str:
-        """Name of the shard."""
-        return f"{SHARD_PREFIX}{self.number:05d}.tar"
+    def path(self) -> Path:
+        """Path of the shard in the output folder."""
+        return Path(self.split, f"{SHARD_PREFIX}{self.number:05d}.tar")
 
 
 def split_of(document: Document, heldout_fraction: float) -> str:

@@ -8,7 +8,7 @@ the same to the byte.
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
-from megadistill.data.prepare.encode import PACKERS, EncodingSpec, PackerName, disk_faults
+from megadistill.data.prepare.encode import PACKERS, EncodedShard, EncodingSpec, PackerName, disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, locked_output, remove_leftovers
 from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
-from megadistill.data.prepare.workers import EncodedShard, EncodeJob, encode_all
+from megadistill.data.prepare.workers import encode_all
 from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord
 from megadistill.data.shards.packing import CHUNK
 from megadistill.data.shards.tar import SAMPLE_FORMAT
@@ -134,15 +134,16 @@ def tokenize(
         model.write(folder)
         spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length)
         corpus = files.corpus()
-        shards = _encode(
-            EncodeJob(output, folder / model.file, spec),
+        shards, reused = _encode(
             corpus,
             files,
+            folder / model.file,
+            spec,
             task_bytes=round(shard_mb * 1e6),
             processes=processes or len(os.sched_getaffinity(0)),
             show=show,
         )
-        splits = {split: _split_report(split, shards, model, spec, files.record()) for split in files.splits}
+        splits = {split: _split_report(split, shards[split], model, spec, files.record()) for split in files.splits}
         manifests = [report.manifest for report in splits.values()]
         for manifest in manifests:  # last, when nothing can fail any more
             manifest.write(output / manifest.split)
@@ -153,7 +154,7 @@ def tokenize(
         train=splits[TRAIN],
         heldout=splits.get(HELDOUT),
         left_out=corpus.left_out,
-        reused=sum(shard.reused and shard.result.shard is not None for shard in shards),
+        reused=reused,
         seconds=time.perf_counter() - began,
     )
 
@@ -252,32 +253,39 @@ def _train(files: _Inputs, folder: Path, vocab_size: int, show: ShowProgress) ->
 
 
 def _encode(
-    job: EncodeJob, corpus: Corpus, files: _Inputs, *, task_bytes: int, processes: int, show: ShowProgress
-) -> list[EncodedShard]:
-    """The result of each task, in order."""
+    corpus: Corpus,
+    files: _Inputs,
+    tokenizer_file: Path,
+    spec: EncodingSpec,
+    *,
+    task_bytes: int,
+    processes: int,
+    show: ShowProgress,
+) -> tuple[dict[str, list[EncodedShard]], int]:
+    """The results of each split's tasks, in order, and how many of their shards were reused."""
     total = files.file_bytes()
-    read = tokens = 0
-    shards: list[EncodedShard] = []
+    read = tokens = reused = 0
+    shards: dict[tuple[str, int], EncodedShard] = {}
     show("shards", done=0, total=total, tokens=0)
     tasks = cut_into_tasks(corpus, heldout_fraction=files.heldout_fraction, task_bytes=task_bytes)
     if total <= task_bytes:
         processes = 1  # quicker for a shard or two
     documents: Counter[str] = Counter()
-    for shard in encode_all(job, tasks, processes=processes):
-        shards.append(shard)
-        documents[shard.split] += shard.result.documents
-        read += shard.file_bytes
-        tokens += 0 if shard.reused else shard.result.tokens
+    for task, shard, is_reused in encode_all(tasks, files.output, tokenizer_file, spec, processes=processes):
+        shards[task.split, task.number] = shard
+        documents[task.split] += shard.documents
+        read += task.file_bytes
+        tokens += 0 if is_reused else shard.tokens
+        reused += is_reused and shard.shard is not None
         show("shards", done=min(read, total - 1), total=total, tokens=tokens)
     files.refuse_one_sided(documents, corpus)
     show("shards", done=total, total=total, tokens=tokens)
-    return sorted(shards, key=lambda shard: shard.number)
+    return {split: [shards[key] for key in sorted(shards) if key[0] == split] for split in files.splits}, reused
 
 
 def _split_report(
-    split: str, shards: Iterable[EncodedShard], model: Tokenizer, spec: EncodingSpec, source: SourceRecord
+    split: str, results: Sequence[EncodedShard], model: Tokenizer, spec: EncodingSpec, source: SourceRecord
 ) -> SplitReport:
-    results = [shard.result for shard in shards if shard.split == split]
     documents = sum(result.documents for result in results)
     files = tuple(result.shard for result in results if result.shard is not None)
     if not files:

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from megadistill.data.prepare.encode import EncodingSpec, ShardResult, encode_task, reusable_result
+from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, encode_task, reusable_shard
 from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import RestartFault
@@ -24,62 +23,37 @@ from megadistill.errors import RestartFault
 TASKS_A_PROCESS = 2
 
 
-@dataclass(frozen=True)
-class EncodedShard:
-    """The result of a task, with what identifies the task."""
+def encode_all(
+    tasks: Iterable[ShardTask], output: Path, tokenizer_file: Path, spec: EncodingSpec, *, processes: int
+) -> Iterator[tuple[ShardTask, EncodedShard, bool]]:
+    """Encodes the tasks that no earlier start has encoded; yields all of them with their results, reused ones early.
 
-    split: str
-    number: int
-    file_bytes: int
-    result: ShardResult
-    reused: bool
-    """True: an earlier start had written it."""
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """The settings that all tasks share."""
-
-    output: Path
-    tokenizer: Path
-    """The tokenizer's file in the output: what encodes is what is shipped."""
-    spec: EncodingSpec
-
-    def reuse(self, task: ShardTask) -> EncodedShard | None:
-        """The shard of an earlier start, if it is whole and of the same documents."""
-        result = reusable_result(self.output / task.split, task, self.spec)
-        return None if result is None else EncodedShard(task.split, task.number, task.file_bytes, result, True)
-
-    def encode(self, task: ShardTask, tokenizer: Tokenizer) -> EncodedShard:
-        result = encode_task(self.output / task.split, task, self.spec, tokenizer)
-        return EncodedShard(task.split, task.number, task.file_bytes, result, False)
-
-
-def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) -> Iterator[EncodedShard]:
-    """Encodes the tasks that no earlier start has encoded; yields all of them, reused ones early.
+    True: an earlier start had written the shard. `tokenizer_file` lies in the output: what encodes is what is shipped.
 
     Raises:
         OperatorFault: the disk is full.
         RestartFault: a worker process was killed.
     """
     if processes == 1:
-        tokenizer = load_tokenizer(job.tokenizer)
+        tokenizer = load_tokenizer(tokenizer_file)
         for task in tasks:
-            yield job.reuse(task) or job.encode(task, tokenizer)
+            reused = reusable_shard(output, task, spec)
+            yield task, reused or encode_task(output, task, spec, tokenizer), reused is not None
         return
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])  # each worker is then a fork that has its imports
-    pool = ProcessPoolExecutor(processes, context, _initialise, (job,))
-    pending: deque[Future[EncodedShard]] = deque()
+    pool = ProcessPoolExecutor(processes, context, _initialise, (output, tokenizer_file, spec))
+    pending: deque[tuple[ShardTask, Future[EncodedShard]]] = deque()
     try:
         for task in tasks:
-            if reused := job.reuse(task):
-                yield reused
+            if reused := reusable_shard(output, task, spec):
+                yield task, reused, True
                 continue
-            pending.append(pool.submit(_encode, task))
+            pending.append((task, pool.submit(_encode, task)))
             if len(pending) == TASKS_A_PROCESS * processes:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+                first, future = pending.popleft()
+                yield first, future.result(), False
+        yield from ((first, future.result(), False) for first, future in pending)
     except BrokenProcessPool:
         raise RestartFault(
             "a worker process was killed, most likely for lack of memory: start the same command again, it reuses "
@@ -91,16 +65,17 @@ def encode_all(job: EncodeJob, tasks: Iterable[ShardTask], *, processes: int) ->
 
 # In the worker processes
 
-_job: EncodeJob
+_output: Path
+_spec: EncodingSpec
 _tokenizer: Tokenizer
 
 
-def _initialise(job: EncodeJob) -> None:
-    global _job, _tokenizer
+def _initialise(output: Path, tokenizer_file: Path, spec: EncodingSpec) -> None:
+    global _output, _spec, _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process encodes in one thread: there is one for each core
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it silently: partial files do not count
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _job, _tokenizer = job, load_tokenizer(job.tokenizer)
+    _output, _spec, _tokenizer = output, spec, load_tokenizer(tokenizer_file)
 
 
 def _die_with_parent() -> None:
@@ -112,4 +87,4 @@ def _die_with_parent() -> None:
 
 
 def _encode(task: ShardTask) -> EncodedShard:
-    return _job.encode(task, _tokenizer)
+    return encode_task(_output, task, _spec, _tokenizer)

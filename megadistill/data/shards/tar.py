@@ -85,11 +85,6 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.name + INDEX_SUFFIX)
 
 
-def record_path(path: Path) -> Path:
-    """The record that the tar `path` is whole, for a later start of the command that writes it."""
-    return path.with_name(f".{path.stem}.json")
-
-
 def _narrowed(ids: NDArray[np.int32], dtype: TokenDtype) -> NDArray[np.unsignedinteger[Any]]:
     if ids.min() < 0 or ids.max() > np.iinfo(dtype).max:
         raise ValueError(f"ids from {ids.min()} to {ids.max()} do not fit into {dtype}")

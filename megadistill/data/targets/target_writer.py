@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from megadistill.data.shards.tar import index_path, index_tar, record_path, write_index, write_tar
+from megadistill.data.shards.shard_record import record_path, remove_unlisted
+from megadistill.data.shards.tar import index_path, index_tar, write_index, write_tar
 from megadistill.data.targets.target_codec import Members, TargetCodec
 from megadistill.data.targets.target_manifest import (
     SlotMap,
@@ -30,7 +31,6 @@ from megadistill.types import SparseTargets
 
 SHARD_BYTES: Final = 256 << 20
 """Bytes of targets in a shard; a rank holds as many in memory until it writes them."""
-MAX_RECORD_BYTES: Final = 64 << 20
 SHARDS: Final = "shard-?????-??????"
 """Names of target shards, by rank and number; a token shard, `shard-00000`, does not match."""
 
@@ -125,10 +125,7 @@ def finish_targets(folder: Path, key: TargetKey) -> TargetManifest:
     if not shards:
         raise UserError(f"{folder} holds no stored targets: store some first")
     TargetManifest(version=2, key=key, shards=tuple(shards)).write(folder)
-    listed = {name for shard in shards for name in (shard.file.name, shard.file.index)}
-    for path in [*folder.glob(f"{SHARDS}.tar*"), *folder.glob(f".{SHARDS}*")]:  # records, and incomplete shards
-        if path.name not in listed:
-            path.unlink()
+    remove_unlisted(folder, SHARDS, (shard.file for shard in shards))
     return TargetManifest.load(folder)
 
 
@@ -146,8 +143,7 @@ def _whole_shards(folder: Path, key: TargetKey) -> list[TargetShard]:
     shards = []
     for path in sorted(folder.glob(f".{SHARDS}.json")):
         try:
-            with open(path, "rb") as file:
-                record = _Record.model_validate_json(file.read(MAX_RECORD_BYTES))
+            record = _Record.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}): delete it; its shard is written again"

@@ -20,7 +20,7 @@ from megadistill.data.prepare.corpus import Corpus
 from megadistill.data.prepare.encode import EncodingSpec
 from megadistill.data.prepare.shard_tasks import ShardTask, cut_into_tasks
 from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
-from megadistill.data.prepare.workers import EncodeJob, encode_all
+from megadistill.data.prepare.workers import encode_all
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import OperatorFault, RestartFault
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts
@@ -269,5 +269,5 @@ def test_a_worker_that_is_killed_is_one_line_that_a_restart_mends(corpus: Path, 
             yield task
 
     with pytest.raises(RestartFault, match="a worker process was killed, most likely for lack of memory") as fault:
-        list(encode_all(EncodeJob(tmp_path, folder / "tokenizer.json", spec), deadly(), processes=2))
+        list(encode_all(deadly(), tmp_path, folder / "tokenizer.json", spec, processes=2))
     assert "\n" not in str(fault.value)
