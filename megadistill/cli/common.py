@@ -10,7 +10,8 @@ EXIT_CODES = "exit codes: 0 done; 2 invalid input; 3 a fault that a restart may 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Options: TypeAlias = "argparse._ActionsContainer"
 """A parser, or a group of its options."""
-Run = Callable[[argparse.Namespace], int]
+Run = Callable[[argparse.Namespace], int | None]
+"""Runs a command by its options, and returns its exit code; None: 0."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

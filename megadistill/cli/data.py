@@ -89,52 +89,55 @@ def _add_shards(commands: Commands) -> None:
     option(index, "--split", "NAME", "name of the split in the manifest", default="train")
 
 
-def _tokenize(options: argparse.Namespace) -> int:
+def _tokenize(options: argparse.Namespace) -> None:
     from megadistill.data import tokenize
+    from megadistill.progress import console_progress
 
-    report = tokenize(
-        options.inputs,
-        options.output,
-        tokenizer=options.tokenizer,
-        vocab_size=options.vocab_size,
-        sequence_length=options.sequence_length,
-        packer=options.packer,
-        text_field=options.text_field,
-        heldout_fraction=options.heldout_fraction,
-        include=options.include or ["*"],
-        exclude=options.exclude,
-        shard_mb=options.shard_mb,
-        processes=options.processes,
-    )
+    with console_progress() as show:
+        report = tokenize(
+            options.inputs,
+            options.output,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            sequence_length=options.sequence_length,
+            packer=options.packer,
+            text_field=options.text_field,
+            heldout_fraction=options.heldout_fraction,
+            include=options.include or ["*"],
+            exclude=options.exclude,
+            shard_mb=options.shard_mb,
+            processes=options.processes,
+            progress=show,
+        )
     print_tables(report.table())
-    return 0
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
     from megadistill.data.prepare.verify import verify
+    from megadistill.progress import console_progress
 
-    report = verify(options.data, quick=options.quick)
+    with console_progress() as show:
+        report = verify(options.data, quick=options.quick, progress=show)
     for line in report.lines():
         print(line)
     print_tables(report.table())
     return 0 if report.ok else OperatorFault.exit_code
 
 
-def _shards_info(options: argparse.Namespace) -> int:
+def _shards_info(options: argparse.Namespace) -> None:
     from megadistill.data.prepare.verify import info
 
     print_tables(*info(options.data))
-    return 0
 
 
-def _shards_index(options: argparse.Namespace) -> int:
+def _shards_index(options: argparse.Namespace) -> None:
     from megadistill.data.prepare.index_external import index
+    from megadistill.progress import console_progress
 
-    manifest = index(
-        options.folder, tokenizer=options.tokenizer, member=options.member, dtype=options.dtype, split=options.split
-    )
+    names = {name: getattr(options, name) for name in ("tokenizer", "member", "dtype", "split")}
+    with console_progress() as show:
+        manifest = index(options.folder, **names, progress=show)
     print(
         f"{options.folder}/manifest.json: {manifest.sequences:,} sequences of {manifest.sequence_length:,} tokens in "
         f"{len(manifest.shards):,} shards"
     )
-    return 0

@@ -1,6 +1,7 @@
-"""Commands that measure a model: evaluate, sample, lm-eval."""
+"""Commands that measure models and runs: evaluate, sample, lm-eval, report."""
 
 import argparse
+import time
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
@@ -29,6 +30,18 @@ download their questions from the Hugging Face hub, those of --include may read 
 Python code that is then run: include only files that you trust.
 
 example: megadistill lm-eval student/ --tasks hellaswag arc_easy --fewshot 5 --json student-tasks.json"""
+
+REPORT_EPILOG = """\
+The page needs no network, and any browser shows it: curves over tokens and over
+time, events, evaluations, recipes. A run may still be running, or have failed.
+
+Evaluations are the files of `megadistill evaluate --json RUN/evaluation.json`: each
+evaluation*.json in the run folders, and those that --evaluation names.
+
+examples:
+  megadistill report runs/smoke/distill
+  megadistill report runs/smoke/labels runs/smoke/distill --output runs/smoke \\
+      --evaluation runs/smoke/evaluation.json"""
 
 
 def add(commands: Commands) -> None:
@@ -62,8 +75,15 @@ def add(commands: Commands) -> None:
     option(command, "--batch", "N", "questions of a forward pass", default=8)
     option(command, "--json", "FILE", "also write the table as JSON", kind=Path)
 
+    summary = "write one HTML page on one or several runs, with its figures beside it"
+    command = add_command(commands, "report", summary, REPORT_EPILOG, _report)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    text = "an .html file, or a folder for report.html (default: the run's folder; several runs need it)"
+    option(command, "--output", "PATH", text, kind=Path)
+    repeatable(command, "--evaluation", "FILE", "another file of `evaluate --json` to show", kind=Path)
 
-def _evaluate(options: argparse.Namespace) -> int:
+
+def _evaluate(options: argparse.Namespace) -> None:
     from megadistill.distributed.launch import Launch
     from megadistill.evaluate.evaluate import evaluate, ranks
     from megadistill.evaluate.evaluation_tables import tables
@@ -79,14 +99,13 @@ def _evaluate(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(options.json, results)
             if options.plots:
-                from megadistill.report.evaluation_plots import write_plots
+                from megadistill.report.evaluation_section import write_plots
 
                 write_plots(results, options.plots)
             print_tables(*tables(results))
-    return 0
 
 
-def _sample(options: argparse.Namespace) -> int:
+def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     if not (options.prompt or options.prompt_file or options.data):
@@ -116,10 +135,9 @@ def _sample(options: argparse.Namespace) -> int:
         show(sample, console, title=f"prompt {number} of {len(prompts)}")
     if options.json:
         write_json(options.json, drawn)
-    return 0
 
 
-def _lm_eval(options: argparse.Namespace) -> int:
+def _lm_eval(options: argparse.Namespace) -> None:
     from megadistill.distributed.topology import local_device
     from megadistill.evaluate.lm_eval import run_tasks
 
@@ -135,4 +153,10 @@ def _lm_eval(options: argparse.Namespace) -> int:
     print_tables(results.table())
     if options.json:
         write_json(options.json, results)
-    return 0
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megadistill.report.page import report
+
+    path = report(options.runs, evaluations=options.evaluation, output=options.output, now=time.time())
+    print(path)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megadistill import __version__, logs
-from megadistill.cli import config_keys, data, evaluate, models, plan, prune, report, timeline, train
+from megadistill.cli import data, evaluate, models, plan, train
 from megadistill.cli.common import EXIT_CODES
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
@@ -54,8 +54,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         _refuse_renamed(arguments)
         options = parser().parse_args(arguments)
-        code: int = options.run(options)
-        return code
+        return options.run(options) or 0
     except UserError as error:
         if prints or isinstance(error, RankUserError):
             print(f"megadistill: {error}", file=sys.stderr)
@@ -88,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     # The deepspeed launcher puts this in front of the command; the rank is read from the environment.
     top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for group in (data, train, models, prune, evaluate, report, plan, timeline, config_keys):
+    for group in (data, train, models, evaluate, plan):
         group.add(commands)
     return top
 

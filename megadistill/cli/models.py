@@ -1,4 +1,4 @@
-"""Commands that write text or weights of a model: generate, export."""
+"""Commands that write text or weights of a model: generate, export, prune."""
 
 import argparse
 from pathlib import Path
@@ -21,6 +21,14 @@ loads with transformers' AutoModelForCausalLM and AutoTokenizer; its README.md i
 teacher and the hyperparameters that the run recorded.
 
 example: megadistill export runs/mine/checkpoints/step-00010000 --output mine-10000 --dtype bfloat16"""
+
+PRUNE_EPILOG = """\
+One process and one device, which holds the whole teacher. The output folder is a Hugging Face model with a pruning.json
+that lists the kept channels, neurons, heads and layers. Name it in student.weights and student.config, and distil from
+the teacher that it was cut from.
+
+example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidden-size 3072 --intermediate-size 9216 \\
+    --output pruned"""
 
 
 def add(commands: Commands) -> None:
@@ -45,8 +53,23 @@ def add(commands: Commands) -> None:
     option(command, "--max-shard-mb", "MB", "largest safetensors file", default=4096)
     command.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: the run's precision)")
 
+    summary = "structured pruning of a teacher by activation importance"
+    command = add_command(commands, "prune", summary, PRUNE_EPILOG, _prune)
+    command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
+    option(command, "--data", "MANIFEST", "manifest.json of the split to measure on", required=True)
+    option(command, "--output", "DIR", "the folder to write", kind=Path, required=True)
+    for name, metavar, parts in (
+        ("--hidden-size", "H", "channels of the hidden state"),
+        ("--intermediate-size", "I", "neurons of each MLP"),
+        ("--heads", "N", "query heads, by whole key-value groups"),
+        ("--layers", "L", "layers"),
+    ):
+        option(command, name, metavar, f"{parts} to keep (default: all)", kind=int)
+    option(command, "--sequences", "N", "sequences to measure on", default=512)
+    option(command, "--batch", "N", "sequences of a forward pass", default=8)
 
-def _generate(options: argparse.Namespace) -> int:
+
+def _generate(options: argparse.Namespace) -> None:
     if options.sequences < 1:
         raise UserError(f"--sequences {options.sequences}: give at least 1")
     from megadistill.data import Manifest, Mixture
@@ -71,10 +94,9 @@ def _generate(options: argparse.Namespace) -> int:
             world=options.jobs,
         )
     print_tables(report.table())
-    return 0
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     from megadistill.export.export_run import export_run
 
     step = export_run(
@@ -85,4 +107,27 @@ def _export(options: argparse.Namespace) -> int:
         dtype=options.dtype,
     )
     print(f"{options.output}: the student of {options.source} at step {step}")
-    return 0
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from megadistill.data import Manifest, Mixture
+    from megadistill.distributed.topology import local_device
+    from megadistill.progress import console_progress
+    from megadistill.prune.prune import prune
+
+    with console_progress() as show:
+        report = prune(
+            options.teacher,
+            Mixture.of(Manifest.load(options.data)),
+            options.output,
+            hidden_size=options.hidden_size,
+            intermediate_size=options.intermediate_size,
+            heads=options.heads,
+            layers=options.layers,
+            sequences=options.sequences,
+            batch=options.batch,
+            device=local_device(0),
+            progress=show,
+        )
+    print_tables(report.table())
+    print(report.line())

@@ -1,10 +1,18 @@
-"""The command `plan`, which computes the needs of a run before it starts."""
+"""Commands that explain a run, before it starts or after: plan, timeline, config-keys."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megadistill.cli.common import Commands, add_command, add_overrides, option
+from megadistill.cli.common import Commands, add_command, add_overrides, option, print_tables
+from megadistill.errors import UserError
+from megadistill.io import write_json
+
+if TYPE_CHECKING:
+    from megadistill.timeline.spans import Timeline
+
+STEPS = 3
+"""Steps that a timeline simulates where no option gives their number."""
 
 PLAN_EPILOG = """\
 Nothing is started, and no GPU is needed: models are built on the meta device.
@@ -14,6 +22,24 @@ examples:
   megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR   # data, teacher elsewhere
 
 Exit code 2 also where no layout fits; the message then gives the missing memory, and settings that would help."""
+
+TIMELINE_EPILOG = """\
+Of a run: the steps of run.timeline, [first, last], which each rank recorded in RUN/timeline/.
+
+  megadistill train RECIPE --set 'run.timeline=[101,103]'
+  megadistill timeline RUN
+
+Of a plan: simulated from the seconds that `megadistill plan` expects.
+
+  megadistill timeline RECIPE --nodes 8 --gpu h100 --output DIR
+
+timeline.json opens in https://ui.perfetto.dev and chrome://tracing; timeline.png is a picture of the same."""
+
+CONFIG_KEYS_EPILOG = """\
+examples:
+  megadistill config-keys
+  megadistill config-keys loss
+  megadistill config-keys train.max_grad_norm"""
 
 
 def add(commands: Commands) -> None:
@@ -26,6 +52,18 @@ def add(commands: Commands) -> None:
     option(law, "--teacher-tokens", "D", "or the number of tokens that it was trained on", kind=float)
     option(command, "--price", "X", "price of a GPU-hour, in your currency", kind=float)
     option(command, "--json", "FILE", "everything as JSON; - for stdout, in place of tables", kind=Path)
+
+    summary = "trace and picture of compute, waiting and communication per rank"
+    command = add_command(commands, "timeline", summary, TIMELINE_EPILOG, _timeline)
+    command.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
+    add_plan_options(command, required=False)  # a run recorded its own layout
+    option(command, "--steps", "N", f"of a plan: steps to simulate (default {STEPS})", kind=int)
+    option(command, "--output", "DIR", "folder of the output (of a run: by default RUN)", kind=Path)
+
+    summary = "every key of a recipe: type, default, meaning"
+    command = add_command(commands, "config-keys", summary, CONFIG_KEYS_EPILOG, _config_keys)
+    command.add_argument("key", nargs="?", metavar="KEY", help="a section or a key, as in loss or train.max_grad_norm")
+    command.add_argument("--markdown", action="store_true", help="print all of them as the page docs/config-keys.md")
 
 
 def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> None:
@@ -61,13 +99,11 @@ def build_plan(recipe: Path, options: argparse.Namespace) -> Any:
     return plan(inputs, cluster, mfu)
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> None:
     import json
-    import sys
 
     from rich.console import Console
 
-    from megadistill.errors import UserError
     from megadistill.plan.output.plan_json import to_json
     from megadistill.plan.output.plan_tables import render
     from megadistill.plan.scaling_law import forecast
@@ -82,11 +118,77 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json != Path("-"):
         Console(highlight=False).print(render(plan, law=law, price=options.price))
     if options.json is not None:
-        content = json.dumps(to_json(plan, law=law, price=options.price), indent=1, allow_nan=False) + "\n"
+        values = to_json(plan, law=law, price=options.price)
         if options.json == Path("-"):
-            sys.stdout.write(content)
+            print(json.dumps(values, indent=1, allow_nan=False))
         else:
-            options.json.write_text(content, encoding="utf-8")
+            write_json(options.json, values)
     if not plan.best:
         raise UserError(remedies(plan))
-    return 0
+
+
+def _timeline(options: argparse.Namespace) -> None:
+    if not options.source.exists():
+        raise UserError(f"{options.source} does not exist: name a run folder, or a recipe")
+    (_of_run if options.source.is_dir() else _of_plan)(options)
+
+
+def _of_run(options: argparse.Namespace) -> None:
+    from megadistill.timeline.files import read_timeline
+
+    for name in ("nodes", "gpu", "steps", "set", "sequence-length", "teacher-config"):
+        if getattr(options, name.replace("-", "_")):
+            raise UserError(
+                f"--{name} belongs to a plan, and {options.source} is a run folder: name a recipe, or leave it out"
+            )
+    _write(read_timeline(options.source), options.output or options.source)
+
+
+def _of_plan(options: argparse.Namespace) -> None:
+    for name in ("nodes", "gpu", "output"):
+        if getattr(options, name) is None:
+            raise UserError(f"the timeline of a plan needs --{name}, as in --nodes 8 --gpu h100 --output DIR")
+    from dataclasses import replace
+
+    from megadistill.plan.output.plan_timeline import simulate
+    from megadistill.plan.search import remedies
+
+    plan = build_plan(options.source, options)
+    main = plan.main
+    if main is None:
+        raise UserError(remedies(plan))
+    recipe = main.sharding.recipe
+    where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {options.gpu}"
+    assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
+    timeline = simulate(
+        main.times,
+        steps=STEPS if options.steps is None else options.steps,
+        run_steps=recipe.train.steps,
+        ranks_per_node=options.gpus_per_node,
+    )
+    title, note = f"{where}: {timeline.title}", f"{timeline.note}; {assumed}"
+    _write(replace(timeline, title=title, note=note), options.output)
+    settings = plan.settings(main)
+    if settings:
+        overrides = " ".join(f"--set {each}" for each in settings)
+        print(f"the recipe's own layout is refused ({plan.refused}); this timeline is of {overrides}")
+
+
+def _write(timeline: "Timeline", output: Path) -> None:
+    from megadistill.timeline.picture import draw, table
+    from megadistill.timeline.trace import write_trace
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_trace(timeline, output / "timeline.json")
+    draw(timeline, output / "timeline.png")
+    print_tables(table(timeline))
+    print(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")
+
+
+def _config_keys(options: argparse.Namespace) -> None:
+    from megadistill.config.keys import markdown, tables
+
+    if options.markdown:
+        print(markdown(), end="")
+    else:
+        print_tables(*tables(options.key))

@@ -6,6 +6,7 @@ from pathlib import Path
 from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
 from megadistill.distributed.launch import environment_rank
 from megadistill.errors import RestartFault, UserError
+from megadistill.io import write_json
 
 TRAIN_EPILOG = """\
 The same command under every launcher, which sets rank, world size and rendezvous:
@@ -76,6 +77,10 @@ def _train(options: argparse.Namespace) -> int:
             line = f"step {outcome.step} of {recipe.train.steps}, done"
         elif outcome.stopped_by is not None:
             line = f"stopped at step {outcome.step} ({outcome.stopped_by}); the same command resumes"
+        elif outcome.step > options.stop_after:
+            line = (
+                f"already at step {outcome.step}, past --stop-after {options.stop_after}; rerun without it to continue"
+            )
         else:
             line = f"stopped at --stop-after {outcome.step}; rerun without it to continue"
         print(f"{recipe.run.folder}: {line}")
@@ -83,30 +88,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    import json
-
+    from megadistill.doctor.examine import examine, examine_node
     from megadistill.doctor.rank_report import Report
 
     def show(report: Report) -> None:
         print_tables(report.table())
         if options.json:
-            options.json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, report.to_json())
         if report.bad_nodes:
             print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
 
     if options.node:
-        from megadistill.doctor.examine import examine_node
-
         report = examine_node(options.recipe, options.set)
         show(report)
         return 0 if report.ok else UserError.exit_code
-    from megadistill.doctor.examine import examine
-
-    passed = examine(options.recipe, options.set, publish=show)
-    return 0 if passed else UserError.exit_code
+    return 0 if examine(options.recipe, options.set, publish=show) else UserError.exit_code
 
 
-def _store_targets(options: argparse.Namespace) -> int:
+def _store_targets(options: argparse.Namespace) -> None:
     from megadistill.config import load_recipe
 
     if options.steps is not None and options.steps < 1:
@@ -117,4 +116,3 @@ def _store_targets(options: argparse.Namespace) -> int:
     summary = store_targets(recipe, options.output, steps=options.steps)
     if summary is not None:
         print(summary)
-    return 0

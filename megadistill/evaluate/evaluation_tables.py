@@ -1,11 +1,11 @@
 """Tables of an evaluation for a terminal of 80 columns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
-from megadistill.evaluate.evaluation import MEASURES, Decile, Evaluation, Measures, measure_cells
+from megadistill.evaluate.evaluation import MEASURES, Evaluation, Measures, measure_cells
 
 MAIN = ("cross_entropy", "perplexity", "bits_per_byte", "kl", "agreement")
 FURTHER = ("calibration_error", "jsd", "acceptance")
@@ -54,19 +54,17 @@ def _deciles(results: Sequence[Evaluation]) -> Table:
     bounds = [decile.bounds for decile in results[0].by_decile or ()]
     for number, _ in enumerate(bounds, start=1):
         table.add_column(str(number), justify="right", no_wrap=True)
-    table.add_row("entropy up to", *(_five_characters(bound and bound[1]) for bound in bounds))
-    quantities: list[tuple[str, Sequence[Evaluation], Callable[[Decile], str]]] = [
-        ("CE", results, lambda decile: _five_characters(decile.cross_entropy)),
-        ("KL", results[1:], lambda decile: _five_characters(decile.kl)),
-        ("agreement", results[1:], lambda decile: "-" if decile.agreement is None else f"{decile.agreement:.0%}"),
-    ]
-    for heading, models, cell in quantities:
+    table.add_row("entropy up to", *(_cell(bound and bound[1]) for bound in bounds))
+    for name, models in (("cross_entropy", results), ("kl", results[1:]), ("agreement", results[1:])):
         if models:
-            table.add_row(heading, style="bold")
+            table.add_row(MEASURES[name][0], style="bold")
         for model in models:
-            table.add_row(f" {escape(model.model)}", *map(cell, model.by_decile or ()))
+            values = (getattr(decile, name) for decile in model.by_decile or ())
+            table.add_row(f" {escape(model.model)}", *(_cell(value, percent=name == "agreement") for value in values))
     return table
 
 
-def _five_characters(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 9.9995 else f"{value:.2f}"
+def _cell(value: float | None, *, percent: bool = False) -> str:
+    """A number as text of five characters or fewer."""
+    form = ".0%" if percent else ".3f" if value is not None and value < 9.9995 else ".2f"
+    return "-" if value is None else format(value, form)

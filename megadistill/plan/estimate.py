@@ -40,10 +40,6 @@ class Estimate:
         """Tokens of the smallest micro-step whose compute hides ZeRO-3's traffic."""
         return self.sharding.tokens * (self.times.gather + self.times.reduce) / self.times.compute
 
-    @property
-    def steps(self) -> int:
-        return self.sharding.recipe.train.steps
-
     @cached_property
     def memory(self) -> int:
         """Bytes in use on the fullest device."""
@@ -60,11 +56,11 @@ class Estimate:
 
     @cached_property
     def seconds(self) -> float:
-        return self.times.seconds(self.steps)
+        return self.times.seconds(self.sharding.recipe.train.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.requirements.tokens / self.steps / self.times.step
+        return self.requirements.tokens / self.sharding.recipe.train.steps / self.times.step
 
     @property
     def gpu_hours(self) -> float:

@@ -127,7 +127,7 @@ def recipe_with_layout(layout: Layout, recipe: Recipe, cluster: Cluster) -> Reci
     values["distributed"]["vocab_group"] = layout.vocab_group
     values["train"]["micro_batch"] = layout.micro_batch
     values["student"]["activation_checkpointing"] = layout.activation_checkpointing
-    if values["teacher"] is not None and values["teacher"]["source"] == "live":
+    if recipe.teacher is not None and recipe.teacher.is_live:
         own = layout.teacher_ranks > 0
         values["teacher"].update(
             placement="disaggregated" if own else "colocated",

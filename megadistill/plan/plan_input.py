@@ -86,7 +86,7 @@ def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:
 
 def _teacher(recipe: Recipe, folder: Path | None) -> Any | None:
     section = recipe.teacher
-    if section is None or section.source == "stored":
+    if section is None or not section.is_live:
         if folder is not None:
             raise UserError(f"--teacher-config {folder}: no teacher runs in this recipe: leave the option out")
         return None

@@ -28,22 +28,22 @@ _C0, _C1, _F1, _D1 = 2.549, 522.6, 0.090, 1.315
 
 @dataclass(frozen=True)
 class Expectation:
-    """Expected cross-entropies, in nats a token."""
+    """Expected cross-entropies."""
 
     parameters: int
     """N: the student's non-embedding parameters."""
     tokens: int
     """D: tokens of the run."""
-    teacher: float
+    teacher_nats_per_token: float
     """L_T"""
-    distilled: float
+    distilled_nats_per_token: float
     """Loss of the distilled student."""
-    labels: float
+    labels_nats_per_token: float
     """Loss of a student from labels, on as many tokens."""
-    labels_tokens: int
+    labels_equal_compute_tokens: int
     """Tokens from labels that take the same FLOPs."""
-    labels_equal_compute: float
-    """Loss of a student from labels, on `labels_tokens`."""
+    labels_equal_compute_nats_per_token: float
+    """Loss of a student from labels, on `labels_equal_compute_tokens`."""
     outside: tuple[str, ...]
     """Reasons why this lies outside the fitted range; empty within."""
 
@@ -94,11 +94,11 @@ def forecast(
     return Expectation(
         parameters=parameters,
         tokens=tokens,
-        teacher=teacher_loss,
-        distilled=distilled,
-        labels=supervised_loss(parameters, tokens),
-        labels_tokens=labels_tokens,
-        labels_equal_compute=supervised_loss(parameters, labels_tokens),
+        teacher_nats_per_token=teacher_loss,
+        distilled_nats_per_token=distilled,
+        labels_nats_per_token=supervised_loss(parameters, tokens),
+        labels_equal_compute_tokens=labels_tokens,
+        labels_equal_compute_nats_per_token=supervised_loss(parameters, labels_tokens),
         outside=outside_fit(parameters, tokens, distilled),
     )
 

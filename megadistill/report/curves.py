@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from megadistill.plan.units import count
 from megadistill.report.drawing import Drawing, colour, dashes, draw, new_figure
 from megadistill.report.event_plot import mark_trouble
 from megadistill.report.run_record import Floats, RunRecord
-from megadistill.report.smoothing import COUNTS, TIMES, count_text, evenly, extremes, smooth, unit, window
+from megadistill.report.smoothing import COUNTS, SMOOTHED_SHARE, TIMES, evenly, extremes, smooth, unit
 from megadistill.report.wall_clock import Clock
 
 RAW_POINTS, SMOOTHED_POINTS = 800, 300
@@ -132,7 +133,7 @@ def _drawn(
             if reach:
                 axes.set_xlim(-0.01 * reach, 1.02 * reach)
             if curve.counts:
-                axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
+                axes.yaxis.set_major_formatter(lambda value, _: count(value))
             drawn.append(draw(figure, curve.name, curve.title, curve.caption, runs=[run.name for run in runs]))
     return drawn
 
@@ -154,7 +155,7 @@ def _plot(
     starts = starts[known] if starts is not None else None
     if not len(values):
         return []
-    width = window(len(values)) if smoothed else 1
+    width = max(1, len(values) // SMOOTHED_SHARE) if smoothed else 1
     raw = extremes(values, max(120, min(RAW_POINTS, POINTS // among)))
     strong: dict[str, Any] = {
         "color": colour(run),

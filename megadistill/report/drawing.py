@@ -87,7 +87,7 @@ def colour(run: int) -> str:
     return PALETTE[run % len(PALETTE)]
 
 
-def dashes(run: int) -> object:
+def dashes(run: int) -> Any:
     """Dash style of a run: solid for the first ones, as many as there are colours."""
     return DASHES[run // len(PALETTE) % len(DASHES)]
 
@@ -104,8 +104,9 @@ def draw(figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[
     The page has one legend for all figures.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = for_page(buffer.getvalue(), prefix=name, title=title)
+    with mpl.rc_context({"svg.hashsalt": name}):  # ids that differ from those of the page's other figures
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = for_page(buffer.getvalue(), title=title)
     if not any(axes.get_title() or axes.get_title(loc="left") for axes in figure.axes):
         figure.axes[0].set_title(title, loc="left")
     if runs:
@@ -116,24 +117,21 @@ def draw(figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
-    handles = []
-    for index in range(len(names)):
-        style: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index)}
-        handles.append(Line2D([], [], linewidth=1.6, **style))
+    handles = [Line2D([], [], linewidth=1.6, color=colour(i), linestyle=dashes(i)) for i in range(len(names))]
     lines = -(-len(names) // LEGEND_COLUMNS)
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
     figure.legend(handles, [label(each) for each in names], loc="outside lower left", ncols=LEGEND_COLUMNS)
 
 
-def for_page(svg: bytes, *, prefix: str, title: str) -> str:
-    """matplotlib's SVG as an element of a page with several: unique ids, classes of runs, the page's colours."""
+def for_page(svg: bytes, *, title: str) -> str:
+    """matplotlib's SVG as an element of a page: classes of runs in place of ids, and the page's colours."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):  # a style would be the whole page's
                 parent.remove(child)
     for element in root.iter():
-        _adapt(element, prefix)
+        _adapt(element)
     view = root.get("viewBox", "")
     root.attrib.clear()
     root.attrib.update({"viewBox": view, "role": "img", "aria-label": title})
@@ -142,19 +140,17 @@ def for_page(svg: bytes, *, prefix: str, title: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _adapt(element: ElementTree.Element, prefix: str) -> None:
+def _adapt(element: ElementTree.Element) -> None:
     name = element.attrib.pop("id", None)
     if name is not None and re.fullmatch(r"run-\d+", name):
         element.set("class", name)
     elif name is not None and element.tag != f"{{{_SVG}}}g":  # targets of references: clips, markers, glyphs
-        element.set("id", f"{prefix}-{name}")
+        element.set("id", name)
     for key, value in element.attrib.items():
         if key == "d":
             element.set(key, re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", value))
-        elif key == f"{{{_XLINK}}}href":
-            element.set(key, value.replace("#", f"#{prefix}-", 1))
         else:
-            element.set(key, _page_colours(value.replace("url(#", f"url(#{prefix}-")))
+            element.set(key, _page_colours(value))
 
 
 def _page_colours(style: str) -> str:

@@ -141,11 +141,9 @@ def number(value: Any) -> float:
 def _recipe(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     try:
         values = read_json(path)
-    except FileNotFoundError:
-        notes.append("no recipe.json")
-        return {}, {}
     except (OSError, ValueError) as error:
-        notes.append(f"recipe.json cannot be read: {printable(str(error))}")
+        missing = isinstance(error, FileNotFoundError)
+        notes.append("no recipe.json" if missing else f"recipe.json cannot be read: {printable(str(error))}")
         return {}, {}
     recipe = values.get("recipe") if isinstance(values, dict) else None
     if not isinstance(recipe, dict):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from megadistill.events import EVENTS, Goodput
+from megadistill.plan.units import count, spell
 from megadistill.report.run_record import Floats, RunRecord
-from megadistill.report.smoothing import count_text, time_text
 from megadistill.report.tables import NOTHING, Table, digits, text
 from megadistill.report.wall_clock import Clock, state_of, utc
 
@@ -36,16 +36,14 @@ def summary_table(
             _model(run.setting("student.config")),
             _model(run.setting("teacher.path") or run.setting("teacher.targets")),
             _steps(run),
-            count_text(run.series["tokens"][-1]) if len(run) else NOTHING,
+            count(run.series["tokens"][-1]) if len(run) else NOTHING,
             *(digits(_last(run.series[name]), ".4f") for name in ("loss", "kl", "student_ce")),
-            count_text(_median(run.series["tokens_per_second"])) if run.has("tokens_per_second") else NOTHING,
+            count(_median(run.series["tokens_per_second"])) if run.has("tokens_per_second") else NOTHING,
             digits(_median(run.series["mfu"]), ".1%"),
             digits(_part(run, "teacher_seconds"), ".1%"),
             digits(_part(run, "data_seconds"), ".1%"),
-            digits(float(np.nanmax(run.series["memory_bytes"])) / 2**30, ".3g") + " GiB"
-            if run.has("memory_bytes")
-            else NOTHING,
-            time_text(clock.wall) if clock.wall > 0 else NOTHING,
+            f"{np.nanmax(run.series['memory_bytes']) / 2**30:.3g} GiB" if run.has("memory_bytes") else NOTHING,
+            spell(clock.wall) if clock.wall > 0 else NOTHING,
             f"{goodput.ratio:.1%}" if goodput.wall > 0 else NOTHING,
         ]
         for run, clock, goodput in zip(runs, clocks, goodputs, strict=True)
@@ -117,10 +115,8 @@ def _median(values: Floats) -> float:
 
 def _part(run: RunRecord, name: str) -> float:
     """Fraction of the time of all steps that a run waited."""
-    if not run.has(name):
-        return np.nan
     seconds = np.nansum(run.series["seconds"])
-    return float(np.nansum(run.series[name]) / seconds) if seconds > 0 else np.nan
+    return float(np.nansum(run.series[name]) / seconds) if run.has(name) and seconds > 0 else np.nan
 
 
 def _without_empty(table: Table) -> Table:

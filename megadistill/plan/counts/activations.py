@@ -13,7 +13,8 @@ Legend: S tokens of the sequence, D width.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -138,17 +139,17 @@ class _Layer:
             with _LiveStorages() as live, torch.no_grad():
                 layer(hidden_1SD, **arguments)
             forward = live.peak + _bytes_of([hidden_1SD])
-            with _SavedTensors() as by_norm:
+            with _saved_storages() as by_norm:
                 out = decoder.norm(hidden_1SD)
-            norm = by_norm.bytes_without(decoder.parameters()) + _bytes_of([out])
+            norm = _bytes_without(by_norm, decoder.parameters()) + _bytes_of([out])
             after_forward, backward, by_layer = _fwd_bwd(layer, hidden_1SD, arguments)
-            saved = by_layer.bytes_without([*decoder.parameters(), *shared])
+            saved = _bytes_without(by_layer, [*decoder.parameters(), *shared])
         return cls(saved, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, after_forward, backward)
 
 
 def _fwd_bwd(
     layer: nn.Module, hidden_1SD: Tensor, arguments: dict[str, Any]
-) -> tuple[int, list[tuple[int, int]], "_SavedTensors"]:
+) -> tuple[int, list[tuple[int, int]], dict[int, int]]:
     """Live bytes after the forward pass, those beyond them at each moment of the backward pass, the saved tensors."""
     gradients: set[int] = set()
 
@@ -160,7 +161,7 @@ def _fwd_bwd(
     for parameter in layer.parameters():
         parameter.register_post_accumulate_grad_hook(release)  # type: ignore[no-untyped-call]
     with _LiveStorages() as live:
-        with _SavedTensors() as saved:
+        with _saved_storages() as saved:
             out = layer(hidden_1SD, **arguments)
         after_forward, first = live.now, len(live.events)
         out.backward(torch.empty_like(out))
@@ -210,26 +211,22 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class _SavedTensors:
-    """Storages that autograd saves for the operations within this context."""
+@contextmanager
+def _saved_storages() -> Iterator[dict[int, int]]:
+    """Storages that autograd saves for the operations within this context: address -> bytes."""
+    sizes: dict[int, int] = {}
 
-    def __enter__(self) -> "_SavedTensors":
-        self._sizes: dict[int, int] = {}
-        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._sizes.setdefault(storage._cdata, storage.nbytes())
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
         return tensor
 
-    def bytes_without(self, tensors: Iterable[Tensor]) -> int:
-        others = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return sum(size for key, size in self._sizes.items() if key not in others)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+def _bytes_without(sizes: dict[int, int], tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of `_saved_storages` without those of `tensors`."""
+    return sum(sizes[key] for key in sizes.keys() - {tensor.untyped_storage()._cdata for tensor in tensors})
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -8,6 +8,8 @@ from megadistill.plan.estimate import Estimate
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
 from megadistill.plan.search import Plan
 
+FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS}
+
 
 def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
     """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster."""
@@ -36,7 +38,7 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
         "own": _layout(plan, plan.own, price) if plan.own else None,
         "best": [_layout(plan, each, price) for each in plan.best],
         "nearest": _layout(plan, plan.nearest, price) if plan.nearest else None,
-        "scaling_law": _law(law) if law else None,
+        "scaling_law": {"source": "arXiv 2502.08606", "fitted_on": FITTED_ON, **asdict(law)} if law else None,
     }
 
 
@@ -91,19 +93,4 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         "days": each.seconds / 86_400,
         "gpu_hours": each.gpu_hours,
         "price": None if price is None else each.gpu_hours * price,
-    }
-
-
-def _law(law: Expectation) -> dict[str, Any]:
-    return {
-        "source": "arXiv 2502.08606",
-        "parameters": law.parameters,
-        "tokens": law.tokens,
-        "teacher_nats_per_token": law.teacher,
-        "distilled_nats_per_token": law.distilled,
-        "labels_nats_per_token": law.labels,
-        "labels_equal_compute_tokens": law.labels_tokens,
-        "labels_equal_compute_nats_per_token": law.labels_equal_compute,
-        "fitted_on": {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS},
-        "outside": law.outside,
     }

@@ -255,11 +255,11 @@ def _law(plan: Plan, law: Expectation | None) -> RenderableType:
     if law is None:
         return Text(f"{title}:\ndescribe the teacher with --teacher-loss or --teacher-tokens.", style="dim")
     table = _table("", "")
-    table.add_row("the teacher", f"{law.teacher:.3f}")
-    table.add_row(f"the student, distilled on {count(law.tokens)} tokens", f"{law.distilled:.3f}")
-    table.add_row("from labels, on as many tokens", f"{law.labels:.3f}")
-    more = f"from labels, for as many FLOPs: {count(law.labels_tokens)} tokens"
-    table.add_row(more, f"{law.labels_equal_compute:.3f}")
+    table.add_row("the teacher", f"{law.teacher_nats_per_token:.3f}")
+    table.add_row(f"the student, distilled on {count(law.tokens)} tokens", f"{law.distilled_nats_per_token:.3f}")
+    table.add_row("from labels, on as many tokens", f"{law.labels_nats_per_token:.3f}")
+    more = f"from labels, for as many FLOPs: {count(law.labels_equal_compute_tokens)} tokens"
+    table.add_row(more, f"{law.labels_equal_compute_nats_per_token:.3f}")
     note = "Fitted on English C4, 143M to 12.6B parameters: differences carry over better than values."
     if law.outside:
         note = f"A warning light, not a forecast: outside the fitted range, by {'; '.join(law.outside)}."

@@ -51,10 +51,11 @@ def test_the_teachers_flops_spent_on_labels() -> None:
     assert expected is not None
     student, teacher = requirements.models
     more = requirements.tokens * (student.flops + teacher.flops) // student.flops
-    assert expected.labels_tokens == more
-    assert expected.labels_equal_compute == supervised_loss(LLAMA3_8B_BODY, more) < expected.labels
-    assert expected.distilled == distilled_loss(LLAMA3_8B_BODY, requirements.tokens, teacher=2.1)
-    assert expected.outside == outside_fit(LLAMA3_8B_BODY, requirements.tokens, expected.distilled)
+    assert expected.labels_equal_compute_tokens == more
+    assert expected.labels_equal_compute_nats_per_token == supervised_loss(LLAMA3_8B_BODY, more)
+    assert expected.labels_equal_compute_nats_per_token < expected.labels_nats_per_token
+    assert expected.distilled_nats_per_token == distilled_loss(LLAMA3_8B_BODY, requirements.tokens, teacher=2.1)
+    assert expected.outside == outside_fit(LLAMA3_8B_BODY, requirements.tokens, expected.distilled_nats_per_token)
 
 
 @pytest.mark.parametrize(

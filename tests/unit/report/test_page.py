@@ -101,7 +101,7 @@ def test_the_page_says_what_happened(eventful: tuple[Path, str]) -> None:
     assert {"progress", "throughput", "waiting", "memory", "events", "goodput"} <= figures
     assert {"evaluation-1-calibration", "evaluation-1-deciles"} <= figures
     assert "mfu" not in figures, "nobody knows the peak of a CPU"
-    for part in ("40 of 40", "41K", "rank 1 is gone", "the loss left its window", "llama, 2 x 96", "teacher-hf"):
+    for part in ("40 of 40", "41k", "rank 1 is gone", "the loss left its window", "llama, 2 x 96", "teacher-hf"):
         assert part in words, part
     assert "step skipped, loss spike, rollback, attempt failed" in words
     assert "evaluation-old.json: no evaluations of this version" in words

@@ -1,15 +1,13 @@
 """Rows of numbers, smoothed and thinned, against what a slow and plain loop says."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadistill.report.smoothing import COUNTS, TIMES, count_text, evenly, extremes, smooth, time_text, unit
+from megadistill.report.smoothing import COUNTS, TIMES, evenly, extremes, smooth, unit
 
-ROWS = st.lists(st.floats(-100, 100) | st.just(math.nan), max_size=60)
+ROWS = st.lists(st.floats(-100, 100), max_size=60)
 
 
 @given(row=ROWS, width=st.integers(1, 25))
@@ -17,8 +15,8 @@ def test_a_smoothed_value_is_the_mean_around_it(row: list[float], width: int) ->
     drawn = smooth(np.array(row, dtype=np.float64), width)
     for place, value in enumerate(drawn):
         half = min(width // 2, place)
-        around = [each for each in row[place - half : place + half + 1] if math.isfinite(each)]
-        assert value == pytest.approx(sum(around) / len(around), abs=1e-9) if around else math.isnan(value)
+        around = row[place - half : place + half + 1]
+        assert value == pytest.approx(sum(around) / len(around), abs=1e-9)
 
 
 def test_the_first_value_is_not_smoothed_away() -> None:
@@ -58,7 +56,5 @@ def test_no_value_at_all() -> None:
 
 
 def test_units_that_read_well() -> None:
-    assert [count_text(each) for each in (0, 950, 409_600, 2e9, 1.5e12)] == ["0", "950", "410K", "2B", "1.5T"]
-    assert [time_text(each) for each in (9.9, 150, 8136, 1e6)] == ["9.9 s", "2.5 min", "2.26 h", "11.6 days"]
     assert unit(3e6, COUNTS, "") == (1e6, "millions")
     assert unit(5.0, TIMES, "seconds") == (1.0, "seconds")
