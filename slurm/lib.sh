@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Shared functions of the sbatch files: node checks, signals, markers and restarts.
 #
-# Markers decide, not exit codes: srun's is 0 after a node lost power, and 137 for a clean stop whose last rank was slow.
-# The markers are DONE (finished), HOLD (a person has to investigate), and the output of `progress`. Each rank's standard
-# error and exit code are in logs/JOB/TRY/: rank-00000.err and rank-00000.code.
+# Markers decide, not exit codes: srun's is 0 after a node lost power, and 137 for a clean stop with a slow last rank.
+# The markers are DONE (finished), HOLD (a person has to investigate), and the output of `progress`. Standard error and
+# exit code of each rank are in logs/JOB/TRY/: rank-00000.err and rank-00000.code.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
 # shellcheck source=slurm/env.sh.example
@@ -42,7 +42,8 @@ leave() {
 # hold FOLDER CODE REASON
 hold() {
   log "HOLD: $3"
-  printf '%s\njob %s, %s\nAfter fixing the cause, delete this file and submit again.\n' "$3" "$SLURM_JOB_ID" "$(date)" >"$1/HOLD"
+  printf '%s\njob %s, %s\nAfter fixing the cause, delete this file and submit again.\n' \
+    "$3" "$SLURM_JOB_ID" "$(date)" >"$1/HOLD"
   rm -f "$1/starts-without-progress"
   exit "$2"
 }
@@ -69,8 +70,8 @@ count_start() {
   echo "$((count + 1)) $now" >"$1/starts-without-progress"
 }
 
-# usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in the order of LIST.
-# It does not wait for the other checks once there are enough.
+# usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in LIST's order. It
+# does not wait for the other checks once there are enough.
 usable_nodes() {
   local passed node state pids=() found
   passed=$(mktemp -d "$LOGS/nodes.XXXXXX")
@@ -83,17 +84,20 @@ usable_nodes() {
     check_node "$passed" "$node" "${@:3}" &
     pids+=($!)
   done < <(sinfo -h -N -n "$1" -o '%N %T' | sort -u)
-  while found=$(find "$passed" -type f | wc -l) && [ "$found" -lt "$2" ] && kill -0 "${pids[@]}" 2>/dev/null; do sleep 0.2; done
+  while found=$(find "$passed" -type f | wc -l) && [ "$found" -lt "$2" ] && kill -0 "${pids[@]}" 2>/dev/null; do
+    sleep 0.2
+  done
   for node in $(scontrol show hostnames "$1"); do [ ! -e "$passed/$node" ] || echo "$node"; done | head -n "$2"
 }
 
 check_node() { # FOLDER NODE [SRUN OPTION]
   local output
-  if output=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 "${@:3}" \
-    bash slurm/check-node.sh 2>&1); then
+  if output=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 \
+    "${@:3}" bash slurm/check-node.sh 2>&1); then
     touch "$1/$2"
   else
-    output=$(grep '✗' <<<"$output" || grep -v '^srun: ' <<<"$output" | tail -n 1) # a failed row of doctor, else the last line
+    # a failed row of doctor, else the last line
+    output=$(grep '✗' <<<"$output" || grep -v '^srun: ' <<<"$output" | tail -n 1)
     log "$2 is not used: ${output:-no answer within $CHECK_SECONDS s}" >&2
   fi
 }
@@ -105,19 +109,21 @@ component() {
   count=${#nodes[@]} cpus=$((SLURM_CPUS_ON_NODE / per))
   [ "$cpus" -ge 1 ] || cpus=1
   [ -n "${MASTER_ADDR:-}" ] || export MASTER_ADDR=${nodes[0]}
-  STEP+=(--nodes="$count" --ntasks=$((count * per)) --ntasks-per-node="$per" --cpus-per-task="$cpus" --distribution=block
-    --nodelist="$(IFS=, && echo "${nodes[*]}")" --overlap --mem=0 --immediate=60 --kill-on-bad-exit=1 --wait=60 --output=0
+  STEP+=(--nodes="$count" --ntasks=$((count * per)) --ntasks-per-node="$per" --cpus-per-task="$cpus"
+    --distribution=block --nodelist="$(IFS=, && echo "${nodes[*]}")" --overlap --mem=0 --immediate=60
+    --kill-on-bad-exit=1 --wait=60 --output=0
     bash slurm/rank.sh "${@:3}")
 }
 
 # run_step: starts STEP, waits for its end, and logs the exit codes.
 run_step() {
-  local began=$SECONDS code
+  local began=$SECONDS code counts
   srun "${STEP[@]}" &
   STEP_PID=$!
   while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done # a signal ends wait, not srun
   STEP_PID=""
-  log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $(cat "$LOGS"/*.code 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')"
+  counts=$(cat "$LOGS"/*.code 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')
+  log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $counts"
   find "$LOGS" -name 'rank-*.err' -empty -delete
 }
 
@@ -127,7 +133,8 @@ first_rank_with() {
   for file in "$LOGS"/rank-*.code; do
     [ -e "$file" ] || return 1
     case " $* " in *" $(cat "$file") "*)
-      echo "${file##*/rank-} $(tail -n 1 "${file%.code}.err" 2>/dev/null)" | sed 's/\.code / exit code '"$(cat "$file")"': /'
+      echo "${file##*/rank-} $(tail -n 1 "${file%.code}.err" 2>/dev/null)" |
+        sed 's/\.code / exit code '"$(cat "$file")"': /'
       return 0 ;;
     esac
   done
@@ -140,12 +147,14 @@ newest_attempt() { find "$1/attempts" -name '*.json' 2>/dev/null | sort | tail -
 is_superseded() {
   local now
   now=$(newest_attempt "$1")
-  [ "$now" != "$2" ] && ! { grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"; }
+  [ "$now" != "$2" ] && ! {
+    grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"
+  }
 }
 
-# until_done FOLDER MARKER LAYOUT COMMAND...: restarts COMMAND until the file MARKER exists, or this job has to end. LAYOUT,
-# a function, fills STEP for the command with usable nodes; it fails if there are too few. FOLDER holds the logs, HOLD and
-# the count of starts.
+# until_done FOLDER MARKER LAYOUT COMMAND...: restarts COMMAND until the file MARKER exists, or this job has to end. The
+# function LAYOUT fills STEP for the command with usable nodes; it fails if there are too few. FOLDER holds the logs,
+# HOLD and the count of starts.
 until_done() {
   local folder=$1 marker=$2 layout=$3 before why try=0
   shift 3

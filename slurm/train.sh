@@ -2,8 +2,9 @@
 # Shared parts of the training scripts: the command, the measure of progress, and the ranks of each node.
 # shellcheck disable=SC2034 # the scripts use it
 TRAIN=("${MEGADISTILL[@]}" train "${RECIPE:?}" --set run.folder="${RUN_FOLDER:?}" "${OVERRIDES[@]}")
-if [ -z "${RANKS_PER_NODE:-}" ]; then # one rank per GPU; under --exclusive SLURM_GPUS_ON_NODE counts all GPUs of the node
-  RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:?ask for --gpus-per-node, or set RANKS_PER_NODE}}
+# one rank per GPU; under --exclusive SLURM_GPUS_ON_NODE counts all GPUs of the node
+if [ -z "${RANKS_PER_NODE:-}" ]; then
+  RANKS_PER_NODE=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE_HET_GROUP_0:?give --gpus-per-node, or set RANKS_PER_NODE}}
   RANKS_PER_NODE=${RANKS_PER_NODE##*:} # of h100:8
 fi
 

@@ -1,4 +1,4 @@
-"""Pages agree with the code: commands parse, recipes validate, links and paths exist. Their prose is short and plain."""
+"""Pages agree with the code: commands parse, recipes validate, links and paths exist, prose is plain."""
 
 import re
 import shlex
