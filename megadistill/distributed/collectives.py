@@ -101,6 +101,14 @@ def all_gather_objects(own: Value, group: ProcessGroup | None) -> list[Value]:
     return objects
 
 
+def broadcast_object(own: Value, group: ProcessGroup | None) -> Value:
+    """The object of the group's first rank, which pickle can copy, on every rank."""
+    objects = [own]
+    if group is not None:
+        dist.broadcast_object_list(objects, group=group, group_src=0)
+    return objects[0]
+
+
 def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:
     """The lowest rank of the group whose flag is false; None where all are true. A host-device sync."""
     ranks = group_size(group)

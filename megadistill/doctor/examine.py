@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megadistill.config import load_recipe
 from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
-from megadistill.distributed.collectives import all_gather_objects, all_true, barrier
+from megadistill.distributed.collectives import all_gather_objects, all_true, barrier, broadcast_object
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, local_device, process_groups
 from megadistill.doctor.comparison import (
@@ -162,7 +162,7 @@ def _shared_folder(topology: Topology, reports: Sequence[RankReport]) -> list[Ro
     own = RankReport(topology.rank, reports[topology.rank].host)
     if folder is None or topology.world == 1:
         return []
-    token = all_gather_objects(secrets.token_hex(8) if topology.is_first else "", topology.world_group)[0]
+    token = broadcast_object(secrets.token_hex(8), topology.world_group)
     path = Path(folder) / f".doctor-{token}"
     existed = path.parent.exists()
     if topology.is_first:

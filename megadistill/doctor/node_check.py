@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megadistill.distributed.topology import local_device
+from megadistill.distributed.watchdog.parent import command_of
 from megadistill.doctor.rank_report import RankReport, Status, some
 from megadistill.errors import UserError
 from megadistill.io import write_file
@@ -156,8 +157,5 @@ def _no_stale_locks() -> tuple[None, str]:
 
 def _trains(process: int) -> bool:
     """Whether a process of this host is a training run of this package. Process ids are reused, so this is checked."""
-    try:
-        command = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+    command = command_of(process)
     return any("megadistill" in part for part in command[:6]) and _COMMAND in command

@@ -1,4 +1,4 @@
-"""The arithmetic between the products: what is computed from every logit, as functions of a block of rows.
+"""Elementwise arithmetic of the loss, between the matrix products: functions of a block of logit rows.
 
 Each function reads a block once or twice, row by row; run as it is, it is torch's own operations, and `compiled` makes
 one fused kernel of it. The derivation is in docs/loss.md. A student's logit is finite; a teacher's may be -inf, for an

@@ -12,7 +12,7 @@ width; w this rank's rows of the vocabulary, v of them true (not padding); K spa
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,8 +119,7 @@ def _loss(inputs: LossInputs) -> LossTerms:
             student.hidden, student.weight, student.bias, inputs
         )
     else:
-        result = _forward(inputs, with_gradient=False)
-        loss, metrics = result.loss, result.metrics
+        loss, metrics, _ = _forward(inputs, with_gradient=False)
     diagnostics = unpacked(metrics[8:]) if inputs.diagnostics else None
     scalars = dict(zip(METRIC_NAMES, (loss, *metrics[:8].unbind()), strict=True))
     return LossTerms(**scalars, diagnostics=diagnostics)
@@ -133,12 +132,11 @@ class _GradientInForward(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_wD: Tensor, bias_w: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, Tensor]:
-        result = _forward(inputs, with_gradient=True)
-        ctx.gradients = result.gradients
+        loss, metrics, ctx.gradients = _forward(inputs, with_gradient=True)
         # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
         ctx.weight_grad_dtype = (weight_wD.grad_dtype if weight_wD.is_leaf else None) or weight_wD.dtype
-        ctx.mark_non_differentiable(result.metrics)
-        return result.loss, result.metrics
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -154,17 +152,12 @@ class _GradientInForward(torch.autograd.Function):
         return gradients.hidden_ND.mul_(upstream), weight_grad_wD, bias_grad_w, None
 
 
-@dataclass(frozen=True)
-class _Result:
-    loss: Tensor
-    metrics: Tensor
-    """[8]: the other scalars of `LossTerms`, in order; [24] with those of `Diagnostics` behind them."""
-    gradients: Gradients | None
-
-
 @torch.no_grad()
-def _forward(inputs: LossInputs, *, with_gradient: bool) -> _Result:
-    """The whole computation. Collective over the vocab group."""
+def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor, Gradients | None]:
+    """The whole computation: loss, metrics, gradients. Collective over the vocab group.
+
+    Metrics are [8]: the other scalars of `LossTerms`, in order; [24] with those of `Diagnostics` behind them.
+    """
     group = inputs.vocab.group
     g, rank = group_size(group), group_rank(group)
 
@@ -202,7 +195,7 @@ def _forward(inputs: LossInputs, *, with_gradient: bool) -> _Result:
     metrics = torch.cat([torch.stack([divergence + tail, kl + tail]), token_sums[:6]])
     if diagnostics is not None:
         metrics = torch.cat([metrics, diagnostics.sums(tokens.weights_gL, inputs.vocab)])
-    return _Result(loss, metrics, gradients)
+    return loss, metrics, gradients
 
 
 def _lowest_entropy(inputs: LossInputs, plan: ChunkPlan, tokens: GroupTokens) -> Tensor:

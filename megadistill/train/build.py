@@ -16,7 +16,6 @@ from megadistill.train.objective import Objective
 from megadistill.train.setup.run_folder import (
     copy_student_config,
     copy_tokenizer,
-    describe,
     started_from,
     write_description,
 )
@@ -126,6 +125,6 @@ def check_teacher(
 def write_run_files(setup: Setup) -> None:
     """Recipe, tokenizer and student config, so that the run folder can be read and exported alone. Rank 0."""
     first = started_from(setup.folder, setup.recipe.student.weights)
-    write_description(setup.folder, describe(setup.recipe.snapshot(), setup.deepspeed_config, started_from=first))
+    write_description(setup.folder, setup.recipe.snapshot(), setup.deepspeed_config, started_from=first)
     copy_tokenizer(setup.folder, setup.data)
     copy_student_config(setup.folder, setup.recipe.student)

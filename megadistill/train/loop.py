@@ -1,4 +1,4 @@
-"""The training loop: set-up, then for each step take it and run the hooks."""
+"""The training loop: setup, then the steps, each followed by the hooks."""
 
 import logging
 import time
@@ -102,7 +102,7 @@ class Trainer:
 
     def __init__(self, setup: Setup, topology: Topology, recovery: Recovery, stops: StopRequests) -> None:
         self.step = 0
-        """The last step that was taken, or the one under way."""
+        """The current step, or the last one between steps."""
         self._setup, self._topology, self._recovery, self._stops = setup, topology, recovery, stops
         self._student, self._teacher = build(setup, topology)
         torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
@@ -139,7 +139,7 @@ class Trainer:
             stopped_by = self._stop_reason()
             if stopped_by is not None:
                 return self._stopped(stopped_by)
-            steps = islice(stream, last - self.step)
+            steps = islice(stream, max(0, last - self.step))
             batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch)
             stack.enter_context(closing(batches))
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))

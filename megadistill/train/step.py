@@ -39,7 +39,7 @@ class StepOutcome:
     metrics: dict[str, float]
     """Means over the step's tokens of all ranks, by `METRIC_NAMES`."""
     grad_norm: float
-    """Before clipping. Not finite where the step was skipped, since a loss or a gradient was not."""
+    """Global gradient norm before clipping; not finite if the step was skipped."""
     flags: dict[str, float]
     """The flags of `train_step`, summed over ranks."""
     teacher_seconds: float
@@ -50,7 +50,7 @@ class StepOutcome:
 
     @property
     def skipped(self) -> bool:
-        """Whether the optimizer did not move: the same on every rank."""
+        """Whether the optimizer step was skipped; the same on every rank."""
         return not math.isfinite(self.grad_norm)
 
 

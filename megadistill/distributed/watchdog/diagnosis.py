@@ -30,7 +30,7 @@ class Heartbeat:
     """Number of this heartbeat."""
     phase: str = "start"
     step: int = 0
-    """Optimizer step; 0 outside of one."""
+    """Current optimizer step; 0 outside of one."""
     seconds: float = 0.0
     """Time (s) since the phase began."""
     limit: float | None = None

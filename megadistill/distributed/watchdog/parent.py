@@ -51,9 +51,9 @@ def _poll(parent: int, runner: int | None, limit: float) -> None:
 def _deepspeed_runner(launcher: int) -> int | None:
     """The process that started deepspeed's launch.py on this node, if it is deepspeed's runner."""
     runner = _parent_of(launcher)
-    if runner is None or "deepspeed.launcher.launch" not in _command(launcher):
+    if runner is None or "deepspeed.launcher.launch" not in command_of(launcher):
         return None
-    command = _command(runner)
+    command = command_of(runner)
     is_runner = "deepspeed.launcher.runner" in command or any(Path(part).name == "deepspeed" for part in command[:3])
     return runner if is_runner else None
 
@@ -66,7 +66,8 @@ def _parent_of(process: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[1])
 
 
-def _command(process: int) -> list[str]:
+def command_of(process: int) -> list[str]:
+    """Command line of a process of this host; empty where it has ended."""
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -4,14 +4,13 @@
 the number of rollbacks in a checkpoint's manifest shows whether a rollback abandoned the checkpoint.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from megadistill.errors import OperatorFault
-from megadistill.io import read_json, write_file
+from megadistill.io import read_json, write_json
 from megadistill.train.checkpoint.format import CheckpointManifest
 
 
@@ -45,8 +44,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
 
 
 def record_rollbacks(folder: Path, rollbacks: Sequence[Rollback]) -> None:
-    values = [each.model_dump(mode="json") for each in rollbacks]
-    write_file(folder / "rollbacks.json", json.dumps(values, indent=1) + "\n")
+    write_json(folder / "rollbacks.json", [each.model_dump(mode="json") for each in rollbacks])
 
 
 def plan_rollback(

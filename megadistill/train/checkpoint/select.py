@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
-from megadistill.distributed.collectives import all_reduce_sum, barrier, first_false
+from megadistill.distributed.collectives import barrier, broadcast_object, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.io import sync_folder
@@ -130,9 +128,7 @@ def _read(read: Callable[[], T], path: Path, topology: Topology) -> T:
 
 def _require_shared_folder(folder: Path, step: int, topology: Topology) -> None:
     """Raises OperatorFault: the ranks see different newest checkpoints, as in a run folder on each node's own disk."""
-    first_step = int(
-        all_reduce_sum(torch.tensor(step * topology.is_first, device=topology.device), topology.world_group)
-    )
+    first_step = broadcast_object(step, topology.world_group)
     other = first_false(step == first_step, topology.device, topology.world_group)
     if other is not None:
         raise OperatorFault(

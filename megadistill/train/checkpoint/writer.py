@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megadistill.config import CheckpointSection
-from megadistill.distributed.collectives import all_reduce_sum, all_true, barrier, first_false
+from megadistill.distributed.collectives import all_reduce_sum, barrier, broadcast_object, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
@@ -178,8 +178,7 @@ class Saver:
 
     def _make_folder(self, temporary: Path, bytes_: int) -> str | None:
         """Makes the temporary folder. Returns the problem where all ranks' files do not fit on the disk. Collective."""
-        device = self._topology.device
-        needed = torch.tensor(float(bytes_), dtype=torch.float64, device=device)
+        needed = torch.tensor(float(bytes_), dtype=torch.float64, device=self._topology.device)
         needed_bytes = int(all_reduce_sum(needed, self._topology.world_group).item() * FREE_SPACE_MARGIN)
         problem = None
         if self._topology.is_first:
@@ -195,9 +194,7 @@ class Saver:
                     temporary.mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        if all_true(problem is None, device, self._topology.world_group):
-            return None
-        return problem or "see the log of rank 0"
+        return broadcast_object(problem, self._topology.world_group)
 
     def _commit(self, save: _Save) -> tuple[str, ...]:
         """Makes the checkpoint visible and removes old ones, in rank 0's thread."""

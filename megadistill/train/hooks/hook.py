@@ -1,4 +1,4 @@
-"""Hooks of a step: the training loop calls each of a list, in order, after every step."""
+"""The interface of the hooks that the training loop runs after each step, in a fixed order."""
 
 from dataclasses import dataclass
 from enum import Enum

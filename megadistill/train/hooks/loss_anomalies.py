@@ -1,4 +1,4 @@
-"""Detects loss spikes and a teacher that drifts; rolls back before a spike where the recipe says so."""
+"""Detects loss spikes and teacher drift; rolls back to before a spike where the recipe allows it."""
 
 import logging
 from collections import deque

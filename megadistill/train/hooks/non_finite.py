@@ -1,4 +1,4 @@
-"""Records steps that were skipped, since a loss or a gradient was not finite, and ends a run that skips too many."""
+"""Records steps skipped for a non-finite loss or gradient, and ends a run that skips too many."""
 
 from megadistill.errors import OperatorFault
 from megadistill.events import EventLog

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megadistill.distributed.collectives import all_reduce_sum
+from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.events import EventLog, Goodput, goodput, read_lines
@@ -52,8 +52,7 @@ class Recovery:
                 event["event"] == "checkpoint_saved" for event in read_lines(self._folder / "events.jsonl")
             )
             number = acquire(self._folder, launch_record(topology.world)).number
-        from_first = torch.tensor([number, int(saved_before)], device=topology.device)
-        number, self._saved_before = all_reduce_sum(from_first, topology.world_group).tolist()
+        number, self._saved_before = broadcast_object((number, saved_before), topology.world_group)
         self.attempt = Attempt(self._folder, number)
         self.events = EventLog(self._folder, number, writes=topology.is_first)
         self.events.write(
@@ -86,7 +85,7 @@ class Recovery:
             self.checkpoints,
             self._topology,
             self.attempt,
-            saved_before=bool(self._saved_before),
+            saved_before=self._saved_before,
             is_abandoned=lambda manifest: is_abandoned(manifest, self.rollbacks),
         )
         for each in quarantined:
@@ -116,13 +115,8 @@ class Recovery:
                 self._lost = max(0, int(line["step"]) - step)
                 if int(line["step"]) <= step:
                     recent.append((float(line["loss"]), float(line.get("teacher_ce", math.nan))))
-        missing = resilience.spike_window - len(recent)
-        table = torch.tensor([*recent, *[(0.0, 0.0)] * missing], dtype=torch.float64)
-        values = torch.cat([table.flatten(), torch.tensor([float(len(recent))])]).to(self._topology.device)
-        values *= self._topology.is_first
-        values = all_reduce_sum(values, self._topology.world_group)
-        known = values[:-1].view(-1, 2)[: int(values[-1])].tolist()
-        return LossMonitor(resilience, losses=[loss for loss, _ in known], teacher_ces=[ce for _, ce in known])
+        recent = broadcast_object(recent, self._topology.world_group)
+        return LossMonitor(resilience, losses=[loss for loss, _ in recent], teacher_ces=[ce for _, ce in recent])
 
     def mark_resumed(self, step: int) -> None:
         """Records and logs that training starts after `step`, and counts goodput from here."""
@@ -243,4 +237,4 @@ class Recovery:
         self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
         values = {"bytes": result.bytes, "removed": list(result.removed)}
         self.events.write("checkpoint_saved", step=result.step, stall_seconds=stall, write_seconds=write, **values)
-        logger.info("checkpoint %s: stalled %.2f s, written in %.2f s", result.path, stall, write)
+        logger.info("checkpoint saved: %s (training stalled %.2f s, written in %.2f s)", result.path, stall, write)

@@ -5,9 +5,10 @@ Legend: T tensors, g ranks of a group.
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,6 @@ CHUNK = 1 << 18
 REMEDY = "its device or memory is faulty: exclude the node and start again"
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Gather = Callable[[Tensor], Tensor]
-"""[1, ...] of every rank -> [g, ...], in rank order."""
 
 
 @torch.no_grad()
@@ -92,8 +90,7 @@ class FrozenWeights:
         Raises:
             OperatorFault: on every rank, where copies differ.
         """
-        gather = partial(all_gather_rows, group=topology.slice_group)
-        difference = _difference(self.tensors, self.digests, topology.rank, gather)
+        difference = _difference(self.tensors, self.digests, topology.rank, topology.slice_group)
         problem = f"the teacher's weights differ: {difference}; check that its files are the same on every node"
         raise_everywhere(problem if difference else None, "the teacher's weights differ between ranks", topology)
 
@@ -108,8 +105,7 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
         OperatorFault: on every rank, where one differs.
     """
     whole = student.state.replicated()
-    gather = partial(all_gather_rows, group=topology.world_group)
-    difference = _difference(whole, weights_digest(whole).to(topology.device), topology.rank, gather)
+    difference = _difference(whole, weights_digest(whole).to(topology.device), topology.rank, topology.world_group)
     rounded_wrong = student.state.params_differing_from_master()
     problem = None
     if rounded_wrong:
@@ -120,16 +116,16 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     raise_everywhere(problem, "the student's parameters are corrupt", topology)
 
 
-def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, gather: Gather) -> str | None:
-    """The tensors that differ, and the ranks that hold other bits than the majority. Collective over `gather`'s ranks.
+def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, group: Any) -> str | None:
+    """The tensors that differ, and the ranks that hold other bits than the majority. Collective over the group.
 
     Gathers one digest a rank, and all T only where those differ.
     """
     whole = _digest(digests_T)
-    ranks_g2 = gather(torch.stack([whole.new_tensor(rank), whole]).unsqueeze(0))
+    ranks_g2 = all_gather_rows(torch.stack([whole.new_tensor(rank), whole]).unsqueeze(0), group)
     if bool((ranks_g2[:, 1] == ranks_g2[0, 1]).all()):
         return None
-    digests_gT = gather(digests_T.unsqueeze(0))
+    digests_gT = all_gather_rows(digests_T.unsqueeze(0), group)
     differ = (digests_gT != digests_gT[0]).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(tensors, differ, strict=True) if differs]
     by_rank = ranks_g2.tolist()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megadistill.distributed.collectives import all_gather_rows
+from megadistill.distributed.collectives import all_gather_objects, all_gather_rows
 from megadistill.distributed.topology import Topology
 
 SLOWER = 1.3
@@ -22,18 +22,13 @@ IN_A_ROW = 3
 WAITING_SHARE = 0.1
 """Fraction of its time that a rank may wait for data before it is reported."""
 
-_HOST_BYTES = 64
-
 
 class Stragglers:
     """Compares the ranks of the student's world. Construction and each check are collective over it."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        name = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
-        own = torch.frombuffer(bytearray(name), dtype=torch.uint8).unsqueeze(0).to(topology.device)
-        names = all_gather_rows(own, topology.world_group).cpu()
-        self._hosts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in names]
+        self._hosts = all_gather_objects(socket.gethostname(), topology.world_group)
         self._slow = [0] * topology.world
         self._waiting = [0] * topology.world
         self._since = time.perf_counter()

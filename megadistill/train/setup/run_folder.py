@@ -1,6 +1,5 @@
 """The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from megadistill.config import StudentSection, dotted, refuse_renamed, validate_
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, read_lines
-from megadistill.io import read_json, write_file
+from megadistill.io import read_json, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.train.checkpoint.format import checkpoint_folders
@@ -59,15 +58,20 @@ STUDENT_FOLDER = "student"
 MAX_TOKENIZER_BYTES = 256 << 20
 
 
-def describe(
-    recipe: dict[str, Any], deepspeed_config: dict[str, Any], *, started_from: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """The content of recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
+def write_description(
+    folder: Path,
+    recipe: dict[str, Any],
+    deepspeed_config: dict[str, Any],
+    *,
+    started_from: dict[str, str] | None = None,
+) -> None:
+    """Writes recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
 
     `started_from`: source of the initial weights, see the function `started_from`.
     """
     first = {} if started_from is None else {"started_from": started_from}
-    return {"recipe": recipe, "deepspeed": deepspeed_config, **first, "versions": versions()}
+    description = {"recipe": recipe, "deepspeed": deepspeed_config, **first, "versions": versions()}
+    write_json(folder / "recipe.json", description)
 
 
 def has_saved(folder: Path) -> bool:
@@ -123,12 +127,6 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         raise UserError(
             f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
         )
-
-
-def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Writes recipe.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "recipe.json", json.dumps(description, indent=1) + "\n")
 
 
 def copy_tokenizer(folder: Path, data: Mixture) -> None:

@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher, teacher_config, vocab_map = recipe.teacher, None, None
-    if teacher is not None and teacher.source == "live":
+    if teacher is not None and teacher.is_live:
         teacher_config = load_config(Path(str(teacher.path)), what="teacher.path")
         if teacher.vocab_map is not None:
             ids = {"student_ids": data.vocab_size, "teacher_ids": teacher_config.vocab_size}

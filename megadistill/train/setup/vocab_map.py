@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import UserError
-from megadistill.io import read_json
+from megadistill.io import read_given_json
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
 
@@ -20,14 +20,7 @@ def read_vocab_map(path: Path, *, student_ids: int, teacher_ids: int) -> Tensor:
     Raises:
         UserError: the file is missing or wrong.
     """
-    try:
-        values = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"teacher.vocab_map: {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher.vocab_map: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, list):
-        raise UserError(f"teacher.vocab_map: {path} holds a {type(values).__name__}, not a list of ids")
+    values = read_given_json(path, list, what="teacher.vocab_map", way_out="give a list of the teacher's ids")
     if len(values) != student_ids:
         raise UserError(
             f"teacher.vocab_map: {path} has {len(values)} entries, the shards were made with {student_ids} ids: "

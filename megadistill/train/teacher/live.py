@@ -119,7 +119,7 @@ class LiveTeacher(Teacher):
                 token_weights=torch.full((K - 1,), 1 / (K - 1), device=hidden_KE.device),
                 vocab=vocab,
             )
-        return ProbeOutput(hidden_KE[:PROBE_STATES].float(), terms.student_ce.double())
+        return ProbeOutput(hidden_KE[:PROBE_STATES].float().cpu(), terms.student_ce.double().cpu())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from megadistill.config import Recipe
-from megadistill.distributed.collectives import all_reduce_sum
+from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.io import write_file
 from megadistill.train.resilience.sdc import raise_everywhere
@@ -66,7 +66,7 @@ class ProbeInput:
 
 @dataclass(frozen=True)
 class ProbeOutput:
-    """The teacher's output for a probe."""
+    """The teacher's output for a probe, on the host."""
 
     hidden: Tensor
     """[L, E] float32: final hidden states of the first L tokens."""
@@ -103,12 +103,12 @@ def check_probe(
     """
     path, K = setup.folder / PROBE_FILE, min(PROBE_TOKENS, setup.data.sequence_length)
     recorded = _read_on_first(path, K, width, topology)
-    probe = ProbeInput(0, torch.zeros(K, dtype=torch.int64))
-    if topology.is_first:
-        probe = recorded[0] if recorded is not None else ProbeInput.of(rows(), K)
-    probe, is_new = _broadcast_input(probe, recorded is None, topology)
+    is_new = broadcast_object(recorded is None, topology.world_group)
+    own = recorded[0] if recorded is not None else ProbeInput.of(rows(), K) if topology.is_first else None
+    probe = broadcast_object(own, topology.world_group)
+    assert probe is not None, "the first rank has one"
     output = forward(probe)
-    expected = _broadcast_output(output if recorded is None else recorded[1], topology)
+    expected = broadcast_object(output if recorded is None else recorded[1], topology.world_group)
     errors, bound = output.error_to(expected), _bound(setup.recipe)
     problem = None
     if not all(error <= bound for error in errors):  # so for a NaN
@@ -147,8 +147,8 @@ def _write(path: Path, probe: ProbeInput, output: ProbeOutput) -> None:
     tensors = {
         "slot": torch.tensor(probe.slot),
         "tokens": probe.tokens.contiguous(),
-        "hidden": output.hidden.cpu().contiguous(),
-        "cross_entropy": output.cross_entropy.cpu(),
+        "hidden": output.hidden.contiguous(),
+        "cross_entropy": output.cross_entropy,
     }
     write_file(path, save(tensors))
 
@@ -170,24 +170,6 @@ def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> tuple[Prob
             )
     raise_everywhere(problem, f"{path} cannot be read", topology)
     return recorded
-
-
-def _broadcast_input(probe: ProbeInput, is_new: bool, topology: Topology) -> tuple[ProbeInput, bool]:
-    """Rank 0's probe, and whether it is recorded by this start, on every rank."""
-    numbers = torch.cat([torch.tensor([int(is_new), probe.slot]), probe.tokens]).to(topology.device)
-    new, slot, *tokens = _from_first(numbers, topology).tolist()
-    return ProbeInput(slot, torch.tensor(tokens)), bool(new)
-
-
-def _broadcast_output(output: ProbeOutput, topology: Topology) -> ProbeOutput:
-    """Rank 0's output on every rank; each passes one of the same shapes."""
-    numbers = torch.cat([output.cross_entropy.reshape(1), output.hidden.flatten().double()]).to(topology.device)
-    first = _from_first(numbers, topology)
-    return ProbeOutput(first[1:].float().view_as(output.hidden), first[0])
-
-
-def _from_first(numbers: Tensor, topology: Topology) -> Tensor:
-    return all_reduce_sum(numbers if topology.is_first else torch.zeros_like(numbers), topology.world_group)
 
 
 def _mismatch(

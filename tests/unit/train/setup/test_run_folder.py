@@ -12,7 +12,6 @@ from megadistill.train.setup.run_folder import (
     MAY_CHANGE,
     copy_student_config,
     copy_tokenizer,
-    describe,
     refuse_other_recipe,
     student_config_of,
     write_description,
@@ -36,7 +35,7 @@ def _refused(folder: Path, snapshot: dict[str, Any]) -> str:
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "a"
-    write_description(folder, describe(_snapshot(), {"zero_optimization": {"stage": 3}}))
+    write_description(folder, _snapshot(), {"zero_optimization": {"stage": 3}})
     return folder
 
 

@@ -11,7 +11,7 @@ from megadistill.config import Recipe, TeacherSection
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
 from megadistill.student.deepspeed_config import active_deepspeed_config
-from megadistill.train.setup.run_folder import describe, write_description
+from megadistill.train.setup.run_folder import write_description
 from megadistill.train.setup.setup import describe_layout, prepare
 from tests.unit.train.cases import (
     MODEL,
@@ -163,7 +163,7 @@ def test_a_teacher_with_padding_rows_is_welcome(manifest: Path, tmp_path: Path) 
 
 def test_the_folder_of_another_recipe_is_refused(manifest: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_description(run, describe(recipe(manifest, run, train={"steps": 7}).snapshot(), {}))
+    write_description(run, recipe(manifest, run, train={"steps": 7}).snapshot(), {})
     with pytest.raises(UserError, match=r"train\.steps was 7, is 6"):
         prepare(recipe(manifest, run), _launch())
 
