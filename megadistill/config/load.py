@@ -149,6 +149,9 @@ def _explain(error: ValidationError) -> str:
         return f"{key}: no such key{nearest(path[-1], siblings)}{more}"
     if first["type"] == "missing":
         return f"{key}: is required{more}"
+    if first["type"] == "union_tag_invalid":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"{key}.{tag}: input should be {first['ctx']['expected_tags']}, found {first['ctx']['tag']!r}{more}"
     if first["type"] == "value_error":
         message = str(first["msg"]).removeprefix("Value error, ")
         return f"{key}: {message}{more}" if key else f"{message}{more}"

@@ -87,6 +87,17 @@ def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, worl
     _require_histograms_of_the_whole(tmp_path / "run")
 
 
+def _train_twice(topology: Topology, manifest: str, folder: str) -> tuple[int, int]:
+    """The step after a run to step 2, and after another attempt that is to stop at step 1."""
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    setup = prepare(recipe(Path(manifest), Path(folder)), launch)
+    return run(setup, topology, stop_after=2).step, run(setup, topology, stop_after=1).step
+
+
+def test_a_run_that_is_past_its_stop_after_takes_no_step(manifest: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, _train_twice, str(manifest), str(tmp_path / "run")) == [(2, 2)]
+
+
 def _require_histograms_of_the_whole(folder: Path) -> None:
     """TensorBoard's histograms of the last step are those of the checkpoint's tensors, on any number of ranks."""
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})

@@ -74,6 +74,7 @@ def test_a_mixture_is_sources_and_stages(tmp_path: Path) -> None:
         ("data.curriculum=[{weights: {web: 0}}]", "data.curriculum.0: the weight of web is 0"),
         ("data.skip=[[5,5]]", "skip has [5, 5]: a range is [first, one behind the last]"),
         ("data.on_corrupt_sample=ignore", "data.on_corrupt_sample: input should be 'fail' or 'mask', found 'ignore'"),
+        ("train.optimizer.kind=sgd", "train.optimizer.kind: input should be 'adamw', found 'sgd'"),
     ],
 )
 def test_data_that_does_not_fit_together_is_refused(tmp_path: Path, change: str, says: str) -> None:
