@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from benchmarks.distillation_page import PAGE, SEQUENCE, Key, Row, read_results, result_table, write_page
 from benchmarks.distillation_plots import draw
 from benchmarks.jobs import Ended, Job, Pace, Step, run
-from megadistill.config import Recipe, load_recipe
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.errors import RestartFault, UserError
 from megadistill.train.setup.run_folder import refuse_other_recipe
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Run, Spread, ranks, rounds
 from benchmarks.report import Report, cell, parser
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data.shards.manifest import Manifest, PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard

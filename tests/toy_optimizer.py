@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from megadistill.config import OptimizerSection, Recipe, TrainSection
-from megadistill.config.recipe import AdamWSection
+from megadistill.config.recipe import AdamWSection, OptimizerSection, Recipe, TrainSection
 from megadistill.student.optimizer import OPTIMIZERS, OptimizerKind
 
 

@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from megadistill.config import load_recipe
+    from megadistill.config.load import load_recipe
 
     if options.stop_after is not None and options.stop_after < 1:
         raise UserError(f"--stop-after {options.stop_after}: steps count from 1")
@@ -106,7 +106,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _store_targets(options: argparse.Namespace) -> None:
-    from megadistill.config import load_recipe
+    from megadistill.config.load import load_recipe
 
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps}: give at least 1")

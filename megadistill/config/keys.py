@@ -15,8 +15,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
 
-from megadistill.config import Recipe, Section
-from megadistill.config.recipe import sections_in
+from megadistill.config.recipe import Recipe, Section, sections_in
 from megadistill.errors import UserError, nearest
 
 PREFACE = """\

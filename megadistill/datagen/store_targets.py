@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
@@ -27,7 +27,7 @@ def store_targets(recipe: Recipe, folder: Path, *, steps: int | None = None) -> 
     Raises:
         UserError: the recipe has no live teacher or no `loss.targets`, or the folder holds other targets.
     """
-    if recipe.teacher is None or recipe.teacher.source != "live" or recipe.loss.targets is None:
+    if recipe.teacher is None or not recipe.teacher.is_live or recipe.loss.targets is None:
         raise UserError(
             "store-targets stores loss.targets of a live teacher: the recipe needs both, and objective distill"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megadistill.config import StudentSection
+from megadistill.config.recipe import StudentSection
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, topology_of_world
 from megadistill.errors import OperatorFault

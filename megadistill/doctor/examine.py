@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from megadistill.config import load_recipe
+from megadistill.config.load import load_recipe
 from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
 from megadistill.distributed.collectives import all_gather_objects, all_true, barrier, broadcast_object
 from megadistill.distributed.launch import Launch

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import Recipe, load_recipe
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
 from megadistill.distributed.launch import Launch, vocab_group_size

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest
 from megadistill.data.stream.order import interleave
 from megadistill.errors import UserError

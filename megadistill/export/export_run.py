@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megadistill.config import validate_recipe
+from megadistill.config.load import validate_recipe
 from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from megadistill import __version__
-from megadistill.config import LossSection, Recipe, ScheduleSection, TargetsSection
+from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, TargetsSection
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import measure_rows, read_evaluations

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from megadistill.accelerators import Accelerator
-from megadistill.config import Recipe, dotted, validate_recipe
+from megadistill.config.load import dotted, validate_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import Recipe, load_recipe
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.config import validate_recipe
+from megadistill.config.load import validate_recipe
 from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
 from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megadistill.config import dotted
+from megadistill.config.load import dotted
 from megadistill.redaction import printable, without_secrets
 from megadistill.report.run_record import RunRecord
 

@@ -1,7 +1,6 @@
 """DeepSpeed's JSON file: keys that it may and must hold, and the ones that the recipe adds."""
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -10,8 +9,9 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from megadistill.config import TrainSection
+from megadistill.config.recipe import TrainSection
 from megadistill.errors import UserError, nearest
+from megadistill.io import read_given_json
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
@@ -85,14 +85,8 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
         UserError: it is missing, is not a JSON object, holds "auto" or an unknown key, or sets a key that the recipe
             owns.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"student.deepspeed: no file {path} (paths are relative to {Path.cwd()})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"student.deepspeed: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"student.deepspeed: {path} must hold a JSON object, found {type(values).__name__}")
+    way_out = f"name a DeepSpeed JSON file, relative to {Path.cwd()}"
+    values: dict[str, Any] = read_given_json(path, dict, what="student.deepspeed", way_out=way_out)
     for key, owner in OWNED_BY_RECIPE.items():
         if key in values:
             raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")

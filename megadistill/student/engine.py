@@ -19,7 +19,7 @@ from deepspeed.ops import __compatible_ops__ as compatible_ops
 from torch import Tensor
 from torch.nn import Module
 
-from megadistill.config import StudentSection, TrainSection
+from megadistill.config.recipe import StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, forward_inputs, rebuild_buffers

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megadistill.config import OptimizerSection
+from megadistill.config.recipe import OptimizerSection
 
 MASTER = "master"
 """Name of the float32 copy of the weights, which every optimizer updates and every checkpoint holds."""

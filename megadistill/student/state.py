@@ -16,7 +16,7 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Module
 
-from megadistill.config import OptimizerSection
+from megadistill.config.recipe import OptimizerSection
 from megadistill.student.optimizer import MASTER, OPTIMIZERS, state_kinds
 
 STEP_KEY = "optimizer_step"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import TokenStream
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, process_groups

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from megadistill import logs, timeline
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import TokenStream
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology

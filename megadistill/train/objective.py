@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadistill.config import LossSection, TargetsSection
+from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import Divergence
 from megadistill.loss import Elementwise, LossOptions
 from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP

@@ -2,7 +2,7 @@
 
 import math
 
-from megadistill.config import ScheduleSection
+from megadistill.config.recipe import ScheduleSection
 
 
 def scheduled(peak: float, *, step: int, steps: int, schedule: ScheduleSection) -> float:

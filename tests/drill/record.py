@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import validate_recipe
+from megadistill.config.load import validate_recipe
 from megadistill.events import read_lines
 from megadistill.student.optimizer import state_kinds
 from megadistill.train.checkpoint.format import checkpoint_folders, newest_checkpoint

@@ -12,7 +12,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
 
-from megadistill.config import LossSection, Recipe, StudentSection, TrainSection
+from megadistill.config.recipe import LossSection, Recipe, StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from megadistill.cli.main import parser
-from megadistill.config import Recipe, validate_recipe
+from megadistill.config.load import validate_recipe
+from megadistill.config.recipe import Recipe
 from tests.documented import PAGES, every_command
 from tests.paths import ROOT
 

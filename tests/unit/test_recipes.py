@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megadistill.accelerators import accelerator
-from megadistill.config import Recipe, load_recipe
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest
 from megadistill.distributed.launch import Launch
 from megadistill.models.families import load_config

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megadistill import timeline
 from megadistill.cli.main import run_command
-from megadistill.config import load_recipe
+from megadistill.config.load import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture
 from megadistill.timeline.files import RankFile, rank_path, read_timeline, write_rank

@@ -6,7 +6,7 @@ Legend: S tokens of a sequence.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megadistill.config import DataSection
+from megadistill.config.recipe import DataSection
 from megadistill.data.shards.manifest import Manifest, TokenizerRecord
 from megadistill.data.stream.order import CurriculumEntry, Order, Source
 from megadistill.errors import UserError

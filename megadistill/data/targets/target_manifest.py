@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from megadistill.config import TargetsSection
+from megadistill.config.recipe import TargetsSection
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.shards.manifest import Shard
 from megadistill.data.storage.open import folder_of

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megadistill.config import TargetsSection
+from megadistill.config.recipe import TargetsSection
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 from megadistill.student.optimizer import state_bytes, state_kinds
 

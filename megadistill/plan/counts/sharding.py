@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megadistill.config import Recipe, TeacherSection
+from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megadistill.config import TargetsSection
+from megadistill.config.recipe import TargetsSection
 from megadistill.plan.counts.disk_usage import signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate

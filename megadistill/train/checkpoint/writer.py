@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megadistill.config import CheckpointSection
+from megadistill.config.recipe import CheckpointSection
 from megadistill.distributed.collectives import all_reduce_sum, barrier, broadcast_object, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault

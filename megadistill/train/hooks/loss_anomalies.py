@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.resilience.anomalies import Anomaly, LossMonitor

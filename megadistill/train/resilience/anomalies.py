@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from megadistill.config import ResilienceSection
+from megadistill.config.recipe import ResilienceSection
 from megadistill.errors import OperatorFault
 
 TEACHER_TERMS = ("teacher_ce", "teacher_entropy")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.config import LossSection, Recipe
+from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, tokenizer_sha256
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError

@@ -5,7 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megadistill.config import StudentSection, dotted, refuse_renamed, validate_recipe
+from megadistill.config.load import dotted, refuse_renamed, validate_recipe
+from megadistill.config.recipe import StudentSection
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, read_lines

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.targets.target_writer import refuse_other_content
 from megadistill.distributed.launch import Launch, vocab_group_size

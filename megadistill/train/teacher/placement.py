@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megadistill.config import TeacherSection
+from megadistill.config.recipe import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
 from megadistill.distributed.topology import Topology

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.io import write_file

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megadistill.accelerators import accelerator_of
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.divergence import DivergenceKind
 from megadistill.events import JsonLines, read_lines

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.redaction import without_secrets
 from megadistill.train.telemetry.histograms import Histogram
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.bandwidth import (
     all_reduce_bandwidth,
     clock_offsets,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology

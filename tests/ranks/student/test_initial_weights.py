@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megadistill.config import Recipe, StudentSection
+from megadistill.config.recipe import Recipe, StudentSection
 from megadistill.data import TokenStream
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megadistill.config import CheckpointSection
+from megadistill.config.recipe import CheckpointSection
 from megadistill.distributed.collectives import all_reduce_sum, barrier
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault

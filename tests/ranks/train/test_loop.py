@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from megadistill.config import DataSection, Recipe
+from megadistill.config.recipe import DataSection, Recipe
 from megadistill.data import Manifest, Mixture, TokenStream
 from megadistill.datagen.store_targets import store_on_ranks
 from megadistill.distributed.launch import Launch

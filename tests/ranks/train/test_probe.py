@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.datagen.store_targets import even_slice
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch

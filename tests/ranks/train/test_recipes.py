@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import Recipe, load_recipe
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles

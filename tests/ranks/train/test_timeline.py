@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology

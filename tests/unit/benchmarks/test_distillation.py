@@ -13,7 +13,7 @@ from benchmarks import distillation, jobs
 from benchmarks.distillation import FOLDER, RECIPES, ROWS, SEEDS, Place
 from benchmarks.distillation_page import MEASURES, Key, Results, Row
 from benchmarks.jobs import Job, Step
-from megadistill.config import dotted, load_recipe
+from megadistill.config.load import dotted, load_recipe
 from megadistill.errors import UserError
 from tests.paths import ROOT
 

@@ -3,8 +3,9 @@
 import pytest
 
 from megadistill.cli.main import run_command
-from megadistill.config import Recipe, load_recipe
 from megadistill.config.keys import keys, markdown
+from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from tests.paths import RECIPES, ROOT
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megadistill.config import Recipe, load_recipe, validate_recipe
 from megadistill.config.keys import keys
-from megadistill.config.load import RENAMED
+from megadistill.config.load import RENAMED, load_recipe, validate_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.errors import UserError
 from tests.paths import RECIPES
 

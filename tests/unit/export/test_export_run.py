@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill import __version__
-from megadistill.config import Recipe
+from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import OperatorFault, UserError
 from megadistill.export.export_run import export_run

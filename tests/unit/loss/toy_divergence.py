@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadistill.config import LossSection
 from megadistill.config.keys import keys
 from megadistill.config.load import validate_recipe
+from megadistill.config.recipe import LossSection
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.errors import UserError
 from megadistill.export import model_card

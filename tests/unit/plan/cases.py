@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from megadistill.config import LossSection, Recipe
+from megadistill.config.recipe import LossSection, Recipe
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.counts.requirements import Requirements, count_requirements

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadistill.config import load_recipe
+from megadistill.config.load import load_recipe
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megadistill.accelerators import accelerator
-from megadistill.config import validate_recipe
+from megadistill.config.load import validate_recipe
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.estimate import Estimate, estimate

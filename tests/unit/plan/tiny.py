@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from megadistill.accelerators import Accelerator
-from megadistill.config import validate_recipe
+from megadistill.config.load import validate_recipe
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.layouts import Cluster

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import TrainSection, dotted
+from megadistill.config.load import dotted
+from megadistill.config.recipe import TrainSection
 from megadistill.errors import UserError
 from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
 from tests.paths import DS_CONFIGS, ROOT
@@ -61,7 +62,7 @@ def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="JSON"):
         load_deepspeed_config(path)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="does not exist"):
         load_deepspeed_config(tmp_path / "missing.json")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config import OptimizerSection, Recipe, load_recipe, validate_recipe
 from megadistill.config.keys import keys
-from megadistill.config.recipe import AdamWSection
+from megadistill.config.load import load_recipe, validate_recipe
+from megadistill.config.recipe import AdamWSection, OptimizerSection, Recipe
 from megadistill.errors import UserError
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.config import CheckpointSection, Recipe
+from megadistill.config.recipe import CheckpointSection, Recipe
 from megadistill.data import Manifest
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import FAMILIES, load_config, parameter_shapes

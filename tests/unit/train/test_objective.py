@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megadistill.config import LossSection, ScheduleSection, TargetsSection
+from megadistill.config.recipe import LossSection, ScheduleSection, TargetsSection
 from megadistill.loss import Elementwise, LossOptions
 from megadistill.loss.sparse import Sampled, Threshold, TopK, TopP
 from megadistill.train.objective import Objective, selection, uniforms

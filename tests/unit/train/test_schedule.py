@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megadistill.config import ScheduleSection
+from megadistill.config.recipe import ScheduleSection
 from megadistill.train.schedule import scheduled
 
 PEAK = 3e-4

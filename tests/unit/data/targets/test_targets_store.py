@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megadistill.config import TargetsSection
+from megadistill.config.recipe import TargetsSection
 from megadistill.data import ShardFault
 from megadistill.data.shards.manifest import Shard
 from megadistill.data.shards.npy import MemberError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config import TargetsSection
+from megadistill.config.recipe import TargetsSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
 from megadistill.plan.counts.disk_usage import bytes_with, target_bytes

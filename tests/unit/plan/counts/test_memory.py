@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config import LossSection
+from megadistill.config.recipe import LossSection
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Divergence, Head, LossOptions
 from megadistill.loss.inputs import LossInputs, exchange_metadata

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import LossSection
+from megadistill.config.recipe import LossSection
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError
 from megadistill.plan.counts.requirements import TokenFlops, count_requirements

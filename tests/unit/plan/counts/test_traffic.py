@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.config import TeacherSection
+from megadistill.config.recipe import TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.plan.counts.disk_usage import signal_bytes
 from megadistill.plan.counts.requirements import Requirements, count_requirements

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadistill.config import CheckpointSection
+from megadistill.config.recipe import CheckpointSection
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import writer as writer_module

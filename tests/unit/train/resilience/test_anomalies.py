@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from megadistill.config import ResilienceSection
+from megadistill.config.recipe import ResilienceSection
 from megadistill.errors import OperatorFault
 from megadistill.train.resilience.anomalies import (
     DRIFT_STEPS,

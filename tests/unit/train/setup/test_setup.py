@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config import Recipe, TeacherSection
+from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
 from megadistill.student.deepspeed_config import active_deepspeed_config

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megadistill.config import LossSection, TargetsSection
+from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import DivergenceKind
 from megadistill.models.families import load_config
 from megadistill.train.telemetry import metrics
