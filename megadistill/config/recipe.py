@@ -151,18 +151,23 @@ class TeacherSection(Section):
     transfer_dtype: Literal["native", "float8"] = "native"
     """disaggregated: type of transferred hidden states: the run's precision, or float8 with a scale per token."""
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the model in `path` runs during the training; any other source needs no model."""
+        return self.source == "live"
+
     @model_validator(mode="after")
     def _keys_of_the_source(self) -> "TeacherSection":
-        if self.source == "live":
+        if self.is_live:
             if self.path is None:
                 raise ValueError("path is required: the teacher's Hugging Face folder")
             if self.targets is not None:
                 raise ValueError("targets belongs to source stored: remove it, or set the source")
             return self
-        if self.targets is None:
+        if self.source == "stored" and self.targets is None:
             raise ValueError("source stored needs targets: a folder of stored targets")
         if self.placement != "colocated" or self.save_targets is not None:
-            raise ValueError("source stored reads targets: remove placement and save_targets")
+            raise ValueError(f"source {self.source} runs no model: remove placement and save_targets")
         return self
 
     @model_validator(mode="after")
