@@ -87,6 +87,15 @@ CASES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
         "tie_word_embeddings": True,
     },
+    # Windows on all layers but layer 3 (and positions there are not turned), so the kinds of layers matter in a stage.
+    "exaone4": {
+        "model_type": "exaone4",
+        **SIZES,
+        "head_dim": 24,
+        "sliding_window": 6,
+        "sliding_window_pattern": 4,
+        "rope_theta": 1e6,
+    },
     "olmo2": {"model_type": "olmo2", **SIZES, "pad_token_id": 1},
 }
 
