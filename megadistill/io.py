@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from megadistill.errors import UserError
+
+_T = TypeVar("_T")
 
 MAX_JSON_BYTES = 16 << 20
 
@@ -55,18 +59,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, *, max_bytes: int | None = None) -> Any:
     """The content of a JSON file of anybody.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, or larger than `max_bytes`.
+        ValueError: it is damaged, nested too deeply, or larger than `max_bytes` (`MAX_JSON_BYTES`).
         OSError: it cannot be read.
     """
+    limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
     with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit} bytes")
     try:
         return json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_given_json(path: Path, kind: type[_T], *, what: str, way_out: str, max_bytes: int | None = None) -> _T:
+    """The JSON object (`kind` dict) or list in a file that a user names; `what` names the input in messages.
+
+    Raises:
+        UserError: the file is missing, unreadable, damaged, or holds something else.
+    """
+    try:
+        values = read_json(path, max_bytes=max_bytes)
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist: {way_out}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what}: {path} cannot be read as JSON: {error}: {way_out}") from None
+    if not isinstance(values, kind):
+        raise UserError(f"{what}: {path} holds a {type(values).__name__}, not a {kind.__name__}: {way_out}")
+    return values

@@ -7,7 +7,7 @@ conversion of a single parameter, so that a stage reads only its own experts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Size, Tensor
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,3 @@ def stored_tensors(name: str, shape: Sequence[int], experts: ExpertNames | None)
         for expert in range(shape[0])
         for matrix, rows in ((experts.gate, slice(0, inner)), (experts.up, slice(inner, None)))
     ]
-
-
-def active_share(name: str, shape: Size, experts_of_a_token: int) -> int:
-    """Elements of the parameter `name` that a token is multiplied by: `experts_of_a_token` experts of a fused one."""
-    return shape.numel() // shape[0] * experts_of_a_token if name.endswith(FUSED) else shape.numel()

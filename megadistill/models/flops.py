@@ -11,7 +11,7 @@ from functools import partial
 from torch import Size
 from transformers import PretrainedConfig
 
-from megadistill.models.experts import active_share
+from megadistill.models.experts import FUSED
 from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, parameter_shapes
 
 LAYERS = "model.layers."
@@ -80,7 +80,9 @@ def _by_layer(config: PretrainedConfig, count: Callable[[str, Size], int]) -> li
 
 
 def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
-    return active_share(name, shape, config.num_experts_per_tok) if family(config).experts else shape.numel()
+    """Elements of a parameter that a token is multiplied by: of a mixture's fused experts, those of its own ones."""
+    is_fused = family(config).experts is not None and name.endswith(FUSED)
+    return shape.numel() // shape[0] * config.num_experts_per_tok if is_fused else shape.numel()
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:

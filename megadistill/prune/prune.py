@@ -73,17 +73,15 @@ def prune(
     data: Mixture,
     output: Path,
     *,
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    heads: int | None = None,
-    layers: int | None = None,
     sequences: int,
     batch: int,
     device: torch.device,
     progress: ShowProgress,
+    **given: int | None,
 ) -> PruneReport:
     """Writes the pruned teacher to `output`, a Hugging Face folder with the tokenizer and a record of the pruning.
 
+    `given` are the sizes to prune to, by the fields of `Sizes`; None, and those that are not given, stay.
     The first `sequences` of the data's order under seed 1 decide which parts stay, `batch` at a time. The padding
     rows of the teacher's vocabulary are not written. On a CPU the teacher computes in float32.
 
@@ -98,9 +96,7 @@ def prune(
         if count < 1:
             raise UserError(f"{name} {count}: give at least 1")
     config = load_config(teacher, what=f"teacher {teacher}")
-    sizes = pruned_sizes(
-        config, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads, layers=layers
-    )
+    sizes = pruned_sizes(config, **given)
     _check_data(teacher, config, data)
     # Best-fit packing puts whole documents together by chance: each of them is read by itself.
     masked = any(manifest.packer.name == "bestfit" for manifest in data.sources.values())

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megadistill.errors import UserError
 from megadistill.models.families import FAMILIES, ModelConfig, family, head_dim
@@ -28,15 +28,8 @@ def sizes_of(config: ModelConfig) -> Sizes:
     )
 
 
-def pruned_sizes(
-    config: ModelConfig,
-    *,
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    heads: int | None = None,
-    layers: int | None = None,
-) -> Sizes:
-    """The sizes of the pruned model: the given ones, and the model's own for the others.
+def pruned_sizes(config: ModelConfig, **given: int | None) -> Sizes:
+    """The sizes of the pruned model: the `given` fields of `Sizes`, and the model's own for the others.
 
     Heads are removed by whole key-value groups, so that the number of heads of a group stays.
 
@@ -48,13 +41,13 @@ def pruned_sizes(
         dense = ", ".join(name for name, each in FAMILIES.items() if each.experts is None)
         raise UserError(f"a {config.model_type} model has experts, which are not pruned; families that are: {dense}")
     own = sizes_of(config)
-    given = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "layers": layers}
-    for name, size in given.items():
-        if size is not None and not 1 <= size <= asdict(own)[name]:
-            raise UserError(f"{option(name)} {size}: give 1 to {asdict(own)[name]}, which the teacher has")
-    sizes = Sizes(**{**asdict(own), **{name: size for name, size in given.items() if size is not None}})
+    chosen = {name: size for name, size in given.items() if size is not None}
+    for name, size in chosen.items():
+        if not 1 <= size <= getattr(own, name):
+            raise UserError(f"{option(name)} {size}: give 1 to {getattr(own, name)}, which the teacher has")
+    sizes = replace(own, **chosen)
     if sizes == own:
-        raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, given))}")
+        raise UserError(f"nothing to prune: give a size below the teacher's, of {', '.join(map(option, asdict(own)))}")
     group = config.num_attention_heads // config.num_key_value_heads
     if sizes.heads % group:
         raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadistill.timeline.spans import KINDS, MessageId, Span, Timeline
+from megadistill.timeline.spans import KINDS, MessageId, Timeline
 
 
 def write_trace(timeline: Timeline, path: Path) -> None:
@@ -33,30 +33,19 @@ def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
         yield _name("thread_name", **place, name=f"rank {lane.rank}: {lane.role}")
         yield _name("thread_sort_index", **place, sort_index=lane.rank)
         for step in lane.steps:
-            times = {"ts": _us(step.begin), "dur": _us(step.end) - _us(step.begin)}
-            yield {"ph": "X", "name": f"step {step.number}", "cat": "step", **times, **place}
+            yield {"ph": "X", "name": f"step {step.number}", "cat": "step", **_times(step.begin, step.end), **place}
         for span in lane.spans:
             if span.end < begin or span.begin > end:
                 continue
-            event = {**_event(span, max(begin, span.begin), min(end, span.end)), **place}
+            arguments = {} if span.number is None else {"number": span.number}
+            if span.message is not None:
+                arguments |= span.message._asdict()
+            times = _times(max(begin, span.begin), min(end, span.end))
+            event = {"ph": "X", "name": span.name, "cat": span.kind, **times, "args": arguments, **place}
             yield event
             if span.message is not None and span.kind in ("send", "wait"):
                 ends.setdefault((span.message, span.kind), event)
     yield from _arrows(ends)
-
-
-def _event(span: Span, begin: float, end: float) -> dict[str, Any]:
-    arguments = {} if span.number is None else {"number": span.number}
-    if span.message is not None:
-        arguments = {**arguments, **span.message._asdict()}
-    return {
-        "ph": "X",
-        "name": span.name,
-        "cat": span.kind,
-        "ts": _us(begin),
-        "dur": _us(end) - _us(begin),
-        "args": arguments,
-    }
 
 
 def _arrows(ends: dict[tuple[MessageId, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -76,5 +65,7 @@ def _name(what: str, pid: int, tid: int, **arguments: Any) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": arguments}
 
 
-def _us(seconds: float) -> float:
-    return round(1e6 * seconds, 3)
+def _times(begin: float, end: float) -> dict[str, float]:
+    """Begin and duration (µs) of an event from `begin` to `end` (s)."""
+    ts, stop = (round(1e6 * seconds, 3) for seconds in (begin, end))
+    return {"ts": ts, "dur": stop - ts}

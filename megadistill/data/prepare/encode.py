@@ -5,61 +5,52 @@ Legend: B sequences at a time, S tokens of a sequence.
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel
 
 from megadistill.data.prepare.shard_tasks import ShardTask
 from megadistill.data.shards.labels import predicted, shift
-from megadistill.data.shards.manifest import FORMAT_VERSION, Count, TokenDtype, token_dtype
-from megadistill.data.shards.packing import BESTFIT, CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
+from megadistill.data.shards.manifest import FORMAT_VERSION, Count, PackerRecord, TokenDtype, token_dtype
+from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS, Ids, PackedSequence, bestfit, chunk
 from megadistill.data.shards.shard_record import ShardRecord
 from megadistill.data.shards.tar import write_shard
 from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import OperatorFault, UserError
 
 PackerName = Literal["chunk", "bestfit"]
-PACKERS: Final = (CHUNK, BESTFIT)
 
 _TEXT_BYTES_AT_A_TIME = 1 << 20  # a tokenizer's result is many times as large as the text
 _SEQUENCES_AT_A_TIME = 256
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-@dataclass(frozen=True)
-class EncodingSpec:
+class EncodingSpec(BaseModel):
     """The settings that decide, with the documents, the bytes of a shard."""
 
-    packer: PackerName
-    packer_version: int
+    packer: PackerRecord
     sequence_length: int
     dtype: TokenDtype
     tokenizer_sha256: str
-    bos: int | None
-    eos: int
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int) -> "EncodingSpec":
         return cls(
-            packer=packer,
-            packer_version=PACKER_VERSIONS[packer],
+            packer=PackerRecord(name=packer, version=PACKER_VERSIONS[packer], bos=tokenizer.bos, eos=tokenizer.eos),
             sequence_length=sequence_length,
             dtype=token_dtype(tokenizer.vocab_size),
             tokenizer_sha256=tokenizer.sha256,
-            bos=tokenizer.bos,
-            eos=tokenizer.eos,
         )
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 class EncodedShard(ShardRecord):
@@ -137,9 +128,11 @@ def _encoded(texts: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[Ids]:
 
 
 def _packed(documents: Iterable[Ids], spec: EncodingSpec) -> Iterator[PackedSequence]:
-    if spec.packer == CHUNK:
-        return chunk(documents, sequence_length=spec.sequence_length, bos=spec.bos, eos=spec.eos)
-    return bestfit(documents, sequence_length=spec.sequence_length, bos=spec.bos, eos=spec.eos, pad=spec.eos)
+    length, bos, eos = spec.sequence_length, spec.packer.bos, spec.packer.eos
+    assert eos is not None
+    if spec.packer.name == CHUNK:
+        return chunk(documents, sequence_length=length, bos=bos, eos=eos)
+    return bestfit(documents, sequence_length=length, bos=bos, eos=eos, pad=eos)
 
 
 class _TokenCounter:
@@ -148,8 +141,8 @@ class _TokenCounter:
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self._piece_bytes = tokenizer.piece_bytes
         self._spec = spec
-        self._across = spec.packer == CHUNK
-        self._frame = 1 if spec.bos is None else 2
+        self._across = spec.packer.across_documents
+        self._frame = 1 if spec.packer.bos is None else 2
         self.to_predict = self.tokens = self.text_bytes = self.padding = 0
 
     def documents(self, documents: Iterable[Ids]) -> Iterator[Ids]:

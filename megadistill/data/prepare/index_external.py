@@ -1,7 +1,6 @@
 """Indexing external shards: a split of WebDataset tars that another program wrote, and that stay as they are."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -25,7 +24,7 @@ from megadistill.data.shards.tar import Sample, index_path, index_sequences, map
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
-from megadistill.progress import ShowProgress, console_progress
+from megadistill.progress import ShowProgress
 
 TAR: Final = ".tar"
 BOUNDS: Final = "bounds.npy"
@@ -39,7 +38,7 @@ def index(
     member: str | None,
     dtype: str | None,
     split: str,
-    progress: ShowProgress | None = None,
+    progress: ShowProgress,
 ) -> Manifest:
     """Makes a split of the tars in `folder`: an index beside each, the tokenizer, and manifest.json, last.
 
@@ -56,8 +55,7 @@ def index(
     model = load_tokenizer(tokenizer)
     describe = _description(tars[0], split, model, member, dtype)
     try:
-        with nullcontext(progress) if progress else console_progress() as show:
-            shards, tokens = _index_all(tars, split, describe, show)
+        shards, tokens = _index_all(tars, split, describe, progress)
     except BaseException:
         for path in tars:
             index_path(path).unlink(missing_ok=True)

@@ -9,7 +9,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,20 +16,19 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
-from megadistill.data.prepare.encode import PACKERS, EncodedShard, EncodingSpec, PackerName, disk_faults
+from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, PackerName, disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, locked_output, remove_leftovers
 from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import encode_all
-from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, PackerRecord, SourceRecord
-from megadistill.data.shards.packing import CHUNK
+from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, SourceRecord
+from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
-from megadistill.progress import ShowProgress, console_progress
+from megadistill.progress import ShowProgress
 
 SHARD_MB: Final = 32
-HEADINGS: Final = ("documents", "sequences", "shards", "tokens", "text", "bytes a token", "padding", "tokens dropped")
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,19 @@ class SplitReport:
     padding: int
     """Tokens of the sequences that belong to no document."""
 
-    def cells(self) -> tuple[str, ...]:
-        """The column of a table under HEADINGS."""
-        one = self.manifest
-        counts = (f"{count:,}" for count in (one.documents, one.sequences, len(one.shards), one.tokens))
-        text_bytes = one.text_bytes or 0
-        padding = self.padding / (one.sequences * (one.sequence_length + 1))
-        return (
-            *counts,
-            f"{text_bytes / 1e6:,.1f} MB",
-            f"{text_bytes / one.tokens:.2f}",
-            f"{padding:.2%}",
-            f"{self.dropped:,}",
-        )
+    def cells(self) -> dict[str, str]:
+        """A column of a table, by the headings of the rows."""
+        one, text_bytes = self.manifest, self.manifest.text_bytes or 0
+        return {
+            "documents": f"{one.documents:,}",
+            "sequences": f"{one.sequences:,}",
+            "shards": f"{len(one.shards):,}",
+            "tokens": f"{one.tokens:,}",
+            "text": f"{text_bytes / 1e6:,.1f} MB",
+            "bytes a token": f"{text_bytes / one.tokens:.2f}",
+            "padding": f"{self.padding / (one.sequences * (one.sequence_length + 1)):.2%}",
+            "tokens dropped": f"{self.dropped:,}",
+        }
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,14 @@ class TokenizeReport:
     def table(self) -> Table:
         """A column a split; the caption counts the documents that were left out."""
         resumed = f"; {self.reused:,} shards reused from an earlier start" if self.reused else ""
-        table = Table(
-            title=f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s",
-            caption=f"left out: {in_words(self.left_out) or 'nothing'}{resumed}",
-            title_justify="left",
-            caption_justify="left",
-        )
-        table.add_column("")
-        splits = [split for split in (self.train, self.heldout) if split]
-        for split in splits:
-            table.add_column(split.manifest.split, justify="right")
-        for heading, cells in zip(HEADINGS, zip(*(split.cells() for split in splits), strict=True), strict=True):
-            table.add_row(heading, *cells)
+        title = f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s"
+        caption = f"left out: {in_words(self.left_out) or 'nothing'}{resumed}"
+        table = Table("", title=title, caption=caption, title_justify="left", caption_justify="left")
+        columns = {split.manifest.split: split.cells() for split in (self.train, self.heldout) if split}
+        for split in columns:
+            table.add_column(split, justify="right")
+        for heading in columns[TRAIN]:
+            table.add_row(heading, *(cells[heading] for cells in columns.values()))
         return table
 
 
@@ -97,13 +91,13 @@ def tokenize(
     vocab_size: int | None,
     sequence_length: int,
     heldout_fraction: float,
+    progress: ShowProgress,
     packer: PackerName = CHUNK,
     text_field: str = "text",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     shard_mb: float = SHARD_MB,
     processes: int | None = None,
-    progress: ShowProgress | None = None,
 ) -> TokenizeReport:
     """Writes `output`/tokenizer, `output`/train and `output`/heldout; the same text gives the same bytes.
 
@@ -114,8 +108,7 @@ def tokenize(
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `shard_mb` is the text of a shard in 10^6 bytes.
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
-    that calls this must keep its own acts under `if __name__ == "__main__"`. `progress` is called as the
-    work is done; by default it is a bar on a terminal, plain lines elsewhere.
+    that calls this must keep its own acts under `if __name__ == "__main__"`.
 
     Raises:
         UserError: an argument, the text or the output folder is unusable; no manifest was written.
@@ -125,12 +118,8 @@ def tokenize(
     _check(tokenizer, vocab_size, {"--sequence-length": sequence_length, "--processes": processes}, packer, shard_mb)
     files = _Inputs(inputs, output, include, exclude, text_field, heldout_fraction)
     folder = output / TOKENIZER_FOLDER
-    with (
-        nullcontext(progress) if progress else console_progress() as show,
-        disk_faults(output),
-        locked_output(output, files.splits),
-    ):
-        model = load_tokenizer(tokenizer) if tokenizer else _train(files, folder, vocab_size or 0, show)
+    with disk_faults(output), locked_output(output, files.splits):
+        model = load_tokenizer(tokenizer) if tokenizer else _train(files, folder, vocab_size or 0, progress)
         model.write(folder)
         spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length)
         corpus = files.corpus()
@@ -141,7 +130,7 @@ def tokenize(
             spec,
             task_bytes=round(shard_mb * 1e6),
             processes=processes or len(os.sched_getaffinity(0)),
-            show=show,
+            show=progress,
         )
         splits = {split: _split_report(split, shards[split], model, spec, files.record()) for split in files.splits}
         manifests = [report.manifest for report in splits.values()]
@@ -228,8 +217,8 @@ def _check(
             raise UserError(f"{option} {value}: give at least 1")
     if not 1e-6 <= shard_mb < 1e6:
         raise UserError(f"--shard-mb {shard_mb}: give the millions of bytes of text in a shard, such as {SHARD_MB}")
-    if packer not in PACKERS:
-        raise UserError(f"--packer {packer}: give {' or '.join(PACKERS)}")
+    if packer not in PACKER_VERSIONS:
+        raise UserError(f"--packer {packer}: give {' or '.join(PACKER_VERSIONS)}")
 
 
 def _train(files: _Inputs, folder: Path, vocab_size: int, show: ShowProgress) -> Tokenizer:
@@ -301,7 +290,7 @@ def _split_report(
         vocab_size=model.vocab_size,
         sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
-        packer=PackerRecord(name=spec.packer, version=spec.packer_version, bos=spec.bos, eos=spec.eos),
+        packer=spec.packer,
         documents=documents,
         tokens=sum(result.tokens for result in results),
         text_bytes=sum(result.text_bytes for result in results),

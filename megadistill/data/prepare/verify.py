@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -17,7 +16,7 @@ from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.progress import ShowProgress, console_progress
+from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
 
 MAX_LINES: Final = 1000
@@ -38,10 +37,9 @@ class SplitCheck:
     unlisted: list[str] = field(default_factory=list)
     """Names in the folder that are not in the manifest; not faults."""
 
-    def add(self, fault: str) -> None:
-        self.fault_count += 1
-        if len(self.faults) < MAX_LINES:
-            self.faults.append(fault)
+    def add(self, *faults: str) -> None:
+        self.fault_count += len(faults)
+        self.faults += faults[: MAX_LINES - len(self.faults)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class VerifyReport:
         return table
 
 
-def verify(location: Path | str, *, quick: bool, progress: ShowProgress | None = None) -> VerifyReport:
+def verify(location: Path | str, *, quick: bool, progress: ShowProgress) -> VerifyReport:
     """Checks a split, or all splits of a data set, and collects the faults.
 
     `location` is a manifest.json, the folder of a split or one above several, or a URL of a split. `quick` checks the
@@ -91,8 +89,7 @@ def verify(location: Path | str, *, quick: bool, progress: ShowProgress | None =
     """
     began = time.perf_counter()
     locations = find_manifests(location)
-    with nullcontext(progress) if progress else console_progress() as show:
-        splits = tuple(_check(where, quick, show) for where in locations)
+    splits = tuple(_check(where, quick, progress) for where in locations)
     return VerifyReport(splits, quick, time.perf_counter() - began)
 
 
@@ -140,8 +137,7 @@ def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
     if isinstance(manifest.folder, LocalFolder):
         folder = Path(manifest.folder.location)
         check.unlisted = _unlisted(manifest, folder)
-        for fault in _tokenizer_faults(manifest, folder):
-            check.add(fault)
+        check.add(*_tokenizer_faults(manifest, folder))
     _check_shards(manifest, check, quick, show)
     return check
 
@@ -178,11 +174,9 @@ def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: Show
             check.add(f"shard {number}: {fault}")
         else:
             if not quick:
-                for message in _hash_faults(opened, shard.sha256):
-                    check.add(f"shard {number}: {message}")
+                check.add(*(f"shard {number}: {message}" for message in _hash_faults(opened, shard.sha256)))
             for batch in () if quick else reader.read_shard(number):
-                for row in sorted(batch.faults):
-                    check.add(f"shard {number}: {batch.faults[row]}")
+                check.add(*(f"shard {number}: {batch.faults[row]}" for row in sorted(batch.faults)))
                 tokens += batch.predicted_tokens(across_documents=manifest.packer.across_documents)
                 sequences += len(batch.bounds)
                 part = done + shard.bytes * len(batch.bounds) // shard.sequences

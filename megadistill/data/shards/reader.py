@@ -10,7 +10,6 @@ Legend: N places to read, T = S + 1 tokens of a sequence, Q sequences of a shard
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -61,14 +60,8 @@ def open_shard(manifest: Manifest, number: int) -> OpenShard:
     return open_indexed_tar(manifest.folder, manifest.shards[number], members)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The rows of a batch that lie in one shard, with their entries in its index."""
-
-    shard: OpenShard
-    rows: list[int]
-    sequences: list[int]
-    entries: list[list[int]]
+_Group = tuple[OpenShard, dict[int, int], list[list[int]]]
+"""A shard; row of a batch -> its sequence in that shard; the sequences' entries in the index."""
 
 
 class SequenceReader:
@@ -92,16 +85,17 @@ class SequenceReader:
         faults: dict[int, ShardFault] = {}
         groups = self._groups(places_N2, faults)
         self._manifest.folder.prefetch(
-            (group.shard.file, start, length) for group in groups for start, length, *_ in group.entries
+            (shard.file, start, length) for shard, _, entries in groups for start, length, *_ in entries
         )
+        wrong: dict[int, str] = {}
         for group in groups:
-            faults |= self._copy(group, tokens_NT, packed)
-        bounds, wrong = _unpacked(packed, rows=len(places_N2), length=self._length)
-        wrong |= self._large_ids(tokens_NT)
-        for group in groups if wrong else ():
-            for row, sequence in zip(group.rows, group.sequences, strict=True):
-                if row in wrong and row not in faults:
-                    faults[row] = _fault(group.shard, sequence, wrong[row])
+            wrong |= self._copy(group, tokens_NT, packed)
+        bounds, unsound = _unpacked(packed, rows=len(places_N2), length=self._length)
+        wrong = unsound | self._large_ids(tokens_NT) | wrong
+        for shard, sequences, _ in groups if wrong else ():
+            for row in wrong.keys() & sequences:
+                at = f"{shard.path} sequence {sequences[row]} at byte {shard.index[sequences[row], 0]}"
+                faults[row] = ShardFault(f"{at}: {wrong[row]}")
         for row in faults:
             tokens_NT[row] = 0
             bounds[row] = np.array([0, self._length])
@@ -116,17 +110,16 @@ class SequenceReader:
 
     def _groups(self, places_N2: Places, faults: dict[int, ShardFault]) -> list[_Group]:
         """The rows of each shard that opens; the others are faults."""
-        order_N = np.argsort(places_N2[:, 0], kind="stable")
-        shards_N, sequences_N = places_N2[order_N].T
-        edges = np.flatnonzero(np.diff(shards_N, prepend=-1, append=-1)).tolist()
+        by_shard: dict[int, dict[int, int]] = {}
+        for row, (number, sequence) in enumerate(places_N2.tolist()):
+            by_shard.setdefault(number, {})[row] = sequence
         groups = []
-        for first, stop in pairwise(edges):
-            rows, sequences_n = order_N[first:stop].tolist(), sequences_N[first:stop]
-            shard = self._shard(int(shards_N[first]))
+        for number, sequences in by_shard.items():
+            shard = self._shard(number)
             if isinstance(shard, ShardFault):
-                faults.update(dict.fromkeys(rows, shard))
+                faults.update(dict.fromkeys(sequences, shard))
             else:
-                groups.append(_Group(shard, rows, sequences_n.tolist(), shard.index[sequences_n].tolist()))
+                groups.append((shard, sequences, shard.index[list(sequences.values())].tolist()))
         return groups
 
     def _shard(self, number: int) -> OpenShard | ShardFault:
@@ -138,19 +131,21 @@ class SequenceReader:
                 self._broken[number] = fault
         return self._broken[number]
 
-    def _copy(self, group: _Group, tokens_NT: Tokens, packed: dict[int, PackedBounds]) -> dict[int, ShardFault]:
+    def _copy(self, group: _Group, tokens_NT: Tokens, packed: dict[int, PackedBounds]) -> dict[int, str]:
         """The hot loop: copies the tokens of each intact sequence into its row, and its bounds into `packed`.
 
-        Nearly every member begins with exactly the bytes that numpy writes for it; the others are parsed.
+        Nearly every member begins with exactly the bytes that numpy writes for it; the others are parsed. Returns
+        row -> message for each damaged one.
         """
+        shard, sequences, entries = group
         counts = self._counts
         flat, width = tokens_NT.data.cast("B"), tokens_NT.strides[0]
         header, begin = self._header, len(self._header or b"")
-        faults: dict[int, ShardFault] = {}
-        for row, sequence, entry in zip(group.rows, group.sequences, group.entries, strict=True):
+        wrong: dict[int, str] = {}
+        for row, entry in zip(sequences, entries, strict=True):
             start, length, crc, tokens_at, tokens_bytes, bounds_at, bounds_bytes = entry
             try:
-                data = group.shard.sample(start, length, crc)
+                data = shard.sample(start, length, crc)
                 numbers_at = tokens_at + begin
                 if tokens_bytes == begin + width and bytes(data[tokens_at:numbers_at]) == header:
                     flat[row * width : (row + 1) * width] = data[numbers_at : numbers_at + width]
@@ -164,8 +159,8 @@ class SequenceReader:
                     else:
                         packed[row] = self._parsed_bounds(data[bounds_at:stop])
             except MemberError as error:
-                faults[row] = _fault(group.shard, sequence, str(error))
-        return faults
+                wrong[row] = str(error)
+        return wrong
 
     def _parsed_bounds(self, data: memoryview) -> bytes:
         """[D + 1] uint32, of a member whose header has not been seen before or is an unusual one."""
@@ -191,10 +186,6 @@ class SequenceReader:
             return {}
         largest_N = tokens_NT.max(axis=1)
         return {row: _ids_below(vocab_size, largest_N[row]) for row in np.flatnonzero(largest_N >= vocab_size).tolist()}
-
-
-def _fault(shard: OpenShard, sequence: int, message: str) -> ShardFault:
-    return ShardFault(f"{shard.path} sequence {sequence} at byte {shard.index[sequence, 0]}: {message}")
 
 
 def _ids_below(vocab_size: int, id: Any) -> str:

@@ -2,10 +2,11 @@
 
 import errno
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Final, Protocol
 
-from megadistill.io import HASH_BYTES
+HASH_BYTES: Final = 1 << 22
+"""Bytes hashed at a time."""
 
 
 class Bytes(Protocol):
@@ -51,16 +52,9 @@ def out_of_range(path: str, start: int, length: int, size: int) -> OSError:
     return OSError(errno.EINVAL, f"it has {size} bytes, none from {start} to {start + length}", path)
 
 
-def sha256_of(file: Bytes, *, progress: Callable[[int], None] | None = None) -> str:
-    """The sha256 of an open file; `progress` is called with the bytes of each part.
-
-    Raises:
-        OSError: a part cannot be read.
-    """
+def sha256_of(file: Bytes) -> str:
+    """The sha256 of an open file. Raises OSError: a part cannot be read."""
     digest = hashlib.sha256()
     for start in range(0, file.size, HASH_BYTES):
-        length = min(HASH_BYTES, file.size - start)
-        digest.update(file.read(start, length))
-        if progress:
-            progress(length)
+        digest.update(file.read(start, min(HASH_BYTES, file.size - start)))
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import fsspec
 from fsspec.asyn import get_loop, sync
@@ -61,14 +61,6 @@ class RequestError(Exception):
         super().__init__(reason)
         self.transient = transient
         self.absent = absent
-
-
-class _Backend(Protocol):
-    """One protocol of requests; runs on fsspec's event loop, and may raise any exception."""
-
-    async def size(self, url: str) -> int: ...
-
-    async def get(self, url: str, start: int, stop: int) -> bytes: ...
 
 
 class RemoteFolder:
@@ -292,7 +284,8 @@ class FsspecBackend:
         return await asyncio.to_thread(self._files.cat_file, path, start=start, end=stop)
 
 
-def _backend(url: str) -> _Backend:
+def _backend(url: str) -> HttpBackend | FsspecBackend:
+    """The requests for a URL: they run on fsspec's event loop, and may raise any exception."""
     scheme = url.partition("://")[0]
     try:
         files, _ = fsspec.url_to_fs(url)

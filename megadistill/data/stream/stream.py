@@ -198,9 +198,8 @@ class TokenStream:
             tokens_BS[whole], labels_BS[whole] = shift(sequences.tokens)
             starts_BS[whole] = document_starts(sequences.bounds, sequence_length=length)
             packer = self._mixture.sources[self._order.names[source]].packer
-            if (
-                packer.name != "chunk" or self._document_mask
-            ):  # chunked sequences are full, and predicted across documents
+            # Chunked sequences are full, and predicted across documents.
+            if packer.name != "chunk" or self._document_mask:
                 across = packer.across_documents and not self._document_mask
                 predicted_BS = predicted(sequences.bounds, sequence_length=length, across_documents=across)
                 labels_BS[whole] = mask_labels(labels_BS[whole], predicted_BS)

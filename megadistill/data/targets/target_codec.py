@@ -51,7 +51,8 @@ class TargetCodec:
         self._draws = key.targets.draws
         self._has_tail = key.tail is not Tail.RENORMALISED
         self._num_ids_dtype = np.min_scalar_type(self._max_ids).newbyteorder("<")
-        self._width = _bytes_of(key.vocab_size * (self._draws or 1) - 1)
+        largest = key.vocab_size * (self._draws or 1) - 1
+        self._width = -(-largest.bit_length() // 8)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -120,10 +121,6 @@ class TargetCodec:
 def _shares(counts_n: NDArray[np.int64], draws: int) -> NDArray[np.float32]:
     """The division of a run with a live teacher."""
     return (counts_n.astype(np.float64) / draws).astype(np.float32)
-
-
-def _bytes_of(largest: int) -> int:
-    return max(1, -(-largest.bit_length() // 8))
 
 
 def _narrow(numbers_n: NDArray[np.int64], width: int) -> NDArray[np.uint8]:

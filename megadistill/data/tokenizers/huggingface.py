@@ -3,7 +3,6 @@
 Legend: L tokens of a text, V ids of the vocabulary.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,10 +16,12 @@ from tokenizers import Tokenizer as Backend
 
 from megadistill.data.shards.packing import Ids
 from megadistill.errors import UserError
+from megadistill.io import read_given_json
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 CONFIG_FILE: Final = "tokenizer_config.json"
-COPIED: Final = (TOKENIZER_FILE, "special_tokens_map.json", "chat_template.jinja")
+SPECIAL_FILE: Final = "special_tokens_map.json"
+COPIED: Final = (TOKENIZER_FILE, SPECIAL_FILE, "chat_template.jinja")
 
 MAX_FILE_BYTES: Final = 1 << 28
 SPACE: Final = "▁"
@@ -34,17 +35,17 @@ class HuggingFaceTokenizer:
     kind: Final = "huggingface"
     file: Final = TOKENIZER_FILE
 
-    def __init__(self, path: Path, values: Json, *, config: Json, eos: str | int | None) -> None:
-        """`values` is the content of `path`, `config` that of tokenizer_config.json beside it.
+    def __init__(self, path: Path) -> None:
+        """The tokenizer in the file `path`, with the rules in the files beside it.
 
         Raises:
-            UserError: it is not a tokenizer, or no id that ends a document is named.
+            UserError: there is none, or no id that ends a document is named.
         """
         self._path = path
-        self._config = config
-        self._values = values
+        self._config, special = (_read_optional(path.parent / name) for name in (CONFIG_FILE, SPECIAL_FILE))
+        self._values = read_json(path)
         try:
-            self._backend = Backend.from_str(json.dumps(values))
+            self._backend = Backend.from_str(json.dumps(self._values))
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())[:200]}") from None
         self._backend.encode_special_tokens = True
@@ -52,25 +53,15 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         if getattr(self._backend.model, "dropout", None):
             self._backend.model.dropout = None  # merges at random
-        self.sha256 = canonical_sha256(values)
+        self.sha256 = canonical_sha256(self._values)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eos = self._token_id(eos, "eos_token")
-        self.bos = self._bos()
-
-    @classmethod
-    def load(cls, path: Path) -> "HuggingFaceTokenizer":
-        """The tokenizer in the file `path`, with the rules in the files beside it.
-
-        Raises:
-            UserError: there is none, or it cannot be used.
-        """
-        beside = {name: _read_optional(path.parent / name) for name in (CONFIG_FILE, "special_tokens_map.json")}
-        named = [_content(rules, "eos_token") for rules in beside.values()]
+        named = [_content(rules, "eos_token") for rules in (self._config, special)]
         eos: Any = next((token for token in named if token is not None), None)
         if eos is None:
             ids = _read_optional(path.parent / "generation_config.json").get("eos_token_id")
             eos = ids[0] if isinstance(ids, list) and ids else ids
-        return cls(path, read_json(path), config=beside[CONFIG_FILE], eos=eos)
+        self.eos = self._token_id(eos, "eos_token")
+        self.bos = self._bos()
 
     def encode(self, text: str) -> Ids:
         """[L] int32, without BOS or EOS; the names of special tokens in the text are text."""
@@ -125,32 +116,14 @@ class HuggingFaceTokenizer:
             raise UserError(f"{self._path} puts {before} ids before a text: this release supports one, or none")
         if before:
             return int(whole[0])
-        return (
-            self._token_id(_content(self._config, "bos_token"), "bos_token")
-            if self._config.get("add_bos_token")
-            else None
-        )
+        has_bos = self._config.get("add_bos_token")
+        return self._token_id(_content(self._config, "bos_token"), "bos_token") if has_bos else None
 
 
 def read_json(path: Path) -> Json:
-    """The object in a file.
-
-    Raises:
-        UserError: it cannot be read, is larger than any tokenizer, or holds no JSON object.
-    """
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise OSError(errno.EFBIG, f"more than {MAX_FILE_BYTES >> 20} MiB")
-        values = json.loads(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a tokenizer.json, or its folder") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}, not an object: give a tokenizer.json")
-    return values
+    """The object in a file of a tokenizer. Raises UserError: there is none."""
+    way_out = "give a tokenizer.json, or its folder"
+    return read_given_json(path, dict, what="the tokenizer", way_out=way_out, max_bytes=MAX_FILE_BYTES)
 
 
 def canonical_sha256(values: Json) -> str:

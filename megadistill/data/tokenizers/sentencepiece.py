@@ -106,7 +106,8 @@ class SentencePieceTokenizer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model)
-        _huggingface(self, self._processor, self._name).save_pretrained(folder)
+        _refuse_inexact(ModelProto.FromString(self.model), self._name)
+        _huggingface(self.model, self._processor).save_pretrained(folder)
 
 
 def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> SentencePieceTokenizer:
@@ -140,21 +141,20 @@ def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> SentencePieceTo
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"--vocab-size {vocab_size} does not fit the text: {_reason(error)}") from None
+        # Without file and line: `INTERNAL: file.cc(1) [condition] Vocabulary size ...`.
+        reason = re.sub(r"^.*\.cc\(\d+\) \[.*\] ", "", " ".join(str(error).split()))
+        raise UserError(f"--vocab-size {vocab_size} does not fit the text: {reason}") from None
     return SentencePieceTokenizer(model.getvalue(), name="the trained tokenizer")
 
 
-def _huggingface(
-    tokenizer: SentencePieceTokenizer, processor: SentencePieceProcessor, name: str
-) -> PreTrainedTokenizerFast:
+def _huggingface(model: bytes, processor: SentencePieceProcessor) -> PreTrainedTokenizerFast:
     """The same BPE for `tokenizers`.
 
     SentencePiece joins the adjacent pair whose union scores best; `tokenizers` the pair that its list names first. So
     the list has, best piece first, every cut of a piece into two pieces. Byte and control pieces are left out: the
     characters `<0x0A>` in a text are not a newline, and `</s>` does not end it (`split_special_tokens`).
     """
-    proto = ModelProto.FromString(tokenizer.model)
-    _refuse_inexact(proto, name)
+    proto = ModelProto.FromString(model)
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     merges = [
         (piece[:cut], piece[cut:])
@@ -178,7 +178,7 @@ def _huggingface(
         tokenizer_object=backend,
         unk_token=unknown,
         bos_token=processor.id_to_piece(bos) if bos >= 0 else None,
-        eos_token=processor.id_to_piece(tokenizer.eos),
+        eos_token=processor.id_to_piece(processor.eos_id()),
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
@@ -207,8 +207,3 @@ def _refuse_inexact(proto: ModelProto, name: str) -> None:
 def _parts(line: str) -> list[str]:
     """A line in pieces that are not too long for the trainer."""
     return [line[start : start + MAX_LINE_CHARACTERS] for start in range(0, len(line), MAX_LINE_CHARACTERS)]
-
-
-def _reason(error: RuntimeError) -> str:
-    """SentencePiece's message without file and line: `INTERNAL: file.cc(1) [condition] Vocabulary size ...`."""
-    return re.sub(r"^.*\.cc\(\d+\) \[.*\] ", "", " ".join(str(error).split()))

@@ -1,72 +1,22 @@
-"""Interface of the tokenizers, and loading one from a file or a folder.
-
-Legend: L tokens of a text, V ids of the vocabulary.
-"""
+"""The kinds of tokenizers, and loading one from a file or a folder."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal
 
 from megadistill.data.shards.manifest import TokenizerRecord
-from megadistill.data.shards.packing import Ids
-from megadistill.data.tokenizers import huggingface as huggingface_tokenizer
-from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
+from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, canonical_sha256, read_json
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 from megadistill.errors import UserError
 
 Kind = Literal["sentencepiece", "huggingface"]
 
-
-class Tokenizer(Protocol):
-    """Text to ids and back."""
-
-    @property
-    def kind(self) -> Kind: ...
-
-    @property
-    def file(self) -> str:
-        """Name of the file that `sha256` hashes, in the folder of `write`."""
-        ...
-
-    @property
-    def sha256(self) -> str: ...
-
-    @property
-    def vocab_size(self) -> int:
-        """V: the highest id, plus one."""
-        ...
-
-    @property
-    def bos(self) -> int | None:
-        """The id before each document; None where the tokenizer's own rules put none there."""
-        ...
-
-    @property
-    def eos(self) -> int:
-        """The id after each document."""
-        ...
-
-    @property
-    def piece_bytes(self) -> NDArray[np.int64]:
-        """[V]: UTF-8 bytes of text that each id stands for; 0 for special ones."""
-        ...
-
-    def encode(self, text: str) -> Ids:
-        """[L] int32, without BOS or EOS; the names of special ids in the text are text."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]: ...
-
-    def decode(self, ids: Ids) -> str: ...
-
-    def write(self, folder: Path) -> None:
-        """Writes the files with which `load_tokenizer` and `AutoTokenizer.from_pretrained` give the same ids."""
-        ...
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+"""Text to ids and back. `vocab_size` is the highest id, plus one; `bos` and `eos` are the ids before and after each
+document, `bos` None where the tokenizer's own rules put none there; `sha256` is the hash that manifests record of
+`file`, one of the files of `write`, with which `load_tokenizer` and `AutoTokenizer.from_pretrained` give the same ids.
+"""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -85,7 +35,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise UserError(f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer")
         if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_from_model(path):
             file = path / MODEL_FILE
-    return HuggingFaceTokenizer.load(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
+    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
 
 
 def _written_from_model(folder: Path) -> bool:
@@ -93,10 +43,7 @@ def _written_from_model(folder: Path) -> bool:
     try:
         with TemporaryDirectory() as made:
             SentencePieceTokenizer.load(folder / MODEL_FILE).write(Path(made))
-            shas = [
-                huggingface_tokenizer.canonical_sha256(huggingface_tokenizer.read_json(place / TOKENIZER_FILE))
-                for place in (folder, Path(made))
-            ]
+            shas = [canonical_sha256(read_json(place / TOKENIZER_FILE)) for place in (folder, Path(made))]
     except UserError:
         return False
     return shas[0] == shas[1]
@@ -123,7 +70,7 @@ def tokenizer_sha256(path: Path, *, prefer: Kind) -> tuple[Kind, str] | None:
         return None
     kind = prefer if prefer in present else next(iter(present))
     if kind == "huggingface":
-        return kind, huggingface_tokenizer.canonical_sha256(huggingface_tokenizer.read_json(present[kind]))
+        return kind, canonical_sha256(read_json(present[kind]))
     try:
         return kind, hashlib.sha256(present[kind].read_bytes()).hexdigest()
     except OSError as error:

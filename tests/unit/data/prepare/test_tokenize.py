@@ -30,6 +30,7 @@ from megadistill.data.prepare.tokenizer_training import TrainingSample
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import UserError
+from megadistill.progress import console_progress
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts
 
 SEQUENCE = 16
@@ -357,7 +358,8 @@ def test_the_training_sample_is_the_documents_with_the_smallest_digests(
 def test_progress_is_plain_lines_without_a_terminal(
     corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    report = _run(corpus, tmp_path / "out", tokenizer=None, vocab_size=330, progress=None)
+    with console_progress() as show:
+        report = _run(corpus, tmp_path / "out", tokenizer=None, vocab_size=330, progress=show)
     lines = capfd.readouterr().err.splitlines()
     stages = ["sample", "sample", "tokenizer", "tokenizer", "shards", "shards"]
     assert [line.split(":")[0] for line in lines] == stages, "a line when a stage begins and when it ends"

@@ -76,6 +76,7 @@ from megadistill.data.prepare.tokenize import tokenize
 if __name__ == "__main__":
     corpus, tokenizer, output, processes = sys.argv[1:]
     options = {options} | {{"processes": int(processes)}}
+    options["progress"] = lambda stage, **numbers: None
     tokenize([Path(corpus)], Path(output), tokenizer=Path(tokenizer), vocab_size=None, **options)
 """
 

@@ -404,13 +404,13 @@ def test_a_tokenizer_that_marks_spaces_counts_bytes_of_text(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
-        ("tokenizer.json", "[" * 100_000, "tokenizer.json is not valid JSON"),
-        ("tokenizer.json", "[]", "holds a JSON list"),
+        ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json cannot be read as JSON"),
+        ("tokenizer.json", "[]", "holds a list, not a dict"),
         ("tokenizer.json", "{}", "is not a tokenizer.json"),
         ("tokenizer.json", '{"model": {"type": "Other"}}', "is not a tokenizer.json"),
         ("tokenizer_config.json", "{}", "its eos_token is missing"),
-        ("tokenizer_config.json", "junk", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", "junk", "tokenizer_config.json cannot be read as JSON"),
         ("tokenizer_config.json", '{"eos_token": "<nowhere>"}', "'<nowhere>', which the vocabulary does not have"),
         ("generation_config.json", '{"eos_token_id": -1}', "is -1, which the vocabulary does not have"),
         ("generation_config.json", '{"eos_token_id": "no"}', "is 'no', which the vocabulary does not have"),
@@ -429,5 +429,5 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(copy: Path, name: str, conte
 def test_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"none\.json cannot be read"):
+    with pytest.raises(UserError, match=r"none\.json does not exist"):
         load_tokenizer(tmp_path / "none.json")
