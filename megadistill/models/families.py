@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from megadistill.errors import UserError, nearest
-from megadistill.io import read_json
+from megadistill.io import read_given_json
 from megadistill.models.experts import ExpertNames
 from megadistill.types import LogitTransform
 
@@ -47,7 +47,6 @@ class Family:
 
 
 FAMILIES = {
-    "exaone4": Family(more_keys=("head_dim",)),
     "gemma2": Family(attention="eager", norm_init=0.0),
     "gemma3_text": Family(norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
     "llama": Family(),
@@ -80,7 +79,11 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     Raises:
         UserError: another family, an unknown key, sizes that do not fit together, quantised weights.
     """
-    keys = _read_json(source, what) if isinstance(source, Path) else copy.deepcopy(dict(source))
+    if isinstance(source, Path):
+        way_out = "name a Hugging Face model folder"
+        keys: dict[str, Any] = read_given_json(source / "config.json", dict, what=what, way_out=way_out)
+    else:
+        keys = copy.deepcopy(dict(source))
     model_type = keys.get("model_type")
     if model_type not in FAMILIES:
         hint = nearest(str(model_type), FAMILIES)
@@ -103,19 +106,6 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what}: transformers refuses this {model_type} config: {reason}") from None
     return config
-
-
-def _read_json(folder: Path, what: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        keys = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{what}: {path} does not exist; name a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise UserError(f"{what}: {path} holds a {type(keys).__name__}, not an object with a model_type")
-    return keys
 
 
 def _refuse_unknown_keys(keys: Mapping[str, Any], what: str) -> None:
