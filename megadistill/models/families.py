@@ -47,6 +47,7 @@ class Family:
 
 
 FAMILIES = {
+    "exaone4": Family(more_keys=("head_dim",)),
     "gemma2": Family(attention="eager", norm_init=0.0),
     "gemma3_text": Family(norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
     "llama": Family(),

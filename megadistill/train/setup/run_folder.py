@@ -111,7 +111,10 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         written = read_json(path)["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): name another run.folder, or move this one away") from None
-    refuse_renamed(written, source=str(path))
+    try:
+        refuse_renamed(written, source=str(path))
+    except UserError as error:
+        raise UserError(f"{error} (written by a version before 0.1.0: name another run.folder)") from None
     events = folder / "events.jsonl"
     if former := {str(line.get("event")) for line in read_lines(events)} & RENAMED_EVENTS.keys():
         names = ", ".join(f"{name} is now {RENAMED_EVENTS[name]}" for name in sorted(former))

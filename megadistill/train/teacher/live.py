@@ -92,7 +92,8 @@ class LiveTeacher(Teacher):
         if not self.pipeline.ahead:
             return None
         mebibytes = self.pipeline.bytes_in_flight(micro_batch, sequence_length) / (1 << 20)
-        return f"teacher prefetch: {self.pipeline.ahead} micro-batches, {mebibytes:.1f} MiB per rank"
+        plural = "" if self.pipeline.ahead == 1 else "es"
+        return f"teacher prefetch: {self.pipeline.ahead} micro-batch{plural}, {mebibytes:.1f} MiB per rank"
 
     def frozen_weights(self) -> FrozenWeights | None:
         return FrozenWeights.of([("rows of the head", self.head)])
