@@ -52,7 +52,10 @@ def test_a_folder_with_former_key_names_is_refused_with_the_new_ones(started: Pa
     written["recipe"]["train"]["clip"] = written["recipe"]["train"].pop("max_grad_norm")
     (started / "recipe.json").write_text(json.dumps(written), encoding="utf-8")
     message = _refused(started, _snapshot())
-    assert message == f"{started / 'recipe.json'}: train.clip is now train.max_grad_norm: use the new name"
+    assert message == (
+        f"{started / 'recipe.json'}: train.clip is now train.max_grad_norm: use the new name "
+        "(written by a version before 0.1.0: name another run.folder)"
+    )
 
 
 def test_a_folder_with_former_event_names_is_refused_with_the_new_ones(started: Path) -> None:
