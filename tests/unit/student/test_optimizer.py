@@ -54,7 +54,7 @@ def test_adamw_is_the_default() -> None:
     [
         ({"beta3": 0.5}, "train.optimizer.beta3: no such key; did you mean 'beta2'?"),
         ({"beta1": 1.5}, "train.optimizer.beta1: input should be less than 1, found 1.5"),
-        ({"kind": "momentum"}, "train.optimizer: input tag 'momentum'"),
+        ({"kind": "momentum"}, "train.optimizer.kind: input should be 'adamw', found 'momentum'"),
     ],
 )
 def test_errors_name_the_key_without_the_kind(optimizer: dict[str, Any], message: str) -> None:
