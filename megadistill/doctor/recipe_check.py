@@ -123,10 +123,7 @@ def _shards(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     except ShardFault as fault:
         raise UserError(f"the sequence of slot {launch.rank}: {fault}") from None
     if opened < len(share):
-        return (
-            None,
-            f"{SHARD_SECONDS:.0f} s did not suffice to open all {len(shards):,}; the opened ones are valid",
-        )
+        return None, f"{SHARD_SECONDS:.0f} s did not suffice to open all {len(shards):,}; the opened ones are valid"
     return None, f"all {len(shards):,} open, with their indices, and each rank reads a sequence"
 
 

@@ -13,12 +13,7 @@ from megadistill.errors import RankUserError, UserError
 from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
 from megadistill.train.objective import Objective
-from megadistill.train.setup.run_folder import (
-    copy_student_config,
-    copy_tokenizer,
-    started_from,
-    write_description,
-)
+from megadistill.train.setup.run_folder import copy_student_config, copy_tokenizer, started_from, write_description
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.teacher.placement import load_teacher
 from megadistill.train.teacher.protocol import Teacher
