@@ -68,7 +68,9 @@ def run_command(arguments: Sequence[str]) -> int:
         logger.error("%s", error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
-        print("megadistill: interrupted; the same command resumes from the latest checkpoint", file=sys.stderr)
+        print(
+            "megadistill: interrupted (a run resumes from its latest checkpoint by the same command)", file=sys.stderr
+        )
         return RestartFault.exit_code
     except Exception:
         traceback.print_exc()

@@ -106,7 +106,7 @@ def _export(options: argparse.Namespace) -> None:
         max_shard_bytes=options.max_shard_mb * 1_000_000,
         dtype=options.dtype,
     )
-    print(f"{options.output}: the student of {options.source} at step {step}")
+    print(f"{options.output}: exported from {options.source}, step {step}")
 
 
 def _prune(options: argparse.Namespace) -> None:

@@ -51,13 +51,15 @@ def add(commands: Commands) -> None:
     option(law, "--teacher-loss", "X", "the teacher's cross-entropy, nats per token", kind=float)
     option(law, "--teacher-tokens", "D", "or the number of tokens that it was trained on", kind=float)
     option(command, "--price", "X", "price of a GPU-hour, in your currency", kind=float)
-    option(command, "--json", "FILE", "everything as JSON; - for stdout, in place of tables", kind=Path)
+    option(
+        command, "--json", "FILE", "the complete plan as JSON; - writes it to stdout, in place of the tables", kind=Path
+    )
 
     summary = "trace and picture of compute, waiting and communication per rank"
     command = add_command(commands, "timeline", summary, TIMELINE_EPILOG, _timeline)
     command.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
     add_plan_options(command, required=False)  # a run recorded its own layout
-    option(command, "--steps", "N", f"of a plan: steps to simulate (default {STEPS})", kind=int)
+    option(command, "--steps", "N", f"steps to simulate, for the timeline of a recipe (default {STEPS})", kind=int)
     option(command, "--output", "DIR", "folder of the output (of a run: by default RUN)", kind=Path)
 
     summary = "every key of a recipe: type, default, meaning"
@@ -72,7 +74,7 @@ def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> Non
     option(command, "--gpus-per-node", "N", "processes of a node, one per GPU", default=8)
     option(command, "--gpu", "KIND", "h100, a100-80gb, ... or a YAML file that describes one", required=required)
     add_overrides(command)
-    option(command, "--sequence-length", "S", "if the data is not on this machine", kind=int)
+    option(command, "--sequence-length", "S", "sequence length, needed if the data is not on this machine", kind=int)
     text = "folder with config.json, if teacher.path is not on this machine"
     option(command, "--teacher-config", "DIR", text, kind=Path)
     option(command, "--student-mfu", "X", "assumed MFU of the student's training", default=0.40)
