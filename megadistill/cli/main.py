@@ -68,9 +68,7 @@ def run_command(arguments: Sequence[str]) -> int:
         logger.error("%s", error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
-        print(
-            "megadistill: interrupted (a run resumes from its latest checkpoint by the same command)", file=sys.stderr
-        )
+        print("megadistill: interrupted (a run resumes by the same command)", file=sys.stderr)
         return RestartFault.exit_code
     except Exception:
         traceback.print_exc()

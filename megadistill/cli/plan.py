@@ -51,9 +51,7 @@ def add(commands: Commands) -> None:
     option(law, "--teacher-loss", "X", "the teacher's cross-entropy, nats per token", kind=float)
     option(law, "--teacher-tokens", "D", "or the number of tokens that it was trained on", kind=float)
     option(command, "--price", "X", "price of a GPU-hour, in your currency", kind=float)
-    option(
-        command, "--json", "FILE", "the complete plan as JSON; - writes it to stdout, in place of the tables", kind=Path
-    )
+    option(command, "--json", "FILE", "complete plan as JSON; -: on stdout, in place of the tables", kind=Path)
 
     summary = "trace and picture of compute, waiting and communication per rank"
     command = add_command(commands, "timeline", summary, TIMELINE_EPILOG, _timeline)
