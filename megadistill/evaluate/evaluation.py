@@ -90,7 +90,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "bits_per_byte": ("bits/byte", ".4f"),
     "kl": ("KL", ".4f"),
     "jsd": ("JSD", ".4f"),
-    "agreement": ("agreement", ".1%"),
+    "agreement": ("agree", ".1%"),
     "acceptance": ("acceptance", ".1%"),
     "calibration_error": ("calibration error", ".2%"),
 }

@@ -66,6 +66,14 @@ def test_the_tables_fit_a_terminal_and_hide_nothing() -> None:
     assert LARGE.model in first_cells, "a long name is folded, not cut"
 
 
+def test_a_short_name_is_in_one_piece() -> None:
+    model = replace(LARGE, model="distill-hf", parameters=395_232, perplexity=36.22, by_source=LARGE.by_source[:1])
+    for table in tables([model])[:2]:
+        out = io.StringIO()
+        Console(file=out, width=80).print(table)
+        assert "distill-hf" in out.getvalue()
+
+
 def test_without_a_teacher_and_with_one_source_there_are_fewer() -> None:
     text = _printed(ALONE)
     assert "by decile" not in text
