@@ -60,7 +60,7 @@ class Curve:
 
 OVER_TOKENS = (
     Curve("loss", "Loss", "nats a token", _of("loss"), marks=True,
-          caption="What each run minimises: other things where objectives differ."),
+          caption="The minimised objective: comparable between runs of one objective only."),
     Curve("cross_entropy", "Cross-entropy", "nats a token", _of("student_ce"), _of("teacher_ce"), TEACHERS),
     Curve("kl", "KL of the teacher against the student", "nats a token", _of("kl"),
           caption="With sparse targets: over the stored ids."),
