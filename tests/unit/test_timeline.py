@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typing_extensions import override
 
 from megadistill import timeline
 from megadistill.cli.main import run_command
@@ -43,10 +44,12 @@ class _Clock(HostClock):
         self.now = 0.0
         self.anchors = 0
 
+    @override
     def moment(self) -> float:
         self.now += 1
         return self.now
 
+    @override
     def anchor(self) -> None:
         self.anchors += 1
 
