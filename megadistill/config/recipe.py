@@ -121,8 +121,9 @@ class StudentSection(Section):
     """A Hugging Face config (inline, with model_type) or a folder that holds config.json."""
     weights: str | None = None
     """A Hugging Face folder with the initial weights, such as a pruned teacher's. None: random, by `run.seed`."""
-    deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON file: sharding, buckets, offload, communication."""
+    deepspeed: str | None = Field(default=None, min_length=1)
+    """DeepSpeed JSON file: sharding, buckets, offload, communication. A bare name (`zero3`, `hpz`, `cpu` …) is a file
+    that comes with the package, anything else a path. None: `zero3` on GPUs, `cpu` on a CPU."""
     vocab_multiple: int = Field(default=1024, ge=1)
     """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
     activation_checkpointing: bool = False

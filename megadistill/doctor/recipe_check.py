@@ -25,7 +25,7 @@ from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
 from megadistill.plan.units import count
-from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
+from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare, students_of
@@ -82,11 +82,11 @@ def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
 
 
 def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
-    deepspeed_config, disabled = active_deepspeed_config(Path(recipe.student.deepspeed))
+    deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     if accumulation is not None:
         build_engine_config(deepspeed_config, recipe.train, accumulation)
     without = f"; disabled on a CPU: {', '.join(disabled)}" if disabled else ""
-    return None, f"{recipe.student.deepspeed}{without}"
+    return None, f"{describe_deepspeed(recipe.student.deepspeed)}{without}"
 
 
 def _data(recipe: Recipe) -> tuple[Mixture, str]:

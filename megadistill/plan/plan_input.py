@@ -11,7 +11,7 @@ from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
-from megadistill.student.deepspeed_config import load_deepspeed_config
+from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_plan_input(
         recipe=recipe,
         stats=measure_models(student, teacher, sequence_length=length),
         vocab_size=vocab_size,
-        deepspeed_config=load_deepspeed_config(Path(recipe.student.deepspeed)),
+        deepspeed_config=load_deepspeed_config(deepspeed_path(recipe.student.deepspeed, on_gpus=True)),
         without_data=data is None,
     )
 

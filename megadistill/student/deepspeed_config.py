@@ -9,9 +9,11 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
+from megadistill.config.load import dotted
 from megadistill.config.recipe import TrainSection
 from megadistill.errors import UserError, nearest
 from megadistill.io import read_given_json
+from megadistill.shipped import shipped_folder
 
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
@@ -64,15 +66,61 @@ GPU_ONLY = {
 first kernel, or (overlap_comm) create streams that do not overlap."""
 
 
-def active_deepspeed_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings of a file on this machine, and the names of those that are disabled because it has no GPU.
+NUMERIC_KEYS = {
+    "communication_data_type": None,
+    "zero_optimization.zero_quantized_weights": False,
+    "zero_optimization.zero_quantized_gradients": False,
+}
+"""Keys that change a run's numbers -> DeepSpeed's default. All others decide where states are and how they travel."""
+
+
+def shipped_deepspeed_files() -> dict[str, Path]:
+    """Name, as `student.deepspeed` takes it, -> file that comes with the package."""
+    return {path.stem: path for path in sorted(shipped_folder("ds_configs").glob("*.json"), key=lambda path: path.stem)}
+
+
+def default_deepspeed(*, on_gpus: bool) -> str:
+    """Name of the file of a recipe without `student.deepspeed`."""
+    return "zero3" if on_gpus else "cpu"
+
+
+def deepspeed_path(name: str | None, *, on_gpus: bool) -> Path:
+    """The file that `student.deepspeed` names.
+
+    A bare name is a file that comes with the package; one with a slash, or that ends in .json, is a path of the user's.
 
     Raises:
-        UserError: see `load_deepspeed_config`.
+        UserError: no file of that name comes with the package.
     """
-    deepspeed_config = load_deepspeed_config(path)
+    name = default_deepspeed(on_gpus=on_gpus) if name is None else name
+    if "/" in name or name.endswith(".json"):
+        return Path(name)
+    shipped = shipped_deepspeed_files()
+    if name not in shipped:
+        raise UserError(
+            f"student.deepspeed is {name!r}, and no such file comes with megadistill{nearest(name, shipped)}; give one "
+            f"of {', '.join(shipped)}, or the path of your own, which has a slash or ends in .json"
+        )
+    return shipped[name]
+
+
+def describe_deepspeed(name: str | None) -> str:
+    """The file that `student.deepspeed` names on this machine, as text."""
+    on_gpus = torch.accelerator.is_available()
+    device = "on GPUs" if on_gpus else "on a CPU"
+    return f"{default_deepspeed(on_gpus=on_gpus)}, the default {device}" if name is None else name
+
+
+def active_deepspeed_config(name: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings of `student.deepspeed` on this machine, and those that are disabled because it has no GPU.
+
+    Raises:
+        UserError: see `deepspeed_path` and `load_deepspeed_config`.
+    """
+    on_gpus = torch.accelerator.is_available()
+    deepspeed_config = load_deepspeed_config(deepspeed_path(name, on_gpus=on_gpus))
     zero = deepspeed_config.get("zero_optimization")
-    if torch.accelerator.is_available() or not isinstance(zero, dict):
+    if on_gpus or not isinstance(zero, dict):
         return deepspeed_config, ()
     disabled = tuple(name for name in GPU_ONLY if zero.get(name))
     return {**deepspeed_config, "zero_optimization": {**zero, **GPU_ONLY}} if disabled else deepspeed_config, disabled
@@ -86,6 +134,8 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
             owns.
     """
     way_out = f"name a DeepSpeed JSON file, relative to {Path.cwd()}"
+    if not path.exists() and path.stem in shipped_deepspeed_files():
+        way_out = f"student.deepspeed={path.stem} is the file that comes with megadistill"
     values: dict[str, Any] = read_given_json(path, dict, what="student.deepspeed", way_out=way_out)
     for key, owner in OWNED_BY_RECIPE.items():
         if key in values:
@@ -139,6 +189,12 @@ def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, a
         "zero_force_ds_cpu_optimizer": False,  # torch's optimizer also updates an offloaded state
         "zero_allow_untested_optimizer": True,  # DeepSpeed lists those that it tests; `student.optimizer` decides
     }
+
+
+def numeric_settings(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that change a run's numbers, defaults included; keys are dotted."""
+    settings = dotted(deepspeed_config)
+    return {key: settings.get(key, default) for key, default in NUMERIC_KEYS.items()}
 
 
 def _require_secondary_groups(size: int, train: TrainSection, accumulation: int) -> None:

@@ -72,7 +72,7 @@ def sandbox(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     for recipe in (folder / "recipes").glob("smoke*.yaml"):
         recipe.write_text(_shortened(recipe.read_text(encoding="utf-8")), encoding="utf-8")
-    for name in ("ds_configs", "slurm", "tests", "benchmarks"):
+    for name in ("slurm", "tests", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     _write_corpus(folder)
     for name in ("runs/smoke/teacher-hf", "runs/smoke/labels-hf", "runs/smoke/distill-hf", "teacher"):

@@ -21,6 +21,8 @@ from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import read_plan_input
 from megadistill.plan.throughput import MfuAssumption
+from megadistill.shipped import shipped_folder
+from megadistill.student.deepspeed_config import deepspeed_path
 from megadistill.train.setup.setup import prepare
 from tests.paths import RECIPES, ROOT
 from tests.unit.train.cases import TOKENIZER, described_data
@@ -66,7 +68,7 @@ def test_a_recipe_is_valid(path: Path) -> None:
     if isinstance(recipe.student.config, dict) or Path(recipe.student.config).is_relative_to("recipes"):
         source = recipe.student.config
         load_config(Path(source) if isinstance(source, str) else source, what="student.config")
-    assert Path(recipe.student.deepspeed).is_file()
+    assert deepspeed_path(recipe.student.deepspeed, on_gpus=True).is_relative_to(shipped_folder("ds_configs"))
 
 
 @pytest.mark.parametrize("folder", sorted(MODELS.iterdir()), ids=lambda folder: folder.name)

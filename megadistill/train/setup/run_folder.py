@@ -13,7 +13,8 @@ from megadistill.events import RENAMED_EVENTS, read_lines
 from megadistill.io import read_json, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
-from megadistill.train.checkpoint.format import checkpoint_folders
+from megadistill.student.deepspeed_config import numeric_settings
+from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.versions import versions
 
 # Keys that may differ between the attempts of a run: those that move no number by more than float32 rounding. The
@@ -46,6 +47,7 @@ MAY_CHANGE = (
     "loss.elementwise",
     "loss.diagnostics_every",
     "student.activation_checkpointing",
+    "student.deepspeed",  # `refuse_other_deepspeed` compares the content
 )
 
 MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "resilience.")
@@ -130,6 +132,25 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
+        )
+
+
+def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> None:
+    """Refuses DeepSpeed settings under which a run would continue with other numbers than it began with.
+
+    Raises:
+        UserError: names the settings that differ.
+    """
+    try:
+        before = numeric_settings(read_json(folder / "recipe.json")["deepspeed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # `refuse_other_recipe` decides on a folder without a description, or with a damaged one
+    now = numeric_settings(deepspeed_config)
+    differing = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before[key] != now[key]]
+    if differing:
+        raise UserError(
+            f"student.deepspeed: {folder} was begun with other settings: {'; '.join(differing)}. Name the former file, "
+            "or another run.folder"
         )
 
 

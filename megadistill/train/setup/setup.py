@@ -19,7 +19,7 @@ from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
-from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
+from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
 
 
@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
-    deepspeed_config, disabled = active_deepspeed_config(Path(recipe.student.deepspeed))
+    deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     build_engine_config(deepspeed_config, recipe.train, accumulation)
     data = Mixture.load(recipe.data)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
@@ -85,6 +85,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     if recipe.student.weights is not None and not has_saved(folder):
         check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
+    refuse_other_deepspeed(folder, deepspeed_config)
     return Setup(
         recipe=recipe,
         folder=folder,

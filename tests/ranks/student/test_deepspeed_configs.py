@@ -18,7 +18,7 @@ CASE = Case(accumulation=2, persistence=10)
 
 
 def _student(name: str, topology: Topology, *, hpz: int = 1) -> WatchedStudent:
-    deepspeed_config, _ = active_deepspeed_config(DS_CONFIGS / name)
+    deepspeed_config, _ = active_deepspeed_config(str(DS_CONFIGS / name))
     if hpz > 1:
         deepspeed_config["zero_optimization"]["zero_hpz_partition_size"] = hpz
     return build(CASE, topology, deepspeed_config)

@@ -116,7 +116,7 @@ def test_a_shrunken_pair_trains(name: str, manifest: Path, tmp_path: Path, monke
     if recipe.teacher.placement == "disaggregated":
         roles = Roles(3, 1, 1)
         # hpZ's copies lie on the eight ranks of a node; tests/ranks/student/test_deepspeed_configs.py has it on two
-        overrides += ["teacher.ranks=1", "teacher.stages=1", "student.deepspeed=ds_configs/zero3.json"]
+        overrides += ["teacher.ranks=1", "teacher.stages=1", "student.deepspeed=zero3"]
     run_ranks(2 if roles is None else roles.world, _train, str(path), overrides, vocab_group=2, roles=roles)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]

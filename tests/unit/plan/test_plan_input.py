@@ -14,7 +14,7 @@ from tests.unit.plan.tiny import TINY, plan_input
 
 def _recipe(folder: Path, **sections: Any) -> Path:
     values = {**plan_input().recipe.snapshot(), **sections}
-    values["student"] = {**values["student"], "deepspeed": "ds_configs/cpu.json", **sections.get("student", {})}
+    values["student"] = {**values["student"], "deepspeed": "cpu", **sections.get("student", {})}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -3,7 +3,6 @@
 They take all stages as even, so the stages here are; and sequences of 8,192 tokens, which the first one's FLOPs show.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.throughput import MfuAssumption
 from megadistill.student.deepspeed_config import load_deepspeed_config
+from tests.paths import DS_CONFIGS
 from tests.unit.models.test_flops import LLAMA3_8B
 
 LLAMA3_70B = {
@@ -78,7 +78,7 @@ def _estimate(
         recipe,
         _MEASURED[key],
         vocab_size=student["vocab_size"],
-        deepspeed_config=load_deepspeed_config(Path("ds_configs/zero3.json")),
+        deepspeed_config=load_deepspeed_config(DS_CONFIGS / "zero3.json"),
         without_data=True,
     )
     cluster = Cluster(nodes, 8, accelerator("h100"))

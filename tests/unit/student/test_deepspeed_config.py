@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megadistill.config.load import dotted
 from megadistill.config.recipe import TrainSection
 from megadistill.errors import UserError
-from megadistill.student.deepspeed_config import build_engine_config, load_deepspeed_config
+from megadistill.student.deepspeed_config import (
+    active_deepspeed_config,
+    build_engine_config,
+    deepspeed_path,
+    load_deepspeed_config,
+)
 from tests.paths import DS_CONFIGS, ROOT
 
 
@@ -33,6 +39,43 @@ def test_a_deepspeed_file_that_we_ship_is_accepted_and_explained_key_by_key(name
     unexplained = [key for key in dotted(values) if f"`{key.rpartition('.')[2]}`" not in page]
     assert not unexplained
     assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_bare_name_is_a_file_that_we_ship_wherever_one_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = deepspeed_path(name.removesuffix(".json"), on_gpus=False)
+    assert path.read_bytes() == (DS_CONFIGS / name).read_bytes()
+
+
+def test_without_a_name_the_device_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for on_gpus, name in ((False, "cpu"), (True, "zero3")):
+        assert deepspeed_path(None, on_gpus=on_gpus) == deepspeed_path(name, on_gpus=not on_gpus)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda on_gpus=on_gpus: on_gpus)
+        settings, disabled = active_deepspeed_config(None)
+        assert (settings, disabled) == (load_deepspeed_config(DS_CONFIGS / f"{name}.json"), ())
+
+
+def test_a_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is called as a file that we ship: a folder `zero3` or a file `zero3` changes nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero3.json", "./zero3", "mine/zero3.json"):
+        assert deepspeed_path(name, on_gpus=True) == Path(name)
+    (tmp_path / "zero3").write_text("{")
+    assert deepspeed_path("zero3", on_gpus=True).is_relative_to(tmp_path) is False
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_the_list() -> None:
+    with pytest.raises(UserError, match=r"'zero-3'.*did you mean 'zero3'.*cpu, hpz, zero3, zero3-offload, zeropp"):
+        deepspeed_path("zero-3", on_gpus=True)
+
+
+def test_a_missing_path_of_a_file_that_we_ship_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"hpz\.json does not exist: student\.deepspeed=hpz is the file that comes"):
+        load_deepspeed_config(tmp_path / "ds_configs" / "hpz.json")
 
 
 @pytest.mark.parametrize(

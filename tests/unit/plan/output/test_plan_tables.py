@@ -103,7 +103,7 @@ def test_amounts() -> None:
 
 def _recipe(folder: Path) -> list[str]:
     values = plan_input().recipe.snapshot()
-    values["student"]["deepspeed"] = "ds_configs/cpu.json"
+    values["student"]["deepspeed"] = "cpu"
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     (folder / "config.json").write_text(json.dumps(TINY))

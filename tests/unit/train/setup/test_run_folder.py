@@ -12,6 +12,7 @@ from megadistill.train.setup.run_folder import (
     MAY_CHANGE,
     copy_student_config,
     copy_tokenizer,
+    refuse_other_deepspeed,
     refuse_other_recipe,
     student_config_of,
     write_description,
@@ -68,6 +69,21 @@ def test_a_folder_with_former_event_names_is_refused_with_the_new_ones(started: 
 def test_the_same_recipe_resumes_and_a_new_folder_is_free(started: Path, tmp_path: Path) -> None:
     refuse_other_recipe(started, _snapshot())
     refuse_other_recipe(tmp_path / "new", _snapshot())
+
+
+@pytest.mark.parametrize("name", ["cpu", "hpz", "ds_configs/zero3.json", None])
+def test_a_run_resumes_with_another_deepspeed_file_of_the_same_numbers(started: Path, name: str | None) -> None:
+    """Such as on another device, or with offloading."""
+    refuse_other_recipe(started, _snapshot(student={"deepspeed": name}))
+    refuse_other_deepspeed(started, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}})
+
+
+def test_deepspeed_settings_that_change_numbers_are_refused(started: Path) -> None:
+    quantized = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
+    with pytest.raises(UserError, match=r"zero_quantized_weights was False, is True"):
+        refuse_other_deepspeed(started, quantized)
+    with pytest.raises(UserError, match=r"communication_data_type was None, is 'fp16'"):
+        refuse_other_deepspeed(started, {"zero_optimization": {"stage": 3}, "communication_data_type": "fp16"})
 
 
 def test_what_differs_is_listed_with_both_values(started: Path) -> None:

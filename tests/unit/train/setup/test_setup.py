@@ -177,14 +177,14 @@ def _profile(folder: Path, name: str, **zero: Any) -> Path:
 def test_settings_that_need_a_gpu_are_disabled_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _profile(tmp_path, "gpu.json", overlap_comm=True, reduce_scatter=True, zero_quantized_weights=True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    used, disabled = active_deepspeed_config(path)
+    used, disabled = active_deepspeed_config(str(path))
     assert disabled == ("overlap_comm", "zero_quantized_weights")
     zero = used["zero_optimization"]
     assert (zero["overlap_comm"], zero["zero_quantized_weights"], zero["reduce_scatter"]) == (False, False, True)
     plain = _profile(tmp_path, "plain.json", reduce_scatter=True)
-    assert active_deepspeed_config(plain) == (json.loads(plain.read_text()), ())
+    assert active_deepspeed_config(str(plain)) == (json.loads(plain.read_text()), ())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert active_deepspeed_config(path) == (json.loads(path.read_text()), ())
+    assert active_deepspeed_config(str(path)) == (json.loads(path.read_text()), ())
 
 
 def test_one_line_describes_the_layout(manifest: Path, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Settings that would run and are probably a mistake: each one is named with the way out, and sound ones are not."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadistill.config.load import load_recipe
+from megadistill.data import Mixture
+from megadistill.data.stream.order import CurriculumEntry
+from megadistill.distributed.launch import Launch
+from megadistill.train.setup.plausibility import implausible_settings
+from megadistill.train.setup.setup import Setup, prepare
+from tests.paths import RECIPES
+from tests.unit.train.cases import SEQUENCE, described_data, recipe
+
+SEQUENCES = 8
+"""Of the data that is only described."""
+
+
+def _setup(folder: Path, **train: Any) -> Setup:
+    """By default one pass over the data, of one sequence a step."""
+    values = {"steps": SEQUENCES, "global_batch": 1, "micro_batch": 1, **train}
+    return prepare(recipe(described_data(folder / "data"), folder / "run", train=values), Launch(0, 1, 0, 1))
+
+
+def test_a_sound_recipe_has_nothing_to_say(tmp_path: Path) -> None:
+    assert implausible_settings(_setup(tmp_path)) == {}
+
+
+def test_random_weights_need_a_warm_up(tmp_path: Path) -> None:
+    setup = _setup(tmp_path, steps=400, global_batch=1, schedule={"warmup_steps": 0})
+    warning = implausible_settings(setup)["warm-up"]
+    assert "train.schedule.warmup_steps is 0" in warning
+    assert "warmup_steps=20" in warning
+    assert "warm-up" not in implausible_settings(_setup(tmp_path, steps=400, schedule={"warmup_steps": 1}))
+    assert "warm-up" not in implausible_settings(_setup(tmp_path, steps=400))
+    assert "warm-up" not in implausible_settings(_setup(tmp_path, schedule={"warmup_steps": 0})), "8 steps have none"
+
+
+def test_weights_of_a_trained_model_may_do_without_a_warm_up(tmp_path: Path) -> None:
+    setup = _setup(tmp_path, steps=400, schedule={"warmup_steps": 0})
+    student = setup.recipe.student.model_copy(update={"weights": "pruned"})
+    pruned = dataclasses.replace(setup, recipe=setup.recipe.model_copy(update={"student": student}))
+    assert "warm-up" not in implausible_settings(pruned)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(4 * SEQUENCES, False), (4 * SEQUENCES + 1, True)])
+def test_more_than_four_epochs_are_named(steps: int, warned: bool, tmp_path: Path) -> None:
+    warnings = implausible_settings(_setup(tmp_path, steps=steps))
+    assert ("epochs" in warnings) is warned
+
+
+def test_the_epochs_of_a_run_are_counted(tmp_path: Path) -> None:
+    warning = implausible_settings(_setup(tmp_path, steps=130, global_batch=SEQUENCES))["epochs"]
+    assert f"130 epochs of {SEQUENCES * SEQUENCE:,} tokens" in warning
+    assert "train.steps=1 " in warning
+    assert "2305.16264" in warning
+
+
+def test_each_source_of_a_mixture_has_its_own_epochs(tmp_path: Path) -> None:
+    setup = _setup(tmp_path, steps=50)
+    (manifest,) = setup.data.sources.values()
+    curriculum = (CurriculumEntry(10, {"web": 1}), CurriculumEntry(None, {"web": 1, "code": 9}))
+    mixture = Mixture({"web": manifest, "code": manifest}, curriculum)
+    warning = implausible_settings(dataclasses.replace(setup, data=mixture))["epochs"]
+    assert "4.5 epochs of code" in warning
+    assert "of web" not in warning, "10 and 4 of its 8 sequences are fewer than four epochs"
+
+
+def test_a_learning_rate_that_overwrites_the_initial_weights_is_named(tmp_path: Path) -> None:
+    warning = implausible_settings(_setup(tmp_path, optimizer={"learning_rate": 10.0}))["learning rate"]
+    assert "train.optimizer.learning_rate is 10" in warning
+    assert "0.02" in warning
+    assert "learning rate" not in implausible_settings(_setup(tmp_path, optimizer={"learning_rate": 0.02}))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES.rglob("*.yaml") if "base" not in path.stem], ids=lambda path: path.stem
+)
+def test_the_shipped_recipes_have_plausible_numbers(path: Path, tmp_path: Path) -> None:
+    """With data as long as the run; that of a smoke run is long enough, which `make smoke` shows."""
+    shipped = load_recipe(path)
+    setup = _setup(tmp_path)
+    keys = {"train": shipped.train, "student": shipped.student}
+    whole = dataclasses.replace(setup, recipe=setup.recipe.model_copy(update=keys))
+    assert implausible_settings(whole).keys() <= {"epochs"}
