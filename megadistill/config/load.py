@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from megadistill.config.recipe import Recipe, Section, sections_in
 from megadistill.errors import UserError, nearest
+from megadistill.io import read_json
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -58,7 +59,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
-    return validate_recipe(values, source=str(path))
+    return validate_recipe(_with_warmup_of_the_run(values), source=str(path))
+
+
+def _with_warmup_of_the_run(values: Any) -> Any:
+    """Gives a recipe without `train.schedule.warmup_steps` the number in its run folder, if it has one.
+
+    The default follows from `train.steps`: a longer run would change the rates of the steps that it has taken.
+    """
+    try:
+        schedule = values["train"].get("schedule", {})
+        if schedule.get("warmup_steps") is not None:
+            return values
+        recorded = read_json(Path(values["run"]["folder"]) / "recipe.json")["recipe"]["train"]["schedule"]
+        schedule = {**schedule, "warmup_steps": recorded["warmup_steps"]}
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # no recipe, or no run yet: both are checked later
+        return values
+    return {**values, "train": {**values["train"], "schedule": schedule}}
 
 
 def validate_recipe(values: Any, *, source: str) -> Recipe:

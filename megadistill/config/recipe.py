@@ -11,6 +11,12 @@ from megadistill.precision import Precision
 
 MAX_TIMELINE_STEPS = 100
 
+WARMUP_FRACTION, MAX_WARMUP_STEPS = 0.05, 2000
+"""Default warm-up: the fraction of Wortsman et al. (2309.14322), up to the steps of LLaMA (2302.13971)."""
+
+MILESTONE_CHECKPOINTS = 10
+"""By default one checkpoint in this many is kept for good."""
+
 
 class Section(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
@@ -182,13 +188,24 @@ class TeacherSection(Section):
         return self
 
 
+def default_warmup(steps: int, *, decay_steps: Any = None) -> int:
+    """Steps of the learning rate's warm-up in a run of `steps` steps whose recipe gives none."""
+    longest = steps - decay_steps if isinstance(decay_steps, int) else steps
+    return max(0, min(int(WARMUP_FRACTION * steps), MAX_WARMUP_STEPS, longest))
+
+
+def _with_default(values: dict[str, Any], key: str, default: int) -> dict[str, Any]:
+    return values if values.get(key) is not None else {**values, key: default}
+
+
 class ScheduleSection(Section):
     """Schedule over the run of the learning rate, or of the divergence's weight."""
 
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of the linear rise from 0 to the peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of the linear rise from 0 to the peak. None: of the learning rate, 5 % of `train.steps`, at most 2000 (what
+    a run folder already has is kept); of the divergence's weight, 0."""
     decay_steps: int | None = Field(default=None, ge=1)
     """wsd: steps of the final decay."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -204,9 +221,10 @@ class ScheduleSection(Section):
             raise ValueError(f"{key}.kind wsd needs {key}.decay_steps (a tenth of train.steps is common)")
         if self.kind == "cosine" and self.decay_steps is not None:
             raise ValueError(f"{key}.decay_steps belongs to {key}.kind wsd; cosine decays over all of train.steps")
-        if self.warmup_steps + (self.decay_steps or 0) > steps:
+        warmup_steps = self.warmup_steps or 0
+        if warmup_steps + (self.decay_steps or 0) > steps:
             raise ValueError(
-                f"{key}.warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps or 0} "
+                f"{key}.warmup_steps {warmup_steps} + decay_steps {self.decay_steps or 0} "
                 f"do not fit into steps {steps}; shorten them or train longer"
             )
 
@@ -292,7 +310,8 @@ class LossSection(Section):
     elementwise: Literal["eager", "compiled"] = "eager"
     """Implementation of the elementwise arithmetic: torch operations, or kernels from `torch.compile`."""
     diagnostics_every: int = Field(default=0, ge=0)
-    """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never."""
+    """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never. With `targets` or a
+    temperature other than 1, only these steps have the KL of the complete distributions. Not with stored targets."""
 
     @property
     def parameter(self) -> float | None:
@@ -313,9 +332,8 @@ class LossSection(Section):
                 raise ValueError(
                     f"targets hold a part of the teacher's distribution, but {self.divergence} needs all of it"
                 )
-            for name, reason in (("label_fraction", "entropy"), ("diagnostics_every", "whole distribution")):
-                if getattr(self, name) != 0:
-                    raise ValueError(f"{name} needs the teacher's {reason}, which targets do not hold: set it to 0")
+            if self.label_fraction != 0:
+                raise ValueError("label_fraction needs the teacher's entropy, which targets do not hold: set it to 0")
         return self
 
 
@@ -378,8 +396,8 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     keep_last: int = Field(default=3, ge=1)
     """Number of latest checkpoints to keep. None is deleted before a newer one is complete."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints of steps divisible by this are never deleted; 0: none."""
+    keep_every: int | None = Field(default=None, ge=0)
+    """Checkpoints of steps divisible by this are never deleted; 0: none. None: 10 times `train.checkpoint_every`."""
     asynchronous: bool = True
     """Copy the state to host memory and write it during the next steps; false: the run waits for the disk."""
 
@@ -425,6 +443,26 @@ class Recipe(Section):
     teacher: TeacherSection | None = None
     """The teacher, for objective distill only."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _derived_defaults(cls, values: Any) -> Any:
+        """Fills in the numbers that follow from other keys, so that a run's recipe.json has them."""
+        train = values.get("train") if isinstance(values, dict) else None
+        if not isinstance(train, dict):
+            return values
+        schedule = train.get("schedule", {})
+        if isinstance(schedule, dict) and isinstance(train.get("steps"), int):
+            warmup_steps = default_warmup(train["steps"], decay_steps=schedule.get("decay_steps"))
+            train = {**train, "schedule": _with_default(schedule, "warmup_steps", warmup_steps)}
+        values = {**values, "train": train}
+        loss, checkpoint = values.get("loss"), values.get("checkpoint", {})
+        if isinstance(loss, dict) and isinstance(loss.get("schedule"), dict):
+            values["loss"] = {**loss, "schedule": _with_default(loss["schedule"], "warmup_steps", 0)}
+        every = train.get("checkpoint_every", TrainSection.model_fields["checkpoint_every"].default)
+        if isinstance(checkpoint, dict) and isinstance(every, int):
+            values["checkpoint"] = _with_default(checkpoint, "keep_every", MILESTONE_CHECKPOINTS * every)
+        return values
+
     @model_validator(mode="after")
     def _objective_fits(self) -> "Recipe":
         if self.objective == "distill" and self.teacher is None:
@@ -436,6 +474,11 @@ class Recipe(Section):
                 raise ValueError("teacher.source stored needs loss.targets: the selection that was stored")
             if self.teacher.save_targets is not None:
                 raise ValueError("teacher.save_targets needs loss.targets: the selection to store")
+        if self.teacher is not None and self.teacher.source == "stored" and self.loss.diagnostics_every != 0:
+            raise ValueError(
+                f"loss.diagnostics_every is {self.loss.diagnostics_every}, but diagnostics need the teacher's complete "
+                "distribution, which teacher.source stored does not have: set it to 0"
+            )
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":

@@ -84,13 +84,21 @@ def _memory_row(
     return Row(check, status, detail, tuple(sorted(nodes)))
 
 
-def space_row(free: int, checkpoint: int, writes: Sequence[float]) -> Row:
-    """Free space on the run folder's disk, for checkpoints of these bytes; `writes`: bytes per second of each node."""
-    needed = int(CHECKPOINTS * checkpoint * FREE_SPACE_MARGIN)
-    detail = f"{CHECKPOINTS} checkpoints need {readable(needed, 'B')}, {readable(free, 'B')} are free"
+def space_row(free: int, checkpoint: int, writes: Sequence[float], *, kept: int) -> Row:
+    """Free space on the run folder's disk, for checkpoints of these bytes; `writes`: bytes per second of each node.
+
+    `kept`: checkpoints that the complete run keeps. One more is there while it is written. A warning where the space
+    suffices for a start only.
+    """
+    most = max(CHECKPOINTS, kept + 1)
+    needed, in_the_end = (int(number * checkpoint * FREE_SPACE_MARGIN) for number in (CHECKPOINTS, most))
+    detail = f"{most} checkpoints at a time need {readable(in_the_end, 'B')}, {readable(free, 'B')} are free"
+    status = Status.FAIL if free < needed else Status.WARN if free < in_the_end else Status.OK
+    if status is not Status.OK:
+        detail += ": free space, or keep fewer (checkpoint.keep_last, checkpoint.keep_every)"
     if writes:
         detail += f"; a node writes {spread([each / 1e6 for each in writes], 'MB/s')}"
-    return Row("disk space", Status.OK if free >= needed else Status.FAIL, detail)
+    return Row("disk space", status, detail)
 
 
 def clock_row(offsets: Sequence[float], hosts: Sequence[str]) -> Row:

@@ -32,6 +32,7 @@ from megadistill.doctor.node_check import check_device, check_devices, check_nod
 from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summarize
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.models.flops import parameter_counts
+from megadistill.plan.counts.disk_usage import kept_checkpoints
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
@@ -103,6 +104,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
         own.facts["needs"] = _needs(setup, launch)
+        own.facts["kept_checkpoints"] = kept_checkpoints(setup.recipe)
         own.facts["checkpoint"] = (
             state_bytes(setup.recipe.train.optimizer) * parameter_counts(setup.student_config).total
         )
@@ -138,7 +140,7 @@ def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     first = reports[0].facts
     if "checkpoint" in first:
         writes = [each.facts["write"] for each in reports if each.facts.get("write")]
-        rows.append(space_row(first["space"], first["checkpoint"], writes))
+        rows.append(space_row(first["space"], first["checkpoint"], writes, kept=first["kept_checkpoints"]))
     rows.append(products_row(reports))
     return [row for row in rows if row is not None]
 

@@ -12,7 +12,7 @@ def scheduled(peak: float, *, step: int, steps: int, schedule: ScheduleSection) 
     at the last step (Loshchilov and Hutter, 2017). Or `wsd`: constant, then linear down to it over the last
     `decay_steps` (Hu et al., 2404.06395).
     """
-    warmup = schedule.warmup_steps
+    warmup = schedule.warmup_steps or 0
     if step <= warmup:
         return peak * step / warmup
     if schedule.kind == "cosine":

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megadistill.config.recipe import TargetsSection
+from megadistill.config.recipe import Recipe, TargetsSection
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 from megadistill.student.optimizer import state_bytes, state_kinds
 
@@ -19,6 +19,15 @@ NPY_HEADER = 128
 
 DISTINCT_OF_50 = 12
 """Different ids in 50 draws from a language model's distribution (arXiv:2503.16870)."""
+
+
+def kept_checkpoints(recipe: Recipe) -> int:
+    """Checkpoints on the disk after the last step: the latest, and those that `checkpoint.keep_every` keeps."""
+    steps, every, keep_every = recipe.train.steps, recipe.train.checkpoint_every, recipe.checkpoint.keep_every
+    last = sorted({steps, *range(every, steps + 1, every)[-recipe.checkpoint.keep_last :]})
+    last = last[-recipe.checkpoint.keep_last :]
+    milestones = (last[0] - 1) // math.lcm(every, keep_every) if keep_every else 0
+    return len(last) + milestones
 
 
 def checkpoint_bytes(run: Sharding) -> int:

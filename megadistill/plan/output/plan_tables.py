@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.config.recipe import TargetsSection
-from megadistill.plan.counts.disk_usage import signal_bytes, target_bytes
+from megadistill.plan.counts.disk_usage import kept_checkpoints, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate
 from megadistill.plan.scaling_law import Expectation
@@ -220,9 +220,7 @@ def _options(settings: list[str]) -> str:
 def _files(plan: Plan, main: Estimate) -> RenderableType:
     recipe, requirements = main.sharding.recipe, main.requirements
     every = recipe.train.checkpoint_every
-    checkpoints = recipe.checkpoint.keep_last
-    if recipe.checkpoint.keep_every:
-        checkpoints += recipe.train.steps // recipe.checkpoint.keep_every
+    checkpoints = kept_checkpoints(recipe)
     size = requirements.checkpoint_bytes
     table = _table("", "a token", "together")
     table.add_row(f"a checkpoint, every {every:,} steps: {spell(every * main.times.step)}", "", readable(size, "B"))

@@ -9,9 +9,10 @@ import torch
 from megadistill.config.recipe import TargetsSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
-from megadistill.plan.counts.disk_usage import bytes_with, target_bytes
+from megadistill.plan.counts.disk_usage import bytes_with, kept_checkpoints, target_bytes
 from megadistill.types import SparseTargets
 from tests.unit.data.targets.test_targets_store import _order
+from tests.unit.train.cases import recipe
 
 S, SLOTS = 2048, 4
 SELECTIONS = {
@@ -82,3 +83,17 @@ def test_fifty_draws_are_expected_to_find_twelve_ids() -> None:
     assert expected == pytest.approx(12 * 3 + 1, rel=0.01)
     one = target_bytes(TargetsSection(draws=1), vocab_size=256_128, sequence_length=1 << 20)
     assert one.expected == pytest.approx(one.most)
+
+
+@pytest.mark.parametrize("keep_last", [1, 3, 50])
+@pytest.mark.parametrize("keep_every", [0, 4, 6, None])
+@pytest.mark.parametrize(("steps", "every"), [(1, 4), (8, 4), (90, 1), (97, 2), (100, 7)])
+def test_the_checkpoints_of_a_complete_run_are_counted_as_the_saver_keeps_them(
+    steps: int, every: int, keep_every: int | None, keep_last: int
+) -> None:
+    section = {"keep_last": keep_last, "keep_every": keep_every}
+    run = recipe(Path("m.json"), Path("run"), train={"steps": steps, "checkpoint_every": every}, checkpoint=section)
+    milestone = run.checkpoint.keep_every
+    saved = sorted({*range(every, steps + 1, every), steps})
+    kept = {*saved[-keep_last:], *(step for step in saved if milestone and step % milestone == 0)}
+    assert kept_checkpoints(run) == len(kept)
