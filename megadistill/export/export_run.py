@@ -13,7 +13,8 @@ from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
 from megadistill.precision import Precision, torch_dtype
-from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, newest_checkpoint
+from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, student_config_of
 

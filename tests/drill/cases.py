@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.events import read_lines
-from megadistill.train.checkpoint.format import checkpoint_folders
+from megadistill.train.checkpoint.folders import checkpoint_folders
 from tests.drill.launch import Ranks, left_over, marked, until
 from tests.drill.place import EVERY, STEPS, Place
 from tests.drill.record import Record, lost_steps, names

@@ -8,7 +8,8 @@ from typing import Any
 from megadistill.config.load import validate_recipe
 from megadistill.events import read_lines
 from megadistill.student.optimizer import state_kinds
-from megadistill.train.checkpoint.format import checkpoint_folders, newest_checkpoint
+from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.format import newest_checkpoint
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ ranks can read what any number of ranks wrote. No file is a pickle. `writer` wri
 import hashlib
 import json
 import os
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from megadistill.errors import OperatorFault
 from megadistill.io import file_sha256, sync_folder, write_file
+from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders
 
 FORMAT = 2
 RNG_KEY = "rng"
-MAX_MANIFEST_BYTES = 64 << 20
 
 
 class FileRecord(BaseModel):
@@ -136,20 +135,6 @@ class Checkpoint:
         return state
 
 
-def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every checkpoint below `folder`, oldest first; empty where `folder` does not exist.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return {}
-    steps = ((re.fullmatch(r"step-(\d{8,})", name), name) for name in names)
-    return dict(sorted((int(step[1]), folder / name) for step, name in steps if step))
-
-
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint below `folder`, or None where there is none. For readers, which quarantine nothing.
 
@@ -158,10 +143,6 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """
     folders = checkpoint_folders(folder)
     return Checkpoint(folders[max(folders)]) if folders else None
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def write_rank(folder: Path, state: dict[str, Tensor], *, rank: int, world: int) -> FileRecord:

@@ -17,7 +17,8 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.io import sync_folder
 from megadistill.train.checkpoint.attempt import Attempt
-from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest, checkpoint_folders
+from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest
 from megadistill.train.checkpoint.writer import remove
 
 logger = logging.getLogger(__name__)

@@ -31,13 +31,8 @@ from megadistill.distributed.collectives import all_reduce_sum, barrier, broadca
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
-from megadistill.train.checkpoint.format import (
-    CheckpointManifest,
-    checkpoint_folders,
-    checkpoint_name,
-    commit,
-    write_rank,
-)
+from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
+from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
 
 SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
 

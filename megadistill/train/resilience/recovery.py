@@ -18,7 +18,8 @@ from megadistill.errors import OperatorFault
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
-from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest, checkpoint_folders
+from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved

@@ -18,7 +18,8 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint
 from megadistill.train.checkpoint import select, writer
 from megadistill.train.checkpoint.attempt import Attempt, acquire
-from megadistill.train.checkpoint.format import checkpoint_folders, rank_file
+from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.format import rank_file
 from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult
 from tests.ranks.harness import run_ranks

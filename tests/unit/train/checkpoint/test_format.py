@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
+from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import (
     FORMAT,
     RNG_KEY,
     Checkpoint,
-    checkpoint_folders,
     commit,
     newest_checkpoint,
     write_rank,

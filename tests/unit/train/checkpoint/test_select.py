@@ -14,7 +14,8 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import select
 from megadistill.train.checkpoint.attempt import Attempt, acquire
-from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest, checkpoint_folders, checkpoint_name
+from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
+from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest
 from megadistill.train.checkpoint.select import Quarantined, latest_valid
 from tests.unit.train.cases import save_checkpoint, topology
 

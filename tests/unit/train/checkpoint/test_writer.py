@@ -23,7 +23,8 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import writer as writer_module
 from megadistill.train.checkpoint.attempt import Attempt, acquire
-from megadistill.train.checkpoint.format import Checkpoint, checkpoint_folders, checkpoint_name, newest_checkpoint
+from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
+from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.writer import SAVE_FLAGS, Saver, SaveResult, require_saved
 from tests.unit.train.cases import manifest_of, topology
 
