@@ -26,6 +26,7 @@ from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
 from megadistill.plan.units import count
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
+from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare, students_of
@@ -67,6 +68,8 @@ def check_recipe(
             own.add("setup", Status.FAIL, str(error))
         return recipe, None
     own.add("setup", Status.OK, "recipe, data and models fit together")
+    for check, warning in implausible_settings(setup).items():
+        own.add(check, Status.WARN, warning)
     return recipe, setup
 
 

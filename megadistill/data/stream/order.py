@@ -90,6 +90,12 @@ class Order:
                 places_N3[in_entry[here], 1:] = self._orders[source].locate(positions_n[here])
         return places_N3
 
+    def sequences_read(self, slots: int) -> dict[str, int]:
+        """Source -> its sequences in the first `slots` slots."""
+        schedule = next(each for each in reversed(self._schedules) if each.start <= slots)
+        read_K = schedule.taken_K + schedule.count(slots - schedule.start)
+        return dict(zip(self.names, read_K.tolist(), strict=True))
+
 
 class _Schedule:
     """A curriculum entry from slot `start` on, before which its sources have given `taken_K` sequences."""
@@ -97,7 +103,7 @@ class _Schedule:
     def __init__(self, start: int, quotas_K: Sequence[int], taken_K: Positions) -> None:
         self.start = start
         self._quotas_K = np.asarray(quotas_K, dtype=np.int64)
-        self._taken_K = taken_K
+        self.taken_K = taken_K
         self._period_P = interleave(quotas_K)
         self._earlier_P = np.empty(len(self._period_P), dtype=np.int64)  # of the same source, in this period
         for source in range(len(quotas_K)):
@@ -108,7 +114,7 @@ class _Schedule:
         """The source [N] of each slot [N] of this entry, and the position [N] in that source's stream."""
         rounds_N, places_N = np.divmod(slots_N - self.start, len(self._period_P))
         sources_N = self._period_P[places_N]
-        taken_N = self._taken_K[sources_N] + self._quotas_K[sources_N] * rounds_N + self._earlier_P[places_N]
+        taken_N = self.taken_K[sources_N] + self._quotas_K[sources_N] * rounds_N + self._earlier_P[places_N]
         return sources_N, taken_N.astype(np.int64, copy=False)
 
     def count(self, slots: int) -> Positions:

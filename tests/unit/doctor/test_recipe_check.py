@@ -83,3 +83,16 @@ def test_every_refusal_of_prepare_is_reported(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(recipe_check, "prepare", refuse)
     own, _ = _checked(tmp_path, _well(tmp_path))
     assert own.results[-1].detail == "the moon is full"
+
+
+def test_a_setting_that_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["train"].update(steps=130, global_batch=8, schedule={})
+    own, runs = _checked(tmp_path, values)
+    assert runs, "a warning does not keep the run from starting"
+    (epochs,) = [each for each in own.results if each.status is Status.WARN]
+    assert epochs.check == "epochs"
+    assert "130 epochs of 256 tokens" in epochs.detail
+    values["train"]["steps"] = 3
+    own, _ = _checked(tmp_path, values)
+    assert Status.WARN not in _statuses(own).values()

@@ -87,6 +87,15 @@ def test_every_epoch_of_every_source_is_whole_through_the_stages() -> None:
             assert len(np.unique(part, axis=0)) == sequences
 
 
+@pytest.mark.parametrize("slots", [0, 1, 332, 333, 334, 432, 433, 999])
+def test_the_sequences_of_each_source_are_counted(slots: int) -> None:
+    """As the slots are dealt, at and within the borders of the curriculum's entries."""
+    order = Order(SOURCES, CURRICULUM, seed=3)
+    dealt = order.locate(np.arange(slots))[:, 0]
+    expected = {name: int((dealt == number).sum()) for number, name in enumerate(order.names)}
+    assert order.sequences_read(slots) == expected
+
+
 def _described(curriculum: Sequence[CurriculumEntry] = CURRICULUM, *, seed: int = 3, **sources: Source) -> Order:
     return Order({**SOURCES, **sources}, curriculum, seed=seed)
 

@@ -16,11 +16,11 @@ from tests.paths import RECIPES
 from tests.unit.train.cases import SEQUENCE, described_data, recipe
 
 SEQUENCES = 8
-"""Of the data that is only described."""
+"""Size of the data that is only described."""
 
 
 def _setup(folder: Path, **train: Any) -> Setup:
-    """By default one pass over the data, of one sequence a step."""
+    """A run that reads the data once, with one sequence a step."""
     values = {"steps": SEQUENCES, "global_batch": 1, "micro_batch": 1, **train}
     return prepare(recipe(described_data(folder / "data"), folder / "run", train=values), Launch(0, 1, 0, 1))
 
@@ -80,7 +80,7 @@ def test_a_learning_rate_that_overwrites_the_initial_weights_is_named(tmp_path: 
     "path", [path for path in RECIPES.rglob("*.yaml") if "base" not in path.stem], ids=lambda path: path.stem
 )
 def test_the_shipped_recipes_have_plausible_numbers(path: Path, tmp_path: Path) -> None:
-    """With data as long as the run; that of a smoke run is long enough, which `make smoke` shows."""
+    """The data is another, so its epochs are not theirs."""
     shipped = load_recipe(path)
     setup = _setup(tmp_path)
     keys = {"train": shipped.train, "student": shipped.student}

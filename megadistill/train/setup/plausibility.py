@@ -1,0 +1,62 @@
+"""Settings that would run and are probably a mistake: doctor has a row for each, and a run logs them when it starts."""
+
+from megadistill.config.recipe import default_warmup
+from megadistill.train.setup.setup import Setup
+
+USEFUL_EPOCHS = 4
+"""Epochs after which a repeated token is worth less than a new one (Muennighoff et al., 2305.16264)."""
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of the initial weights where a model's config has none."""
+
+
+def implausible_settings(setup: Setup) -> dict[str, str]:
+    """Name of a check -> what is implausible, with the way out. The same on every rank."""
+    warnings = {
+        "warm-up": _missing_warmup(setup),
+        "learning rate": _high_learning_rate(setup),
+        "epochs": _many_epochs(setup),
+    }
+    return {check: warning for check, warning in warnings.items() if warning is not None}
+
+
+def _missing_warmup(setup: Setup) -> str | None:
+    section, usual = setup.recipe.train, default_warmup(setup.recipe.train.steps)
+    if section.schedule.warmup_steps or setup.recipe.student.weights is not None or not usual:
+        return None
+    return (
+        "train.schedule.warmup_steps is 0, and the student begins with random weights, which the first steps at the "
+        f"full learning rate may spoil for good: leave the key out, or set train.schedule.warmup_steps={usual}"
+    )
+
+
+def _high_learning_rate(setup: Setup) -> str | None:
+    rate = setup.recipe.train.optimizer.learning_rate
+    deviation = getattr(setup.student_config, "initializer_range", INITIALIZER_RANGE)
+    if rate <= deviation:
+        return None
+    return (
+        f"train.optimizer.learning_rate is {rate:g}, and a step of AdamW changes a weight by about that much, more "
+        f"than the standard deviation {deviation:g} of the initial weights: 3e-4 (1B parameters) to 3e-3 (small ones) are "
+        "usual"
+    )
+
+
+def _many_epochs(setup: Setup) -> str | None:
+    batch, steps = setup.recipe.train.global_batch, setup.recipe.train.steps
+    read = setup.data.order(setup.recipe.data.seed).sequences_read(steps * batch)
+    sequences = {name: manifest.sequences for name, manifest in setup.data.sources.items()}
+    many = {name: count for name, count in read.items() if count > USEFUL_EPOCHS * sequences[name]}
+    if not many:
+        return None
+    if len(sequences) == 1:
+        (size,), (count,) = sequences.values(), many.values()
+        tokens = size * setup.data.sequence_length
+        what = f"{count / size:.3g} epochs of {tokens:,} tokens"
+        way_out = f"train.steps={max(1, size // batch)} is one epoch, {max(1, USEFUL_EPOCHS * size // batch)} are four"
+    else:
+        what = ", ".join(f"{count / sequences[name]:.3g} epochs of {name}" for name, count in many.items())
+        way_out = "give them less weight in data.curriculum, or more text"
+    return (
+        f"the run reads {what}: after about {USEFUL_EPOCHS} epochs, more add little (Muennighoff et al., 2305.16264); "
+        f"{way_out}"
+    )
