@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,23 @@ logger = logging.getLogger(__name__)
 
 EVENTS = {
     "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions)",
-    "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again",
+    "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again, their "
+    "`lost_seconds`",
+    "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",
+    "recipe_changed": "the run continues after `step` with another recipe: `changes`, key -> [former, present value]",
     "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` a rank, `removed`",
     "checkpoint_failed": "a checkpoint was not written: `reason`, `stall_seconds`; the run continues",
     "checkpoint_quarantined": "a checkpoint that cannot be used was renamed to `path`: `reason`",
     "step_skipped": "the optimizer did not move, since a loss or a gradient was not finite: `reason`",
     "loss_spike": "the `loss` left its window: `median`, `zscore`",
+    "student_diverged": "`student_ce` stayed above `limit`, far above `first_ce` of the first step",
     "rollback": "back to the checkpoint of `to_step`; `skipped_slots` [first, stop) are left out from then on",
     "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
     "samples_masked": "corrupt sequences were masked: `slots`",
     "straggler": "a rank is slower than the others: `message`",
     "stop_requested": "a stop of the run was requested: `reason`",
     "stopped": "the run stopped after `step` with a checkpoint: `reason`; the same command resumes it",
-    "attempt_failed": "an attempt ended by a fault: `rank`, `reason`, `exit_code`",
+    "attempt_failed": "an attempt ended by a fault: `rank`, `reason`, `exit_code`; `requested` by a second signal",
     "completed": "the last step is taken and saved",
 }
 
@@ -111,9 +116,10 @@ class EventLog:
             logger.warning("%s", line)
             self._append(event, step, values)
 
-    def attempt_failed(self, reason: str, *, step: int, rank: int, exit_code: int) -> None:
-        """Records the end of an attempt by a fault, on any rank."""
-        self._append("attempt_failed", step, {"rank": rank, "reason": reason, "exit_code": exit_code})
+    def attempt_failed(self, reason: str, *, step: int, rank: int, exit_code: int, requested: bool = False) -> None:
+        """Records the end of an attempt by a fault, on any rank; `requested`: by a person, without a checkpoint."""
+        values = {"rank": rank, "reason": reason, "exit_code": exit_code}
+        self._append("attempt_failed", step, {**values, "requested": True} if requested else values)
 
     def _append(self, event: str, step: int, values: dict[str, Any]) -> None:
         assert event in EVENTS, event
@@ -146,9 +152,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return (line for line in json_lines(path) if line is not None)
 
 
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last line of a .jsonl file that is not damaged, without reading all of it; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE_BYTES))
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    for line in reversed(content.splitlines()):
+        with suppress(ValueError, RecursionError):
+            if isinstance(values := json.loads(line), dict):
+                return values
+    return None
+
+
 @dataclass(frozen=True)
 class Goodput:
-    """Wall time of a run in seconds by its use, over all attempts and the time between them."""
+    """Time of a run in seconds by its use, over all attempts and the time between them."""
 
     useful: float = 0.0
     """Time of the steps that count, each once."""
@@ -156,12 +177,17 @@ class Goodput:
     """Time between the start of an attempt and its first step: imports, models, checkpoints."""
     saving: float = 0.0
     """Time that steps waited for checkpoints."""
+    repeated: float = 0.0
+    """Time of steps that were taken again, since no checkpoint held them."""
     wall: float = 0.0
+    """Wall time without `paused`."""
+    paused: float = 0.0
+    """Time between a stop that was requested, or the last step, and the next start. Neither useful nor lost."""
 
     @property
     def lost(self) -> float:
-        """The rest: repeated steps, hangs, the time between attempts."""
-        return max(0.0, self.wall - self.useful - self.startup - self.saving)
+        """The rest: hangs, the time from a fault to the next start, and what is between two steps."""
+        return max(0.0, self.wall - self.useful - self.startup - self.saving - self.repeated)
 
     @property
     def ratio(self) -> float:
@@ -169,8 +195,22 @@ class Goodput:
         return self.useful / self.wall if self.wall > 0 else 0.0
 
     def __str__(self) -> str:
-        shares = [f"{name} {getattr(self, name) / (self.wall or 1.0):.1%}" for name in ("startup", "saving", "lost")]
-        return f"goodput {self.ratio:.1%} of {self.wall:,.0f} s ({', '.join(shares)})"
+        parts = ("startup", "saving", "repeated", "lost")
+        shares = ", ".join(f"{name} {getattr(self, name) / (self.wall or 1.0):.1%}" for name in parts)
+        paused = f"; paused for {self.paused:,.0f} s, not counted" if self.paused > 0 else ""
+        return f"goodput {self.ratio:.1%} of {self.wall:,.0f} s ({shares}{paused})"
+
+
+def paused_seconds(events: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds between the stops that were requested, or the ends of runs, and the starts after them."""
+    total, since = 0.0, None
+    for event in events:
+        if event["event"] in ("stopped", "completed") or event.get("requested"):
+            since = float(event["time"])
+        elif event["event"] == "attempt_started" and since is not None:
+            total += max(0.0, float(event["time"]) - since)
+            since = None
+    return total
 
 
 def goodput(folder: Path) -> Goodput:
@@ -179,9 +219,13 @@ def goodput(folder: Path) -> Goodput:
     times = [float(event["time"]) for event in events]
     if not times:
         return Goodput()
+    resumes = [event for event in events if event["event"] == "resumed"]
+    paused = paused_seconds(events)
     return Goodput(
         useful=sum(float(step.get("seconds") or 0.0) for step in read_lines(folder / "metrics.jsonl")),
-        startup=sum(float(event["startup_seconds"]) for event in events if event["event"] == "resumed"),
+        startup=sum(float(event["startup_seconds"]) for event in resumes),
         saving=sum(float(event["stall_seconds"]) for event in events if event["event"] == "checkpoint_saved"),
-        wall=max(times) - min(times),
+        repeated=sum(float(event.get("lost_seconds") or 0.0) for event in resumes),
+        wall=max(times) - min(times) - paused,
+        paused=paused,
     )

@@ -1,20 +1,20 @@
 """Loading of a recipe: YAML with `extends:` (relative to the file that contains it) and `--set`, then validation."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from megadistill.config.recipe import Recipe, Section, sections_in
-from megadistill.errors import UserError, nearest
+from megadistill.config.mistakes import KeyPath, find_mistakes, flattened
+from megadistill.config.recipe import Recipe
+from megadistill.config.yaml_file import first_line, read_yaml
+from megadistill.errors import UserError, several
 from megadistill.io import read_json
-
-MAX_RECIPE_BYTES = 1 << 20
+from megadistill.redaction import printable
 
 RENAMED = {
     "comm": "distributed",
@@ -43,23 +43,26 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Loads a recipe file, merged over the files that it extends, with `key=value` overrides on top.
 
     Raises:
-        UserError: one line that names the key, the value and the way out.
+        UserError: names all mistakes, a line each: file and line or --set, key, value and the way out.
     """
-    merged = _read_with_parents(path, seen=())
+    merged, places, mistakes = _read_with_parents(path, seen=())
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
-        refuse_renamed({key: value}, source=f"--set {override}")
+        try:
+            key, value = _parsed(override)
+            merged.merge_with(value)
+            _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
+        except UserError:
+            raise
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise UserError(f"--set {printable(override)}: {printable(first_line(error))}") from None
+        places |= {under: f"--set {override}" for under in _paths_below(key, value)}
     try:
-        merged.merge_with(OmegaConf.from_dotlist(list(overrides)))
-        _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
         values = OmegaConf.to_container(merged, resolve=True)
-    except UserError:
-        raise
+    except InterpolationKeyError as error:
+        raise UserError(f"{path}: {error.full_key}: {first_line(error)} in the recipe") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
-    return validate_recipe(_with_warmup_of_the_run(values), source=str(path))
+        raise UserError(f"{path}: {printable(first_line(error))}") from None
+    return validate_recipe(_with_warmup_of_the_run(values), source=str(path), places=places, before=mistakes)
 
 
 def _with_warmup_of_the_run(values: Any) -> Any:
@@ -73,28 +76,57 @@ def _with_warmup_of_the_run(values: Any) -> Any:
             return values
         recorded = read_json(Path(values["run"]["folder"]) / "recipe.json")["recipe"]["train"]["schedule"]
         schedule = {**schedule, "warmup_steps": recorded["warmup_steps"]}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # no recipe, or no run yet: both are checked later
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no run yet, or no recipe: checked later
         return values
     return {**values, "train": {**values["train"], "schedule": schedule}}
 
 
-def validate_recipe(values: Any, *, source: str) -> Recipe:
+def validate_recipe(
+    values: Any, *, source: str, places: Mapping[KeyPath, str] | None = None, before: Sequence[tuple[str, str]] = ()
+) -> Recipe:
     """A recipe from plain values (a YAML file's, or a run folder's recipe.json).
 
+    Args:
+        places: where the value of each key is from, as in `recipe.yaml, line 3`.
+        before: mistakes (where, what) that are known already.
+
     Raises:
-        UserError: the first problem, as one line.
+        UserError: all mistakes, a line each.
     """
-    refuse_renamed(values, source=source)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+    places = places or {}
+    every = [*before, *((_place(path, places), printable(text)) for path, text in _renamed(values))]
+    recipe = None
+    if len(every) == len(before):  # under former names, much would be missing
+        recipe, mistakes = find_mistakes(values)
+        every += [(_place(each.path, places) if each.of_value else "", printable(each.text)) for each in mistakes]
+    if every or recipe is None:
+        raise several(source, sorted(every, key=_in_order_of_the_file))
+    return recipe
+
+
+def _place(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
+    """Where a key, or the nearest that holds it, has its value from; empty: not known."""
+    return next((places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in places), "")
+
+
+def _in_order_of_the_file(mistake: tuple[str, str]) -> tuple[bool, bool, str, int]:
+    """By file and line; then those of --set, then those without a place."""
+    file, _, line = mistake[0].partition(", line ")
+    number = re.match(r"\d+", line)
+    return not file, file.startswith("--set "), file, int(number[0]) if number else 0
+
+
+def _parsed(override: str) -> tuple[KeyPath, DictConfig]:
+    """The key of `key=value`, and the value as a recipe that holds nothing else."""
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
+    return tuple(key.split(".")), OmegaConf.from_dotlist([override])
+
+
+def _paths_below(key: KeyPath, value: DictConfig) -> list[KeyPath]:
+    """The key of an override, and the keys of its value."""
+    return [path for path in flattened(OmegaConf.to_container(value, resolve=False)) if path[: len(key)] == key]
 
 
 def refuse_renamed(values: Any, *, source: str) -> None:
@@ -103,13 +135,19 @@ def refuse_renamed(values: Any, *, source: str) -> None:
     Raises:
         UserError: names the former key and the one that replaced it.
     """
+    if renamed := list(_renamed(values)):
+        raise several(source, [("", text) for _, text in renamed])
+
+
+def _renamed(values: Any) -> Iterator[tuple[KeyPath, str]]:
+    """The former names of a recipe: the key, and its line."""
     for key, value in dotted(values).items():
         parts = key.split(".")
         sections = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        for former in (f"{key}={value}", *sections):
-            if former in RENAMED:
-                rest = "" if "=" in former else key.removeprefix(former)
-                raise UserError(f"{source}: {former}{rest} is now {RENAMED[former]}{rest}: use the new name")
+        former = next((each for each in (f"{key}={value}", *sections) if each in RENAMED), None)
+        if former is not None:
+            rest = "" if "=" in former else key.removeprefix(former)
+            yield tuple(parts), f"{former}{rest} is now {RENAMED[former]}{rest}: use the new name"
 
 
 def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -122,30 +160,43 @@ def dotted(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> DictConfig:
+def _read_with_parents(
+    path: Path, seen: tuple[Path, ...]
+) -> tuple[DictConfig, dict[KeyPath, str], list[tuple[str, str]]]:
+    """The merged values, where each key is from, and mistakes (where, what) of the files."""
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}")
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes is no recipe (at most {MAX_RECIPE_BYTES})")
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"no recipe {path} (paths are relative to {Path.cwd()})") from None
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {_first_line(error)}") from None
+        loaded, lines, mistakes = read_yaml(path)
+    except (FileNotFoundError, NotADirectoryError):
+        extended = f", which {seen[-1].name} extends" if seen else ""
+        raise UserError(f"no recipe {path}{extended} (paths are relative to {Path.cwd()})") from None
+    except IsADirectoryError:
+        raise UserError(_folder_for_recipe(path)) from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of sections, found a {type(loaded).__name__}")
     _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), path)
+    places = {key: f"{path}, line {line}" for key, line in lines.items()}
     parent = loaded.pop("extends", None)
     if parent is None:
-        return loaded
+        return loaded, places, mistakes
     if not isinstance(parent, str):
         raise UserError(f"{path}: extends must name one recipe file, found {parent!r}")
-    base = _read_with_parents(path.parent / parent, (*seen, resolved))
+    base, places_of_base, mistakes_of_base = _read_with_parents(path.parent / parent, (*seen, resolved))
     merged = OmegaConf.merge(base, loaded)
     assert isinstance(merged, DictConfig)
-    return merged
+    return merged, places_of_base | places, mistakes_of_base + mistakes
+
+
+def _folder_for_recipe(folder: Path) -> str:
+    """What to name in place of a folder."""
+    recipes = sorted(each.name for each in folder.glob("*.y*ml"))
+    if recipes:
+        return f"{folder} is a folder: name one of its recipes, {', '.join(recipes)}"
+    if (folder / "recipe.json").is_file():
+        return f"{folder} is a run folder, not a recipe: name the YAML file that it was started with"
+    return f"{folder} is a folder without a recipe: name a YAML file"
 
 
 def _refuse_resolvers(value: Any, path: Path) -> None:
@@ -160,45 +211,3 @@ def _refuse_resolvers(value: Any, path: Path) -> None:
         raise UserError(
             f"{path}: {value!r} calls a resolver; a recipe may only refer to its own keys, as in ${{run.seed}}"
         )
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem as `key: reason, value, way out`, and the number of the others."""
-    first = error.errors()[0]
-    path, siblings = _locate(first["loc"])
-    key = ".".join(path)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: no such key{nearest(path[-1], siblings)}{more}"
-    if first["type"] == "missing":
-        return f"{key}: is required{more}"
-    if first["type"] == "union_tag_invalid":
-        tag = first["ctx"]["discriminator"].strip("'")
-        return f"{key}.{tag}: input should be {first['ctx']['expected_tags']}, found {first['ctx']['tag']!r}{more}"
-    if first["type"] == "value_error":
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return f"{key}: {message}{more}" if key else f"{message}{more}"
-    return f"{key}: {first['msg'].lower()}, found {first['input']!r}{more}"
-
-
-def _locate(location: Sequence[str | int]) -> tuple[list[str], list[str]]:
-    """The key path of pydantic's location, without the kind of a union's member, and the keys beside its last part."""
-    sections: list[type[Section]] = [Recipe]
-    path, siblings = [], list(Recipe.model_fields)
-    for part in map(str, location):
-        of_kind = [
-            each for each in sections if "kind" in each.model_fields and each.model_fields["kind"].default == part
-        ]
-        if of_kind:
-            sections = of_kind
-            continue
-        path.append(part)
-        siblings = [key for section in sections for key in section.model_fields]
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        sections = [inner for field in fields for inner in sections_in(field.annotation)] or sections
-    return path, siblings
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

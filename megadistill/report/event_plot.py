@@ -1,13 +1,16 @@
 """Plots of the events of runs, and of the use of their wall time."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megadistill.events import EVENTS, Goodput
-from megadistill.report.drawing import TEXT, Drawing, colour, draw, label, new_figure
+from megadistill.report.drawing import TEXT, WIDE, Drawing, colour, draw, label, new_figure
 from megadistill.report.run_record import Floats, RunRecord
 from megadistill.report.smoothing import TIMES, evenly, unit
 from megadistill.report.wall_clock import Clock
@@ -15,11 +18,14 @@ from megadistill.report.wall_clock import Clock
 MARKS = {
     "attempt_started": ">",
     "resumed": "o",
+    "branched": "1",
+    "recipe_changed": "p",
     "checkpoint_saved": "|",
     "checkpoint_failed": "v",
     "checkpoint_quarantined": "s",
     "step_skipped": "x",
     "loss_spike": "^",
+    "student_diverged": "8",
     "rollback": "<",
     "teacher_drift": "*",
     "samples_masked": ".",
@@ -33,35 +39,57 @@ MARKS = {
 
 assert MARKS.keys() == EVENTS.keys()
 
-TROUBLE = ("step_skipped", "loss_spike", "rollback", "teacher_drift", "attempt_failed")
+TROUBLE = ("step_skipped", "loss_spike", "student_diverged", "rollback", "teacher_drift", "attempt_failed")
 """Events that are marked under the loss."""
 
 MAX_MARKS = 300
 """Maximum marks of a run and a kind; more would cover each other."""
 
-PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "lost": "#b5473c"}
+PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "repeated": "#c98a5a", "lost": "#b5473c"}
 """Uses of the wall time, each with its colour."""
+
+LANE = 0.46
+"""Height of a run's name and bar, in inches."""
+LEGEND_COLUMNS, NARROW_LEGEND_COLUMNS, LEGEND_LINE = 3, 2, 0.2
 
 
 def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing:
     """A lane a run, with a bar for each attempt and its events."""
+    caption = "A bar is an attempt, from its start to its last event or step."
+    return draw(partial(_lanes, runs=runs, clocks=clocks), "events", "Events", caption)
+
+
+def _lanes(width: float, *, runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Figure:
     longest = max(clock.wall for clock in clocks)
     size, name = unit(longest, TIMES, "seconds")
-    figure, axes = new_figure(height=1.2 + 0.4 * len(runs))
+    kinds = [kind for kind in MARKS if any(event.kind == kind for run in runs for event in run.events)]
+    columns = LEGEND_COLUMNS if width == WIDE else NARROW_LEGEND_COLUMNS
+    height = 0.6 + LEGEND_LINE * -(-len(kinds) // columns) + LANE * len(runs)
+    figure, axes = new_figure(width, height=height)
     for lane, (run, clock) in enumerate(zip(runs, clocks, strict=True)):
         bars = [(first / size, (last - first) / size) for first, last in _attempts(run, clock)]
-        axes.broken_barh(bars, (lane - 0.3, 0.6), facecolor=colour(lane), alpha=0.35, gid=f"run-{lane}")
+        axes.broken_barh(bars, (lane - 0.15, 0.5), facecolor=colour(lane), alpha=0.35, gid=f"run-{lane}")
         for kind, marker in MARKS.items():
             times = np.array([event.time - clock.began for event in run.events if event.kind == kind]) / size
             times = times[evenly(len(times), MAX_MARKS)] if len(times) else times
-            _mark(axes, lane, times, np.full(len(times), lane), marker)
-    axes.set_yticks(range(len(runs)), [label(run.name) for run in runs])
-    axes.set_ylim(len(runs) - 0.5, -0.5)
+            _mark(axes, lane, times, np.full(len(times), lane + 0.1), marker)
+    _name_lanes(axes, runs)
     if longest > 0:
         axes.set_xlim(-0.01 * longest / size, 1.02 * longest / size)
     axes.set_xlabel(f"{name} since the run began")
-    _legend(axes, [kind for kind in MARKS if any(event.kind == kind for run in runs for event in run.events)])
-    return draw(figure, "events", "Events", "A bar is an attempt, from its start to its last event or step.")
+    handles = [Line2D([], [], marker=MARKS[kind], color=TEXT, linestyle="", markersize=5) for kind in kinds]
+    names = [kind.replace("_", " ") for kind in kinds]
+    figure.legend(handles, names, loc="outside lower left", ncols=columns, handlelength=1.2, columnspacing=1.2)
+    return figure
+
+
+def _name_lanes(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    """The name of each run above its bar, where a long one has room."""
+    axes.set_yticks([])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    for lane, run in enumerate(runs):
+        where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "gid": f"run-{lane}"}
+        axes.text(0.005, lane - 0.18, label(run.name), **where)
 
 
 def mark_trouble(axes: Axes, index: int, run: RunRecord, places: Floats) -> None:
@@ -76,18 +104,24 @@ def mark_trouble(axes: Axes, index: int, run: RunRecord, places: Floats) -> None
 
 def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Drawing:
     """A bar a run: its wall time by use."""
-    figure, axes = new_figure(height=1.2 + 0.35 * len(runs))
+    caption = "Lost: steps that were taken again, hangs, the time between attempts."
+    return draw(partial(_bars, runs=runs, goodputs=goodputs), "goodput", "Goodput", caption)
+
+
+def _bars(width: float, *, runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Figure:
+    figure, axes = new_figure(width, height=0.9 + LANE * len(runs))
     left = np.zeros(len(runs))
     for part, shade in PARTS.items():
         shares = np.array([100 * getattr(each, part) / each.wall if each.wall > 0 else 0.0 for each in goodputs])
-        bars = axes.barh(range(len(runs)), shares, left=left, height=0.6, color=shade, label=part)
+        places = np.arange(len(runs)) + 0.1
+        bars = axes.barh(places, shares, left=left, height=0.5, color=shade, label=part)
         for index, bar in enumerate(bars):
             bar.set_gid(f"run-{index}")
         left += shares
-    axes.set_yticks(range(len(runs)), [label(run.name) for run in runs])
-    axes.set(ylim=(len(runs) - 0.5, -0.5), xlim=(0, 100), xlabel="% of the wall time")
-    axes.figure.legend(loc="outside upper center", ncols=len(PARTS))
-    return draw(figure, "goodput", "Goodput", "Lost: steps that were taken again, hangs, the time between attempts.")
+    _name_lanes(axes, runs)
+    axes.set(xlim=(0, 100), xlabel="% of the wall time")
+    figure.legend(loc="outside upper left", ncols=len(PARTS), handlelength=1.2, columnspacing=1.2)
+    return figure
 
 
 def _attempts(run: RunRecord, clock: Clock) -> list[tuple[float, float]]:
@@ -110,8 +144,3 @@ def _mark(axes: Axes, run: int, x: Floats, y: Floats, marker: str, *, along: boo
         transform = axes.get_xaxis_transform() if along else axes.transData
         fill = colour(run) if along else TEXT
         axes.plot(x, y, marker, color=fill, markersize=5, transform=transform, gid=f"run-{run}", clip_on=False)
-
-
-def _legend(axes: Axes, kinds: Sequence[str]) -> None:
-    handles = [Line2D([], [], marker=MARKS[kind], color=TEXT, linestyle="", markersize=5) for kind in kinds]
-    axes.figure.legend(handles, [kind.replace("_", " ") for kind in kinds], loc="outside lower center", ncols=6)

@@ -31,7 +31,8 @@ from megadistill.train.resilience.masked_samples import masked_cursor
 from megadistill.train.resilience.preemption import StopRequests, ignore_stop_signals, stop_reason
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
-from megadistill.train.schedule import scheduled
+from megadistill.train.schedule import learning_rate
+from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
@@ -54,11 +55,12 @@ class RunOutcome:
     """The stop request that ended the run; None for its last step, or `stop_after`."""
 
 
-def train(recipe: Recipe, *, stop_after: int | None = None) -> RunOutcome | None:
+def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = None) -> RunOutcome | None:
     """Trains on the ranks that the launcher started, from the latest valid checkpoint of the run folder.
 
     Args:
         stop_after: save and stop after this step; the same command without it resumes.
+        after: the run's newest attempt, which is not alive (0: none); None: one that is alive ends.
 
     Returns:
         None on a rank of the teacher's own.
@@ -72,14 +74,14 @@ def train(recipe: Recipe, *, stop_after: int | None = None) -> RunOutcome | None
             with ignore_stop_signals(topology.rank), capture_teacher_server(setup, topology):
                 run_teacher_server(setup, topology)
             return None
-        return run(setup, topology, stop_after)
+        return run(setup, topology, stop_after, after)
 
 
-def run(setup: Setup, topology: Topology, stop_after: int | None) -> RunOutcome:
+def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | None = None) -> RunOutcome:
     """Trains on process groups that exist. Collective; see `train`."""
     minutes = setup.recipe.run.time_limit_minutes
     with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
-        recovery = Recovery(setup, topology)
+        recovery = Recovery(setup, topology, after=after)
         if topology.is_first:
             logs.add_file(setup.folder / "log.txt", topology.rank)
         topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number)
@@ -108,6 +110,8 @@ class Trainer:
         torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
         if topology.is_first:
             write_run_files(setup)
+            for warning in implausible_settings(setup).values():
+                logger.warning("%s", warning)
         self._objective = objective_of(setup)
         self._frozen = self._teacher.frozen_weights() if setup.recipe.resilience.teacher_hash_every else None
         if self._frozen is not None:
@@ -133,7 +137,13 @@ class Trainer:
         monitor = recovery.loss_monitor(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
         with ExitStack() as stack:
-            log = RunLog(setup.folder, setup.recipe, start_step=self.step, topology=topology)
+            log = RunLog(
+                setup.folder,
+                setup.recipe,
+                start_step=self.step,
+                tokens_per_step=setup.tokens_per_step,
+                topology=topology,
+            )
             stack.enter_context(closing(log))
             self._log_start(cursor, skips)
             stopped_by = self._stop_reason()
@@ -182,15 +192,13 @@ class Trainer:
         return [hook for hook in hooks if hook is not None]
 
     def _take_step(self, batches: StepBatches, stream: TokenStream) -> StepEvent:
-        section, every = self._setup.recipe.train, self._setup.recipe.resilience.recompute_every
+        every = self._setup.recipe.resilience.recompute_every
         began, waited_before = time.perf_counter(), batches.waited  # a step is everything up to the next one
         batch = next(batches)
         cursor = batch.cursor
         if self._setup.recipe.data.on_corrupt_sample == "mask":
             cursor = masked_cursor(batch.batch, cursor, stream, self._topology, self._recovery.events, step=self.step)
-        rate = scheduled(
-            section.optimizer.learning_rate, step=self.step, steps=section.steps, schedule=section.schedule
-        )
+        rate = learning_rate(self._setup.recipe.train, self.step)
         outcome = train_step(
             self._student,
             batch,
@@ -242,5 +250,7 @@ class Trainer:
         done = self.step >= self._setup.recipe.train.steps
         if done:
             self._recovery.done(self.step)
+        else:
+            self._recovery.events.write("stopped", step=self.step, reason="--stop-after")
         logger.info("%s", self._recovery.goodput())
         return RunOutcome(step=self.step, done=done)

@@ -14,7 +14,7 @@ from megadistill.divergence import Divergence
 from megadistill.loss import Elementwise, LossOptions
 from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP
 from megadistill.rng import keyed_generator
-from megadistill.train.schedule import scheduled
+from megadistill.train.schedule import divergence_share
 from megadistill.types import LogitTransform, Tail
 
 
@@ -34,9 +34,7 @@ class Objective:
 
         Where a schedule lowers `kd_weight`, `ce_weight` rises as much: their sum is constant.
         """
-        loss, share = self.loss, 1.0
-        if loss.schedule is not None:
-            share = scheduled(1.0, step=step, steps=self.steps, schedule=loss.schedule)
+        loss, share = self.loss, divergence_share(self.loss, step, steps=self.steps)
         return Divergence(
             kind=loss.divergence,
             temperature=loss.temperature,

@@ -2,7 +2,17 @@
 
 import math
 
-from megadistill.config.recipe import ScheduleSection
+from megadistill.config.recipe import LossSection, ScheduleSection, TrainSection
+
+
+def learning_rate(train: TrainSection, step: int) -> float:
+    """The learning rate of optimizer step `step`."""
+    return scheduled(train.optimizer.learning_rate, step=step, steps=train.steps, schedule=train.schedule)
+
+
+def divergence_share(loss: LossSection, step: int, *, steps: int) -> float:
+    """The share of `loss.kd_weight` that the divergence has at step `step` of `steps`; 1 without a schedule."""
+    return 1.0 if loss.schedule is None else scheduled(1.0, step=step, steps=steps, schedule=loss.schedule)
 
 
 def scheduled(peak: float, *, step: int, steps: int, schedule: ScheduleSection) -> float:

@@ -14,16 +14,18 @@ import torch
 
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest
+from megadistill.train.checkpoint.heartbeat import HeartbeatThread
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
 from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
+from megadistill.train.setup.run_folder import changes_since, describe_changes
 from megadistill.train.setup.setup import Setup
 from megadistill.types import Cursor
 from megadistill.versions import versions
@@ -36,19 +38,32 @@ logger = logging.getLogger(__name__)
 class Recovery:
     """One attempt at a run. Methods are collective, except for those that only record an event."""
 
-    def __init__(self, setup: Setup, topology: Topology) -> None:
-        """Acquires the run folder: an older attempt that is still alive ends at its next step."""
+    def __init__(self, setup: Setup, topology: Topology, *, after: int | None = None) -> None:
+        """Acquires the run folder: an older attempt that is still alive ends at its next step.
+
+        `after`: the newest attempt when the folder was found free; None: no matter which it is.
+
+        Raises:
+            UserError: another start has acquired the folder since.
+        """
         self._setup = setup
         self._topology = topology
         self._folder = setup.folder
         self._began = time.perf_counter()
-        number, saved_before = 0, False
+        number, saved_before, problem = 0, False, ""
         if topology.is_first:
             saved_before = any(
                 event["event"] == "checkpoint_saved" for event in read_lines(self._folder / "events.jsonl")
             )
-            number = acquire(self._folder, launch_record(topology.world)).number
-        number, self._saved_before = broadcast_object((number, saved_before), topology.world_group)
+            try:
+                number = acquire(self._folder, launch_record(topology.world), after=after).number
+            except UserError as error:
+                problem = str(error)
+        values = broadcast_object((number, saved_before, problem), topology.world_group)
+        number, self._saved_before, problem = values
+        if problem:
+            raise UserError(problem)
+        self._heartbeat = HeartbeatThread(self._folder, number) if topology.is_first else None
         self.attempt = Attempt(self._folder, number)
         self.events = EventLog(self._folder, number, writes=topology.is_first)
         self.events.write(
@@ -58,6 +73,7 @@ class Recovery:
         self.rollbacks = read_rollbacks(self._folder)
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
+        self._recipe_changes = changes_since(self._folder, self._recipe)
         self._lost = 0
         self.step = 0
         """Current optimizer step."""
@@ -119,7 +135,13 @@ class Recovery:
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
         lost, self._lost = self._lost, 0
         self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), lost_steps=lost)
+        if self._recipe_changes:
+            self.events.write("recipe_changed", step=step, changes=self._recipe_changes)
+            logger.info("recipe changed at step %d: %s", step, describe_changes(self._recipe_changes))
+            self._recipe_changes = {}
         if self._topology.is_first:
+            if step < self._setup.recipe.train.steps:  # of a run that is trained longer
+                (self._folder / "DONE").unlink(missing_ok=True)
             self._goodput, self._goodput_since = goodput(self._folder), time.perf_counter()
         where = f"{'starting at' if step == 0 else 'resuming from'} step {step} of {self._setup.recipe.train.steps}"
         repeated = f", {lost} steps to repeat" if lost else ""
@@ -223,6 +245,8 @@ class Recovery:
 
     def close(self) -> None:
         self._saver.close()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
     def _record(self, result: SaveResult) -> None:
         stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)

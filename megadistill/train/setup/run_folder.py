@@ -1,6 +1,8 @@
 """The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
+import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from megadistill.events import RENAMED_EVENTS, read_lines
 from megadistill.io import read_json, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
+from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import numeric_settings
 from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
 from megadistill.versions import versions
 
 # Keys that may differ between the attempts of a run: those that move no number by more than float32 rounding. The
@@ -121,18 +125,25 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if former := {str(line.get("event")) for line in read_lines(events)} & RENAMED_EVENTS.keys():
         names = ", ".join(f"{name} is now {RENAMED_EVENTS[name]}" for name in sorted(former))
         raise UserError(f"{events}: written by a version before 0.1.0 ({names}): name another run.folder")
+    earlier = None
     with suppress(UserError):  # keys that are newer than the folder get their defaults
-        written = validate_recipe(written, source=str(path)).snapshot()
-    before, now = dotted(written), dotted(recipe)
+        earlier = validate_recipe(written, source=str(path))
+        written = earlier.snapshot()
+    changes = recipe_changes(written, recipe)
+    may_change = MAY_CHANGE_SECTIONS if earlier is None else (*MAY_CHANGE_SECTIONS, *SCHEDULE_KEYS)
     differing = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(MAY_CHANGE_SECTIONS)
+        f"{key} was {was!r}, is {is_!r}"
+        for key, (was, is_) in changes.items()
+        if key not in MAY_CHANGE and not key.startswith(may_change)
     ]
     if differing:
         raise UserError(
             f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
         )
+    schedule = {key: values for key, values in changes.items() if key.startswith(SCHEDULE_KEYS)}
+    if earlier is not None and schedule:
+        now = validate_recipe(recipe, source="recipe")
+        refuse_changed_steps(folder, earlier, now, changes=describe_changes(schedule))
 
 
 def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> None:
@@ -152,6 +163,27 @@ def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> No
             f"student.deepspeed: {folder} was begun with other settings: {'; '.join(differing)}. Name the former file, "
             "or another run.folder"
         )
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> values before and now, for each key in which two snapshots of recipes differ; None: no such key."""
+    old, new = dotted(before), dotted(now)
+    keys = sorted(old.keys() | new.keys())
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def changes_since(folder: Path, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs from the recipe that the folder's last attempt has written; nothing in a new folder."""
+    try:
+        return recipe_changes(read_json(folder / "recipe.json")["recipe"], recipe)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """A line: `train.steps 400 -> 800, train.schedule.decay_steps 40 -> 80`."""
+    shown = (f"{key} {json.dumps(was)} -> {json.dumps(now)}" for key, (was, now) in changes.items())
+    return printable(", ".join(shown))
 
 
 def copy_tokenizer(folder: Path, data: Mixture) -> None:

@@ -43,7 +43,8 @@ def test_a_longer_run_keeps_the_warm_up_with_which_it_began(tmp_path: Path) -> N
     first = load_recipe(path, [*at, "train.steps=400"])
     (folder / "recipe.json").write_text(json.dumps({"recipe": first.snapshot()}), encoding="utf-8")
     assert load_recipe(path, [*at, "train.steps=800"]).train.schedule.warmup_steps == 20
-    assert (
+    longer = [*at, "train.steps=800", "train.schedule.warmup_steps=30"]
+    assert load_recipe(path, longer).train.schedule.warmup_steps == 30, "a given one is not overridden"
         load_recipe(path, [*at, "train.steps=800", "train.schedule.warmup_steps=30"]).train.schedule.warmup_steps == 30
     )
     assert load_recipe(path, ["train.steps=800"]).train.schedule.warmup_steps == 40, "another folder has its own"

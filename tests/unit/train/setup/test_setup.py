@@ -85,8 +85,8 @@ def test_what_does_not_fit_is_refused(
         ({"max_position_embeddings": 16}, ["teacher.path", "16", "32"]),
         ({"vocab_size": 249}, ["teacher.path", "249", "250", "tokenizer", "teacher.vocab_map"]),
         ({"num_hidden_layers": 1}, ["1 layers", "2 stages"]),
-        ({"tokenizer": None}, ["has no tokenizer.model", "copy", "teacher.vocab_map"]),
-        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "different words", "teacher.vocab_map"]),
+        ({"tokenizer": None}, ["has no tokenizer.json and no", "tokenize ... --tokenizer", "teacher.vocab_map"]),
+        ({"tokenizer": b"other pieces"}, ["teacher.path", "sha256", "tokenize ... --tokenizer", "teacher.vocab_map"]),
         ({"model_type": "gpt2"}, ["teacher.path", "gpt2", "llama"]),
     ],
 )
@@ -96,6 +96,17 @@ def test_a_teacher_that_does_not_fit_is_refused(
     unfit = described_teacher(tmp_path / "unfit", **changes)
     message = _refused(recipe(manifest, tmp_path / "run", teacher=unfit))
     for part in says:
+        assert part in message
+    assert "copy" not in message
+    if "teacher.vocab_map" in says:
+        assert message.index("--tokenizer") < message.index("teacher.vocab_map"), "first what nearly always is right"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_named(manifest: Path, tmp_path: Path) -> None:
+    """The usual cause: a padding token was added to the tokenizer, and no row to the model."""
+    small = described_teacher(tmp_path / "small", vocab_size=VOCAB - 1)
+    message = _refused(recipe(manifest, tmp_path / "run", teacher=small))
+    for part in ("250 ids, and so have the shards", "rows for 249", "remove the tokens from id 249 on"):
         assert part in message
 
 
@@ -163,8 +174,8 @@ def test_a_teacher_with_padding_rows_is_welcome(manifest: Path, tmp_path: Path) 
 
 def test_the_folder_of_another_recipe_is_refused(manifest: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_description(run, recipe(manifest, run, train={"steps": 7}).snapshot(), {})
-    with pytest.raises(UserError, match=r"train\.steps was 7, is 6"):
+    write_description(run, recipe(manifest, run, train={"max_grad_norm": 7.0}).snapshot(), {})
+    with pytest.raises(UserError, match=r"train\.max_grad_norm was 7\.0, is 1\.0"):
         prepare(recipe(manifest, run), _launch())
 
 
