@@ -8,7 +8,9 @@ from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
+from megadistill.data.tokenizers.model_tokenizer import tokenizer_difference
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
+from megadistill.data.tokenizers.tokenizer_file import tokenizer_files
 
 __all__ = [
     "Manifest",
@@ -17,5 +19,7 @@ __all__ = [
     "TokenStream",
     "TokenizeReport",
     "tokenize",
+    "tokenizer_difference",
+    "tokenizer_files",
     "tokenizer_sha256",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.data import Manifest, tokenizer_sha256
+from megadistill.data import Manifest, tokenizer_difference, tokenizer_files
 from megadistill.errors import UserError
 from megadistill.loss import AgainstTeacher, Head, TokenTerms, VocabSlice, token_terms
 from megadistill.models.families import decoder, forward_inputs, load_config, logit_transform
@@ -36,12 +36,12 @@ def check_model(folder: Path, manifest: Manifest) -> None:
             f"{folder}: {config.max_position_embeddings} positions, the split has sequences of "
             f"{manifest.sequence_length} tokens"
         )
-    own = tokenizer_sha256(folder, prefer=manifest.tokenizer.kind)
-    if own is not None and own != (manifest.tokenizer.kind, manifest.tokenizer.sha256):
-        file = manifest.tokenizer.file.rpartition("/")[2]
+    difference = tokenizer_difference(folder, manifest) if tokenizer_files(folder) else None
+    if difference is not None:
         raise UserError(
-            f"{folder}: its {file} is not the one that the split was made with, and an evaluation reads no "
-            "teacher.vocab_map: tokenize a split with this model's own"
+            f"{folder}: its tokenizer is not the one that the split was made with: {difference}; an evaluation reads "
+            "no teacher.vocab_map: tokenize a split with this model's own (megadistill tokenize ... --tokenizer "
+            f"{folder})"
         )
     check_weights(folder, config)
 

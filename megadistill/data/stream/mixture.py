@@ -61,26 +61,27 @@ class Mixture:
         return cls(sources, curriculum)
 
     @property
-    def _any(self) -> Manifest:
+    def first(self) -> Manifest:
+        """The first source; all have its sequence length, vocabulary and tokenizer."""
         return next(iter(self.sources.values()))
 
     @property
     def sequence_length(self) -> int:
         """S, in tokens."""
-        return self._any.sequence_length
+        return self.first.sequence_length
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, without padding."""
-        return self._any.vocab_size
+        return self.first.vocab_size
 
     @property
     def tokenizer(self) -> TokenizerRecord:
-        return self._any.tokenizer
+        return self.first.tokenizer
 
     def tokenizer_file(self, name: str, *, max_bytes: int) -> bytes:
         """The content of a file beside the tokenizer's own. Raises OSError: there is none."""
-        record, folder = self._any.tokenizer, self._any.folder
+        record, folder = self.first.tokenizer, self.first.folder
         return folder.sibling(record.file.rpartition("/")[0] or ".").read_whole(name, max_bytes=max_bytes)
 
     def order(self, seed: int) -> Order:

@@ -1,16 +1,13 @@
 """The kinds of tokenizers, and loading one from a file or a folder."""
 
-import hashlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from megadistill.data.shards.manifest import TokenizerRecord
 from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, canonical_sha256, read_json
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, tokenizer_files
 from megadistill.errors import UserError
-
-Kind = Literal["sentencepiece", "huggingface"]
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 """Text to ids and back. `vocab_size` is the highest id, plus one; `bos` and `eos` are the ids before and after each
@@ -62,16 +59,8 @@ def tokenizer_sha256(path: Path, *, prefer: Kind) -> tuple[Kind, str] | None:
     Raises:
         UserError: the file cannot be read, or is not a tokenizer.
     """
-    files: dict[Kind, Path] = {"huggingface": path / TOKENIZER_FILE, "sentencepiece": path / MODEL_FILE}
-    if path.is_file():
-        files = {"huggingface" if path.suffix == ".json" else "sentencepiece": path}
-    present = {kind: file for kind, file in files.items() if file.is_file()}
+    present = tokenizer_files(path)
     if not present:
         return None
     kind = prefer if prefer in present else next(iter(present))
-    if kind == "huggingface":
-        return kind, canonical_sha256(read_json(present[kind]))
-    try:
-        return kind, hashlib.sha256(present[kind].read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{present[kind]} cannot be read ({error.strerror}): make it readable") from None
+    return kind, TokenizerFile.read(kind, present[kind]).sha256

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megadistill.config.recipe import LossSection, Recipe
-from megadistill.data import Mixture, tokenizer_sha256
+from megadistill.data import Mixture, tokenizer_difference, tokenizer_files
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
 from megadistill.models.initial_weights import check_initial_weights
@@ -52,25 +52,37 @@ def check_fit(
     if vocab_map is not None:  # the map replaces the comparison of tokenizers
         check_divergence(recipe.loss, vocab_map)
         return
+    _teacher_reads_the_ids(Path(recipe.teacher.path), teacher, data)
+
+
+def _teacher_reads_the_ids(folder: Path, teacher: Any, data: Mixture) -> None:
+    """Raises UserError: the teacher has fewer ids than the data, or another tokenizer."""
+    ways_out = (
+        f"tokenize the text with the teacher's own (megadistill tokenize ... --tokenizer {folder}), or map the ids "
+        "with teacher.vocab_map (megadistill vocab-map)"
+    )
+    if not tokenizer_files(folder):
+        raise UserError(
+            f"teacher.path: {folder} has no tokenizer.json and no tokenizer.model, so its ids cannot be compared with "
+            f"those of the shards: add the files that the teacher was published with, and {ways_out}"
+        )
+    try:
+        difference = tokenizer_difference(folder, data.first)
+    except UserError as error:
+        raise UserError(f"teacher.path: {error}") from None
+    if teacher.vocab_size < data.vocab_size and difference is None:
+        raise UserError(
+            f"teacher.path: the tokenizer in {folder} has {data.vocab_size} ids, and so have the shards, but the model "
+            f"has rows for {teacher.vocab_size}: remove the tokens from id {teacher.vocab_size} on (padding tokens, "
+            f"as a rule) from the tokenizer, and {ways_out}"
+        )
     if teacher.vocab_size < data.vocab_size:
         raise UserError(
             f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
-            f"{data.vocab_size}: tokenize the text with the teacher's own tokenizer, or map the ids with "
-            "teacher.vocab_map"
+            f"{data.vocab_size}: {ways_out}"
         )
-    kind, sha256 = tokenizer_sha256(Path(recipe.teacher.path), prefer=data.tokenizer.kind) or (None, "")
-    if kind != data.tokenizer.kind:
-        raise UserError(
-            f"teacher.path: {recipe.teacher.path} has no {data.tokenizer.file.rpartition('/')[2]}, so its ids "
-            "cannot be compared with those of the shards: copy the tokenizer that it was trained with there, or map "
-            "the ids with teacher.vocab_map"
-        )
-    if sha256 != data.tokenizer.sha256:
-        raise UserError(
-            f"teacher.path: the tokenizer of {recipe.teacher.path} has sha256 {sha256[:12]}…, the shards were made "
-            f"with {data.tokenizer.sha256[:12]}…: teacher and student would read different "
-            "words. Tokenize the text with the teacher's tokenizer, or map the ids with teacher.vocab_map"
-        )
+    if difference is not None:
+        raise UserError(f"teacher.path: its tokenizer is not that of the shards: {difference}: {ways_out}")
 
 
 def check_start(folder: Path, student: Any, data: Mixture) -> None:
@@ -84,13 +96,18 @@ def check_start(folder: Path, student: Any, data: Mixture) -> None:
 
 
 def _same_tokenizer(folder: Path, data: Mixture, *, key: str) -> None:
-    """Compares the tokenizer of a student's folder with the data's, if it has one of the same kind."""
-    kind, sha256 = tokenizer_sha256(folder, prefer=data.tokenizer.kind) or (None, "")
-    if kind == data.tokenizer.kind and sha256 != data.tokenizer.sha256:
+    """Compares the tokenizer of a student's folder with the data's, if it has one."""
+    if not tokenizer_files(folder):
+        return
+    try:
+        difference = tokenizer_difference(folder, data.first)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if difference is not None:
         raise UserError(
-            f"{key}: the tokenizer of {folder} has sha256 {sha256[:12]}…, the shards were made with "
-            f"{data.tokenizer.sha256[:12]}…: tokenize the text with the folder's, or name a folder "
-            "without a tokenizer (an export gets that of the shards)"
+            f"{key}: the tokenizer of {folder} is not that of the shards: {difference}: tokenize the text with the "
+            f"folder's (megadistill tokenize ... --tokenizer {folder}), or name a folder without a tokenizer (an "
+            "export gets that of the shards)"
         )
 
 

@@ -104,7 +104,10 @@ def _changed(teacher: Path, folder: Path, **keys: Any) -> Path:
 
 def _other_tokenizer(teacher: Path, folder: Path) -> Path:
     shutil.copytree(teacher, folder)
-    (folder / "tokenizer.model").write_bytes(b"other pieces")
+    (folder / "tokenizer.model").unlink()
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,82 @@
+"""The files of a tokenizer: a tokenizer.json, a SentencePiece model, or a folder with one of each."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from megadistill.data.tokenizers.huggingface import MAX_FILE_BYTES, TOKENIZER_FILE, canonical_sha256
+from megadistill.data.tokenizers.sentencepiece import MODEL_FILE
+from megadistill.data.tokenizers.token_table import TokenTable
+from megadistill.errors import UserError
+
+Kind = Literal["sentencepiece", "huggingface"]
+
+FILES: Final[Mapping[Kind, str]] = {"huggingface": TOKENIZER_FILE, "sentencepiece": MODEL_FILE}
+"""Name of the file of each kind in a folder."""
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The content of a tokenizer.json or of a SentencePiece model."""
+
+    kind: Kind
+    content: bytes
+    name: str
+    """Its place, for messages."""
+
+    @classmethod
+    def read(cls, kind: Kind, path: Path) -> "TokenizerFile":
+        """Raises UserError: it cannot be read."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from None
+        if len(content) > MAX_FILE_BYTES:
+            raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes: this is no tokenizer")
+        return cls(kind, content, str(path))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of a model, or of what decides the ids in a tokenizer.json, as manifests record it.
+
+        Raises:
+            UserError: it is not a tokenizer.json.
+        """
+        if self.kind == "huggingface":
+            return canonical_sha256(self.values)
+        return hashlib.sha256(self.content).hexdigest()
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Content of a tokenizer.json. Raises UserError: it is none."""
+        try:
+            values = json.loads(self.content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"the tokenizer: {self.name} cannot be read as JSON: {error}: give a tokenizer.json"
+            ) from None
+        if not isinstance(values, dict):
+            raise UserError(
+                f"the tokenizer: {self.name} holds a {type(values).__name__}, not a dict: give a tokenizer.json"
+            )
+        return values
+
+    @cached_property
+    def table(self) -> TokenTable:
+        """Raises UserError: it is not a tokenizer."""
+        if self.kind == "huggingface":
+            return TokenTable.of_json(self.values, self.name)
+        return TokenTable.of_model(self.content, self.name)
+
+
+def tokenizer_files(path: Path) -> dict[Kind, Path]:
+    """The files of the tokenizer at `path`, a file or a folder, by kind. A folder may hold one of each."""
+    files = {kind: path / name for kind, name in FILES.items()}
+    if path.is_file():
+        files = {"huggingface" if path.suffix == ".json" else "sentencepiece": path}
+    return {kind: file for kind, file in files.items() if file.is_file()}
