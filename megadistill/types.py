@@ -221,6 +221,16 @@ DECILES = 10
 TOP_K = (16, 64, 256)
 """The k of `Diagnostics.top_k_mass`."""
 
+DIAGNOSTIC_NAMES = (
+    "forward_kl",
+    "acceptance",
+    "reverse_kl",
+    "jsd",
+    *(f"top_{k}_mass" for k in TOP_K),
+    *(f"kl_entropy_decile_{decile}" for decile in range(1, DECILES + 1)),
+)
+"""Names of the means of `Diagnostics`, as they are logged. `forward_kl` is at temperature 1, as all are."""
+
 
 @dataclass(frozen=True)
 class Diagnostics:
@@ -237,6 +247,11 @@ class Diagnostics:
     """[DECILES]: forward KL of the tokens in each tenth of the vocab group's tokens of a call, from the lowest teacher
     entropy to the highest. They add up to the forward KL."""
 
+    @property
+    def kl(self) -> Tensor:
+        """Forward KL of the complete distributions at temperature 1."""
+        return self.kl_by_entropy_decile.sum()
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -248,9 +263,10 @@ class LossTerms:
 
     loss: Tensor
     divergence: Tensor
-    """The recipe's divergence, over all tokens, at the loss's temperature (no T² factor)."""
+    """The recipe's divergence, over all tokens, at the loss's temperature (no T² factor); that against sparse targets,
+    where the loss has them."""
     kl: Tensor
-    """Forward KL, for any divergence of the recipe, at the loss's temperature."""
+    """Forward KL of the complete distributions, for any divergence of the recipe, at the loss's temperature."""
     student_ce: Tensor
     teacher_ce: Tensor
     student_entropy: Tensor
@@ -279,7 +295,9 @@ class StepReport:
     """Tokens since the start of the run, including this step."""
     loss: float
     divergence: float
+    """The loss's divergence; see `LossTerms`."""
     kl: float
+    """See `LossTerms`: at the loss's temperature, and 0 with truncated targets. metrics.jsonl has one meaning only."""
     student_ce: float
     teacher_ce: float
     student_entropy: float

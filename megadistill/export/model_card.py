@@ -35,6 +35,7 @@ TARGETS = {
 LOGGED = {
     "loss": "loss",
     "kl": "KL",
+    "targets_kl": "KL of the targets",
     "student_ce": "CE",
     "teacher_ce": "CE of the teacher",
     "agreement": "agreement",

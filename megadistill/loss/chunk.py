@@ -90,7 +90,8 @@ class Chunk:
             forward = self.divergence.formula is DivergenceKind.FORWARD_KL
             value_n, kl_n = (self._forward_kl if forward else self._mean_centred)(self.teacher, with_gradient)
         elif self.targets is not None:
-            value_n = kl_n = self._sparse_kl(self.targets, with_gradient)
+            value_n = self._sparse_kl(self.targets, with_gradient)
+            kl_n = torch.zeros_like(value_n)  # that of the complete distributions, of which the targets hold a part
         else:
             value_n = kl_n = torch.zeros_like(self.tokens.weights_n)
             if with_gradient:

@@ -102,7 +102,8 @@ def sparse_distill_loss(
             outside_NU.any(dim=1), log_p_s.masked_fill(~outside_NU, torch.finfo(log_p_s.dtype).min).logsumexp(dim=1), 0
         )
         value_N = value_N + torch.where(log_r_t > -math.inf, log_r_t.exp() * (log_r_t - log_r_s), 0)
-    return _terms(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, value_N, divergence)
+    none_N = torch.zeros_like(value_N)
+    return _terms(logits_NU, labels[live], token_weights[live].to(logits_NU.dtype), value_N, none_N, divergence)
 
 
 def require_sparse(divergence: Divergence, targets: SparseTargets) -> None:

@@ -97,8 +97,8 @@ def sparse_distill_loss(
 ) -> LossTerms:
     """Forward KL against a part of the teacher's distribution, plus cross-entropy and z-loss.
 
-    `distill_loss` with `targets` in the teacher's place: `divergence` and `kl` of the terms are those against the
-    targets, the other terms of the teacher are 0. Which targets are biased, and how, is in docs/loss.md.
+    `distill_loss` with `targets` in the teacher's place: `divergence` of the terms is that against the targets; `kl` and
+    the other terms of the teacher's complete distribution are 0. Which targets are biased, and how, is in docs/loss.md.
 
     Args:
         targets: those of this rank's N tokens. K may differ between ranks.
@@ -192,7 +192,7 @@ def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor
     divergence, kl, divergence_in_loss = all_reduce_sum(slice_sums_g, group)[rank].unbind()
     log_z_squared, tail, ce_in_loss, tail_in_loss = token_sums[6:].unbind()
     loss = divergence_in_loss + tail_in_loss + ce_in_loss + inputs.divergence.z_loss * log_z_squared
-    metrics = torch.cat([torch.stack([divergence + tail, kl + tail]), token_sums[:6]])
+    metrics = torch.cat([torch.stack([divergence + tail, kl]), token_sums[:6]])
     if diagnostics is not None:
         metrics = torch.cat([metrics, diagnostics.sums(tokens.weights_gL, inputs.vocab)])
     return loss, metrics, gradients

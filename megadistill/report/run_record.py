@@ -8,6 +8,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from megadistill.redaction import printable
 Floats: TypeAlias = NDArray[np.float64]
 
 MAX_ATTEMPTS = 10_000
+MAX_NAME = 40
 LARGEST = 1e30
 """Bound of a number: a larger one is damage, and no plot can show it beside others."""
 LAST_SECOND = 253_402_300_799.0
@@ -31,7 +33,7 @@ LAST_SECOND = 253_402_300_799.0
 
 DIAGNOSTICS = ("acceptance", "reverse_kl", "jsd")
 METRICS = (
-    "time", "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy",
+    "time", "step", "tokens", "loss", "divergence", "targets_kl", "kl", "student_ce", "teacher_ce", "student_entropy",
     "teacher_entropy", "agreement", "log_z", "learning_rate", "grad_norm", "seconds", "tokens_per_second",
     "data_seconds", "teacher_seconds", "mfu", "memory_bytes", "kd_weight", "ce_weight",
 )  # fmt: skip
@@ -105,8 +107,25 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
         UserError: there is no such folder, or it holds nothing that a run writes.
     """
     distinct = list({folder.resolve(): folder for folder in folders}.values())
-    names = map(printable, short_names([folder.resolve().parts for folder in distinct]))
+    names = distinct_names(list(map(printable, short_names([folder.resolve().parts for folder in distinct]))))
     return [read_run(folder, name) for folder, name in zip(distinct, names, strict=True)]
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Names of at most `MAX_NAME` characters; of longer ones, the part in which they differ and what is around it."""
+    first, last = len(commonprefix(names)), len(commonprefix([name[::-1] for name in names]))
+    if len(names) == 1:
+        first, last = len(names[0]), 0
+    return [_part(name, first, max(first, len(name) - last)) for name in names]
+
+
+def _part(name: str, begin: int, end: int) -> str:
+    """`MAX_NAME` characters of a name, with those of begin to end in the middle."""
+    if len(name) <= MAX_NAME:
+        return name
+    first = min(max(0, (begin + end - MAX_NAME) // 2), len(name) - MAX_NAME)
+    part = name[first : first + MAX_NAME]
+    return ("…" + part[1:] if first else part[:-1] + "…") if first in (0, len(name) - MAX_NAME) else f"…{part[1:-1]}…"
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
@@ -118,12 +137,14 @@ def read_run(folder: Path, name: str) -> RunRecord:
         raise UserError(f"{printable(str(folder))}: not a run folder (no recipe.json, metrics.jsonl or events.jsonl)")
     notes: list[str] = []
     recipe, versions = _recipe(folder / "recipe.json", notes)
+    series = dict(_series(folder / "metrics.jsonl", notes))
+    _rename_sparse_kl(series, recipe)
     return RunRecord(
         folder=folder,
         name=name,
         recipe=recipe,
         versions=versions,
-        series=_series(folder / "metrics.jsonl", notes),
+        series=series,
         events=_events(folder / "events.jsonl", notes),
         attempts=_attempts(folder / "attempts", notes),
         notes=notes,
@@ -182,6 +203,15 @@ def _series(path: Path, notes: list[str]) -> dict[str, Floats]:
         )
         series = {name: column[later] for name, column in series.items()}
     return series
+
+
+def _rename_sparse_kl(series: dict[str, Floats], recipe: Mapping[str, Any]) -> None:
+    """Moves the `kl` of steps that an older version logged, where it was the divergence from truncated targets."""
+    loss = recipe.get("loss")
+    if isinstance(loss, Mapping) and loss.get("targets"):
+        older = np.isfinite(series["kl"]) & np.isnan(series["targets_kl"])
+        series["targets_kl"] = np.where(older, series["kl"], series["targets_kl"])
+        series["kl"] = np.where(older, np.nan, series["kl"])
 
 
 def _events(path: Path, notes: list[str]) -> list[Event]:

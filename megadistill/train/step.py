@@ -21,15 +21,7 @@ from megadistill.train.objective import Objective
 from megadistill.train.resilience.anomalies import finite, require_sound_teacher
 from megadistill.train.resilience.sdc import REMEDY, describe_rank, raise_everywhere
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
-from megadistill.types import DECILES, IGNORED_LABEL, METRIC_NAMES, TOP_K, Diagnostics, LossTerms
-
-DIAGNOSTIC_NAMES = (
-    "acceptance",
-    "reverse_kl",
-    "jsd",
-    *(f"top_{k}_mass" for k in TOP_K),
-    *(f"kl_entropy_decile_{decile}" for decile in range(1, DECILES + 1)),
-)
+from megadistill.types import DECILES, DIAGNOSTIC_NAMES, IGNORED_LABEL, METRIC_NAMES, Diagnostics, LossTerms
 
 
 @dataclass(frozen=True)
@@ -193,14 +185,14 @@ def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBa
 
 
 def _numbers(terms: LossTerms) -> Tensor:
-    """[9] float64: `METRIC_NAMES`; with diagnostics [25], `DIAGNOSTIC_NAMES` after them."""
+    """[9] float64: `METRIC_NAMES`; with diagnostics [26], `DIAGNOSTIC_NAMES` after them."""
     if terms.diagnostics is None:
         return terms.metrics()
     d: Diagnostics = terms.diagnostics
     return torch.cat(
         [
             terms.metrics(),
-            torch.stack([d.acceptance, d.reverse_kl, d.jsd]).double(),
+            torch.stack([d.kl, d.acceptance, d.reverse_kl, d.jsd]).double(),
             d.top_k_mass.double(),
             # A decile's sum has the weights of all tokens, of which it holds a tenth.
             DECILES * d.kl_by_entropy_decile.double(),

@@ -142,11 +142,17 @@ def test_export_evaluate_and_what_a_run_folder_holds(place: Place, undisturbed: 
     recipe = json.loads((run_folder / "recipe.json").read_text())
     assert recipe["recipe"]["train"]["steps"] == 12
     assert recipe["versions"]["torch"] == torch.__version__
-    board = EventAccumulator(str(run_folder / "tensorboard"))
-    board.Reload()
-    for tag in ("loss/kl", "loss/student_ce", "teacher/teacher_ce", "optimizer/learning_rate"):
-        values = {event.step: event.value for event in board.Scalars(tag)}
-        assert sorted(values) == list(range(1, 13)), tag
+    for folder, tags in {
+        ".": ("loss/kl", "loss/cross_entropy", "optimizer/learning_rate"),
+        "teacher": ("loss/cross_entropy",),
+        "by_tokens": ("by_tokens/cross_entropy",),
+    }.items():
+        board = EventAccumulator(str(run_folder / folder))
+        board.Reload()
+        for tag in tags:
+            steps = [event.step for event in board.Scalars(tag)]
+            per_step = 1 if folder != "by_tokens" else undisturbed[0]["tokens"]
+            assert sorted({*steps}) == [per_step * step for step in range(1, 13)], tag
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [
         "step-00000004", "step-00000008", "step-00000012",
     ]  # fmt: skip

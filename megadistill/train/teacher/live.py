@@ -7,7 +7,7 @@ tokens of a probe, L tokens whose hidden states it holds.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -143,11 +143,18 @@ class LiveTarget:
     """[N, E]"""
 
     def loss(self, student: StudentOutput) -> LossTerms:
+        whole = HiddenTarget(self.teacher.head_on(self.hidden))
         if student.objective.loss.targets is None:
-            return HiddenTarget(self.teacher.head_on(self.hidden)).loss(student)
+            return whole.loss(student)
         with timeline.span(timeline.COMPUTE, "teacher targets"):
             targets = self.truncated(student.objective, student.vocab)
-        return SparseTarget(targets).loss(student)
+        terms = SparseTarget(targets).loss(student)
+        if not student.options.diagnostics:
+            return terms
+        with torch.no_grad():  # the complete distribution is not what the student learns from
+            diagnosed = whole.loss(student)
+        named = ("kl", "teacher_ce", "teacher_entropy", "agreement", "diagnostics")
+        return replace(terms, **{name: getattr(diagnosed, name) for name in named})
 
     def truncated(self, objective: Objective, vocab: VocabSlice) -> SparseTargets:
         """The part of the distribution that `loss.targets` selects, saved too where the recipe asks for that.

@@ -4,7 +4,7 @@ import json
 import logging
 import resource
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from megadistill.io import write_file
 from megadistill.models.flops import flops_per_token
 from megadistill.train.telemetry.histograms import Histogram
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
-from megadistill.types import StepReport
+from megadistill.types import DIAGNOSTIC_NAMES, StepReport
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
-"""Metrics of the whole distribution, which a run with truncated targets does not have."""
+"""Metrics of the teacher's complete distribution: a run with truncated targets has them on diagnosed steps only."""
 
 TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
 """Metrics that a run from labels does not have."""
@@ -46,6 +46,25 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(torch.accelerator.max_memory_allocated(device))
+
+
+def logged_names(recipe: Recipe) -> set[str]:
+    """Names of the numbers that a run of this recipe logs, on every step or on some; see `RunLog.step`."""
+    loss, diagnosed = recipe.loss, recipe.loss.diagnostics_every > 0
+    names = {field.name for field in fields(StepReport)} - {"step", "diagnostics"}
+    if recipe.objective == "labels":
+        return names - {*TEACHER_METRICS}
+    if loss.targets is not None:
+        names = names - {"divergence"} | {"targets_kl"}
+        if not diagnosed:
+            names -= {"kl", *WHOLE_DISTRIBUTION_METRICS}
+    elif loss.temperature != 1.0 and not diagnosed:
+        names -= {"kl"}
+    if diagnosed:
+        names |= {f"diagnostics/{name}" for name in DIAGNOSTIC_NAMES if name != "forward_kl"}
+    if loss.schedule is not None:
+        names |= {"kd_weight", "ce_weight"}
+    return names
 
 
 class Meter:
@@ -93,7 +112,9 @@ class RunLog:
     A resume drops the lines of metrics.jsonl after the checkpoint's step, whose steps are taken again.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, start_step: int, topology: Topology) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, start_step: int, tokens_per_step: int, topology: Topology
+    ) -> None:
         self._active = topology.is_first
         self._steps = recipe.train.steps
         self._log_every = recipe.train.log_every
@@ -105,7 +126,9 @@ class RunLog:
         path = folder / "metrics.jsonl"
         _drop_after(path, start_step)
         self._lines = JsonLines(path)
-        self._tensorboard = TensorBoardLog(folder / "tensorboard", recipe, start_step=start_step)
+        self._tensorboard = TensorBoardLog(
+            folder, recipe, logged_names(recipe), start_step=start_step, start_tokens=start_step * tokens_per_step
+        )
         console = Console()
         if console.is_terminal and not console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -144,20 +167,44 @@ class RunLog:
         self._tensorboard.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
-        hidden: tuple[str, ...] = ("diagnostics",) if report.diagnostics is None else ()
+        values = asdict(report)
+        diagnostics = values.pop("diagnostics")
+        hidden: tuple[str, ...] = ()
         if self._loss is None:
-            hidden += TEACHER_METRICS
-        elif self._loss.targets is not None:
-            hidden += WHOLE_DISTRIBUTION_METRICS
-        return {name: value for name, value in asdict(report).items() if name not in hidden}
+            hidden = TEACHER_METRICS
+        else:
+            values["kl"] = self._kl(report)
+            if self._loss.targets is not None:
+                values["targets_kl"] = values.pop("divergence")
+                hidden = WHOLE_DISTRIBUTION_METRICS if diagnostics is None else ()
+            if values["kl"] is None:
+                hidden += ("kl",)
+        if diagnostics is not None:
+            values["diagnostics"] = {name: value for name, value in diagnostics.items() if name != "forward_kl"}
+        return {name: value for name, value in values.items() if name not in hidden}
+
+    def _kl(self, report: StepReport) -> float | None:
+        """Forward KL of the complete distributions at temperature 1: one number, whatever the loss is.
+
+        None on a step that did not compute it: the loss has truncated targets, or another temperature, and the step no
+        diagnostics.
+        """
+        assert self._loss is not None
+        if self._loss.targets is None and self._loss.temperature == 1.0:
+            return report.kl
+        return (report.diagnostics or {}).get("forward_kl")
 
     def _line(self, report: StepReport) -> str:
         teacher = ""
         if self._loss is not None:
-            if self._loss.divergence is not DivergenceKind.FORWARD_KL:
+            kl = self._kl(report)
+            if self._loss.targets is not None:
+                teacher += f" | targets_kl {report.divergence:.4f}"
+            elif self._loss.divergence is not DivergenceKind.FORWARD_KL or self._loss.temperature != 1.0:
                 teacher += f" | {self._loss.divergence} {report.divergence:.4f}"
-            teacher += f" | kl {report.kl:.4f}"
-            if self._loss.targets is None:
+            if kl is not None:
+                teacher += f" | kl {kl:.4f}"
+            if self._loss.targets is None or report.diagnostics is not None:
                 teacher += f" | agree {report.agreement:.3f}"
         mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
         return (

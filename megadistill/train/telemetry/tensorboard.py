@@ -1,5 +1,6 @@
-"""TensorBoard log of a run: scalars in groups, charts on the page "Custom Scalars", histograms, the recipe."""
+"""TensorBoard log of a run: scalars over steps and over tokens, charts, histograms, the recipe."""
 
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from torch.utils.tensorboard import SummaryWriter
 from megadistill.config.recipe import Recipe
 from megadistill.redaction import without_secrets
 from megadistill.train.telemetry.histograms import Histogram
+from megadistill.types import TOP_K
 
 GROUPS = {
-    "loss": ("loss", "divergence", "kl", "student_ce", "kd_weight", "ce_weight"),
-    "teacher": ("teacher_ce", "teacher_entropy", "agreement"),
-    "student": ("student_entropy", "log_z"),
+    "loss": ("loss", "divergence", "targets_kl", "kl", "cross_entropy", "kd_weight", "ce_weight"),
+    "predictions": ("entropy", "agreement", "log_z"),
     "optimizer": ("learning_rate", "grad_norm"),
     "throughput": ("tokens", "tokens_per_second", "mfu", "seconds"),
     "waiting": ("data_seconds", "teacher_seconds"),
@@ -24,54 +25,115 @@ GROUPS = {
 
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
-LABELS_LAYOUT = {
-    "Training": {
-        "loss and cross-entropy": ["Multiline", ["^loss/loss$", "^loss/student_ce$"]],
-        "gradient norm": ["Multiline", ["^optimizer/grad_norm$"]],
-        "learning rate": ["Multiline", ["^optimizer/learning_rate$"]],
-    },
-    "System": {
-        "tokens a second": ["Multiline", ["^throughput/tokens_per_second$"]],
-        "seconds of a step, and of waiting": ["Multiline", ["^throughput/seconds$", "^waiting/.*"]],
-    },
+OF_BOTH_MODELS = {
+    "student_ce": ("student", "cross_entropy"),
+    "teacher_ce": ("teacher", "cross_entropy"),
+    "student_entropy": ("student", "entropy"),
+    "teacher_entropy": ("teacher", "entropy"),
 }
+"""Metrics of one model -> the model, and the name that both share. TensorBoard has a colour for each run and a chart
+for each tag, so the teacher's are a run of their own with the student's tags."""
 
-DISTILLATION_LAYOUT = {
-    "Distillation": {
-        "cross-entropy: student and teacher": ["Multiline", ["^loss/student_ce$", "^teacher/teacher_ce$"]],
-        "KL of the teacher against the student": ["Multiline", ["^loss/kl$", "^loss/divergence$"]],
-        "entropy: student and teacher": ["Multiline", ["^student/student_entropy$", "^teacher/teacher_entropy$"]],
-        "agreement and acceptance": ["Multiline", ["^teacher/agreement$", "^diagnostics/acceptance$"]],
+TEACHER, BY_TOKENS = "teacher", "by_tokens"
+"""Folders of the runs beside that of the student: the teacher's numbers, and those whose x axis counts tokens."""
+
+TOKENS_AXIS = ("loss", "targets_kl", "kl", "student_ce", "agreement")
+"""Metrics that are written over tokens too, where runs of different batch sizes compare."""
+
+LAYOUT = {
+    "Quality": {
+        "cross-entropy: student and teacher": ["loss/cross_entropy"],
+        "KL of the teacher against the student": ["loss/kl"],
+        "KL of the truncated targets against the student": ["loss/targets_kl"],
+        "loss": ["loss/loss"],
+        "entropy: student and teacher": ["predictions/entropy"],
+        "agreement": ["predictions/agreement"],
+    },
+    "By tokens": {
+        "cross-entropy over tokens": ["by_tokens/cross_entropy"],
+        "KL over tokens": ["by_tokens/kl"],
+        "loss over tokens": ["by_tokens/loss"],
     },
     "Diagnostics": {
-        "KL by decile of the teacher's entropy": ["Multiline", ["^diagnostics/kl_entropy_decile_.*"]],
-        "the teacher's mass in its top k": ["Multiline", ["^diagnostics/top_.*_mass$"]],
-        "reverse KL and JSD": ["Multiline", ["^diagnostics/reverse_kl$", "^diagnostics/jsd$"]],
+        "KL by decile of the teacher's entropy": [f"diagnostics/kl_entropy_decile_{each}" for each in (1, 4, 7, 10)],
+        "the teacher's mass in its top k": [f"diagnostics/top_{k}_mass" for k in TOP_K],
+        "reverse KL and JSD": ["diagnostics/reverse_kl", "diagnostics/jsd"],
+        "acceptance": ["diagnostics/acceptance"],
+    },
+    "Training": {
+        "gradient norm": ["optimizer/grad_norm"],
+        "learning rate": ["optimizer/learning_rate"],
+        "weights of the loss": ["loss/kd_weight", "loss/ce_weight"],
+    },
+    "System": {
+        "tokens a second": ["throughput/tokens_per_second"],
+        "seconds of a step, and of waiting": ["throughput/seconds", "waiting/data_seconds", "waiting/teacher_seconds"],
     },
 }
+"""Charts of the page "Custom Scalars": category -> title -> tags."""
 
 
 def tag_of(name: str) -> str:
     """The tag `GROUP/NAME` of a number of a step."""
-    return name if name.startswith("diagnostics/") else f"{_GROUP_OF.get(name, 'other')}/{name}"
+    if name.startswith("diagnostics/"):
+        return name
+    name = OF_BOTH_MODELS.get(name, ("", name))[1]
+    return f"{_GROUP_OF.get(name, 'other')}/{name}"
+
+
+def tags_of(name: str) -> list[str]:
+    """Every tag under which a number is written: over steps, and perhaps over tokens."""
+    tag = tag_of(name)
+    return [tag, f"{BY_TOKENS}/{tag.partition('/')[2]}"] if name in TOKENS_AXIS else [tag]
+
+
+def layout_of(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """`LAYOUT` as TensorBoard reads it, without charts that would be empty in a run of these numbers.
+
+    A chart is the same in every run that has it: TensorBoard shows one of two equal charts of several runs.
+    """
+    written = {tag for name in names for tag in tags_of(name)}
+    layout = {}
+    for category, charts in LAYOUT.items():
+        present = {
+            title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items() if written & {*tags}
+        }
+        if present:
+            layout[category] = present
+    return layout
 
 
 class TensorBoardLog:
-    """Writes a run's TensorBoard folder. Errors of the disk are ignored."""
+    """Writes a run's numbers for TensorBoard, which names a run by its folder. Errors of the disk are ignored.
 
-    def __init__(self, folder: Path, recipe: Recipe, *, start_step: int) -> None:
+    The student's numbers are in the run folder itself, those of `TEACHER` and `BY_TOKENS` in folders below it. Each has
+    steps of its own, and so its own mark that a resume drops the later ones.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, names: Collection[str], *, start_step: int, start_tokens: int
+    ) -> None:
+        """`names`: the numbers that the run will write. `start_tokens`: tokens of the first `start_step` steps."""
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-        layout = LABELS_LAYOUT if recipe.objective == "labels" else {**DISTILLATION_LAYOUT, **LABELS_LAYOUT}
+        self._by_tokens = SummaryWriter(str(folder / BY_TOKENS), purge_step=start_tokens + 1)
+        self._teacher = None
+        if any(name.startswith("teacher_") and name in OF_BOTH_MODELS for name in names):
+            self._teacher = SummaryWriter(str(folder / TEACHER), purge_step=start_step + 1)
         with suppress(OSError):
-            self._writer.add_custom_scalars(layout)
+            self._writer.add_custom_scalars(layout_of(names))
             self._writer.add_text("recipe", _as_markdown(recipe.snapshot()), start_step)
 
     def numbers(self, step: int, values: dict[str, float | None]) -> None:
         """Writes the numbers of a step by name; None is not known, and left out."""
+        known = {name: value for name, value in values.items() if name not in ("step", "time") and value is not None}
         with suppress(OSError):
-            for name, value in values.items():
-                if name not in ("step", "time") and value is not None:
-                    self._writer.add_scalar(tag_of(name), value, step)
+            for name, value in known.items():
+                tag, *over_tokens = tags_of(name)
+                of_teacher = OF_BOTH_MODELS.get(name, ("student",))[0] == TEACHER
+                writer = self._teacher if self._teacher is not None and of_teacher else self._writer
+                writer.add_scalar(tag, value, step)
+                for each in over_tokens:
+                    self._by_tokens.add_scalar(each, value, int(known["tokens"]))
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         """Writes distributions of a tensor's elements by tag."""
@@ -90,8 +152,10 @@ class TensorBoardLog:
                 )
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._writer.close()
+        for writer in (self._writer, self._by_tokens, self._teacher):
+            with suppress(OSError):
+                if writer is not None:
+                    writer.close()
 
 
 def _as_markdown(recipe: dict[str, Any]) -> str:

@@ -98,9 +98,22 @@ def test_a_run_that_is_past_its_stop_after_takes_no_step(manifest: Path, tmp_pat
     assert run_ranks(1, _train_twice, str(manifest), str(tmp_path / "run")) == [(2, 2)]
 
 
+def _train_hot(topology: Topology, manifest: str, folder: str) -> int:
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    plain = recipe(Path(manifest), Path(folder)).model_dump()
+    plain["train"]["optimizer"]["learning_rate"] = 10.0
+    return run(prepare(Recipe.model_validate(plain), launch), topology, stop_after=1).step
+
+
+def test_a_setting_that_is_probably_a_mistake_is_logged_once(manifest: Path, tmp_path: Path) -> None:
+    assert run_ranks(2, _train_hot, str(manifest), str(tmp_path / "run")) == [1, 1]
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert log.count("train.optimizer.learning_rate is 10,") == 1
+
+
 def _require_histograms_of_the_whole(folder: Path) -> None:
     """TensorBoard's histograms of the last step are those of the checkpoint's tensors, on any number of ranks."""
-    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"histograms": 0})
+    board = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     board.Reload()
     checkpoint = newest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None

@@ -163,13 +163,21 @@ DISTILL = ("objective=distill", "teacher.path=t")
         (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.tail=lost"], ["tail", "lost", "dropped"]),
         (["loss.targets.draws=9", "loss.divergence=tvd"], ["targets", "tvd"]),
         (["loss.targets.draws=9", "loss.label_fraction=0.1"], ["label_fraction", "entropy", "0"]),
-        (["loss.targets.draws=9", "loss.diagnostics_every=1"], ["diagnostics_every", "whole distribution", "0"]),
+        (
+            ["teacher.source=stored", "teacher.targets=kept", "loss.targets.draws=9", "loss.diagnostics_every=7"],
+            ["loss.diagnostics_every is 7", "teacher.source stored", "set it to 0"],
+        ),
     ],
 )
 def test_terms_of_the_loss_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], says: list[str]) -> None:
     message = refused(write(tmp_path, MINIMAL), *DISTILL, *overrides)
     for part in says:
         assert part in message
+
+
+def test_a_live_teacher_is_diagnosed_with_truncated_targets_too(tmp_path: Path) -> None:
+    overrides = [*DISTILL, "loss.targets.draws=9", "loss.diagnostics_every=7"]
+    assert load_recipe(write(tmp_path, MINIMAL), overrides).loss.diagnostics_every == 7
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,8 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     assert "no recipe" in refused(tmp_path / "missing.yaml")
     assert "mapping" in refused(write(tmp_path, "- a\n- b\n"))
     assert "YAML" in refused(write(tmp_path, "a: [1\n"))
-    assert "required" in refused(write(tmp_path, "objective: labels\n"))
+    with pytest.raises(UserError, match="4 mistakes\n  run: is required\n  data: is required"):
+        load_recipe(write(tmp_path, "objective: labels\n"))
     write(tmp_path, "extends: b.yaml\n", "a.yaml")
     assert "extends itself" in refused(write(tmp_path, "extends: a.yaml\n", "b.yaml"))
 
@@ -263,7 +272,7 @@ def test_former_names_are_refused_with_the_new_one(tmp_path: Path, former: str, 
         validate_recipe(_nested(key, value or 3), source="runs/x/recipe.json")
     assert str(caught.value) == f"runs/x/recipe.json: {line}"
     path = write(tmp_path, json.dumps(_nested(key, value or 3)))
-    assert refused(path) == f"{path}: {line}"
+    assert refused(path) == f"{path}, line 1: {line}"
 
 
 def test_a_former_name_is_no_key_and_its_new_name_is_one() -> None:

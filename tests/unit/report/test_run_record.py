@@ -9,7 +9,7 @@ import pytest
 from megadistill import events
 from megadistill.errors import UserError
 from megadistill.redaction import printable
-from megadistill.report.run_record import number, read_run, read_runs
+from megadistill.report.run_record import distinct_names, number, read_run, read_runs
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
 
@@ -36,6 +36,23 @@ def test_everything_that_a_run_wrote(tmp_path: Path) -> None:
     assert not run.has("mfu")
     assert run.has("agreement")
     assert run.notes == []
+
+
+def test_the_divergence_from_truncated_targets_is_no_kl(tmp_path: Path) -> None:
+    """An older version called it `kl`; the true one is on diagnosed steps alone."""
+    run = WrittenRun(tmp_path / "run")
+    run.steps(1, 4)
+    for line in run.lines[2:]:
+        line["targets_kl"] = line.pop("divergence") - 0.1
+    del run.lines[2]["kl"]
+    written = [dict(line) for line in run.lines]
+    run.write({**RECIPE, "loss": {"targets": {"draws": 8}}})
+    series = read_run(run.folder, "run").series
+    assert [value for value in series["kl"] if math.isfinite(value)] == [written[3]["kl"]]
+    assert series["targets_kl"].tolist() == [
+        *(line["kl"] for line in written[:2]),
+        *(line["targets_kl"] for line in written[2:]),
+    ]
 
 
 def test_events_of_a_former_version_are_named_with_their_new_word(tmp_path: Path) -> None:
@@ -152,6 +169,14 @@ def test_names_are_short_and_differ(tmp_path: Path) -> None:
         run_with_faults(folder).write()
     assert [run.name for run in read_runs(folders)] == ["x/run", "y/run"]
     assert [run.name for run in read_runs(folders[:1])] == ["run"]
+
+
+def test_long_names_keep_the_part_in_which_they_differ() -> None:
+    sweep = [f"sweep-of-learning-rates-with-warmup/{rate}/gemma2-27b-to-2b-forward_kl" for rate in ("1e-3", "3e-4")]
+    names = distinct_names(sweep)
+    assert [("1e-3" in name, "3e-4" in name, len(name)) for name in names] == [(True, False, 40), (False, True, 40)]
+    assert distinct_names(["x" * 50]) == ["…" + "x" * 39]
+    assert distinct_names(["short", "names"]) == ["short", "names"]
 
 
 def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.train.step import DIAGNOSTIC_NAMES, _finite, _numbers
-from megadistill.types import METRIC_NAMES, Diagnostics, LossTerms
+from megadistill.train.step import _finite, _numbers
+from megadistill.types import DIAGNOSTIC_NAMES, METRIC_NAMES, Diagnostics, LossTerms
 
 
 def _terms(diagnostics: Diagnostics | None) -> LossTerms:
@@ -27,6 +27,7 @@ def test_every_number_has_its_name() -> None:
     numbers = dict(zip(names, _numbers(_terms(diagnostics)).tolist(), strict=True))
     assert [numbers[name] for name in METRIC_NAMES] == list(range(9))
     assert numbers["acceptance"] == 0.5
+    assert numbers["forward_kl"] == pytest.approx(4.5), "the deciles add up to it"
     assert numbers["top_64_mass"] == pytest.approx(0.2)
     assert numbers["kl_entropy_decile_1"] == 0.0
     assert numbers["kl_entropy_decile_10"] == pytest.approx(9.0), "the mean over the decile's own tenth of the tokens"

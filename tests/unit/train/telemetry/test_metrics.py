@@ -16,6 +16,7 @@ from megadistill.divergence import DivergenceKind
 from megadistill.models.families import load_config
 from megadistill.train.telemetry import metrics
 from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
+from megadistill.train.telemetry.tensorboard import tag_of
 from megadistill.types import METRIC_NAMES, StepReport
 from tests.unit.train.cases import MODEL, VOCAB, recipe, topology
 
@@ -68,6 +69,7 @@ def _log(
         folder,
         recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **changed),
         start_step=steps.start - 1,
+        tokens_per_step=256,
         topology=topology(rank=rank, world=rank + 1),
     )
     for step in steps:
@@ -85,7 +87,7 @@ def test_every_step_is_a_line_of_json(tmp_path: Path) -> None:
     first = _lines(tmp_path)[0]
     assert 0 <= time.time() - first.pop("time") < 60
     assert first == {name: value for name, value in REPORT.__dict__.items() if name != "diagnostics"}
-    assert any((tmp_path / "tensorboard").iterdir())
+    assert any("tfevents" in path.name for path in tmp_path.iterdir())
 
 
 def test_a_resume_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
@@ -122,22 +124,45 @@ def test_diagnostics_are_an_object_on_the_steps_that_have_them(tmp_path: Path) -
     first, second = _lines(tmp_path)
     assert "diagnostics" not in first
     assert second["diagnostics"] == diagnostics
-    last = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    last = max(tmp_path.glob("*tfevents*"), key=lambda path: path.stat().st_mtime_ns)
     board = EventAccumulator(str(last))  # files of one second are read in the order of a counter's digits
     board.Reload()
     for name, value in diagnostics.items():
         assert [(event.step, event.value) for event in board.Scalars(f"diagnostics/{name}")] == [(2, value)]
 
 
-def test_metrics_that_truncated_targets_do_not_have_are_left_out(
+def test_the_divergence_from_truncated_targets_is_not_called_kl(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _log(tmp_path, range(1, 2), loss=LossSection(targets=TargetsSection()))
+    """`kl` is that of the complete distributions, which a run has on its diagnosed steps alone."""
+    loss = LossSection(targets=TargetsSection())
+    _log(tmp_path, range(1, 2), loss=loss)
     (line,) = _lines(tmp_path)
-    assert not {"teacher_ce", "teacher_entropy", "agreement"} & set(line)
-    assert line["kl"] == 0.5
-    assert "kl 0.5000" in caplog.text
-    assert "agree" not in caplog.text
+    assert not {"kl", "divergence", "teacher_ce", "teacher_entropy", "agreement"} & set(line)
+    assert line["targets_kl"] == 0.25
+    assert "| targets_kl 0.2500 | lr" in caplog.text
+    assert tag_of("targets_kl") == "loss/targets_kl"
+    _log(tmp_path, range(2, 3), loss=loss, diagnostics={"forward_kl": 0.75, "jsd": 0.125})
+    line = _lines(tmp_path)[1]
+    assert (line["kl"], line["targets_kl"], line["teacher_ce"], line["agreement"]) == (0.75, 0.25, 2.0, 0.4)
+    assert line["diagnostics"] == {"jsd": 0.125}, "one number, in one place"
+    assert "| targets_kl 0.2500 | kl 0.7500 | agree 0.400 |" in caplog.text
+
+
+def test_kl_is_at_temperature_one_or_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loss = LossSection(temperature=2.0)
+    _log(tmp_path, range(1, 2), loss=loss)
+    _log(tmp_path, range(2, 3), loss=loss, diagnostics={"forward_kl": 0.75})
+    without, diagnosed = _lines(tmp_path)
+    assert "kl" not in without
+    assert (without["divergence"], diagnosed["divergence"], diagnosed["kl"]) == (0.25, 0.25, 0.75)
+    assert "| forward_kl 0.2500 | agree" in caplog.text
+    assert "| forward_kl 0.2500 | kl 0.7500 | agree" in caplog.text
+
+
+def test_kl_of_the_complete_distribution_is_on_every_step(tmp_path: Path) -> None:
+    _log(tmp_path, range(1, 3), diagnostics={"forward_kl": 0.75})
+    assert [line["kl"] for line in _lines(tmp_path)] == [0.5, 0.5]
 
 
 def test_another_divergence_is_logged_beside_the_kl(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """The TensorBoard log: groups, charts, the recipe, and histograms as numpy computes them."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +9,123 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.histogram.metadata import PLUGIN_NAME
 
+from megadistill.config.recipe import Recipe
 from megadistill.train.telemetry.histograms import BINS, histograms
-from megadistill.train.telemetry.tensorboard import TensorBoardLog, tag_of
-from megadistill.types import StepReport
+from megadistill.train.telemetry.metrics import RunLog, logged_names
+from megadistill.train.telemetry.tensorboard import LAYOUT, TensorBoardLog, tag_of, tags_of
+from megadistill.types import DIAGNOSTIC_NAMES, StepReport
 from tests.unit.train.cases import recipe, topology
+
+TOKENS = 256
+"""Tokens of a step."""
 
 
 def _read(folder: Path) -> Any:
-    board = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    board = EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0})
     board.Reload()
     return board
 
 
-@pytest.mark.parametrize("teacher", [None, Path("teacher")])
-def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, teacher: Path | None) -> None:
-    """A pattern that meets nothing is an empty chart, which nobody would notice before a run is on."""
-    folder = tmp_path / "board"
-    TensorBoardLog(folder, recipe(tmp_path / "manifest.json", tmp_path, teacher=teacher), start_step=0).close()
-    written = _read(folder).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    layout = layout_pb2.Layout.FromString(written)
-    charts = [chart for category in layout.category for chart in category.chart]
-    assert [category.title for category in layout.category][-2:] == ["Training", "System"]
-    assert ("Distillation" in [category.title for category in layout.category]) == (teacher is not None)
-    diagnostics = ("acceptance", "reverse_kl", "jsd", "top_16_mass", "kl_entropy_decile_1")
-    names = [*StepReport.__dataclass_fields__, *(f"diagnostics/{name}" for name in diagnostics)]
-    tags = [tag_of(name) for name in names]
-    for chart in charts:
-        for pattern in chart.multiline.tag:
-            assert [tag for tag in tags if re.match(pattern, tag)], pattern
+DIAGNOSED = {"diagnostics_every": 2}
+TARGETS = {"targets": {"draws": 8}}
+SCHEDULE = {"schedule": {"kind": "cosine"}}
+RECIPES: dict[str, dict[str, Any] | None] = {
+    "labels": None,
+    "distill": {},
+    "diagnosed": DIAGNOSED,
+    "targets": TARGETS,
+    "diagnosed targets": {**TARGETS, **DIAGNOSED},
+    "warm": {"temperature": 2.0, **SCHEDULE},
+    "warm, diagnosed": {"temperature": 2.0, **DIAGNOSED},
+}
+
+
+def _run(folder: Path, loss: dict[str, Any] | None, steps: range) -> Recipe:
+    """The logs of steps of a run; all of a step's numbers are its number."""
+    changes = {"loss": loss} if loss else {}
+    made = recipe(Path("manifest.json"), folder, teacher=None if loss is None else Path("teacher"), **changes)
+    start = steps.start - 1
+    log = RunLog(folder, made, start_step=start, tokens_per_step=TOKENS, topology=topology(world=1))
+    names = [field.name for field in fields(StepReport)]
+    for step in steps:
+        diagnosed = dict.fromkeys(DIAGNOSTIC_NAMES, float(step)) if loss and made.loss.diagnostics_every else None
+        numbers: dict[str, Any] = {**dict.fromkeys(names, float(step)), "step": step, "tokens": step * TOKENS}
+        report = StepReport(**{**numbers, "mfu": None, "diagnostics": diagnosed if step % 2 == 0 else None})
+        weights = {"kd_weight": 1.0, "ce_weight": 0.0} if made.loss.schedule else None
+        log.step(report, weights=weights)
+    log.close()
+    return made
+
+
+def _tags(folder: Path) -> set[str]:
+    return {*_read(folder).Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, name: str) -> None:
+    """A chart of nothing else is empty, and nobody would notice before a run is on."""
+    made = _run(tmp_path, RECIPES[name], range(1, 4))
+    written = {
+        folder: _tags(tmp_path / folder) for folder in (".", "by_tokens", "teacher") if (tmp_path / folder).is_dir()
+    }
+    layout = layout_pb2.Layout.FromString(
+        _read(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
+    charts = {chart.title: [*chart.multiline.tag] for category in layout.category for chart in category.chart}
+    every = set().union(*written.values())
+    for title, patterns in charts.items():
+        assert [tag for tag in every if any(re.search(pattern, tag) for pattern in patterns)], title
+    shown = {tag for tag in every if any(re.search(each, tag) for patterns in charts.values() for each in patterns)}
+    expected = {tag for tags in _every_chart().values() for tag in tags}
+    assert shown == every & expected, "a chart is left out though its numbers are there"
+    assert ("teacher" in written) == (name not in ("labels", "targets"))
+    assert {tag for each in logged_names(made) - {"mfu"} for tag in tags_of(each)} == every
+
+
+def _every_chart() -> dict[str, list[str]]:
+    return {title: tags for charts in LAYOUT.values() for title, tags in charts.items()}
+
+
+def test_student_and_teacher_have_one_chart_and_two_colours(tmp_path: Path) -> None:
+    """TensorBoard draws a chart for a tag, and gives each run a colour: the same tag in two runs."""
+    _run(tmp_path / "distill", {}, range(1, 3))
+    student, teacher = _tags(tmp_path / "distill"), _tags(tmp_path / "distill" / "teacher")
+    assert teacher == {"loss/cross_entropy", "predictions/entropy"}
+    assert teacher < student
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
+    assert set(runs) == {"distill", "distill/teacher", "distill/by_tokens"}, "named as the run is"
+
+
+def test_a_chart_over_tokens_has_tokens_as_its_steps(tmp_path: Path) -> None:
+    _run(tmp_path, {}, range(1, 4))
+    events = _read(tmp_path / "by_tokens").Scalars("by_tokens/cross_entropy")
+    assert [(event.step, event.value) for event in events] == [(TOKENS, 1), (2 * TOKENS, 2), (3 * TOKENS, 3)]
+
+
+def test_a_resume_drops_later_points_of_every_axis(tmp_path: Path) -> None:
+    _run(tmp_path, {}, range(1, 6))
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*tfevents*")}
+    for path in first:  # two writers of one second would be read in the order of their process's counter
+        path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0")))
+    _run(tmp_path, {}, range(3, 5))
+    for folder, tag, unit in (
+        (".", "loss/kl", 1),
+        ("teacher", "loss/cross_entropy", 1),
+        ("by_tokens", "by_tokens/kl", TOKENS),
+    ):
+        assert [event.step for event in _read(tmp_path / folder).Scalars(tag)] == [unit * step for step in (1, 2, 3, 4)]
 
 
 def test_every_number_of_a_step_has_a_group() -> None:
-    numbers = set(StepReport.__dataclass_fields__) - {"step", "diagnostics"}
-    assert not [name for name in numbers if tag_of(name).startswith("other/")]
+    for name, loss in RECIPES.items():
+        made = recipe(
+            Path("m"), Path("f"), teacher=None if loss is None else Path("t"), **({"loss": loss} if loss else {})
+        )
+        assert not [each for each in logged_names(made) if tag_of(each).startswith("other/")], name
     assert tag_of("diagnostics/jsd") == "diagnostics/jsd"
 
 
@@ -51,7 +133,7 @@ def test_the_recipe_is_there_to_read(tmp_path: Path) -> None:
     folder = tmp_path / "board"
     url = {"manifest": "s3://me:pass@bucket/manifest.json"}
     changed = recipe(tmp_path, Path("<b>bold</b> # no heading"), data=url)
-    TensorBoardLog(folder, changed, start_step=7).close()
+    TensorBoardLog(folder, changed, (), start_step=7, start_tokens=0).close()
     (event,) = _read(folder).Tensors("recipe/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 7
@@ -75,7 +157,7 @@ def test_a_histogram_is_numpys(tmp_path: Path) -> None:
     assert computed["weights/constant"].counts[0] == 5
 
     folder = tmp_path / "board"
-    board = TensorBoardLog(folder, recipe(tmp_path / "manifest.json", tmp_path), start_step=0)
+    board = TensorBoardLog(folder, recipe(tmp_path / "manifest.json", tmp_path), (), start_step=0, start_tokens=0)
     board.histograms(3, computed)
     board.close()
     read = _read(folder)
