@@ -8,7 +8,7 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -33,7 +33,26 @@ class OperatorFault(RuntimeError):
     exit_code = 4
 
 
+def several(source: str, mistakes: Sequence[tuple[str, str]]) -> UserError:
+    """The error of an input with mistakes, each (where, what): one line for one; for several a heading and their lines.
+
+    `where` may begin with `source`, or be empty.
+    """
+    if len(mistakes) == 1:
+        where, what = mistakes[0]
+        return UserError(f"{where or source}: {what}")
+    lines = [f"  {where.removeprefix(f'{source}, ')}: {what}" if where else f"  {what}" for where, what in mistakes]
+    return UserError("\n".join([f"{source}: {len(mistakes)} mistakes", *lines]))
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = nearest_of(word, known)
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def nearest_of(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word closest to `word`, capitals and hyphens aside; None: none is close."""
+    plain = {each.lower().replace("-", "_"): each for each in reversed(list(known))}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
+    return plain[close[0]] if close else None

@@ -105,12 +105,12 @@ def validate_recipe(
 
 
 def _place(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
-    """Where a key, or the nearest that holds it, has its value from; empty: not known."""
+    """The file and line, or the --set, of a key or of the nearest that holds it; empty: not known."""
     return next((places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in places), "")
 
 
 def _in_order_of_the_file(mistake: tuple[str, str]) -> tuple[bool, bool, str, int]:
-    """By file and line; then those of --set, then those without a place."""
+    """The sort key of a mistake: by file and line, then those of --set, then those without a place."""
     file, _, line = mistake[0].partition(", line ")
     number = re.match(r"\d+", line)
     return not file, file.startswith("--set "), file, int(number[0]) if number else 0
@@ -190,7 +190,7 @@ def _read_with_parents(
 
 
 def _folder_for_recipe(folder: Path) -> str:
-    """What to name in place of a folder."""
+    """The message for a folder that stands where a recipe is needed."""
     recipes = sorted(each.name for each in folder.glob("*.y*ml"))
     if recipes:
         return f"{folder} is a folder: name one of its recipes, {', '.join(recipes)}"

@@ -1,0 +1,194 @@
+"""Names that other trainers give to the keys and values of a recipe, and the key that a mistyped name stands for."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from megadistill.config.recipe import Recipe, Section, sections_in
+from megadistill.errors import nearest, nearest_of
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "run.folder": (
+        "output_dir",
+        "out_dir",
+        "run.output",
+        "run.dir",
+        "run.path",
+        "dump_folder",
+        "checkpoint_dir",
+        "logging_dir",
+    ),
+    "run.time_limit_minutes": ("time_limit", "max_time", "exit_duration_in_mins"),
+    "run.seed": ("random_seed", "data_seed"),
+    "data.manifest": ("data_path", "dataset", "dataset_name", "dataset_path", "train_data", "train_file", "data.path"),
+    "data.sources": ("datasets", "mixture", "data_sources"),
+    "data.prefetch": ("num_workers", "dataloader_num_workers", "prefetch_factor", "dataloader_prefetch_factor"),
+    "data.document_mask": ("reset_attention_mask", "reset_position_ids", "intra_document_masking"),
+    "student.config": ("model", "model_name_or_path", "student_model", "student.path", "student.model", "student.name"),
+    "student.weights": ("init_from", "from_pretrained", "load", "initial_checkpoint", "pretrained_checkpoint"),
+    "student.deepspeed": ("ds_config", "deepspeed_config", "zero_stage", "fsdp", "zero_optimization"),
+    "student.activation_checkpointing": (
+        *("gradient_checkpointing", "recompute_activations", "activation_checkpoint", "recompute_granularity"),
+    ),
+    "student.vocab_multiple": ("make_vocab_size_divisible_by", "pad_to_multiple_of"),
+    "teacher.path": (
+        *("teacher_model", "teacher_model_name_or_path", "teacher_name_or_path", "teacher.model", "teacher.name"),
+        *("teacher.config", "teacher.folder"),
+    ),
+    "teacher.stages": ("pipeline_model_parallel_size", "pipeline_parallel_size", "pipeline_parallel_degree", "pp"),
+    "distributed.vocab_group": ("tensor_model_parallel_size", "tensor_parallel_size", "tensor_parallel_degree", "tp"),
+    "distributed.timeout_minutes": ("distributed_timeout_minutes", "ddp_timeout", "timeout", "init_timeout_seconds"),
+    "loss.divergence": (
+        "loss_type",
+        "loss.type",
+        "loss.kind",
+        "loss.name",
+        "kd_loss_type",
+        "divergence_type",
+        "kl_type",
+    ),
+    "loss.temperature": ("kd_temperature", "distill_temperature", "distillation_temperature", "tau"),
+    "loss.kd_weight": ("kd_alpha", "alpha_kd", "kd_ratio", "distill_weight", "distillation_weight", "alpha_distill"),
+    "loss.ce_weight": ("alpha_ce", "ce_alpha", "hard_label_weight", "label_weight", "lm_loss_weight"),
+    "loss.beta": ("jsd_beta", "gkd_beta"),
+    "loss.z_loss": ("z_loss_weight", "z_loss_coef", "z_loss_multiplier", "output_z_loss"),
+    "train.steps": (
+        *("max_steps", "num_steps", "train_steps", "training_steps", "num_train_steps", "total_steps", "iterations"),
+        *("train_iters", "max_iters", "num_iterations", "total_num_steps"),
+    ),
+    "train.global_batch": ("batch_size", "global_batch_size", "train_batch_size", "total_batch_size"),
+    "train.micro_batch": (
+        *("micro_batch_size", "per_device_train_batch_size", "per_device_batch_size", "local_batch_size"),
+        *("train_micro_batch_size_per_gpu", "device_batch_size"),
+    ),
+    "train.precision": ("bf16", "fp16", "dtype", "torch_dtype", "mixed_precision", "mixed_precision_param", "amp"),
+    "train.max_grad_norm": ("gradient_clipping", "clip_grad", "grad_clip", "grad_norm_clip", "max_norm"),
+    "train.optimizer.learning_rate": ("lr", "max_lr", "peak_lr", "base_lr"),
+    "train.optimizer.weight_decay": ("wd",),
+    "train.optimizer.beta1": ("adam_beta1",),
+    "train.optimizer.beta2": ("adam_beta2",),
+    "train.optimizer.epsilon": ("adam_epsilon", "adam_eps", "eps"),
+    "train.optimizer.kind": ("optim", "optimizer_type", "optimizer_name", "optimizer.name", "optimizer.type"),
+    "train.schedule.kind": ("lr_scheduler_type", "lr_scheduler", "lr_decay_style", "schedule.name", "schedule.type"),
+    "train.schedule.warmup_steps": (
+        *("warmup", "num_warmup_steps", "lr_warmup_steps", "warmup_num_steps", "lr_warmup_iters", "warmup_iters"),
+    ),
+    "train.schedule.decay_steps": ("lr_wsd_decay_iters", "num_decay_steps", "cooldown_steps", "cooldown"),
+    "train.schedule.final_ratio": ("min_lr_ratio", "lr_min_ratio", "min_lr_factor"),
+    "train.checkpoint_every": ("save_steps", "save_interval", "save_every", "checkpoint_interval"),
+    "train.log_every": ("logging_steps", "log_interval", "log_freq", "logging_interval"),
+    "checkpoint.keep_last": ("save_total_limit", "keep_latest_k", "max_checkpoints"),
+    "checkpoint.asynchronous": ("async_save", "async_mode", "enable_async_checkpoint"),
+    "resilience.step_timeout_seconds": ("train_timeout_seconds", "nccl_timeout"),
+}
+"""Key of a recipe -> its names in HF Trainer, TRL, Megatron-LM, torchtitan, DeepSpeed, NeMo and others.
+
+`section.name` is a name in that section only."""
+
+EXPLAINED = {
+    "it follows from train.global_batch / (ranks x train.micro_batch): leave it out": (
+        *("gradient_accumulation_steps", "gradient_accumulation", "grad_accumulation", "grad_accum"),
+        *("grad_accumulation_steps", "accumulate_grad_batches", "accumulation_steps", "accumulation"),
+    ),
+    "a run is measured in steps: set train.steps (an epoch has the split's sequences / train.global_batch)": (
+        *("epochs", "num_epochs", "num_train_epochs", "max_epochs"),
+    ),
+    "set train.steps (samples / train.global_batch)": ("train_samples", "max_samples", "num_samples"),
+    "set train.steps (tokens / train.global_batch / the shards' sequence length)": (
+        *("train_tokens", "max_tokens", "total_tokens", "num_tokens"),
+    ),
+    "the shards have it: megadistill tokenize --sequence-length": (
+        *("seq_len", "seq_length", "sequence_length", "max_length", "max_seq_len", "max_seq_length", "block_size"),
+        *("context_length", "max_sequence_length"),
+    ),
+    "set train.schedule.warmup_steps (the ratio x train.steps)": ("warmup_ratio", "lr_warmup_fraction"),
+    "set train.schedule.final_ratio (min_lr / learning_rate)": ("min_lr", "lr_min", "eta_min"),
+    "set train.optimizer.beta1 and beta2": ("betas", "adam_betas"),
+    "the shards have it: megadistill tokenize --tokenizer": ("tokenizer", "tokenizer_path", "tokenizer_name_or_path"),
+    "nothing to set: the same command resumes the run of run.folder": (
+        *("resume", "resume_from_checkpoint", "resume_if_exists", "auto_resume"),
+    ),
+    "the share of the divergence is loss.kd_weight, that of the labels loss.ce_weight (loss.alpha is a parameter of "
+    "skew_kl)": ("alpha",),
+}
+"""An explanation for names of other trainers that have no key here -> these names."""
+
+OTHER_VALUES: dict[str, tuple[str, ...]] = {
+    "labels": ("label", "ce", "pretrain", "pretraining", "lm", "sft"),
+    "distill": ("kd", "distillation", "distil"),
+    "bfloat16": ("bf16", "bf16-mixed", "torch.bfloat16", "fp16", "float16", "half"),
+    "float32": ("fp32", "f32", "full", "torch.float32"),
+    "forward_kl": ("kl", "kld", "kl_div", "fkl", "forward", "kl_divergence"),
+    "reverse_kl": ("rkl", "reverse", "reversed_kl"),
+    "jsd": ("js", "gkd", "generalized_jsd", "jensen_shannon"),
+    "tvd": ("tv", "total_variation"),
+    "skew_kl": ("skew", "skl", "distillm"),
+    "top_k": ("topk",),
+    "top_p": ("topp", "nucleus"),
+    "adamw": ("adam", "adamw_torch", "adamw_torch_fused", "fused_adam", "fusedadam"),
+    "wsd": ("warmup_stable_decay", "trapezoidal", "linear"),
+    "cosine": ("cosine_with_min_lr", "cosine_annealing"),
+}
+"""Value of an enumeration -> its other names. Only among the values that a key has."""
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """The answer to a key that a recipe does not have."""
+
+    text: str
+    key: str | None = None
+    """The full key that replaces it, if a single one does."""
+
+
+def way_out(path: Sequence[str], siblings: Collection[str]) -> WayOut:
+    """The answer to the unknown key `path`, beside which its section has the keys `siblings`."""
+    *section, name = path
+    prefix = ".".join(section) + "." if section else ""
+    known = list(key_names(Recipe, ""))
+    written = _normal(name)
+    names = {written, f"{section[-1]}.{written}" if section else written}
+    name_only, colon, value = name.partition(":")
+    if colon and name_only in siblings:
+        return WayOut(f"; a space is missing after the colon: write {name_only}: {value}")
+    if "." in name and f"{prefix}{name}" in known:
+        head, _, rest = name.rpartition(".")
+        return WayOut(f"; in a file, sections are nested: write {head.replace('.', ': {')}: {{{rest}: ...}}"
+                      f"{'}' * head.count('.')}", f"{prefix}{name}")  # fmt: skip
+    if written in siblings:
+        return WayOut(f"; did you mean '{written}'?", f"{prefix}{written}")
+    if explained := [text for text, others in EXPLAINED.items() if names & {*others}]:
+        return WayOut(f"; {explained[0]}")
+    same = [key for key in known if key.rpartition(".")[2] == written and "[]" not in key]
+    other = [key for key, others in OTHER_NAMES.items() if names & {*others}]
+    if candidates := other or same:
+        near = [key for key in candidates if key.startswith(prefix)] or candidates
+        listed = " or ".join(near[:3])
+        if "[]" in listed:
+            return WayOut(f"; it belongs to {listed}")
+        return WayOut(f"; use {listed}", near[0] if len(near) == 1 else None)
+    if close := nearest_of(written, siblings):
+        return WayOut(f"; did you mean '{close}'?", f"{prefix}{close}")
+    everywhere = {key.rpartition(".")[2]: key for key in known}
+    if close := nearest_of(written, everywhere, cutoff=0.8):
+        return WayOut(f"; did you mean {everywhere[close]}?", everywhere[close])
+    return WayOut(f"; {'.'.join(section) or 'a recipe'} has {', '.join(siblings)}")
+
+
+def nearest_value(value: str, known: Collection[str]) -> str:
+    """`"; did you mean 'x'?"` for the member of an enumeration that `value` stands for, or an empty string."""
+    for member in known:
+        if _normal(value) in OTHER_VALUES.get(member, ()):
+            return f"; did you mean '{member}'?"
+    return nearest(value, known)
+
+
+def key_names(model: type[Section], prefix: str) -> Iterator[str]:
+    """The full names of all keys and sections; those of a list's items as `section.list[].key`."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for section in sections_in(field.annotation):
+            yield from key_names(section, f"{prefix}{name}{'[]' if 'list[' in str(field.annotation) else ''}.")
+
+
+def _normal(name: str) -> str:
+    return name.strip().lstrip("-").replace("-", "_").lower()
