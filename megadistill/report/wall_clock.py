@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.events import Goodput
+from megadistill.events import Goodput, paused_seconds
 from megadistill.report.run_record import Floats, RunRecord
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20
@@ -41,11 +41,17 @@ def goodput_of(run: RunRecord, clock: Clock) -> Goodput:
     """Goodput over all attempts, as `events.goodput` counts it; up to the last step of a run that is not finished."""
     if not run.events:
         return Goodput()
+    resumes = [event for event in run.events if event.kind == "resumed"]
+    paused = paused_seconds(
+        {"event": event.kind, "time": event.time, "requested": event.values.get("requested")} for event in run.events
+    )
     return Goodput(
         useful=float(np.nansum(run.series["seconds"])),
-        startup=sum(event.seconds("startup_seconds") for event in run.events if event.kind == "resumed"),
+        startup=sum(event.seconds("startup_seconds") for event in resumes),
         saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind == "checkpoint_saved"),
-        wall=clock.wall,
+        repeated=sum(event.seconds("lost_seconds") for event in resumes),
+        wall=clock.wall - paused,
+        paused=paused,
     )
 
 

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
 from megadistill.io import read_json
-from megadistill.redaction import command_line, names_a_secret, without_secrets
+from megadistill.redaction import command_line, names_a_secret, printable, without_secrets
 from megadistill.versions import versions
 
 RECORDED_VARIABLES = (
@@ -36,13 +36,13 @@ class Attempt:
 
     def is_newest(self) -> bool:
         """Whether no later attempt has acquired the folder. Costs one `stat`."""
-        return not _path(self.folder, self.number + 1).exists()
+        return not attempt_path(self.folder, self.number + 1).exists()
 
     def require_newest(self) -> None:
         """Raises OperatorFault: a later attempt has acquired the folder."""
         if self.is_newest():
             return
-        later = attempt_record(_path(self.folder, self.number + 1))
+        later = attempt_record(attempt_path(self.folder, self.number + 1))
         where = f" on {later.get('host')} at {later.get('time')}" if later else ""
         raise OperatorFault(
             f"attempt {self.number} of {self.folder} ends: attempt {self.number + 1} has started{where}, and only the "
@@ -50,18 +50,46 @@ class Attempt:
         )
 
 
-def acquire(folder: Path, record: Mapping[str, Any]) -> Attempt:
-    """Acquires a run folder as its next attempt, making the folder where there is none. Called by one rank."""
-    attempts = folder / "attempts"
-    attempts.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.stem) for path in attempts.glob("*.json") if path.stem.isdigit()), default=0)
+@dataclass(frozen=True)
+class Process:
+    """A process of this system."""
+
+    started: int
+    """When it started, in clock ticks since the system's start: another process with its id has another time."""
+    state: str
+    """One letter, as in /proc/PID/stat."""
+
+
+def newest_number(folder: Path) -> int:
+    """The number of the newest attempt at the run of this folder; 0 where there is none."""
+    records = (folder / "attempts").glob("*.json")
+    return max((int(path.stem) for path in records if path.stem.isdigit()), default=0)
+
+
+def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None) -> Attempt:
+    """Acquires a run folder as its next attempt, making the folder where there is none. Called by one rank.
+
+    `after`: the attempt that was the newest when the folder was found free; None: whichever is the newest now ends.
+
+    Raises:
+        UserError: another start has acquired the folder since `after`.
+    """
+    (folder / "attempts").mkdir(parents=True, exist_ok=True)
+    number = 1 + (newest_number(folder) if after is None else after)
     while True:
         try:
-            with open(_path(folder, number), "x", encoding="utf-8") as file:
+            with open(attempt_path(folder, number), "x", encoding="utf-8") as file:
                 file.write(json.dumps(dict(record), indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:  # taken by a concurrent start
+            if after is not None:
+                other = attempt_record(attempt_path(folder, number))
+                raise UserError(
+                    f"{folder}: another start came first, on {printable(str(other.get('host')))} "
+                    f"(pid {printable(str(other.get('pid')))}), as attempt {number}: wait for its end, stop it with "
+                    f"`touch {folder / 'STOP'}`, or add --take-over, which ends it without a checkpoint"
+                ) from None
             number += 1
         else:
             return Attempt(folder, number)
@@ -78,6 +106,8 @@ def launch_record(world: int) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "system": this_system(),
+        "process_started": None if (process := process_of(os.getpid())) is None else process.started,
         "world": world,
         "command": command_line([sys.executable, *sys.orig_argv[1:]]),
         "versions": versions(),
@@ -85,7 +115,26 @@ def launch_record(world: int) -> dict[str, Any]:
     }
 
 
-def _path(folder: Path, number: int) -> Path:
+def this_system() -> str | None:
+    """The name space of process ids: this boot of this machine, this container; None where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def process_of(pid: int) -> Process | None:
+    """The process of this id; None where there is none, or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # before it, the name of the process, which may hold anything
+    return Process(started=int(fields[19]), state=fields[0])
+
+
+def attempt_path(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:05d}.json"
 
 

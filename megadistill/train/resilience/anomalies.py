@@ -24,6 +24,14 @@ DRIFT_STEPS = 3
 """Consecutive steps outside the window before teacher drift is reported: one odd batch is none."""
 
 
+DIVERGED_STEPS = 5
+"""Consecutive steps above the limit before the divergence of the student is reported."""
+
+EXCESS_NATS, EXCESS_FACTOR = 0.5, 1.5
+"""A cross-entropy (nats) this far above that of a uniform guess and of the first step, or in the first steps this many
+times that of the first step, is that of a student which unlearns."""
+
+
 def finite(metrics: Mapping[str, float]) -> bool:
     return all(math.isfinite(value) for value in metrics.values())
 
@@ -95,6 +103,47 @@ class Anomaly:
     event: str
     line: str
     values: dict[str, Any]
+
+
+class DivergenceMonitor:
+    """Detects a student that diverges, by its cross-entropy on the labels, which every loss has in nats.
+
+    It needs no window: a learning rate that is far too high shows within a few steps. After a step the limit is
+    `EXCESS_NATS` above a uniform guess, or above the first step of a student that began worse. In the first
+    `first_steps`, which `RobustWindow` does not judge, a student that began well must not lose half as much again.
+    """
+
+    def __init__(self, vocab_size: int, *, first_steps: int) -> None:
+        self._uniform = math.log(vocab_size)
+        self._first_steps = first_steps
+        self._first_ce: float | None = None
+        self._above: list[float] = []
+        self.reported = False
+        """Whether a divergence was detected; it is reported once a run."""
+
+    def update(self, step: int, student_ce: float) -> Anomaly | None:
+        """Takes a step's cross-entropy in nats. Non-finite ones are ignored: their steps are skipped."""
+        if not math.isfinite(student_ce):
+            return None
+        if self._first_ce is None:
+            self._first_ce = student_ce
+        first = self._first_ce
+        limit = max(first, self._uniform) + EXCESS_NATS
+        if step <= self._first_steps:
+            limit = min(limit, max(EXCESS_FACTOR * first, first + EXCESS_NATS))
+        if student_ce <= limit:
+            self._above.clear()
+            return None
+        self._above.append(student_ce)
+        if self.reported or len(self._above) < DIVERGED_STEPS:
+            return None
+        self.reported = True
+        line = (
+            f"step {step}: the student diverges: cross-entropy {student_ce:.4g} after {DIVERGED_STEPS} steps above "
+            f"{limit:.4g}; {first:.4g} at its first step, {self._uniform:.4g} by a uniform guess. Lower "
+            "train.optimizer.learning_rate or lengthen train.schedule.warmup_steps, and start in another run.folder"
+        )
+        return Anomaly("student_diverged", line, {"student_ce": student_ce, "limit": limit, "first_ce": first})
 
 
 class LossMonitor:

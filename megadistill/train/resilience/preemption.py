@@ -8,7 +8,7 @@ so all ranks stop after the same step. A second signal ends the process at once,
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,8 @@ class StopRequests:
     """The requests that this rank has received. A context manager that handles the signals while it is open."""
 
     def __init__(self, folder: Path, *, rank: int, first: bool, minutes: float | None) -> None:
+        self.on_second_signal: Callable[[str], None] | None = None
+        """Called with the reason before a second signal ends the process."""
         self._file = folder / "STOP"
         self._rank = rank
         self._first = first
@@ -65,6 +67,9 @@ class StopRequests:
         name, now = signal.Signals(number).name, time.monotonic()
         if self._since is not None and now - self._since > SAME_REQUEST_SECONDS:
             self._write(f"second signal ({name}): ending without a checkpoint")
+            with suppress(Exception):  # whatever it is, the process ends now
+                if self.on_second_signal is not None:
+                    self.on_second_signal(f"second signal ({name})")
             os._exit(RestartFault.exit_code)
         if self._since is None:
             self._since = now

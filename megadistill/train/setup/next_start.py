@@ -1,0 +1,81 @@
+"""What the next start of a run does: it takes no step, or it resumes from a checkpoint.
+
+Told from the run folder alone, so that every rank decides alike, without a model, a process group or an attempt, and
+without torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadistill.config.load import dotted
+from megadistill.config.recipe import Recipe
+from megadistill.events import last_line
+from megadistill.io import read_json
+from megadistill.redaction import printable
+from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
+
+OTHER_CONTENT = ("data.", "teacher.", "run.begin_from")
+"""Keys that say what a run learns from. Some may change on a resume; in a finished run a change has no effect."""
+
+
+@dataclass(frozen=True)
+class NothingToDo:
+    """A start that would take no step."""
+
+    line: str
+    """Why, and what to do instead."""
+    recipe_differs: bool
+    """Whether the recipe is not exactly the run's, so that `refuse_other_recipe` decides first."""
+
+
+def nothing_to_do(recipe: Recipe, *, stop_after: int | None) -> NothingToDo | None:
+    """Why a start of this recipe would take no step; None: it would take some."""
+    folder, steps = Path(recipe.run.folder), recipe.train.steps
+    checkpoints = checkpoint_folders(folder / "checkpoints")
+    step = max(checkpoints, default=0)
+    is_finished = step >= steps and (folder / "DONE").exists()
+    is_past_stop = stop_after is not None and step >= stop_after
+    if not (is_finished or is_past_stop) or not has_all_files(checkpoints[step]):
+        return None
+    differing = _differing_values(folder, recipe)
+    ignored = [text for key, text in differing.items() if key.startswith(OTHER_CONTENT)]
+    if not is_finished:
+        past = f"past --stop-after {stop_after}" if step != stop_after else "where --stop-after stops it"
+        line = f"already at step {step}, {past}; rerun without it to continue"
+    elif ignored:
+        line = (
+            f"done, step {step} of {steps}: nothing to do, although {'; '.join(ignored)}. To train on other data or "
+            "from another teacher, name another run.folder"
+        )
+    else:
+        line = (
+            f"done, step {step} of {steps}: nothing to do. `megadistill export {folder} --output DIR` makes a model of "
+            "it; to train longer raise train.steps, to train anew name another run.folder"
+        )
+    return NothingToDo(line, recipe_differs=bool(differing))
+
+
+def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool = False) -> str:
+    """A line on a run that has ended: the step that it reached, and what resumes it from which checkpoint.
+
+    `command`: the command that resumes it, if it is known. `after_fault`: a restart alone would meet the same fault.
+    """
+    step = (last_line(folder / "metrics.jsonl") or {}).get("step")
+    reached = f"ended after step {step}" if isinstance(step, int) else "ended before its first step"
+    saved = max(checkpoint_folders(folder / "checkpoints"), default=0)
+    where = f"resumes from the checkpoint of step {saved}" if saved else "starts from the beginning"
+    condition = "once the cause is mended, " if after_fault else ""
+    return f"{folder}: {reached}; {condition}{f'`{command}`' if command else 'the same command'} {where}"
+
+
+def _differing_values(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """Key -> both values, of the keys in which the recipe differs from the run's recipe.json, but for its folder."""
+    try:
+        before = dotted(read_json(folder / "recipe.json")["recipe"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"recipe.json": str(error)}
+    now = dotted(recipe.snapshot())
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return {
+        key: printable(f"{key} was {before.get(key)!r}, is {now.get(key)!r}") for key in keys if key != "run.folder"
+    }
