@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megadistill.cli.parser import count
+
 EXIT_CODES = "exit codes: 0 done; 2 invalid input; 3 a fault that a restart may fix; 4 a fault that needs a person"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -40,8 +42,8 @@ def add_command(
 def option(
     options: Options, name: str, metavar: str, text: str, *, default: Any = None, kind: Any = None, **settings: Any
 ) -> None:
-    """Adds an option with a value: of type `kind`, else of its default's type, else text."""
-    kind = kind or (str if default is None else type(default))
+    """Adds an option with a value: of type `kind`, else of its default's (a number: from 1 on), else text."""
+    kind = kind or (str if default is None else count if type(default) is int else type(default))
     options.add_argument(name, metavar=metavar, help=text, default=default, type=kind, **settings)
 
 
@@ -66,10 +68,10 @@ def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
     """The options of drawing continuations. --new-tokens is required if `new_tokens` gives no default."""
     required = new_tokens is None
     text = "maximum tokens of a continuation"
-    option(command, "--new-tokens", "T", text, default=new_tokens, kind=int, required=required)
+    option(command, "--new-tokens", "T", text, default=new_tokens, kind=count, required=required)
     option(command, "--temperature", "X", "0: the most likely token", default=1.0)
     option(command, "--top-p", "X", "nucleus: probability to draw from; 1: all", default=1.0)
-    option(command, "--seed", "N", "seed of the draws", default=1)
+    option(command, "--seed", "N", "seed of the draws", default=1, kind=int)
 
 
 def print_tables(*tables: Any) -> None:

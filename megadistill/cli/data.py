@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, option, print_tables, repeatable
+from megadistill.cli.parser import count
 from megadistill.errors import OperatorFault
 
 TOKENIZE_EPILOG = """\
@@ -48,10 +49,10 @@ def _add_tokenize(commands: Commands) -> None:
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help=text)
     option(command, "--output", "DIR", "folder of train/, heldout/ and tokenizer/", kind=Path, required=True)
     tokenizer = command.add_mutually_exclusive_group(required=True)
-    option(tokenizer, "--vocab-size", "N", "train a SentencePiece model of N pieces on the text", kind=int)
+    option(tokenizer, "--vocab-size", "N", "train a SentencePiece model of N pieces on the text", kind=count)
     text = "an existing tokenizer: a SentencePiece .model, a tokenizer.json, or a folder with one of them"
     option(tokenizer, "--tokenizer", "PATH", text, kind=Path)
-    option(command, "--sequence-length", "S", "tokens of a sequence", kind=int, required=True)
+    option(command, "--sequence-length", "S", "tokens of a sequence", kind=count, required=True)
     text = "chunk: concatenates documents and cuts; bestfit: keeps whole documents that fit, and pads"
     command.add_argument("--packer", choices=("chunk", "bestfit"), default="chunk", help=text)
     option(command, "--text-field", "NAME", "field of a JSON line, or column of a table, with the text", default="text")
@@ -62,7 +63,7 @@ def _add_tokenize(commands: Commands) -> None:
     text = "MB of text per shard, also the unit of work of a process, which holds about two of them"
     option(command, "--shard-mb", "MB", text, default=32, kind=float)
     text = "worker processes; the output does not depend on them (default: the cores of this machine)"
-    option(command, "--processes", "N", text, kind=int)
+    option(command, "--processes", "N", text, kind=count)
 
 
 def _add_shards(commands: Commands) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
+from megadistill.cli.parser import count
 from megadistill.errors import UserError
 from megadistill.io import write_json
 
@@ -71,7 +72,7 @@ def add(commands: Commands) -> None:
     option(command, "--tasks", "TASK", "names of tasks or groups", nargs="+", required=True)
     option(command, "--include", "DIR", "a folder with the YAML files of more tasks", kind=Path)
     option(command, "--fewshot", "N", "examples before a question (default: the task's)", kind=int)
-    option(command, "--limit", "N", "questions of each task (default: all)", kind=int)
+    option(command, "--limit", "N", "questions of each task (default: all)", kind=count)
     option(command, "--batch", "N", "questions of a forward pass", default=8)
     option(command, "--json", "FILE", "also write the table as JSON", kind=Path)
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from megadistill import __version__, logs
 from megadistill.cli import data, evaluate, models, plan, train
 from megadistill.cli.common import EXIT_CODES
+from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
@@ -52,6 +53,9 @@ def run_command(arguments: Sequence[str]) -> int:
     logs.configure(environment_rank())
     prints = environment_local_rank() == 0  # the same error on all ranks of a node: print it once
     try:
+        if not arguments:
+            parser().print_help(sys.stderr)
+            return UserError.exit_code
         _refuse_renamed(arguments)
         options = parser().parse_args(arguments)
         return options.run(options) or 0
@@ -77,7 +81,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands and their options."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="megadistill",
         description="Distil a large frozen teacher into a student, at pretraining scale or on a laptop.",
         epilog=EPILOG,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
+from megadistill.cli.parser import count
 from megadistill.distributed.launch import environment_rank
 from megadistill.errors import RestartFault, UserError
 from megadistill.io import write_json
@@ -44,7 +45,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "train", summary, TRAIN_EPILOG, _train)
     add_recipe(command)
     text = "save a checkpoint and stop after this step; rerun without it to continue"
-    option(command, "--stop-after", "STEP", text, kind=int)
+    option(command, "--stop-after", "STEP", text, kind=count)
 
     summary = "check machine, data and recipe for what would stop a run, before it starts"
     codes = "exit codes: 0 all checks passed; 2 a check failed"
@@ -58,14 +59,12 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "store-targets", summary, STORE_TARGETS_EPILOG, _store_targets)
     add_recipe(command, "a YAML recipe with a live teacher and loss.targets")
     option(command, "--output", "DIR", "folder of the targets", kind=Path, required=True)
-    option(command, "--steps", "N", "targets of the first N steps only (default: train.steps)", kind=int)
+    option(command, "--steps", "N", "targets of the first N steps only (default: train.steps)", kind=count)
 
 
 def _train(options: argparse.Namespace) -> int:
     from megadistill.config.load import load_recipe
 
-    if options.stop_after is not None and options.stop_after < 1:
-        raise UserError(f"--stop-after {options.stop_after}: steps count from 1")
     recipe = load_recipe(options.recipe, options.set)
     from megadistill.train.loop import train
 
@@ -108,8 +107,6 @@ def _doctor(options: argparse.Namespace) -> int:
 def _store_targets(options: argparse.Namespace) -> None:
     from megadistill.config.load import load_recipe
 
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps {options.steps}: give at least 1")
     recipe = load_recipe(options.recipe, options.set)
     from megadistill.datagen.store_targets import store_targets
 

@@ -146,7 +146,6 @@ def way_out(path: Sequence[str], siblings: Collection[str]) -> WayOut:
     prefix = ".".join(section) + "." if section else ""
     known = list(key_names(Recipe, ""))
     written = _normal(name)
-    names = {written, f"{section[-1]}.{written}" if section else written}
     name_only, colon, value = name.partition(":")
     if colon and name_only in siblings:
         return WayOut(f"; a space is missing after the colon: write {name_only}: {value}")
@@ -156,22 +155,37 @@ def way_out(path: Sequence[str], siblings: Collection[str]) -> WayOut:
                       f"{'}' * head.count('.')}", f"{prefix}{name}")  # fmt: skip
     if written in siblings:
         return WayOut(f"; did you mean '{written}'?", f"{prefix}{written}")
-    if explained := [text for text, others in EXPLAINED.items() if names & {*others}]:
-        return WayOut(f"; {explained[0]}")
-    same = [key for key in known if key.rpartition(".")[2] == written and "[]" not in key]
-    other = [key for key, others in OTHER_NAMES.items() if names & {*others}]
-    if candidates := other or same:
-        near = [key for key in candidates if key.startswith(prefix)] or candidates
-        listed = " or ".join(near[:3])
-        if "[]" in listed:
-            return WayOut(f"; it belongs to {listed}")
-        return WayOut(f"; use {listed}", near[0] if len(near) == 1 else None)
+    if (other := _of_other_name(path)) is not None:
+        return other
     if close := nearest_of(written, siblings):
         return WayOut(f"; did you mean '{close}'?", f"{prefix}{close}")
     everywhere = {key.rpartition(".")[2]: key for key in known}
     if close := nearest_of(written, everywhere, cutoff=0.8):
         return WayOut(f"; did you mean {everywhere[close]}?", everywhere[close])
     return WayOut(f"; {'.'.join(section) or 'a recipe'} has {', '.join(siblings)}")
+
+
+def _of_other_name(path: Sequence[str]) -> WayOut | None:
+    """The answer to the name of another trainer, or to a key of another section; None: it is none."""
+    *section, name = path
+    written, prefix = _normal(name), ".".join(section) + "." if section else ""
+    names = {written, f"{section[-1]}.{written}" if section else written}
+    if explained := [text for text, others in EXPLAINED.items() if names & {*others}]:
+        return WayOut(f"; {explained[0]}")
+    same = [key for key in key_names(Recipe, "") if key.rpartition(".")[2] == written and "[]" not in key]
+    candidates = [key for key, others in OTHER_NAMES.items() if names & {*others}] or same
+    if not candidates:
+        return None
+    near = [key for key in candidates if key.startswith(prefix)] or candidates
+    return WayOut(f"; use {' or '.join(near[:3])}", near[0] if len(near) == 1 else None)
+
+
+def key_of_option(option: str) -> WayOut | None:
+    """The key that an option such as `--lr` or `--train.steps` stands for; None: it is no name of a key."""
+    path = option.lstrip("-").replace("-", "_").split(".")
+    if ".".join(path) in key_names(Recipe, ""):
+        return WayOut("", ".".join(path))
+    return _of_other_name(path)
 
 
 def nearest_value(value: str, known: Collection[str]) -> str:

@@ -192,7 +192,7 @@ def _generate(place: Place, output: Path, **options: object) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch": 0}, ("a batch of 0", "at least 1")),
+        ({"batch": 0}, ("--batch 0", "at least 1")),
         ({"top_p": 0}, ("--top-p 0.0", "above 0")),
         ({"top_p": 1.5}, ("--top-p 1.5", "up to 1")),
         ({"temperature": -1}, ("--temperature -1.0",)),

@@ -85,10 +85,14 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [(), ("trian", "x"), ("plan", "x"), ("plan", "x", "--nodes", "two"), ("train",)])
-def test_a_mistyped_command_is_wrong_input(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert _exits(*arguments) == 2
-    assert "usage: megadistill" in capsys.readouterr().err
+def test_without_a_command_the_help_is_printed_and_the_code_is_that_of_wrong_input(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command([]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    for part in ("usage: megadistill", *COMMANDS):
+        assert part in printed.err
 
 
 def test_a_command_that_succeeds_exits_with_0(
