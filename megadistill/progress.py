@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from megadistill.units import left, readable
 
 LINE_SECONDS = 10.0
 """Time between plain lines where there is no terminal."""
@@ -30,47 +31,59 @@ def console_progress() -> Iterator[ShowProgress]:
     if not console.is_terminal:
         yield _plain_lines(lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=console) as bars:
-        tasks = {}
-        began = {}
+    name = TextColumn("{task.description}", markup=False)
+    with Progress(name, short_bar(), TaskProgressColumn(), TextColumn("{task.fields[pace]}"), console=console) as bars:
+        tasks, paces = {}, _Paces()
 
         def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-                began[stage] = time.perf_counter()
-            rate = _rate(done if tokens is None else tokens, time.perf_counter() - began[stage])
-            bars.update(tasks[stage], completed=done, total=total, rate=rate)
+                tasks[stage] = bars.add_task(stage, total=total, pace="")
+            pace = ", ".join(paces.update(stage, done, total, tokens))
+            bars.update(tasks[stage], completed=done, total=total, pace=pace)
 
         yield show
 
 
+def short_bar() -> BarColumn:
+    """A bar that leaves room for numbers on a line of 80 columns."""
+    return BarColumn(bar_width=16)
+
+
 def _plain_lines(write: Callable[[str], None]) -> ShowProgress:
-    began: dict[str, float] = {}
     written: dict[str, float] = {}
+    paces = _Paces()
 
     def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
         now = time.perf_counter()
-        seconds = now - began.setdefault(stage, now)
+        pace = paces.update(stage, done, total, tokens)
         if done < total and now - written.get(stage, -math.inf) < LINE_SECONDS:
             return
         written[stage] = now
-        if tokens is None:
-            parts = [f"{done:,} of {total:,} tokens", f"{done / seconds:,.0f} tokens/s" if done and seconds else ""]
-        else:
-            parts = [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", _rate(tokens, seconds)]
-        parts.append(_left(done, total, seconds))
-        write(f"{stage}: {', '.join(part for part in parts if part)}")
+        amount = (
+            f"{done:,} of {total:,} tokens" if tokens is None else f"{readable(done, 'B')} of {readable(total, 'B')}"
+        )
+        so_far = [f"{tokens:,} tokens"] if tokens else []
+        write(f"{stage}: {', '.join([amount, *so_far, *pace])}")
 
     return show
 
 
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""
+class _Paces:
+    """The pace of each stage since it began."""
 
+    def __init__(self) -> None:
+        self._began: dict[str, tuple[float, int]] = {}
 
-def _left(done: int, total: int, seconds: float) -> str:
-    """Time that the rest takes at the pace so far."""
-    if not 0 < done < total or seconds <= 0:
-        return ""
-    return f"{timedelta(seconds=round((total - done) / done * seconds))} left"
+    def update(self, stage: str, done: int, total: int, tokens: int | None) -> list[str]:
+        """Tokens/s and the time that is left, as far as they are known.
+
+        What was done when the stage began took another start's time, and does not count for the time that is left.
+        """
+        now = time.perf_counter()
+        begin, before = self._began.setdefault(stage, (now, done))
+        seconds, parts = now - begin, []
+        if seconds > 0:
+            made = done - before if tokens is None else tokens
+            parts += [f"{made / seconds:,.0f} tokens/s"] if made else []
+            parts += [left((total - done) / (done - before) * seconds)] if before < done < total else []
+        return parts

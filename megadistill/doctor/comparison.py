@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megadistill.distributed.bandwidth import Pair
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
-from megadistill.plan.units import readable
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
 from megadistill.train.resilience.stragglers import SLOWER, slow
+from megadistill.units import readable
 
 CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 1.0, 60.0
 """Clock skew that is warned of, as logs cannot be compared, and that fails, as signed URLs and lock ages break."""

@@ -24,12 +24,12 @@ from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
-from megadistill.plan.units import count
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare, students_of
+from megadistill.units import count
 
 SHARD_SECONDS = 10.0
 """Time limit for opening a rank's share of the shards; the rest is skipped and reported."""

@@ -97,8 +97,8 @@ def sparse_distill_loss(
 ) -> LossTerms:
     """Forward KL against a part of the teacher's distribution, plus cross-entropy and z-loss.
 
-    `distill_loss` with `targets` in the teacher's place: `divergence` of the terms is that against the targets; `kl` and
-    the other terms of the teacher's complete distribution are 0. Which targets are biased, and how, is in docs/loss.md.
+    `distill_loss` with `targets` in the teacher's place: `divergence` of the terms is that against the targets; `kl`
+    and the other terms of the teacher's complete distribution are 0. Which targets are biased, and how: docs/loss.md.
 
     Args:
         targets: those of this rank's N tokens. K may differ between ranks.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megadistill.errors import UserError
 from megadistill.plan.counts.requirements import Requirements
-from megadistill.plan.units import count
+from megadistill.units import count
 
 PARAMETERS = (143e6, 12.6e9)
 """Smallest and largest number of parameters of the fitted models; the largest students had 7.75e9."""

@@ -15,7 +15,7 @@ from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate
 from megadistill.plan.scaling_law import Expectation
 from megadistill.plan.search import Plan
-from megadistill.plan.units import count, readable, spell
+from megadistill.units import count, readable, spell
 
 BAR = 20
 SMALL = 0.005

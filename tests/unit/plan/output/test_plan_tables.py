@@ -15,7 +15,6 @@ from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
 from megadistill.plan.throughput import MfuAssumption
-from megadistill.plan.units import count, readable, spell
 from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 BESIDE = {"placement": "disaggregated", "ranks": 2, "stages": 2}
@@ -86,19 +85,6 @@ def test_a_teachers_own_gpus_are_listed_apart() -> None:
 def test_a_recipe_that_does_not_start_gives_the_reason_first() -> None:
     text = _rendered(plan_input(distributed={"vocab_group": 3}))
     assert text.index("this recipe cannot start here: distributed.vocab_group is 3") < text.index("fits")
-
-
-def test_amounts() -> None:
-    assert [readable(amount, "B") for amount in (0, 999, 1000, 2.5e10)] == ["0 B", "999 B", "1 kB", "25 GB"]
-    assert [count(number) for number in (8.03e9, 2e12, 135e6)] == ["8.03B", "2T", "135M"]
-    assert [spell(s) for s in (0, 0.0135, 30, 800, 9000, 86400 * 7)] == [
-        "0",
-        "13.5 ms",
-        "30.0 s",
-        "13.3 min",
-        "2.5 h",
-        "7.0 days",
-    ]
 
 
 def _recipe(folder: Path) -> list[str]:
