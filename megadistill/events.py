@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 EVENTS = {
     "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions)",
-    "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again, their "
-    "`lost_seconds`",
+    "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again and "
+    "their `lost_seconds`",
     "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",
     "recipe_changed": "the run continues after `step` with another recipe: `changes`, key -> [former, present value]",
     "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` a rank, `removed`",
@@ -31,6 +31,7 @@ EVENTS = {
     "student_diverged": "`student_ce` stayed above `limit`, far above `first_ce` of the first step",
     "rollback": "back to the checkpoint of `to_step`; `skipped_slots` [first, stop) are left out from then on",
     "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
+    "teacher_above_uniform": "the teacher's cross-entropy on the first tokens, `teacher_ce`, is above `uniform_ce`",
     "samples_masked": "corrupt sequences were masked: `slots`",
     "straggler": "a rank is slower than the others: `message`",
     "stop_requested": "a stop of the run was requested: `reason`",

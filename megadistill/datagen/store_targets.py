@@ -4,18 +4,21 @@ The ranks are those of the recipe, and the vocabulary is split evenly over each 
 number of ranks.
 """
 
+import logging
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
-from megadistill.distributed.topology import Topology
-from megadistill.distributed.vocab import VocabSlice
+from megadistill.distributed.topology import Topology, even_slice
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress, console_progress
-from megadistill.train.build import launched, objective_of, stream_of
+from megadistill.train.build import launched, objective_of, shared_probe, stream_of
 from megadistill.train.setup.setup import Setup
 from megadistill.train.teacher.placement import live_teacher, run_teacher_server
+from megadistill.train.teacher.probe import worse_than_uniform
+
+logger = logging.getLogger(__name__)
 
 
 def store_targets(recipe: Recipe, folder: Path, *, steps: int | None = None) -> str | None:
@@ -46,6 +49,10 @@ def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgr
     recipe, objective = setup.recipe, objective_of(setup)
     vocab = even_slice(setup.data.vocab_size, topology)
     teacher = live_teacher(setup, topology)(vocab)
+    output = teacher.output(shared_probe(setup, topology), setup, vocab)
+    problem = worse_than_uniform(float(output.cross_entropy), setup.data.vocab_size)
+    if problem is not None and topology.is_first:
+        logger.warning("%s", problem)
     teacher.start()
     stream = stream_of(setup, topology, start=None)
     slots, done = recipe.train.global_batch, 0
@@ -62,10 +69,3 @@ def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgr
             show("targets, tokens", done=tokens, total=whole, tokens=tokens)
     teacher.close()
     return teacher.finish()
-
-
-def even_slice(vocab_size: int, topology: Topology) -> VocabSlice:
-    """This rank's rows of a vocabulary that no student's partition has split."""
-    place, ranks = topology.group_rank, topology.group_size
-    start, stop = (vocab_size * edge // ranks for edge in (place, place + 1))
-    return VocabSlice.contiguous(start, stop, vocab_size, topology.vocab_group)

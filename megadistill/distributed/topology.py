@@ -22,6 +22,7 @@ from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
+from megadistill.distributed.vocab import VocabSlice
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
 from megadistill.distributed.watchdog.watchdog import Watchdog
 from megadistill.errors import RestartFault
@@ -60,6 +61,13 @@ class Topology:
     def is_first(self) -> bool:
         """Whether this rank writes the run's logs, tables and manifests."""
         return self.rank == 0 and self.role == "student"
+
+
+def even_slice(vocab_size: int, topology: Topology) -> VocabSlice:
+    """This rank's rows of a vocabulary that no student's partition has split."""
+    place, ranks = topology.group_rank, topology.group_size
+    start, stop = (vocab_size * edge // ranks for edge in (place, place + 1))
+    return VocabSlice.contiguous(start, stop, vocab_size, topology.vocab_group)
 
 
 def local_device(local_rank: int) -> torch.device:

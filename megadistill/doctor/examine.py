@@ -31,6 +31,7 @@ from megadistill.doctor.dry_run import dry_run
 from megadistill.doctor.node_check import check_device, check_devices, check_node, free_space
 from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summarize
 from megadistill.doctor.recipe_check import check_recipe
+from megadistill.doctor.teacher_prediction import teacher_row
 from megadistill.models.flops import parameter_counts
 from megadistill.plan.counts.disk_usage import kept_checkpoints
 from megadistill.plan.counts.model_stats import measure_models
@@ -83,6 +84,7 @@ def examine(path: Path, overrides: Sequence[str], *, publish: Callable[[Report],
                 assert setup is not None
                 detail = dry_run(setup, topology, launch, timeout=timedelta(minutes=TIMEOUT_MINUTES))
                 rows.append(Row("dry run", Status.OK, detail))
+                rows += _teacher(setup, topology, launch, rows)
             publish_first()
     except Exception as error:  # the run would have failed in the same way
         publish_first(Row("all ranks", Status.FAIL, " ".join(f"{type(error).__name__}: {error}".split())))
@@ -90,6 +92,15 @@ def examine(path: Path, overrides: Sequence[str], *, publish: Callable[[Report],
             time.sleep(REPORT_SECONDS)
         return False
     return Report(tuple(rows)).ok
+
+
+def _teacher(setup: Setup, topology: Topology, launch: Launch, rows: Sequence[Row]) -> list[Row]:
+    """The teacher's predictions, where nothing has failed before: it may not fit into memory. Collective."""
+    if not all_true(Report(tuple(rows)).ok, topology.device, topology.world_group):
+        return []
+    topology.watchdog.enter_phase("loading the teacher", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
+    row = teacher_row(setup, topology, launch)
+    return [] if row is None else [row]
 
 
 def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[RankReport, Setup | None]:

@@ -28,6 +28,7 @@ MARKS = {
     "student_diverged": "8",
     "rollback": "<",
     "teacher_drift": "*",
+    "teacher_above_uniform": "p",
     "samples_masked": ".",
     "straggler": "d",
     "stop_requested": "P",
@@ -50,7 +51,7 @@ PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "repeat
 
 LANE = 0.46
 """Height of a run's name and bar, in inches."""
-LEGEND_COLUMNS, NARROW_LEGEND_COLUMNS, LEGEND_LINE = 3, 2, 0.2
+LEGEND_COLUMNS, NARROW_LEGEND_COLUMNS, NARROW_PARTS, LEGEND_LINE = 3, 2, 3, 0.2
 
 
 def events_figure(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> Drawing:
@@ -109,7 +110,9 @@ def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Dr
 
 
 def _bars(width: float, *, runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Figure:
-    figure, axes = new_figure(width, height=0.9 + LANE * len(runs))
+    columns = len(PARTS) if width == WIDE else NARROW_PARTS
+    height = 0.7 + LEGEND_LINE * -(-len(PARTS) // columns) + LANE * len(runs)
+    figure, axes = new_figure(width, height=height)
     left = np.zeros(len(runs))
     for part, shade in PARTS.items():
         shares = np.array([100 * getattr(each, part) / each.wall if each.wall > 0 else 0.0 for each in goodputs])
@@ -120,7 +123,7 @@ def _bars(width: float, *, runs: Sequence[RunRecord], goodputs: Sequence[Goodput
         left += shares
     _name_lanes(axes, runs)
     axes.set(xlim=(0, 100), xlabel="% of the wall time")
-    figure.legend(loc="outside upper left", ncols=len(PARTS), handlelength=1.2, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.2)
     return figure
 
 

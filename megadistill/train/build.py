@@ -13,9 +13,17 @@ from megadistill.errors import RankUserError, UserError
 from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
 from megadistill.train.objective import Objective
-from megadistill.train.setup.run_folder import copy_student_config, copy_tokenizer, started_from, write_description
+from megadistill.train.setup.run_folder import (
+    copy_student_config,
+    copy_tokenizer,
+    recorded_parents,
+    recorded_start,
+    started_from,
+    write_description,
+)
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.teacher.placement import load_teacher
+from megadistill.train.teacher.probe import PROBE_TOKENS, ProbeInput, TeacherCheck
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.telemetry.metrics import Meter
 from megadistill.types import Cursor, TokenBatch
@@ -106,20 +114,39 @@ def check_teacher(
     *,
     start: Cursor | None,
     skips: Sequence[tuple[int, int]],
-) -> str | None:
-    """`Teacher.check` with rows of the run's stream, read apart from it: corrupt samples in them are not counted."""
+) -> TeacherCheck | None:
+    """`Teacher.check` with rows of the run's stream."""
 
     def rows() -> TokenBatch:
-        stream = stream_of(setup, topology, start=start, skips=skips)
-        first = stream.start.next_slot
-        return stream.batch(range(first, first + setup.recipe.train.micro_batch))
+        return first_rows(setup, topology, start=start, skips=skips)
 
     return teacher.check(setup, vocab, topology, rows=rows)
 
 
+def first_rows(
+    setup: Setup, topology: Topology, *, start: Cursor | None = None, skips: Sequence[tuple[int, int]] = ()
+) -> TokenBatch:
+    """The next micro-batch of the run's stream, read apart from it: corrupt samples in it are not counted."""
+    stream = stream_of(setup, topology, start=start, skips=skips)
+    first = stream.start.next_slot
+    return stream.batch(range(first, first + setup.recipe.train.micro_batch))
+
+
+def shared_probe(setup: Setup, topology: Topology) -> ProbeInput:
+    """The first tokens of the stream, as rank 0 reads them. Collective."""
+    K = min(PROBE_TOKENS, setup.data.sequence_length)
+    return ProbeInput.shared(topology, lambda: ProbeInput.of(first_rows(setup, topology), K))
+
+
 def write_run_files(setup: Setup) -> None:
     """Recipe, tokenizer and student config, so that the run folder can be read and exported alone. Rank 0."""
-    first = started_from(setup.folder, setup.recipe.student.weights)
-    write_description(setup.folder, setup.recipe.snapshot(), setup.deepspeed_config, started_from=first)
+    if setup.parent is None:
+        first, parents = started_from(setup.folder, setup.recipe.student.weights), recorded_parents(setup.folder)
+    else:  # student.weights are not read
+        first = None if setup.parent.run is None else recorded_start(setup.parent.run)
+        parents = [each.model_dump() for each in setup.parent.lineage]
+    write_description(
+        setup.folder, setup.recipe.snapshot(), setup.deepspeed_config, started_from=first, parents=parents
+    )
     copy_tokenizer(setup.folder, setup.data)
     copy_student_config(setup.folder, setup.recipe.student)

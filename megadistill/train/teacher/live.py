@@ -24,7 +24,7 @@ from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup
 from megadistill.train.setup.vocab_map import translated
-from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutput, check_probe
+from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutput, TeacherCheck, check_probe
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
 from megadistill.train.teacher.targets import HiddenTarget, SparseTarget, StudentOutput, TargetedBatch
@@ -82,9 +82,9 @@ class LiveTeacher(Teacher):
 
     def check(
         self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
-    ) -> str | None:
+    ) -> TeacherCheck:
         def forward(probe: ProbeInput) -> ProbeOutput:
-            return self._probe_output(probe, setup, vocab)
+            return self.output(probe, setup, vocab)
 
         return check_probe(setup, topology, width=self.head.shape[1], rows=rows, forward=forward)
 
@@ -108,7 +108,8 @@ class LiveTeacher(Teacher):
     def close(self) -> None:
         self.pipeline.close()
 
-    def _probe_output(self, probe: ProbeInput, setup: Setup, vocab: VocabSlice) -> ProbeOutput:
+    def output(self, probe: ProbeInput, setup: Setup, vocab: VocabSlice) -> ProbeOutput:
+        """The output for a probe, as a micro-batch of the run has it. Collective."""
         B, S, K = setup.recipe.train.micro_batch, setup.data.sequence_length, len(probe.tokens)
         batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
         (target,) = self.live_targets(iter([batch]))

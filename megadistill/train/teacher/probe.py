@@ -8,6 +8,7 @@ Legend: B rows of a micro-batch, S tokens of a row, K of them in the probe, L of
 teacher width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,13 @@ class ProbeInput:
         row = int((rows.labels != IGNORED_LABEL).any(dim=1).int().argmax())
         return cls(int(rows.slots[row]), rows.tokens[row, :K])
 
+    @classmethod
+    def shared(cls, topology: Topology, first: Callable[[], "ProbeInput"]) -> "ProbeInput":
+        """The result of `first`, which is called on rank 0 alone, on all ranks. Collective."""
+        probe = broadcast_object(first() if topology.is_first else None, topology.world_group)
+        assert probe is not None, "the first rank has one"
+        return probe
+
     def batch(self, *, rows: int, sequence: int, document_mask: bool) -> TokenBatch:
         """A micro-batch of the run's shape, since a teacher on ranks of its own reads no other: the tokens repeated.
 
@@ -80,6 +88,32 @@ class ProbeOutput:
         return float(hidden), float(entropy)
 
 
+@dataclass(frozen=True)
+class TeacherCheck:
+    """The result of the check at a start."""
+
+    line: str
+    """A log line."""
+    cross_entropy: float
+    """Of the teacher on the probe's tokens, in nats a token."""
+
+
+def worse_than_uniform(cross_entropy: float, vocab_size: int) -> str | None:
+    """A line for a teacher whose cross-entropy (nats a token) on real text is above ln(`vocab_size`); None otherwise.
+
+    No teacher of the text's own tokenizer is that bad, so every such teacher is worth a loud line.
+    """
+    uniform = math.log(vocab_size)
+    if cross_entropy <= uniform:
+        return None
+    return (
+        f"the teacher's cross-entropy on the first tokens of the data is {cross_entropy:.2f} nats, worse than the "
+        f"{uniform:.2f} of a uniform guess over {vocab_size:,} ids: most likely its ids are not those of the shards (a "
+        "tokenizer was copied into its folder, or teacher.vocab_map is wrong), or its weights are random. Tokenize the "
+        "text with the tokenizer that the teacher was trained with: megadistill tokenize ... --tokenizer TEACHER"
+    )
+
+
 def check_probe(
     setup: Setup,
     topology: Topology,
@@ -87,7 +121,7 @@ def check_probe(
     width: int,
     rows: Callable[[], TokenBatch],
     forward: Callable[[ProbeInput], ProbeOutput],
-) -> str:
+) -> TeacherCheck:
     """Compares the teacher with the probe of the run folder; the first start records it. Collective over the world.
 
     Args:
@@ -95,18 +129,13 @@ def check_probe(
         rows: reads the beginning of the run's stream; called on rank 0 alone, where there is no probe.
         forward: runs the teacher; on all ranks with the same probe, so that every stage, slice and replica takes part.
 
-    Returns:
-        A log line.
-
     Raises:
         OperatorFault: on every rank, where the output differs on one, or the probe cannot be read.
     """
     path, K = setup.folder / PROBE_FILE, min(PROBE_TOKENS, setup.data.sequence_length)
     recorded = _read_on_first(path, K, width, topology)
     is_new = broadcast_object(recorded is None, topology.world_group)
-    own = recorded[0] if recorded is not None else ProbeInput.of(rows(), K) if topology.is_first else None
-    probe = broadcast_object(own, topology.world_group)
-    assert probe is not None, "the first rank has one"
+    probe = ProbeInput.shared(topology, lambda: ProbeInput.of(rows(), K) if recorded is None else recorded[0])
     output = forward(probe)
     expected = broadcast_object(output if recorded is None else recorded[1], topology.world_group)
     errors, bound = output.error_to(expected), _bound(setup.recipe)
@@ -114,14 +143,17 @@ def check_probe(
     if not all(error <= bound for error in errors):  # so for a NaN
         problem = f"rank {topology.rank}: {_mismatch(path, output, expected, errors, bound, is_new=is_new)}"
     raise_everywhere(problem, "teacher check failed on another rank", topology)
-    cross_entropy = f"CE {float(output.cross_entropy):.4f}"
-    if not is_new:
-        if max(errors) == 0:
-            return f"teacher check passed: bitwise identical to the first start ({cross_entropy})"
-        return f"teacher check passed: relative error {max(errors):.1e}, at most {bound:g} allowed ({cross_entropy})"
-    if topology.is_first:
-        _write(path, probe, output)
-    return f"teacher check: recorded reference output (sample {probe.slot}, {cross_entropy})"
+    cross_entropy = float(output.cross_entropy)
+    if is_new:
+        if topology.is_first:
+            _write(path, probe, output)
+        line = f"teacher check: recorded reference output (sample {probe.slot}, CE {cross_entropy:.4f})"
+    elif max(errors) == 0:
+        line = f"teacher check passed: bitwise identical to the first start (CE {cross_entropy:.4f})"
+    else:
+        line = f"teacher check passed: relative error {max(errors):.1e}, at most {bound:g} allowed"
+        line = f"{line} (CE {cross_entropy:.4f})"
+    return TeacherCheck(line, cross_entropy)
 
 
 def _bound(recipe: Recipe) -> float:

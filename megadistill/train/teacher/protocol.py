@@ -7,6 +7,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup
+from megadistill.train.teacher.probe import TeacherCheck
 from megadistill.train.teacher.targets import LabelTarget, TargetedBatch
 from megadistill.types import TokenBatch
 
@@ -26,14 +27,14 @@ class Teacher(ABC):
 
     def check(
         self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
-    ) -> str | None:
+    ) -> TeacherCheck | None:
         """Compares this teacher with the one of the run's first start. Collective, while no targets are being made.
 
         Args:
             rows: reads the first micro-batch of the run's stream; called on rank 0 alone, where it is needed.
 
         Returns:
-            A log line; None where there is nothing to compare.
+            None where there is nothing to compare.
 
         Raises:
             OperatorFault: on every rank, where it is another teacher on one of them.

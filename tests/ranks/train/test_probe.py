@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadistill.config.recipe import Recipe
-from megadistill.datagen.store_targets import even_slice
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Topology
+from megadistill.distributed.topology import Topology, even_slice
 from megadistill.errors import OperatorFault
 from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.train.setup.setup import Setup, prepare
@@ -75,7 +74,7 @@ def _start(
         barrier(topology.world_group)
         rows = _rows if topology.is_first and not probed else _never
         try:
-            lines.append(str(given.check(setup, vocab, topology, rows=rows)))
+            lines.append(given.check(setup, vocab, topology, rows=rows).line)
         except OperatorFault as fault:
             lines.append(str(fault))
     sound.close()

@@ -1,0 +1,50 @@
+"""The teacher's cross-entropy on real tokens, against a uniform guess: whether it knows the ids of the shards."""
+
+import math
+from dataclasses import replace
+from datetime import timedelta
+
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, even_slice, topology_of_world
+from megadistill.doctor.rank_report import Row, Status
+from megadistill.train.build import shared_probe
+from megadistill.train.setup.setup import Setup
+from megadistill.train.teacher.placement import live_teacher
+from megadistill.train.teacher.probe import worse_than_uniform
+
+CHECK = "teacher's predictions"
+UNTRAINED_NATS = 0.1
+"""Nats above a uniform guess up to which the row is a warning: random weights, as in a trial, are that bad."""
+
+
+def teacher_row(setup: Setup, topology: Topology, launch: Launch) -> Row | None:
+    """Loads the recipe's live teacher onto the ranks of `topology`, whose world is `launch`'s. Collective.
+
+    Returns:
+        None where the recipe has no live teacher.
+    """
+    section = setup.recipe.teacher
+    if section is None or not section.is_live:
+        return None
+    stages = setup.group_size if setup.roles is None else setup.roles.stages
+    if launch.world % stages:
+        return Row(CHECK, Status.WARN, f"not tested: {launch.world} ranks do not divide into {stages} stages")
+    train = setup.recipe.train.model_copy(update={"micro_batch": 1})
+    teacher_alone = section.model_copy(update={"save_targets": None})
+    recipe = setup.recipe.model_copy(update={"train": train, "teacher": teacher_alone})
+    setup = replace(setup, recipe=recipe, roles=None, group_size=stages)
+    probe = shared_probe(setup, topology)  # before the teacher is loaded, which takes some ranks longer than others
+    timeout = timedelta(minutes=recipe.distributed.timeout_minutes)
+    topology = topology_of_world(launch, vocab_group=stages, device=topology.device, timeout=timeout)
+    vocab = even_slice(setup.data.vocab_size, topology)
+    entropy = float(live_teacher(setup, topology)(vocab).output(probe, setup, vocab).cross_entropy)
+    return _row(entropy, setup.data.vocab_size, tokens=len(probe.tokens) - 1)
+
+
+def _row(cross_entropy: float, vocab_size: int, *, tokens: int) -> Row:
+    uniform = math.log(vocab_size)
+    problem = worse_than_uniform(cross_entropy, vocab_size)
+    if problem is not None:
+        return Row(CHECK, Status.WARN if cross_entropy <= uniform + UNTRAINED_NATS else Status.FAIL, problem)
+    compared = f"{cross_entropy:.2f} nats on {tokens:,} tokens of the data; a uniform guess has {uniform:.2f}"
+    return Row(CHECK, Status.OK, f"cross-entropy {compared}")
