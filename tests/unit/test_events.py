@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, read_lines
+from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, last_line, read_lines
 from tests.paths import ROOT
 
 
@@ -178,7 +178,60 @@ def test_goodput_counts_each_step_once_and_each_second_once(tmp_path: Path) -> N
     assert (result.wall, result.useful, result.startup, result.saving) == (100.0, 60.0, 15.0, 3.0)
     assert result.lost == pytest.approx(22.0)
     assert result.ratio == pytest.approx(0.6)
-    assert str(result) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, lost 22.0%)"
+    assert str(result) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, repeated 0.0%, lost 22.0%)"
+
+
+STOPS = {
+    "a signal": {"event": "stopped", "reason": "SIGINT"},
+    "--stop-after": {"event": "stopped", "reason": "--stop-after"},
+    "a second signal": {"event": "attempt_failed", "requested": True},
+    "the last step": {"event": "completed"},
+}
+
+
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
+def test_the_night_after_a_stop_that_was_requested_is_a_pause(stop: dict[str, Any], tmp_path: Path) -> None:
+    """Neither lost nor counted; what comes after the next start is."""
+    events = [
+        {"time": 1000.0, "event": "attempt_started"},
+        {"time": 1010.0, "event": "resumed", "startup_seconds": 10.0, "lost_seconds": 0.0},
+        {"time": 1050.0, **stop},
+        {"time": 31050.0, "event": "attempt_started"},
+        {"time": 31060.0, "event": "resumed", "startup_seconds": 10.0, "lost_seconds": 8.0},
+        {"time": 31100.0, "event": "completed"},
+    ]
+    result = _run(tmp_path, events, [4.0] * 15)
+    assert (result.wall, result.paused, result.useful, result.repeated) == (100.0, 30000.0, 60.0, 8.0)
+    assert result.lost == pytest.approx(12.0)
+    assert str(result) == (
+        "goodput 60.0% of 100 s (startup 20.0%, saving 0.0%, repeated 8.0%, lost 12.0%; paused for 30,000 s, not counted)"
+    )
+
+
+@pytest.mark.parametrize("end", [{"event": "attempt_failed"}, {"event": "checkpoint_saved", "stall_seconds": 0.0}])
+def test_the_night_after_a_fault_or_a_kill_is_lost(end: dict[str, Any], tmp_path: Path) -> None:
+    events = [
+        {"time": 0.0, "event": "attempt_started"},
+        {"time": 20.0, "event": "stopped"},
+        {"time": 50.0, "event": "attempt_started"},
+        {"time": 100.0, **end},
+        {"time": 1100.0, "event": "attempt_started"},
+    ]
+    result = _run(tmp_path, events, [])
+    assert (result.paused, result.wall, result.lost) == (30.0, 1070.0, 1070.0)
+
+
+def test_the_last_line_of_a_record_is_read_without_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_line(path) is None
+    path.write_bytes(b"")
+    assert last_line(path) is None
+    for step in range(3):
+        JsonLines(path).append({"step": step})
+    assert last_line(path) == {"step": 2}
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "lo')  # of a killed process
+    assert last_line(path) == {"step": 2}
 
 
 def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_each_step_ends_when_it_did(tmp_path: Path) -> None:
 def test_goodput_is_that_of_the_run_itself(tmp_path: Path) -> None:
     record = _read(run_with_faults(tmp_path / "run"))
     mine, truth = goodput_of(record, clock_of(record)), goodput(tmp_path / "run")
-    for part in ("useful", "startup", "saving", "wall", "lost"):
+    for part in ("useful", "startup", "saving", "repeated", "wall", "paused", "lost"):
         assert getattr(mine, part) == pytest.approx(getattr(truth, part)), part
 
 

@@ -9,12 +9,13 @@ import pytest
 
 from megadistill.errors import OperatorFault
 from megadistill.train.hooks.checkpoints import Checkpoints
+from megadistill.train.hooks.divergence_check import DivergenceCheck
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
 from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
-from megadistill.train.resilience.anomalies import Anomaly
+from megadistill.train.resilience.anomalies import Anomaly, DivergenceMonitor
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
@@ -58,7 +59,7 @@ class Recorder:
 
 
 def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[str, float] | None = None) -> StepEvent:
-    metrics = {"loss": loss, "teacher_ce": 2.0}
+    metrics = {"loss": loss, "teacher_ce": 2.0, "student_ce": loss}
     outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {}, teacher_seconds=0.0)
     return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0)
 
@@ -141,6 +142,16 @@ def test_a_spike_rolls_back_with_the_slots_of_the_last_steps() -> None:
         ("loss_spike", 4, slots),
     ]
     assert anomalies(Recorder(spike_at=2, rolls_back=False)).after_step(event(2)) is None
+
+
+def test_a_student_that_diverges_is_reported_once() -> None:
+    recorder: Any = Recorder()
+    check = DivergenceCheck(recorder, DivergenceMonitor(100, first_steps=8))
+    for step in range(1, 12):
+        check.after_step(event(step, loss=4.6 if step == 1 else 50.0, skipped=step == 3))
+    ((name, step, values), line) = recorder.calls
+    assert (name, step, values["student_ce"]) == ("student_diverged", 7, 50.0)
+    assert line.startswith("step 7: the student diverges")
 
 
 def test_a_teacher_that_drifts_has_its_weights_compared() -> None:

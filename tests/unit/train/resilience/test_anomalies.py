@@ -9,8 +9,11 @@ import pytest
 from megadistill.config.recipe import ResilienceSection
 from megadistill.errors import OperatorFault
 from megadistill.train.resilience.anomalies import (
+    DIVERGED_STEPS,
     DRIFT_STEPS,
+    EXCESS_NATS,
     Anomaly,
+    DivergenceMonitor,
     LossMonitor,
     RobustWindow,
     finite,
@@ -184,3 +187,72 @@ def test_one_odd_batch_of_the_teachers_is_none() -> None:
     ces[40] = ces[41] = 9.0
     ces[60] = 1.0
     assert _drifts(ces) == []
+
+
+SMOKE_VOCABULARY = 2000
+HEALTHY = {  # cross-entropies of the runs of `make smoke`: the first 24 steps, then every 25th
+    "teacher": "7.6 7.6 7.5 7.4 7.3 7.2 7.1 7.0 6.9 6.8 6.7 6.4 6.4 6.3 6.1 6.1 6.1 6.0 5.8 6.0 5.8 6.0 5.8 5.7 6.0 5.1 "
+    "5.0 4.7 4.5 4.2 3.9 4.1 3.8 4.1 3.9 3.8 3.3 3.4 3.8 3.5 3.4 3.3 3.6 2.9",
+    "labels": "7.6 7.6 7.6 7.5 7.4 7.3 7.3 7.1 7.1 7.0 6.9 6.8 6.7 6.4 6.5 6.4 6.2 6.2 6.0 6.2 6.0 6.1 5.8 5.8 6.0 5.7 "
+    "5.2 4.9 5.0 4.9 4.4 4.5 4.5 4.3 3.8 4.0 3.8 3.9 3.8 3.8",
+    "distill": "7.6 7.6 7.6 7.5 7.3 7.3 7.2 7.1 7.0 6.9 6.8 6.7 6.6 6.3 6.3 6.2 6.1 6.2 5.9 6.1 5.8 6.0 5.6 5.7 5.9 5.4 "
+    "4.7 4.4 4.5 4.6 3.9 4.1 4.0 3.7 3.4 3.6 3.4 3.5 3.2 3.4",
+    "a learning rate of 0.03, whose second gradient norm is 6": "7.6 7.2 7.1 6.6 6.7 6.7 7.0 6.3 6.6 6.5 6.5 6.6 6.4",
+    "pretrained weights, warmed up again": "2.3 2.3 2.4 2.5 2.6 2.7 2.7 2.8 2.7 2.6 2.6 2.5 2.4 2.4 2.3 2.2",
+    "a pruned student, worse than uniform at first": "11.9 11.2 9.9 10.4 9.1 8.8 8.4 8.0 7.5 6.9 6.4 5.9 5.5 5.1",
+    "one bad batch": "7.6 7.4 7.2 9.9 9.9 9.8 9.9 7.1 6.9 9.9 9.9 9.9 9.9 6.8",
+}
+DIVERGING = {
+    "a learning rate of 10": ("7.6 3611 1884 1406 1627 1889 1700", 6),
+    "pretrained weights, a learning rate of 0.1": ("4.3 11.4 12.6 13.0 9.5 10.0 10.6 9.1 8.7 8.1 7.7 7.8", 6),
+    "pretrained weights that fall to unigrams": ("2.3 3.1 4.4 5.2 6.0 6.4 6.6 6.7 6.7 6.6", 7),
+}
+
+
+def _divergence(ces: str, *, first_steps: int = 64, resume_at: int = 0) -> list[tuple[int, Anomaly]]:
+    """Steps at which a divergence is reported; `resume_at`: with a monitor that is made anew from the steps before."""
+    monitor, reports = DivergenceMonitor(SMOKE_VOCABULARY, first_steps=first_steps), []
+    values = [float(ce) for ce in ces.split()]
+    for step, ce in enumerate(values, start=1):
+        if step == resume_at:
+            monitor = DivergenceMonitor(SMOKE_VOCABULARY, first_steps=first_steps)
+            for earlier, before in enumerate(values[: step - 1], start=1):
+                monitor.update(earlier, before)
+        anomaly = monitor.update(step, ce)
+        reports += [] if anomaly is None else [(step, anomaly)]
+    return reports
+
+
+@pytest.mark.parametrize("ces", HEALTHY.values(), ids=HEALTHY)
+def test_a_student_that_learns_does_not_diverge(ces: str) -> None:
+    assert _divergence(ces) == []
+
+
+@pytest.mark.parametrize(("ces", "at"), DIVERGING.values(), ids=DIVERGING)
+def test_a_student_that_unlearns_diverges_within_a_few_steps_and_is_reported_once(ces: str, at: int) -> None:
+    ((step, anomaly),) = _divergence(ces)
+    assert step == at
+    assert anomaly.event == "student_diverged"
+    assert anomaly.values == {
+        "student_ce": float(ces.split()[at - 1]),
+        "limit": pytest.approx(anomaly.values["limit"]),
+        "first_ce": float(ces.split()[0]),
+    }
+    assert "Lower train.optimizer.learning_rate or lengthen train.schedule.warmup_steps" in anomaly.line
+    assert "\n" not in anomaly.line
+    assert _divergence(ces, resume_at=at + 1)[1:] == [], "a resume does not report it again"
+    assert [step for step, _ in _divergence(ces, resume_at=at - 1)] == [at], "nor forget the steps before it"
+
+
+def test_later_a_student_diverges_only_above_a_uniform_guess() -> None:
+    """So that other data, with twice the cross-entropy of the first, are no divergence."""
+    well = "1.2 " * 20
+    assert _divergence(well + "2.6 " * 20, first_steps=16) == []
+    assert len(_divergence(well + "2.6 " * 20, first_steps=64)) == 1
+    above = math.log(SMOKE_VOCABULARY) + EXCESS_NATS + 0.01
+    ((step, _),) = _divergence(well + f"{above} " * 20, first_steps=16)
+    assert step == 20 + DIVERGED_STEPS
+
+
+def test_skipped_steps_are_no_part_of_a_divergence() -> None:
+    assert [step for step, _ in _divergence("7.6 90 nan 90 inf 90 90 90")] == [8]
