@@ -36,6 +36,9 @@ def sections_in(annotation: Any) -> list[type[Section]]:
 class RunSection(Section):
     folder: str = Field(min_length=1)
     """Run folder: all output of the run goes there."""
+    begin_from: str | None = Field(default=None, min_length=1)
+    """Checkpoint of another run (`RUN/checkpoints/step-…`, or RUN for its newest) from which a new run begins: weights,
+    optimizer, position in the data and step. Read by the first start of `folder` alone."""
     seed: int = Field(default=1, ge=0)
     """Seed of the student's initialisation."""
     time_limit_minutes: float | None = Field(default=None, gt=0)

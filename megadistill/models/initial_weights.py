@@ -101,7 +101,7 @@ def check_initial_weights(folder: Path, config: PretrainedConfig, *, vocab_size:
         UserError: the folder is no supported model or not whole, or is another model than `config` says.
     """
     theirs = load_config(folder, what="student.weights")
-    differing = _differences(theirs, config)
+    differing = config_differences(theirs, config)
     if differing:
         more = f"; and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
         raise UserError(
@@ -116,7 +116,7 @@ def check_initial_weights(folder: Path, config: PretrainedConfig, *, vocab_size:
     check_weights(folder, theirs)
 
 
-def _differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list[str]:
+def config_differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list[str]:
     """Keys of two configs whose values change the computation."""
     if theirs.model_type != ours.model_type:
         return [f"model_type is {theirs.model_type} there, {ours.model_type} here"]

@@ -1,6 +1,7 @@
 """The training loop: setup, then the steps, each followed by the hooks."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -18,6 +19,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
 from megadistill.train.hooks.checkpoints import Checkpoints
+from megadistill.train.hooks.divergence_check import DivergenceCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
@@ -36,6 +38,7 @@ from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
+from megadistill.train.teacher.probe import worse_than_uniform
 from megadistill.train.telemetry.metrics import RunLog
 from megadistill.train.telemetry.timeline_capture import TimelineCapture, capture_teacher_server
 from megadistill.types import Cursor
@@ -53,6 +56,8 @@ class RunOutcome:
     """Whether it is the recipe's last."""
     stopped_by: str | None = None
     """The stop request that ended the run; None for its last step, or `stop_after`."""
+    diverged: bool = False
+    """Whether the student diverged, in this attempt or an earlier one."""
 
 
 def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = None) -> RunOutcome | None:
@@ -86,7 +91,8 @@ def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | N
             logs.add_file(setup.folder / "log.txt", topology.rank)
         topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number)
         topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
-        topology.watchdog.on_abort = partial(recovery.ended, rank=topology.rank, exit_code=RestartFault.exit_code)
+        topology.watchdog.on_abort = partial(recovery.aborted, rank=topology.rank)
+        stops.on_second_signal = partial(recovery.quit, rank=topology.rank)
         try:
             trainer = Trainer(setup, topology, recovery, stops)
             outcome = trainer.train(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
@@ -134,15 +140,16 @@ class Trainer:
         """Takes steps from a checkpoint on; None where a rollback ends them."""
         setup, topology, recovery = self._setup, self._topology, self._recovery
         skips = [rollback.skipped_slots for rollback in recovery.rollbacks]
-        monitor = recovery.loss_monitor(self.step)
+        monitor, self._divergence = recovery.monitors(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
         with ExitStack() as stack:
             log = RunLog(
                 setup.folder,
                 setup.recipe,
                 start_step=self.step,
-                tokens_per_step=setup.tokens_per_step,
+                start_tokens=recovery.tokens(self.step),
                 topology=topology,
+                epoch_tokens=setup.epoch_tokens,
             )
             stack.enter_context(closing(log))
             self._log_start(cursor, skips)
@@ -186,6 +193,7 @@ class Trainer:
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
             TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
+            DivergenceCheck(recovery, self._divergence),
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
         ]
@@ -220,8 +228,13 @@ class Trainer:
         B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
         if line := teacher.describe_prefetch(micro_batch=B, sequence_length=S):
             logger.info("%s", line)
-        if line := check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips):
-            logger.info("%s", line)
+        check = check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips)
+        if check is None:
+            return
+        logger.info("%s", check.line)
+        if problem := worse_than_uniform(check.cross_entropy, setup.data.vocab_size):
+            values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(setup.data.vocab_size)}
+            self._recovery.events.warn("teacher_above_uniform", problem, step=self.step, **values)
 
     def _enter_phase(self, phase: str, *, limit: float) -> None:
         self._topology.watchdog.enter_phase(phase, self.step, limit=limit)
@@ -244,7 +257,7 @@ class Trainer:
     def _stopped(self, reason: str | None) -> RunOutcome:
         self._recovery.events.write("stopped", step=self.step, reason=reason)
         logger.info("stopped at step %d (%s); %s", self.step, reason, self._recovery.goodput())
-        return RunOutcome(step=self.step, done=False, stopped_by=reason)
+        return RunOutcome(self.step, done=False, stopped_by=reason, diverged=self._divergence.reported)
 
     def _ended(self) -> RunOutcome:
         done = self.step >= self._setup.recipe.train.steps
@@ -253,4 +266,4 @@ class Trainer:
         else:
             self._recovery.events.write("stopped", step=self.step, reason="--stop-after")
         logger.info("%s", self._recovery.goodput())
-        return RunOutcome(step=self.step, done=done)
+        return RunOutcome(self.step, done=done, diverged=self._divergence.reported)

@@ -34,6 +34,18 @@ class FileRecord(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class ParentRecord(BaseModel):
+    """A checkpoint of another run, from which a run began."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    """Name of its run folder."""
+    step: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """sha256 of its manifest."""
+
+
 class CheckpointManifest(BaseModel):
     """The content of manifest.json."""
 
@@ -54,6 +66,8 @@ class CheckpointManifest(BaseModel):
     recipe_sha256: str = ""
     rollbacks: int = Field(default=0, ge=0)
     """Rollbacks of the run before this checkpoint."""
+    parents: tuple[ParentRecord, ...] = ()
+    """Checkpoints of other runs from which this run began, and theirs, oldest first."""
     files: dict[str, FileRecord]
     sha256: str = ""
     """sha256 of the manifest's other values, see `_own_sha256`."""

@@ -63,7 +63,7 @@ def latest_valid(
         _require_shared_folder(folder, step, topology)
         if not folders:
             break
-        checkpoint, damage = _verified(folders[step], topology)
+        checkpoint, damage = verified(folders[step], topology)
         abandoned = checkpoint is not None and is_abandoned(checkpoint.manifest)
         if checkpoint is not None and not abandoned:
             return checkpoint, quarantined
@@ -84,7 +84,7 @@ def latest_valid(
     return None, quarantined
 
 
-def _verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
+def verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
     """The checkpoint if every rank's share of its files is valid; None and the damage otherwise. Collective."""
     checkpoint, damage = _read(lambda: _verify_share(path, topology), path, topology)
     failing = first_false(not damage, topology.device, topology.world_group)

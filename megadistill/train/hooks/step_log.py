@@ -36,6 +36,7 @@ class StepLog:
             report = self._meter.report(
                 event.step,
                 event.outcome.metrics,
+                tokens=self._recovery.tokens(event.step),
                 seconds=event.seconds,
                 learning_rate=event.learning_rate,
                 grad_norm=event.outcome.grad_norm,

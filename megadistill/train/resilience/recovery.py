@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -14,17 +15,26 @@ import torch
 
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault, UserError
+from megadistill.distributed.watchdog.parent import write_stderr
+from megadistill.errors import OperatorFault, RestartFault, UserError
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 from megadistill.train.checkpoint.folders import checkpoint_folders
-from megadistill.train.checkpoint.format import FORMAT, RNG_KEY, Checkpoint, CheckpointManifest
+from megadistill.train.checkpoint.format import (
+    FORMAT,
+    RNG_KEY,
+    Checkpoint,
+    CheckpointManifest,
+    ParentRecord,
+)
 from megadistill.train.checkpoint.heartbeat import HeartbeatThread
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
-from megadistill.train.checkpoint.select import latest_valid
+from megadistill.train.checkpoint.select import latest_valid, verified
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
-from megadistill.train.resilience.anomalies import Anomaly, LossMonitor
+from megadistill.train.resilience.anomalies import Anomaly, DivergenceMonitor, LossMonitor
+from megadistill.train.setup.next_start import how_to_resume
+from megadistill.train.setup.parent import Parent
 from megadistill.train.setup.run_folder import changes_since, describe_changes
 from megadistill.train.setup.setup import Setup
 from megadistill.types import Cursor
@@ -73,8 +83,10 @@ class Recovery:
         self.rollbacks = read_rollbacks(self._folder)
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
-        self._recipe_changes = changes_since(self._folder, self._recipe)
-        self._lost = 0
+        self._recipe_changes = changes_since(self._folder, self._recipe) if topology.is_first else {}
+        self._parents: tuple[ParentRecord, ...] = ()
+        self._restored = (0, 0)  # step and tokens of the checkpoint
+        self._lost, self._lost_seconds = 0, 0.0
         self.step = 0
         """Current optimizer step."""
         self._goodput = Goodput()
@@ -87,7 +99,8 @@ class Recovery:
     def resume(self, student: StudentEngine) -> tuple[int, Cursor | None]:
         """Restores the newest valid checkpoint and returns its (step, cursor); (0, None) for a run without one.
 
-        A run without one starts from `student.weights` where the recipe has them; later attempts do not read them.
+        A run without one begins from `run.begin_from`, or starts from `student.weights`, where the recipe has them;
+        later attempts do not read them.
 
         Raises:
             OperatorFault: the run has saved and no checkpoint is valid, or the ranks see different ones.
@@ -103,38 +116,77 @@ class Recovery:
         for each in quarantined:
             self.events.write("checkpoint_quarantined", step=each.step, path=each.path.name, reason=each.reason)
         if checkpoint is not None:
+            self._parents = checkpoint.manifest.parents
             return self._restore(checkpoint, student)
+        if self._setup.parent is not None:
+            return self._begin_from(self._setup.parent, student)
         if self._setup.recipe.student.weights is not None:
             student.load_weights(Path(self._setup.recipe.student.weights))
         return 0, None
 
+    def _begin_from(self, parent: Parent, student: StudentEngine) -> tuple[int, Cursor]:
+        """Restores a checkpoint of another run, which nothing here changes. Collective.
+
+        Raises:
+            OperatorFault: it is damaged. RestartFault: it cannot be read at the moment.
+        """
+        group = self._topology.world_group
+        path = Path(broadcast_object(str(parent.checkpoint.folder), group))  # a run that still trains has a newer one
+        checkpoint, damage = verified(path, self._topology)
+        if checkpoint is None:
+            raise OperatorFault(f"run.begin_from: {damage}: name another checkpoint")
+        parent = replace(parent, checkpoint=checkpoint)
+        self._parents = parent.lineage
+        self.rollbacks = broadcast_object(parent.rollbacks() if self._topology.is_first else [], group)
+        if self._topology.is_first:
+            if self.rollbacks:
+                record_rollbacks(self._folder, self.rollbacks)
+            (self._folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+        record = self._parents[-1]
+        self.events.write("branched", step=record.step, run=record.run, sha256=record.sha256)
+        logger.info("run %s begins from %s", self._folder, parent)
+        return self._restore(checkpoint, student)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all steps up to `step`. A run that began from another may have another batch than that one."""
+        restored_step, restored_tokens = self._restored
+        return restored_tokens + (step - restored_step) * self._setup.tokens_per_step
+
     def _restore(self, checkpoint: Checkpoint, student: StudentEngine) -> tuple[int, Cursor]:
+        self._restored = (checkpoint.manifest.step, checkpoint.manifest.tokens)
         student.state.load(checkpoint.read)
         rng = checkpoint.rng_state(self._topology.rank, self._topology.world)
         if rng is not None:
             torch.set_rng_state(rng)
         return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
 
-    def loss_monitor(self, step: int) -> LossMonitor:
-        """A monitor of the steps after `step`, with the last ones before it from metrics.jsonl in its window.
+    def monitors(self, step: int) -> tuple[LossMonitor, DivergenceMonitor]:
+        """Monitors of the steps after `step`, which know the steps before it from metrics.jsonl.
 
         The first rank reads the file for all, so that all ranks decide alike.
         """
         resilience = self._setup.recipe.resilience
         recent: deque[tuple[float, float]] = deque(maxlen=resilience.spike_window)
+        divergence = DivergenceMonitor(self._setup.data.vocab_size, first_steps=resilience.spike_window // 2)
         if self._topology.is_first:
+            self._lost, self._lost_seconds = 0, 0.0
             for line in read_lines(self._folder / "metrics.jsonl"):
-                self._lost = max(0, int(line["step"]) - step)
-                if int(line["step"]) <= step:
+                number = int(line["step"])
+                if number <= step:
                     recent.append((float(line["loss"]), float(line.get("teacher_ce", math.nan))))
-        recent = broadcast_object(recent, self._topology.world_group)
-        return LossMonitor(resilience, losses=[loss for loss, _ in recent], teacher_ces=[ce for _, ce in recent])
+                    divergence.update(number, float(line.get("student_ce", math.nan)))
+                else:
+                    self._lost = number - step
+                    self._lost_seconds += float(line.get("seconds") or 0.0)
+        recent, divergence = broadcast_object((recent, divergence), self._topology.world_group)
+        losses, teacher_ces = [loss for loss, _ in recent], [ce for _, ce in recent]
+        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), divergence
 
     def mark_resumed(self, step: int) -> None:
         """Records and logs that training starts after `step`, and counts goodput from here."""
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
-        lost, self._lost = self._lost, 0
-        self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), lost_steps=lost)
+        lost, values = self._lost, {"lost_steps": self._lost, "lost_seconds": round(self._lost_seconds, 3)}
+        self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), **values)
         if self._recipe_changes:
             self.events.write("recipe_changed", step=step, changes=self._recipe_changes)
             logger.info("recipe changed at step %d: %s", step, describe_changes(self._recipe_changes))
@@ -179,7 +231,7 @@ class Recovery:
         manifest = CheckpointManifest(
             format=FORMAT,
             step=step,
-            tokens=step * self._setup.tokens_per_step,
+            tokens=self.tokens(step),
             world=self._topology.world,
             vocab_size=self._setup.data.vocab_size,
             cursor=cursor.state(),
@@ -189,6 +241,7 @@ class Recovery:
             recipe=self._recipe,
             recipe_sha256=self._recipe_sha256,
             rollbacks=len(self.rollbacks),
+            parents=self._parents,
             files={},
         )
         ended = self._saver.start(state, manifest, stalled=time.perf_counter() - began)
@@ -231,6 +284,18 @@ class Recovery:
     def ended(self, reason: str, *, rank: int, exit_code: int) -> None:
         """Records that the attempt ends by a fault on this rank."""
         self.events.attempt_failed(reason, step=self.step, rank=rank, exit_code=exit_code)
+
+    def aborted(self, reason: str, *, rank: int) -> None:
+        """Records that the watchdog ends the attempt; in its own thread it also prints what resumes the run."""
+        self.ended(reason, rank=rank, exit_code=RestartFault.exit_code)
+        if threading.current_thread() is not threading.main_thread():  # which prints it when it has failed by itself
+            write_stderr(how_to_resume(self._folder))
+
+    def quit(self, reason: str, *, rank: int) -> None:
+        """Records that a person ends the attempt without a checkpoint. Called by a signal handler."""
+        events = EventLog(self._folder, self.attempt.number, writes=True)  # the interrupted code may be using the other
+        events.attempt_failed(reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code, requested=True)
+        write_stderr(how_to_resume(self._folder))
 
     def done(self, step: int) -> None:
         """Records that the last step is saved, and writes the file DONE."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,17 @@ def write_description(
     deepspeed_config: dict[str, Any],
     *,
     started_from: dict[str, str] | None = None,
+    parents: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
 
-    `started_from`: source of the initial weights, see the function `started_from`.
+    `started_from`: source of the initial weights, see the function `started_from`. `parents`: records of the
+    checkpoints from which the run began.
     """
-    first = {} if started_from is None else {"started_from": started_from}
+    first = {
+        **({} if started_from is None else {"started_from": started_from}),
+        **({"parents": list(parents)} if parents else {}),
+    }
     description = {"recipe": recipe, "deepspeed": deepspeed_config, **first, "versions": versions()}
     write_json(folder / "recipe.json", description)
 
@@ -95,11 +100,26 @@ def started_from(folder: Path, weights: str | None) -> dict[str, str] | None:
         return None
     if not has_saved(folder):
         return {"weights": weights, "fingerprint": teacher_fingerprint(Path(weights))}
+    return recorded_start(folder)
+
+
+def recorded_start(folder: Path) -> dict[str, str] | None:
+    """What `started_from` returned at the first start of the run of this folder, by its recipe.json."""
+    recorded = _recorded(folder, "started_from")
+    return recorded if isinstance(recorded, dict) else None
+
+
+def recorded_parents(folder: Path) -> list[dict[str, Any]]:
+    """The records of the checkpoints from which the run of this folder began, by its recipe.json."""
+    recorded = _recorded(folder, "parents")
+    return [each for each in recorded if isinstance(each, dict)] if isinstance(recorded, list) else []
+
+
+def _recorded(folder: Path, key: str) -> Any:
     try:
-        recorded = read_json(folder / "recipe.json").get("started_from")
+        return read_json(folder / "recipe.json").get(key)
     except (OSError, ValueError, AttributeError):
         return None
-    return recorded if isinstance(recorded, dict) else None
 
 
 def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
@@ -131,10 +151,11 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         written = earlier.snapshot()
     changes = recipe_changes(written, recipe)
     may_change = MAY_CHANGE_SECTIONS if earlier is None else (*MAY_CHANGE_SECTIONS, *SCHEDULE_KEYS)
+    unused = not has_saved(folder) or "run.begin_from" not in changes or changes["run.begin_from"][1] is None
     differing = [
         f"{key} was {was!r}, is {is_!r}"
         for key, (was, is_) in changes.items()
-        if key not in MAY_CHANGE and not key.startswith(may_change)
+        if key not in MAY_CHANGE and not key.startswith(may_change) and not (key == "run.begin_from" and unused)
     ]
     if differing:
         raise UserError(

@@ -18,6 +18,7 @@ from megadistill.models.families import load_config
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
+from megadistill.train.setup.parent import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
@@ -44,10 +45,18 @@ class Setup:
     """[data.vocab_size] int64: the teacher's id for each of the student's; None where they are the same."""
     disabled: tuple[str, ...]
     """Settings of the recipe's DeepSpeed file that are disabled on a CPU."""
+    parent: Parent | None = None
+    """The checkpoint of another run from which this start begins; None where it resumes, or begins at step 0."""
 
     @property
     def tokens_per_step(self) -> int:
         return self.recipe.train.global_batch * self.data.sequence_length
+
+    @property
+    def epoch_tokens(self) -> int | None:
+        """Tokens of an epoch; None for a mixture, whose sources have epochs of their own."""
+        sequences = [manifest.sequences for manifest in self.data.sources.values()]
+        return sequences[0] * self.data.sequence_length if len(sequences) == 1 else None
 
 
 def prepare(recipe: Recipe, launch: Launch) -> Setup:
@@ -82,7 +91,10 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     check_compiler(recipe.loss)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
-    if recipe.student.weights is not None and not has_saved(folder):
+    parent = find_parent(recipe)
+    if parent is not None:
+        check_parent(parent, recipe, student_config, data, rank=launch.rank, world=launch.world)
+    elif recipe.student.weights is not None and not has_saved(folder):
         check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
     refuse_other_deepspeed(folder, deepspeed_config)
@@ -98,6 +110,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         deepspeed_config=deepspeed_config,
         vocab_map=vocab_map,
         disabled=disabled,
+        parent=parent,
     )
 
 

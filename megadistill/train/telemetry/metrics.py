@@ -4,13 +4,14 @@ import json
 import logging
 import resource
 import time
+from collections import deque
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
 from megadistill.accelerators import accelerator_of
 from megadistill.config.recipe import Recipe
@@ -19,15 +20,20 @@ from megadistill.divergence import DivergenceKind
 from megadistill.events import JsonLines, read_lines
 from megadistill.io import write_file
 from megadistill.models.flops import flops_per_token
+from megadistill.progress import short_bar
 from megadistill.train.telemetry.histograms import Histogram
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
 from megadistill.types import DIAGNOSTIC_NAMES, StepReport
+from megadistill.units import count, left, short
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 """Metrics of the teacher's complete distribution: a run with truncated targets has them on diagnosed steps only."""
 
 TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
 """Metrics that a run from labels does not have."""
+
+PACE_STEPS = 50
+"""Steps whose pace tells the time that is left."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +97,15 @@ class Meter:
         peak = peak_flops(topology.device, precision)
         self._peak = peak * topology.world if peak is not None else None
 
-    def report(self, step: int, metrics: dict[str, Any], *, seconds: float, **values: Any) -> StepReport:
-        """The report of a step that took `seconds`. `metrics`, `values`: the fields that are not computed here."""
+    def report(self, step: int, metrics: dict[str, Any], *, tokens: int, seconds: float, **values: Any) -> StepReport:
+        """The report of a step that took `seconds`. `metrics`, `values`: the fields that are not computed here.
+
+        `tokens`: those of all steps up to this one.
+        """
         tokens_per_second = self._tokens_per_step / seconds
         return StepReport(
             step=step,
-            tokens=step * self._tokens_per_step,
+            tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
             mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
@@ -113,27 +122,42 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, *, start_step: int, tokens_per_step: int, topology: Topology
+        self,
+        folder: Path,
+        recipe: Recipe,
+        *,
+        start_step: int,
+        start_tokens: int,
+        topology: Topology,
+        epoch_tokens: int | None = None,
     ) -> None:
+        """`epoch_tokens`: tokens of the data; None: unknown, or a mixture, whose sources have epochs of their own."""
         self._active = topology.is_first
         self._steps = recipe.train.steps
         self._log_every = recipe.train.log_every
         self._loss = recipe.loss if recipe.objective == "distill" else None
         self._progress: Progress | None = None
         self._disk_refused = False
+        self._epoch_tokens = epoch_tokens
+        self._ends: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
         if not self._active:
             return
         path = folder / "metrics.jsonl"
         _drop_after(path, start_step)
         self._lines = JsonLines(path)
         self._tensorboard = TensorBoardLog(
-            folder, recipe, logged_names(recipe), start_step=start_step, start_tokens=start_step * tokens_per_step
+            folder, recipe, logged_names(recipe), start_step=start_step, start_tokens=start_tokens
         )
         console = Console()
         if console.is_terminal and not console.is_dumb_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                short_bar(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[pace]}"),
+            )
             self._progress = Progress(*columns, console=console)
-            self._task = self._progress.add_task("training", total=self._steps, completed=start_step)
+            self._task = self._progress.add_task("training", total=self._steps, completed=start_step, pace="")
             self._progress.start()
 
     def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
@@ -149,10 +173,12 @@ class RunLog:
             logger.warning("%s: %s; its lines are written once the disk has space", self._lines.path, problem)
         self._disk_refused = problem is not None
         self._tensorboard.numbers(report.step, _flat(values))
+        self._ends.append((report.step, time.perf_counter()))
         if report.step % self._log_every == 0 or report.step == self._steps:
             logger.info("%s", self._line(report))
         if self._progress:
-            self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}")
+            pace = ", ".join(filter(None, (f"{report.tokens_per_second:,.0f} tokens/s", self._left(report))))
+            self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}", pace=pace)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         """Writes histograms of tensors by tag, to TensorBoard alone."""
@@ -205,13 +231,21 @@ class RunLog:
             if kl is not None:
                 teacher += f" | kl {kl:.4f}"
             if self._loss.targets is None or report.diagnostics is not None:
-                teacher += f" | agree {report.agreement:.3f}"
+                teacher += f" | agree {report.agreement:.1%}"
         mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
+        epoch = f", epoch {short(report.tokens / self._epoch_tokens)}" if self._epoch_tokens else ""
+        remaining = f" | {self._left(report)}" if report.step < self._steps else ""
         return (
             f"step {report.step}/{self._steps} | loss {report.loss:.4f} | ce {report.student_ce:.4f}{teacher}"
-            f" | lr {report.learning_rate:.2e} | grad {report.grad_norm:.3f}"
-            f" | {report.tokens_per_second:,.0f} tok/s{mfu}"
+            f" | lr {short(report.learning_rate)} | grad {short(report.grad_norm)}"
+            f" | {count(report.tokens)} tokens{epoch} | {report.tokens_per_second:,.0f} tokens/s{mfu}{remaining}"
         )
+
+    def _left(self, report: StepReport) -> str:
+        """The time that the other steps take at the pace of the last ones, checkpoints included."""
+        (first, begin), (last, end) = self._ends[0], self._ends[-1]
+        pace = (end - begin) / (last - first) if last > first else report.seconds
+        return left(pace * (self._steps - report.step)) if report.step < self._steps else ""
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

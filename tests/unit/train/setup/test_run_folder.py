@@ -121,6 +121,7 @@ def test_what_may_change_is_all_that_may_change(started: Path) -> None:
             values[key] = value
         return refused
 
+    (started / "checkpoints" / "step-00000002").mkdir(parents=True)
     snapshot = _snapshot()
     refused = changed(snapshot)
     assert not set(refused) & set(MAY_CHANGE)

@@ -69,7 +69,7 @@ def _log(
         folder,
         recipe(Path("manifest.json"), folder, teacher=Path("teacher") if loss is not None else None, **changed),
         start_step=steps.start - 1,
-        tokens_per_step=256,
+        start_tokens=256 * (steps.start - 1),
         topology=topology(rank=rank, world=rank + 1),
     )
     for step in steps:
@@ -146,7 +146,7 @@ def test_the_divergence_from_truncated_targets_is_not_called_kl(
     line = _lines(tmp_path)[1]
     assert (line["kl"], line["targets_kl"], line["teacher_ce"], line["agreement"]) == (0.75, 0.25, 2.0, 0.4)
     assert line["diagnostics"] == {"jsd": 0.125}, "one number, in one place"
-    assert "| targets_kl 0.2500 | kl 0.7500 | agree 0.400 |" in caplog.text
+    assert "| targets_kl 0.2500 | kl 0.7500 | agree 40.0% |" in caplog.text
 
 
 def test_kl_is_at_temperature_one_or_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,8 +187,17 @@ def test_every_few_steps_and_at_the_end_there_is_a_log_line(tmp_path: Path, capl
     _log(tmp_path, range(1, 10), log_every=4)
     lines = caplog.messages
     assert [line.split(" | ")[0] for line in lines] == ["step 4/9", "step 8/9", "step 9/9"]
-    for part in ("loss 1.5000", "ce 2.5000", "kl 0.5000", "agree 0.400", "lr 1.00e-03", "grad 0.700", "128 tok/s"):
-        assert part in lines[0]
+    for part in (
+        "loss 1.5000",
+        "ce 2.5000",
+        "kl 0.5000",
+        "agree 40.0%",
+        "lr 0.001",
+        "grad 0.7",
+        "1.02k tokens",
+        "128 tokens/s",
+    ):
+        assert f"| {part}" in lines[0]
     assert "mfu" not in lines[0]
 
 
@@ -208,6 +217,7 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
         dict.fromkeys(METRIC_NAMES, 1.0),
         learning_rate=1e-3,
         grad_norm=2.0,
+        tokens=768,
         seconds=0.5,
         data_seconds=0.01,
         teacher_seconds=0.1,

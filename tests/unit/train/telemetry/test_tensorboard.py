@@ -49,7 +49,7 @@ def _run(folder: Path, loss: dict[str, Any] | None, steps: range) -> Recipe:
     changes = {"loss": loss} if loss else {}
     made = recipe(Path("manifest.json"), folder, teacher=None if loss is None else Path("teacher"), **changes)
     start = steps.start - 1
-    log = RunLog(folder, made, start_step=start, tokens_per_step=TOKENS, topology=topology(world=1))
+    log = RunLog(folder, made, start_step=start, start_tokens=start * TOKENS, topology=topology(world=1))
     names = [field.name for field in fields(StepReport)]
     for step in steps:
         diagnosed = dict.fromkeys(DIAGNOSTIC_NAMES, float(step)) if loss and made.loss.diagnostics_every else None
