@@ -1,3 +1,4 @@
+# make install   the environment .venv, with the command megadistill in it
 # make check     format, lint, types, import layers
 # make smoke     the whole job on this machine: text, teacher, two students, a table
 # make test      the tests that need no cluster, within 20 minutes on two cores
@@ -15,12 +16,17 @@ SMOKE := runs/smoke
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: smoke test test-all drill results check format lock clean
+.PHONY: install smoke test test-all drill results check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+ACTIVATE = @echo "megadistill is in $(BIN); to have it on your PATH, type: source $(BIN)/activate"
+
+install: $(READY)
+	$(ACTIVATE)
 
 test: $(READY)
 	$(BIN)/python -m pytest --ignore tests/slurm
@@ -59,6 +65,7 @@ smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 	$(BIN)/megadistill report $(SMOKE)/teacher $(SMOKE)/labels $(SMOKE)/distill --evaluation $(SMOKE)/evaluation.json \
 	    --output $(SMOKE)
 	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
+	$(ACTIVATE)
 
 $(SMOKE)/data/heldout/manifest.json: | $(READY)
 	rm -rf $(SMOKE)/data

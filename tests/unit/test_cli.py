@@ -13,8 +13,8 @@ from megadistill.cli.main import RENAMED, main, run_command
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 
 COMMANDS = (
-    *("tokenize", "shards", "train", "doctor", "store-targets", "generate", "export", "prune", "evaluate", "sample"),
-    *("lm-eval", "report", "plan", "timeline", "config-keys"),
+    *("init", "tokenize", "shards", "train", "doctor", "store-targets", "generate", "export", "prune", "evaluate"),
+    *("sample", "lm-eval", "report", "plan", "timeline", "config-keys"),
 )
 EXPORT = ("export", "run", "--output", "out")
 
