@@ -1,13 +1,14 @@
 """A matplotlib figure as SVG for the page and as PNG beside it, in one style.
 
 The SVG is written for a page: its colours are the page's variables, so that they follow a reader's light or dark
-scheme; what belongs to a run has the class `run-N`, so that the page can hide it; its text is text.
+scheme; what belongs to a run has the class `run-N`, so that the page can hide it; its text is text. Each figure is
+drawn twice, wide and narrow, of which the page shows the one whose text can be read.
 """
 
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ MAX_RUNS = len(PALETTE) * len(DASHES)
 """Maximum runs of a chart: colours times dash styles."""
 
 TEXT, GRID = "#1b1b1e", "#d9d9de"
-WIDTH, HEIGHT = 5.6, 3.0
+WIDE, NARROW, HEIGHT = 5.6, 3.45, 3.0
+"""Sizes of a figure in inches. On a phone of 390 pixels, text of 8.5 points in a narrow one is 11 pixels high."""
 MAX_LABEL = 40
 LEGEND_COLUMNS, LEGEND_LINE = 2, 0.18
 
@@ -60,13 +62,14 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as SVG and as PNG."""
+    """A figure as SVG, wide and narrow, and as PNG."""
 
     name: str
     """Name of its PNG file, without the suffix."""
     title: str
     caption: str
     svg: str
+    narrow_svg: str
     png: bytes
 
 
@@ -78,8 +81,8 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(*, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height))
+def new_figure(width: float, *, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
 
 
@@ -92,28 +95,35 @@ def dashes(run: int) -> Any:
     return DASHES[run // len(PALETTE) % len(DASHES)]
 
 
-def label(text: str) -> str:
+def label(text: str, *, limit: int = MAX_LABEL) -> str:
     """A name for a figure: printable, and a long one without its begin."""
     text = printable(text)
-    return text if len(text) <= MAX_LABEL else "…" + text[-MAX_LABEL + 1 :]
+    return text if len(text) <= limit else "…" + text[-limit + 1 :]
 
 
-def draw(figure: Figure, name: str, title: str, caption: str, *, runs: Sequence[str] = ()) -> Drawing:
+def draw(
+    figure_of: Callable[[float], Figure], name: str, title: str, caption: str, *, runs: Sequence[str] = ()
+) -> Drawing:
     """Draws a figure for the page, and for a file with its title, where the axes have none, and a legend of `runs`.
 
-    The page has one legend for all figures.
+    `figure_of` makes the figure for a width in inches. The page has one legend for all figures.
     """
-    buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": name}):  # ids that differ from those of the page's other figures
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = for_page(buffer.getvalue(), title=title)
+    figure = figure_of(WIDE)
+    svg, narrow = _svg(figure, name, title), _svg(figure_of(NARROW), f"{name}-narrow", title)
     if not any(axes.get_title() or axes.get_title(loc="left") for axes in figure.axes):
         figure.axes[0].set_title(title, loc="left")
     if runs:
         _legend(figure, runs)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=160, facecolor="white")
-    return Drawing(name=name, title=title, caption=caption, svg=svg, png=picture.getvalue())
+    return Drawing(name=name, title=title, caption=caption, svg=svg, narrow_svg=narrow, png=picture.getvalue())
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": name}):  # ids that differ from those of the page's other figures
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return for_page(buffer.getvalue(), title=title)
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megadistill.evaluate.evaluation import Evaluation, Measures, measure_rows
-from megadistill.report.drawing import Drawing, colour, dashes, draw, label, style
+from megadistill.report.drawing import WIDE, Drawing, colour, dashes, draw, label, style
 from megadistill.report.tables import NOTHING, Table, text
 
 DPI = 160
-PANELS = 4
-"""Models in a row of reliability diagrams."""
+PANEL, PANEL_HEIGHT = 1.72, 2.8
+"""Minimum width and height of a reliability diagram, in inches."""
+PANEL_LABEL = 20
+"""Maximum length of the model's name above one."""
+DECILES_HEIGHT = 2.3
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class Results:
     def figures(self, prefix: str) -> list[Drawing]:
         """Calibration, and where there was a teacher the results by decile of its entropy."""
         caption = "Confidence: the probability of the most likely token. Accuracy: how often it was the label."
-        drawn = [draw(calibration_figure(self.models), f"{prefix}-calibration", "Calibration", caption)]
+        drawn = [draw(partial(calibration_figure, self.models), f"{prefix}-calibration", "Calibration", caption)]
         if self.models[0].by_decile is not None:
             title, caption = "By decile of the teacher's entropy", "1: the tenth of lowest entropy."
-            drawn.append(draw(deciles_figure(self.models), f"{prefix}-deciles", title, caption))
+            drawn.append(draw(partial(deciles_figure, self.models), f"{prefix}-deciles", title, caption))
         return drawn
 
 
@@ -54,6 +58,8 @@ def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with style():
         figures = {"calibration.png": calibration_figure(results)}
+        title = "Calibration: how often the most likely token is the right one"
+        figures["calibration.png"].suptitle(title, x=0.01, ha="left", fontsize=9.5)
         if results[0].by_decile is not None:
             figures["deciles.png"] = deciles_figure(results)
         for name, figure in figures.items():
@@ -61,11 +67,11 @@ def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
-def calibration_figure(results: Sequence[Evaluation]) -> Figure:
+def calibration_figure(results: Sequence[Evaluation], width: float = WIDE) -> Figure:
     """A reliability diagram a model (Guo et al., 2017, arXiv:1706.04599, figure 1), over the counts of its bins."""
-    columns = min(PANELS, len(results))
+    columns = min(int(width / PANEL), len(results))
     lines = -(-len(results) // columns)
-    figure = Figure(figsize=(max(4.4, 2.6 * columns), 3.6 * lines))
+    figure = Figure(figsize=(width, PANEL_HEIGHT * lines + 0.3))
     grid = figure.subplots(2 * lines, columns, sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1] * lines)
     most = max(one.count for result in results for one in result.calibration) / min(r.tokens for r in results)
     for place, result in enumerate(results):
@@ -79,7 +85,6 @@ def calibration_figure(results: Sequence[Evaluation]) -> Figure:
     for rest in range(len(results), lines * columns):
         for half in (0, 1):
             grid[2 * (rest // columns) + half, rest % columns].set_axis_off()
-    figure.suptitle("Calibration: how often the most likely token is the right one", x=0.01, ha="left", fontsize=9.5)
     return figure
 
 
@@ -94,19 +99,19 @@ def _panels(above: Axes, below: Axes, result: Evaluation, shade: str, most: floa
     # Where in its bin the mean lies: the distance to the diagonal is what the error adds up.
     above.plot([bins[number].confidence or 0.0 for number in filled], accuracies, "o", color=shade, markersize=3)
     above.set(xlim=(0, 1), ylim=(0, 1))
-    above.set_title(f"{label(result.model)}\nerror {result.calibration_error:.2%}", fontsize=8.5)
+    above.set_title(f"{label(result.model, limit=PANEL_LABEL)}\nerror {result.calibration_error:.2%}", fontsize=8.5)
     below.bar(middles, [100 * one.count / result.tokens for one in bins], width=0.9 * width, color=shade)
     below.set_ylim(0, 105 * most)
 
 
-def deciles_figure(results: Sequence[Evaluation]) -> Figure:
+def deciles_figure(results: Sequence[Evaluation], width: float = WIDE) -> Figure:
     """Cross-entropy of all models and KL of the students, by tenth of the tokens."""
     students = results[1:]
     panels = [("cross-entropy, nats a token", "cross_entropy", results)]
     if students:
         panels.append(("KL from the teacher, nats a token", "kl", students))
-    figure = Figure(figsize=(max(4.4, 3.8 * len(panels)), 3.6))
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = Figure(figsize=(width, DECILES_HEIGHT * len(panels)))
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (title, name, among) in zip(grid, panels, strict=True):
         for result in among:
             place = results.index(result)
@@ -115,8 +120,8 @@ def deciles_figure(results: Sequence[Evaluation]) -> Figure:
             axes.plot(tenths, values, marker="o", markersize=3, color=colour(place), linestyle=dashes(place))
         axes.set_xticks(range(1, len(results[0].by_decile or ()) + 1))
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("tenth of the tokens, by the teacher's entropy")
         axes.set_title(title, loc="left")
+    grid[-1].set_xlabel("tenth of the tokens, by the teacher's entropy")
     names = [label(result.model) for result in results]
-    figure.legend(grid[0].get_lines(), names, loc="outside lower left", ncols=len(panels))
+    figure.legend(grid[0].get_lines(), names, loc="outside lower left", ncols=2 if width == WIDE else 1)
     return figure

@@ -3,12 +3,13 @@
 The page needs no network and no script, and forbids itself both: the text in a run's folder can be anybody's.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from megadistill import __version__
 from megadistill.errors import UserError
@@ -22,7 +23,7 @@ from megadistill.report.event_plot import TROUBLE, events_figure, goodput_figure
 from megadistill.report.run_record import RunRecord, read_runs
 from megadistill.report.smoothing import SMOOTHED_SHARE
 from megadistill.report.summary import LAST_STEPS, event_counts, events_table, summary_table
-from megadistill.report.tables import attempts_table, differing_keys, recipe_table, versions_table
+from megadistill.report.tables import NOTHING, attempts_table, differing_keys, recipe_table, versions_table
 from megadistill.report.wall_clock import clock_of, goodput_of, utc
 
 PAGE = "report.html"
@@ -78,6 +79,7 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         runs=runs,
         colours=list(zip(PALETTE, PALETTE_DARK, strict=True)),
         palette=len(PALETTE),
+        nothing=NOTHING,
         strokes=[" ".join(map(str, dash[1])) if isinstance(dash, tuple) else "" for dash in DASHES],
         summary=summary_table(runs, clocks, goodputs, now=now),
         notes=[(run.name, note) for run in runs for note in run.notes] + unread,
@@ -133,4 +135,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup  # our own figures alone, whose text is escaped
+    environment.filters["breakable"] = _breakable
+    environment.filters["printable"] = printable
     return environment
+
+
+def _breakable(line: str) -> Markup:
+    """Text that a browser breaks between the words of a path, a key or a name, and not within one."""
+    return Markup(re.sub(r"(?<=\w)([./_=])(?=[^\W\d]{2})", r"\1<wbr>", str(escape(line))))

@@ -8,7 +8,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
 from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines
 from megadistill.io import read_json
+from megadistill.paths import wrong_path
 from megadistill.redaction import printable
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -113,10 +114,15 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Names of at most `MAX_NAME` characters; of longer ones, the part in which they differ and what is around it."""
-    first, last = len(commonprefix(names)), len(commonprefix([name[::-1] for name in names]))
+    first, last = _alike(names), _alike([name[::-1] for name in names])
     if len(names) == 1:
         first, last = len(names[0]), 0
     return [_part(name, first, max(first, len(name) - last)) for name in names]
+
+
+def _alike(names: Sequence[str]) -> int:
+    """Number of characters with which all names begin."""
+    return sum(1 for _ in takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False)))
 
 
 def _part(name: str, begin: int, end: int) -> str:
@@ -131,9 +137,13 @@ def _part(name: str, begin: int, end: int) -> str:
 def read_run(folder: Path, name: str) -> RunRecord:
     """See `read_runs`."""
     if not folder.is_dir():
+        if reason := wrong_path(folder, "run"):
+            raise UserError(reason)
         raise UserError(f"{printable(str(folder))}: no such folder; name a run's folder (run.folder of its recipe)")
     logs = [folder / each for each in ("recipe.json", "metrics.jsonl", "events.jsonl")]
     if not any(path.is_file() for path in logs):
+        if reason := wrong_path(folder, "run"):
+            raise UserError(reason)
         raise UserError(f"{printable(str(folder))}: not a run folder (no recipe.json, metrics.jsonl or events.jsonl)")
     notes: list[str] = []
     recipe, versions = _recipe(folder / "recipe.json", notes)

@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from megadistill.events import EVENTS, Goodput
-from megadistill.plan.units import count, spell
+from megadistill.events import Goodput
+from megadistill.report.event_words import MEANINGS, sentences
 from megadistill.report.run_record import Floats, RunRecord
 from megadistill.report.tables import NOTHING, Table, digits, text
 from megadistill.report.wall_clock import Clock, state_of, utc
+from megadistill.units import count, readable, spell
 
 LAST_STEPS = 50
 """Number of steps whose mean is a run's last value."""
-
-ROUTINE = ("checkpoint_saved",)
-"""Events that are counted, and not listed."""
 
 SHAPE = ("model_type", "num_hidden_layers", "hidden_size")
 
@@ -42,7 +40,7 @@ def summary_table(
             digits(_median(run.series["mfu"]), ".1%"),
             digits(_part(run, "teacher_seconds"), ".1%"),
             digits(_part(run, "data_seconds"), ".1%"),
-            f"{np.nanmax(run.series['memory_bytes']) / 2**30:.3g} GiB" if run.has("memory_bytes") else NOTHING,
+            readable(np.nanmax(run.series["memory_bytes"]), "B") if run.has("memory_bytes") else NOTHING,
             spell(clock.wall) if clock.wall > 0 else NOTHING,
             f"{goodput.ratio:.1%}" if goodput.wall > 0 else NOTHING,
         ]
@@ -55,29 +53,23 @@ def event_counts(runs: Sequence[RunRecord]) -> Table:
     """Number of events of each kind, and its meaning."""
     counts = [Counter(event.kind for event in run.events) for run in runs]
     rows = [
-        [kind, *(f"{each[kind]:,}" for each in counts), meaning.replace("`", "")]
-        for kind, meaning in EVENTS.items()
+        [kind.replace("_", " "), *(f"{each[kind]:,}" if each[kind] else NOTHING for each in counts), meaning]
+        for kind, meaning in MEANINGS.items()
         if any(each[kind] for each in counts)
     ]
     return Table(["event", *(run.name for run in runs), "meaning"], rows)
 
 
 def events_table(runs: Sequence[RunRecord], *, limit: int) -> tuple[Table, int]:
-    """The last `limit` events of each run without the routine ones, and the number of older ones."""
+    """The last `limit` sentences on the events of each run, and the number of older ones."""
     rows, owners, older = [], [], 0
     for index, run in enumerate(runs):
-        events = [event for event in run.events if event.kind not in ROUTINE]
-        older += max(0, len(events) - limit)
-        for event in events[-limit:]:
-            rows.append(
-                [run.name, utc(event.time), str(event.attempt), event.kind, f"{event.step:,}", _details(event.values)]
-            )
+        described = sentences(run)
+        older += max(0, len(described) - limit)
+        for each in described[-limit:]:
+            rows.append([run.name, utc(each.event.time), each.text])
             owners.append(index)
-    return Table(["run", "time", "attempt", "event", "step", "details"], rows, owners), older
-
-
-def _details(values: Mapping[str, Any]) -> str:
-    return text("; ".join(f"{name} {text(value)}" for name, value in values.items() if name != "attempt_record"))
+    return Table(["run", "time", "event"], rows, owners), older
 
 
 def _objective(run: RunRecord) -> str:

@@ -1,12 +1,19 @@
 """The data and the teacher that the command tests share, made once by the commands themselves."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import pictures
+from megadistill.errors import UserError
 from tests.e2e.commands import TORCHRUN_2, in_process, settings, succeed, succeeded
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 TINY = settings(
     student__config__hidden_size=32,
@@ -74,3 +81,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     succeed(*TORCHRUN_2, *teacher, *settings(train__steps=6, train__checkpoint_every=6))
     succeeded(in_process("export", str(folder / "teacher"), "--output", str(made.teacher)))
     return made
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """A Chromium; without one the test is skipped, with what would bring it."""
+    try:
+        with pictures.browser() as started:
+            yield started
+    except UserError as error:
+        pytest.skip(str(error))

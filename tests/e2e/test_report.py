@@ -1,8 +1,6 @@
 """The report in a real browser, from a file, without a network: on a run of the trainer and on a troubled one."""
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +14,7 @@ from tests.unit.report.written_run import run_with_faults
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request, Route
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)
-
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser: `apt-get install chromium` brings one"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("playwright") is None, reason="no playwright: `pip install -e .[dev]` brings it"
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +31,6 @@ def written(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = folder / "report.html"
     assert done.out.strip() == str(page)
     return page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -85,7 +65,7 @@ def test_everything_is_to_be_seen(page: "Page") -> None:
     figures = page.locator("figure").all()
     assert len(figures) >= 14
     for figure in figures:
-        box = figure.locator("svg").bounding_box()
+        box = figure.locator(".wide svg").bounding_box()
         assert box is not None
         assert box["width"] > 300
         assert box["height"] > 100
@@ -96,7 +76,7 @@ def test_everything_is_to_be_seen(page: "Page") -> None:
 
 
 def test_a_run_can_be_hidden_without_a_script(page: "Page") -> None:
-    hidden, kept = page.locator("#loss .run-1"), page.locator("#loss .run-0")
+    hidden, kept = page.locator("#loss .wide .run-1"), page.locator("#loss .wide .run-0")
     assert hidden.count() > 0
     assert kept.count() > 0
     assert all(line.is_visible() for line in hidden.all())
@@ -109,7 +89,7 @@ def test_a_run_can_be_hidden_without_a_script(page: "Page") -> None:
 
 def test_lines_have_the_colours_of_their_runs_in_light_and_in_dark(page: "Page") -> None:
     colours = "element => getComputedStyle(element).stroke"
-    line = page.locator("#loss .run-1 path").first
+    line = page.locator("#loss .wide .run-1 path").first
     for scheme, stroke in (("light", "rgb(213, 94, 0)"), ("dark", "rgb(255, 133, 64)")):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         assert line.evaluate(colours) == stroke

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, read_evaluations
@@ -101,7 +102,7 @@ def test_the_page_says_what_happened(eventful: tuple[Path, str]) -> None:
     assert {"progress", "throughput", "waiting", "memory", "events", "goodput"} <= figures
     assert {"evaluation-1-calibration", "evaluation-1-deciles"} <= figures
     assert "mfu" not in figures, "nobody knows the peak of a CPU"
-    for part in ("40 of 40", "41k", "rank 1 is gone", "the loss left its window", "llama, 2 x 96", "teacher-hf"):
+    for part in ("40 of 40", "41k", "rank 1 is gone", "the loss left the range", "llama, 2 x 96", "teacher-hf"):
         assert part in words, part
     assert "step skipped, loss spike, rollback, attempt failed" in words
     assert "evaluation-old.json: no evaluations of this version" in words
@@ -155,10 +156,13 @@ def test_anybodys_words_are_words(tmp_path: Path) -> None:
 
 
 def test_a_name_in_a_figures_legend_is_a_name() -> None:
-    with style():
-        figure, axes = new_figure()
+    def figure_of(width: float) -> Figure:
+        figure, axes = new_figure(width)
         axes.plot([1, 2])
-        drawing = draw(figure, "name", HOSTILE, "", runs=[HOSTILE, "_hidden", "$\\frac$"])
+        return figure
+
+    with style():
+        drawing = draw(figure_of, "name", HOSTILE, "", runs=[HOSTILE, "_hidden", "$\\frac$"])
     assert drawing.png.startswith(b"\x89PNG")
     assert "<script" not in drawing.svg
 

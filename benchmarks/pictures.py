@@ -1,0 +1,76 @@
+"""The pictures of docs/images, taken again from what the commands make: `make pictures`, after `make smoke`."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from megadistill.errors import UserError
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+IMAGES = Path("docs/images")
+WIDTH, HEIGHT, SCALE = 1280, 1190, 1.5
+"""Size of the window whose content is the picture of a report, in CSS pixels, and pixels of the picture for each."""
+PHONE_WIDTH, PHONE_HEIGHT = 390, 1190
+COLOURS = 256
+
+
+def chromium() -> str | None:
+    """Path of a Chromium of this machine."""
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextmanager
+def browser() -> Iterator["Browser"]:
+    """A Chromium without a window.
+
+    Raises:
+        UserError: what is missing, and what brings it.
+    """
+    path = chromium()
+    if path is None:
+        raise UserError("no chromium on this machine: `apt-get install chromium` brings one")
+    if find_spec("playwright") is None:
+        raise UserError("no playwright: `pip install -e .[dev]` brings it")
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415  of the extra `dev`
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def photograph(page: Path, picture: Path, *, width: int, height: int) -> None:
+    """Writes the upper `height` pixels of a page as a PNG.
+
+    Raises:
+        UserError: there is no such page.
+    """
+    if not page.is_file():
+        raise UserError(f"{page} does not exist: `make smoke` writes it")
+    with browser() as started:
+        opened = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=SCALE)
+        opened.goto(page.resolve().as_uri())
+        opened.screenshot(path=picture)
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+
+
+def main(smoke: Path, images: Path = IMAGES) -> None:
+    """Writes the pictures of the smoke runs' report, on a screen and on a phone."""
+    photograph(smoke / "report.html", images / "report.png", width=WIDTH, height=HEIGHT)
+    photograph(smoke / "report.html", images / "report-phone.png", width=PHONE_WIDTH, height=PHONE_HEIGHT)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"pictures: {error}")

@@ -1,0 +1,233 @@
+"""Events of a run in words: one sentence each, checkpoints and skipped steps in a row together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from megadistill.events import EVENTS
+from megadistill.report.run_record import Event, Floats, RunRecord, number
+from megadistill.report.tables import text
+from megadistill.units import readable, short, spell
+
+MEANINGS = {
+    "attempt_started": "the command was started",
+    "resumed": "training began, or continued from a checkpoint",
+    "branched": "the run began from a checkpoint of another run",
+    "recipe_changed": "the run continued with another recipe, which leaves the steps before as they are",
+    "checkpoint_saved": "weights, optimizer and position were written; a later start continues from there",
+    "checkpoint_failed": "a checkpoint could not be written; the run continued",
+    "checkpoint_quarantined": "a checkpoint could not be used and was renamed; an older one was taken",
+    "step_skipped": "a loss or gradient was not finite; the weights were left as they were",
+    "loss_spike": "the loss left the range of the steps before it",
+    "student_diverged": "the cross-entropy stayed far above that of the first step: the learning rate is too high",
+    "rollback": "the run went back to an earlier checkpoint, and leaves out the data in between",
+    "teacher_drift": "the teacher's cross-entropy left the range of the steps before it",
+    "teacher_above_uniform": "the teacher predicted the first tokens worse than a uniform guess over all ids",
+    "samples_masked": "corrupt sequences were left out of the loss",
+    "straggler": "a rank is slower than the others",
+    "stop_requested": "a signal or the time limit asked the run to stop",
+    "stopped": "the run stopped as asked, with a checkpoint",
+    "attempt_failed": "an attempt ended by a fault",
+    "completed": "the last step was taken and saved",
+}
+"""Meaning of each of `EVENTS`, for a reader of the page."""
+
+assert MEANINGS.keys() == EVENTS.keys()
+
+MAX_LISTED = 8
+"""Maximum numbers of a list in a sentence."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One event, or several of a kind in a row, as a sentence."""
+
+    event: Event
+    """The first of them."""
+    text: str
+
+
+def sentences(run: RunRecord) -> list[Sentence]:
+    """Sentences for the events of a run, in the order of their times."""
+    times = run.series["time"]
+    ends = np.sort(times[np.isfinite(times)])
+    described: list[Sentence] = []
+    before: Event | None = None
+    earlier, signs = 0.0, 0.0  # time of the last event of earlier attempts, and of all
+    for _, group in groupby(run.events, key=_group):
+        together = list(group)
+        if before is None or together[0].attempt != before.attempt:
+            earlier = signs
+        pause = _pause(together[0], ends, earlier)
+        described.append(Sentence(together[0], _sentence(together, before, pause)))
+        before = together[-1]
+        signs = before.time
+    return described
+
+
+def _pause(event: Event, ends: Floats, earlier: float) -> float:
+    """Seconds between the last step or event of earlier attempts, at `earlier` at least, and this one's start."""
+    if event.kind != "resumed":
+        return 0.0
+    began = event.time - event.seconds("startup_seconds")
+    steps = int(np.searchsorted(ends, began))
+    last = max(earlier, float(ends[steps - 1]) if steps else 0.0)
+    return began - last if last > 0 else 0.0
+
+
+def _group(event: Event) -> tuple[Any, ...]:
+    """Equal for events of one sentence."""
+    if event.kind == "checkpoint_saved":
+        return (event.kind, event.attempt)
+    if event.kind == "step_skipped":
+        return (event.kind, event.attempt, text(event.values.get("reason")))
+    return (id(event),)
+
+
+def _sentence(events: Sequence[Event], before: Event | None, pause: float) -> str:
+    event = events[0]
+    if event.kind == "checkpoint_saved":
+        return _saved(events)
+    if event.kind == "step_skipped":
+        steps = [f"{each.step:,}" for each in events]
+        return f"{'steps' if len(steps) > 1 else 'step'} {_listed(steps)} skipped{_because(event)}"
+    if event.kind == "resumed":
+        return _resumed(event, before, pause)
+    return _ONE[event.kind](event)
+
+
+def _saved(events: Sequence[Event]) -> str:
+    size = max(number(event.values.get("bytes")) for event in events)
+    waited = sum(event.seconds("stall_seconds") for event in events)
+    written = max(event.seconds("write_seconds") for event in events)
+    costs = [f"{readable(size, 'B')} a rank"] if size > 0 else []
+    costs += [f"{spell(written)} to write"] if written else []
+    costs += [f"training waited {spell(waited)}"] if waited else []
+    several = len(events) > 1
+    where = f"{len(events):,} checkpoints, steps {events[0].step:,} to {events[-1].step:,}"
+    return _with(where if several else f"checkpoint at step {events[0].step:,}", costs)
+
+
+def _resumed(event: Event, before: Event | None, pause: float) -> str:
+    startup, lost = event.seconds("startup_seconds"), number(event.values.get("lost_steps"))
+    costs = [f"{spell(startup)} to start"] if startup else []
+    costs += [f"{int(lost):,} {'step' if lost == 1 else 'steps'} to take again"] if lost > 0 else []
+    if before is not None and before.kind == "rollback":
+        return _with(f"continued from step {event.step:,} after the rollback", costs)
+    what = f"resumed from step {event.step:,}" if event.step else "training began"
+    return _with(what + (f" after a pause of {spell(pause)}" if pause >= 1 else ""), costs)
+
+
+def _with(what: str, costs: Sequence[str]) -> str:
+    return f"{what} ({', '.join(costs)})" if costs else what
+
+
+def _because(event: Event) -> str:
+    reason = event.values.get("reason")
+    return f": {text(reason)}" if reason else ""
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - MAX_LISTED
+    return ", ".join(items[:MAX_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _started(event: Event) -> str:
+    ranks = number(event.values.get("world_size"))
+    count = f" on {int(ranks):,} {'process' if ranks == 1 else 'processes'}" if ranks >= 1 else ""
+    return f"attempt {event.attempt:,} started{count}"
+
+
+def _quarantined(event: Event) -> str:
+    path = event.values.get("path")
+    where = f" as {text(path)}" if path else ""
+    return f"checkpoint of step {event.step:,} quarantined{where}{_because(event)}"
+
+
+def _left_its_window(what: str, name: str) -> Callable[[Event], str]:
+    def sentence(event: Event) -> str:
+        value, usual, score = (number(event.values.get(key)) for key in (name, "median", "zscore"))
+        known = value == value and usual == usual
+        numbers = f": {short(value)}, where the steps before had {short(usual)}" if known else ""
+        deviations = f" ({score:,.0f} standard deviations)" if score == score else ""
+        slots = _slots(event.values.get("slots"), inclusive=True)
+        return f"{what} at step {event.step:,}{numbers}{deviations}" + (f"; {slots}" if slots else "")
+
+    return sentence
+
+
+def _diverged(event: Event) -> str:
+    value, first = (number(event.values.get(key)) for key in ("student_ce", "first_ce"))
+    known = value == value and first == first
+    numbers = f": cross-entropy {short(value)}, {short(first)} at the first step" if known else ""
+    return f"the student diverged at step {event.step:,}{numbers}"
+
+
+def _rollback(event: Event) -> str:
+    to_step = number(event.values.get("to_step"))
+    target = f" to step {int(to_step):,}" if to_step >= 0 else ""
+    slots = _slots(event.values.get("skipped_slots"), inclusive=False)
+    return f"rolled back from step {event.step:,}{target}" + (f"; {slots} are left out from now on" if slots else "")
+
+
+def _slots(bounds: Any, *, inclusive: bool) -> str:
+    if not isinstance(bounds, list) or len(bounds) != 2 or not all(number(each) >= 0 for each in bounds):
+        return ""
+    first, last = int(bounds[0]), int(bounds[1]) - (not inclusive)
+    return f"slots {first:,} to {last:,}"
+
+
+def _masked(event: Event) -> str:
+    slots = event.values.get("slots")
+    known = [f"{int(each):,}" for each in slots if number(each) >= 0] if isinstance(slots, list) else []
+    if len(known) == 1:
+        return f"1 corrupt sample masked at step {event.step:,}: slot {known[0]}"
+    which = f": slots {_listed(known)}" if known else ""
+    return f"{len(known):,} corrupt samples masked at step {event.step:,}{which}"
+
+
+def _recipe_changed(event: Event) -> str:
+    changes = event.values.get("changes")
+    pairs = changes.items() if isinstance(changes, dict) else ()
+    keys = [
+        f"{text(key)} {text(pair[0])} -> {text(pair[1])}"
+        for key, pair in pairs
+        if isinstance(pair, list) and len(pair) == 2
+    ]
+    return f"recipe changed at step {event.step:,}" + (f": {_listed(keys)}" if keys else "")
+
+
+def _failed(event: Event) -> str:
+    rank, code = (number(event.values.get(name)) for name in ("rank", "exit_code"))
+    where = f" on rank {int(rank):,}" if rank >= 0 else ""
+    return f"attempt {event.attempt:,} failed at step {event.step:,}{where}{_because(event)}" + (
+        f" (exit code {int(code)})" if code == code else ""
+    )
+
+
+_ONE: Mapping[str, Callable[[Event], str]] = {
+    "attempt_started": _started,
+    "branched": lambda event: f"began from step {event.step:,} of {text(event.values.get('run'))}",
+    "recipe_changed": _recipe_changed,
+    "checkpoint_failed": lambda event: f"checkpoint at step {event.step:,} not written{_because(event)}",
+    "checkpoint_quarantined": _quarantined,
+    "loss_spike": _left_its_window("loss spike", "loss"),
+    "student_diverged": _diverged,
+    "rollback": _rollback,
+    "teacher_drift": _left_its_window("teacher's cross-entropy", "teacher_ce"),
+    "teacher_above_uniform": lambda event: (
+        f"the teacher's cross-entropy at step {event.step:,} is {number(event.values.get('teacher_ce')):.2f} nats, a "
+        f"uniform guess has {number(event.values.get('uniform_ce')):.2f}: it does not know this text"
+    ),
+    "samples_masked": _masked,
+    "straggler": lambda event: (
+        f"slow rank at step {event.step:,}: {text(event.values.get('message')).removeprefix('straggler: ')}"
+    ),
+    "stop_requested": lambda event: f"stop requested at step {event.step:,}{_because(event)}",
+    "stopped": lambda event: f"stopped after step {event.step:,}{_because(event)}",
+    "attempt_failed": _failed,
+    "completed": lambda event: f"completed at step {event.step:,}",
+}
