@@ -52,11 +52,6 @@ def load_for_sampling(folder: Path, manifest: Manifest | None) -> Tokenizer:
     Raises:
         UserError: a run folder, no model, a model without a tokenizer, or one that does not fit the split.
     """
-    if (folder / "recipe.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is a run folder: write its student as a Hugging Face folder first, with "
-            f"`megadistill export {folder} --output DIR`, and sample from that"
-        )
     config = load_config(folder, what=str(folder))
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:

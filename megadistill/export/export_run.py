@@ -12,6 +12,7 @@ from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
+from megadistill.paths import wrong_path
 from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
@@ -80,6 +81,8 @@ def _find_checkpoint(source: Path, step: int | None) -> tuple[Path | None, Check
     if (source / "recipe.json").is_file():
         return source, _checkpoint_of(source, step)
     if not (source / "manifest.json").is_file():
+        if reason := wrong_path(source, "run"):
+            raise UserError(reason)
         raise UserError(
             f"{source}: not a run folder (no recipe.json) or a checkpoint (no manifest.json). Name a run folder, or "
             "one of its checkpoints/step-…"

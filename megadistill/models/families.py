@@ -25,6 +25,7 @@ from transformers import (
 from megadistill.errors import UserError, nearest
 from megadistill.io import read_given_json
 from megadistill.models.experts import ExpertNames
+from megadistill.paths import not_model
 from megadistill.types import LogitTransform
 
 ModelConfig: TypeAlias = PretrainedConfig
@@ -81,6 +82,8 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         UserError: another family, an unknown key, sizes that do not fit together, quantised weights.
     """
     if isinstance(source, Path):
+        if not (source / "config.json").is_file():
+            raise UserError(not_model(source, what))
         way_out = "name a Hugging Face model folder"
         keys: dict[str, Any] = read_given_json(source / "config.json", dict, what=what, way_out=way_out)
     else:

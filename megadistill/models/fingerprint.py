@@ -9,6 +9,7 @@ import torch
 
 from megadistill.errors import UserError
 from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.paths import not_model
 
 SAMPLED_ROWS: Final = 4
 """Rows of each tensor that are hashed."""
@@ -26,9 +27,9 @@ def teacher_fingerprint(folder: Path) -> str:
     try:
         digest = hashlib.sha256((folder / "config.json").read_bytes())
     except OSError as error:
-        raise UserError(
-            f"{folder / 'config.json'} cannot be read ({error.strerror}): name a Hugging Face model folder"
-        ) from None
+        if not (folder / "config.json").is_file():
+            raise UserError(not_model(folder, str(folder))) from None
+        raise UserError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
     weights = SafetensorsFolder(folder)
     for name in weights.names:
         shape = list(weights.shape(name))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadistill.errors import UserError, nearest
+from megadistill.paths import wrong_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,7 +43,10 @@ class SafetensorsFolder:
                 "them once, with transformers' from_pretrained and save_pretrained, where you trust them"
             )
         else:
-            raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; name a Hugging Face model folder")
+            raise UserError(
+                wrong_path(folder, "model")
+                or f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; name a Hugging Face model folder"
+            )
 
     @property
     def names(self) -> list[str]:

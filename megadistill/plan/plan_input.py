@@ -10,6 +10,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
+from megadistill.paths import not_model
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
 
@@ -96,7 +97,7 @@ def _teacher(recipe: Recipe, folder: Path | None) -> Any | None:
     assert section.path is not None
     if not (Path(section.path) / "config.json").exists():
         raise UserError(
-            f"teacher.path: {section.path} has no config.json (paths are relative to {Path.cwd()}); to plan without "
-            "the weights, name a folder that has one: --teacher-config DIR"
+            f"{not_model(section.path, 'teacher.path')}; to plan without the weights, name a folder with a "
+            "config.json: --teacher-config DIR"
         )
     return load_config(Path(section.path), what="teacher.path")

@@ -16,6 +16,7 @@ from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
+from megadistill.paths import wrong_path
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
 
@@ -122,6 +123,8 @@ def find_manifests(location: Path | str) -> list[str]:
         return [text]
     manifests = sorted(str(path) for path in Path(location).rglob(MANIFEST))
     if not manifests:
+        if reason := wrong_path(location, "manifest"):
+            raise UserError(reason)
         raise UserError(f"{location} holds no {MANIFEST}: give the folder of a data set, or tokenize a text first")
     return manifests
 

@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass
 
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.storage.open import folder_of
+from megadistill.errors import UserError
+from megadistill.paths import wrong_path
 from megadistill.redaction import redact_url
 
 FORMAT_VERSION: Final = 3
@@ -168,6 +170,10 @@ class Manifest(HashedRecord):
         Raises:
             UserError: there is none, it was changed by hand, or it has another format version; one line.
         """
+        if "://" not in str(location) and not Path(location).is_file():
+            reason = wrong_path(location, "manifest")
+            if reason is not None:
+                raise UserError(reason)
         parent, _, name = str(location).rpartition("/")
         folder = folder_of(parent or ("/" if str(location).startswith("/") else "."))
         return cls._read(folder, name, redact_url(location))

@@ -8,6 +8,7 @@ from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceT
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, tokenizer_files
 from megadistill.errors import UserError
+from megadistill.paths import wrong_path
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 """Text to ids and back. `vocab_size` is the highest id, plus one; `bos` and `eos` are the ids before and after each
@@ -29,9 +30,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         file = next((path / name for name in (TOKENIZER_FILE, MODEL_FILE) if (path / name).is_file()), path)
         if file == path:
-            raise UserError(f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer")
+            raise UserError(
+                wrong_path(path, "tokenizer")
+                or f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer"
+            )
         if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_from_model(path):
             file = path / MODEL_FILE
+    elif reason := wrong_path(path, "tokenizer"):
+        raise UserError(reason)
     return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
 
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.json").write_text("{}")
-    with pytest.raises(UserError, match=r"run is a run folder: .*megadistill export .*run --output DIR"):
+    with pytest.raises(UserError, match=r"run is a run folder: .*megadistill export .*run --output models/run"):
         load_for_sampling(run, None)
     without = shutil.copytree(model, tmp_path / "without")
     (without / "tokenizer.json").unlink()
