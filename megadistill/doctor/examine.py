@@ -115,7 +115,9 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
         own.facts["needs"] = _needs(setup, launch)
-        own.facts["kept_checkpoints"] = kept_checkpoints(setup.recipe)
+        own.facts["kept_checkpoints"] = kept_checkpoints(
+            setup.recipe, first_step=0 if setup.parent is None else setup.parent.checkpoint.manifest.step
+        )
         own.facts["checkpoint"] = (
             state_bytes(setup.recipe.train.optimizer) * parameter_counts(setup.student_config).total
         )

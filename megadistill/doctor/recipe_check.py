@@ -25,6 +25,7 @@ from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
+from megadistill.train.setup.parent import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
@@ -55,6 +56,8 @@ def check_recipe(
     if recipe.student.weights is not None and data is not None:
         folder = Path(recipe.student.weights)
         content["student"] = own.check("student's weights", lambda: _start(recipe, folder, data))
+    if recipe.run.begin_from is not None and data is not None:
+        content["parent"] = own.check("parent", lambda: _parent(recipe, data, launch))
     if recipe.teacher is not None and recipe.teacher.path is not None:
         path_of_teacher = Path(recipe.teacher.path)
         own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
@@ -149,9 +152,21 @@ def _student_config(recipe: Recipe, data: Mixture | None) -> Any:
 def _start(recipe: Recipe, weights: Path, data: Mixture) -> tuple[str | None, str]:
     if has_saved(Path(recipe.run.folder)):
         return None, f"{weights}: not read, the run resumes from a checkpoint"
+    if recipe.run.begin_from is not None:
+        return None, f"{weights}: not read, the run begins from run.begin_from"
     check_start(weights, _student_config(recipe, data), data)
     fingerprint = teacher_fingerprint(weights)[:12]
     return fingerprint, f"every tensor is there in its shape, of the student's model; fingerprint {fingerprint}"
+
+
+def _parent(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[str | None, str]:
+    parent = find_parent(recipe)
+    if parent is None:
+        return None, "run.begin_from: not read, the run resumes from a checkpoint of its own"
+    check_parent(parent, recipe, _student_config(recipe, data), data, rank=launch.rank, world=launch.world)
+    manifest = parent.checkpoint.manifest
+    detail = f"{parent}: step {manifest.step:,}, of this student and this data; every file has its size"
+    return manifest.sha256[:12], f"{detail}, the start compares the sha256"
 
 
 def _fingerprint(folder: Path) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from megadistill.models.partition import balanced_sizes
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
+from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout
 from megadistill.plan.throughput import MfuAssumption, StepTimes
 
@@ -54,13 +55,18 @@ class Estimate:
     def fits(self) -> bool:
         return self.margin >= 0
 
+    @property
+    def latency_bound(self) -> bool:
+        """Whether launches and latencies take longer than the arithmetic and bytes that are counted."""
+        return micro_step_latency(self.sharding) > self.times.micro_step
+
     @cached_property
     def seconds(self) -> float:
-        return self.times.seconds(self.sharding.recipe.train.steps)
+        return self.times.seconds(self.sharding.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        return self.requirements.tokens / self.sharding.recipe.train.steps / self.times.step
+        return self.requirements.tokens / self.sharding.steps / self.times.step
 
     @property
     def gpu_hours(self) -> float:

@@ -1,5 +1,6 @@
 """Inputs of a plan: a recipe, its models' configs and its data's sizes, also where data and weights are elsewhere."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.paths import not_model
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
+from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
 
 
@@ -62,11 +64,26 @@ def read_plan_input(
             raise UserError(f"{name}: max_position_embeddings is {config.max_position_embeddings}, below {length}")
     return PlanInput(
         recipe=recipe,
-        stats=measure_models(student, teacher, sequence_length=length),
+        stats=measure_models(student, teacher, sequence_length=length, first_step=_first_step(recipe)),
         vocab_size=vocab_size,
         deepspeed_config=load_deepspeed_config(deepspeed_path(recipe.student.deepspeed, on_gpus=True)),
         without_data=data is None,
     )
+
+
+def _first_step(recipe: Recipe) -> int:
+    """The step of `run.begin_from` by its name: the checkpoint may be elsewhere."""
+    if recipe.run.begin_from is None:
+        return 0
+    path = Path(recipe.run.begin_from)
+    names = [path.resolve().name, *(each.name for each in (path / "checkpoints").glob("step-*"))]
+    step = max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{8,})", name))), default=0)
+    if step >= recipe.train.steps:
+        raise UserError(
+            f"run.begin_from: {printable(str(path))} is at step {step}, train.steps is {recipe.train.steps}: steps "
+            f"count from the beginning of the first run, so set train.steps to more than {step}"
+        )
+    return step
 
 
 def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:

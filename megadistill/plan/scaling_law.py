@@ -88,7 +88,7 @@ def forecast(
         teacher_loss = supervised_loss(teacher.parameters.body, teacher_tokens)
     if teacher_loss is None:
         return None
-    parameters, tokens = student.parameters.body, requirements.tokens
+    parameters, tokens = student.parameters.body, requirements.earlier_tokens + requirements.tokens
     labels_tokens = tokens * requirements.flops_per_token // student.flops
     distilled = distilled_loss(parameters, tokens, teacher=teacher_loss)
     return Expectation(

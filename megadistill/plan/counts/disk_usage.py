@@ -21,13 +21,16 @@ DISTINCT_OF_50 = 12
 """Different ids in 50 draws from a language model's distribution (arXiv:2503.16870)."""
 
 
-def kept_checkpoints(recipe: Recipe) -> int:
-    """Checkpoints on the disk after the last step: the latest, and those that `checkpoint.keep_every` keeps."""
+def kept_checkpoints(recipe: Recipe, *, first_step: int) -> int:
+    """Checkpoints on the disk after the last step: the latest, and those that `checkpoint.keep_every` keeps.
+
+    `first_step`: step of the checkpoint from which the run begins; 0: it starts.
+    """
     steps, every, keep_every = recipe.train.steps, recipe.train.checkpoint_every, recipe.checkpoint.keep_every
-    last = sorted({steps, *range(every, steps + 1, every)[-recipe.checkpoint.keep_last :]})
-    last = last[-recipe.checkpoint.keep_last :]
-    milestones = (last[0] - 1) // math.lcm(every, keep_every) if keep_every else 0
-    return len(last) + milestones
+    saved = range(first_step - first_step % every + every, steps + 1, every)
+    last = sorted({steps, *saved[-recipe.checkpoint.keep_last :]})[-recipe.checkpoint.keep_last :]
+    milestone = math.lcm(every, keep_every or every)
+    return len(last) + ((last[0] - 1) // milestone - first_step // milestone if keep_every else 0)
 
 
 def checkpoint_bytes(run: Sharding) -> int:

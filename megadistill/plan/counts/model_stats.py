@@ -101,18 +101,21 @@ class RecipeStats:
     student: ModelStats
     teacher: ModelStats | None
     """None where no teacher is in memory: a run from labels, or from stored targets."""
+    first_step: int = 0
+    """Step of the checkpoint from which the run begins (`run.begin_from`)."""
 
     @property
     def sequence_length(self) -> int:
         return self.student.sequence_length
 
 
-def measure_models(student: Any, teacher: Any | None, *, sequence_length: int) -> RecipeStats:
+def measure_models(student: Any, teacher: Any | None, *, sequence_length: int, first_step: int = 0) -> RecipeStats:
     """`student` and `teacher` are Hugging Face configs of supported families; the student's vocabulary is the data's.
 
     Takes about a second for each model; no weights are allocated.
     """
-    return RecipeStats(_stats(student, sequence_length), None if teacher is None else _stats(teacher, sequence_length))
+    teacher_stats = None if teacher is None else _stats(teacher, sequence_length)
+    return RecipeStats(_stats(student, sequence_length), teacher_stats, first_step)
 
 
 def _stats(config: Any, sequence_length: int) -> ModelStats:

@@ -50,7 +50,9 @@ class Requirements:
     """Requirements of a sharded recipe."""
 
     tokens: int
-    """Tokens of the whole run."""
+    """Tokens that the run reads."""
+    earlier_tokens: int
+    """Tokens, by this recipe's batch, of the steps before `run.begin_from`."""
     models: tuple[ModelRequirements, ...]
     """The student, and the teacher where one is in memory."""
     phases: dict[str, Lines]
@@ -86,7 +88,8 @@ def count_requirements(run: Sharding) -> Requirements:
     """Raises UserError: the teacher has fewer layers than stages."""
     targets, S = run.recipe.loss.targets, run.stats.sequence_length
     return Requirements(
-        tokens=run.recipe.train.steps * run.recipe.train.global_batch * S,
+        tokens=run.steps * run.recipe.train.global_batch * S,
+        earlier_tokens=run.stats.first_step * run.recipe.train.global_batch * S,
         models=_models(run),
         phases=student_memory(run),
         host=host_memory(run),

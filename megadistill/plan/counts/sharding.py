@@ -68,6 +68,11 @@ class Sharding:
         assert self.recipe.teacher is not None
         return self.recipe.teacher
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the run takes itself: without those of the run that it begins from."""
+        return self.recipe.train.steps - self.stats.first_step
+
     @cached_property
     def accumulation(self) -> int:
         """Micro-steps of an optimizer step."""

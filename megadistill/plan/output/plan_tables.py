@@ -20,8 +20,6 @@ from megadistill.units import count, readable, spell
 BAR = 20
 SMALL = 0.005
 """Rows below this fraction are grouped as "smaller ones"."""
-SHORT = 0.005
-"""Seconds of a micro-step below which latency dominates."""
 TIGHT = 0.1
 """Fraction of free memory below which a fit is called tight, as an allocator never uses all of its memory."""
 
@@ -31,7 +29,7 @@ def render(plan: Plan, *, law: Expectation | None, price: float | None) -> Rende
     main = plan.main
     parts: list[RenderableType] = [summary_lines(plan, price=price)]
     if main is not None:
-        parts += [_models(main), *_memory(main), _time(main), _links(main)]
+        parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), _links(main)]
     if plan.best:
         parts.append(_layouts(plan, price=price))
     if main is not None:
@@ -50,18 +48,31 @@ def summary_lines(plan: Plan, *, price: float | None) -> Text:
             text.append(f"The rest describes the {'best' if plan.best else 'nearest'} layout that can:\n")
     if main is not None:
         text.append_text(_fit(main))
-        cost = f"{count(main.tokens_per_second)} tokens/s, {spell(main.seconds)}, {main.gpu_hours:,.0f} GPU-hours"
-        paid = "" if price is None else f" (at {price:g}: {main.gpu_hours * price:,.0f})"
-        text.append(f"{cost}{paid} for {count(main.requirements.tokens)} tokens\n", style="bold")
-    text.append(
-        f"assumed, not measured: the student's products run at {plan.mfu.student_mfu:.0%} of the peak of "
-        f"{cluster.accelerator.peak_tflops[plan.inputs.recipe.train.precision]:g} TFLOP/s, the teacher's at "
-        f"{plan.mfu.teacher_mfu:.0%}; links as sold",
-        style="dim",
-    )
-    if plan.inputs.without_data:
-        text.append("; the data was not read", style="dim")
+        text.append(_cost(plan, main, price=price), style="bold")
+    text.append("; ".join(_assumptions(plan)), style="dim")
+    text.rstrip()
     return text
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    if not plan.no_forecast:
+        yield (
+            f"assumed, not measured: the student's products run at {plan.mfu.student_mfu:.0%} of the peak of "
+            f"{plan.cluster.accelerator.peak_tflops[plan.inputs.recipe.train.precision]:g} TFLOP/s, the teacher's at "
+            f"{plan.mfu.teacher_mfu:.0%}; links as sold"
+        )
+    if plan.inputs.without_data:
+        yield "the data was not read"
+    if plan.inputs.stats.first_step:
+        yield f"counted are the steps after {plan.inputs.stats.first_step:,} (run.begin_from)"
+
+
+def _cost(plan: Plan, main: Estimate, *, price: float | None) -> str:
+    if plan.no_forecast:
+        return f"{plan.no_forecast}\n"
+    cost = f"{count(main.tokens_per_second)} tokens/s, {spell(main.seconds)}, {main.gpu_hours:,.0f} GPU-hours"
+    paid = "" if price is None else f" (at {price:g}: {main.gpu_hours * price:,.0f})"
+    return f"{cost}{paid} for {count(main.requirements.tokens)} tokens\n"
 
 
 def _fit(estimate: Estimate) -> Text:
@@ -168,8 +179,6 @@ def _time_notes(estimate: Estimate) -> str:
         notes.append(f"Stages are {even:.1%} even.")
     if times.replicas:
         notes.append(f"The teacher's ranks are busy {times.tick / times.micro_step:.0%} of the time.")
-    if times.micro_step < SHORT:
-        notes.append("Latency, which is not counted, dominates so short a micro-step: expect less.")
     return " ".join(notes)
 
 
@@ -184,22 +193,32 @@ def _links(estimate: Estimate) -> RenderableType:
 
 def _layouts(plan: Plan, *, price: float | None) -> RenderableType:
     """The best layouts, and the recipe's own among them."""
-    headings = ("", "GPUs", "stages", "vocab", "micro", "ckpt", "mem", "tok/s", "GPU-hours")
-    table = _table(*headings, "time" if price is None else "price", texts=(0, 1))
+    headings = ["", "GPUs", "stages", "vocab", "micro", "ckpt", "mem"]
+    if not plan.no_forecast:
+        headings += ["tok/s", "GPU-hours", "time" if price is None else "price"]
+    table = _table(*headings, texts=(0, 1))
     table.columns[0].no_wrap = True
     table.padding = (0, 0, 0, 1)
     rows = list(plan.best)
     if plan.own is not None and all(plan.own.layout != each.layout for each in rows):
         rows.append(plan.own)
-    notes = ["* the recipe's own. Of costs equal to three digits, the one with more memory left is first."]
+    order = "Of costs equal to three digits, the one with more memory left is first."
+    notes = ["* the recipe's own." + ("" if plan.no_forecast else f" {order}")]
     for number, each in enumerate(rows, 1):
         own = plan.own is not None and each.layout == plan.own.layout
-        paid = spell(each.seconds) if price is None else f"{each.gpu_hours * price:,.0f}"
-        cost = (count(each.tokens_per_second), f"{each.gpu_hours:,.0f}", paid)
+        cost = () if plan.no_forecast else _costs(each, price=price)
         share = f"{each.memory / each.cluster.accelerator.memory_bytes:.0%}"
         table.add_row(f"{number}{'*' if own else ''}", *_choices(each), share, *cost)
         notes.append(f"{number}: " + ("the recipe as it is" if own else _options(plan.settings(each))))
-    return _part(f"The best of {plan.searched} valid layouts", table, "\n".join(notes))
+    title = (
+        f"Some of {plan.searched} valid layouts" if plan.no_forecast else f"The best of {plan.searched} valid layouts"
+    )
+    return _part(title, table, "\n".join(notes))
+
+
+def _costs(estimate: Estimate, *, price: float | None) -> tuple[str, str, str]:
+    paid = spell(estimate.seconds) if price is None else f"{estimate.gpu_hours * price:,.0f}"
+    return count(estimate.tokens_per_second), f"{estimate.gpu_hours:,.0f}", paid
 
 
 def _choices(estimate: Estimate) -> tuple[str, ...]:
@@ -220,10 +239,11 @@ def _options(settings: list[str]) -> str:
 def _files(plan: Plan, main: Estimate) -> RenderableType:
     recipe, requirements = main.sharding.recipe, main.requirements
     every = recipe.train.checkpoint_every
-    checkpoints = kept_checkpoints(recipe)
+    checkpoints = kept_checkpoints(recipe, first_step=main.sharding.stats.first_step)
     size = requirements.checkpoint_bytes
     table = _table("", "a token", "together")
-    table.add_row(f"a checkpoint, every {every:,} steps: {spell(every * main.times.step)}", "", readable(size, "B"))
+    pace = "" if plan.no_forecast else f": {spell(every * main.times.step)}"
+    table.add_row(f"a checkpoint, every {every:,} steps{pace}", "", readable(size, "B"))
     table.add_row(f"{checkpoints:,} of them, at the end", "", readable(checkpoints * size, "B"))
     if len(requirements.models) > 1:
         for name, each in _teacher_outputs(plan, main).items():

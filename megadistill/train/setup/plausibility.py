@@ -21,7 +21,8 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
 
 def _missing_warmup(setup: Setup) -> str | None:
     section, usual = setup.recipe.train, default_warmup(setup.recipe.train.steps)
-    if section.schedule.warmup_steps or setup.recipe.student.weights is not None or not usual:
+    begins_with_weights = setup.recipe.student.weights is not None or setup.parent is not None
+    if section.schedule.warmup_steps or begins_with_weights or not usual:
         return None
     return (
         "train.schedule.warmup_steps is 0, and the student begins with random weights, which the first steps at the "
@@ -36,8 +37,8 @@ def _high_learning_rate(setup: Setup) -> str | None:
         return None
     return (
         f"train.optimizer.learning_rate is {rate:g}, and a step of AdamW changes a weight by about that much, more "
-        f"than the standard deviation {deviation:g} of the initial weights: 3e-4 (1B parameters) to 3e-3 (small ones) are "
-        "usual"
+        f"than the standard deviation {deviation:g} of the initial weights: 3e-4 (1B parameters) to 3e-3 (small "
+        "models) are usual"
     )
 
 

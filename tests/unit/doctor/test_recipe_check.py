@@ -11,7 +11,7 @@ from megadistill.doctor import recipe_check
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.errors import UserError
-from tests.unit.train.cases import described_data, described_teacher, recipe
+from tests.unit.train.cases import described_data, described_teacher, recipe, run_with_checkpoint
 
 ONE = Launch(0, 1, 0, 1)
 
@@ -96,3 +96,19 @@ def test_a_setting_that_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> No
     values["train"]["steps"] = 3
     own, _ = _checked(tmp_path, values)
     assert Status.WARN not in _statuses(own).values()
+
+
+def test_the_checkpoint_from_which_a_run_begins_is_looked_at(tmp_path: Path) -> None:
+    values = recipe(described_data(tmp_path / "data"), tmp_path / "run").snapshot()
+    start = run_with_checkpoint(tmp_path / "parent", tmp_path / "data" / "manifest.json", step=4)
+    values["run"]["begin_from"] = str(tmp_path / "parent")
+    own, runs = _checked(tmp_path, values)
+    (row,) = [each for each in own.results if each.check == "parent"]
+    assert runs
+    assert row.status is Status.OK
+    assert row.detail.startswith(f"{start}: step 4, of this student and this data; every file has its size")
+    values["train"]["steps"] = 4
+    own, runs = _checked(tmp_path, values)
+    assert not runs
+    assert _statuses(own)["parent"] is Status.FAIL
+    assert "setup" not in _statuses(own), "it is said once"

@@ -74,3 +74,20 @@ def test_what_is_wrong_is_refused(sections: dict[str, Any], options: dict[str, A
     given = {"sequence_length": 64, "teacher_config": teacher, **options}
     with pytest.raises(UserError, match=says):
         read_plan_input(_recipe(tmp_path, **sections), **given)
+
+
+def test_a_run_that_begins_from_another_is_planned_without_its_steps(tmp_path: Path) -> None:
+    """By the checkpoint's name alone, which may be elsewhere; of a run folder, by its newest."""
+    options: dict[str, Any] = {"sequence_length": 64, "teacher_config": _model(tmp_path / "elsewhere")}
+    steps = plan_input().recipe.train.steps
+
+    def first_step(begin_from: Path) -> int:
+        run = {**plan_input().recipe.run.model_dump(), "begin_from": str(begin_from)}
+        return read_plan_input(_recipe(tmp_path, run=run), **options).stats.first_step
+
+    assert first_step(Path("/elsewhere/run/checkpoints/step-00000003")) == 3
+    (tmp_path / "a" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "step-00000004").mkdir()
+    assert first_step(tmp_path / "a") == 4
+    with pytest.raises(UserError, match=f"is at step {steps}, train.steps is {steps}"):
+        first_step(Path(f"step-{steps:08d}"))

@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.config.recipe import CheckpointSection, Recipe
-from megadistill.data import Manifest
+from megadistill.data import Manifest, Mixture
 from megadistill.distributed.topology import Topology
+from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.models.families import FAMILIES, load_config, parameter_shapes
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.format import FORMAT, CheckpointManifest
 from megadistill.train.checkpoint.writer import Saver, require_saved
+from megadistill.train.setup.run_folder import write_description
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"
@@ -144,3 +146,25 @@ def save_checkpoint(
     path = require_saved(result).path
     assert path is not None
     return path
+
+
+def run_with_checkpoint(folder: Path, data: Path, *, step: int = 4, made: Recipe | None = None, **changes: Any) -> Path:
+    """A run folder with one more checkpoint, from which another run may begin; `changes`: of its manifest."""
+    made = recipe(data, folder) if made is None else made
+    order = Mixture.load(made.data).order(made.data.seed)
+    padded = padded_vocabulary(VOCAB, made.student.vocab_multiple)
+    shapes = parameter_shapes(load_config({**MODEL, "vocab_size": padded}, what="student.config"))
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "recipe": made.snapshot(),
+        "parameters": {name: tuple(shape) for name, shape in shapes.items()},
+        "cursor": {
+            "fingerprint": order.fingerprint,
+            "next_slot": 8 * step,
+            "masked_slots": [],
+            "skips": [],
+            "order": order.description,
+        },
+    }
+    write_description(folder, made.snapshot(), {})
+    return save_checkpoint(folder / "checkpoints", {"master/w": torch.zeros(3)}, step, **(values | changes))

@@ -87,13 +87,16 @@ def test_fifty_draws_are_expected_to_find_twelve_ids() -> None:
 
 @pytest.mark.parametrize("keep_last", [1, 3, 50])
 @pytest.mark.parametrize("keep_every", [0, 4, 6, None])
-@pytest.mark.parametrize(("steps", "every"), [(1, 4), (8, 4), (90, 1), (97, 2), (100, 7)])
+@pytest.mark.parametrize(
+    ("first_step", "steps", "every"),
+    [(0, 1, 4), (0, 8, 4), (0, 90, 1), (0, 97, 2), (0, 100, 7), (24, 90, 1), (25, 97, 2), (99, 100, 7)],
+)
 def test_the_checkpoints_of_a_complete_run_are_counted_as_the_saver_keeps_them(
-    steps: int, every: int, keep_every: int | None, keep_last: int
+    first_step: int, steps: int, every: int, keep_every: int | None, keep_last: int
 ) -> None:
     section = {"keep_last": keep_last, "keep_every": keep_every}
     run = recipe(Path("m.json"), Path("run"), train={"steps": steps, "checkpoint_every": every}, checkpoint=section)
     milestone = run.checkpoint.keep_every
-    saved = sorted({*range(every, steps + 1, every), steps})
+    saved = sorted({step for step in range(every, steps + 1, every) if step > first_step} | {steps})
     kept = {*saved[-keep_last:], *(step for step in saved if milestone and step % milestone == 0)}
-    assert kept_checkpoints(run) == len(kept)
+    assert kept_checkpoints(run, first_step=first_step) == len(kept)

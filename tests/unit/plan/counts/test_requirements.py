@@ -1,5 +1,6 @@
 """Requirements of a recipe, against numbers written out by hand. Memory and traffic have tests of their own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,19 @@ def test_a_tiny_student_from_labels() -> None:
     assert student.work == TokenFlops(3 * body, 3 * head, 3 * attention, recompute=0)
     assert required.flops_per_token == 3 * (body + head + attention)
     assert required.target_bytes is None
+
+
+def test_the_steps_of_the_run_that_it_begins_from_cost_nothing() -> None:
+    run = Sharding(
+        recipe(distill=False, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256),
+        replace(stats(), first_step=60),
+        vocab_size=250,
+        ranks=2,
+        ranks_per_node=2,
+        group_size=1,
+    )
+    required = count_requirements(run)
+    assert (required.tokens, required.earlier_tokens) == (40 * 8 * 32, 60 * 8 * 32)
 
 
 def test_llama_3_8b_distilled_on_64_ranks() -> None:

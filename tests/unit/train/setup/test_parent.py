@@ -5,46 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megadistill.config.recipe import Recipe
-from megadistill.data import Mixture
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
-from megadistill.models.families import load_config, parameter_shapes
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
 from megadistill.train.setup.parent import find_parent
 from megadistill.train.setup.run_folder import write_description
 from megadistill.train.setup.setup import Setup, prepare
-from tests.unit.train.cases import MODEL, VOCAB, described_data, recipe, save_checkpoint
-
-PADDED = 256
+from tests.unit.train.cases import MODEL, described_data, recipe, run_with_checkpoint
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     return described_data(tmp_path / "data")
-
-
-def _run(folder: Path, manifest: Path, *, step: int = 4, made: Recipe | None = None, **changes: Any) -> Path:
-    """A run folder with one checkpoint; `changes`: of its manifest."""
-    made = recipe(manifest, folder) if made is None else made
-    order = Mixture.load(made.data).order(made.data.seed)
-    shapes = parameter_shapes(load_config({**MODEL, "vocab_size": PADDED}, what="student.config"))
-    values: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "recipe": made.snapshot(),
-        "parameters": {name: tuple(shape) for name, shape in shapes.items()},
-        "cursor": {
-            "fingerprint": order.fingerprint,
-            "next_slot": 8 * step,
-            "masked_slots": [],
-            "skips": [],
-            "order": order.description,
-        },
-    }
-    write_description(folder, made.snapshot(), {})
-    return save_checkpoint(folder / "checkpoints", {"master/w": torch.zeros(3)}, step, **(values | changes))
 
 
 def _branch(manifest: Path, start: Path | str, folder: Path, **sections: Any) -> Recipe:
@@ -65,8 +39,8 @@ def _refused(made: Recipe) -> str:
 
 
 def test_a_checkpoint_and_the_newest_of_a_run_folder(manifest: Path, tmp_path: Path) -> None:
-    checkpoint = _run(tmp_path / "a", manifest, step=2)
-    _run(tmp_path / "a", manifest, step=4)
+    checkpoint = run_with_checkpoint(tmp_path / "a", manifest, step=2)
+    run_with_checkpoint(tmp_path / "a", manifest, step=4)
     first = _prepared(_branch(manifest, checkpoint, tmp_path / "b")).parent
     newest = _prepared(_branch(manifest, tmp_path / "a", tmp_path / "b")).parent
     assert first is not None
@@ -76,8 +50,8 @@ def test_a_checkpoint_and_the_newest_of_a_run_folder(manifest: Path, tmp_path: P
 
 
 def test_a_run_folder_whose_newest_manifest_is_damaged_gives_the_one_before(manifest: Path, tmp_path: Path) -> None:
-    _run(tmp_path / "a", manifest, step=2)
-    (_run(tmp_path / "a", manifest, step=4) / "manifest.json").write_text("{")
+    run_with_checkpoint(tmp_path / "a", manifest, step=2)
+    (run_with_checkpoint(tmp_path / "a", manifest, step=4) / "manifest.json").write_text("{")
     parent = _prepared(_branch(manifest, tmp_path / "a", tmp_path / "b")).parent
     assert parent is not None
     assert parent.checkpoint.manifest.step == 2
@@ -86,7 +60,7 @@ def test_a_run_folder_whose_newest_manifest_is_damaged_gives_the_one_before(mani
 def test_a_checkpoint_outside_of_its_run_is_one_too(manifest: Path, tmp_path: Path) -> None:
     moved = tmp_path / "copies" / "somewhere" / "it"
     moved.parent.mkdir(parents=True)
-    _run(tmp_path / "a", manifest).rename(moved)
+    run_with_checkpoint(tmp_path / "a", manifest).rename(moved)
     parent = _prepared(_branch(manifest, moved, tmp_path / "b")).parent
     assert parent is not None
     assert parent.run is None
@@ -94,7 +68,7 @@ def test_a_checkpoint_outside_of_its_run_is_one_too(manifest: Path, tmp_path: Pa
 
 
 def test_what_does_not_fit_is_refused_with_both_values_and_the_way_out(manifest: Path, tmp_path: Path) -> None:
-    start = _run(tmp_path / "a", manifest)
+    start = run_with_checkpoint(tmp_path / "a", manifest)
     new = tmp_path / "b"
 
     def refused(**sections: Any) -> str:
@@ -113,7 +87,9 @@ def test_what_does_not_fit_is_refused_with_both_values_and_the_way_out(manifest:
 
 def test_the_parameters_are_compared_where_no_config_is_at_hand(manifest: Path, tmp_path: Path) -> None:
     shapes = {"model.norm.weight": (32,), "extra": (2, 2)}
-    message = _refused(_branch(manifest, _run(tmp_path / "a", manifest, parameters=shapes), tmp_path / "b"))
+    message = _refused(
+        _branch(manifest, run_with_checkpoint(tmp_path / "a", manifest, parameters=shapes), tmp_path / "b")
+    )
     assert "extra is [2, 2] there, absent here" in message
     assert "model.norm.weight" not in message
     assert "more. Give the student the same values" in message
@@ -145,7 +121,7 @@ def test_a_folder_of_another_kind_is_refused(manifest: Path, tmp_path: Path, nam
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(manifest: Path, tmp_path: Path) -> None:
-    start = _run(tmp_path / "a", manifest)
+    start = run_with_checkpoint(tmp_path / "a", manifest)
     (file,) = start.glob("*.safetensors")
     content = file.read_bytes()
     file.write_bytes(content[:-1])
@@ -159,7 +135,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(manifest: Path, tmp_path: Path)
 
 
 def test_a_checkpoint_that_a_rollback_abandoned_is_none_to_begin_from(manifest: Path, tmp_path: Path) -> None:
-    older, newer = _run(tmp_path / "a", manifest, step=2), _run(tmp_path / "a", manifest, step=4)
+    older, newer = (
+        run_with_checkpoint(tmp_path / "a", manifest, step=2),
+        run_with_checkpoint(tmp_path / "a", manifest, step=4),
+    )
     record_rollbacks(tmp_path / "a", [Rollback(at_step=5, to_step=2, skipped_slots=(20, 30), reason="spike")])
     assert "a rollback of its run abandoned" in _refused(_branch(manifest, newer, tmp_path / "b"))
     parent = find_parent(_branch(manifest, tmp_path / "a", tmp_path / "b"))
@@ -170,16 +149,16 @@ def test_a_checkpoint_that_a_rollback_abandoned_is_none_to_begin_from(manifest: 
 
 def test_a_run_does_not_begin_from_itself(manifest: Path, tmp_path: Path) -> None:
     """The key would be ignored, since a run resumes from its newest checkpoint."""
-    start = _run(tmp_path / "a", manifest)
+    start = run_with_checkpoint(tmp_path / "a", manifest)
     for path in (start, tmp_path / "a", tmp_path / "b" / ".." / "a"):
         assert "is in run.folder itself" in _refused(_branch(manifest, path, tmp_path / "a"))
 
 
 def test_a_run_that_has_saved_is_not_begun_again(manifest: Path, tmp_path: Path) -> None:
     """Its own checkpoints count; another parent is another run, and the key may be removed."""
-    start, other = _run(tmp_path / "a", manifest), _run(tmp_path / "c", manifest)
+    start, other = run_with_checkpoint(tmp_path / "a", manifest), run_with_checkpoint(tmp_path / "c", manifest)
     begun = _branch(manifest, start, tmp_path / "b")
-    _run(tmp_path / "b", manifest, made=begun)
+    run_with_checkpoint(tmp_path / "b", manifest, made=begun)
     assert _prepared(begun).parent is None
     assert _prepared(recipe(manifest, tmp_path / "b")).parent is None
     assert "run.begin_from was" in _refused(_branch(manifest, other, tmp_path / "b"))
@@ -187,7 +166,7 @@ def test_a_run_that_has_saved_is_not_begun_again(manifest: Path, tmp_path: Path)
 
 
 def test_before_the_first_checkpoint_another_parent_may_be_named(manifest: Path, tmp_path: Path) -> None:
-    start, other = _run(tmp_path / "a", manifest), _run(tmp_path / "c", manifest)
+    start, other = run_with_checkpoint(tmp_path / "a", manifest), run_with_checkpoint(tmp_path / "c", manifest)
     write_description(tmp_path / "b", _branch(manifest, start, tmp_path / "b").snapshot(), {})
     parent = _prepared(_branch(manifest, other, tmp_path / "b")).parent
     assert parent is not None
@@ -196,6 +175,6 @@ def test_before_the_first_checkpoint_another_parent_may_be_named(manifest: Path,
 
 def test_the_weights_of_the_recipe_are_not_read(manifest: Path, tmp_path: Path) -> None:
     """A branch of a run that began from weights names them still, and they may be gone."""
-    start = _run(tmp_path / "a", manifest)
+    start = run_with_checkpoint(tmp_path / "a", manifest)
     made = _branch(manifest, start, tmp_path / "b", student={"weights": str(tmp_path / "gone")})
     assert _prepared(made).parent is not None
