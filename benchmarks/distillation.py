@@ -24,9 +24,10 @@ from benchmarks.jobs import Ended, Job, Pace, Step, run
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
 from megadistill.errors import RestartFault, UserError
+from megadistill.shipped import shipped_folder
 from megadistill.train.setup.run_folder import refuse_other_recipe
 
-RECIPES = Path("recipes/results")
+RECIPES = shipped_folder("recipes") / "results"
 FOLDER = Path("runs/results")
 SEEDS = (1, 2, 3)
 MEASURE_SECONDS = 25.0

@@ -7,7 +7,8 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
 # shellcheck source=slurm/env.sh.example
-. "${MEGADISTILL_ENV:-slurm/env.sh}" || exit 2
+. "${MEGADISTILL_ENV:-slurm/env.sh}" ||
+  { echo "no such file, or its last command failed: cp slurm/env.sh.example slurm/env.sh, and edit it" && exit 2; } >&2
 
 MAX_STARTS=3      # without progress; then HOLD
 CHECK_SECONDS=120 # time limit of a node's check; then the node is not used

@@ -12,9 +12,10 @@ from yaml import YAMLError
 from megadistill.config.mistakes import KeyPath, find_mistakes, flattened
 from megadistill.config.recipe import Recipe
 from megadistill.config.yaml_file import first_line, read_yaml
-from megadistill.errors import UserError, several
+from megadistill.errors import UserError, nearest_of, several
 from megadistill.io import read_json
 from megadistill.redaction import printable
+from megadistill.shipped import shipped_folder
 
 RENAMED = {
     "comm": "distributed",
@@ -171,7 +172,9 @@ def _read_with_parents(
         loaded, lines, mistakes = read_yaml(path)
     except (FileNotFoundError, NotADirectoryError):
         extended = f", which {seen[-1].name} extends" if seen else ""
-        raise UserError(f"no recipe {path}{extended} (paths are relative to {Path.cwd()})") from None
+        raise UserError(
+            f"no recipe {path}{extended} (paths are relative to {Path.cwd()}){_instead_of_missing(path)}"
+        ) from None
     except IsADirectoryError:
         raise UserError(_folder_for_recipe(path)) from None
     if not isinstance(loaded, DictConfig):
@@ -187,6 +190,14 @@ def _read_with_parents(
     merged = OmegaConf.merge(base, loaded)
     assert isinstance(merged, DictConfig)
     return merged, places_of_base | places, mistakes_of_base + mistakes
+
+
+def _instead_of_missing(path: Path) -> str:
+    """The rest of the message for a recipe that is not there: one beside it with a similar name, or how to get it."""
+    if similar := nearest_of(path.name, sorted(each.name for each in path.parent.glob("*.y*ml"))):
+        return f"; did you mean {path.parent / similar}?"
+    inside = path.parts[:1] == ("recipes",) and (shipped_folder("recipes") / Path(*path.parts[1:])).is_file()
+    return "; `megadistill init .` writes the recipes of the package here" if inside else ""
 
 
 def _folder_for_recipe(folder: Path) -> str:

@@ -17,7 +17,7 @@ FIRST_RECIPE = Path("recipes", "mine.yaml")
 """The first recipe in a folder that `write_starter_files` fills."""
 
 PRIVATE = (Path("slurm", "env.sh"),)
-"""What a user of a checkout has edited there: account, partition, paths."""
+"""Files that a user of a checkout edits there: account, partition, paths."""
 
 MAX_NAMED = 3
 """Files that a refusal names; the others it counts."""

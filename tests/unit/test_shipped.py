@@ -1,6 +1,8 @@
 """Files that come with the package, and the folder that `megadistill init` makes of them."""
 
+import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,34 @@ def test_the_command_prints_a_tree_and_the_next_commands(
     assert run_command(["init", "work/slurm/lib.sh" if at == "work" else "slurm/lib.sh"]) == 2
 
 
+def test_a_recipe_of_the_pages_that_is_not_here_is_refused_with_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no recipe recipes/smoke\.yaml .*`megadistill init \.` writes"):
+        load_recipe(Path("recipes/smoke.yaml"))
+    for other in ("recipes/other.yaml", "smoke.yaml", "recipes"):
+        with pytest.raises(UserError, match=r"no recipe .*[^`]$"):
+            load_recipe(Path(other))
+
+
+@pytest.mark.parametrize("script", sorted(shipped_folder("slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_a_job_that_was_submitted_elsewhere_ends_with_the_way_out(script: Path, tmp_path: Path) -> None:
+    """Slurm runs a copy of the script: it finds the others by the folder that it was submitted from."""
+    variables = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
+
+    def submitted() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", str(script)], env=variables, capture_output=True, text=True, timeout=60)
+
+    done = submitted()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"submit from the folder that has slurm/, not {tmp_path}" in done.stderr
+    write_starter_files(tmp_path)
+    done = submitted()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cp slurm/env.sh.example slurm/env.sh, and edit it" in done.stderr
+
+
 def test_every_recipe_loads_from_the_folder_and_finds_its_configs(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(work)
     paths = [path for path in sorted(Path("recipes").rglob("*.yaml")) if "base" not in path.stem]
@@ -112,7 +142,7 @@ def test_every_recipe_loads_from_the_folder_and_finds_its_configs(work: Path, mo
         load_config(Path(source) if isinstance(source, str) else source, what="student.config")
 
 
-def test_the_first_recipe_lacks_only_the_readers_files_and_is_told_how_to_get_them(
+def test_the_first_recipe_lacks_only_the_readers_files_and_names_the_commands(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(work)

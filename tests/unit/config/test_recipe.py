@@ -215,6 +215,8 @@ def test_a_schedule_of_the_weight_has_the_shapes_of_the_learning_rates(tmp_path:
 
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     assert "no recipe" in refused(tmp_path / "missing.yaml")
+    (tmp_path / "mine.yaml").touch()
+    assert f"did you mean {tmp_path / 'mine.yaml'}?" in refused(tmp_path / "min.yaml")
     assert "mapping" in refused(write(tmp_path, "- a\n- b\n"))
     assert "YAML" in refused(write(tmp_path, "a: [1\n"))
     with pytest.raises(UserError, match="4 mistakes\n  run: is required\n  data: is required"):
