@@ -45,6 +45,10 @@ def several(source: str, mistakes: Sequence[tuple[str, str]]) -> UserError:
     return UserError("\n".join([f"{source}: {len(mistakes)} mistakes", *lines]))
 
 
+class Superseded(OperatorFault):
+    """A later attempt has acquired the run folder: this one ends, and the run continues there."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     close = nearest_of(word, known)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megadistill.errors import OperatorFault, UserError
+from megadistill.errors import Superseded, UserError
 from megadistill.io import read_json
 from megadistill.redaction import command_line, names_a_secret, printable, without_secrets
 from megadistill.versions import versions
@@ -39,12 +39,12 @@ class Attempt:
         return not attempt_path(self.folder, self.number + 1).exists()
 
     def require_newest(self) -> None:
-        """Raises OperatorFault: a later attempt has acquired the folder."""
+        """Raises Superseded: a later attempt has acquired the folder."""
         if self.is_newest():
             return
         later = attempt_record(attempt_path(self.folder, self.number + 1))
         where = f" on {later.get('host')} at {later.get('time')}" if later else ""
-        raise OperatorFault(
+        raise Superseded(
             f"attempt {self.number} of {self.folder} ends: attempt {self.number + 1} has started{where}, and only the "
             "newest may write to the folder. Give two runs two folders (run.folder)"
         )

@@ -16,7 +16,7 @@ import torch
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.watchdog.parent import write_stderr
-from megadistill.errors import OperatorFault, RestartFault, UserError
+from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
@@ -205,10 +205,10 @@ class Recovery:
         return {**self._saver.flags(), FENCED: float(fenced)}
 
     def require_newest(self, reduced: Mapping[str, float]) -> None:
-        """Raises OperatorFault: a later attempt has acquired the folder; nothing of this step is written to it."""
+        """Raises Superseded: a later attempt has acquired the folder; nothing of this step is written to it."""
         if reduced[FENCED]:
             self.attempt.require_newest()
-            raise OperatorFault(f"attempt {self.attempt.number} of {self._folder} ends: a later one has started")
+            raise Superseded(f"attempt {self.attempt.number} of {self._folder} ends: a later one has started")
 
     def step_done(self, seconds: float) -> None:
         """Counts the time of a step as useful."""
