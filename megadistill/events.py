@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadistill.units import spell
+
 logger = logging.getLogger(__name__)
 
 EVENTS = {
@@ -198,8 +200,8 @@ class Goodput:
     def __str__(self) -> str:
         parts = ("startup", "saving", "repeated", "lost")
         shares = ", ".join(f"{name} {getattr(self, name) / (self.wall or 1.0):.1%}" for name in parts)
-        paused = f"; paused for {self.paused:,.0f} s, not counted" if self.paused > 0 else ""
-        return f"goodput {self.ratio:.1%} of {self.wall:,.0f} s ({shares}{paused})"
+        paused = f"; paused for {spell(self.paused)}, not counted" if self.paused > 0 else ""
+        return f"goodput {self.ratio:.1%} of {spell(self.wall)} ({shares}{paused})"
 
 
 def paused_seconds(events: Iterable[Mapping[str, Any]]) -> float:

@@ -4,11 +4,18 @@ import logging
 import sys
 from contextlib import suppress
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TextIO
 
 from megadistill.redaction import without_secrets
 
 PACKAGE = logging.getLogger("megadistill")
+INDENT = "    "
+FIELD = " | "
+"""Between the fields of a line of metrics."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
+ERASE_LINE = "\r\x1b[2K"
 
 
 def configure(rank: int) -> None:
@@ -16,7 +23,7 @@ def configure(rank: int) -> None:
     for former in PACKAGE.handlers[:]:
         PACKAGE.removeHandler(former)
         former.close()
-    handler = _TerminalHandler()
+    handler = _TerminalHandler(rank)
     handler.setFormatter(_Formatter(rank))
     PACKAGE.addHandler(handler)
     PACKAGE.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -39,6 +46,39 @@ class _Formatter(logging.Formatter):
         return without_secrets(super().format(record))
 
 
+class _TerminalFormatter(logging.Formatter):
+    """`19:30:00 MESSAGE`, with level and rank where they are not INFO and 0, without secrets.
+
+    A message that does not fit into a line goes on in the next one, indented, between two words or two `|`.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname} " if record.levelno != logging.INFO else ""
+        rank = f"rank {self._rank}: " if self._rank else ""
+        head, *rest = without_secrets(super().format(record)).split("\n")
+        time, _, message = head.partition(" ")
+        width = get_terminal_size().columns - 1  # a full line would wrap where a terminal leaves no room for the end
+        lines = _wrapped(f"{time} {level}{rank}{message}", width)
+        return "\n".join([*lines, *rest])
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` columns, where its words allow it. Lines after the first are indented.
+
+    Fields that ` | ` separates stay in one piece.
+    """
+    fields = [field.replace(" ", NO_BREAK) for field in text.split(FIELD)]
+    joined = text if len(fields) == 1 else f"{NO_BREAK}| ".join(fields)
+    lines = wrap(
+        joined, width, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines] or [""]
+
+
 class _QuietOnOsError(logging.StreamHandler[TextIO]):
     """A full disk or a closed terminal costs the line, and no traceback for each."""
 
@@ -48,12 +88,27 @@ class _QuietOnOsError(logging.StreamHandler[TextIO]):
 
 
 class _TerminalHandler(_QuietOnOsError):
-    """Looks up sys.stdout and sys.stderr for each line: a progress bar replaces them to keep itself below the lines."""
+    """Looks up sys.stdout and sys.stderr for each line: a progress bar replaces them to keep itself below the lines.
+
+    On a terminal lines are short, and fit its width; elsewhere (a file, a pipe) they are those of log.txt.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+        self._short = _TerminalFormatter(rank)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         with suppress(SystemExit):  # rich exits the process when its terminal is gone
             super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        terminal = getattr(self.stream, "rich_proxied_file", self.stream)  # below a progress bar
+        if not terminal.isatty():
+            return super().format(record)
+        # Rank 0's progress bar may be where the cursor is: another rank's line replaces it, until it is drawn again.
+        return f"{ERASE_LINE if self._rank else ''}{self._short.format(record)}"
 
 
 class _FileHandler(logging.FileHandler, _QuietOnOsError):

@@ -40,6 +40,7 @@ from megadistill.models.sampling import Sampling
 from megadistill.models.weights import check_weights
 from megadistill.progress import ShowProgress
 from megadistill.teacher.tokenizer_check import require_same_ids
+from megadistill.units import spell
 
 SHARD_SLOTS: Final = 1024
 MAX_TOKENIZER_BYTES: Final = 256 << 20
@@ -61,7 +62,7 @@ class GenerateReport:
     def table(self) -> Table:
         """A table for a terminal."""
         state = "finished" if self.finished else "the share of one job"
-        title = f"{self.output}: {state}, {self.seconds:.0f} s"
+        title = f"{self.output}: {state}, {spell(self.seconds)}"
         table = Table("", title=title, title_justify="left", show_header=False)
         table.add_column("", justify="right")
         for name, count in self.counts.items():

@@ -28,6 +28,7 @@ from megadistill.prune.importance import Importance, choose, measure_importance
 from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes, sizes_of
 from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.types import TokenBatch
+from megadistill.units import spell
 
 RECORD_FILE: Final = "pruning.json"
 MAX_SHARD_BYTES: Final = 4096 * 1_000_000
@@ -64,7 +65,7 @@ class PruneReport:
         without = f" without layers {', '.join(dropped)} (counted from 0)" if dropped else ""
         return (
             f"{self.output}: the teacher{without}, pruned by {self.tokens:,} tokens of {self.sequences:,} sequences "
-            f"in {self.seconds:.0f} s"
+            f"in {spell(self.seconds)}"
         )
 
 

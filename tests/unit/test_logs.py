@@ -79,6 +79,85 @@ def test_lines_stay_above_a_progress_bar(stream: str, level: int, monkeypatch: p
     assert line < bar, "the bar is drawn again below the line"
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+STEP = (
+    "step 150/400 | loss 0.5900 | ce 4.5169 | kl 0.5900 | agree 38.4% | lr 0.00333 | grad 0.638 | 154k tokens, "
+    "epoch 0.12 | 1,212 tokens/s | 3 min 26 s left"
+)
+PATH = "/scratch/somebody/a-long-name-of-a-folder/runs/smoke/distill/checkpoints/step-00001000/rank-00000.safetensors"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_line_fits_a_terminal_and_breaks_between_fields_and_words(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out, err = _Terminal(), _Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    logs.configure(0)
+    logger.info(STEP)
+    logger.warning("cannot read %s: the disk is full, and the step that needs it is taken again", PATH)
+    lines = out.getvalue().splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 150/400( \|.*)?", lines[0])
+    assert max(map(len, lines)) < columns
+    assert len(lines) == {60: 4, 80: 3, 200: 1}[columns]
+    fields = [field.strip() for line in lines for field in line[9 * (line is lines[0]) :].split("|")]
+    assert [field for field in fields if field] == STEP.split(" | "), "no field is cut"
+    warning = err.getvalue()
+    assert re.match(r"\d\d:\d\d:\d\d WARNING cannot read\s", warning)
+    assert PATH in warning, "a path can be copied in one piece"
+    assert all(line.startswith(logs.INDENT) for line in warning.splitlines()[1:])
+
+
+@pytest.mark.parametrize(("stream", "level"), [("stdout", logging.INFO), ("stderr", logging.WARNING)])
+def test_a_line_above_a_progress_bar_breaks_as_without_one(
+    stream: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    logs.configure(0)
+    alone, terminal = _Terminal(), _Terminal()
+    monkeypatch.setattr(sys, stream, alone)
+    logger.log(level, STEP)
+    monkeypatch.setattr(sys, stream, terminal)
+    with Progress(console=Console(file=terminal, force_terminal=True, width=80), auto_refresh=False) as progress:
+        progress.add_task("training", total=2)
+        progress.refresh()
+        logger.log(level, STEP)
+        progress.refresh()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n")
+    lines = [line.rstrip() for line in plain.splitlines()]
+    message = [line.rstrip() for line in alone.getvalue().splitlines()]
+    assert len(message) == 3
+    begin = next(number for number, line in enumerate(lines) if "step 150" in line)
+    assert [line[9 * (not number) :] for number, line in enumerate(lines[begin : begin + 3])] == [
+        line[9 * (not number) :] for number, line in enumerate(message)
+    ]
+
+
+def test_the_lines_of_another_rank_replace_the_progress_bar_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    logs.configure(3)
+    logger.warning("the disk is full")
+    assert re.fullmatch(r"\r\x1b\[2K\d\d:\d\d:\d\d WARNING rank 3: the disk is full\n", terminal.getvalue())
+
+
+def test_a_file_has_complete_lines_though_the_terminal_has_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", _Terminal())
+    logs.configure(0)
+    logs.add_file(tmp_path / "log.txt", 0)
+    logger.info(STEP)
+    (line,) = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert line.endswith(f"INFO rank 0 megadistill.train.loop: {STEP}")
+
+
 class _Closed(io.StringIO):
     def __init__(self, error: BaseException) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
+from megadistill.units import readable
 
 SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
 
@@ -181,9 +182,8 @@ class Saver:
                 self._attempt.require_newest()
                 free = shutil.disk_usage(self._folder).free
                 if free < needed_bytes:
-                    problem = (
-                        f"{self._folder} has {free / 1e6:,.1f} MB free, a checkpoint needs {needed_bytes / 1e6:,.1f} MB"
-                    )
+                    sizes = f"{readable(free, 'B')} free, a checkpoint needs {readable(needed_bytes, 'B')}"
+                    problem = f"{self._folder} has {sizes}"
                 else:
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir(parents=True)

@@ -29,6 +29,7 @@ from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
 from megadistill.train.teacher.targets import HiddenTarget, SparseTarget, StudentOutput, TargetedBatch
 from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch
+from megadistill.units import readable
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class LiveTeacher(Teacher):
     def describe_prefetch(self, *, micro_batch: int, sequence_length: int) -> str | None:
         if not self.pipeline.ahead:
             return None
-        mebibytes = self.pipeline.bytes_in_flight(micro_batch, sequence_length) / (1 << 20)
+        held = readable(self.pipeline.bytes_in_flight(micro_batch, sequence_length), "B")
         plural = "" if self.pipeline.ahead == 1 else "es"
-        return f"teacher prefetch: {self.pipeline.ahead} micro-batch{plural}, {mebibytes:.1f} MiB per rank"
+        return f"teacher prefetch: {self.pipeline.ahead} micro-batch{plural}, {held} per rank"
 
     def frozen_weights(self) -> FrozenWeights | None:
         return FrozenWeights.of([("rows of the head", self.head)])

@@ -26,6 +26,7 @@ from megadistill.train.checkpoint.attempt import Attempt, acquire
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.writer import SAVE_FLAGS, Saver, SaveResult, require_saved
+from megadistill.units import readable
 from tests.unit.train.cases import manifest_of, topology
 
 FILE = "rank-00000-of-00001.safetensors"
@@ -243,7 +244,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_started(
             return
         (result,) = ended
         assert (result.step, result.path) == (8, None)
-        assert f"{folder} has 0.0 MB free, a checkpoint needs 0.0" in (result.problem or "")
+        assert f"{folder} has {readable(free, 'B')} free, a checkpoint needs 4.2 kB" in (result.problem or "")
         assert not saver.busy
     _require_whole(folder, 4)
 

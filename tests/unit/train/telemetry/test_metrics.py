@@ -59,6 +59,7 @@ def _log(
     rank: int = 0,
     log_every: int = 1,
     weights: dict[str, float] | None = None,
+    epoch_tokens: int | None = None,
     **changes: Any,
 ) -> None:
     """A run that resumes from the step before the first of `steps`."""
@@ -71,6 +72,7 @@ def _log(
         start_step=steps.start - 1,
         start_tokens=256 * (steps.start - 1),
         topology=topology(rank=rank, world=rank + 1),
+        epoch_tokens=epoch_tokens,
     )
     for step in steps:
         log.step(replace(REPORT, step=step, tokens=256 * step, **changes), weights=weights)
