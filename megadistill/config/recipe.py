@@ -166,6 +166,12 @@ class TeacherSection(Section):
         """Whether the model in `path` runs during the training; any other source needs no model."""
         return self.source == "live"
 
+    @property
+    def origin(self) -> str:
+        """Origin of the targets, for a model card."""
+        origins = {"live": "computed in the run", "stored": "stored before the run"}
+        return origins.get(self.source, f"of a teacher of kind {self.source}")
+
     @model_validator(mode="after")
     def _keys_of_the_source(self) -> "TeacherSection":
         if self.is_live:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from megadistill import __version__
-from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, TargetsSection
+from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, TargetsSection, TeacherSection
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import measure_rows, read_evaluations
@@ -89,7 +89,7 @@ def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path |
         optimizer=describe(recipe.train.optimizer),
         schedule=_schedule(recipe.train.schedule),
         started_from=_started_from(run) or _fingerprint(weights),
-        targets=_targets(recipe.loss.targets),
+        targets=None if recipe.teacher is None else _targets(recipe.teacher, recipe.loss.targets),
         teacher=teacher,
         teacher_fingerprint=_fingerprint(teacher_path),
         teacher_parameters=parameter_counts(teacher).total if teacher else None,
@@ -182,11 +182,12 @@ def _schedule(schedule: ScheduleSection) -> str:
     return f"{up}down to {schedule.final_ratio:g} of it along a cosine"
 
 
-def _targets(targets: TargetsSection | None) -> str:
+def _targets(teacher: TeacherSection, targets: TargetsSection | None) -> str:
+    """What the student learned from. Only of a live teacher the complete distribution is known to be there."""
     if targets is None:
-        return "its whole distribution"
+        return f"its whole distribution, {teacher.origin}" if teacher.is_live else teacher.origin
     rest = "" if targets.tail is None else f", the rest {targets.tail}"
-    return TARGETS[targets.select].format(**targets.model_dump()) + rest
+    return f"{TARGETS[targets.select].format(**targets.model_dump())}{rest}, {teacher.origin}"
 
 
 def _config(folder: str | None) -> Any | None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill import __version__
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import Recipe, TargetsSection, TeacherSection
 from megadistill.data import Mixture
 from megadistill.errors import OperatorFault, UserError
 from megadistill.export.export_run import export_run
 from megadistill.export.markdown import escape_md
+from megadistill.export.model_card import _targets
 from megadistill.io import write_json
 from megadistill.models.families import EMBEDDING, HEAD, load_config, parameter_shapes
 from megadistill.models.fingerprint import teacher_fingerprint
@@ -253,6 +254,26 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
     assert f"| out | {measures} |" in card.text
     assert f"megadistill {__version__}" in card.text
     assert f"{counts.total:,} parameters" in card.text
+
+
+def test_a_branch_names_the_checkpoints_from_which_it_began(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    parents = [{"run": "fir*st", "step": 1000, "sha256": "1" * 64}, {"run": "second", "step": 2, "sha256": "2" * 64}]
+    _checkpoint(run, made, parents=parents)
+    rows = _rows(_export(run, tmp_path / "out"))
+    state = "with its optimizer state; sha256 of that manifest"
+    assert rows["begun from"] == f"step 2 of the run second, {state} `{'2' * 64}`"
+    assert rows["which had begun from"].startswith("step 1,000 of the run fir")
+    assert rows["starting weights"] == "random", "the seed was that of the first run"
+
+
+def test_the_targets_of_a_teacher_are_those_that_its_kind_has() -> None:
+    """A kind of teacher without a model has no distribution that a card could promise."""
+    live, stored = TeacherSection(path="t"), TeacherSection(source="stored", targets="t")
+    assert _targets(live, None) == "its whole distribution, computed in the run"
+    assert _targets(stored, TargetsSection()) == "counts of 50 draws from its distribution, stored before the run"
+    toy = TeacherSection.model_construct(source="toy")
+    assert _targets(toy, None) == "of a teacher of kind toy"
 
 
 def test_a_student_that_goes_on_from_weights_names_what_they_were_made_of(tmp_path: Path) -> None:
