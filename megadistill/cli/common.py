@@ -7,7 +7,11 @@ from typing import Any, TypeAlias
 
 from megadistill.cli.parser import count
 
-EXIT_CODES = "exit codes: 0 done; 2 invalid input; 3 a fault that a restart may fix; 4 a fault that needs a person"
+EXIT_CODES = """\
+exit codes: 0 done; 2 invalid input; 3 interrupted, or a fault that a restart may fix; 4 a fault that needs a person"""
+
+NOTHING_WRITTEN = "nothing was written; the same command starts again"
+RESUMES = "what is finished is kept; the same command resumes"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Options: TypeAlias = "argparse._ActionsContainer"
@@ -25,9 +29,19 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def add_command(
-    commands: Commands, name: str, summary: str, epilog: str, run: Run | None = None, *, exit_codes: str = EXIT_CODES
+    commands: Commands,
+    name: str,
+    summary: str,
+    epilog: str,
+    run: Run | None = None,
+    *,
+    exit_codes: str = EXIT_CODES,
+    on_interrupt: str = NOTHING_WRITTEN,
 ) -> argparse.ArgumentParser:
-    """A command, or an action of one. Its help has the summary, the options, the epilog and the exit codes."""
+    """A command, or an action of one. Its help has the summary, the options, the epilog and the exit codes.
+
+    `on_interrupt` is what it prints when it is interrupted.
+    """
     command = commands.add_parser(
         name,
         help=summary,
@@ -35,7 +49,7 @@ def add_command(
         epilog=f"{epilog}\n\n{exit_codes}",
         formatter_class=_HelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, on_interrupt=on_interrupt)
     return command
 
 
@@ -75,11 +89,9 @@ def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
 
 
 def print_tables(*tables: Any) -> None:
-    """Prints tables on the terminal, an empty line between two."""
+    """Prints tables and texts on the terminal, an empty line between two."""
     from rich.console import Console
 
-    console = Console()
-    for number, table in enumerate(tables):
-        if number:
-            console.print()
-        console.print(table)
+    from megadistill import tables as terminal
+
+    terminal.print_tables(Console(highlight=False), *tables)

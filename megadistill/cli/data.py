@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import Commands, add_command, option, print_tables, repeatable
+from megadistill.cli.common import RESUMES, Commands, add_command, option, print_tables, repeatable
 from megadistill.cli.parser import count
 from megadistill.errors import OperatorFault
 
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
 
 def _add_tokenize(commands: Commands) -> None:
     summary = "turn text into WebDataset token shards with a manifest, a training and a held-out split"
-    command = add_command(commands, "tokenize", summary, TOKENIZE_EPILOG, _tokenize)
+    command = add_command(commands, "tokenize", summary, TOKENIZE_EPILOG, _tokenize, on_interrupt=RESUMES)
     text = """a file, or a folder of them: .jsonl, .jsonl.gz, .jsonl.zst (a document per line), .parquet (a document per
         row), anything else is text (a document per file)"""
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help=text)

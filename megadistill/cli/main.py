@@ -15,6 +15,7 @@ from typing import NoReturn
 from megadistill import __version__, logs
 from megadistill.cli import data, evaluate, init, models, plan, train
 from megadistill.cli.common import EXIT_CODES
+from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
@@ -40,7 +41,12 @@ def main() -> NoReturn:
     A fault ends the process at once: the interpreter's own shutdown would destroy process groups whose peers are gone,
     and abort with another code.
     """
-    code = run_command(sys.argv[1:])
+    interrupts = Interrupts()
+    try:
+        interrupts.handle()
+        code = run_command(sys.argv[1:], interrupts)
+    except KeyboardInterrupt:  # behind the command, or while its error is printed
+        code = RestartFault.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (RestartFault.exit_code, OperatorFault.exit_code):
@@ -48,8 +54,9 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def run_command(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) -> int:
     """Runs one command and returns its exit code. Errors for people are one line without a traceback."""
+    on_interrupt = ""
     logs.configure(environment_rank())
     prints = environment_local_rank() == 0  # the same error on all ranks of a node: print it once
     try:
@@ -58,6 +65,7 @@ def run_command(arguments: Sequence[str]) -> int:
             return UserError.exit_code
         _refuse_renamed(arguments)
         options = parser().parse_args(arguments)
+        on_interrupt = options.on_interrupt
         return options.run(options) or 0
     except UserError as error:
         if prints or isinstance(error, RankUserError):
@@ -72,11 +80,19 @@ def run_command(arguments: Sequence[str]) -> int:
         logger.error("%s", error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
-        print("megadistill: interrupted (a run resumes by the same command)", file=sys.stderr)
-        return RestartFault.exit_code
+        return _interrupted(interrupts, on_interrupt, prints)
     except Exception:
+        if interrupts is not None and interrupts.name is not None:  # an import that was interrupted fails otherwise
+            return _interrupted(interrupts, on_interrupt, prints)
         traceback.print_exc()
         return OperatorFault.exit_code
+
+
+def _interrupted(interrupts: Interrupts | None, on_interrupt: str, prints: bool) -> int:
+    if prints:
+        name = "" if interrupts is None or interrupts.name is None else f" ({interrupts.name})"
+        print(f"megadistill: interrupted{name}: {on_interrupt or 'nothing was started'}", file=sys.stderr)
+    return RestartFault.exit_code
 
 
 def parser() -> argparse.ArgumentParser:

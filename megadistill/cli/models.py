@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables
+from megadistill.cli.common import RESUMES, Commands, add_command, add_sampling, option, print_tables
 from megadistill.cli.parser import count
 from megadistill.precision import PRECISIONS
 
@@ -33,7 +33,7 @@ example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidde
 
 def add(commands: Commands) -> None:
     summary = "generate continuations of prompts with a teacher, as token shards to train on"
-    command = add_command(commands, "generate", summary, GENERATE_EPILOG, _generate)
+    command = add_command(commands, "generate", summary, GENERATE_EPILOG, _generate, on_interrupt=RESUMES)
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
     option(command, "--data", "MANIFEST", "manifest.json of the prompts' split", required=True)
     option(command, "--output", "DIR", "folder of train/ and tokenizer/", kind=Path, required=True)

@@ -42,13 +42,14 @@ examples:
 
 def add(commands: Commands) -> None:
     summary = "train a student from labels, or by distillation from a teacher"
-    command = add_command(commands, "train", summary, TRAIN_EPILOG, _train)
+    on_interrupt = "no step is lost; the same command starts the run, or resumes it"
+    command = add_command(commands, "train", summary, TRAIN_EPILOG, _train, on_interrupt=on_interrupt)
     add_recipe(command)
     text = "save a checkpoint and stop after this step; rerun without it to continue"
     option(command, "--stop-after", "STEP", text, kind=count)
 
     summary = "check machine, data and recipe for what would stop a run, before it starts"
-    codes = "exit codes: 0 all checks passed; 2 a check failed"
+    codes = "exit codes: 0 all checks passed; 2 a check failed; 3 interrupted"
     command = add_command(commands, "doctor", summary, DOCTOR_EPILOG, _doctor, exit_codes=codes)
     add_recipe(command)
     text = "only the checks of one node by itself; start it without a launcher, once per node"

@@ -184,7 +184,8 @@ def test_steps_to_stop_after_count_from_1(capsys: pytest.CaptureFixture[str]) ->
 def test_a_fault_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch, code: int, at_once: bool) -> None:
     """Process groups whose peers are gone abort the interpreter's own end, with a code that is none of ours."""
     ended: list[int] = []
-    monkeypatch.setattr("megadistill.cli.main.run_command", lambda arguments: code)
+    monkeypatch.setattr("megadistill.cli.main.run_command", lambda arguments, interrupts: code)
+    monkeypatch.setattr("megadistill.cli.main.Interrupts.handle", lambda interrupts: None)
     monkeypatch.setattr("os._exit", ended.append)
     with pytest.raises(SystemExit) as caught:
         main()
