@@ -52,7 +52,7 @@ hold() {
 # require_open FOLDER MARKER: ends this job if the run is finished (MARKER), or if a person has to investigate (HOLD).
 require_open() {
   if [ -e "$2" ]; then
-    log "$2 exists: nothing is left to do"
+    log "$2 exists: nothing is left to do (a longer run starts without it)"
     exit 0
   fi
   if [ -e "$1/HOLD" ]; then
@@ -144,6 +144,18 @@ first_rank_with() {
 
 newest_attempt() { find "$1/attempts" -name '*.json' 2>/dev/null | sort | tail -n 1; }
 
+attempt_job() { # FOLDER: the Slurm job of the newest attempt, if it has one
+  sed -n 's/.*"SLURM_JOB_ID": "\([0-9]*\)".*/\1/p' "$(newest_attempt "$1")" 2>/dev/null | head -n 1
+}
+
+# other_job FOLDER: the running job that has the newest attempt, if it is not this one.
+other_job() {
+  local job
+  job=$(attempt_job "$1")
+  [ -n "$job" ] && [ "$job" != "$SLURM_JOB_ID" ] && [ "$(squeue -h -j "$job" -o %T 2>/dev/null)" = RUNNING ] &&
+    echo "$job"
+}
+
 # is_superseded FOLDER BEFORE: whether another job has started in FOLDER since the attempt BEFORE.
 is_superseded() {
   local now
@@ -157,10 +169,14 @@ is_superseded() {
 # function LAYOUT fills STEP for the command with usable nodes; it fails if there are too few. FOLDER holds the logs,
 # HOLD and the count of starts.
 until_done() {
-  local folder=$1 marker=$2 layout=$3 before why try=0
+  local folder=$1 marker=$2 layout=$3 before why job try=0
   shift 3
   mkdir -p "$folder"
   require_open "$folder" "$marker"
+  if job=$(other_job "$folder"); then
+    log "job $job is running in $folder: this job ends. To stop that one: touch $folder/STOP, or scancel $job"
+    exit 1
+  fi
   while true; do
     try=$((try + 1))
     count_start "$folder"

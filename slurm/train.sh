@@ -12,6 +12,15 @@ progress() { # the latest checkpoint
   find "$RUN_FOLDER/checkpoints" -maxdepth 1 -name 'step-*' ! -name '*.*' 2>/dev/null | sort | tail -n 1 | sed 's|.*/||'
 }
 
+# taking_over LAYOUT COMMAND...: LAYOUT with the command, which need not wait for the heartbeat of an attempt that was this
+# job's, or that of a job which Slurm no longer runs: what is left of it on a node that was cut off has to end.
+taking_over() {
+  local layout=$1
+  shift
+  [ -z "$(attempt_job "$FOLDER")" ] || set -- "$@" --take-over
+  "$layout" "$@"
+}
+
 one_kind_of_node() { # COMMAND...
   local want=$((SLURM_JOB_NUM_NODES - SPARES))
   STEP_NODES=$(usable_nodes "$SLURM_JOB_NODELIST" "$want")

@@ -74,10 +74,10 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
             time.sleep(EXIT_DELAY_SECONDS)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
-        logger.error("%s", error)
+        _log_error(error)
         return error.exit_code
     except OSError as error:  # such as a full disk or a folder without write permission: a traceback does not help
-        logger.error("%s", error)
+        _log_error(error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
         return _interrupted(interrupts, on_interrupt, prints)
@@ -110,6 +110,13 @@ def parser() -> argparse.ArgumentParser:
     for group in (init, data, train, models, evaluate, plan):
         group.add(commands)
     return top
+
+
+def _log_error(error: Exception) -> None:
+    """Logs a fault, and prints its notes behind it: what to type next."""
+    logger.error("%s", error)
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
 
 
 def _refuse_renamed(arguments: Sequence[str]) -> None:

@@ -1,13 +1,20 @@
 """Commands of a training run, under any launcher: train, doctor, store-targets."""
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
 from megadistill.cli.parser import count
-from megadistill.distributed.launch import environment_rank
-from megadistill.errors import RestartFault, UserError
+from megadistill.distributed.launch import Launch, environment_rank
+from megadistill.errors import RestartFault, Superseded, UserError
 from megadistill.io import write_json
+from megadistill.redaction import command_line
+
+if TYPE_CHECKING:
+    from megadistill.config.recipe import Recipe
+    from megadistill.train.loop import RunOutcome
 
 TRAIN_EPILOG = """\
 The same command under every launcher, which sets rank, world size and rendezvous:
@@ -16,7 +23,8 @@ The same command under every launcher, which sets rank, world size and rendezvou
   torchrun           torchrun --nproc_per_node 8 -m megadistill train RECIPE
   deepspeed          deepspeed --num_gpus 8 --module megadistill train RECIPE
 
-A run folder that already holds a checkpoint resumes automatically: give the same command again.
+A run folder that already holds a checkpoint resumes automatically: give the same command again. A run that is running
+is not started a second time, and a finished one not at all: both are answered with what to do.
 
 example: megadistill train recipes/smoke.yaml --set distributed.vocab_group=1 --set train.steps=20"""
 
@@ -47,6 +55,8 @@ def add(commands: Commands) -> None:
     add_recipe(command)
     text = "save a checkpoint and stop after this step; rerun without it to continue"
     option(command, "--stop-after", "STEP", text, kind=count)
+    text = "start although the run is running elsewhere; that attempt ends at its next step, without a checkpoint"
+    command.add_argument("--take-over", action="store_true", help=text)
 
     summary = "check machine, data and recipe for what would stop a run, before it starts"
     codes = "exit codes: 0 all checks passed; 2 a check failed; 3 interrupted"
@@ -67,24 +77,58 @@ def _train(options: argparse.Namespace) -> int:
     from megadistill.config.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.set)
+    from megadistill.train.checkpoint.heartbeat import refuse_running
+    from megadistill.train.setup.next_start import how_to_resume, nothing_to_do
+
+    folder, first_rank = Path(recipe.run.folder), environment_rank() == 0
+    answer = nothing_to_do(recipe, stop_after=options.stop_after)
+    if answer is not None:
+        if answer.recipe_differs:
+            from megadistill.train.setup.run_folder import refuse_other_recipe
+
+            refuse_other_recipe(folder, recipe.snapshot())
+        if first_rank:
+            print(f"{folder}: {answer.line}")
+        return 0
+    after = None if options.take_over else refuse_running(folder)
+    command = None if Launch.from_environment().world > 1 else _resuming_command(options)
     from megadistill.train.loop import train
 
-    outcome = train(recipe, stop_after=options.stop_after)
+    try:
+        outcome = train(recipe, stop_after=options.stop_after, after=after)
+    except (UserError, Superseded):
+        raise
+    except Exception as error:
+        if first_rank:
+            error.add_note(how_to_resume(folder, command, after_fault=not isinstance(error, RestartFault)))
+        raise
     if outcome is None:  # a rank of the teacher's own
         return 0
-    if environment_rank() == 0:
-        if outcome.done:
-            line = f"step {outcome.step} of {recipe.train.steps}, done"
-        elif outcome.stopped_by is not None:
-            line = f"stopped at step {outcome.step} ({outcome.stopped_by}); the same command resumes"
-        elif outcome.step > options.stop_after:
-            line = (
-                f"already at step {outcome.step}, past --stop-after {options.stop_after}; rerun without it to continue"
-            )
-        else:
-            line = f"stopped at --stop-after {outcome.step}; rerun without it to continue"
-        print(f"{recipe.run.folder}: {line}")
+    if first_rank:
+        print(f"{folder}: {_outcome_line(outcome, recipe, options, command)}")
     return RestartFault.exit_code if outcome.stopped_by is not None else 0
+
+
+def _resuming_command(options: argparse.Namespace) -> str:
+    """The command that resumes this run, for a shell."""
+    settings = [part for setting in options.set for part in ("--set", setting)]
+    return shlex.join(["megadistill", "train", *command_line([str(options.recipe), *settings])])
+
+
+def _outcome_line(outcome: "RunOutcome", recipe: "Recipe", options: argparse.Namespace, command: str | None) -> str:
+    resumes = "the same command resumes" if command is None else f"`{command}` resumes"
+    if outcome.done:
+        line = f"step {outcome.step} of {recipe.train.steps}, done"
+    elif outcome.stopped_by is not None:
+        line = f"stopped at step {outcome.step} ({outcome.stopped_by}); {resumes}"
+    elif outcome.step > options.stop_after:
+        line = f"already at step {outcome.step}, past --stop-after {options.stop_after}; rerun without it to continue"
+    else:
+        line = f"stopped at --stop-after {outcome.step}; rerun without it to continue"
+    if not outcome.diverged:
+        return line
+    advice = "lower train.optimizer.learning_rate or lengthen train.schedule.warmup_steps, in another run.folder"
+    return f"{line}. But the student diverged (student_diverged in events.jsonl): {advice}"
 
 
 def _doctor(options: argparse.Namespace) -> int:
