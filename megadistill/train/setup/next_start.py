@@ -13,6 +13,7 @@ from megadistill.events import last_line
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
+from megadistill.train.setup.schedule_change import how_to_train_longer
 
 OTHER_CONTENT = ("data.", "teacher.", "run.begin_from")
 """Keys that say what a run learns from. Some may change on a resume; in a finished run a change has no effect."""
@@ -50,7 +51,7 @@ def nothing_to_do(recipe: Recipe, *, stop_after: int | None) -> NothingToDo | No
     else:
         line = (
             f"done, step {step} of {steps}: nothing to do. `megadistill export {folder} --output DIR` makes a model of "
-            "it; to train longer raise train.steps, to train anew name another run.folder"
+            f"it; to train longer {how_to_train_longer(folder, recipe)}; to train anew name another run.folder"
         )
     return NothingToDo(line, recipe_differs=bool(differing))
 

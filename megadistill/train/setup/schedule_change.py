@@ -3,6 +3,7 @@
 Longer training of a constant learning rate is one; a cosine depends on `train.steps` from its first step on.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
@@ -41,17 +42,33 @@ def refuse_changed_steps(folder: Path, before: Recipe, now: Recipe, *, changes: 
         first, why = now.train.steps + 1, f"{changes} ends the run before"
     else:
         return
-    earlier = [step for step in checkpoints if step < first]
-    if earlier:
-        step, hint = max(earlier), f"the last checkpoint before that is of step {max(earlier)}"
+    start = _start_before(first, checkpoints)
+    if start < first:
+        hint = f"the last checkpoint before that is of step {start}"
     else:
-        step, hint = taken, "no checkpoint is older"
+        hint = "no checkpoint is older"
         if before.train.schedule.kind == "cosine":
             hint += " (a cosine depends on train.steps from its first step on; train.schedule.kind wsd does not)"
     raise UserError(
         f"{folder} has taken {taken} steps, and {why}; {hint}: undo the change, or begin a new run from it with "
-        f"--set run.begin_from={checkpoints[step]} --set run.folder=NEW"
+        f"--set run.begin_from={checkpoints[start]} --set run.folder=NEW"
     )
+
+
+def how_to_train_longer(folder: Path, recipe: Recipe) -> str:
+    """What to do for more steps than a finished run has: in place, where no step would change, or from a checkpoint."""
+    checkpoints = checkpoint_folders(folder / "checkpoints")
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2 * recipe.train.steps})})
+    first = first_changed_step(recipe, longer, max(checkpoints))
+    if first is None:
+        return "raise train.steps"
+    start = checkpoints[_start_before(first, checkpoints)]
+    return f"begin a new run with --set run.begin_from={start} --set run.folder=NEW --set train.steps=N"
+
+
+def _start_before(first: int, checkpoints: Mapping[int, Path]) -> int:
+    """The newest checkpoint before step `first`; the newest of all where none is that old."""
+    return max((step for step in checkpoints if step < first), default=max(checkpoints))
 
 
 def _share(recipe: Recipe, step: int) -> float:

@@ -8,6 +8,7 @@ import pytest
 from megadistill.config.recipe import Recipe
 from megadistill.errors import UserError
 from megadistill.train.setup.run_folder import refuse_other_recipe, write_description
+from megadistill.train.setup.schedule_change import how_to_train_longer
 from tests.unit.train.cases import recipe
 
 WSD: dict[str, Any] = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 100}
@@ -92,3 +93,16 @@ def test_another_peak_is_another_recipe(tmp_path: Path) -> None:
     now = recipe(Path("m.json"), Path("run"), train={"optimizer": {"learning_rate": 2e-3}, "steps": 8})
     with pytest.raises(UserError, match=r"train\.optimizer\.learning_rate was 0\.001, is 0\.002"):
         refuse_other_recipe(_run(tmp_path / "run", recipe(Path("m.json"), Path("run"))), now.snapshot())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "way"),
+    [
+        (WSD, "begin a new run with --set run.begin_from=RUN/checkpoints/step-00000250 --set run.folder=NEW"),
+        (COSINE, "begin a new run with --set run.begin_from=RUN/checkpoints/step-00000400 --set run.folder=NEW"),
+        ({**COSINE, "final_ratio": 1.0}, "raise train.steps"),
+    ],
+)
+def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, schedule: dict[str, Any], way: str) -> None:
+    run = _run(tmp_path / "run", _recipe(400, schedule), 250, 350, 400)
+    assert how_to_train_longer(run, _recipe(400, schedule)).replace(str(run), "RUN").startswith(way)
