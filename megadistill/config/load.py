@@ -193,11 +193,12 @@ def _read_with_parents(
 
 
 def _instead_of_missing(path: Path) -> str:
-    """The rest of the message for a recipe that is not there: one beside it with a similar name, or how to get it."""
-    if similar := nearest_of(path.name, sorted(each.name for each in path.parent.glob("*.y*ml"))):
-        return f"; did you mean {path.parent / similar}?"
-    inside = path.parts[:1] == ("recipes",) and (shipped_folder("recipes") / Path(*path.parts[1:])).is_file()
-    return "; `megadistill init .` writes the recipes of the package here" if inside else ""
+    """The rest of the message for a recipe that is not there: how to get it, or one beside it with a similar name."""
+    if path.parts[:1] == ("recipes",) and (shipped_folder("recipes") / Path(*path.parts[1:])).is_file():
+        return "; `megadistill init .` writes the recipes of the package here"
+    beside = {each.stem: each for each in sorted(path.parent.glob("*.y*ml"))}
+    similar = nearest_of(path.stem, beside)
+    return f"; did you mean {beside[similar]}?" if similar else ""
 
 
 def _folder_for_recipe(folder: Path) -> str:

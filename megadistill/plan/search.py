@@ -129,4 +129,4 @@ def _changes_that_fit(result: Plan) -> Iterator[str]:
     zero = {**result.inputs.deepspeed_config.get("zero_optimization", {}), "offload_optimizer": {"device": "cpu"}}
     deepspeed_config = {**result.inputs.deepspeed_config, "zero_optimization": zero}
     if fits(replace(result.inputs, deepspeed_config=deepspeed_config), result.cluster):
-        yield "it fits with the optimizer's states on the host (offload_optimizer in the file of student.deepspeed)"
+        yield "it fits with the optimizer's states on the host (--set student.deepspeed=zero3-offload)"

@@ -10,7 +10,8 @@ from tests.slurm.conftest import Work
 def test_each_task_of_an_array_tokenizes_a_source(cluster: Cluster, work: Work) -> None:
     library, folder = Path(json.__file__).parent, work.folder / "sources"
     (work.folder / "list").write_text(f"one {library}\ntwo {library.parent}/ast.py {library.parent}/tarfile.py\n")
-    options = f"(--tokenizer {work.folder}/data/tokenizer --sequence-length 32 --heldout-fraction 0 --processes 1)"
+    split = "--sequence-length 32 --heldout-fraction 0 --processes 1 --include '*.py'"
+    options = f"(--tokenizer {work.folder}/data/tokenizer {split})"
     settings = {"TOKENIZE_LIST": f"{work.folder}/list", "TOKENIZE_OPTIONS": options, "DATA_FOLDER": str(folder)}
     job = cluster.submit("tokenize", work.folder / "tokenize", "--array=1-2", **settings).ends()
     for name in ("one", "two"):
