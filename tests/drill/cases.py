@@ -282,6 +282,9 @@ def second_signal(place: Place) -> CaseResult:
     ranks.send(signal.SIGTERM)
     codes = ranks.wait(20)
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
+    ends = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "attempt_failed"]
+    assert ends, ranks.output
+    assert all(event["requested"] for event in ends), ends
     require_no_checkpoint_but(folder, [])
     return resume_run(place, "second-signal", seconds=since(began))
 
@@ -425,6 +428,45 @@ def zombie(place: Place) -> CaseResult:
     assert names(folder) == before, "the old attempt changed the checkpoints"
     assert Record.of(folder).steps == record.steps, "the old attempt wrote to the log"
     return CaseResult(since(began), lost_steps(folder), Record.of(folder).require_same(truth(place)))
+
+
+@case("second-start", "a second start while the run is running; --take-over; a start of the finished run")
+def second_start(place: Place) -> CaseResult:
+    """The second one is refused and costs the first nothing; with --take-over it ends the first."""
+    folder = place.run_folder("second-start")
+    first = place.attempt("second-start", faults={rank: ["slow:1000"] for rank in range(2)})
+    until_step(folder, EVERY + 1, first)
+    refused = place.attempt("second-start")
+    refused.processes[0].join(30)
+    assert refused.processes[0].exitcode == 2, refused.output
+    line = refused.logs[0].read_text().strip()
+    pid = first.processes[0].pid
+    assert line.startswith(f"megadistill: {folder}: attempt 1 is running on"), line
+    assert f"(pid {pid})" in line, line
+    assert "--take-over" in line, line
+    assert "\n" not in line, line
+    assert refused.wait(30) == [2, 2], refused.output
+    assert "running" not in refused.logs[1].read_text(), "once a node"
+    assert first.alive, first.output
+    assert len(list((folder / "attempts").iterdir())) == 1, "a refused start is no attempt"
+    began = time.monotonic()
+    later = place.attempt("second-start", "--take-over")
+    codes = first.wait(60)
+    seconds = since(began)
+    assert codes == [PERSON, PERSON], f"{codes}\n{first.output}"
+    assert "attempt 2 has started" in first.output, first.output
+    assert later.wait() == [0, 0], later.output
+    result = CaseResult(seconds, lost_steps(folder), Record.of(folder).require_same(truth(place)))
+    before = contents(folder)
+    again = place.attempt("second-start")
+    assert again.wait(30) == [0, 0], again.output
+    assert f"{folder}: done, step {STEPS} of {STEPS}: nothing to do" in again.logs[0].read_text(), again.output
+    assert contents(folder) == before, "a start of a finished run wrote to its folder"
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @case("worlds", "other worlds: 2, then 1, then 4")
