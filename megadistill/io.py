@@ -1,5 +1,6 @@
 """Local files: atomic, durable writes, hashes, and JSON of a bounded size."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -92,3 +93,27 @@ def read_given_json(path: Path, kind: type[_T], *, what: str, way_out: str, max_
     if not isinstance(values, kind):
         raise UserError(f"{what}: {path} holds a {type(values).__name__}, not a {kind.__name__}: {way_out}")
     return values
+
+
+@contextmanager
+def locked_folder(folder: Path, *, problem: str) -> Iterator[None]:
+    """Keeps a second process of this kind out of `folder`, which is made, for as long as the context is open.
+
+    The lock leaves no file behind and ends with its process. It does nothing where the file system has no locks.
+
+    Raises:
+        UserError: another process has it; `problem` is the message.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(problem) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ number of ranks.
 """
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology, even_slice
 from megadistill.errors import UserError
+from megadistill.io import locked_folder
 from megadistill.progress import ShowProgress, console_progress
 from megadistill.train.build import launched, objective_of, shared_probe, stream_of
 from megadistill.train.setup.setup import Setup
@@ -40,7 +42,11 @@ def store_targets(recipe: Recipe, folder: Path, *, steps: int | None = None) -> 
         if topology.role == "teacher":
             run_teacher_server(setup, topology)
             return None
-        with console_progress() as show:
+        with ExitStack() as stack:
+            if topology.is_first:  # for all ranks: two jobs would number their shards alike
+                problem = f"another `megadistill store-targets` is writing to {folder}: wait for it"
+                stack.enter_context(locked_folder(folder, problem=problem))
+            show = stack.enter_context(console_progress())
             return store_on_ranks(setup, topology, steps or recipe.train.steps, show)
 
 

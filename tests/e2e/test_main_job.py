@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,11 +67,15 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     assert "resuming from step 6 of 12" in second.out
     assert "step 12 of 12, done" in second.out
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
-    again = succeed(
-        *PLAIN, *place.distill("deepspeed", steps=12, checkpoint_every=4), *settings(distributed__vocab_group=1)
-    )
-    assert "step 12 of 12, done" in again.out
-    assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
+    folder = place.folder / "deepspeed"
+    before = contents(folder)
+    for launcher in (PLAIN, TORCHRUN_2):  # on another number of ranks, whatever launches them
+        again = succeed(*launcher, *command[len(DEEPSPEED_2) :])
+        assert again.out.count(f"{folder}: done, step 12 of 12: nothing to do") == 1
+        assert "INFO" not in again.transcript, "before anything is built"
+    past = succeeded(in_process(*command[len(DEEPSPEED_2) :], "--stop-after", "6"))
+    assert "nothing to do" in past.out, "a finished run is finished, whatever it should stop after"
+    assert contents(folder) == before, "no attempt, no event, no metric, nothing in TensorBoard"
 
 
 def test_a_killed_run_goes_on_to_the_last_digit(place: Place, undisturbed: list[dict[str, float]]) -> None:
@@ -94,6 +99,10 @@ def test_a_killed_run_goes_on_to_the_last_digit(place: Place, undisturbed: list[
     resumed = succeed(*command)
     assert "resuming from step" in resumed.out
     assert without_clock(place.metrics("killed")) == without_clock(undisturbed)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _kill_children_of(mark: str) -> None:
