@@ -33,7 +33,7 @@ class OperatorFault(RuntimeError):
     exit_code = 4
 
 
-def several(source: str, mistakes: Sequence[tuple[str, str]]) -> UserError:
+def several(source: str, mistakes: Sequence[tuple[str, str]], *, noun: str = "mistakes") -> UserError:
     """The error of an input with mistakes, each (where, what): one line for one; for several a heading and their lines.
 
     `where` may begin with `source`, or be empty.
@@ -42,7 +42,7 @@ def several(source: str, mistakes: Sequence[tuple[str, str]]) -> UserError:
         where, what = mistakes[0]
         return UserError(f"{where or source}: {what}")
     lines = [f"  {where.removeprefix(f'{source}, ')}: {what}" if where else f"  {what}" for where, what in mistakes]
-    return UserError("\n".join([f"{source}: {len(mistakes)} mistakes", *lines]))
+    return UserError("\n".join([f"{source}: {len(mistakes)} {noun}", *lines]))
 
 
 class Superseded(OperatorFault):

@@ -35,7 +35,8 @@ def not_model(path: Path | str, what: str) -> str:
     """The message for a path that is no Hugging Face folder; `what` is its key, its option, or the path itself."""
     place = f" (paths are relative to {Path.cwd()})"
     missing = "does not exist" + place if not Path(path).exists() else "has no config.json"
-    reason = wrong_path(path, "model") or f"{printable(str(path))} {missing}: name a Hugging Face model folder"
+    download = f"a Hugging Face model folder (`hf download ORG/MODEL --local-dir {shlex.quote(printable(str(path)))}`)"
+    reason = wrong_path(path, "model") or f"{printable(str(path))} {missing}: name {download}"
     return reason if what == str(path) else f"{what}: {reason}"
 
 

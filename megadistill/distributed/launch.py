@@ -100,10 +100,13 @@ def vocab_group_size(configured: int | None, launch: Launch) -> int:
     size = launch.local_world if configured is None else configured
     if launch.world % size:
         divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
+        processes = "1 process" if launch.world == 1 else f"{launch.world} processes"
+        more = f"start it on a multiple of {size} ranks (torchrun --nproc_per_node {size} -m megadistill train RECIPE)"
+        if launch.world > 1:
+            more = f"it must divide them, so one of {', '.join(map(str, divisors))}; {more}"
         raise UserError(
-            f"distributed.vocab_group is {size}, but this run has {launch.world} "
-            f"{'process' if launch.world == 1 else 'processes'}: it must divide them, so one of "
-            f"{', '.join(map(str, divisors))} (start more processes, or --set distributed.vocab_group={divisors[-1]})"
+            f"distributed.vocab_group is {size}, but this run has {processes}: {more}, or, to try it here, "
+            f"--set distributed.vocab_group={divisors[-1]}"
         )
     return size
 

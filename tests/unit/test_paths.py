@@ -135,7 +135,6 @@ COMMANDS = [
     ("timeline exported", "such as an export"),
     ("shards info text", "`megadistill tokenize text "),
     ("plan 'a recipe.yaml' --nodes 1 --gpu h100 --sequence-length 8", HUB),
-    ("train 'a recipe.yaml'", "name mine/heldout/manifest.json or mine/train/manifest.json"),
 ]
 
 
@@ -149,3 +148,12 @@ def test_every_command_answers_so(folder: Path, command: str, says: str, capsys:
     assert line.startswith("megadistill: ")
     assert says in line, line
     assert not (folder / "new").exists()
+
+
+def test_train_names_all_of_them_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "a recipe.yaml").write_text(RECIPE)
+    assert run_command(["train", "a recipe.yaml"]) == 2
+    heading, data, teacher = capsys.readouterr().err.splitlines()
+    assert heading == "megadistill: the recipe cannot start here: 2 reasons"
+    assert data.startswith("  data.manifest: mine is a folder: name mine/heldout/manifest.json or mine/train/")
+    assert HUB in teacher

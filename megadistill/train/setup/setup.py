@@ -20,6 +20,7 @@ from megadistill.student.deepspeed_config import active_deepspeed_config, build_
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
 from megadistill.train.setup.parent import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
+from megadistill.train.setup.requirements import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
 
@@ -66,6 +67,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         UserError: something does not fit; the message is one line.
     """
     refuse_stale_jit_locks()
+    require_ranks_and_files(recipe, launch)
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
@@ -112,23 +114,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         disabled=disabled,
         parent=parent,
     )
-
-
-def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
-    """Roles of the ranks (None where no rank is the teacher's alone), and the student's part of the launch.
-
-    The teacher's own ranks get a place in the student's part too: they check the same recipe.
-
-    Raises:
-        UserError: the ranks cannot be divided as the recipe says.
-    """
-    teacher = recipe.teacher
-    if teacher is None or teacher.placement == "colocated":
-        return None, launch
-    assert teacher.ranks is not None
-    roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
-    local = min(launch.local_world, roles.students)
-    return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
 
 
 def describe_layout(setup: Setup, topology: Topology) -> str:

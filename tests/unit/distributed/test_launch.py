@@ -122,10 +122,10 @@ def test_a_vocab_group_is_a_node_unless_configured_otherwise(
 @pytest.mark.parametrize(
     ("configured", "world", "local_world", "error"),
     [
-        (3, 8, 4, r"distributed\.vocab_group is 3, .* 8 processes: .* one of 1, 2, 4, 8 "),
-        (2, 1, 1, r"distributed\.vocab_group is 2, .* 1 process: .* one of 1 "),
+        (3, 8, 4, r"distributed\.vocab_group is 3, .* 8 processes: .* one of 1, 2, 4, 8;"),
+        (2, 1, 1, r"distributed\.vocab_group is 2, .* 1 process: start it on a multiple of 2 ranks .*vocab_group=1$"),
         (16, 8, 4, r"distributed\.vocab_group is 16, .* 8 processes"),
-        (None, 6, 4, r"distributed\.vocab_group is 4, .* 6 processes: .* one of 1, 2, 3, 6 "),
+        (None, 6, 4, r"distributed\.vocab_group is 4, .* 6 processes: .* one of 1, 2, 3, 6;"),
     ],
 )
 def test_a_vocab_group_that_does_not_divide_is_refused_with_those_that_do(

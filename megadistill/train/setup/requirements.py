@@ -1,0 +1,97 @@
+"""Ranks and files that a recipe needs and this launch does not have, all in one message."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megadistill.config.recipe import Recipe, TeacherSection
+from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.roles import Roles
+from megadistill.errors import UserError, several
+from megadistill.paths import not_model, wrong_path
+from megadistill.redaction import printable
+from megadistill.train.setup.run_folder import has_saved
+
+
+def require_ranks_and_files(recipe: Recipe, launch: Launch) -> None:
+    """Checks the number of ranks, and that the files that the recipe names are on this machine.
+
+    Raises:
+        UserError: names everything that is missing, a line each.
+    """
+    missing = [*_ranks(recipe, launch), *_files(recipe)]
+    if len(missing) == 1:
+        raise UserError(missing[0])
+    if missing:
+        raise several("the recipe cannot start here", [("", each) for each in missing], noun="reasons")
+
+
+def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
+    """Roles of the ranks (None where no rank is the teacher's alone), and the student's part of the launch.
+
+    The teacher's own ranks get a place in the student's part too: they check the same recipe.
+
+    Raises:
+        UserError: the ranks cannot be divided as the recipe says.
+    """
+    teacher = recipe.teacher
+    if teacher is None or teacher.placement == "colocated":
+        return None, launch
+    assert teacher.ranks is not None
+    if launch.world <= teacher.ranks:
+        colocated = TeacherSection.model_fields
+        names = ("ranks", "stages", "queue", "transfer_dtype")
+        changed = [name for name in names if getattr(teacher, name) != colocated[name].default]
+        values = {"placement": "colocated", **{name: colocated[name].default or "null" for name in changed}}
+        overrides = " ".join(f"--set teacher.{name}={value}" for name, value in values.items())
+        raise UserError(
+            f"teacher.ranks is {teacher.ranks}, but this run has {_processes(launch.world)}, and the student needs "
+            f"some: start it on more ranks, or, to try it here, {overrides} "
+            f"--set distributed.vocab_group={launch.world}"
+        )
+    roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
+    local = min(launch.local_world, roles.students)
+    return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:
+    try:
+        _, students = students_of(recipe, launch)
+    except UserError as error:
+        yield str(error)
+        return
+    try:
+        recipe.accumulation(students.world)
+    except UserError as error:
+        yield str(error)
+    try:
+        vocab_group_size(recipe.distributed.vocab_group, students)
+    except UserError as error:
+        yield str(error)
+
+
+def _files(recipe: Recipe) -> Iterator[str]:
+    manifests = {f"data.sources.{name}": path for name, path in recipe.data.sources.items()}
+    if recipe.data.manifest is not None:
+        manifests["data.manifest"] = recipe.data.manifest
+    for key, path in manifests.items():
+        if "://" not in path and not Path(path).is_file():
+            reason = wrong_path(path, "manifest") or (
+                f"{printable(path)} does not exist (paths are relative to {Path.cwd()}): name the manifest.json of a "
+                "split, which `megadistill tokenize` writes"
+            )
+            yield f"{key}: {reason}"
+    teacher = recipe.teacher
+    models = {
+        "student.config": recipe.student.config if isinstance(recipe.student.config, str) else None,
+        "teacher.path": teacher.path if teacher is not None and teacher.is_live else None,
+    }
+    weights, run = recipe.student.weights, recipe.run
+    if weights not in (None, models["student.config"]) and run.begin_from is None and not has_saved(Path(run.folder)):
+        models["student.weights"] = weights  # which a resume does not read
+    for key, folder in models.items():
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            yield not_model(folder, key)
