@@ -103,8 +103,6 @@ def build_plan(recipe: Path, options: argparse.Namespace) -> Any:
 def _plan(options: argparse.Namespace) -> None:
     import json
 
-    from rich.console import Console
-
     from megadistill.plan.output.plan_json import to_json
     from megadistill.plan.output.plan_tables import render
     from megadistill.plan.scaling_law import forecast
@@ -117,7 +115,7 @@ def _plan(options: argparse.Namespace) -> None:
     if plan.main is not None:
         law = forecast(plan.main.requirements, teacher_loss=options.teacher_loss, teacher_tokens=options.teacher_tokens)
     if options.json != Path("-"):
-        Console(highlight=False).print(render(plan, law=law, price=options.price))
+        print_tables(render(plan, law=law, price=options.price))
     if options.json is not None:
         values = to_json(plan, law=law, price=options.price)
         if options.json == Path("-"):
@@ -169,6 +167,8 @@ def _of_plan(options: argparse.Namespace) -> None:
     )
     title, note = f"{where}: {timeline.title}", f"{timeline.note}; {assumed}"
     _write(replace(timeline, title=title, note=note), options.output)
+    if plan.no_forecast:
+        print(f"the real times are longer: {plan.no_forecast}")
     settings = plan.settings(main)
     if settings:
         overrides = " ".join(f"--set {each}" for each in settings)

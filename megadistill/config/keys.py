@@ -145,7 +145,7 @@ def tables(prefix: str | None) -> list[Table]:
 def _table(section: str, members: Iterable[Key]) -> Table:
     table = Table(title=section or "the recipe itself", title_justify="left", show_lines=True)
     for heading in ("key", "type", "default", "meaning"):
-        table.add_column(heading, overflow="fold", ratio=2 if heading == "meaning" else 1)
+        table.add_column(heading)
     for key in members:
         name = key.name.removeprefix(f"{section}.")
         table.add_row(*(escape(text) for text in (name, key.type.replace("`", ""), key.default, key.meaning)))

@@ -94,7 +94,7 @@ class Report:
         table = Table(show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        table.add_column()
         for row in self.rows:
             table.add_row(row.status.value, row.check, Text(row.detail))  # a detail may look like markup
         return table

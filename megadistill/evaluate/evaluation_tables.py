@@ -37,8 +37,8 @@ def _measures(
     results: Sequence[Measures],
     caption: str | None = None,
 ) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", min_width=72)
-    table.add_column("model", overflow="fold")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("model")
     for name in names:
         table.add_column(MEASURES[name][0], justify="right", no_wrap=True)
     for model, result in zip(models, results, strict=True):
@@ -50,7 +50,7 @@ def _deciles(results: Sequence[Evaluation]) -> Table:
     """A column a decile, and a row a model for each quantity; the teacher comes first and has no KL."""
     title = "by decile of the teacher's entropy, from the lowest"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("decile", overflow="fold", min_width=13)
+    table.add_column("decile")
     bounds = [decile.bounds for decile in results[0].by_decile or ()]
     for number, _ in enumerate(bounds, start=1):
         table.add_column(str(number), justify="right", no_wrap=True)

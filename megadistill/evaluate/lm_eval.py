@@ -49,7 +49,7 @@ class TaskScores:
         """A table for a terminal."""
         table = Table(title=f"{escape(self.model)}, lm-eval {self.harness}", title_justify="left")
         for heading in ("task", "metric"):
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading)
         for heading in ("value", "± error", "samples", "shots"):
             table.add_column(heading, justify="right", no_wrap=True)
         for score in self.scores:

@@ -10,6 +10,7 @@ from rich.console import Console
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.evaluation_tables import tables
 from megadistill.io import write_json
+from megadistill.tables import print_tables
 
 LARGE = Evaluation(
     model="teachers/a-model-with-quite-a-long-name-of-its-own/step-00100000",
@@ -47,9 +48,7 @@ ALONE = replace(
 
 def _printed(*results: Evaluation) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=80)
-    for table in tables(results):
-        console.print(table)
+    print_tables(Console(file=out, width=80), *tables(results))
     return out.getvalue()
 
 
@@ -62,8 +61,7 @@ def test_the_tables_fit_a_terminal_and_hide_nothing() -> None:
     for part in ("12.34%", "0.6931", "45.7%", "990,000,000 tokens", "web", "code", "1.987", "18.50", "1.000", "88%"):
         assert part in text, part
     first = text.split("calibration and distance")[0]
-    first_cells = "".join(line.split("│")[1].strip() for line in first.splitlines() if line.startswith("│"))
-    assert LARGE.model in first_cells, "a long name is folded, not cut"
+    assert LARGE.model in first, "a table that has no room for its names is a list"
 
 
 def test_a_short_name_is_in_one_piece() -> None:
@@ -71,7 +69,7 @@ def test_a_short_name_is_in_one_piece() -> None:
     model = replace(LARGE, model="distill-hf", parameters=1_447_520, by_source=LARGE.by_source[:1], **usual)  # type: ignore[arg-type]
     for table in tables([model])[:2]:
         out = io.StringIO()
-        Console(file=out, width=80).print(table)
+        print_tables(Console(file=out, width=80), table)
         assert "distill-hf" in out.getvalue()
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,18 +14,19 @@ from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
 from megadistill.plan.throughput import MfuAssumption
-from tests.unit.plan.tiny import TINY, cluster, plan_input
+from megadistill.tables import print_tables
+from tests.unit.plan.tiny import SLOWER, TINY, cluster, plan_input
 
 BESIDE = {"placement": "disaggregated", "ranks": 2, "stages": 2}
 
 
-def _rendered(inputs: PlanInput, *, price: float | None = None, **options: Any) -> str:
-    machines = cluster(2, 4, **options.pop("cluster", {}))
+def _rendered(inputs: PlanInput, *, price: float | None = None, slower: float = SLOWER) -> str:
+    machines = cluster(2, 4, slower=slower)
     result = plan(inputs, machines, MfuAssumption())
     assert result.main is not None
     law = forecast(result.main.requirements, teacher_loss=2.5, teacher_tokens=None)
     out = io.StringIO()
-    Console(file=out, width=80, highlight=False).print(render(result, law=law, price=price))
+    print_tables(Console(file=out, width=80, highlight=False), render(result, law=law, price=price))
     return out.getvalue()
 
 
