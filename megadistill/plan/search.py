@@ -6,9 +6,11 @@ from itertools import groupby
 
 from megadistill.errors import UserError
 from megadistill.plan.estimate import Estimate, estimate
+from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, place, recipe_with_layout
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.throughput import MfuAssumption
+from megadistill.units import count, spell
 
 BEST = 5
 """Number of proposals."""
@@ -38,6 +40,20 @@ class Plan:
     def main(self) -> Estimate | None:
         """The estimate that is reported in full: the recipe's own, or else the best or the nearest."""
         return self.own or (self.best[0] if self.best else self.nearest)
+
+    @property
+    def no_forecast(self) -> str | None:
+        """A sentence that says why the plan has no times and costs; None where it has them."""
+        main = self.main
+        if main is None or not main.latency_bound:
+            return None
+        floor, counted = micro_step_latency(main.sharding), main.times.micro_step
+        return (
+            "a toy: at this size kernel launches and network latency set the time, not arithmetic; no forecast of "
+            f"days. A micro-step of {main.sharding.tokens:,} tokens has {spell(counted)} of arithmetic and traffic, "
+            f"and at least {spell(floor)} of launches and latency; arithmetic rules from some "
+            f"{count(main.sharding.tokens * floor / counted)} tokens on"
+        )
 
     def settings(self, proposal: Estimate) -> list[str]:
         """The `--set` options that turn the recipe into a proposal; none for the recipe's own layout."""

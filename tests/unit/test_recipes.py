@@ -18,6 +18,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.models.families import load_config
 from megadistill.models.flops import parameter_counts
 from megadistill.plan.estimate import Estimate, estimate
+from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import read_plan_input
 from megadistill.plan.throughput import MfuAssumption
@@ -129,6 +130,14 @@ def _planned(path: Path) -> Estimate:
     inputs = read_plan_input(path, sequence_length=SEQUENCE, teacher_config=MODELS / teacher)
     cluster = Cluster(_nodes(path), GPUS_PER_NODE, accelerator("h100"))
     return estimate(place(recipe, inputs, cluster), cluster, MfuAssumption())
+
+
+@pytest.mark.parametrize("path", AT_SCALE, ids=_name)
+def test_a_recipe_at_scale_is_no_toy(path: Path) -> None:
+    """So `plan` forecasts its days: launches of kernels are a small part of its micro-step."""
+    planned = _planned(path)
+    assert micro_step_latency(planned.sharding) < 0.1 * planned.times.micro_step
+    assert not planned.latency_bound
 
 
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12, "": 1.0}

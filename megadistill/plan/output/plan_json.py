@@ -12,7 +12,10 @@ FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above":
 
 
 def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
-    """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster."""
+    """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster.
+
+    Where `no_forecast` is a reason, times and costs are null.
+    """
     kind, main = plan.cluster.accelerator, plan.main
     return {
         "cluster": {
@@ -28,6 +31,7 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
         "price_per_gpu_hour": price,
         "fits": plan.own is not None and plan.own.fits,
         "refused": plan.refused,
+        "no_forecast": plan.no_forecast,
         "tokens": main.requirements.tokens if main else None,
         "sequence_length_tokens": plan.inputs.stats.sequence_length,
         "vocabulary_ids": plan.inputs.vocab_size,
@@ -81,6 +85,13 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         "host_memory_bytes": requirements.host,
         "received_bytes_per_token": {name: asdict(link) for name, link in requirements.traffic.items()},
         "teacher_received_bytes_per_token": {name: asdict(link) for name, link in requirements.teacher_traffic.items()},
+        **_times_and_costs(plan, each, price),
+    }
+
+
+def _times_and_costs(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
+    times = each.times
+    values: dict[str, Any] = {
         "micro_step_seconds": {
             **{name: value for name, value in asdict(times).items() if isinstance(value, float | tuple)},
             "exposed": times.exposed,
@@ -94,3 +105,4 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         "gpu_hours": each.gpu_hours,
         "price": None if price is None else each.gpu_hours * price,
     }
+    return dict.fromkeys(values) if plan.no_forecast else values

@@ -23,19 +23,23 @@ TINY: dict[str, Any] = {
 }
 
 
-def gpu(*, memory_gb: float = 80.0) -> Accelerator:
+SLOWER = 10_000.0
+"""Slowness of the GPU of the tests: so slow that the tiny recipe's arithmetic takes longer than launches of kernels."""
+
+
+def gpu(*, memory_gb: float = 80.0, slower: float = SLOWER) -> Accelerator:
     return Accelerator(
         name="a GPU of the tests",
-        peak_tflops={"bfloat16": 100.0, "float32": 10.0},
+        peak_tflops={"bfloat16": 100.0 / slower, "float32": 10.0 / slower},
         memory_gb=memory_gb,
-        node_gb_per_s=100.0,
-        network_gb_per_s=10.0,
+        node_gb_per_s=100.0 / slower,
+        network_gb_per_s=10.0 / slower,
         source="invented",
     )
 
 
-def cluster(nodes: int = 1, gpus_per_node: int = 4, *, memory_gb: float = 80.0) -> Cluster:
-    return Cluster(nodes, gpus_per_node, gpu(memory_gb=memory_gb))
+def cluster(nodes: int = 1, gpus_per_node: int = 4, *, memory_gb: float = 80.0, slower: float = SLOWER) -> Cluster:
+    return Cluster(nodes, gpus_per_node, gpu(memory_gb=memory_gb, slower=slower))
 
 
 @cache
