@@ -148,7 +148,8 @@ def test_the_first_recipe_lacks_only_the_readers_files_and_names_the_commands(
     monkeypatch.chdir(work)
     monkeypatch.setenv("COLUMNS", "400")
     assert run_command(["doctor", str(FIRST_RECIPE)]) == 2
-    failed = [line for line in capsys.readouterr().out.splitlines() if "✗" in line]
-    assert [line.split("│")[2].strip() for line in failed] == ["data", "teacher", "teacher's weights"]
-    assert "megadistill tokenize" in failed[0]
-    assert "name a Hugging Face model folder" in failed[1]
+    rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "✗" in line]
+    failed = {row[2]: row[3] for row in rows}
+    assert failed.keys() - {"teacher's weights", "setup"} == {"data", "teacher"}, failed
+    assert "megadistill tokenize" in failed["data"]
+    assert "hf download ORG/MODEL --local-dir models/teacher" in failed["teacher"]
