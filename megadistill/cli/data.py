@@ -110,7 +110,10 @@ def _tokenize(options: argparse.Namespace) -> None:
             processes=options.processes,
             progress=show,
         )
+    print(report.heading())
     print_tables(report.table())
+    for note in report.notes():
+        print(note)
 
 
 def _shards_verify(options: argparse.Namespace) -> int:

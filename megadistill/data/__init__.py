@@ -3,7 +3,8 @@
 `tokenize` writes a data set, `Manifest` describes one of its splits, `Mixture` joins splits, `TokenStream` reads them.
 """
 
-from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
+from megadistill.data.prepare.tokenize import tokenize
+from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture

@@ -6,14 +6,15 @@
 | `.parquet`                                    | a row: the text in one column                       |
 | any other                                     | the whole file; `.gz` and `.zst` are decompressed   |
 
-Memory holds one document, or one batch of rows, however long the file. What is left out is counted; a damaged file is
-refused, since half a file is never a shorter corpus.
+Memory holds one document, or one batch of rows, however long the file. What is left out is counted, and files without
+any text are named; a damaged file is refused, since half a file is never a shorter corpus.
 """
 
 import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import zlib
 from collections import Counter
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from megadistill.errors import UserError
+from megadistill.redaction import printable
+from megadistill.units import readable
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -39,6 +42,9 @@ LINES: Final = (".jsonl", ".json.gz", ".json.zst", ".jsonl.gz", ".jsonl.zst")
 """Endings of files with a document a line; an uncompressed `.json` file is one document, which as many are."""
 PARQUET: Final = ".parquet"
 
+NAMED_FILES: Final = 3
+"""Files without any text that an error names."""
+
 _DIGEST_BYTES = 8
 _ROWS_AT_A_TIME = 128
 _FIELDS_NAMED = 20
@@ -50,13 +56,41 @@ _DAMAGED = (EOFError, zlib.error, zstd.ZstdError)
 
 
 class LeftOut(StrEnum):
-    """Reasons for leaving a document out of the data set."""
+    """Reasons for leaving a document out of the data set; the value names several of them."""
 
-    EMPTY = "empty"
-    INVALID = "not UTF-8"
-    NOT_JSON = "no JSON object"
-    NO_TEXT = "without the text field"
-    TOO_LONG = f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+    EMPTY = "empty documents"
+    INVALID = "documents that are not UTF-8"
+    NOT_JSON = "lines that are not a JSON object"
+    NO_TEXT = "records without the text field"
+    TOO_LONG = f"documents longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+    def counted(self, number: int) -> str:
+        """`1 empty document`, `3 lines that are not a JSON object`."""
+        if number != 1:
+            return f"{number:,} {self.value}"
+        singular = re.sub(r"^(.*?)s\b", r"\1", self.value, count=1).replace("that are", "that is")
+        return f"1 {singular}"
+
+
+@dataclass(frozen=True)
+class UnreadFile:
+    """A file of the input that gave no document, though it is not blank."""
+
+    path: Path
+    size: int
+    """In bytes, as it lies on the disk."""
+    left_out: Counter[LeftOut]
+    fields: tuple[str, ...]
+    """Columns, or keys of its records, in quotes, where the text field was not among them or held no text."""
+
+    def __str__(self) -> str:
+        if self.fields:
+            reason = f"its fields are {', '.join(self.fields)}"
+        elif self.left_out.keys() == {LeftOut.INVALID}:
+            reason = "it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 converts it)"
+        else:
+            reason = in_words(self.left_out)
+        return f"{printable(str(self.path))} ({readable(self.size, 'B')}): {reason}"
 
 
 @dataclass(frozen=True)
@@ -81,28 +115,46 @@ class Corpus:
     def __init__(self, files: Iterable[Path], *, text_field: str) -> None:
         self._files = files
         self._text_field = text_field
-        self._fields: set[str] = set()
+        self._fields: dict[str, None] = {}
         self.left_out: Counter[LeftOut] = Counter()
+        self.unread: list[UnreadFile] = []
+        """The files without any text, which are not blank."""
         self.bytes_read = 0
         """Bytes of the files that were read, as they lie on the disk."""
 
     def __iter__(self) -> Iterator[Document]:
         """Raises UserError: a file cannot be read, or is damaged."""
         for path in self._files:
-            before = self.bytes_read
+            before, left_out_before, documents = self.bytes_read, self.left_out.copy(), 0
+            self._fields.clear()
             for text in self._texts(path):
                 document = text if isinstance(text, LeftOut) else _document(text)
                 if isinstance(document, LeftOut):
                     self.left_out[document] += 1
                 else:
+                    documents += 1
                     yield document
-            self.bytes_read = before + path.stat().st_size
+            size, left_out = path.stat().st_size, self.left_out - left_out_before
+            self.bytes_read = before + size
+            if not documents and left_out.keys() - {LeftOut.EMPTY}:
+                self.unread.append(UnreadFile(path, size, left_out, tuple(self._fields)))
 
     def no_documents(self) -> UserError:
         """The error for a corpus without a document, with what was left out."""
-        fields = ", ".join(repr(field) for field in sorted(self._fields))
+        fields = ", ".join(dict.fromkeys(field for file in self.unread for field in file.fields))
         way_out = f": the fields are {fields}, name one with --text-field" if fields else ": give other files"
         return UserError(f"no text to tokenize: {in_words(self.left_out) or 'the files hold no document'}{way_out}")
+
+    def refuse_mostly_unread(self, total: int) -> None:
+        """Raises UserError: more than half of the `total` bytes of the corpus lie in files without any text."""
+        unread = sum(file.size for file in self.unread)
+        if 2 * unread <= total:
+            return
+        raise UserError(
+            f"no text in {readable(unread, 'B')} of the {readable(total, 'B')} of the input: "
+            f"{'; '.join(listed(self.unread, NAMED_FILES))}: name the field of the text with --text-field, or leave "
+            "the files out with --exclude, and start the command again (finished shards are reused)"
+        )
 
     def _texts(self, path: Path) -> Iterator[bytes | LeftOut]:
         name = path.name.lower()
@@ -125,7 +177,7 @@ class Corpus:
 
     def _text_of(self, line: bytes) -> bytes | LeftOut:
         try:
-            values = json.loads(line.decode())
+            values = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             return LeftOut.INVALID
         except (ValueError, RecursionError):
@@ -134,7 +186,7 @@ class Corpus:
             return LeftOut.NOT_JSON
         text = values.get(self._text_field)
         if not isinstance(text, str):
-            self._remember(values)
+            self._remember(values, not_text=self._text_field in values)
             return LeftOut.NO_TEXT
         try:
             return text.encode()
@@ -151,7 +203,8 @@ class Corpus:
                 rows = file.metadata.num_rows
                 column = file.schema_arrow.get_field_index(self._text_field)
                 if column < 0 or not _is_text(file.schema_arrow.field(column).type, arrow.types):
-                    self._remember(file.schema_arrow.names)
+                    names = file.schema_arrow.names
+                    self._remember(names, not_text=column >= 0)
                     self.left_out[LeftOut.NO_TEXT] += rows
                     return
                 done = 0
@@ -163,10 +216,12 @@ class Corpus:
         except arrow.ArrowException as error:
             raise _damaged(path, error) from None
 
-    def _remember(self, fields: Iterable[str]) -> None:
+    def _remember(self, fields: Iterable[str], *, not_text: bool = False) -> None:
+        """Keeps the names of fields for messages; `not_text`: the text field is there, without text."""
         for field in fields:
             if len(self._fields) < _FIELDS_NAMED:
-                self._fields.add(field[:100])
+                suffix = " (which is not text)" if not_text and field == self._text_field else ""
+                self._fields[f"{field[:100]!r}{suffix}"] = None
 
 
 def find_files(
@@ -184,21 +239,42 @@ def find_files(
     """
     any_file = False
     for given in inputs:
-        if not given.exists():
-            raise UserError(f"{given} does not exist: give files of text, or folders of them")
+        _check_input(given)
         for path in [given] if given.is_file() else _walk(given, include, exclude, output.resolve()):
             any_file = True
             yield path
+    names = ", ".join(map(str, inputs))
+    if not any_file and tuple(include) == ("*",) and not exclude:
+        raise UserError(f"there is no file in {names}: give files of text, or folders of them")
     if not any_file:
         raise UserError(
-            f"no file of {', '.join(map(str, inputs))} matches --include {' '.join(include)}"
+            f"no file of {names} matches --include {' '.join(include)}"
             f"{f' and not --exclude {chr(32).join(exclude)}' if exclude else ''}: change the patterns"
         )
 
 
 def in_words(left_out: Counter[LeftOut]) -> str:
-    """`"2 empty, 1 not UTF-8"`; an empty string where nothing was left out."""
-    return ", ".join(f"{left_out[reason]:,} {reason}" for reason in LeftOut if left_out[reason])
+    """`"2 empty documents, 1 document that is not UTF-8"`; an empty string where nothing was left out."""
+    return ", ".join(reason.counted(left_out[reason]) for reason in LeftOut if left_out[reason])
+
+
+def listed(files: Sequence[UnreadFile], most: int) -> list[str]:
+    """The largest files, `most` of them, and a line that counts the others."""
+    largest = sorted(files, key=lambda file: -file.size)
+    others = largest[most:]
+    plural = "" if len(others) == 1 else "s"
+    more = [f"{len(others):,} more file{plural} ({readable(sum(file.size for file in others), 'B')})"] if others else []
+    return [*map(str, largest[:most]), *more]
+
+
+def _check_input(given: Path) -> None:
+    """Raises UserError: there is nothing at the path, or neither a file nor a folder."""
+    if not given.exists():
+        is_pattern = any(letter in given.name for letter in "*?[")
+        problem = "matches no file" if is_pattern else "does not exist"
+        raise UserError(f"{printable(str(given))} {problem}: give files of text, or folders of them")
+    if not given.is_file() and not given.is_dir():
+        raise UserError(f"{printable(str(given))} is neither a file nor a folder (a text is read more than once)")
 
 
 def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], output: Path) -> Iterator[Path]:

@@ -17,6 +17,11 @@ INCOMPLETE: Final = ".incomplete"
 """Marker file of an output that is not complete; locked while a process writes there."""
 
 
+def is_incomplete(output: Path) -> bool:
+    """Whether a start writes there, or was broken off."""
+    return (output / INCOMPLETE).exists()
+
+
 @contextmanager
 def locked_output(output: Path, splits: Iterable[str]) -> Iterator[None]:
     """Marks the output as incomplete, and keeps a second process from writing there.
@@ -24,7 +29,7 @@ def locked_output(output: Path, splits: Iterable[str]) -> Iterator[None]:
     Raises:
         UserError: it holds a complete split, or another process writes there.
     """
-    if not (output / INCOMPLETE).exists():
+    if not is_incomplete(output):
         for split in (TRAIN, HELDOUT):
             Manifest.refuse_finished(output / split)
     output.mkdir(parents=True, exist_ok=True)

@@ -11,17 +11,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from rich.table import Table
-
-from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
+from megadistill.data.prepare.corpus import Corpus, find_files
 from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, PackerName, disk_faults
-from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, locked_output, remove_leftovers
+from megadistill.data.prepare.finished_output import InputFiles, TokenizeRecord
+from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete, locked_output, remove_leftovers
 from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
+from megadistill.data.prepare.tokenize_report import SplitReport, TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import encode_all
-from megadistill.data.shards.manifest import FORMAT_VERSION, Manifest, SourceRecord
+from megadistill.data.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, SourceRecord
 from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
@@ -29,58 +29,6 @@ from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
 
 SHARD_MB: Final = 32
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """The manifest of one split, and what its sequences leave out or add."""
-
-    manifest: Manifest
-    dropped: int
-    """Tokens that are in no sequence: the rest at the end of a shard."""
-    padding: int
-    """Tokens of the sequences that belong to no document."""
-
-    def cells(self) -> dict[str, str]:
-        """A column of a table, by the headings of the rows."""
-        one, text_bytes = self.manifest, self.manifest.text_bytes or 0
-        return {
-            "documents": f"{one.documents:,}",
-            "sequences": f"{one.sequences:,}",
-            "shards": f"{len(one.shards):,}",
-            "tokens": f"{one.tokens:,}",
-            "text": f"{text_bytes / 1e6:,.1f} MB",
-            "bytes a token": f"{text_bytes / one.tokens:.2f}",
-            "padding": f"{self.padding / (one.sequences * (one.sequence_length + 1)):.2%}",
-            "tokens dropped": f"{self.dropped:,}",
-        }
-
-
-@dataclass(frozen=True)
-class TokenizeReport:
-    """The result of `tokenize`."""
-
-    output: Path
-    vocab_size: int
-    train: SplitReport
-    heldout: SplitReport | None
-    left_out: Counter[LeftOut]
-    reused: int
-    """Shards that an earlier start had written."""
-    seconds: float
-
-    def table(self) -> Table:
-        """A column a split; the caption counts the documents that were left out."""
-        resumed = f"; {self.reused:,} shards reused from an earlier start" if self.reused else ""
-        title = f"{self.output}: {self.vocab_size:,} ids, {self.seconds:.0f} s"
-        caption = f"left out: {in_words(self.left_out) or 'nothing'}{resumed}"
-        table = Table("", title=title, caption=caption, title_justify="left", caption_justify="left")
-        columns = {split.manifest.split: split.cells() for split in (self.train, self.heldout) if split}
-        for split in columns:
-            table.add_column(split, justify="right")
-        for heading in columns[TRAIN]:
-            table.add_row(heading, *(cells[heading] for cells in columns.values()))
-        return table
 
 
 def tokenize(
@@ -110,16 +58,29 @@ def tokenize(
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
     that calls this must keep its own acts under `if __name__ == "__main__"`.
 
+    The same call on a finished output writes nothing.
+
     Raises:
-        UserError: an argument, the text or the output folder is unusable; no manifest was written.
+        UserError: an argument, the text or the output folder is unusable, most of the input (by bytes) has no text, or
+            the output was made by another command; no manifest was written.
         OperatorFault: the disk is full. RestartFault: a process was killed. The same command resumes.
     """
     began = time.perf_counter()
     _check(tokenizer, vocab_size, {"--sequence-length": sequence_length, "--processes": processes}, packer, shard_mb)
     files = _Inputs(inputs, output, include, exclude, text_field, heldout_fraction)
     folder = output / TOKENIZER_FOLDER
+    given = None if tokenizer is None else load_tokenizer(tokenizer)  # before there is an output
+    record = files.tokenize_record(
+        tokenizer=None if given is None else f"sha256 {given.sha256[:12]}",
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        packer=packer,
+        shard_mb=shard_mb,
+    )
+    if not is_incomplete(output) and record.is_finished(output, files.splits):
+        return _already_there(output, files.splits, record, seconds=time.perf_counter() - began)
     with disk_faults(output), locked_output(output, files.splits):
-        model = load_tokenizer(tokenizer) if tokenizer else _train(files, folder, vocab_size or 0, progress)
+        model = given or _train(files, folder, vocab_size or 0, progress)
         model.write(folder)
         spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length)
         corpus = files.corpus()
@@ -134,6 +95,7 @@ def tokenize(
         )
         splits = {split: _split_report(split, shards[split], model, spec, files.record()) for split in files.splits}
         manifests = [report.manifest for report in splits.values()]
+        record.write(output)
         for manifest in manifests:  # last, when nothing can fail any more
             manifest.write(output / manifest.split)
         remove_leftovers(output, manifests)
@@ -142,9 +104,25 @@ def tokenize(
         vocab_size=model.vocab_size,
         train=splits[TRAIN],
         heldout=splits.get(HELDOUT),
-        left_out=corpus.left_out,
-        reused=reused,
+        input_bytes=record.input.bytes,
         seconds=time.perf_counter() - began,
+        left_out=corpus.left_out,
+        unread=tuple(corpus.unread),
+        reused=reused,
+    )
+
+
+def _already_there(output: Path, splits: Sequence[str], record: TokenizeRecord, *, seconds: float) -> TokenizeReport:
+    reports = {split: SplitReport(Manifest.load(output / split / MANIFEST)) for split in splits}
+    return TokenizeReport(
+        output=output,
+        vocab_size=reports[TRAIN].manifest.vocab_size,
+        train=reports[TRAIN],
+        heldout=reports.get(HELDOUT),
+        input_bytes=record.input.bytes,
+        seconds=seconds,
+        left_out=Counter(),
+        already_there=True,
     )
 
 
@@ -176,10 +154,23 @@ class _Inputs:
     def _files(self) -> Iterator[Path]:
         return find_files(self.inputs, self.include, self.exclude, output=self.output)
 
-    def refuse_one_sided(self, documents: Counter[str], corpus: Corpus) -> None:
-        """Raises UserError: there is no document, or not one in each split."""
+    def tokenize_record(self, **options: str | float | None) -> TokenizeRecord:
+        """The record of the command with these `options` and those of the input."""
+        given: dict[str, Any] = {
+            **options,
+            "text_field": self.text_field,
+            "heldout_fraction": self.heldout_fraction,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+        named = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+        return TokenizeRecord(options=named, input=InputFiles.of(self._files()))
+
+    def refuse_one_sided(self, documents: Counter[str], corpus: Corpus, total: int) -> None:
+        """Raises UserError: there is no document, most of the input has no text, or a split has no document."""
         if not documents:
             raise corpus.no_documents()
+        corpus.refuse_mostly_unread(total)
         empty = next((split for split in self.splits if not documents[split]), None)
         if empty is not None:
             full = HELDOUT if empty == TRAIN else TRAIN
@@ -232,8 +223,9 @@ def _train(files: _Inputs, folder: Path, vocab_size: int, show: ShowProgress) ->
         documents[split] += 1
         if split == TRAIN:
             sample.add(document)
+        corpus.refuse_mostly_unread(total)
         show("sample", done=min(corpus.bytes_read, total - 1), total=total, tokens=0)  # `total` is reported once, last
-    files.refuse_one_sided(documents, corpus)
+    files.refuse_one_sided(documents, corpus, total)
     show("sample", done=total, total=total, tokens=0)
     show("tokenizer", done=0, total=sample.bytes, tokens=0)
     model = trained_tokenizer(sample, folder, vocab_size=vocab_size)
@@ -263,11 +255,12 @@ def _encode(
     for task, shard, is_reused in encode_all(tasks, files.output, tokenizer_file, spec, processes=processes):
         shards[task.split, task.number] = shard
         documents[task.split] += shard.documents
+        corpus.refuse_mostly_unread(total)
         read += task.file_bytes
         tokens += 0 if is_reused else shard.tokens
         reused += is_reused and shard.shard is not None
         show("shards", done=min(read, total - 1), total=total, tokens=tokens)
-    files.refuse_one_sided(documents, corpus)
+    files.refuse_one_sided(documents, corpus, total)
     show("shards", done=total, total=total, tokens=tokens)
     return {split: [shards[key] for key in sorted(shards) if key[0] == split] for split in files.splits}, reused
 

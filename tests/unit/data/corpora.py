@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from megadistill.data.prepare.finished_output import RECORD_FILE
+
 BODY = "def hello(name: str) -> str:\n    return f'hello {name}, this is text number {n} of many'\n\n\n"
 
 
@@ -41,8 +43,12 @@ def byte_level_tokenizer(folder: Path, text: str) -> Path:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """sha256 of each file, but of a manifest without the names of its inputs, and so without its own."""
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    """sha256 of each file, but of a manifest without the names of its inputs, and so without its own.
+
+    The record of the command is left out: it has the names and times of the inputs.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RECORD_FILE]
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:

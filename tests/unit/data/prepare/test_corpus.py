@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from backports import zstd
 
 from megadistill.data.prepare import corpus
-from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words
+from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words, listed
 from megadistill.errors import UserError
 
 TEXTS = ["one\n", "zwei\r\nZeilen, \u2028 und \x00", "三 🙂\ttabs", "  spaces  ", "x" * 5000]
@@ -107,7 +108,10 @@ def test_what_is_no_document_is_counted(tmp_path: Path) -> None:
     texts, read = _read(tmp_path)
     assert texts == ["kept"]
     assert read.left_out == {LeftOut.NOT_JSON: 5, LeftOut.NO_TEXT: 3, LeftOut.EMPTY: 2, LeftOut.INVALID: 3}
-    assert in_words(read.left_out) == "2 empty, 3 not UTF-8, 5 no JSON object, 3 without the text field"
+    assert in_words(read.left_out) == (
+        "2 empty documents, 3 documents that are not UTF-8, 5 lines that are not a JSON object, "
+        "3 records without the text field"
+    )
 
 
 def test_rows_of_parquet_are_counted_alike(tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_a_corpus_without_documents_is_refused_with_counts_and_fields(tmp_path: 
     texts, read = _read(tmp_path)
     assert texts == []
     message = str(read.no_documents())
-    assert "1 no JSON object, 2 without the text field" in message
+    assert "1 line that is not a JSON object, 2 records without the text field" in message
     assert "the fields are 'body', 'id', 'title', name one with --text-field" in message
     (tmp_path / "a.jsonl").write_bytes(b"")
     assert "the files hold no document" in str(_read(tmp_path)[1].no_documents())
@@ -195,6 +199,42 @@ def test_an_input_that_is_not_there_or_matches_nothing_is_refused(tmp_path: Path
         list(find_files([tmp_path / "a.txt", tmp_path / "nowhere"], ["*"], [], output=NOWHERE))
     with pytest.raises(UserError, match=r"matches --include \*\.md and not --exclude a\*"):
         list(find_files([tmp_path], ["*.md"], ["a*"], output=NOWHERE))
+    with pytest.raises(UserError, match=r"\*\.txt matches no file: give files"):
+        list(find_files([tmp_path / "none" / "*.txt"], ["*"], [], output=NOWHERE))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"there is no file in .*empty: give files"):
+        list(find_files([tmp_path / "empty"], ["*"], [], output=NOWHERE))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is neither a file nor a folder"):
+        list(find_files([tmp_path / "pipe"], ["*"], [], output=NOWHERE))
+
+
+def test_each_file_without_text_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"body": "one", "id": 1}, {"title": "two"}]))
+    (tmp_path / "b.jsonl").write_bytes(_lines(["kept", {"text": "kept"}]))
+    (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "d.txt").write_bytes(b" ")
+    (tmp_path / "e.csv.jsonl").write_bytes(b"id,text\n1,one\n")
+    (tmp_path / "f\x1b[1m.txt").write_bytes("é".encode("utf-16"))
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), tmp_path / "g.parquet")
+    _, read = _read(tmp_path)
+    lines = {str(file).partition(" (")[0].rpartition("/")[2]: str(file).partition("): ")[2] for file in read.unread}
+    invalid = "it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 converts it)"
+    assert lines == {
+        "a.jsonl": "its fields are 'body', 'id', 'title'",
+        "c.png": invalid,
+        "e.csv.jsonl": "2 lines that are not a JSON object",
+        "f\ufffd[1m.txt": invalid,
+        "g.parquet": "its fields are 'body', 'text' (which is not text)",
+    }
+    assert len(listed(read.unread, 3)) == 4
+    assert listed(read.unread, 3)[-1].startswith("2 more files (")
+
+
+def test_a_byte_order_mark_does_not_hide_a_line(tmp_path: Path) -> None:
+    """Which Windows programs write at the beginning of a file."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + _lines([{"text": "one"}, {"text": "two"}]))
+    assert _read(tmp_path)[0] == ["one", "two"]
 
 
 def test_copies_have_one_digest(tmp_path: Path) -> None:

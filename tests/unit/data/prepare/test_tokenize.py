@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from rich.console import Console
 
 from megadistill.data.prepare import tokenizer_training as training_sample
 from megadistill.data.prepare.corpus import Document, LeftOut
-from megadistill.data.prepare.tokenize import TokenizeReport, tokenize
+from megadistill.data.prepare.tokenize import tokenize
+from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -228,7 +230,7 @@ def test_with_no_share_held_out_there_is_no_such_split(corpus: Path, given: Path
     report = _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, heldout_fraction=0)
     assert report.heldout is None
     assert report.train.manifest.documents == len(document_texts())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer", "train"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenize.json", "tokenizer", "train"]
 
 
 def test_what_is_taken_and_what_is_counted(given: Path, tmp_path: Path) -> None:
@@ -251,7 +253,13 @@ def test_what_is_taken_and_what_is_counted(given: Path, tmp_path: Path) -> None:
     Console(file=table, width=200).print(report.table())
     assert f"{report.train.manifest.tokens:,}" in table.getvalue()
     assert f"{report.train.dropped:,}" in table.getvalue()
-    assert "left out: 1 empty, 1 not UTF-8" in table.getvalue()
+    assert report.notes() == [
+        "left out: 1 empty document, 1 document that is not UTF-8",
+        f"no text in 4 B of the {report.input_bytes / 1000:.3g} kB of the input; --text-field names the field with the "
+        "text, --exclude leaves files out:",
+        f"  {corpus}/latin.txt (4 B): it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 "
+        "converts it)",
+    ]
 
 
 def test_a_given_model_is_copied(corpus: Path, given: Path, tmp_path: Path) -> None:
@@ -316,9 +324,108 @@ def test_no_text_no_input_and_a_damaged_one_are_refused(given: Path, tmp_path: P
 def test_a_finished_split_is_not_overwritten(corpus: Path, given: Path, tmp_path: Path) -> None:
     _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
     before = tree(tmp_path / "out")
-    with pytest.raises(UserError, match="a manifest is never changed"):
+    with pytest.raises(UserError, match="made otherwise: --sequence-length was 16, is 8: give another --output"):
         _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None, sequence_length=8)
+    (tmp_path / "out" / "tokenize.json").unlink()
+    with pytest.raises(UserError, match="a manifest is never changed"):
+        _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
     assert tree(tmp_path / "out") == before
+
+
+def test_the_same_command_again_has_nothing_to_do(corpus: Path, given: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokenizer": given, "vocab_size": None}
+    first = _run(corpus, tmp_path / "out", **options)
+    before = tree(tmp_path / "out")
+    again = _run(corpus, tmp_path / "out", **options, processes=2, progress=_never)
+    assert again.already_there
+    assert again.heldout is not None
+    assert first.heldout is not None
+    for ours, theirs in ((again.train, first.train), (again.heldout, first.heldout)):
+        assert ours.manifest.fingerprint == theirs.manifest.fingerprint
+        assert ours.cells().items() < theirs.cells().items()
+    assert "already there, made by the same command" in again.heading()
+    assert again.notes() == ["nothing was written"]
+    assert tree(tmp_path / "out") == before
+    shutil.rmtree(tmp_path / "out" / "heldout")
+    with pytest.raises(UserError, match="a manifest is never changed"):
+        _run(corpus, tmp_path / "out", **options)
+
+
+def _never(stage: str, **numbers: int) -> None:
+    raise AssertionError("nothing is to be done")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"tokenizer": None, "vocab_size": 300},
+            r"--tokenizer was sha256 \w+, is not given; --vocab-size was not",
+        ),
+        ({"packer": "bestfit"}, "--packer was chunk, is bestfit"),
+        ({"text_field": "body"}, "--text-field was text, is body"),
+        ({"heldout_fraction": 0.2}, "--heldout-fraction was 0.3, is 0.2"),
+        ({"exclude": ["doc00039*"]}, r"--exclude was not given, is doc00039\*"),
+        ({"shard_mb": 1}, "--shard-mb was 0.002, is 1"),
+    ],
+)
+def test_another_command_is_told_what_differs(
+    changes: dict[str, Any], says: str, corpus: Path, given: Path, tmp_path: Path
+) -> None:
+    _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
+    with pytest.raises(UserError, match=says) as refused:
+        _run(corpus, tmp_path / "out", **{"tokenizer": given, "vocab_size": None} | changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_input_that_has_changed_is_told_too(given: Path, tmp_path: Path) -> None:
+    corpus = write_texts(tmp_path / "corpus", document_texts())
+    options: dict[str, Any] = {"tokenizer": given, "vocab_size": None}
+    _run(corpus, tmp_path / "out", **options)
+    path = corpus / "doc00000.txt"
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match="files of its input were written again since"):
+        _run(corpus, tmp_path / "out", **options)
+    path.write_text("more text than before " * 100)
+    with pytest.raises(UserError, match=r"its input was 40 files, .* kB, is 40 files, .* kB"):
+        _run(corpus, tmp_path / "out", **options)
+
+
+def _lines_of(field: str) -> bytes:
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(document_texts())).encode()
+
+
+def test_files_without_text_are_named_with_their_fields(given: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(2 * _lines_of("text"))
+    (tmp_path / "corpus" / "b.jsonl").write_bytes(_lines_of("body"))
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"], "text": [3]}), tmp_path / "corpus" / "c.parquet")
+    report = _run(tmp_path / "corpus", tmp_path / "out", tokenizer=given, vocab_size=None)
+    left_out, heading, body, content = report.notes()
+    assert left_out == "left out: 41 records without the text field"
+    assert heading.startswith("no text in ")
+    assert "b.jsonl (" in body
+    assert body.endswith("): its fields are 'id', 'body'")
+    assert content.endswith("): its fields are 'content', 'text' (which is not text)")
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_input_that_is_mostly_without_text_is_refused(tokenizer: bool, given: Path, tmp_path: Path) -> None:
+    """As soon as that is certain; without the files, the shards that are there are used."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(_lines_of("text"))
+    (tmp_path / "corpus" / "b.jsonl").write_bytes(2 * _lines_of("body"))
+    options: dict[str, Any] = {"tokenizer": given if tokenizer else None, "vocab_size": None if tokenizer else 330}
+    with pytest.raises(
+        UserError, match=r"no text in .* kB of the .* kB of the input: .*b\.jsonl \(.*\): its fields"
+    ) as no:
+        _run(tmp_path / "corpus", tmp_path / "out", **options)
+    for part in ("'id', 'body'", "--text-field", "--exclude"):
+        assert part in str(no.value)
+    assert not list((tmp_path / "out").rglob("manifest.json"))
+    report = _run(tmp_path / "corpus", tmp_path / "out", **options, exclude=["b.jsonl"])
+    assert report.notes()[0] == "left out: nothing"
+    assert not tokenizer or report.reused
 
 
 def test_two_do_not_write_to_one_folder(corpus: Path, given: Path, tmp_path: Path) -> None:
