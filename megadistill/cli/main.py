@@ -74,17 +74,22 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
             time.sleep(EXIT_DELAY_SECONDS)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
-        _log_error(error)
+        logger.error("%s", error)
+        _print_notes(error)
         return error.exit_code
     except OSError as error:  # such as a full disk or a folder without write permission: a traceback does not help
-        _log_error(error)
+        logger.error("%s", error)
+        _print_notes(error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:
         return _interrupted(interrupts, on_interrupt, prints)
-    except Exception:
+    except Exception as error:
         if interrupts is not None and interrupts.name is not None:  # an import that was interrupted fails otherwise
             return _interrupted(interrupts, on_interrupt, prints)
+        notes, error.__notes__ = getattr(error, "__notes__", []), []
         traceback.print_exc()
+        error.__notes__ = notes
+        _print_notes(error)
         return OperatorFault.exit_code
 
 
@@ -112,11 +117,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _log_error(error: Exception) -> None:
-    """Logs a fault, and prints its notes behind it: what to type next."""
-    logger.error("%s", error)
+def _print_notes(error: Exception) -> None:
+    """Prints what an error's notes say to type next. Not to stderr, whose last line is the reason of the end."""
     for note in getattr(error, "__notes__", ()):
-        print(note, file=sys.stderr)
+        print(note, flush=True)
 
 
 def _refuse_renamed(arguments: Sequence[str]) -> None:

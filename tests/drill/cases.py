@@ -300,7 +300,8 @@ def frozen(place: Place) -> CaseResult:
     seconds = since(began)
     ranks.send(signal.SIGKILL, rank=1)  # as its launcher does; a stopped process takes no other signal
     assert ranks.wait(10) == [RESTART, -signal.SIGKILL], ranks.output
-    assert "rank 1" in ranks.logs[0].read_text().rpartition("megadistill")[2], ranks.output
+    assert "no heartbeat from rank 1" in ranks.logs[0].read_text(), ranks.output
+    assert "the same command resumes from the checkpoint of step 4" in ranks.logs[0].read_text(), ranks.output
     return resume_run(place, "frozen", seconds=seconds)
 
 

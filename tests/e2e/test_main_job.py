@@ -192,4 +192,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_starts_from_scratch(place: Pl
     assert refused.code == 4, refused.transcript
     assert file.name in refused.err
     assert "damaged" in refused.err
+    assert "does not start from scratch" in refused.err.splitlines()[-1], "slurm/lib.sh shows this line"
+    folder, last = place.folder / "damaged", refused.out.splitlines()[-1]
+    assert last.startswith(f"{folder}: ended after step 2; once the cause is mended, `megadistill train")
     assert len(place.metrics("damaged")) == 2

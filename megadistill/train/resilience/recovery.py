@@ -4,10 +4,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import torch
 
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
-from megadistill.distributed.watchdog.parent import write_stderr
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
 from megadistill.events import EventLog, Goodput, goodput, read_lines
 from megadistill.student.engine import StudentEngine
@@ -289,13 +290,18 @@ class Recovery:
         """Records that the watchdog ends the attempt; in its own thread it also prints what resumes the run."""
         self.ended(reason, rank=rank, exit_code=RestartFault.exit_code)
         if threading.current_thread() is not threading.main_thread():  # which prints it when it has failed by itself
-            write_stderr(how_to_resume(self._folder))
+            self._print_how_to_resume()
 
     def quit(self, reason: str, *, rank: int) -> None:
         """Records that a person ends the attempt without a checkpoint. Called by a signal handler."""
         events = EventLog(self._folder, self.attempt.number, writes=True)  # the interrupted code may be using the other
         events.attempt_failed(reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code, requested=True)
-        write_stderr(how_to_resume(self._folder))
+        self._print_how_to_resume()
+
+    def _print_how_to_resume(self) -> None:
+        """Prints it without a lock, and not to stderr, whose last line is the reason of the end."""
+        with suppress(OSError):
+            os.write(1, f"{how_to_resume(self._folder)}\n".encode())
 
     def done(self, step: int) -> None:
         """Records that the last step is saved, and writes the file DONE."""
