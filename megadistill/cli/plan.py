@@ -133,6 +133,7 @@ def _timeline(options: argparse.Namespace) -> None:
 
 
 def _of_run(options: argparse.Namespace) -> None:
+    from megadistill.config.paths import wrong_path
     from megadistill.timeline.files import read_timeline
 
     for name in ("nodes", "gpu", "steps", "set", "sequence-length", "teacher-config"):
@@ -140,6 +141,8 @@ def _of_run(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name} belongs to a plan, and {options.source} is a run folder: name a recipe, or leave it out"
             )
+    if not (options.source / "recipe.json").is_file() and (reason := wrong_path(options.source, "run")):
+        raise UserError(reason)
     _write(read_timeline(options.source), options.output or options.source)
 
 

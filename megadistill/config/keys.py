@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
 
+from megadistill.config.other_names import EXPLAINED, OTHER_NAMES
 from megadistill.config.recipe import Recipe, Section, sections_in
 from megadistill.errors import UserError, nearest
 
@@ -25,6 +26,16 @@ PREFACE = """\
 two; `megadistill config-keys loss` shows one section in a terminal. A key that a recipe leaves out has its default; an
 unknown key is refused with the nearest one that exists. `--set section.key=value` overrides any of them.
 
+"""
+
+OTHER_NAMES_PREFACE = """\
+## Names of other trainers
+
+Of HF Trainer, TRL, Megatron-LM, torchtitan, DeepSpeed, NeMo and others. A recipe or an option that uses one of them is
+refused with what is written here.
+
+| there | here |
+|---|---|
 """
 
 _BOUNDS = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
@@ -120,7 +131,13 @@ def markdown() -> str:
         page.append(f"## {section or 'the recipe itself'}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
         page += [f"| `{key.name}` | {key.type} | `{key.default}` | {_cell(key.meaning)} |\n" for key in members]
         page.append("\n")
-    return "".join(page).rstrip() + "\n"
+    return "".join([*page, OTHER_NAMES_PREFACE, *_other_names()])
+
+
+def _other_names() -> Iterator[str]:
+    """Rows of the table of names of other trainers."""
+    for here, there in [*((f"`{key}`", names) for key, names in OTHER_NAMES.items()), *EXPLAINED.items()]:
+        yield f"| {', '.join(f'`{name}`' for name in there)} | {_cell(here)} |\n"
 
 
 def _cell(text: str) -> str:

@@ -28,7 +28,7 @@ from megadistill.student.deepspeed_config import active_deepspeed_config, build_
 from megadistill.train.setup.parent import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
-from megadistill.train.setup.requirements import students_of
+from megadistill.train.setup.ranks_and_files import students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.units import count

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megadistill.config.load import validate_recipe
+from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import NamedReader, export_model, exported_config
-from megadistill.paths import wrong_path
 from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint

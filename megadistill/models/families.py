@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megadistill.config.paths import not_model
 from megadistill.errors import UserError, nearest
 from megadistill.io import read_given_json
 from megadistill.models.experts import ExpertNames
-from megadistill.paths import not_model
 from megadistill.types import LogitTransform
 
 ModelConfig: TypeAlias = PretrainedConfig

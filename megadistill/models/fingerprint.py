@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
+from megadistill.config.paths import not_model
 from megadistill.errors import UserError
 from megadistill.models.hf_folder import SafetensorsFolder
-from megadistill.paths import not_model
 
 SAMPLED_ROWS: Final = 4
 """Rows of each tensor that are hashed."""

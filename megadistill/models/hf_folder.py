@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError, nearest
-from megadistill.paths import wrong_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config.load import load_recipe
+from megadistill.config.paths import not_model
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
-from megadistill.paths import not_model
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
@@ -77,7 +77,7 @@ def _first_step(recipe: Recipe) -> int:
         return 0
     path = Path(recipe.run.begin_from)
     names = [path.resolve().name, *(each.name for each in (path / "checkpoints").glob("step-*"))]
-    step = max((int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{8,})", name))), default=0)
+    step = max((int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name))), default=0)
     if step >= recipe.train.steps:
         raise UserError(
             f"run.begin_from: {printable(str(path))} is at step {step}, train.steps is {recipe.train.steps}: steps "

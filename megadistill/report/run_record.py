@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.config.load import validate_recipe
+from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
 from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines
 from megadistill.io import read_json
-from megadistill.paths import wrong_path
 from megadistill.redaction import printable
 
 Floats: TypeAlias = NDArray[np.float64]

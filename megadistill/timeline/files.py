@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadistill.errors import UserError
 from megadistill.io import write_file
-from megadistill.paths import wrong_path
 from megadistill.timeline.spans import Lane, MessageId, Name, Number, Seconds, Span, Step, Timeline, first_unnested
 
 FOLDER = "timeline"
@@ -71,8 +70,6 @@ def read_timeline(folder: Path) -> Timeline:
     """
     first = rank_path(folder, 0)
     if not first.is_file():
-        if not (folder / "recipe.json").is_file() and (reason := wrong_path(folder, "run")):
-            raise UserError(reason)
         raise UserError(
             f"{folder} holds no timeline ({first} is missing): record one with --set 'run.timeline=[101,103]', "
             "the first and the last step"

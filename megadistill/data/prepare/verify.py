@@ -8,6 +8,7 @@ from typing import Final
 
 from rich.table import Table
 
+from megadistill.config.paths import wrong_path
 from megadistill.data.shards.manifest import MANIFEST, Manifest
 from megadistill.data.shards.opening import OpenShard, ShardFault
 from megadistill.data.shards.reader import SequenceReader, open_shard
@@ -16,7 +17,6 @@ from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
-from megadistill.paths import wrong_path
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
 

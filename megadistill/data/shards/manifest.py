@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from megadistill.config.paths import wrong_path
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.storage.open import folder_of
 from megadistill.errors import UserError
-from megadistill.paths import wrong_path
 from megadistill.redaction import redact_url
 
 FORMAT_VERSION: Final = 3

@@ -3,12 +3,12 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from megadistill.config.paths import wrong_path
 from megadistill.data.shards.manifest import TokenizerRecord
 from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, canonical_sha256, read_json
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, tokenizer_files
 from megadistill.errors import UserError
-from megadistill.paths import wrong_path
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 """Text to ids and back. `vocab_size` is the highest id, plus one; `bos` and `eos` are the ids before and after each

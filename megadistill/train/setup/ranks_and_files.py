@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megadistill.config.paths import not_model, wrong_path
 from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError, several
-from megadistill.paths import not_model, wrong_path
 from megadistill.redaction import printable
+from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.setup.run_folder import has_saved
 
 
@@ -95,3 +96,7 @@ def _files(recipe: Recipe) -> Iterator[str]:
     for key, folder in models.items():
         if folder is not None and not (Path(folder) / "config.json").is_file():
             yield not_model(folder, key)
+    try:
+        active_deepspeed_config(recipe.student.deepspeed)
+    except UserError as error:
+        yield str(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megadistill.redaction import printable
+from megadistill.shipped import is_shipped
 
 PathKind = Literal["model", "tokenizer", "manifest", "run"]
 """Hugging Face folder; tokenizer; manifest.json of token shards; run folder."""
@@ -35,8 +36,11 @@ def not_model(path: Path | str, what: str) -> str:
     """The message for a path that is no Hugging Face folder; `what` is its key, its option, or the path itself."""
     place = f" (paths are relative to {Path.cwd()})"
     missing = "does not exist" + place if not Path(path).exists() else "has no config.json"
-    download = f"a Hugging Face model folder (`hf download ORG/MODEL --local-dir {shlex.quote(printable(str(path)))}`)"
-    reason = wrong_path(path, "model") or f"{printable(str(path))} {missing}: name {download}"
+    download = f"`hf download ORG/MODEL --local-dir {shlex.quote(printable(str(path)))}`"
+    source = f"name a Hugging Face model folder ({download})"
+    if is_shipped(Path(path)):
+        source = "`megadistill init .` writes it here, with all recipes"
+    reason = wrong_path(path, "model") or f"{printable(str(path))} {missing}: {source}"
     return reason if what == str(path) else f"{what}: {reason}"
 
 

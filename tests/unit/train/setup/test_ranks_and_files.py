@@ -7,7 +7,7 @@ import pytest
 from megadistill.config.load import load_recipe
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
-from megadistill.train.setup.requirements import require_ranks_and_files
+from megadistill.train.setup.ranks_and_files import require_ranks_and_files
 from tests.paths import RECIPES
 
 
@@ -32,6 +32,7 @@ def test_a_recipe_of_a_cluster_names_its_ranks_and_all_missing_folders_on_a_lapt
     assert "to try it here, --set distributed.vocab_group=1" in ranks
     assert "data.manifest: data/web/train/manifest.json does not exist" in data
     assert "student.config: recipes/models/gemma-2-2b does not exist" in student
+    assert "`megadistill init .` writes it here" in student
     assert "teacher.path: models/gemma-2-27b does not exist" in teacher
     assert "hf download ORG/MODEL --local-dir models/gemma-2-27b" in teacher
     assert len(_missing("gemma2-27b-to-2b/8-nodes.yaml", world=64)) == 4, "the ranks are right"
@@ -65,8 +66,9 @@ def test_mixtures_and_hub_names_and_initial_weights_are_named_too(
         "data.curriculum=[{weights: {web: 1, code: 1, mine: 1}}]",
         "student.weights=org/model",
     ]
-    heading, web, mine, weights = _missing("smoke-labels.yaml", *overrides)
-    assert heading.endswith("3 reasons")
+    heading, web, mine, weights, deepspeed = _missing("smoke-labels.yaml", *overrides, "student.deepspeed=zero-3")
+    assert heading.endswith("4 reasons")
+    assert "student.deepspeed is 'zero-3'" in deepspeed
     assert "data.sources.web: web/manifest.json does not exist" in web
     assert "hf download org/text --repo-type dataset" in mine
     assert "student.weights: org/model" in weights

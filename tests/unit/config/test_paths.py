@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.cli.main import run_command
-from megadistill.paths import not_model, wrong_path
+from megadistill.config.paths import not_model, wrong_path
 
 FILES = (
     *("run/recipe.json", "run/metrics.jsonl", "run/checkpoints/step-00000005/manifest.json"),
