@@ -15,7 +15,7 @@ from megadistill.config.yaml_file import first_line, read_yaml
 from megadistill.errors import UserError, nearest_of, several
 from megadistill.io import read_json
 from megadistill.redaction import printable
-from megadistill.shipped import shipped_folder
+from megadistill.shipped import is_shipped
 
 RENAMED = {
     "comm": "distributed",
@@ -194,7 +194,7 @@ def _read_with_parents(
 
 def _instead_of_missing(path: Path) -> str:
     """The rest of the message for a recipe that is not there: how to get it, or one beside it with a similar name."""
-    if path.parts[:1] == ("recipes",) and (shipped_folder("recipes") / Path(*path.parts[1:])).is_file():
+    if is_shipped(path):
         return "; `megadistill init .` writes the recipes of the package here"
     beside = {each.stem: each for each in sorted(path.parent.glob("*.y*ml"))}
     similar = nearest_of(path.stem, beside)

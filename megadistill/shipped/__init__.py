@@ -28,6 +28,11 @@ def shipped_folder(name: str) -> Path:
     return _here() / name
 
 
+def is_shipped(path: Path) -> bool:
+    """Whether `write_starter_files` writes this path, relative to the folder, such as `recipes/smoke.yaml`."""
+    return path == FIRST_RECIPE or (bool(path.parts) and path.parts[0] in FOLDERS and (_here() / path).exists())
+
+
 def write_starter_files(folder: Path) -> list[Path]:
     """Writes the shipped files and a first recipe into `folder`; the paths in it, sorted.
 

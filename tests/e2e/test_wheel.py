@@ -77,7 +77,7 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = environment_folder.glob("lib/python*/site-packages")
     lines = dict.fromkeys((paths["purelib"], paths["platlib"]))
     (packages / "dependencies.pth").write_text("".join(f"{line}\n" for line in lines))
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
     _run(*pip, "--ignore-installed", wheel, cwd=wheel.parent)
     where = _run(python, "-c", "import megadistill; print(megadistill.__file__)", cwd=wheel.parent)
     assert Path(where.strip()).is_relative_to(packages), where
