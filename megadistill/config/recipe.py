@@ -15,7 +15,7 @@ WARMUP_FRACTION, MAX_WARMUP_STEPS = 0.05, 2000
 """Default warm-up: the fraction of Wortsman et al. (2309.14322), up to the steps of LLaMA (2302.13971)."""
 
 MILESTONE_CHECKPOINTS = 10
-"""By default one checkpoint in this many is kept for good."""
+"""Default of `checkpoint.keep_every`, in checkpoints."""
 
 
 class Section(BaseModel):

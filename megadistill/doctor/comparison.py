@@ -84,13 +84,13 @@ def _memory_row(
     return Row(check, status, detail, tuple(sorted(nodes)))
 
 
-def space_row(free: int, checkpoint: int, writes: Sequence[float], *, kept: int) -> Row:
+def space_row(free: int, checkpoint: int, writes: Sequence[float], *, final: int) -> Row:
     """Free space on the run folder's disk, for checkpoints of these bytes; `writes`: bytes per second of each node.
 
-    `kept`: checkpoints that the complete run keeps. One more is there while it is written. A warning where the space
+    `final`: checkpoints that the complete run leaves. One more is there while it is written. A warning where the space
     suffices for a start only.
     """
-    most = max(CHECKPOINTS, kept + 1)
+    most = max(CHECKPOINTS, final + 1)
     needed, in_the_end = (int(number * checkpoint * FREE_SPACE_MARGIN) for number in (CHECKPOINTS, most))
     detail = f"{most} checkpoints at a time need {readable(in_the_end, 'B')}, {readable(free, 'B')} are free"
     status = Status.FAIL if free < needed else Status.WARN if free < in_the_end else Status.OK

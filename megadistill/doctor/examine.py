@@ -33,7 +33,7 @@ from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summ
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.doctor.teacher_prediction import teacher_row
 from megadistill.models.flops import parameter_counts
-from megadistill.plan.counts.disk_usage import kept_checkpoints
+from megadistill.plan.counts.disk_usage import final_checkpoints
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
@@ -115,7 +115,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
         own.facts["needs"] = _needs(setup, launch)
-        own.facts["kept_checkpoints"] = kept_checkpoints(
+        own.facts["final_checkpoints"] = final_checkpoints(
             setup.recipe, first_step=0 if setup.parent is None else setup.parent.checkpoint.manifest.step
         )
         own.facts["checkpoint"] = (
@@ -153,7 +153,7 @@ def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     first = reports[0].facts
     if "checkpoint" in first:
         writes = [each.facts["write"] for each in reports if each.facts.get("write")]
-        rows.append(space_row(first["space"], first["checkpoint"], writes, kept=first["kept_checkpoints"]))
+        rows.append(space_row(first["space"], first["checkpoint"], writes, final=first["final_checkpoints"]))
     rows.append(products_row(reports))
     return [row for row in rows if row is not None]
 

@@ -183,7 +183,7 @@ def _schedule(schedule: ScheduleSection) -> str:
 
 
 def _targets(teacher: TeacherSection, targets: TargetsSection | None) -> str:
-    """What the student learned from. Only of a live teacher the complete distribution is known to be there."""
+    """Targets of the student. Only of a live teacher the complete distribution is known to be there."""
     if targets is None:
         return f"its whole distribution, {teacher.origin}" if teacher.is_live else teacher.origin
     rest = "" if targets.tail is None else f", the rest {targets.tail}"

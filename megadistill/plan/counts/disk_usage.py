@@ -21,7 +21,7 @@ DISTINCT_OF_50 = 12
 """Different ids in 50 draws from a language model's distribution (arXiv:2503.16870)."""
 
 
-def kept_checkpoints(recipe: Recipe, *, first_step: int) -> int:
+def final_checkpoints(recipe: Recipe, *, first_step: int) -> int:
     """Checkpoints on the disk after the last step: the latest, and those that `checkpoint.keep_every` keeps.
 
     `first_step`: step of the checkpoint from which the run begins; 0: it starts.

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.config.recipe import TargetsSection
-from megadistill.plan.counts.disk_usage import kept_checkpoints, signal_bytes, target_bytes
+from megadistill.plan.counts.disk_usage import final_checkpoints, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate
 from megadistill.plan.scaling_law import Expectation
@@ -239,7 +239,7 @@ def _options(settings: list[str]) -> str:
 def _files(plan: Plan, main: Estimate) -> RenderableType:
     recipe, requirements = main.sharding.recipe, main.requirements
     every = recipe.train.checkpoint_every
-    checkpoints = kept_checkpoints(recipe, first_step=main.sharding.stats.first_step)
+    checkpoints = final_checkpoints(recipe, first_step=main.sharding.stats.first_step)
     size = requirements.checkpoint_bytes
     table = _table("", "a token", "together")
     pace = "" if plan.no_forecast else f": {spell(every * main.times.step)}"

@@ -64,7 +64,7 @@ def find_parent(recipe: Recipe) -> Parent | None:
     path, folder = Path(recipe.run.begin_from), Path(recipe.run.folder)
     if folder.resolve() in (path.resolve(), *path.resolve().parents):
         raise UserError(
-            f"{KEY}: {_shown(path)} is in run.folder itself, which resumes from its newest checkpoint by itself: "
+            f"{KEY}: {_printable(path)} is in run.folder itself, which resumes from its newest checkpoint by itself: "
             "remove the key, or begin a new run from this checkpoint with another run.folder"
         )
     if has_saved(folder):  # its own checkpoints count from now on, and the parent may be gone
@@ -74,7 +74,7 @@ def find_parent(recipe: Recipe) -> Parent | None:
     except OperatorFault as fault:
         raise UserError(f"{KEY}: {fault}: name another checkpoint") from None
     except OSError as error:
-        raise UserError(f"{KEY}: {_shown(path)} cannot be read: {error.strerror}") from None
+        raise UserError(f"{KEY}: {_printable(path)} cannot be read: {error.strerror}") from None
 
 
 def check_parent(parent: Parent, recipe: Recipe, student: Any, data: Mixture, *, rank: int, world: int) -> None:
@@ -111,7 +111,7 @@ def check_parent(parent: Parent, recipe: Recipe, student: Any, data: Mixture, *,
         size = path.stat().st_size if path.is_file() else None
         if size != record.bytes:
             state = "is missing" if size is None else f"has {size} bytes, its manifest says {record.bytes}"
-            raise UserError(f"{KEY}: {_shown(path)} {state}: name another checkpoint")
+            raise UserError(f"{KEY}: {_printable(path)} {state}: name another checkpoint")
 
 
 def _at(path: Path) -> Parent:
@@ -120,11 +120,11 @@ def _at(path: Path) -> Parent:
     if not (path / "manifest.json").is_file():
         if (path / "config.json").is_file():
             raise UserError(
-                f"{KEY}: {_shown(path)} is a Hugging Face folder, which has weights and no optimizer state: remove the "
+                f"{KEY}: {_printable(path)} is a Hugging Face folder, which has weights and no optimizer state: remove the "
                 "key and name the folder in student.weights, or name the run that it was exported from"
             )
         what = "is neither a run folder nor one of its checkpoints/step-…" if path.exists() else "does not exist"
-        raise UserError(f"{KEY}: {_shown(path)} {what} (paths are relative to {Path.cwd()})")
+        raise UserError(f"{KEY}: {_printable(path)} {what} (paths are relative to {Path.cwd()})")
     run = path.resolve().parent.parent
     parent = Parent(Checkpoint(path), run if (run / "recipe.json").is_file() else None)
     if is_abandoned(parent.checkpoint.manifest, parent.rollbacks()):
@@ -143,7 +143,7 @@ def _newest(run: Path) -> Checkpoint:
             continue
         if not is_abandoned(checkpoint.manifest, rollbacks):
             return checkpoint
-    raise UserError(f"{KEY}: {_shown(run)} has no valid checkpoint" + (f": {faults[0]}" if faults else " yet"))
+    raise UserError(f"{KEY}: {_printable(run)} has no valid checkpoint" + (f": {faults[0]}" if faults else " yet"))
 
 
 def _student_differences(parent: Parent, before: Recipe, now: Recipe, student: Any, data: Mixture) -> list[str]:
@@ -195,5 +195,5 @@ def _size(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _shown(path: Path) -> str:
+def _printable(path: Path) -> str:
     return printable(str(path))

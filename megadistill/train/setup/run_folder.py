@@ -104,7 +104,7 @@ def started_from(folder: Path, weights: str | None) -> dict[str, str] | None:
 
 
 def recorded_start(folder: Path) -> dict[str, str] | None:
-    """What `started_from` returned at the first start of the run of this folder, by its recipe.json."""
+    """Result of `started_from` at the first start of the run of this folder, by its recipe.json."""
     recorded = _recorded(folder, "started_from")
     return recorded if isinstance(recorded, dict) else None
 
@@ -194,7 +194,7 @@ def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tup
 
 
 def changes_since(folder: Path, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs from the recipe that the folder's last attempt has written; nothing in a new folder."""
+    """Differences from the recipe that the folder's last attempt has written; nothing in a new folder."""
     try:
         return recipe_changes(read_json(folder / "recipe.json")["recipe"], recipe)
     except (OSError, ValueError, KeyError, TypeError):
@@ -203,8 +203,8 @@ def changes_since(folder: Path, recipe: dict[str, Any]) -> dict[str, tuple[Any, 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """A line: `train.steps 400 -> 800, train.schedule.decay_steps 40 -> 80`."""
-    shown = (f"{key} {json.dumps(was)} -> {json.dumps(now)}" for key, (was, now) in changes.items())
-    return printable(", ".join(shown))
+    values = (f"{key} {json.dumps(was)} -> {json.dumps(now)}" for key, (was, now) in changes.items())
+    return printable(", ".join(values))
 
 
 def copy_tokenizer(folder: Path, data: Mixture) -> None:

@@ -1,4 +1,4 @@
-"""Which changes of a schedule a run may resume with: those that leave every step it has taken as it was.
+"""Changes of a schedule with which a run may resume: those that leave every step it has taken as it was.
 
 Longer training of a constant learning rate is one; a cosine depends on `train.steps` from its first step on.
 """
@@ -56,7 +56,7 @@ def refuse_changed_steps(folder: Path, before: Recipe, now: Recipe, *, changes: 
 
 
 def how_to_train_longer(folder: Path, recipe: Recipe) -> str:
-    """What to do for more steps than a finished run has: in place, where no step would change, or from a checkpoint."""
+    """The way to more steps than a finished run has: in place, where no step would change, or from a checkpoint."""
     checkpoints = checkpoint_folders(folder / "checkpoints")
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2 * recipe.train.steps})})
     first = first_changed_step(recipe, longer, max(checkpoints))

@@ -62,12 +62,12 @@ def test_memory_is_the_worst_ranks() -> None:
 
 def test_space_is_for_two_checkpoints() -> None:
     checkpoint = 12_000_000
-    assert space_row(4 * checkpoint, checkpoint, [1e9], kept=1).status is Status.OK
-    assert space_row(2 * checkpoint, checkpoint, [], kept=1).status is Status.FAIL  # to the last byte is too little
+    assert space_row(4 * checkpoint, checkpoint, [1e9], final=1).status is Status.OK
+    assert space_row(2 * checkpoint, checkpoint, [], final=1).status is Status.FAIL  # to the last byte is too little
 
 
-def test_space_that_the_kept_checkpoints_will_fill_is_a_warning() -> None:
-    row = space_row(400_000_000, 100_000_000, [], kept=13)
+def test_space_that_later_checkpoints_will_fill_is_a_warning() -> None:
+    row = space_row(400_000_000, 100_000_000, [], final=13)
     assert row.status is Status.WARN
     assert row.detail == (
         "14 checkpoints at a time need 1.47 GB, 400 MB are free: free space, or keep fewer (checkpoint.keep_last, "

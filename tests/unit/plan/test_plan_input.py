@@ -77,7 +77,7 @@ def test_what_is_wrong_is_refused(sections: dict[str, Any], options: dict[str, A
 
 
 def test_a_run_that_begins_from_another_is_planned_without_its_steps(tmp_path: Path) -> None:
-    """By the checkpoint's name alone, which may be elsewhere; of a run folder, by its newest."""
+    """Read off the checkpoint's name alone, which may be elsewhere; of a run folder, by its newest."""
     options: dict[str, Any] = {"sequence_length": 64, "teacher_config": _model(tmp_path / "elsewhere")}
     steps = plan_input().recipe.train.steps
 

@@ -9,7 +9,7 @@ import torch
 from megadistill.config.recipe import TargetsSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
-from megadistill.plan.counts.disk_usage import bytes_with, kept_checkpoints, target_bytes
+from megadistill.plan.counts.disk_usage import bytes_with, final_checkpoints, target_bytes
 from megadistill.types import SparseTargets
 from tests.unit.data.targets.test_targets_store import _order
 from tests.unit.train.cases import recipe
@@ -98,5 +98,5 @@ def test_the_checkpoints_of_a_complete_run_are_counted_as_the_saver_keeps_them(
     run = recipe(Path("m.json"), Path("run"), train={"steps": steps, "checkpoint_every": every}, checkpoint=section)
     milestone = run.checkpoint.keep_every
     saved = sorted({step for step in range(every, steps + 1, every) if step > first_step} | {steps})
-    kept = {*saved[-keep_last:], *(step for step in saved if milestone and step % milestone == 0)}
-    assert kept_checkpoints(run, first_step=first_step) == len(kept)
+    final = {*saved[-keep_last:], *(step for step in saved if milestone and step % milestone == 0)}
+    assert final_checkpoints(run, first_step=first_step) == len(final)

@@ -13,7 +13,7 @@ from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
 from megadistill.train.setup.parent import find_parent
 from megadistill.train.setup.run_folder import write_description
 from megadistill.train.setup.setup import Setup, prepare
-from tests.unit.train.cases import MODEL, described_data, recipe, run_with_checkpoint
+from tests.unit.train.cases import MODEL, SEQUENCE, described_data, recipe, run_with_checkpoint
 
 
 @pytest.fixture
@@ -154,12 +154,12 @@ def test_a_run_does_not_begin_from_itself(manifest: Path, tmp_path: Path) -> Non
         assert "is in run.folder itself" in _refused(_branch(manifest, path, tmp_path / "a"))
 
 
-def test_a_run_that_has_saved_is_not_begun_again(manifest: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_saved_does_not_begin_again(manifest: Path, tmp_path: Path) -> None:
     """Its own checkpoints count; another parent is another run, and the key may be removed."""
     start, other = run_with_checkpoint(tmp_path / "a", manifest), run_with_checkpoint(tmp_path / "c", manifest)
-    begun = _branch(manifest, start, tmp_path / "b")
-    run_with_checkpoint(tmp_path / "b", manifest, made=begun)
-    assert _prepared(begun).parent is None
+    branch = _branch(manifest, start, tmp_path / "b")
+    run_with_checkpoint(tmp_path / "b", manifest, made=branch)
+    assert _prepared(branch).parent is None
     assert _prepared(recipe(manifest, tmp_path / "b")).parent is None
     assert "run.begin_from was" in _refused(_branch(manifest, other, tmp_path / "b"))
     assert "run.begin_from was None" in _refused(_branch(manifest, other, tmp_path / "a"))
@@ -178,3 +178,18 @@ def test_the_weights_of_the_recipe_are_not_read(manifest: Path, tmp_path: Path) 
     start = run_with_checkpoint(tmp_path / "a", manifest)
     made = _branch(manifest, start, tmp_path / "b", student={"weights": str(tmp_path / "gone")})
     assert _prepared(made).parent is not None
+
+
+@pytest.mark.parametrize(("sequences", "fits"), [(32, True), (40, True), (31, False)])
+def test_other_text_is_a_curriculum_entry_after_what_was_read(
+    manifest: Path, tmp_path: Path, sequences: int, fits: bool
+) -> None:
+    """The only source of a recipe without a mixture is called data."""
+    start = run_with_checkpoint(tmp_path / "a", manifest, step=4)
+    curriculum = [{"tokens": sequences * SEQUENCE, "weights": {"data": 1}}, {"weights": {"data": 0.5, "math": 0.5}}]
+    data = {"manifest": None, "sources": {"data": str(manifest), "math": str(manifest)}, "curriculum": curriculum}
+    branch = _branch(manifest, start, tmp_path / "b", data=data)
+    if fits:
+        assert _prepared(branch).parent is not None
+    else:
+        assert "curriculum entry" in _refused(branch)
