@@ -1,9 +1,11 @@
 """The pictures of docs/images, taken again from what the commands make: `make pictures`, after `make smoke`."""
 
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ IMAGES = Path("docs/images")
 WIDTH, HEIGHT, SCALE = 1280, 1190, 1.5
 """Size of the window whose content is the picture of a report, in CSS pixels, and pixels of the picture for each."""
 PHONE_WIDTH, PHONE_HEIGHT = 390, 1190
+TENSORBOARD_WIDTH, TENSORBOARD_HEIGHT = 1080, 1190
 COLOURS = 256
 
 
@@ -63,10 +66,44 @@ def photograph(page: Path, picture: Path, *, width: int, height: int) -> None:
         image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
 
 
+def photograph_tensorboard(logdir: Path, picture: Path) -> None:
+    """Writes the first charts of TensorBoard's page "Custom Scalars" for the runs in `logdir` as a PNG.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not logdir.is_dir():
+        raise UserError(f"{logdir} does not exist: `make smoke` writes it")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir.name, "--port", str(port)]
+    server = subprocess.Popen([*command, "--load_fast=false"], cwd=logdir.parent, stderr=subprocess.DEVNULL)
+    try:
+        with browser() as started:
+            opened = started.new_page(viewport={"width": TENSORBOARD_WIDTH, "height": TENSORBOARD_HEIGHT})
+            for _ in range(60):
+                opened.wait_for_timeout(1000)
+                with suppress(Exception):  # of playwright, while the server starts
+                    opened.goto(f"http://localhost:{port}/#custom_scalars")
+                    opened.get_by_text("KL over tokens").wait_for(timeout=10_000)
+                    break
+            opened.wait_for_timeout(10_000)  # until all runs are loaded
+            opened.reload()
+            opened.wait_for_timeout(5000)  # the lines are drawn after the frames
+            opened.screenshot(path=picture)
+    finally:
+        server.terminate()
+        server.wait()
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+
+
 def main(smoke: Path, images: Path = IMAGES) -> None:
-    """Writes the pictures of the smoke runs' report, on a screen and on a phone."""
+    """Writes the pictures of the smoke runs' report, on a screen and on a phone, and of TensorBoard."""
     photograph(smoke / "report.html", images / "report.png", width=WIDTH, height=HEIGHT)
     photograph(smoke / "report.html", images / "report-phone.png", width=PHONE_WIDTH, height=PHONE_HEIGHT)
+    photograph_tensorboard(smoke, images / "tensorboard.png")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class _TerminalFormatter(logging.Formatter):
         rank = f"rank {self._rank}: " if self._rank else ""
         head, *rest = without_secrets(super().format(record)).split("\n")
         time, _, message = head.partition(" ")
-        width = get_terminal_size().columns - 1  # a full line would wrap where a terminal leaves no room for the end
+        width = get_terminal_size().columns - 1  # a full line would wrap where a terminal leaves no space for the end
         lines = _wrapped(f"{time} {level}{rank}{message}", width)
         return "\n".join([*lines, *rest])
 

@@ -45,7 +45,7 @@ def console_progress() -> Iterator[ShowProgress]:
 
 
 def short_bar() -> BarColumn:
-    """A bar that leaves room for numbers on a line of 80 columns."""
+    """A bar that leaves space for numbers on a line of 80 columns."""
     return BarColumn(bar_width=16)
 
 

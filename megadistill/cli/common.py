@@ -92,6 +92,6 @@ def print_tables(*tables: Any) -> None:
     """Prints tables and texts on the terminal, an empty line between two."""
     from rich.console import Console
 
-    from megadistill import tables as terminal
+    from megadistill import terminal_tables
 
-    terminal.print_tables(Console(highlight=False), *tables)
+    terminal_tables.print_tables(Console(highlight=False), *tables)

@@ -27,6 +27,7 @@ from tests.e2e.conftest import Place
 from tests.paths import ROOT
 
 ELSEWHERE = {
+    r"^python follow.py ": "tests/unit/test_wandb_page.py",
     r"train recipes/(gemma2|llama3)": "tests/ranks/train/test_recipes.py",
     r"export runs/llama3": "tests/unit/export/test_export_run.py",
     r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",

@@ -204,7 +204,8 @@ def test_the_night_after_a_stop_that_was_requested_is_a_pause(stop: dict[str, An
     assert (result.wall, result.paused, result.useful, result.repeated) == (100.0, 30000.0, 60.0, 8.0)
     assert result.lost == pytest.approx(12.0)
     assert str(result) == (
-        "goodput 60.0% of 100 s (startup 20.0%, saving 0.0%, repeated 8.0%, lost 12.0%; paused for 8 h 20 min, not counted)"
+        "goodput 60.0% of 100 s (startup 20.0%, saving 0.0%, repeated 8.0%, lost 12.0%; "
+        "paused for 8 h 20 min, not counted)"
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.evaluation_tables import tables
 from megadistill.io import write_json
-from megadistill.tables import print_tables
+from megadistill.terminal_tables import print_tables
 
 LARGE = Evaluation(
     model="teachers/a-model-with-quite-a-long-name-of-its-own/step-00100000",

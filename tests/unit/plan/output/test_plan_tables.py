@@ -14,7 +14,7 @@ from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
 from megadistill.plan.throughput import MfuAssumption
-from megadistill.tables import print_tables
+from megadistill.terminal_tables import print_tables
 from tests.unit.plan.tiny import SLOWER, TINY, cluster, plan_input
 
 BESIDE = {"placement": "disaggregated", "ranks": 2, "stages": 2}

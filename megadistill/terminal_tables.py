@@ -61,17 +61,17 @@ def _print_table(console: Console, table: Table) -> None:
 def _fit(console: Console, table: Table, headings: Sequence[Text], rows: Rows) -> bool:
     """Sets widths that add up to the console's, and cells that are broken to fit them. False where there are none."""
     columns = range(len(headings))
-    shown = [headings, *rows] if table.show_header else rows
-    longest = [max((_longest(row[i], None) for row in shown), default=0) for i in columns]
+    lines = [headings, *rows] if table.show_header else rows
+    longest = [max((_longest(row[i], None) for row in lines), default=0) for i in columns]
     table.min_width = None
     for column in table.columns:
         column.min_width = column.ratio = None
     available = console.width - _frame(table)
     for breaks in (BREAK, BREAK_IN_NAME):
         least = [
-            max((_longest(row[i], BREAK if row is headings else breaks) for row in shown), default=0) for i in columns
+            max((_longest(row[i], BREAK if row is headings else breaks) for row in lines), default=0) for i in columns
         ]
-        if breaks is BREAK:  # a short cell is in one piece as long as there is room
+        if breaks is BREAK:  # a short cell is in one piece if the width allows it
             least = [longest[i] if table.columns[i].no_wrap else least[i] for i in columns]
         if sum(least) <= available:
             widths = _shared(available, least, longest)
