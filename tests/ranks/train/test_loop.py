@@ -111,6 +111,26 @@ def test_a_setting_that_is_probably_a_mistake_is_logged_once(manifest: Path, tmp
     assert log.count("train.optimizer.learning_rate is 10,") == 1
 
 
+def _diverge(topology: Topology, manifest: str, folder: str) -> list[bool]:
+    """Whether each of three attempts knows that the student diverged."""
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    plain = recipe(Path(manifest), Path(folder)).model_dump()
+    plain["train"] |= {"steps": 10, "optimizer": {"learning_rate": 1.0}, "schedule": {"warmup_steps": 0}}
+    setup = prepare(Recipe.model_validate(plain), launch)
+    return [run(setup, topology, stop_after=step).diverged for step in (4, 8, 10)]
+
+
+def test_a_loss_that_explodes_is_reported_once_in_a_run_shorter_than_any_window(manifest: Path, tmp_path: Path) -> None:
+    """And a later attempt still knows it, for the last line of the run."""
+    assert run_ranks(2, _diverge, str(manifest), str(tmp_path / "run")) == [[False, True, True]] * 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    (event,) = [event for event in events if event["event"] == "student_diverged"]
+    assert event["step"] == 6
+    assert event["student_ce"] > event["limit"] > event["first_ce"]
+    assert [event["reason"] for event in events if event["event"] == "stopped"] == ["--stop-after"] * 2
+    assert "the student diverges" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+
+
 def _require_histograms_of_the_whole(folder: Path) -> None:
     """TensorBoard's histograms of the last step are those of the checkpoint's tensors, on any number of ranks."""
     board = EventAccumulator(str(folder), size_guidance={"histograms": 0})
