@@ -36,9 +36,29 @@ optional member bounds.npy lists where documents begin: 0, the starts, the end.
 example: megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy"""
 
 
+VOCAB_MAP_EPILOG = """\
+For the simple cases: equal tokens at other ids, a few more or fewer tokens, special tokens of other names. Tokenizers
+that cut text differently are refused: the teacher would read another text than it was trained on. With --data, lines
+of the data are compared, and the tokens without a teacher's id are counted. docs/vocab-map.md has the rest.
+
+example: megadistill vocab-map --student data/mine/tokenizer --teacher teacher/ --data data/mine/train/manifest.json \\
+    --output map.json"""
+
+
 def add(commands: Commands) -> None:
     _add_tokenize(commands)
     _add_shards(commands)
+    _add_vocab_map(commands)
+
+
+def _add_vocab_map(commands: Commands) -> None:
+    summary = "map the ids of one tokenizer to a teacher's, where both cut text alike"
+    command = add_command(commands, "vocab-map", summary, VOCAB_MAP_EPILOG, _vocab_map)
+    text = "the tokenizer of the shards: a .model, a tokenizer.json, or a folder with one of them"
+    option(command, "--student", "PATH", text, kind=Path, required=True)
+    option(command, "--teacher", "PATH", "the teacher's tokenizer, such as its folder", kind=Path, required=True)
+    option(command, "--output", "FILE", "the JSON file to write, for teacher.vocab_map", kind=Path, required=True)
+    option(command, "--data", "MANIFEST", "manifest.json of a split made with the student's tokenizer")
 
 
 def _add_tokenize(commands: Commands) -> None:
@@ -116,6 +136,18 @@ def _tokenize(options: argparse.Namespace) -> None:
         print(note)
 
 
+def _vocab_map(options: argparse.Namespace) -> None:
+    from megadistill.data.prepare.id_map import make_vocab_map
+
+    made = make_vocab_map(options.student, options.teacher, options.output, data=options.data)
+    for line in made.lines():
+        print(line)
+    print(
+        f"{options.output}: write teacher.vocab_map: {options.output} into the recipe, or --set "
+        f"teacher.vocab_map={options.output}"
+    )
+
+
 def _shards_verify(options: argparse.Namespace) -> int:
     from megadistill.data.prepare.verify import verify
     from megadistill.progress import console_progress
@@ -129,9 +161,11 @@ def _shards_verify(options: argparse.Namespace) -> int:
 
 
 def _shards_info(options: argparse.Namespace) -> None:
-    from megadistill.data.prepare.verify import info
+    from megadistill.data.prepare.verify import info, unlisted_shards
 
     print_tables(*info(options.data))
+    for _, line in unlisted_shards(options.data):
+        print(line)
 
 
 def _shards_index(options: argparse.Namespace) -> None:

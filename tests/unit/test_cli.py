@@ -14,7 +14,7 @@ from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserE
 
 COMMANDS = (
     *("init", "tokenize", "shards", "train", "doctor", "store-targets", "generate", "export", "prune", "evaluate"),
-    *("sample", "lm-eval", "report", "plan", "timeline", "config-keys"),
+    *("sample", "lm-eval", "report", "plan", "timeline", "config-keys", "vocab-map"),
 )
 EXPORT = ("export", "run", "--output", "out")
 

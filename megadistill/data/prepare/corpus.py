@@ -78,7 +78,7 @@ class UnreadFile:
 
     path: Path
     size: int
-    """In bytes, as it lies on the disk."""
+    """Bytes on the disk."""
     left_out: Counter[LeftOut]
     fields: tuple[str, ...]
     """Columns, or keys of its records, in quotes, where the text field was not among them or held no text."""

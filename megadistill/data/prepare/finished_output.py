@@ -1,4 +1,4 @@
-"""The record of a finished `tokenize`: the same command is done already, and another one is told what differs."""
+"""The record of a finished `tokenize`, which tells the same command from another one."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from megadistill.io import write_file
 from megadistill.units import readable
 
 RECORD_FILE: Final = "tokenize.json"
-"""In the output folder, written before it is complete."""
+"""Name of the record in the output folder."""
 
 
 class InputFiles(BaseModel):
@@ -43,7 +43,7 @@ class InputFiles(BaseModel):
 
 
 class TokenizeRecord(BaseModel):
-    """What decides the output of `tokenize`."""
+    """The options and files that decide the output of `tokenize`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -76,7 +76,7 @@ class TokenizeRecord(BaseModel):
     def _differences(self, written: "TokenizeRecord") -> list[str]:
         names = dict.fromkeys([*written.options, *self.options])
         differing = [
-            f"{name} was {_shown(written.options.get(name))}, is {_shown(self.options.get(name))}"
+            f"{name} was {_in_words(written.options.get(name))}, is {_in_words(self.options.get(name))}"
             for name in names
             if written.options.get(name) != self.options.get(name)
         ]
@@ -88,7 +88,7 @@ class TokenizeRecord(BaseModel):
         return differing
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "not given"
     return "not given" if value is None else str(value)

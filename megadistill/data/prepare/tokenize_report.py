@@ -53,7 +53,7 @@ class TokenizeReport:
     train: SplitReport
     heldout: SplitReport | None
     input_bytes: int
-    """Of the files, as they lie on the disk."""
+    """Bytes of the files on the disk."""
     seconds: float
     left_out: Counter[LeftOut]
     unread: tuple[UnreadFile, ...] = ()

@@ -9,6 +9,7 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.config.paths import wrong_path
+from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete
 from megadistill.data.shards.manifest import MANIFEST, Manifest
 from megadistill.data.shards.opening import OpenShard, ShardFault
 from megadistill.data.shards.reader import SequenceReader, open_shard
@@ -19,6 +20,7 @@ from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
+from megadistill.units import spell
 
 MAX_LINES: Final = 1000
 """Faults of a split that are listed; the others are only counted."""
@@ -68,8 +70,8 @@ class VerifyReport:
     def table(self) -> Table:
         """A row a split."""
         depth = "manifests, sizes and indices" if self.quick else "manifests, sizes, hashes, and every sequence"
-        table = Table(title=f"{depth}, {self.seconds:.0f} s", title_justify="left")
-        table.add_column("manifest", overflow="fold")
+        table = Table(title=f"{depth}, {spell(self.seconds)}", title_justify="left")
+        table.add_column("manifest")
         for heading in ("shards", "sequences", "faults"):
             table.add_column(heading, justify="right")
         for split in self.splits:
@@ -91,6 +93,7 @@ def verify(location: Path | str, *, quick: bool, progress: ShowProgress) -> Veri
     began = time.perf_counter()
     locations = find_manifests(location)
     splits = tuple(_check(where, quick, progress) for where in locations)
+    splits += tuple(SplitCheck(str(folder), faults=[line], fault_count=1) for folder, line in unlisted_shards(location))
     return VerifyReport(splits, quick, time.perf_counter() - began)
 
 
@@ -123,10 +126,29 @@ def find_manifests(location: Path | str) -> list[str]:
         return [text]
     manifests = sorted(str(path) for path in Path(location).rglob(MANIFEST))
     if not manifests:
+        without = unlisted_shards(Path(text).parent if Path(text).name == MANIFEST else location)
+        if without:
+            raise UserError("; ".join(line for _, line in without))
         if reason := wrong_path(location, "manifest"):
             raise UserError(reason)
         raise UserError(f"{location} holds no {MANIFEST}: give the folder of a data set, or tokenize a text first")
     return manifests
+
+
+def unlisted_shards(location: Path | str) -> list[tuple[Path, str]]:
+    """Folders at a local path, or below it, whose shards have no manifest; each with a line on the way out."""
+    folders = {tar.parent for tar in Path(location).rglob("*.tar")} if Path(location).is_dir() else set()
+    return [(folder, _without_manifest(folder)) for folder in sorted(folders) if not (folder / MANIFEST).exists()]
+
+
+def _without_manifest(folder: Path) -> str:
+    tars = len(list(folder.glob("*.tar")))
+    problem = f"{folder} has {tars:,} shard{'' if tars == 1 else 's'} and no {MANIFEST}"
+    if is_incomplete(folder.parent):
+        return f"{problem}: `megadistill tokenize` was broken off there: start the same command again"
+    beside = next((place for place in (folder, folder.parent) if (place / TOKENIZER_FOLDER).is_dir()), None)
+    tokenizer = "TOKENIZER" if beside is None else beside / TOKENIZER_FOLDER
+    return f"{problem}: restore it, or make one: megadistill shards index {folder} --tokenizer {tokenizer}"
 
 
 def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
@@ -221,7 +243,7 @@ def _described(manifest: Manifest, location: str) -> Table:
     }
     table = Table(title=redact_url(location), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -95,7 +95,7 @@ class TeacherCheck:
     line: str
     """A log line."""
     cross_entropy: float
-    """Of the teacher on the probe's tokens, in nats a token."""
+    """Cross-entropy of the teacher on the probe's tokens, in nats a token."""
 
 
 def worse_than_uniform(cross_entropy: float, vocab_size: int) -> str | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from webdataset import TarWriter, WebDataset
 
+from megadistill.cli.main import run_command
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.index_external import index
 from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, find_manifests, info, verify
@@ -60,6 +61,24 @@ def test_a_whole_data_set_is_whole_wherever_one_points(data_set: Path, quick: bo
         report = _verify(location, quick=quick)
         assert (report.ok, report.lines(), len(report.splits)) == (True, [], splits)
     assert str(data_set / "train" / "manifest.json") in _text(report.table())
+
+
+def test_shards_without_a_manifest_are_named_with_the_way_out(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (broken / "heldout" / "manifest.json").unlink()
+    count = len(list((broken / "heldout").glob("*.tar")))
+    problem = f"{broken}/heldout has {count} shard{'s' * (count > 1)} and no manifest.json"
+    way_out = f"megadistill shards index {broken}/heldout --tokenizer {broken}/tokenizer"
+    report = _verify(broken, quick=True)
+    assert not report.ok
+    assert report.lines() == [f"{problem}: restore it, or make one: {way_out}"]
+    assert run_command(["shards", "info", str(broken)]) == 0
+    assert way_out in capsys.readouterr().out
+    for location in (broken / "heldout", broken / "heldout" / "manifest.json"):
+        with pytest.raises(UserError, match=r"no manifest\.json: restore it, or make one: megadistill shards"):
+            find_manifests(location)
+    (broken / ".incomplete").touch()
+    with pytest.raises(UserError, match="was broken off there: start the same command again"):
+        find_manifests(broken / "heldout")
 
 
 def test_all_faults_are_reported_at_once(broken: Path) -> None:
