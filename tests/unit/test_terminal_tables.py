@@ -52,7 +52,7 @@ COMMANDS: dict[str, Callable[[], list[Any]]] = {
     "evaluate": lambda: evaluation_tables([replace(LARGE, model="teacher-hf"), replace(LARGE, model=NAME)]),
     "evaluate, alone": lambda: evaluation_tables([replace(ALONE, model=FOLDER)]),
     "lm-eval": lambda: [TaskScores(NAME, "0.4.9", (Score(TASK, "acc_norm", 0.25, 0.01, 1234, 5),)).table()],
-    "shards verify": lambda: [VerifyReport([SplitCheck(FOLDER, 1234, 567_890)], False, 3.25).table()],
+    "shards verify": lambda: [VerifyReport((SplitCheck(FOLDER, 1234, 567_890),), False, 3.25).table()],
     "generate": lambda: [GenerateReport(Path(FOLDER).parent, True, {"tokens written": 1_234_567}, 7980.0).table()],
     "doctor": _doctor,
     "plan": _plan,

@@ -91,7 +91,8 @@ def _dense(case: Case, step: int, parameters: dict[str, Tensor]) -> LossTerms:
 def _run(name: str, world: int, every: int) -> list[Step]:
     # T = 2 too: the KL is at temperature 1, whatever the loss is at.
     loss = LossSection.model_validate({"targets": TARGETS[name], "temperature": 2.0, "diagnostics_every": every})
-    return run_ranks(world, _steps, Case(accumulation=2, loss=loss))[0]
+    steps: list[Step] = run_ranks(world, _steps, Case(accumulation=2, loss=loss))[0]
+    return steps
 
 
 @pytest.mark.parametrize("world", [1, 2])
