@@ -97,6 +97,8 @@ def _described(recipe: Recipe, folder: Path) -> list[str]:
     teacher.mkdir()
     (teacher / "config.json").write_bytes((MODELS / TEACHERS[str(recipe.teacher.path)] / "config.json").read_bytes())
     (teacher / "tokenizer.model").write_bytes(TOKENIZER)
+    if recipe.student.weights is not None:
+        overrides.append(f"student.weights={recipe.student.config}")
     return [*overrides, f"teacher.path={teacher}", f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
 
 
