@@ -1,6 +1,7 @@
 # make install   the environment .venv, with the command megadistill in it
 # make check     format, lint, types, import layers
 # make smoke     the whole job on this machine: text, teacher, two students, a table
+# make pictures  the pictures of docs/images, of what `make smoke` made; needs chromium
 # make test      the tests that need no cluster, within 20 minutes on two cores
 # make test-all  what `make test` leaves out: a Slurm of its own, and the fault drill
 # make drill     every fault that a run must survive, on a real run (about ten minutes)
@@ -16,7 +17,7 @@ SMOKE := runs/smoke
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install smoke test test-all drill results check format lock clean
+.PHONY: install smoke pictures test test-all drill results check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,8 +52,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# torch's build decides on triton and the CUDA libraries: a version of another build would refuse it.
 lock: $(READY)
-	( sed -n '1p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' ) > constraints.new
+	( sed -n '1p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | \
+	    sed -e 's/+cpu$$//' -e '/^triton==/d' -e '/^nvidia-/d' ) > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
@@ -66,6 +69,15 @@ smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 	    --output $(SMOKE)
 	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
 	$(ACTIVATE)
+
+# docs/images: the report, calibration and deciles of the smoke runs, and the timeline of a plan.
+pictures: $(READY)
+	$(BIN)/python -m benchmarks.pictures $(SMOKE)
+	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
+	    --data $(SMOKE)/data/heldout/manifest.json --plots docs/images
+	$(BIN)/megadistill timeline recipes/llama3-70b-to-8b/8-nodes.yaml --nodes 8 --gpus-per-node 8 --gpu h100 \
+	    --sequence-length 8192 --teacher-config recipes/models/llama-3.1-70b --output $(SMOKE)/timeline
+	cp $(SMOKE)/timeline/timeline.png docs/images/timeline-plan.png
 
 $(SMOKE)/data/heldout/manifest.json: | $(READY)
 	rm -rf $(SMOKE)/data
