@@ -120,8 +120,8 @@ def _at(path: Path) -> Parent:
     if not (path / "manifest.json").is_file():
         if (path / "config.json").is_file():
             raise UserError(
-                f"{KEY}: {_printable(path)} is a Hugging Face folder, which has weights and no optimizer state: remove the "
-                "key and name the folder in student.weights, or name the run that it was exported from"
+                f"{KEY}: {_printable(path)} is a Hugging Face folder, which has weights and no optimizer state: remove "
+                "the key and name the folder in student.weights, or name the run that it was exported from"
             )
         what = "is neither a run folder nor one of its checkpoints/step-…" if path.exists() else "does not exist"
         raise UserError(f"{KEY}: {_printable(path)} {what} (paths are relative to {Path.cwd()})")

@@ -209,7 +209,7 @@ def test_a_damaged_parent_is_refused_by_name_on_every_rank(manifest: Path, paren
 
 def test_a_parent_with_other_steps_or_student_is_refused(manifest: Path, parent: Path, tmp_path: Path) -> None:
     start = str(parent / "checkpoints" / "step-00000006")
-    with pytest.raises(UserError, match="is at step 6, train.steps is 6"):
+    with pytest.raises(UserError, match=r"is at step 6, train\.steps is 6"):
         prepare(
             _recipe(str(manifest), str(tmp_path / "a"), {"run.begin_from": start, "train.steps": 6}),
             Launch(0, 1, 0, 1),

@@ -59,7 +59,9 @@ def test_up_to_the_peak_then_never_up_again(case: tuple[int, ScheduleSection]) -
     steps, schedule = case
     values = rates(steps, schedule)
     tiny = 1e-12 * PEAK
-    rising, falling = values[: schedule.warmup_steps], values[max(0, schedule.warmup_steps - 1) :]
+    warmup = schedule.warmup_steps
+    assert warmup is not None
+    rising, falling = values[:warmup], values[max(0, warmup - 1) :]
     assert all(later > earlier for earlier, later in itertools.pairwise(rising))
     assert all(later <= earlier + tiny for earlier, later in itertools.pairwise(falling))
     if rising:
