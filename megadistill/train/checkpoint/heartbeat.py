@@ -1,7 +1,7 @@
 """Whether the newest attempt at a run is alive: a second start is refused then, since it would end the first one.
 
 On the attempt's own host its process is looked up. Elsewhere its heartbeat decides: the first rank touches the record
-`attempts/00002.json` every `BEAT_SECONDS`, and a start watches for `WATCH_SECONDS` whether the file's time moves. So no
+`attempts/00002.json` every `HEARTBEAT_SECONDS`, and a start watches for `WATCH_SECONDS` whether the file's time moves. So no
 clocks of two hosts are compared, and a host that is gone delays a start by seconds. Does not import torch.
 """
 
@@ -20,7 +20,7 @@ from megadistill.train.checkpoint.attempt import attempt_path, attempt_record, n
 
 logger = logging.getLogger(__name__)
 
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 WATCH_SECONDS, POLL_SECONDS = 10.0, 0.25
 """Time without a heartbeat after which an attempt on another host counts as gone."""
 GONE_SECONDS = 3600.0
@@ -38,13 +38,13 @@ class HeartbeatThread:
     def __init__(self, folder: Path, number: int) -> None:
         self._path = attempt_path(folder, number)
         self._closed = threading.Event()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._renew, name="heartbeat", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
 
-    def _beat(self) -> None:
-        while not self._closed.wait(BEAT_SECONDS):
+    def _renew(self) -> None:
+        while not self._closed.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):
                 os.utime(self._path)  # no time is given: a file server takes its own
 

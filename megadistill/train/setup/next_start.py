@@ -1,7 +1,7 @@
-"""What the next start of a run does: it takes no step, or it resumes from a checkpoint.
+"""The next start of a run: it takes no step, or it resumes from a checkpoint.
 
-Told from the run folder alone, so that every rank decides alike, without a model, a process group or an attempt, and
-without torch.
+It is read from the run folder alone, so that every rank decides alike, without a model, a process group or an attempt,
+and without torch.
 """
 
 from dataclasses import dataclass

@@ -105,7 +105,7 @@ def test_another_process_with_the_same_id_is_not_the_run(tmp_path: Path, process
 
 def test_a_heartbeat_from_elsewhere_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process id of another host may be anybody's here: only the file's time tells."""
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
     path = _elsewhere(tmp_path)
     os.utime(path, (time.time() - 500, time.time() - 500))  # a clock that differs from ours
     thread = HeartbeatThread(tmp_path, 1)
