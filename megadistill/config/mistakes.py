@@ -153,7 +153,8 @@ def _to_write(value: Any, kind: str, corrected: Any) -> str:
         if isinstance(value, bool) and kind == "string_type":
             return " (which yes, no, on and off are in YAML): put it in quotes"
         written = f"'{corrected}'" if isinstance(corrected, str) else _yaml(corrected)
-        return f": write {written}{', without quotes' if isinstance(value, str) and kind != 'list_type' else ''}"
+        quoted = isinstance(value, str) and kind != "list_type" and value.replace(".", "").replace("-", "").isalnum()
+        return f": write {written}{', without quotes' if quoted and value[-1:] not in 'kMB' else ''}"
     if value is None and kind.startswith("model"):
         return ": indent the lines below it"
     if value is None:

@@ -28,7 +28,7 @@ from megadistill.student.deepspeed_config import active_deepspeed_config, build_
 from megadistill.train.setup.parent import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
-from megadistill.train.setup.ranks_and_files import students_of
+from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.units import count
@@ -65,6 +65,10 @@ def check_recipe(
         content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
     details = {result.detail for result in own.results}
+    try:
+        require_ranks_and_files(recipe, launch)
+    except UserError:  # the checks above have each of its reasons
+        return recipe, None
     try:
         setup = prepare(recipe, launch)
     except (UserError, OSError) as error:

@@ -112,3 +112,14 @@ def test_the_checkpoint_from_which_a_run_begins_is_looked_at(tmp_path: Path) -> 
     assert not runs
     assert _statuses(own)["parent"] is Status.FAIL
     assert "setup" not in _statuses(own), "it is said once"
+
+
+def test_missing_ranks_and_files_are_not_repeated_as_a_fault_of_the_set_up(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["teacher"]["path"] = str(tmp_path / "nowhere")
+    values["distributed"]["vocab_group"] = 8
+    own, runs = _checked(tmp_path, values)
+    statuses = _statuses(own)
+    assert not runs
+    assert {statuses["launch"], statuses["teacher"]} == {Status.FAIL}
+    assert "setup" not in statuses
