@@ -1,8 +1,8 @@
 """Whether the newest attempt at a run is alive: a second start is refused then, since it would end the first one.
 
 On the attempt's own host its process is looked up. Elsewhere its heartbeat decides: the first rank touches the record
-`attempts/00002.json` every `HEARTBEAT_SECONDS`, and a start watches for `WATCH_SECONDS` whether the file's time moves. So no
-clocks of two hosts are compared, and a host that is gone delays a start by seconds. Does not import torch.
+`attempts/00002.json` every `HEARTBEAT_SECONDS`, and a start watches for `WATCH_SECONDS` whether the file's time moves.
+So no clocks of two hosts are compared, and a host that is gone delays a start by seconds. Does not import torch.
 """
 
 import logging

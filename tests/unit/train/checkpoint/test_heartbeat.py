@@ -153,9 +153,9 @@ def test_the_record_of_a_launch_identifies_its_process(tmp_path: Path) -> None:
 
 def test_of_two_starts_that_found_the_folder_free_one_gets_it(tmp_path: Path) -> None:
     assert acquire(tmp_path, {}, after=0).number == 1
+    free = refuse_running_as_of(tmp_path, 2)
+    acquire(tmp_path, {"host": "n8"}, after=free)
     with pytest.raises(UserError, match=r"another start came first, on n8 .*, as attempt 3"):
-        free = refuse_running_as_of(tmp_path, 2)
-        acquire(tmp_path, {"host": "n8"}, after=free)
         acquire(tmp_path, {"host": "n9"}, after=free)
     assert not attempt_path(tmp_path, 4).exists()
     assert acquire(tmp_path, {}).number == 4, "taken over"

@@ -107,7 +107,8 @@ def test_a_new_run_has_everything_to_do(tmp_path: Path) -> None:
 
 def test_what_resumes_a_run_names_its_step_and_its_checkpoint(finished: Path) -> None:
     assert how_to_resume(finished, "megadistill train r.yaml") == (
-        f"{finished}: ended before its first step; `megadistill train r.yaml` resumes from the checkpoint of step {STEPS}"
+        f"{finished}: ended before its first step; `megadistill train r.yaml` resumes from the checkpoint of step "
+        f"{STEPS}"
     )
     JsonLines(finished / "metrics.jsonl").append({"step": 11})
     assert how_to_resume(finished, after_fault=True) == (
