@@ -124,7 +124,6 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "skew_kl": ("skew", "skl", "distillm"),
     "top_k": ("topk",),
     "top_p": ("topp", "nucleus"),
-    "adamw": ("adam", "adamw_torch", "adamw_torch_fused", "fused_adam", "fusedadam"),
     "wsd": ("warmup_stable_decay", "trapezoidal", "linear"),
     "cosine": ("cosine_with_min_lr", "cosine_annealing"),
 }

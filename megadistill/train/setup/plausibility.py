@@ -36,7 +36,7 @@ def _high_learning_rate(setup: Setup) -> str | None:
     if rate <= deviation:
         return None
     return (
-        f"train.optimizer.learning_rate is {rate:g}, and a step of AdamW changes a weight by about that much, more "
+        f"train.optimizer.learning_rate is {rate:g}, and a step changes a weight by about that much, more "
         f"than the standard deviation {deviation:g} of the initial weights: 3e-4 (1B parameters) to 3e-3 (small "
         "models) are usual"
     )
