@@ -116,6 +116,13 @@ def test_documented_extras_are_the_projects() -> None:
     assert extras_of_pages <= set(extras), extras_of_pages - set(extras)
 
 
+def test_the_constraints_leave_to_torch_what_its_build_decides() -> None:
+    """A build for GPUs demands a triton and CUDA libraries of its own; `make install` would be refused with others."""
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    assert "torch" in pinned
+    assert not [name for name in pinned if name == "triton" or name.startswith("nvidia-")]
+
+
 def test_a_documented_recipe_is_one() -> None:
     blocks = [
         yaml.safe_load(block)
