@@ -99,7 +99,7 @@ def day(place: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, F
     there = {**environment(), "HOME": str(home), "PATH": f"{shims}:/usr/bin:/bin", "COLUMNS": "80"}
     there = {name: value for name, value in there.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = ["bash", "-euo", "pipefail", "-c", quickstart()]
-    done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=there, capture_output=True, text=True, timeout=900)
     return folder, Finished(done.returncode, done.stdout, done.stderr), teacher_ce
 
 
