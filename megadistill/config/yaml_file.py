@@ -13,6 +13,8 @@ from megadistill.errors import UserError
 from megadistill.redaction import printable
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_DEPTH, MAX_VALUES = 32, 100_000
+"""Sections within sections, and keys and items, aliases included: a recipe has far fewer."""
 MAX_LETTERS = 40
 """Letters of a line of the file that a message shows."""
 
@@ -30,21 +32,25 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[tuple[str, str]]]:
         FileNotFoundError, IsADirectoryError: there is no file.
     """
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes is no recipe (at most {MAX_RECIPE_BYTES})")
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_RECIPE_BYTES + 1)
+        if len(content) > MAX_RECIPE_BYTES:
+            raise UserError(f"{path}: more than {MAX_RECIPE_BYTES:,} bytes are no recipe")
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as YAML: byte {error.start} is not UTF-8") from None
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read as YAML: {error.strerror or error}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise _too_deep(path) from None
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}, {_syntax(error, text.splitlines())}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: cannot be read as YAML: {printable(first_line(error))}") from None
     lines: Lines = {}
-    repeated = [(f"{path}, {where}", what) for where, what in _walk(root, (), lines, ())]
+    repeated = [(f"{path}, {where}", what) for where, what in _walk(root, (), lines, (), path)]
     if repeated:
         text = yaml.serialize(root, Dumper=yaml.SafeDumper)  # without them
     try:
@@ -53,15 +59,27 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[tuple[str, str]]]:
         raise UserError(f"{path}: cannot be read as YAML: {printable(first_line(error))}") from None
 
 
-def _walk(node: Any, path: KeyPath, lines: Lines, above: tuple[Any, ...]) -> list[tuple[str, str]]:
-    """Fills in `lines`, and takes out each key that its mapping has twice; (where, what) for each of those."""
+def _too_deep(file: Path) -> UserError:
+    return UserError(f"{file}: nested too deeply for a recipe (at most {MAX_DEPTH} levels)")
+
+
+def _walk(node: Any, path: KeyPath, lines: Lines, above: tuple[Any, ...], file: Path) -> list[tuple[str, str]]:
+    """Fills in `lines`, and takes out each key that its mapping has twice; (where, what) for each of those.
+
+    Raises:
+        UserError: more than `MAX_DEPTH` levels or `MAX_VALUES` keys and items.
+    """
     repeated: list[tuple[str, str]] = []
     if node in above:  # an alias of what holds it
         return repeated
+    if len(path) > MAX_DEPTH:
+        raise _too_deep(file)
+    if len(lines) > MAX_VALUES:
+        raise UserError(f"{file}: more than {MAX_VALUES:,} keys and items are no recipe")
     if isinstance(node, yaml.SequenceNode):
         for number, child in enumerate(node.value):
             lines[*path, str(number)] = child.start_mark.line + 1
-            repeated += _walk(child, (*path, str(number)), lines, (*above, node))
+            repeated += _walk(child, (*path, str(number)), lines, (*above, node), file)
     if isinstance(node, yaml.MappingNode):
         first: dict[str, Any] = {}
         for key, child in node.value:
@@ -73,7 +91,7 @@ def _walk(node: Any, path: KeyPath, lines: Lines, above: tuple[Any, ...]) -> lis
                 continue
             first[name] = (key, child)
             lines[*path, name] = mark.line + 1
-            repeated += _walk(child, (*path, name), lines, (*above, node))
+            repeated += _walk(child, (*path, name), lines, (*above, node), file)
         node.value = list(first.values())
     return repeated
 

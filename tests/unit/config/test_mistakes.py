@@ -72,6 +72,21 @@ def test_a_mistake_of_yaml_has_line_column_and_text(tmp_path: Path, before: str,
         assert part in line, line
 
 
+_ALIASES = "".join(f"a{n}: &a{n} [{', '.join(10 * [f'*a{n - 1}' if n else 'x'])}]\n" for n in range(9))
+TOO_LARGE = [
+    ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    ("\n".join(" " * depth + "a:" for depth in range(400)), "nested too deeply"),
+    (_ALIASES, "more than 100,000 keys and items"),
+    ("#" * (1 << 20) + "\n", "more than 1,048,576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), TOO_LARGE)
+def test_a_file_that_no_recipe_needs_is_refused_before_it_costs(tmp_path: Path, text: str, says: str) -> None:
+    (line,) = answer(tmp_path, text)
+    assert says in line
+
+
 OVERRIDES = [
     ("train.step=5", ["--set train.step=5: train.step: no such key", "did you mean 'steps'?"]),
     ("trian.steps=5", ["did you mean 'train'?"]),
