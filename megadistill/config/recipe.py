@@ -390,7 +390,7 @@ class TrainSection(Section):
     optimizer: OptimizerUnion
     schedule: ScheduleSection = ScheduleSection()
     checkpoint_every: int = Field(default=1000, ge=1)
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step always has one, and the last before a `wsd` schedule decays."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
     histograms_every: int = Field(default=0, ge=0)
@@ -404,7 +404,8 @@ class TrainSection(Section):
 
 class CheckpointSection(Section):
     keep_last: int = Field(default=3, ge=1)
-    """Number of latest checkpoints to keep. None is deleted before a newer one is complete."""
+    """Number of latest checkpoints to keep. None is deleted before a newer one is complete, and never that of the last
+    step before a `wsd` schedule decays."""
     keep_every: int | None = Field(default=None, ge=0)
     """Checkpoints of steps divisible by this are never deleted; 0: none. None: 10 times `train.checkpoint_every`."""
     asynchronous: bool = True
@@ -505,6 +506,15 @@ class Recipe(Section):
         if self.loss.schedule is not None:
             self.loss.schedule.require_fit(self.train.steps, "loss.schedule")
         return self
+
+    @property
+    def stable_steps(self) -> int:
+        """The steps that would be the same with any larger `train.steps`: those before a `wsd` schedule decays; 0 with a
+        cosine. The checkpoint after them is kept, since a longer run, or another decay, begins from it."""
+        schedules = [each for each in (self.train.schedule, self.loss.schedule) if each is not None]
+        if any(each.decay_steps is None for each in schedules):
+            return 0
+        return min(self.train.steps - (each.decay_steps or 0) for each in schedules)
 
     def accumulation(self, world: int) -> int:
         """Micro-batches of a rank for each optimizer step.

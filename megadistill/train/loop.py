@@ -188,7 +188,7 @@ class Trainer:
         recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
         meter, every = meter_of(self._setup, topology), recipe.train.histograms_every
         hooks: list[Hook | None] = [
-            Checkpoints(recovery, every=recipe.train.checkpoint_every),
+            Checkpoints(recovery, every=recipe.train.checkpoint_every, stable_steps=recipe.stable_steps),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,

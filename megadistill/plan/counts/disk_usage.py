@@ -22,15 +22,18 @@ DISTINCT_OF_50 = 12
 
 
 def final_checkpoints(recipe: Recipe, *, first_step: int) -> int:
-    """Checkpoints on the disk after the last step: the latest, and those that `checkpoint.keep_every` keeps.
+    """Checkpoints on the disk after the last step: the latest, those that `checkpoint.keep_every` keeps, and that of
+    the last step before a decay.
 
     `first_step`: step of the checkpoint from which the run begins; 0: it starts.
     """
     steps, every, keep_every = recipe.train.steps, recipe.train.checkpoint_every, recipe.checkpoint.keep_every
     saved = range(first_step - first_step % every + every, steps + 1, every)
-    last = sorted({steps, *saved[-recipe.checkpoint.keep_last :]})[-recipe.checkpoint.keep_last :]
+    stable = {recipe.stable_steps} - set(range(first_step + 1))
+    last = sorted({steps, *stable, *saved[-recipe.checkpoint.keep_last :]})[-recipe.checkpoint.keep_last :]
     milestone = math.lcm(every, keep_every or every)
-    return len(last) + ((last[0] - 1) // milestone - first_step // milestone if keep_every else 0)
+    milestones = range(milestone, last[0], milestone)[first_step // milestone :] if keep_every else range(0)
+    return len({*last, *stable, *milestones})
 
 
 def checkpoint_bytes(run: Sharding) -> int:

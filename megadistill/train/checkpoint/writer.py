@@ -75,10 +75,13 @@ class _Save:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time."""
+    """Writes the checkpoints of a run, one at a time. That of step `stable_steps` is never deleted."""
 
-    def __init__(self, folder: Path, topology: Topology, attempt: Attempt, section: CheckpointSection) -> None:
+    def __init__(
+        self, folder: Path, topology: Topology, attempt: Attempt, section: CheckpointSection, *, stable_steps: int = 0
+    ) -> None:
         self._folder, self._topology, self._attempt, self._section = folder, topology, attempt, section
+        self._stable_steps = stable_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
         if topology.is_first:
@@ -201,7 +204,7 @@ class Saver:
         folders = checkpoint_folders(self._folder)
         removed = []
         for step in sorted(folders)[: -self._section.keep_last]:
-            if self._section.keep_every and step % self._section.keep_every == 0:
+            if step == self._stable_steps or (self._section.keep_every and step % self._section.keep_every == 0):
                 continue
             if not self._attempt.is_newest():
                 break

@@ -80,7 +80,8 @@ class Recovery:
         self.events.write(
             "attempt_started", step=0, world_size=topology.world, attempt_record=f"attempts/{number:05d}.json"
         )
-        self._saver = Saver(self.checkpoints, topology, self.attempt, setup.recipe.checkpoint)
+        stable_steps, section = setup.recipe.stable_steps, setup.recipe.checkpoint
+        self._saver = Saver(self.checkpoints, topology, self.attempt, section, stable_steps=stable_steps)
         self.rollbacks = read_rollbacks(self._folder)
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
@@ -328,4 +329,4 @@ class Recovery:
         self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
         values = {"bytes": result.bytes, "removed": list(result.removed)}
         self.events.write("checkpoint_saved", step=result.step, stall_seconds=stall, write_seconds=write, **values)
-        logger.info("checkpoint saved: %s (training stalled %.2f s, written in %.2f s)", result.path, stall, write)
+        logger.info("checkpoint saved: %s (training waited %.2f s, written in %.2f s)", result.path, stall, write)

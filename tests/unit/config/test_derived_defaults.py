@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.config.load import load_recipe, validate_recipe
+from megadistill.train.setup.schedule_change import first_changed_step
 from tests.unit.config.test_recipe import MINIMAL, write
 
 WSD = ["train.schedule.kind=wsd", "train.schedule.decay_steps=1000"]
@@ -73,3 +74,25 @@ def test_a_recipe_of_a_run_folder_stays_as_it_was_written(tmp_path: Path) -> Non
     written = load_recipe(write(tmp_path, MINIMAL), ["train.steps=400"]).snapshot()
     written["train"]["steps"] = 800
     assert validate_recipe(written, source="recipe.json").train.schedule.warmup_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stable_steps"),
+    [
+        (["train.steps=4000"], 0),
+        (["train.steps=4000", *WSD], 3000),
+        (["train.steps=1000", *WSD], 0),
+        (["train.steps=4000", *WSD, "loss.schedule.kind=wsd", "loss.schedule.decay_steps=1500"], 2500),
+        (["train.steps=4000", *WSD, "loss.schedule.kind=cosine"], 0),
+    ],
+)
+def test_the_steps_that_do_not_depend_on_the_length_of_the_run(
+    tmp_path: Path, overrides: list[str], stable_steps: int
+) -> None:
+    text = MINIMAL.replace("objective: labels", "objective: distill\nteacher: {path: t}")
+    recipe = load_recipe(write(tmp_path, text), overrides)
+    assert recipe.stable_steps == stable_steps
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2 * recipe.train.steps})})
+    first = first_changed_step(recipe, longer, recipe.train.steps)
+    assert first is not None
+    assert (first == stable_steps + 1) if stable_steps else first <= recipe.train.steps

@@ -85,6 +85,7 @@ def test_fifty_draws_are_expected_to_find_twelve_ids() -> None:
     assert one.expected == pytest.approx(one.most)
 
 
+@pytest.mark.parametrize("decay_steps", [None, 1, 12, 65])
 @pytest.mark.parametrize("keep_last", [1, 3, 50])
 @pytest.mark.parametrize("keep_every", [0, 4, 6, None])
 @pytest.mark.parametrize(
@@ -92,11 +93,15 @@ def test_fifty_draws_are_expected_to_find_twelve_ids() -> None:
     [(0, 1, 4), (0, 8, 4), (0, 90, 1), (0, 97, 2), (0, 100, 7), (24, 90, 1), (25, 97, 2), (99, 100, 7)],
 )
 def test_the_checkpoints_of_a_complete_run_are_counted_as_the_saver_keeps_them(
-    first_step: int, steps: int, every: int, keep_every: int | None, keep_last: int
+    first_step: int, steps: int, every: int, keep_every: int | None, keep_last: int, decay_steps: int | None
 ) -> None:
     section = {"keep_last": keep_last, "keep_every": keep_every}
-    run = recipe(Path("m.json"), Path("run"), train={"steps": steps, "checkpoint_every": every}, checkpoint=section)
-    milestone = run.checkpoint.keep_every
-    saved = sorted({step for step in range(every, steps + 1, every) if step > first_step} | {steps})
-    final = {*saved[-keep_last:], *(step for step in saved if milestone and step % milestone == 0)}
+    decays = decay_steps is not None and decay_steps <= steps
+    schedule = {"kind": "wsd", "warmup_steps": 0, "decay_steps": decay_steps} if decays else {}
+    train = {"steps": steps, "checkpoint_every": every, "schedule": schedule}
+    run = recipe(Path("m.json"), Path("run"), train=train, checkpoint=section)
+    milestone, stable = run.checkpoint.keep_every, steps - decay_steps if decays and decay_steps else 0
+    saved = sorted(step for step in {*range(every, steps + 1, every), steps, stable} if step > first_step)
+    others = (step for step in saved if step == stable or (milestone and step % milestone == 0))
+    final = {*saved[-keep_last:], *others}
     assert final_checkpoints(run, first_step=first_step) == len(final)

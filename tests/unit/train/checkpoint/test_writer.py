@@ -48,9 +48,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def _saver(attempt: Attempt, *, asynchronous: bool = True, keep_last: int = 9, keep_every: int = 0) -> Iterator[Saver]:
+def _saver(
+    attempt: Attempt, *, asynchronous: bool = True, keep_last: int = 9, keep_every: int = 0, stable_steps: int = 0
+) -> Iterator[Saver]:
     section = CheckpointSection(asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every)
-    made = Saver(attempt.folder / "checkpoints", topology(), attempt, section)
+    made = Saver(attempt.folder / "checkpoints", topology(), attempt, section, stable_steps=stable_steps)
     yield made
     made.close()
 
@@ -383,6 +385,13 @@ def test_the_last_few_stay_and_every_nth(
             assert list(checkpoint_folders(folder))[-keep_last:] == list(range(1, step + 1))[-keep_last:]
     _require_whole(folder, *expected)
     assert removed == [checkpoint_name(step) for step in range(1, 10) if step not in expected]
+
+
+def test_the_checkpoint_before_a_decay_stays(attempt: Attempt, folder: Path) -> None:
+    with _saver(attempt, keep_last=1, stable_steps=3) as saver:
+        for step in range(1, 7):
+            _save(saver, step)
+    _require_whole(folder, 3, 6)
 
 
 def test_nothing_is_deleted_before_a_newer_one_is_whole(

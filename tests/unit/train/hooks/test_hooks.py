@@ -71,6 +71,13 @@ def test_checkpoints() -> None:
     assert recorder.calls == 4 * ["newest", "poll"], "fenced before the save is advanced"
 
 
+def test_the_last_step_before_a_decay_has_a_checkpoint() -> None:
+    recorder: Any = Recorder()
+    checkpoints = Checkpoints(recorder, every=3, stable_steps=4)
+    saves = [step for step in range(1, 8) if checkpoints.after_step(event(step)) is Request.SAVE]
+    assert saves == [3, 4, 6]
+
+
 def test_stop_on_request() -> None:
     events: Any = Recorder()
     stop = StopOnRequest(events)
