@@ -66,11 +66,17 @@ def photograph(page: Path, picture: Path, *, width: int, height: int) -> None:
         image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
 
 
+def photograph_report(page: Path, images: Path) -> None:
+    """Writes the pictures of a report, on a screen and on a phone, into the folder `images`."""
+    photograph(page, images / "report.png", width=WIDTH, height=HEIGHT)
+    photograph(page, images / "report-phone.png", width=PHONE_WIDTH, height=PHONE_HEIGHT)
+
+
 def photograph_tensorboard(logdir: Path, picture: Path) -> None:
     """Writes the first charts of TensorBoard's page "Custom Scalars" for the runs in `logdir` as a PNG.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or its runs have no chart there.
     """
     if not logdir.is_dir():
         raise UserError(f"{logdir} does not exist: `make smoke` writes it")
@@ -88,6 +94,8 @@ def photograph_tensorboard(logdir: Path, picture: Path) -> None:
                     opened.goto(f"http://localhost:{port}/#custom_scalars")
                     opened.get_by_text("KL over tokens").wait_for(timeout=10_000)
                     break
+            else:
+                raise UserError(f"{logdir}: TensorBoard shows no chart 'KL over tokens' of its runs")
             opened.wait_for_timeout(10_000)  # until all runs are loaded
             opened.reload()
             opened.wait_for_timeout(5000)  # the lines are drawn after the frames
@@ -101,8 +109,7 @@ def photograph_tensorboard(logdir: Path, picture: Path) -> None:
 
 def main(smoke: Path, images: Path = IMAGES) -> None:
     """Writes the pictures of the smoke runs' report, on a screen and on a phone, and of TensorBoard."""
-    photograph(smoke / "report.html", images / "report.png", width=WIDTH, height=HEIGHT)
-    photograph(smoke / "report.html", images / "report-phone.png", width=PHONE_WIDTH, height=PHONE_HEIGHT)
+    photograph_report(smoke / "report.html", images)
     photograph_tensorboard(smoke, images / "tensorboard.png")
 
 

@@ -25,7 +25,7 @@ def test_a_missing_browser_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(pictures.chromium() is None, reason="no browser: `apt-get install chromium` brings one")
 def test_the_pictures_have_their_sizes(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>a page</p>" * 500)
-    pictures.main(tmp_path, tmp_path)
+    pictures.photograph_report(tmp_path / "report.html", tmp_path)
     sizes = {name: Image.open(tmp_path / name).size for name in ("report.png", "report-phone.png")}
     scale = pictures.SCALE
     assert sizes == {
