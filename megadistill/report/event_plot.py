@@ -105,7 +105,7 @@ def mark_trouble(axes: Axes, index: int, run: RunRecord, places: Floats) -> None
 
 def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Drawing:
     """A bar a run: its wall time by use."""
-    caption = "Lost: steps that were taken again, hangs, the time between attempts."
+    caption = "Repeated: steps that were taken again. Lost: hangs, and the time from a fault to the next start."
     return draw(partial(_bars, runs=runs, goodputs=goodputs), "goodput", "Goodput", caption)
 
 

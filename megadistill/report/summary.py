@@ -11,7 +11,7 @@ from megadistill.report.event_words import MEANINGS, sentences
 from megadistill.report.run_record import Floats, RunRecord
 from megadistill.report.tables import NOTHING, Table, digits, text
 from megadistill.report.wall_clock import Clock, state_of, utc
-from megadistill.units import count, readable, spell
+from megadistill.units import count, readable, short, spell
 
 LAST_STEPS = 50
 """Number of steps whose mean is a run's last value."""
@@ -36,7 +36,7 @@ def summary_table(
             _steps(run),
             count(run.series["tokens"][-1]) if len(run) else NOTHING,
             *(digits(_last(run.series[name]), ".4f") for name in ("loss", "kl", "student_ce")),
-            count(_median(run.series["tokens_per_second"])) if run.has("tokens_per_second") else NOTHING,
+            short(_median(run.series["tokens_per_second"])) if run.has("tokens_per_second") else NOTHING,
             digits(_median(run.series["mfu"]), ".1%"),
             digits(_part(run, "teacher_seconds"), ".1%"),
             digits(_part(run, "data_seconds"), ".1%"),
@@ -84,7 +84,7 @@ def _model(folder_or_config: Any) -> str:
     """Name of a folder; kind and size of a configuration."""
     if isinstance(folder_or_config, Mapping):
         kind, layers, width = (folder_or_config.get(name) for name in SHAPE)
-        return text(f"{kind}, {layers} x {width}" if layers and width else str(kind))
+        return text(f"{kind}, {layers} × {width}" if layers and width else str(kind))
     if isinstance(folder_or_config, str):
         return text(folder_or_config.rstrip("/").rpartition("/")[2] or folder_or_config)
     return NOTHING

@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from megadistill.config.load import dotted
 from megadistill.redaction import printable, without_secrets
 from megadistill.report.run_record import RunRecord
+from megadistill.report.wall_clock import utc
 
 MAX_CELL = 600
 NOTHING = "–"
@@ -71,10 +73,18 @@ def attempts_table(runs: Sequence[RunRecord], *, limit: int) -> Table:
         for record in run.attempts[-limit:]:
             command = record.get("command")
             line = " ".join(str(part) for part in command) if isinstance(command, list) else ""
-            values = (record["number"], record.get("time"), record.get("host"), record.get("world"), line)
+            values = (record["number"], _moment(record.get("time")), record.get("host"), record.get("world"), line)
             rows.append([run.name, *map(text, values)])
             owners.append(index)
     return Table(["run", "attempt", "started", "host", "ranks", "command"], rows, owners)
+
+
+def _moment(value: Any) -> Any:
+    """A time of an attempt's record as the page writes times; what is none, unchanged."""
+    try:
+        return utc(datetime.fromisoformat(value).timestamp())
+    except (TypeError, ValueError, OverflowError):
+        return value
 
 
 def _versions(run: RunRecord) -> dict[str, str]:

@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.events import Goodput, paused_seconds
 from megadistill.report.run_record import Floats, RunRecord
+from megadistill.units import left
 
 SILENT_SECONDS, SILENT_STEPS = 600.0, 20
 """Silence, in seconds and in median steps, after which a run without an end may have been killed."""
+
+PACE_STEPS = 50
+"""Number of the last steps whose pace gives the time that a run still takes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,18 @@ def state_of(run: RunRecord, *, now: float) -> str:
     usual = float(np.nanmedian(run.series["seconds"])) if run.has("seconds") else 0.0
     if now - run.modified > max(SILENT_SECONDS, SILENT_STEPS * usual):
         return f"silent since {utc(run.modified)}"
-    return "running"
+    return f"running, {remaining}" if (remaining := _remaining(run, last_step, planned)) else "running"
+
+
+def _remaining(run: RunRecord, last_step: int, planned: Any) -> str:
+    """The time that the other steps take at the pace of the last ones since the run was resumed; "" if unknown."""
+    times = run.series["time"]
+    resumed = max((event.time for event in run.events if event.kind == "resumed"), default=-np.inf)
+    recent = np.flatnonzero(np.isfinite(times) & (times > resumed))[-PACE_STEPS:]
+    if len(recent) < 2 or not isinstance(planned, int) or last_step >= planned:
+        return ""
+    seconds, steps = (float(np.ptp(run.series[name][recent])) for name in ("time", "step"))
+    return left((planned - last_step) * seconds / steps)
 
 
 def utc(time: float) -> str:

@@ -33,7 +33,7 @@ from megadistill.train.checkpoint.heartbeat import HeartbeatThread
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid, verified
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
-from megadistill.train.resilience.anomalies import Anomaly, DivergenceMonitor, LossMonitor
+from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor, LossMonitor
 from megadistill.train.setup.next_start import how_to_resume
 from megadistill.train.setup.parent import Parent
 from megadistill.train.setup.run_folder import changes_since, describe_changes
@@ -162,27 +162,27 @@ class Recovery:
             torch.set_rng_state(rng)
         return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
 
-    def monitors(self, step: int) -> tuple[LossMonitor, DivergenceMonitor]:
+    def monitors(self, step: int) -> tuple[LossMonitor, DivergedStudentMonitor]:
         """Monitors of the steps after `step`, which know the steps before it from metrics.jsonl.
 
         The first rank reads the file for all, so that all ranks decide alike.
         """
         resilience = self._setup.recipe.resilience
         recent: deque[tuple[float, float]] = deque(maxlen=resilience.spike_window)
-        divergence = DivergenceMonitor(self._setup.data.vocab_size, first_steps=resilience.spike_window // 2)
+        student_monitor = DivergedStudentMonitor(self._setup.data.vocab_size, first_steps=resilience.spike_window // 2)
         if self._topology.is_first:
             self._lost, self._lost_seconds = 0, 0.0
             for line in read_lines(self._folder / "metrics.jsonl"):
                 number = int(line["step"])
                 if number <= step:
                     recent.append((float(line["loss"]), float(line.get("teacher_ce", math.nan))))
-                    divergence.update(number, float(line.get("student_ce", math.nan)))
+                    student_monitor.update(number, float(line.get("student_ce", math.nan)))
                 else:
                     self._lost = number - step
                     self._lost_seconds += float(line.get("seconds") or 0.0)
-        recent, divergence = broadcast_object((recent, divergence), self._topology.world_group)
+        recent, student_monitor = broadcast_object((recent, student_monitor), self._topology.world_group)
         losses, teacher_ces = [loss for loss, _ in recent], [ce for _, ce in recent]
-        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), divergence
+        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), student_monitor
 
     def mark_resumed(self, step: int) -> None:
         """Records and logs that training starts after `step`, and counts goodput from here."""

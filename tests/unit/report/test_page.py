@@ -5,7 +5,8 @@ import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from megadistill.report.curves import curves_over_tokens
 from megadistill.report.drawing import MAX_RUNS, draw, new_figure, style
 from megadistill.report.page import PAGE, compose, report
 from megadistill.report.run_record import DIAGNOSTICS, METRICS, RunRecord, read_runs
-from megadistill.report.tables import text
+from megadistill.report.tables import NOTHING, attempts_table, text
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>${{7*7}} $\\frac$ \x01"
@@ -102,8 +103,9 @@ def test_the_page_says_what_happened(eventful: tuple[Path, str]) -> None:
     assert {"progress", "throughput", "waiting", "memory", "events", "goodput"} <= figures
     assert {"evaluation-1-calibration", "evaluation-1-deciles"} <= figures
     assert "mfu" not in figures, "nobody knows the peak of a CPU"
-    for part in ("40 of 40", "41k", "rank 1 is gone", "the loss left the range", "llama, 2 x 96", "teacher-hf"):
+    for part in ("40 of 40", "41k", "rank 1 is gone", "the loss left the range", "llama, 2 × 96", "teacher-hf"):
         assert part in words, part
+    assert "2,048" in words, "tokens/s as the run's own lines write it"
     assert "step skipped, loss spike, rollback, attempt failed" in words
     assert "evaluation-old.json: no evaluations of this version" in words
     assert "train.optimizer.beta2" in words
@@ -126,6 +128,13 @@ def test_figures_lie_beside_the_page(eventful: tuple[Path, str]) -> None:
     figures = {attributes["id"] for tag, attributes in _parsed(html).tags if tag == "figure"}
     assert {path.stem for path in (folder / "report").iterdir()} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "report").iterdir())
+
+
+def test_every_time_on_the_page_is_written_alike() -> None:
+    times = "2026-11-28T21:18:08+00:00", "2026-11-28T22:18:08+01:00", "yesterday", 3, None
+    run = SimpleNamespace(name="run", attempts=[{"number": 1, "time": time} for time in times])
+    started = [row[2] for row in attempts_table([cast("RunRecord", run)], limit=9).rows]
+    assert started == ["2026-11-28 21:18:08 UTC"] * 2 + ["yesterday", "3", NOTHING]
 
 
 def test_a_later_report_takes_the_place_of_an_earlier_one(started: Path) -> None:

@@ -69,7 +69,7 @@ def test_steps_without_a_time_have_no_place_on_the_clock(tmp_path: Path) -> None
         ("completed", "completed"),
         ("stopped", "stopped"),
         ("attempt_failed", "ended by a fault"),
-        ("stop_requested", "running"),
+        ("stop_requested", "running, 18 s left"),
     ],
 )
 def test_the_state_of_a_run_is_its_last_event(event: str, state: str, tmp_path: Path) -> None:
@@ -86,8 +86,22 @@ def test_a_run_that_writes_nothing_any_more_is_silent(tmp_path: Path) -> None:
     run.begin()
     run.steps(1, 3, seconds=100.0)
     record = _read(run)
-    assert state_of(record, now=record.modified + 1900) == "running", "20 of its steps may take so long"
+    assert state_of(record, now=record.modified + 1900).startswith("running"), "20 of its steps may take so long"
     assert state_of(record, now=record.modified + 2100).startswith("silent since 20")
+
+
+def test_a_running_run_says_how_long_it_still_takes(tmp_path: Path) -> None:
+    """By the pace since it was resumed: a pause of hours before says nothing."""
+    run = WrittenRun(tmp_path / "run")
+    run.begin()
+    run.steps(1, 10, seconds=9.0)
+    run.now += 7200
+    run.begin(step=10)
+    record = _read(run)
+    assert state_of(record, now=record.modified) == "running", "no step yet"
+    run.steps(11, 20, seconds=30.0)
+    record = _read(run)
+    assert state_of(record, now=record.modified) == "running, 10 min left"
 
 
 def test_an_older_run_without_events_is_done_by_its_steps(tmp_path: Path) -> None:
