@@ -3,7 +3,7 @@
 # make smoke     the whole job on this machine: text, teacher, two students, a table
 # make pictures  the pictures of docs/images, of what `make smoke` made; needs chromium
 # make test      the tests that need no cluster, within 20 minutes on two cores
-# make test-all  what `make test` leaves out: a Slurm of its own, and the fault drill
+# make test-all  what `make test` leaves out: a Slurm of its own, the commands of a built wheel, and the fault drill
 # make drill     every fault that a run must survive, on a real run (about ten minutes)
 # make results   the table of docs/results/distillation.md: 26 small runs, within an hour; resumes where it stopped
 # make lock      the versions in constraints.txt, from the environment that just passed
@@ -30,10 +30,11 @@ install: $(READY)
 	$(ACTIVATE)
 
 test: $(READY)
-	$(BIN)/python -m pytest --ignore tests/slurm
+	$(BIN)/python -m pytest --ignore tests/slurm -m 'not thorough'
 
 test-all: $(READY)
 	$(BIN)/python -m pytest tests/slurm -rs
+	$(BIN)/python -m pytest tests/e2e -m thorough
 	$(BIN)/python -m tests.drill
 
 drill: $(READY)

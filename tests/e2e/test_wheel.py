@@ -101,6 +101,7 @@ def test_wheel_and_source_distribution_have_the_shipped_files_and_nothing_privat
     assert not [name for name in members if name.endswith("slurm/env.sh")]
 
 
+@pytest.mark.thorough
 def test_from_an_empty_folder_to_an_exported_student(bin_folder: Path, place: Place, tmp_path: Path) -> None:
     """The commands of the first recipe, with a tiny teacher and text where it names them."""
     megadistill = bin_folder / "megadistill"
@@ -122,6 +123,7 @@ def test_from_an_empty_folder_to_an_exported_student(bin_folder: Path, place: Pl
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.thorough
 def test_a_recipe_at_scale_is_planned(bin_folder: Path, tmp_path: Path) -> None:
     _run(bin_folder / "megadistill", "init", ".", cwd=tmp_path)
     cluster = ["--nodes", "8", "--gpus-per-node", "8", "--gpu", "h100", "--sequence-length", "8192"]
