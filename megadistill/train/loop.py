@@ -19,7 +19,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
 from megadistill.train.hooks.checkpoints import Checkpoints
-from megadistill.train.hooks.divergence_check import DivergenceCheck
+from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
@@ -140,7 +140,7 @@ class Trainer:
         """Takes steps from a checkpoint on; None where a rollback ends them."""
         setup, topology, recovery = self._setup, self._topology, self._recovery
         skips = [rollback.skipped_slots for rollback in recovery.rollbacks]
-        monitor, self._divergence = recovery.monitors(self.step)
+        monitor, self._student_monitor = recovery.monitors(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
         with ExitStack() as stack:
             log = RunLog(
@@ -193,7 +193,7 @@ class Trainer:
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
             TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
-            DivergenceCheck(recovery, self._divergence),
+            DivergedStudentCheck(recovery, self._student_monitor),
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
         ]
@@ -257,7 +257,7 @@ class Trainer:
     def _stopped(self, reason: str | None) -> RunOutcome:
         self._recovery.events.write("stopped", step=self.step, reason=reason)
         logger.info("stopped at step %d (%s); %s", self.step, reason, self._recovery.goodput())
-        return RunOutcome(self.step, done=False, stopped_by=reason, diverged=self._divergence.reported)
+        return RunOutcome(self.step, done=False, stopped_by=reason, diverged=self._student_monitor.reported)
 
     def _ended(self) -> RunOutcome:
         done = self.step >= self._setup.recipe.train.steps
@@ -266,4 +266,4 @@ class Trainer:
         else:
             self._recovery.events.write("stopped", step=self.step, reason="--stop-after")
         logger.info("%s", self._recovery.goodput())
-        return RunOutcome(self.step, done=done, diverged=self._divergence.reported)
+        return RunOutcome(self.step, done=done, diverged=self._student_monitor.reported)

@@ -25,7 +25,7 @@ DRIFT_STEPS = 3
 
 
 DIVERGED_STEPS = 5
-"""Consecutive steps above the limit before the divergence of the student is reported."""
+"""Consecutive steps above the limit before a student counts as diverged."""
 
 EXCESS_NATS, EXCESS_FACTOR = 0.5, 1.5
 """A cross-entropy (nats) this far above that of a uniform guess and of the first step, or in the first steps this many
@@ -105,7 +105,7 @@ class Anomaly:
     values: dict[str, Any]
 
 
-class DivergenceMonitor:
+class DivergedStudentMonitor:
     """Detects a student that diverges, by its cross-entropy on the labels, which every loss has in nats.
 
     It needs no window: a learning rate that is far too high shows within a few steps. After a step the limit is
@@ -119,7 +119,7 @@ class DivergenceMonitor:
         self._first_ce: float | None = None
         self._above: list[float] = []
         self.reported = False
-        """Whether a divergence was detected; it is reported once a run."""
+        """Whether it has diverged, which is reported once a run."""
 
     def update(self, step: int, student_ce: float) -> Anomaly | None:
         """Takes a step's cross-entropy in nats. Non-finite ones are ignored: their steps are skipped."""

@@ -9,13 +9,13 @@ import pytest
 
 from megadistill.errors import OperatorFault
 from megadistill.train.hooks.checkpoints import Checkpoints
-from megadistill.train.hooks.divergence_check import DivergenceCheck
+from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
 from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
-from megadistill.train.resilience.anomalies import Anomaly, DivergenceMonitor
+from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
@@ -153,7 +153,7 @@ def test_a_spike_rolls_back_with_the_slots_of_the_last_steps() -> None:
 
 def test_a_student_that_diverges_is_reported_once() -> None:
     recorder: Any = Recorder()
-    check = DivergenceCheck(recorder, DivergenceMonitor(100, first_steps=8))
+    check = DivergedStudentCheck(recorder, DivergedStudentMonitor(100, first_steps=8))
     for step in range(1, 12):
         check.after_step(event(step, loss=4.6 if step == 1 else 50.0, skipped=step == 3))
     ((name, step, values), line) = recorder.calls
