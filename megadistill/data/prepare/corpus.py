@@ -14,19 +14,18 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
+from megadistill.data.prepare.left_out import MAX_DOCUMENT_BYTES, LeftOut, UnreadFile, in_words, listed
 from megadistill.errors import UserError
 from megadistill.redaction import printable
 from megadistill.units import readable
@@ -35,8 +34,6 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
-
-MAX_DOCUMENT_BYTES: Final = 1 << 28
 
 LINES: Final = (".jsonl", ".json.gz", ".json.zst", ".jsonl.gz", ".jsonl.zst")
 """Endings of files with a document a line; an uncompressed `.json` file is one document, which as many are."""
@@ -53,44 +50,6 @@ _LARGEST_WINDOW: dict[int, int] = {
     zstd.DecompressionParameter.window_log_max: 31
 }  # what `zstd --long=31` writes; 27 by default
 _DAMAGED = (EOFError, zlib.error, zstd.ZstdError)
-
-
-class LeftOut(StrEnum):
-    """Reasons for leaving a document out of the data set; the value names several of them."""
-
-    EMPTY = "empty documents"
-    INVALID = "documents that are not UTF-8"
-    NOT_JSON = "lines that are not a JSON object"
-    NO_TEXT = "records without the text field"
-    TOO_LONG = f"documents longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
-
-    def counted(self, number: int) -> str:
-        """`1 empty document`, `3 lines that are not a JSON object`."""
-        if number != 1:
-            return f"{number:,} {self.value}"
-        singular = re.sub(r"^(.*?)s\b", r"\1", self.value, count=1).replace("that are", "that is")
-        return f"1 {singular}"
-
-
-@dataclass(frozen=True)
-class UnreadFile:
-    """A file of the input that gave no document, though it is not blank."""
-
-    path: Path
-    size: int
-    """Bytes on the disk."""
-    left_out: Counter[LeftOut]
-    fields: tuple[str, ...]
-    """Columns, or keys of its records, in quotes, where the text field was not among them or held no text."""
-
-    def __str__(self) -> str:
-        if self.fields:
-            reason = f"its fields are {', '.join(self.fields)}"
-        elif self.left_out.keys() == {LeftOut.INVALID}:
-            reason = "it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 converts it)"
-        else:
-            reason = in_words(self.left_out)
-        return f"{printable(str(self.path))} ({readable(self.size, 'B')}): {reason}"
 
 
 @dataclass(frozen=True)
@@ -251,20 +210,6 @@ def find_files(
             f"no file of {names} matches --include {' '.join(include)}"
             f"{f' and not --exclude {chr(32).join(exclude)}' if exclude else ''}: change the patterns"
         )
-
-
-def in_words(left_out: Counter[LeftOut]) -> str:
-    """`"2 empty documents, 1 document that is not UTF-8"`; an empty string where nothing was left out."""
-    return ", ".join(reason.counted(left_out[reason]) for reason in LeftOut if left_out[reason])
-
-
-def listed(files: Sequence[UnreadFile], most: int) -> list[str]:
-    """The largest files, `most` of them, and a line that counts the others."""
-    largest = sorted(files, key=lambda file: -file.size)
-    others = largest[most:]
-    plural = "" if len(others) == 1 else "s"
-    more = [f"{len(others):,} more file{plural} ({readable(sum(file.size for file in others), 'B')})"] if others else []
-    return [*map(str, largest[:most]), *more]
 
 
 def _check_input(given: Path) -> None:

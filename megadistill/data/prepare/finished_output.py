@@ -39,7 +39,7 @@ class InputFiles(BaseModel):
         return cls(files=files, bytes=size, names=names.hexdigest(), times=times.hexdigest())
 
     def __str__(self) -> str:
-        return f"{self.files:,} file{'' if self.files == 1 else 's'}, {readable(self.bytes, 'B')}"
+        return f"{several(self.files, 'file')}, {readable(self.bytes, 'B')}"
 
 
 class TokenizeRecord(BaseModel):

@@ -7,7 +7,7 @@ from typing import Final
 
 from rich.table import Table
 
-from megadistill.data.prepare.corpus import LeftOut, UnreadFile, in_words, listed
+from megadistill.data.prepare.left_out import LeftOut, UnreadFile, in_words, listed
 from megadistill.data.prepare.shard_tasks import TRAIN
 from megadistill.data.shards.manifest import Manifest
 from megadistill.units import readable, spell

@@ -143,7 +143,7 @@ def unlisted_shards(location: Path | str) -> list[tuple[Path, str]]:
 
 def _without_manifest(folder: Path) -> str:
     tars = len(list(folder.glob("*.tar")))
-    problem = f"{folder} has {tars:,} shard{'' if tars == 1 else 's'} and no {MANIFEST}"
+    problem = f"{folder} has {several(tars, 'shard')} and no {MANIFEST}"
     if is_incomplete(folder.parent):
         return f"{problem}: `megadistill tokenize` was broken off there: start the same command again"
     beside = next((place for place in (folder, folder.parent) if (place / TOKENIZER_FOLDER).is_dir()), None)

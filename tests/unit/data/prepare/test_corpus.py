@@ -14,7 +14,8 @@ import pytest
 from backports import zstd
 
 from megadistill.data.prepare import corpus
-from megadistill.data.prepare.corpus import Corpus, LeftOut, find_files, in_words, listed
+from megadistill.data.prepare.corpus import Corpus, find_files
+from megadistill.data.prepare.left_out import LeftOut, in_words, listed
 from megadistill.errors import UserError
 
 TEXTS = ["one\n", "zwei\r\nZeilen, \u2028 und \x00", "三 🙂\ttabs", "  spaces  ", "x" * 5000]

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from megadistill.data.prepare import tokenizer_training as training_sample
-from megadistill.data.prepare.corpus import Document, LeftOut
+from megadistill.data.prepare.corpus import Document
+from megadistill.data.prepare.left_out import LeftOut
 from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample

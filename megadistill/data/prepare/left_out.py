@@ -1,0 +1,66 @@
+"""Words for the parts of a corpus that are left out: documents by the reason, files that gave none."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from megadistill.redaction import printable
+from megadistill.units import readable
+
+MAX_DOCUMENT_BYTES: Final = 1 << 28
+
+
+class LeftOut(StrEnum):
+    """Reasons for leaving a document out of the data set; the value names several of them."""
+
+    EMPTY = "empty documents"
+    INVALID = "documents that are not UTF-8"
+    NOT_JSON = "lines that are not a JSON object"
+    NO_TEXT = "records without the text field"
+    TOO_LONG = f"documents longer than {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+    def counted(self, number: int) -> str:
+        """`1 empty document`, `3 lines that are not a JSON object`."""
+        if number != 1:
+            return f"{number:,} {self.value}"
+        singular = re.sub(r"^(.*?)s\b", r"\1", self.value, count=1).replace("that are", "that is")
+        return f"1 {singular}"
+
+
+@dataclass(frozen=True)
+class UnreadFile:
+    """A file of the input that gave no document, though it is not blank."""
+
+    path: Path
+    size: int
+    """Bytes on the disk."""
+    left_out: Counter[LeftOut]
+    fields: tuple[str, ...]
+    """Columns, or keys of its records, in quotes, where the text field was not among them or held no text."""
+
+    def __str__(self) -> str:
+        if self.fields:
+            reason = f"its fields are {', '.join(self.fields)}"
+        elif self.left_out.keys() == {LeftOut.INVALID}:
+            reason = "it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 converts it)"
+        else:
+            reason = in_words(self.left_out)
+        return f"{printable(str(self.path))} ({readable(self.size, 'B')}): {reason}"
+
+
+def in_words(left_out: Counter[LeftOut]) -> str:
+    """`"2 empty documents, 1 document that is not UTF-8"`; an empty string where nothing was left out."""
+    return ", ".join(reason.counted(left_out[reason]) for reason in LeftOut if left_out[reason])
+
+
+def listed(files: Sequence[UnreadFile], most: int) -> list[str]:
+    """The largest files, `most` of them, and a line that counts the others."""
+    largest = sorted(files, key=lambda file: -file.size)
+    others = largest[most:]
+    plural = "" if len(others) == 1 else "s"
+    more = [f"{len(others):,} more file{plural} ({readable(sum(file.size for file in others), 'B')})"] if others else []
+    return [*map(str, largest[:most]), *more]
