@@ -509,8 +509,8 @@ class Recipe(Section):
 
     @property
     def stable_steps(self) -> int:
-        """The steps that would be the same with any larger `train.steps`: those before a `wsd` schedule decays; 0 with a
-        cosine. The checkpoint after them is kept, since a longer run, or another decay, begins from it."""
+        """The steps that would be the same with a larger `train.steps`: those before a `wsd` schedule decays; 0 with a
+        cosine. The checkpoint after them is kept: a longer run, or another decay, begins from it."""
         schedules = [each for each in (self.train.schedule, self.loss.schedule) if each is not None]
         if any(each.decay_steps is None for each in schedules):
             return 0

@@ -1,4 +1,4 @@
-"""Checkpoints between steps: fencing, progress of the save under way, and a new one every few steps, and before a decay."""
+"""Checkpoints between steps: fencing, progress of the save under way, a new one every few steps and before a decay."""
 
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.resilience.recovery import Recovery
