@@ -7,12 +7,12 @@ and without torch.
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadistill.config.load import dotted
 from megadistill.config.recipe import Recipe
 from megadistill.events import last_line
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
+from megadistill.train.setup.recipe_changes import recipe_changes
 from megadistill.train.setup.schedule_change import how_to_train_longer
 
 OTHER_CONTENT = ("data.", "teacher.", "run.begin_from")
@@ -72,11 +72,9 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
 def _differing_values(folder: Path, recipe: Recipe) -> dict[str, str]:
     """Key -> both values, of the keys in which the recipe differs from the run's recipe.json, but for its folder."""
     try:
-        before = dotted(read_json(folder / "recipe.json")["recipe"])
+        changes = recipe_changes(read_json(folder / "recipe.json")["recipe"], recipe.snapshot())
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"recipe.json": str(error)}
-    now = dotted(recipe.snapshot())
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     return {
-        key: printable(f"{key} was {before.get(key)!r}, is {now.get(key)!r}") for key in keys if key != "run.folder"
+        key: printable(f"{key} was {was!r}, is {is_!r}") for key, (was, is_) in changes.items() if key != "run.folder"
     }

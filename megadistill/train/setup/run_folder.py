@@ -1,13 +1,12 @@
 """The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megadistill.config.load import dotted, refuse_renamed, validate_recipe
+from megadistill.config.load import refuse_renamed, validate_recipe
 from megadistill.config.recipe import StudentSection
 from megadistill.data import Mixture
 from megadistill.errors import UserError
@@ -15,9 +14,9 @@ from megadistill.events import RENAMED_EVENTS, read_lines
 from megadistill.io import read_json, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_export import TOKENIZER_FILES
-from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import numeric_settings
 from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
 from megadistill.versions import versions
 
@@ -184,27 +183,6 @@ def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> No
             f"student.deepspeed: {folder} was begun with other settings: {'; '.join(differing)}. Name the former file, "
             "or another run.folder"
         )
-
-
-def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> values before and now, for each key in which two snapshots of recipes differ; None: no such key."""
-    old, new = dotted(before), dotted(now)
-    keys = sorted(old.keys() | new.keys())
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
-
-
-def changes_since(folder: Path, recipe: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Differences from the recipe that the folder's last attempt has written; nothing in a new folder."""
-    try:
-        return recipe_changes(read_json(folder / "recipe.json")["recipe"], recipe)
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """A line: `train.steps 400 -> 800, train.schedule.decay_steps 40 -> 80`."""
-    values = (f"{key} {json.dumps(was)} -> {json.dumps(now)}" for key, (was, now) in changes.items())
-    return printable(", ".join(values))
 
 
 def copy_tokenizer(folder: Path, data: Mixture) -> None:
