@@ -204,6 +204,16 @@ class Goodput:
         return f"goodput {self.ratio:.1%} of {spell(self.wall)} ({shares}{paused})"
 
 
+def _of_newest_attempts(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The events but for those of an attempt after a later one has started: a frozen process may continue, and end,
+    days after it was replaced."""
+    newest = 0
+    for event in events:
+        if (attempt := int(event.get("attempt") or 0)) >= newest:
+            newest = attempt
+            yield event
+
+
 def paused_seconds(events: Iterable[Mapping[str, Any]]) -> float:
     """Seconds between the stops that were requested, or the ends of runs, and the starts after them."""
     total, since = 0.0, None
@@ -218,7 +228,7 @@ def paused_seconds(events: Iterable[Mapping[str, Any]]) -> float:
 
 def goodput(folder: Path) -> Goodput:
     """The goodput of a run folder, from its first event to its last. Without events the wall time is 0."""
-    events = list(read_lines(folder / "events.jsonl"))
+    events = list(_of_newest_attempts(read_lines(folder / "events.jsonl")))
     times = [float(event["time"]) for event in events]
     if not times:
         return Goodput()

@@ -222,6 +222,16 @@ def test_the_night_after_a_fault_or_a_kill_is_lost(end: dict[str, Any], tmp_path
     assert (result.paused, result.wall, result.lost) == (30.0, 1070.0, 1070.0)
 
 
+def test_the_end_of_an_attempt_that_was_replaced_long_ago_costs_nothing(tmp_path: Path) -> None:
+    events = [
+        {"time": 0.0, "event": "attempt_started", "attempt": 1},
+        {"time": 50.0, "event": "attempt_started", "attempt": 2},
+        {"time": 100.0, "event": "completed", "attempt": 2},
+        {"time": 9000.0, "event": "attempt_failed", "attempt": 1},
+    ]
+    assert _run(tmp_path, events, []).wall == 100.0
+
+
 def test_the_last_line_of_a_record_is_read_without_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert last_line(path) is None
