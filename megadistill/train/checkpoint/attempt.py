@@ -43,7 +43,7 @@ class Attempt:
         if self.is_newest():
             return
         later = attempt_record(attempt_path(self.folder, self.number + 1))
-        where = f" on {later.get('host')} at {later.get('time')}" if later else ""
+        where = f" {place_of(later)} at {printable(str(later.get('time')))}" if later else ""
         raise Superseded(
             f"attempt {self.number} of {self.folder} ends: attempt {self.number + 1} has started{where}, and only the "
             "newest may write to the folder. Give two runs two folders (run.folder)"
@@ -86,9 +86,7 @@ def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None
             if after is not None:
                 other = attempt_record(attempt_path(folder, number))
                 raise UserError(
-                    f"{folder}: another start came first, on {printable(str(other.get('host')))} "
-                    f"(pid {printable(str(other.get('pid')))}), as attempt {number}: wait for its end, stop it with "
-                    f"`touch {folder / 'STOP'}`, or add --take-over, which ends it without a checkpoint"
+                    f"{folder}: another start came first, {place_of(other)}, as attempt {number}. {ways_to_end(folder)}"
                 ) from None
             number += 1
         else:
@@ -132,6 +130,19 @@ def process_of(pid: int) -> Process | None:
         return None
     fields = stat.rpartition(")")[2].split()  # before it, the name of the process, which may hold anything
     return Process(started=int(fields[19]), state=fields[0])
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    """`on HOST (pid N)`, of the record of an attempt."""
+    return f"on {printable(str(record.get('host')))} (pid {printable(str(record.get('pid')))})"
+
+
+def ways_to_end(folder: Path) -> str:
+    """The ways to end the attempt that has the run folder, for a message."""
+    return (
+        f"Stop it with `touch {folder / 'STOP'}`, wait for its end, or add --take-over, which ends it without a "
+        "checkpoint"
+    )
 
 
 def attempt_path(folder: Path, number: int) -> Path:

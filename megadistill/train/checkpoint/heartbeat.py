@@ -15,8 +15,15 @@ from typing import Any
 
 from megadistill.errors import UserError
 from megadistill.events import last_line, read_lines
-from megadistill.redaction import printable
-from megadistill.train.checkpoint.attempt import attempt_path, attempt_record, newest_number, process_of, this_system
+from megadistill.train.checkpoint.attempt import (
+    attempt_path,
+    attempt_record,
+    newest_number,
+    place_of,
+    process_of,
+    this_system,
+    ways_to_end,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +71,10 @@ def refuse_running(folder: Path) -> int:
     if age is None:
         return number
     step = (last_line(folder / "metrics.jsonl") or {}).get("step")
-    where = f"on {printable(str(record.get('host')))} (pid {printable(str(record.get('pid')))})"
     at = f"at step {step}" if isinstance(step, int) else "before its first step"
     raise UserError(
-        f"{folder}: attempt {number} is running {where}, {at}, heartbeat {age:.0f} s ago. Stop it with "
-        f"`touch {folder / 'STOP'}`, wait for its end, or add --take-over, which ends it without a checkpoint"
+        f"{folder}: attempt {number} is running {place_of(record)}, {at}, heartbeat {age:.0f} s ago. "
+        f"{ways_to_end(folder)}"
     )
 
 
@@ -88,7 +94,7 @@ def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | Non
     before = _modified(path)
     if abs(time.time() - before) > GONE_SECONDS:
         return None
-    logger.info("%s may be alive on %s: watching its heartbeat for %.0f s", name, record.get("host"), WATCH_SECONDS)
+    logger.info("%s may be alive %s: watching its heartbeat for %.0f s", name, place_of(record), WATCH_SECONDS)
     end = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(POLL_SECONDS)

@@ -25,12 +25,14 @@ def test_attempts_count_from_one_and_the_last_is_the_newest(tmp_path: Path) -> N
     first = acquire(tmp_path / "runs" / "a", {"host": "n1"})
     assert (first.number, first.is_newest()) == (1, True)
     first.require_newest()
-    second = acquire(tmp_path / "runs" / "a", {"host": "n2", "time": "2026-01-01T00:00:00+00:00"})
+    second = acquire(tmp_path / "runs" / "a", {"host": "n2\x1b[2J", "pid": 7, "time": "2026-01-01T00:00:00+00:00"})
     assert (second.number, second.is_newest(), first.is_newest()) == (2, True, False)
     with pytest.raises(OperatorFault) as caught:
         first.require_newest()
     assert "attempt 1 of" in str(caught.value)
-    assert "attempt 2 has started on n2 at 2026-01-01T00:00:00+00:00" in str(caught.value)
+    assert "attempt 2 has started on n2\N{REPLACEMENT CHARACTER}[2J (pid 7) at 2026-01-01T00:00:00+00:00" in str(
+        caught.value
+    )
     assert "\n" not in str(caught.value)
     second.require_newest()
     assert [acquire(tmp_path / "runs" / "a", {}).number for _ in range(9)] == list(range(3, 12)), "10 comes after 9"
