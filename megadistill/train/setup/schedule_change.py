@@ -44,15 +44,15 @@ def refuse_changed_steps(folder: Path, before: Recipe, now: Recipe, *, changes: 
         return
     start = _start_before(first, checkpoints)
     if start < first:
-        hint = f"the last checkpoint before that is of step {start}"
+        hint, origin = f"the last checkpoint before that is of step {start}", "it"
     else:
-        hint = "no checkpoint is older"
+        hint, origin = "no checkpoint is older", "the newest"
         if before.train.schedule.kind == "cosine":
             hint += " (a cosine depends on train.steps from its first step on; train.schedule.kind wsd does not)"
-    raise UserError(
-        f"{folder} has taken {taken} steps, and {why}; {hint}: undo the change, or begin a new run from it with "
-        f"--set run.begin_from={checkpoints[start]} --set run.folder=NEW"
-    )
+    way = "name another run.folder, which trains anew"
+    if start < now.train.steps:
+        way = f"begin a new run from {origin} with --set run.begin_from={checkpoints[start]} --set run.folder=NEW"
+    raise UserError(f"{folder} has taken {taken} steps, and {why}; {hint}: undo the change, or {way}")
 
 
 def how_to_train_longer(folder: Path, recipe: Recipe) -> str:

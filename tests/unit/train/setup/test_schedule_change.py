@@ -85,6 +85,16 @@ def test_a_change_of_a_taken_step_is_refused_with_the_checkpoint_before_it(
     assert says in message
 
 
+@pytest.mark.parametrize("schedule", [COSINE, {**COSINE, "final_ratio": 1.0}])
+def test_fewer_steps_than_the_oldest_checkpoint_has_need_another_folder(
+    tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    """A branch takes at least one step more than its checkpoint."""
+    run = _run(tmp_path / "run", _recipe(400, schedule), 200, 300, 400)
+    with pytest.raises(UserError, match="undo the change, or name another run.folder, which trains anew$"):
+        refuse_other_recipe(run, _recipe(200, schedule).snapshot())
+
+
 def test_a_run_that_has_saved_nothing_may_have_any_schedule(tmp_path: Path) -> None:
     refuse_other_recipe(_run(tmp_path / "run", _recipe(400, COSINE)), _recipe(800, WSD).snapshot())
 
