@@ -50,26 +50,26 @@ def browser() -> Iterator["Browser"]:
         started.close()
 
 
-def photograph(page: Path, picture: Path, *, width: int, height: int) -> None:
-    """Writes the upper `height` pixels of a page as a PNG.
+def photograph_report(page: Path, images: Path) -> None:
+    """Writes the upper part of a report, on a screen and on a phone, as PNGs into the folder `images`.
 
     Raises:
         UserError: there is no such page.
     """
     if not page.is_file():
         raise UserError(f"{page} does not exist: `make smoke` writes it")
+    sizes = {"report.png": (WIDTH, HEIGHT), "report-phone.png": (PHONE_WIDTH, PHONE_HEIGHT)}
     with browser() as started:
-        opened = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=SCALE)
-        opened.goto(page.resolve().as_uri())
-        opened.screenshot(path=picture)
+        for name, (width, height) in sizes.items():
+            opened = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=SCALE)
+            opened.goto(page.resolve().as_uri())
+            opened.screenshot(path=images / name)
+            _reduce_colours(images / name)
+
+
+def _reduce_colours(picture: Path) -> None:
     with Image.open(picture) as image:
         image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
-
-
-def photograph_report(page: Path, images: Path) -> None:
-    """Writes the pictures of a report, on a screen and on a phone, into the folder `images`."""
-    photograph(page, images / "report.png", width=WIDTH, height=HEIGHT)
-    photograph(page, images / "report-phone.png", width=PHONE_WIDTH, height=PHONE_HEIGHT)
 
 
 def photograph_tensorboard(logdir: Path, picture: Path) -> None:
@@ -103,8 +103,7 @@ def photograph_tensorboard(logdir: Path, picture: Path) -> None:
     finally:
         server.terminate()
         server.wait()
-    with Image.open(picture) as image:
-        image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+    _reduce_colours(picture)
 
 
 def main(smoke: Path, images: Path = IMAGES) -> None:

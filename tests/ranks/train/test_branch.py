@@ -78,9 +78,15 @@ def parent(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_unchanged_branch_is_bitwise_its_parent(manifest: Path, parent: Path, tmp_path: Path) -> None:
-    branch = tmp_path / "branch"
-    _start(2, manifest, branch, run__begin_from=str(parent / "checkpoints" / "step-00000004"))
+@pytest.fixture(scope="module")
+def branch(manifest: Path, parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The steps of the parent after step 4, on 2 ranks too."""
+    folder = tmp_path_factory.mktemp("branch") / "branch"
+    _start(2, manifest, folder, run__begin_from=str(parent / "checkpoints" / "step-00000004"))
+    return folder
+
+
+def test_an_unchanged_branch_is_bitwise_its_parent(parent: Path, branch: Path) -> None:
     assert _losses(branch, after=0) == _losses(parent, after=4)
     theirs, ours = _state(parent), _state(branch)
     assert theirs.keys() == ours.keys()
@@ -97,11 +103,9 @@ def test_an_unchanged_branch_is_bitwise_its_parent(manifest: Path, parent: Path,
     assert bool((rng == their_rng).all()), RNG_KEY
 
 
-def test_the_records_name_the_parent(manifest: Path, parent: Path, tmp_path: Path) -> None:
-    branch, second = tmp_path / "branch", tmp_path / "second"
-    start = parent / "checkpoints" / "step-00000004"
-    _start(2, manifest, branch, run__begin_from=str(start))
-    record = {"run": "parent", "step": 4, "sha256": Checkpoint(start).manifest.sha256}
+def test_the_records_name_the_parent(manifest: Path, parent: Path, branch: Path, tmp_path: Path) -> None:
+    second, start = tmp_path / "second", Checkpoint(parent / "checkpoints" / "step-00000004")
+    record = {"run": "parent", "step": 4, "sha256": start.manifest.sha256}
     assert json.loads((branch / "recipe.json").read_text())["parents"] == [record]
     newest = newest_checkpoint(branch / "checkpoints")
     assert newest is not None
@@ -125,14 +129,12 @@ def test_on_another_number_of_ranks_a_branch_is_its_parent_to_rounding(
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
 
 
-def test_a_stable_checkpoint_decays_twice(manifest: Path, parent: Path, tmp_path: Path) -> None:
-    """The same stable phase, cooled down over 2 and over 4 more steps; the shorter one is the parent's own decay."""
+def test_a_stable_checkpoint_decays_again(manifest: Path, parent: Path, tmp_path: Path) -> None:
+    """The parent's stable phase, cooled down over 4 steps instead of its own 2."""
     start = str(parent / "checkpoints" / "step-00000006")
-    short, long = tmp_path / "short", tmp_path / "long"
-    _start(2, manifest, short, run__begin_from=start)
-    _start(2, manifest, long, run__begin_from=start, train__steps=10, train__schedule={**WSD, "decay_steps": 4})
-    assert _losses(short, after=0) == _losses(parent, after=6)
-    rates = [line["learning_rate"] for line in _metrics(long).values()]
+    again = tmp_path / "again"
+    _start(2, manifest, again, run__begin_from=start, train__steps=10, train__schedule={**WSD, "decay_steps": 4})
+    rates = [line["learning_rate"] for line in _metrics(again).values()]
     assert rates == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0.0], abs=1e-18)
 
 

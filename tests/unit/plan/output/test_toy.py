@@ -1,6 +1,7 @@
 """A recipe whose kernels take longer to launch than to run: a plan without a forecast, and the border on both sides."""
 
 import io
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from megadistill.plan.throughput import MfuAssumption
 from tests.unit.plan.tiny import SLOWER, cluster, plan_input
 
 
+@cache
 def _plan(slower: float) -> Plan:
     """The tiny recipe on GPUs that are slower than usual ones by a factor."""
     return plan(plan_input(), cluster(2, 4, slower=slower), MfuAssumption())
