@@ -79,7 +79,7 @@ def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None
     while True:
         try:
             with open(attempt_path(folder, number), "x", encoding="utf-8") as file:
-                file.write(json.dumps(dict(record), indent=1) + "\n")
+                file.write(json.dumps({**record, "folder": str(folder.resolve())}, indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except FileExistsError:  # taken by a concurrent start

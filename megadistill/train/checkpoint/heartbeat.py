@@ -1,7 +1,8 @@
 """Whether the newest attempt at a run is alive: a second start is refused then, since it would end the first one.
 
-On the attempt's own host its process is looked up. Elsewhere its heartbeat decides: the first rank touches the record
-`attempts/00002.json` every `HEARTBEAT_SECONDS`, and a start watches for `WATCH_SECONDS` whether the file's time moves.
+On the attempt's own host its process is looked up. Elsewhere, and in a copy of the folder, its heartbeat decides: the
+first rank touches the record `attempts/00002.json` every `HEARTBEAT_SECONDS`, and a start watches for `WATCH_SECONDS`
+whether the file's time moves.
 So no clocks of two hosts are compared, and a host that is gone delays a start by seconds. Does not import torch.
 """
 
@@ -90,7 +91,11 @@ def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | Non
         process = process_of(pid)
         if process is None or process.started != record.get("process_started") or process.state in STOPPED_STATES:
             return None
-        return max(0.0, time.time() - _modified(path))
+        if record.get("folder") in (
+            None,
+            str(path.parent.parent.resolve()),
+        ):  # else a copy, or the same by another path
+            return max(0.0, time.time() - _modified(path))
     before = _modified(path)
     if abs(time.time() - before) > GONE_SECONDS:
         return None

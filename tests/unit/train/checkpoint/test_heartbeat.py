@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,32 @@ def test_a_heartbeat_from_elsewhere_is_watched(tmp_path: Path, monkeypatch: pyte
     thread = HeartbeatThread(tmp_path, 1)
     with pytest.raises(UserError, match="attempt 1 is running on n7"):
         refuse_running(tmp_path)
+    thread.close()
+
+
+def test_a_copy_of_the_folder_of_a_running_run_is_free(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "WATCH_SECONDS", 0.3)
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    acquire(run, _record(process.pid))
+    shutil.copytree(run, copy)
+    assert refuse_running(copy) == 1
+    with pytest.raises(UserError, match="attempt 1 is running"):
+        refuse_running(run)
+
+
+def test_a_running_run_is_refused_by_each_path_that_its_folder_has(
+    tmp_path: Path, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file system that is mounted twice: the recorded path is none of this start's."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
+    run = tmp_path / "run"
+    acquire(run, _record(process.pid))
+    run.rename(tmp_path / "other")
+    thread = HeartbeatThread(tmp_path / "other", 1)
+    with pytest.raises(UserError, match="attempt 1 is running"):
+        refuse_running(tmp_path / "other")
     thread.close()
 
 

@@ -91,7 +91,7 @@ def test_fewer_steps_than_the_oldest_checkpoint_has_need_another_folder(
 ) -> None:
     """A branch takes at least one step more than its checkpoint."""
     run = _run(tmp_path / "run", _recipe(400, schedule), 200, 300, 400)
-    with pytest.raises(UserError, match="undo the change, or name another run.folder, which trains anew$"):
+    with pytest.raises(UserError, match=r"undo the change, or name another run\.folder, which trains anew$"):
         refuse_other_recipe(run, _recipe(200, schedule).snapshot())
 
 
