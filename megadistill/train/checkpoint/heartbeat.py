@@ -94,7 +94,7 @@ def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | Non
         if record.get("folder") in (
             None,
             str(path.parent.parent.resolve()),
-        ):  # else a copy, or the same by another path
+        ):  # else a copy, or another path
             return max(0.0, time.time() - _modified(path))
     before = _modified(path)
     if abs(time.time() - before) > GONE_SECONDS:
