@@ -85,7 +85,7 @@ def _lanes(width: float, *, runs: Sequence[RunRecord], clocks: Sequence[Clock]) 
 
 
 def _name_lanes(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    """The name of each run above its bar, where a long one has room."""
+    """The name of each run above its bar, where a long one fits."""
     axes.set_yticks([])
     axes.set_ylim(len(runs) - 0.5, -0.5)
     for lane, run in enumerate(runs):
