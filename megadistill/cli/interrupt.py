@@ -32,10 +32,10 @@ class Interrupts:
         Under a launcher SIGTERM keeps its default: it ends ranks that wait for a failed one, and Python's handlers run
         only when such a wait is over.
         """
-        world = max(int(os.environ.get(name, "1") or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+        alone = all(os.environ.get(name, "") in ("", "1") for name in ("WORLD_SIZE", "SLURM_NTASKS"))
         for each in SIGNALS:
             ignored = signal.getsignal(each) == signal.SIG_IGN
-            if not ignored and (world == 1 or each is not signal.SIGTERM):
+            if not ignored and (alone or each is not signal.SIGTERM):
                 signal.signal(each, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -87,6 +87,8 @@ def test_a_launcher_may_end_a_rank_that_waits_for_a_failed_one() -> None:
     assert (code, errors) == (3, f"megadistill: interrupted (SIGUSR2): {NOTHING_WRITTEN}\n")
     code, errors = interrupted(signal.SIGUSR2, variables={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"})
     assert (code, errors) == (3, ""), "one rank of a node says so"
+    code, errors = interrupted(signal.SIGINT, variables={"WORLD_SIZE": "two"})
+    assert (code, errors) == (3, f"megadistill: interrupted (SIGINT): {NOTHING_WRITTEN}\n"), "no number is no traceback"
 
 
 def _commands(top: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
