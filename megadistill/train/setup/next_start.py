@@ -15,7 +15,10 @@ from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_fil
 from megadistill.train.setup.recipe_changes import recipe_changes
 from megadistill.train.setup.schedule_change import how_to_train_longer
 
-OTHER_CONTENT = ("data.", "teacher.", "run.begin_from")
+OTHER_CONTENT = (
+    "data.manifest", "data.sources.", "data.curriculum", "data.skip", "teacher.source", "teacher.targets",
+    "run.begin_from",
+)  # fmt: skip
 """Keys that say what a run learns from. Some may change on a resume; in a finished run a change has no effect."""
 
 

@@ -90,6 +90,12 @@ def test_a_moved_folder_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     assert not answer.recipe_differs
 
 
+def test_how_data_is_read_is_no_other_data(finished: Path) -> None:
+    answer = nothing_to_do(_recipe(finished, data={"prefetch": 9}), stop_after=None)
+    assert answer is not None
+    assert "to train longer" in answer.line
+
+
 @pytest.mark.parametrize(("stop_after", "what"), [(3, "past --stop-after 3"), (4, "where --stop-after stops it")])
 def test_a_stop_behind_the_run_takes_no_step(finished: Path, stop_after: int, what: str) -> None:
     (finished / "DONE").unlink()
