@@ -100,8 +100,15 @@ def _shared(available: int, least: Sequence[int], longest: Sequence[int]) -> lis
 
 
 def _print_list(console: Console, headings: Sequence[Text], rows: Rows) -> None:
-    """A row as lines `heading: cell`, the first cell as their title. The terminal breaks what is too long."""
+    """A row as lines `heading: cell`, the first cell as their title; a row of a name and a value as one line.
+
+    The terminal breaks what is too long.
+    """
+    pairs = len(headings) == 2 and not any(heading.plain for heading in headings)
     for row in rows:
+        if pairs:
+            _print(console, row[0].append(": ").append_text(row[1]))
+            continue
         for i, (heading, cell) in enumerate(zip(headings, row, strict=True)):
             if cell.plain:
                 name = Text(f"{heading.plain}: " if heading.plain else "")

@@ -119,24 +119,25 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     Raises:
         UserError: there is no such file, or it holds no evaluations of this version.
     """
-    location = printable(str(path))
+    location, way_out = printable(str(path)), "`megadistill evaluate --json FILE` writes one"
     try:
         results = _FILE.validate_python(read_json(path))
     except FileNotFoundError:
-        raise UserError(f"no evaluation {location}: `megadistill evaluate --json FILE` writes one") from None
+        raise UserError(f"no evaluation {location}: {way_out}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        key = printable(".".join(str(part) for part in first["loc"]))
-        raise UserError(f"{location}: no evaluations of this version ({key}: {first['msg'].lower()})") from None
+        key = printable(".".join(str(part) for part in first["loc"])) or "the file"
+        reason = f"{key}: {first['msg'].lower()}"
+        raise UserError(f"{location}: no evaluations of this version ({reason}); {way_out}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{location}: cannot be read as JSON: {printable(str(error))}") from None
+        raise UserError(f"{location}: cannot be read as JSON ({printable(str(error))}); {way_out}") from None
     if not 0 < len(results) <= MAX_MODELS:
-        raise UserError(f"{location}: evaluations of {len(results)} models; 1 to {MAX_MODELS} can be read")
+        raise UserError(f"{location}: evaluations of {len(results)} models, 1 to {MAX_MODELS} can be read; {way_out}")
     for result in results:
         most_parts = max(map(len, (result.calibration, result.by_decile or (), result.by_source)))
         if result.tokens < 1 or not result.calibration or most_parts > MAX_PARTS:
             raise UserError(
                 f"{location}: {printable(result.model)} has no tokens, no calibration or more than {MAX_PARTS} parts: "
-                "not an evaluation"
+                f"not an evaluation; {way_out}"
             )
     return results

@@ -47,7 +47,7 @@ def report(runs: Sequence[Path], *, evaluations: Sequence[Path], output: Path | 
     folder named like the page, without its ending. Both are replaced whole.
 
     Raises:
-        UserError: a folder holds no run, a file no evaluations, or several runs have no `output`.
+        UserError: a folder holds no run, a file no evaluations, several runs have no `output`, or it is in a file.
     """
     if output is None and len(runs) != 1:
         raise UserError(f"a page on {len(runs)} runs has no folder of its own: give one, as in --output runs/{PAGE}")
@@ -55,6 +55,9 @@ def report(runs: Sequence[Path], *, evaluations: Sequence[Path], output: Path | 
         raise UserError(f"{len(runs)} runs: a chart can show {MAX_RUNS} lines at most; name fewer")
     target = output if output is not None else runs[0]
     path = target if target.suffix == ".html" and not target.is_dir() else target / PAGE
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if there.is_file() and there != path:
+        raise UserError(f"{printable(str(there))} is a file: give --output a folder, or a name that ends in .html")
     records = read_runs(runs)
     results = [Results(printable(each.name), read_evaluations(each)) for each in evaluations]
     write(compose(records, results, now=now), path)

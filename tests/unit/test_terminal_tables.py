@@ -134,6 +134,13 @@ def test_a_table_that_fits_nowhere_is_a_list_with_its_headings() -> None:
     assert "  agree: 100.0%" in lines
 
 
+def test_names_and_values_that_fit_nowhere_are_a_line_each() -> None:
+    table = Table("", "", show_header=False)
+    table.add_row("sequence length", "128")
+    table.add_row("fingerprint", "7" * 64)
+    assert _printed(80, table).splitlines() == ["sequence length: 128", f"fingerprint: {'7' * 64}"]
+
+
 def test_markup_and_styles_survive() -> None:
     table = Table()
     table.add_column("name")

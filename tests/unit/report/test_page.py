@@ -244,14 +244,16 @@ def test_where_the_page_goes(tmp_path: Path, started: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path, started: Path) -> None:
-    def refused(*runs: Path, evaluations: tuple[Path, ...] = ()) -> str:
+    def refused(*runs: Path, evaluations: tuple[Path, ...] = (), output: Path | None = None) -> str:
         with pytest.raises(UserError) as caught:
-            report(runs, evaluations=evaluations, output=None if len(runs) < 30 else tmp_path, now=0.0)
+            report(runs, evaluations=evaluations, output=output, now=0.0)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
     assert "give one, as in --output" in refused(started, started)
-    assert "name fewer" in refused(*[started] * (MAX_RUNS + 1))
+    assert "name fewer" in refused(*[started] * (MAX_RUNS + 1), output=tmp_path)
+    for file in (started / "recipe.json", started / "recipe.json" / "page.html"):
+        assert "recipe.json is a file: give --output a folder" in refused(started, output=file)
     assert "evaluate --json FILE` writes one" in refused(started, evaluations=(tmp_path / "none.json",))
 
 
@@ -267,7 +269,7 @@ WRONG: list[dict[str, Any]] = [{"tokens": 0}, {"calibration": []}, {"kl": float(
 def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="evaluation") as caught:
+    with pytest.raises(UserError, match="evaluation.*`megadistill evaluate --json FILE` writes one") as caught:
         read_evaluations(path)
     assert "\n" not in str(caught.value)
 
