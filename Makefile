@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 ACTIVATE = @echo "megadistill is in $(BIN); to have it on your PATH, type: source $(BIN)/activate"

@@ -15,6 +15,11 @@ def count(number: float) -> str:
     return readable(number, "").replace(" ", "").replace("G", "B")
 
 
+def number_of(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: `1 shard`, `12,345 shards`, `2 processes`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def short(number: float) -> str:
     """Three significant digits, without zeros that say nothing: `0.004`, `3e-5`, `130`, `12,345`, `1e+20`."""
     if 999.5 <= abs(number) < 1e15:

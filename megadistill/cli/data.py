@@ -171,11 +171,12 @@ def _shards_info(options: argparse.Namespace) -> None:
 def _shards_index(options: argparse.Namespace) -> None:
     from megadistill.data.prepare.index_external import index
     from megadistill.progress import console_progress
+    from megadistill.units import number_of
 
     names = {name: getattr(options, name) for name in ("tokenizer", "member", "dtype", "split")}
     with console_progress() as show:
         manifest = index(options.folder, **names, progress=show)
     print(
-        f"{options.folder}/manifest.json: {manifest.sequences:,} sequences of {manifest.sequence_length:,} tokens in "
-        f"{len(manifest.shards):,} shards"
+        f"{options.folder}/manifest.json: {number_of(manifest.sequences, 'sequence')} of "
+        f"{manifest.sequence_length:,} tokens in {number_of(len(manifest.shards), 'shard')}"
     )

@@ -51,6 +51,7 @@ def add(commands: Commands) -> None:
     command.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="Hugging Face folders")
     repeatable(command, "--data", "[NAME=]MANIFEST", "manifest.json of a held-out split", required=True)
     option(command, "--teacher", "DIR", "the teacher's Hugging Face folder", kind=Path)
+    option(command, "--limit", "N", "sequences of each split, the same for every model (default: all)", kind=count)
     option(command, "--batch", "N", "sequences of a forward pass", default=8)
     option(command, "--json", "FILE", "also write the results as JSON", kind=Path)
     option(command, "--plots", "DIR", "also draw calibration.png and deciles.png there", kind=Path)
@@ -91,7 +92,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megadistill.evaluate.splits import load_splits
     from megadistill.progress import console_progress
 
-    splits = load_splits(options.data)
+    splits = load_splits(options.data, options.limit)
     with ranks(Launch.from_environment()) as topology, console_progress() as show:
         results = evaluate(
             options.models, splits, teacher=options.teacher, batch=options.batch, topology=topology, progress=show

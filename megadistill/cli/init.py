@@ -25,9 +25,13 @@ text for TEXT (recipes/mine.yaml says the rest):
 
 {cd}  hf download ORG/MODEL --local-dir models/teacher
   megadistill tokenize TEXT --tokenizer models/teacher --sequence-length 512 \\
-      --output data/mine
+      --heldout-fraction 0.05 --output data/mine
   megadistill doctor recipes/mine.yaml
   megadistill train recipes/mine.yaml
+  megadistill export runs/mine --output models/student
+  megadistill evaluate models/student --teacher models/teacher \\
+      --data data/mine/heldout/manifest.json
+  megadistill sample models/student --prompt 'The'
 
 On Slurm: slurm/env.sh.example begins with what to do."""
 

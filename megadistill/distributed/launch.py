@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 
 from megadistill.errors import UserError
+from megadistill.units import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def vocab_group_size(configured: int | None, launch: Launch) -> int:
     size = launch.local_world if configured is None else configured
     if launch.world % size:
         divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
-        processes = "1 process" if launch.world == 1 else f"{launch.world} processes"
+        processes = number_of(launch.world, "process", "processes")
         more = f"start it on a multiple of {size} ranks (torchrun --nproc_per_node {size} -m megadistill train RECIPE)"
         if launch.world > 1:
             more = f"it must divide them, so one of {', '.join(map(str, divisors))}; {more}"

@@ -10,7 +10,7 @@ from megadistill.distributed.bandwidth import Pair
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
 from megadistill.train.resilience.stragglers import SLOWER, slow
-from megadistill.units import readable
+from megadistill.units import readable, spell
 
 CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 1.0, 60.0
 """Clock skew that is warned of, as logs cannot be compared, and that fails, as signed URLs and lock ages break."""
@@ -36,7 +36,9 @@ def contents_row(reports: Sequence[RankReport]) -> Row | None:
     readers = [each for each in reports if "content" in each.facts]
     if not readers:
         return None
-    values = [", ".join(f"{name} {value}" for name, value in each.facts["content"].items()) for each in readers]
+    values = [
+        ", ".join(f"{name} {value}" for name, value in each.facts["content"].items() if value) for each in readers
+    ]
     return require_same("contents", values, readers, same=values[0])
 
 
@@ -122,7 +124,8 @@ def products_row(reports: Sequence[RankReport]) -> Row:
     median = statistics.median_low(seconds)
     behind = {timed[index].rank: median / seconds[index] for index in slow(seconds)}
     if not behind:
-        return Row("matrix products", Status.OK, f"every rank within {SLOWER} of the median: {median * 1000:.2f} ms")
+        ranks = f"every rank within {SLOWER} of the median: " if len(timed) > 1 else ""
+        return Row("matrix products", Status.OK, f"{ranks}{spell(median)}")
     hosts = {each.rank: each.host for each in timed}
     slower = some(
         f"rank {rank} ({hosts[rank]}) computes at {behind[rank]:.2f} of the median" for rank in sorted(behind)

@@ -40,6 +40,7 @@ from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
 from megadistill.student.optimizer import state_bytes
 from megadistill.train.setup.setup import Setup
+from megadistill.units import number_of
 
 TIMEOUT_MINUTES = 2.0
 """Time limit for the rendezvous and for each collective."""
@@ -147,7 +148,7 @@ def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
 def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     """Rows from the facts of all ranks, the same on every rank."""
     ranks, nodes = len(reports), len({each.host for each in reports})
-    detail = f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {nodes} {'node' if nodes == 1 else 'nodes'} have met"
+    detail = f"{number_of(ranks, 'rank')} on {number_of(nodes, 'node')}" + (" have met" if ranks > 1 else "")
     rows = [Row("world", Status.OK, detail), contents_row(reports), versions_row(reports), devices_row(reports)]
     rows += memory_rows(reports)
     first = reports[0].facts

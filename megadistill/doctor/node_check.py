@@ -36,8 +36,8 @@ def check_node(own: RankReport, folder: Path | None) -> None:
         return
     others = other_runs()
     if others:
-        pids = some(map(str, others))
-        own.add("earlier runs", Status.WARN, f"other training here shares the devices: processes {pids}", of_node=True)
+        pids = f"{'process' if len(others) == 1 else 'processes'} {some(map(str, others))}"
+        own.add("earlier runs", Status.WARN, f"other training here shares the devices: {pids}", of_node=True)
     else:
         own.add("earlier runs", Status.OK, "none of their processes is left")
 

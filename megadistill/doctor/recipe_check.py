@@ -31,7 +31,7 @@ from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
-from megadistill.units import count
+from megadistill.units import count, number_of, short
 
 SHARD_SECONDS = 10.0
 """Time limit for opening a rank's share of the shards; the rest is skipped and reported."""
@@ -61,8 +61,9 @@ def check_recipe(
         content["parent"] = own.check("parent", lambda: _parent(recipe, data, launch))
     if recipe.teacher is not None and recipe.teacher.path is not None:
         path_of_teacher = Path(recipe.teacher.path)
-        own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
-        content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
+        parameters = own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
+        if parameters is not None:
+            content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
     details = {result.detail for result in own.results}
     try:
@@ -85,8 +86,7 @@ def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     roles, students = students_of(recipe, launch)
     accumulation = recipe.accumulation(students.world)
     group = vocab_group_size(recipe.distributed.vocab_group, students)
-    ranks = f"{students.world} {'rank' if students.world == 1 else 'ranks'}"
-    detail = f"{ranks}, vocabulary over {group}, accumulation {accumulation}"
+    detail = f"{number_of(students.world, 'rank')}, vocabulary over {group}, accumulation {accumulation}"
     if roles is not None:
         detail += f"; the teacher on {roles.teachers} more, {roles.replicas} x {roles.stages} stages"
     return accumulation, detail
@@ -106,8 +106,8 @@ def _data(recipe: Recipe) -> tuple[Mixture, str]:
     needed = recipe.train.steps * recipe.train.global_batch
     shards = sum(len(manifest.shards) for manifest in data.sources.values())
     return data, (
-        f"{sequences:,} sequences of {data.sequence_length:,} tokens in {shards:,} shards; the run reads {needed:,}, "
-        f"{needed / sequences:.2g} times as many"
+        f"{number_of(sequences, 'sequence')} of {data.sequence_length:,} tokens in {number_of(shards, 'shard')}; "
+        f"the run reads {needed:,}, {short(needed / sequences)} epochs"
     )
 
 
@@ -180,10 +180,10 @@ def _fingerprint(folder: Path) -> tuple[str, str]:
     return fingerprint, f"every tensor is there in its shape; fingerprint {fingerprint}"
 
 
-def _described(config: Any) -> tuple[None, str]:
+def _described(config: Any) -> tuple[int, str]:
     counts = parameter_counts(config)
     parts = ", ".join(f"{name} {count(size)}" for name, size in asdict(counts).items() if name != "active_body")
-    return None, f"{config.model_type} on meta: {count(counts.total)} parameters ({parts})"
+    return counts.total, f"{config.model_type} on meta: {count(counts.total)} parameters ({parts})"
 
 
 def _earlier_checkpoints(recipe: Recipe) -> tuple[None, str]:

@@ -18,15 +18,24 @@ class Split:
 
     name: str
     manifest: Manifest
+    limit: int | None = None
+    """Number of sequences that are read at most; None: all."""
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences that are read: the first ones in the order of the stream."""
+        return self.manifest.sequences if self.limit is None else min(self.limit, self.manifest.sequences)
 
     def stream(self) -> TokenStream:
-        """Its sequences, by slot: range(0, sequences) visits each once."""
+        """Its sequences, by slot: range(0, manifest.sequences) visits each once."""
         masked = self.manifest.packer.name == "bestfit"  # documents side by side: what was packed together is chance
         return TokenStream(self.manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
 
 
-def load_splits(given: Sequence[str]) -> list[Split]:
+def load_splits(given: Sequence[str], limit: int | None = None) -> list[Split]:
     """The splits of `--data`, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
+
+    `limit`: sequences of each that are read at most.
 
     Raises:
         UserError: a manifest cannot be read, has no token to predict, or does not fit the first one; or two splits
@@ -35,7 +44,7 @@ def load_splits(given: Sequence[str]) -> list[Split]:
     named = [match.groups() if (match := _NAMED.fullmatch(text)) else (None, text) for text in given]
     unnamed = [PurePosixPath(location).parent.parts for name, location in named if name is None]
     folders = iter(short_names(unnamed))
-    splits = [Split(name or next(folders), Manifest.load(location)) for name, location in named]
+    splits = [Split(name or next(folders), Manifest.load(location), limit) for name, location in named]
     first = splits[0]
     for split in splits:
         if split.manifest.tokens == 0:
@@ -59,9 +68,9 @@ def load_splits(given: Sequence[str]) -> list[Split]:
 def own_batches(splits: Sequence[Split], size: int, *, rank: int, world: int) -> list[tuple[int, range]]:
     """Split number and slots of each of a rank's batches: its consecutive share of all batches of `size` sequences."""
     batches = [
-        (number, range(start, min(start + size, split.manifest.sequences)))
+        (number, range(start, min(start + size, split.sequences)))
         for number, split in enumerate(splits)
-        for start in range(0, split.manifest.sequences, size)
+        for start in range(0, split.sequences, size)
     ]
     return batches[len(batches) * rank // world : len(batches) * (rank + 1) // world]
 

@@ -10,7 +10,7 @@ import numpy as np
 from megadistill.events import EVENTS
 from megadistill.report.run_record import Event, Floats, RunRecord, number
 from megadistill.report.tables import text
-from megadistill.units import readable, short, spell
+from megadistill.units import number_of, readable, short, spell
 
 MEANINGS = {
     "attempt_started": "the command was started",
@@ -114,7 +114,7 @@ def _saved(events: Sequence[Event]) -> str:
 def _resumed(event: Event, before: Event | None, pause: float) -> str:
     startup, lost = event.seconds("startup_seconds"), number(event.values.get("lost_steps"))
     costs = [f"{spell(startup)} to start"] if startup else []
-    costs += [f"{int(lost):,} {'step' if lost == 1 else 'steps'} to take again"] if lost > 0 else []
+    costs += [f"{number_of(int(lost), 'step')} to take again"] if lost > 0 else []
     if before is not None and before.kind == "rollback":
         return _with(f"continued from step {event.step:,} after the rollback", costs)
     what = f"resumed from step {event.step:,}" if event.step else "training began"
@@ -137,7 +137,7 @@ def _listed(items: Sequence[str]) -> str:
 
 def _started(event: Event) -> str:
     ranks = number(event.values.get("world_size"))
-    count = f" on {int(ranks):,} {'process' if ranks == 1 else 'processes'}" if ranks >= 1 else ""
+    count = f" on {number_of(int(ranks), 'process', 'processes')}" if ranks >= 1 else ""
     return f"attempt {event.attempt:,} started{count}"
 
 
@@ -149,9 +149,8 @@ def _quarantined(event: Event) -> str:
 
 def _left_its_window(what: str, name: str) -> Callable[[Event], str]:
     def sentence(event: Event) -> str:
-        value, usual, score = (number(event.values.get(key)) for key in (name, "median", "zscore"))
-        known = value == value and usual == usual
-        numbers = f": {short(value)}, where the steps before had {short(usual)}" if known else ""
+        numbers = _numbers(event, ": {}, where the steps before had {}", name, "median")
+        score = number(event.values.get("zscore"))
         deviations = f" ({score:,.0f} standard deviations)" if score == score else ""
         slots = _slots(event.values.get("slots"), inclusive=True)
         return f"{what} at step {event.step:,}{numbers}{deviations}" + (f"; {slots}" if slots else "")
@@ -159,11 +158,20 @@ def _left_its_window(what: str, name: str) -> Callable[[Event], str]:
     return sentence
 
 
+def _numbers(event: Event, template: str, *names: str) -> str:
+    """`template` with the numbers of these names; empty where one is unknown."""
+    values = [number(event.values.get(name)) for name in names]
+    return template.format(*map(short, values)) if all(value == value for value in values) else ""
+
+
 def _diverged(event: Event) -> str:
-    value, first = (number(event.values.get(key)) for key in ("student_ce", "first_ce"))
-    known = value == value and first == first
-    numbers = f": cross-entropy {short(value)}, {short(first)} at the first step" if known else ""
+    numbers = _numbers(event, ": cross-entropy {}, {} at the first step", "student_ce", "first_ce")
     return f"the student diverged at step {event.step:,}{numbers}"
+
+
+def _above_uniform(event: Event) -> str:
+    numbers = _numbers(event, ": cross-entropy {}, a uniform guess has {}", "teacher_ce", "uniform_ce")
+    return f"the teacher does not know this text at step {event.step:,}{numbers}"
 
 
 def _rollback(event: Event) -> str:
@@ -218,10 +226,7 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "student_diverged": _diverged,
     "rollback": _rollback,
     "teacher_drift": _left_its_window("teacher's cross-entropy", "teacher_ce"),
-    "teacher_above_uniform": lambda event: (
-        f"the teacher's cross-entropy at step {event.step:,} is {number(event.values.get('teacher_ce')):.2f} nats, a "
-        f"uniform guess has {number(event.values.get('uniform_ce')):.2f}: it does not know this text"
-    ),
+    "teacher_above_uniform": _above_uniform,
     "samples_masked": _masked,
     "straggler": lambda event: (
         f"slow rank at step {event.step:,}: {text(event.values.get('message')).removeprefix('straggler: ')}"

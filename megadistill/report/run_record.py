@@ -22,6 +22,7 @@ from megadistill.evaluate.splits import short_names
 from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines
 from megadistill.io import read_json
 from megadistill.redaction import printable
+from megadistill.units import number_of
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -203,7 +204,7 @@ def _series(path: Path, notes: list[str]) -> dict[str, Floats]:
         for name in DIAGNOSTICS:
             columns[name].append(number(diagnostics.get(name)) if isinstance(diagnostics, dict) else math.nan)
     if damaged:
-        notes.append(f"metrics.jsonl: {damaged:,} damaged {'line' if damaged == 1 else 'lines'} left out")
+        notes.append(f"metrics.jsonl: {number_of(damaged, 'damaged line')} left out")
     series = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
     if len(series["step"]) > 1 and not (np.diff(series["step"]) > 0).all():
         steps, last = np.unique(series["step"][::-1], return_index=True)
@@ -234,7 +235,7 @@ def _events(path: Path, notes: list[str]) -> list[Event]:
         else:
             events.append(event)
     if damaged:
-        notes.append(f"events.jsonl: {damaged:,} {'line' if damaged == 1 else 'lines'} damaged or unknown, left out")
+        notes.append(f"events.jsonl: {number_of(damaged, 'line')} damaged or unknown, left out")
     notes += [f"events.jsonl: {name} is now {RENAMED_EVENTS[name]}, and left out" for name in sorted(former)]
     return sorted(events, key=lambda event: event.time)
 

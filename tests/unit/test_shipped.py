@@ -1,6 +1,7 @@
 """Files that come with the package, and the folder that `megadistill init` makes of them."""
 
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -100,6 +101,11 @@ def test_the_command_prints_a_tree_and_the_next_commands(
     printed = capsys.readouterr().out
     for part in ("mine.yaml", "zero3.json", "train.sbatch", "models/ (6 files)", "--tokenizer models/teacher"):
         assert part in printed
+    verbs = ("tokenize", "doctor", "train", "export", "evaluate", "sample")
+    for text in (printed, (ROOT / "megadistill" / "shipped" / "mine.yaml").read_text(encoding="utf-8")):
+        assert [verb for verb in re.findall(r"megadistill (\w+)", text) if verb in verbs] == [*verbs, "train"][
+            : len(verbs) + ("torchrun" in text)
+        ]
     assert ("cd work\n" in printed) is (at == "work")
     assert max(map(len, printed.splitlines())) <= 80
     assert run_command(["init", "work/slurm/lib.sh" if at == "work" else "slurm/lib.sh"]) == 2
@@ -150,6 +156,6 @@ def test_the_first_recipe_lacks_only_the_readers_files_and_names_the_commands(
     assert run_command(["doctor", str(FIRST_RECIPE)]) == 2
     rows = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines() if "✗" in line]
     failed = {row[2]: row[3] for row in rows}
-    assert failed.keys() - {"teacher's weights", "setup"} == {"data", "teacher"}, failed
+    assert failed.keys() == {"data", "teacher"}, failed
     assert "megadistill tokenize" in failed["data"]
     assert "hf download ORG/MODEL --local-dir models/teacher" in failed["teacher"]

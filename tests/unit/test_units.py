@@ -2,7 +2,7 @@
 
 import pytest
 
-from megadistill.units import count, left, readable, short, spell
+from megadistill.units import count, left, number_of, readable, short, spell
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,16 @@ def test_time_left_is_in_whole_seconds() -> None:
         "2 min 5 s left",
         "2 h 13 min left",
     ]
+
+
+def test_numbers_of_things() -> None:
+    assert [number_of(number, "shard") for number in (0, 1, 2, 12345)] == [
+        "0 shards",
+        "1 shard",
+        "2 shards",
+        "12,345 shards",
+    ]
+    assert [number_of(number, "process", "processes") for number in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_amounts() -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megadistill.data.shards.manifest import MANIFEST
 from megadistill.errors import UserError
 from megadistill.io import write_file
-from megadistill.units import readable
+from megadistill.units import number_of, readable
 
 RECORD_FILE: Final = "tokenize.json"
 """Name of the record in the output folder."""
@@ -39,7 +39,7 @@ class InputFiles(BaseModel):
         return cls(files=files, bytes=size, names=names.hexdigest(), times=times.hexdigest())
 
     def __str__(self) -> str:
-        return f"{several(self.files, 'file')}, {readable(self.bytes, 'B')}"
+        return f"{number_of(self.files, 'file')}, {readable(self.bytes, 'B')}"
 
 
 class TokenizeRecord(BaseModel):

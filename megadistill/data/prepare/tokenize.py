@@ -27,6 +27,7 @@ from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
+from megadistill.units import number_of
 
 SHARD_MB: Final = 32
 
@@ -175,8 +176,8 @@ class _Inputs:
         if empty is not None:
             full = HELDOUT if empty == TRAIN else TRAIN
             raise UserError(
-                f"--heldout-fraction {self.heldout_fraction} puts all {documents.total()} documents into {full}: "
-                f"{'lower' if full == HELDOUT else 'raise'} it, or give more documents (one stays whole)"
+                f"--heldout-fraction {self.heldout_fraction} puts all {number_of(documents.total(), 'document')} into "
+                f"{full}: {'lower' if full == HELDOUT else 'raise'} it, or divide long files: a document stays whole"
             )
 
     def record(self) -> SourceRecord:

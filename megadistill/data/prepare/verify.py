@@ -20,7 +20,7 @@ from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
-from megadistill.units import spell
+from megadistill.units import number_of, spell
 
 MAX_LINES: Final = 1000
 """Faults of a split that are listed; the others are only counted."""
@@ -143,7 +143,7 @@ def unlisted_shards(location: Path | str) -> list[tuple[Path, str]]:
 
 def _without_manifest(folder: Path) -> str:
     tars = len(list(folder.glob("*.tar")))
-    problem = f"{folder} has {several(tars, 'shard')} and no {MANIFEST}"
+    problem = f"{folder} has {number_of(tars, 'shard')} and no {MANIFEST}"
     if is_incomplete(folder.parent):
         return f"{problem}: `megadistill tokenize` was broken off there: start the same command again"
     beside = next((place for place in (folder, folder.parent) if (place / TOKENIZER_FOLDER).is_dir()), None)

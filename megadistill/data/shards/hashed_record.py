@@ -47,6 +47,9 @@ class HashedRecord(BaseModel):
         """
         try:
             text = folder.read_whole(name, max_bytes=MAX_RECORD_BYTES)
+        except FileNotFoundError:
+            here = "" if "://" in where else f" (paths are relative to {Path.cwd()})"
+            raise UserError(f"{where} does not exist{here}: give {cls.LOCATION}") from None
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror or error}): give {cls.LOCATION}") from None
         way_out = f"{cls.WAY_OUT} again, or restore it"

@@ -29,7 +29,7 @@ def render(plan: Plan, *, law: Expectation | None, price: float | None) -> Rende
     main = plan.main
     parts: list[RenderableType] = [summary_lines(plan, price=price)]
     if main is not None:
-        parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), _links(main)]
+        parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), *_links(main)]
     if plan.best:
         parts.append(_layouts(plan, price=price))
     if main is not None:
@@ -182,13 +182,14 @@ def _time_notes(estimate: Estimate) -> str:
     return " ".join(notes)
 
 
-def _links(estimate: Estimate) -> RenderableType:
+def _links(estimate: Estimate) -> list[RenderableType]:
+    """Nothing on a single GPU."""
     table = _table("", "in the node", "network")
     rows = {**estimate.requirements.traffic}
     rows |= {f"{name} (a teacher's GPU)": link for name, link in estimate.requirements.teacher_traffic.items()}
     for name, link in rows.items():
         table.add_row(name, f"{link.node:,.0f}", f"{link.network:,.0f}")
-    return _part("Bytes that a GPU receives for each token", table)
+    return [_part("Bytes that a GPU receives for each token", table)] if rows else []
 
 
 def _layouts(plan: Plan, *, price: float | None) -> RenderableType:

@@ -11,6 +11,7 @@ from megadistill.errors import UserError, several
 from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.setup.run_folder import has_saved
+from megadistill.units import number_of
 
 
 def require_ranks_and_files(recipe: Recipe, launch: Launch) -> None:
@@ -45,17 +46,13 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
         values = {"placement": "colocated", **{name: colocated[name].default or "null" for name in changed}}
         overrides = " ".join(f"--set teacher.{name}={value}" for name, value in values.items())
         raise UserError(
-            f"teacher.ranks is {teacher.ranks}, but this run has {_processes(launch.world)}, and the student needs "
-            f"some: start it on more ranks, or, to try it here, {overrides} "
+            f"teacher.ranks is {teacher.ranks}, but this run has {number_of(launch.world, 'process', 'processes')}, and "
+            f"the student needs some: start it on more ranks, or, to try it here, {overrides} "
             f"--set distributed.vocab_group={launch.world}"
         )
     roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)
     local = min(launch.local_world, roles.students)
     return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
-
-
-def _processes(number: int) -> str:
-    return "1 process" if number == 1 else f"{number} processes"
 
 
 def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:

@@ -90,7 +90,9 @@ def test_a_slow_rank_is_named_and_on_a_cpu_only_doubted() -> None:
     for each in ranks:
         each.facts["on_cpu"] = True
     assert products_row(ranks).status is Status.WARN
-    assert products_row(_ranks(product=[0.010, 0.012], on_cpu=[False] * 2)).status is Status.OK
+    well = products_row(_ranks(product=[0.010, 0.012], on_cpu=[False] * 2))
+    assert (well.status, well.detail) == (Status.OK, "every rank within 1.3 of the median: 10 ms")
+    assert products_row(_ranks(product=[0.010], on_cpu=[False])).detail == "10 ms", "a rank alone has no median"
 
 
 def test_a_slow_link_within_a_node_is_that_nodes() -> None:

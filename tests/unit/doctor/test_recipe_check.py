@@ -8,6 +8,7 @@ import pytest
 
 from megadistill.distributed.launch import Launch
 from megadistill.doctor import recipe_check
+from megadistill.doctor.comparison import contents_row
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.errors import UserError
@@ -122,4 +123,15 @@ def test_missing_ranks_and_files_are_not_repeated_as_a_fault_of_the_set_up(tmp_p
     statuses = _statuses(own)
     assert not runs
     assert {statuses["launch"], statuses["teacher"]} == {Status.FAIL}
-    assert "setup" not in statuses
+    assert not {"setup", "teacher's weights"} & statuses.keys()
+    row = contents_row([own])
+    assert row is not None
+    assert "teacher" not in row.detail
+
+
+def test_what_the_run_reads_is_told_in_epochs(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["train"].update(steps=3, global_batch=8)
+    own, _ = _checked(tmp_path, values)
+    (data,) = [each.detail for each in own.results if each.check == "data"]
+    assert data == "8 sequences of 32 tokens in 1 shard; the run reads 24, 3 epochs"

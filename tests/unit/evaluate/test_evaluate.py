@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -73,13 +74,13 @@ def _logits(folder: Path, units: Tensor) -> Tensor:
 
 
 def _measured(
-    models: list[Path], data: list[str] | Path, *, teacher: Path | None = None, batch: int = 3
+    models: list[Path], data: list[str] | Path, *, teacher: Path | None = None, batch: int = 3, limit: int | None = None
 ) -> list[Evaluation]:
     given = data if isinstance(data, list) else [str(data / "manifest.json")]
     with ranks(Launch(rank=0, world=1, local_rank=0, local_world=1)) as alone:
         return evaluate(
             models,
-            load_splits(given),
+            load_splits(given, limit),
             teacher=teacher,
             batch=batch,
             topology=alone,
@@ -237,6 +238,19 @@ def test_the_batch_does_not_matter_and_a_teacher_among_the_models_comes_once(pla
     assert [result.model for result in one] == [result.model for result in many] == ["teacher", "student"]
     for a, b in zip(one, many, strict=True):
         assert a.cross_entropy == pytest.approx(b.cross_entropy, rel=1e-6)
+
+
+def test_a_limit_reads_the_same_sequences_for_every_model_and_batch(place: Path) -> None:
+    heldout, student = place / "heldout", place / "student"
+    (split,) = load_splits([str(heldout / "manifest.json")])
+    batches = [split.stream().batch(range(slot, slot + 1)) for slot in range(3)]
+    first = torch.cat([torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1) for batch in batches]).long()
+    expected = F.cross_entropy(_logits(student, first), first[:, 1:].flatten()).item()
+    for batch in (1, 2):
+        (some,) = _measured([student], heldout, batch=batch, limit=3)
+        assert some.tokens == 3 * SEQUENCE
+        assert some.cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert _measured([student], heldout, limit=UNITS + 1) == _measured([student], heldout)
 
 
 def test_without_a_teacher_there_is_no_divergence(place: Path) -> None:

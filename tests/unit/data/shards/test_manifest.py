@@ -119,7 +119,7 @@ def test_no_manifest_bad_json_and_a_folder_are_refused(split: Path) -> None:
         path.write_bytes(junk)
         _refused(split, "is not a valid manifest")
     path.unlink()
-    _refused(split, "cannot be read .No such file")
+    _refused(split, rf"train/manifest\.json does not exist \(paths are relative to {Path.cwd()}\): give the manifest")
     path.mkdir()
     _refused(split, "cannot be read .it is not a regular file")
 

@@ -39,6 +39,14 @@ def test_a_toy_has_memory_and_no_forecast() -> None:
     assert [part for part in times if part not in _printed(SLOWER)] == []
 
 
+def test_one_gpu_has_no_table_of_links() -> None:
+    alone = plan(plan_input(), cluster(1, 1), MfuAssumption())
+    out = io.StringIO()
+    Console(file=out, width=80, highlight=False).print(render(alone, law=None, price=None))
+    assert "valid layout" in out.getvalue()
+    assert "Bytes that a GPU receives" not in out.getvalue()
+
+
 def test_the_border_is_where_latency_takes_as_long_as_what_is_counted() -> None:
     main = _plan(1.0).main
     assert main is not None
