@@ -66,10 +66,7 @@ def _teacher_reads_the_ids(folder: Path, teacher: Any, data: Mixture) -> None:
             f"teacher.path: {folder} has no tokenizer.json and no tokenizer.model, so its ids cannot be compared with "
             f"those of the shards: add the files that the teacher was published with, and {ways_out}"
         )
-    try:
-        difference = tokenizer_difference(folder, data.first)
-    except UserError as error:
-        raise UserError(f"teacher.path: {error}") from None
+    difference = _difference("teacher.path", folder, data)
     if teacher.vocab_size < data.vocab_size and difference is None:
         raise UserError(
             f"teacher.path: the tokenizer in {folder} has {data.vocab_size} ids, and so have the shards, but the model "
@@ -97,18 +94,21 @@ def check_start(folder: Path, student: Any, data: Mixture) -> None:
 
 def _same_tokenizer(folder: Path, data: Mixture, *, key: str) -> None:
     """Compares the tokenizer of a student's folder with the data's, if it has one."""
-    if not tokenizer_files(folder):
-        return
-    try:
-        difference = tokenizer_difference(folder, data.first)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
+    difference = _difference(key, folder, data) if tokenizer_files(folder) else None
     if difference is not None:
         raise UserError(
             f"{key}: the tokenizer of {folder} is not that of the shards: {difference}: tokenize the text with the "
             f"folder's (megadistill tokenize ... --tokenizer {folder}), or name a folder without a tokenizer (an "
             "export gets that of the shards)"
         )
+
+
+def _difference(key: str, folder: Path, data: Mixture) -> str | None:
+    """`tokenizer_difference` of the folder that `key` names."""
+    try:
+        return tokenizer_difference(folder, data.first)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def check_compiler(loss: LossSection) -> None:

@@ -96,13 +96,12 @@ def test_how_data_is_read_is_no_other_data(finished: Path) -> None:
     assert "to train longer" in answer.line
 
 
-@pytest.mark.parametrize(("stop_after", "what"), [(3, "past --stop-after 3"), (4, "where --stop-after stops it")])
+@pytest.mark.parametrize(("stop_after", "what"), [(7, "past --stop-after 7"), (8, "where --stop-after stops it")])
 def test_a_stop_behind_the_run_takes_no_step(finished: Path, stop_after: int, what: str) -> None:
     (finished / "DONE").unlink()
     longer = _recipe(finished, train={"steps": 100})
-    answer = nothing_to_do(longer, stop_after=stop_after + 4)
+    answer = nothing_to_do(longer, stop_after=stop_after)
     assert answer is not None
-    what = what.replace(str(stop_after), str(stop_after + 4))
     assert answer.line == f"already at step {STEPS}, {what}; rerun without it to continue"
     assert nothing_to_do(longer, stop_after=STEPS + 1) is None
 
