@@ -19,6 +19,7 @@ from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
+from megadistill.redaction import printable
 
 EPILOG = f"""\
 megadistill COMMAND --help shows the options of a command, with an example.
@@ -69,7 +70,8 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
         return options.run(options) or 0
     except UserError as error:
         if prints or isinstance(error, RankUserError):
-            print(f"megadistill: {error}", file=sys.stderr)
+            lines = map(printable, str(error).split("\n"))  # arguments and files may hold anything
+            print("megadistill:", "\n".join(lines), file=sys.stderr)
         else:
             time.sleep(EXIT_DELAY_SECONDS)
         return error.exit_code

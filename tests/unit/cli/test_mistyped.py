@@ -4,6 +4,7 @@ A new case is a line of the list: what somebody types, and words that the answer
 """
 
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,14 @@ def test_what_is_right_is_not_taken_for_a_mistake(capsys: pytest.CaptureFixture[
     ):
         assert run_command(shlex.split(command)) == 2
         assert "nowhere" in capsys.readouterr().err, command
+
+
+@pytest.mark.parametrize("command", ["tr\x1b[2Jain", "train \x1b[2J", "report \x1b[2J", "export x --\x1b[2J"])
+def test_what_was_typed_is_printed_without_control_characters(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(command.split(" ")) == 2
+    printed = "".join(capsys.readouterr())
+    assert "\N{REPLACEMENT CHARACTER}" in printed
+    assert "\x1b" not in printed

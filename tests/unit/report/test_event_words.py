@@ -80,6 +80,14 @@ def _skipped(run: WrittenRun) -> None:
             lambda run: run.event("straggler", 9, message="straggler: rank 1 (n7) computes at 0.76 of the median"),
             "slow rank at step 9: rank 1 (n7) computes at 0.76 of the median",
         ),
+        (
+            lambda run: run.event("teacher_above_uniform", 0, teacher_ce=9.25, uniform_ce=7.625),
+            "the teacher does not know this text at step 0: cross-entropy 9.25, a uniform guess has 7.62",
+        ),
+        (
+            lambda run: run.event("student_diverged", 9, student_ce=1884.0, limit=8.1, first_ce=7.6),
+            "the student diverged at step 9: cross-entropy 1,884, 7.6 at the first step",
+        ),
         (lambda run: run.event("stop_requested", 9, reason="SIGTERM"), "stop requested at step 9: SIGTERM"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -95,8 +103,10 @@ def test_a_sentence(happened: Happened, sentence: str, tmp_path: Path) -> None:
 def test_damaged_values_make_no_odd_words(kind: str, value: object, tmp_path: Path) -> None:
     names = ["world_size", "startup_seconds", "lost_steps", "bytes", "reason", "path", "loss", "median", "zscore"]
     names += ["to_step", "skipped_slots", "slots", "message", "rank", "exit_code", "stall_seconds", "write_seconds"]
+    names += ["run", "changes", "student_ce", "first_ce", "teacher_ce", "uniform_ce"]
     run = WrittenRun(tmp_path / "run")
     run.event(kind, 3, **dict.fromkeys(names, value))
     (sentence,) = _words(run)
     assert "{" not in sentence.replace('{"a": 1}', "")
     assert "None" not in sentence
+    assert "nan" not in sentence
