@@ -74,8 +74,6 @@ smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 # docs/images: the report, calibration and deciles of the smoke runs, and the timeline of a plan.
 pictures: $(READY)
 	$(BIN)/python -m benchmarks.pictures $(SMOKE)
-	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
-	    --data $(SMOKE)/data/heldout/manifest.json --plots docs/images
 	$(BIN)/megadistill timeline recipes/llama3-70b-to-8b/8-nodes.yaml --nodes 8 --gpus-per-node 8 --gpu h100 \
 	    --sequence-length 8192 --teacher-config recipes/models/llama-3.1-70b --output $(SMOKE)/timeline
 	cp $(SMOKE)/timeline/timeline.png docs/images/timeline-plan.png

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from megadistill.errors import UserError
+from megadistill.evaluate.evaluation import read_evaluations
+from megadistill.report.evaluation_section import write_plots
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -64,12 +66,13 @@ def photograph_report(page: Path, images: Path) -> None:
             opened = started.new_page(viewport={"width": width, "height": height}, device_scale_factor=SCALE)
             opened.goto(page.resolve().as_uri())
             opened.screenshot(path=images / name)
-            _reduce_colours(images / name)
+            reduce_colours(images / name)
 
 
-def _reduce_colours(picture: Path) -> None:
+def reduce_colours(picture: Path) -> None:
+    """Saves a PNG with a palette that covers every colour: one by frequency gives a run's short line another's."""
     with Image.open(picture) as image:
-        image.convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+        image.convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
 
 
 def photograph_tensorboard(logdir: Path, picture: Path) -> None:
@@ -103,12 +106,13 @@ def photograph_tensorboard(logdir: Path, picture: Path) -> None:
     finally:
         server.terminate()
         server.wait()
-    _reduce_colours(picture)
+    reduce_colours(picture)
 
 
 def main(smoke: Path, images: Path = IMAGES) -> None:
-    """Writes the pictures of the smoke runs' report, on a screen and on a phone, and of TensorBoard."""
+    """Writes the pictures of the smoke runs' report, on a screen and on a phone, of their evaluation and TensorBoard."""
     photograph_report(smoke / "report.html", images)
+    write_plots(read_evaluations(smoke / "evaluation.json"), images)
     photograph_tensorboard(smoke, images / "tensorboard.png")
 
 

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -32,3 +33,21 @@ def test_the_pictures_have_their_sizes(tmp_path: Path) -> None:
         "report.png": (pictures.WIDTH * scale, pictures.HEIGHT * scale),
         "report-phone.png": (pictures.PHONE_WIDTH * scale, pictures.PHONE_HEIGHT * scale),
     }
+
+
+def test_a_short_line_of_a_run_keeps_its_colour(tmp_path: Path) -> None:
+    """Among thousands of shades that are each more frequent."""
+    green = (0, 0x9E, 0x73)
+    pixels = np.full((900, 585, 3), 255, np.uint8)
+    pixels[:600] = (np.arange(600) * 255 // 600)[:, None, None]
+    shades, rows = np.arange(585) * 120 // 585, np.arange(0, 600, 2)
+    pixels[:600:2, :, 0] = shades
+    pixels[:600:2, :, 1] = 60 + (rows // 4 % 120)[:, None]
+    pixels[:600:2, :, 2] = 130 + shades
+    pixels[700:704, 100:142] = green
+    picture = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(picture)
+    pictures.reduce_colours(picture)
+    with Image.open(picture) as reduced:
+        drawn = np.asarray(reduced.convert("RGB"))[702, 120].astype(int)
+    assert np.abs(drawn - green).max() < 8, drawn

@@ -269,7 +269,7 @@ WRONG: list[dict[str, Any]] = [{"tokens": 0}, {"calibration": []}, {"kl": float(
 def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="evaluation.*`megadistill evaluate --json FILE` writes one") as caught:
+    with pytest.raises(UserError, match=r"evaluation.*`megadistill evaluate --json FILE` writes one") as caught:
         read_evaluations(path)
     assert "\n" not in str(caught.value)
 
