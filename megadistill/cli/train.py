@@ -81,6 +81,8 @@ def _train(options: argparse.Namespace) -> int:
     from megadistill.train.setup.next_start import how_to_resume, nothing_to_do
 
     folder, first_rank = Path(recipe.run.folder), environment_rank() == 0
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.folder: {folder} is a file: name another path, at which the run makes its folder")
     answer = nothing_to_do(recipe, stop_after=options.stop_after)
     if answer is not None:
         if answer.recipe_differs:
@@ -116,6 +118,8 @@ def _resuming_command(options: argparse.Namespace) -> str:
 
 
 def _outcome_line(outcome: "RunOutcome", recipe: "Recipe", options: argparse.Namespace, command: str | None) -> str:
+    from megadistill.train.setup.next_start import DIVERGED
+
     resumes = "the same command resumes" if command is None else f"`{command}` resumes"
     if outcome.done:
         line = f"step {outcome.step} of {recipe.train.steps}, done"
@@ -125,10 +129,7 @@ def _outcome_line(outcome: "RunOutcome", recipe: "Recipe", options: argparse.Nam
         line = f"already at step {outcome.step}, past --stop-after {options.stop_after}; rerun without it to continue"
     else:
         line = f"stopped at --stop-after {outcome.step}; rerun without it to continue"
-    if not outcome.diverged:
-        return line
-    advice = "lower train.optimizer.learning_rate or lengthen train.schedule.warmup_steps, in another run.folder"
-    return f"{line}. But the student diverged (student_diverged in events.jsonl): {advice}"
+    return f"{line}. {DIVERGED}" if outcome.diverged else line
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
-from megadistill.events import last_line
+from megadistill.events import last_line, read_lines
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
@@ -20,6 +20,12 @@ OTHER_CONTENT = (
     "run.begin_from",
 )  # fmt: skip
 """Keys that say what a run learns from. Some may change on a resume; in a finished run a change has no effect."""
+
+DIVERGED = (
+    "But the student diverged (student_diverged in events.jsonl): lower train.optimizer.learning_rate or lengthen "
+    "train.schedule.warmup_steps, in another run.folder"
+)
+"""What the line on a run that has ended says of such a student."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def nothing_to_do(recipe: Recipe, *, stop_after: int | None) -> NothingToDo | No
             f"done, step {step} of {steps}: nothing to do, although {'; '.join(ignored)}. To train on other data or "
             "from another teacher, name another run.folder"
         )
+    elif _has_diverged(folder):
+        line = f"done, step {step} of {steps}: nothing to do. {DIVERGED}"
     else:
         line = (
             f"done, step {step} of {steps}: nothing to do. `megadistill export {folder} --output DIR` makes a model of "
@@ -70,6 +78,13 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
     where = f"resumes from the checkpoint of step {saved}" if saved else "starts from the beginning"
     condition = "once the cause is mended, " if after_fault else ""
     return f"{folder}: {reached}; {condition}{f'`{command}`' if command else 'the same command'} {where}"
+
+
+def _has_diverged(folder: Path) -> bool:
+    """Whether the run has reported that its student diverged, and not gone back to before that."""
+    names = [event.get("event") for event in read_lines(folder / "events.jsonl")]
+    last = [name for name in names if name in ("student_diverged", "rollback")][-1:]
+    return last == ["student_diverged"]
 
 
 def _differing_values(folder: Path, recipe: Recipe) -> dict[str, str]:

@@ -90,6 +90,20 @@ def test_a_moved_folder_is_the_same_run(finished: Path, tmp_path: Path) -> None:
     assert not answer.recipe_differs
 
 
+@pytest.mark.parametrize(
+    ("events", "diverged"), [(["student_diverged"], True), (["student_diverged", "rollback"], False)]
+)
+def test_a_finished_run_whose_student_diverged_is_not_to_be_exported(
+    finished: Path, events: list[str], diverged: bool
+) -> None:
+    for event in events:
+        JsonLines(finished / "events.jsonl").append({"event": event, "attempt": 1, "step": 3})
+    answer = nothing_to_do(_recipe(finished), stop_after=None)
+    assert answer is not None
+    assert ("the student diverged" in answer.line) == diverged
+    assert ("megadistill export" in answer.line) != diverged
+
+
 def test_how_data_is_read_is_no_other_data(finished: Path) -> None:
     answer = nothing_to_do(_recipe(finished, data={"prefetch": 9}), stop_after=None)
     assert answer is not None
