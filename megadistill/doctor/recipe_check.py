@@ -25,7 +25,7 @@ from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
-from megadistill.train.setup.parent import check_parent, find_parent
+from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of

@@ -35,7 +35,7 @@ from megadistill.train.checkpoint.select import latest_valid, verified
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
 from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor, LossMonitor
 from megadistill.train.setup.next_start import how_to_resume
-from megadistill.train.setup.parent import Parent
+from megadistill.train.setup.parent_checkpoint import Parent
 from megadistill.train.setup.recipe_changes import changes_since, describe_changes
 from megadistill.train.setup.setup import Setup
 from megadistill.types import Cursor

@@ -18,7 +18,7 @@ from megadistill.models.families import load_config
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
-from megadistill.train.setup.parent import Parent, check_parent, find_parent
+from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe

@@ -10,7 +10,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
-from megadistill.train.setup.parent import find_parent
+from megadistill.train.setup.parent_checkpoint import find_parent
 from megadistill.train.setup.run_folder import write_description
 from megadistill.train.setup.setup import Setup, prepare
 from tests.unit.train.cases import MODEL, SEQUENCE, described_data, recipe, run_with_checkpoint
