@@ -25,7 +25,7 @@ DIVERGED = (
     "But the student diverged (student_diverged in events.jsonl): lower train.optimizer.learning_rate or lengthen "
     "train.schedule.warmup_steps, in another run.folder"
 )
-"""What the line on a run that has ended says of such a student."""
+"""The end of the line on a finished run whose student diverged."""
 
 
 @dataclass(frozen=True)
