@@ -11,7 +11,7 @@ from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
 from megadistill.data.tokenizers.model_tokenizer import tokenizer_difference
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
-from megadistill.data.tokenizers.tokenizer_file import tokenizer_files
+from megadistill.data.tokenizers.tokenizer_file import no_tokenizer_files, tokenizer_files
 
 __all__ = [
     "Manifest",
@@ -19,6 +19,7 @@ __all__ = [
     "ShardFault",
     "TokenStream",
     "TokenizeReport",
+    "no_tokenizer_files",
     "tokenize",
     "tokenizer_difference",
     "tokenizer_files",

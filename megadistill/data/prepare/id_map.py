@@ -9,7 +9,7 @@ from megadistill.data.shards.manifest import Manifest
 from megadistill.data.stream.stream import TokenStream
 from megadistill.data.tokenizers.token_table import SAMPLE_TEXTS, TokenTable
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
-from megadistill.data.tokenizers.tokenizer_file import TokenizerFile, tokenizer_files
+from megadistill.data.tokenizers.tokenizer_file import TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
 from megadistill.io import write_json
 
@@ -89,7 +89,7 @@ def make_vocab_map(student: Path, teacher: Path, output: Path, *, data: str | No
 def _table(path: Path, option: str) -> TokenTable:
     for kind, file in tokenizer_files(path).items():
         return TokenizerFile.read(kind, file).table
-    raise UserError(f"{option}: {path} has no tokenizer.json and no tokenizer.model: give the folder of a tokenizer")
+    raise UserError(f"{option}: {no_tokenizer_files(path)}: give the folder of a tokenizer")
 
 
 def _sequences(data: str, ids: int) -> list[list[int]]:

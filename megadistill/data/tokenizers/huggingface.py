@@ -5,6 +5,7 @@ Legend: L tokens of a text, V ids of the vocabulary.
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from megadistill.data.shards.packing import Ids
 from megadistill.errors import UserError
 from megadistill.io import read_given_json
+from megadistill.redaction import printable
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 CONFIG_FILE: Final = "tokenizer_config.json"
@@ -105,7 +107,11 @@ class HuggingFaceTokenizer:
         if type(id) is int and 0 <= id < self.vocab_size and self._backend.id_to_token(id) is not None:
             return id
         problem = "is missing" if token is None else f"is {token!r}, which the vocabulary does not have"
-        raise UserError(f"{self._path}: its {name} {problem}: write the token as {name} into {CONFIG_FILE} there")
+        way_out = f"write the token as {name} into {CONFIG_FILE} there"
+        if token in _added_beside(self._path.parent):
+            problem = f"is {token!r}, which only the files beside it add to the vocabulary"
+            way_out = f"{rewrite_command(self._path.parent)} writes one that has it"
+        raise UserError(f"{self._path}: its {name} {problem}: {way_out}")
 
     def _bos(self) -> int | None:
         """The id that the tokenizer puts before a text, by its post-processor or else by its config."""
@@ -118,6 +124,12 @@ class HuggingFaceTokenizer:
             return int(whole[0])
         has_bos = self._config.get("add_bos_token")
         return self._token_id(_content(self._config, "bos_token"), "bos_token") if has_bos else None
+
+
+def rewrite_command(folder: Path) -> str:
+    """The command that writes a tokenizer.json of all that transformers reads in a tokenizer's folder, in backticks."""
+    script = "import sys, transformers as t; t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
+    return f"`python -c {shlex.quote(script)} {shlex.quote(printable(str(folder)))}`"
 
 
 def read_json(path: Path) -> Json:
@@ -149,6 +161,13 @@ def _without_off(value: Any) -> Any:
 
 def _read_optional(path: Path) -> Json:
     return read_json(path) if path.is_file() else {}
+
+
+def _added_beside(folder: Path) -> list[str | None]:
+    """Tokens that the files beside a tokenizer.json add to it when transformers loads the folder."""
+    decoder = _read_optional(folder / CONFIG_FILE).get("added_tokens_decoder")
+    rules = decoder if isinstance(decoder, dict) else {}
+    return [*(_content(rules, id) for id in rules), *_read_optional(folder / "added_tokens.json")]
 
 
 def _content(rules: Json, name: str) -> str | None:

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.tokenizers.huggingface import CONFIG_FILE, MAX_FILE_BYTES, TOKENIZER_FILE, read_json
-from megadistill.data.tokenizers.sentencepiece import MODEL_FILE
+from megadistill.data.tokenizers.huggingface import CONFIG_FILE, MAX_FILE_BYTES, read_json
 from megadistill.data.tokenizers.token_table import TokenTable, contradiction, difference
-from megadistill.data.tokenizers.tokenizer_file import FILES, Kind, TokenizerFile, tokenizer_files
+from megadistill.data.tokenizers.tokenizer_file import FILES, Kind, TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
 
 
@@ -23,7 +22,7 @@ def tokenizer_difference(folder: Path, manifest: Manifest) -> str | None:
     record = manifest.tokenizer
     theirs = {kind: TokenizerFile.read(kind, path) for kind, path in tokenizer_files(folder).items()}
     if not theirs:
-        raise UserError(f"{folder} has no {TOKENIZER_FILE} and no {MODEL_FILE}: give the files of its tokenizer")
+        raise UserError(f"{no_tokenizer_files(folder)}: give the files of its tokenizer")
     ours = {kind: file for kind in FILES if (file := _file_of_data(manifest, kind)) is not None}
     hashes = {kind: file.sha256 for kind, file in ours.items()} | {record.kind: record.sha256}
     if all(hashes.get(kind) == file.sha256 for kind, file in theirs.items()):

@@ -7,7 +7,7 @@ from megadistill.config.paths import wrong_path
 from megadistill.data.shards.manifest import TokenizerRecord
 from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, canonical_sha256, read_json
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
-from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, tokenizer_files
+from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
@@ -31,8 +31,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         file = next((path / name for name in (TOKENIZER_FILE, MODEL_FILE) if (path / name).is_file()), path)
         if file == path:
             raise UserError(
-                wrong_path(path, "tokenizer")
-                or f"{path} holds no {TOKENIZER_FILE} and no {MODEL_FILE}: give the folder of a tokenizer"
+                wrong_path(path, "tokenizer") or f"{no_tokenizer_files(path)}: give the folder of a tokenizer"
             )
         if file.name == TOKENIZER_FILE and (path / MODEL_FILE).is_file() and _written_from_model(path):
             file = path / MODEL_FILE

@@ -8,15 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from megadistill.data.tokenizers.huggingface import MAX_FILE_BYTES, TOKENIZER_FILE, canonical_sha256
+from megadistill.data.tokenizers.huggingface import MAX_FILE_BYTES, TOKENIZER_FILE, canonical_sha256, rewrite_command
 from megadistill.data.tokenizers.sentencepiece import MODEL_FILE
 from megadistill.data.tokenizers.token_table import TokenTable
 from megadistill.errors import UserError
+from megadistill.redaction import printable
 
 Kind = Literal["sentencepiece", "huggingface"]
 
 FILES: Final[Mapping[Kind, str]] = {"huggingface": TOKENIZER_FILE, "sentencepiece": MODEL_FILE}
 """Name of the file of each kind in a folder."""
+
+_CONVERTIBLE: Final = ("vocab.json", "vocab.txt", "spiece.model")
+"""Files of older tokenizers, of which transformers makes a tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,13 @@ class TokenizerFile:
         if self.kind == "huggingface":
             return TokenTable.of_json(self.values, self.name)
         return TokenTable.of_model(self.content, self.name)
+
+
+def no_tokenizer_files(folder: Path) -> str:
+    """One line on a folder without such a file, with the command that writes one of the files that are there."""
+    there = next((name for name in _CONVERTIBLE if (folder / name).is_file()), None)
+    more = f", only {there}, of which {rewrite_command(folder)} writes a tokenizer.json" if there else ""
+    return f"{printable(str(folder))} has no {TOKENIZER_FILE} and no {MODEL_FILE}{more}"
 
 
 def tokenizer_files(path: Path) -> dict[Kind, Path]:

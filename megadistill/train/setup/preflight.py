@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megadistill.config.recipe import LossSection, Recipe
-from megadistill.data import Mixture, tokenizer_difference, tokenizer_files
+from megadistill.data import Mixture, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
 from megadistill.models.initial_weights import check_initial_weights
@@ -63,8 +63,8 @@ def _teacher_reads_the_ids(folder: Path, teacher: Any, data: Mixture) -> None:
     )
     if not tokenizer_files(folder):
         raise UserError(
-            f"teacher.path: {folder} has no tokenizer.json and no tokenizer.model, so its ids cannot be compared with "
-            f"those of the shards: add the files that the teacher was published with, and {ways_out}"
+            f"teacher.path: {no_tokenizer_files(folder)}, so its ids cannot be compared with those of the shards: add "
+            f"the files that the teacher was published with, and {ways_out}"
         )
     difference = _difference("teacher.path", folder, data)
     if teacher.vocab_size < data.vocab_size and difference is None:

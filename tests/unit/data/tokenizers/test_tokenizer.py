@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,8 +428,47 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(copy: Path, name: str, conte
     assert "\n" not in str(refused.value)
 
 
+def test_a_tokenizer_in_older_files_is_refused_with_the_command_that_writes_a_tokenizer_json(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = json.loads((copy / "tokenizer.json").read_text())["model"]
+    (copy / "tokenizer.json").unlink()
+    (copy / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (copy / "merges.txt").write_text("".join(" ".join(merge) + "\n" for merge in model["merges"]))
+    _configure(copy, eos_token=END, tokenizer_class="GPT2Tokenizer")
+    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model, only vocab\.json") as refused:
+        load_tokenizer(copy)
+    _run_the_command(str(refused.value), monkeypatch)
+    assert load_tokenizer(copy).eos == model["vocab"].get(END, len(model["vocab"]))
+
+
+def test_an_end_that_only_the_config_adds_is_refused_with_the_command_that_adds_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = load_tokenizer(copy).vocab_size
+    token = {"content": "<|im_end|>", "special": True}
+    _configure(
+        copy,
+        eos_token="<|im_end|>",
+        tokenizer_class="PreTrainedTokenizerFast",
+        added_tokens_decoder={str(new): token},
+    )
+    with pytest.raises(UserError, match="which only the files beside it add") as refused:
+        load_tokenizer(copy)
+    _run_the_command(str(refused.value), monkeypatch)
+    assert load_tokenizer(copy).eos == new
+
+
+def _run_the_command(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the `python -c` in backticks in this process, which has transformers already."""
+    python, option, script, *arguments = shlex.split(message.split("`")[1])
+    assert (python, option) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", [option, *arguments])
+    exec(script, {})
+
+
 def test_no_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"none\.json does not exist"):
         load_tokenizer(tmp_path / "none.json")
