@@ -58,5 +58,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def nearest_of(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The known word closest to `word`, capitals and hyphens aside; None: none is close."""
     plain = {each.lower().replace("-", "_"): each for each in reversed(list(known))}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
+    written = word.lower().replace("-", "_")
+    close = [each for each in reversed(plain) if len(written) > 3 and each.startswith(f"{written}_")]
+    close = close or difflib.get_close_matches(written, plain, n=1, cutoff=cutoff)
     return plain[close[0]] if close else None

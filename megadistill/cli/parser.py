@@ -12,6 +12,25 @@ from megadistill.errors import UserError, nearest, nearest_of
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", flags=re.DOTALL)
 """KEY=VALUE."""
 
+_OTHER_COMMANDS = {
+    other: command
+    for command, others in {
+        "train": ("run", "distill", "finetune", "fit", "pretrain", "launch", "resume"),
+        "evaluate": ("eval", "test", "validate", "perplexity"),
+        "sample": ("chat", "infer", "inference", "predict", "complete"),
+        "export": ("convert", "save", "merge"),
+        "tokenize": ("preprocess", "prepare", "data", "pack"),
+        "doctor": ("check", "validate-config", "diagnose"),
+        "plan": ("estimate", "memory"),
+        "timeline": ("profile", "trace"),
+        "--help": ("help", "commands"),
+    }.items()
+    for other in others
+}
+"""A command of other tools -> ours."""
+
+_RECIPE_OPTIONS = ("--recipe", "--config", "-c", "--cfg", "--yaml", "--config_file", "--config-file", "--config_path")
+
 _NUMBERS = {"int": "an integer", "float": "a number"}
 
 
@@ -53,12 +72,15 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(action, argparse._SubParsersAction):
             what = "/".join(action.option_strings)
             raise UserError(f"{what} {value}: give one of {', '.join(known)}{nearest(str(value), known)}")
-        if close := nearest_of(str(value), known):
+        close = _OTHER_COMMANDS.get(str(value).lower(), "")
+        if close not in (*known, *self._option_string_actions):
+            close = nearest_of(str(value), known) or ""
+        if close:
             raise UserError(f"no command `{self.prog} {value}`; did you mean `{self.prog} {close}`?")
         path = Path(str(value))
         if path.suffix in (".yaml", ".yml"):
             raise UserError(f"no command: to train, `{self.prog} train {value}` (`{self.prog} --help` lists others)")
-        if path.is_dir():
+        if path.is_dir() and "report" in known:
             raise UserError(f"no command: for a run folder, `{self.prog} report {value}` (`{self.prog} --help`)")
         raise UserError(f"no command `{self.prog} {value}`: there are {', '.join(known)}")
 
@@ -89,6 +111,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_option(self, name: str, value: str) -> str:
         if "--set" in self._option_string_actions:
+            if name in _RECIPE_OPTIONS:
+                return f"{name}: the recipe has no option: write {self.prog} {shlex.quote(value or 'RECIPE')}"
             from megadistill.config.other_names import key_of_option
 
             solution = key_of_option(name)
@@ -113,6 +137,13 @@ def _refuse_bad_override(tokens: Sequence[str]) -> None:
     if not tokens:
         return
     key, equals, value = tokens[0].partition("=")
+    several = re.split(r"[\s,;]+(?=[a-z_]+(?:\.[a-z_0-9]+)+=)", tokens[0])
+    if len(several) > 1 and all(_OVERRIDE.fullmatch(each) for each in several):
+        raise UserError(f"--set {tokens[0]}: each key has a --set of its own: write {' '.join(map(_set, several))}")
+    if not equals and (colon := re.fullmatch(r"([\w.]+): *(.+)", key)) is not None:
+        raise UserError(f"--set {key}: write {_set(f'{colon[1]}={colon[2]}')}")
+    if not equals and re.fullmatch(r"[\w.-]+", key) is None:
+        raise UserError(f"--set {key}: give KEY=VALUE, as in --set train.steps=100")
     after = [token for token in tokens[1:] if token != "="]
     separate = len(tokens) > 1 and tokens[1].startswith("=")
     is_recipe = bool(after) and (after[0].endswith((".yaml", ".yml")) or Path(after[0]).exists())

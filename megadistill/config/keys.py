@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
 
-from megadistill.config.other_names import EXPLAINED, OTHER_NAMES
+from megadistill.config.other_names import EXPLAINED, OTHER_NAMES, key_of_option
 from megadistill.config.recipe import Recipe, Section, sections_in
 from megadistill.errors import UserError, nearest
 
@@ -155,7 +155,8 @@ def tables(prefix: str | None) -> list[Table]:
         selected = [key for key in every if key.name == prefix or key.name.startswith((f"{prefix}.", f"{prefix}[]."))]
         if not selected:
             known = {key.name for key in every} | {key.section for key in every if key.section}
-            raise UserError(f"a recipe has no key {prefix}{nearest(prefix, known)}")
+            other = key_of_option(prefix)
+            raise UserError(f"a recipe has no key {prefix}{nearest(prefix, known) if other is None else other.text}")
     return [_table(section, members) for section, members in _by_section(selected)]
 
 

@@ -54,16 +54,43 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
         except UserError:
             raise
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        except YAMLError:
+            raise UserError(
+                f"--set {printable(override)}: the value cannot be read as YAML: close its quotes and brackets, and "
+                "quote all of it for the shell, as in --set 'run.timeline=[5, 6]'"
+            ) from None
+        except (OmegaConfBaseException, ValueError) as error:
             raise UserError(f"--set {printable(override)}: {printable(first_line(error))}") from None
+        for length in range(1, len(key)):
+            places.setdefault(key[:length], f"--set {override}")
         places |= {under: f"--set {override}" for under in _paths_below(key, value)}
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except InterpolationKeyError as error:
-        raise UserError(f"{path}: {error.full_key}: {first_line(error)} in the recipe") from None
+        reason = f"{first_line(error)} in the recipe (environment variables are not read)"
+        raise UserError(f"{path}: {error.full_key}: {reason}") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(f"{path}: {printable(first_line(error))}") from None
+    values = _without_unknown(values)
+    mistakes += [(_place(key, places), printable(text)) for key, text in _not_expanded(values)]
     return validate_recipe(_with_warmup_of_the_run(values), source=str(path), places=places, before=mistakes)
+
+
+def _without_unknown(values: Any) -> Any:
+    """The values without those that a recipe leaves to the ones that extend it, `???`."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_unknown(value) for key, value in values.items() if value != "???"}
+
+
+def _not_expanded(values: Any) -> Iterator[tuple[KeyPath, str]]:
+    """The texts that a shell would expand, which would name folders such as `~`: the key, and its line."""
+    for key, value in dotted(values).items():
+        if isinstance(value, str) and value.startswith("~"):
+            yield tuple(key.split(".")), f"{key}: ~ is not expanded here: write {Path(value).expanduser()}"
+        elif isinstance(value, str) and re.search(r"\$[A-Za-z_]", value):
+            solution = f'write the text itself, or let the shell do it, --set "{key}={value}"'
+            yield tuple(key.split(".")), f"{key}: {value}: environment variables are not read: {solution}"
 
 
 def _with_warmup_of_the_run(values: Any) -> Any:
@@ -76,6 +103,8 @@ def _with_warmup_of_the_run(values: Any) -> Any:
         if schedule.get("warmup_steps") is not None:
             return values
         recorded = read_json(Path(values["run"]["folder"]) / "recipe.json")["recipe"]["train"]["schedule"]
+        if recorded["warmup_steps"] + (schedule.get("decay_steps") or 0) > values["train"]["steps"]:
+            return values  # a much shorter run: refused, as another recipe
         schedule = {**schedule, "warmup_steps": recorded["warmup_steps"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no run yet, or no recipe: checked later
         return values
@@ -120,7 +149,7 @@ def _in_order_of_the_file(mistake: tuple[str, str]) -> tuple[bool, bool, str, in
 def _parsed(override: str) -> tuple[KeyPath, DictConfig]:
     """The key of `key=value`, and the value as a recipe that holds nothing else."""
     key, separator, _ = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise UserError(f"--set {override!r} is not of the form key=value, as in --set train.steps=100")
     return tuple(key.split(".")), OmegaConf.from_dotlist([override])
 
@@ -178,7 +207,9 @@ def _read_with_parents(
     except IsADirectoryError:
         raise UserError(_folder_for_recipe(path)) from None
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: a recipe is a mapping of sections, found a {type(loaded).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping of sections, found a list")
+    if path.suffix == ".json" and {"recipe", "versions"} <= set(loaded):
+        raise UserError(f"{path} is the record of a run, not a recipe: name the YAML file that it was started with")
     _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), path)
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
     parent = loaded.pop("extends", None)

@@ -35,6 +35,18 @@ _EXPECTED = {
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
+_FIRST_KEYS = {
+    "run": "folder",
+    "data": "manifest",
+    "student": "config",
+    "teacher": "path",
+    "loss": "divergence",
+    "loss.targets": "select",
+    "train.optimizer": "kind",
+    "train.schedule": "kind",
+}
+"""Section -> the key that is meant by a text in its place."""
+
 MAX_ROUNDS = 8
 Correction = Callable[[Any], None]
 """Corrects a mistake in the values of a recipe."""
@@ -53,6 +65,8 @@ class Mistake:
     """One line, which begins with the key."""
     of_value: bool = True
     """Whether it is about the value of the key itself, not about keys that do not fit together."""
+    is_missing: bool = False
+    """Whether the key is required and not there."""
 
 
 def find_mistakes(values: Any) -> tuple[Recipe | None, list[Mistake]]:
@@ -63,7 +77,9 @@ def find_mistakes(values: Any) -> tuple[Recipe | None, list[Mistake]]:
     for _ in range(MAX_ROUNDS):
         try:
             recipe = Recipe.model_validate(values)
-            return (None, list(mistakes.values())) if mistakes else (recipe, [])
+            if not mistakes:
+                return recipe, []
+            break
         except ValidationError as error:
             before, corrections = len(mistakes), []
             for each in sorted(error.errors(), key=lambda each: each["type"] == "missing"):  # a name may be mistyped
@@ -76,7 +92,13 @@ def find_mistakes(values: Any) -> tuple[Recipe | None, list[Mistake]]:
                 correct(values)
             if len(mistakes) == before:
                 break
-    return None, list(mistakes.values())
+    return None, [each for each in mistakes.values() if not _is_given_elsewhere(each, changed)]
+
+
+def _is_given_elsewhere(mistake: Mistake, changed: set[KeyPath]) -> bool:
+    """Whether a section is missing into which the correction of another mistake moves a key."""
+    length = len(mistake.path)
+    return mistake.is_missing and any(len(path) > length and path[:length] == mistake.path for path in changed)
 
 
 def _follows(error: ErrorDetails, path: KeyPath, changed: set[KeyPath]) -> bool:
@@ -96,7 +118,7 @@ def _explained(error: ErrorDetails, path: KeyPath, siblings: list[str]) -> tuple
         target = path if solution.key is None else tuple(solution.key.split("."))
         return Mistake(path, f"{key}: no such key{solution.text}"), target, partial(_move, path, target, value)
     if kind == "missing":
-        return Mistake(path, f"{key}: is required", of_value=False), path, lambda values: None
+        return Mistake(path, f"{key}: is required", of_value=False, is_missing=True), path, lambda values: None
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         mistake = Mistake(path, f"{key}: {message}" if key else message, of_value=False)
@@ -106,11 +128,13 @@ def _explained(error: ErrorDetails, path: KeyPath, siblings: list[str]) -> tuple
         if "tag" in context:
             path, value = (*path, context["discriminator"].strip("'")), context["tag"]
         listed = re.findall(r"'([^']*)'", expected)
-        actual = f"found {value!r}{nearest_value(str(value), listed)}"
+        actual = (
+            f"found {repr(value) if isinstance(value, str) else _described(value)}{nearest_value(str(value), listed)}"
+        )
         mistake = Mistake(path, f"{'.'.join(path)}: input should be {expected}, {actual}")
     elif kind in _EXPECTED:
         corrected = _converted(value, kind)
-        actual = f"found {_described(value)}{_to_write(value, kind, corrected)}"
+        actual = f"found {_described(value)}{_to_write(path, value, kind, corrected)}"
         mistake = Mistake(path, f"{key}: give {_EXPECTED[kind]}, {actual}")
     else:
         mistake = Mistake(path, f"{key}: {message[0].lower()}{message[1:]}, found {_described(value)}")
@@ -148,20 +172,30 @@ def _number(value: str | float) -> float | None:
         return None
 
 
-def _to_write(value: Any, kind: str, corrected: Any) -> str:
+def _to_write(path: KeyPath, value: Any, kind: str, corrected: Any) -> str:
     if corrected is not _NOTHING:
         if isinstance(value, bool) and kind == "string_type":
             return " (which yes, no, on and off are in YAML): put it in quotes"
         written = f"'{corrected}'" if isinstance(corrected, str) else _yaml(corrected)
         quoted = isinstance(value, str) and kind != "list_type" and value.replace(".", "").replace("-", "").isalnum()
         return f": write {written}{', without quotes' if quoted and value[-1:] not in 'kMB' else ''}"
-    if value is None and kind.startswith("model"):
-        return ": indent the lines below it"
     if value is None:
-        return ": give it a value, or remove the key"
+        remedy = "indent the lines below it" if kind.startswith("model") else "give it a value"
+        return f": {remedy}{'' if _is_required(path) else ', or remove the key'}"
     if isinstance(value, str) and kind.startswith("model") and re.match(r"\w+:\S", value):
         return f": a space is missing after the colon, write {value.replace(':', ': ', 1)}"
+    if isinstance(value, str) and (first := _FIRST_KEYS.get(".".join(path))):
+        return f": write {path[-1]}: {{{first}: {value}}}"
     return ""
+
+
+def _is_required(path: KeyPath) -> bool:
+    """Whether a key has no default in its section."""
+    sections: list[type[Section]] = [Recipe]
+    for part in path[:-1]:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [inner for field in fields for inner in sections_in(field.annotation)]
+    return any(section.model_fields[path[-1]].is_required() for section in sections if path[-1] in section.model_fields)
 
 
 def _yaml(value: Any) -> str:

@@ -19,7 +19,16 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "run.time_limit_minutes": ("time_limit", "max_time", "exit_duration_in_mins"),
     "run.seed": ("random_seed", "data_seed"),
-    "data.manifest": ("data_path", "dataset", "dataset_name", "dataset_path", "train_data", "train_file", "data.path"),
+    "data.manifest": (
+        "data_path",
+        "dataset",
+        "dataset_name",
+        "dataset_path",
+        "train_data",
+        "train_file",
+        "data.path",
+        "data.train",
+    ),
     "data.sources": ("datasets", "mixture", "data_sources"),
     "data.prefetch": ("num_workers", "dataloader_num_workers", "prefetch_factor", "dataloader_prefetch_factor"),
     "data.document_mask": ("reset_attention_mask", "reset_position_ids", "intra_document_masking"),
@@ -107,6 +116,19 @@ EXPLAINED = {
     "nothing to set: the same command resumes the run of run.folder": (
         *("resume", "resume_from_checkpoint", "resume_if_exists", "auto_resume"),
     ),
+    "nothing is evaluated during a run: `megadistill evaluate` measures it on the held-out split": (
+        *("eval_steps", "eval_interval", "eval_every", "eval_iters", "eval_strategy", "evaluation_strategy", "do_eval"),
+        *("val_check_interval", "eval_dataset", "eval_data", "data.val", "data.valid", "data.validation", "data.eval"),
+        *("data.test", "data.heldout", "per_device_eval_batch_size", "validation", "evaluation"),
+    ),
+    "TensorBoard always has the metrics; docs/wandb has W&B and MLflow": (
+        *("report_to", "wandb", "wandb_project", "use_wandb", "tensorboard", "tensorboard_dir", "enable_tensorboard"),
+        *("enable_wandb", "metrics", "logger", "loggers", "mlflow"),
+    ),
+    "not implemented: the README's limitations": (
+        *("context_parallel_size", "context_parallel_degree", "cp", "expert_model_parallel_size", "ep"),
+        *("expert_parallel_size", "expert_parallel_degree", "sequence_parallel", "lora", "peft", "use_peft"),
+    ),
     "the share of the divergence is loss.kd_weight, that of the labels loss.ce_weight (loss.alpha is a parameter of "
     "skew_kl)": ("alpha",),
 }
@@ -173,6 +195,8 @@ def _of_other_name(path: Sequence[str]) -> WayOut | None:
         return WayOut(f"; {explained[0]}")
     same = [key for key in key_names(Recipe, "") if key.rpartition(".")[2] == written and "[]" not in key]
     candidates = [key for key, others in OTHER_NAMES.items() if names & {*others}] or same
+    if section and candidates == [written]:
+        return WayOut(f"; {written} is a section of its own: write it without indentation", written)
     if not candidates:
         return None
     near = [key for key in candidates if key.startswith(prefix)] or candidates

@@ -12,7 +12,9 @@ from megadistill.shipped import is_shipped
 PathKind = Literal["model", "tokenizer", "manifest", "run"]
 """Hugging Face folder; tokenizer; manifest.json of token shards; run folder."""
 
-_HUB_NAME = re.compile(r"(?:hf://|https://huggingface\.co/)?(?:models/)?([\w][\w.-]*/[\w][\w.-]*)/?")
+_HUB_NAME = re.compile(
+    r"(?:hf://|https://huggingface\.co/)?(?:models/)?([\w][\w.-]*/[\w][\w.-]*)(?:/(?:tree|blob|resolve)/.*)?/?"
+)
 _OWN_FOLDERS = ("models", "data", "runs", "recipes")
 _TEXT = (".txt", ".jsonl", ".parquet", ".gz", ".zst", ".md", ".py", ".csv")
 _MAX_NAMES = 4
@@ -36,7 +38,9 @@ def not_model(path: Path | str, what: str) -> str:
     """The message for a path that is no Hugging Face folder; `what` is its key, its option, or the path itself."""
     place = f" (paths are relative to {Path.cwd()})"
     missing = "does not exist" + place if not Path(path).exists() else "has no config.json"
-    download = f"`hf download ORG/MODEL --local-dir {shlex.quote(printable(str(path)))}`"
+    is_free = not Path(path).exists() or (Path(path).is_dir() and not any(Path(path).iterdir()))
+    folder = shlex.quote(printable(str(path))) if is_free else "models/MODEL"
+    download = f"`hf download ORG/MODEL --local-dir {folder}`"
     source = f"name a Hugging Face model folder ({download})"
     if is_shipped(Path(path)):
         source = "`megadistill init .` writes it here, with all recipes"
@@ -104,6 +108,9 @@ _GGUF = (
 def _instead_of_model(path: Path, kind: PathKind) -> str | None:
     if kind == "model" and (path / "config.json").is_file():
         return None
+    if path.resolve().name == "checkpoints" and _is_run(path.resolve().parent):
+        path, name = path.parent, f"models/{path.resolve().parent.name}"
+        return f"is a part of a run: `megadistill export {shlex.quote(str(path))} --output {name}`, then write {name}"
     if _is_run(path) or _is_checkpoint(path):
         source, name = "run folder" if _is_run(path) else "checkpoint of a run", f"models/{path.resolve().name}"
         return f"is a {source}: `megadistill export {shlex.quote(str(path))} --output {name}`, then write {name}"
@@ -161,8 +168,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _manifests(path: Path) -> list[Path]:
     """The manifests of data in a folder, and in the splits below."""
-    own = [] if _is_checkpoint(path) else [path / "manifest.json"]
-    return [each for each in (*own, *sorted(path.glob("*/manifest.json"))) if each.is_file()]
+    manifests = [path / "manifest.json", *sorted(path.glob("*/manifest.json"))]
+    return [each for each in manifests if each.is_file() and not _is_checkpoint(each.parent)]
 
 
 def _tokenize(path: Path) -> str:

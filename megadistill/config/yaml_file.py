@@ -131,6 +131,8 @@ def _syntax(error: yaml.MarkedYAMLError, lines: list[str]) -> str:
         else:
             column = len(line) - len(line.lstrip())
             message = "the indentation is deeper than that of the line above, which has a value already"
+    elif re.match(r"\s*- ", line) or (before is not None and re.match(r"\s*- ", lines[before])):
+        message = "a list item between keys: take the - away"
     elif "block" in context:
         message = "the indentation is that of no line above: give the keys of a section the same indentation"
     elif "cannot start any token" in problem:

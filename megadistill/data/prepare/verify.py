@@ -113,6 +113,8 @@ def find_manifests(location: Path | str) -> list[str]:
         UserError: there is none, or it is unreachable.
     """
     text = str(location).rstrip("/")
+    if (Path(text) / "recipe.json").is_file() and (reason := wrong_path(text, "manifest")):
+        raise UserError(reason)
     if "://" in text:
         folder = text.removesuffix(f"/{MANIFEST}")
         try:

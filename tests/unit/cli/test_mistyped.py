@@ -63,6 +63,21 @@ MISTYPED = [
     ("export x --output y --dtype bf16", ["--dtype bf16", "float32, bfloat16"]),
     ("export x --output y --dtype bfloat61", ["did you mean 'bfloat16'?"]),
     ("export x --output", ["--output: expected one argument"]),
+    ("train --config x.yaml", ["the recipe has no option: write megadistill train x.yaml"]),
+    ("doctor -c x.yaml", ["write megadistill doctor x.yaml"]),
+    ("train x.yaml --set 'train.steps: 5'", ["write --set train.steps=5"]),
+    ("train x.yaml --set '{train: {steps: 5}}'", ["give KEY=VALUE"]),
+    (
+        "train x.yaml --set train.steps=5,train.micro_batch=2",
+        ["write --set train.steps=5 --set train.micro_batch=2"],
+    ),
+    ("plan x --nodes 1 --gpu a100", ["did you mean 'a100-80gb'?"]),
+    ("config-keys lr", ["use train.optimizer.learning_rate"]),
+    # names of other tools' commands; a folder is no action
+    ("run x.yaml", ["did you mean `megadistill train`?"]),
+    ("eval x", ["did you mean `megadistill evaluate`?"]),
+    ("help", ["did you mean `megadistill --help`?"]),
+    ("shards .", ["no command `megadistill shards .`: there are verify, info, index"]),
     # what is missing
     ("train", ["missing: RECIPE", "`megadistill train --help`"]),
     ("plan x", ["missing: --nodes, --gpu"]),

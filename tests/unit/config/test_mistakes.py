@@ -61,6 +61,8 @@ SYNTAX = [
     ("{path: models/t}", "{path: @t}", ["line 6, column 17", "cannot begin with @", "quotes"]),
     ("{path: models/t}", "{path: *t}", ["line 6, column 17", "quotes"]),
     ("train:\n", "---\ntrain:\n", ["line 8, column 1", "a second document"]),
+    ("  steps: 100", "  - steps: 100", ["a list item between keys: take the - away"]),
+    ("run: {", "- run: {", ["line 2, column 1", "a list item between keys: take the - away"]),
 ]
 
 
@@ -116,6 +118,12 @@ OVERRIDES = [
     ("distributed.seed=2", ["use run.seed or data.seed"]),
     ("train.warmup_steps=5", ["use train.schedule.warmup_steps"]),
     ("optimizer.learning_rate=5", ["optimizer: no such key", "use train.optimizer"]),
+    ("data.train=x", ["use data.manifest"]),
+    ("data.loss=x", ["data.loss: no such key; loss is a section of its own", "without indentation"]),
+    # what other trainers do
+    ("train.eval_steps=5", ["nothing is evaluated during a run", "megadistill evaluate"]),
+    ("train.report_to=wandb", ["TensorBoard"]),
+    ("distributed.context_parallel_size=2", ["not implemented"]),
     # no near name
     ("checkpoint.frobnicate=1", ["checkpoint has keep_last, keep_every, asynchronous"]),
     # types
@@ -125,7 +133,15 @@ OVERRIDES = [
     ("train.steps='1000'", ["the text '1000'", "write 1000, without quotes"]),
     ("train.steps=10k", ["the text '10k': write 10000"]),
     ("train.steps=1,000", ["write 1000"]),
-    ("train.steps=", ["found nothing", "give it a value"]),
+    ("train.steps=", ["found nothing: give it a value"]),
+    ("teacher=models/t", ["write teacher: {path: models/t}"]),
+    ("train.optimizer=AdamW", ["write optimizer: {kind: AdamW}"]),
+    ("train.log_every=", ["found nothing: give it a value, or remove the key"]),
+    ("train.precision=no", ["found false"]),
+    # texts that a shell would expand
+    ("run.folder=~/x", ["run.folder: ~ is not expanded here: write /"]),
+    ("teacher.path=$HOME/t", ["environment variables are not read", '--set "teacher.path=$HOME/t"']),
+    ("run.folder='${HOME}/x'", ["run.folder", "HOME", "environment variables are not read"]),
     ("train.optimizer.learning_rate='3e-4'", ["give a number", "the text '3e-4'", "write 3.0e-4, without quotes"]),
     ("train.schedule=cosine", ["give a section", "the text 'cosine'"]),
     ("data.document_mask=1", ["give true or false", "found 1", "write true"]),
@@ -144,7 +160,10 @@ OVERRIDES = [
     # values out of range, references, the form of --set
     ("train.steps=0", ["greater than or equal to 1", "found 0"]),
     ("run.folder=${run.sed}", ["run.folder", "run.sed"]),
-    ("run.timeline=[1,2", ["--set run.timeline=[1,2"]),
+    ("run.timeline=[1,2", ["--set run.timeline=[1,2: the value cannot be read as YAML", "brackets"]),
+    ('run.folder="x', ["cannot be read as YAML", "quotes"]),
+    ("Train.Steps=5", ["--set Train.Steps=5: Train: no such key"]),
+    ("train..steps=5", ["not of the form key=value"]),
     ("train.steps", ["key=value"]),
 ]
 
@@ -200,6 +219,36 @@ def test_a_correction_makes_no_further_mistakes(tmp_path: Path) -> None:
     assert len(answer(tmp_path, RECIPE.replace("teacher:", "techer:"))) == 1
     assert len(answer(tmp_path, RECIPE, "train.steps=many")) == 1
     assert len(answer(tmp_path, RECIPE, "train.schedule.kind=wsd", "train.schedule.decay_steps=soon")) == 1
+
+
+def test_a_section_that_a_correction_makes_is_not_listed_as_missing(tmp_path: Path) -> None:
+    before, after = "run: {folder: runs/x}", "output_dir: runs/x"
+    (line,) = answer(tmp_path, RECIPE.replace(before, after))
+    assert "use run.folder" in line
+    (line,) = answer(tmp_path, RECIPE.replace("  optimizer:\n    learning_rate", "  lr"))
+    assert "use train.optimizer.learning_rate" in line
+
+
+def test_a_shorter_recipe_has_no_mistake_of_a_key_that_it_does_not_have(tmp_path: Path) -> None:
+    """The warm-up of a run of 100,000 steps does not fit into a recipe of 100, which is refused as another one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text('{"recipe": {"train": {"schedule": {"warmup_steps": 500}}}}')
+    (tmp_path / "x.yaml").write_text(RECIPE)
+    assert load_recipe(tmp_path / "x.yaml", [f"run.folder={run}"]).train.schedule.warmup_steps == 5
+    longer = load_recipe(tmp_path / "x.yaml", [f"run.folder={run}", "train.steps=200000"])
+    assert longer.train.schedule.warmup_steps == 500
+
+
+def test_a_value_that_a_base_leaves_open_is_required(tmp_path: Path) -> None:
+    (line,) = answer(tmp_path, RECIPE.replace("folder: runs/x", "folder: '???'"))
+    assert "run.folder: is required" in line
+
+
+def test_the_record_of_a_run_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"recipe": {}, "versions": {}}')
+    with pytest.raises(UserError, match="the record of a run, not a recipe: name the YAML file"):
+        load_recipe(tmp_path / "recipe.json")
 
 
 def test_a_mistake_names_the_file_that_holds_it(tmp_path: Path) -> None:

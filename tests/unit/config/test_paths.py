@@ -28,6 +28,8 @@ CASES = [
     ("google/gemma-2-2b", "tokenizer", ["hf download google/gemma-2-2b --local-dir models/gemma-2-2b"]),
     ("hf://google/gemma-2-2b", "model", ["hf download google/gemma-2-2b "]),
     ("https://huggingface.co/google/gemma-2-2b", "model", ["hf download google/gemma-2-2b "]),
+    ("https://huggingface.co/google/gemma-2-2b/tree/main", "model", ["hf download google/gemma-2-2b --local-dir mod"]),
+    ("run/checkpoints", "model", ["is a part of a run: `megadistill export run --output models/run`"]),
     ("google/gemma", "model", ["but models/gemma is: write models/gemma"]),
     ("org/text", "manifest", ["hf download org/text --repo-type dataset", "megadistill tokenize text/text"]),
     # what a run wrote, where a model is needed
