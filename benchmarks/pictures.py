@@ -110,7 +110,7 @@ def photograph_tensorboard(logdir: Path, picture: Path) -> None:
 
 
 def main(smoke: Path, images: Path = IMAGES) -> None:
-    """Writes the pictures of the smoke runs' report, on a screen and on a phone, of their evaluation and TensorBoard."""
+    """Writes the pictures of the smoke runs: report, on a screen and on a phone, evaluation, TensorBoard."""
     photograph_report(smoke / "report.html", images)
     write_plots(read_evaluations(smoke / "evaluation.json"), images)
     photograph_tensorboard(smoke, images / "tensorboard.png")

@@ -22,17 +22,17 @@ MARKS = {
     "recipe_changed": "p",
     "checkpoint_saved": "|",
     "checkpoint_failed": "v",
-    "checkpoint_quarantined": "s",
+    "checkpoint_quarantined": "3",
     "step_skipped": "x",
     "loss_spike": "^",
-    "student_diverged": "8",
+    "student_diverged": "2",
     "rollback": "<",
     "teacher_drift": "*",
-    "teacher_above_uniform": "p",
+    "teacher_above_uniform": "4",
     "samples_masked": ".",
     "straggler": "d",
     "stop_requested": "P",
-    "stopped": "H",
+    "stopped": "s",
     "attempt_failed": "X",
     "completed": "D",
 }
@@ -105,7 +105,7 @@ def mark_trouble(axes: Axes, index: int, run: RunRecord, places: Floats) -> None
 
 def goodput_figure(runs: Sequence[RunRecord], goodputs: Sequence[Goodput]) -> Drawing:
     """A bar a run: its wall time by use."""
-    caption = "Repeated: steps that were taken again. Lost: hangs, and the time from a fault to the next start."
+    caption = "Repeated: steps taken again. Lost: hangs, and from a fault to the next start."
     return draw(partial(_bars, runs=runs, goodputs=goodputs), "goodput", "Goodput", caption)
 
 

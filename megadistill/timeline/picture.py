@@ -120,6 +120,6 @@ def table(timeline: Timeline) -> Table:
     for lane in timeline.lanes[:MAX_ROWS]:
         seconds = seconds_by_kind(lane, begin, end)
         shares = [seconds.get(kind, 0.0) / (end - begin) for kind in kinds]
-        texts = (f"{100 * share:.1f}" for share in (*shares, max(0.0, 1 - sum(shares))))
+        texts = (f"{share:.1%}" for share in (*shares, max(0.0, 1 - sum(shares))))
         result.add_row(str(lane.rank), Text(printable(lane.role)), *texts)
     return result

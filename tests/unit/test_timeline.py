@@ -362,7 +362,8 @@ def test_the_table_adds_up_and_fits_a_terminal(tmp_path: Path) -> None:
         rows = [line for line in lines if "│" in line]
         assert len(rows) == min(MAX_ROWS, len(each.lanes))
         for line in rows:
-            shares = [float(cell) for cell in line.split("│")[3:-1]]
+            assert line.count("%") == 6
+            shares = [float(cell.strip().removesuffix("%")) for cell in line.split("│")[3:-1]]
             assert sum(shares) == pytest.approx(100, abs=0.31)
         assert "\x1b" not in "".join(lines)
     assert "36 more ranks in the trace" in "".join(lines)

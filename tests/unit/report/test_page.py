@@ -16,6 +16,7 @@ from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, read_evaluations
 from megadistill.report.curves import curves_over_tokens
 from megadistill.report.drawing import MAX_RUNS, draw, new_figure, style
+from megadistill.report.event_plot import MARKS
 from megadistill.report.page import PAGE, compose, report
 from megadistill.report.run_record import DIAGNOSTICS, METRICS, RunRecord, read_runs
 from megadistill.report.tables import NOTHING, attempts_table, text
@@ -128,6 +129,12 @@ def test_figures_lie_beside_the_page(eventful: tuple[Path, str]) -> None:
     figures = {attributes["id"] for tag, attributes in _parsed(html).tags if tag == "figure"}
     assert {path.stem for path in (folder / "report").iterdir()} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (folder / "report").iterdir())
+
+
+def test_every_kind_of_event_has_a_mark_of_its_own() -> None:
+    """Shapes with six and eight corners are circles at this size."""
+    alike = [{"8": "o", "h": "o", "H": "o"}.get(mark, mark) for mark in MARKS.values()]
+    assert len(set(alike)) == len(alike)
 
 
 def test_every_time_on_the_page_is_written_alike() -> None:
