@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from megadistill.data import Manifest, TokenStream
 from tests.e2e.commands import PLAIN, TORCHRUN_2, Finished, in_process, run, settings, succeeded
@@ -72,14 +73,26 @@ def test_every_rank_refuses_and_one_says_so(place: Place) -> None:
     assert "train.max_grad_norm" in finished.err
 
 
+OTHER_TOKENIZER = ("1 of 400 ids stand for other tokens", "'another' in", "--tokenizer")
+
+
+def _other_tokenizer(folder: Path) -> None:
+    """A tokenizer.model alone, with another token."""
+    path = folder / "tokenizer.model"
+    proto = ModelProto.FromString(path.read_bytes())
+    proto.pieces[-1].piece = "another"
+    path.write_bytes(proto.SerializeToString())
+    (folder / "tokenizer.json").unlink()
+
+
 def test_a_teacher_that_reads_other_words_is_refused(place: Place, tmp_path: Path) -> None:
     other = tmp_path / "teacher"
     other.mkdir()
     for file in place.teacher.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    (other / "tokenizer.model").write_bytes(b"another tokenizer")
+    _other_tokenizer(other)
     command = place.distill("refused", steps=2, checkpoint_every=2)
-    assert_refused(*command, *settings(distributed__vocab_group=1, teacher__path=other), says=("sha256", "tokenizer"))
+    assert_refused(*command, *settings(distributed__vocab_group=1, teacher__path=other), says=OTHER_TOKENIZER)
 
 
 def test_other_commands_refuse_alike(place: Place, tmp_path: Path) -> None:
@@ -145,15 +158,11 @@ def _other_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 65}))
 
 
-def _other_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.model").write_bytes(b"another tokenizer")
-
-
 DAMAGES: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (_missing_shard, ("has neither model.safetensors nor",)),
     (_cut_shard, ("model.safetensors", "not a whole one")),
     (_other_shape, ("[64, 32]", "its config.json says [65, 32]")),
-    (_other_tokenizer, ("tokenizer", "sha256")),
+    (_other_tokenizer, OTHER_TOKENIZER),
 ]
 
 
@@ -261,5 +270,5 @@ def test_stages_that_do_not_fit_are_refused(
 def test_evaluate_refuses_a_model_of_another_tokenizer(place: Place, tmp_path: Path) -> None:
     other = tmp_path / "model"
     shutil.copytree(place.teacher, other)
-    (other / "tokenizer.model").write_bytes(b"another tokenizer")
-    assert_refused("evaluate", str(other), "--data", place.heldout, says=("tokenizer.model",))
+    _other_tokenizer(other)
+    assert_refused("evaluate", str(other), "--data", place.heldout, says=OTHER_TOKENIZER)
