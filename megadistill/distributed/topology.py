@@ -107,7 +107,7 @@ def process_groups(
     role = "student" if roles is None or roles.is_student(launch.rank) else "teacher"
     watchdog = Watchdog()
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = store_of_this_start(next(rendezvous("env://", timeout=timeout))[0])
         watchdog = _start_watchdog(launch, store, timeout)
         os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
         backend = dist.get_default_backend_for_device(device)
@@ -133,6 +133,18 @@ def process_groups(
         raise
     watchdog.stop()
     dist.destroy_process_group()
+
+
+def store_of_this_start(store: Store) -> Store:
+    """A part of the launcher's store that no earlier start of the same ranks has written to.
+
+    torchrun keeps one store over its restarts (`--max-restarts`): a rank would connect to the address that a killed one
+    has left there. The number of the restart tells them apart where one agent counts; those of several nodes count
+    their own.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    return PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdog:
