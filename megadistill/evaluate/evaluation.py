@@ -86,7 +86,7 @@ MEASURES: Mapping[str, tuple[str, str]] = {
     "parameters": ("parameters", ",.0f"),
     "tokens": ("tokens", ",.0f"),
     "cross_entropy": ("CE", ".4f"),
-    "perplexity": ("perplexity", ".2f"),
+    "perplexity": ("perplexity", ",.2f"),
     "bits_per_byte": ("bits/byte", ".4f"),
     "kl": ("KL", ".4f"),
     "jsd": ("JSD", ".4f"),

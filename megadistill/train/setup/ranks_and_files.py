@@ -46,8 +46,8 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
         values = {"placement": "colocated", **{name: colocated[name].default or "null" for name in changed}}
         overrides = " ".join(f"--set teacher.{name}={value}" for name, value in values.items())
         raise UserError(
-            f"teacher.ranks is {teacher.ranks}, but this run has {number_of(launch.world, 'process', 'processes')}, and "
-            f"the student needs some: start it on more ranks, or, to try it here, {overrides} "
+            f"teacher.ranks is {teacher.ranks}, but this run has {number_of(launch.world, 'process', 'processes')}, "
+            f"and the student needs some: start it on more ranks, or, to try it here, {overrides} "
             f"--set distributed.vocab_group={launch.world}"
         )
     roles = Roles(launch.world, teacher.ranks, teacher.stages or teacher.ranks)

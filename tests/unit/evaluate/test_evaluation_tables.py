@@ -56,7 +56,7 @@ def test_the_tables_fit_a_terminal_and_hide_nothing() -> None:
     text = _printed(LARGE, replace(LARGE, model="student"))
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
-    for part in ("1,000,000,000 tokens of 2 sources", "405,853,388,800", "11.9221", "150555.25", "12.3456", "10.4321"):
+    for part in ("1,000,000,000 tokens of 2 sources", "405,853,388,800", "11.9221", "150,555.25", "12.3456", "10.4321"):
         assert part in text, part
     for part in ("12.34%", "0.6931", "45.7%", "990,000,000 tokens", "web", "code", "1.987", "18.50", "1.000", "88%"):
         assert part in text, part
