@@ -38,6 +38,8 @@ else:
 LINES: Final = (".jsonl", ".json.gz", ".json.zst", ".jsonl.gz", ".jsonl.zst")
 """Endings of files with a document a line; an uncompressed `.json` file is one document, which as many are."""
 PARQUET: Final = ".parquet"
+RECORDS: Final = (".json", ".csv", ".tsv")
+"""Endings of files that may hold many records, though each is read as one document."""
 
 NAMED_FILES: Final = 3
 """Files without any text that an error names."""
@@ -78,6 +80,8 @@ class Corpus:
         self.left_out: Counter[LeftOut] = Counter()
         self.unread: list[UnreadFile] = []
         """The files without any text, which are not blank."""
+        self.whole: Counter[str] = Counter()
+        """Files that were read as one document and may hold records, by their ending."""
         self.bytes_read = 0
         """Bytes of the files that were read, as they lie on the disk."""
 
@@ -95,6 +99,8 @@ class Corpus:
                     yield document
             size, left_out = path.stat().st_size, self.left_out - left_out_before
             self.bytes_read = before + size
+            if documents and (ending := _ending_of_records(path)):
+                self.whole[ending] += 1
             if not documents and left_out.keys() - {LeftOut.EMPTY}:
                 self.unread.append(UnreadFile(path, size, left_out, tuple(self._fields)))
 
@@ -239,6 +245,12 @@ def _walk(folder: Path, include: Sequence[str], exclude: Sequence[str], output: 
 def _matches(relative: str, patterns: Iterable[str]) -> bool:
     forms = (relative, f"/{relative}", relative.rpartition("/")[2])
     return any(fnmatchcase(form, pattern) for pattern in patterns for form in forms)
+
+
+def _ending_of_records(path: Path) -> str | None:
+    name = path.name.lower()
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    return None if name.endswith(LINES) else next((ending for ending in RECORDS if plain.endswith(ending)), None)
 
 
 def _document(data: bytes) -> Document | LeftOut:

@@ -57,6 +57,17 @@ def in_words(left_out: Counter[LeftOut]) -> str:
     return ", ".join(reason.counted(left_out[reason]) for reason in LeftOut if left_out[reason])
 
 
+def as_one_document(whole: Counter[str]) -> str | None:
+    """One line on files of records, by their ending, that were each read as one document; None: there are none."""
+    if not whole:
+        return None
+    files = ", ".join(f"{number:,} *{ending}" for ending, number in whole.items())
+    return (
+        f"{files}: each file is one document as it is, with its quotes and names of fields; for a document a record "
+        f"convert it to .jsonl, or leave it out with --exclude '*{next(iter(whole))}'"
+    )
+
+
 def listed(files: Sequence[UnreadFile], most: int) -> list[str]:
     """The largest files, `most` of them, and a line that counts the others."""
     largest = sorted(files, key=lambda file: -file.size)

@@ -109,6 +109,7 @@ def tokenize(
         seconds=time.perf_counter() - began,
         left_out=corpus.left_out,
         unread=tuple(corpus.unread),
+        whole=corpus.whole,
         reused=reused,
     )
 

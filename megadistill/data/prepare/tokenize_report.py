@@ -1,13 +1,13 @@
 """The result of `tokenize`, as a table and as lines."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from rich.table import Table
 
-from megadistill.data.prepare.left_out import LeftOut, UnreadFile, in_words, listed
+from megadistill.data.prepare.left_out import LeftOut, UnreadFile, as_one_document, in_words, listed
 from megadistill.data.prepare.shard_tasks import TRAIN
 from megadistill.data.shards.manifest import Manifest
 from megadistill.units import readable, spell
@@ -58,6 +58,8 @@ class TokenizeReport:
     left_out: Counter[LeftOut]
     unread: tuple[UnreadFile, ...] = ()
     """Files of the input that gave no document."""
+    whole: Counter[str] = field(default_factory=Counter)
+    """Files that were read as one document and may hold records, by their ending."""
     reused: int = 0
     """Shards that an earlier start had written."""
     already_there: bool = False
@@ -87,6 +89,8 @@ class TokenizeReport:
         notes = [f"left out: {in_words(self.left_out) or 'nothing'}"]
         if self.reused:
             notes.append(f"{self.reused:,} shards reused from an earlier start")
+        if (line := as_one_document(self.whole)) is not None:
+            notes.append(line)
         if self.unread:
             size = sum(file.size for file in self.unread)
             notes.append(

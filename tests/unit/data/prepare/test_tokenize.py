@@ -263,6 +263,20 @@ def test_what_is_taken_and_what_is_counted(given: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_records_that_are_one_document_each_are_named(corpus: Path, given: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(corpus, tmp_path / "corpus")
+    (corpus / "a.json").write_text('[{"text": "one"}, {"text": "two"}]')
+    (corpus / "b.csv").write_text("id,text\n1,one\n")
+    (corpus / "c.csv.gz").write_bytes(gzip.compress(b"id,text\n2,two\n"))
+    (corpus / "d.jsonl").write_text('{"text": "a document"}\n')
+    (corpus / "e.json.gz").write_bytes(gzip.compress(b'{"text": "another document"}\n'))
+    (corpus / "f.tsv").write_text(" ")
+    report = _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
+    assert report.whole == {".json": 1, ".csv": 2}
+    assert report.notes()[1].startswith("1 *.json, 2 *.csv: each file is one document as it is, ")
+    assert report.notes()[1].endswith("convert it to .jsonl, or leave it out with --exclude '*.json'")
+
+
 def test_a_given_model_is_copied(corpus: Path, given: Path, tmp_path: Path) -> None:
     _run(corpus, tmp_path / "out", tokenizer=given, vocab_size=None)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.model").read_bytes() == given.read_bytes()
