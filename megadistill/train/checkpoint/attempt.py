@@ -78,10 +78,7 @@ def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None
     number = 1 + (newest_number(folder) if after is None else after)
     while True:
         try:
-            with open(attempt_path(folder, number), "x", encoding="utf-8") as file:
-                file.write(json.dumps({**record, "folder": str(folder.resolve())}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            attempt_path(folder, number).touch(exist_ok=False)  # an exclusive create
         except FileExistsError:  # taken by a concurrent start
             if after is not None:
                 other = attempt_record(attempt_path(folder, number))
@@ -90,7 +87,17 @@ def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None
                 ) from None
             number += 1
         else:
-            return Attempt(folder, number)
+            break
+    path = attempt_path(folder, number)
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps({**record, "folder": str(folder.resolve())}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk: an empty record would look like an attempt somewhere else
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return Attempt(folder, number)
 
 
 def launch_record(world: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Attempts at a run: one is the newest, and what they say of themselves holds nothing that looks like a key."""
 
+import errno
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.errors import OperatorFault
-from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
+from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record, newest_number
 
 SECRETS = {
     "hugging face": "hf_" + "aB3" * 11,
@@ -94,3 +96,13 @@ def test_a_variable_whose_name_says_a_secret_is_not_recorded(monkeypatch: pytest
     for name in ("SLURM_AUTH_KEY", "NCCL_TOKEN", "SLURM_PASSWORD", "SLURM_SECRET", "GLOO_CREDENTIALS"):
         monkeypatch.setenv(name, "plain")
         assert name not in launch_record(1)["environment"]
+
+
+def test_a_full_disk_leaves_no_record_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*00001\.json"):
+        acquire(tmp_path, {})
+    assert newest_number(tmp_path) == 0
