@@ -128,8 +128,14 @@ def _text(console: Console, cell: RenderableType | None) -> Text:
 def _longest(text: Text, breaks: re.Pattern[str] | None) -> int:
     """Columns of the longest line, or of the longest part between `breaks`."""
     lines = text.plain.split("\n")
-    parts = lines if breaks is None else [part for line in lines for part in breaks.split(line)]
+    parts = lines if breaks is None else [part for line in lines for part in _parts(line, breaks)]
     return max(Text(part.rstrip()).cell_len for part in parts)
+
+
+def _parts(line: str, breaks: re.Pattern[str]) -> list[str]:
+    """The parts of a line between `breaks`, the first with the line's indentation."""
+    first, *others = breaks.split(line.lstrip())
+    return [line[: len(line) - len(line.lstrip())] + first, *others]
 
 
 def _wrapped(text: Text, width: int, breaks: re.Pattern[str]) -> Text:
@@ -151,7 +157,7 @@ def _line_ends(line: str, width: int, breaks: re.Pattern[str]) -> Iterator[int]:
     places = [match.start() for match in breaks.finditer(line)]
     between_words = {match.start() for match in BREAK.finditer(line)}
     while Text(line[begin:].rstrip()).cell_len > width:
-        ahead = [place for place in places if place > begin]
+        ahead = [place for place in places if line[begin:place].strip()]
         fitting = [place for place in ahead if Text(line[begin:place].rstrip()).cell_len <= width]
         words = [place for place in fitting if place in between_words]
         if not ahead:

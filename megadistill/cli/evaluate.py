@@ -93,10 +93,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megadistill.progress import console_progress
 
     splits = load_splits(options.data, options.limit)
-    with ranks(Launch.from_environment()) as topology, console_progress() as show:
-        results = evaluate(
-            options.models, splits, teacher=options.teacher, batch=options.batch, topology=topology, progress=show
-        )
+    with ranks(Launch.from_environment()) as topology:
+        with console_progress() as show:
+            results = evaluate(
+                options.models, splits, teacher=options.teacher, batch=options.batch, topology=topology, progress=show
+            )
         if topology.is_first:
             if options.json:
                 write_json(options.json, results)

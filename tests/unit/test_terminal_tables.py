@@ -141,6 +141,13 @@ def test_names_and_values_that_fit_nowhere_are_a_line_each() -> None:
     assert _printed(80, table).splitlines() == ["sequence length: 128", f"fingerprint: {'7' * 64}"]
 
 
+def test_an_indented_name_that_needs_two_lines_begins_on_the_first() -> None:
+    table = Table.grid(padding=(0, 1))
+    table.add_row(" runs/smoke/teacher-hf", "5.43")
+    assert _printed(24, table).splitlines()[0].split() == ["runs/smoke/", "5.43"]
+    assert _printed(13, table).splitlines()[0].split() == ["runs/", "5.43"]
+
+
 def test_markup_and_styles_survive() -> None:
     table = Table()
     table.add_column("name")
