@@ -1,7 +1,7 @@
 """The store in which ranks find each other, over the restarts of a launcher."""
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from megadistill.distributed.topology import store_of_this_start
 
