@@ -1,6 +1,8 @@
 """Shared parts of the commands: how one and its options are added to the parser, the exit codes, printed tables."""
 
 import argparse
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,12 +22,48 @@ Run = Callable[[argparse.Namespace], int | None]
 """Runs a command by its options, and returns its exit code; None: 0."""
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps line breaks of the epilog, and appends the default to an option's help."""
+MAX_WIDTH = 100
+"""Columns of a help text on a wide terminal."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills prose to the terminal's width, keeps commands whole, and appends the default to an option's help."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        width = min(width, MAX_WIDTH)
+        lines: list[str] = []
+        for block in text.split("\n\n"):
+            prose: list[str] = []
+            for line in [*re.sub(r" \\\n *", " ", block).splitlines(), ""]:
+                is_command = line.startswith((" ", "example"))
+                if prose and (is_command or not line):
+                    lines += textwrap.wrap(" ".join(prose), width, break_long_words=False, break_on_hyphens=False)
+                    prose = []
+                if is_command:
+                    lines += _continued(line, width)
+                elif line:
+                    prose.append(line)
+            lines.append("")
+        return "\n".join(indent + line for line in lines[:-1])
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         plain = action.default in (None, False, [], argparse.SUPPRESS) or "default" in str(action.help)
         return action.help if plain else f"{action.help} (default %(default)s)"
+
+
+def _continued(command: str, width: int) -> list[str]:
+    """A command in lines of a width, each but the last with the backslash that a shell needs; broken before options."""
+    if len(command) <= width:
+        return [command]
+    indent = " " * (len(command) - len(command.lstrip()) + 4)
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(indent + part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+    return lines
 
 
 def add_command(
@@ -47,7 +85,7 @@ def add_command(
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"{epilog}\n\n{exit_codes}",
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     command.set_defaults(run=run, on_interrupt=on_interrupt)
     return command

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from megadistill import __version__, logs
 from megadistill.cli import data, evaluate, init, models, plan, train
-from megadistill.cli.common import EXIT_CODES
+from megadistill.cli.common import EXIT_CODES, HelpFormatter
 from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         prog="megadistill",
         description="Distil a large frozen teacher into a student, at pretraining scale or on a laptop.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     top.add_argument("--version", action="version", version=__version__)
     # The deepspeed launcher puts this in front of the command; the rank is read from the environment.

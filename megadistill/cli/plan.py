@@ -20,7 +20,10 @@ Nothing is started, and no GPU is needed: models are built on the meta device.
 
 examples:
   megadistill plan recipes/smoke.yaml --nodes 1 --gpu h100
-  megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR   # data, teacher elsewhere
+
+Where data and teacher are elsewhere:
+
+  megadistill plan RECIPE --nodes 64 --gpu h100 --sequence-length 8192 --teacher-config DIR
 
 Exit code 2 also where no layout fits; the message then gives the missing memory, and settings that would help."""
 

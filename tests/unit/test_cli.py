@@ -1,5 +1,6 @@
 """The command line: help texts, exit codes, former names, and which rank of a node prints."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,23 @@ def test_every_command_has_help_with_an_example_and_the_exit_codes(
     assert "exit codes: 0 " in printed
     assert f"megadistill {command} " in printed.partition("options:")[2], "an example"
     assert "None" not in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal_and_its_commands_can_be_copied(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def printed(columns: int) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert _exits(command, "--help") == 0
+        return capsys.readouterr().out
+
+    narrow, wide = printed(80), printed(200)
+    assert max(map(len, narrow.splitlines())) <= 80
+    for text in (narrow, wide):
+        assert not re.search(r"\\\n(?! +--)", text), "a line goes on before an option"
+    unbroken = [" ".join(re.sub(r" \\\n *", " ", text.partition("options:")[2]).split()) for text in (narrow, wide)]
+    assert unbroken[0] == unbroken[1]
 
 
 def test_the_help_of_train_shows_each_launcher(capsys: pytest.CaptureFixture[str]) -> None:
