@@ -79,6 +79,16 @@ def test_the_jobs_of_an_array_go_on_one_after_the_other(cluster: Cluster, work: 
     assert "nothing is left to do" in job.log
 
 
+def test_a_second_job_on_the_folder_of_a_running_one_ends_and_the_first_goes_on(cluster: Cluster, work: Work) -> None:
+    job = cluster.submit("train", work.folder / "twice", "--nodes=2", **work.settings)
+    job.reaches(SOON)
+    second = cluster.submit("train", job.folder, "--nodes=1", **work.settings).ends(30)
+    assert f"job {job.number} is running in {job.folder}: this job ends" in second.log
+    assert second.field("ExitCode") == "1:0"
+    _same(work, job.ends(), work.reference(2))
+    assert _resumed_at(job) == [0], "it was not ended"
+
+
 def test_when_a_node_is_set_down_the_job_requeues_and_takes_others(cluster: Cluster, work: Work) -> None:
     job = cluster.submit("train", work.folder / "down", "--nodes=2", **work.settings)
     job.says("start 1 on n1 n2")
