@@ -33,8 +33,8 @@ def commands(page: Path) -> list[Command]:
 
 
 def _commands_in(lines: Iterable[str]) -> list[str]:
-    found = [line for line in lines if line.split(" ")[0] in PROGRAMS]
-    return [" ".join(command.split("  #")[0].split()) for command in found if len(command.split()) > 1]
+    command_lines = [line for line in lines if line.split(" ")[0] in PROGRAMS]
+    return [" ".join(command.split("  #")[0].split()) for command in command_lines if len(command.split()) > 1]
 
 
 def quickstart() -> str:
