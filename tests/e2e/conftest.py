@@ -83,9 +83,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator["Browser"]:
-    """A Chromium; without one the test is skipped, with what would bring it."""
+    """A Chromium; without one the test is skipped, with what would bring it. Two cannot run in one process."""
     try:
         with pictures.browser() as started:
             yield started

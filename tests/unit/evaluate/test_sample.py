@@ -151,7 +151,7 @@ def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path) -> Non
         load_for_sampling(run, None)
     without = shutil.copytree(model, tmp_path / "without")
     (without / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="without holds no tokenizer"):
+    with pytest.raises(UserError, match="without has no tokenizer"):
         load_for_sampling(without, None)
     long = Sampling(PLACES)
     with pytest.raises(UserError, match=rf"a prompt of 2 tokens and --new-tokens {PLACES} make {PLACES + 2}, .* reads"):

@@ -250,7 +250,7 @@ def test_the_card_says_what_the_student_was_trained_on(tmp_path: Path) -> None:
     read = f"| data | {8 * STEP} | {TOKENS:,} | `{manifest.fingerprint}` | 6 | 3 | 1,000 |"
     assert read in card.text
     assert "| 6.5000 | 0.2500 | 3.0000 | 0.5000 |" in card.text, "the checkpoint's step, not the last one"
-    measures = "90 | 12,345 | 3.2500 | 150555.25 | 10.4321 | 0.6931 | 100.0% | 45.7% | 12.34%"
+    measures = "90 | 12,345 | 3.2500 | 150,555.25 | 10.4321 | 0.6931 | 100.0% | 45.7% | 12.34%"
     assert f"| out | {measures} |" in card.text
     assert f"megadistill {__version__}" in card.text
     assert f"{counts.total:,} parameters" in card.text

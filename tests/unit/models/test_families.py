@@ -89,7 +89,7 @@ def test_a_folder_keeps_keys_that_a_mapping_may_not_have_and_never_names_code_to
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "config.json does not exist"),
+        (None, "has no config.json: name a Hugging Face model folder"),
         ("{", "cannot be read as JSON"),
         ("[]", "holds a list"),
         (json.dumps(CASES["llama"] | {"quantization_config": {"quant_method": "fp8"}}), "quantised"),

@@ -38,5 +38,5 @@ def test_another_config_is_another_teacher(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"has no config\.json: name a Hugging Face model folder"):
         teacher_fingerprint(tmp_path)
