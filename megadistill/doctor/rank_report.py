@@ -55,11 +55,15 @@ class RankReport:
         self.results.append(CheckResult(check, status, detail, of_node))
 
     def check(self, name: str, run: Callable[[], tuple[Value, str]], *, of_node: bool = False) -> Value | None:
-        """Adds the result of `run`, which returns a value and a detail. A refusal is a failure; its value is None."""
+        """Adds the result of `run`, which returns a value and a detail. A refusal is a failure; its value is None.
+
+        A refusal that an earlier check has given is not repeated.
+        """
         try:
             value, detail = run()
         except (UserError, OSError) as error:
-            self.add(name, Status.FAIL, str(error), of_node=of_node)
+            if all(result.detail != str(error) for result in self.results):
+                self.add(name, Status.FAIL, str(error), of_node=of_node)
             return None
         self.add(name, Status.OK, detail, of_node=of_node)
         return value

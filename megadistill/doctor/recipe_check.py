@@ -52,8 +52,7 @@ def check_recipe(
     if data is not None:
         content["data"] = data.order(recipe.data.seed).fingerprint[:12]
         own.check("shards", lambda: _shards(recipe, data, launch))
-        if accumulation is not None:  # the launch says otherwise why not
-            own.check("vocabulary", lambda: _vocabulary(recipe, data, launch))
+        own.check("vocabulary", lambda: _vocabulary(recipe, data, launch))
     own.check("student", lambda: _described(_student_config(recipe, data)))
     if recipe.student.weights is not None and data is not None:
         folder = Path(recipe.student.weights)

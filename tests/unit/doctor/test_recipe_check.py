@@ -48,6 +48,17 @@ def test_one_fault_does_not_hide_the_next(tmp_path: Path) -> None:
     assert "setup" not in statuses  # the first refusal of `prepare` is a result already
 
 
+def test_a_refusal_is_one_row(tmp_path: Path) -> None:
+    """A vocab group that does not fit the launch is a fault of the launch, not of the vocabulary as well."""
+    values = _well(tmp_path)
+    values["distributed"]["vocab_group"] = 2
+    own, runs = _checked(tmp_path, values)
+    assert not runs
+    failed = {result.check: result.detail for result in own.results if result.status is Status.FAIL}
+    assert list(failed) == ["launch", "shards"], "those of described data are not there"
+    assert "vocab_group is 2" in failed["launch"]
+
+
 def test_what_only_the_whole_shows_is_a_row_of_its_own(tmp_path: Path) -> None:
     values = _well(tmp_path)
     values["student"]["config"]["max_position_embeddings"] = 8
