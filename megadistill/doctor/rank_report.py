@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megadistill.errors import UserError
+from megadistill.units import short
 
 Value = TypeVar("Value")
 NAMED = 4
@@ -160,5 +161,5 @@ def spread(values: Sequence[float], unit: str) -> str:
     """Range and median, `12.3 to 45.6 GB/s, median 40`; a single value alone."""
     low, high = min(values), max(values)
     if len(values) == 1:
-        return f"{low:.3g} {unit}"
-    return f"{low:.3g} to {high:.3g} {unit}, median {statistics.median(values):.3g}"
+        return f"{short(low)} {unit}"
+    return f"{short(low)} to {short(high)} {unit}, median {short(statistics.median(values))}"

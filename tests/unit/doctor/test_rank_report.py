@@ -3,7 +3,7 @@
 import json
 import pickle
 
-from megadistill.doctor.rank_report import RankReport, Report, Row, Status, require_same, some, summarize
+from megadistill.doctor.rank_report import RankReport, Report, Row, Status, require_same, some, spread, summarize
 from megadistill.errors import UserError
 
 OK, WARN, FAIL = Status.OK, Status.WARN, Status.FAIL
@@ -82,3 +82,8 @@ def test_a_report_is_json_with_its_bad_nodes() -> None:
     assert (values["ok"], values["bad_nodes"]) == (False, ["a", "b"])
     assert values["rows"][0] == {"check": "x", "status": "fail", "detail": "y", "nodes": ["b", "a"]}
     assert some(f"n{i}" for i in range(7)) == "n0, n1, n2, n3 and 3 more"
+
+
+def test_a_spread_is_written_as_people_write_numbers() -> None:
+    assert spread([1362.3], "MB/s") == "1,362 MB/s"
+    assert spread([0.697, 1362.3, 23.4], "ms") == "0.697 to 1,362 ms, median 23.4"
