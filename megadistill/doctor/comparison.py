@@ -10,7 +10,7 @@ from megadistill.distributed.bandwidth import Pair
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
 from megadistill.train.resilience.stragglers import SLOWER, slow
-from megadistill.units import readable, spell
+from megadistill.units import readable, short, spell
 
 CLOCK_WARN_SECONDS, CLOCK_FAIL_SECONDS = 1.0, 60.0
 """Clock skew that is warned of, as logs cannot be compared, and that fails, as signed URLs and lock ages break."""
@@ -152,7 +152,7 @@ def pairs_row(bandwidths: Mapping[Pair, float], hosts: Sequence[str], *, on_cpu:
         rates_by_kind.append(f"{kind} {spread([rate / 1e9 for rate in rates.values()], 'GB/s')}")
         median = statistics.median_low(rates.values())
         behind = {pair: rate for pair, rate in rates.items() if rate * PAIR_SLOWER < median}
-        late += [f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) {rate / 1e9:.3g}" for (a, b), rate in behind.items()]
+        late += [f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) {short(rate / 1e9)}" for (a, b), rate in behind.items()]
         bad |= _suspects(list(behind), hosts)
     if not late:
         return Row("pairs of ranks", Status.OK, "; ".join(rates_by_kind))

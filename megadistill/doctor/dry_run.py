@@ -31,6 +31,7 @@ from megadistill.train.step import train_step
 from megadistill.train.teacher.live import ColocatedTeacher
 from megadistill.train.teacher.protocol import NoTeacher, Teacher
 from megadistill.types import Cursor, TokenBatch, token_digest
+from megadistill.units import short
 
 VOCAB, SEQUENCE, SEED = 1000, 64, 1
 RATE = 1e-3
@@ -52,7 +53,7 @@ def dry_run(setup: Setup, topology: Topology, launch: Launch, *, timeout: timede
     without = "; the teacher's bridge was left out" if setup.roles is not None else ""
     parts = "student, teacher and loss" if setup.recipe.teacher is not None else "student and loss"
     seconds = time.perf_counter() - began
-    return f"one small step of {parts}: loss {loss:.3f}, gradient norm {norm:.3g}, {seconds:.1f} s{without}"
+    return f"one small step of {parts}: loss {loss:.3f}, gradient norm {short(norm)}, {seconds:.1f} s{without}"
 
 
 def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]:

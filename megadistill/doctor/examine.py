@@ -40,7 +40,7 @@ from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
 from megadistill.student.optimizer import state_bytes
 from megadistill.train.setup.setup import Setup
-from megadistill.units import number_of
+from megadistill.units import number_of, short
 
 TIMEOUT_MINUTES = 2.0
 """Time limit for the rendezvous and for each collective."""
@@ -166,7 +166,7 @@ def _measurements(topology: Topology, reports: Sequence[RankReport]) -> list[Row
     together = all_reduce_bandwidth(topology)
     if together is None:
         return rows
-    rows.append(Row("all-reduce", Status.OK, f"{together / 1e9:.3g} GB/s over {topology.world} ranks"))
+    rows.append(Row("all-reduce", Status.OK, f"{short(together / 1e9)} GB/s over {topology.world} ranks"))
     rounds = neighbours(topology.world, reports[0].facts["local_world"])
     rates = pair_bandwidths(topology, rounds)
     return [*rows, pairs_row(rates, hosts, on_cpu=topology.device.type == "cpu")]

@@ -25,6 +25,7 @@ from megadistill.models.flops import flops_per_token, parameter_counts
 from megadistill.student.optimizer import describe
 from megadistill.train.checkpoint.format import Checkpoint
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER
+from megadistill.units import short
 
 TARGETS = {
     "sampled": "counts of {draws} draws from its distribution",
@@ -128,7 +129,7 @@ def _sources(provenance: DataProvenance) -> str:
         rows.append([escape_md(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", "", "", ""])
         if manifest is not None:
             counts = ("" if count is None else f"{count:,}" for count in (manifest.documents, manifest.text_bytes))
-            rows[-1][-3:] = f"{source.sequences / manifest.sequences:.3g}", *counts
+            rows[-1][-3:] = short(source.sequences / manifest.sequences), *counts
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     heading, *rest = zip(*columns, strict=True)
     return table(heading, rest)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megadistill.errors import UserError
 from megadistill.io import write_file
 from megadistill.timeline.spans import Lane, MessageId, Name, Number, Seconds, Span, Step, Timeline, first_unnested
+from megadistill.units import short
 
 FOLDER = "timeline"
 MAX_RANKS = 1 << 17
@@ -163,7 +164,7 @@ def _note(files: Sequence[RankFile], lanes: Sequence[Lane]) -> str:
     nodes = {file.node for file in files}
     if len(nodes) == 1:
         return f"{clocks}; one node, one clock"
-    return f"{clocks}; {len(nodes)} nodes, clocks apart by at least {1000 * _clock_error(files, lanes):.3g} ms"
+    return f"{clocks}; {len(nodes)} nodes, clocks apart by at least {short(1000 * _clock_error(files, lanes))} ms"
 
 
 def _clock_error(files: Sequence[RankFile], lanes: Sequence[Lane]) -> float:

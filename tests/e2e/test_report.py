@@ -76,13 +76,13 @@ def test_everything_is_to_be_seen(page: "Page") -> None:
 
 
 def test_a_run_can_be_hidden_without_a_script(page: "Page") -> None:
-    hidden, kept = page.locator("#loss .wide .run-1"), page.locator("#loss .wide .run-0")
+    hidden, shown = page.locator("#loss .wide .run-1"), page.locator("#loss .wide .run-0")
     assert hidden.count() > 0
-    assert kept.count() > 0
+    assert shown.count() > 0
     assert all(line.is_visible() for line in hidden.all())
     page.get_by_label("troubled <b>").uncheck()
     assert not any(line.is_visible() for line in page.locator(".run-1").all()), "its lines, its bars, its rows"
-    assert all(line.is_visible() for line in kept.all())
+    assert all(line.is_visible() for line in shown.all())
     page.get_by_label("troubled <b>").check()
     assert all(line.is_visible() for line in hidden.all())
 

@@ -2,6 +2,7 @@
 
 from megadistill.config.recipe import default_warmup
 from megadistill.train.setup.setup import Setup
+from megadistill.units import short
 
 USEFUL_EPOCHS = 4
 """Epochs after which a repeated token is worth less than a new one (Muennighoff et al., 2305.16264)."""
@@ -52,10 +53,10 @@ def _many_epochs(setup: Setup) -> str | None:
     if len(sequences) == 1:
         (size,), (count,) = sequences.values(), many.values()
         tokens = size * setup.data.sequence_length
-        what = f"{count / size:.3g} epochs of {tokens:,} tokens"
+        what = f"{short(count / size)} epochs of {tokens:,} tokens"
         way_out = f"train.steps={max(1, size // batch)} is one epoch, {max(1, USEFUL_EPOCHS * size // batch)} are four"
     else:
-        what = ", ".join(f"{count / sequences[name]:.3g} epochs of {name}" for name, count in many.items())
+        what = ", ".join(f"{short(count / sequences[name])} epochs of {name}" for name, count in many.items())
         way_out = "give them less weight in data.curriculum, or more text"
     return (
         f"the run reads {what}: after about {USEFUL_EPOCHS} epochs, more add little (Muennighoff et al., 2305.16264); "

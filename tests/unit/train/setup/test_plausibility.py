@@ -52,9 +52,10 @@ def test_more_than_four_epochs_are_named(steps: int, warned: bool, tmp_path: Pat
     assert ("epochs" in warnings) is warned
 
 
-def test_the_epochs_of_a_run_are_counted(tmp_path: Path) -> None:
-    warning = implausible_settings(_setup(tmp_path, steps=130, global_batch=SEQUENCES))["epochs"]
-    assert f"130 epochs of {SEQUENCES * SEQUENCE:,} tokens" in warning
+@pytest.mark.parametrize(("steps", "epochs"), [(130, "130"), (1300, "1,300")])
+def test_the_epochs_of_a_run_are_counted(steps: int, epochs: str, tmp_path: Path) -> None:
+    warning = implausible_settings(_setup(tmp_path, steps=steps, global_batch=SEQUENCES))["epochs"]
+    assert f"{epochs} epochs of {SEQUENCES * SEQUENCE:,} tokens" in warning
     assert "train.steps=1 " in warning
     assert "2305.16264" in warning
 
