@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from megadistill.cli.parser import count
+from megadistill.cli.numbers import number_type
 
 EXIT_CODES = """\
 exit codes: 0 done; 2 invalid input; 3 interrupted, or a fault that a restart may fix; 4 a fault that needs a person"""
@@ -94,8 +94,10 @@ def add_command(
 def option(
     options: Options, name: str, metavar: str, text: str, *, default: Any = None, kind: Any = None, **settings: Any
 ) -> None:
-    """Adds an option with a value: of type `kind`, else of its default's (a number: from 1 on), else text."""
-    kind = kind or (str if default is None else count if type(default) is int else type(default))
+    """Adds an option with a value: of type `kind`, else of its default's, else text. Numbers have bounds."""
+    kind = kind or (str if default is None else type(default))
+    if kind in (int, float):
+        kind = number_type(kind, name)
     options.add_argument(name, metavar=metavar, help=text, default=default, type=kind, **settings)
 
 
@@ -120,10 +122,10 @@ def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
     """The options of drawing continuations. --new-tokens is required if `new_tokens` gives no default."""
     required = new_tokens is None
     text = "maximum tokens of a continuation"
-    option(command, "--new-tokens", "T", text, default=new_tokens, kind=count, required=required)
+    option(command, "--new-tokens", "T", text, default=new_tokens, kind=int, required=required)
     option(command, "--temperature", "X", "0: the most likely token", default=1.0)
     option(command, "--top-p", "X", "nucleus: probability to draw from; 1: all", default=1.0)
-    option(command, "--seed", "N", "seed of the draws", default=1, kind=int)
+    option(command, "--seed", "N", "seed of the draws", default=1)
 
 
 def print_tables(*tables: Any) -> None:

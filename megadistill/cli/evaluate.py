@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
-from megadistill.cli.parser import count
 from megadistill.errors import UserError
 from megadistill.io import write_json
 
@@ -51,7 +50,7 @@ def add(commands: Commands) -> None:
     command.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="Hugging Face folders")
     repeatable(command, "--data", "[NAME=]MANIFEST", "manifest.json of a held-out split", required=True)
     option(command, "--teacher", "DIR", "the teacher's Hugging Face folder", kind=Path)
-    option(command, "--limit", "N", "sequences of each split, the same for every model (default: all)", kind=count)
+    option(command, "--limit", "N", "sequences of each split, the same for every model (default: all)", kind=int)
     option(command, "--batch", "N", "sequences of a forward pass", default=8)
     option(command, "--json", "FILE", "also write the results as JSON", kind=Path)
     option(command, "--plots", "DIR", "also draw calibration.png and deciles.png there", kind=Path)
@@ -73,7 +72,7 @@ def add(commands: Commands) -> None:
     option(command, "--tasks", "TASK", "names of tasks or groups", nargs="+", required=True)
     option(command, "--include", "DIR", "a folder with the YAML files of more tasks", kind=Path)
     option(command, "--fewshot", "N", "examples before a question (default: the task's)", kind=int)
-    option(command, "--limit", "N", "questions of each task (default: all)", kind=count)
+    option(command, "--limit", "N", "questions of each task (default: all)", kind=int)
     option(command, "--batch", "N", "questions of a forward pass", default=8)
     option(command, "--json", "FILE", "also write the table as JSON", kind=Path)
 

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import RESUMES, Commands, add_command, add_sampling, option, print_tables
-from megadistill.cli.parser import count
 from megadistill.precision import PRECISIONS
 
 GENERATE_EPILOG = """\
@@ -37,19 +36,19 @@ def add(commands: Commands) -> None:
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
     option(command, "--data", "MANIFEST", "manifest.json of the prompts' split", required=True)
     option(command, "--output", "DIR", "folder of train/ and tokenizer/", kind=Path, required=True)
-    option(command, "--sequences", "N", "prompts: the first N of the stream", kind=count, required=True)
-    option(command, "--prompt-tokens", "P", "tokens of a prompt", kind=count, required=True)
+    option(command, "--sequences", "N", "prompts: the first N of the stream", kind=int, required=True)
+    option(command, "--prompt-tokens", "P", "tokens of a prompt", kind=int, required=True)
     add_sampling(command)
-    option(command, "--order-seed", "N", "seed of the order of the stream", default=1, kind=int)
+    option(command, "--order-seed", "N", "seed of the order of the stream", default=1)
     option(command, "--batch", "N", "continuations at a time", default=32)
-    option(command, "--job", "K", "number of this job, from 0", default=0, kind=int)
+    option(command, "--job", "K", "number of this job, from 0", default=0)
     option(command, "--jobs", "N", "jobs that share the work", default=1)
 
     summary = "write a checkpoint's student as a Hugging Face folder (one process, no GPU)"
     command = add_command(commands, "export", summary, EXPORT_EPILOG, _export)
     command.add_argument("source", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints/step-…")
     option(command, "--output", "DIR", "the folder to write", kind=Path, required=True)
-    option(command, "--step", "STEP", "the checkpoint of this step (default: the latest)", kind=count)
+    option(command, "--step", "STEP", "the checkpoint of this step (default: the latest)", kind=int)
     option(command, "--max-shard-mb", "MB", "largest safetensors file", default=4096)
     command.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: the run's precision)")
 
@@ -64,7 +63,7 @@ def add(commands: Commands) -> None:
         ("--heads", "N", "query heads, by whole key-value groups"),
         ("--layers", "L", "layers"),
     ):
-        option(command, name, metavar, f"{parts} to keep (default: all)", kind=count)
+        option(command, name, metavar, f"{parts} to keep (default: all)", kind=int)
     option(command, "--sequences", "N", "sequences to measure on", default=512)
     option(command, "--batch", "N", "sequences of a forward pass", default=8)
 

@@ -169,18 +169,3 @@ def _next(arguments: Sequence[str], number: int) -> str:
 
 def _set(override: str) -> str:
     return f"--set {shlex.quote(override)}"
-
-
-def count(text: str) -> int:
-    """The type of an option that counts: an integer from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: give an integer") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
-    return number

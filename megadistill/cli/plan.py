@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadistill.cli.common import Commands, add_command, add_overrides, option, print_tables
-from megadistill.cli.parser import count
 from megadistill.errors import UserError
 from megadistill.io import write_json
 
@@ -61,7 +60,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "timeline", summary, TIMELINE_EPILOG, _timeline)
     command.add_argument("source", type=Path, metavar="RUN|RECIPE", help="a run folder, or a YAML recipe")
     add_plan_options(command, required=False)  # a run recorded its own layout
-    option(command, "--steps", "N", f"steps to simulate, for the timeline of a recipe (default {STEPS})", kind=count)
+    option(command, "--steps", "N", f"steps to simulate, for the timeline of a recipe (default {STEPS})", kind=int)
     option(command, "--output", "DIR", "folder of the output (of a run: by default RUN)", kind=Path)
 
     summary = "every key of a recipe: type, default, meaning"
@@ -72,11 +71,11 @@ def add(commands: Commands) -> None:
 
 def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of `build_plan`: the cluster, and assumptions about it."""
-    option(command, "--nodes", "N", "nodes of the cluster, all alike", kind=count, required=required)
+    option(command, "--nodes", "N", "nodes of the cluster, all alike", kind=int, required=required)
     option(command, "--gpus-per-node", "N", "processes of a node, one per GPU", default=8)
     option(command, "--gpu", "KIND", "h100, a100-80gb, ... or a YAML file that describes one", required=required)
     add_overrides(command)
-    option(command, "--sequence-length", "S", "sequence length, needed if the data is not on this machine", kind=count)
+    option(command, "--sequence-length", "S", "sequence length, needed if the data is not on this machine", kind=int)
     text = "folder with config.json, if teacher.path is not on this machine"
     option(command, "--teacher-config", "DIR", text, kind=Path)
     option(command, "--student-mfu", "X", "assumed MFU of the student's training", default=0.40)
@@ -155,9 +154,12 @@ def _of_plan(options: argparse.Namespace) -> None:
             raise UserError(f"the timeline of a plan needs --{name}, as in --nodes 8 --gpu h100 --output DIR")
     from dataclasses import replace
 
+    from megadistill.config.recipe import MAX_TIMELINE_STEPS
     from megadistill.plan.output.plan_timeline import simulate
     from megadistill.plan.search import remedies
 
+    if options.steps is not None and options.steps > MAX_TIMELINE_STEPS:
+        raise UserError(f"--steps {options.steps}: a picture shows at most {MAX_TIMELINE_STEPS} steps")
     plan = build_plan(options.source, options)
     main = plan.main
     if main is None:

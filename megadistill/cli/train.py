@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
-from megadistill.cli.parser import count
 from megadistill.distributed.launch import Launch, environment_rank
 from megadistill.errors import RestartFault, Superseded, UserError
 from megadistill.io import write_json
@@ -54,7 +53,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "train", summary, TRAIN_EPILOG, _train, on_interrupt=on_interrupt)
     add_recipe(command)
     text = "save a checkpoint and stop after this step; rerun without it to continue"
-    option(command, "--stop-after", "STEP", text, kind=count)
+    option(command, "--stop-after", "STEP", text, kind=int)
     text = "start although the run is running elsewhere; that attempt ends at its next step, without a checkpoint"
     command.add_argument("--take-over", action="store_true", help=text)
 
@@ -70,7 +69,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "store-targets", summary, STORE_TARGETS_EPILOG, _store_targets)
     add_recipe(command, "a YAML recipe with a live teacher and loss.targets")
     option(command, "--output", "DIR", "folder of the targets", kind=Path, required=True)
-    option(command, "--steps", "N", "targets of the first N steps only (default: train.steps)", kind=count)
+    option(command, "--steps", "N", "targets of the first N steps only (default: train.steps)", kind=int)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -1,13 +1,14 @@
 """Every key of a recipe, from the models that validate it: type, bounds, default, meaning."""
 
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -83,16 +84,27 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
 
 
 def _type_of(field: FieldInfo) -> str:
-    bounds = [
-        f"{_BOUNDS[type(each)]} {getattr(each, type(each).__name__.lower())}"
-        for each in field.metadata
-        if type(each) in _BOUNDS
-    ]
-    return ", ".join([_type_name(field.annotation), *bounds])
+    return ", ".join([_type_name(field.annotation), *_bounds(field.metadata)])
+
+
+def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
+    for each in metadata:
+        if isinstance(each, FieldInfo):  # of an item of a list
+            yield from _bounds(each.metadata)
+        elif type(each) in _BOUNDS:
+            yield f"{_BOUNDS[type(each)]} {_bound(getattr(each, type(each).__name__.lower()))}"
+
+
+def _bound(number: float) -> str:
+    """A bound as people write it: `1e9`, `1,000`, `0.001`."""
+    power = round(math.log10(number)) if number > 0 else 0
+    return f"1e{power}" if abs(power) > 4 and number == float(f"1e{power}") else f"{number:,}"
 
 
 def _type_name(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_type_name(parts[0])} ({', '.join(_bounds(parts[1:]))})"
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (types.UnionType, typing.Union):

@@ -5,6 +5,7 @@ and the rest is checked again.
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,16 @@ _EXPECTED = {
     "dict_type": "a mapping of keys",
     "model_type": "a section: keys, indented below it",
     "model_attributes_type": "a section: keys, indented below it",
+    "finite_number": "a finite number",
 }
 """pydantic's type of an error -> the value that is needed."""
+
+_BOUNDS = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}  # fmt: skip
+"""pydantic's type of an error -> the words for the bound, and its name in the error's context."""
+
+MAX_SHOWN = 200
+"""Letters of a value that a message shows."""
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -136,6 +145,11 @@ def _explained(error: ErrorDetails, path: KeyPath, siblings: list[str]) -> tuple
         corrected = _converted(value, kind)
         actual = f"found {_described(value)}{_to_write(path, value, kind, corrected)}"
         mistake = Mistake(path, f"{key}: give {_EXPECTED[kind]}, {actual}")
+    elif kind in _BOUNDS:
+        words, name = _BOUNDS[kind]
+        bound = error["ctx"][name]
+        bound = f"{bound:,}" if bound >= 1 else _yaml(bound)
+        mistake = Mistake(path, f"{key}: give {words} {bound}, found {_described(value)}")
     else:
         mistake = Mistake(path, f"{key}: {message[0].lower()}{message[1:]}, found {_described(value)}")
     return mistake, path, partial(_put, path, corrected)
@@ -202,7 +216,7 @@ def _yaml(value: Any) -> str:
     """A value as a recipe has it: `3.0e-4`, which every YAML parser reads as a number, not `0.0003`."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e6:
+    if isinstance(value, float) and value and math.isfinite(value) and not 1e-3 <= abs(value) < 1e6:
         digits, _, exponent = f"{value:e}".partition("e")
         whole, _, fraction = digits.partition(".")
         return f"{whole}.{fraction.rstrip('0') or '0'}e{int(exponent)}"
@@ -211,12 +225,16 @@ def _yaml(value: Any) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, str):
-        return f"the text {value!r}" if value.strip() else "an empty text"
+        return f"the text {_shortened(value)!r}" if value.strip() else "an empty text"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
         return f"the keys {', '.join(map(repr, list(value)[:3]))}{', …' if len(value) > 3 else ''}"
-    return "nothing" if value is None else repr(value)
+    return "nothing" if value is None else _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _locate(location: Sequence[str | int], values: Any, *, missing: bool) -> tuple[KeyPath, list[str]]:

@@ -5,6 +5,29 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from megadistill.config.bounds import (
+    MAX_BATCHES,
+    MAX_IDS,
+    MAX_MEGABYTES,
+    MAX_MINUTES,
+    MAX_MULTIPLE,
+    MAX_RANKS,
+    MAX_RATE,
+    MAX_SECONDS,
+    MAX_SEED,
+    MAX_SEQUENCES,
+    MAX_STEPS,
+    MAX_TEMPERATURE,
+    MAX_TOKENS,
+    MAX_WEIGHT,
+    MAX_WINDOW,
+    MAX_ZSCORE,
+    MIN_EPSILON,
+    MIN_TEMPERATURE,
+    SequenceNumber,
+    Share,
+    Step,
+)
 from megadistill.divergence import DivergenceKind, parameter_owners, require_parameter
 from megadistill.errors import UserError, nearest
 from megadistill.precision import Precision
@@ -39,11 +62,11 @@ class RunSection(Section):
     begin_from: str | None = Field(default=None, min_length=1)
     """Checkpoint of another run (`RUN/checkpoints/step-…`, or RUN for its newest) from which a new run begins: weights,
     optimizer, position in the data and step. Read by the first start of `folder` alone."""
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, le=MAX_SEED)
     """Seed of the student's initialisation."""
-    time_limit_minutes: float | None = Field(default=None, gt=0)
+    time_limit_minutes: float | None = Field(default=None, gt=0, le=MAX_MINUTES)
     """Time limit of one start (minutes): the run saves and stops after the step that exceeds it. None: no limit."""
-    timeline: list[int] | None = None
+    timeline: list[Step] | None = None
     """[first, last]: steps that every rank records for `megadistill timeline`. None: none."""
 
     @model_validator(mode="after")
@@ -59,9 +82,9 @@ class RunSection(Section):
 class CurriculumEntry(Section):
     """A span of the run and the mixture that it reads."""
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Length in tokens; the last entry has none and lasts to the end of the run."""
-    weights: dict[str, float] = Field(min_length=1)
+    weights: dict[str, Share] = Field(min_length=1)
     """Source -> share of the sequences, in any unit: {web: 0.8, code: 0.2} or {web: 4, code: 1}."""
 
     @model_validator(mode="after")
@@ -79,17 +102,17 @@ class DataSection(Section):
     """Sources of a mixture, in place of `manifest`: name -> manifest.json of a split."""
     curriculum: list[CurriculumEntry] = []
     """Weights of a mixture, one entry after the other. Entries that lie in the future may be edited."""
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, le=MAX_SEED)
     """Seed of the order of the stream."""
     document_mask: bool = False
     """No token attends to another document, and positions restart at each document."""
     on_corrupt_sample: Literal["fail", "mask"] = "fail"
     """A sequence that fails its checksum: end the run, or replace it by masked tokens, recorded in the checkpoint."""
-    max_masked_per_million: int = Field(default=100, ge=0)
+    max_masked_per_million: int = Field(default=100, ge=0, le=1_000_000)
     """mask: more corrupt sequences than this in any million end the run all the same."""
-    skip: list[list[int]] = []
+    skip: list[list[SequenceNumber]] = []
     """Ranges [first, stop) of sequence numbers to skip, such as those of a loss spike; they must lie ahead."""
-    prefetch: int = Field(default=2, ge=0)
+    prefetch: int = Field(default=2, ge=0, le=MAX_BATCHES)
     """Batches that a thread reads ahead of the step; 0: none."""
 
     @model_validator(mode="after")
@@ -119,9 +142,9 @@ class DataSection(Section):
 
 
 class DistributedSection(Section):
-    vocab_group: int | None = Field(default=None, ge=1)
+    vocab_group: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
-    timeout_minutes: float = Field(default=10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0, le=MAX_MINUTES)
     """Timeout of a collective, of start-up and of a save (minutes)."""
 
 
@@ -133,7 +156,7 @@ class StudentSection(Section):
     deepspeed: str | None = Field(default=None, min_length=1)
     """DeepSpeed JSON file: sharding, buckets, offload, communication. A bare name (`zero3`, `hpz`, `cpu` …) is a file
     that comes with the package, anything else a path. None: `zero3` on GPUs, `cpu` on a CPU."""
-    vocab_multiple: int = Field(default=1024, ge=1)
+    vocab_multiple: int = Field(default=1024, ge=1, le=MAX_MULTIPLE)
     """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass, from its inputs: a third more compute, less memory."""
@@ -152,11 +175,11 @@ class TeacherSection(Section):
     """A JSON file: list with the teacher's id of each student id, -1 if it has none. None: the same ids."""
     placement: Literal["colocated", "disaggregated"] = "colocated"
     """The teacher's stages run on the student's ranks, or on ranks of their own, the last of the launch."""
-    ranks: int | None = Field(default=None, ge=1)
+    ranks: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """disaggregated: number of the teacher's ranks."""
-    stages: int | None = Field(default=None, ge=1)
+    stages: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """disaggregated: stages (ranks) of one pipeline; `ranks` may hold several pipelines. None: `ranks`."""
-    queue: int = Field(default=4, ge=1)
+    queue: int = Field(default=4, ge=1, le=MAX_BATCHES)
     """disaggregated: outstanding requests (micro-batches) of each of the student's ranks."""
     transfer_dtype: Literal["native", "float8"] = "native"
     """disaggregated: type of transferred hidden states: the run's precision, or float8 with a scale per token."""
@@ -200,7 +223,7 @@ class TeacherSection(Section):
 def default_warmup(steps: int, *, decay_steps: Any = None) -> int:
     """Steps of the learning rate's warm-up in a run of `steps` steps whose recipe gives none."""
     longest = steps - decay_steps if isinstance(decay_steps, int) else steps
-    return max(0, min(int(WARMUP_FRACTION * steps), MAX_WARMUP_STEPS, longest))
+    return max(0, min(int(WARMUP_FRACTION * min(steps, MAX_STEPS)), MAX_WARMUP_STEPS, longest))
 
 
 def _with_default(values: dict[str, Any], key: str, default: int) -> dict[str, Any]:
@@ -212,10 +235,10 @@ class ScheduleSection(Section):
 
     kind: Literal["cosine", "wsd"] = "cosine"
     """cosine, or warmup-stable-decay: constant, then linear down over the last `decay_steps`."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=MAX_STEPS)
     """Steps of the linear rise from 0 to the peak. None: of the learning rate, 5 % of `train.steps`, at most 2000 (what
     a run folder already has is kept); of the divergence's weight, 0."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """wsd: steps of the final decay."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last value, as a fraction of the peak."""
@@ -243,15 +266,15 @@ class TargetsSection(Section):
 
     select: Literal["sampled", "top_k", "threshold", "top_p"] = "sampled"
     """Draws from the teacher's distribution, its k most likely ids, those above a probability, or a nucleus."""
-    draws: int | None = Field(default=None, ge=1)
+    draws: int | None = Field(default=None, ge=1, le=MAX_IDS)
     """sampled: independent draws per token; the target is counts/draws. Default 50."""
-    k: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1, le=MAX_IDS)
     """top_k: number of ids."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
     """threshold: lowest probability of a selected id."""
     p: float | None = Field(default=None, gt=0, lt=1)
     """top_p: total probability of the selected ids."""
-    max_ids: int | None = Field(default=None, ge=1)
+    max_ids: int | None = Field(default=None, ge=1, le=MAX_IDS)
     """top_p: maximum number of ids."""
     tail: Literal["other", "renormalised", "dropped"] | None = None
     """Treatment of the remaining probability, default "other". Draws leave none, so `sampled` has no tail."""
@@ -294,18 +317,24 @@ def _describe_parameter(name: str) -> str:
 class LossSection(Section):
     divergence: DivergenceKind = Field(default=DivergenceKind.FORWARD_KL, strict=False)
     """Between the teacher's distribution p and the student's q; forward_kl is KL(p ‖ q)."""
-    beta: float | None = Field(default=None, description=_describe_parameter("beta"))
-    alpha: float | None = Field(default=None, description=_describe_parameter("alpha"))
-    temperature: float = Field(default=1.0, gt=0)
+    beta: float | None = Field(default=None, ge=0, le=1, description=_describe_parameter("beta"))
+    alpha: float | None = Field(default=None, ge=0, lt=1, description=_describe_parameter("alpha"))
+    temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Both models' logits are divided by it in the divergence; the label's cross-entropy stays at 1."""
     temperature_squared: bool = False
     """Multiply the divergence by T²: keeps its gradient's size when T grows (Hinton et al., 2015)."""
-    kd_weight: float = Field(default=1.0, ge=0)
+    kd_weight: float = Field(default=1.0, ge=0, le=MAX_WEIGHT)
     """Weight of the divergence."""
-    ce_weight: float = Field(default=0.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
     """Weight of the cross-entropy of the label."""
-    z_loss: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
     """Weight of (log Z)² of the student: keeps logits from drifting; 1e-4 is common."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    """Weight of the load-balancing loss of a student with experts, over the tokens of a step's global batch; 0: none.
+    None: `router_aux_loss_coef` of the student's config."""
+    router_z_loss_coef: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    """Weight of the z-loss of a student's routers, the mean of (log Z)² of their logits; 0: none. None:
+    `router_z_loss_coef` of the student's config, 0 where it has none."""
     label_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Fraction of the tokens, those of lowest teacher entropy in a vocab group's micro-batch, that learn from the label
     instead (Goyal et al., 2509.01649)."""
@@ -314,11 +343,11 @@ class LossSection(Section):
     goes to the label's cross-entropy. None: constant."""
     targets: TargetsSection | None = None
     """Learn from a part of the teacher's distribution, selected anew at every step. None: from all of it."""
-    logit_memory_mb: int = Field(default=512, ge=1)
+    logit_memory_mb: int = Field(default=512, ge=1, le=MAX_MEGABYTES)
     """Limit of the logits in memory on a rank (MiB): the loss processes tokens in chunks that fit."""
     elementwise: Literal["eager", "compiled"] = "eager"
     """Implementation of the elementwise arithmetic: torch operations, or kernels from `torch.compile`."""
-    diagnostics_every: int = Field(default=0, ge=0)
+    diagnostics_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never. With `targets` or a
     temperature other than 1, only these steps have the KL of the complete distributions. Not with stored targets."""
 
@@ -351,9 +380,9 @@ class OptimizerSection(Section):
 
     kind: str
     """Name of the optimizer."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=MAX_RATE)
     """Peak of the schedule."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=MAX_RATE)
     """Decoupled weight decay, of matrices only: norms and biases have none."""
 
 
@@ -364,7 +393,7 @@ class AdamWSection(OptimizerSection):
     """Decay rate of the first moment, the running mean of the gradient."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the second moment, the running mean of the squared gradient."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, ge=MIN_EPSILON, le=1)
     """Added to the root of the second moment."""
 
 
@@ -377,23 +406,23 @@ OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeVali
 
 
 class TrainSection(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=MAX_STEPS)
     """Optimizer steps of the whole run."""
-    global_batch: int = Field(ge=1)
+    global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of an optimizer step, over all ranks, for any world size."""
-    micro_batch: int = Field(ge=1)
+    micro_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of one forward pass on one rank; accumulation follows from it."""
     precision: Precision = "bfloat16"
     """Compute type of both models. Master weights, optimizer state and accumulated gradients are always float32."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, le=MAX_RATE)
     """Maximum global gradient norm; 0: no clipping."""
     optimizer: OptimizerUnion
     schedule: ScheduleSection = ScheduleSection()
-    checkpoint_every: int = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1, le=MAX_STEPS)
     """Steps between checkpoints; the last step always has one, and the last before a `wsd` schedule decays."""
-    log_every: int = Field(default=10, ge=1)
+    log_every: int = Field(default=10, ge=1, le=MAX_STEPS)
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
-    histograms_every: int = Field(default=0, ge=0)
+    histograms_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between TensorBoard histograms of all weights and of their mean gradients; 0: never."""
 
     @model_validator(mode="after")
@@ -403,10 +432,10 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    keep_last: int = Field(default=3, ge=1)
+    keep_last: int = Field(default=3, ge=1, le=MAX_STEPS)
     """Number of latest checkpoints to keep. None is deleted before a newer one is complete, and never that of the last
     step before a `wsd` schedule decays."""
-    keep_every: int | None = Field(default=None, ge=0)
+    keep_every: int | None = Field(default=None, ge=0, le=MILESTONE_CHECKPOINTS * MAX_STEPS)
     """Checkpoints of steps divisible by this are never deleted; 0: none. None: 10 times `train.checkpoint_every`."""
     asynchronous: bool = True
     """Copy the state to host memory and write it during the next steps; false: the run waits for the disk."""
@@ -415,25 +444,25 @@ class CheckpointSection(Section):
 class ResilienceSection(Section):
     """Detection of faults, and the reactions to them."""
 
-    max_skipped_steps: int = Field(default=3, ge=0)
+    max_skipped_steps: int = Field(default=3, ge=0, le=MAX_STEPS)
     """Consecutive steps that may be skipped because a loss or gradient is not finite; one more ends the run."""
-    spike_zscore: float = Field(default=10.0, gt=0)
+    spike_zscore: float = Field(default=10.0, gt=0, le=MAX_ZSCORE)
     """A loss this many robust standard deviations above the median of the last `spike_window` steps is a spike."""
-    spike_window: int = Field(default=128, ge=8)
+    spike_window: int = Field(default=128, ge=8, le=MAX_WINDOW)
     """Steps in the reference window of `spike_zscore` and `teacher_zscore`."""
-    max_rollbacks: int = Field(default=0, ge=0)
+    max_rollbacks: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Maximum number of rollbacks to a checkpoint before a spike, which skip its sequences; 0: spikes are reported."""
-    rollback_steps: int = Field(default=16, ge=1)
+    rollback_steps: int = Field(default=16, ge=1, le=MAX_STEPS)
     """Steps whose sequences a rollback skips; the step of the spike is the last."""
-    teacher_zscore: float = Field(default=10.0, gt=0)
+    teacher_zscore: float = Field(default=10.0, gt=0, le=MAX_ZSCORE)
     """Threshold as `spike_zscore`, in either direction, of the teacher's cross-entropy; reported."""
-    teacher_hash_every: int = Field(default=1000, ge=0)
+    teacher_hash_every: int = Field(default=1000, ge=0, le=MAX_STEPS)
     """Steps between comparisons of the teacher's weights with the loaded ones; 0: never."""
-    recompute_every: int = Field(default=0, ge=0)
+    recompute_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between micro-batches that are computed twice and compared bitwise; 0: never."""
-    straggler_every: int = Field(default=100, ge=0)
+    straggler_every: int = Field(default=100, ge=0, le=MAX_STEPS)
     """Steps between comparisons of the ranks' compute speed; 0: never."""
-    step_timeout_seconds: float = Field(default=600.0, gt=0)
+    step_timeout_seconds: float = Field(default=600.0, gt=0, le=MAX_SECONDS)
     """Time limit of a step (s). A longer one is a hang: every rank writes its stacks, and the run ends (exit 3)."""
 
 
@@ -492,7 +521,7 @@ class Recipe(Section):
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":
-            used = ("z_loss", "logit_memory_mb", "elementwise")
+            used = ("z_loss", "router_aux_loss_coef", "router_z_loss_coef", "logit_memory_mb", "elementwise")
             defaults = LossSection()
             changed = [
                 name

@@ -3,7 +3,6 @@
 Legend: B prompts, P tokens of each, N new tokens of each, V ids of the true vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from megadistill.config.bounds import MAX_TEMPERATURE, MIN_TEMPERATURE
 from megadistill.errors import OperatorFault, UserError
 from megadistill.rng import keyed_generator
 
@@ -32,8 +32,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise UserError(f"--new-tokens {self.new_tokens}: give at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: give 0 for the most likely token, or a positive number")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise UserError(
+                f"--temperature {self.temperature}: give 0 for the most likely token, or from {MIN_TEMPERATURE} to "
+                f"{MAX_TEMPERATURE:,}"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: give a share above 0, up to 1 for the whole distribution")
 

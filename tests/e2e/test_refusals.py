@@ -204,7 +204,7 @@ def _generate(place: Place, output: Path, **options: object) -> list[str]:
         ({"batch": 0}, ("--batch 0", "at least 1")),
         ({"top_p": 0}, ("--top-p 0.0", "above 0")),
         ({"top_p": 1.5}, ("--top-p 1.5", "up to 1")),
-        ({"temperature": -1}, ("--temperature -1.0",)),
+        ({"temperature": -1}, ("--temperature -1",)),
         ({"sequences": 0}, ("--sequences 0", "at least 1")),
         ({"prompt_tokens": 33}, ("--prompt-tokens 33", "have 32 tokens")),
         ({"job": 2, "jobs": 2}, ("job 2 of 2",)),
@@ -223,7 +223,7 @@ def test_generate_refuses(place: Place, tmp_path: Path, options: dict[str, objec
         ({"loss__targets": "null"}, ("store-targets stores loss.targets of a live teacher",)),
         ({"objective": "labels", "teacher": "null"}, ("objective labels does not use loss.targets",)),
         ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
-        ({"loss__targets__draws": 0}, ("loss.targets.draws", "greater than or equal to 1")),
+        ({"loss__targets__draws": 0}, ("loss.targets.draws", "at least 1")),
     ],
 )
 def test_store_targets_refuses(place: Place, tmp_path: Path, changes: dict[str, object], says: tuple[str, ...]) -> None:

@@ -158,7 +158,7 @@ OVERRIDES = [
     ("train.optimizer.kind=Adam", ["train.optimizer.kind", "did you mean 'adamw'?"]),
     ("objective=distillation", ["did you mean 'distill'?"]),
     # values out of range, references, the form of --set
-    ("train.steps=0", ["greater than or equal to 1", "found 0"]),
+    ("train.steps=0", ["at least 1", "found 0"]),
     ("run.folder=${run.sed}", ["run.folder", "run.sed"]),
     ("run.timeline=[1,2", ["--set run.timeline=[1,2: the value cannot be read as YAML", "brackets"]),
     ('run.folder="x', ["cannot be read as YAML", "quotes"]),

@@ -109,7 +109,7 @@ def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
         ("trian.steps=3", ["trian", "did you mean 'train'"]),
         ("loss.temprature=2", ["loss.temprature", "did you mean 'temperature'"]),
         ("train.steps=many", ["train.steps", "many", "integer"]),
-        ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),
+        ("train.steps=0", ["train.steps", "0", "at least 1"]),
         ("train.precision=fp16", ["train.precision", "fp16", "float32"]),
         ("train.optimizer.learning_rate=-1", ["train.optimizer.learning_rate", "-1"]),
         ("train.schedule.kind=wsd", ["train", "wsd", "decay_steps"]),

@@ -1,0 +1,72 @@
+"""Bounds of the numbers in a model's config, inline or of a folder, far above those of any model.
+
+transformers takes any number. What is beyond ends in a traceback, in gigabytes, or in a model of NaN.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from megadistill.errors import UserError
+
+MAX_NUMBER = 1e15
+"""Of a key without bounds of its own."""
+
+_SIZE = (1, 10**6)
+_PROBABILITY = (0, 1)
+BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 10**7),
+    "hidden_size": _SIZE,
+    "intermediate_size": (1, 10**7),
+    "moe_intermediate_size": (1, 10**7),
+    "head_dim": (1, 10**5),
+    "num_hidden_layers": (1, 10**4),
+    "num_attention_heads": _SIZE,
+    "num_key_value_heads": _SIZE,
+    "num_experts": _SIZE,
+    "num_local_experts": _SIZE,
+    "num_experts_per_tok": _SIZE,
+    "max_position_embeddings": (1, 10**10),
+    "original_max_position_embeddings": (1, 10**10),
+    "sliding_window": (1, 10**10),
+    "rope_theta": (1, 1e15),
+    "rope_local_base_freq": (1, 1e15),
+    "rms_norm_eps": (0, 1),
+    "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 1e3),
+    "attention_dropout": _PROBABILITY,
+    "hidden_dropout": _PROBABILITY,
+}
+"""Key, at any depth -> least and largest value."""
+
+
+def refuse_extreme_numbers(keys: Any, what: str) -> None:
+    """Refuses numbers outside of `BOUNDS`, and those that are not finite.
+
+    Raises:
+        UserError: names the key, the value and the bound.
+    """
+    for path, name, value in _numbers(keys, ()):
+        least, largest = BOUNDS.get(name, (-MAX_NUMBER, MAX_NUMBER))
+        if not least <= value <= largest:  # NaN fails both
+            bounds = " to ".join(
+                f"{bound:,}" if abs(bound) < MAX_NUMBER else f"{bound:g}" for bound in (least, largest)
+            )
+            raise UserError(f"{what}: {path} is {_shown(value)}; give a number from {bounds}")
+
+
+def _shown(number: float) -> str:
+    is_long = isinstance(number, int) and abs(number) >= 10**40  # of thousands of digits, if somebody wants that
+    return f"about 1e{math.floor(math.log10(abs(number)))}" if is_long else str(number)
+
+
+def _numbers(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, int | float]]:
+    """Each number: its dotted key, and the name of the mapping's key that has it, lists aside."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _numbers(child, (*path, str(key)))
+    elif isinstance(value, list):
+        for child in value:
+            yield from _numbers(child, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield ".".join(path), path[-1] if path else "", value
