@@ -18,6 +18,7 @@ from megadistill.config.recipe import StudentSection
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, topology_of_world
 from megadistill.errors import OperatorFault
+from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import load_config, logit_transform
 from megadistill.models.tiny import tiny_config, write_random
 from megadistill.precision import torch_dtype
@@ -89,7 +90,11 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         step=1,
         learning_rate=RATE,
         objective=Objective(
-            loss=recipe.loss, steps=recipe.train.steps, seed=SEED, student_logits=logit_transform(config)
+            loss=recipe.loss,
+            steps=recipe.train.steps,
+            seed=SEED,
+            student_logits=logit_transform(config),
+            router_coefs=RouterCoefs.of(recipe.loss, config),
         ),
         topology=topology,
     )

@@ -1,13 +1,18 @@
-"""Experts of a mixture: fused into one parameter in transformers, a tensor for each in a checkpoint.
+"""Experts of a mixture: their tensors in a checkpoint, their routers, and the weights of the routers' losses.
 
-transformers converts a whole model when it loads and saves it (`transformers.conversion_mapping`). This is the
-conversion of a single parameter, so that a stage reads only its own experts.
+transformers fuses the experts of a layer into one parameter, and converts a whole model when it loads and saves it
+(`transformers.conversion_mapping`). This is the conversion of a single parameter, so that a stage reads only its own
+experts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
+
+from megadistill.config.recipe import LossSection
 
 
 @dataclass(frozen=True)
@@ -54,3 +59,29 @@ def stored_tensors(name: str, shape: Sequence[int], experts: ExpertNames | None)
         for expert in range(shape[0])
         for matrix, rows in ((experts.gate, slice(0, inner)), (experts.up, slice(inner, None)))
     ]
+
+
+def routers(decoder: Any) -> dict[int, Module]:
+    """Number of each layer with experts -> its router, whose outputs are logits [N, E], weights [N, K], ids [N, K]."""
+    return {number: layer.mlp.gate for number, layer in enumerate(decoder.layers) if hasattr(layer.mlp, "experts")}
+
+
+@dataclass(frozen=True)
+class RouterCoefs:
+    """Weights of the routers' losses in the objective."""
+
+    aux: float = 0.0
+    """Weight of the load-balancing loss."""
+    z: float = 0.0
+    """Weight of the routers' z-loss."""
+
+    @classmethod
+    def of(cls, loss: LossSection, config: Any) -> "RouterCoefs":
+        """The recipe's where it has them, else those of a model with experts, else 0."""
+        given = (loss.router_aux_loss_coef, loss.router_z_loss_coef)
+        own = (getattr(config, name, None) for name in ROUTER_COEF_KEYS)
+        return cls(*(float(own or 0.0) if given is None else given for given, own in zip(given, own, strict=True)))
+
+
+ROUTER_COEF_KEYS = ("router_aux_loss_coef", "router_z_loss_coef")
+"""Keys of a config, and of the recipe's loss section, for `RouterCoefs`."""

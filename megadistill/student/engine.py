@@ -22,12 +22,22 @@ from torch.nn import Module
 from megadistill.config.recipe import StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
-from megadistill.models.families import EMBEDDING, HEAD, build_causal_lm, family, forward_inputs, rebuild_buffers
+from megadistill.models.experts import routers
+from megadistill.models.families import (
+    EMBEDDING,
+    HEAD,
+    build_causal_lm,
+    decoder,
+    family,
+    forward_inputs,
+    rebuild_buffers,
+)
 from megadistill.models.initial_weights import InitialWeights, initial_tensor
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config
 from megadistill.student.head import StudentHead
 from megadistill.student.optimizer import MASTER, build_optimizer
+from megadistill.student.routers import Routers, RouterSums
 from megadistill.student.state import StudentState
 
 # DeepSpeed would compile this operator, for inference only, at every start on a CPU: it takes a minute, and a killed
@@ -101,9 +111,31 @@ class StudentEngine:
         self.state = StudentState(model, self._engine.optimizer, self._optimizer, train.optimizer, rank=topology.rank)
         head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
+        modules = routers(decoder(model))
+        self.routers = Routers(modules) if modules else None
+        """None for a student without experts."""
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens [B, S] -> hidden [B·S, D], differentiable; `positions` [B, S] restart where a document begins."""
+        return self._forward(tokens, positions, None)
+
+    def routed_hidden(
+        self, tokens: Tensor, positions: Tensor | None, token_weights: Tensor, *, differentiable: bool
+    ) -> tuple[Tensor, RouterSums | None]:
+        """`hidden`, and what its routers did with the tokens; None for a student without experts.
+
+        Args:
+            token_weights: [B·S] float32.
+            differentiable: whether the sums have gradients.
+        """
+        hidden = self._forward(tokens, positions, token_weights, differentiable=differentiable)
+        return hidden, None if self.routers is None else self.routers.end()
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor | None, token_weights: Tensor | None, *, differentiable: bool = False
+    ) -> Tensor:
+        if self.routers is not None:
+            self.routers.begin(token_weights, differentiable=differentiable)
         hidden: Tensor = self._engine(tokens, positions)
         return hidden.flatten(0, 1)
 

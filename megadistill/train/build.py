@@ -10,6 +10,7 @@ from megadistill.distributed.topology import Topology, process_groups
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.distributed.watchdog.parent import terminate_with_parent
 from megadistill.errors import RankUserError, UserError
+from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import logit_transform
 from megadistill.student.engine import StudentEngine
 from megadistill.train.objective import Objective
@@ -72,6 +73,7 @@ def objective_of(setup: Setup) -> Objective:
         steps=recipe.train.steps,
         seed=recipe.run.seed,
         student_logits=logit_transform(setup.student_config),
+        router_coefs=RouterCoefs.of(recipe.loss, setup.student_config),
     )
 
 
@@ -145,8 +147,13 @@ def write_run_files(setup: Setup) -> None:
     else:  # student.weights are not read
         first = None if setup.parent.run is None else recorded_start(setup.parent.run)
         parents = [each.model_dump() for each in setup.parent.lineage]
+    tokenizer = copy_tokenizer(setup.folder, setup.data)
     write_description(
-        setup.folder, setup.recipe.snapshot(), setup.deepspeed_config, started_from=first, parents=parents
+        setup.folder,
+        setup.recipe.snapshot(),
+        setup.deepspeed_config,
+        tokenizer=tokenizer,
+        started_from=first,
+        parents=parents,
     )
-    copy_tokenizer(setup.folder, setup.data)
     copy_student_config(setup.folder, setup.recipe.student)

@@ -3,7 +3,7 @@
 Legend: B sequences, S tokens of a sequence, N = B·S, M draws of a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import Divergence
 from megadistill.loss import Elementwise, LossOptions
 from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP
+from megadistill.models.experts import RouterCoefs
 from megadistill.rng import keyed_generator
 from megadistill.train.schedule import divergence_share
 from megadistill.types import LogitTransform, Tail
@@ -28,6 +29,8 @@ class Objective:
     seed: int
     """Seed of the draws of sampled targets."""
     student_logits: LogitTransform = LogitTransform()
+    router_coefs: RouterCoefs = field(default_factory=RouterCoefs)
+    """Weights of the losses of a student's routers."""
 
     def divergence(self, step: int) -> Divergence:
         """The loss of optimizer step `step`.

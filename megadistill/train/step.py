@@ -5,8 +5,8 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from megadistill import timeline
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.loss import Divergence, Head
+from megadistill.models.experts import RouterCoefs
 from megadistill.student.engine import StudentEngine
+from megadistill.student.routers import RouterSums
 from megadistill.train.lookahead import StepBatch
 from megadistill.train.objective import Objective
 from megadistill.train.resilience.anomalies import finite, require_sound_teacher
 from megadistill.train.resilience.sdc import REMEDY, describe_rank, raise_everywhere
+from megadistill.train.router_losses import ExpertLoad, RouterLosses, router_numbers, token_weights
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
-from megadistill.types import DECILES, DIAGNOSTIC_NAMES, IGNORED_LABEL, METRIC_NAMES, Diagnostics, LossTerms
+from megadistill.types import DECILES, DIAGNOSTIC_NAMES, METRIC_NAMES, Diagnostics, LossTerms
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class StepOutcome:
     diagnostics: dict[str, float] | None = None
     """Means by `DIAGNOSTIC_NAMES`, on steps that compute them; the KL of a decile over its own tokens. An infinite one
     is left out: the reverse KL against a teacher that does not know some ids."""
+    experts: ExpertLoad | None = None
+    """Load of the experts; None for a student without any."""
 
     @property
     def skipped(self) -> bool:
@@ -76,14 +81,7 @@ def train_step(
             moved.
         SignalMismatch, UserError, ShardFault: see `Teacher.teacher_targets`.
     """
-    forward = _Forward(
-        student,
-        objective,
-        objective.divergence(step),
-        diagnostics=objective.computes_diagnostics(step),
-        tokens=_global_tokens(batch, topology),
-        device=topology.device,
-    )
+    forward = _Forward.of(student, batch, step=step, objective=objective, topology=topology)
     totals: Tensor | None = None
     teacher_seconds = 0.0
     grad_norm: float | None = None
@@ -91,16 +89,14 @@ def train_step(
         began = time.perf_counter()
         targeted = next(batch.micro_batches)
         teacher_seconds += time.perf_counter() - began
-        terms = forward(targeted)
-        numbers = _numbers(terms)
+        loss, numbers = forward(targeted)
         totals = numbers if totals is None else totals + numbers
         if recompute and index == 0:
             _require_reproduced(numbers, forward, targeted, topology)
-        loss = terms.loss
         if index == batch.accumulation - 1:
             own_flags = flags()
-            means, reduced_flags = _reduced(totals, own_flags, topology)  # a device sync, one a step
-            metrics = {name: means[name] for name in METRIC_NAMES}
+            reduced, reduced_flags = _reduced(totals, own_flags, topology)  # a device sync, one a step
+            metrics = dict(zip(METRIC_NAMES, reduced, strict=False))
             require_sound_teacher(step, metrics)
             if not finite(metrics):
                 loss = loss * math.nan
@@ -114,7 +110,8 @@ def train_step(
         grad_norm=grad_norm,
         flags=reduced_flags,
         teacher_seconds=teacher_seconds,
-        diagnostics=_finite(means, DIAGNOSTIC_NAMES) if len(means) > len(METRIC_NAMES) else None,
+        diagnostics=forward.diagnostics_of(reduced),
+        experts=forward.experts_of(reduced),
     )
 
 
@@ -136,34 +133,73 @@ class _Forward:
     tokens: Tensor
     """See `_global_tokens`."""
     device: torch.device
+    routers: RouterLosses | None
+    """None for a student without experts."""
 
-    def __call__(self, targeted: TargetedBatch) -> LossTerms:
+    @classmethod
+    def of(
+        cls, student: StudentEngine, batch: StepBatch, *, step: int, objective: Objective, topology: Topology
+    ) -> "_Forward":
+        """Of a step's batch. Collective."""
+        tokens, routers = _global_tokens(batch, topology), None
+        if student.routers is not None:
+            coefs = objective.router_coefs
+            routers = RouterLosses.of(student, batch, coefs=coefs, tokens=tokens, topology=topology)
+        return cls(
+            student,
+            objective,
+            objective.divergence(step),
+            diagnostics=objective.computes_diagnostics(step),
+            tokens=tokens,
+            device=topology.device,
+            routers=routers,
+        )
+
+    def __call__(self, targeted: TargetedBatch) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch, and its numbers (see `_numbers`)."""
         micro = targeted.batch.to(self.device)
+        labels = micro.labels.flatten()
+        weights = token_weights(labels, self.tokens)
         with timeline.span(timeline.COMPUTE, "student forward"):
-            hidden = self.student.hidden(micro.tokens, micro.positions)
+            hidden, sums = self.student.routed_hidden(
+                micro.tokens, micro.positions, weights, differentiable=self.objective.router_coefs != RouterCoefs()
+            )
         with timeline.span(timeline.COMPUTE, "loss"):
-            labels = micro.labels.flatten()
             output = StudentOutput(
                 head=Head(hidden, self.student.head.weight(), transform=self.objective.student_logits),
                 labels=labels,
-                token_weights=(labels != IGNORED_LABEL).to(torch.float32).div_(self.tokens.to(torch.float32)),
+                token_weights=weights,
                 vocab=self.student.head.vocab,
                 objective=self.objective,
                 divergence=self.divergence,
                 options=self.objective.options(diagnostics=self.diagnostics),
             )
-            return targeted.target.loss(output)
+            terms = targeted.target.loss(output)
+            if self.routers is not None and sums is not None:
+                terms = replace(terms, loss=terms.loss + self.routers.loss(sums))
+        return terms.loss, _numbers(terms, sums)
+
+    def diagnostics_of(self, reduced: Sequence[float]) -> dict[str, float] | None:
+        """The diagnostics among a step's reduced numbers; None where it has none."""
+        if not self.diagnostics:
+            return None
+        values = reduced[len(METRIC_NAMES) :]
+        return _finite(dict(zip(DIAGNOSTIC_NAMES, values, strict=False)), DIAGNOSTIC_NAMES)
+
+    def experts_of(self, reduced: Sequence[float]) -> ExpertLoad | None:
+        """The load of the experts among a step's reduced numbers."""
+        if self.student.routers is None:
+            return None
+        before = len(METRIC_NAMES) + (len(DIAGNOSTIC_NAMES) if self.diagnostics else 0)
+        return ExpertLoad.of(reduced[before:], self.student.routers.layers, valid_tokens=float(self.tokens))
 
 
-def _reduced(
-    totals: Tensor, flags: Mapping[str, float], topology: Topology
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics (and diagnostics) and flags by name, summed over ranks in one reduction."""
+def _reduced(totals: Tensor, flags: Mapping[str, float], topology: Topology) -> tuple[list[float], dict[str, float]]:
+    """`totals` and the flags by name, summed over ranks in one reduction."""
     numbers = torch.cat([totals, torch.tensor(list(flags.values()), dtype=totals.dtype).to(totals.device)])
     with timeline.span(timeline.WAIT, "numbers of the step"):
         reduced = all_reduce_sum(numbers, topology.world_group).tolist()
-    names = (*METRIC_NAMES, *DIAGNOSTIC_NAMES)[: len(totals)]
-    return dict(zip(names, reduced, strict=False)), dict(zip(flags, reduced[len(totals) :], strict=True))
+    return reduced[: len(totals)], dict(zip(flags, reduced[len(totals) :], strict=True))
 
 
 def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBatch, topology: Topology) -> None:
@@ -173,7 +209,7 @@ def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBa
         OperatorFault: the result differs in a bit, on this rank or on another one.
     """
     with torch.no_grad():
-        again = _numbers(forward(targeted))
+        _, again = forward(targeted)
     problem = None
     if not torch.equal(again.view(torch.int64), numbers.view(torch.int64)):
         differing = [f"{a!r} and {b!r}" for a, b in zip(numbers.tolist(), again.tolist(), strict=True) if a != b]
@@ -184,20 +220,20 @@ def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBa
     raise_everywhere(problem, "another rank computed a micro-batch twice and got two results", topology)
 
 
-def _numbers(terms: LossTerms) -> Tensor:
-    """[9] float64: `METRIC_NAMES`; with diagnostics [26], `DIAGNOSTIC_NAMES` after them."""
-    if terms.diagnostics is None:
-        return terms.metrics()
-    d: Diagnostics = terms.diagnostics
-    return torch.cat(
-        [
-            terms.metrics(),
+def _numbers(terms: LossTerms, sums: RouterSums | None = None) -> Tensor:
+    """Float64: `METRIC_NAMES`, with diagnostics `DIAGNOSTIC_NAMES` after them, with experts `router_numbers` last."""
+    parts = [terms.metrics()]
+    if terms.diagnostics is not None:
+        d: Diagnostics = terms.diagnostics
+        parts += [
             torch.stack([d.kl, d.acceptance, d.reverse_kl, d.jsd]).double(),
             d.top_k_mass.double(),
             # A decile's sum has the weights of all tokens, of which it holds a tenth.
             DECILES * d.kl_by_entropy_decile.double(),
         ]
-    )
+    if sums is not None:
+        parts.append(router_numbers(sums))
+    return torch.cat(parts)
 
 
 def _finite(means: dict[str, float], names: tuple[str, ...]) -> dict[str, float]:

@@ -6,17 +6,20 @@ the initial values and the definition of the loss.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from typing_extensions import override
 
 from megadistill.config.recipe import LossSection, Recipe, StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
+from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
@@ -31,6 +34,19 @@ from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
 RATE = 3e-3
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    # Two of the three layers have experts.
+    "qwen3_moe": {
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+    },
+}
+"""Keys of the families with experts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Case:
     activation_checkpointing: bool = False
     document_mask: bool = False
     model_type: str = "llama"
+    router_coefs: RouterCoefs = field(default_factory=RouterCoefs)
     loss: LossSection = field(default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3))
 
 
@@ -71,6 +88,7 @@ def config_of(case: Case) -> Any:
             "vocab_size": VOCAB,
             "initializer_range": 0.1,
             "tie_word_embeddings": case.tied,
+            **EXPERTS.get(case.model_type, {}),
         },
         what="test",
     )
@@ -192,10 +210,11 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
             step_batch(batch, teacher, accumulation=case.accumulation),
             step=step,
             learning_rate=RATE * (step + 1) / 3,
-            objective=SmallChunks(case.loss, steps=3, seed=SEED),
+            objective=SmallChunks(case.loss, steps=3, seed=SEED, router_coefs=case.router_coefs),
             topology=topology,
         )
-        lines.append({**outcome.metrics, "grad_norm": outcome.grad_norm})
+        experts = {} if outcome.experts is None else outcome.experts.summary()
+        lines.append({**outcome.metrics, "grad_norm": outcome.grad_norm, **experts})
     return lines
 
 
@@ -233,6 +252,9 @@ def dense_truth(case: Case) -> RunResult:
         for name, parameter in named.items():
             parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED))
     model.double()
+    has_experts = case.model_type in EXPERTS
+    if has_experts:
+        model.set_experts_implementation("eager")
     matrices = [p for p in named.values() if p.ndim >= 2]
     vectors = [p for p in named.values() if p.ndim < 2]
     section = train_section(case, 1).optimizer
@@ -247,7 +269,9 @@ def dense_truth(case: Case) -> RunResult:
         labels = batch.labels.flatten()
         weights = (labels != -100).double() / batch.valid_tokens
         seen = masked(batch.starts) if case.document_mask else {}
-        hidden = model.base_model(input_ids=batch.tokens, use_cache=False, **seen).last_hidden_state.flatten(0, 1)
+        routed = {"output_router_logits": True} if has_experts else {}
+        outputs = model.base_model(input_ids=batch.tokens, use_cache=False, **seen, **routed)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings().weight
         if case.objective == "distill":
             terms = reference.distill_loss(
@@ -262,8 +286,13 @@ def dense_truth(case: Case) -> RunResult:
             terms = reference.label_loss(
                 Head(hidden, head), labels, token_weights=weights, z_loss=case.loss.z_loss, vocab_size=VOCAB
             )
+        loss, routers = terms.loss, {}
+        if has_experts:
+            aux, z = dense_router_losses(outputs.router_logits, labels != -100, config)
+            loss = loss + case.router_coefs.aux * aux + case.router_coefs.z * z
+            routers = {"router_aux_loss": aux.item(), "router_z_loss": z.item()}
         optimizer.zero_grad()
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), case.clip)
         for group in optimizer.param_groups:
@@ -271,15 +300,24 @@ def dense_truth(case: Case) -> RunResult:
         optimizer.step()
         steps.append(
             {
-                "loss": terms.loss.item(),
+                "loss": loss.item(),
                 "student_ce": terms.student_ce.item(),
                 "kl": terms.kl.item(),
                 "grad_norm": norm.item(),
+                **routers,
             }
         )
     return RunResult(
         steps=steps, gradients=gradients, parameters={name: p.detach().clone() for name, p in named.items()}
     )
+
+
+def dense_router_losses(logits: tuple[Tensor, ...], valid_N: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """The load-balancing loss and the z-loss, means of the layers, of the tokens with a label; by transformers."""
+    balance = partial(load_balancing_loss_func, num_experts=config.num_experts, top_k=config.num_experts_per_tok)
+    aux = [balance((layer,), attention_mask=valid_N) for layer in logits]
+    z = [layer[valid_N].logsumexp(dim=-1).square().mean() for layer in logits]
+    return torch.stack(aux).mean(), torch.stack(z).mean()
 
 
 def recipe_for(manifest: str, folder: str, **changes: Any) -> Recipe:
