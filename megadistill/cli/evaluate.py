@@ -7,6 +7,7 @@ from pathlib import Path
 from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
 from megadistill.errors import UserError
 from megadistill.io import write_json
+from megadistill.outputs import require_writable_file, require_writable_folder
 
 EVALUATE_EPILOG = """\
 Several --data are measured together and each by itself; NAME=MANIFEST names one. Sequences are split over the ranks of
@@ -85,12 +86,15 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from megadistill.distributed.launch import Launch
+    from megadistill.distributed.launch import Launch, environment_rank
     from megadistill.evaluate.evaluate import evaluate, ranks
     from megadistill.evaluate.evaluation_tables import tables
     from megadistill.evaluate.splits import load_splits
     from megadistill.progress import console_progress
 
+    if environment_rank() == 0:
+        require_writable_file(options.json, "--json")
+        require_writable_folder(options.plots, "--plots")
     splits = load_splits(options.data, options.limit)
     with ranks(Launch.from_environment()) as topology:
         with console_progress() as show:
@@ -98,13 +102,15 @@ def _evaluate(options: argparse.Namespace) -> None:
                 options.models, splits, teacher=options.teacher, batch=options.batch, topology=topology, progress=show
             )
         if topology.is_first:
-            if options.json:
-                write_json(options.json, results)
-            if options.plots:
-                from megadistill.report.evaluation_section import write_plots
-
-                write_plots(results, options.plots)
             print_tables(*tables(results))
+            try:
+                if options.json:
+                    write_json(options.json, results)
+            finally:
+                if options.plots:
+                    from megadistill.report.evaluation_section import write_plots
+
+                    write_plots(results, options.plots)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -118,6 +124,7 @@ def _sample(options: argparse.Namespace) -> None:
     from megadistill.evaluate.sample import load_for_sampling, samples, show
     from megadistill.models.sampling import Sampling
 
+    require_writable_file(options.json, "--json")
     sampling = Sampling(options.new_tokens, options.temperature, options.top_p, options.seed)
     manifest = Manifest.load(options.data) if options.data else None
     tokenizer = load_for_sampling(options.model, manifest)
@@ -143,6 +150,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
     from megadistill.distributed.topology import local_device
     from megadistill.evaluate.lm_eval import run_tasks
 
+    require_writable_file(options.json, "--json")
     results = run_tasks(
         options.model,
         options.tasks,

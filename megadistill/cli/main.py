@@ -19,6 +19,7 @@ from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
+from megadistill.outputs import one_line
 from megadistill.redaction import printable
 
 EPILOG = f"""\
@@ -80,7 +81,7 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
         _print_notes(error)
         return error.exit_code
     except OSError as error:  # such as a full disk or a folder without write permission: a traceback does not help
-        logger.error("%s", error)
+        logger.error("%s", one_line(error))
         _print_notes(error)
         return OperatorFault.exit_code
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import RESUMES, Commands, add_command, add_sampling, option, print_tables
+from megadistill.outputs import require_writable_folder
 from megadistill.precision import PRECISIONS
 
 GENERATE_EPILOG = """\
@@ -75,6 +76,7 @@ def _generate(options: argparse.Namespace) -> None:
     from megadistill.models.sampling import Sampling
     from megadistill.progress import console_progress
 
+    require_writable_folder(options.output, "--output")
     with console_progress() as show:
         report = generate(
             options.teacher,
@@ -96,6 +98,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from megadistill.export.export_run import export_run
 
+    require_writable_folder(options.output.parent, "--output", shown=options.output)
     step = export_run(
         options.source,
         options.output,
@@ -112,6 +115,7 @@ def _prune(options: argparse.Namespace) -> None:
     from megadistill.progress import console_progress
     from megadistill.prune.prune import prune
 
+    require_writable_folder(options.output.parent, "--output", shown=options.output)
     with console_progress() as show:
         report = prune(
             options.teacher,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from megadistill.cli.common import Commands, add_command, add_overrides, option, print_tables
 from megadistill.errors import UserError
 from megadistill.io import write_json
+from megadistill.outputs import require_writable_file, require_writable_folder
 
 if TYPE_CHECKING:
     from megadistill.timeline.spans import Timeline
@@ -112,6 +113,8 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise UserError(f"--price {options.price}: give what a GPU-hour costs")
+    if options.json != Path("-"):
+        require_writable_file(options.json, "--json")
     plan = build_plan(options.recipe, options)
     law = None
     if plan.main is not None:
@@ -145,7 +148,9 @@ def _of_run(options: argparse.Namespace) -> None:
             )
     if not (options.source / "recipe.json").is_file() and (reason := wrong_path(options.source, "run")):
         raise UserError(reason)
-    _write(read_timeline(options.source), options.output or options.source)
+    output = options.output or options.source
+    require_writable_folder(output, "--output" if options.output else "RUN")
+    _write(read_timeline(options.source), output)
 
 
 def _of_plan(options: argparse.Namespace) -> None:
@@ -160,6 +165,7 @@ def _of_plan(options: argparse.Namespace) -> None:
 
     if options.steps is not None and options.steps > MAX_TIMELINE_STEPS:
         raise UserError(f"--steps {options.steps}: a picture shows at most {MAX_TIMELINE_STEPS} steps")
+    require_writable_folder(options.output, "--output")
     plan = build_plan(options.source, options)
     main = plan.main
     if main is None:
@@ -187,10 +193,10 @@ def _write(timeline: "Timeline", output: Path) -> None:
     from megadistill.timeline.picture import draw, table
     from megadistill.timeline.trace import write_trace
 
+    print_tables(table(timeline))
     output.mkdir(parents=True, exist_ok=True)
     write_trace(timeline, output / "timeline.json")
     draw(timeline, output / "timeline.png")
-    print_tables(table(timeline))
     print(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")
 
 

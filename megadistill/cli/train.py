@@ -9,6 +9,7 @@ from megadistill.cli.common import Commands, add_command, add_recipe, option, pr
 from megadistill.distributed.launch import Launch, environment_rank
 from megadistill.errors import RestartFault, Superseded, UserError
 from megadistill.io import write_json
+from megadistill.outputs import require_writable_file, require_writable_folder
 from megadistill.redaction import command_line
 
 if TYPE_CHECKING:
@@ -137,11 +138,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
     def show(report: Report) -> None:
         print_tables(report.table())
-        if options.json:
-            write_json(options.json, report.to_json())
-        if report.bad_nodes:
-            print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
+        try:
+            if options.json:
+                write_json(options.json, report.to_json())
+        finally:
+            if report.bad_nodes:
+                print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
 
+    if options.node or environment_rank() == 0:
+        require_writable_file(options.json, "--json")
     if options.node:
         report = examine_node(options.recipe, options.set)
         show(report)
@@ -154,6 +159,9 @@ def _store_targets(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.set)
     from megadistill.datagen.store_targets import store_targets
+
+    if environment_rank() == 0:
+        require_writable_folder(options.output, "--output")
 
     summary = store_targets(recipe, options.output, steps=options.steps)
     if summary is not None:

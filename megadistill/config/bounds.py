@@ -46,8 +46,8 @@ MAX_IDS: Final = 10**6
 MAX_MULTIPLE: Final = 10**6
 """Rows to a multiple of which a vocabulary is padded."""
 
-Step = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-"""A step's number."""
+Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
+"""A step's number, from 1; the section says so for 0."""
 SequenceNumber = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 """A number of a sequence in the stream."""
 Share = Annotated[float, Field(ge=0, le=MAX_SHARE)]

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megadistill.evaluate.evaluation import Evaluation, Measures, measure_rows
+from megadistill.io import atomic_write
 from megadistill.report.drawing import WIDE, Drawing, colour, dashes, draw, label, style
 from megadistill.report.tables import NOTHING, Table, text
 
@@ -63,7 +64,8 @@ def write_plots(results: Sequence[Evaluation], folder: Path) -> list[Path]:
         if results[0].by_decile is not None:
             figures["deciles.png"] = deciles_figure(results)
         for name, figure in figures.items():
-            figure.savefig(folder / name, dpi=DPI, facecolor="white")
+            with atomic_write(folder / name) as file:
+                figure.savefig(file, format="png", dpi=DPI, facecolor="white")
     return [folder / name for name in figures]
 
 

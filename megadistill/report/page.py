@@ -15,6 +15,7 @@ from megadistill import __version__
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import read_evaluations
 from megadistill.io import write_file
+from megadistill.outputs import require_writable_folder
 from megadistill.redaction import printable
 from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MAX_RUNS, PALETTE, PALETTE_DARK, Drawing, style
@@ -59,6 +60,7 @@ def report(runs: Sequence[Path], *, evaluations: Sequence[Path], output: Path | 
     if there.is_file() and there != path:
         raise UserError(f"{printable(str(there))} is a file: give --output a folder, or a name that ends in .html")
     records = read_runs(runs)
+    require_writable_folder(path.parent, "--output" if output is not None else "RUN", shown=path)
     results = [Results(printable(each.name), read_evaluations(each)) for each in evaluations]
     write(compose(records, results, now=now), path)
     return path

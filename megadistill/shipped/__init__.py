@@ -3,13 +3,13 @@
 In a checkout the three folders are at its root and this package links to them; a wheel has copies of them here.
 """
 
-import shutil
 import stat
 from filecmp import cmp
 from importlib.resources import files
 from pathlib import Path
 
 from megadistill.errors import UserError
+from megadistill.io import write_file
 
 FOLDERS = ("recipes", "ds_configs", "slurm")
 
@@ -51,7 +51,7 @@ def write_starter_files(folder: Path) -> list[Path]:
     for path, source in sources.items():
         if not (folder / path).exists():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, folder / path)
+            write_file(folder / path, source.read_bytes())
             (folder / path).chmod(source.stat().st_mode | stat.S_IWUSR)  # an installation may be read-only
     return list(sources)
 

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from rich.table import Table
 from rich.text import Text
 
+from megadistill.io import atomic_write
 from megadistill.redaction import printable
 from megadistill.timeline.spans import COMPUTE, HOST, KINDS, Kind, Span, Timeline, pieces, seconds_by_kind
 
@@ -63,7 +64,8 @@ def draw(timeline: Timeline, path: Path) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, len(legend)), frameon=False, fontsize=9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a folder may have a name for which the font has no letters
-        figure.savefig(path)
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png")
 
 
 def _draw_spans(axes: Axes, timeline: Timeline, scale: float) -> set[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megadistill.io import write_file
 from megadistill.timeline.spans import KINDS, MessageId, Timeline
 
 
@@ -18,7 +19,7 @@ def write_trace(timeline: Timeline, path: Path) -> None:
         "displayTimeUnit": "ms",
         "otherData": {"title": timeline.title, "note": timeline.note, "kinds": dict(KINDS)},
     }
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content) + "\n")
 
 
 def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:

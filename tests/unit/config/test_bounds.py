@@ -66,7 +66,7 @@ def test_every_number_has_two_bounds() -> None:
 def test_a_number_without_bounds_is_found() -> None:
     class Loose(Section):
         steps: int
-        rates: list[float] = []
+        rates: list[float]
 
     assert _unbounded(Loose) == ["Loose.steps", "Loose.rates"]
     assert CurriculumEntry in set(_sections(Recipe))
