@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import RESUMES, Commands, add_command, option, print_tables, repeatable
-from megadistill.cli.parser import count
 from megadistill.errors import OperatorFault
+from megadistill.outputs import require_writable_file, require_writable_folder
 
 TOKENIZE_EPILOG = """\
 examples:
@@ -69,12 +69,15 @@ def _add_tokenize(commands: Commands) -> None:
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help=text)
     option(command, "--output", "DIR", "folder of train/, heldout/ and tokenizer/", kind=Path, required=True)
     tokenizer = command.add_mutually_exclusive_group(required=True)
-    option(tokenizer, "--vocab-size", "N", "train a SentencePiece model of N pieces on the text", kind=count)
+    option(tokenizer, "--vocab-size", "N", "train a SentencePiece model of N pieces on the text", kind=int)
     text = "an existing tokenizer: a SentencePiece .model, a tokenizer.json, or a folder with one of them"
     option(tokenizer, "--tokenizer", "PATH", text, kind=Path)
-    option(command, "--sequence-length", "S", "tokens of a sequence", kind=count, required=True)
+    option(command, "--sequence-length", "S", "tokens of a sequence", kind=int, required=True)
     text = "chunk: concatenates documents and cuts; bestfit: keeps whole documents that fit, and pads"
     command.add_argument("--packer", choices=("chunk", "bestfit"), default="chunk", help=text)
+    text = """begin every sequence with BOS where the tokenizer puts one before a text, as its model expects it
+        (default); no: only documents begin with it"""
+    command.add_argument("--insert-bos", action=argparse.BooleanOptionalAction, default=True, help=text)
     option(command, "--text-field", "NAME", "field of a JSON line, or column of a table, with the text", default="text")
     text = "fraction of documents held out, by a hash of their text; 0: none"
     option(command, "--heldout-fraction", "F", text, default=0.01)
@@ -83,7 +86,7 @@ def _add_tokenize(commands: Commands) -> None:
     text = "MB of text per shard, also the unit of work of a process, which holds about two of them"
     option(command, "--shard-mb", "MB", text, default=32, kind=float)
     text = "worker processes; the output does not depend on them (default: the cores of this machine)"
-    option(command, "--processes", "N", text, kind=count)
+    option(command, "--processes", "N", text, kind=int)
 
 
 def _add_shards(commands: Commands) -> None:
@@ -114,6 +117,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     from megadistill.data import tokenize
     from megadistill.progress import console_progress
 
+    require_writable_folder(options.output, "--output")
     with console_progress() as show:
         report = tokenize(
             options.inputs,
@@ -122,6 +126,7 @@ def _tokenize(options: argparse.Namespace) -> None:
             vocab_size=options.vocab_size,
             sequence_length=options.sequence_length,
             packer=options.packer,
+            insert_bos=options.insert_bos,
             text_field=options.text_field,
             heldout_fraction=options.heldout_fraction,
             include=options.include or ["*"],
@@ -139,6 +144,7 @@ def _tokenize(options: argparse.Namespace) -> None:
 def _vocab_map(options: argparse.Namespace) -> None:
     from megadistill.data.prepare.id_map import make_vocab_map
 
+    require_writable_file(options.output, "--output")
     made = make_vocab_map(options.student, options.teacher, options.output, data=options.data)
     for line in made.lines():
         print(line)
@@ -173,6 +179,7 @@ def _shards_index(options: argparse.Namespace) -> None:
     from megadistill.progress import console_progress
     from megadistill.units import number_of
 
+    require_writable_folder(options.folder, "DIR")
     names = {name: getattr(options, name) for name in ("tokenizer", "member", "dtype", "split")}
     with console_progress() as show:
         manifest = index(options.folder, **names, progress=show)

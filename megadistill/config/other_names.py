@@ -31,6 +31,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "data.sources": ("datasets", "mixture", "data_sources"),
     "data.prefetch": ("num_workers", "dataloader_num_workers", "prefetch_factor", "dataloader_prefetch_factor"),
+    "data.insert_bos": ("add_bos", "add_bos_token", "prepend_bos", "bos"),
     "data.document_mask": ("reset_attention_mask", "reset_position_ids", "intra_document_masking"),
     "student.config": ("model", "model_name_or_path", "student_model", "student.path", "student.model", "student.name"),
     "student.weights": ("init_from", "from_pretrained", "load", "initial_checkpoint", "pretrained_checkpoint"),

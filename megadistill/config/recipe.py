@@ -106,6 +106,9 @@ class DataSection(Section):
     """Seed of the order of the stream."""
     document_mask: bool = False
     """No token attends to another document, and positions restart at each document."""
+    insert_bos: bool = False
+    """Put the tokenizer's BOS in front of stored sequences that do not begin with it. `megadistill tokenize` does so
+    when it packs; for shards of an earlier release or of another program."""
     on_corrupt_sample: Literal["fail", "mask"] = "fail"
     """A sequence that fails its checksum: end the run, or replace it by masked tokens, recorded in the checkpoint."""
     max_masked_per_million: int = Field(default=100, ge=0, le=1_000_000)

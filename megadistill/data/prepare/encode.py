@@ -40,9 +40,19 @@ class EncodingSpec(BaseModel):
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int) -> "EncodingSpec":
+    def of(
+        cls, tokenizer: Tokenizer, *, packer: PackerName, sequence_length: int, insert_bos: bool = True
+    ) -> "EncodingSpec":
+        """`insert_bos`: sequences begin with BOS, where the tokenizer puts one before a text."""
+        record = PackerRecord(
+            name=packer,
+            version=PACKER_VERSIONS[packer],
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            sequence_bos=insert_bos and tokenizer.bos is not None,
+        )
         return cls(
-            packer=PackerRecord(name=packer, version=PACKER_VERSIONS[packer], bos=tokenizer.bos, eos=tokenizer.eos),
+            packer=record,
             sequence_length=sequence_length,
             dtype=token_dtype(tokenizer.vocab_size),
             tokenizer_sha256=tokenizer.sha256,
@@ -60,6 +70,8 @@ class EncodedShard(ShardRecord):
     """Digest of the EncodingSpec."""
     task: str
     """Digest of the task's documents."""
+    largest_id: Count
+    """0 where there is no shard."""
     dropped: Count
     """Tokens to predict that are in no sequence."""
     padding: Count
@@ -89,7 +101,8 @@ def encode_task(output: Path, task: ShardTask, spec: EncodingSpec, tokenizer: To
             documents=len(task.texts),
             tokens=counter.tokens,
             text_bytes=counter.text_bytes,
-            dropped=counter.to_predict - counter.tokens,
+            dropped=counter.dropped,
+            largest_id=counter.largest_id,
             padding=counter.padding,
         )
         result.write(path)
@@ -128,11 +141,11 @@ def _encoded(texts: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[Ids]:
 
 
 def _packed(documents: Iterable[Ids], spec: EncodingSpec) -> Iterator[PackedSequence]:
-    length, bos, eos = spec.sequence_length, spec.packer.bos, spec.packer.eos
+    length, bos, eos, insert_bos = spec.sequence_length, spec.packer.bos, spec.packer.eos, spec.packer.sequence_bos
     assert eos is not None
     if spec.packer.name == CHUNK:
-        return chunk(documents, sequence_length=length, bos=bos, eos=eos)
-    return bestfit(documents, sequence_length=length, bos=bos, eos=eos, pad=eos)
+        return chunk(documents, sequence_length=length, bos=bos, eos=eos, insert_bos=insert_bos)
+    return bestfit(documents, sequence_length=length, bos=bos, eos=eos, pad=eos, insert_bos=insert_bos)
 
 
 class _TokenCounter:
@@ -143,21 +156,33 @@ class _TokenCounter:
         self._spec = spec
         self._across = spec.packer.across_documents
         self._frame = 1 if spec.packer.bos is None else 2
-        self.to_predict = self.tokens = self.text_bytes = self.padding = 0
+        self._to_predict = self._predicted = self.tokens = self.text_bytes = self.padding = self.largest_id = 0
+
+    @property
+    def dropped(self) -> int:
+        """Tokens to predict that are in no sequence; without BOS, where a BOS is in front of each sequence."""
+        return self._to_predict - self._predicted
 
     def documents(self, documents: Iterable[Ids]) -> Iterator[Ids]:
         """Every token but a document's first one is to be predicted; laid end to end, every one but the very first."""
         for number, document in enumerate(documents):
-            self.to_predict += len(document) + self._frame - (0 if self._across and number else 1)
+            first = self._spec.packer.sequence_bos or not self._across or number == 0
+            self._to_predict += len(document) + self._frame - (1 if first else 0)
             yield document
 
     def sequences(self, sequences: Iterator[PackedSequence]) -> Iterator[PackedSequence]:
-        length = self._spec.sequence_length
+        length, in_front = self._spec.sequence_length, self._spec.packer.sequence_bos
         while batch := list(islice(sequences, _SEQUENCES_AT_A_TIME)):
             bounds = [sequence.bounds for sequence in batch]
-            _, labels_BS = shift(np.stack([sequence.tokens for sequence in batch]))
+            tokens_BT = np.stack([sequence.tokens for sequence in batch])
+            self.largest_id = max(self.largest_id, int(tokens_BT.max()))
+            _, labels_BS = shift(tokens_BT)
             predicted_BS = predicted(bounds, sequence_length=length, across_documents=self._across)
-            self.tokens += int(predicted_BS.sum())
+            tokens = int(predicted_BS.sum())
+            self.tokens += tokens
+            self._predicted += tokens - (
+                int((labels_BS == self._spec.packer.bos)[predicted_BS].sum()) if in_front else 0
+            )
             self.text_bytes += int(self._piece_bytes[labels_BS][predicted_BS].sum())
             self.padding += sum(length + 1 - int(row[-1]) for row in bounds)
             yield from batch

@@ -21,7 +21,7 @@ from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks,
 from megadistill.data.prepare.tokenize_report import SplitReport, TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import encode_all
-from megadistill.data.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, SourceRecord
+from megadistill.data.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
@@ -42,6 +42,7 @@ def tokenize(
     heldout_fraction: float,
     progress: ShowProgress,
     packer: PackerName = CHUNK,
+    insert_bos: bool = True,
     text_field: str = "text",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -55,7 +56,8 @@ def tokenize(
     documents is held out; with 0 there is no such split.
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
-    `vocab_size` pieces is trained on the training documents. `shard_mb` is the text of a shard in 10^6 bytes.
+    `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts a BOS before a text,
+    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes.
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
     that calls this must keep its own acts under `if __name__ == "__main__"`.
 
@@ -77,13 +79,14 @@ def tokenize(
         sequence_length=sequence_length,
         packer=packer,
         shard_mb=shard_mb,
+        **({} if given is None or given.bos is None else {"insert_bos": insert_bos}),
     )
     if not is_incomplete(output) and record.is_finished(output, files.splits):
         return _already_there(output, files.splits, record, seconds=time.perf_counter() - began)
     with disk_faults(output), locked_output(output, files.splits):
         model = given or _train(files, folder, vocab_size or 0, progress)
         model.write(folder)
-        spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length)
+        spec = EncodingSpec.of(model, packer=packer, sequence_length=sequence_length, insert_bos=insert_bos)
         corpus = files.corpus()
         shards, reused = _encode(
             corpus,
@@ -94,7 +97,10 @@ def tokenize(
             processes=processes or len(os.sched_getaffinity(0)),
             show=progress,
         )
-        splits = {split: _split_report(split, shards[split], model, spec, files.record()) for split in files.splits}
+        written = tokenizer_record(model, f"../{TOKENIZER_FOLDER}", folder)
+        splits = {
+            split: _split_report(split, shards[split], model, written, spec, files.record()) for split in files.splits
+        }
         manifests = [report.manifest for report in splits.values()]
         record.write(output)
         for manifest in manifests:  # last, when nothing can fail any more
@@ -268,7 +274,12 @@ def _encode(
 
 
 def _split_report(
-    split: str, results: Sequence[EncodedShard], model: Tokenizer, spec: EncodingSpec, source: SourceRecord
+    split: str,
+    results: Sequence[EncodedShard],
+    model: Tokenizer,
+    tokenizer: TokenizerRecord,
+    spec: EncodingSpec,
+    source: SourceRecord,
 ) -> SplitReport:
     documents = sum(result.documents for result in results)
     files = tuple(result.shard for result in results if result.shard is not None)
@@ -283,8 +294,9 @@ def _split_report(
         sequence_length=spec.sequence_length,
         dtype=spec.dtype,
         vocab_size=model.vocab_size,
+        largest_id=max(result.largest_id for result in results),
         sample_format=SAMPLE_FORMAT,
-        tokenizer=tokenizer_record(model, f"../{TOKENIZER_FOLDER}"),
+        tokenizer=tokenizer,
         packer=spec.packer,
         documents=documents,
         tokens=sum(result.tokens for result in results),

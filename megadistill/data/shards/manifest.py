@@ -75,6 +75,9 @@ class TokenizerRecord(_Record):
     """tokenizer.model or tokenizer.json, relative to the folder of the split."""
     sha256: Sha256
     """Hash of tokenizer.model, or of the canonical JSON of tokenizer.json (see `tokenizers`)."""
+    files: dict[NearbyPath, Sha256] = Field(default_factory=dict, exclude_if=lambda files: not files)
+    """Hash of the bytes of every file of the tokenizer, by its path in the folder of `file`; not written where there is
+    none: manifests of earlier releases have no such record."""
 
 
 class PackerRecord(_Record):
@@ -83,9 +86,18 @@ class PackerRecord(_Record):
     name: Literal["chunk", "bestfit", "external", "generated"]
     version: Annotated[int, Field(ge=1)]
     bos: TokenId | None
-    """The id that stands before each document; None where there is none."""
+    """The id that the tokenizer puts before each document; None where it puts none, or it is not known."""
     eos: TokenId | None
     """The id that stands after each document."""
+    sequence_bos: bool = Field(default=False, exclude_if=lambda holds: not holds)
+    """Whether every sequence begins with `bos`; chunked sequences then share no token. Not written where it is false:
+    manifests of earlier releases have no such record."""
+
+    @model_validator(mode="after")
+    def _has_bos(self) -> "PackerRecord":
+        if self.sequence_bos and self.bos is None:
+            raise ValueError("sequence_bos is true, and bos is not recorded")
+        return self
 
     @property
     def across_documents(self) -> bool:
@@ -136,7 +148,9 @@ class Manifest(HashedRecord):
     dtype: TokenDtype
     """dtype of the tokens in the shards."""
     vocab_size: Annotated[int, Field(ge=2, le=1 << 24)]
-    """Number of ids, without padding."""
+    """Number of ids of the tokenizer, without padding."""
+    largest_id: TokenId | None = Field(default=None, exclude_if=lambda id: id is None)
+    """The largest id in the shards; None, and not written, where it is not recorded: in manifests of earlier releases."""
     sample_format: SampleFormat
     tokenizer: TokenizerRecord
     packer: PackerRecord
@@ -153,6 +167,8 @@ class Manifest(HashedRecord):
     def _agrees_with_itself(self) -> "Manifest":
         if self.packer.name != "external" and self.dtype != token_dtype(self.vocab_size):
             raise ValueError(f"dtype {self.dtype} does not go with vocab_size {self.vocab_size}")
+        if self.largest_id is not None and self.largest_id >= self.vocab_size:
+            raise ValueError(f"largest_id is {self.largest_id}, but vocab_size {self.vocab_size}")
         most = self.sequences * self.sequence_length
         if self.tokens > most:
             raise ValueError(

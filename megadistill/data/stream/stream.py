@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megadistill.data.shards.insert_bos import insert_bos
 from megadistill.data.shards.labels import document_starts, mask_labels, predicted, shift
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
@@ -87,6 +88,7 @@ class TokenStream:
             skips=_before(self._skips, self.start.next_slot),
         )
         self._document_mask = document_mask
+        self._bos = self._mixture.bos if self._mixture.insert_bos else None
         self._on_fault = on_corrupt_sample
         self._max_masked = max_masked_per_million
         self._masked_slots = set(self.start.masked_slots)
@@ -195,14 +197,19 @@ class TokenStream:
             here = np.flatnonzero((places_B3[:, 0] == source) & ~masked_B)
             sequences = reader.read(places_B3[here, 1:])
             whole: slice | Positions = slice(None) if len(here) == rows else here
+            packer = self._mixture.sources[self._order.names[source]].packer
+            predicted_elsewhere_B = None
+            if self._bos is not None:
+                sequences, predicted_elsewhere_B = insert_bos(sequences, self._bos, packer)
             tokens_BS[whole], labels_BS[whole] = shift(sequences.tokens)
             starts_BS[whole] = document_starts(sequences.bounds, sequence_length=length)
-            packer = self._mixture.sources[self._order.names[source]].packer
             # Chunked sequences are full, and predicted across documents.
             if packer.name != "chunk" or self._document_mask:
                 across = packer.across_documents and not self._document_mask
                 predicted_BS = predicted(sequences.bounds, sequence_length=length, across_documents=across)
                 labels_BS[whole] = mask_labels(labels_BS[whole], predicted_BS)
+            if predicted_elsewhere_B is not None:
+                labels_BS[here[predicted_elsewhere_B], -1] = IGNORED_LABEL
             for row, fault in sequences.faults.items():
                 slot, shard = int(slots_B[here[row]]), int(places_B3[here[row], 1])
                 where = f"source {self._order.names[source]}, " if len(self._readers) > 1 else ""

@@ -57,6 +57,8 @@ def write_split(
     packer: Literal["chunk", "bestfit", "external"] = "chunk",
     tokenizer_sha256: str = "0" * 64,
     text_bytes: int | None = 1000,
+    bos: int | None = None,
+    sequence_bos: bool = False,
 ) -> Manifest:
     """The manifest of `sequences`, as it is loaded from `folder`, where the tokenizer's file is a made-up one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,7 @@ def write_split(
         vocab_size=vocab,
         sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256=tokenizer_sha256),
-        packer=PackerRecord(name=packer, version=1, bos=None, eos=2),
+        packer=PackerRecord(name=packer, version=1, bos=bos, eos=2, sequence_bos=sequence_bos),
         documents=len(sequences),
         tokens=tokens,
         text_bytes=text_bytes,
