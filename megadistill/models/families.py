@@ -23,9 +23,17 @@ from transformers import (
 )
 
 from megadistill.config.paths import not_model
-from megadistill.errors import UserError, nearest
+from megadistill.errors import UserError
 from megadistill.io import read_given_json
+from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.experts import ExpertNames
+from megadistill.models.model_keys import (
+    read_keys,
+    refuse_partial_rope,
+    refuse_unknown,
+    refuse_unsupported,
+    unsupported_type,
+)
 from megadistill.types import LogitTransform
 
 ModelConfig: TypeAlias = PretrainedConfig
@@ -41,24 +49,27 @@ class Family:
     norm_init: float = 1.0
     """Initial weight of a norm, with which it only normalises: Gemma's norms add 1 to theirs."""
     more_keys: tuple[str, ...] = ()
-    """Keys of its configs that transformers reads, but does not declare."""
+    """Keys of its configs that transformers or this package reads, and the class does not declare."""
     experts: ExpertNames | None = None
-    """Names of a mixture's experts. A student's router learns from the loss alone: the auxiliary losses that
-    balance the experts' load (`router_aux_loss_coef`) are not used."""
+    """Names of a mixture's experts."""
 
 
 FAMILIES = {
-    "exaone4": Family(more_keys=("head_dim",)),
+    "exaone4": Family(),
     "gemma2": Family(attention="eager", norm_init=0.0),
     "gemma3_text": Family(norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
     "llama": Family(),
     "mistral": Family(),
-    "mixtral": Family(experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")),
-    "olmo2": Family(more_keys=("head_dim",)),
+    "mixtral": Family(
+        more_keys=("router_z_loss_coef",),
+        experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    ),
+    "olmo2": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
     "qwen3_moe": Family(
-        more_keys=("head_dim",), experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+        more_keys=("router_z_loss_coef",),
+        experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     ),
 }
 """The `model_type`s that are supported: causal decoders whose layers hand on nothing but hidden states."""
@@ -66,8 +77,8 @@ FAMILIES = {
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-_LEGACY_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
-"""Keys of published configs that transformers still reads, and translates."""
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights that a config may name."""
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -76,7 +87,8 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     """The config of a supported family: from an inline mapping with `model_type`, or from a folder's config.json.
 
     `what` names the source in messages (`student.model`). Keys that the family does not have are refused in a mapping,
-    where they are typing mistakes that transformers would keep in silence; published folders are full of them.
+    where they are typing mistakes that transformers would keep in silence; published folders are full of them, and
+    there they are dropped.
 
     Raises:
         UserError: another family, an unknown key, sizes that do not fit together, quantised weights.
@@ -89,19 +101,26 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     else:
         keys = copy.deepcopy(dict(source))
     model_type = keys.get("model_type")
-    if model_type not in FAMILIES:
-        hint = nearest(str(model_type), FAMILIES)
-        raise UserError(f"{what}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}{hint}")
-    if keys.get("quantization_config") is not None:
-        raise UserError(f"{what}: quantised weights are not supported; name a folder with bfloat16 or float32 weights")
-    if keys.get("per_layer_config"):
-        raise UserError(f"{what}: per_layer_config is not supported; all layers must have the same sizes")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unsupported_type(keys, FAMILIES, what)
+    refuse_unsupported(keys, what)
+    config_class = CONFIG_MAPPING[model_type]
+    known = read_keys(config_class, FAMILIES[model_type].more_keys)
     if not isinstance(source, Path):
-        _refuse_unknown_keys(keys, what)
-    keys.pop("auto_map", None)  # names code that comes with the checkpoint
+        refuse_unknown(keys, known, what)
+    keys = {key: value for key, value in keys.items() if key in known}
+    refuse_extreme_numbers(keys, what)
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(keys)
+        config = config_class.from_dict(keys)
         _refuse_inconsistent_sizes(config, what)
+        if isinstance(config.pad_token_id, int) and not 0 <= config.pad_token_id < config.vocab_size:
+            config.pad_token_id = None  # of a tokenizer with more ids than the model has rows
+        refuse_partial_rope(config, what)
+        if not _names_head_dim(keys) and config.hidden_size % config.num_attention_heads:
+            raise UserError(
+                f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+                f"{config.num_attention_heads}, and there is no head_dim"
+            )
         # Activation and rope names are looked up when a layer is built, and nowhere before.
         build_decoder(config, layers=range(1))
     except UserError:
@@ -112,33 +131,30 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     return config
 
 
-def _refuse_unknown_keys(keys: Mapping[str, Any], what: str) -> None:
-    config_class = CONFIG_MAPPING[keys["model_type"]]
-    more = FAMILIES[keys["model_type"]].more_keys
-    known = {"model_type", *_LEGACY_KEYS, *more, *(field.name for field in fields(config_class))}
-    for key in keys:
-        if key not in known:
-            raise UserError(f"{what}: a {keys['model_type']} model has no {key!r}{nearest(str(key), sorted(known))}")
-
-
 def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.hidden_size % heads:
-        raise UserError(f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
     if kv_heads < 1 or heads % kv_heads:
         raise UserError(f"{what}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if (given := getattr(config, "head_dim", None)) is not None and given < 1:
+        raise UserError(f"{what}: head_dim is {given}, it must be at least 2")
     if head_dim(config) % 2:
         raise UserError(f"{what}: a head is {head_dim(config)} wide, and rotary embeddings turn pairs: make it even")
     kinds = getattr(config, "layer_types", None) or []
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have full and sliding attention")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{what}: use_bidirectional_attention is set; a language model must not see the next token")
+    if config.dtype is not None and config.dtype not in PRECISIONS:
+        raise UserError(f"{what}: dtype is {config.dtype}; weights may be float16, bfloat16, float32 or float64")
     if family(config).experts is not None:
         _refuse_inconsistent_experts(config, what)
+
+
+def _names_head_dim(keys: Mapping[str, Any]) -> bool:
+    """Whether a config says how wide a head is, itself or by its family's default; else the width is divided."""
+    defaults = {field.name: field.default for field in fields(CONFIG_MAPPING[keys["model_type"]])}
+    return keys.get("head_dim") is not None or isinstance(defaults.get("head_dim"), int)
 
 
 def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
@@ -205,6 +221,15 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family(config).attention)
 
 
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model with its head on meta, built from its class, as `build_decoder` says."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = family(config).attention
+    config.pad_token_id = None
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
 def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
     """The model without its head, with these layers alone, on meta.
 
@@ -213,6 +238,7 @@ def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel
     """
     config = copy.deepcopy(config)
     config.use_cache = False
+    config.pad_token_id = None  # without a row it is a traceback; with one it changes only its row's gradient
     config._attn_implementation = family(config).attention
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers.start : layers.stop]
@@ -222,6 +248,12 @@ def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel
     config.num_hidden_layers = len(layers)
     with torch.device("meta"):
         return MODEL_MAPPING[type(config)](config)
+
+
+def expert_layers(config: PretrainedConfig) -> list[int]:
+    """Numbers of the layers with experts; none for a dense model."""
+    layers = range(config.num_hidden_layers if family(config).experts is not None else 0)
+    return [layer for layer in layers if not hasattr(config, "mlp_only_layers") or _has_experts(config, layer)]
 
 
 def _has_experts(config: PretrainedConfig, layer: int) -> bool:
@@ -254,10 +286,5 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
 
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Name -> shape of each parameter of transformers' model, the head's included; a tied head has none of its own.
-
-    Built from its class, as `build_decoder` says.
-    """
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    """Name -> shape of each parameter of transformers' model, the head's included; a tied head has none of its own."""
+    return {name: parameter.shape for name, parameter in build_on_meta(config).named_parameters()}

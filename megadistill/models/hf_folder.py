@@ -5,7 +5,6 @@ so a rank never opens the files of other stages. Tensors are views of the file, 
 this process's memory until the last view is freed, so copy the tensors that you keep and drop the views.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ from torch import Tensor
 
 from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError, nearest
+from megadistill.io import open_regular, read_json
+from megadistill.redaction import printable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+"""An index has a line of 100 bytes for each tensor, of which large mixtures of experts have 100,000."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,9 +36,16 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._headers: dict[str, Any] = {}
+        self._refuse_adapter()
+        single = (folder / SINGLE_FILE).is_file()
         if (folder / INDEX_FILE).is_file():
             self._files = self._read_index()
-        elif (folder / SINGLE_FILE).is_file():
+            if single and set(self._files.values()) != {SINGLE_FILE}:
+                raise UserError(
+                    f"{folder} has both {SINGLE_FILE} and the {INDEX_FILE} of other files, and some programs read the "
+                    "one, some the other: move away those that are not the model"
+                )
+        elif single:
             self._files = dict.fromkeys(self._header(SINGLE_FILE).keys(), SINGLE_FILE)
         elif any(folder.glob("pytorch_model*.bin")):
             raise UserError(
@@ -43,14 +53,19 @@ class SafetensorsFolder:
                 "them once, with transformers' from_pretrained and save_pretrained, where you trust them"
             )
         else:
+            others = sorted(path.name for path in folder.glob("*.safetensors"))
+            renamed = f" (but {printable(', '.join(others[:3]))}: rename it, if it is the model)" if others else ""
             raise UserError(
                 wrong_path(folder, "model")
-                or f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; name a Hugging Face model folder"
+                or f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{renamed}; name a Hugging Face model folder"
             )
 
     @property
     def names(self) -> list[str]:
         return sorted(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
     def shape(self, name: str) -> torch.Size:
         return torch.Size(self._slice(name).get_shape())
@@ -81,10 +96,43 @@ class SafetensorsFolder:
         stored = self._opened(self._files[name]).get_slice(name)
         return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
 
+    def missing(self, name: str) -> UserError:
+        """The error for a tensor that the folder does not have."""
+        return UserError(f"{self.folder} has no tensor {name!r}{printable(nearest(name, self._files))}")
+
+    def check_files(self) -> None:
+        """Checks that every file is there and whole, and that the index says where each tensor is, and of all.
+
+        A tensor in another file too, or in none of the index, is read by programs that do not ask the index.
+
+        Raises:
+            UserError: naming the first that is not where the index says.
+        """
+        for file in sorted(set(self._files.values())):
+            held = set(self._header(file).keys())
+            promised = {name for name, place in self._files.items() if place == file}
+            if missing := sorted(promised - held):
+                self._slice(missing[0])
+            for name in sorted(held - promised):
+                place = f"places in {self._files[name]}" if name in self._files else "does not have"
+                raise UserError(
+                    f"{self.folder / file} holds {printable(name)!r}, which {INDEX_FILE} {place}: the folder mixes two "
+                    "models; download or write it again, into an empty folder"
+                )
+
+    def _refuse_adapter(self) -> None:
+        """transformers adds an adapter beside a model to it where peft is installed, and ignores it elsewhere."""
+        if (self.folder / "adapter_config.json").exists():
+            raise UserError(
+                wrong_path(self.folder, "model")
+                or f"{self.folder} holds an adapter (adapter_config.json) beside a model: merge it (peft: "
+                "merge_and_unload, save_pretrained), or move it out of the folder"
+            )
+
     def _slice(self, name: str) -> Any:
         file = self._files.get(name)
         if file is None:
-            raise UserError(f"{self.folder} has no tensor {name!r}{nearest(name, self._files)}")
+            raise self.missing(name)
         try:
             return self._header(file).get_slice(name)
         except SafetensorError as error:
@@ -102,6 +150,7 @@ class SafetensorsFolder:
         """The file, mapped. safetensors reads its header, and checks the tensors' offsets against the file's size."""
         path = self.folder / file
         try:
+            open_regular(path).close()  # safetensors would wait for the writer of a pipe
             return safe_open(path, framework="pt", device="cpu")
         except FileNotFoundError:
             raise UserError(f"{path} does not exist, but {INDEX_FILE} names it: the download is not complete") from None
@@ -111,7 +160,7 @@ class SafetensorsFolder:
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX_FILE
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = read_json(path, max_bytes=MAX_INDEX_BYTES)["weight_map"]
             assert all(isinstance(file, str) for file in files.values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"{path} is not a safetensors index: {type(error).__name__}: {error}") from None

@@ -1,17 +1,40 @@
-"""Parameters of a model from a folder of safetensors, one by one or all, and checks of the folder."""
+"""Parameters of a model from a folder of safetensors, one by one or all, and checks of the folder.
 
+The one reading of a model's folder: a teacher's stages, the start of a student, and the whole models of `evaluate`,
+`sample`, `generate` and `prune` come from here. What transformers or another program could read as another model is
+refused by `check_weights`, which every verb calls before anything costs.
+"""
+
+import functools
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
-from torch import Size, Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from torch import Size, Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
 from megadistill.models.experts import stored_tensors
-from megadistill.models.families import family, load_config, parameter_shapes
+from megadistill.models.families import (
+    EMBEDDING,
+    HEAD,
+    build_on_meta,
+    family,
+    load_config,
+    parameter_shapes,
+    rebuild_buffers,
+)
 from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.redaction import printable
+
+_RECOMPUTED: Final = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Buffers that older releases of transformers stored, and that are computed from the config."""
+
+_COMPARED_ROWS: Final = 4096
+"""Rows of two matrices that are in memory while they are compared."""
 
 
 def read_parameter(
@@ -48,17 +71,78 @@ def stored_shapes(config: PretrainedConfig) -> dict[str, Size]:
 
 
 def check_weights(folder: Path, config: PretrainedConfig) -> None:
-    """Checks that the folder has every tensor of the model, in its shape and as a float, in complete files.
+    """Checks that the folder has the tensors of the model and no others, in their shapes, as floats, in whole files.
 
-    Only headers are read: cheap enough for every rank, before any of them allocates a model.
+    Only headers are read: cheap enough for every rank, before any of them allocates a model. Of a tied model whose
+    folder has a head nevertheless, that head and the embedding are read: they must be equal.
 
     Raises:
         UserError: naming the first that is not.
     """
     weights = SafetensorsFolder(folder)
-    for name, shape in stored_shapes(config).items():
+    expected = stored_shapes(config)
+    for name, shape in expected.items():
+        if name not in weights:
+            raise _missing(weights, name)
         _check_shape(weights, name, shape)
         weights.dtype(name)
+    extra = [name for name in weights.names if name not in expected and not _RECOMPUTED.search(name)]
+    if HEAD in extra and config.tie_word_embeddings:
+        _check_tied_head(weights)
+        extra.remove(HEAD)
+    if extra:
+        raise _unexpected(weights, extra, config)
+    weights.check_files()
+
+
+def _missing(weights: SafetensorsFolder, name: str) -> UserError:
+    if name == HEAD and EMBEDDING in weights:
+        return UserError(
+            f"{weights.folder} has no {HEAD}, and its config.json does not say that the embedding is the head as well: "
+            "if it is, write tie_word_embeddings: true there; else the download is not complete"
+        )
+    other = [each for each in weights.names if each.endswith(f".{name}") or name.endswith(f".{each}")]
+    if other:
+        return UserError(
+            f"{weights.folder} has {printable(other[0])!r} where a causal model has {name!r}: it was saved as part of "
+            f"another model, or without its head; {_rewritten(weights.folder)}"
+        )
+    return weights.missing(name)
+
+
+def _unexpected(weights: SafetensorsFolder, extra: Sequence[str], config: PretrainedConfig) -> UserError:
+    names = printable(", ".join(extra[:3])) + (f" and {len(extra) - 3:,} more" if len(extra) > 3 else "")
+    return UserError(
+        f"{weights.folder} has tensors that a {config.model_type} model of its config.json does not have: {names}. If "
+        "config.json was edited or is another model's, take the one that came with these weights; if the tensors are "
+        f"not needed, {_rewritten(weights.folder)}"
+    )
+
+
+def _rewritten(folder: Path) -> str:
+    """How transformers writes a folder again with the tensors that it reads."""
+    source, target = shlex.quote(printable(str(folder))), shlex.quote(printable(f"{folder}-rewritten"))
+    script = (
+        "import sys, transformers as t; "
+        "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto').save_pretrained(sys.argv[2])"
+    )
+    return f"write the folder again, where you trust it: `python -c {shlex.quote(script)} {source} {target}`"
+
+
+def _check_tied_head(weights: SafetensorsFolder) -> None:
+    """A head of its own is no other model where it equals the embedding; transformers would not tie it where not."""
+    rows = weights.shape(EMBEDDING)[0]
+    equal = weights.shape(HEAD) == weights.shape(EMBEDDING)
+    weights.dtype(HEAD)
+    for start in range(0, rows if equal else 0, _COMPARED_ROWS):
+        ranges = [(start, min(start + _COMPARED_ROWS, rows))]
+        head, embedding = (weights.rows(name, ranges).double() for name in (HEAD, EMBEDDING))
+        equal = equal and torch.equal(head, embedding)
+    if not equal:
+        raise UserError(
+            f"{weights.folder}: its config.json says tie_word_embeddings: true, but {HEAD} is there too and differs "
+            f"from {EMBEDDING}: write tie_word_embeddings: false there if the head was trained, else remove {HEAD}"
+        )
 
 
 def _check_shape(weights: SafetensorsFolder, name: str, expected: Size) -> None:
@@ -70,16 +154,39 @@ def _check_shape(weights: SafetensorsFolder, name: str, expected: Size) -> None:
         )
 
 
-def load_pretrained(folder: Path, *, what: str, device: torch.device) -> PreTrainedModel:
-    """A whole model from its folder, in its stored precision, for evaluation. Only safetensors are read.
+def load_pretrained(
+    folder: Path, *, what: str, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A whole frozen model from its folder, for evaluation: in `dtype`, or else the type that its config names.
+
+    Without either, in the widest of the stored types. Parameters that stay on the CPU in their stored type are views of
+    the mapped files, as in transformers: the system reads and drops their pages as they are used.
 
     Raises:
         UserError: the folder holds no model of a supported family, or its weights cannot be read.
     """
     config = load_config(folder, what=what)
-    check_weights(folder, config)  # transformers would fill a missing one with random numbers
-    disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation=family(config).attention, use_safetensors=True, local_files_only=True
-    )
-    return model.to(device).eval()
+    check_weights(folder, config)
+    weights = SafetensorsFolder(folder)
+    model = build_on_meta(config)
+    names = [name for name, _ in model.named_parameters()]
+    stored = {name: stored_tensors(name, model.get_parameter(name).shape, family(config).experts) for name in names}
+    if dtype is None:
+        types = (weights.dtype(each.name) for parts in stored.values() for each in parts)
+        dtype = config.dtype or functools.reduce(torch.promote_types, types)
+    config.dtype = model.config.dtype = dtype
+    tensors = weights.tensors([each.name for parts in stored.values() for each in parts])
+    for name, parts in stored.items():
+        if len(parts) == 1:
+            parameter = next(tensors).to(device, dtype)
+        else:
+            parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+            for each in parts:
+                each.view(parameter).copy_(next(tensors))
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(parameter, requires_grad=False))
+    model.tie_weights()
+    rebuild_buffers(model)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"still on meta: {left}"
+    return model.eval()

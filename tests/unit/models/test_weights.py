@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
@@ -145,3 +146,28 @@ def test_a_whole_model_is_transformers_own(case: str, tmp_path: Path) -> None:
     tokens = torch.randint(VOCAB, (2, 20))
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("named", "stored", "expected"),
+    [
+        (None, torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.float32, torch.bfloat16),
+        ("float32", torch.bfloat16, torch.float32),
+        ("float16", torch.float16, torch.float16),
+    ],
+)
+def test_a_whole_model_has_the_type_that_transformers_gives_it(
+    named: str | None, stored: torch.dtype, expected: torch.dtype, tmp_path: Path
+) -> None:
+    saved_model("qwen2", tmp_path)
+    path = tmp_path / SINGLE_FILE
+    save_file({name: tensor.to(stored) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    keys = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "dtype": named}))
+    loaded = load_pretrained(tmp_path, what="test", device=torch.device("cpu"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {theirs.dtype} == {expected}
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight

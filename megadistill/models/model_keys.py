@@ -1,0 +1,111 @@
+"""Keys of a model's config: those that decide its computation are read, all others are dropped.
+
+A config.json comes with weights from anywhere, and transformers keeps each of its keys as an attribute. Some name code
+(`auto_map`, `custom_pipelines`), some a kernel that transformers would fetch from a hub and import
+(`attn_implementation`, `experts_implementation`), some replace methods of its classes (`attribute_map`,
+`base_model_tp_plan`) or ask for gigabytes (`num_labels`). So this is a list of what is read, not of what is not.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from megadistill.errors import UserError, nearest
+from megadistill.redaction import printable
+
+_GENERAL = ("architectures", "dtype", "model_type", "transformers_version")
+"""Fields that every config of transformers has, of those that a causal decoder has a use for."""
+
+_TRANSLATED = (
+    "head_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+)
+"""Keys of published configs that transformers reads without declaring them, or translates."""
+
+_REFUSED: Mapping[str, str] = {
+    "quantization_config": "quantised weights are not supported; name a folder with bfloat16 or float32 weights",
+    "per_layer_config": "per_layer_config is not supported; all layers must have the same sizes",
+    "transformers_weights": (
+        "transformers_weights names another file of weights; rename that file to model.safetensors, and remove the key"
+    ),
+}
+"""Keys that change what transformers computes and that are not supported, with the reason."""
+
+_MAX_WORD = 64
+"""Maximum characters of a foreign word in a message."""
+
+
+def read_keys(config_class: type[PretrainedConfig], more: Collection[str]) -> set[str]:
+    """The keys of a config of this class that are read; `more`: those of the family that the class does not declare."""
+    general = {field.name for field in fields(PretrainedConfig)}
+    own = {field.name for field in fields(config_class)} - general
+    aliases = config_class.attribute_map
+    return own | {*aliases, *aliases.values(), *_GENERAL, *_TRANSLATED, *more}
+
+
+def refuse_unsupported(keys: Mapping[str, Any], what: str) -> None:
+    """Refuses a config with a key that changes the model in a way that is not supported.
+
+    Raises:
+        UserError: naming it; `what` is the config.
+    """
+    for key, reason in _REFUSED.items():
+        if keys.get(key) not in (None, {}) or (key == "quantization_config" and keys.get(key) is not None):
+            raise UserError(f"{what}: {reason}")
+    if keys.get("is_causal") is False or keys.get("use_bidirectional_attention"):
+        name = "is_causal is false" if keys.get("is_causal") is False else "use_bidirectional_attention is set"
+        raise UserError(f"{what}: {name}; a language model must not see the next token")
+
+
+def refuse_partial_rope(config: PretrainedConfig, what: str) -> None:
+    """Refuses rotary embeddings of a part of each head: no supported family has them, and some ignore the factor.
+
+    Raises:
+        UserError: a factor other than 1.
+    """
+    rope = config.rope_parameters or {}
+    for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+        factor = parameters.get("partial_rotary_factor")
+        if factor not in (None, 1):
+            raise UserError(
+                f"{what}: partial_rotary_factor is {factor!r}; a {config.model_type} model turns whole heads"
+            )
+
+
+def refuse_unknown(keys: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Refuses a mapping with a key that is not read: a typing mistake, which transformers would keep in silence.
+
+    Raises:
+        UserError: naming the first.
+    """
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{what}: a {keys['model_type']} model has no {key!r}{nearest(str(key), sorted(known))}")
+
+
+def unsupported_type(keys: Mapping[str, Any], supported: Collection[str], what: str) -> UserError:
+    """The error for a config of another architecture: what is supported, and the way to it where there is one.
+
+    A name that is close to a supported one is a typing mistake only where transformers has no such architecture.
+    """
+    model_type = keys.get("model_type")
+    quoted = repr(printable(model_type[:_MAX_WORD])) if isinstance(model_type, str) else type(model_type).__name__
+    if model_type is None:
+        quoted = "None"
+    message = f"{what}: model_type is {quoted}; supported are {', '.join(supported)}"
+    text = keys.get("text_config")
+    inner = text.get("model_type") if isinstance(text, dict) else None
+    if isinstance(inner, str) and inner in supported:
+        message += (
+            f". Its language model is a {inner} model, which can be taken out: 'The text half of a multimodal model' "
+            "in docs/teacher.md has the commands"
+        )
+    elif isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        message += nearest(model_type[:_MAX_WORD], supported)
+    return UserError(message)
