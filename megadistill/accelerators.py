@@ -1,18 +1,19 @@
 """Kinds of GPU with their peaks, memory and bandwidths, from a data file."""
 
+import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
 
 from megadistill.errors import UserError, nearest
+from megadistill.io import read_file, reason_of
 
 GB, TFLOP = 1e9, 1e12
+MAX_FILE_BYTES = 1 << 20
 
 
 class Accelerator(BaseModel):
@@ -63,7 +64,7 @@ class Accelerator(BaseModel):
 def accelerators() -> dict[str, Accelerator]:
     """The kinds that come with the package, by the name that `--gpu` takes."""
     with files("megadistill").joinpath("accelerators.yaml").open(encoding="utf-8") as file:
-        return _validated(OmegaConf.to_container(OmegaConf.load(file)), "accelerators.yaml")
+        return _validated(yaml.safe_load(file), "accelerators.yaml")
 
 
 def accelerator(kind: str) -> Accelerator:
@@ -93,11 +94,23 @@ def accelerator_of(device: str) -> Accelerator | None:
 
 def _read(path: Path) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
+        return yaml.load(read_file(path, max_bytes=MAX_FILE_BYTES).decode("utf-8-sig"), Loader=_WithoutAliases)
     except FileNotFoundError:
         raise UserError(f"--gpu {path}: no such file (paths are relative to {Path.cwd()})") from None
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--gpu {path}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"--gpu {path}: cannot be read as YAML: nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = reason_of(error) if isinstance(error, OSError | ValueError) else str(error).splitlines()[0]
+        raise UserError(f"--gpu {path}: cannot be read as YAML: {text}") from None
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """A loader that refuses aliases, with which a short file may name a value without an end."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name): write the value itself")
+        return super().compose_node(parent, index)
 
 
 def _validated(values: Any, source: str) -> dict[str, Accelerator]:
@@ -112,5 +125,6 @@ def _validated(values: Any, source: str) -> dict[str, Accelerator]:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join([str(kind), *map(str, first["loc"])])
-            raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {first['input']!r}") from None
+            found = reprlib.repr(first["input"])
+            raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {found}") from None
     return kinds

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from megadistill.config.interpolation import refuse_expansion
 from megadistill.config.mistakes import KeyPath, find_mistakes, flattened
 from megadistill.config.recipe import Recipe
 from megadistill.config.yaml_file import first_line, read_yaml
@@ -52,6 +53,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             key, value = _parsed(override)
             merged.merge_with(value)
             _refuse_resolvers(OmegaConf.to_container(merged, resolve=False), path)
+            refuse_expansion(OmegaConf.to_container(merged, resolve=False), f"--set {printable(override)}")
         except UserError:
             raise
         except YAMLError:
@@ -211,6 +213,7 @@ def _read_with_parents(
     if path.suffix == ".json" and {"recipe", "versions"} <= set(loaded):
         raise UserError(f"{path} is the record of a run, not a recipe: name the YAML file that it was started with")
     _refuse_resolvers(OmegaConf.to_container(loaded, resolve=False), path)
+    refuse_expansion(OmegaConf.to_container(loaded, resolve=False), str(path))
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
     parent = loaded.pop("extends", None)
     if parent is None:
@@ -220,6 +223,7 @@ def _read_with_parents(
     base, places_of_base, mistakes_of_base = _read_with_parents(path.parent / parent, (*seen, resolved))
     merged = OmegaConf.merge(base, loaded)
     assert isinstance(merged, DictConfig)
+    refuse_expansion(OmegaConf.to_container(merged, resolve=False), str(path))
     return merged, places_of_base | places, mistakes_of_base + mistakes
 
 

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megadistill.config.mistakes import KeyPath
 from megadistill.errors import UserError
+from megadistill.io import read_file, reason_of
 from megadistill.redaction import printable
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -32,15 +33,15 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[tuple[str, str]]]:
         FileNotFoundError, IsADirectoryError: there is no file.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) > MAX_RECIPE_BYTES:
-            raise UserError(f"{path}: more than {MAX_RECIPE_BYTES:,} bytes are no recipe")
-        text = content.decode()
+        text = read_file(path, max_bytes=MAX_RECIPE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as YAML: byte {error.start} is not UTF-8") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read as YAML: {error.strerror or error}") from None
+    except ValueError:
+        raise UserError(f"{path}: more than {MAX_RECIPE_BYTES:,} bytes are no recipe") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{printable(str(path))}: cannot be read as YAML: {reason_of(error)}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:

@@ -10,6 +10,7 @@ from megadistill.data import Manifest, TokenStream
 from megadistill.data.shards.packing import Ids
 from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import UserError
+from megadistill.io import read_file, reason_of
 from megadistill.types import IGNORED_LABEL
 
 MAX_PROMPT_BYTES = 1 << 20
@@ -70,16 +71,13 @@ def held_out_prompts(
 
 def _text_of(file: Path) -> str:
     try:
-        with open(file, "rb") as opened:
-            content = opened.read(MAX_PROMPT_BYTES + 1)
+        return read_file(file, max_bytes=MAX_PROMPT_BYTES).decode()
     except OSError as error:
-        raise UserError(f"--prompt-file {file} cannot be read ({error.strerror}): give a text file") from None
-    if len(content) > MAX_PROMPT_BYTES:
-        raise UserError(f"--prompt-file {file} is longer than {MAX_PROMPT_BYTES:,} bytes: give its end alone")
-    try:
-        return content.decode()
+        raise UserError(f"--prompt-file {file} cannot be read ({reason_of(error)}): give a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file {file} is not UTF-8 text: give a text file") from None
+    except ValueError:
+        raise UserError(f"--prompt-file {file} is longer than {MAX_PROMPT_BYTES:,} bytes: give its end alone") from None
 
 
 def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from megadistill.config.paths import not_model
 from megadistill.errors import UserError
+from megadistill.io import read_file, reason_of
 from megadistill.models.hf_folder import SafetensorsFolder
 
 SAMPLED_ROWS: Final = 4
@@ -25,11 +26,11 @@ def teacher_fingerprint(folder: Path) -> str:
         UserError: the folder holds no config.json, or no weights that can be read.
     """
     try:
-        digest = hashlib.sha256((folder / "config.json").read_bytes())
-    except OSError as error:
+        digest = hashlib.sha256(read_file(folder / "config.json"))
+    except (OSError, ValueError) as error:
         if not (folder / "config.json").is_file():
             raise UserError(not_model(folder, str(folder))) from None
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
+        raise UserError(f"{folder / 'config.json'} cannot be read: {reason_of(error)}") from None
     weights = SafetensorsFolder(folder)
     for name in weights.names:
         shape = list(weights.shape(name))

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from megadistill.errors import UserError
+from megadistill.io import open_regular
 from megadistill.models.families import FAMILIES
-from megadistill.models.hf_export import export_model
+from megadistill.models.hf_export import SPECIAL_IDS, ExportedTokenizer, export_model
 
 READERS = ("gguf", "accelerate")
 """Packages with which transformers reads a GGUF file."""
@@ -35,7 +36,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     del config.quantization_config  # the weights are plain floats now
     tensors = [(name, tensor.shape, lambda tensor=tensor: tensor.detach()) for name, tensor in model.named_parameters()]
     with TemporaryDirectory() as beside:
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(beside)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.save_pretrained(beside)
+        generation = {name: _row(getattr(tokenizer, name), config.vocab_size) for name in SPECIAL_IDS}
         export_model(
             folder,
             config=config,
@@ -43,14 +46,19 @@ def convert_gguf(file: Path, folder: Path) -> None:
             dtype=torch.float32,
             true_vocab=config.vocab_size,
             max_shard_bytes=MAX_SHARD_BYTES,
-            tokenizer_folder=Path(beside),
+            tokenizer=ExportedTokenizer({path.name: path for path in Path(beside).iterdir()}, generation),
         )
+
+
+def _row(id: int | None, rows: int) -> int | None:
+    """The id, where a model of so many `rows` has one for it."""
+    return id if id is not None and id < rows else None
 
 
 def _read(file: Path) -> PreTrainedModel:
     if not file.is_file():
         raise UserError(f"{file} does not exist; name a GGUF file")
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         magic = opened.read(4)
     if magic != b"GGUF":
         raise UserError(f"{file} is not a GGUF file: it does not begin with GGUF")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadistill.errors import UserError
-from megadistill.io import write_file
+from megadistill.io import read_file, reason_of, write_file
 from megadistill.timeline.spans import Lane, MessageId, Name, Number, Seconds, Span, Step, Timeline, first_unnested
 from megadistill.units import short
 
@@ -94,10 +94,7 @@ def read_timeline(folder: Path) -> Timeline:
 
 def _read(path: Path, rank: int) -> RankFile:
     try:
-        size = path.stat().st_size
-        if size > MAX_RANK_BYTES:
-            raise ValueError(f"{size:,} bytes are more than {MAX_RANK_BYTES:,}")
-        file = RankFile.model_validate_json(path.read_bytes())
+        file = RankFile.model_validate_json(read_file(path, max_bytes=MAX_RANK_BYTES))
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: rank {rank} has not recorded (yet); wait for the end of the recorded steps, or record "
@@ -110,7 +107,7 @@ def _read(path: Path, rank: int) -> RankFile:
             f"{path} is damaged ({place}: {problem['msg'].lower()}): remove the folder and record again"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove the folder and record again") from None
+        raise UserError(f"{path} cannot be read ({reason_of(error)}): remove the folder and record again") from None
     if file.rank != rank:
         raise UserError(f"{path} is the file of rank {file.rank}: remove the folder and record again")
     return file

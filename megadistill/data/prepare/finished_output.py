@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megadistill.data.shards.manifest import MANIFEST
 from megadistill.errors import UserError
-from megadistill.io import write_file
+from megadistill.io import read_file, write_file
 from megadistill.units import number_of, readable
 
 RECORD_FILE: Final = "tokenize.json"
@@ -62,8 +62,8 @@ class TokenizeRecord(BaseModel):
         """
         manifests = [output / split / MANIFEST for split in splits]
         try:
-            written = TokenizeRecord.model_validate_json((output / RECORD_FILE).read_bytes())
-        except (OSError, ValidationError):
+            written = TokenizeRecord.model_validate_json(read_file(output / RECORD_FILE))
+        except (OSError, ValueError):
             return False
         differing = self._differences(written)
         if differing:

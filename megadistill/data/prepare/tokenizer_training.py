@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from megadistill.data.prepare.corpus import Document
-from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_tokenizer
+from megadistill.data.tokenizers.folder_files import MODEL_FILE
+from megadistill.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from megadistill.errors import UserError
-from megadistill.io import write_file
+from megadistill.io import read_json, write_file
 
 SAMPLE_BYTES: Final = 10_000_000
 """Most bytes of text in a sample: whole documents, and the lines of one more."""
@@ -72,7 +73,7 @@ def trained_tokenizer(sample: TrainingSample, folder: Path, *, vocab_size: int) 
 
 def _earlier(folder: Path, inputs: dict[str, str | int]) -> SentencePieceTokenizer | None:
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = read_json(folder / RECORD)
         tokenizer = SentencePieceTokenizer.load(folder / MODEL_FILE)
     except (OSError, ValueError, UserError):
         return None

@@ -12,7 +12,8 @@ from megadistill.data.storage.base import Folder
 from megadistill.errors import UserError
 from megadistill.io import write_file
 
-MAX_RECORD_BYTES = 1 << 30
+MAX_RECORD_BYTES = 1 << 27
+"""A shard takes 300 bytes of a manifest."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megadistill.data.shards.manifest import Count, Shard
-from megadistill.io import file_sha256, write_file
+from megadistill.io import file_sha256, read_file, write_file
 
 
 def record_path(tar: Path) -> Path:
@@ -35,14 +35,14 @@ class ShardRecord(BaseModel):
     def load(cls, tar: Path, **digests: str) -> Self | None:
         """The record beside `tar`, if it has these digests, and the files on disk are those that it names."""
         try:
-            record = cls.model_validate_json(record_path(tar).read_bytes())
+            record = cls.model_validate_json(read_file(record_path(tar)))
             if any(getattr(record, name) != digest for name, digest in digests.items()):
                 return None
             shard = record.shard
             files = () if shard is None else ((shard.name, shard.sha256), (shard.index, shard.index_sha256))
             is_whole = all(file_sha256(tar.with_name(name)) == sha256 for name, sha256 in files)
             return record if is_whole else None
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             return None
 
     def write(self, tar: Path) -> None:

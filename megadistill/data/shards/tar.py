@@ -23,7 +23,7 @@ from megadistill.data.shards.manifest import INDEX_SUFFIX, SampleFormat, Shard, 
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.storage.local import MappedFile
 from megadistill.errors import UserError
-from megadistill.io import atomic_write, file_sha256
+from megadistill.io import atomic_write, file_sha256, open_regular
 
 SAMPLE_FORMAT: Final = SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
 """The format of the samples that `write_shard` writes."""
@@ -141,7 +141,7 @@ def samples(path: Path) -> Iterator[Sample]:
     Raises:
         UserError: it is not a tar, or it is damaged; one line.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             with tarfile.open(fileobj=_BoundedReader(file), mode="r:") as tar:  # type: ignore[call-overload]
                 yield from _grouped(path, tar)

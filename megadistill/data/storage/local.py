@@ -3,12 +3,11 @@
 import errno
 import mmap
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from megadistill.data.storage.base import Bytes, out_of_range, refuse_larger
+from megadistill.io import open_regular
 
 
 class LocalFolder:
@@ -20,7 +19,7 @@ class LocalFolder:
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
         path = self._path / name
-        with _opened(path) as file:
+        with open_regular(path) as file:
             refuse_larger(str(path), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read(max_bytes)
 
@@ -38,7 +37,7 @@ class MappedFile:
     """A file mapped into memory: reads copy nothing. It must not shrink while it is open."""
 
     def __init__(self, path: Path) -> None:
-        with _opened(path) as file:
+        with open_regular(path) as file:
             self.size = os.fstat(file.fileno()).st_size
             if self.size == 0:
                 raise OSError(errno.EINVAL, "it is empty", str(path))
@@ -50,12 +49,3 @@ class MappedFile:
         if not 0 <= start <= stop <= self.size:
             raise out_of_range(str(self._path), start, length, self.size)
         return self._bytes[start:stop]
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The opened file, which must be regular: a pipe would wait for its writer, and a device has no size."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")

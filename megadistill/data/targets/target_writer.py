@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from megadistill.data.shards.shard_record import record_path, remove_unlisted
@@ -26,7 +26,7 @@ from megadistill.data.targets.target_manifest import (
     split_into_ranges,
 )
 from megadistill.errors import UserError
-from megadistill.io import write_file
+from megadistill.io import read_file, write_file
 from megadistill.types import SparseTargets
 
 SHARD_BYTES: Final = 256 << 20
@@ -143,8 +143,8 @@ def _whole_shards(folder: Path, key: TargetKey) -> list[TargetShard]:
     shards = []
     for path in sorted(folder.glob(f".{SHARDS}.json")):
         try:
-            record = _Record.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+            record = _Record.model_validate_json(read_file(path))
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({type(error).__name__}): delete it; its shard is written again"
             ) from None

@@ -78,6 +78,8 @@ class TokenTable:
     def of_model(cls, model: bytes, name: str) -> "TokenTable":
         """The table of a SentencePiece model with the content `model`. Raises UserError: it is none."""
         try:
+            if not model:
+                raise RuntimeError  # sentencepiece takes an empty file for a model without pieces
             processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError(

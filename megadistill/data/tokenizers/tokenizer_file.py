@@ -1,17 +1,17 @@
 """The files of a tokenizer: a tokenizer.json, a SentencePiece model, or a folder with one of each."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from megadistill.data.tokenizers.huggingface import MAX_FILE_BYTES, TOKENIZER_FILE, canonical_sha256, rewrite_command
-from megadistill.data.tokenizers.sentencepiece import MODEL_FILE
+from megadistill.data.tokenizers.folder_files import MAX_FILE_BYTES, MODEL_FILE, TOKENIZER_FILE
+from megadistill.data.tokenizers.huggingface import canonical_sha256, rewrite_command
 from megadistill.data.tokenizers.token_table import TokenTable
 from megadistill.errors import UserError
+from megadistill.io import parse_json, read_file, reason_of
 from megadistill.redaction import printable
 
 Kind = Literal["sentencepiece", "huggingface"]
@@ -36,13 +36,11 @@ class TokenizerFile:
     def read(cls, kind: Kind, path: Path) -> "TokenizerFile":
         """Raises UserError: it cannot be read."""
         try:
-            with open(path, "rb") as file:
-                content = file.read(MAX_FILE_BYTES + 1)
+            return cls(kind, read_file(path, max_bytes=MAX_FILE_BYTES), str(path))
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from None
-        if len(content) > MAX_FILE_BYTES:
-            raise UserError(f"{path} is larger than {MAX_FILE_BYTES} bytes: this is no tokenizer")
-        return cls(kind, content, str(path))
+            raise UserError(f"{path} cannot be read ({reason_of(error)}): make it readable") from None
+        except ValueError as error:
+            raise UserError(f"{path} is {error}: this is no tokenizer") from None
 
     @cached_property
     def sha256(self) -> str:
@@ -59,8 +57,8 @@ class TokenizerFile:
     def values(self) -> dict[str, Any]:
         """Content of a tokenizer.json. Raises UserError: it is none."""
         try:
-            values = json.loads(self.content)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(self.content)
+        except ValueError as error:
             raise UserError(
                 f"the tokenizer: {self.name} cannot be read as JSON: {error}: give a tokenizer.json"
             ) from None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
-from megadistill.io import file_sha256, sync_folder, write_file
+from megadistill.io import NotRegularError, file_sha256, read_file, read_json, sync_folder, write_file
 from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders
 
 FORMAT = 2
@@ -183,7 +183,7 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
     """
     files = {}
     for name in _rank_files(manifest.world):
-        files[name] = FileRecord.model_validate_json((temporary / f"{name}.json").read_bytes())
+        files[name] = FileRecord.model_validate_json(read_file(temporary / f"{name}.json"))
     values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
     values["sha256"] = _own_sha256(values)
     write_file(temporary / "manifest.json", json.dumps(values, indent=1))
@@ -196,9 +196,7 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
 
 def _read_manifest(path: Path) -> CheckpointManifest:
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise OperatorFault(f"{path}: {path.stat().st_size} bytes is too large for a manifest")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
         if isinstance(values, dict) and values.get("format") != FORMAT:  # before its keys
             raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
         manifest = CheckpointManifest.model_validate(values)
@@ -209,7 +207,7 @@ def _read_manifest(path: Path) -> CheckpointManifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise OperatorFault(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotRegularError, ValueError) as error:
         raise OperatorFault(f"{path} is not a checkpoint manifest ({str(error).splitlines()[0]})") from None
 
 

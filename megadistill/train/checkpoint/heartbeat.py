@@ -16,6 +16,7 @@ from typing import Any
 
 from megadistill.errors import UserError
 from megadistill.events import last_line, read_lines
+from megadistill.io import open_regular
 from megadistill.train.checkpoint.attempt import (
     attempt_path,
     attempt_record,
@@ -110,5 +111,5 @@ def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | Non
 
 def _modified(path: Path) -> float:
     """Modification time of a file, in seconds since 1970. Opens it: a network file system then asks its server."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return os.fstat(file.fileno()).st_mtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from megadistill.errors import OperatorFault
-from megadistill.io import read_json, write_json
+from megadistill.io import NotRegularError, read_json, write_json
 from megadistill.train.checkpoint.format import CheckpointManifest
 
 
@@ -39,7 +39,7 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
         return [Rollback.model_validate(value) for value in read_json(path)]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError) as error:
+    except (IsADirectoryError, NotRegularError, ValueError, TypeError) as error:
         raise OperatorFault(f"{path} is damaged ({str(error).splitlines()[0]}): restore it from a copy") from None
 
 

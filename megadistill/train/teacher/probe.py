@@ -21,7 +21,7 @@ from torch import Tensor
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
-from megadistill.io import write_file
+from megadistill.io import read_file, write_file
 from megadistill.train.resilience.sdc import raise_everywhere
 from megadistill.train.setup.setup import Setup
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
@@ -163,11 +163,10 @@ def _bound(recipe: Recipe) -> float:
 
 
 def _read(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | None:
-    if not path.exists():
+    try:
+        tensors = load(read_file(path, max_bytes=MAX_PROBE_BYTES))
+    except FileNotFoundError:
         return None
-    if path.stat().st_size > MAX_PROBE_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes is no probe")
-    tensors = load(path.read_bytes())
     slot, tokens, hidden, entropy = (tensors[name] for name in ("slot", "tokens", "hidden", "cross_entropy"))
     shapes = [tuple(tensor.shape) for tensor in (slot, tokens, hidden, entropy)]
     if shapes != [(), (K,), (min(K, PROBE_STATES), E), ()]:
