@@ -10,6 +10,7 @@ from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
 from megadistill.data.tokenizers.model_tokenizer import tokenizer_difference
+from megadistill.data.tokenizers.occurring_ids import missing_rows
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.data.tokenizers.tokenizer_file import no_tokenizer_files, tokenizer_files
 
@@ -19,6 +20,7 @@ __all__ = [
     "ShardFault",
     "TokenStream",
     "TokenizeReport",
+    "missing_rows",
     "no_tokenizer_files",
     "tokenize",
     "tokenizer_difference",

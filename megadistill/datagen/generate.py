@@ -7,7 +7,6 @@ depend on the job that writes it. The same call, started again, keeps complete s
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -30,12 +29,12 @@ from megadistill.data.shards.manifest import (
 )
 from megadistill.data.shards.shard_record import remove_unlisted
 from megadistill.data.shards.tar import SAMPLE_FORMAT
+from megadistill.data.tokenizers.data_files import read_files
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.datagen.generated_shards import PACKER, PACKER_VERSION, GeneratedShard, Generator
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
-from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.models.sampling import Sampling
 from megadistill.models.weights import check_weights
 from megadistill.progress import ShowProgress
@@ -43,7 +42,6 @@ from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.units import spell
 
 SHARD_SLOTS: Final = 1024
-MAX_TOKENIZER_BYTES: Final = 256 << 20
 MARKER: Final = ".generate"
 """File in the output until the manifest is written: it tells a folder of `generate` from any other."""
 
@@ -180,10 +178,11 @@ def _finish(generator: Generator, records: list[GeneratedShard], data: Mixture, 
         version=FORMAT_VERSION,
         split=TRAIN,
         sequence_length=prompts.prompt_tokens + prompts.new_tokens - 1,
-        dtype=token_dtype(data.vocab_size),
-        vocab_size=data.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        largest_id=max(record.largest_id for record in records),
         sample_format=SAMPLE_FORMAT,
-        tokenizer=tokenizer_record(tokenizer, f"../{TOKENIZER_FOLDER}"),
+        tokenizer=tokenizer_record(tokenizer, f"../{TOKENIZER_FOLDER}", folder.parent / TOKENIZER_FOLDER),
         packer=PackerRecord(name=PACKER, version=PACKER_VERSION, bos=tokenizer.bos, eos=tokenizer.eos),
         documents=sum(record.documents for record in records),
         tokens=sum(record.tokens for record in records),
@@ -222,9 +221,10 @@ def _check_teacher(teacher: Path, data: Mixture, prompt_tokens: int, new_tokens:
 def _copy_tokenizer(data: Mixture, folder: Path, *, rank: int) -> Tokenizer:
     """The tokenizer of the data, copied to `folder`; jobs that do so at the same time write the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        with suppress(FileNotFoundError):
-            temporary = folder / f".{name}.{rank}.tmp"
-            temporary.write_bytes(data.tokenizer_file(name, max_bytes=MAX_TOKENIZER_BYTES))
-            os.replace(temporary, folder / name)
+    for name, content in read_files(data.first).items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{rank}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     return load_tokenizer(folder / data.tokenizer.file.rpartition("/")[2])

@@ -44,6 +44,8 @@ class GeneratedShard(ShardRecord):
     """Continuations with an end-of-document id."""
     left_out: Count
     """Slots whose prompt is not one stretch of text."""
+    largest_id: Count
+    """0 where there is no shard."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Generator:
             new_tokens=sum(len(tokens) - self.record.prompt_tokens for tokens in written),
             ended=sum(int(tokens[-1] == self.tokenizer.eos) for tokens in written),
             left_out=len(slots) - len(sequences),
+            largest_id=max((int(sequence.tokens.max()) for sequence in sequences), default=0),
         )
         record.write(path)
         return record
@@ -102,7 +105,7 @@ class Generator:
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
                 eos=self.tokenizer.eos,
-                vocab_size=self.tokenizer.vocab_size,
+                vocab_size=min(self.tokenizer.vocab_size, self._model.config.vocab_size),
             )
             for prompt_P, starts_P, new_N in zip(prompts_BP, starts_BP, new_BN, strict=True):
                 yield self._sequence(prompt_P, starts_P, new_N)

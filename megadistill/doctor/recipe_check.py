@@ -27,7 +27,7 @@ from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
-from megadistill.train.setup.preflight import check_start
+from megadistill.train.setup.preflight import check_start, model_rows
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
@@ -50,6 +50,7 @@ def check_recipe(
     own.check("DeepSpeed's file", lambda: _deepspeed(recipe, accumulation))
     data = own.check("data", lambda: _data(recipe))
     if data is not None:
+        data = _for_models(recipe, data)
         content["data"] = data.order(recipe.data.seed).fingerprint[:12]
         own.check("shards", lambda: _shards(recipe, data, launch))
         own.check("vocabulary", lambda: _vocabulary(recipe, data, launch))
@@ -144,6 +145,17 @@ def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, st
     group = vocab_group_size(recipe.distributed.vocab_group, students)
     block_cyclic_ranges(padded, students.world, group, 0)
     return None, f"{data.vocab_size:,} ids padded to {padded:,}, {padded // group:,} a rank; {data.tokenizer.kind}"
+
+
+def _for_models(recipe: Recipe, data: Mixture) -> Mixture:
+    """The data as the models of the recipe read it; as it is where one of them cannot be read, which is checked later."""
+    teacher = None
+    try:
+        if recipe.teacher is not None and recipe.teacher.is_live:
+            teacher = load_config(Path(str(recipe.teacher.path)), what="teacher.path")
+        return data.for_models(*model_rows(recipe, data, _student_config(recipe, None), teacher))
+    except UserError:
+        return data
 
 
 def _student_config(recipe: Recipe, data: Mixture | None) -> Any:

@@ -65,7 +65,7 @@ def evaluate(
     loaded = [load_pretrained(folder, what=str(folder), device=topology.device) for folder in folders]
     accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []
-    vocab_size = splits[0].manifest.vocab_size
+    vocab_size = min(splits[0].manifest.vocab_size, *(model.config.vocab_size for model in loaded))
     for source, tokens in _read(splits, batch, topology, progress):
         terms_by_model = batch_terms(loaded, tokens, vocab_size, first_is_teacher=teacher is not None)
         for accumulator, terms in zip(accumulators, terms_by_model, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.data import Manifest, tokenizer_difference, tokenizer_files
+from megadistill.data import Manifest, missing_rows, tokenizer_difference, tokenizer_files
 from megadistill.errors import UserError
 from megadistill.loss import AgainstTeacher, Head, TokenTerms, VocabSlice, token_terms
 from megadistill.models.families import decoder, forward_inputs, load_config, logit_transform
@@ -26,10 +26,10 @@ def check_model(folder: Path, manifest: Manifest) -> None:
         UserError: no model of a supported family, or of another vocabulary, tokenizer or length than the split.
     """
     config = load_config(folder, what=str(folder))
-    if config.vocab_size < manifest.vocab_size:
+    problem = missing_rows(config.vocab_size, [manifest])
+    if problem is not None:
         raise UserError(
-            f"{folder}: a vocabulary of {config.vocab_size} ids, the split was made with {manifest.vocab_size}; "
-            "an evaluation reads no teacher.vocab_map: all models must have the split's ids"
+            f"{folder}: {problem}; an evaluation reads no teacher.vocab_map: all models must have the split's ids"
         )
     if config.max_position_embeddings < manifest.sequence_length:
         raise UserError(

@@ -54,10 +54,11 @@ def load_for_sampling(folder: Path, manifest: Manifest | None) -> Tokenizer:
     """
     config = load_config(folder, what=str(folder))
     tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    largest = tokenizer.largest_text_id
+    if largest >= config.vocab_size:
         raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: the folder mixes "
-            "two models"
+            f"{folder}: its tokenizer gives ids up to {largest}, the model has {config.vocab_size} rows: the folder "
+            "mixes two models"
         )
     check_weights(folder, config)
     if manifest is not None:
@@ -105,7 +106,7 @@ def samples(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     eos=tokenizer.eos,
-                    vocab_size=tokenizer.vocab_size,
+                    vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
                 )
             except OperatorFault:
                 raise OperatorFault(f"{folder}: its logits are not finite: look at its weights") from None

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from megadistill.config.load import validate_recipe
 from megadistill.config.paths import wrong_path
+from megadistill.data.tokenizers.special_ids import generation_settings
 from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
 from megadistill.models.families import load_config
-from megadistill.models.hf_export import NamedReader, export_model, exported_config
+from megadistill.models.hf_export import ExportedTokenizer, NamedReader, export_model, exported_config
 from megadistill.precision import Precision, torch_dtype
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
-from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, student_config_of
+from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, run_tokenizer, student_config_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     recipe = validate_recipe(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
-    config = exported_config(config, dtype=weights_dtype, true_vocab=manifest.vocab_size)
-    tokenizer = run / TOKENIZER_FOLDER if run is not None else None
+    tokenizer = None if run is None else _tokenizer(run, rows=manifest.vocab_size)
     if tokenizer is None:
         logger.warning("%s is in no run folder: it is exported without a tokenizer", checkpoint.folder)
+    config = exported_config(config, dtype=weights_dtype, true_vocab=manifest.vocab_size, tokenizer=tokenizer)
     checkpoint.verify()
     export_model(
         output,
@@ -54,10 +55,16 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         dtype=weights_dtype,
         true_vocab=manifest.vocab_size,
         max_shard_bytes=max_shard_bytes,
-        tokenizer_folder=tokenizer,
+        tokenizer=tokenizer,
         texts={"README.md": model_card(output.name, checkpoint, recipe, run=run, config=config)},
     )
     return manifest.step
+
+
+def _tokenizer(run: Path, *, rows: int) -> ExportedTokenizer:
+    """The tokenizer of the run's data. Raises UserError: it is missing, or was changed since the run began."""
+    files = run_tokenizer(run)
+    return ExportedTokenizer(files, generation_settings(run / TOKENIZER_FOLDER, rows=rows))
 
 
 def _readers(checkpoint: Checkpoint, *, mapped_bytes: int) -> list[NamedReader]:

@@ -5,7 +5,9 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -18,8 +20,22 @@ from megadistill.errors import UserError
 from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
 from megadistill.models.hf_folder import INDEX_FILE
+from megadistill.outputs import naming
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+GENERATION_FILE = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of config.json and generation_config.json that are ids of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """The tokenizer of an exported folder."""
+
+    files: Mapping[str, Path]
+    """Its files, by their paths in the exported folder."""
+    generation: Mapping[str, Any]
+    """Content of generation_config.json, with SPECIAL_IDS, which config.json gets, too."""
+
 
 NamedReader = tuple[str, Sequence[int], Callable[[], Tensor]]
 """A parameter's name, its shape with padding, and a function that reads it."""
@@ -33,7 +49,7 @@ def export_model(
     dtype: torch.dtype,
     true_vocab: int,
     max_shard_bytes: int,
-    tokenizer_folder: Path | None,
+    tokenizer: ExportedTokenizer | None,
     texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the model where `AutoModelForCausalLM.from_pretrained(folder)` finds it: whole, or not at all.
@@ -44,30 +60,40 @@ def export_model(
     `texts`: further files by name; README.md is a short model card unless it is among them.
 
     Raises:
-        UserError: the folder exists, the tensors are not those of the config, or there is no tokenizer to copy.
+        UserError: the folder exists, the tensors are not those of the config, or a tokenizer has no files.
     """
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or export to another folder")
-    config = exported_config(config, dtype=dtype, true_vocab=true_vocab)
+    config = exported_config(config, dtype=dtype, true_vocab=true_vocab, tokenizer=tokenizer)
     shapes = parameter_shapes(config)
     readers = {name: read for name, _, read in _checked(tensors, shapes, tied=config.tie_word_embeddings)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and renamed, so that a reader never meets half a model.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
+    with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         staging = Path(beside) / folder.name
         staging.mkdir()
         config.save_pretrained(staging)
         _write_shards(staging, config, readers, shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        if tokenizer_folder is not None:
-            _copy_tokenizer(tokenizer_folder, staging)
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, staging)
         for name, text in {"README.md": _model_card(folder.name, config, shapes), **(texts or {})}.items():
             (staging / name).write_text(text, encoding="utf-8")
         staging.rename(folder)
 
 
-def exported_config(config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int) -> PretrainedConfig:
-    """The config of the folder that `export_model` writes."""
+def exported_config(
+    config: PretrainedConfig, *, dtype: torch.dtype, true_vocab: int, tokenizer: ExportedTokenizer | None
+) -> PretrainedConfig:
+    """The config of the folder that `export_model` writes.
+
+    Its special ids are those of the tokenizer; those of `config` belong to the tokenizer of the model that it was
+    written for, or are its family's defaults. A padding id without a row, which torch refuses, is left out.
+    """
     config = copy.deepcopy(config)
+    for name in SPECIAL_IDS if tokenizer is not None else ():
+        setattr(config, name, tokenizer.generation.get(name))  # type: ignore[union-attr]
+    if config.pad_token_id is not None and not 0 <= config.pad_token_id < true_vocab:
+        config.pad_token_id = None
     config.vocab_size = true_vocab
     config.dtype = dtype
     config.use_cache = True
@@ -130,12 +156,13 @@ def _stored(config: PretrainedConfig, name: str, parameter: Tensor) -> dict[str,
     return {each.name: each.view(parameter).clone(memory_format=torch.contiguous_format) for each in stored}
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not files:
-        raise UserError(f"{source} has no tokenizer to export: none of {', '.join(TOKENIZER_FILES)}")
-    for name in files:
-        shutil.copyfile(source / name, target / name)
+def _write_tokenizer(tokenizer: ExportedTokenizer, target: Path) -> None:
+    if not tokenizer.files:
+        raise UserError("the tokenizer to export has no files")
+    for name, source in tokenizer.files.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target / name)
+    (target / GENERATION_FILE).write_text(json.dumps(dict(tokenizer.generation), indent=2) + "\n", encoding="utf-8")
 
 
 def _model_card(name: str, config: PretrainedConfig, shapes: dict[str, torch.Size]) -> str:

@@ -47,6 +47,7 @@ def read_plan_input(
     source = recipe.student.config
     student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     data = _data(recipe, sequence_length)
+    teacher = _teacher(recipe, teacher_config)
     if data is None:
         assert sequence_length is not None
         if isinstance(source, dict) and "vocab_size" not in source:
@@ -56,9 +57,11 @@ def read_plan_input(
             )
         vocab_size, length = int(student.vocab_size), sequence_length
     else:
-        vocab_size, length = data.vocab_size, data.sequence_length
+        named = isinstance(source, str) or "vocab_size" in source
+        mapped = teacher is None or recipe.teacher is None or recipe.teacher.vocab_map is not None
+        rows = (student.vocab_size if named else None, None if mapped else teacher.vocab_size)
+        vocab_size, length = data.for_models(*rows).vocab_size, data.sequence_length
         student.vocab_size = vocab_size
-    teacher = _teacher(recipe, teacher_config)
     for name, config in (("student.config", student), ("the teacher's config", teacher)):
         if config is not None and length > config.max_position_embeddings:
             raise UserError(f"{name}: max_position_embeddings is {config.max_position_embeddings}, below {length}")

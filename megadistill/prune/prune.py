@@ -15,11 +15,13 @@ from rich.table import Table
 
 from megadistill import __version__
 from megadistill.data import Mixture, TokenStream
+from megadistill.data.tokenizers.folder_files import files_in
+from megadistill.data.tokenizers.special_ids import generation_settings
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
-from megadistill.models.hf_export import export_model
+from megadistill.models.hf_export import ExportedTokenizer, export_model
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights, load_pretrained
 from megadistill.progress import ShowProgress
@@ -120,14 +122,15 @@ def prune(
         "kept": asdict(choice),
     }
     weights = SafetensorsFolder(teacher)
+    rows = data.for_models(config.vocab_size).vocab_size
     export_model(
         output,
         config=small,
         tensors=pruned_tensors(weights, config, small, choice, importance.shares),
         dtype=weights.dtype(EMBEDDING),
-        true_vocab=data.vocab_size,
+        true_vocab=rows,
         max_shard_bytes=MAX_SHARD_BYTES,
-        tokenizer_folder=teacher,
+        tokenizer=ExportedTokenizer(files_in(teacher), generation_settings(teacher, rows=rows)),
         texts={RECORD_FILE: json.dumps(record) + "\n"},
     )
     return PruneReport(

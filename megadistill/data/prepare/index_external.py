@@ -55,13 +55,14 @@ def index(
     model = load_tokenizer(tokenizer)
     describe = _description(tars[0], split, model, member, dtype)
     try:
-        shards, tokens = _index_all(tars, split, describe, progress)
+        shards, tokens, largest_id = _index_all(tars, split, describe, progress)
     except BaseException:
         for path in tars:
             index_path(path).unlink(missing_ok=True)
         raise
     model.write(folder / TOKENIZER_FOLDER)
-    manifest = describe(shards=tuple(shards), tokens=tokens)
+    written = tokenizer_record(model, TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
+    manifest = describe(shards=tuple(shards), tokens=tokens, largest_id=largest_id, tokenizer=written)
     manifest.write(folder)
     return manifest.lying_in(folder_of(str(folder)))
 
@@ -150,12 +151,12 @@ def _sample_format(
 
 def _index_all(
     tars: Sequence[Path], split: str, describe: "partial[Manifest]", show: ShowProgress
-) -> tuple[list[Shard], int]:
-    """Reads every sequence, as a training run will. The shards, and the number of their predicted tokens."""
+) -> tuple[list[Shard], int, int]:
+    """Reads every sequence, as a training run will. The shards, the number of their predicted tokens, the largest id."""
     folder = folder_of(str(tars[0].parent))
     total = sum(path.stat().st_size for path in tars)
     shards: list[Shard] = []
-    tokens = done = read = 0
+    tokens = largest_id = done = read = 0
     show(split, done=0, total=total, tokens=0)
     for path in tars:
         shard = write_index(path, index_sequences(path, describe.keywords["sample_format"]))
@@ -168,8 +169,9 @@ def _index_all(
                     "ids of the tokenizer"
                 )
             tokens += batch.predicted_tokens(across_documents=True)
+            largest_id = max(largest_id, int(batch.tokens.max()))
         shards.append(shard)
         done += shard.bytes
         read += shard.sequences * manifest.sequence_length
         show(split, done=done, total=total, tokens=read)
-    return shards, tokens
+    return shards, tokens, largest_id

@@ -16,8 +16,10 @@ from megadistill.data.shards.reader import SequenceReader, open_shard
 from megadistill.data.storage.base import sha256_of
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
+from megadistill.data.tokenizers.data_files import changed_files, hashes_in
 from megadistill.data.tokenizers.tokenizer import tokenizer_sha256
 from megadistill.errors import UserError
+from megadistill.io import reason_of
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
 from megadistill.units import number_of, spell
@@ -178,6 +180,14 @@ def _unlisted(manifest: Manifest, folder: Path) -> list[str]:
 def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
     record = manifest.tokenizer
     path = (folder / record.file).resolve()
+    if record.files:
+        try:
+            found = hashes_in(path.parent)
+        except OSError as error:
+            yield f"tokenizer: {path.parent}: {reason_of(error)}"
+            return
+        yield from (f"tokenizer: {path.parent}/{line}" for line in changed_files(found, record.files))
+        return
     try:
         tokenizer = tokenizer_sha256(path, prefer=record.kind)
     except UserError as error:

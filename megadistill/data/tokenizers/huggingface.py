@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
 from megadistill.data.shards.packing import Ids
+from megadistill.data.tokenizers.folder_files import (
+    ADDED_FILE,
+    CONFIG_FILE,
+    GENERATION_FILE,
+    MAX_FILE_BYTES,
+    SPECIAL_FILE,
+    TOKENIZER_FILE,
+    copy_files,
+)
 from megadistill.errors import UserError
-from megadistill.io import read_given_json
+from megadistill.io import read_file, read_given_json
 from megadistill.redaction import printable
 
-TOKENIZER_FILE: Final = "tokenizer.json"
-CONFIG_FILE: Final = "tokenizer_config.json"
-SPECIAL_FILE: Final = "special_tokens_map.json"
-COPIED: Final = (TOKENIZER_FILE, SPECIAL_FILE, "chat_template.jinja")
-
-MAX_FILE_BYTES: Final = 1 << 28
 SPACE: Final = "▁"
 
 Json = dict[str, Any]
@@ -44,7 +47,7 @@ class HuggingFaceTokenizer:
             UserError: there is none, or no id that ends a document is named.
         """
         self._path = path
-        self._config, special = (_read_optional(path.parent / name) for name in (CONFIG_FILE, SPECIAL_FILE))
+        self._config, special = (read_optional(path.parent / name) for name in (CONFIG_FILE, SPECIAL_FILE))
         self._values = read_json(path)
         try:
             self._backend = Backend.from_str(json.dumps(self._values))
@@ -57,10 +60,10 @@ class HuggingFaceTokenizer:
             self._backend.model.dropout = None  # merges at random
         self.sha256 = canonical_sha256(self._values)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = [_content(rules, "eos_token") for rules in (self._config, special)]
+        named = [content_of(rules, "eos_token") for rules in (self._config, special)]
         eos: Any = next((token for token in named if token is not None), None)
         if eos is None:
-            ids = _read_optional(path.parent / "generation_config.json").get("eos_token_id")
+            ids = read_optional(path.parent / GENERATION_FILE).get("eos_token_id")
             eos = ids[0] if isinstance(ids, list) and ids else ids
         self.eos = self._token_id(eos, "eos_token")
         self.bos = self._bos()
@@ -91,15 +94,24 @@ class HuggingFaceTokenizer:
             sizes[self._backend.token_to_id(unknown)] = 0
         return sizes
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None: there is none."""
+        return self._backend.token_to_id(token)
+
+    @property
+    def largest_text_id(self) -> int:
+        special = {id for id, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        given = set(self._backend.get_vocab(with_added_tokens=True).values()) - special
+        return max(*given, self.eos, -1 if self.bos is None else self.bos)
+
     def write(self, folder: Path) -> None:
-        """Writes the tokenizer's files; adds the token that ends a document to a config without it."""
+        """Writes all files of the tokenizer's folder; adds the token that ends a document to a config without it."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in COPIED:
-            source = self._path.parent / name if name != TOKENIZER_FILE else self._path
-            if source.is_file():
-                (folder / name).write_bytes(source.read_bytes())
-        eos = {} if _content(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
+        copy_files(self._path.parent, folder)
+        (folder / TOKENIZER_FILE).write_bytes(read_file(self._path, max_bytes=MAX_FILE_BYTES))
+        eos = {} if content_of(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **eos}
+        config.pop("auto_map", None)  # names code that is not copied
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _token_id(self, token: str | int | None, name: str) -> int:
@@ -123,7 +135,7 @@ class HuggingFaceTokenizer:
         if before:
             return int(whole[0])
         has_bos = self._config.get("add_bos_token")
-        return self._token_id(_content(self._config, "bos_token"), "bos_token") if has_bos else None
+        return self._token_id(content_of(self._config, "bos_token"), "bos_token") if has_bos else None
 
 
 def rewrite_command(folder: Path) -> str:
@@ -159,18 +171,24 @@ def _without_off(value: Any) -> Any:
     return [_without_off(one) for one in value] if isinstance(value, list) else value
 
 
-def _read_optional(path: Path) -> Json:
+def read_optional(path: Path) -> Json:
+    """The object in a file of a tokenizer, empty where there is no file. Raises UserError: it holds something else."""
     return read_json(path) if path.is_file() else {}
+
+
+def token_id(text: Any) -> int | None:
+    """The id that a key of a JSON object stands for; None where it stands for none."""
+    return int(text) if isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def _added_beside(folder: Path) -> list[str | None]:
     """Tokens that the files beside a tokenizer.json add to it when transformers loads the folder."""
-    decoder = _read_optional(folder / CONFIG_FILE).get("added_tokens_decoder")
+    decoder = read_optional(folder / CONFIG_FILE).get("added_tokens_decoder")
     rules = decoder if isinstance(decoder, dict) else {}
-    return [*(_content(rules, id) for id in rules), *_read_optional(folder / "added_tokens.json")]
+    return [*(content_of(rules, id) for id in rules), *read_optional(folder / ADDED_FILE)]
 
 
-def _content(rules: Json, name: str) -> str | None:
+def content_of(rules: Json, name: str) -> str | None:
     """A token of a config: a string, or an object with a string in `content`."""
     token = rules.get(name)
     content = token.get("content") if isinstance(token, dict) else token

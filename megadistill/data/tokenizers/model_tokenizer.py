@@ -1,10 +1,12 @@
 """Whether the tokenizer in a model's folder gives a text the ids that a data set has."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.tokenizers.huggingface import CONFIG_FILE, MAX_FILE_BYTES, read_json
+from megadistill.data.tokenizers.folder_files import CONFIG_FILE, MAX_FILE_BYTES
+from megadistill.data.tokenizers.huggingface import read_json, token_id
 from megadistill.data.tokenizers.token_table import TokenTable, contradiction, difference
 from megadistill.data.tokenizers.tokenizer_file import FILES, Kind, TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
@@ -23,7 +25,7 @@ def tokenizer_difference(folder: Path, manifest: Manifest) -> str | None:
     theirs = {kind: TokenizerFile.read(kind, path) for kind, path in tokenizer_files(folder).items()}
     if not theirs:
         raise UserError(f"{no_tokenizer_files(folder)}: give the files of its tokenizer")
-    ours = {kind: file for kind in FILES if (file := _file_of_data(manifest, kind)) is not None}
+    ours = {kind: file for kind in FILES if (file := file_of_data(manifest, kind)) is not None}
     hashes = {kind: file.sha256 for kind, file in ours.items()} | {record.kind: record.sha256}
     if all(hashes.get(kind) == file.sha256 for kind, file in theirs.items()):
         return None
@@ -41,15 +43,17 @@ def tokenizer_difference(folder: Path, manifest: Manifest) -> str | None:
     return difference(own.table, theirs[kind].table, required=required)
 
 
-def _file_of_data(manifest: Manifest, kind: Kind) -> TokenizerFile | None:
+def file_of_data(manifest: Manifest, kind: Kind) -> TokenizerFile | None:
     """The data set's tokenizer as a file of a kind; None where it has none, or not the recorded one."""
     record = manifest.tokenizer
     place = manifest.folder.sibling(record.file.rpartition("/")[0] or ".")
     try:
         content = place.read_whole(FILES[kind], max_bytes=MAX_FILE_BYTES)
         file = TokenizerFile(kind, content, f"{place.location}/{FILES[kind]}")
-        if kind != record.kind or file.sha256 == record.sha256:
-            return file
+        if kind == record.kind:
+            return file if file.sha256 == record.sha256 else None
+        recorded = record.files.get(FILES[kind])
+        return file if recorded in (None, hashlib.sha256(content).hexdigest()) else None
     except (OSError, UserError):
         pass
     return None
@@ -73,7 +77,8 @@ def _other_added_tokens(table: TokenTable, config: Path) -> str | None:
     added = read_json(config).get("added_tokens_decoder")
     for id, token in added.items() if isinstance(added, dict) else ():
         content = token.get("content") if isinstance(token, dict) else None
-        known = table.tokens.get(int(id)) if id.isdecimal() else None
+        number = token_id(id)
+        known = None if number is None else table.tokens.get(number)
         if known is not None and isinstance(content, str) and content != known:
             return f"id {id} is {known!r} in {table.name}, {content!r} in {config}"
     return None

@@ -8,9 +8,11 @@ Legend: L tokens of a text, V ids of the vocabulary.
 
 import hashlib
 import io
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -18,15 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from megadistill.data.shards.packing import Ids
+from megadistill.data.tokenizers.folder_files import CONFIG_FILE, MAX_FILE_BYTES, MODEL_FILE, SETTINGS, copy_files
+from megadistill.data.tokenizers.huggingface import Json
+from megadistill.data.tokenizers.sentencepiece_settings import ModelSettings
 from megadistill.errors import UserError
+from megadistill.io import read_file, read_json, reason_of
 
-MODEL_FILE: Final = "tokenizer.model"
 SPACE: Final = "▁"
 
 MAX_LINE_CHARACTERS = 8192
@@ -34,17 +39,16 @@ MAX_LINE_BYTES = 4 * MAX_LINE_CHARACTERS
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model: text to ids and back. It has no rule that would put an id before a text."""
+    """A SentencePiece model, with the settings in the files beside it: text to ids and back."""
 
     kind: Final = "sentencepiece"
     file: Final = MODEL_FILE
-    bos: Final = None
 
-    def __init__(self, model: bytes, *, name: str) -> None:
-        """`model` is the content of a `.model` file, `name` its name in errors.
+    def __init__(self, model: bytes, *, name: str, beside: Path | None = None) -> None:
+        """`model` is the content of a `.model` file, `name` its name in errors, `beside` the folder of its settings.
 
         Raises:
-            UserError: it is not a SentencePiece model, or it has no end-of-sentence piece.
+            UserError: it is not a SentencePiece model, it has no end-of-sentence piece, or the settings do not fit it.
         """
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
@@ -55,22 +59,53 @@ class SentencePieceTokenizer:
         self._name = name
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eos: int = self._processor.eos_id()
-        if self.eos < 0:
+        self._settings = ModelSettings() if beside is None else ModelSettings.beside(beside, self._processor)
+        self.vocab_size: int = self._processor.vocab_size() + len(self._settings.added)
+        eos = self._named("eos_token", self._processor.eos_id())
+        if eos is None:
             raise UserError(f"{name} has no end-of-sentence piece to put between documents: train it with eos_id")
+        self.eos: int = eos
+        self.bos: int | None = None
+        if self._settings.puts_bos:
+            self.bos = self._named("bos_token", self._processor.bos_id())
+            if self.bos is None:
+                raise UserError(
+                    f"{name} has no begin-of-sentence piece, which its tokenizer puts before a text: write "
+                    f'"add_bos_token": false into the {CONFIG_FILE} beside it'
+                )
 
     @classmethod
     def load(cls, path: Path) -> "SentencePieceTokenizer":
-        """The model in the file `path`.
+        """The model in the file `path`, with the settings in its folder.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or the settings do not fit it.
         """
         try:
-            return cls(path.read_bytes(), name=str(path))
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give a SentencePiece .model file") from None
+            return cls(read_file(path, max_bytes=MAX_FILE_BYTES), name=str(path), beside=path.parent)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({reason_of(error)}): give a SentencePiece .model file") from None
+
+    def _named(self, name: str, default: int) -> int | None:
+        """The id of the token that the settings have as `name`, or else the model's own; None: there is none."""
+        token = self._settings.token(name)
+        if token is None:
+            return default if default >= 0 else None
+        id = self.id_of(token)
+        if id is None:
+            raise UserError(
+                f"{self._name}: the files beside it name {token!r} as {name}, which the model does not have: write the "
+                f"right one into {CONFIG_FILE}"
+            )
+        return id
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None: there is none."""
+        added = next((id for id, one in self._settings.added.items() if one["content"] == token), None)
+        id = int(self._processor.piece_to_id(token))
+        return id if added is None and self._processor.id_to_piece(id) == token else added
 
     def encode(self, text: str) -> Ids:
         """[L] int32, without BOS or EOS; control pieces such as `</s>` in the text are text."""
@@ -81,8 +116,14 @@ class SentencePieceTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Ids) -> str:
-        text: str = self._processor.decode(ids.tolist())
-        return text
+        size = self._processor.vocab_size()
+        if not len(ids) or ids.max() < size:
+            return str(self._processor.decode(ids.tolist()))
+        parts = groupby(ids.tolist(), key=lambda id: id >= size)
+        return "".join(
+            "".join(self._piece(id) for id in part) if added else self._processor.decode(part)
+            for added, part in ((added, list(part)) for added, part in parts)
+        )
 
     @cached_property
     def piece_bytes(self) -> NDArray[np.int64]:
@@ -90,24 +131,54 @@ class SentencePieceTokenizer:
         return np.array([self._bytes_of(id) for id in range(self.vocab_size)], dtype=np.int64)
 
     def _bytes_of(self, id: int) -> int:
+        if id >= self._processor.vocab_size():
+            return 0  # no text gives it
         if self._processor.is_byte(id):
             return 1
         if self._processor.is_control(id) or self._processor.is_unknown(id):
             return 0
         return len(self._processor.id_to_piece(id).replace(SPACE, " ").encode())
 
+    @property
+    def largest_text_id(self) -> int:
+        return max(self._processor.vocab_size() - 1, self.eos, -1 if self.bos is None else self.bos)
+
     def write(self, folder: Path) -> None:
         """Writes tokenizer.model, and tokenizer.json and its config for `AutoTokenizer.from_pretrained(folder)`.
 
-        The ids of both are exactly the same.
+        The ids of both are exactly the same. Settings beside the model are written, too.
 
         Raises:
             UserError: the written form cannot repeat the model exactly.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        settings = self._settings
+        if settings.folder is not None:
+            copy_files(settings.folder, folder, SETTINGS)
         (folder / MODEL_FILE).write_bytes(self.model)
         _refuse_inexact(ModelProto.FromString(self.model), self._name)
-        _huggingface(self.model, self._processor).save_pretrained(folder)
+        _huggingface(self.model, self._processor, self._rules(), settings.added).save_pretrained(folder)
+        path = folder / CONFIG_FILE
+        config = {**settings.handed_on, **read_json(path)}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _rules(self) -> Json:
+        """Arguments of transformers' tokenizer. Without settings that say otherwise, no text is a special token."""
+        bos = self._named("bos_token", self._processor.bos_id())
+        config = self._settings.config
+        rules: Json = {
+            "bos_token": None if bos is None else self._piece(bos),
+            "eos_token": self._piece(self.eos),
+            "split_special_tokens": bool(config.get("split_special_tokens", not config)),
+        }
+        if self.bos is not None:
+            rules["add_bos_token"] = True
+            rules["add_eos_token"] = config.get("add_eos_token") is True
+        return rules
+
+    def _piece(self, id: int) -> str:
+        added = self._settings.added.get(id)
+        return str(self._processor.id_to_piece(id) if added is None else added["content"])
 
 
 def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> SentencePieceTokenizer:
@@ -147,8 +218,10 @@ def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> SentencePieceTo
     return SentencePieceTokenizer(model.getvalue(), name="the trained tokenizer")
 
 
-def _huggingface(model: bytes, processor: SentencePieceProcessor) -> PreTrainedTokenizerFast:
-    """The same BPE for `tokenizers`.
+def _huggingface(
+    model: bytes, processor: SentencePieceProcessor, rules: Json, added: Mapping[int, Json]
+) -> PreTrainedTokenizerFast:
+    """The same BPE for `tokenizers`, with `added` tokens behind it; `rules` are the special tokens and where they stand.
 
     SentencePiece joins the adjacent pair whose union scores best; `tokenizers` the pair that its list names first. So
     the list has, best piece first, every cut of a piece into two pieces. Byte and control pieces are left out: the
@@ -173,15 +246,15 @@ def _huggingface(model: bytes, processor: SentencePieceProcessor) -> PreTrainedT
     else:
         backend.normalizer = spaces
         backend.decoder = decoders.Sequence(text)
-    bos = processor.bos_id()
+    backend.add_tokens([_added_token(token) for token in added.values()])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=unknown,
-        bos_token=processor.id_to_piece(bos) if bos >= 0 else None,
-        eos_token=processor.id_to_piece(processor.eos_id()),
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, unk_token=unknown, clean_up_tokenization_spaces=False, **rules
     )
+
+
+def _added_token(token: Json) -> AddedToken:
+    flags = {name: token[name] for name in ("lstrip", "rstrip", "single_word") if isinstance(token.get(name), bool)}
+    return AddedToken(str(token["content"]), normalized=False, special=token.get("special") is not False, **flags)
 
 
 def _refuse_inexact(proto: ModelProto, name: str) -> None:

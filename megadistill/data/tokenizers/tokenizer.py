@@ -5,13 +5,16 @@ from tempfile import TemporaryDirectory
 
 from megadistill.config.paths import wrong_path
 from megadistill.data.shards.manifest import TokenizerRecord
-from megadistill.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer, canonical_sha256, read_json
-from megadistill.data.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from megadistill.data.tokenizers.data_files import hashes_in
+from megadistill.data.tokenizers.folder_files import MODEL_FILE, TOKENIZER_FILE
+from megadistill.data.tokenizers.huggingface import HuggingFaceTokenizer, canonical_sha256, read_json
+from megadistill.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
-"""Text to ids and back. `vocab_size` is the highest id, plus one; `bos` and `eos` are the ids before and after each
+"""Text to ids and back. `vocab_size` is the highest id, plus one; `largest_text_id` the highest one that a document can
+have, added tokens that no text gives left out; `bos` and `eos` are the ids before and after each
 document, `bos` None where the tokenizer's own rules put none there; `sha256` is the hash that manifests record of
 `file`, one of the files of `write`, with which `load_tokenizer` and `AutoTokenizer.from_pretrained` give the same ids.
 """
@@ -51,9 +54,17 @@ def _written_from_model(folder: Path) -> bool:
     return shas[0] == shas[1]
 
 
-def tokenizer_record(tokenizer: Tokenizer, folder: str) -> TokenizerRecord:
-    """The manifest's record of a tokenizer; `folder` is where it was written, relative to the manifest."""
-    return TokenizerRecord(kind=tokenizer.kind, file=f"{folder}/{tokenizer.file}", sha256=tokenizer.sha256)
+def tokenizer_record(tokenizer: Tokenizer, folder: str, written: Path | None = None) -> TokenizerRecord:
+    """The manifest's record of a tokenizer; `folder` is where it lies, relative to the manifest.
+
+    `written`: the folder with its files, which are hashed; None: they are not there yet.
+    """
+    return TokenizerRecord(
+        kind=tokenizer.kind,
+        file=f"{folder}/{tokenizer.file}",
+        sha256=tokenizer.sha256,
+        files={} if written is None else hashes_in(written),
+    )
 
 
 def tokenizer_sha256(path: Path, *, prefer: Kind) -> tuple[Kind, str] | None:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from megadistill.config.recipe import LossSection, Recipe
-from megadistill.data import Mixture, no_tokenizer_files, tokenizer_difference, tokenizer_files
+from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
+from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
+from megadistill.models.experts import ROUTER_COEF_KEYS
+from megadistill.models.families import expert_layers
 from megadistill.models.initial_weights import check_initial_weights
 
 
@@ -29,13 +32,18 @@ def check_fit(
             f"student.config: attention_dropout is {student.attention_dropout}; pretraining here uses none, and a "
             "resume could not repeat it on another number of ranks: set it to 0"
         )
+    check_routers(recipe.loss, student)
     source = recipe.student.config
-    declared = student.vocab_size if isinstance(source, str) else source.get("vocab_size", data.vocab_size)
-    if declared != data.vocab_size:
-        raise UserError(
-            f"student.config: vocab_size is {declared}, the shards were made with {data.vocab_size} ids: "
-            "leave it out (the data decides, and student.vocab_multiple pads), or tokenize with another tokenizer"
+    rows = declared_rows(recipe, student)
+    problem = None if rows is None else missing_rows(rows, data.sources.values())
+    if problem is not None:
+        way_out = (
+            f"tokenize the text with the folder's own tokenizer (megadistill tokenize ... --tokenizer {source}), or "
+            "give the sizes in student.config without vocab_size"
+            if isinstance(source, str)
+            else "leave vocab_size out"
         )
+        raise UserError(f"student.config: {problem}: {way_out} (the data decides, and student.vocab_multiple pads)")
     if isinstance(source, str):
         _same_tokenizer(Path(source), data, key="student.config")
     if teacher is None:
@@ -67,19 +75,63 @@ def _teacher_reads_the_ids(folder: Path, teacher: Any, data: Mixture) -> None:
             f"the files that the teacher was published with, and {ways_out}"
         )
     difference = _difference("teacher.path", folder, data)
-    if teacher.vocab_size < data.vocab_size and difference is None:
+    problem = missing_rows(teacher.vocab_size, data.sources.values())
+    if problem is not None and difference is None:
         raise UserError(
-            f"teacher.path: the tokenizer in {folder} has {data.vocab_size} ids, and so have the shards, but the model "
-            f"has rows for {teacher.vocab_size}: remove the tokens from id {teacher.vocab_size} on (padding tokens, "
-            f"as a rule) from the tokenizer, and {ways_out}"
+            f"teacher.path: {problem}, as the tokenizer in {folder} gives it: remove the tokens from id "
+            f"{teacher.vocab_size} on from the tokenizer, and {ways_out}"
         )
-    if teacher.vocab_size < data.vocab_size:
-        raise UserError(
-            f"teacher.path: its vocabulary has {teacher.vocab_size} ids, the shards were made with "
-            f"{data.vocab_size}: {ways_out}"
-        )
+    if problem is not None:
+        raise UserError(f"teacher.path: {problem}: {ways_out}")
     if difference is not None:
         raise UserError(f"teacher.path: its tokenizer is not that of the shards: {difference}: {ways_out}")
+
+
+def check_routers(loss: LossSection, student: Any) -> None:
+    """Checks the settings of a student's routers.
+
+    Raises:
+        UserError: noise at their inputs, or weights of their losses in the recipe of a student without experts.
+    """
+    if getattr(student, "router_jitter_noise", 0.0):
+        raise UserError(
+            f"student.config: router_jitter_noise is {student.router_jitter_noise}; the routers here read no noise, "
+            "which a resume could not repeat on another number of ranks: set it to 0 (of a folder, in a copy of its "
+            "config.json)"
+        )
+    given = {name: value for name in ROUTER_COEF_KEYS if (value := getattr(loss, name)) is not None}
+    if given and not expert_layers(student):
+        name, value = next(iter(given.items()))
+        raise UserError(
+            f"loss.{name} is {value:g}, but the {student.model_type} model of student.config has no experts: remove it"
+        )
+
+
+def declared_rows(recipe: Recipe, student: Any) -> int | None:
+    """Rows of the vocabulary that `student.config` names; None: it names none.
+
+    More than the data has ids are padding, as a teacher's are: the student gets a row for each id, and those of
+    `student.vocab_multiple`.
+    """
+    source = recipe.student.config
+    return int(student.vocab_size) if isinstance(source, str) or "vocab_size" in source else None
+
+
+def model_rows(recipe: Recipe, data: Mixture, student: Any, teacher: Any | None) -> tuple[int | None, ...]:
+    """Rows of the vocabulary of each model that reads the data's ids; None for one that does not decide.
+
+    A run learns from stored targets with the rows of the model that they were computed with.
+
+    Raises:
+        UserError: the stored targets cannot be read.
+    """
+    section, live, stored = recipe.teacher, None, None
+    if section is not None and section.source == "stored" and section.targets is not None:
+        key = TargetManifest.load(section.targets).key
+        stored = key.vocab_size if key.tokenizer == data.tokenizer.sha256 else None  # others are refused when read
+    if section is not None and teacher is not None and section.vocab_map is None:
+        live = int(teacher.vocab_size)
+    return declared_rows(recipe, student), live, stored
 
 
 def check_start(folder: Path, student: Any, data: Mixture) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from megadistill.config.load import refuse_renamed, validate_recipe
 from megadistill.config.recipe import StudentSection
 from megadistill.data import Mixture
+from megadistill.data.tokenizers.data_files import changed_files, hashes_in, hashes_of, read_files, write_files
 from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, read_lines
-from megadistill.io import read_json, write_file, write_json
+from megadistill.io import read_file, read_json, reason_of, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
-from megadistill.models.hf_export import TOKENIZER_FILES
 from megadistill.student.deepspeed_config import numeric_settings
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
@@ -61,23 +61,23 @@ TOKENIZER_FOLDER = "tokenizer"
 STUDENT_FOLDER = "student"
 """Copy of the config.json of the folder that `student.config` names, so that a run can be exported without it."""
 
-MAX_TOKENIZER_BYTES = 256 << 20
-
 
 def write_description(
     folder: Path,
     recipe: dict[str, Any],
     deepspeed_config: dict[str, Any],
     *,
+    tokenizer: Mapping[str, str] | None = None,
     started_from: dict[str, str] | None = None,
     parents: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
 
-    `started_from`: source of the initial weights, see the function `started_from`. `parents`: records of the
+    `tokenizer`: the sha256 of each file of the tokenizer's copy. `started_from`: source of the initial weights, see the function `started_from`. `parents`: records of the
     checkpoints from which the run began.
     """
     first = {
+        **({} if tokenizer is None else {"tokenizer": dict(tokenizer)}),
         **({} if started_from is None else {"started_from": started_from}),
         **({"parents": list(parents)} if parents else {}),
     }
@@ -185,34 +185,70 @@ def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> No
         )
 
 
-def copy_tokenizer(folder: Path, data: Mixture) -> None:
-    """Copies the tokenizer of the data into the run folder, once.
+def copy_tokenizer(folder: Path, data: Mixture) -> dict[str, str]:
+    """Copies the tokenizer of the data into the run folder, once. The sha256 of each of its files, by name.
 
     Raises:
-        UserError: the data has none, or it cannot be read.
+        UserError: the data has none, it cannot be read or was changed, or the copy of an earlier start was changed.
     """
     target = folder / TOKENIZER_FOLDER
     if target.exists():
-        return
+        return _unchanged_tokenizer(folder, data.tokenizer.files or recorded_tokenizer(folder))
+    contents = read_files(data.first)
     temporary = folder / f".{TOKENIZER_FOLDER}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        with suppress(FileNotFoundError):
-            (temporary / name).write_bytes(data.tokenizer_file(name, max_bytes=MAX_TOKENIZER_BYTES))
-    main = data.tokenizer.file.rpartition("/")[2]
-    if not (temporary / main).exists():
-        raise UserError(f"data: {main}, the tokenizer of the shards, is missing from their folder: restore it")
+    write_files(temporary, contents)
     temporary.rename(target)
+    return hashes_of(contents)
+
+
+def recorded_tokenizer(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of the run's tokenizer, by its recipe.json; empty for a run of an earlier release."""
+    recorded = _recorded(folder, "tokenizer")
+    return {str(name): str(sha256) for name, sha256 in recorded.items()} if isinstance(recorded, dict) else {}
+
+
+def run_tokenizer(folder: Path) -> dict[str, Path]:
+    """The files of the run's tokenizer, by their paths in its folder.
+
+    Raises:
+        UserError: there is none, or one was changed since the run began.
+    """
+    names = _unchanged_tokenizer(folder, recorded_tokenizer(folder))
+    if not names:
+        raise UserError(f"{folder / TOKENIZER_FOLDER} has no tokenizer: start the run again, which copies the data's")
+    return {name: folder / TOKENIZER_FOLDER / name for name in names}
+
+
+def _unchanged_tokenizer(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of the files of the copy that are recorded, of all where none is."""
+    target = folder / TOKENIZER_FOLDER
+    found = hashes_in(target)
+    if changed := next(changed_files(found, recorded), None):
+        raise UserError(
+            f"{target}/{changed}: the tokenizer of the run was changed after its first start: remove {target} and "
+            "start the run again, which copies the data's"
+        )
+    return {name: found[name] for name in recorded or found}
 
 
 def copy_student_config(folder: Path, section: StudentSection) -> None:
-    """Copies the config.json of the folder `student.config` into the run folder, once."""
+    """Copies the config.json of the folder `student.config` into the run folder, once.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     target = folder / STUDENT_FOLDER / "config.json"
     if not isinstance(section.config, str) or target.exists():
         return
+    source = Path(section.config) / "config.json"
+    try:
+        content = read_file(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"student.config: {source} cannot be copied ({reason_of(error)}): restore it") from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, (Path(section.config) / "config.json").read_bytes())
+    write_file(target, content)
 
 
 def student_config_of(run: Path | None, section: StudentSection) -> dict[str, Any] | Path:

@@ -19,7 +19,7 @@ from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
-from megadistill.train.setup.preflight import check_compiler, check_fit, check_start
+from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, model_rows
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
@@ -74,8 +74,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     build_engine_config(deepspeed_config, recipe.train, accumulation)
     data = Mixture.load(recipe.data)
-    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     teacher, teacher_config, vocab_map = recipe.teacher, None, None
@@ -84,6 +82,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         if teacher.vocab_map is not None:
             ids = {"student_ids": data.vocab_size, "teacher_ids": teacher_config.vocab_size}
             vocab_map = read_vocab_map(Path(teacher.vocab_map), **ids)
+    data = data.for_models(*model_rows(recipe, data, student_config, teacher_config))
+    vocab_map = None if vocab_map is None else vocab_map[: data.vocab_size]
     stages = group_size if roles is None else roles.stages
     check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
     if teacher is not None and teacher_config is not None:
@@ -91,6 +91,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     if teacher is not None and teacher.save_targets is not None:
         refuse_other_content(Path(teacher.save_targets))
     check_compiler(recipe.loss)
+    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
+    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
     parent = find_parent(recipe)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill.config.recipe import Recipe
-from megadistill.data import Manifest, Mixture, TokenStream
+from megadistill.data import Manifest, TokenStream
+from megadistill.data.tokenizers.data_files import read_files
 from megadistill.datagen.store_targets import store_on_ranks
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
@@ -40,7 +41,7 @@ def _teacher(folder: Path, manifest: Path, log_odds_V: Tensor) -> Path:
     state[HEAD].copy_(log_odds_V[:, None].expand(-1, WIDTH) / WIDTH)
     model.load_state_dict(state)
     model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(Mixture.of(described).tokenizer_file("tokenizer.model", max_bytes=1 << 20))
+    (folder / "tokenizer.model").write_bytes(read_files(described)["tokenizer.model"])
     return folder
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.config.recipe import DataSection, Recipe
 from megadistill.data import Manifest, Mixture, TokenStream
+from megadistill.data.tokenizers.data_files import read_files
 from megadistill.datagen.store_targets import store_on_ranks
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
@@ -262,8 +263,7 @@ def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
     wider = AutoModelForCausalLM.from_config(load_config({**config, "vocab_size": teacher_ids}, what="test"))
     wider.load_state_dict(state)
     wider.save_pretrained(folder)
-    tokenizer = Mixture.of(manifest).tokenizer_file("tokenizer.model", max_bytes=1 << 20)
-    (folder / "tokenizer.model").write_bytes(tokenizer)
+    (folder / "tokenizer.model").write_bytes(read_files(manifest)["tokenizer.model"])
     return folder
 
 

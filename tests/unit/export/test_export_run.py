@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megadistill import __version__
 from megadistill.config.recipe import Recipe, TargetsSection, TeacherSection
 from megadistill.data import Mixture
+from megadistill.data.tokenizers.data_files import hashes_in
 from megadistill.errors import OperatorFault, UserError
 from megadistill.export.export_run import export_run
 from megadistill.export.markdown import escape_md
@@ -29,11 +30,11 @@ from megadistill.train.checkpoint.format import commit, write_rank
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
 from megadistill.train.setup.run_folder import copy_student_config, write_description
 from megadistill.types import Cursor
+from tests.unit.data.corpora import byte_level_tokenizer
 from tests.unit.evaluate.test_evaluation_tables import LARGE
 from tests.unit.train.cases import (
     MODEL,
     SEQUENCE,
-    TOKENIZER,
     VOCAB,
     described_data,
     described_teacher,
@@ -95,8 +96,7 @@ def _run(folder: Path, *, teacher: Path | None = None, **sections: Any) -> tuple
     made = recipe(described_data(folder / "data"), folder / "run", teacher=teacher, **(TINY | sections))
     run = folder / "run"
     write_json(run / "recipe.json", {"recipe": made.snapshot()})
-    (run / "tokenizer").mkdir()
-    (run / "tokenizer" / "tokenizer.model").write_bytes(TOKENIZER)
+    byte_level_tokenizer(run / "tokenizer", "the text that both models know")
     return run, made
 
 
@@ -130,7 +130,7 @@ def test_what_three_ranks_saved_loads_as_one_model(what: str, dtype: str | None,
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, truth[name][: parameter.shape[0]].to(numbers)), name
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == TOKENIZER
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path) -> None:
@@ -345,3 +345,31 @@ def test_a_shard_holds_no_more_than_it_may(tmp_path: Path) -> None:
     for path in (tmp_path / "out").glob("*.safetensors"):
         tensors = load_file(path)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 10_000
+
+
+def test_special_ids_are_those_of_the_datas_tokenizer_not_of_the_template(tmp_path: Path) -> None:
+    """Llama's own are 1 and 2; here 0 begins a document and 1 ends it, and a chat ends with 7, too."""
+    run, made = _run(tmp_path, student={"config": {**MODEL, "pad_token_id": 100_000}})
+    _checkpoint(run, made)
+    settings = {"eos_token_id": [7, 1, VOCAB + 9], "temperature": 0.6, "transformers_version": "4.1.0"}
+    write_json(run / "tokenizer" / "generation_config.json", settings)
+    _export(run, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 7], None)
+    assert model.generation_config.temperature == 0.6
+
+
+def test_a_tokenizer_that_was_changed_since_the_run_began_is_not_exported(tmp_path: Path) -> None:
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    write_description(run, made.snapshot(), {}, tokenizer=hashes_in(run / "tokenizer"))
+    (run / "tokenizer" / "chat_template.jinja").write_text("not of this tokenizer")
+    _export(run, tmp_path / "out")
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    (run / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<|b|>"}')
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json: expected sha256 .*, found .*: remove .*tokenizer and"
+    ):
+        _export(run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

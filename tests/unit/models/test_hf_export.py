@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
-from megadistill.models.hf_export import NamedReader, export_model
+from megadistill.models.hf_export import ExportedTokenizer, NamedReader, export_model
 from megadistill.models.hf_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from tests.unit.models.cases import CASES, VOCAB, whole_model
 
@@ -42,14 +42,14 @@ def _readers(model: Any, read: Callable[[str], None] = lambda name: None) -> lis
 
 
 def _export(folder: Path, case: str, tensors: list[NamedReader], **options: Any) -> None:
-    config = load_config(CASES[case] | {"vocab_size": PADDED}, what="test")
     defaults: dict[str, Any] = {
+        "config": load_config(CASES[case] | {"vocab_size": PADDED}, what="test"),
         "dtype": torch.float32,
         "true_vocab": VOCAB,
         "max_shard_bytes": MANY,
-        "tokenizer_folder": None,
+        "tokenizer": None,
     }
-    export_model(folder, config=config, tensors=tensors, **(defaults | options))
+    export_model(folder, tensors=tensors, **(defaults | options))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -101,16 +101,29 @@ def test_a_tensor_is_read_once_and_only_when_its_shard_is_written(tmp_path: Path
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    with pytest.raises(UserError, match="no tokenizer to export"):
-        _export(tmp_path / "out", "llama", _readers(whole_model("llama")), tokenizer_folder=tokenizer)
+    pieces, template = tmp_path / "pieces", tmp_path / "template"
+    ids = {"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": None}
+    with pytest.raises(UserError, match="tokenizer to export has no files"):
+        _export(tmp_path / "out", "llama", _readers(whole_model("llama")), tokenizer=ExportedTokenizer({}, ids))
     assert not (tmp_path / "out").exists()
-    (tokenizer / "tokenizer.model").write_bytes(b"pieces")
-    (tokenizer / "notes.txt").write_text("not a tokenizer file")
-    _export(tmp_path / "out", "llama", _readers(whole_model("llama")), tokenizer_folder=tokenizer)
+    pieces.write_bytes(b"pieces")
+    template.write_text("{{ messages }}")
+    files = {"tokenizer.model": pieces, "additional_chat_templates/tools.jinja": template}
+    tokenizer = ExportedTokenizer(files, {**ids, "temperature": 0.6})
+    _export(tmp_path / "out", "llama", _readers(whole_model("llama")), tokenizer=tokenizer)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
-    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {name: getattr(model.config, name) for name in ids} == ids
+    assert {name: getattr(model.generation_config, name) for name in ids} == ids
+    assert model.generation_config.temperature == 0.6
+
+
+def test_a_padding_id_without_a_row_is_left_out(tmp_path: Path) -> None:
+    config = load_config({**CASES["llama"], "vocab_size": PADDED, "pad_token_id": VOCAB}, what="test")
+    tensors = _readers(whole_model("llama"))
+    _export(tmp_path / "out", "llama", tensors, config=config)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pad_token_id is None
 
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:

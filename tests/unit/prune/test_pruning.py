@@ -112,7 +112,7 @@ def _pruned(model: Any, folder: Path, sizes: Sizes, batches: list[TokenBatch]) -
         dtype=torch.float32,
         true_vocab=VOCAB,
         max_shard_bytes=10**9,
-        tokenizer_folder=None,
+        tokenizer=None,
     )
     load_config(folder / "pruned", what="test")
     return choice, AutoModelForCausalLM.from_pretrained(folder / "pruned", attn_implementation="eager").eval()

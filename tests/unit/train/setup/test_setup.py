@@ -66,7 +66,7 @@ def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teach
         ({"distributed": {"vocab_group": 3}}, ["distributed.vocab_group is 3", "1, 2"]),
         ({"student": {"deepspeed": "none.json"}}, ["student.deepspeed", "none.json"]),
         ({"student": {"config": {**MODEL, "hidden_sizes": 3}}}, ["student.config", "hidden_sizes", "hidden_size"]),
-        ({"student": {"config": {**MODEL, "vocab_size": 77}}}, ["student.config", "77", "250", "leave it out"]),
+        ({"student": {"config": {**MODEL, "vocab_size": 77}}}, ["student.config", "77", "250", "leave vocab_size out"]),
         ({"student": {"config": {**MODEL, "max_position_embeddings": 16}}}, ["student.config", "16", "32", "raise it"]),
         ({"data": {"manifest": "none/manifest.json"}}, ["none/manifest.json", "tokenize"]),
     ],
@@ -106,7 +106,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_named(manifest: Pa
     """The usual cause: a padding token was added to the tokenizer, and no row to the model."""
     small = described_teacher(tmp_path / "small", vocab_size=VOCAB - 1)
     message = _refused(recipe(manifest, tmp_path / "run", teacher=small))
-    for part in ("250 ids, and so have the shards", "rows for 249", "remove the tokens from id 249 on"):
+    for part in ("250 ids, and id 249 can be in the shards", "it has 249 rows", "remove the tokens from id 249 on"):
         assert part in message
 
 
@@ -225,6 +225,26 @@ def test_attention_dropout_is_refused(tmp_path: Path) -> None:
     config = {**MODEL, "attention_dropout": 0.1}
     with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set it to 0"):
         prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+MIXTURE = {**MODEL, "model_type": "mixtral", "num_local_experts": 4}
+
+
+def test_noise_of_the_routers_is_refused(tmp_path: Path) -> None:
+    """transformers multiplies the experts' inputs by it in place, which ended in a traceback at the first step."""
+    manifest = described_data(tmp_path / "data" / "train")
+    config = {**MIXTURE, "router_jitter_noise": 0.1}
+    with pytest.raises(UserError, match=r"^student\.config: router_jitter_noise is 0\.1;.*set it to 0"):
+        prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+@pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef"])
+def test_a_weight_of_routers_that_are_not_there_is_refused(tmp_path: Path, key: str) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    student = {"config": MIXTURE}
+    assert prepare(recipe(manifest, tmp_path / "run", loss={key: 0.1}, student=student), _launch(1)).recipe
+    with pytest.raises(UserError, match=rf"^loss\.{key} is 0\.1, but the llama model .* has no experts: remove it"):
+        prepare(recipe(manifest, tmp_path / "run", loss={key: 0.1}), _launch(1))
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
