@@ -21,8 +21,9 @@ from megadistill.distributed.topology import process_groups
 
 PRELOAD = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "tests.ranks.preload"]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOAD)
+"""Of processes that find everything imported."""
 
 
 def _serve(
@@ -67,9 +68,9 @@ def run_ranks(
     pipes: dict[Connection, int] = {}
     processes = []
     for rank in range(world):
-        ours, theirs = _context.Pipe(duplex=False)
+        ours, theirs = CONTEXT.Pipe(duplex=False)
         launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
-        process = _context.Process(
+        process = CONTEXT.Process(
             target=_serve,
             args=(
                 launch,

@@ -11,6 +11,7 @@ from tests.paths import ROOT
 
 FLOORS = {
     "tests/e2e": 55,
+    "tests/fuzz": 4,
     "tests/ranks/data": 2,
     "tests/ranks/distributed": 11,
     "tests/ranks/doctor": 5,

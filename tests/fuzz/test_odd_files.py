@@ -1,0 +1,20 @@
+"""Every file that a command reads x every kind of odd file in its place."""
+
+import shlex
+from pathlib import Path
+
+from tests.fuzz.harness import require_lines, table
+from tests.fuzz.odd_files import KINDS
+from tests.fuzz.worker import Case
+
+
+def test_an_odd_file_is_refused_in_a_line_or_read(folders: list[Path]) -> None:
+    require_lines(
+        [
+            Case(f"{command}, {file}: {kind}", tuple(shlex.split(command)), file, kind)
+            for file, commands in table("files").items()
+            for command in commands
+            for kind in KINDS
+        ],
+        folders,
+    )

@@ -1,0 +1,26 @@
+"""Every key of a recipe x hostile values: `train` refuses, or would start."""
+
+from pathlib import Path
+
+from megadistill.config.keys import keys
+from tests.fuzz.harness import require_lines, table, value_of
+from tests.fuzz.worker import Case
+
+
+def _override(key: str, value: str) -> str:
+    """`--set` of a key of a list's items gives a list with one."""
+    section, is_list, item = key.partition("[].")
+    return f"{section}=[{{{item}: {value}}}]" if is_list else f"{key}={value}"
+
+
+def test_a_hostile_value_of_a_key_is_refused_in_a_line_or_would_run(folders: list[Path]) -> None:
+    names = [key.name for key in keys()] + table("keys")
+    require_lines(
+        [
+            Case(override, ("train", "new.yaml", "--set", override))
+            for name in names
+            for value in table("values")
+            for override in [_override(name, value_of(value))]
+        ],
+        folders,
+    )
