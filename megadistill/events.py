@@ -7,15 +7,17 @@ keys. Costs are in seconds.
 import errno
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.units import spell
+from megadistill.errors import UserError
+from megadistill.io import NotRegularError, open_regular
+from megadistill.units import number_of, spell
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ EVENTS = {
     "step_skipped": "the optimizer did not move, since a loss or a gradient was not finite: `reason`",
     "loss_spike": "the `loss` left its window: `median`, `zscore`",
     "student_diverged": "`student_ce` stayed above `limit`, far above `first_ce` of the first step",
+    "experts_starved": "`count` experts of the student had a small part of an even load over `steps` steps: `experts`, "
+    "each with `layer`, `expert` and its relative `load`",
     "rollback": "back to the checkpoint of `to_step`; `skipped_slots` [first, stop) are left out from then on",
     "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
     "teacher_above_uniform": "the teacher's cross-entropy on the first tokens, `teacher_ce`, is above `uniform_ce`",
@@ -60,6 +64,8 @@ RENAMED_EVENTS = {
 """Names of events before 0.1.0, and today's."""
 
 MAX_LINE_BYTES = 1 << 20
+LARGEST_COUNT = 1 << 62
+"""Steps, attempts and other integers of a line: larger ones are damage."""
 
 
 class JsonLines:
@@ -131,43 +137,131 @@ class EventLog:
         )
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The object of each line of a .jsonl file, None for a damaged line. A missing file has none.
+def scan_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Number (from 1), bytes and object of each line of a .jsonl file that is not blank; None for a damaged line.
 
-    Read line by line, as a run of a million steps writes half a gigabyte.
+    A missing file has none. Read line by line, as a run of a million steps writes half a gigabyte; of a line above
+    `MAX_LINE_BYTES` the rest is passed over. The last line is left out where a kill has cut off its end.
+
+    Raises:
+        UserError: a folder, a pipe or a device has its name.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open_regular(path)
     except FileNotFoundError:
         return
+    except (IsADirectoryError, NotRegularError) as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): move it away") from None
+    number = 0
     with file:
-        while line := file.readline(MAX_LINE_BYTES):
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                values = None
-            if values is not None or line.strip():
-                yield values if isinstance(values, dict) else None
+        while part := file.readline(MAX_LINE_BYTES):
+            number += 1
+            line, is_too_long = part, False
+            while not part.endswith(b"\n") and (part := file.readline(MAX_LINE_BYTES)):
+                is_too_long = True
+            values = None if is_too_long else _object_of(line)
+            if values is None and not part:
+                return
+            if is_too_long or line.strip():
+                yield number, line, values
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a .jsonl file that are not damaged."""
-    return (line for line in json_lines(path) if line is not None)
-
-
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last line of a .jsonl file that is not damaged, without reading all of it; None where there is none."""
+def _object_of(line: bytes) -> dict[str, Any] | None:
     try:
-        with open(path, "rb") as file:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The object of each line of a .jsonl file, None for a damaged line, see `scan_lines`."""
+    return (values for _, _, values in scan_lines(path))
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run folder's events.jsonl that have the keys of an event; a warning counts the others.
+
+    Raises:
+        UserError: a folder, a pipe or a device has the file's name.
+    """
+    return (values for _, values in _valid_lines(folder / "events.jsonl", _is_event))
+
+
+def read_metrics(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a run folder's metrics.jsonl that have the numbers of a step, and these; a warning counts the
+    others.
+
+    Raises:
+        UserError: a folder, a pipe or a device has the file's name.
+    """
+    return _valid_lines(folder / "metrics.jsonl", _is_step)
+
+
+def last_step(folder: Path) -> int | None:
+    """The last step in metrics.jsonl, of which only the end is read; None where there is none."""
+    try:
+        with open_regular(folder / "metrics.jsonl") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE_BYTES))
-            content = file.read()
-    except FileNotFoundError:
+            content = file.read(MAX_LINE_BYTES)
+    except (FileNotFoundError, IsADirectoryError, NotRegularError):
         return None
     for line in reversed(content.splitlines()):
-        with suppress(ValueError, RecursionError):
-            if isinstance(values := json.loads(line), dict):
-                return values
+        values = _object_of(line)
+        if values is not None and _is_step(values):
+            return int(values["step"])
     return None
+
+
+def _valid_lines(path: Path, is_valid: Callable[[Mapping[str, Any]], bool]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    others: list[int] = []
+    for number, line, values in scan_lines(path):
+        if values is not None and is_valid(values):
+            yield line, values
+        elif others:
+            others[1] += 1
+        else:
+            others = [number, 1]
+    if others and (path, others[1]) not in _WARNED:
+        _WARNED.add((path, others[1]))
+        logger.warning(
+            "%s: %s that this program has not written, left out; the first is line %s",
+            path,
+            number_of(others[1], "line"),
+            f"{others[0]:,}",
+        )
+
+
+_WARNED: set[tuple[Path, int]] = set()
+"""Files whose other lines were counted in a warning, with their number: a file is read more than once."""
+
+
+def _is_event(values: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(values.get("event"), str)
+        and _is_number(values.get("time"))
+        and _is_count(values.get("attempt"))
+        and _is_count(values.get("step"))
+    )
+
+
+def _is_step(values: Mapping[str, Any]) -> bool:
+    numbers = (values[name] for name in ("loss", "student_ce", "teacher_ce", "seconds") if name in values)
+    return _is_count(values.get("step")) and all(number is None or _is_number(number) for number in numbers)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= LARGEST_COUNT)
+
+
+def _seconds(values: Mapping[str, Any], name: str) -> float:
+    """A cost of an event or a step; 0 where it has none."""
+    value = values.get(name)
+    return max(0.0, float(value)) if _is_number(value) and math.isfinite(value) else 0.0
 
 
 @dataclass(frozen=True)
@@ -209,8 +303,8 @@ def _of_newest_attempts(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, 
     days after it was replaced."""
     newest = 0
     for event in events:
-        if (attempt := int(event.get("attempt") or 0)) >= newest:
-            newest = attempt
+        if event["attempt"] >= newest:
+            newest = event["attempt"]
             yield event
 
 
@@ -228,17 +322,17 @@ def paused_seconds(events: Iterable[Mapping[str, Any]]) -> float:
 
 def goodput(folder: Path) -> Goodput:
     """The goodput of a run folder, from its first event to its last. Without events the wall time is 0."""
-    events = list(_of_newest_attempts(read_lines(folder / "events.jsonl")))
-    times = [float(event["time"]) for event in events]
+    events = list(_of_newest_attempts(read_events(folder)))
+    times = [time for event in events if math.isfinite(time := float(event["time"]))]
     if not times:
         return Goodput()
     resumes = [event for event in events if event["event"] == "resumed"]
     paused = paused_seconds(events)
     return Goodput(
-        useful=sum(float(step.get("seconds") or 0.0) for step in read_lines(folder / "metrics.jsonl")),
-        startup=sum(float(event["startup_seconds"]) for event in resumes),
-        saving=sum(float(event["stall_seconds"]) for event in events if event["event"] == "checkpoint_saved"),
-        repeated=sum(float(event.get("lost_seconds") or 0.0) for event in resumes),
+        useful=sum(_seconds(step, "seconds") for _, step in read_metrics(folder)),
+        startup=sum(_seconds(event, "startup_seconds") for event in resumes),
+        saving=sum(_seconds(event, "stall_seconds") for event in events if event["event"] == "checkpoint_saved"),
+        repeated=sum(_seconds(event, "lost_seconds") for event in resumes),
         wall=max(times) - min(times) - paused,
         paused=paused,
     )

@@ -232,6 +232,12 @@ DIAGNOSTIC_NAMES = (
 """Names of the means of `Diagnostics`, as they are logged. `forward_kl` is at temperature 1, as all are."""
 
 
+EXPERT_METRICS = ("max_load", "min_load", "entropy", "idle", "router_aux_loss", "router_z_loss")
+"""Names of the numbers of a student's routers in a step: highest and lowest load of an expert relative to an even one;
+entropy of the load over its maximum, mean of the layers; fraction of experts without a token; the load-balancing loss
+and the z-loss, without their weights."""
+
+
 @dataclass(frozen=True)
 class Diagnostics:
     """Extra diagnostics of teacher and student, at temperature 1: sums like those of `LossTerms`, detached."""
@@ -318,3 +324,7 @@ class StepReport:
     """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
     diagnostics: dict[str, float] | None = None
     """The extra diagnostics by name, on the steps that compute them."""
+    experts: dict[str, float] | None = None
+    """Numbers of the routers by `EXPERT_METRICS`, of a student with experts."""
+    expert_load: dict[str, list[float]] | None = None
+    """Number of a layer -> load of each of its experts relative to an even one, on some steps."""

@@ -35,6 +35,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (0, 1),
     "initializer_range": (0, 1e3),
     "attention_dropout": _PROBABILITY,
+    "router_aux_loss_coef": (0, 10**6),
+    "router_z_loss_coef": (0, 10**6),
+    "router_jitter_noise": _PROBABILITY,
     "hidden_dropout": _PROBABILITY,
 }
 """Key, at any depth -> least and largest value."""

@@ -83,5 +83,12 @@ class RouterCoefs:
         return cls(*(float(own or 0.0) if given is None else given for given, own in zip(given, own, strict=True)))
 
 
+def record_router_coefs(config: Any, coefs: RouterCoefs) -> None:
+    """Writes the weights that a model with experts was trained with into its config."""
+    for name, value in zip(ROUTER_COEF_KEYS, (coefs.aux, coefs.z), strict=True):
+        if value or hasattr(config, name):
+            setattr(config, name, value)
+
+
 ROUTER_COEF_KEYS = ("router_aux_loss_coef", "router_z_loss_coef")
 """Keys of a config, and of the recipe's loss section, for `RouterCoefs`."""

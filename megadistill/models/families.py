@@ -112,6 +112,8 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     refuse_extreme_numbers(keys, what)
     try:
         config = config_class.from_dict(keys)
+        if family(config).experts is not None:
+            config.output_router_logits = False  # every forward pass would keep them, and nothing here reads them
         _refuse_inconsistent_sizes(config, what)
         if isinstance(config.pad_token_id, int) and not 0 <= config.pad_token_id < config.vocab_size:
             config.pad_token_id = None  # of a tokenizer with more ids than the model has rows
@@ -218,7 +220,9 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
     config.vocab_size = vocab_size
     config.pad_token_id = None
     config.use_cache = False
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=family(config).attention)
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=family(config).attention, trust_remote_code=False
+    )
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:

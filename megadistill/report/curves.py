@@ -74,6 +74,8 @@ OVER_TOKENS = (
     Curve("weights", "Weights of the loss", "", _of("kd_weight"), _of("ce_weight"),
           "Solid: the divergence. Dashed: the label's cross-entropy.", smoothed=False, from_zero=True),
     Curve("log_z", "log Z of the student", "", _of("log_z")),
+    Curve("experts", "Load of the experts", "of an even share", _of("max_load"), _of("min_load"), log=True,
+          caption="Solid: of the expert with most tokens in a step, over all layers. Dashed: with fewest. 1 is even."),
     Curve("acceptance", "Acceptance", "% of tokens", _of("acceptance", scale=100),
           caption="Σ min(p, q): of speculative decoding with this student."),
     Curve("jsd", "Jensen-Shannon and reverse KL divergence", "nats a token", _of("jsd"), _of("reverse_kl"),

@@ -26,6 +26,7 @@ MARKS = {
     "step_skipped": "x",
     "loss_spike": "^",
     "student_diverged": "2",
+    "experts_starved": "+",
     "rollback": "<",
     "teacher_drift": "*",
     "teacher_above_uniform": "4",

@@ -23,6 +23,7 @@ MEANINGS = {
     "step_skipped": "a loss or gradient was not finite; the weights were left as they were",
     "loss_spike": "the loss left the range of the steps before it",
     "student_diverged": "the cross-entropy stayed far above that of the first step: the learning rate is too high",
+    "experts_starved": "experts of the student got hardly any tokens, and so hardly learnt",
     "rollback": "the run went back to an earlier checkpoint, and leaves out the data in between",
     "teacher_drift": "the teacher's cross-entropy left the range of the steps before it",
     "teacher_above_uniform": "the teacher predicted the first tokens worse than a uniform guess over all ids",
@@ -174,6 +175,18 @@ def _above_uniform(event: Event) -> str:
     return f"the teacher does not know this text at step {event.step:,}{numbers}"
 
 
+def _starved(event: Event) -> str:
+    experts, number_starved = event.values.get("experts"), number(event.values.get("count"))
+    known = [
+        f"expert {int(number(each.get('expert'))):,} of layer {int(number(each.get('layer'))):,}"
+        for each in (experts if isinstance(experts, list) else ())
+        if isinstance(each, dict) and number(each.get("expert")) >= 0 and number(each.get("layer")) >= 0
+    ]
+    count = int(number_starved) if number_starved >= 1 else len(known)
+    which = number_of(count, "expert") if count else "experts"
+    return f"{which} starved at step {event.step:,}" + (f": {_listed(known)}" if known else "")
+
+
 def _rollback(event: Event) -> str:
     to_step = number(event.values.get("to_step"))
     target = f" to step {int(to_step):,}" if to_step >= 0 else ""
@@ -224,6 +237,7 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "checkpoint_quarantined": _quarantined,
     "loss_spike": _left_its_window("loss spike", "loss"),
     "student_diverged": _diverged,
+    "experts_starved": _starved,
     "rollback": _rollback,
     "teacher_drift": _left_its_window("teacher's cross-entropy", "teacher_ce"),
     "teacher_above_uniform": _above_uniform,

@@ -8,7 +8,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,12 +33,18 @@ LARGEST = 1e30
 LAST_SECOND = 253_402_300_799.0
 """End of the year 9999 in seconds since 1970, the last that a date can hold."""
 
-DIAGNOSTICS = ("acceptance", "reverse_kl", "jsd")
+NESTED = {
+    "diagnostics": ("acceptance", "reverse_kl", "jsd"),
+    "experts": ("max_load", "min_load", "idle", "router_aux_loss"),
+}
+"""Names of numbers that a line of metrics.jsonl has inside of an object, by its name."""
 METRICS = (
     "time", "step", "tokens", "loss", "divergence", "targets_kl", "kl", "student_ce", "teacher_ce", "student_entropy",
     "teacher_entropy", "agreement", "log_z", "learning_rate", "grad_norm", "seconds", "tokens_per_second",
     "data_seconds", "teacher_seconds", "mfu", "memory_bytes", "kd_weight", "ce_weight",
 )  # fmt: skip
+SERIES = (*METRICS, *chain.from_iterable(NESTED.values()))
+"""Names of all numbers that are read of a step."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class RunRecord:
     """The resolved recipe, with today's defaults for keys that are newer than the run; empty if unreadable."""
     versions: Mapping[str, str]
     series: Mapping[str, Floats]
-    """[steps] for each name of `METRICS` and `DIAGNOSTICS`, in the order of steps, NaN where a step has none."""
+    """[steps] for each name of `SERIES`, in the order of steps, NaN where a step has none."""
     events: Sequence[Event]
     """Events in the order of their times."""
     attempts: Sequence[Mapping[str, Any]]
@@ -191,18 +197,19 @@ def _recipe(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], Mapping[st
 
 
 def _series(path: Path, notes: list[str]) -> dict[str, Floats]:
-    columns = {name: array("d") for name in (*METRICS, *DIAGNOSTICS)}
+    columns = {name: array("d") for name in SERIES}
     damaged = 0
     for line in json_lines(path):
         step, tokens = (number(line.get(name)) for name in ("step", "tokens")) if line else (math.nan, math.nan)
         if line is None or not (step >= 1 and tokens >= 0):
             damaged += 1
             continue
-        diagnostics = line.get("diagnostics")
         for name in METRICS:
             columns[name].append(number(line.get(name)))
-        for name in DIAGNOSTICS:
-            columns[name].append(number(diagnostics.get(name)) if isinstance(diagnostics, dict) else math.nan)
+        for group, names in NESTED.items():
+            values = line.get(group)
+            for name in names:
+                columns[name].append(number(values.get(name)) if isinstance(values, dict) else math.nan)
     if damaged:
         notes.append(f"metrics.jsonl: {number_of(damaged, 'damaged line')} left out")
     series = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}

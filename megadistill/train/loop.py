@@ -23,6 +23,7 @@ from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
+from megadistill.train.hooks.starved_experts import StarvedExperts
 from megadistill.train.hooks.step_log import StepLog
 from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
@@ -150,6 +151,7 @@ class Trainer:
                 start_tokens=recovery.tokens(self.step),
                 topology=topology,
                 epoch_tokens=setup.epoch_tokens,
+                has_experts=self._student.routers is not None,
             )
             stack.enter_context(closing(log))
             self._log_start(cursor, skips)
@@ -194,6 +196,7 @@ class Trainer:
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
             TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
             DivergedStudentCheck(recovery, self._student_monitor),
+            StarvedExperts(recovery, self._objective.router_coefs) if self._student.routers else None,
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
         ]

@@ -22,7 +22,7 @@ from megadistill.models.experts import RouterCoefs
 from megadistill.student.engine import StudentEngine
 from megadistill.student.routers import RouterSums
 from megadistill.train.lookahead import StepBatch
-from megadistill.types import IGNORED_LABEL
+from megadistill.types import EXPERT_METRICS, IGNORED_LABEL
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,14 @@ class ExpertLoad:
         aux_loss = load_balancing(tokens_LE / valid_tokens, probabilities_LE)
         return cls(layers, tokens_LE.tolist(), float(aux_loss), float(values[2 * L * E :].mean()))
 
-    def relative(self) -> list[list[float]]:
-        """[L][E]: load of each expert over that of an even distribution; 1 is even, 0 idle."""
-        return [[len(layer) * each / max(1.0, sum(layer)) for each in layer] for layer in self.tokens]
+    def by_layer(self) -> dict[str, list[float]]:
+        """Number of a layer -> `relative` load of its experts, to four decimals."""
+        loads = zip(self.layers, relative(self.tokens), strict=True)
+        return {str(layer): [round(load, 4) for load in loads_E] for layer, loads_E in loads}
 
     def summary(self) -> dict[str, float]:
         """The numbers of every step, by `EXPERT_METRICS`."""
-        loads = [load for layer in self.relative() for load in layer]
+        loads = [load for layer in relative(self.tokens) for load in layer]
         entropies = [_entropy(layer) / math.log(max(2, len(layer))) for layer in self.tokens]
         values = (
             max(loads),
@@ -131,9 +132,9 @@ class ExpertLoad:
         return dict(zip(EXPERT_METRICS, values, strict=True))
 
 
-EXPERT_METRICS = ("max_load", "min_load", "entropy", "idle", "router_aux_loss", "router_z_loss")
-"""Highest and lowest load relative to an even one; entropy over its maximum, mean of the layers; fraction of experts
-without a token; the losses without their weights."""
+def relative(tokens: Sequence[Sequence[float]]) -> list[list[float]]:
+    """[L][E]: load of each expert over that of an even distribution, by its tokens; 1 is even, 0 idle."""
+    return [[len(layer) * each / max(1.0, sum(layer)) for each in layer] for layer in tokens]
 
 
 def _entropy(counts: Sequence[float]) -> float:

@@ -33,6 +33,10 @@ class StepLog:
             return
         with timeline.span(timeline.HOST, "report"):
             self._recovery.step_done(event.seconds)
+            draws_histograms = self._histograms_every > 0 and event.step % self._histograms_every == 0
+            experts, load = event.outcome.experts, None
+            if experts is not None and (draws_histograms or self._objective.computes_diagnostics(event.step)):
+                load = experts.by_layer()
             report = self._meter.report(
                 event.step,
                 event.outcome.metrics,
@@ -43,7 +47,9 @@ class StepLog:
                 data_seconds=event.data_seconds,
                 teacher_seconds=event.outcome.teacher_seconds,
                 diagnostics=event.outcome.diagnostics,
+                experts=None if experts is None else experts.summary(),
+                expert_load=load,
             )
             self._log.step(report, weights=self._objective.scheduled_weights(event.step))
-            if self._histograms_every > 0 and event.step % self._histograms_every == 0:
+            if draws_histograms:
                 self._log.histograms(event.step, histograms(self._student.state.distributions(), self._topology))

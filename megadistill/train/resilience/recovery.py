@@ -18,7 +18,8 @@ import torch
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
-from megadistill.events import EventLog, Goodput, goodput, read_lines
+from megadistill.events import EventLog, Goodput, goodput, read_events, read_metrics
+from megadistill.io import write_file
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
 from megadistill.train.checkpoint.folders import checkpoint_folders
@@ -63,9 +64,7 @@ class Recovery:
         self._began = time.perf_counter()
         number, saved_before, problem = 0, False, ""
         if topology.is_first:
-            saved_before = any(
-                event["event"] == "checkpoint_saved" for event in read_lines(self._folder / "events.jsonl")
-            )
+            saved_before = any(event["event"] == "checkpoint_saved" for event in read_events(self._folder))
             try:
                 number = acquire(self._folder, launch_record(topology.world), after=after).number
             except UserError as error:
@@ -172,11 +171,15 @@ class Recovery:
         student_monitor = DivergedStudentMonitor(self._setup.data.vocab_size, first_steps=resilience.spike_window // 2)
         if self._topology.is_first:
             self._lost, self._lost_seconds = 0, 0.0
-            for line in read_lines(self._folder / "metrics.jsonl"):
+            for _, line in read_metrics(self._folder):
                 number = int(line["step"])
+                loss, teacher_ce, student_ce = (
+                    math.nan if line.get(name) is None else float(line[name])
+                    for name in ("loss", "teacher_ce", "student_ce")
+                )
                 if number <= step:
-                    recent.append((float(line["loss"]), float(line.get("teacher_ce", math.nan))))
-                    student_monitor.update(number, float(line.get("student_ce", math.nan)))
+                    recent.append((loss, teacher_ce))
+                    student_monitor.update(number, student_ce)
                 else:
                     self._lost = number - step
                     self._lost_seconds += float(line.get("seconds") or 0.0)
@@ -308,7 +311,7 @@ class Recovery:
         """Records that the last step is saved, and writes the file DONE."""
         self.events.write("completed", step=step)
         if self._topology.is_first:
-            (self._folder / "DONE").write_text(f"{step}\n", encoding="utf-8")
+            write_file(self._folder / "DONE", f"{step}\n")
 
     def goodput(self) -> str:
         """The goodput of all attempts until now, as a log line."""

@@ -1,6 +1,6 @@
 """Histograms of tensors that are sharded over the ranks, as the student's weights are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,13 @@ def histograms(pieces: Mapping[str, Tensor], topology: Topology) -> dict[str, Hi
         )
         if sum(counts) > 0
     }
+
+
+def histogram(values: Sequence[float]) -> Histogram:
+    """The histogram of finite numbers, one at least, that every rank knows."""
+    lowest, highest = min(values), max(values)
+    total, squares, *counts = _sums(torch.tensor(values), lowest, highest).tolist()
+    return Histogram(lowest, highest, total, squares, counts)
 
 
 def _sums(piece: Tensor, lowest: float, highest: float) -> Tensor:

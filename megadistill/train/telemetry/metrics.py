@@ -1,6 +1,5 @@
 """Metrics of each step: metrics.jsonl, TensorBoard, log lines and a progress bar."""
 
-import json
 import logging
 import resource
 import time
@@ -17,13 +16,13 @@ from megadistill.accelerators import accelerator_of
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.divergence import DivergenceKind
-from megadistill.events import JsonLines, read_lines
-from megadistill.io import write_file
+from megadistill.events import JsonLines, read_metrics
+from megadistill.io import atomic_write
 from megadistill.models.flops import flops_per_token
 from megadistill.progress import short_bar
-from megadistill.train.telemetry.histograms import Histogram
+from megadistill.train.telemetry.histograms import Histogram, histogram
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
-from megadistill.types import DIAGNOSTIC_NAMES, StepReport
+from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
 from megadistill.units import count, left, short
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
@@ -54,10 +53,15 @@ def peak_memory(device: torch.device) -> int:
     return int(torch.accelerator.max_memory_allocated(device))
 
 
-def logged_names(recipe: Recipe) -> set[str]:
-    """Names of the numbers that a run of this recipe logs, on every step or on some; see `RunLog.step`."""
+def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
+    """Names of the numbers that a run of this recipe logs, on every step or on some; see `RunLog.step`.
+
+    `has_experts`: whether the student has experts.
+    """
     loss, diagnosed = recipe.loss, recipe.loss.diagnostics_every > 0
-    names = {field.name for field in fields(StepReport)} - {"step", "diagnostics"}
+    names = {field.name for field in fields(StepReport)} - {"step", "diagnostics", "experts", "expert_load"}
+    if has_experts:
+        names |= {f"experts/{name}" for name in EXPERT_METRICS}
     if recipe.objective == "labels":
         return names - {*TEACHER_METRICS}
     if loss.targets is not None:
@@ -130,8 +134,13 @@ class RunLog:
         start_tokens: int,
         topology: Topology,
         epoch_tokens: int | None = None,
+        has_experts: bool = False,
     ) -> None:
-        """`epoch_tokens`: tokens of the data; None: unknown, or a mixture, whose sources have epochs of their own."""
+        """
+        Args:
+            epoch_tokens: tokens of the data; None: unknown, or a mixture, whose sources have epochs of their own.
+            has_experts: whether the student has experts.
+        """
         self._active = topology.is_first
         self._steps = recipe.train.steps
         self._log_every = recipe.train.log_every
@@ -143,11 +152,10 @@ class RunLog:
         if not self._active:
             return
         path = folder / "metrics.jsonl"
-        _drop_after(path, start_step)
+        drop_after(path, start_step)
         self._lines = JsonLines(path)
-        self._tensorboard = TensorBoardLog(
-            folder, recipe, logged_names(recipe), start_step=start_step, start_tokens=start_tokens
-        )
+        names = logged_names(recipe, has_experts=has_experts)
+        self._tensorboard = TensorBoardLog(folder, recipe, names, start_step=start_step, start_tokens=start_tokens)
         console = Console()
         if console.is_terminal and not console.is_dumb_terminal:
             columns = (
@@ -173,6 +181,9 @@ class RunLog:
             logger.warning("%s: %s; its lines are written once the disk has space", self._lines.path, problem)
         self._disk_refused = problem is not None
         self._tensorboard.numbers(report.step, _flat(values))
+        if report.expert_load is not None:
+            loads = report.expert_load.items()
+            self._tensorboard.histograms(report.step, {f"expert_load/layer_{n}": histogram(load) for n, load in loads})
         self._ends.append((report.step, time.perf_counter()))
         if report.step % self._log_every == 0 or report.step == self._steps:
             logger.info("%s", self._line(report))
@@ -205,6 +216,7 @@ class RunLog:
                 hidden = WHOLE_DISTRIBUTION_METRICS if diagnostics is None else ()
             if values["kl"] is None:
                 hidden += ("kl",)
+        hidden += tuple(name for name in ("experts", "expert_load") if values[name] is None)
         if diagnostics is not None:
             values["diagnostics"] = {name: value for name, value in diagnostics.items() if name != "forward_kl"}
         return {name: value for name, value in values.items() if name not in hidden}
@@ -249,13 +261,16 @@ class RunLog:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a step without nesting: those of `diagnostics` as `diagnostics/NAME`."""
-    diagnostics = values.get("diagnostics") or {}
-    outer = {name: value for name, value in values.items() if name != "diagnostics"}
-    return {**outer, **{f"diagnostics/{name}": value for name, value in diagnostics.items()}}
+    """The numbers of a step without nesting, as `diagnostics/NAME`, `experts/NAME`; without the load of each expert."""
+    nested = {group: values.get(group) or {} for group in ("diagnostics", "experts")}
+    outer = {name: value for name, value in values.items() if name not in (*nested, "expert_load")}
+    return outer | {f"{group}/{name}": value for group, inner in nested.items() for name, value in inner.items()}
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Removes the lines after `step` from metrics.jsonl."""
     if path.exists():
-        write_file(path, "".join(json.dumps(values) + "\n" for values in read_lines(path) if values["step"] <= step))
+        with atomic_write(path) as file:
+            for line, values in read_metrics(path.parent):
+                if values["step"] <= step:
+                    file.write(line.removesuffix(b"\n") + b"\n")

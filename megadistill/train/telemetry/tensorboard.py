@@ -21,7 +21,7 @@ GROUPS = {
     "waiting": ("data_seconds", "teacher_seconds"),
     "memory": ("memory_bytes",),
 }
-"""Names of each group, the first part of a tag; those of diagnostics have theirs in the name."""
+"""Names of each group, the first part of a tag; those of diagnostics and experts have theirs in the name."""
 
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -60,6 +60,11 @@ LAYOUT = {
         "reverse KL and JSD": ["diagnostics/reverse_kl", "diagnostics/jsd"],
         "acceptance": ["diagnostics/acceptance"],
     },
+    "Experts": {
+        "load of the most and of the least used expert, over an even one": ["experts/max_load", "experts/min_load"],
+        "entropy of the load; fraction of idle experts": ["experts/entropy", "experts/idle"],
+        "losses of the routers, without their weights": ["experts/router_aux_loss", "experts/router_z_loss"],
+    },
     "Training": {
         "gradient norm": ["optimizer/grad_norm"],
         "learning rate": ["optimizer/learning_rate"],
@@ -75,7 +80,7 @@ LAYOUT = {
 
 def tag_of(name: str) -> str:
     """The tag `GROUP/NAME` of a number of a step."""
-    if name.startswith("diagnostics/"):
+    if name.startswith(("diagnostics/", "experts/")):
         return name
     name = OF_BOTH_MODELS.get(name, ("", name))[1]
     return f"{_GROUP_OF.get(name, 'other')}/{name}"

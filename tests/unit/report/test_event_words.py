@@ -73,6 +73,13 @@ def _skipped(run: WrittenRun) -> None:
             "slots 64 to 71",
         ),
         (
+            lambda run: run.event(
+                "experts_starved", 200, count=9, steps=100, experts=[{"layer": 1, "expert": 3, "load": 0.01}, 7]
+            ),
+            "9 experts starved at step 200: expert 3 of layer 1",
+        ),
+        (lambda run: run.event("experts_starved", 200, experts="all"), "experts starved at step 200"),
+        (
             lambda run: run.event("samples_masked", 9, slots=[64, 1071]),
             "2 corrupt samples masked at step 9: slots 64, 1,071",
         ),

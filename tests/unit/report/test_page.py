@@ -18,7 +18,7 @@ from megadistill.report.curves import curves_over_tokens
 from megadistill.report.drawing import MAX_RUNS, draw, new_figure, style
 from megadistill.report.event_plot import MARKS
 from megadistill.report.page import PAGE, compose, report
-from megadistill.report.run_record import DIAGNOSTICS, METRICS, RunRecord, read_runs
+from megadistill.report.run_record import SERIES, RunRecord, read_runs
 from megadistill.report.tables import NOTHING, attempts_table, text
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
@@ -227,7 +227,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 def test_a_million_steps_fit_on_a_page(tmp_path: Path) -> None:
     for runs, steps, bytes_of_a_figure in ((1, 1_000_000, 40_000), (MAX_RUNS, 10_000, 350_000)):
         values = np.random.default_rng(0).random(steps)
-        series = {name: np.full(steps, np.nan) for name in (*METRICS, *DIAGNOSTICS)}
+        series = {name: np.full(steps, np.nan) for name in SERIES}
         series |= {"step": np.arange(1.0, steps + 1), "tokens": np.arange(1.0, steps + 1) * 4e6}
         series |= {"student_ce": values, "teacher_ce": values}
         nothing: dict[str, Any] = {"recipe": {}, "versions": {}, "events": [], "attempts": [], "notes": []}

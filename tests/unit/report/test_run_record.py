@@ -9,6 +9,7 @@ import pytest
 from megadistill import events
 from megadistill.errors import UserError
 from megadistill.redaction import printable
+from megadistill.report.curves import curves_over_tokens
 from megadistill.report.run_record import distinct_names, number, read_run, read_runs
 from tests.unit.report.written_run import RECIPE, WrittenRun, run_with_faults, step_line
 
@@ -53,6 +54,18 @@ def test_the_divergence_from_truncated_targets_is_no_kl(tmp_path: Path) -> None:
         *(line["kl"] for line in written[:2]),
         *(line["targets_kl"] for line in written[2:]),
     ]
+
+
+def test_the_load_of_experts_is_read_and_drawn(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path / "run")
+    run.steps(1, 4, experts={"max_load": 1.5, "min_load": 0.25, "entropy": 0.9})
+    run.steps(5, 5, experts="none")
+    record = read_run(run.write(), "run")
+    assert record.series["max_load"].tolist()[:4] == [1.5] * 4
+    assert math.isnan(record.series["max_load"][4])
+    drawings = {drawing.name: drawing for drawing in curves_over_tokens([record])}
+    assert "experts" in drawings
+    assert "idle" not in drawings
 
 
 def test_events_of_a_former_version_are_named_with_their_new_word(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.train.telemetry.histograms import BINS, histograms
 from megadistill.train.telemetry.metrics import RunLog, logged_names
 from megadistill.train.telemetry.tensorboard import LAYOUT, TensorBoardLog, tag_of, tags_of
-from megadistill.types import DIAGNOSTIC_NAMES, StepReport
+from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
 from tests.unit.train.cases import recipe, topology
 
 TOKENS = 256
@@ -41,20 +41,32 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "diagnosed targets": {**TARGETS, **DIAGNOSED},
     "warm": {"temperature": 2.0, **SCHEDULE},
     "warm, diagnosed": {"temperature": 2.0, **DIAGNOSED},
+    "labels, experts": None,
+    "distill, experts": {},
 }
 
 
-def _run(folder: Path, loss: dict[str, Any] | None, steps: range) -> Recipe:
+def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts: bool = False) -> Recipe:
     """The logs of steps of a run; all of a step's numbers are its number."""
     changes = {"loss": loss} if loss else {}
     made = recipe(Path("manifest.json"), folder, teacher=None if loss is None else Path("teacher"), **changes)
     start = steps.start - 1
-    log = RunLog(folder, made, start_step=start, start_tokens=start * TOKENS, topology=topology(world=1))
+    log = RunLog(
+        folder,
+        made,
+        start_step=start,
+        start_tokens=start * TOKENS,
+        topology=topology(world=1),
+        has_experts=has_experts,
+    )
     names = [field.name for field in fields(StepReport)]
     for step in steps:
         diagnosed = dict.fromkeys(DIAGNOSTIC_NAMES, float(step)) if loss and made.loss.diagnostics_every else None
         numbers: dict[str, Any] = {**dict.fromkeys(names, float(step)), "step": step, "tokens": step * TOKENS}
-        report = StepReport(**{**numbers, "mfu": None, "diagnostics": diagnosed if step % 2 == 0 else None})
+        numbers |= {"mfu": None, "diagnostics": diagnosed if step % 2 == 0 else None}
+        numbers["experts"] = dict.fromkeys(EXPERT_METRICS, float(step)) if has_experts else None
+        numbers["expert_load"] = {"0": [0.5, 1.5], "3": [1.0, 1.0]} if has_experts and step == 2 else None
+        report = StepReport(**numbers)
         weights = {"kd_weight": 1.0, "ce_weight": 0.0} if made.loss.schedule else None
         log.step(report, weights=weights)
     log.close()
@@ -68,7 +80,8 @@ def _tags(folder: Path) -> set[str]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, name: str) -> None:
     """A chart of nothing else is empty, and nobody would notice before a run is on."""
-    made = _run(tmp_path, RECIPES[name], range(1, 4))
+    has_experts = "experts" in name
+    made = _run(tmp_path, RECIPES[name], range(1, 4), has_experts=has_experts)
     written = {
         folder: _tags(tmp_path / folder) for folder in (".", "by_tokens", "teacher") if (tmp_path / folder).is_dir()
     }
@@ -82,8 +95,9 @@ def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, name: str) -> 
     shown = {tag for tag in every if any(re.search(each, tag) for patterns in charts.values() for each in patterns)}
     expected = {tag for tags in _every_chart().values() for tag in tags}
     assert shown == every & expected, "a chart is left out though its numbers are there"
-    assert ("teacher" in written) == (name not in ("labels", "targets"))
-    assert {tag for each in logged_names(made) - {"mfu"} for tag in tags_of(each)} == every
+    assert ("teacher" in written) == (name not in ("labels", "targets", "labels, experts"))
+    named = logged_names(made, has_experts=has_experts)
+    assert {tag for each in named - {"mfu"} for tag in tags_of(each)} == every
 
 
 def _every_chart() -> dict[str, list[str]]:
@@ -125,8 +139,21 @@ def test_every_number_of_a_step_has_a_group() -> None:
         made = recipe(
             Path("m"), Path("f"), teacher=None if loss is None else Path("t"), **({"loss": loss} if loss else {})
         )
-        assert not [each for each in logged_names(made) if tag_of(each).startswith("other/")], name
+        names = logged_names(made, has_experts=True)
+        assert not [each for each in names if tag_of(each).startswith("other/")], name
     assert tag_of("diagnostics/jsd") == "diagnostics/jsd"
+
+
+def test_the_load_of_each_expert_is_a_histogram_of_its_layer(tmp_path: Path) -> None:
+    _run(tmp_path, {}, range(1, 4), has_experts=True)
+    board = _read(tmp_path)
+    assert {*board.Tags()["histograms"]} == {"expert_load/layer_0", "expert_load/layer_3"}
+    (uneven,), (even,) = (board.Histograms(f"expert_load/layer_{number}") for number in (0, 3))
+    for event, ends, squares in ((uneven, (0.5, 1.5), 2.5), (even, (1.0, 1.0), 2.0)):
+        value = event.histogram_value
+        assert (event.step, value.min, value.max, value.num) == (2, *ends, 2)
+        assert (value.sum, value.sum_squares) == (2.0, squares)
+    assert [event.value for event in board.Scalars("experts/max_load")] == [1.0, 2.0, 3.0]
 
 
 def test_the_recipe_is_there_to_read(tmp_path: Path) -> None:
