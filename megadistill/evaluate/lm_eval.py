@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from megadistill.errors import UserError, nearest
 from megadistill.evaluate.sample import load_for_sampling
+from megadistill.io import read_given_json
+from megadistill.models.hf_export import GENERATION_FILE
+from megadistill.models.weights import load_pretrained
 
 HARNESS = "lm_eval"
 
@@ -47,7 +49,7 @@ class TaskScores:
 
     def table(self) -> Table:
         """A table for a terminal."""
-        table = Table(title=f"{escape(self.model)}, lm-eval {self.harness}", title_justify="left")
+        table = Table(title=f"{self.model}, lm-eval {self.harness}", title_justify="left")
         for heading in ("task", "metric"):
             table.add_column(heading)
         for heading in ("value", "± error", "samples", "shots"):
@@ -57,7 +59,7 @@ class TaskScores:
                 "-" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:.4f}"
                 for number in (score.value, score.error, score.samples, score.fewshot)
             ]
-            table.add_row(escape(score.task), escape(score.metric), *numbers)
+            table.add_row(score.task, score.metric, *numbers)
         return table
 
 
@@ -100,7 +102,9 @@ def run_tasks(
     results = harness.simple_evaluate(
         model="hf",
         model_args={
-            "pretrained": str(folder.resolve()),
+            "pretrained": _model(folder, device),
+            "tokenizer": str(folder.resolve()),
+            "trust_remote_code": False,
             "prefix_token_id": tokenizer.eos if tokenizer.bos is None else tokenizer.bos,
         },
         tasks=list(tasks),
@@ -112,6 +116,19 @@ def run_tasks(
         task_manager=manager,
     )
     return TaskScores(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(results)))
+
+
+def _model(folder: Path, device: torch.device) -> Any:
+    """The model as every verb reads it, and the ids that end a text by the folder's generation_config.json."""
+    model = load_pretrained(folder, what=str(folder), device=device)
+    path = folder / GENERATION_FILE
+    if path.is_file():
+        settings = read_given_json(path, dict, what=str(folder), way_out="correct or remove it")
+        ids = settings.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids and all(type(id) is int for id in ids):
+            model.generation_config.eos_token_id = ids
+    return model
 
 
 def _scores(results: Any) -> list[Score]:

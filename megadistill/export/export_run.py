@@ -3,18 +3,22 @@
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadistill.config.load import validate_recipe
 from megadistill.config.paths import wrong_path
+from megadistill.config.recipe import Recipe
 from megadistill.data.tokenizers.special_ids import generation_settings
 from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
+from megadistill.models.experts import RouterCoefs, record_router_coefs
 from megadistill.models.families import load_config
 from megadistill.models.hf_export import ExportedTokenizer, NamedReader, export_model, exported_config
 from megadistill.precision import Precision, torch_dtype
+from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
@@ -43,6 +47,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     recipe = validate_recipe(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
+    record_router_coefs(config, RouterCoefs.of(recipe.loss, config))
     tokenizer = None if run is None else _tokenizer(run, rows=manifest.vocab_size)
     if tokenizer is None:
         logger.warning("%s is in no run folder: it is exported without a tokenizer", checkpoint.folder)
@@ -56,7 +61,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         true_vocab=manifest.vocab_size,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
-        texts={"README.md": model_card(output.name, checkpoint, recipe, run=run, config=config)},
+        texts=_card(output.name, checkpoint, recipe, run=run, config=config),
     )
     return manifest.step
 
@@ -65,6 +70,19 @@ def _tokenizer(run: Path, *, rows: int) -> ExportedTokenizer:
     """The tokenizer of the run's data. Raises UserError: it is missing, or was changed since the run began."""
     files = run_tokenizer(run)
     return ExportedTokenizer(files, generation_settings(run / TOKENIZER_FOLDER, rows=rows))
+
+
+def _card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any) -> dict[str, str]:
+    """README.md, by its name; nothing, for the short one of `export_model`, where the records of the run are damaged.
+
+    A card reads what lies around a run: the records, evaluations, the teacher's folder. None of it is worth a student.
+    """
+    try:
+        return {"README.md": model_card(name, checkpoint, recipe, run=run, config=config)}
+    except Exception as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        logger.warning("README.md has no model card, only the sizes of the model: %s", reason[:400])
+        return {}
 
 
 def _readers(checkpoint: Checkpoint, *, mapped_bytes: int) -> list[NamedReader]:

@@ -35,6 +35,6 @@ def teacher_fingerprint(folder: Path) -> str:
     for name in weights.names:
         shape = list(weights.shape(name))
         digest.update(json.dumps([name, str(weights.dtype(name)), shape]).encode())
-        first = weights.rows(name, [(0, min(SAMPLED_ROWS, shape[0]))])
+        first = weights.rows(name, [(0, min(SAMPLED_ROWS, shape[0]))]) if shape else next(weights.tensors([name]))
         digest.update(first.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

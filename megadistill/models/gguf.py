@@ -31,12 +31,20 @@ def convert_gguf(file: Path, folder: Path) -> None:
         raise UserError(f"{file}: reading GGUF takes {' and '.join(missing)}: pip install 'megadistill[smollm2]'")
     if folder.exists():  # before reading, which takes a minute
         raise UserError(f"{folder} exists already; remove it, or convert to another folder")
-    model = _read(file)
+    with TemporaryDirectory() as alone:  # transformers would read a config, an adapter and more beside the file
+        linked = Path(alone) / "model.gguf"
+        linked.symlink_to(file.resolve())
+        _convert(linked, _read(file, linked), folder)
+
+
+def _convert(file: Path, model: PreTrainedModel, folder: Path) -> None:
     config = model.config
     del config.quantization_config  # the weights are plain floats now
     tensors = [(name, tensor.shape, lambda tensor=tensor: tensor.detach()) for name, tensor in model.named_parameters()]
     with TemporaryDirectory() as beside:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.save_pretrained(beside)
         generation = {name: _row(getattr(tokenizer, name), config.vocab_size) for name in SPECIAL_IDS}
         export_model(
@@ -55,7 +63,8 @@ def _row(id: int | None, rows: int) -> int | None:
     return id if id is not None and id < rows else None
 
 
-def _read(file: Path) -> PreTrainedModel:
+def _read(file: Path, linked: Path) -> PreTrainedModel:
+    """The model in `file`, to which `linked`, alone in its folder, is a link."""
     if not file.is_file():
         raise UserError(f"{file} does not exist; name a GGUF file")
     with open_regular(file) as opened:
@@ -64,7 +73,7 @@ def _read(file: Path) -> PreTrainedModel:
         raise UserError(f"{file} is not a GGUF file: it does not begin with GGUF")
     disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        linked.parent, gguf_file=linked.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     if model.config.model_type not in FAMILIES:
         raise UserError(f"{file}: model_type is {model.config.model_type!r}; supported are {', '.join(FAMILIES)}")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -131,6 +132,46 @@ def test_what_three_ranks_saved_loads_as_one_model(what: str, dtype: str | None,
         assert torch.equal(parameter, truth[name][: parameter.shape[0]].to(numbers)), name
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (run / "tokenizer" / "tokenizer.json").read_bytes()
+
+
+def _scalar_in(teacher: Path, run: Path) -> None:
+    save_file({"scale": torch.tensor(1.0)}, teacher / "model.safetensors")
+
+
+def _damaged_teacher(teacher: Path, run: Path) -> None:
+    (teacher / "model.safetensors").write_bytes(b"x")
+    (teacher / "config.json").write_text('{"model_type": ["llama"]}')
+
+
+def _strange_records(teacher: Path, run: Path) -> None:
+    (run / "evaluation.json").write_text("7")
+    (run / "metrics.jsonl").write_text("7\n[]\n")
+    (run / "events.jsonl").write_text("7\n")
+
+
+@pytest.mark.parametrize("damage", [_scalar_in, _damaged_teacher, _strange_records])
+def test_what_lies_around_a_run_never_stops_its_export(damage: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    described_teacher(teacher)
+    run, made = _run(tmp_path, teacher=teacher)
+    checkpoint = _checkpoint(run, made)
+    damage(teacher, run)
+    _export(checkpoint, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == VOCAB
+
+
+def test_a_model_card_that_cannot_be_made_is_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise IndexError("list index\nout of range")
+
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    monkeypatch.setattr("megadistill.export.export_run.model_card", fail)
+    card = _export(run, tmp_path / "out")
+    assert "exported by" in card.text
+    assert "no model card, only the sizes of the model: IndexError: list index out of range" in caplog.text
 
 
 def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path) -> None:
@@ -368,8 +409,21 @@ def test_a_tokenizer_that_was_changed_since_the_run_began_is_not_exported(tmp_pa
     _export(run, tmp_path / "out")
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     (run / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<|b|>"}')
-    with pytest.raises(
-        UserError, match=r"tokenizer_config\.json: expected sha256 .*, found .*: remove .*tokenizer and"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: expected sha256 .*: remove .*tokenizer and"):
         _export(run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_a_student_whose_folder_has_rows_beyond_the_ids_is_exported_with_a_row_for_each_id(tmp_path: Path) -> None:
+    """As Qwen and OLMo 2 are published: padding rows would get probability in transformers' softmax."""
+    named = described_teacher(tmp_path / "named", vocab_size=VOCAB + 90)
+    run, made = _run(tmp_path, student={"config": str(named)})
+    _checkpoint(run, made)
+    _export(run, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    whole = AutoModelForCausalLM.from_config(load_config({**MODEL, "vocab_size": PADDED}, what="test"))
+    whole.load_state_dict(_parameters())
+    ids = torch.arange(1, 31)[None]
+    assert exported.config.vocab_size == VOCAB
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, whole(ids).logits[..., :VOCAB])

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megadistill.errors import UserError
 from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.models.hf_folder import SINGLE_FILE
 from tests.unit.models.cases import saved_model
 
 
@@ -35,6 +37,15 @@ def test_another_config_is_another_teacher(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     assert teacher_fingerprint(tmp_path) != before
+
+
+def test_a_scalar_among_the_tensors_is_a_part_of_it(tmp_path: Path) -> None:
+    saved_model("llama", tmp_path)
+    tensors, seen = load_file(tmp_path / SINGLE_FILE), set()
+    for value in (1.0, 2.0):
+        save_file({**tensors, "scale": torch.tensor(value)}, tmp_path / SINGLE_FILE)
+        seen.add(teacher_fingerprint(tmp_path))
+    assert len(seen) == 2
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
