@@ -15,6 +15,8 @@ class UserError(ValueError):
     """Invalid input (a recipe, an argument, a file). Shown as one line, without a traceback."""
 
     exit_code = 2
+    lines: Sequence[str] = ()
+    """The lines of several mistakes. Empty: the message is one line, whatever it holds."""
 
 
 class RankUserError(UserError):
@@ -42,7 +44,10 @@ def several(source: str, mistakes: Sequence[tuple[str, str]], *, noun: str = "mi
         where, what = mistakes[0]
         return UserError(f"{where or source}: {what}")
     lines = [f"  {where.removeprefix(f'{source}, ')}: {what}" if where else f"  {what}" for where, what in mistakes]
-    return UserError("\n".join([f"{source}: {len(mistakes)} {noun}", *lines]))
+    lines.insert(0, f"{source}: {len(mistakes)} {noun}")
+    error = UserError("\n".join(lines))
+    error.lines = lines
+    return error
 
 
 class Superseded(OperatorFault):

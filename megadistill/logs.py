@@ -8,7 +8,7 @@ from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TextIO
 
-from megadistill.redaction import without_secrets
+from megadistill.redaction import shown, shown_lines, without_secrets
 
 PACKAGE = logging.getLogger("megadistill")
 INDENT = "    "
@@ -19,7 +19,11 @@ ERASE_LINE = "\r\x1b[2K"
 
 
 def configure(rank: int) -> None:
-    """Sends log lines to the terminal: warnings and errors of all ranks to stderr, INFO of rank 0 to stdout."""
+    """Sends log lines to the terminal: warnings and errors of all ranks to stderr, INFO of rank 0 to stdout.
+
+    From here on the records of every library are `_Record`s, whoever prints them.
+    """
+    logging.setLogRecordFactory(_Record)
     for former in PACKAGE.handlers[:]:
         PACKAGE.removeHandler(former)
         former.close()
@@ -34,6 +38,32 @@ def add_file(path: Path, rank: int) -> None:
     handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Formatter(rank))
     PACKAGE.addHandler(handler)
+
+
+class _Record(logging.LogRecord):
+    """A record whose message cannot control a terminal, has no secret, and is not 100 MB long.
+
+    In the package's own messages a value is one line: a name with a newline cannot pass for another log line.
+    """
+
+    def getMessage(self) -> str:
+        if self.args and isinstance(self.args, tuple) and self.name.split(".")[0] == PACKAGE.name:
+            values = (each if isinstance(each, int | float) else _Shown(each) for each in self.args)
+            return shown_lines(str(self.msg) % tuple(values))
+        return shown_lines(super().getMessage())
+
+
+class _Shown:
+    """A value of a message, by %s or %r."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return shown(" ".join(str(self._value).splitlines()))
+
+    def __repr__(self) -> str:
+        return shown(repr(self._value))
 
 
 class _Formatter(logging.Formatter):

@@ -14,6 +14,9 @@ _SECRET_VALUE = re.compile(
     r"|(?<=[?&])[\w.-]*(?i:key|token|secret|passw|credential|sig)[\w.-]*=[^&#\s]+"  # of a presigned URL
 )
 
+MAX_SHOWN = 4000
+"""Letters of a line that is printed."""
+
 
 def command_line(arguments: list[str]) -> list[str]:
     """Arguments of a command without the values of `--key=value` and `--key value` whose name says a secret."""
@@ -50,6 +53,21 @@ def redact_url(location: Path | str) -> str:
 def redact(message: str) -> str:
     """A message whose URLs are redacted."""
     return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: redact_url(url[0]), message)
+
+
+def shown(text: str, *, limit: int = MAX_SHOWN) -> str:
+    """`text` of anybody for a line on a terminal or in a log: printable, without secrets, and of a bounded length.
+
+    The middle of a long one is left out: a message says at its end what to do.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit - limit // 4]} … {text[-(limit // 4) :]}"
+    return printable(without_secrets(text))
+
+
+def shown_lines(text: str) -> str:
+    """A text of several lines of ours, each as by `shown`."""
+    return "\n".join(map(shown, text.split("\n")))
 
 
 def printable(text: str) -> str:

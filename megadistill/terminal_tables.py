@@ -9,9 +9,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megadistill.redaction import printable, shown_lines
+
 BREAK = re.compile(r"(?<=\s)(?=\S)")
 BREAK_IN_NAME = re.compile(r"(?<=\s)(?=\S)|(?<=[/_=@])(?=\w)|(?<=[-.])(?=[^\W\d])")
 """Places where a line of a cell may end: between words; in a name that is too long, after a separator."""
+
+MAX_CELL = 4000
+"""Letters of a line of a cell."""
 
 Rows: TypeAlias = list[list[Text]]
 
@@ -34,21 +39,21 @@ def _print(console: Console, renderable: RenderableType) -> None:
         _print(console, renderable.renderable)
         for _ in range(renderable.bottom):
             console.print()
-    elif isinstance(renderable, Text):
-        console.print(_wrapped(renderable, console.width, BREAK_IN_NAME), soft_wrap=True)
+    elif isinstance(renderable, Text | str):
+        console.print(_wrapped(_text(renderable), console.width, BREAK_IN_NAME), soft_wrap=True)
     else:
         console.print(renderable)
 
 
 def _print_table(console: Console, table: Table) -> None:
     """Title, table, caption; a table that is too wide for its names even at their separators is a list instead."""
-    title, caption = (_text(console, part) for part in (table.title, table.caption))
+    title, caption = (_text(part) for part in (table.title, table.caption))
     table.title = table.caption = None
     if title.plain:
         title.stylize("table.title")
         _print(console, title)
-    rows = [list(row) for row in zip(*(_cells(console, column.cells) for column in table.columns), strict=True)]
-    headings = [_text(console, column.header) for column in table.columns]
+    rows = [list(row) for row in zip(*(_cells(column.cells) for column in table.columns), strict=True)]
+    headings = [_text(column.header) for column in table.columns]
     if not _fit(console, table, headings, rows):
         _print_list(console, headings, rows)
     else:
@@ -115,14 +120,17 @@ def _print_list(console: Console, headings: Sequence[Text], rows: Rows) -> None:
                 _print(console, Text("  " if i else "").append_text(name if i else Text()).append_text(cell))
 
 
-def _cells(console: Console, cells: Iterable[RenderableType]) -> list[Text]:
-    return [_text(console, cell) for cell in cells]
+def _cells(cells: Iterable[RenderableType]) -> list[Text]:
+    return [_text(cell) for cell in cells]
 
 
-def _text(console: Console, cell: RenderableType | None) -> Text:
-    if isinstance(cell, Text):
-        return cell.copy()
-    return console.render_str("" if cell is None else str(cell), highlight=False)
+def _text(cell: RenderableType | None) -> Text:
+    """A cell as text: a name in it is neither markup nor a control sequence."""
+    text = cell.copy() if isinstance(cell, Text) else Text("" if cell is None else str(cell))
+    if any(len(line) > MAX_CELL for line in text.plain.split("\n")):
+        return Text(shown_lines(text.plain), style=text.style)
+    text.plain = "\n".join(map(printable, text.plain.expandtabs(1).split("\n")))  # letter for letter: styles stay
+    return text
 
 
 def _longest(text: Text, breaks: re.Pattern[str] | None) -> int:

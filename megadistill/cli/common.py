@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megadistill.cli.numbers import number_type
+from megadistill.redaction import shown_lines
 
 EXIT_CODES = """\
 exit codes: 0 done; 2 invalid input; 3 interrupted, or a fault that a restart may fix; 4 a fault that needs a person"""
@@ -118,6 +119,12 @@ def add_overrides(command: Options) -> None:
     repeatable(command, "--set", "KEY=VALUE", "override a key of the recipe, as in --set train.steps=100")
 
 
+def add_insert_bos(command: Options) -> None:
+    """The option --insert-bos of a command that reads shards."""
+    text = "put BOS in front of sequences that do not begin with it (as data.insert_bos of a recipe)"
+    command.add_argument("--insert-bos", action="store_true", help=text)
+
+
 def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
     """The options of drawing continuations. --new-tokens is required if `new_tokens` gives no default."""
     required = new_tokens is None
@@ -126,6 +133,11 @@ def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
     option(command, "--temperature", "X", "0: the most likely token", default=1.0)
     option(command, "--top-p", "X", "nucleus: probability to draw from; 1: all", default=1.0)
     option(command, "--seed", "N", "seed of the draws", default=1)
+
+
+def say(line: Any = "") -> None:
+    """Prints a line on standard output, without what a name in it would do to a terminal."""
+    print(shown_lines(str(line)), flush=True)
 
 
 def print_tables(*tables: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import RESUMES, Commands, add_command, option, print_tables, repeatable
+from megadistill.cli.common import RESUMES, Commands, add_command, option, print_tables, repeatable, say
 from megadistill.errors import OperatorFault
 from megadistill.outputs import require_writable_file, require_writable_folder
 
@@ -135,10 +135,10 @@ def _tokenize(options: argparse.Namespace) -> None:
             processes=options.processes,
             progress=show,
         )
-    print(report.heading())
+    say(report.heading())
     print_tables(report.table())
     for note in report.notes():
-        print(note)
+        say(note)
 
 
 def _vocab_map(options: argparse.Namespace) -> None:
@@ -147,8 +147,8 @@ def _vocab_map(options: argparse.Namespace) -> None:
     require_writable_file(options.output, "--output")
     made = make_vocab_map(options.student, options.teacher, options.output, data=options.data)
     for line in made.lines():
-        print(line)
-    print(
+        say(line)
+    say(
         f"{options.output}: write teacher.vocab_map: {options.output} into the recipe, or --set "
         f"teacher.vocab_map={options.output}"
     )
@@ -161,7 +161,7 @@ def _shards_verify(options: argparse.Namespace) -> int:
     with console_progress() as show:
         report = verify(options.data, quick=options.quick, progress=show)
     for line in report.lines():
-        print(line)
+        say(line)
     print_tables(report.table())
     return 0 if report.ok else OperatorFault.exit_code
 
@@ -171,7 +171,7 @@ def _shards_info(options: argparse.Namespace) -> None:
 
     print_tables(*info(options.data))
     for _, line in unlisted_shards(options.data):
-        print(line)
+        say(line)
 
 
 def _shards_index(options: argparse.Namespace) -> None:
@@ -183,7 +183,7 @@ def _shards_index(options: argparse.Namespace) -> None:
     names = {name: getattr(options, name) for name in ("tokenizer", "member", "dtype", "split")}
     with console_progress() as show:
         manifest = index(options.folder, **names, progress=show)
-    print(
+    say(
         f"{options.folder}/manifest.json: {number_of(manifest.sequences, 'sequence')} of "
         f"{manifest.sequence_length:,} tokens in {number_of(len(manifest.shards), 'shard')}"
     )

@@ -4,7 +4,16 @@ import argparse
 import time
 from pathlib import Path
 
-from megadistill.cli.common import Commands, add_command, add_sampling, option, print_tables, repeatable
+from megadistill.cli.common import (
+    Commands,
+    add_command,
+    add_insert_bos,
+    add_sampling,
+    option,
+    print_tables,
+    repeatable,
+    say,
+)
 from megadistill.errors import UserError
 from megadistill.io import write_json
 from megadistill.outputs import require_writable_file, require_writable_folder
@@ -50,6 +59,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "evaluate", summary, EVALUATE_EPILOG, _evaluate)
     command.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="Hugging Face folders")
     repeatable(command, "--data", "[NAME=]MANIFEST", "manifest.json of a held-out split", required=True)
+    add_insert_bos(command)
     option(command, "--teacher", "DIR", "the teacher's Hugging Face folder", kind=Path)
     option(command, "--limit", "N", "sequences of each split, the same for every model (default: all)", kind=int)
     option(command, "--batch", "N", "sequences of a forward pass", default=8)
@@ -61,6 +71,7 @@ def add(commands: Commands) -> None:
     repeatable(command, "--prompt", "TEXT", "a prompt")
     repeatable(command, "--prompt-file", "FILE", "a text file with one prompt", kind=Path)
     option(command, "--data", "MANIFEST", "manifest.json of a split; prompts are the beginnings of its sequences")
+    add_insert_bos(command)
     option(command, "--sequences", "N", "prompts from --data", default=3)
     option(command, "--prompt-tokens", "P", "tokens of each prompt from --data", default=32)
     option(command, "--count", "N", "continuations of each prompt", default=1)
@@ -95,7 +106,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if environment_rank() == 0:
         require_writable_file(options.json, "--json")
         require_writable_folder(options.plots, "--plots")
-    splits = load_splits(options.data, options.limit)
+    splits = load_splits(options.data, options.limit, insert_bos=options.insert_bos)
     with ranks(Launch.from_environment()) as topology:
         with console_progress() as show:
             results = evaluate(
@@ -136,6 +147,7 @@ def _sample(options: argparse.Namespace) -> None:
             sequences=options.sequences,
             prompt_tokens=options.prompt_tokens,
             new_tokens=options.new_tokens,
+            insert_bos=options.insert_bos,
         )
     console, drawn = Console(), []
     results = samples(options.model, prompts, tokenizer, sampling, count=options.count, device=local_device(0))
@@ -169,4 +181,4 @@ def _report(options: argparse.Namespace) -> None:
     from megadistill.report.page import report
 
     path = report(options.runs, evaluations=options.evaluation, output=options.output, now=time.time())
-    print(path)
+    say(path)

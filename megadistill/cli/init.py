@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.cli.common import Commands, add_command, print_tables
+from megadistill.cli.common import Commands, add_command, print_tables, say
+from megadistill.redaction import shown
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -48,7 +49,7 @@ def _init(options: argparse.Namespace) -> None:
     folder = options.folder
     print_tables(_tree(folder, write_starter_files(folder)))
     here = folder.resolve() == Path.cwd()
-    print("\n" + NEXT.format(cd="" if here else f"  cd {shlex.quote(str(folder))}\n"))
+    say("\n" + NEXT.format(cd="" if here else f"  cd {shlex.quote(str(folder))}\n"))
 
 
 def _tree(folder: Path, paths: Sequence[Path]) -> "Tree":
@@ -58,7 +59,7 @@ def _tree(folder: Path, paths: Sequence[Path]) -> "Tree":
 
     from megadistill.shipped import FIRST_RECIPE, FOLDERS
 
-    top = Tree(Text(str(folder)))
+    top = Tree(Text(shown(str(folder))))
     for name in FOLDERS:
         branch = top.add(Text(f"{name}/"))
         inside = [path.relative_to(name) for path in paths if path.parts[0] == name]

@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from megadistill.cli.common import RESUMES, Commands, add_command, add_sampling, option, print_tables
+from megadistill.cli.common import (
+    RESUMES,
+    Commands,
+    add_command,
+    add_insert_bos,
+    add_sampling,
+    option,
+    print_tables,
+    say,
+)
 from megadistill.outputs import require_writable_folder
 from megadistill.precision import PRECISIONS
 
@@ -36,6 +45,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "generate", summary, GENERATE_EPILOG, _generate, on_interrupt=RESUMES)
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
     option(command, "--data", "MANIFEST", "manifest.json of the prompts' split", required=True)
+    add_insert_bos(command)
     option(command, "--output", "DIR", "folder of train/ and tokenizer/", kind=Path, required=True)
     option(command, "--sequences", "N", "prompts: the first N of the stream", kind=int, required=True)
     option(command, "--prompt-tokens", "P", "tokens of a prompt", kind=int, required=True)
@@ -57,6 +67,7 @@ def add(commands: Commands) -> None:
     command = add_command(commands, "prune", summary, PRUNE_EPILOG, _prune)
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
     option(command, "--data", "MANIFEST", "manifest.json of the split to measure on", required=True)
+    add_insert_bos(command)
     option(command, "--output", "DIR", "the folder to write", kind=Path, required=True)
     for name, metavar, parts in (
         ("--hidden-size", "H", "channels of the hidden state"),
@@ -80,7 +91,7 @@ def _generate(options: argparse.Namespace) -> None:
     with console_progress() as show:
         report = generate(
             options.teacher,
-            Mixture.of(Manifest.load(options.data)),
+            Mixture.of(Manifest.load(options.data), insert_bos=options.insert_bos),
             options.output,
             slots=range(options.sequences),
             order_seed=options.order_seed,
@@ -106,7 +117,7 @@ def _export(options: argparse.Namespace) -> None:
         max_shard_bytes=options.max_shard_mb * 1_000_000,
         dtype=options.dtype,
     )
-    print(f"{options.output}: exported from {options.source}, step {step}")
+    say(f"{options.output}: exported from {options.source}, step {step}")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -119,7 +130,7 @@ def _prune(options: argparse.Namespace) -> None:
     with console_progress() as show:
         report = prune(
             options.teacher,
-            Mixture.of(Manifest.load(options.data)),
+            Mixture.of(Manifest.load(options.data), insert_bos=options.insert_bos),
             options.output,
             hidden_size=options.hidden_size,
             intermediate_size=options.intermediate_size,
@@ -131,4 +142,4 @@ def _prune(options: argparse.Namespace) -> None:
             progress=show,
         )
     print_tables(report.table())
-    print(report.line())
+    say(report.line())

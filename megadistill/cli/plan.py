@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megadistill.cli.common import Commands, add_command, add_overrides, option, print_tables
+from megadistill.cli.common import Commands, add_command, add_overrides, option, print_tables, say
 from megadistill.errors import UserError
 from megadistill.io import write_json
 from megadistill.outputs import require_writable_file, require_writable_folder
@@ -182,11 +182,11 @@ def _of_plan(options: argparse.Namespace) -> None:
     title, note = f"{where}: {timeline.title}", f"{timeline.note}; {assumed}"
     _write(replace(timeline, title=title, note=note), options.output)
     if plan.no_forecast:
-        print(f"the real times are longer: {plan.no_forecast}")
+        say(f"the real times are longer: {plan.no_forecast}")
     settings = plan.settings(main)
     if settings:
         overrides = " ".join(f"--set {each}" for each in settings)
-        print(f"the recipe's own layout is refused ({plan.refused}); this timeline is of {overrides}")
+        say(f"the recipe's own layout is refused ({plan.refused}); this timeline is of {overrides}")
 
 
 def _write(timeline: "Timeline", output: Path) -> None:
@@ -197,7 +197,7 @@ def _write(timeline: "Timeline", output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_trace(timeline, output / "timeline.json")
     draw(timeline, output / "timeline.png")
-    print(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")
+    say(f"wrote {output / 'timeline.json'} and {output / 'timeline.png'}")
 
 
 def _config_keys(options: argparse.Namespace) -> None:

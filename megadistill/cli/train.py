@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables
+from megadistill.cli.common import Commands, add_command, add_recipe, option, print_tables, say
 from megadistill.distributed.launch import Launch, environment_rank
 from megadistill.errors import RestartFault, Superseded, UserError
 from megadistill.io import write_json
@@ -90,7 +90,7 @@ def _train(options: argparse.Namespace) -> int:
 
             refuse_other_recipe(folder, recipe.snapshot())
         if first_rank:
-            print(f"{folder}: {answer.line}")
+            say(f"{folder}: {answer.line}")
         return 0
     after = None if options.take_over else refuse_running(folder)
     command = None if Launch.from_environment().world > 1 else _resuming_command(options)
@@ -107,7 +107,7 @@ def _train(options: argparse.Namespace) -> int:
     if outcome is None:  # a rank of the teacher's own
         return 0
     if first_rank:
-        print(f"{folder}: {_outcome_line(outcome, recipe, options, command)}")
+        say(f"{folder}: {_outcome_line(outcome, recipe, options, command)}")
     return RestartFault.exit_code if outcome.stopped_by is not None else 0
 
 
@@ -143,7 +143,7 @@ def _doctor(options: argparse.Namespace) -> int:
                 write_json(options.json, report.to_json())
         finally:
             if report.bad_nodes:
-                print(f"bad nodes: {','.join(report.bad_nodes)}", flush=True)
+                say(f"bad nodes: {','.join(report.bad_nodes)}")
 
     if options.node or environment_rank() == 0:
         require_writable_file(options.json, "--json")
@@ -165,4 +165,4 @@ def _store_targets(options: argparse.Namespace) -> None:
 
     summary = store_targets(recipe, options.output, steps=options.steps)
     if summary is not None:
-        print(summary)
+        say(summary)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 from rich.table import Table
 
 from megadistill.config.other_names import EXPLAINED, OTHER_NAMES, key_of_option
@@ -178,5 +177,5 @@ def _table(section: str, members: Iterable[Key]) -> Table:
         table.add_column(heading)
     for key in members:
         name = key.name.removeprefix(f"{section}.")
-        table.add_row(*(escape(text) for text in (name, key.type.replace("`", ""), key.default, key.meaning)))
+        table.add_row(name, key.type.replace("`", ""), key.default, key.meaning)
     return table

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from megadistill.evaluate.evaluation import MEASURES, Evaluation, Measures, measure_cells
@@ -23,7 +22,7 @@ def tables(results: Sequence[Evaluation]) -> list[Table]:
     )
     parts.append(_measures("calibration and distance", results, FURTHER, results, caption))
     for of_source in zip(*(result.by_source for result in results), strict=True) if sources > 1 else ():
-        title = f"{escape(of_source[0].source)}, {of_source[0].tokens:,} tokens"
+        title = f"{of_source[0].source}, {of_source[0].tokens:,} tokens"
         parts.append(_measures(title, results, MAIN, of_source))
     if results[0].by_decile is not None:
         parts.append(_deciles(results))
@@ -42,7 +41,7 @@ def _measures(
     for name in names:
         table.add_column(MEASURES[name][0], justify="right", no_wrap=True)
     for model, result in zip(models, results, strict=True):
-        table.add_row(escape(model.model), *measure_cells(result, names))
+        table.add_row(model.model, *measure_cells(result, names))
     return table
 
 
@@ -60,7 +59,7 @@ def _deciles(results: Sequence[Evaluation]) -> Table:
             table.add_row(MEASURES[name][0], style="bold")
         for model in models:
             values = (getattr(decile, name) for decile in model.by_decile or ())
-            table.add_row(f" {escape(model.model)}", *(_cell(value, percent=name == "agreement") for value in values))
+            table.add_row(f" {model.model}", *(_cell(value, percent=name == "agreement") for value in values))
     return table
 
 

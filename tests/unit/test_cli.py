@@ -215,7 +215,8 @@ def test_an_error_of_the_disk_is_one_line(export: Callable[[Export], None], caps
     export(_raises(PermissionError(13, "Permission denied", "/there")))
     assert run_command(EXPORT) == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(" ERROR rank 0 megadistill.cli.main: [Errno 13] Permission denied: '/there'")
+    way_out = "change the permissions, or name another place"
+    assert line.endswith(f" ERROR rank 0 megadistill.cli.main: /there: Permission denied: {way_out}")
 
 
 def test_an_error_of_one_rank_is_printed_by_it(

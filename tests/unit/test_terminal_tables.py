@@ -79,7 +79,7 @@ def _sources(renderable: Any) -> Iterator[str]:
     elif isinstance(renderable, Padding):
         yield from _sources(renderable.renderable)
     else:
-        yield renderable.plain if isinstance(renderable, Text) else Text.from_markup(str(renderable)).plain
+        yield renderable.plain if isinstance(renderable, Text) else str(renderable)
 
 
 SEPARATORS = "/_=@-."
@@ -148,11 +148,13 @@ def test_an_indented_name_that_needs_two_lines_begins_on_the_first() -> None:
     assert _printed(13, table).splitlines()[0].split() == ["runs/", "5.43"]
 
 
-def test_markup_and_styles_survive() -> None:
+def test_styles_survive_and_brackets_are_no_markup() -> None:
     table = Table()
     table.add_column("name")
-    table.add_row("[bold]loud[/bold] and quiet words that need two lines")
+    table.add_row(Text.from_markup("[bold]loud[/bold] and quiet words that need two lines"))
+    table.add_row("[bold]plain[/]")
     out = io.StringIO()
-    print_tables(Console(file=out, width=30, force_terminal=True), table)
+    print_tables(Console(file=out, width=30, force_terminal=True), table, "[red]a line[/red]")
     assert "\x1b[1mloud\x1b[0m" in out.getvalue()
-    assert "[bold]" not in out.getvalue()
+    assert "[bold]plain[/]" in out.getvalue()
+    assert "[red]a line[/red]" in out.getvalue()
