@@ -185,7 +185,7 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: a folder, a pipe or a device has the file's name.
     """
-    return (values for _, values in _valid_lines(folder / "events.jsonl", _is_event))
+    return (values for _, values in _valid_lines(folder / "events.jsonl", is_event))
 
 
 def read_metrics(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -236,7 +236,8 @@ _WARNED: set[tuple[Path, int]] = set()
 """Files whose other lines were counted in a warning, with their number: a file is read more than once."""
 
 
-def _is_event(values: Mapping[str, Any]) -> bool:
+def is_event(values: Mapping[str, Any]) -> bool:
+    """Whether a line has the keys that every event has, of their types."""
     return (
         isinstance(values.get("event"), str)
         and _is_number(values.get("time"))
@@ -261,7 +262,8 @@ def _is_number(value: Any) -> bool:
 def _seconds(values: Mapping[str, Any], name: str) -> float:
     """A cost of an event or a step; 0 where it has none."""
     value = values.get(name)
-    return max(0.0, float(value)) if _is_number(value) and math.isfinite(value) else 0.0
+    seconds = float(value) if value is not None and _is_number(value) else 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, Targ
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import measure_rows, read_evaluations
-from megadistill.events import read_lines
+from megadistill.events import read_events, read_metrics
 from megadistill.export.data_provenance import DataProvenance
 from megadistill.export.markdown import basename, escape_md, table
 from megadistill.io import read_json
@@ -56,7 +56,7 @@ def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path |
     teacher_path = None if recipe.teacher is None else recipe.teacher.path
     manifests = [each.manifest for each in provenance.sources if each.manifest]
     teacher = _config(teacher_path)
-    events = [] if run is None else read_lines(run / "events.jsonl")
+    events = [] if run is None else read_events(run)
     skipped = [each["step"] for each in events if each["event"] == "step_skipped"]
     environment = Environment(  # of Markdown: text from elsewhere goes through `escape_md` or `basename`
         loader=PackageLoader("megadistill.export"),
@@ -208,7 +208,7 @@ def _fingerprint(folder: str | None) -> str | None:
 
 def _metrics(run: Path, step: int) -> str | None:
     """The table of the metrics of `step`, where it was logged."""
-    line = next((line for line in read_lines(run / "metrics.jsonl") if line.get("step") == step), {})
+    line = next((line for _, line in read_metrics(run) if line["step"] == step), {})
     metrics = {heading: f"{line[key]:.4f}" for key, heading in LOGGED.items() if isinstance(line.get(key), float)}
     return table(list(metrics), [list(metrics.values())]) if metrics else None
 

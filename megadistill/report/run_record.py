@@ -19,7 +19,7 @@ from megadistill.config.load import validate_recipe
 from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
-from megadistill.events import EVENTS, RENAMED_EVENTS, json_lines
+from megadistill.events import EVENTS, RENAMED_EVENTS, is_event, json_lines
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.units import number_of
@@ -249,11 +249,10 @@ def _events(path: Path, notes: list[str]) -> list[Event]:
 
 def _event(line: Mapping[str, Any]) -> Event | None:
     kind = line.get("event")
-    time, attempt, step = (number(line.get(name)) for name in ("time", "attempt", "step"))
-    if not isinstance(kind, str) or kind not in EVENTS or not (0 <= time <= LAST_SECOND):
+    if not is_event(line) or kind not in EVENTS or not (0 <= number(line["time"]) <= LAST_SECOND):
         return None
     values = {name: value for name, value in line.items() if name not in ("time", "attempt", "event", "step")}
-    return Event(time, int(attempt) if attempt >= 0 else 0, kind, int(step) if step >= 0 else 0, values)
+    return Event(float(line["time"]), line["attempt"], str(kind), line["step"], values)
 
 
 def _attempts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadistill.events import read_lines
+from megadistill.events import read_events, read_metrics
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from tests.drill.launch import Ranks, left_over, marked, until
 from tests.drill.place import EVERY, STEPS, Place
@@ -58,7 +58,7 @@ def truth(place: Place) -> Record:
 
 def steps_of(folder: Path) -> int:
     """The last step that is logged."""
-    return max((int(line["step"]) for line in read_lines(folder / "metrics.jsonl")), default=0)
+    return max((int(line["step"]) for _, line in read_metrics(folder)), default=0)
 
 
 def until_step(folder: Path, step: int, ranks: Ranks) -> None:
@@ -191,7 +191,7 @@ def full_disk(place: Place) -> CaseResult:
         codes = ranks.wait()
         assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
         assert not (folder / "DONE").exists(), "a last save that failed must not look done"
-        failed = [each for each in read_lines(folder / "events.jsonl") if each["event"] == "checkpoint_failed"]
+        failed = [each for each in read_events(folder) if each["event"] == "checkpoint_failed"]
         assert failed, "no event says that a save failed"
         saved = list(checkpoint_folders(folder / "checkpoints"))
         assert saved == [4, 8, 12, 16, 20, 24][: len(saved)], f"checkpoints {saved}: an older one is gone"
@@ -282,7 +282,7 @@ def second_signal(place: Place) -> CaseResult:
     ranks.send(signal.SIGTERM)
     codes = ranks.wait(20)
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
-    ends = [event for event in read_lines(folder / "events.jsonl") if event["event"] == "attempt_failed"]
+    ends = [event for event in read_events(folder) if event["event"] == "attempt_failed"]
     assert any(event.get("requested") for event in ends), f"{ends}\n{ranks.output}"
     assert "the same command starts from the beginning" in ranks.output
     require_no_checkpoint_but(folder, [])
@@ -602,4 +602,4 @@ def until_started(ranks: Ranks, folder: Path, before: int, *, steps: int) -> Non
 
 def starts(folder: Path) -> list[int]:
     """The step after which each attempt went on."""
-    return [int(event["step"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resumed"]
+    return [int(event["step"]) for event in read_events(folder) if event["event"] == "resumed"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.config.load import validate_recipe
-from megadistill.events import read_lines
+from megadistill.events import read_events, read_metrics
 from megadistill.student.optimizer import state_kinds
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import newest_checkpoint
@@ -37,10 +37,10 @@ class Record:
                 elements *= size
             for kind in kinds:
                 digest.update(checkpoint.read(f"{kind}/{name}", 0, elements).numpy().tobytes())
-        lines = list(read_lines(folder / "metrics.jsonl"))
+        lines = [line for _, line in read_metrics(folder)]
         steps = {int(line["step"]): (float(line["loss"]), float(line["grad_norm"])) for line in lines}
         assert len(steps) == len(lines), "a step is logged twice"
-        return cls(manifest.step, digest.hexdigest(), manifest.cursor, steps, list(read_lines(folder / "events.jsonl")))
+        return cls(manifest.step, digest.hexdigest(), manifest.cursor, steps, list(read_events(folder)))
 
     def require_same(self, truth: "Record") -> str:
         """Bit for bit. Raises AssertionError."""
@@ -66,7 +66,7 @@ class Record:
 
 def lost_steps(folder: Path) -> int:
     """Steps that were taken twice, by the events."""
-    return sum(int(event["lost_steps"]) for event in read_lines(folder / "events.jsonl") if event["event"] == "resumed")
+    return sum(int(event["lost_steps"]) for event in read_events(folder) if event["event"] == "resumed")
 
 
 def names(folder: Path) -> list[str]:

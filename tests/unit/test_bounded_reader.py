@@ -14,6 +14,7 @@ import yaml
 from megadistill import io
 from megadistill.accelerators import accelerator
 from megadistill.config.load import load_recipe
+from megadistill.config.recipe import StudentSection
 from megadistill.data.prepare.finished_output import InputFiles, TokenizeRecord
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.shard_record import ShardRecord
@@ -22,6 +23,7 @@ from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.data.tokenizers.tokenizer_file import TokenizerFile
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.evaluation import read_evaluations
+from megadistill.events import goodput, last_step, read_events, read_metrics
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.hf_folder import SafetensorsFolder
@@ -32,7 +34,7 @@ from megadistill.train.checkpoint.folders import has_all_files
 from megadistill.train.checkpoint.format import Checkpoint
 from megadistill.train.checkpoint.rollback import read_rollbacks
 from megadistill.train.setup.recipe_changes import changes_since
-from megadistill.train.setup.run_folder import recorded_start, refuse_other_recipe
+from megadistill.train.setup.run_folder import copy_student_config, recorded_start, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
 from tests.paths import ROOT
 
@@ -49,6 +51,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "tokenizer.model as a table": ("tokenizer.model", lambda path: TokenizerFile.read("sentencepiece", path).table),
     "a run's recipe.json": ("recipe.json", lambda path: refuse_other_recipe(path.parent, {})),
     "the start in recipe.json": ("recipe.json", lambda path: recorded_start(path.parent)),
+    "the student's config": ("config.json", lambda path: copy_student_config(path.parent / "run", student_of(path))),
     "changes since recipe.json": ("recipe.json", lambda path: changes_since(path.parent, {})),
     "DeepSpeed's settings": ("deepspeed.json", load_deepspeed_config),
     "a checkpoint": ("manifest.json", lambda path: Checkpoint(path.parent)),
@@ -56,6 +59,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rollbacks": ("rollbacks.json", lambda path: read_rollbacks(path.parent)),
     "a split": ("manifest.json", Manifest.load),
     "a target set": ("targets.json", lambda path: TargetManifest.load(path.parent)),
+    "events": ("events.jsonl", lambda path: (list(read_events(path.parent)), *nothing_of(path.parent))),
+    "metrics": ("metrics.jsonl", lambda path: (list(read_metrics(path.parent)), *nothing_of(path.parent))),
     "an attempt": ("00001.json", attempt_record),
     "a timeline": ("timeline/rank-00000.json", lambda path: read_timeline(path.parent.parent)),
     "a recipe": ("recipe.yaml", load_recipe),
@@ -67,6 +72,14 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 """Reader -> the name of its file, and a call that reads it. Those that leave a damaged file out return something that
 is empty, with or without the file."""
+
+
+def nothing_of(run: Path) -> tuple[int | None, float]:
+    return last_step(run), goodput(run).wall
+
+
+def student_of(config: Path) -> StudentSection:
+    return StudentSection.model_construct(config=str(config.parent))
 
 
 def finished() -> TokenizeRecord:
@@ -178,6 +191,7 @@ RAW = {
     "megadistill/data/storage/remote.py": "a folder's own `open`",
     "megadistill/data/stream/stream.py": "an order in memory, of a cursor",
     "megadistill/data/targets/target_manifest.py": "an order in memory, of a validated key",
+    "megadistill/distributed/rendezvous.py": "a value of the store of the launch, with a bound",
     "megadistill/distributed/watchdog/diagnosis.py": "a value of the store of the launch",
     "megadistill/distributed/watchdog/parent.py": "/proc",
     "megadistill/distributed/watchdog/watchdog.py": "a value of the store of the launch, and a file that is written",
@@ -207,7 +221,7 @@ def raw_reads(source: str) -> list[int]:
             owner = function.value.id if isinstance(function.value, ast.Name) else ""
             if function.attr in READS or function.attr in MODULES.get(owner, ()):
                 lines.append(call.lineno)
-    return lines
+    return sorted(lines)
 
 
 def test_no_file_is_read_but_by_the_bounded_reader() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, last_line, read_lines
+from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, json_lines, last_step, read_events
 from tests.paths import ROOT
 
 
@@ -45,7 +45,7 @@ def test_lines_are_there_when_append_returns(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "a.jsonl")
     for n in range(3):
         assert lines.append({"n": n, "text": "ä\n\u2028"}) is None
-        assert list(read_lines(lines.path))[n] == {"n": n, "text": "ä\n\u2028"}
+        assert list(json_lines(lines.path))[n] == {"n": n, "text": "ä\n\u2028"}
     assert lines.path.read_bytes().count(b"\n") == 3
 
 
@@ -91,7 +91,7 @@ def test_what_a_dead_machine_left_of_a_line_costs_that_line_alone(tmp_path: Path
         file.write(torn)
     for n in (1, 2):
         JsonLines(path).append({"n": n})
-    assert [line["n"] for line in read_lines(path)] == [0, 1, 2]
+    assert [line["n"] for line in json_lines(path) if line is not None] == [0, 1, 2]
 
 
 def test_two_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_two_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
 def test_what_is_no_line_of_a_record_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"n": 1}\n\n3\n[]\nnull\n{"n"\n' + b"[" * 99_999 + b'\n{"n": 2}\n{"n": 3')
-    assert [line["n"] for line in read_lines(path)] == [1, 2]
-    assert list(read_lines(tmp_path / "none")) == []
+    assert [line["n"] for line in json_lines(path) if line is not None] == [1, 2]
+    assert list(json_lines(tmp_path / "none")) == []
 
 
 def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
     for each in (log, other):
         each.write("checkpoint_saved", step=8, bytes=5)
         each.attempt_failed("it broke", step=9, rank=int(each is other), exit_code=4)
-    lines = list(read_lines(tmp_path / "events.jsonl"))
+    lines = list(read_events(tmp_path))
     assert [(line["event"], line["step"], line["attempt"]) for line in lines] == [
         ("checkpoint_saved", 8, 3),
         ("attempt_failed", 9, 3),
@@ -234,15 +234,15 @@ def test_the_end_of_an_attempt_that_was_replaced_long_ago_costs_nothing(tmp_path
 
 def test_the_last_line_of_a_record_is_read_without_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert last_line(path) is None
+    assert last_step(tmp_path) is None
     path.write_bytes(b"")
-    assert last_line(path) is None
+    assert last_step(tmp_path) is None
     for step in range(3):
         JsonLines(path).append({"step": step})
-    assert last_line(path) == {"step": 2}
+    assert last_step(tmp_path) == 2
     with path.open("ab") as file:
-        file.write(b'{"step": 3, "lo')  # of a killed process
-    assert last_line(path) == {"step": 2}
+        file.write(b'{"step": "9"}\n{"step": true}\n{"step": 3, "lo')  # not ours, and of a killed process
+    assert last_step(tmp_path) == 2
 
 
 def test_a_run_without_a_record_has_no_goodput(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import UserError
-from megadistill.events import last_line, read_lines
+from megadistill.events import last_step, read_events
 from megadistill.io import open_regular
 from megadistill.train.checkpoint.attempt import (
     attempt_path,
@@ -72,8 +72,8 @@ def refuse_running(folder: Path) -> int:
     age = _heartbeat_age(path, record, f"attempt {number} of {folder}")
     if age is None:
         return number
-    step = (last_line(folder / "metrics.jsonl") or {}).get("step")
-    at = f"at step {step}" if isinstance(step, int) else "before its first step"
+    step = last_step(folder)
+    at = f"at step {step}" if step is not None else "before its first step"
     raise UserError(
         f"{folder}: attempt {number} is running {place_of(record)}, {at}, heartbeat {age:.0f} s ago. "
         f"{ways_to_end(folder)}"
@@ -81,8 +81,7 @@ def refuse_running(folder: Path) -> int:
 
 
 def _has_ended(folder: Path, number: int) -> bool:
-    events = read_lines(folder / "events.jsonl")
-    return any(event.get("attempt") == number and event.get("event") in ENDS for event in events)
+    return any(event["attempt"] == number and event["event"] in ENDS for event in read_events(folder))
 
 
 def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | None:

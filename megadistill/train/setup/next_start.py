@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
-from megadistill.events import last_line, read_lines
+from megadistill.events import last_step, read_events
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
@@ -72,8 +72,8 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
 
     `command`: the command that resumes it, if it is known. `after_fault`: a restart alone would meet the same fault.
     """
-    step = (last_line(folder / "metrics.jsonl") or {}).get("step")
-    reached = f"ended after step {step}" if isinstance(step, int) else "ended before its first step"
+    step = last_step(folder)
+    reached = f"ended after step {step}" if step is not None else "ended before its first step"
     saved = max(checkpoint_folders(folder / "checkpoints"), default=0)
     where = f"resumes from the checkpoint of step {saved}" if saved else "starts from the beginning"
     condition = "once the cause is mended, " if after_fault else ""
@@ -82,7 +82,7 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
 
 def _has_diverged(folder: Path) -> bool:
     """Whether the run has reported that its student diverged, and not gone back to before that."""
-    names = [event.get("event") for event in read_lines(folder / "events.jsonl")]
+    names = [event["event"] for event in read_events(folder)]
     last = [name for name in names if name in ("student_diverged", "rollback")][-1:]
     return last == ["student_diverged"]
 

@@ -11,7 +11,7 @@ from megadistill.config.recipe import StudentSection
 from megadistill.data import Mixture
 from megadistill.data.tokenizers.data_files import changed_files, hashes_in, hashes_of, read_files, write_files
 from megadistill.errors import UserError
-from megadistill.events import RENAMED_EVENTS, read_lines
+from megadistill.events import RENAMED_EVENTS, json_lines, scan_lines
 from megadistill.io import read_file, read_json, reason_of, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.student.deepspeed_config import numeric_settings
@@ -73,8 +73,8 @@ def write_description(
 ) -> None:
     """Writes recipe.json: the resolved recipe, the DeepSpeed settings in force, the versions.
 
-    `tokenizer`: the sha256 of each file of the tokenizer's copy. `started_from`: source of the initial weights, see the function `started_from`. `parents`: records of the
-    checkpoints from which the run began.
+    `tokenizer`: the sha256 of each file of the tokenizer's copy. `started_from`: source of the initial weights, see the
+    function `started_from`. `parents`: records of the checkpoints from which the run began.
     """
     first = {
         **({} if tokenizer is None else {"tokenizer": dict(tokenizer)}),
@@ -141,7 +141,8 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"{error} (written by a version before 0.1.0: name another run.folder)") from None
     events = folder / "events.jsonl"
-    if former := {str(line.get("event")) for line in read_lines(events)} & RENAMED_EVENTS.keys():
+    next(scan_lines(folder / "metrics.jsonl"), None)  # or one rank alone would find that it is no file
+    if former := {str(line.get("event")) for line in json_lines(events) if line is not None} & RENAMED_EVENTS.keys():
         names = ", ".join(f"{name} is now {RENAMED_EVENTS[name]}" for name in sorted(former))
         raise UserError(f"{events}: written by a version before 0.1.0 ({names}): name another run.folder")
     earlier = None

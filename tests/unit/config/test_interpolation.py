@@ -19,7 +19,7 @@ def test_a_short_recipe_that_expands_to_gigabytes_is_refused_in_little_memory(te
     path.write_text(text)
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="reference|recurs|Recurs") as caught:
+        with pytest.raises(UserError, match=r"reference|recurs|Recurs") as caught:
             load_recipe(path)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:

@@ -97,7 +97,7 @@ def test_a_finished_run_whose_student_diverged_is_not_to_be_exported(
     finished: Path, events: list[str], diverged: bool
 ) -> None:
     for event in events:
-        JsonLines(finished / "events.jsonl").append({"event": event, "attempt": 1, "step": 3})
+        JsonLines(finished / "events.jsonl").append({"time": 1.0, "event": event, "attempt": 1, "step": 3})
     answer = nothing_to_do(_recipe(finished), stop_after=None)
     assert answer is not None
     assert ("the student diverged" in answer.line) == diverged
