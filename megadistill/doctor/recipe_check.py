@@ -148,7 +148,7 @@ def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, st
 
 
 def _for_models(recipe: Recipe, data: Mixture) -> Mixture:
-    """The data as the models of the recipe read it; as it is where one of them cannot be read, which is checked later."""
+    """The data as the models of the recipe read it; as it is where a model cannot be read, which is checked later."""
     teacher = None
     try:
         if recipe.teacher is not None and recipe.teacher.is_live:

@@ -58,8 +58,9 @@ def read_plan_input(
         vocab_size, length = int(student.vocab_size), sequence_length
     else:
         named = isinstance(source, str) or "vocab_size" in source
-        mapped = teacher is None or recipe.teacher is None or recipe.teacher.vocab_map is not None
-        rows = (student.vocab_size if named else None, None if mapped else teacher.vocab_size)
+        rows = [student.vocab_size] if named else []
+        if teacher is not None and recipe.teacher is not None and recipe.teacher.vocab_map is None:
+            rows.append(teacher.vocab_size)
         vocab_size, length = data.for_models(*rows).vocab_size, data.sequence_length
         student.vocab_size = vocab_size
     for name, config in (("student.config", student), ("the teacher's config", teacher)):

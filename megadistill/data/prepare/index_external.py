@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,7 +44,7 @@ def index(
 
     `member` is the suffix of the tokens' member, `npz:NAME` for one array of several; None: the only .npy or .npz of a
     sample. `dtype`, uint16 or uint32, is that of a member of raw little-endian bytes. A member `bounds.npy` holds the
-    bounds of documents. Every sequence is read and checked.
+    bounds of documents. Every sequence is read and checked, and whether all begin with the tokenizer's BOS is recorded.
 
     Raises:
         UserError: there are no tars, one is damaged, or a sequence is not like the others; no manifest was written.
@@ -55,14 +55,14 @@ def index(
     model = load_tokenizer(tokenizer)
     describe = _description(tars[0], split, model, member, dtype)
     try:
-        shards, tokens, largest_id = _index_all(tars, split, describe, progress)
+        content = _index_all(tars, split, describe, progress)
     except BaseException:
         for path in tars:
             index_path(path).unlink(missing_ok=True)
         raise
     model.write(folder / TOKENIZER_FOLDER)
     written = tokenizer_record(model, TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER)
-    manifest = describe(shards=tuple(shards), tokens=tokens, largest_id=largest_id, tokenizer=written)
+    manifest = describe(tokenizer=written, **content)
     manifest.write(folder)
     return manifest.lying_in(folder_of(str(folder)))
 
@@ -114,7 +114,7 @@ def _description(tar: Path, split: str, model: Tokenizer, member: str | None, dt
         vocab_size=model.vocab_size,
         sample_format=sample_format,
         tokenizer=tokenizer_record(model, TOKENIZER_FOLDER),
-        packer=PackerRecord(name="external", version=1, bos=None, eos=None),
+        packer=PackerRecord(name="external", version=1, bos=model.bos, eos=None),
         documents=None,
         text_bytes=None,
         source=SourceRecord(inputs=(tar.resolve().parent.name,)),
@@ -149,13 +149,13 @@ def _sample_format(
     return record, "uint16" if dtype == "uint16" else "uint32" if dtype == "uint32" else narrowest
 
 
-def _index_all(
-    tars: Sequence[Path], split: str, describe: "partial[Manifest]", show: ShowProgress
-) -> tuple[list[Shard], int, int]:
-    """Reads every sequence, as a training run will. The shards, the number of their predicted tokens, the largest id."""
+def _index_all(tars: Sequence[Path], split: str, describe: "partial[Manifest]", show: ShowProgress) -> dict[str, Any]:
+    """Reads every sequence, as a training run will. The fields of the manifest that tell of all of them."""
     folder = folder_of(str(tars[0].parent))
     total = sum(path.stat().st_size for path in tars)
     shards: list[Shard] = []
+    packer: PackerRecord = describe.keywords["packer"]
+    with_bos = packer.bos is not None
     tokens = largest_id = done = read = 0
     show(split, done=0, total=total, tokens=0)
     for path in tars:
@@ -170,8 +170,10 @@ def _index_all(
                 )
             tokens += batch.predicted_tokens(across_documents=True)
             largest_id = max(largest_id, int(batch.tokens.max()))
+            with_bos = with_bos and bool((batch.tokens[:, 0] == packer.bos).all())
         shards.append(shard)
         done += shard.bytes
         read += shard.sequences * manifest.sequence_length
         show(split, done=done, total=total, tokens=read)
-    return shards, tokens, largest_id
+    packer = packer.model_copy(update={"sequence_bos": with_bos})
+    return {"shards": tuple(shards), "tokens": tokens, "largest_id": largest_id, "packer": packer}

@@ -112,6 +112,8 @@ class GeneratedRecord(_Record):
     """`teacher_fingerprint` of its folder."""
     order: Sha256
     """Fingerprint of the prompts' stream."""
+    insert_bos: bool = Field(default=False, exclude_if=lambda holds: not holds)
+    """Whether BOS was put in front of the prompts' sequences. Not written where it is false."""
     first_slot: Annotated[int, Field(ge=0, le=1 << 60)]
     stop_slot: Annotated[int, Field(ge=1, le=1 << 60)]
     prompt_tokens: Annotated[int, Field(ge=1, le=1 << 24)]
@@ -150,7 +152,7 @@ class Manifest(HashedRecord):
     vocab_size: Annotated[int, Field(ge=2, le=1 << 24)]
     """Number of ids of the tokenizer, without padding."""
     largest_id: TokenId | None = Field(default=None, exclude_if=lambda id: id is None)
-    """The largest id in the shards; None, and not written, where it is not recorded: in manifests of earlier releases."""
+    """The largest id in the shards; None, and not written, where it is not recorded, as by earlier releases."""
     sample_format: SampleFormat
     tokenizer: TokenizerRecord
     packer: PackerRecord

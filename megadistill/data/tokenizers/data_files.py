@@ -53,7 +53,7 @@ def changed_files(found: Mapping[str, str], recorded: Mapping[str, str]) -> Iter
 
 
 def hashes_in(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of the tokenizer in a local folder, by its path there. Raises OSError: one is unreadable."""
+    """The sha256 of each file of the tokenizer in a local folder, by its path there. Raises OSError: it is unreadable."""
     return {name: file_sha256(path) for name, path in files_in(folder).items()}
 
 

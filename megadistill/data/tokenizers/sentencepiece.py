@@ -221,7 +221,7 @@ def train_tokenizer(lines: Iterable[str], *, vocab_size: int) -> SentencePieceTo
 def _huggingface(
     model: bytes, processor: SentencePieceProcessor, rules: Json, added: Mapping[int, Json]
 ) -> PreTrainedTokenizerFast:
-    """The same BPE for `tokenizers`, with `added` tokens behind it; `rules` are the special tokens and where they stand.
+    """The same BPE for `tokenizers`, with `added` tokens behind it; `rules` are special tokens and where they stand.
 
     SentencePiece joins the adjacent pair whose union scores best; `tokenizers` the pair that its list names first. So
     the list has, best piece first, every cut of a piece into two pieces. Byte and control pieces are left out: the

@@ -355,3 +355,18 @@ def test_own_tars_indexed_as_external_ones_have_the_same_index(data_set: Path, t
     np.testing.assert_array_equal(np.load(tmp_path / "a.tar.idx.npy"), own)
     np.testing.assert_array_equal(index_sequences(tmp_path / "a.tar", SAMPLE_FORMAT), own)
     assert write_index(tmp_path / "a.tar", own) == manifest.shards[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+@pytest.mark.parametrize("change", ["altered", "removed"])
+def test_every_file_of_the_tokenizer_is_checked(name: str, change: str, broken: Path) -> None:
+    """One that is tampered with beside an intact model would be shipped with every export."""
+    path = broken / "tokenizer" / name
+    if change == "altered":
+        path.write_bytes(path.read_bytes() + b" ")
+    else:
+        path.unlink()
+    for split in _verify(broken, quick=True).splits:
+        (fault,) = split.faults
+        assert f"tokenizer: {path}: expected sha256 " in fault
+        assert fault.endswith("found none") == (change == "removed")

@@ -208,6 +208,16 @@ def test_added_tokens_of_the_config_must_be_those_of_the_tokenizer(manifest: Man
         tokenizer_difference(folder, manifest)
 
 
+@pytest.mark.parametrize("key", ["9" * 5000, "-1", "\u0663", "", "600 "])
+def test_a_key_that_is_no_id_is_no_added_token(key: str, manifest: Manifest, tmp_path: Path) -> None:
+    folder = _copied(manifest, tmp_path / "model", "tokenizer.json", "tokenizer_config.json")
+    _changed(
+        folder, lambda values: values.update(added_tokens_decoder={key: {"content": "<x>"}}), "tokenizer_config.json"
+    )
+    _changed(folder, lambda values: values["added_tokens"].pop())  # so that hashes alone do not decide
+    assert tokenizer_difference(folder, manifest) is None
+
+
 def test_a_folder_without_a_tokenizer_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         tokenizer_difference(tmp_path, manifest)

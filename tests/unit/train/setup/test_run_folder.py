@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megadistill.data import Manifest, Mixture
+from megadistill.data.tokenizers.data_files import hashes_in
 from megadistill.errors import UserError
 from megadistill.train.setup.run_folder import (
     MAY_CHANGE,
@@ -167,6 +168,28 @@ def test_the_tokenizer_is_copied_once(tmp_path: Path) -> None:
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == b"one"
     assert (run / "tokenizer" / "tokenizer_config.json").read_bytes() == b"{}"
     assert [path.name for path in run.iterdir()] == ["tokenizer"]
+
+
+def test_a_changed_file_of_the_tokenizer_is_neither_copied_nor_resumed_with(tmp_path: Path) -> None:
+    tokenizer, run = tmp_path / "set" / "tokenizer", tmp_path / "run"
+    described = Manifest.load(described_data(tmp_path / "set" / "train"))
+    tokenizer.mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tokenizer / name).write_text(name)
+    record = described.tokenizer.model_copy(update={"files": hashes_in(tokenizer)})
+    data = Mixture.of(described.model_copy(update={"tokenizer": record}).lying_in(described.folder))
+    hashes = copy_tokenizer(run, data)
+    assert hashes == data.tokenizer.files == copy_tokenizer(run, data)
+    assert sorted(path.name for path in (run / "tokenizer").iterdir()) == sorted(hashes)
+    for place, other, way_out in (
+        (run / "tokenizer", run, "the tokenizer of the run .* and start the run again"),
+        (tokenizer, tmp_path / "another", "restore it, or tokenize again"),
+    ):
+        (place / "tokenizer_config.json").write_text('{"chat_template": "of somebody else"}')
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: expected sha256 .*: {way_out}") as refused:
+            copy_tokenizer(other, data)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "another" / "tokenizer").exists()
 
 
 def test_the_tokenizer_of_remote_shards_is_copied_too(tmp_path: Path) -> None:
