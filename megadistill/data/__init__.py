@@ -7,6 +7,7 @@ from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
+from megadistill.data.stream.missing_bos import missing_bos
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.stream import TokenStream
 from megadistill.data.tokenizers.model_tokenizer import tokenizer_difference
@@ -20,6 +21,7 @@ __all__ = [
     "ShardFault",
     "TokenStream",
     "TokenizeReport",
+    "missing_bos",
     "missing_rows",
     "no_tokenizer_files",
     "tokenize",

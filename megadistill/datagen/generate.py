@@ -4,6 +4,7 @@ Slots are dealt out to shards in order, and shards to the jobs that share the wo
 depend on the job that writes it. The same call, started again, keeps complete shards and resumes.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from megadistill.data import Mixture, TokenStream
+from megadistill.data import Mixture, TokenStream, missing_bos
 from megadistill.data.prepare.encode import disk_faults
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER
 from megadistill.data.prepare.shard_tasks import SHARD_PATTERN, TRAIN
@@ -42,6 +43,8 @@ from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.units import spell
 
 SHARD_SLOTS: Final = 1024
+logger = logging.getLogger(__name__)
+
 MARKER: Final = ".generate"
 """File in the output until the manifest is written: it tells a folder of `generate` from any other."""
 
@@ -112,6 +115,7 @@ def generate(
     record = GeneratedRecord(
         teacher=teacher_fingerprint(teacher),
         order=stream.fingerprint,
+        insert_bos=data.insert_bos,
         first_slot=slots.start,
         stop_slot=slots.stop,
         prompt_tokens=prompt_tokens,
@@ -183,7 +187,13 @@ def _finish(generator: Generator, records: list[GeneratedShard], data: Mixture, 
         largest_id=max(record.largest_id for record in records),
         sample_format=SAMPLE_FORMAT,
         tokenizer=tokenizer_record(tokenizer, f"../{TOKENIZER_FOLDER}", folder.parent / TOKENIZER_FOLDER),
-        packer=PackerRecord(name=PACKER, version=PACKER_VERSION, bos=tokenizer.bos, eos=tokenizer.eos),
+        packer=PackerRecord(
+            name=PACKER,
+            version=PACKER_VERSION,
+            bos=data.bos,
+            eos=tokenizer.eos,
+            sequence_bos=data.begins_with_bos,
+        ),
         documents=sum(record.documents for record in records),
         tokens=sum(record.tokens for record in records),
         text_bytes=sum(record.text_bytes for record in records) or None,
@@ -215,6 +225,8 @@ def _check_teacher(teacher: Path, data: Mixture, prompt_tokens: int, new_tokens:
             f"teacher in {teacher} reads {places}: give fewer"
         )
     require_same_ids(teacher, config, data)
+    if problem := missing_bos(teacher, data, key="--insert-bos"):
+        logger.warning("--data: %s", problem)
     check_weights(teacher, config)
 
 

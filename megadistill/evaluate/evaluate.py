@@ -1,5 +1,6 @@
 """Evaluation of models on held-out splits, data-parallel: each rank of a launch holds each model whole."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from megadistill.data import missing_bos
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, local_device, process_groups, topology_of_world
 from megadistill.errors import OperatorFault, UserError
@@ -21,6 +23,8 @@ from megadistill.evaluate.splits import Split, own_batches, short_names
 from megadistill.models.weights import load_pretrained
 from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_MINUTES = 60.0
 """Timeout of the collectives: the last rank may finish its share this much later than the first."""
@@ -62,6 +66,8 @@ def evaluate(
     for folder in folders:
         for split in splits:
             check_model(folder, split.manifest)
+    if topology.is_first:
+        warn_of_missing_bos(folders, splits)
     loaded = [load_pretrained(folder, what=str(folder), device=topology.device) for folder in folders]
     accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []
@@ -82,6 +88,14 @@ def evaluate(
         _evaluation(name, sum(parameter.numel() for parameter in model.parameters()), total, deciles, splits)
         for name, model, total in zip(names, loaded, totals, strict=True)
     ]
+
+
+def warn_of_missing_bos(folders: Sequence[Path], splits: Sequence[Split]) -> None:
+    """Logs a line for each split whose sequences do not begin with the BOS of a model's tokenizer."""
+    for split in splits:
+        problems = (missing_bos(folder, split.data, key="--insert-bos") for folder in folders)
+        if problem := next(filter(None, problems), None):
+            logger.warning("--data %s: %s", split.name, problem)
 
 
 def _read(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadistill.data import Manifest, TokenStream
+from megadistill.data import Manifest, Mixture, TokenStream
 from megadistill.data.shards.packing import Ids
 from megadistill.data.tokenizers.tokenizer import Tokenizer
 from megadistill.errors import UserError
@@ -41,9 +41,17 @@ def typed_prompts(texts: Sequence[str], files: Sequence[Path], tokenizer: Tokeni
 
 
 def held_out_prompts(
-    manifest: Manifest, tokenizer: Tokenizer, *, sequences: int, prompt_tokens: int, new_tokens: int
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    *,
+    sequences: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    insert_bos: bool = False,
 ) -> list[Prompt]:
     """The first tokens of the first sequences of a split, those that are one stretch of text.
+
+    `insert_bos`: with BOS in front where a sequence does not begin with it.
 
     Raises:
         UserError: a number out of its range, or no sequence has that many tokens.
@@ -51,7 +59,7 @@ def held_out_prompts(
     for option, value in (("--sequences", sequences), ("--prompt-tokens", prompt_tokens)):
         if value < 1:
             raise UserError(f"{option} {value}: give at least 1")
-    stream = TokenStream(manifest, seed=0, batch_slots=1, rank=0, world_size=1)
+    stream = TokenStream(Mixture.of(manifest, insert_bos=insert_bos), seed=0, batch_slots=1, rank=0, world_size=1)
     prompts: list[Prompt] = []
     for slot in range(manifest.sequences if prompt_tokens <= manifest.sequence_length else 0):
         read = stream.batch(range(slot, slot + 1))

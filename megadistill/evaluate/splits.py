@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import PurePosixPath
 
-from megadistill.data import Manifest, TokenStream
+from megadistill.data import Manifest, Mixture, TokenStream
 from megadistill.errors import UserError
 
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)")
@@ -20,22 +20,28 @@ class Split:
     manifest: Manifest
     limit: int | None = None
     """Number of sequences that are read at most; None: all."""
+    insert_bos: bool = False
+    """Whether BOS is put in front of sequences that do not begin with it."""
 
     @property
     def sequences(self) -> int:
         """Number of sequences that are read: the first ones in the order of the stream."""
         return self.manifest.sequences if self.limit is None else min(self.limit, self.manifest.sequences)
 
+    @property
+    def data(self) -> Mixture:
+        return Mixture.of(self.manifest, insert_bos=self.insert_bos)
+
     def stream(self) -> TokenStream:
         """Its sequences, by slot: range(0, manifest.sequences) visits each once."""
         masked = self.manifest.packer.name == "bestfit"  # documents side by side: what was packed together is chance
-        return TokenStream(self.manifest, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
+        return TokenStream(self.data, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
 
 
-def load_splits(given: Sequence[str], limit: int | None = None) -> list[Split]:
+def load_splits(given: Sequence[str], limit: int | None = None, *, insert_bos: bool = False) -> list[Split]:
     """The splits of `--data`, each `MANIFEST` or `NAME=MANIFEST`; one without a name has its folder's.
 
-    `limit`: sequences of each that are read at most.
+    `limit`: sequences of each that are read at most. `insert_bos`: see `Split`.
 
     Raises:
         UserError: a manifest cannot be read, has no token to predict, or does not fit the first one; or two splits
@@ -44,7 +50,7 @@ def load_splits(given: Sequence[str], limit: int | None = None) -> list[Split]:
     named = [match.groups() if (match := _NAMED.fullmatch(text)) else (None, text) for text in given]
     unnamed = [PurePosixPath(location).parent.parts for name, location in named if name is None]
     folders = iter(short_names(unnamed))
-    splits = [Split(name or next(folders), Manifest.load(location), limit) for name, location in named]
+    splits = [Split(name or next(folders), Manifest.load(location), limit, insert_bos) for name, location in named]
     first = splits[0]
     for split in splits:
         if split.manifest.tokens == 0:

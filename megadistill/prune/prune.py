@@ -4,6 +4,7 @@ One process, one device that holds the whole teacher; the files are read paramet
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import torch
 from rich.table import Table
 
 from megadistill import __version__
-from megadistill.data import Mixture, TokenStream
+from megadistill.data import Mixture, TokenStream, missing_bos
 from megadistill.data.tokenizers.folder_files import files_in
 from megadistill.data.tokenizers.special_ids import generation_settings
 from megadistill.errors import UserError
@@ -31,6 +32,8 @@ from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes, sizes_of
 from megadistill.teacher.tokenizer_check import require_same_ids
 from megadistill.types import TokenBatch
 from megadistill.units import spell
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE: Final = "pruning.json"
 MAX_SHARD_BYTES: Final = 4096 * 1_000_000
@@ -112,6 +115,7 @@ def prune(
         "teacher": {"name": teacher.resolve().name, "fingerprint": teacher_fingerprint(teacher)},
         "calibration": {
             "order": stream.fingerprint,
+            **({"insert_bos": True} if data.insert_bos else {}),
             "tokenizer": data.tokenizer.sha256,
             "sequences": importance.sequences,
             "tokens": importance.tokens,
@@ -148,6 +152,8 @@ def prune(
 
 def _check_data(teacher: Path, config: Any, data: Mixture) -> None:
     require_same_ids(teacher, config, data)
+    if problem := missing_bos(teacher, data, key="--insert-bos"):
+        logger.warning("--data: %s", problem)
     if data.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"the teacher in {teacher} reads {config.max_position_embeddings} positions, the sequences of the data "
@@ -166,9 +172,8 @@ def _measure(
     device: torch.device,
     progress: ShowProgress,
 ) -> Importance:
-    model: Any = load_pretrained(teacher, what=str(teacher), device=device)
-    if device.type == "cpu":
-        model.float()  # its products in bfloat16 are many times slower
+    dtype = torch.float32 if device.type == "cpu" else None  # products in bfloat16 are many times slower there
+    model = load_pretrained(teacher, what=str(teacher), device=device, dtype=dtype)
     total = slots * data.sequence_length
 
     def batches() -> Iterator[TokenBatch]:

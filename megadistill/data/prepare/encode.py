@@ -180,9 +180,8 @@ class _TokenCounter:
             predicted_BS = predicted(bounds, sequence_length=length, across_documents=self._across)
             tokens = int(predicted_BS.sum())
             self.tokens += tokens
-            self._predicted += tokens - (
-                int((labels_BS == self._spec.packer.bos)[predicted_BS].sum()) if in_front else 0
-            )
+            begins = int((labels_BS[predicted_BS] == self._spec.packer.bos).sum()) if in_front else 0
+            self._predicted += tokens - begins
             self.text_bytes += int(self._piece_bytes[labels_BS][predicted_BS].sum())
             self.padding += sum(length + 1 - int(row[-1]) for row in bounds)
             yield from batch

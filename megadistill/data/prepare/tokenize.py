@@ -56,7 +56,7 @@ def tokenize(
     documents is held out; with 0 there is no such split.
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
-    `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts a BOS before a text,
+    `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts BOS before a text,
     every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes.
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
     that calls this must keep its own acts under `if __name__ == "__main__"`.

@@ -10,9 +10,10 @@ from rich.table import Table
 
 from megadistill.config.paths import wrong_path
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete
-from megadistill.data.shards.manifest import MANIFEST, Manifest
+from megadistill.data.shards.manifest import MANIFEST, Manifest, PackerRecord
 from megadistill.data.shards.opening import OpenShard, ShardFault
-from megadistill.data.shards.reader import SequenceReader, open_shard
+from megadistill.data.shards.packing import PACKER_VERSIONS
+from megadistill.data.shards.reader import SequenceBatch, SequenceReader, open_shard
 from megadistill.data.storage.base import sha256_of
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
@@ -206,7 +207,7 @@ def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: Show
     show(stage, done=0, total=total, tokens=0)
     for number, shard in enumerate(manifest.shards):
         try:
-            opened = open_shard(manifest, number)
+            opened, first = open_shard(manifest, number), 0
         except ShardFault as fault:
             check.add(f"shard {number}: {fault}")
         else:
@@ -214,6 +215,8 @@ def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: Show
                 check.add(*(f"shard {number}: {message}" for message in _hash_faults(opened, shard.sha256)))
             for batch in () if quick else reader.read_shard(number):
                 check.add(*(f"shard {number}: {batch.faults[row]}" for row in sorted(batch.faults)))
+                check.add(*(f"shard {number}: {line}" for line in _bos_faults(batch, manifest.packer, first)))
+                first += len(batch.bounds)
                 tokens += batch.predicted_tokens(across_documents=manifest.packer.across_documents)
                 sequences += len(batch.bounds)
                 part = done + shard.bytes * len(batch.bounds) // shard.sequences
@@ -222,6 +225,24 @@ def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: Show
         show(stage, done=done, total=total, tokens=sequences * manifest.sequence_length)
     if not quick and not check.fault_count and tokens != manifest.tokens:
         check.add(f"{check.location}: expected {manifest.tokens} tokens, as it records, found {tokens}")
+
+
+def _bos_faults(batch: SequenceBatch, packer: PackerRecord, first: int) -> Iterator[str]:
+    """A line for each sequence, counted from `first`, that does not begin with the BOS that its manifest records.
+
+    With the packers of `tokenize` every document in a sequence begins with it too.
+    """
+    if not packer.sequence_bos:
+        return
+    for row in sorted({*range(len(batch.bounds))} - batch.faults.keys()):
+        places = batch.bounds[row][:-1] if packer.name in PACKER_VERSIONS else [0]
+        found = batch.tokens[row][places]
+        if (found != packer.bos).any():
+            place = int((found != packer.bos).argmax())
+            yield (
+                f"sequence {first + row}: expected BOS (id {packer.bos}), as its manifest records, at token "
+                f"{int(places[place])}, found id {int(found[place])}"
+            )
 
 
 def _hash_faults(shard: OpenShard, expected: str) -> Iterator[str]:
@@ -244,6 +265,7 @@ def _described(manifest: Manifest, location: str) -> Table:
         "vocabulary": f"{manifest.vocab_size:,} ids, {manifest.dtype}",
         "tokenizer": f"{tokenizer.kind}, {tokenizer.file}, sha256 {tokenizer.sha256[:12]}…",
         "packer": f"{packer.name}, version {packer.version}",
+        "BOS": _bos(packer),
         "documents": _count(manifest.documents),
         "sequences": _count(manifest.sequences),
         "tokens": _count(manifest.tokens),
@@ -259,6 +281,14 @@ def _described(manifest: Manifest, location: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _bos(packer: PackerRecord) -> str:
+    if packer.bos is None:
+        return "the tokenizer puts none before a text" if packer.name != "external" else "not known"
+    if packer.sequence_bos:
+        return f"id {packer.bos}, in front of every sequence"
+    return f"id {packer.bos}, not in front of every sequence"
 
 
 def _count(value: int | None) -> str:

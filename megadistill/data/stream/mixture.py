@@ -111,6 +111,11 @@ class Mixture:
         recorded = next((one.packer.bos for one in self.sources.values() if one.packer.bos is not None), None)
         return _bos_of_files(self) if recorded is None else recorded
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether every sequence begins with BOS, as it was packed or because it is put in."""
+        return self.insert_bos or all(manifest.packer.sequence_bos for manifest in self.sources.values())
+
     def order(self, seed: int) -> Order:
         sources = {
             name: Source(manifest.fingerprint, [shard.sequences for shard in manifest.shards])

@@ -55,6 +55,8 @@ class TargetKey(BaseModel):
     vocab_size: Annotated[int, Field(ge=2, le=1 << 24)]
     """Number of ids, without padding."""
     document_mask: bool
+    insert_bos: bool = Field(default=False, exclude_if=lambda holds: not holds)
+    """Whether BOS was put in front of the sequences when they were read. Not written where it is false."""
 
     @property
     def tail(self) -> Tail:
@@ -94,6 +96,7 @@ _FIELDS: Final = {
     "sequence_length": "the sequence length",
     "vocab_size": "the vocabulary size",
     "document_mask": "data.document_mask",
+    "insert_bos": "data.insert_bos",
 }
 
 

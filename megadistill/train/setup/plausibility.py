@@ -1,6 +1,9 @@
 """Settings that would run and are probably a mistake: doctor has a row for each, and a run logs them when it starts."""
 
+from pathlib import Path
+
 from megadistill.config.recipe import default_warmup
+from megadistill.data import missing_bos
 from megadistill.train.setup.setup import Setup
 from megadistill.units import short
 
@@ -16,6 +19,7 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "warm-up": _missing_warmup(setup),
         "learning rate": _high_learning_rate(setup),
         "epochs": _many_epochs(setup),
+        "BOS": _missing_bos(setup),
     }
     return {check: warning for check, warning in warnings.items() if warning is not None}
 
@@ -41,6 +45,15 @@ def _high_learning_rate(setup: Setup) -> str | None:
         f"than the standard deviation {deviation:g} of the initial weights: 3e-4 (1B parameters) to 3e-3 (small "
         "models) are usual"
     )
+
+
+def _missing_bos(setup: Setup) -> str | None:
+    """For a teacher, or weights, that may have been trained with BOS; random weights learn either way."""
+    teacher, weights = setup.recipe.teacher, setup.recipe.student.weights
+    if teacher is None and weights is None:
+        return None
+    folder = weights if teacher is None else teacher.path if teacher.vocab_map is None else None
+    return missing_bos(None if folder is None else Path(folder), setup.data, key="data.insert_bos=true")
 
 
 def _many_epochs(setup: Setup) -> str | None:

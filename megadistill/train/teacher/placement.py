@@ -133,6 +133,7 @@ def target_key(setup: Setup) -> TargetKey:
         sequence_length=setup.data.sequence_length,
         vocab_size=setup.data.vocab_size,
         document_mask=recipe.data.document_mask,
+        insert_bos=setup.data.insert_bos,
     )
 
 

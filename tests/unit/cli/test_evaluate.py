@@ -24,8 +24,10 @@ def test_tables_are_printed_once_the_progress_bar_is_gone(monkeypatch: pytest.Mo
     monkeypatch.setattr("megadistill.progress.console_progress", bar)
     monkeypatch.setattr("megadistill.evaluate.evaluate.ranks", ranks)
     monkeypatch.setattr("megadistill.evaluate.evaluate.evaluate", lambda *models, **options: [])
-    monkeypatch.setattr("megadistill.evaluate.splits.load_splits", lambda data, limit: {})
+    monkeypatch.setattr("megadistill.evaluate.splits.load_splits", lambda *given, **options: {})
     monkeypatch.setattr("megadistill.evaluate.evaluation_tables.tables", lambda results: [])
     monkeypatch.setattr(command, "print_tables", lambda *tables: happened.append("tables"))
-    command._evaluate(Namespace(data=[], limit=None, models=[], teacher=None, batch=1, json=None, plots=None))
+    command._evaluate(
+        Namespace(data=[], limit=None, insert_bos=False, models=[], teacher=None, batch=1, json=None, plots=None)
+    )
     assert happened == ["bar ended", "tables"]

@@ -1,17 +1,25 @@
 """A tokenizer that puts BOS before a text: every sequence of `tokenize` begins with it, and the manifest records it."""
 
+import io
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from megadistill.data import missing_bos
 from megadistill.data.prepare.finished_output import RECORD_FILE
+from megadistill.data.prepare.index_external import index
 from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
-from megadistill.data.shards.manifest import Manifest
+from megadistill.data.prepare.verify import info, verify
+from megadistill.data.shards.manifest import Manifest, PackerRecord
 from megadistill.data.shards.reader import SequenceReader
+from megadistill.data.stream.mixture import Mixture
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import UserError
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, write_texts
@@ -117,3 +125,85 @@ def test_a_data_set_of_an_earlier_release_is_not_taken_for_one_with_bos(corpus: 
     record.write_text(json.dumps(values))
     with pytest.raises(UserError, match="--insert-bos was not given, is True: give another --output"):
         _run(corpus, tmp_path / "out")
+
+
+def _verified(location: Path) -> list[str]:
+    return verify(location, quick=False, progress=lambda stage, **numbers: None).lines()
+
+
+@pytest.mark.parametrize("packer", ["chunk", "bestfit"])
+def test_verify_compares_the_first_tokens_with_the_record(packer: str, corpus: Path, tmp_path: Path) -> None:
+    _run(corpus, tmp_path / "out", packer=packer, insert_bos=False)
+    split = tmp_path / "out" / "train"
+    assert _verified(split) == []
+    manifest = Manifest.load(split / "manifest.json")
+    record = manifest.packer.model_copy(update={"sequence_bos": True})
+    values = {name: getattr(manifest, name) for name in Manifest.model_fields}
+    Manifest(**{**values, "packer": record}).write(split)
+    lines = _verified(split)
+    without = sum(any(tokens[bound] for bound in bounds[:-1]) for tokens, bounds in _sequences(tmp_path / "out"))
+    assert len(lines) == without > 1
+    where = r"shard 0: sequence \d+: expected BOS \(id 0\), as its manifest records, at token \d+, found id \d+"
+    assert re.fullmatch(where, lines[0])
+
+
+@pytest.mark.parametrize("insert_bos", [True, False])
+def test_tars_of_another_program_are_looked_at(insert_bos: bool, corpus: Path, tmp_path: Path) -> None:
+    _run(corpus, tmp_path / "out", insert_bos=insert_bos)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for tar in (tmp_path / "out" / "train").glob("*.tar"):
+        shutil.copy(tar, tars)
+    manifest = index(
+        tars, tokenizer=corpus / "bos", member="tokens.npy", dtype=None, split="train", progress=lambda *_, **__: None
+    )
+    assert (manifest.packer.bos, manifest.packer.sequence_bos) == (0, insert_bos)
+    assert _verified(tars) == []
+
+
+def test_info_tells_where_bos_stands(corpus: Path, tmp_path: Path) -> None:
+    text = io.StringIO()
+    for name, insert_bos in (("with", True), ("without", False)):
+        _run(corpus, tmp_path / name, insert_bos=insert_bos)
+        Console(file=text, width=200).print(*info(tmp_path / name))
+    assert "id 0, in front of every sequence" in text.getvalue()
+    assert "id 0, not in front of every sequence" in text.getvalue()
+
+
+def _mixture(output: Path, **options: Any) -> Mixture:
+    return Mixture.of(Manifest.load(output / "train" / "manifest.json"), **options)
+
+
+def test_sequences_without_the_bos_of_a_model_are_reported_with_numbers_and_the_way_out(
+    corpus: Path, tmp_path: Path
+) -> None:
+    for name, options in (("old", {"insert_bos": False}), ("new", {})):
+        _run(corpus, tmp_path / name, **options)
+    problem = missing_bos(corpus / "bos", _mixture(tmp_path / "old"), key="data.insert_bos=true")
+    assert problem is not None
+    begin = sum(tokens[0] == 0 for tokens, _ in _sequences(tmp_path / "old"))
+    count = _mixture(tmp_path / "old").first.sequences
+    assert problem.startswith(f"{begin} of the first {count:,} sequences begin with BOS (id 0), which the tokenizer in")
+    assert f"megadistill tokenize ... --tokenizer {corpus / 'bos'}" in problem
+    assert problem.endswith("or have it put in at reading time: data.insert_bos=true")
+    assert missing_bos(None, _mixture(tmp_path / "old"), key="") is not None, "the data's own tokenizer"
+    for mixture in (_mixture(tmp_path / "new"), _mixture(tmp_path / "old", insert_bos=True)):
+        assert missing_bos(corpus / "bos", mixture, key="") is None
+
+
+def test_a_manifest_that_does_not_record_bos_is_looked_at(corpus: Path, tmp_path: Path) -> None:
+    """As if another program had packed with BOS, and an earlier release had indexed its shards."""
+    _run(corpus, tmp_path / "out")
+    split = tmp_path / "out" / "train"
+    manifest = Manifest.load(split / "manifest.json")
+    record = PackerRecord(name="external", version=1, bos=None, eos=None)
+    values = {name: getattr(manifest, name) for name in Manifest.model_fields}
+    Manifest(**{**values, "packer": record}).write(split)
+    assert missing_bos(corpus / "bos", _mixture(tmp_path / "out"), key="") is None
+    assert _mixture(tmp_path / "out", insert_bos=True).bos == 0, "from the tokenizer's files"
+
+
+def test_a_tokenizer_without_bos_misses_none(corpus: Path, tmp_path: Path) -> None:
+    _run(corpus, tmp_path / "out", tokenizer=None, vocab_size=330)
+    assert missing_bos(None, _mixture(tmp_path / "out"), key="") is None
+    assert missing_bos(tmp_path / "out" / "tokenizer", _mixture(tmp_path / "out"), key="") is None

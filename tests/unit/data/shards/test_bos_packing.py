@@ -83,7 +83,8 @@ def test_bestfit_predicts_every_token_once_inside_its_document_and_each_piece_be
     for sequence in sequences:
         pieces = [sequence.tokens[start:stop].tolist() for start, stop in itertools.pairwise(sequence.bounds.tolist())]
         for piece in pieces:
-            assert piece[0] == BOS and BOS not in piece[1:]
+            assert piece[0] == BOS
+            assert BOS not in piece[1:]
             assert len(piece) > 1, "one token alone predicts nothing"
         assert (sequence.tokens[sequence.bounds[-1] :] == PAD).all()
     expected = Counter(token for document in framed_lists(documents, BOS) for token in document[1:])

@@ -244,5 +244,5 @@ def test_a_damaged_sequence_stays_masked(tmp_path: Path) -> None:
 
 def test_data_whose_tokenizer_puts_no_bos_are_refused(tmp_path: Path) -> None:
     manifest = write_split(tmp_path, _chunks(LENGTHS, LENGTH, None), vocab=1000)
-    with pytest.raises(UserError, match="insert_bos: the tokenizer of .* puts no BOS before a text: leave it out, or"):
+    with pytest.raises(UserError, match=r"insert_bos: the tokenizer of .* puts no BOS before a text: leave it out, or"):
         Mixture.of(manifest, insert_bos=True)

@@ -199,6 +199,7 @@ DIFFERENCES: list[tuple[str, Any, str]] = [
     ("sequence_length", 17, "the sequence length was 16, is 17"),
     ("vocab_size", 501, "the vocabulary size was 500, is 501"),
     ("document_mask", True, "data.document_mask was False, is True"),
+    ("insert_bos", True, "data.insert_bos was False, is True"),
 ]
 
 
