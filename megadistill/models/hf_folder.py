@@ -26,6 +26,13 @@ MAX_INDEX_BYTES = 64 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def has_all_files(folder: Path) -> bool:
+    """Whether the weights of a folder are on this machine: not of a config alone, nor of a download that goes on."""
+    if (folder / INDEX_FILE).is_file():
+        return all((folder / file).exists() for file in SafetensorsFolder(folder).files)
+    return (folder / SINGLE_FILE).is_file()
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face model folder, in one file or in many.
 
@@ -63,6 +70,10 @@ class SafetensorsFolder:
     @property
     def names(self) -> list[str]:
         return sorted(self._files)
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self._files.values()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -108,7 +119,7 @@ class SafetensorsFolder:
         Raises:
             UserError: naming the first that is not where the index says.
         """
-        for file in sorted(set(self._files.values())):
+        for file in self.files:
             held = set(self._header(file).keys())
             promised = {name for name, place in self._files.items() if place == file}
             if missing := sorted(promised - held):

@@ -12,6 +12,8 @@ from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
+from megadistill.models.hf_folder import has_all_files
+from megadistill.models.weights import check_weights
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
@@ -121,4 +123,7 @@ def _teacher(recipe: Recipe, folder: Path | None) -> Any | None:
             f"{not_model(section.path, 'teacher.path')}; to plan without the weights, name a folder with a "
             "config.json: --teacher-config DIR"
         )
-    return load_config(Path(section.path), what="teacher.path")
+    config = load_config(Path(section.path), what="teacher.path")
+    if has_all_files(Path(section.path)):
+        check_weights(Path(section.path), config)
+    return config

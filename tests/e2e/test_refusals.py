@@ -158,6 +158,58 @@ def _other_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 65}))
 
 
+def _fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
+def _head_of_its_own(folder: Path) -> None:
+    """The head that the weights have beside the embedding, which a config says to be the head."""
+    config = json.loads((folder / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+OTHER_MODELS: list[tuple[Callable[[Path], None], str]] = [
+    (_fewer_layers, "has tensors that a llama model of its config.json does not have: model.layers.1."),
+    (_head_of_its_own, "but lm_head.weight is there too and differs"),
+]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "store-targets", "generate", "evaluate", "sample", "prune", "plan", "doctor", "weights"],
+)
+@pytest.mark.parametrize(("change", "says"), OTHER_MODELS)
+def test_weights_that_their_config_does_not_describe_are_refused_by_every_command(
+    place: Place, tmp_path: Path, command: str, change: Callable[[Path], None], says: str
+) -> None:
+    """train learned from a part of these, and evaluate from another."""
+    teacher, output = tmp_path / "teacher", tmp_path / "output"
+    shutil.copytree(place.teacher, teacher)
+    change(teacher)
+    finished = in_process(*_reads(command, place, teacher, output))
+    if command == "doctor":  # lists what it finds
+        assert finished.code == 2, finished.transcript
+        assert says in " ".join(finished.out.replace("│", " ").split()), finished.transcript
+    else:
+        assert says in _refusal(finished)
+    assert not output.exists()
+
+
+FLASH = {"attn_implementation": "flash_attention_2", "_attn_implementation": "evil/kernel", "use_kernels": True}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "plan"])
+def test_settings_of_a_folder_that_are_not_weights_change_nothing(place: Place, tmp_path: Path, command: str) -> None:
+    """They were a traceback, and would have fetched a kernel where the packages for that are installed."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(place.teacher, teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, **FLASH}))
+    succeeded(in_process(*_reads(command, place, teacher, tmp_path / "output")))
+
+
 DAMAGES: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (_missing_shard, ("has neither model.safetensors nor",)),
     (_cut_shard, ("model.safetensors", "not a whole one")),
@@ -180,11 +232,24 @@ def test_a_damaged_teacher_is_refused_by_whoever_reads_it(
 
 def _reads(command: str, place: Place, teacher: Path, output: Path) -> list[str]:
     """The arguments of a command that reads a teacher and writes to `output`, as one process."""
-    if command == "generate":
-        return _generate(place, output, teacher=teacher)
+    data = str(place.folder / "data" / "train" / "manifest.json")
+    match command:
+        case "generate":
+            return _generate(place, output, teacher=teacher)
+        case "evaluate":
+            return ["evaluate", str(teacher), "--data", place.heldout, "--limit", "8"]
+        case "sample":
+            return ["sample", str(teacher), "--data", place.heldout, "--new-tokens", "4"]
+        case "prune":
+            return ["prune", str(teacher), "--data", data, "--intermediate-size", "32", "--output", str(output)]
+        case "weights":
+            start = settings(student__config=teacher, student__weights=teacher, distributed__vocab_group=1)
+            return [*place.distill("refused", steps=2, checkpoint_every=2), *start, "--set", f"run.folder={output}"]
     changes = settings(teacher__path=teacher, distributed__vocab_group=1, run__folder=output)
     recipe = [*place.distill("refused", steps=2, checkpoint_every=2)[1:], *changes]
-    return ["train", *recipe] if command == "train" else _store_targets(recipe, output)
+    if command == "plan":
+        return ["plan", *recipe, "--nodes", "1", "--gpus-per-node", "2", "--gpu", "h100"]
+    return _store_targets(recipe, output) if command == "store-targets" else [command, *recipe]
 
 
 def _store_targets(recipe: list[str], output: Path) -> list[str]:
