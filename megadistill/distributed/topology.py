@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch
+from megadistill.distributed.rendezvous import cannot_connect, launch_store
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
 from megadistill.distributed.watchdog.watchdog import Watchdog
-from megadistill.errors import RestartFault
+from megadistill.errors import OperatorFault, RestartFault
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
@@ -92,6 +92,7 @@ def process_groups(
     The topology's watchdog is started; no phase has a time limit before the caller enters one.
 
     Raises:
+        UserError, RestartFault, OperatorFault: the ranks did not find each other (see `rendezvous`).
         RestartFault: a collective failed, mostly because a peer died; the message names it where it is known.
     """
     device = local_device(launch.local_rank)
@@ -105,9 +106,9 @@ def process_groups(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
     own = launch if roles is None else _own_launch(launch, roles)
     role = "student" if roles is None or roles.is_student(launch.rank) else "teacher"
-    watchdog = Watchdog()
+    store = launch_store(launch, timeout)
+    watchdog, topology = Watchdog(), None
     try:
-        store = store_of_this_start(next(rendezvous("env://", timeout=timeout))[0])
         watchdog = _start_watchdog(launch, store, timeout)
         os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
         backend = dist.get_default_backend_for_device(device)
@@ -127,24 +128,15 @@ def process_groups(
         else:
             barrier(topology.world_group)
     except BaseException as error:
+        if topology is None and (reason := cannot_connect(error)) is not None:
+            watchdog.report_failure(reason)
+            raise OperatorFault(reason) from error
         if _is_communication(error):
             raise RestartFault(_lost_rank(watchdog, error)) from error
         watchdog.report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
     watchdog.stop()
     dist.destroy_process_group()
-
-
-def store_of_this_start(store: Store) -> Store:
-    """A part of the launcher's store that no earlier start of the same ranks has written to.
-
-    torchrun keeps one store over its restarts (`--max-restarts`): a rank would connect to the address that a killed one
-    has left there. The number of the restart tells them apart where one agent counts; those of several nodes count
-    their own.
-    """
-    if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store
-    return PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdog:

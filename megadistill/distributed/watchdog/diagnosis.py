@@ -10,6 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from megadistill.redaction import printable
+
 LOST = "lost"
 """The `end` of a rank whose collective failed because of another rank."""
 
@@ -18,6 +23,10 @@ STALE_SECONDS = 3.0
 
 GRACE_SECONDS = 10.0
 """Time (s) between a rank's failure and the abort of all others: they may notice by themselves and know more."""
+
+
+MAX_TEXT = 64 << 10
+"""Bytes of the longest heartbeat or decision that is read."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,55 @@ class Heartbeat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def loads(cls, text: str | bytes) -> "Heartbeat":
-        return cls(**json.loads(text))
+    def loads(cls, text: str | bytes) -> "Heartbeat | None":
+        """The heartbeat that a rank has published; None: it is none, so another program has written there."""
+        try:
+            heartbeat = _HEARTBEAT.validate_json(text) if len(text) <= MAX_TEXT else None
+        except ValueError:
+            return None
+        if heartbeat is None:
+            return None
+        return replace(
+            heartbeat,
+            host=printable(heartbeat.host),
+            phase=printable(heartbeat.phase),
+            location=printable(heartbeat.location),
+            end=None if heartbeat.end is None else printable(heartbeat.end),
+        )
 
     @property
     def is_late(self) -> bool:
         return self.limit is not None and self.seconds > self.limit
+
+
+_HEARTBEAT = TypeAdapter(Heartbeat)
+
+
+class Decision(TypedDict):
+    """Rank 0 publishes one about once a second."""
+
+    tick: int
+    abort: str | None
+    """Reason to abort the run."""
+    grace: float
+    """Time (s) until then."""
+    lost_rank: str | None
+
+
+_DECISION = TypeAdapter(Decision)
+
+
+def read_decision(text: str | bytes) -> Decision | None:
+    """The decision of rank 0; None: it is none, so another program has written there."""
+    try:
+        decision = _DECISION.validate_json(text) if len(text) <= MAX_TEXT else None
+    except ValueError:
+        return None
+    if decision is None:
+        return None
+    texts = (decision["abort"], decision["lost_rank"])
+    abort, lost_rank = (None if text is None else printable(text) for text in texts)
+    return {"tick": decision["tick"], "abort": abort, "grace": decision["grace"], "lost_rank": lost_rank}
 
 
 Heartbeats = Mapping[int, Heartbeat]

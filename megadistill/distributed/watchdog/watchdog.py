@@ -32,6 +32,7 @@ from megadistill.distributed.watchdog.diagnosis import (
     HangDetector,
     Heartbeat,
     dead_rank_message,
+    read_decision,
     silence_limit,
 )
 from megadistill.distributed.watchdog.parent import write_stderr
@@ -224,13 +225,16 @@ class Watchdog:
         self._all_present = self._all_present or self._store.check(keys)
         if not self._all_present:
             return {}
-        return {int(key): Heartbeat.loads(text) for key, text in zip(keys, self._store.multi_get(keys), strict=True)}
+        texts = zip(keys, self._store.multi_get(keys), strict=True)
+        return {int(key): heartbeat for key, text in texts if (heartbeat := Heartbeat.loads(text)) is not None}
 
     def _poll(self, tick: int) -> None:
         """Other ranks: publish the heartbeat, and read rank 0's decision."""
         own = self.heartbeat(tick)
         self._store.set(str(self._rank), own.dumps())
-        status = json.loads(self._store.get(_STATUS))
+        status = read_decision(self._store.get(_STATUS))
+        if status is None:
+            return
         self._lost_rank = status["lost_rank"]
         if own.end is not None:
             if own.end != LOST or self._lost_rank is not None:

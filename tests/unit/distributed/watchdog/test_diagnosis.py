@@ -9,6 +9,7 @@ from megadistill.distributed.watchdog.diagnosis import (
     LOST,
     HangDetector,
     Heartbeat,
+    read_decision,
     silence_limit,
     stalled_ranks,
 )
@@ -183,3 +184,20 @@ def test_no_silence_is_shorter_than_a_few_beats() -> None:
 def test_a_sign_travels() -> None:
     heartbeat = _state(collectives={"student 0": 3}, end=LOST, limit=None)
     assert Heartbeat.loads(heartbeat.dumps()) == heartbeat
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "\x80\x04.", "[" * 5000, '{"host": 1, "pid": "a"}', '{"tick": 1e999}', "x" * (1 << 20)]
+)
+def test_what_another_program_has_written_is_no_heartbeat_and_no_decision(text: str) -> None:
+    assert Heartbeat.loads(text) is None
+    assert read_decision(text) is None
+
+
+def test_texts_of_a_heartbeat_and_a_decision_can_be_printed() -> None:
+    heartbeat = Heartbeat.loads(Heartbeat(host="n\x1b[2J1", pid=1, end="a\nb").dumps())
+    assert heartbeat is not None
+    assert (heartbeat.host, heartbeat.end) == ("n\ufffd[2J1", "a\ufffdb")
+    decision = read_decision('{"tick": 1, "abort": "\\u001b[2J", "grace": 0.0, "lost_rank": null}')
+    assert decision is not None
+    assert decision["abort"] == "\ufffd[2J"
