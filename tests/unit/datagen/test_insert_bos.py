@@ -106,7 +106,8 @@ def test_evaluate_reads_stored_sequences_with_bos_put_in(place: Path, caplog: py
 
 
 def test_prompts_of_held_out_text_begin_with_bos(place: Path) -> None:
-    tokenizer, sizes = load_tokenizer(place / "teacher"), {"sequences": 5, "prompt_tokens": 6, "new_tokens": 4}
+    tokenizer = load_tokenizer(place / "teacher")
+    sizes: dict[str, Any] = {"sequences": 5, "prompt_tokens": 6, "new_tokens": 4}
     stored = held_out_prompts(Manifest.load(_manifest(place / "old")), tokenizer, **sizes)
     inserted = held_out_prompts(Manifest.load(_manifest(place / "old")), tokenizer, **sizes, insert_bos=True)
     packed = held_out_prompts(Manifest.load(_manifest(place / "new")), tokenizer, **sizes)
@@ -150,7 +151,7 @@ def test_generate_writes_sequences_that_begin_as_its_prompts_do(
 
 
 def test_prune_measures_with_bos_and_records_it(place: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": None, "intermediate_size": 32, "heads": None, "layers": None}
+    sizes: dict[str, Any] = {"hidden_size": None, "intermediate_size": 32, "heads": None, "layers": None}
     for name, insert_bos in (("with", True), ("without", False)):
         prune(
             place / "teacher",
