@@ -60,6 +60,13 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "loss.kd_weight": ("kd_alpha", "alpha_kd", "kd_ratio", "distill_weight", "distillation_weight", "alpha_distill"),
     "loss.ce_weight": ("alpha_ce", "ce_alpha", "hard_label_weight", "label_weight", "lm_loss_weight"),
     "loss.beta": ("jsd_beta", "gkd_beta"),
+    "loss.router_aux_loss_coef": (
+        "moe_aux_loss_coeff",
+        "aux_loss_coef",
+        "aux_loss_alpha",
+        "load_balancing_loss_weight",
+    ),
+    "loss.router_z_loss_coef": ("moe_z_loss_coeff", "moe_zloss_weight", "router_z_loss"),
     "loss.z_loss": ("z_loss_weight", "z_loss_coef", "z_loss_multiplier", "output_z_loss"),
     "train.steps": (
         *("max_steps", "num_steps", "train_steps", "training_steps", "num_train_steps", "total_steps", "iterations"),

@@ -19,7 +19,8 @@ from megadistill.events import read_events, read_metrics
 from megadistill.export.data_provenance import DataProvenance
 from megadistill.export.markdown import basename, escape_md, table
 from megadistill.io import read_json
-from megadistill.models.families import load_config
+from megadistill.models.experts import RouterCoefs
+from megadistill.models.families import expert_layers, load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import flops_per_token, parameter_counts
 from megadistill.student.optimizer import describe
@@ -86,7 +87,7 @@ def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path |
         curriculum=_curriculum(provenance.order),
         tokenizer=_tokenizer(run, manifests),
         left_out=sum(stop - start for start, stop in provenance.cursor.skips),
-        objective=_objective(recipe.loss) if recipe.teacher is not None else "cross-entropy of the next token",
+        objective=_objective(recipe.loss, config) if recipe.teacher is not None else _label_objective(config),
         optimizer=describe(recipe.train.optimizer),
         schedule=_schedule(recipe.train.schedule),
         started_from=_started_from(run) or _fingerprint(weights),
@@ -161,7 +162,19 @@ def _started_from(run: Path | None) -> str | None:
         return None
 
 
-def _objective(loss: LossSection) -> str:
+def _label_objective(config: Any) -> str:
+    return f"cross-entropy of the next token{_router_losses(config)}"
+
+
+def _router_losses(config: Any) -> str:
+    """Losses of the routers of a student with experts, whose config has the weights that it was trained with."""
+    coefs = RouterCoefs.of(LossSection(), config) if expert_layers(config) else RouterCoefs()
+    named = ((coefs.aux, "load-balancing loss"), (coefs.z, "z-loss"))
+    terms = " + ".join(f"{coef:g} × {name}" for coef, name in named if coef)
+    return f"; of the routers: {terms}" if terms else ""
+
+
+def _objective(loss: LossSection, config: Any) -> str:
     what, parameter = loss.divergence.spec.title, loss.divergence.spec.parameter
     if parameter is not None and loss.parameter is not None:
         what += f", {parameter.symbol} {loss.parameter:g}"
@@ -173,7 +186,7 @@ def _objective(loss: LossSection) -> str:
         text += f"; the divergence's weight: {_schedule(loss.schedule)}; the label has the rest"
     if loss.label_fraction:
         text += f"; the {loss.label_fraction:.0%} of tokens with the lowest teacher entropy learn from the label"
-    return text
+    return text + _router_losses(config)
 
 
 def _schedule(schedule: ScheduleSection) -> str:

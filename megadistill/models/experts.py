@@ -87,7 +87,7 @@ def record_router_coefs(config: Any, coefs: RouterCoefs) -> None:
     """Writes the weights that a model with experts was trained with into its config."""
     for name, value in zip(ROUTER_COEF_KEYS, (coefs.aux, coefs.z), strict=True):
         if value or hasattr(config, name):
-            setattr(config, name, value)
+            setattr(config, name, float(value))
 
 
 ROUTER_COEF_KEYS = ("router_aux_loss_coef", "router_z_loss_coef")

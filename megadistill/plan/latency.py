@@ -22,9 +22,9 @@ def micro_step_latency(run: Sharding) -> float:
 
     A colocated teacher adds its stage's forward passes, one for each rank of the vocab group.
     """
-    passes = FORWARD_KERNELS + BACKWARD_KERNELS + (FORWARD_KERNELS if run.recomputes else 0)
-    messages = MESSAGES if run.ranks > 1 else 0
-    seconds = run.student.layers * (passes * LAUNCH_SECONDS + messages * MESSAGE_SECONDS)
+    kernels = FORWARD_KERNELS * (1 + run.recomputes + run.counts_experts_first) + BACKWARD_KERNELS
+    messages = MESSAGES + run.counts_experts_first if run.ranks > 1 else 0
+    seconds = run.student.layers * (kernels * LAUNCH_SECONDS + messages * MESSAGE_SECONDS)
     if run.teacher is not None and run.roles is None:
         seconds += run.teacher.layers * FORWARD_KERNELS * LAUNCH_SECONDS
     return seconds

@@ -11,6 +11,7 @@ logits (Zoph et al., 2202.08906). Both are means over the layers, and over the t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from megadistill.student.engine import StudentEngine
 from megadistill.student.routers import RouterSums
 from megadistill.train.lookahead import StepBatch
 from megadistill.types import EXPERT_METRICS, IGNORED_LABEL
+from megadistill.units import number_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,17 @@ class RouterLosses:
             return loss
         load_LE = self.load(sums.tokens_LE) if self.load_LE is None else self.load_LE
         return loss + self.coefs.aux * load_balancing(load_LE, sums.probabilities_LE)
+
+
+def describe_routers(config: Any, layers: int, coefs: RouterCoefs, *, accumulation: int) -> str:
+    """A log line: the experts of a student of this config, which has them in `layers` layers, and their losses."""
+    line = (
+        f"experts: {config.num_experts} in each of {number_of(layers, 'layer')}, {config.num_experts_per_tok} for a "
+        f"token; balance loss {coefs.aux:g}, z-loss {coefs.z:g}"
+    )
+    if coefs.aux > 0 and accumulation > 1:
+        line += f"; their load in {accumulation} micro-batches is counted by one more forward pass"
+    return line
 
 
 def token_weights(labels_N: Tensor, tokens: Tensor) -> Tensor:

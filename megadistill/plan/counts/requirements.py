@@ -20,8 +20,9 @@ class TokenFlops:
     head: int
     attention: int
     recompute: int
-    """FLOPs of the second forward pass: the student's layers with activation checkpointing, the teacher's head where
-    the tokens of lowest entropy are selected first."""
+    """FLOPs of a second forward pass: the student's layers with activation checkpointing, and where the tokens of its
+    experts are counted first (then perhaps a third); the teacher's head where the tokens of lowest entropy are selected
+    first."""
 
     @property
     def total(self) -> int:
@@ -103,9 +104,8 @@ def count_requirements(run: Sharding) -> Requirements:
 
 def _models(run: Sharding) -> tuple[ModelRequirements, ...]:
     model, once = run.student, run.student.forward
-    work = TokenFlops(
-        3 * once.body, 3 * once.head, 3 * once.attention, once.body + once.attention if run.recomputes else 0
-    )
+    layers_again = run.recomputes + run.counts_experts_first
+    work = TokenFlops(3 * once.body, 3 * once.head, 3 * once.attention, layers_again * (once.body + once.attention))
     models = [ModelRequirements("student", model.parameters, once, work)]
     if run.teacher is not None:
         model, once = run.teacher, run.teacher.forward

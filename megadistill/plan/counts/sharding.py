@@ -13,7 +13,8 @@ from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
-from megadistill.models.families import EMBEDDING, HEAD
+from megadistill.models.experts import RouterCoefs
+from megadistill.models.families import EMBEDDING, HEAD, expert_layers
 from megadistill.plan.counts.activations import Activations
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
@@ -179,6 +180,12 @@ class Sharding:
     def recomputes(self) -> bool:
         """Whether the backward pass recomputes the layers."""
         return self.recipe.student.activation_checkpointing
+
+    @cached_property
+    def counts_experts_first(self) -> bool:
+        """Whether a forward pass counts the tokens of each expert before the micro-steps, for the balance loss."""
+        coefs = RouterCoefs.of(self.recipe.loss, self.student.config)
+        return coefs.aux > 0 and self.accumulation > 1 and bool(expert_layers(self.student.config))
 
     @cached_property
     def reduced(self) -> int:

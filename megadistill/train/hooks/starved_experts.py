@@ -55,19 +55,16 @@ class StarvedExperts:
 
     def _line(self, step: int, new: list[tuple[float, int, int]], experts: int) -> str:
         listed = ", ".join(
-            f"expert {expert} of layer {layer} ({share:.1%})" for share, layer, expert in new[:MAX_IN_WORDS]
+            f"layer {layer} expert {expert} ({share:.1%})" for share, layer, expert in new[:MAX_IN_WORDS]
         )
         more = f" and {len(new) - MAX_IN_WORDS} more" if len(new) > MAX_IN_WORDS else ""
         coef = self._coefs.aux
-        way_out = (
-            f"raise loss.router_aux_loss_coef, which is {coef:g} ({USUAL_COEF:g} is usual),"
-            if coef < USUAL_COEF
-            else f"raise loss.router_aux_loss_coef, which is {coef:g}, or lower train.optimizer.learning_rate"
-        )
+        way_out = f"Raise loss.router_aux_loss_coef from {coef:g}"
+        way_out += f" ({USUAL_COEF:g} is usual)" if coef < USUAL_COEF else " or lower train.optimizer.learning_rate"
         return (
-            f"step {step}: {len(new)} of {experts} experts starve: {listed}{more} of an even share of the tokens of "
-            f"{STARVED_STEPS} steps. They hardly learn; {way_out} in a run that begins from a checkpoint of this "
-            "one (run.begin_from), or from the start"
+            f"step {step}: {len(new)} of {experts} experts had less than {STARVED_LOAD:.0%} of an even share of the "
+            f"tokens of {STARVED_STEPS} steps, and hardly learn: {listed}{more}. {way_out}, in a run that begins from "
+            "a checkpoint of this one (run.begin_from) or from the start"
         )
 
 

@@ -25,6 +25,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
+from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import load_config
 from megadistill.precision import Precision, torch_dtype
 from megadistill.student.deepspeed_config import load_deepspeed_config
@@ -210,7 +211,8 @@ def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen
 
 
 def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch") -> None:
-    objective = Objective(case.recipe.loss, steps=STEPS, seed=1)
+    coefs = RouterCoefs.of(case.recipe.loss, load_config({**STUDENT, **case.student}, what="test"))
+    objective = Objective(case.recipe.loss, steps=STEPS, seed=1, router_coefs=coefs)
     with closing(StepBatches(_batches(topology, case), teacher, micro_batch=case.micro_batch)) as batches:
         for step in range(1, STEPS + 1):
             watch.begin()

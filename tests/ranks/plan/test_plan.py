@@ -6,6 +6,7 @@ what it reduces.
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ APART = Case(
     zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 )
 SAVED = ("activations", "checkpointed layer inputs", "shared by all layers", "last norm")
+MIXTURE = Case(
+    objective="labels",
+    vocab_group=1,
+    student={"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 512},
+)
 COLOCATED = [DISTILLED, RECOMPUTED, IN_BFLOAT16]
 NAMES = ["distilled", "recomputed, with copies in the node", "bfloat16, tied, truncated targets"]
 
@@ -103,6 +109,17 @@ def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
         assert received.pop(name, 0) == pytest.approx(expected, rel=WITHIN), link
     del received["answers"]
     assert received.total() < 1e-3 * tokens * sum(link.received for link in traffic.values()), received
+
+
+def test_experts_whose_tokens_are_counted_first_are_gathered_once_more(teacher: Path) -> None:
+    tokens = MIXTURE.accumulation * MIXTURE.micro_batch * SEQUENCE
+    with_balance, without = (replace(MIXTURE, loss={"router_aux_loss_coef": coef}) for coef in (0.01, 0.0))
+    gathered = []
+    for case in (with_balance, without):
+        received = seen(case, teacher)[0].received
+        gathered.append(planned(case).traffic[GATHERS].received * tokens)
+        assert received["weights"] == pytest.approx(gathered[-1], rel=WITHIN)
+    assert gathered[0] > 1.3 * gathered[1]
 
 
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)

@@ -174,6 +174,21 @@ def test_a_model_card_that_cannot_be_made_is_a_short_one(
     assert "no model card, only the sizes of the model: IndexError: list index out of range" in caplog.text
 
 
+def test_a_mixture_is_exported_with_the_weights_of_its_routers_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**MODEL, "model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+    monkeypatch.setattr(f"{__name__}.MODEL", config)
+    run, made = _run(tmp_path, student={"config": config}, loss={"router_aux_loss_coef": 0.02})
+    _checkpoint(run, made)
+    card = _export(run, tmp_path / "out")
+    assert _rows(card)["objective"] == "cross-entropy of the next token; of the routers: 0.02 × load-balancing loss"
+    exported = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert exported["router_aux_loss_coef"] == 0.02
+    assert exported["output_router_logits"] is False
+    assert "router_z_loss_coef" not in exported
+
+
 def test_a_run_is_exported_where_the_folder_of_its_config_is_gone(tmp_path: Path) -> None:
     named = tmp_path / "named"
     described_teacher(named)
@@ -415,7 +430,7 @@ def test_a_tokenizer_that_was_changed_since_the_run_began_is_not_exported(tmp_pa
 
 
 def test_a_student_whose_folder_has_rows_beyond_the_ids_is_exported_with_a_row_for_each_id(tmp_path: Path) -> None:
-    """As Qwen and OLMo 2 are published: padding rows would get probability in transformers' softmax."""
+    """Qwen and OLMo 2 are published so. Padding rows would get probability in transformers' softmax."""
     named = described_teacher(tmp_path / "named", vocab_size=VOCAB + 90)
     run, made = _run(tmp_path, student={"config": str(named)})
     _checkpoint(run, made)

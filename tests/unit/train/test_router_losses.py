@@ -55,9 +55,10 @@ def test_experts_that_starve_are_named_once_with_the_way_out() -> None:
     *before, anomaly = _steps(alarm, starved, 101)
     assert not any(before), "a step alone says little"
     assert anomaly.event == "experts_starved"
-    assert anomaly.line.startswith(
-        "step 200: 2 of 8 experts starve: expert 3 of layer 1 (0.0%), expert 2 of layer 1 (6.0%) of an even share of "
-        "the tokens of 100 steps. They hardly learn; raise loss.router_aux_loss_coef, which is 0.001 (0.01 is usual),"
+    assert anomaly.line == (
+        "step 200: 2 of 8 experts had less than 10% of an even share of the tokens of 100 steps, and hardly learn: "
+        "layer 1 expert 3 (0.0%), layer 1 expert 2 (6.0%). Raise loss.router_aux_loss_coef from 0.001 (0.01 is usual), "
+        "in a run that begins from a checkpoint of this one (run.begin_from) or from the start"
     )
     named = [{"layer": 1, "expert": 3, "load": 0.0}, {"layer": 1, "expert": 2, "load": 0.06}]
     assert anomaly.values == {"experts": named, "count": 2, "steps": STARVED_STEPS}
@@ -72,8 +73,8 @@ def test_many_experts_that_starve_are_a_short_line() -> None:
     load = ExpertLoad(tuple(range(40)), [[100.0] + [0.0] * 127] * 40, aux_loss=2.0, z_loss=1.0)
     anomaly = [alarm.update(step, load) for step in range(1, STARVED_STEPS + 1)][-1]
     assert anomaly is not None
-    assert "5080 of 5120 experts starve" in anomaly.line
+    assert "5080 of 5120 experts had less" in anomaly.line
     assert "and 5077 more" in anomaly.line
-    assert "which is 0.02, or lower train.optimizer.learning_rate" in anomaly.line
+    assert "Raise loss.router_aux_loss_coef from 0.02 or lower train.optimizer.learning_rate, in" in anomaly.line
     assert len(anomaly.line) < 400
     assert (anomaly.values["count"], len(anomaly.values["experts"])) == (5080, 64)

@@ -8,9 +8,12 @@ import pytest
 from megadistill.config.recipe import LossSection
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError
+from megadistill.models.families import load_config
+from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import TokenFlops, count_requirements
 from megadistill.plan.counts.sharding import Sharding
-from tests.unit.plan.cases import LLAMA3_8B_BODY, LLAMA3_8B_TOTAL, TINY_LAYER, large, recipe, stats, tiny
+from megadistill.plan.counts.traffic import GATHERS
+from tests.unit.plan.cases import LLAMA3_8B_BODY, LLAMA3_8B_TOTAL, TINY, TINY_LAYER, large, recipe, stats, tiny
 
 
 def test_a_tiny_student_from_labels() -> None:
@@ -48,6 +51,32 @@ def test_llama_3_8b_distilled_on_64_ranks() -> None:
     student, teacher = required.models
     assert student.work == TokenFlops(3 * body, 3 * head, 3 * attention, recompute=body + attention)
     assert teacher.work == TokenFlops(body, head, attention, recompute=0)
+
+
+@pytest.mark.parametrize(
+    ("coef", "micro_batch", "passes"),
+    [(None, 2, 1), (0.01, 2, 1), (0.0, 2, 0), (None, 4, 0)],
+    ids=["by the config", "by the recipe", "without the loss", "without accumulation"],
+)
+def test_counting_the_load_of_experts_is_a_forward_pass_and_a_gathering(
+    coef: float | None, micro_batch: int, passes: int
+) -> None:
+    mixture = load_config({**TINY, "model_type": "mixtral", "num_local_experts": 4}, what="test")
+    made = recipe(distill=False, precision="float32", global_batch=8, micro_batch=micro_batch, vocab_multiple=256)
+    run = Sharding(
+        made.model_copy(update={"loss": LossSection(router_aux_loss_coef=coef)}),
+        measure_models(mixture, None, sequence_length=32),
+        vocab_size=250,
+        ranks=2,
+        ranks_per_node=2,
+        group_size=1,
+    )
+    required = count_requirements(run)
+    once = run.student.forward
+    assert required.models[0].work.recompute == passes * (once.body + once.attention)
+    gathered = (1 + passes) * run.gathered.forward + run.gathered.backward
+    persistent = run.persistent / run.accumulation
+    assert required.traffic[GATHERS].received * run.tokens == pytest.approx(4 * (gathered + persistent) / 2)
 
 
 def test_looking_for_the_surest_tokens_costs_the_teachers_head_once_more() -> None:
