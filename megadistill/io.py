@@ -122,12 +122,16 @@ def read_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         OSError: it cannot be read, or is not a regular file.
         ValueError: it is larger than `max_bytes`, of which no more is read.
     """
+    content, left = [], max_bytes + 1
     with open_regular(path) as file:
-        is_larger = os.fstat(file.fileno()).st_size > max_bytes
-        content = b"" if is_larger else file.read(max_bytes + 1)
-    if is_larger or len(content) > max_bytes:  # it may grow meanwhile, and those of /proc have no size
+        size = os.fstat(file.fileno()).st_size  # it may grow meanwhile, and those of /proc have none
+        at_once = max(size, 1 << 16) + 1  # read() allocates what it is asked for
+        while size <= max_bytes and left and (part := file.read(min(left, at_once))):
+            content.append(part)
+            left -= len(part)
+    if size > max_bytes or not left:
         raise ValueError(f"larger than {readable(max_bytes, 'B')}")
-    return content
+    return b"".join(content)
 
 
 def parse_json(content: bytes) -> Any:

@@ -192,7 +192,6 @@ RAW = {
     "megadistill/data/stream/stream.py": "an order in memory, of a cursor",
     "megadistill/data/targets/target_manifest.py": "an order in memory, of a validated key",
     "megadistill/distributed/rendezvous.py": "a value of the store of the launch, with a bound",
-    "megadistill/distributed/watchdog/diagnosis.py": "a value of the store of the launch",
     "megadistill/distributed/watchdog/parent.py": "/proc",
     "megadistill/distributed/watchdog/watchdog.py": "a value of the store of the launch, and a file that is written",
     "megadistill/doctor/node_check.py": "/proc, and a file that doctor has just written",

@@ -19,8 +19,14 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return {}
-    steps = ((re.fullmatch(r"step-(\d{8,})", name), name) for name in names)
-    return dict(sorted((int(step[1]), folder / name) for step, name in steps if step))
+    steps = ((step_of(name), name) for name in names)
+    return dict(sorted((step, folder / name) for step, name in steps if step is not None))
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder of this name; None for any other name."""
+    match = re.fullmatch(r"step-(\d{8,18})", name, flags=re.ASCII)
+    return None if match is None or name != checkpoint_name(int(match[1])) else int(match[1])
 
 
 def checkpoint_name(step: int) -> str:

@@ -8,69 +8,111 @@ ranks can read what any number of ranks wrote. No file is a pickle. `writer` wri
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
-from megadistill.io import NotRegularError, file_sha256, read_file, read_json, sync_folder, write_file
-from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders
+from megadistill.io import NotRegularError, file_sha256, parse_json, read_file, sync_folder, write_file
+from megadistill.redaction import printable
+from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders, step_of
 
 FORMAT = 2
 RNG_KEY = "rng"
 
 
-class FileRecord(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+MAX_WORLD = 1 << 17
+"""Ranks of a run."""
+MAX_SLOT = 1 << 60
 
-    bytes: int = Field(ge=0)
+Count = Annotated[int, Field(ge=0, le=MAX_SLOT)]
+Dimension = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Record):
+    bytes: Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class ParentRecord(BaseModel):
+class ParentRecord(_Record):
     """A checkpoint of another run, from which a run began."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: str
     """Name of its run folder."""
-    step: int = Field(ge=0)
+    step: Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of its manifest."""
 
 
-class CheckpointManifest(BaseModel):
+class CursorRecord(_Record):
+    """A position in the token stream, as `Cursor.state` gives it."""
+
+    fingerprint: str
+    next_slot: Count
+    masked_slots: tuple[Count, ...]
+    skips: tuple[tuple[Count, Count], ...]
+    order: dict[str, Any]
+
+    @property
+    def read(self) -> int:
+        """Number of slots before `next_slot` that were read."""
+        skipped = sum(max(0, min(stop, self.next_slot) - start) for start, stop in self.skips)
+        return self.next_slot - skipped
+
+
+class CheckpointManifest(_Record):
     """The content of manifest.json."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     format: int
-    step: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    world: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    step: Count
+    tokens: Count
+    world: int = Field(ge=1, le=MAX_WORLD)
+    vocab_size: int = Field(ge=1, le=1 << 24)
     """Ids of the tokenizer; the rows past them are padding."""
     cursor: dict[str, Any]
-    parameters: dict[str, tuple[int, ...]]
+    """See `CursorRecord`."""
+    parameters: dict[str, Annotated[tuple[Dimension, ...], Field(max_length=8)]]
     versions: dict[str, str]
-    attempt: int = Field(default=0, ge=0)
+    attempt: Count = 0
     """The attempt that wrote the checkpoint; 0: not known."""
     recipe: dict[str, Any] = {}
     recipe_sha256: str = ""
-    rollbacks: int = Field(default=0, ge=0)
+    rollbacks: Count = 0
     """Rollbacks of the run before this checkpoint."""
     parents: tuple[ParentRecord, ...] = ()
     """Checkpoints of other runs from which this run began, and theirs, oldest first."""
     files: dict[str, FileRecord]
     sha256: str = ""
     """sha256 of the manifest's other values, see `_own_sha256`."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _can_be_counted(cls, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for name, shape in parameters.items():
+            if math.prod(shape) > MAX_SLOT:
+                raise ValueError(f"{name!r} has {math.prod(shape):,} elements")
+        return parameters
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "CheckpointManifest":
+        """A step reads one sequence at least, and all sequences have the same number of tokens."""
+        read = CursorRecord.model_validate_json(json.dumps(self.cursor)).read
+        if not self.step <= read <= self.tokens or (read and self.tokens % read):
+            raise ValueError(f"step {self.step:,}, {read:,} sequences and {self.tokens:,} tokens do not go together")
+        return self
 
 
 class Checkpoint:
@@ -84,7 +126,11 @@ class Checkpoint:
         self.folder = folder
         path = folder / "manifest.json"
         self.manifest = _read_manifest(path)
-        if sorted(self.manifest.files) != _rank_files(self.manifest.world):
+        step = step_of(folder.name)
+        if step not in (None, self.manifest.step):
+            raise OperatorFault(f"{path} is of step {self.manifest.step}, not of the folder's step {step}")
+        world, names = self.manifest.world, self.manifest.files
+        if len(names) != world or sorted(names) != _rank_files(world):
             raise OperatorFault(
                 f"{path}: lists {len(self.manifest.files)} files, but {self.manifest.world} ranks wrote it"
             )
@@ -125,7 +171,7 @@ class Checkpoint:
                 if first < last:
                     pieces.append(piece[first:last])
                 offset += length
-        except SafetensorError as error:
+        except (SafetensorError, IndexError) as error:  # or a scalar
             raise OperatorFault(f"{self.folder}: cannot read {key}: {error}") from None
         elements = torch.cat(pieces) if pieces else torch.empty(0)
         if elements.numel() != stop - start:
@@ -196,17 +242,20 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
 
 def _read_manifest(path: Path) -> CheckpointManifest:
     try:
-        values = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
-        if isinstance(values, dict) and values.get("format") != FORMAT:  # before its keys
-            raise OperatorFault(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
-        manifest = CheckpointManifest.model_validate(values)
-        if manifest.sha256 != _own_sha256(values):
+        content = read_file(path, max_bytes=MAX_MANIFEST_BYTES)
+        values = parse_json(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
+        if type(version := values.get("format")) is not int or version != FORMAT:  # before its keys
+            raise OperatorFault(f"{path}: format {reprlib.repr(version)}, this version reads {FORMAT}")
+        if values.get("sha256") != _own_sha256(values):
             raise OperatorFault(f"{path} is damaged: its values do not have the sha256 that it records")
-        return manifest
+        return CheckpointManifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise OperatorFault(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
+        reason = printable(" ".join(f"{place}: {first['msg']}"[:300].split()))
+        raise OperatorFault(f"{path} is not a checkpoint manifest: {reason}") from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotRegularError, ValueError) as error:
         raise OperatorFault(f"{path} is not a checkpoint manifest ({str(error).splitlines()[0]})") from None
 

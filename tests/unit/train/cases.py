@@ -110,6 +110,10 @@ def recipe(manifest: Path, run: Path, *, teacher: Path | None = None, **sections
     return Recipe.model_validate(values)
 
 
+def cursor_of(next_slot: int) -> dict[str, Any]:
+    return {"fingerprint": "f", "next_slot": next_slot, "masked_slots": [], "skips": [], "order": {}}
+
+
 def manifest_of(step: int, *, world: int = 1, **changes: Any) -> CheckpointManifest:
     """The manifest of a checkpoint of `step`, without its files."""
     values: dict[str, Any] = {
@@ -118,13 +122,13 @@ def manifest_of(step: int, *, world: int = 1, **changes: Any) -> CheckpointManif
         "tokens": 64 * step,
         "world": world,
         "vocab_size": 5,
-        "cursor": {"fingerprint": "f", "next_slot": 8 * step},
+        "cursor": cursor_of(8 * step),
         "parameters": {"w": (6, 2), "b": (3,)},
         "versions": {"torch": "some"},
         "attempt": 1,
         "files": {},
     }
-    return CheckpointManifest.model_validate(values | changes)
+    return CheckpointManifest.model_validate_json(json.dumps(values | changes))
 
 
 def save_checkpoint(

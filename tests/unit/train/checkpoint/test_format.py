@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -30,7 +32,7 @@ from megadistill.train.checkpoint.format import (
     newest_checkpoint,
     write_rank,
 )
-from tests.unit.train.cases import manifest_of, save_checkpoint
+from tests.unit.train.cases import cursor_of, manifest_of, save_checkpoint
 
 WEIGHT, BIAS = torch.arange(12, dtype=torch.float32).reshape(6, 2), torch.tensor([0.5, -0.5, 2.0])
 FILE = "rank-00000-of-00001.safetensors"
@@ -81,7 +83,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     checkpoint = _newest(tmp_path)
     checkpoint.verify()
     assert (checkpoint.manifest.step, checkpoint.manifest.tokens, checkpoint.manifest.vocab_size) == (10, 640, 5)
-    assert checkpoint.manifest.cursor == {"fingerprint": "f", "next_slot": 80}
+    assert checkpoint.manifest.cursor == cursor_of(80)
     assert torch.equal(checkpoint.parameter("w"), 3 * WEIGHT)
     assert torch.equal(checkpoint.parameter("b"), 3 * BIAS)
     assert checkpoint.read("exp_avg/w", 3, 7).tolist() == [-3.0, -4.0, -5.0, -6.0]
@@ -146,6 +148,49 @@ def test_what_is_not_there_is_refused(tmp_path: Path, key: str, start: int, stop
         _newest(tmp_path).read(key, start, stop)
 
 
+TAMPERED: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("tampered_manifests.yaml").read_text())
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["with a new hash", "with the old hash"])
+@pytest.mark.parametrize("row", TAMPERED, ids=lambda row: row["name"])
+def test_a_tampered_manifest_is_refused_in_little_memory(row: dict[str, Any], signed: bool, tmp_path: Path) -> None:
+    path = _save(tmp_path, 4)
+    values = json.loads((path / "manifest.json").read_text())
+    changes = {key: values[key] | value if key == "cursor" else value for key, value in row["values"].items()}
+    _edit_manifest(path, signed=signed, **changes)
+    tracemalloc.start()
+    try:
+        message = _refused(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert "step-00000004" in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("without", ["sha256", "format", "cursor", "files"])
+def test_a_manifest_without_a_key_is_refused(without: str, tmp_path: Path) -> None:
+    path = _save(tmp_path, 4) / "manifest.json"
+    values = json.loads(path.read_text())
+    del values[without]
+    path.write_text(json.dumps(values))
+    assert "manifest.json" in _refused(tmp_path)
+
+
+def test_a_folder_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    _save(tmp_path, 4).rename(tmp_path / "step-00000008")
+    assert "is of step 4, not of the folder's step 8" in _refused(tmp_path)
+    (tmp_path / "step-00000008").rename(tmp_path / "the best one")
+    Checkpoint(tmp_path / "the best one").verify()
+
+
+@pytest.mark.parametrize("name", ["step-4", "step-000000004", "step-\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661"])
+def test_a_folder_of_a_name_that_no_run_gives_is_none_of_its_checkpoints(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / f"step-{'9' * 30}").mkdir()
+    assert checkpoint_folders(tmp_path) == {}
+
+
 def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
     """Everything is read by the library of its format alone, and nothing has another format."""
     files = [path for path in _save(tmp_path, 4).rglob("*") if path.is_file()]
@@ -173,7 +218,7 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
         "tokens": 30,
         "world": len(pieces),
         "vocab_size": 5,
-        "cursor": {},
+        "cursor": cursor_of(6),
         "parameters": {"w": [len(whole)]},
         "versions": {},
         "files": files,
@@ -221,9 +266,9 @@ def test_what_is_no_manifest_is_damage(tmp_path: Path, content: bytes) -> None:
 
 def test_a_manifest_whose_values_changed_is_damage(tmp_path: Path) -> None:
     """A flipped digit of the cursor is as bad as one of the weights, and no file's hash covers it."""
-    _edit_manifest(_save(tmp_path, 4), signed=False, cursor={"fingerprint": "f", "next_slot": 33})
+    _edit_manifest(_save(tmp_path, 4), signed=False, cursor=cursor_of(33))
     assert "manifest.json is damaged" in _refused(tmp_path)
-    _edit_manifest(_newest_folder(tmp_path), signed=True)
+    _edit_manifest(_newest_folder(tmp_path), signed=True, cursor=cursor_of(32))
     _newest(tmp_path).verify()
 
 
@@ -234,7 +279,7 @@ def _newest_folder(folder: Path) -> Path:
 def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
     with open(_save(tmp_path, 4) / "manifest.json", "wb") as file:
         file.truncate(1 << 40)
-    assert "is too large for a manifest" in _refused(tmp_path)
+    assert "larger than 67.1 MB" in _refused(tmp_path)
 
 
 def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> None:
