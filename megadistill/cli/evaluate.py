@@ -138,7 +138,7 @@ def _sample(options: argparse.Namespace) -> None:
     require_writable_file(options.json, "--json")
     sampling = Sampling(options.new_tokens, options.temperature, options.top_p, options.seed)
     manifest = Manifest.load(options.data) if options.data else None
-    tokenizer = load_for_sampling(options.model, manifest)
+    tokenizer = load_for_sampling(options.model, manifest, insert_bos=options.insert_bos)
     prompts = typed_prompts(options.prompt, options.prompt_file, tokenizer)
     if manifest is not None:
         prompts += held_out_prompts(

@@ -16,6 +16,7 @@ from megadistill.errors import UserError
 from megadistill.io import locked_folder
 from megadistill.progress import ShowProgress, console_progress
 from megadistill.train.build import launched, objective_of, shared_probe, stream_of
+from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup
 from megadistill.train.teacher.placement import live_teacher, run_teacher_server
 from megadistill.train.teacher.probe import worse_than_uniform
@@ -57,8 +58,9 @@ def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgr
     teacher = live_teacher(setup, topology)(vocab)
     output = teacher.output(shared_probe(setup, topology), setup, vocab)
     problem = worse_than_uniform(float(output.cross_entropy), setup.data.vocab_size)
-    if problem is not None and topology.is_first:
-        logger.warning("%s", problem)
+    if topology.is_first:
+        for warning in filter(None, (problem, implausible_settings(setup).get("BOS"))):
+            logger.warning("%s", warning)
     teacher.start()
     stream = stream_of(setup, topology, start=None)
     slots, done = recipe.train.global_batch, 0

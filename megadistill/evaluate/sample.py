@@ -3,6 +3,7 @@
 Legend: N new tokens.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from megadistill.data import Manifest
+from megadistill.data import Manifest, Mixture, missing_bos
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.models import check_model
@@ -20,6 +21,8 @@ from megadistill.evaluate.prompts import Prompt, decoded
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling, continuations
 from megadistill.models.weights import check_weights, load_pretrained
+
+logger = logging.getLogger(__name__)
 
 AT_A_TIME = 32
 """Maximum continuations of a prompt in a batch."""
@@ -46,8 +49,10 @@ class Sample:
     continuations: tuple[Continuation, ...]
 
 
-def load_for_sampling(folder: Path, manifest: Manifest | None) -> Tokenizer:
+def load_for_sampling(folder: Path, manifest: Manifest | None, *, insert_bos: bool = False) -> Tokenizer:
     """The tokenizer of a model that can be sampled from and that fits a split. No weights are read.
+
+    A line is logged where the split's sequences lack the model's BOS. `insert_bos`: it is put in front of them.
 
     Raises:
         UserError: a run folder, no model, a model without a tokenizer, or one that does not fit the split.
@@ -63,6 +68,8 @@ def load_for_sampling(folder: Path, manifest: Manifest | None) -> Tokenizer:
     check_weights(folder, config)
     if manifest is not None:
         check_model(folder, manifest)
+        if problem := missing_bos(folder, Mixture.of(manifest, insert_bos=insert_bos), key="--insert-bos"):
+            logger.warning("--data: %s", problem)
     return tokenizer
 
 

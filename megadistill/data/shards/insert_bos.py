@@ -54,17 +54,15 @@ def _goes_on(batch: SequenceBatch, packer: PackerRecord) -> NDArray[np.bool_]:
         return np.ones(len(batch.tokens), dtype=np.bool_)
     whole = [0, batch.tokens.shape[1]]
     is_piece_N = np.array([row.tolist() == whole for row in batch.bounds], dtype=np.bool_)
-    return is_piece_N & (batch.tokens[:, -1] != packer.eos)
+    goes_on_N: NDArray[np.bool_] = is_piece_N & (batch.tokens[:, -1] != packer.eos)
+    return goes_on_N
 
 
 def beginnings(manifest: Manifest, bos: int) -> tuple[int, int]:
-    """How many of the first sequences of a split begin with `bos`, and how many were looked at.
+    """How many of the first sequences of a split begin with `bos`, and how many were looked at: those not damaged.
 
     A manifest that records it is believed: `shards verify` checks it. The others are of an earlier release, or of
     another program.
-
-    Raises:
-        ShardFault: the first shard cannot be opened.
     """
     count = min(manifest.shards[0].sequences, WHOLE_SHARD_BATCH)
     if manifest.packer.sequence_bos and manifest.packer.bos == bos:

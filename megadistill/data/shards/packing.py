@@ -55,7 +55,6 @@ def chunk(
     sequence is a BOS and the next S tokens: the BOS of the document that begins there, or one that is put in. The tail
     that fills no sequence is dropped.
     """
-    assert bos is not None or not insert_bos, "there is no BOS to insert"
     pending: list[Ids] = []
     starts: list[int] = []
     held = 0
@@ -69,6 +68,7 @@ def chunk(
         tokens = np.concatenate(pending)
         edges = np.array(starts, dtype=np.int32)
         if insert_bos:
+            assert bos is not None, "there is no BOS to insert"
             left = yield from _sequences_with_bos(tokens, edges, sequence_length, bos=bos)
         else:
             left = yield from _overlapping_sequences(tokens, edges, sequence_length)
@@ -87,7 +87,7 @@ def _overlapping_sequences(
 
 
 def _sequences_with_bos(
-    tokens: Ids, edges: NDArray[np.int32], sequence_length: int, *, bos: int | None
+    tokens: Ids, edges: NDArray[np.int32], sequence_length: int, *, bos: int
 ) -> Generator[PackedSequence, None, int]:
     """The same with `bos`, the first token of each document, in front of every sequence."""
     first, begins = 0, set(edges.tolist())

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from megadistill.data.shards.insert_bos import beginnings
-from megadistill.data.shards.opening import ShardFault
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.data.tokenizers.tokenizer_file import tokenizer_files
@@ -26,10 +25,7 @@ def missing_bos(model: Path | None, data: Mixture, *, key: str) -> str | None:
         return None
     lacking = {}
     for name, manifest in data.sources.items():
-        try:
-            begin, read = beginnings(manifest, bos)
-        except ShardFault:
-            continue
+        begin, read = beginnings(manifest, bos)
         if begin < read:
             lacking[name] = (begin, read)
     if not lacking:

@@ -18,6 +18,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
 from megadistill.evaluate.prompts import held_out_prompts
+from megadistill.evaluate.sample import load_for_sampling
 from megadistill.evaluate.splits import load_splits
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling
@@ -105,7 +106,7 @@ def test_evaluate_reads_stored_sequences_with_bos_put_in(place: Path, caplog: py
     assert abs(usual.cross_entropy - measured.cross_entropy) > 1e-4
 
 
-def test_prompts_of_held_out_text_begin_with_bos(place: Path) -> None:
+def test_prompts_of_held_out_text_begin_with_bos(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = load_tokenizer(place / "teacher")
     sizes: dict[str, Any] = {"sequences": 5, "prompt_tokens": 6, "new_tokens": 4}
     stored = held_out_prompts(Manifest.load(_manifest(place / "old")), tokenizer, **sizes)
@@ -117,6 +118,12 @@ def test_prompts_of_held_out_text_begin_with_bos(place: Path) -> None:
         expected = whole if whole[0] == BOS else (BOS, *whole[:-1])
         assert (*prompt.ids, *(prompt.original or ())) == expected
     assert {prompt.ids[0] for prompt in [*inserted, *packed]} == {BOS}
+    caplog.set_level(logging.WARNING, logger="megadistill")
+    load_for_sampling(place / "teacher", Manifest.load(_manifest(place / "old")), insert_bos=True)
+    load_for_sampling(place / "teacher", Manifest.load(_manifest(place / "new")))
+    assert not caplog.records
+    load_for_sampling(place / "teacher", Manifest.load(_manifest(place / "old")))
+    assert caplog.records[0].getMessage().endswith("or have it put in at reading time: --insert-bos")
 
 
 @pytest.mark.parametrize(("data", "insert_bos"), [("old", True), ("new", False), ("old", False)])
