@@ -44,16 +44,16 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def changed_files(found: Mapping[str, str], recorded: Mapping[str, str]) -> Iterator[str]:
+def changed_files(hashes: Mapping[str, str], recorded: Mapping[str, str]) -> Iterator[str]:
     """A line for each recorded file that has another hash, or none; both are hashes by name."""
     for name, sha256 in recorded.items():
-        if found.get(name) != sha256:
-            actual = f"sha256 {found[name][:12]}…" if name in found else "none"
+        if hashes.get(name) != sha256:
+            actual = f"sha256 {hashes[name][:12]}…" if name in hashes else "none"
             yield f"{name}: expected sha256 {sha256[:12]}…, found {actual}"
 
 
 def hashes_in(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of the tokenizer in a local folder, by its path there. Raises OSError: it is unreadable."""
+    """The sha256 of each file of a tokenizer in a local folder, by its path. Raises OSError: one is unreadable."""
     return {name: file_sha256(path) for name, path in files_in(folder).items()}
 
 

@@ -36,8 +36,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # one that a manifest 
 def files_in(folder: Path, names: Iterable[str] = NAMES) -> dict[str, Path]:
     """The tokenizer's files in `folder` by their paths there: those of `names`, and further chat templates."""
     templates = [path for path in sorted((folder / TEMPLATES).glob("*.jinja")) if _PLAIN_NAME.fullmatch(path.name)]
-    found = [name for name in names if (folder / name).is_file()]
-    return {name: folder / name for name in [*found, *(f"{TEMPLATES}/{path.name}" for path in templates)]}
+    present = [name for name in names if (folder / name).is_file()]
+    return {name: folder / name for name in [*present, *(f"{TEMPLATES}/{path.name}" for path in templates)]}
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str] = NAMES) -> None:

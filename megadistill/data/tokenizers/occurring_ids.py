@@ -34,5 +34,8 @@ def missing_rows(rows: int, manifests: Iterable[Manifest]) -> str | None:
         if rows >= manifest.vocab_size or (largest := largest_id(manifest)) < rows:
             continue
         occurs = "is in the shards" if manifest.largest_id is not None else "can be in the shards"
-        return f"it has {rows} rows, the tokenizer of the shards {manifest.vocab_size} ids, and id {largest} {occurs}"
+        return (
+            f"its vocabulary has {rows} rows, the tokenizer of the shards {manifest.vocab_size} ids, and id {largest} "
+            f"{occurs}"
+        )
     return None

@@ -1,4 +1,4 @@
-"""What the files beside a SentencePiece model say of it: BOS, added tokens, and settings that are only handed on."""
+"""Settings in the files beside a SentencePiece model: BOS, added tokens, and others that are only handed on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -264,7 +264,7 @@ def test_without_a_teacher_there_is_no_divergence(place: Path) -> None:
 
 def test_a_model_of_another_vocabulary_is_refused(place: Path, tmp_path: Path) -> None:
     small = _saved(tmp_path / "small", {**MODEL, "vocab_size": VOCAB - 1}, seed=3)
-    with pytest.raises(UserError, match=f"small: a vocabulary of {VOCAB - 1} ids, .* {VOCAB}"):
+    with pytest.raises(UserError, match=f"small: its vocabulary has {VOCAB - 1} rows, .* {VOCAB}"):
         _measured([small], place / "heldout")
     with pytest.raises(UserError, match="--batch 0"):
         _evaluate(place, "student", batch=0)

@@ -50,6 +50,10 @@ def test_the_data_decides_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
         def load(cls, _: object) -> "Here":
             return cls()
 
+        def for_models(self, *rows: int | None) -> "Here":
+            assert not rows, "no model of this recipe has a vocabulary of its own"
+            return self
+
     monkeypatch.setattr("megadistill.plan.plan_input.Mixture", Here)
     student = {key: value for key, value in TINY.items() if key != "vocab_size"}
     path = _recipe(tmp_path, objective="labels", teacher=None, student={"config": student})

@@ -120,7 +120,7 @@ def _other_tokenizer(teacher: Path, folder: Path) -> Path:
         (None, {"layers": 2, "batch": 0}, ["--batch 0"]),
         (_other_tokenizer, {"layers": 2}, ["tokenizer", "not that of the data"]),
         (lambda teacher, to: _changed(teacher, to, max_position_embeddings=16), {"layers": 2}, ["16", "32 tokens"]),
-        (lambda teacher, to: _changed(teacher, to, vocab_size=299), {"layers": 2}, ["299 ids", "300"]),
+        (lambda teacher, to: _changed(teacher, to, vocab_size=299), {"layers": 2}, ["299 rows", "300"]),
         (lambda teacher, to: _changed(teacher, to, model_type="gpt2"), {"layers": 2}, ["gpt2"]),
     ],
 )

@@ -132,7 +132,7 @@ def test_an_id_without_a_row_that_is_in_the_data_is_refused_with_the_reason(
     packer = {**Manifest.load(manifest).packer.model_dump(), "name": "external"}
     foreign = _earlier(manifest, tmp_path / "foreign", packer=packer)
     for data, says in ((occurring, "id 300 is in the shards"), (foreign, "id 300 can be in the shards")):
-        with pytest.raises(UserError, match=f"teacher.path: it has 300 rows, .* 301 ids, and {says}"):
+        with pytest.raises(UserError, match=f"teacher.path: its vocabulary has 300 rows, .* 301 ids, and {says}"):
             prepare(recipe(data, tmp_path / "run", teacher=teacher), LAUNCH)
         with pytest.raises(UserError, match=says):
             require_same_ids(teacher, load_config(teacher, what="test"), Mixture.of(Manifest.load(data)))
@@ -144,7 +144,7 @@ def test_an_id_without_a_row_that_is_in_the_data_is_refused_with_the_reason(
 
 
 def test_rows_of_a_students_folder_beyond_the_ids_are_padding(teacher: Path, manifest: Path, tmp_path: Path) -> None:
-    """As Qwen 2.5 and 3 and OLMo 2 are published; a folder with fewer rows than ids decides how many there are."""
+    """Qwen 2.5 and 3 and OLMo 2 are published so; a folder with fewer rows than ids decides how many there are."""
     for rows, expected in ((IDS + 50, IDS), (ROWS, ROWS)):
         keys = {**MODEL, "vocab_size": rows}
         (tmp_path / str(rows)).mkdir()
