@@ -298,7 +298,8 @@ class StepReport:
 
     step: int
     tokens: int
-    """Tokens since the start of the run, including this step."""
+    """Tokens since the start of the run, including this step: all that are read, padding and others without a label
+    too. Throughput and MFU count the same."""
     loss: float
     divergence: float
     """The loss's divergence; see `LossTerms`."""
@@ -322,6 +323,8 @@ class StepReport:
     """Model FLOPs over peak FLOPs, both models together; None if the device's peak is unknown."""
     memory_bytes: int
     """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
+    labels: int = 0
+    """Tokens of this step that have a label, which the means are over."""
     diagnostics: dict[str, float] | None = None
     """The extra diagnostics by name, on the steps that compute them."""
     experts: dict[str, float] | None = None

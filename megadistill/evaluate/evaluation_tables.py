@@ -14,7 +14,10 @@ def tables(results: Sequence[Evaluation]) -> list[Table]:
     """Over all tokens, by source where there are several, and by decile where there is a teacher."""
     sources = len(results[0].by_source)
     title = f"held-out, {results[0].tokens:,} tokens" + (f" of {sources} sources" if sources > 1 else "")
-    caption = "CE: cross-entropy, nats a token. KL and agreement: with the teacher."
+    caption = (
+        "CE: cross-entropy, nats a token. KL and agreement: with the teacher. Documents that bestfit has packed "
+        "together are read each by itself."
+    )
     parts = [_measures(title, results, ("parameters", *MAIN), results, caption)]
     caption = (
         "Calibration error: of the most likely token's probability, 21 bins. JSD and acceptance, the mean of "

@@ -28,12 +28,14 @@ from megadistill.train.hooks.step_log import StepLog
 from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
 from megadistill.train.hooks.teacher_weights import TeacherWeightsCheck
+from megadistill.train.hooks.unlabelled import UnlabelledGuard
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.resilience.anomalies import LossMonitor
 from megadistill.train.resilience.masked_samples import masked_cursor
 from megadistill.train.resilience.preemption import StopRequests, ignore_stop_signals, stop_reason
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
+from megadistill.train.router_losses import describe_routers
 from megadistill.train.schedule import learning_rate
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
@@ -151,6 +153,7 @@ class Trainer:
                 start_tokens=recovery.tokens(self.step),
                 topology=topology,
                 epoch_tokens=setup.epoch_tokens,
+                tokens_per_step=setup.tokens_per_step,
                 has_experts=self._student.routers is not None,
             )
             stack.enter_context(closing(log))
@@ -192,6 +195,7 @@ class Trainer:
         hooks: list[Hook | None] = [
             Checkpoints(recovery, every=recipe.train.checkpoint_every, stable_steps=recipe.stable_steps),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
+            UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
             TeacherWeightsCheck(frozen, topology, every=resilience.teacher_hash_every) if frozen else None,
@@ -227,6 +231,9 @@ class Trainer:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
         setup, topology, teacher, vocab = self._setup, self._topology, self._teacher, self._student.head.vocab
         logger.info("%s", describe_layout(setup, topology))
+        if self._student.routers is not None:
+            layers, coefs = len(self._student.routers.layers), self._objective.router_coefs
+            logger.info("%s", describe_routers(setup.student_config, layers, coefs, accumulation=setup.accumulation))
         self._recovery.mark_resumed(self.step)
         B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
         if line := teacher.describe_prefetch(micro_batch=B, sequence_length=S):

@@ -39,6 +39,9 @@ class StepOutcome:
     """The flags of `train_step`, summed over ranks."""
     teacher_seconds: float
     """Seconds that this rank waited for targets."""
+    labels: int = 0
+    """Tokens of the step, on all ranks, that have a label: without padding, corrupt samples, and with `document_mask`
+    the last token of a document."""
     diagnostics: dict[str, float] | None = None
     """Means by `DIAGNOSTIC_NAMES`, on steps that compute them; the KL of a decile over its own tokens. An infinite one
     is left out: the reverse KL against a teacher that does not know some ids."""
@@ -110,16 +113,17 @@ def train_step(
         grad_norm=grad_norm,
         flags=reduced_flags,
         teacher_seconds=teacher_seconds,
+        labels=int(forward.labels),
         diagnostics=forward.diagnostics_of(reduced),
         experts=forward.experts_of(reduced),
     )
 
 
-def _global_tokens(batch: StepBatch, topology: Topology) -> Tensor:
-    """[] float64: tokens with a label in the global batch, at least 1."""
+def _global_labels(batch: StepBatch, topology: Topology) -> Tensor:
+    """[] float64: tokens with a label in the global batch."""
     count = torch.tensor(batch.batch.valid_tokens, dtype=torch.float64, device=topology.device)
     with timeline.span(timeline.WAIT, "count tokens"):
-        return all_reduce_sum(count, topology.world_group).clamp_(min=1.0)
+        return all_reduce_sum(count, topology.world_group)
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,10 @@ class _Forward:
     objective: Objective
     divergence: Divergence
     diagnostics: bool
+    labels: Tensor
+    """See `_global_labels`."""
     tokens: Tensor
-    """See `_global_tokens`."""
+    """`labels`, at least 1: the weight of a token is one over it."""
     device: torch.device
     routers: RouterLosses | None
     """None for a student without experts."""
@@ -141,7 +147,8 @@ class _Forward:
         cls, student: StudentEngine, batch: StepBatch, *, step: int, objective: Objective, topology: Topology
     ) -> "_Forward":
         """Of a step's batch. Collective."""
-        tokens, routers = _global_tokens(batch, topology), None
+        labels, routers = _global_labels(batch, topology), None
+        tokens = labels.clamp(min=1.0)
         if student.routers is not None:
             coefs = objective.router_coefs
             routers = RouterLosses.of(student, batch, coefs=coefs, tokens=tokens, topology=topology)
@@ -150,6 +157,7 @@ class _Forward:
             objective,
             objective.divergence(step),
             diagnostics=objective.computes_diagnostics(step),
+            labels=labels,
             tokens=tokens,
             device=topology.device,
             routers=routers,

@@ -46,6 +46,7 @@ class StepLog:
                 grad_norm=event.outcome.grad_norm,
                 data_seconds=event.data_seconds,
                 teacher_seconds=event.outcome.teacher_seconds,
+                labels=event.outcome.labels,
                 diagnostics=event.outcome.diagnostics,
                 experts=None if experts is None else experts.summary(),
                 expert_load=load,

@@ -20,6 +20,7 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "learning rate": _high_learning_rate(setup),
         "epochs": _many_epochs(setup),
         "BOS": _missing_bos(setup),
+        "documents": _unmasked_documents(setup),
     }
     return {check: warning for check, warning in warnings.items() if warning is not None}
 
@@ -54,6 +55,18 @@ def _missing_bos(setup: Setup) -> str | None:
         return None
     folder = weights if teacher is None else teacher.path if teacher.vocab_map is None else None
     return missing_bos(None if folder is None else Path(folder), setup.data, key="data.insert_bos=true")
+
+
+def _unmasked_documents(setup: Setup) -> str | None:
+    packers = {name: manifest.packer.name for name, manifest in setup.data.sources.items()}
+    unmasked = [name for name, packer in packers.items() if packer == "bestfit"]
+    if not unmasked or setup.recipe.data.document_mask:
+        return None
+    which = "the data is" if len(packers) == 1 else f"{', '.join(unmasked)} of the sources are"
+    return (
+        f"{which} packed by bestfit, and the documents of a sequence attend to one another in this run; `evaluate` "
+        "reads each by itself: data.document_mask=true trains as is measured"
+    )
 
 
 def _many_epochs(setup: Setup) -> str | None:

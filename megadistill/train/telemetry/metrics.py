@@ -134,11 +134,13 @@ class RunLog:
         start_tokens: int,
         topology: Topology,
         epoch_tokens: int | None = None,
+        tokens_per_step: int | None = None,
         has_experts: bool = False,
     ) -> None:
         """
         Args:
             epoch_tokens: tokens of the data; None: unknown, or a mixture, whose sources have epochs of their own.
+            tokens_per_step: the share of them that have labels is in the log lines, where some have none.
             has_experts: whether the student has experts.
         """
         self._active = topology.is_first
@@ -147,7 +149,7 @@ class RunLog:
         self._loss = recipe.loss if recipe.objective == "distill" else None
         self._progress: Progress | None = None
         self._disk_refused = False
-        self._epoch_tokens = epoch_tokens
+        self._epoch_tokens, self._tokens_per_step = epoch_tokens, tokens_per_step
         self._ends: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
         if not self._active:
             return
@@ -246,11 +248,14 @@ class RunLog:
                 teacher += f" | agree {report.agreement:.1%}"
         mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
         epoch = f", epoch {short(report.tokens / self._epoch_tokens)}" if self._epoch_tokens else ""
+        labels, rate = "", f"{report.tokens_per_second:,.0f} tokens/s"
+        if self._tokens_per_step is not None and report.labels < self._tokens_per_step:
+            labels = f", {report.labels / self._tokens_per_step:.1%} of the step's with a label"
         remaining = f" | {self._left(report)}" if report.step < self._steps else ""
         return (
             f"step {report.step}/{self._steps} | loss {report.loss:.4f} | ce {report.student_ce:.4f}{teacher}"
             f" | lr {short(report.learning_rate)} | grad {short(report.grad_norm)}"
-            f" | {count(report.tokens)} tokens{epoch} | {report.tokens_per_second:,.0f} tokens/s{mfu}{remaining}"
+            f" | {count(report.tokens)} tokens{epoch}{labels} | {rate}{mfu}{remaining}"
         )
 
     def _left(self, report: StepReport) -> str:

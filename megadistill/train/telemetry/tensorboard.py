@@ -17,7 +17,7 @@ GROUPS = {
     "loss": ("loss", "divergence", "targets_kl", "kl", "cross_entropy", "kd_weight", "ce_weight"),
     "predictions": ("entropy", "agreement", "log_z"),
     "optimizer": ("learning_rate", "grad_norm"),
-    "throughput": ("tokens", "tokens_per_second", "mfu", "seconds"),
+    "throughput": ("tokens", "labels", "tokens_per_second", "mfu", "seconds"),
     "waiting": ("data_seconds", "teacher_seconds"),
     "memory": ("memory_bytes",),
 }

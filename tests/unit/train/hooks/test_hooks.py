@@ -15,6 +15,7 @@ from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
 from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
+from megadistill.train.hooks.unlabelled import UnlabelledGuard
 from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
@@ -168,3 +169,31 @@ def test_a_teacher_that_drifts_has_its_weights_compared() -> None:
     unlogged = Recorder(drift_at=2)
     assert anomalies(unlogged, teacher_ce=False).after_step(event(2)) is None
     assert unlogged.calls == []
+
+
+class Unlabelled:
+    """A setup, as far as the guard reads it."""
+
+    tokens_per_step = 64
+    recipe = recipe(Path("manifest.json"), Path("run"))
+
+
+def _labelled(step: int, labels: int) -> StepEvent:
+    plain = event(step)
+    return replace(plain, outcome=replace(plain.outcome, labels=labels))
+
+
+def test_a_run_that_begins_without_a_label_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """Its loss is 0, and it would end as done."""
+    guard = UnlabelledGuard(Unlabelled(), max_in_a_row=2)  # type: ignore[arg-type]
+    with pytest.raises(OperatorFault, match="step 7: none of its 64 tokens has a label, so the student learns nothing"):
+        guard.after_step(_labelled(7, 0))
+
+
+def test_steps_without_a_label_are_warned_of_and_many_in_a_row_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    guard = UnlabelledGuard(Unlabelled(), max_in_a_row=2)  # type: ignore[arg-type]
+    for step, labels in ((1, 5), (2, 0), (3, 0), (4, 1), (5, 0), (6, 0)):
+        guard.after_step(_labelled(step, labels))
+    assert [record.getMessage()[:7] for record in caplog.records] == ["step 2:", "step 3:", "step 5:", "step 6:"]
+    with pytest.raises(OperatorFault, match="step 7: none of its 64 tokens has a label"):
+        guard.after_step(_labelled(7, 0))

@@ -63,6 +63,7 @@ def _log(
     log_every: int = 1,
     weights: dict[str, float] | None = None,
     epoch_tokens: int | None = None,
+    tokens_per_step: int | None = None,
     **changes: Any,
 ) -> None:
     """A run that resumes from the step before the first of `steps`."""
@@ -76,6 +77,7 @@ def _log(
         start_tokens=256 * (steps.start - 1),
         topology=topology(rank=rank, world=rank + 1),
         epoch_tokens=epoch_tokens,
+        tokens_per_step=tokens_per_step,
     )
     for step in steps:
         log.step(replace(REPORT, step=step, tokens=256 * step, **changes), weights=weights)
@@ -93,6 +95,16 @@ def test_every_step_is_a_line_of_json(tmp_path: Path) -> None:
     assert 0 <= time.time() - first.pop("time") < 60
     assert first == {name: value for name, value in REPORT.__dict__.items() if name not in ABSENT}
     assert any("tfevents" in path.name for path in tmp_path.iterdir())
+
+
+def test_a_log_line_says_how_many_tokens_are_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        _log(tmp_path, range(1, 2), tokens_per_step=256, labels=64)
+        _log(tmp_path, range(2, 3), tokens_per_step=256, labels=256)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert ", 25.0% of the step's with a label |" in first
+    assert "label" not in second
+    assert [line["labels"] for line in _lines(tmp_path)] == [64, 256]
 
 
 def test_a_resume_drops_what_was_logged_past_the_checkpoint(tmp_path: Path) -> None:
