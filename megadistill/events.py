@@ -17,6 +17,7 @@ from typing import Any
 
 from megadistill.errors import UserError
 from megadistill.io import NotRegularError, open_regular
+from megadistill.redaction import redacted
 from megadistill.units import number_of, spell
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class EventLog:
     def _append(self, event: str, step: int, values: dict[str, Any]) -> None:
         assert event in EVENTS, event
         self._lines.append(
-            {"time": round(time.time(), 3), "attempt": self._attempt, "event": event, "step": step, **values}
+            {"time": round(time.time(), 3), "attempt": self._attempt, "event": event, "step": step, **redacted(values)}
         )
 
 

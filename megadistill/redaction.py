@@ -4,15 +4,32 @@ A secret is recognised by the name of its option, or by the form of its value.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
 _NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}|xox[a-z]-[\w-]+"
-    r"|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
-    r"|(?<=[?&])[\w.-]*(?i:key|token|secret|passw|credential|sig)[\w.-]*=[^&#\s]+"  # of a presigned URL
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}"
+    r"|ASIA[A-Z0-9]{12,}|AIza[\w-]{30,}|xox[a-z]-[\w-]+|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=[Bb]asic )[\w+/=-]{8,}"  # of a header
+    r"|(?<=AccountKey=)[^;\s'\"]+|(?<=SharedAccessSignature=)[^;\s'\"]+"  # of an Azure connection string
 )
+"""The forms of well-known keys."""
+
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s'\"<>]+)@")
+"""A URL up to the last @ before its path: user and password, or a token."""
+
+_NAMED_USERS = ("abfs", "abfss", "wasb", "wasbs", "ftp", "sftp", "ssh", "scp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
+"""Schemes that have a user's or a container's name in that place; elsewhere it is a token."""
+
+_SIGNATURE = re.compile(
+    r"(?<=[?&;#])[\w.%-]*(?i:key|token|secret|passw|pwd|credential|auth|sig|policy|accessid|x-amz-|x-goog-|session|jwt)"
+    r"[\w.%-]*=[^&#;\s'\"<>]+"
+)
+"""A parameter of a URL's query that lets its bearer in."""
+
 
 MAX_SHOWN = 4000
 """Letters of a line that is printed."""
@@ -34,7 +51,47 @@ def command_line(arguments: list[str]) -> list[str]:
 
 def without_secrets(value: str) -> str:
     """`value` with everything that has the form of a well-known key or of a URL's password as `***`."""
-    return _SECRET_VALUE.sub("***", value)
+    return _TOKEN.sub("***", without_url_secrets(value))
+
+
+def without_url_secrets(value: str) -> str:
+    """`value` with the passwords, tokens and signatures of its URLs as `***`."""
+    return _SIGNATURE.sub("***", _USER.sub(_without_user, value)) if "://" in value else value
+
+
+def _without_user(match: re.Match[str]) -> str:
+    return match[0] if _user_is_no_secret(match) else f"{match['scheme']}://***@"
+
+
+def _user_is_no_secret(match: re.Match[str]) -> bool:
+    named = match["scheme"].lower() in _NAMED_USERS
+    return named and ":" not in match["user"] and _TOKEN.search(match["user"]) is None
+
+
+def url_secret(value: str) -> str | None:
+    """What is secret in a URL in `value`: `a password`, `a token in the place of a user`, `a signature`; None."""
+    for match in _USER.finditer(value):
+        if not _user_is_no_secret(match):
+            return "a password" if ":" in match["user"] else "a token in the place of a user"
+    return "a signature or a key in its query" if "://" in value and _SIGNATURE.search(value) else None
+
+
+def refusal(url: str, secret: str) -> str:
+    """A line on a URL that has a `secret` (`url_secret`) in it: why it is refused, and the way out."""
+    return (
+        f"{redact_url(url)} has {secret}, which the records of a run, its checkpoints and the list of processes would "
+        "show: give the URL without, and the secret to fsspec, in its configuration or the environment (docs/data.md, "
+        "Remote shards)"
+    )
+
+
+def redacted(value: Any) -> Any:
+    """Nested lists and mappings with every text as by `without_secrets`."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: redacted(each) for key, each in value.items()}
+    return [redacted(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def names_a_secret(name: str) -> bool:
@@ -47,7 +104,8 @@ def redact_url(location: Path | str) -> str:
     scheme, mark, rest = str(location).partition("://")
     if not mark:
         return scheme
-    return scheme + mark + re.sub(r"^[^/]*@", "", rest.partition("?")[0])
+    plain = _TOKEN.sub("***", _USER.sub(_without_user, scheme + mark + rest.partition("?")[0].partition("#")[0]))
+    return plain.replace("://***@", "://")
 
 
 def redact(message: str) -> str:

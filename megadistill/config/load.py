@@ -15,7 +15,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.config.yaml_file import first_line, read_yaml
 from megadistill.errors import UserError, nearest_of, several
 from megadistill.io import read_json
-from megadistill.redaction import printable
+from megadistill.redaction import printable, refusal, url_secret
 from megadistill.shipped import is_shipped
 
 RENAMED = {
@@ -75,6 +75,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {printable(first_line(error))}") from None
     values = _without_unknown(values)
     mistakes += [(_place(key, places), printable(text)) for key, text in _not_expanded(values)]
+    mistakes += [(_place(key, places), text) for key, text in _secrets(values)]
     return validate_recipe(_with_warmup_of_the_run(values), source=str(path), places=places, before=mistakes)
 
 
@@ -93,6 +94,14 @@ def _not_expanded(values: Any) -> Iterator[tuple[KeyPath, str]]:
         elif isinstance(value, str) and re.search(r"\$[A-Za-z_]", value):
             solution = f'write the text itself, or let the shell do it, --set "{key}={value}"'
             yield tuple(key.split(".")), f"{key}: {value}: environment variables are not read: {solution}"
+
+
+def _secrets(values: Any) -> Iterator[tuple[KeyPath, str]]:
+    """The URLs with a secret, which recipe.json, every checkpoint and the pages on a run would keep: key, and line."""
+    for key, value in dotted(values).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (secret := url_secret(text)) is not None:
+                yield tuple(key.split(".")), f"{key}: {refusal(text, secret)}"
 
 
 def _with_warmup_of_the_run(values: Any) -> Any:

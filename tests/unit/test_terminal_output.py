@@ -71,7 +71,7 @@ def test_mistakes_keep_their_lines_and_a_value_has_one(
 @pytest.mark.parametrize("text", [text for text in HOSTILE if "\0" not in text and "\ud800" not in text])
 @pytest.mark.parametrize("key", ["run.folder", "data.manifest", "train.precision", "teacher.path", "nothing"])
 def test_a_value_of_a_recipe_is_one_line(text: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(["doctor", str(RECIPES / "smoke.yaml"), "--node", "--set", f"{key}={text}", "--set", "a=1"]) == 2
+    assert run_command(["train", str(RECIPES / "smoke.yaml"), "--set", f"{key}={text}", "--set", "a=1"]) == 2
     error = capsys.readouterr().err
     assert_harmless(error)
     assert all(line.startswith(("megadistill: ", "  ")) for line in error.splitlines()), error

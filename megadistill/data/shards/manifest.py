@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from megadistill.config.paths import wrong_path
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
-from megadistill.data.storage.open import folder_of
+from megadistill.data.storage.open import folder_of, refuse_secret
 from megadistill.errors import UserError
 from megadistill.redaction import redact_url
 
@@ -186,12 +186,13 @@ class Manifest(HashedRecord):
         """The manifest at `location`, a path or a URL of `.../manifest.json`.
 
         Raises:
-            UserError: there is none, it was changed by hand, or it has another format version; one line.
+            UserError: there is none, it was changed by hand, it has another format version, or a URL has a secret.
         """
         if "://" not in str(location) and not Path(location).is_file():
             reason = wrong_path(location, "manifest")
             if reason is not None:
                 raise UserError(reason)
+        refuse_secret(str(location))
         parent, _, name = str(location).rpartition("/")
         folder = folder_of(parent or ("/" if str(location).startswith("/") else "."))
         return cls._read(folder, name, redact_url(location))
