@@ -100,13 +100,14 @@ def run_tasks(
                 "--include DIR adds your own"
             )
     results = harness.simple_evaluate(
-        model="hf",
-        model_args={
-            "pretrained": _model(folder, device),
-            "tokenizer": str(folder.resolve()),
-            "trust_remote_code": False,
-            "prefix_token_id": tokenizer.eos if tokenizer.bos is None else tokenizer.bos,
-        },
+        model=_behind_one_bos(
+            pretrained=_model(folder, device),
+            tokenizer=str(folder.resolve()),
+            trust_remote_code=False,
+            prefix_token_id=tokenizer.eos if tokenizer.bos is None else tokenizer.bos,
+            batch_size=batch,
+            device=str(device),
+        ),
         tasks=list(tasks),
         num_fewshot=fewshot,
         batch_size=batch,
@@ -118,8 +119,23 @@ def run_tasks(
     return TaskScores(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(results)))
 
 
+def _behind_one_bos(**arguments: Any) -> Any:
+    """The harness's model, which measures a whole text behind `prefix_token_id` and no second BOS of its tokenizer."""
+    base: Any = importlib.import_module(f"{HARNESS}.models.huggingface").HFLM
+
+    class Model(base):  # type: ignore[misc]
+        def loglikelihood_rolling(self, *requests: Any, **options: Any) -> Any:
+            self.add_bos_token = False
+            try:
+                return super().loglikelihood_rolling(*requests, **options)
+            finally:
+                self.add_bos_token = None
+
+    return Model(**arguments)
+
+
 def _model(folder: Path, device: torch.device) -> Any:
-    """The model as every verb reads it, and the ids that end a text by the folder's generation_config.json."""
+    """The model as every command reads it, and the ids that end a text by the folder's generation_config.json."""
     model = load_pretrained(folder, what=str(folder), device=device)
     path = folder / GENERATION_FILE
     if path.is_file():

@@ -2,7 +2,7 @@
 
 The one reading of a model's folder: a teacher's stages, the start of a student, and the whole models of `evaluate`,
 `sample`, `generate` and `prune` come from here. What transformers or another program could read as another model is
-refused by `check_weights`, which every verb calls before anything costs.
+refused by `check_weights`, which every command calls before anything costs.
 """
 
 import functools
