@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megadistill.config.load import load_recipe
+from megadistill.config.recipe import Recipe
 from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
 from megadistill.distributed.collectives import all_gather_objects, all_true, barrier, broadcast_object
 from megadistill.distributed.launch import Launch
@@ -55,7 +56,7 @@ def examine_node(path: Path, overrides: Sequence[str]) -> Report:
     own = RankReport(0, socket.gethostname())
     recipe = own.check("recipe", lambda: (load_recipe(path, overrides), f"{path} is valid"))
     check_devices(own)
-    check_node(own, None if recipe is None else Path(recipe.run.folder))
+    _check_node(own, recipe)
     return Report(tuple(summarize([own])))
 
 
@@ -104,13 +105,20 @@ def _teacher(setup: Setup, topology: Topology, launch: Launch, rows: Sequence[Ro
     return [] if row is None else [row]
 
 
+def _check_node(own: RankReport, recipe: Recipe | None) -> None:
+    if recipe is None:
+        check_node(own, None)
+    else:
+        check_node(own, Path(recipe.run.folder), deepspeed=recipe.student.deepspeed)
+
+
 def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[RankReport, Setup | None]:
     own = RankReport(launch.rank, socket.gethostname())
     recipe, setup = check_recipe(own, path, overrides, launch)
     device = local_device(launch.local_rank)
     check_device(own, device, local_world=launch.local_world)
     if launch.local_rank == 0:
-        check_node(own, None if recipe is None else Path(recipe.run.folder))
+        _check_node(own, recipe)
     own.facts.update(local_world=launch.local_world, on_cpu=device.type == "cpu")
     if recipe is not None:
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))

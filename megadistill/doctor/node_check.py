@@ -14,18 +14,22 @@ from megadistill.distributed.watchdog.parent import command_of
 from megadistill.doctor.rank_report import RankReport, Status, some
 from megadistill.errors import UserError
 from megadistill.io import write_file
+from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.checkpoint.attempt import attempt_record
 from megadistill.train.resilience.stragglers import product_seconds
-from megadistill.train.setup.jit_locks import extensions_folder, refuse_stale_jit_locks
+from megadistill.train.setup.jit_locks import extensions_folder, extensions_of, refuse_stale_jit_locks
 from megadistill.versions import versions
 
 WRITTEN_BYTES = 16 << 20
 _COMMAND = "train"
 
 
-def check_node(own: RankReport, folder: Path | None) -> None:
-    """Checks that one process of a node makes for all of them. `folder`: the run folder, where it is known."""
-    own.check("JIT locks", _no_stale_locks, of_node=True)
+def check_node(own: RankReport, folder: Path | None, *, deepspeed: str | None = None) -> None:
+    """Checks that one process of a node makes for all of them.
+
+    `folder`, `deepspeed`: the recipe's `run.folder` and `student.deepspeed`, where they are known.
+    """
+    own.check("JIT locks", lambda: _no_stale_locks(deepspeed), of_node=True)
     if folder is None:
         return
     detail = f"{folder}: written, synced, renamed and read back"
@@ -150,9 +154,12 @@ def device_name(device: torch.device) -> str:
     return str(torch.get_device_module(device).get_device_name(device))
 
 
-def _no_stale_locks() -> tuple[None, str]:
-    refuse_stale_jit_locks()
-    return None, f"none that is stale in {extensions_folder()}"
+def _no_stale_locks(deepspeed: str | None) -> tuple[None, str]:
+    extensions: tuple[str, ...] = ()
+    with suppress(UserError):  # of the settings, which the check of the recipe reports
+        extensions = extensions_of(active_deepspeed_config(deepspeed)[0])
+    refuse_stale_jit_locks(extensions)
+    return None, f"none that is stale of {', '.join(extensions) or 'no extension'} in {extensions_folder()}"
 
 
 def _trains(process: int) -> bool:

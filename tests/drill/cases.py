@@ -516,7 +516,7 @@ def student_dies(place: Place) -> CaseResult:
 @case("jit-lock", "a JIT lock left behind")
 def jit_lock(place: Place) -> CaseResult:
     extensions = place.folder / "extensions"
-    lock = extensions / "cpu_adam" / "lock"
+    lock = extensions / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))

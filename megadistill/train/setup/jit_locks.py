@@ -7,8 +7,10 @@ leaves it there, and every later process that needs the extension waits for ever
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +21,30 @@ STALE_SECONDS = 600.0
 seconds or minutes. A younger lock may be in use, on another node too; if not, the hang detector names it."""
 
 
-def refuse_stale_jit_locks() -> None:
-    """Raises UserError: a lock is stale; the message has the command that removes it."""
-    for lock in sorted(extensions_folder().glob("*/lock")):
-        idle = time.time() - _last_change(lock)
+def extensions_of(deepspeed_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the extensions that a run with these settings of DeepSpeed builds here; optimizers are torch's own.
+
+    On a CPU messages within a node go through shared memory; on GPUs ZeRO++ has kernels that quantise, and NVMe disks
+    are read by asynchronous I/O.
+    """
+    if not torch.accelerator.is_available():
+        return ("deepspeed_shm_comm",)
+    zero = deepspeed_config.get("zero_optimization", {})
+    needed = {
+        "quantizer": any(value for key, value in zero.items() if key.startswith("zero_quantized_")),
+        "async_io": any(isinstance(value, dict) and value.get("device") == "nvme" for value in zero.values()),
+    }
+    return tuple(name for name, is_needed in needed.items() if is_needed)
+
+
+def refuse_stale_jit_locks(extensions: Iterable[str]) -> None:
+    """Looks at the builds of these extensions alone: the user's folder holds those of other programs, too.
+
+    Raises:
+        UserError: a lock is stale; the message has the command that removes it.
+    """
+    for lock in [extensions_folder() / name / "lock" for name in extensions]:
+        idle = time.time() - _last_change(lock) if lock.exists() else 0.0
         if idle > STALE_SECONDS:
             raise UserError(
                 f"{lock} is the lock of a JIT build that has written nothing for {idle / 60:.0f} minutes: the build "

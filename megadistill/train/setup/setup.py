@@ -17,7 +17,7 @@ from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.models.families import load_config
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
-from megadistill.train.setup.jit_locks import refuse_stale_jit_locks
+from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, model_rows
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
@@ -66,13 +66,13 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     Raises:
         UserError: something does not fit; the message is one line.
     """
-    refuse_stale_jit_locks()
     require_ranks_and_files(recipe, launch)
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
     group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     build_engine_config(deepspeed_config, recipe.train, accumulation)
+    refuse_stale_jit_locks(extensions_of(deepspeed_config))
     data = Mixture.load(recipe.data)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")

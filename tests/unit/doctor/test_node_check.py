@@ -84,7 +84,7 @@ def test_the_command_examines_a_node_by_itself(
         ("earlier runs", "ok"),
     ]
     assert "bad nodes" not in capsys.readouterr().out
-    lock = tmp_path / "extensions" / "fused_adam" / "lock"
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     for path in (lock, lock.parent):
@@ -92,5 +92,5 @@ def test_the_command_examines_a_node_by_itself(
     assert run_command([*node, "--set", "train.steps=0"]) == 2
     out = capsys.readouterr().out
     assert "train.steps" in out
-    assert "fused_adam" in out
+    assert "deepspeed_shm_comm" in out
     assert out.rstrip().endswith(f"bad nodes: {socket.gethostname()}")
