@@ -11,7 +11,8 @@ from typing import Final
 from megadistill.redaction import printable
 from megadistill.units import readable
 
-MAX_DOCUMENT_BYTES: Final = 1 << 28
+MAX_DOCUMENT_BYTES: Final = 1 << 26
+"""A tokenizer takes 50 times a document's size in memory, in each worker: 3 GB for the longest."""
 
 
 class LeftOut(StrEnum):
@@ -47,6 +48,8 @@ class UnreadFile:
             reason = f"its fields are {', '.join(self.fields)}"
         elif self.left_out.keys() == {LeftOut.INVALID}:
             reason = "it is not UTF-8: no text, or in another encoding (iconv -f ENCODING -t UTF-8 converts it)"
+        elif self.left_out.keys() == {LeftOut.TOO_LONG}:
+            reason = f"{in_words(self.left_out)} (`split -C 16m` cuts a file of lines into shorter ones)"
         else:
             reason = in_words(self.left_out)
         return f"{printable(str(self.path))} ({readable(self.size, 'B')}): {reason}"

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from backports import zstd
 
 from megadistill.data.prepare import corpus
 from megadistill.data.prepare.corpus import Corpus, find_files
-from megadistill.data.prepare.left_out import LeftOut, in_words, listed
+from megadistill.data.prepare.left_out import MAX_DOCUMENT_BYTES, LeftOut, in_words, listed
 from megadistill.errors import UserError
 
 TEXTS = ["one\n", "zwei\r\nZeilen, \u2028 und \x00", "三 🙂\ttabs", "  spaces  ", "x" * 5000]
@@ -245,3 +247,58 @@ def test_copies_have_one_digest(tmp_path: Path) -> None:
         document.digest for document in Corpus(find_files([tmp_path], ["*"], [], output=NOWHERE), text_field="text")
     }
     assert len(digests) == len(TEXTS)
+
+
+def test_a_text_that_many_rows_share_is_not_copied_for_each_of_them(tmp_path: Path) -> None:
+    """A file of a few kilobytes, of 12 GB of text, in a process of 3 GB."""
+    text = pyarrow.array(["x" * (MAX_DOCUMENT_BYTES + 1), "short", "y" * (MAX_DOCUMENT_BYTES // 2)])
+    rows = pyarrow.array([0] * 200 + [1, None, 2], type=pyarrow.int32())
+    for name, column in {
+        "dictionary": pyarrow.DictionaryArray.from_arrays(rows, text),
+        "plain": pyarrow.DictionaryArray.from_arrays(pyarrow.array([1, None, 2] * 99, type=pyarrow.int32()), text),
+    }.items():
+        table = pyarrow.table({"text": column})
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=name != "plain")
+        assert path.stat().st_size < 100_000
+    script = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from megadistill.data.prepare.corpus import Corpus
+corpus = Corpus(sorted(Path(sys.argv[1]).iterdir()), text_field="text")
+print([sum(1 for document in corpus), *sorted(corpus.left_out.values())])
+"""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (0, "[200, 100, 200]"), ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst", "a.jsonl.gz"])
+def test_a_few_bytes_that_expand_without_an_end_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_EXPANSION_COUNTS_FROM", 1 << 16)
+    monkeypatch.setattr(corpus, "MAX_EXPANSION", 500)
+    data = bytes(32 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(data, 9) if name.endswith("gz") else zstd.compress(data))
+    with pytest.raises(UserError, match=r"expands to more than 500 times its size.*--exclude it"):
+        _read(tmp_path)
+
+
+def test_a_file_that_is_one_document_too_long_is_named_with_what_cuts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "book.txt").write_bytes(b"a line\n" * 100)
+    (tmp_path / "a.txt").write_bytes(b"short")
+    read = _read(tmp_path)[1]
+    with pytest.raises(UserError, match=r"book.txt .*1 document longer than 64 MiB \(`split -C 16m` cuts"):
+        read.refuse_mostly_unread(705)
