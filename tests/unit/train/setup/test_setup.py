@@ -106,11 +106,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_named(manifest: Pa
     """The usual cause: a padding token was added to the tokenizer, and no row to the model."""
     small = described_teacher(tmp_path / "small", vocab_size=VOCAB - 1)
     message = _refused(recipe(manifest, tmp_path / "run", teacher=small))
-    for part in (
-        "250 ids, and id 249 can be in the shards",
-        "its vocabulary has 249 rows",
-        "remove the tokens from id 249 on",
-    ):
+    for part in ("250 ids, and id 249 can be in the shards", "has 249 rows", "remove the tokens from id 249 on"):
         assert part in message
 
 
