@@ -8,7 +8,7 @@ from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TextIO
 
-from megadistill.redaction import shown, shown_lines, without_secrets
+from megadistill.redaction import printable_line, printable_lines, without_secrets
 
 PACKAGE = logging.getLogger("megadistill")
 INDENT = "    "
@@ -48,22 +48,22 @@ class _Record(logging.LogRecord):
 
     def getMessage(self) -> str:
         if self.args and isinstance(self.args, tuple) and self.name.split(".")[0] == PACKAGE.name:
-            values = (each if isinstance(each, int | float) else _Shown(each) for each in self.args)
-            return shown_lines(str(self.msg) % tuple(values))
-        return shown_lines(super().getMessage())
+            values = (each if isinstance(each, int | float) else _PrintableValue(each) for each in self.args)
+            return printable_lines(str(self.msg) % tuple(values))
+        return printable_lines(super().getMessage())
 
 
-class _Shown:
+class _PrintableValue:
     """A value of a message, by %s or %r."""
 
     def __init__(self, value: object) -> None:
         self._value = value
 
     def __str__(self) -> str:
-        return shown(" ".join(str(self._value).splitlines()))
+        return printable_line(" ".join(str(self._value).splitlines()))
 
     def __repr__(self) -> str:
-        return shown(repr(self._value))
+        return printable_line(repr(self._value))
 
 
 class _Formatter(logging.Formatter):

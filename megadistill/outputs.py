@@ -25,13 +25,13 @@ _WAYS_OUT = {
     errno.EIO: "the disk or the network failed: look at the system's log",
     errno.ESTALE: "the network file system lost it: mount it again",
 }
-"""What to do about an error of the system."""
+"""Number of an error of the system -> what to do about it."""
 
 _TRIAL_BYTES = 1 << 16
 """Written to a place that is tried: a disk without space for that is full."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""As libraries in Rust, such as safetensors, report the system's errors."""
+"""The form in which libraries in Rust, such as safetensors, report the system's errors."""
 
 
 def one_line(error: OSError) -> str:
@@ -77,20 +77,20 @@ def require_writable_file(path: Path | None, option: str) -> None:
         raise UserError(f"{option} {path}: it is a folder: name a file")
     if path.exists() and not path.is_file():  # a device, a pipe
         return
-    require_writable_folder(path.resolve().parent, option, shown=path)
+    require_writable_folder(path.resolve().parent, option, given=path)
 
 
-def require_writable_folder(folder: Path | None, option: str, *, shown: Path | None = None) -> None:
+def require_writable_folder(folder: Path | None, option: str, *, given: Path | None = None) -> None:
     """Tries whether the folder that `option` names can be made and written to; leaves nothing there.
 
-    `shown`: the path as it was given, if it is another one.
+    `given`: the path as it was given, if it is another one.
 
     Raises:
         UserError: it cannot, or it is a file.
     """
     if folder is None:
         return
-    where = f"{option} {folder if shown is None else shown}"
+    where = f"{option} {folder if given is None else given}"
     try:
         there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         if not there.is_dir():

@@ -9,7 +9,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megadistill.redaction import shown
+from megadistill.redaction import printable_line
 from megadistill.units import left, readable
 
 LINE_SECONDS = 10.0
@@ -38,7 +38,7 @@ def console_progress() -> Iterator[ShowProgress]:
 
         def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(shown(stage), total=total, pace="")
+                tasks[stage] = bars.add_task(printable_line(stage), total=total, pace="")
             pace = ", ".join(paces.update(stage, done, total, tokens))
             bars.update(tasks[stage], completed=done, total=total, pace=pace)
 
@@ -64,7 +64,7 @@ def _plain_lines(write: Callable[[str], None]) -> ShowProgress:
             f"{done:,} of {total:,} tokens" if tokens is None else f"{readable(done, 'B')} of {readable(total, 'B')}"
         )
         so_far = [f"{tokens:,} tokens"] if tokens else []
-        write(f"{shown(stage)}: {', '.join([amount, *so_far, *pace])}")
+        write(f"{printable_line(stage)}: {', '.join([amount, *so_far, *pace])}")
 
     return show
 

@@ -31,7 +31,7 @@ _SIGNATURE = re.compile(
 """A parameter of a URL's query that lets its bearer in."""
 
 
-MAX_SHOWN = 4000
+MAX_LETTERS = 4000
 """Letters of a line that is printed."""
 
 
@@ -69,7 +69,7 @@ def _user_is_no_secret(match: re.Match[str]) -> bool:
 
 
 def url_secret(value: str) -> str | None:
-    """What is secret in a URL in `value`: `a password`, `a token in the place of a user`, `a signature`; None."""
+    """The kind of secret in a URL in `value`: `a password`, `a token in the place of a user`, `a signature`; None."""
     for match in _USER.finditer(value):
         if not _user_is_no_secret(match):
             return "a password" if ":" in match["user"] else "a token in the place of a user"
@@ -113,7 +113,7 @@ def redact(message: str) -> str:
     return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: redact_url(url[0]), message)
 
 
-def shown(text: str, *, limit: int = MAX_SHOWN) -> str:
+def printable_line(text: str, *, limit: int = MAX_LETTERS) -> str:
     """`text` of anybody for a line on a terminal or in a log: printable, without secrets, and of a bounded length.
 
     The middle of a long one is left out: a message says at its end what to do.
@@ -123,9 +123,9 @@ def shown(text: str, *, limit: int = MAX_SHOWN) -> str:
     return printable(without_secrets(text))
 
 
-def shown_lines(text: str) -> str:
-    """A text of several lines of ours, each as by `shown`."""
-    return "\n".join(map(shown, text.split("\n")))
+def printable_lines(text: str) -> str:
+    """A text of several lines of ours, each as by `printable_line`."""
+    return "\n".join(map(printable_line, text.split("\n")))
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megadistill.redaction import printable, shown_lines
+from megadistill.redaction import printable, printable_lines
 
 BREAK = re.compile(r"(?<=\s)(?=\S)")
 BREAK_IN_NAME = re.compile(r"(?<=\s)(?=\S)|(?<=[/_=@])(?=\w)|(?<=[-.])(?=[^\W\d])")
@@ -128,7 +128,7 @@ def _text(cell: RenderableType | None) -> Text:
     """A cell as text: a name in it is neither markup nor a control sequence."""
     text = cell.copy() if isinstance(cell, Text) else Text("" if cell is None else str(cell))
     if any(len(line) > MAX_CELL for line in text.plain.split("\n")):
-        return Text(shown_lines(text.plain), style=text.style)
+        return Text(printable_lines(text.plain), style=text.style)
     text.plain = "\n".join(map(printable, text.plain.expandtabs(1).split("\n")))  # letter for letter: styles stay
     return text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megadistill.cli.numbers import number_type
-from megadistill.redaction import shown_lines
+from megadistill.redaction import printable_lines
 
 EXIT_CODES = """\
 exit codes: 0 done; 2 invalid input; 3 interrupted, or a fault that a restart may fix; 4 a fault that needs a person"""
@@ -137,7 +137,7 @@ def add_sampling(command: Options, *, new_tokens: int | None = None) -> None:
 
 def say(line: Any = "") -> None:
     """Prints a line on standard output, without what a name in it would do to a terminal."""
-    print(shown_lines(str(line)), flush=True)
+    print(printable_lines(str(line)), flush=True)
 
 
 def print_tables(*tables: Any) -> None:

@@ -65,7 +65,7 @@ def _add_tokenize(commands: Commands) -> None:
     summary = "turn text into WebDataset token shards with a manifest, a training and a held-out split"
     command = add_command(commands, "tokenize", summary, TOKENIZE_EPILOG, _tokenize, on_interrupt=RESUMES)
     text = """a file, or a folder of them: .jsonl, .jsonl.gz, .jsonl.zst (a document per line), .parquet (a document per
-        row), anything else is text (a document per file)"""
+        row), anything else is text (a document per file); documents above 64 MiB are left out and counted"""
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help=text)
     option(command, "--output", "DIR", "folder of train/, heldout/ and tokenizer/", kind=Path, required=True)
     tokenizer = command.add_mutually_exclusive_group(required=True)

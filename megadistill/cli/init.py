@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadistill.cli.common import Commands, add_command, print_tables, say
-from megadistill.redaction import shown
+from megadistill.redaction import printable_line
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -59,7 +59,7 @@ def _tree(folder: Path, paths: Sequence[Path]) -> "Tree":
 
     from megadistill.shipped import FIRST_RECIPE, FOLDERS
 
-    top = Tree(Text(shown(str(folder))))
+    top = Tree(Text(printable_line(str(folder))))
     for name in FOLDERS:
         branch = top.add(Text(f"{name}/"))
         inside = [path.relative_to(name) for path in paths if path.parts[0] == name]

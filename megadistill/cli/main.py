@@ -20,7 +20,7 @@ from megadistill.cli.parser import Parser
 from megadistill.distributed.launch import environment_local_rank, environment_rank
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 from megadistill.outputs import one_line
-from megadistill.redaction import shown, shown_lines
+from megadistill.redaction import printable_line, printable_lines
 
 EPILOG = f"""\
 megadistill COMMAND --help shows the options of a command, with an example.
@@ -71,7 +71,7 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
         return options.run(options) or 0
     except UserError as error:
         if prints or isinstance(error, RankUserError):
-            lines = map(shown, error.lines or [str(error)])  # arguments and files may hold anything
+            lines = map(printable_line, error.lines or [str(error)])  # arguments and files may hold anything
             print("megadistill:", "\n".join(lines), file=sys.stderr)
         else:
             time.sleep(EXIT_DELAY_SECONDS)
@@ -90,7 +90,7 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
         if interrupts is not None and interrupts.name is not None:  # an import that was interrupted fails otherwise
             return _interrupted(interrupts, on_interrupt, prints)
         notes, error.__notes__ = getattr(error, "__notes__", []), []
-        print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
+        print(printable_lines(traceback.format_exc()), end="", file=sys.stderr)
         error.__notes__ = notes
         _print_notes(error)
         return OperatorFault.exit_code
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
 def _print_notes(error: Exception) -> None:
     """Prints what an error's notes say to type next. Not to stderr, whose last line is the reason of the end."""
     for note in getattr(error, "__notes__", ()):
-        print(shown(note), flush=True)
+        print(printable_line(note), flush=True)
 
 
 def _refuse_renamed(arguments: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from megadistill.export.export_run import export_run
 
-    require_writable_folder(options.output.parent, "--output", shown=options.output)
+    require_writable_folder(options.output.parent, "--output", given=options.output)
     step = export_run(
         options.source,
         options.output,
@@ -126,7 +126,7 @@ def _prune(options: argparse.Namespace) -> None:
     from megadistill.progress import console_progress
     from megadistill.prune.prune import prune
 
-    require_writable_folder(options.output.parent, "--output", shown=options.output)
+    require_writable_folder(options.output.parent, "--output", given=options.output)
     with console_progress() as show:
         report = prune(
             options.teacher,

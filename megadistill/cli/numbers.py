@@ -71,9 +71,9 @@ def number_type(kind: type[int] | type[float], option: str) -> Callable[[str], f
         try:
             value = kind(text) if len(text) <= MAX_LETTERS else kind("none")
         except ValueError:
-            shown = text if len(text) <= MAX_LETTERS else f"{text[:MAX_LETTERS]}…"
+            beginning = text if len(text) <= MAX_LETTERS else f"{text[:MAX_LETTERS]}…"
             what = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{shown}: give {what}, {_range(least, largest)}") from None
+            raise argparse.ArgumentTypeError(f"{beginning}: give {what}, {_range(least, largest)}") from None
         if kind is int and value < least:
             raise argparse.ArgumentTypeError(f"{text}: give at least {least:,}")
         if not least <= value <= largest or not math.isfinite(value):

@@ -39,7 +39,7 @@ _BOUNDS = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than
     "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}  # fmt: skip
 """pydantic's type of an error -> the words for the bound, and its name in the error's context."""
 
-MAX_SHOWN = 200
+MAX_LETTERS = 200
 """Letters of a value that a message shows."""
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -234,7 +234,7 @@ def _described(value: Any) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+    return text if len(text) <= MAX_LETTERS else f"{text[:MAX_LETTERS]}…"
 
 
 def _locate(location: Sequence[str | int], values: Any, *, missing: bool) -> tuple[KeyPath, list[str]]:

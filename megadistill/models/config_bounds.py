@@ -10,7 +10,7 @@ from typing import Any
 from megadistill.errors import UserError
 
 MAX_NUMBER = 1e15
-"""Of a key without bounds of its own."""
+"""Bound of a key that has none of its own."""
 
 _SIZE = (1, 10**6)
 _PROBABILITY = (0, 1)
@@ -55,10 +55,10 @@ def refuse_extreme_numbers(keys: Any, what: str) -> None:
             bounds = " to ".join(
                 f"{bound:,}" if abs(bound) < MAX_NUMBER else f"{bound:g}" for bound in (least, largest)
             )
-            raise UserError(f"{what}: {path} is {_shown(value)}; give a number from {bounds}")
+            raise UserError(f"{what}: {path} is {_number_text(value)}; give a number from {bounds}")
 
 
-def _shown(number: float) -> str:
+def _number_text(number: float) -> str:
     is_long = isinstance(number, int) and abs(number) >= 10**40  # of thousands of digits, if somebody wants that
     return f"about 1e{math.floor(math.log10(abs(number)))}" if is_long else str(number)
 

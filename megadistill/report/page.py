@@ -60,7 +60,7 @@ def report(runs: Sequence[Path], *, evaluations: Sequence[Path], output: Path | 
     if there.is_file() and there != path:
         raise UserError(f"{printable(str(there))} is a file: give --output a folder, or a name that ends in .html")
     records = read_runs(runs)
-    require_writable_folder(path.parent, "--output" if output is not None else "RUN", shown=path)
+    require_writable_folder(path.parent, "--output" if output is not None else "RUN", given=path)
     results = [Results(printable(each.name), read_evaluations(each)) for each in evaluations]
     write(compose(records, results, now=now), path)
     return path

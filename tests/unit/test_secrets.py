@@ -19,7 +19,15 @@ from megadistill.data import Manifest
 from megadistill.data.storage.remote import RemoteFolder
 from megadistill.errors import UserError
 from megadistill.events import EventLog
-from megadistill.redaction import command_line, redact, redact_url, redacted, shown, url_secret, without_secrets
+from megadistill.redaction import (
+    command_line,
+    printable_line,
+    redact,
+    redact_url,
+    redacted,
+    url_secret,
+    without_secrets,
+)
 from tests.paths import RECIPES, ROOT
 from tests.unit.data.servers import Handler, serving
 
@@ -27,13 +35,13 @@ URLS = yaml.safe_load((ROOT / "tests/secret_urls.yaml").read_text(encoding="utf-
 
 
 @pytest.mark.parametrize(("url", "secret"), URLS["secret"])
-def test_a_secret_is_found_and_hidden(url: str, secret: str) -> None:
+def test_a_secret_is_recognised_and_hidden(url: str, secret: str) -> None:
     assert url_secret(url) is not None
     for hidden in (
         without_secrets(f"no '{url}' here"),
         redact_url(url),
         redact(f"403 for {url}, message"),
-        shown(f"--data {url}: no such file"),
+        printable_line(f"--data {url}: no such file"),
         " ".join(command_line(["megadistill", "evaluate", "--data", url, "--set", f"data.manifest={url}"])),
         json.dumps(redacted({"a": [{"b": url}], "c": 1})),
     ):
@@ -124,7 +132,7 @@ def test_errors_and_logs_of_libraries_have_no_secret(
 
 
 def test_the_way_out_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/data.md says: a password in fsspec's environment, not in the URL."""
+    """The example of docs/data.md: a password in fsspec's environment, not in the URL."""
     (tmp_path / "manifest.json").write_text("{}")
     password = f"Basic {base64.b64encode(b'me:pa55word').decode()}"
     conf: dict[str, dict[str, object]] = {}

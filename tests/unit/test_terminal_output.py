@@ -1,4 +1,4 @@
-"""What comes from outside reaches a terminal as plain text of a bounded length, wherever it is printed.
+"""Names and values from outside reach a terminal as plain text of a bounded length, wherever it is printed.
 
 A hostile text is a line of tests/hostile_texts.yaml.
 """
@@ -20,7 +20,7 @@ from megadistill.cli.common import say
 from megadistill.cli.main import run_command
 from megadistill.errors import UserError, several
 from megadistill.progress import _plain_lines
-from megadistill.redaction import shown, shown_lines
+from megadistill.redaction import printable_line, printable_lines
 from megadistill.terminal_tables import print_tables
 from tests.paths import RECIPES, ROOT
 
@@ -141,11 +141,11 @@ def test_a_traceback_is_harmless(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_long_values_are_cut_and_keep_their_end() -> None:
-    line = shown(f"--set x={LONG}: name another")
+    line = printable_line(f"--set x={LONG}: name another")
     assert len(line) < 5000
     assert line.startswith("--set x=x")
     assert line.endswith(": name another")
-    assert shown_lines("a\tb\nc") == "a\N{REPLACEMENT CHARACTER}b\nc"
+    assert printable_lines("a\tb\nc") == "a\N{REPLACEMENT CHARACTER}b\nc"
     file = io.StringIO()
     print_tables(Console(file=file, width=80), Text(LONG))
     assert len(file.getvalue()) < 5000

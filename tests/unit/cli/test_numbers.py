@@ -25,15 +25,15 @@ def _actions(of: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def test_every_number_of_every_command_has_bounds() -> None:
-    found = set()
+    named = set()
     for action in _actions(parser()):
         name = action.option_strings[-1] if action.option_strings else action.dest
         if isinstance(action.default, int | float) and not isinstance(action.default, bool):
             assert name in BOUNDS, name
         if name in BOUNDS:
-            found.add(name)
+            named.add(name)
         assert action.type not in (int, float) or name == "--local-rank", f"{name}: a number without bounds"
-    assert found == set(BOUNDS), "an option that is gone"
+    assert named == set(BOUNDS), "an option that is gone"
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "9" * 5000])
