@@ -125,6 +125,6 @@ def _validated(values: Any, source: str) -> dict[str, Accelerator]:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join([str(kind), *map(str, first["loc"])])
-            found = reprlib.repr(first["input"])
-            raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {found}") from None
+            value = reprlib.repr(first["input"])
+            raise UserError(f"--gpu {source}: {place}: {first['msg'].lower()}, found {value}") from None
     return kinds

@@ -125,7 +125,7 @@ def read_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     content, left = [], max_bytes + 1
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size  # it may grow meanwhile, and those of /proc have none
-        at_once = max(size, 1 << 16) + 1  # read() allocates what it is asked for
+        at_once = max(size, 1 << 16) + 1  # read(n) allocates n bytes
         while size <= max_bytes and left and (part := file.read(min(left, at_once))):
             content.append(part)
             left -= len(part)

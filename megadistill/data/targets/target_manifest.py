@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from megadistill.config.recipe import TargetsSection
@@ -24,6 +24,7 @@ from megadistill.data.shards.manifest import Shard
 from megadistill.data.storage.open import folder_of
 from megadistill.data.stream.order import order_differences
 from megadistill.errors import UserError
+from megadistill.io import parse_json
 from megadistill.redaction import redact_url
 from megadistill.types import Tail
 
@@ -49,7 +50,7 @@ class TargetKey(BaseModel):
     targets: TargetsSection
     """Selection of the ids that are stored."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    seed: int
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
     """Seed of the draws."""
     sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     vocab_size: Annotated[int, Field(ge=2, le=1 << 24)]
@@ -57,6 +58,13 @@ class TargetKey(BaseModel):
     document_mask: bool
     insert_bos: bool = Field(default=False, exclude_if=lambda holds: not holds)
     """Whether BOS was put in front of the sequences when they were read. Not written where it is false."""
+
+    @field_validator("order")
+    @classmethod
+    def _is_an_object(cls, order: str) -> str:
+        if not isinstance(parse_json(order.encode()), dict):
+            raise ValueError("it is not a JSON object")
+        return order
 
     @property
     def tail(self) -> Tail:
@@ -106,7 +114,8 @@ def _described(value: Any) -> str:
     return f"{value[:12]}…" if isinstance(value, str) else str(value)
 
 
-SlotRange = tuple[Slot, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Extent = Annotated[int, Field(ge=1, lt=1 << 62)]
+SlotRange = tuple[Slot, Extent, Extent, Extent]
 """first, length, stride, count: the slots first + k·stride + i, for k below count and i below length ≤ stride."""
 
 
@@ -125,6 +134,8 @@ class TargetShard:
         if any(length > stride for _, length, stride, _ in self.slots):
             raise ValueError(f"{self.file.name} has a range that overlaps itself")
         ends = [_end(part) for part in self.slots]
+        if max(ends) > 1 << 62:
+            raise ValueError(f"{self.file.name} has a range that ends beyond all slots")
         if any(after[0] < end for end, after in zip(ends, self.slots[1:], strict=False)):
             raise ValueError(f"{self.file.name} has ranges that are not in order")
 
@@ -190,11 +201,15 @@ class SlotMap:
             end = min(begin + SCAN_SLOTS, stop)
             held = np.zeros(end - begin, dtype=np.bool_)
             for part in np.flatnonzero((self._first < end) & (self._stop > begin)).tolist():
-                first, stride = int(self._first[part]), int(self._stride[part])
+                first, stride, length = int(self._first[part]), int(self._stride[part]), int(self._length[part])
                 rounds = np.arange(
                     max(0, (begin - first) // stride), min(int(self._count[part]), (end - first) // stride + 1)
                 )
-                slots = (first + rounds[:, None] * stride + np.arange(self._length[part])).reshape(-1)
+                if length > SCAN_SLOTS:  # of a few rounds
+                    for start in (first + rounds * stride).tolist():
+                        held[max(0, start - begin) : max(0, start + length - begin)] = True
+                    continue
+                slots = (first + rounds[:, None] * stride + np.arange(length)).reshape(-1)
                 held[slots[(slots >= begin) & (slots < end)] - begin] = True
             if not held.all():
                 return begin + int(held.argmin())
