@@ -67,9 +67,17 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
 
 
 def _tokenizer(run: Path, *, rows: int) -> ExportedTokenizer:
-    """The tokenizer of the run's data. Raises UserError: it is missing, or was changed since the run began."""
+    """The tokenizer of the run's data. Raises UserError: it is missing, or was changed since the run began.
+
+    One that cannot be read does not stop the export of a finished run: the special ids are left out.
+    """
     files = run_tokenizer(run)
-    return ExportedTokenizer(files, generation_settings(run / TOKENIZER_FOLDER, rows=rows))
+    try:
+        generation = generation_settings(run / TOKENIZER_FOLDER, rows=rows)
+    except UserError as error:
+        logger.warning("%s: the export has no bos_token_id, eos_token_id and pad_token_id: add them", error)
+        generation = {}
+    return ExportedTokenizer(files, generation)
 
 
 def _card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any) -> dict[str, str]:

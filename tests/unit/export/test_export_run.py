@@ -442,3 +442,14 @@ def test_a_student_whose_folder_has_rows_beyond_the_ids_is_exported_with_a_row_f
     assert exported.config.vocab_size == VOCAB
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, whole(ids).logits[..., :VOCAB])
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_stop_the_export_of_a_finished_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, made = _run(tmp_path)
+    _checkpoint(run, made)
+    (run / "tokenizer" / "tokenizer.json").write_text("[]")
+    _export(run, tmp_path / "out")
+    assert "the export has no bos_token_id, eos_token_id and pad_token_id" in caplog.text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None, "not that of another"
