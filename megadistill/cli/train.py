@@ -81,8 +81,6 @@ def _train(options: argparse.Namespace) -> int:
     from megadistill.train.setup.next_start import how_to_resume, nothing_to_do
 
     folder, first_rank = Path(recipe.run.folder), environment_rank() == 0
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.folder: {folder} is a file: name another path, at which the run makes its folder")
     answer = nothing_to_do(recipe, stop_after=options.stop_after)
     if answer is not None:
         if answer.recipe_differs:

@@ -1,5 +1,6 @@
 """Loading of a recipe: YAML with `extends:` (relative to the file that contains it) and `--set`, then validation."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from yaml import YAMLError
 
 from megadistill.config.interpolation import refuse_expansion
 from megadistill.config.mistakes import KeyPath, find_mistakes, flattened
+from megadistill.config.paths import wrong_run_folder
 from megadistill.config.recipe import Recipe
 from megadistill.config.yaml_file import first_line, read_yaml
 from megadistill.errors import UserError, nearest_of, several
@@ -76,6 +78,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     values = _without_unknown(values)
     mistakes += [(_place(key, places), printable(text)) for key, text in _not_expanded(values)]
     mistakes += [(_place(key, places), text) for key, text in _secrets(values)]
+    folder = dotted(values).get("run.folder")
+    if isinstance(folder, str) and folder and (problem := wrong_run_folder(Path(folder))) is not None:
+        mistakes.append((_place(("run", "folder"), places), f"run.folder: {printable(problem)}"))
     return validate_recipe(_with_warmup_of_the_run(values), source=str(path), places=places, before=mistakes)
 
 
@@ -205,7 +210,7 @@ def _read_with_parents(
     path: Path, seen: tuple[Path, ...]
 ) -> tuple[DictConfig, dict[KeyPath, str], list[tuple[str, str]]]:
     """The merged values, where each key is from, and mistakes (where, what) of the files."""
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))  # of a link to itself too, which reading refuses
     if resolved in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}")
     try:

@@ -34,6 +34,38 @@ def wrong_path(path: Path | str, kind: PathKind) -> str | None:
     return None if reason is None else f"{text} {printable(reason)}"
 
 
+_SYSTEM_FOLDERS = (
+    "bin", "boot", "dev", "etc", "lib", "lib64", "opt", "proc", "root", "run", "sbin", "srv", "sys", "tmp", "usr", "var",
+)  # fmt: skip
+_NEVER = ("boot", "dev", "etc", "proc", "sys")
+"""Folders below / that belong to the system, and those that do so with all that is in them (/dev/shm apart)."""
+
+
+def wrong_run_folder(path: Path) -> str | None:
+    """One line on a folder that must not become a run's: it is something else's. None: it may."""
+    if "\0" in str(path):
+        return f"{path}: no folder can have such a name"
+    if path.exists() and not path.is_dir():
+        return f"{path} is a file: name another path, at which the run makes its folder"
+    folder, here = path.resolve(), Path.cwd()
+    if folder.is_relative_to("/dev/shm"):
+        return None
+    reason = None
+    if len(folder.parts) == 1 or folder.parts[1] in (_SYSTEM_FOLDERS if len(folder.parts) == 2 else _NEVER):
+        reason = "is a folder of the system"
+    elif folder == Path.home().resolve():
+        reason = "is your home"
+    elif folder == here or folder in here.parents:
+        reason = "is the current folder, or holds it"
+    elif (folder / ".git").exists() or (folder / "pyproject.toml").is_file():
+        reason = "is the root of a project"
+    elif not _is_run(folder) and (folder / "config.json").is_file():
+        reason = "is a model"
+    elif any((folder / each).is_file() for each in ("manifest.json", "train/manifest.json")):
+        reason = "holds token shards"
+    return None if reason is None else f"{path} {reason}: name a folder that the run makes, such as runs/mine"
+
+
 def not_model(path: Path | str, what: str) -> str:
     """The message for a path that is no Hugging Face folder; `what` is its key, its option, or the path itself."""
     place = f" (paths are relative to {Path.cwd()})"
