@@ -19,6 +19,8 @@ MAX_DEPTH, MAX_VALUES = 32, 100_000
 MAX_LETTERS = 40
 """Letters of a line of the file that a message shows."""
 
+_TEXT_OR_NOTHING = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null")
+
 Lines = dict[KeyPath, int]
 """Path of a key, such as ("train", "steps") -> the line (from 1) that has it."""
 
@@ -50,6 +52,8 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[tuple[str, str]]]:
         raise UserError(f"{path}, {_syntax(error, text.splitlines())}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: cannot be read as YAML: {printable(first_line(error))}") from None
+    if isinstance(root, yaml.ScalarNode) and root.tag not in _TEXT_OR_NOTHING:
+        raise UserError(f"{path}: a mapping of keys is needed, found {printable(root.value[:40])}")
     lines: Lines = {}
     repeated = [(f"{path}, {where}", what) for where, what in _walk(root, (), lines, (), path)]
     if repeated:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +12,8 @@ from tests.fuzz.worker import Case, outcomes
 
 LISTED = int(os.environ.get("FUZZ_SHOWN", "40"))
 """Cases that a failure lists."""
+
+Row, Value = TypeVar("Row"), TypeVar("Value")
 
 TABLES = Path(__file__).parent / "tables"
 
@@ -24,6 +26,17 @@ def value_of(text: str) -> str:
     """A value of a table; `x * 1000` there is x, 1000 times."""
     repeated, star, times = text.rpartition(" * ")
     return repeated * int(times) if star and times.isdigit() else text
+
+
+def pairs(rows: Sequence[Row], values: Sequence[Value], *, each: int) -> list[tuple[Row, Value]]:
+    """Each row with `each` of the values, in turn, so that all values occur; FUZZ_ALL=1: with all of them."""
+    if os.environ.get("FUZZ_ALL") == "1":
+        each = len(values)
+    return [
+        (row, values[(number * each + place) % len(values)])
+        for number, row in enumerate(rows)
+        for place in range(min(each, len(values)))
+    ]
 
 
 def require_lines(cases: Sequence[Case], folders: Sequence[Path], *, trains: bool = False) -> None:

@@ -29,7 +29,7 @@ class Outcome:
         if self.code == 0:
             return self._control_character()
         lines = self.err.splitlines()
-        if self.code == 2 and "✗" in self.out:  # the table of doctor has the reasons
+        if not lines and self.out.strip():  # the table of doctor, the list of `shards verify`: they have the reasons
             return self._control_character()
         if not lines:
             return f"exit {self.code} without a word"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megadistill.cli.main import parser
-from tests.fuzz.harness import require_lines, table, value_of
+from tests.fuzz.harness import pairs, require_lines, table, value_of
 from tests.fuzz.worker import Case
 
 
@@ -39,12 +39,9 @@ def test_every_command_has_a_line_in_the_table() -> None:
 
 def test_a_hostile_argument_is_refused_in_a_line_or_taken(folders: list[Path]) -> None:
     lines = {name: shlex.split(line) for name, line in table("commands").items()}
+    rows = [(name, action) for name, command in _commands(parser()) for action in command._actions if action.nargs != 0]
     cases = []
-    for name, command in _commands(parser()):
-        for action in command._actions:
-            if action.nargs == 0:
-                continue
-            for value in map(value_of, table("arguments")):
-                arguments = _with(lines[name], action, len(name.split()), value)
-                cases.append(Case(shlex.join(arguments)[:300], tuple(arguments)))
+    for (name, action), value in pairs(rows, [value_of(text) for text in table("arguments")], each=3):
+        arguments = _with(lines[name], action, len(name.split()), value)
+        cases.append(Case(shlex.join(arguments)[:300], tuple(arguments)))
     require_lines(cases, folders)

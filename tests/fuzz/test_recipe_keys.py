@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megadistill.config.keys import keys
-from tests.fuzz.harness import require_lines, table, value_of
+from tests.fuzz.harness import pairs, require_lines, table, value_of
 from tests.fuzz.worker import Case
 
 
@@ -15,12 +15,7 @@ def _override(key: str, value: str) -> str:
 
 def test_a_hostile_value_of_a_key_is_refused_in_a_line_or_would_run(folders: list[Path]) -> None:
     names = [key.name for key in keys()] + table("keys")
-    require_lines(
-        [
-            Case(override, ("train", "new.yaml", "--set", override))
-            for name in names
-            for value in table("values")
-            for override in [_override(name, value_of(value))]
-        ],
-        folders,
-    )
+    overrides = [
+        _override(name, value) for name, value in pairs(names, [value_of(text) for text in table("values")], each=7)
+    ]
+    require_lines([Case(override, ("train", "new.yaml", "--set", override)) for override in overrides], folders)

@@ -284,3 +284,18 @@ def test_the_other_names_lead_to_keys_that_exist_and_are_no_keys_themselves() ->
             assert "." not in word or word in known, word
     members = [name for group in OTHER_VALUES.values() for name in group]
     assert len(members) == len(set(members))
+
+
+@pytest.mark.parametrize(("content", "shown"), [("7", "found 7"), ("true", "found true"), ("2026-01-01", "2026-01-01")])
+def test_a_recipe_that_is_one_value_is_refused(content: str, shown: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"a mapping of keys is needed, .*{shown}"):
+        load_recipe(path)
+
+
+def test_a_recipe_that_links_to_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.symlink_to(path.name)
+    with pytest.raises(UserError, match="Too many levels of symbolic links"):
+        load_recipe(path)
