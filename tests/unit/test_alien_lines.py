@@ -1,4 +1,4 @@
-"""Lines in events.jsonl and metrics.jsonl that somebody else wrote, or that are damaged, stop nothing: they are left
+"""Lines in events.jsonl and metrics.jsonl that another program wrote, or that are damaged, stop nothing: they are left
 out, counted in one warning, and no number changes."""
 
 import tracemalloc

@@ -97,13 +97,13 @@ def content_of(row: dict[str, Any]) -> bytes:
 def refusal(read: Callable[[Path], Any], path: Path) -> str:
     """The line with which a reader refuses a file; empty where it leaves the file out."""
     try:
-        found = read(path)
+        content = read(path)
     except (UserError, OperatorFault) as error:
         text = str(error)
         assert len(text) < 1000, text[:2000]
         return text
-    empty = found in (None, False) or not found or (isinstance(found, tuple) and not any(part for part in found[:2]))
-    assert empty, f"believed: {found!r}"
+    empty = not content or (isinstance(content, tuple) and not any(part for part in content[:2]))
+    assert empty, f"believed: {content!r}"
     return ""
 
 
@@ -119,7 +119,7 @@ def test_a_reader_refuses_hostile_contents_in_one_line(reader: tuple[Callable[[P
     read, path = reader
     for row in TABLE:
         path.write_bytes(content_of(row))
-        text = refusal(read, path)  # of a recipe, all mistakes are told, a line each
+        text = refusal(read, path)  # of a recipe, each mistake has a line
         assert path.suffix == ".yaml" or "\n" not in text, row["name"]
 
 

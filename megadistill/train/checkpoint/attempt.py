@@ -62,8 +62,8 @@ class Process:
 
 def newest_number(folder: Path) -> int:
     """The number of the newest attempt at the run of this folder; 0 where there is none."""
-    records = (folder / "attempts").glob("*.json")
-    return max((int(path.stem) for path in records if path.stem.isdigit()), default=0)
+    names = (path.stem for path in (folder / "attempts").glob("*.json"))
+    return max((int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 10), default=0)
 
 
 def acquire(folder: Path, record: Mapping[str, Any], *, after: int | None = None) -> Attempt:

@@ -1,4 +1,4 @@
-"""Slots of a target set that somebody else describes: bounded, whatever the numbers say."""
+"""Slots of a target set are bounded, whatever its numbers are."""
 
 import json
 import tracemalloc

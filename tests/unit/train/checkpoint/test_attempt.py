@@ -106,3 +106,11 @@ def test_a_full_disk_leaves_no_record_and_names_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match=r"No space left on device: .*00001\.json"):
         acquire(tmp_path, {})
     assert newest_number(tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "\u0663", "9" * 200, "-1", "1e9"])
+def test_a_record_of_a_name_that_no_attempt_gives_is_none(name: str, tmp_path: Path) -> None:
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "00003.json").touch()
+    (tmp_path / "attempts" / f"{name}.json").touch()
+    assert newest_number(tmp_path) == 3
