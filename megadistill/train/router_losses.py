@@ -104,7 +104,7 @@ def router_numbers(sums: RouterSums) -> Tensor:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """What the routers of a step did, over its global batch."""
+    """Load of the experts and losses of the routers in a step, over its global batch."""
 
     layers: tuple[int, ...]
     """Numbers of the layers with experts."""
@@ -117,7 +117,7 @@ class ExpertLoad:
 
     @classmethod
     def of(cls, numbers: Sequence[float], layers: tuple[int, ...], *, valid_tokens: float) -> "ExpertLoad":
-        """From `router_numbers`, summed over micro-batches and ranks."""
+        """`numbers`: `router_numbers`, summed over micro-batches and ranks."""
         L = len(layers)
         E = (len(numbers) // L - 1) // 2
         values = torch.tensor(numbers, dtype=torch.float64)
