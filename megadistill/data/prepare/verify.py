@@ -183,11 +183,11 @@ def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
     path = (folder / record.file).resolve()
     if record.files:
         try:
-            found = hashes_in(path.parent)
+            hashes = hashes_in(path.parent)
         except OSError as error:
             yield f"tokenizer: {path.parent}: {reason_of(error)}"
             return
-        yield from (f"tokenizer: {path.parent}/{line}" for line in changed_files(found, record.files))
+        yield from (f"tokenizer: {path.parent}/{line}" for line in changed_files(hashes, record.files))
         return
     try:
         tokenizer = tokenizer_sha256(path, prefer=record.kind)

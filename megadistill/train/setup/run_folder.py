@@ -225,13 +225,13 @@ def run_tokenizer(folder: Path) -> dict[str, Path]:
 def _unchanged_tokenizer(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
     """Hashes of the files of the copy that are recorded, of all where none is."""
     target = folder / TOKENIZER_FOLDER
-    found = hashes_in(target)
-    if changed := next(changed_files(found, recorded), None):
+    hashes = hashes_in(target)
+    if changed := next(changed_files(hashes, recorded), None):
         raise UserError(
             f"{target}/{changed}: the tokenizer of the run was changed after its first start: remove {target} and "
             "start the run again, which copies the data's"
         )
-    return {name: found[name] for name in recorded or found}
+    return {name: hashes[name] for name in recorded or hashes}
 
 
 def copy_student_config(folder: Path, section: StudentSection) -> None:
