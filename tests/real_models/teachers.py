@@ -78,7 +78,7 @@ def assert_stages_give_transformers_logits(folder: Path, model: Any, stages: int
     """Runs `stages` ranks, each with tokens of its own."""
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(encoding="utf-8")).input_ids
     tokens = torch.tensor(ids[: stages * 96]).view(stages, 96)
-    hidden = torch.stack(run_ranks(stages, _logits, str(folder), tokens))
+    hidden = torch.stack(run_ranks(stages, _logits, str(folder), tokens, deadline=300))
     with torch.no_grad():
         actual, expected = model.lm_head(hidden), model(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)

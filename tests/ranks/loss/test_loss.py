@@ -250,7 +250,7 @@ def _drawn_case(draw: st.DrawFn, g: int) -> Case:
     )
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), g=st.integers(2, 4))
 def test_any_slices_tokens_and_objectives(data: st.DataObject, g: int) -> None:
     """Each example is many cases: the ranks start once for all of them."""

@@ -29,7 +29,7 @@ def _located(slots: list[int]) -> dict[str, int]:
     return {name: counts[name] for name in ORDER.names}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     next_slot=st.integers(0, 120), first=st.integers(0, 120), length=st.integers(1, 40), masked_at=st.integers(0, 119)
 )

@@ -115,7 +115,7 @@ def test_a_small_tail_keeps_its_gradient_in_float32(log_mass: float) -> None:
     assert relative_error(found.weight_grad[3:], expected.weight_grad[3:]) < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(0, 9),
@@ -152,7 +152,7 @@ def test_any_shape_chunk_and_magnitude(
     torch.testing.assert_close(found.weight_grad, expected.weight_grad, rtol=1e-10, atol=atol)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(0, 9),

@@ -457,7 +457,7 @@ def test_an_output_that_cannot_be_written_to_is_refused(corpus: Path, given: Pat
         _run(corpus, tmp_path / "file" / "out", tokenizer=given, vocab_size=None)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @hypothesis.given(texts=st.lists(st.text("ab\né", min_size=1, max_size=30), max_size=30))
 def test_the_training_sample_is_the_documents_with_the_smallest_digests(
     monkeypatch: pytest.MonkeyPatch, texts: list[str]

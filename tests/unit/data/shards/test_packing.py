@@ -114,7 +114,7 @@ def test_documents_of_two_groups_are_never_in_one_sequence(monkeypatch: pytest.M
     assert [set(sequence.tokens.tolist()) - {EOS, PAD} for sequence in sequences] == [{10, 11, 12}, {13, 14, 15}, {16}]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**32))
 def test_padding_is_below_one_percent_on_documents_as_long_as_those_of_the_web(seed: int) -> None:
     """Log-normal, median 600 tokens, a tenth of the documents above 2,800."""

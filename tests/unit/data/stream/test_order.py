@@ -31,7 +31,7 @@ CURRICULUM = (
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12))
 def test_no_prefix_of_a_period_strays_by_a_whole_sequence(shares: list[int]) -> None:
     period = interleave(shares)

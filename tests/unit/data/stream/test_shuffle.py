@@ -43,7 +43,7 @@ def test_golden_vectors() -> None:
     assert actual == json.loads(GOLDEN.read_text())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(1, 200), min_size=1, max_size=6),
     seed=st.integers(0, 2**64),

@@ -54,7 +54,7 @@ def folder(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathF
     return made
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=texts)
 @example(text=AWKWARD)
 @example(text=CODE)
@@ -80,7 +80,7 @@ def test_a_line_beyond_the_trainers_limit_is_not_left_out() -> None:
     assert len(tokenizer.encode(letters)) < len(letters), "its letters and pairs were learnt"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=texts)
 @example(text=AWKWARD)
 @example(text=CODE)
@@ -219,7 +219,7 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(values, indent=3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=texts)
 @example(text=AWKWARD)
 @example(text=CODE)
@@ -381,7 +381,7 @@ def test_a_folder_is_read_by_its_original(folder: Path, byte_level: Path, tmp_pa
     assert tokenizer_record(alone, "../tokenizer").file == "../tokenizer/tokenizer.model"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=texts)
 @example(text=AWKWARD)
 def test_what_is_written_of_a_model_of_sentencepiece_is_read_as_the_same_tokenizer(

@@ -36,7 +36,7 @@ def test_targets_are_the_references(selection: Selection, tail: Tail, temperatur
     _assert_equal(found, expected, TOLERANCE[dtype])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(0, 9),

@@ -228,7 +228,7 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
     return whole
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(pieces=st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_every_range_is_that_of_the_whole(pieces: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:
