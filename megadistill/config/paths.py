@@ -35,7 +35,7 @@ def wrong_path(path: Path | str, kind: PathKind) -> str | None:
 
 
 _SYSTEM_FOLDERS = (
-    "bin", "boot", "dev", "etc", "lib", "lib64", "opt", "proc", "root", "run", "sbin", "srv", "sys", "tmp", "usr", "var",
+    "bin", "boot", "dev", "etc", "lib", "lib64", "opt", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var",
 )  # fmt: skip
 _NEVER = ("boot", "dev", "etc", "proc", "sys")
 """Folders below / that belong to the system, and those that do so with all that is in them (/dev/shm apart)."""
