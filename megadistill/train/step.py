@@ -146,7 +146,7 @@ class _Forward:
     def of(
         cls, student: StudentEngine, batch: StepBatch, *, step: int, objective: Objective, topology: Topology
     ) -> "_Forward":
-        """Of a step's batch. Collective."""
+        """The forward pass of a step's batch. Collective."""
         labels, routers = _global_labels(batch, topology), None
         tokens = labels.clamp(min=1.0)
         if student.routers is not None:

@@ -88,6 +88,34 @@ def test_every_rank_takes_the_recipes_steps(manifest: Path, tmp_path: Path, worl
     _require_histograms_of_the_whole(tmp_path / "run")
 
 
+def _train_mixture(topology: Topology, manifest: str, folder: str, stop_after: int | None) -> int:
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    made = recipe(Path(manifest), Path(folder)).snapshot()
+    made["student"]["config"] = {**STUDENT, "model_type": "mixtral", "num_local_experts": 4}
+    made["loss"]["router_aux_loss_coef"] = 0.1
+    return run(prepare(Recipe.model_validate(made), launch), topology, stop_after=stop_after).step
+
+
+def test_a_student_with_experts_is_balanced_alike_on_any_ranks_and_after_a_resume(
+    manifest: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for name, starts in {"whole": [(2, None)], "resumed": [(2, 2), (2, None)], "alone": [(1, None)]}.items():
+        for world, stop_after in starts:
+            run_ranks(world, _train_mixture, str(manifest), str(tmp_path / name), stop_after)
+        runs[name] = _numbers(tmp_path / name)
+    assert runs["resumed"] == runs["whole"], "bitwise, with the load of the experts"
+    for ours, theirs in zip(runs["alone"], runs["whole"], strict=True):
+        assert ours["experts"] == pytest.approx(theirs["experts"], rel=2e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
+        balance = ours["loss"] - ours["student_ce"]
+        assert balance == pytest.approx(0.1 * ours["experts"]["router_aux_loss"], rel=1e-4)
+    assert [step for step, line in enumerate(runs["whole"], 1) if "expert_load" in line] == [STEPS]
+    (load,) = runs["whole"][-1]["expert_load"].values()
+    assert sum(load) == pytest.approx(4, abs=1e-3)
+    assert max(load) == pytest.approx(runs["whole"][-1]["experts"]["max_load"], abs=1e-4)
+
+
 def _train_twice(topology: Topology, manifest: str, folder: str) -> tuple[int, int]:
     """The step after a run to step 2, and after another attempt that is to stop at step 1."""
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
