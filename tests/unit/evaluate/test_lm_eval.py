@@ -118,6 +118,26 @@ def test_the_harness_measures_what_the_model_says(
         _run(model, ["own_text"], tmp_path / "none")
 
 
+@installed
+def test_a_text_is_measured_behind_one_bos(
+    model: Path,  # noqa: F811
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The harness puts BOS in front of a whole text, and its tokenizer would put a second one there."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(importlib.import_module("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert {row[0] for row in ids} == {tokenizer.bos_token_id}
+    nats = [_nats(model, row[:1], row[1:]) for row in ids]
+    bits = sum(nats) / math.log(2) / sum(len(text.encode()) for text in TEXTS)
+    (score,) = [one for one in _run(model, ["own_text"], tasks).scores if one.metric == "bits_per_byte"]
+    assert score.value == pytest.approx(bits, rel=1e-5)
+
+
 def test_without_the_extra_it_says_how_to_get_it(
     model: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
