@@ -9,6 +9,9 @@ from megadistill.cli.main import parser
 from tests.fuzz.harness import pairs, require_lines, table, value_of
 from tests.fuzz.worker import Case
 
+WRITTEN = ("output", "json", "plots")
+"""Places of output: writing to a pipe waits for its reader, as in any program."""
+
 
 def _commands(
     top: argparse.ArgumentParser, names: tuple[str, ...] = ()
@@ -42,6 +45,8 @@ def test_a_hostile_argument_is_refused_in_a_line_or_taken(folders: list[Path]) -
     rows = [(name, action) for name, command in _commands(parser()) for action in command._actions if action.nargs != 0]
     cases = []
     for (name, action), value in pairs(rows, [value_of(text) for text in table("arguments")], each=3):
+        if value == "fifo" and action.dest in WRITTEN:
+            continue
         arguments = _with(lines[name], action, len(name.split()), value)
         cases.append(Case(shlex.join(arguments)[:300], tuple(arguments)))
     require_lines(cases, folders)
