@@ -33,6 +33,9 @@ from megadistill.redaction import printable
 _RECOMPUTED: Final = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 """Buffers that older releases of transformers stored, and that are computed from the config."""
 
+_MAX_NAME: Final = 100
+"""Maximum characters of a foreign tensor's name in a message."""
+
 _COMPARED_ROWS: Final = 4096
 """Rows of two matrices that are in memory while they are compared."""
 
@@ -104,14 +107,16 @@ def _missing(weights: SafetensorsFolder, name: str) -> UserError:
     other = [each for each in weights.names if each.endswith(f".{name}") or name.endswith(f".{each}")]
     if other:
         return UserError(
-            f"{weights.folder} has {printable(other[0])!r} where a causal model has {name!r}: it was saved as part of "
+            f"{weights.folder} has {printable(other[0][:_MAX_NAME])!r} where a causal model has {name!r}: it was saved as part of "
             f"another model, or without its head; {_rewritten(weights.folder)}"
         )
     return weights.missing(name)
 
 
 def _unexpected(weights: SafetensorsFolder, extra: Sequence[str], config: PretrainedConfig) -> UserError:
-    names = printable(", ".join(extra[:3])) + (f" and {len(extra) - 3:,} more" if len(extra) > 3 else "")
+    names = printable(", ".join(name[:_MAX_NAME] for name in extra[:3])) + (
+        f" and {len(extra) - 3:,} more" if len(extra) > 3 else ""
+    )
     return UserError(
         f"{weights.folder} has tensors that a {config.model_type} model of its config.json does not have: {names}. If "
         "config.json was edited or is another model's, take the one that came with these weights; if the tensors are "

@@ -1,4 +1,4 @@
-"""Of a foreign config.json only what decides the computation reaches transformers, and transformers runs nothing."""
+"""Only keys of a foreign config.json that decide the computation reach transformers, which runs nothing of a folder."""
 
 import ast
 import json
