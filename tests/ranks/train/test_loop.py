@@ -100,7 +100,12 @@ def test_a_student_with_experts_is_balanced_alike_on_any_ranks_and_after_a_resum
     manifest: Path, tmp_path: Path
 ) -> None:
     runs = {}
-    for name, starts in {"whole": [(2, None)], "resumed": [(2, 2), (2, None)], "alone": [(1, None)]}.items():
+    launches: dict[str, list[tuple[int, int | None]]] = {
+        "whole": [(2, None)],
+        "resumed": [(2, 2), (2, None)],
+        "alone": [(1, None)],
+    }
+    for name, starts in launches.items():
         for world, stop_after in starts:
             run_ranks(world, _train_mixture, str(manifest), str(tmp_path / name), stop_after)
         runs[name] = _numbers(tmp_path / name)
