@@ -52,10 +52,11 @@ class SentencePieceTokenizer:
         """
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
+            has_pieces = self._processor.vocab_size() > 0  # none in an empty file, which is read without an error
         except RuntimeError:
-            raise UserError(
-                f"{name} is not a SentencePiece model: give the .model file that SentencePiece wrote"
-            ) from None
+            has_pieces = False
+        if not has_pieces:
+            raise UserError(f"{name} is not a SentencePiece model: give the .model file that SentencePiece wrote")
         self._name = name
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
