@@ -18,7 +18,7 @@ _TOKEN = re.compile(
 )
 """The forms of well-known keys."""
 
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<user>[^/?#\s'\"<>]+)@")
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,31})://(?P<user>[^/?#\s'\"<>]+)@")
 """A URL up to the last @ before its path: user and password, or a token."""
 
 _NAMED_USERS = ("abfs", "abfss", "wasb", "wasbs", "ftp", "sftp", "ssh", "scp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
@@ -110,7 +110,7 @@ def redact_url(location: Path | str) -> str:
 
 def redact(message: str) -> str:
     """A message whose URLs are redacted."""
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: redact_url(url[0]), message)
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]{0,31}://[^\s'\"<>]+", lambda url: redact_url(url[0]), message)
 
 
 def printable_line(text: str, *, limit: int = MAX_LETTERS) -> str:
