@@ -39,7 +39,7 @@ def test_locations_and_messages_lose_the_credentials_of_their_urls() -> None:
 
 
 def test_a_long_text_is_redacted_in_a_time_that_grows_with_its_length() -> None:
-    """Of a word of 320,000 letters every one may begin a URL's scheme: looking on to the end from each takes minutes."""
+    """Each of its letters may begin the scheme of a URL: looking on to the end from each would take minutes."""
     word = "x" * 320_000
     assert url_secret(word) is None
     assert redact(word) == word
