@@ -16,9 +16,9 @@ from megadistill.errors import UserError
 from megadistill.io import write_file
 from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.checkpoint.attempt import attempt_record
+from megadistill.train.checkpoint.versions import versions
 from megadistill.train.resilience.stragglers import product_seconds
 from megadistill.train.setup.jit_locks import extensions_folder, extensions_of, refuse_stale_jit_locks
-from megadistill.versions import versions
 
 WRITTEN_BYTES = 16 << 20
 _COMMAND = "train"

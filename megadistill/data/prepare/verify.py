@@ -236,12 +236,12 @@ def _bos_faults(batch: SequenceBatch, packer: PackerRecord, first: int) -> Itera
         return
     for row in sorted({*range(len(batch.bounds))} - batch.faults.keys()):
         places = batch.bounds[row][:-1] if packer.name in PACKER_VERSIONS else [0]
-        found = batch.tokens[row][places]
-        if (found != packer.bos).any():
-            place = int((found != packer.bos).argmax())
+        ids = batch.tokens[row][places]
+        if (ids != packer.bos).any():
+            place = int((ids != packer.bos).argmax())
             yield (
                 f"sequence {first + row}: expected BOS (id {packer.bos}), as its manifest records, at token "
-                f"{int(places[place])}, found id {int(found[place])}"
+                f"{int(places[place])}, found id {int(ids[place])}"
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from megadistill.errors import Superseded, UserError
 from megadistill.io import read_json
 from megadistill.redaction import command_line, names_a_secret, printable, without_secrets
-from megadistill.versions import versions
+from megadistill.train.checkpoint.versions import versions
 
 RECORDED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HOSTNAME", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",

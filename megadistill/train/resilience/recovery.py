@@ -33,6 +33,7 @@ from megadistill.train.checkpoint.format import (
 from megadistill.train.checkpoint.heartbeat import HeartbeatThread
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid, verified
+from megadistill.train.checkpoint.versions import versions
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
 from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor, LossMonitor
 from megadistill.train.setup.next_start import how_to_resume
@@ -40,7 +41,6 @@ from megadistill.train.setup.parent_checkpoint import Parent
 from megadistill.train.setup.recipe_changes import changes_since, describe_changes
 from megadistill.train.setup.setup import Setup
 from megadistill.types import Cursor
-from megadistill.versions import versions
 
 FENCED = "fenced"
 

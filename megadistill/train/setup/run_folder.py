@@ -16,9 +16,9 @@ from megadistill.io import read_file, read_json, reason_of, write_file, write_js
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.student.deepspeed_config import numeric_settings
 from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.checkpoint.versions import versions
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
-from megadistill.versions import versions
 
 # Keys that may differ between the attempts of a run: those that move no number by more than float32 rounding. The
 # layout depends on the ranks at hand; with `loss.label_fraction` it decides among which tokens the surest are selected,

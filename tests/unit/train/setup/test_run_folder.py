@@ -9,6 +9,7 @@ import pytest
 from megadistill.data import Manifest, Mixture
 from megadistill.data.tokenizers.data_files import hashes_in
 from megadistill.errors import UserError
+from megadistill.train.checkpoint.versions import PACKAGES
 from megadistill.train.setup.run_folder import (
     MAY_CHANGE,
     copy_student_config,
@@ -18,7 +19,6 @@ from megadistill.train.setup.run_folder import (
     student_config_of,
     write_description,
 )
-from megadistill.versions import PACKAGES
 from tests.unit.data.servers import serving
 from tests.unit.train.cases import MODEL, described_data, described_teacher, recipe
 
