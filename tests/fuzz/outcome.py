@@ -4,8 +4,8 @@ import unicodedata
 from dataclasses import dataclass
 
 EXIT_CODES = (0, 2, 3, 4)
-MAX_MESSAGE = 6_000
-"""Characters of what a command prints about bad input: a value of megabytes is shortened."""
+MAX_LINE = 5_000
+"""Characters of a line that a command prints about bad input: a value of megabytes is shortened."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Outcome:
                 return f"no line that begins with megadistill: {self.err[-300:]!r}"
             if any(not line.startswith(" ") for line in lines[first + 1 :]):
                 return f"more than one line: {self.err[-500:]!r}"
-        if len(self.err) > MAX_MESSAGE:
-            return f"{len(self.err)} characters: {self.err[:200]!r}"
+        longest = max(lines, key=len)
+        if len(longest) > MAX_LINE:
+            return f"a line of {len(longest)} characters: {longest[:200]!r}"
         return self._control_character()
 
     def _control_character(self) -> str | None:
