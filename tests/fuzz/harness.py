@@ -13,7 +13,8 @@ from tests.fuzz.worker import Case, outcomes
 LISTED = int(os.environ.get("FUZZ_SHOWN", "40"))
 """Cases that a failure lists."""
 
-Row, Value = TypeVar("Row"), TypeVar("Value")
+Row = TypeVar("Row")
+Value = TypeVar("Value")
 
 TABLES = Path(__file__).parent / "tables"
 
