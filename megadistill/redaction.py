@@ -4,7 +4,7 @@ A secret is recognised by the name of its option, or by the form of its value.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ _NO_SECRET = re.compile(r"tokens|tokenize", re.IGNORECASE)
 _TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{12,}"
     r"|ASIA[A-Z0-9]{12,}|AIza[\w-]{30,}|xox[a-z]-[\w-]+|eyJ[\w-]{10,}\.[\w-]+\.[\w-]*)"
-    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=[Bb]asic )[\w+/=-]{8,}"  # of a header
+    # of a header: with a digit, padding or a capital within, or the words after "basic" and "bearer" would be hidden
+    r"|(?:(?<=[Bb]earer )|(?<=[Bb]asic ))(?=[\w.~+/-]*(?:[0-9=]|[a-z][A-Z]))[\w.~+/=-]{8,}"
     r"|(?<=AccountKey=)[^;\s'\"]+|(?<=SharedAccessSignature=)[^;\s'\"]+"  # of an Azure connection string
 )
 """The forms of well-known keys."""
@@ -24,9 +25,12 @@ _USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,31})://(?P<user>[^/?#\s
 _NAMED_USERS = ("abfs", "abfss", "wasb", "wasbs", "ftp", "sftp", "ssh", "scp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
 """Schemes that have a user's or a container's name in that place; elsewhere it is a token."""
 
+_NO_USERS = ("dvc", "file", "git", "github", "hf", "libarchive", "local", "memory", "tar", "zip")
+"""fsspec's schemes in which an @ stands before a revision, or is a letter of a name: github://org:repo@main/data."""
+
 _SIGNATURE = re.compile(
-    r"(?<=[?&;#])[\w.%-]*(?i:key|token|secret|passw|pwd|credential|auth|sig|policy|accessid|x-amz-|x-goog-|session|jwt)"
-    r"[\w.%-]*=[^&#;\s'\"<>]+"
+    r"(?<=[?&;#])[\w.%-]*(?i:key(?!word)|token(?!s|i[sz]e)|secret|passw|pwd|credential|auth(?!ors?\b|or_)"
+    r"|(?<!de)(?<!as)sig(?!nal|ma)|policy(?==)|accessid|x-amz-|x-goog-|session(?==|_?id)|jwt)[\w.%-]*=[^&#;\s'\"<>]+"
 )
 """A parameter of a URL's query that lets its bearer in."""
 
@@ -64,8 +68,9 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _user_is_no_secret(match: re.Match[str]) -> bool:
-    named = match["scheme"].lower() in _NAMED_USERS
-    return named and ":" not in match["user"] and _TOKEN.search(match["user"]) is None
+    scheme = match["scheme"].lower()
+    named = scheme in _NAMED_USERS
+    return scheme in _NO_USERS or (named and ":" not in match["user"] and _TOKEN.search(match["user"]) is None)
 
 
 def url_secret(value: str) -> str | None:
@@ -85,13 +90,13 @@ def refusal(url: str, secret: str) -> str:
     )
 
 
-def redacted(value: Any) -> Any:
-    """Nested lists and mappings with every text as by `without_secrets`."""
+def redacted(value: Any, by: Callable[[str], str] = without_secrets) -> Any:
+    """Nested lists and mappings with every text as `by` gives it."""
     if isinstance(value, str):
-        return without_secrets(value)
+        return by(value)
     if isinstance(value, Mapping):
-        return {key: redacted(each) for key, each in value.items()}
-    return [redacted(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: redacted(each, by) for key, each in value.items()}
+    return [redacted(each, by) for each in value] if isinstance(value, list | tuple) else value
 
 
 def names_a_secret(name: str) -> bool:

@@ -31,7 +31,7 @@ from megadistill.config.bounds import (
 from megadistill.divergence import DivergenceKind, parameter_owners, require_parameter
 from megadistill.errors import UserError, nearest
 from megadistill.precision import Precision
-from megadistill.redaction import without_url_secrets
+from megadistill.redaction import redacted, without_url_secrets
 
 MAX_TIMELINE_STEPS = 100
 
@@ -567,13 +567,5 @@ class Recipe(Section):
 
     def snapshot(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON values, as in recipe.json: without secrets of URLs."""
-        snapshot: dict[str, Any] = _without_url_secrets(self.model_dump(mode="json"))
+        snapshot: dict[str, Any] = redacted(self.model_dump(mode="json"), by=without_url_secrets)
         return snapshot
-
-
-def _without_url_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_url_secrets(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_url_secrets(each) for each in value]
-    return without_url_secrets(value) if isinstance(value, str) else value

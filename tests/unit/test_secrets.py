@@ -55,7 +55,7 @@ def test_what_has_no_secret_stays(url: str) -> None:
     assert recipe.snapshot()["data"]["manifest"] == recipe.data.manifest == url
     if "sk-" not in url:  # which has the form of a key, and stays in records alone
         assert without_secrets(url) == url
-        assert redact_url(url) == url
+        assert redact_url(url) == url.partition("?")[0]
 
 
 @pytest.mark.parametrize(("url", "secret"), URLS["secret"])
