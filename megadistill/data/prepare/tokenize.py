@@ -97,15 +97,8 @@ def tokenize(
             processes=processes or len(os.sched_getaffinity(0)),
             show=progress,
         )
-        written = tokenizer_record(model, f"../{TOKENIZER_FOLDER}", folder)
-        splits = {
-            split: _split_report(split, shards[split], model, written, spec, files.record()) for split in files.splits
-        }
-        manifests = [report.manifest for report in splits.values()]
-        record.write(output)
-        for manifest in manifests:  # last, when nothing can fail any more
-            manifest.write(output / manifest.split)
-        remove_leftovers(output, manifests)
+        splits = _split_reports(files, shards, model, folder, spec)
+        _write_records(output, record, [report.manifest for report in splits.values()])
     return TokenizeReport(
         output=output,
         vocab_size=model.vocab_size,
@@ -118,6 +111,14 @@ def tokenize(
         whole=corpus.whole,
         reused=reused,
     )
+
+
+def _write_records(output: Path, record: TokenizeRecord, manifests: Sequence[Manifest]) -> None:
+    """The last step of all: from here on nothing about the input can fail."""
+    record.write(output)
+    for manifest in manifests:
+        manifest.write(output / manifest.split)
+    remove_leftovers(output, manifests)
 
 
 def _already_there(output: Path, splits: Sequence[str], record: TokenizeRecord, *, seconds: float) -> TokenizeReport:
@@ -271,6 +272,16 @@ def _encode(
     files.refuse_one_sided(documents, corpus, total)
     show("shards", done=total, total=total, tokens=tokens)
     return {split: [shards[key] for key in sorted(shards) if key[0] == split] for split in files.splits}, reused
+
+
+def _split_reports(
+    files: _Inputs, shards: Mapping[str, Sequence[EncodedShard]], model: Tokenizer, folder: Path, spec: EncodingSpec
+) -> dict[str, SplitReport]:
+    """The reports of all splits; `folder` has the files of the tokenizer `model`."""
+    tokenizer = tokenizer_record(model, f"../{TOKENIZER_FOLDER}", folder)
+    return {
+        split: _split_report(split, shards[split], model, tokenizer, spec, files.record()) for split in files.splits
+    }
 
 
 def _split_report(
