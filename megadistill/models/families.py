@@ -127,7 +127,7 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         build_decoder(config, layers=range(1))
     except UserError:
         raise
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"{what}: transformers refuses this {model_type} config: {reason}") from None
     return config
