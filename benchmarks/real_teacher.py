@@ -68,7 +68,7 @@ def distillation_jobs(place: Path) -> list[Job]:
             weight=1200,
             fraction=lambda: trained_fraction(run, recipe),
         ),
-        evaluation_job(place, [pruned, exported], [str(heldout)], teacher=teacher, limit=MEASURED),
+        evaluation_job(place, [pruned, exported], [str(heldout)], teacher=teacher, limit=MEASURED, batch=2),
     ]
 
 
@@ -86,7 +86,7 @@ def bos_jobs(place: Path) -> list[Job]:
             splits.append(f"{length}-{bos}={manifest}")
     return [
         job(place, "tokenize-bos", *tokenized, weight=60),
-        evaluation_job(place, [gemma], splits, name="bos"),
+        evaluation_job(place, [gemma], splits, name="bos", batch=1),
     ]
 
 
@@ -96,7 +96,7 @@ def evaluation_job(
     """One call of `evaluate` for all models and splits, into NAME.json."""
     given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     data = [word for split in splits for word in ("--data", split)]
-    what = ("evaluate", *map(str, models), *data, *given, "--batch", "2", "--json", str(place / f"{name}.json"))
+    what = ("evaluate", *map(str, models), *data, *given, "--json", str(place / f"{name}.json"))
     return job(place, f"evaluate-{name}", megadistill_step(what, place / f"{name}.json"), weight=200)
 
 
