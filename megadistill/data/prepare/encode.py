@@ -180,7 +180,8 @@ class _TokenCounter:
             predicted_BS = predicted(bounds, sequence_length=length, across_documents=self._across)
             tokens = int(predicted_BS.sum())
             self.tokens += tokens
-            begins = int((labels_BS[predicted_BS] == self._spec.packer.bos).sum()) if in_front else 0
+            # Counted by place: the tokenizer's EOS may be the same id.
+            begins = sum(len(row) - 2 for row in bounds) if in_front and self._across else 0
             self._predicted += tokens - begins
             self.text_bytes += int(self._piece_bytes[labels_BS][predicted_BS].sum())
             self.padding += sum(length + 1 - int(row[-1]) for row in bounds)

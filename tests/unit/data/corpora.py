@@ -25,7 +25,7 @@ def write_texts(folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def byte_level_tokenizer(folder: Path, text: str) -> Path:
+def byte_level_tokenizer(folder: Path, text: str, *, eos: str = "<|e|>") -> Path:
     """The folder of a byte-level BPE with the rules of Llama 3: a begin token before a text, an end token behind it."""
     folder.mkdir()
     backend = Tokenizer(BPE())
@@ -38,7 +38,7 @@ def byte_level_tokenizer(folder: Path, text: str) -> Path:
     )
     backend.post_processor = processors.TemplateProcessing(single="<|b|> $A", special_tokens=[("<|b|>", 0)])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|b|>", "eos_token": "<|e|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|b|>", "eos_token": eos}))
     return folder
 
 

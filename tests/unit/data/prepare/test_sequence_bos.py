@@ -93,6 +93,15 @@ def test_bestfit_predicts_all_of_the_text_and_drops_nothing(corpus: Path, tmp_pa
         assert [place for place, token in enumerate(tokens[: bounds[-1]]) if token == 0] == bounds[:-1]
 
 
+@pytest.mark.parametrize("packer", ["chunk", "bestfit"])
+def test_bos_and_eos_of_one_id_are_told_apart(packer: str, corpus: Path, tmp_path: Path) -> None:
+    same = byte_level_tokenizer(tmp_path / "same", BODY, eos="<|b|>")
+    reports = [_run(corpus, tmp_path / each.name, tokenizer=each, packer=packer) for each in (same, corpus / "bos")]
+    assert load_tokenizer(same).bos == load_tokenizer(same).eos == 0
+    assert reports[0].train.dropped == reports[1].train.dropped
+    assert reports[0].train.manifest.tokens == reports[1].train.manifest.tokens
+
+
 def test_without_insert_bos_sequences_are_those_of_earlier_releases(corpus: Path, tmp_path: Path) -> None:
     report = _run(corpus, tmp_path / "out", insert_bos=False).train
     stream = [0]
