@@ -33,6 +33,7 @@ from megadistill.models.model_keys import (
     refuse_unknown,
     refuse_unsupported,
     unsupported_type,
+    with_floats,
 )
 from megadistill.types import LogitTransform
 
@@ -111,7 +112,7 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     keys = {key: value for key, value in keys.items() if key in known}
     refuse_extreme_numbers(keys, what)
     try:
-        config = config_class.from_dict(keys)
+        config = config_class.from_dict(with_floats(keys, config_class))
         if family(config).experts is not None:
             config.output_router_logits = False  # every forward pass would keep them, and nothing here reads them
         _refuse_inconsistent_sizes(config, what)

@@ -8,7 +8,7 @@ A config.json comes with weights from anywhere, and transformers keeps each of i
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -47,6 +47,13 @@ def read_keys(config_class: type[PretrainedConfig], more: Collection[str]) -> se
     own = {field.name for field in fields(config_class)} - general
     aliases = config_class.attribute_map
     return own | {*aliases, *aliases.values(), *_GENERAL, *_TRANSLATED, *more}
+
+
+def with_floats(keys: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """The keys with `30` as `30.0` where a field of the class is a float: transformers refuses an integer there."""
+    kinds = {field.name: {field.type, *get_args(field.type)} for field in fields(config_class)}
+    floats = {name for name, kind in kinds.items() if float in kind and int not in kind}
+    return {key: float(value) if key in floats and type(value) is int else value for key, value in keys.items()}
 
 
 def refuse_unsupported(keys: Mapping[str, Any], what: str) -> None:

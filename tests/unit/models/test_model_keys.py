@@ -46,6 +46,21 @@ FOREIGN: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("qwen3_moe", "router_aux_loss_coef", 0),
+        ("mixtral", "router_jitter_noise", 0),
+        ("gemma2", "final_logit_softcapping", 30),
+        ("llama", "initializer_range", 1),
+    ],
+)
+def test_an_integer_is_a_number(case: str, key: str, value: int) -> None:
+    config = load_config({**CASES[case], key: value}, what="test")
+    assert isinstance(getattr(config, key), float)
+    assert getattr(config, key) == value
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3", "mixtral", "qwen3_moe"])
 def test_no_foreign_setting_reaches_transformers(case: str, tmp_path: Path) -> None:
     plain = load_config(CASES[case], what="test")
