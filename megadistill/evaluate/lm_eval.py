@@ -125,11 +125,11 @@ def _behind_one_bos(**arguments: Any) -> Any:
 
     class Model(base):  # type: ignore[misc]
         def loglikelihood_rolling(self, *requests: Any, **options: Any) -> Any:
-            self.add_bos_token = False
+            self.add_bos_token: bool | None = False
             try:
                 return super().loglikelihood_rolling(*requests, **options)
             finally:
-                self.add_bos_token = None
+                self.add_bos_token = None  # type: ignore[assignment]
 
     return Model(**arguments)
 

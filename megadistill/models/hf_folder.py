@@ -127,8 +127,8 @@ class SafetensorsFolder:
             for name in sorted(held - promised):
                 place = f"places in {self._files[name]}" if name in self._files else "does not have"
                 raise UserError(
-                    f"{self.folder / file} holds {printable(name[:100])!r}, which {INDEX_FILE} {place}: the folder mixes two "
-                    "models; download or write it again, into an empty folder"
+                    f"{self.folder / file} holds {printable(name[:100])!r}, which {INDEX_FILE} {place}: the folder "
+                    "mixes two models; download or write it again, into an empty folder"
                 )
 
     def _refuse_adapter(self) -> None:

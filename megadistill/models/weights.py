@@ -107,8 +107,8 @@ def _missing(weights: SafetensorsFolder, name: str) -> UserError:
     other = [each for each in weights.names if each.endswith(f".{name}") or name.endswith(f".{each}")]
     if other:
         return UserError(
-            f"{weights.folder} has {printable(other[0][:_MAX_NAME])!r} where a causal model has {name!r}: it was saved as part of "
-            f"another model, or without its head; {_rewritten(weights.folder)}"
+            f"{weights.folder} has {printable(other[0][:_MAX_NAME])!r} where a causal model has {name!r}: it was saved "
+            f"as part of another model, or without its head; {_rewritten(weights.folder)}"
         )
     return weights.missing(name)
 

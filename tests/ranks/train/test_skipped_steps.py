@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megadistill.distributed.topology import Topology
+from megadistill.student.routers import RouterSums
 from megadistill.train import step as step_module
 from megadistill.train.resilience.anomalies import finite
 from megadistill.train.step import StepOutcome, train_step
@@ -57,7 +58,7 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
 def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
     """Spoils the first micro-batch on this rank: a NaN in the hidden states; or in a number of the loss that no
     gradient shows; or an infinity in a gradient that no number of the loss shows."""
-    hidden, numbers, spoilt = student.hidden, step_module._numbers, here
+    hidden, numbers, spoilt = student.routed_hidden, step_module._numbers, here
 
     def spoil(values: Tensor, by: float) -> Tensor:
         nonlocal spoilt
@@ -68,20 +69,20 @@ def _spoiled(student: Any, what: str, here: bool) -> Iterator[None]:
         mask.view(-1)[-1] = by  # of a token that has a label
         return values + mask
 
-    def bad_hidden(*arguments: Any) -> Tensor:
-        taken: Any = hidden(*arguments)
+    def bad_hidden(*arguments: Any, **options: Any) -> tuple[Tensor, RouterSums | None]:
+        taken, sums = hidden(*arguments, **options)
         if what == "hidden":
             taken = spoil(taken, torch.nan)
         elif what == "gradient" and spoilt:
             taken.register_hook(lambda gradient: spoil(gradient, torch.inf))
-        return taken  # type: ignore[no-any-return]
+        return taken, sums
 
-    def bad_numbers(terms: LossTerms) -> Tensor:
-        return spoil(numbers(terms), torch.nan) if what == "number" else numbers(terms)
+    def bad_numbers(terms: LossTerms, sums: RouterSums | None = None) -> Tensor:
+        return spoil(numbers(terms, sums), torch.nan) if what == "number" else numbers(terms, sums)
 
-    student.hidden, step_module._numbers = bad_hidden, bad_numbers
+    student.routed_hidden, step_module._numbers = bad_hidden, bad_numbers
     yield
-    student.hidden, step_module._numbers = hidden, numbers
+    student.routed_hidden, step_module._numbers = hidden, numbers
     assert not spoilt, "it was spoilt"
 
 

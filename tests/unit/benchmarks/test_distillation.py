@@ -89,12 +89,12 @@ def test_a_student_of_an_earlier_teacher_is_refused(tmp_path: Path) -> None:
 
 def test_how_far_a_run_is_is_read_from_its_last_whole_step(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "labels.yaml", ["run.folder=x", "train.steps=400"])
-    assert distillation._trained(tmp_path, recipe) == 0.0
+    assert distillation.trained_fraction(tmp_path, recipe) == 0.0
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"step": step, "pad": "x" * 500}) + "\n" for step in range(1, 201)))
-    assert distillation._trained(tmp_path, recipe) == pytest.approx(0.5 * 0.95)
+    assert distillation.trained_fraction(tmp_path, recipe) == pytest.approx(0.5 * 0.95)
     metrics.write_text('{"step": 1}\n{"st')
-    assert distillation._trained(tmp_path, recipe) == 0.0
+    assert distillation.trained_fraction(tmp_path, recipe) == 0.0
 
 
 class Invented:
