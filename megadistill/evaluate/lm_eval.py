@@ -129,7 +129,7 @@ def _behind_one_bos(**arguments: Any) -> Any:
             try:
                 return super().loglikelihood_rolling(*requests, **options)
             finally:
-                self.add_bos_token = None  # type: ignore[assignment]
+                self.add_bos_token = None
 
     return Model(**arguments)
 

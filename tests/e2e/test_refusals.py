@@ -44,7 +44,7 @@ def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
         ({"student__config__hiden_size": 3}, ("hiden_size", "hidden_size")),
         ({"student__config__model_type": "mamba"}, ("mamba", "llama")),
         ({"student__config__max_position_embeddings": 16}, ("max_position_embeddings", "16", "32")),
-        ({"student__config__vocab_size": 77}, ("vocab_size is 77", "400")),
+        ({"student__config__vocab_size": 77}, ("its vocabulary has 77 rows", "400 ids", "leave vocab_size out")),
         ({"teacher__path": "nowhere"}, ("teacher.path", "nowhere")),
         ({"teacher__vocab_map": "nowhere.json"}, ("teacher.vocab_map", "nowhere.json does not exist")),
         ({"loss__beta": 0.3}, ("beta is 0.3", "jsd", "forward_kl")),

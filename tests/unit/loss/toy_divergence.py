@@ -96,4 +96,4 @@ def meet_every_guard() -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         _log(Path(folder), range(1, 2), loss=section())
-    assert "Jeffreys divergence, β 0.5" in model_card._objective(section(beta=0.5))
+    assert "Jeffreys divergence, β 0.5" in model_card._objective(section(beta=0.5), None)
