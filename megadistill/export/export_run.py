@@ -11,6 +11,7 @@ from torch import Tensor
 from megadistill.config.load import validate_recipe
 from megadistill.config.paths import wrong_path
 from megadistill.config.recipe import Recipe
+from megadistill.data.tokenizers.auto_tokenizer import auto_tokenizer_differs
 from megadistill.data.tokenizers.special_ids import generation_settings
 from megadistill.errors import UserError
 from megadistill.export.model_card import model_card
@@ -53,6 +54,15 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         logger.warning("%s is in no run folder: it is exported without a tokenizer", checkpoint.folder)
     config = exported_config(config, dtype=weights_dtype, true_vocab=manifest.vocab_size, tokenizer=tokenizer)
     checkpoint.verify()
+    tokenizer_class = "AutoTokenizer"
+    if tokenizer is not None and auto_tokenizer_differs(tokenizer.files, model_type=config.model_type):
+        tokenizer_class = "PreTrainedTokenizerFast"
+        logger.warning(
+            "%s: transformers' AutoTokenizer cuts texts by the rules of a %s model, not by those of its tokenizer.json "
+            "that the student was trained with: load it with PreTrainedTokenizerFast.from_pretrained",
+            output,
+            config.model_type,
+        )
     export_model(
         output,
         config=config,
@@ -61,7 +71,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         true_vocab=manifest.vocab_size,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
-        texts=_card(output.name, checkpoint, recipe, run=run, config=config),
+        texts=_card(output.name, checkpoint, recipe, run=run, config=config, tokenizer_class=tokenizer_class),
     )
     return manifest.step
 
@@ -80,13 +90,17 @@ def _tokenizer(run: Path, *, rows: int) -> ExportedTokenizer:
     return ExportedTokenizer(files, generation)
 
 
-def _card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any) -> dict[str, str]:
+def _card(
+    name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any, tokenizer_class: str
+) -> dict[str, str]:
     """README.md, by its name; nothing, for the short one of `export_model`, where the records of the run are damaged.
 
     A card reads what lies around a run: the records, evaluations, the teacher's folder. None of it is worth a student.
     """
     try:
-        return {"README.md": model_card(name, checkpoint, recipe, run=run, config=config)}
+        return {
+            "README.md": model_card(name, checkpoint, recipe, run=run, config=config, tokenizer_class=tokenizer_class)
+        }
     except Exception as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         logger.warning("README.md has no model card, only the sizes of the model: %s", reason[:400])

@@ -47,10 +47,19 @@ LOGGED = {
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path | None, config: Any) -> str:
+def model_card(
+    name: str,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    run: Path | None,
+    config: Any,
+    tokenizer_class: str = "AutoTokenizer",
+) -> str:
     """README.md of the folder `name`: metadata for the Hugging Face hub, and the model's data, teacher and training.
 
     `run`: the run folder, None for a checkpoint outside of one. `config`: the exported student's Hugging Face config.
+    `tokenizer_class`: the class of transformers that loads its tokenizer.
     """
     manifest, weights = checkpoint.manifest, recipe.student.weights
     provenance = DataProvenance.of(manifest, recipe)
@@ -70,6 +79,7 @@ def model_card(name: str, checkpoint: Checkpoint, recipe: Recipe, *, run: Path |
     return environment.get_template("model_card.md.j2").render(
         name=name,
         quoted_name=json.dumps(name),
+        tokenizer_class=tokenizer_class,
         version=__version__,
         metadata=_metadata(recipe),
         recipe=recipe,

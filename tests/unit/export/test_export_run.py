@@ -453,3 +453,20 @@ def test_a_tokenizer_that_cannot_be_read_does_not_stop_the_export_of_a_finished_
     _export(run, tmp_path / "out")
     assert "the export has no bos_token_id, eos_token_id and pad_token_id" in caplog.text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None, "not that of another"
+
+
+@pytest.mark.parametrize(("model_type", "differs"), [("qwen2", True), ("qwen3", False)])
+def test_a_family_whose_rules_replace_those_of_the_tokenizer_is_named_with_the_class_to_load(
+    model_type: str, differs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**MODEL, "model_type": model_type}
+    monkeypatch.setattr(f"{__name__}.MODEL", config)
+    run, made = _run(tmp_path, student={"config": config})
+    rules = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|e|>"}  # as tokenize writes it
+    (run / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(rules), encoding="utf-8")
+    _checkpoint(run, made)
+    card = _export(run, tmp_path / "out")
+    assert ("AutoTokenizer cuts texts by the rules of a qwen2 model" in caplog.text) == differs
+    named = "PreTrainedTokenizerFast" if differs else "AutoTokenizer"
+    assert f"import AutoModelForCausalLM, {named}" in card.text
+    assert f'tokenizer = {named}.from_pretrained("out")' in card.text

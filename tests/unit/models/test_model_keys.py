@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 from transformers.integrations import hub_kernels
 
 from megadistill.errors import UserError
@@ -135,6 +135,7 @@ def test_the_documented_script_takes_the_text_half_out(
     source, target = tmp_path / "whole", tmp_path / "text"
     configs: dict[str, Any] = {"text_config": {**TEXT, **text}, "vision_config": {**VISION, **vision}}
     whole = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type](**configs)).eval()
+    whole.generation_config = GenerationConfig(eos_token_id=[1, 7], do_sample=True, top_k=64)  # ends of a chat
     whole.save_pretrained(source)
     byte_level_tokenizer(tmp_path / "tokenizer", "a text that the model knows")
     shutil.copytree(tmp_path / "tokenizer", source, dirs_exist_ok=True)
@@ -147,3 +148,5 @@ def test_the_documented_script_takes_the_text_half_out(
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, whole(input_ids=tokens).logits)
     assert (target / "tokenizer.json").is_file()
+    settings = GenerationConfig.from_pretrained(target)
+    assert (settings.eos_token_id, settings.top_k) == ([1, 7], 64)
