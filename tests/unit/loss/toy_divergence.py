@@ -77,7 +77,10 @@ def meet_every_guard() -> None:
     assert section().divergence is kind
     refused: list[dict[str, object]] = [{"beta": 1.0}, {"beta": -0.1}, {"alpha": 0.5}, {"targets": {}}]
     for wrong in refused:
-        with pytest.raises(UserError, match=r"the weight of forward KL, from 0 to less than 1|skew_kl|jeffreys"):
+        with pytest.raises(
+            UserError,
+            match=r"the weight of forward KL, from 0 to less than 1|at least 0.0, found -0.1|skew_kl|jeffreys",
+        ):
             section(**wrong)
     by_name = {key.name: key for key in keys()}
     assert "jeffreys" in by_name["loss.divergence"].type
