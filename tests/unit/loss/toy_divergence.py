@@ -19,6 +19,7 @@ from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.errors import UserError
 from megadistill.export import model_card
 from megadistill.loss import VocabSlice
+from megadistill.models.families import load_config
 from megadistill.train.setup import preflight
 from tests.paths import ROOT
 from tests.unit.loss.problems import TOLERANCE, assert_same, problem, run, truth
@@ -99,4 +100,6 @@ def meet_every_guard() -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         _log(Path(folder), range(1, 2), loss=section())
-    assert "Jeffreys divergence, β 0.5" in model_card._objective(section(beta=0.5), None)
+    assert "Jeffreys divergence, β 0.5" in model_card._objective(
+        section(beta=0.5), load_config(plain["student"]["config"], what="student.config")
+    )
