@@ -146,7 +146,8 @@ class Sharding:
             return GatheredParams(0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
         modules = ((self.embedding_size,), *(tuple(map(self._partitioned, part)) for part in others))
-        return count_gathered(modules, self.zero, recompute=self.recomputes)
+        first = self.counts_experts_first
+        return count_gathered(modules, self.zero, recompute=self.recomputes, forward_first=first)
 
     @cached_property
     def live_at_loss(self) -> int:

@@ -3,6 +3,9 @@
 From its third micro-step on DeepSpeed knows the order of the modules: it prefetches the next ones, and releases a
 module after its use unless it is used again before `stage3_max_reuse_distance` parameters of others. So the last layers
 of the forward pass stay for the backward pass, and a small model stays as a whole.
+Where forward passes alone come first, as those that count the tokens of experts, nothing stays: the first order that
+DeepSpeed knows is then that of a forward pass, and what it decides to release by that one it never decides again
+(`functools.lru_cache` of `__params_to_release`).
 This follows `deepspeed/runtime/zero/partitioned_param_coordinator.py`.
 """
 
@@ -67,13 +70,16 @@ class GatheredParams:
 
 
 @lru_cache(maxsize=256)
-def count_gathered(modules: tuple[tuple[int, ...], ...], zero: Zero, *, recompute: bool) -> GatheredParams:
+def count_gathered(
+    modules: tuple[tuple[int, ...], ...], zero: Zero, *, recompute: bool, forward_first: bool = False
+) -> GatheredParams:
     """Parameters that a micro-step gathers, once DeepSpeed knows the order of the modules.
 
     Args:
         modules: partitioned parameters of each module in the order of the forward pass: the embedding, the modules of
             each layer, the last norm.
         recompute: whether the backward pass recomputes the layers (activation checkpointing).
+        forward_first: whether a step begins with forward passes alone, which gather as much as those of a micro-step.
     """
     sizes = [size for part in modules for size in part]
     ends = list(accumulate(len(part) for part in modules))
@@ -85,7 +91,8 @@ def count_gathered(modules: tuple[tuple[int, ...], ...], zero: Zero, *, recomput
             # The end of a layer is not recomputed: torch stops when it has every tensor that the backward pass needs.
             backward += part[: max((at for at, module in enumerate(part) if sizes[module]), default=0)]
         backward += reversed(part)
-    coordinator = _Coordinator(sizes, [*forward, *backward], zero)
+    stays_from = len(forward) if forward_first else 0
+    coordinator = _Coordinator(sizes, [*forward, *backward], zero, stays_from=stays_from)
     fetched, peak = coordinator.run_to(len(forward))
     at_loss = coordinator.live
     fetched_back, peak_back = coordinator.run_to(len(coordinator.order) - 1)
@@ -103,8 +110,10 @@ def count_gathered(modules: tuple[tuple[int, ...], ...], zero: Zero, *, recomput
 class _Coordinator:
     """DeepSpeed's parameter coordinator over the modules of a micro-step."""
 
-    def __init__(self, sizes: Sequence[int], order: Sequence[int], zero: Zero) -> None:
+    def __init__(self, sizes: Sequence[int], order: Sequence[int], zero: Zero, *, stays_from: int) -> None:
+        """`stays_from`: position in the order before which each module is released after its use."""
         self.order = order
+        self._stays_from = stays_from
         self.live = 0
         self._sizes, self._zero = sizes, zero
         self._sums = [0, *accumulate(sizes[module] for module in order)]
@@ -151,7 +160,7 @@ class _Coordinator:
 
     def _reused_soon(self, position: int, module: int) -> bool:
         after = self._next[position]
-        if after is None:
+        if after is None or position < self._stays_from:
             return False
         between = self._sums[after] - self._sums[position + 1]
         return self._last_seen[module] > position or between < self._zero.stage3_max_reuse_distance

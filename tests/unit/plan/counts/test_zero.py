@@ -59,6 +59,12 @@ def test_no_more_than_may_live_is_fetched_ahead() -> None:
     assert gathered.peak_forward <= 13
 
 
+def test_nothing_stays_where_forward_passes_alone_come_first() -> None:
+    zero = Zero(stage3_max_reuse_distance=1000, stage3_prefetch_bucket_size=0)
+    gathered = count_gathered(MODULES, zero, recompute=False, forward_first=True)
+    assert (gathered.forward, gathered.at_loss, gathered.backward) == (ALL, 0, ALL)
+
+
 def test_deepspeeds_words() -> None:
     zero = {
         "stage3_max_reuse_distance": 1,
