@@ -81,6 +81,9 @@ HEAD = "lm_head.weight"
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights that a config may name."""
 
+EXPERT_MULTIPLE = 8
+"""Numbers of a bfloat16 row in 16 bytes, which `torch.nn.functional.grouped_mm` asks for."""
+
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -167,6 +170,13 @@ def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
     for name in ("moe_intermediate_size", "decoder_sparse_step"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
+    inner = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
+    for name in ("hidden_size", inner):
+        if getattr(config, name) % EXPERT_MULTIPLE:
+            raise UserError(
+                f"{what}: {name} is {getattr(config, name)}; with experts it must be a multiple of {EXPERT_MULTIPLE}, "
+                "since torch multiplies all experts at once only where rows are multiples of 16 bytes"
+            )
 
 
 def family(config: PretrainedConfig) -> Family:
