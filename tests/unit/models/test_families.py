@@ -77,7 +77,10 @@ def _content(config: Any) -> dict[str, Any]:
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, r"use_bidirectional_attention is set"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, r"is 3, of 2 experts"),
         ({"model_type": "mixtral", "intermediate_size": 90}, r"intermediate_size is 90; with experts .* multiple of 8"),
-        ({"model_type": "qwen3_moe", "hidden_size": 60}, r"hidden_size is 60; with experts .* multiple of 8"),
+        (
+            {"model_type": "qwen3_moe", "hidden_size": 60, "head_dim": 16},
+            r"hidden_size is 60; with experts .* multiple of 8",
+        ),
         ({"model_type": "mixtral", "num_experts_per_tok": 0}, r"num_experts_per_tok is 0; give a number from 1"),
         ({"model_type": "qwen3_moe", "num_experts": 0}, r"num_experts is 0; give a number from 1"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, r"decoder_sparse_step is 0|division"),
