@@ -112,14 +112,14 @@ def _block_before_rename(step: int) -> None:
 def _hidden(changed: Callable[[Tensor], Tensor | None]) -> None:
     from megadistill.student.engine import StudentEngine
 
-    real = StudentEngine.hidden
+    real = StudentEngine.routed_hidden
 
-    def hidden(self: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        states = real(self, tokens, positions)
+    def hidden(self: Any, *arguments: Any, **options: Any) -> Any:
+        states, sums = real(self, *arguments, **options)
         other = changed(states)
-        return states if other is None else other
+        return (states if other is None else other), sums
 
-    StudentEngine.hidden = hidden  # type: ignore[method-assign]
+    StudentEngine.routed_hidden = hidden  # type: ignore[method-assign]
 
 
 def _nan(step: int) -> None:

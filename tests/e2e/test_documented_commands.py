@@ -31,6 +31,8 @@ ELSEWHERE = {
     r"train recipes/(gemma2|llama3)": "tests/ranks/train/test_recipes.py",
     r"export runs/llama3": "tests/unit/export/test_export_run.py",
     r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",
+    r"runs/experts-": "tests/ranks/train/test_loop.py",
+    r"--insert-bos$": "tests/unit/datagen/test_insert_bos.py",
     r"^megadistill lm-eval": "tests/unit/evaluate/test_lm_eval.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
     r"--hostfile hostfile --no_ssh": "tests/e2e/test_launchers.py::test_deepspeed_on_each_node_by_itself",

@@ -29,7 +29,7 @@ from tests.paths import ROOT
 CLOCK = {"time", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
 DISTILL_METRICS = {
     "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
-    "agreement", "log_z", "learning_rate", "grad_norm",
+    "agreement", "log_z", "learning_rate", "grad_norm", "labels",
 } | CLOCK  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
+from megadistill.student.routers import RouterSums
 from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
 from megadistill.train.setup.setup import prepare
 from megadistill.train.step import train_step
@@ -146,18 +147,18 @@ def test_computing_twice_moves_nothing(case: Case) -> None:
 def _computes_wrongly(topology: Topology) -> str:
     """The second time, rank 1 gets one bit of its hidden states wrong."""
     student = student_cases.build(Case(), topology)
-    compute, calls = student.hidden, 0
+    compute, calls = student.routed_hidden, 0
 
-    def hidden(tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(*arguments: Any, **options: Any) -> tuple[Tensor, RouterSums | None]:
         nonlocal calls
         calls += 1
-        states = compute(tokens, positions)
+        states, sums = compute(*arguments, **options)
         if (topology.rank, calls) == (1, 2):
             states[3, 5] *= 1 + 2**-10
-        return states
+        return states, sums
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student, "hidden", hidden)
+        patch.setattr(student, "routed_hidden", hidden)
         patch.setattr(student_cases, "train_step", partial(train_step, recompute=True))
         message = _message(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
     return message

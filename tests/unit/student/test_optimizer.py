@@ -53,7 +53,7 @@ def test_adamw_is_the_default() -> None:
     ("optimizer", "message"),
     [
         ({"beta3": 0.5}, "train.optimizer.beta3: no such key; did you mean 'beta2'?"),
-        ({"beta1": 1.5}, "train.optimizer.beta1: input should be less than 1, found 1.5"),
+        ({"beta1": 1.5}, "train.optimizer.beta1: give less than 1.0, found 1.5"),
         ({"kind": "momentum"}, "train.optimizer.kind: input should be 'adamw', found 'momentum'"),
     ],
 )

@@ -121,7 +121,7 @@ def test_no_manifest_bad_json_and_a_folder_are_refused(split: Path) -> None:
     path.unlink()
     _refused(split, rf"train/manifest\.json does not exist \(paths are relative to {Path.cwd()}\): give the manifest")
     path.mkdir()
-    _refused(split, "cannot be read .it is not a regular file")
+    _refused(split, "cannot be read .it is a folder")
 
 
 def test_a_finished_split_is_not_written_into(split: Path, tmp_path: Path) -> None:

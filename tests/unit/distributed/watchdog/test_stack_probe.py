@@ -99,7 +99,14 @@ def test_a_module_that_communicates_is_a_wait_whatever_its_file_is_called(name: 
 
 
 def test_the_modules_that_communicate_are_known() -> None:
-    assert {name.rpartition(".")[2] for name in WAITING} == {"bandwidth", "bridge", "collectives", "p2p", "topology"}
+    assert {name.rpartition(".")[2] for name in WAITING} == {
+        "bandwidth",
+        "bridge",
+        "collectives",
+        "p2p",
+        "rendezvous",
+        "topology",
+    }
 
 
 def test_in_a_backward_the_hooks_may_stand_on_other_threads() -> None:
