@@ -1,6 +1,5 @@
 """Maps from the student's ids to the teacher's: what is refused with which words, and what the teacher then reads."""
 
-import json
 from pathlib import Path
 
 import pytest
