@@ -8,11 +8,15 @@
 # make real-teacher  docs/results/real-teacher.md: SmolLM2 into a student pruned from it; resumes where it stopped
 # make drill     every fault that a run must survive, on a real run (about ten minutes)
 # make results   the table of docs/results/distillation.md: 26 small runs, within an hour; resumes where it stopped
+# make gpu       checks and measurements on one NVIDIA GPU, in ten minutes: docs/results/gpu.md; STAND_IN=1 on a CPU
+# make gpu-wheels    wheels-gpu/: what a machine with torch, triton, transformers and numpy alone lacks for `make gpu`
 # make lock      the versions in constraints.txt, from the environment that just passed
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
+GPU_INTERPRETER ?= python3
+GPU_PYTHON ?= 3.12
 REAL_MODELS := .venv/.real-models
 SMOKE := runs/smoke
 
@@ -23,8 +27,8 @@ WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$(( n < 4 ? n : 4 )
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install smoke pictures test test-all test-slurm test-long drill results real-models real-teacher check format \
-	lock clean
+.PHONY: install smoke pictures test test-all test-slurm test-long drill results real-models real-teacher gpu gpu-wheels \
+	check format lock clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -70,6 +74,16 @@ drill: $(READY)
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.distillation
+
+# The Python that has torch on the machine with the GPU; no environment is made there. OUT=FOLDER: page, JSON and log go
+# there. STAND_IN=1: a CPU instead, in the environment of `make install`.
+gpu: $(if $(STAND_IN),$(READY))
+	$(if $(STAND_IN),$(BIN)/python,$(GPU_INTERPRETER)) -m tests.gpu $(if $(STAND_IN),--stand-in) \
+	    $(if $(OUT),--out $(OUT))
+
+# Wheels for the Python of that machine (x86-64 Linux).
+gpu-wheels: $(READY)
+	$(BIN)/python -m tests.gpu.wheels wheels-gpu --python $(GPU_PYTHON)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
