@@ -125,7 +125,7 @@ def iter_chunks(
                 heads, hidden, weights, memory_ihnv[i % plan.in_flight], strict=True
             )
         ]
-        pending = PendingSoftmax.start(logits, of_chunk.label_rows_n, vocab, sparse)
+        pending = PendingSoftmax.start(logits, of_chunk.label_rows_n, inputs.ids_v, vocab, sparse)
         in_flight.append(InFlightChunk(span, hidden[0], of_chunk, sparse, pending))
         if len(in_flight) == plan.in_flight:
             yield in_flight.popleft()

@@ -71,6 +71,11 @@ class LossInputs:
         """[v, D] of each head, as products take them."""
         return tuple(head.rows(self.vocab, self.dtype) for head in self.heads)
 
+    @cached_property
+    def ids_v(self) -> Tensor:
+        """[v]: the global id of each true row, in the dtype of the statistics."""
+        return self.vocab.global_ids(self.labels_N.device)[: self.vocab.true_rows].to(self.dtype)
+
 
 @dataclass(frozen=True)
 class ChunkPlan:

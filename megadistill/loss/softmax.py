@@ -60,10 +60,11 @@ class Logits:
         """A function of `pointwise`, as it is or compiled."""
         return pointwise.compiled(function) if self.elementwise is Elementwise.COMPILED else function
 
-    def stats(self, label_rows_n: Tensor, vocab: VocabSlice) -> Tensor:
+    def stats(self, label_rows_n: Tensor, ids_v: Tensor) -> Tensor:
         """[n, 6]: maximum, its global id, the three sums, and the label's logit (0 where others hold it).
 
-        An empty slice has a maximum of -inf and sums of 0.
+        `ids_v` are the global ids of the rows, in the dtype of the logits. An empty slice has a maximum of -inf and
+        sums of 0.
         """
         n, v = self.z_nv.shape
         stats_n6 = self.z_nv.new_zeros(n, SLICE_STATS)
@@ -71,7 +72,6 @@ class Logits:
         if v == 0:
             return stats_n6
         slice_stats = self.kernel(pointwise.slice_stats)
-        ids_v = vocab.global_ids(self.z_nv.device)[:v].to(self.z_nv.dtype)
         for rows in self.blocks():
             stats_n6[rows, :5] = slice_stats(self.z_nv[rows], ids_v, self.temperature)
         stats_n6[:, 5] = at_rows(self.z_nv, label_rows_n)
@@ -156,10 +156,15 @@ class PendingSoftmax:
 
     @classmethod
     def start(
-        cls, logits: Sequence[Logits], label_rows_n: Tensor, vocab: VocabSlice, targets: SparseSlice | None
+        cls,
+        logits: Sequence[Logits],
+        label_rows_n: Tensor,
+        ids_v: Tensor,
+        vocab: VocabSlice,
+        targets: SparseSlice | None,
     ) -> "PendingSoftmax":
         """Computes this slice's statistics of each model and starts one all-gather of them all."""
-        stats = [each.stats(label_rows_n, vocab) for each in logits]
+        stats = [each.stats(label_rows_n, ids_v) for each in logits]
         if targets is not None and targets.tail is Tail.OTHER:
             stats.append(logits[0].tail_sum(targets, stats[0][:, 0]))
         return cls(tuple(logits), start_all_gather_rows(torch.cat(stats, dim=1), vocab.group))

@@ -88,6 +88,26 @@ def test_the_rows_are_the_pieces_that_zero_stores(world: int, p: int) -> None:
         assert rank in same_place, "a rank computes on what it stores"
 
 
+@pytest.mark.parametrize(("world", "p"), LAYOUTS)
+@pytest.mark.parametrize("padding", [0, 2, 7])
+def test_rows_of_a_block_cyclic_slice_have_a_closed_form(world: int, p: int, padding: int) -> None:
+    """Block s = id // size is of rank s mod p, as its (s // p)-th block."""
+    size, padded = 3, 3 * world
+    ids = torch.arange(-2, padded + 2)
+    true = max(1, padded - padding)
+    for rank in range(p):
+        vocab = VocabSlice(block_cyclic_ranges(padded, world, p, rank), true)
+        block = ids // size
+        held = (block % p == rank) & (ids >= 0) & (ids < true)
+        assert torch.equal(vocab.local_rows(ids), torch.where(held, block // p * size + ids % size, -1))
+
+
+@given(slices())
+def test_tables_are_made_once(vocab: VocabSlice) -> None:
+    assert vocab.global_ids() is vocab.global_ids(torch.device("cpu"))
+    assert vocab == VocabSlice(vocab.ranges, vocab.size), "a slice that was used is still equal to one that was not"
+
+
 def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks; set student\.vocab_multiple .* of 3"):
         block_cyclic_ranges(256, 3, 3, 0)
