@@ -26,7 +26,8 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.loss import Head, distill_loss
 from megadistill.models.families import load_config
-from megadistill.timeline.recorder import HostClock, Recorder
+from megadistill.timeline.clock import HostClock
+from megadistill.timeline.recorder import Recorder
 from megadistill.train.build import build, objective_of, stream_of
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.setup.setup import Setup, prepare

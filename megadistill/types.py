@@ -317,10 +317,20 @@ class StepReport:
     tokens_per_second: float
     data_seconds: float
     """Seconds that rank 0 waited for its batch in the step."""
+    student_seconds: float
+    """Seconds of the student's forward and backward pass and its optimizer, on rank 0's device as the next ones."""
+    loss_seconds: float
+    """Seconds of the loss, with both heads."""
     teacher_seconds: float
-    """Seconds that rank 0 waited for the teacher's signal in the step."""
+    """Seconds until the teacher's signals were there: the work of rank 0's own stage, if it has one, and waiting."""
+    wait_seconds: float
+    """Of `teacher_seconds`: waiting for other ranks."""
     mfu: float | None
     """Model FLOPs over peak FLOPs, both models together; None if the device's peak is unknown."""
+    student_mfu: float | None
+    """FLOPs of student and loss, recomputation included, over the peak in their seconds; None as for `mfu`."""
+    teacher_mfu: float | None
+    """The same of rank 0's stage of the teacher, without waiting; None where it has none."""
     memory_bytes: int
     """Peak of rank 0: device memory on an accelerator, resident memory on a CPU."""
     labels: int = 0

@@ -79,8 +79,8 @@ def add_plan_options(command: argparse.ArgumentParser, *, required: bool) -> Non
     option(command, "--sequence-length", "S", "sequence length, needed if the data is not on this machine", kind=int)
     text = "folder with config.json, if teacher.path is not on this machine"
     option(command, "--teacher-config", "DIR", text, kind=Path)
-    option(command, "--student-mfu", "X", "assumed MFU of the student's training", default=0.40)
-    option(command, "--teacher-mfu", "X", "assumed MFU of the teacher's forward pass", default=0.45)
+    option(command, "--student-mfu", "X", "expected MFU of the student's training", default=0.18)
+    option(command, "--teacher-mfu", "X", "expected MFU of the teacher's forward pass", default=0.18)
 
 
 def build_plan(recipe: Path, options: argparse.Namespace) -> Any:
@@ -172,7 +172,9 @@ def _of_plan(options: argparse.Namespace) -> None:
         raise UserError(remedies(plan))
     recipe = main.sharding.recipe
     where = f"{options.source}, {options.nodes} x {options.gpus_per_node} {options.gpu}"
-    assumed = f"at {options.student_mfu:.0%} and {options.teacher_mfu:.0%} of the peak"
+    assumed = (
+        f"at the expected MFU, {options.student_mfu:.0%} of the student and {options.teacher_mfu:.0%} of the teacher"
+    )
     timeline = simulate(
         main.times,
         steps=STEPS if options.steps is None else options.steps,

@@ -27,6 +27,23 @@ def stage_layers(config: PretrainedConfig, stages: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
+def stage_flops(costs: tuple[int, ...], attention: int, stages: int) -> tuple[int, ...]:
+    """FLOPs of one token's forward pass in each stage: those of its layers.
+
+    Args:
+        costs: active parameters of each layer, as `layer_costs`.
+        attention: FLOPs of a token's attention in all layers, shared out by their number.
+
+    Raises:
+        UserError: fewer than one stage, or more stages than layers.
+    """
+    ends = itertools.accumulate(balanced_sizes(costs, stages), initial=0)
+    return tuple(
+        2 * sum(costs[start:stop]) + attention * (stop - start) // len(costs)
+        for start, stop in itertools.pairwise(ends)
+    )
+
+
 @lru_cache(maxsize=1024)
 def balanced_sizes(costs: tuple[int, ...], parts: int) -> tuple[int, ...]:
     """Sizes of `parts` consecutive, non-empty parts of a model's layers, whose largest cost is as small as can be.

@@ -4,10 +4,10 @@ Links reach the bandwidths of the accelerator's description, whatever the size o
 of link sets the pace of a collective.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megadistill.models.partition import balanced_sizes
+from megadistill.models.partition import stage_flops
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
@@ -18,12 +18,18 @@ from megadistill.plan.throughput import MfuAssumption, StepTimes
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Costs of a recipe on a cluster."""
+    """Costs of a recipe on a cluster, at the expected MFUs."""
 
     sharding: Sharding
     cluster: Cluster
     requirements: Requirements
     times: StepTimes
+    optimistic_times: StepTimes
+
+    @property
+    def optimistic(self) -> "Estimate":
+        """The same at the optimistic MFUs."""
+        return replace(self, times=self.optimistic_times)
 
     @property
     def layout(self) -> Layout:
@@ -80,14 +86,15 @@ def estimate(run: Sharding, cluster: Cluster, mfu: MfuAssumption) -> Estimate:
         UserError: the peak of the GPU at the recipe's precision is not known.
     """
     requirements = count_requirements(run)
-    return Estimate(run, cluster, requirements, _step_times(run, requirements, cluster, mfu))
+    times, optimistic = (_step_times(run, requirements, cluster, each) for each in (mfu, mfu.optimistic))
+    return Estimate(run, cluster, requirements, times, optimistic)
 
 
 def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu: MfuAssumption) -> StepTimes:
     peak = cluster.accelerator.peak_flops(run.recipe.train.precision)
     student, *teachers = requirements.models
     student_rate, teacher_rate = (run.tokens / (share * peak) for share in (mfu.student_mfu, mfu.teacher_mfu))
-    teacher_head = sum(teacher_rate * (model.work.head + model.work.recompute) for model in teachers)
+    teacher_head = sum(model.work.head + model.work.recompute for model in teachers)  # computed in the loss
 
     def seconds(name: str) -> float:
         return run.tokens * requirements.traffic.get(name, NO_TRAFFIC).seconds(cluster.accelerator)
@@ -99,7 +106,7 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
     return StepTimes(
         students=run.ranks,
         micro_steps=run.accumulation,
-        student_forward=student_rate * student.forward.forward + teacher_head,
+        student_forward=student_rate * (student.forward.forward + teacher_head),
         student_backward=student_rate * (student.flops - student.forward.forward),
         gather=seconds(GATHERS),
         reduce=seconds(REDUCES),
@@ -113,13 +120,11 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
 
 
 def _stage_seconds(run: Sharding, rate: float) -> tuple[float, ...]:
-    """Seconds of each stage for a micro-batch; attention is shared out by the number of layers.
+    """Seconds of each stage for a micro-batch.
 
     `rate`: seconds for each FLOP of a token.
     """
     teacher = run.teacher
     if teacher is None:
         return ()
-    attention = teacher.forward.attention / teacher.layers
-    costs, sizes = teacher.stage_costs(run.stages), balanced_sizes(teacher.layer_costs, run.stages)
-    return tuple(rate * (2 * cost + attention * size) for cost, size in zip(costs, sizes, strict=True))
+    return tuple(rate * each for each in stage_flops(teacher.layer_costs, teacher.forward.attention, run.stages))

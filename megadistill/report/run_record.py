@@ -41,7 +41,8 @@ NESTED = {
 METRICS = (
     "time", "step", "tokens", "loss", "divergence", "targets_kl", "kl", "student_ce", "teacher_ce", "student_entropy",
     "teacher_entropy", "agreement", "log_z", "learning_rate", "grad_norm", "seconds", "tokens_per_second",
-    "data_seconds", "teacher_seconds", "mfu", "memory_bytes", "kd_weight", "ce_weight",
+    "data_seconds", "student_seconds", "loss_seconds", "teacher_seconds", "wait_seconds", "mfu", "student_mfu",
+    "teacher_mfu", "memory_bytes", "kd_weight", "ce_weight",
 )  # fmt: skip
 SERIES = (*METRICS, *chain.from_iterable(NESTED.values()))
 """Names of all numbers that are read of a step."""

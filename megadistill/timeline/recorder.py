@@ -3,69 +3,23 @@
 A process has one recorder or none, as with a profiler: the package marks its spans whether they are recorded or not.
 Without a recorder, `span` costs a comparison.
 
-On an accelerator the host only queues work, so its clock does not show when the work is done. There a moment is an
-event in the device's stream, and becomes a time once the device has passed it: a span is the stream's work from one
-to the other, and where it stood still for the host (for tokens, for a checkpoint) it shows as the span of that.
+On an accelerator a span is the stream's work from one moment to the other (`clock`), and where it stood still for the
+host (for tokens, for a checkpoint) it shows as the span of that.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from megadistill.timeline.spans import Kind, MessageId, Span, Step
+from megadistill.timeline.clock import HostClock
+from megadistill.timeline.spans import SEND, WAIT, Kind, MessageId, Span, Step
+from megadistill.timeline.stopwatch import UNTIMED, Part, timed
 
 SPANS_BEFORE = 4096
 """Spans that a server keeps while no client records: they cover what is under way when one begins to."""
-
-_NO_SPAN: AbstractContextManager[None] = nullcontext()
-
-
-class HostClock:
-    """The clock of a host that does the work itself. Times are seconds of its monotonic clock, which is the node's."""
-
-    def moment(self) -> Any:
-        return time.monotonic()
-
-    def seconds(self, moment: Any) -> float:
-        """The time of a moment. Waits for the device to have passed it."""
-        return float(moment)
-
-    def anchor(self) -> None:
-        """Compares the device's clock with the host's: the nearer to the moments, the better."""
-
-
-class DeviceClock(HostClock):
-    """Events in the current stream of an accelerator. They count milliseconds in float32: 0.1 ms of half an hour."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.anchor()
-
-    def moment(self) -> torch.Event:
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, moment: torch.Event) -> float:
-        moment.synchronize()
-        return self._anchor_seconds + float(self._anchor.elapsed_time(moment)) / 1000
-
-    def anchor(self) -> None:
-        torch.accelerator.synchronize(self._device)
-        self._anchor = self.moment()
-        self._anchor.synchronize()
-        self._anchor_seconds = time.monotonic()
-
-
-def clock_for(device: torch.device) -> HostClock:
-    """The host's clock for a CPU, else the device's."""
-    return HostClock() if device.type == "cpu" else DeviceClock(device)
 
 
 class Recorder:
@@ -91,6 +45,7 @@ class Recorder:
     def start(self) -> None:
         global _recorder
         assert _recorder is None, "one recorder at a time"
+        self.clock.anchor()
         _recorder = self
 
     def stop(self) -> None:
@@ -146,18 +101,20 @@ _recorder: Recorder | None = None
 class _OpenSpan(AbstractContextManager[None]):
     """A span that has begun."""
 
-    __slots__ = ("_begin", "_recorder", "_span")
+    __slots__ = ("_begin", "_recorder", "_span", "_wait")
 
-    def __init__(self, recorder: Recorder, span: Span) -> None:
-        self._recorder, self._span = recorder, span
+    def __init__(self, recorder: Recorder, span: Span, wait: AbstractContextManager[None]) -> None:
+        self._recorder, self._span, self._wait = recorder, span, wait
 
     def __enter__(self) -> None:
+        self._wait.__enter__()
         self._recorder.depth += 1
         self._begin = self._recorder.clock.moment()
 
     def __exit__(self, *_: object) -> None:
         recorder = self._recorder
         end = recorder.clock.moment()
+        self._wait.__exit__(None, None, None)
         recorder.depth -= 1
         recorder.add(self._begin, end, replace(self._span, depth=recorder.depth))
 
@@ -170,11 +127,15 @@ def recording() -> bool:
 def span(
     kind: Kind, name: str, number: int | None = None, *, message: MessageId | None = None
 ) -> AbstractContextManager[None]:
-    """A context whose time is recorded, if this thread has a recorder. It must not be left open over a `yield`."""
+    """A context whose time is recorded, if this thread has a recorder. It must not be left open over a `yield`.
+
+    Waiting and sending count for the thread's stopwatch, too.
+    """
     recorder = _recorder
+    wait = timed(Part.WAIT) if kind in (WAIT, SEND) else UNTIMED
     if recorder is None or recorder.thread != threading.get_ident():
-        return _NO_SPAN
-    return _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message))
+        return wait
+    return _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message), wait)
 
 
 def follow(is_recorded: bool) -> None:

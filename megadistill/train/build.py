@@ -27,6 +27,7 @@ from megadistill.train.teacher.placement import load_teacher
 from megadistill.train.teacher.probe import PROBE_TOKENS, ProbeInput, TeacherCheck
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.telemetry.metrics import Meter
+from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.types import Cursor, TokenBatch
 
 
@@ -105,6 +106,7 @@ def meter_of(setup: Setup, topology: Topology) -> Meter:
         tokens_per_step=setup.tokens_per_step,
         precision=setup.recipe.train.precision,
         topology=topology,
+        flops=RankFlops.of(setup, topology),
     )
 
 

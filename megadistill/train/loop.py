@@ -17,6 +17,8 @@ from megadistill.data import TokenStream
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
+from megadistill.timeline.clock import clock_for
+from megadistill.timeline.stopwatch import Stopwatch
 from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
 from megadistill.train.hooks.checkpoints import Checkpoints
 from megadistill.train.hooks.diverged_student import DivergedStudentCheck
@@ -214,18 +216,20 @@ class Trainer:
         if self._setup.recipe.data.on_corrupt_sample == "mask":
             cursor = masked_cursor(batch.batch, cursor, stream, self._topology, self._recovery.events, step=self.step)
         rate = learning_rate(self._setup.recipe.train, self.step)
-        outcome = train_step(
-            self._student,
-            batch,
-            step=self.step,
-            learning_rate=rate,
-            objective=self._objective,
-            topology=self._topology,
-            flags=lambda: {**self._stops.counts(), **self._recovery.flags()},
-            recompute=every > 0 and self.step % every == 0,
-        )
-        seconds = time.perf_counter() - began  # the step ended in a device sync: its gradient norm was read
-        return StepEvent(self.step, outcome, rate, cursor, seconds, data_seconds=batches.waited - waited_before)
+        with Stopwatch(clock_for(self._topology.device)) as stopwatch:
+            outcome = train_step(
+                self._student,
+                batch,
+                step=self.step,
+                learning_rate=rate,
+                objective=self._objective,
+                topology=self._topology,
+                flags=lambda: {**self._stops.counts(), **self._recovery.flags()},
+                recompute=every > 0 and self.step % every == 0,
+            )
+        parts = stopwatch.read()  # the step ended in a device sync, since its gradient norm was read: no further one
+        seconds, waited = time.perf_counter() - began, batches.waited - waited_before
+        return StepEvent(self.step, outcome, rate, cursor, seconds, data_seconds=waited, parts=parts)
 
     def _log_start(self, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""

@@ -4,7 +4,6 @@ Legend: B sequences of a micro-batch, S tokens of a sequence, N = B·S.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +28,7 @@ from megadistill.types import DECILES, DIAGNOSTIC_NAMES, METRIC_NAMES, Diagnosti
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of a step, the same on every rank but for `teacher_seconds`."""
+    """Results of a step, the same on every rank."""
 
     metrics: dict[str, float]
     """Means over the step's tokens of all ranks, by `METRIC_NAMES`."""
@@ -37,8 +36,6 @@ class StepOutcome:
     """Global gradient norm before clipping; not finite if the step was skipped."""
     flags: dict[str, float]
     """The flags of `train_step`, summed over ranks."""
-    teacher_seconds: float
-    """Seconds that this rank waited for targets."""
     labels: int = 0
     """Tokens of the step, on all ranks, that have a label: without padding, corrupt samples, and with `document_mask`
     the last token of a document."""
@@ -86,12 +83,10 @@ def train_step(
     """
     forward = _Forward.of(student, batch, step=step, objective=objective, topology=topology)
     totals: Tensor | None = None
-    teacher_seconds = 0.0
     grad_norm: float | None = None
     for index in range(batch.accumulation):
-        began = time.perf_counter()
-        targeted = next(batch.micro_batches)
-        teacher_seconds += time.perf_counter() - began
+        with timeline.timed(timeline.Part.TEACHER):
+            targeted = next(batch.micro_batches)
         loss, numbers = forward(targeted)
         totals = numbers if totals is None else totals + numbers
         if recompute and index == 0:
@@ -103,16 +98,16 @@ def train_step(
             require_sound_teacher(step, metrics)
             if not finite(metrics):
                 loss = loss * math.nan
-        with timeline.span(timeline.COMPUTE, "student backward"):
-            student.backward(loss)
-        with timeline.span(timeline.COMPUTE, "optimizer step" if index == batch.accumulation - 1 else "accumulate"):
-            grad_norm = student.step(learning_rate)
+        with timeline.timed(timeline.Part.STUDENT):
+            with timeline.span(timeline.COMPUTE, "student backward"):
+                student.backward(loss)
+            with timeline.span(timeline.COMPUTE, "optimizer step" if index == batch.accumulation - 1 else "accumulate"):
+                grad_norm = student.step(learning_rate)
     assert grad_norm is not None, "the last micro-batch ends the accumulation window"
     return StepOutcome(
         metrics=metrics,
         grad_norm=grad_norm,
         flags=reduced_flags,
-        teacher_seconds=teacher_seconds,
         labels=int(forward.labels),
         diagnostics=forward.diagnostics_of(reduced),
         experts=forward.experts_of(reduced),
@@ -151,7 +146,8 @@ class _Forward:
         tokens = labels.clamp(min=1.0)
         if student.routers is not None:
             coefs = objective.router_coefs
-            routers = RouterLosses.of(student, batch, coefs=coefs, tokens=tokens, topology=topology)
+            with timeline.timed(timeline.Part.STUDENT):
+                routers = RouterLosses.of(student, batch, coefs=coefs, tokens=tokens, topology=topology)
         return cls(
             student,
             objective,
@@ -168,11 +164,11 @@ class _Forward:
         micro = targeted.batch.to(self.device)
         labels = micro.labels.flatten()
         weights = token_weights(labels, self.tokens)
-        with timeline.span(timeline.COMPUTE, "student forward"):
+        with timeline.timed(timeline.Part.STUDENT), timeline.span(timeline.COMPUTE, "student forward"):
             hidden, sums = self.student.routed_hidden(
                 micro.tokens, micro.positions, weights, differentiable=self.objective.router_coefs != RouterCoefs()
             )
-        with timeline.span(timeline.COMPUTE, "loss"):
+        with timeline.timed(timeline.Part.LOSS), timeline.span(timeline.COMPUTE, "loss"):
             output = StudentOutput(
                 head=Head(hidden, self.student.head.weight(), transform=self.objective.student_logits),
                 labels=labels,

@@ -26,7 +26,10 @@ from tests.e2e.commands import (
 from tests.e2e.conftest import TINY, Place
 from tests.paths import ROOT
 
-CLOCK = {"time", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
+CLOCK = {
+    "time", "seconds", "tokens_per_second", "data_seconds", "student_seconds", "loss_seconds", "teacher_seconds",
+    "wait_seconds", "memory_bytes", "mfu", "student_mfu", "teacher_mfu",
+}  # fmt: skip
 DISTILL_METRICS = {
     "step", "tokens", "loss", "divergence", "kl", "student_ce", "teacher_ce", "student_entropy", "teacher_entropy",
     "agreement", "log_z", "learning_rate", "grad_norm", "labels",

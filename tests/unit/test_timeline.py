@@ -18,9 +18,10 @@ from megadistill.cli.main import run_command
 from megadistill.config.load import load_recipe
 from megadistill.errors import UserError
 from megadistill.timeline import picture
+from megadistill.timeline.clock import DeviceClock, HostClock
 from megadistill.timeline.files import RankFile, rank_path, read_timeline, write_rank
 from megadistill.timeline.picture import MAX_ROWS, draw, table
-from megadistill.timeline.recorder import SPANS_BEFORE, DeviceClock, HostClock, Recorder
+from megadistill.timeline.recorder import SPANS_BEFORE, Recorder
 from megadistill.timeline.spans import (
     Kind,
     Lane,
@@ -113,7 +114,7 @@ def test_a_server_records_the_requested_steps_and_a_little_before() -> None:
         recorder.stop()
     (spans,) = recordings
     assert [span.number for span in spans] == list(range(2, SPANS_BEFORE + 4))
-    assert clock.anchors == 1
+    assert clock.anchors == 2, "when it starts, and when a client begins to record"
     assert not recorder.is_requested
     assert recorder.recorded()[0] == (
         Span("compute", "stage", spans[-1].end + 1, spans[-1].end + 2, 0, SPANS_BEFORE + 4),
@@ -141,7 +142,9 @@ def test_a_devices_moments_become_the_hosts_seconds(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr("time.monotonic", lambda: 5.0)
     clock = DeviceClock(torch.device("meta"))
+    clock.anchor()
     first, second = clock.moment(), clock.moment()
+    assert clock.between(first, second) == pytest.approx(0.01)
     assert [clock.seconds(moment) for moment in (second, first)] == pytest.approx([5.02, 5.01])
     clock.anchor()
     assert clock.seconds(first) == pytest.approx(4.98), "before the anchor, too"

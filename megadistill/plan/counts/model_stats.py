@@ -77,10 +77,6 @@ class ModelStats:
             parts.setdefault(part, {}).setdefault(module, []).append(math.prod(shape))
         return tuple(tuple(tuple(sizes) for sizes in modules.values()) for modules in parts.values())
 
-    def stage_costs(self, stages: int) -> tuple[int, ...]:
-        """Active parameters of each stage's layers. Raises UserError: fewer than one stage, or more than layers."""
-        return _sums(self.layer_costs, balanced_sizes(self.layer_costs, stages))
-
     def stage_parameters(self, stages: int) -> tuple[int, ...]:
         """Parameters of each stage: its layers, with the embedding on the first one and the last norm on the last."""
         totals = list(_sums(self.layer_parameters, balanced_sizes(self.layer_costs, stages)))

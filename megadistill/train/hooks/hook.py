@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
 
@@ -32,6 +33,8 @@ class StepEvent:
     seconds: float
     data_seconds: float
     """Seconds of the step that this rank waited for data."""
+    parts: StepSeconds = StepSeconds()
+    """Seconds of the step's parts on this rank."""
 
 
 class Hook(Protocol):

@@ -45,7 +45,7 @@ class StepLog:
                 learning_rate=event.learning_rate,
                 grad_norm=event.outcome.grad_norm,
                 data_seconds=event.data_seconds,
-                teacher_seconds=event.outcome.teacher_seconds,
+                parts=event.parts,
                 labels=event.outcome.labels,
                 diagnostics=event.outcome.diagnostics,
                 experts=None if experts is None else experts.summary(),

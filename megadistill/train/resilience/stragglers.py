@@ -9,11 +9,13 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 from megadistill.distributed.collectives import all_gather_objects, all_gather_rows
 from megadistill.distributed.topology import Topology
+from megadistill.timeline.clock import clock_for
 
 SLOWER = 1.3
 """Multiple of the median time above which a rank is slow."""
@@ -78,25 +80,19 @@ def _lasting(streaks: list[int], now: set[int]) -> list[int]:
 
 @torch.no_grad()
 def product_seconds(device: torch.device) -> float:
-    """The shortest of a few timings of a fixed matrix product on this device.
+    """The shortest of a few timings of a fixed matrix product on this device, by its own clock.
 
-    A millisecond or two each, and 24 MiB on an accelerator. Draws no random numbers, so that a run is the same without.
+    A millisecond or two each, and 24 MiB on an accelerator, where it does not count what the device does before it, nor
+    a host that is late: the products are queued at once. Draws no random numbers, so that a run is the same without.
     """
+    clock = clock_for(device)
     on_cpu = device.type == "cpu"
     n, dtype, products, samples = (256, torch.float32, 2, 6) if on_cpu else (2048, torch.bfloat16, 64, 4)
     left = torch.linspace(-1.0, 1.0, n * n, device=device).to(dtype).view(n, n)
     right, out = left.T.contiguous(), torch.empty_like(left)
-    best = float("inf")
+    moments = [clock.moment()]
     for _ in range(samples + 1):  # the first one initializes the library
-        _synchronize(device)
-        began = time.perf_counter()
         for _ in range(products):
             torch.mm(left, right, out=out)
-        _synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        moments.append(clock.moment())
+    return min(clock.between(begin, end) for begin, end in pairwise(moments))

@@ -20,7 +20,9 @@ from megadistill.events import JsonLines, read_metrics
 from megadistill.io import atomic_write
 from megadistill.models.flops import flops_per_token
 from megadistill.progress import short_bar
+from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.telemetry.histograms import Histogram, histogram
+from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
 from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
 from megadistill.units import count, left, short
@@ -28,7 +30,7 @@ from megadistill.units import count, left, short
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 """Metrics of the teacher's complete distribution: a run with truncated targets has them on diagnosed steps only."""
 
-TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds")
+TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds", "wait_seconds", "teacher_mfu")
 """Metrics that a run from labels does not have."""
 
 PACE_STEPS = 50
@@ -80,7 +82,7 @@ def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
 class Meter:
     """Computes a step's report: throughput, MFU, memory.
 
-    Model FLOPs are counted without recomputation (PaLM, 2204.02311, appendix B).
+    Model FLOPs are counted without recomputation (PaLM, 2204.02311, appendix B), those of `flops` with it.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Meter:
         tokens_per_step: int,
         precision: str,
         topology: Topology,
+        flops: RankFlops,
     ) -> None:
         forward = flops_per_token(student, sequence_length)
         frozen = flops_per_token(teacher, sequence_length).forward if teacher is not None else 0
@@ -99,20 +102,38 @@ class Meter:
         self._tokens_per_step = tokens_per_step
         self._device = topology.device
         peak = peak_flops(topology.device, precision)
+        self._own_peak = peak
         self._peak = peak * topology.world if peak is not None else None
+        self._flops = flops
 
-    def report(self, step: int, metrics: dict[str, Any], *, tokens: int, seconds: float, **values: Any) -> StepReport:
+    def report(
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        *,
+        tokens: int,
+        seconds: float,
+        parts: StepSeconds,
+        **values: Any,
+    ) -> StepReport:
         """The report of a step that took `seconds`. `metrics`, `values`: the fields that are not computed here.
 
         `tokens`: those of all steps up to this one.
         """
         tokens_per_second = self._tokens_per_step / seconds
+        student_mfu, teacher_mfu = self._flops.mfus(parts, self._own_peak)
         return StepReport(
             step=step,
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens_per_second,
             mfu=tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
+            student_mfu=student_mfu,
+            teacher_mfu=teacher_mfu,
+            student_seconds=parts.student,
+            loss_seconds=parts.loss,
+            teacher_seconds=parts.teacher,
+            wait_seconds=parts.wait,
             memory_bytes=peak_memory(self._device),
             **metrics,
             **values,

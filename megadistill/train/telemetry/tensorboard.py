@@ -17,8 +17,18 @@ GROUPS = {
     "loss": ("loss", "divergence", "targets_kl", "kl", "cross_entropy", "kd_weight", "ce_weight"),
     "predictions": ("entropy", "agreement", "log_z"),
     "optimizer": ("learning_rate", "grad_norm"),
-    "throughput": ("tokens", "labels", "tokens_per_second", "mfu", "seconds"),
-    "waiting": ("data_seconds", "teacher_seconds"),
+    "throughput": (
+        "tokens",
+        "labels",
+        "tokens_per_second",
+        "mfu",
+        "student_mfu",
+        "teacher_mfu",
+        "seconds",
+        "student_seconds",
+        "loss_seconds",
+    ),
+    "waiting": ("data_seconds", "teacher_seconds", "wait_seconds"),
     "memory": ("memory_bytes",),
 }
 """Names of each group, the first part of a tag; those of diagnostics and experts have theirs in the name."""
@@ -72,7 +82,16 @@ LAYOUT = {
     },
     "System": {
         "tokens a second": ["throughput/tokens_per_second"],
-        "seconds of a step, and of waiting": ["throughput/seconds", "waiting/data_seconds", "waiting/teacher_seconds"],
+        "seconds of a step, of student and loss": [
+            "throughput/seconds",
+            "throughput/student_seconds",
+            "throughput/loss_seconds",
+        ],
+        "seconds of the teacher, and of waiting": [
+            "waiting/teacher_seconds",
+            "waiting/wait_seconds",
+            "waiting/data_seconds",
+        ],
     },
 }
 """Charts of the page "Custom Scalars": category -> title -> tags."""

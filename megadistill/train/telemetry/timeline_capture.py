@@ -14,8 +14,9 @@ from pathlib import Path
 
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Topology
+from megadistill.timeline.clock import clock_for
 from megadistill.timeline.files import RankFile, remove_recordings, write_rank
-from megadistill.timeline.recorder import Recorder, clock_for
+from megadistill.timeline.recorder import Recorder
 from megadistill.train.setup.setup import Setup
 
 logger = logging.getLogger(__name__)

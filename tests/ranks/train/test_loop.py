@@ -279,7 +279,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sampled": {"targets": {"draws": 8}, "ce_weight": 0.1},
     "top-p": {"targets": TOP_P},
 }
-CLOCK = {"time", "seconds", "tokens_per_second", "data_seconds", "teacher_seconds", "memory_bytes", "mfu"}
+CLOCK = {
+    "time", "seconds", "tokens_per_second", "data_seconds", "student_seconds", "loss_seconds", "teacher_seconds",
+    "wait_seconds", "memory_bytes", "mfu", "student_mfu", "teacher_mfu",
+}  # fmt: skip
 
 
 def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import megadistill
 from megadistill.distributed.p2p import Endpoint
-from megadistill.timeline.recorder import HostClock, Recorder
+from megadistill.timeline.clock import HostClock
+from megadistill.timeline.recorder import Recorder
 
 CREATORS = {"isend", "irecv", "send", "recv", "P2POp", "batch_isend_irecv"}
 """What creates a message in torch.distributed."""

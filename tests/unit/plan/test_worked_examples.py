@@ -14,7 +14,7 @@ from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput
-from megadistill.plan.throughput import MfuAssumption
+from megadistill.plan.throughput import OPTIMISTIC
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.unit.models.test_flops import LLAMA3_8B
@@ -82,7 +82,7 @@ def _estimate(
         without_data=True,
     )
     cluster = Cluster(nodes, 8, accelerator("h100"))
-    return estimate(place(recipe, inputs, cluster), cluster, MfuAssumption())
+    return estimate(place(recipe, inputs, cluster), cluster, OPTIMISTIC)
 
 
 def _days(result: Estimate) -> float:

@@ -61,7 +61,7 @@ class Recorder:
 
 def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[str, float] | None = None) -> StepEvent:
     metrics = {"loss": loss, "teacher_ce": 2.0, "student_ce": loss}
-    outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {}, teacher_seconds=0.0)
+    outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {})
     return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0)
 
 

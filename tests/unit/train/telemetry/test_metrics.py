@@ -14,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import DivergenceKind
 from megadistill.models.families import load_config
+from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.telemetry import metrics
 from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
+from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import tag_of
 from megadistill.types import METRIC_NAMES, StepReport
 from tests.unit.train.cases import MODEL, VOCAB, recipe, topology
@@ -37,8 +39,13 @@ REPORT = StepReport(
     seconds=2.0,
     tokens_per_second=128.0,
     data_seconds=0.125,
+    student_seconds=0.5,
+    loss_seconds=0.3,
     teacher_seconds=0.25,
+    wait_seconds=0.05,
     mfu=None,
+    student_mfu=None,
+    teacher_mfu=None,
     memory_bytes=10,
 )
 
@@ -228,6 +235,7 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
         tokens_per_step=256,
         precision="bfloat16",
         topology=topology(world=2),
+        flops=RankFlops(step=40_000_000, stage_round=7_000_000),
     )
     return meter.report(
         3,
@@ -237,7 +245,7 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
         tokens=768,
         seconds=0.5,
         data_seconds=0.01,
-        teacher_seconds=0.1,
+        parts=StepSeconds(student=0.2, loss=0.05, teacher=0.1, wait=0.03, stage=0.07, rounds=4 if teacher else 0),
     )
 
 
@@ -252,6 +260,11 @@ def test_model_flops_over_the_peak_of_all_ranks(monkeypatch: pytest.MonkeyPatch,
     assert report.tokens_per_second == 512.0
     assert report.tokens == 3 * 256
     assert report.mfu == pytest.approx(512.0 * flops / (2 * 1e9), rel=1e-12)
+    assert report.student_mfu == pytest.approx(40e6 / 0.25 / 1e9), "of one device"
+    assert report.teacher_mfu == (pytest.approx(4 * 7e6 / 0.07 / 1e9) if teacher else None)
+    assert (report.student_seconds, report.loss_seconds, report.teacher_seconds, report.wait_seconds) == (
+        0.2, 0.05, 0.1, 0.03,
+    )  # fmt: skip
 
 
 def test_mfu_is_left_out_where_the_peak_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

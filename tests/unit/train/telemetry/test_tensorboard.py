@@ -46,6 +46,9 @@ RECIPES: dict[str, dict[str, Any] | None] = {
 }
 
 
+NULL_ON_A_CPU = {"mfu", "student_mfu", "teacher_mfu"}
+
+
 def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts: bool = False) -> Recipe:
     """The logs of steps of a run; all of a step's numbers are its number."""
     changes = {"loss": loss} if loss else {}
@@ -63,7 +66,7 @@ def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts
     for step in steps:
         diagnosed = dict.fromkeys(DIAGNOSTIC_NAMES, float(step)) if loss and made.loss.diagnostics_every else None
         numbers: dict[str, Any] = {**dict.fromkeys(names, float(step)), "step": step, "tokens": step * TOKENS}
-        numbers |= {"mfu": None, "diagnostics": diagnosed if step % 2 == 0 else None}
+        numbers |= {**dict.fromkeys(NULL_ON_A_CPU), "diagnostics": diagnosed if step % 2 == 0 else None}
         numbers["experts"] = dict.fromkeys(EXPERT_METRICS, float(step)) if has_experts else None
         numbers["expert_load"] = {"0": [0.5, 1.5], "3": [1.0, 1.0]} if has_experts and step == 2 else None
         report = StepReport(**numbers)
@@ -97,7 +100,7 @@ def test_every_chart_shows_tags_that_a_run_writes(tmp_path: Path, name: str) -> 
     assert shown == every & expected, "a chart is left out though its numbers are there"
     assert ("teacher" in written) == (name not in ("labels", "targets", "labels, experts"))
     named = logged_names(made, has_experts=has_experts)
-    assert {tag for each in named - {"mfu"} for tag in tags_of(each)} == every
+    assert {tag for each in named - NULL_ON_A_CPU for tag in tags_of(each)} == every
 
 
 def _every_chart() -> dict[str, list[str]]:
