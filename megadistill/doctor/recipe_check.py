@@ -24,7 +24,12 @@ from megadistill.models.families import load_config
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
-from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config, describe_deepspeed
+from megadistill.student.deepspeed_config import (
+    active_deepspeed_config,
+    build_engine_config,
+    describe_deepspeed,
+    reduction_dtype,
+)
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start, model_rows
@@ -98,7 +103,8 @@ def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
     if accumulation is not None:
         build_engine_config(deepspeed_config, recipe.train, accumulation)
     without = f"; disabled on a CPU: {', '.join(disabled)}" if disabled else ""
-    return None, f"{describe_deepspeed(recipe.student.deepspeed)}{without}"
+    reduced = f"; gradients are reduced in {reduction_dtype(deepspeed_config, recipe.train.precision)}"
+    return None, f"{describe_deepspeed(recipe.student.deepspeed)}{reduced}{without}"
 
 
 def _data(recipe: Recipe) -> tuple[Mixture, str]:

@@ -10,6 +10,7 @@ from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, place, recipe_with_layout
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.throughput import MfuAssumption
+from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.units import count, spell
 
 BEST = 5
@@ -25,6 +26,7 @@ class Plan:
     inputs: PlanInput
     cluster: Cluster
     mfu: MfuAssumption
+    """The expected one, by which layouts are ranked."""
     own: Estimate | None
     """The recipe's own layout; None where a run of it would be refused on this cluster."""
     refused: str | None
@@ -54,6 +56,14 @@ class Plan:
             f"and at least {spell(floor)} of launches and latency; arithmetic rules from some "
             f"{count(main.sharding.tokens * floor / counted)} tokens on"
         )
+
+    @property
+    def low_precision_reduction(self) -> str | None:
+        """A warning where the main estimate's ranks add up their gradients in 16 bits; else None."""
+        if self.main is None:
+            return None
+        precision = self.inputs.recipe.train.precision
+        return low_precision_reduction(self.inputs.deepspeed_config, precision, self.main.sharding.ranks)
 
     def settings(self, proposal: Estimate) -> list[str]:
         """The `--set` options that turn the recipe into a proposal; none for the recipe's own layout."""

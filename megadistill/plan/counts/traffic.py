@@ -47,8 +47,7 @@ STAGES, ANSWERS, REQUESTS = "teacher, from stage to stage", "teacher's answers",
 
 def student_traffic(run: Sharding) -> dict[str, Link]:
     """Traffic of a student's rank: name -> link."""
-    # Quantized gradients have four bits within the node, and four bits of the rest between nodes.
-    gradients = (0.5 if run.zero.zero_quantized_gradients else run.reduce_itemsize) * run.reduced
+    gradients = run.reduce_itemsize * run.reduced
     links = {
         GATHERS: _weights(run),
         REDUCES: _ring(run, gradients / run.tokens, run.ranks, stride=1),

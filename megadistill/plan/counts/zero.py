@@ -33,7 +33,6 @@ class Zero:
     zero_hpz_partition_size: int = 1
     """Ranks that together hold a second copy of the weights (hpZ); 1: none."""
     zero_quantized_weights: bool = False
-    zero_quantized_gradients: bool = False
     offload_param: str = "none"
     """Device of the offloaded parameters: none, cpu or nvme."""
     offload_optimizer: str = "none"

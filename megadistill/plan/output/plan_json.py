@@ -14,7 +14,8 @@ FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above":
 def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
     """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster.
 
-    Where `no_forecast` is a reason, times and costs are null.
+    Times and costs are those at the expected MFUs, and beside them `optimistic`. Where `no_forecast` is a reason, they
+    are null.
     """
     kind, main = plan.cluster.accelerator, plan.main
     return {
@@ -27,11 +28,12 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
             "node_bytes_per_second": kind.node_bandwidth,
             "network_bytes_per_second": kind.network_bandwidth,
         },
-        "assumed": asdict(plan.mfu),
+        "assumed": {**asdict(plan.mfu), "optimistic": asdict(plan.mfu.optimistic)},
         "price_per_gpu_hour": price,
         "fits": plan.own is not None and plan.own.fits,
         "refused": plan.refused,
         "no_forecast": plan.no_forecast,
+        "low_precision_reduction": plan.low_precision_reduction,
         "tokens": main.requirements.tokens if main else None,
         "sequence_length_tokens": plan.inputs.stats.sequence_length,
         "vocabulary_ids": plan.inputs.vocab_size,
@@ -98,11 +100,18 @@ def _times_and_costs(plan: Plan, each: Estimate, price: float | None) -> dict[st
             "tick": times.tick,
             "together": times.micro_step,
         },
-        "step_seconds": times.step,
         "hiding_tokens": each.hiding_tokens,
+        **_costs(each, price),
+        "optimistic": _costs(each.optimistic, price),
+    }
+    return dict.fromkeys(values) if plan.no_forecast else values
+
+
+def _costs(each: Estimate, price: float | None) -> dict[str, float | None]:
+    return {
+        "step_seconds": each.times.step,
         "tokens_per_second": each.tokens_per_second,
         "days": each.seconds / 86_400,
         "gpu_hours": each.gpu_hours,
         "price": None if price is None else each.gpu_hours * price,
     }
-    return dict.fromkeys(values) if plan.no_forecast else values

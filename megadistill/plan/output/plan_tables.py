@@ -15,6 +15,7 @@ from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate
 from megadistill.plan.scaling_law import Expectation
 from megadistill.plan.search import Plan
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.units import count, readable, spell
 
 BAR = 20
@@ -37,8 +38,8 @@ def render(plan: Plan, *, law: Expectation | None, price: float | None) -> Rende
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
-def summary_lines(plan: Plan, *, price: float | None) -> Text:
-    """The first lines: whether the recipe fits, how long it takes, and the assumptions."""
+def summary_lines(plan: Plan, *, price: float | None) -> RenderableType:
+    """The first part: whether the recipe fits, how long it takes, and the assumptions."""
     cluster, main = plan.cluster, plan.main
     text = Text()
     text.append(f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.accelerator.name}\n")
@@ -48,18 +49,22 @@ def summary_lines(plan: Plan, *, price: float | None) -> Text:
             text.append(f"The rest describes the {'best' if plan.best else 'nearest'} layout that can:\n")
     if main is not None:
         text.append_text(_fit(main))
-        text.append(_cost(plan, main, price=price), style="bold")
-    text.append("; ".join(_assumptions(plan)), style="dim")
+        if plan.no_forecast:
+            text.append(f"{plan.no_forecast}\n", style="bold")
+    if (warning := plan.low_precision_reduction) is not None:
+        text.append(f"{warning}\n", style="bold yellow")
     text.rstrip()
-    return text
+    notes = Text("; ".join(_assumptions(plan)), style="dim")
+    forecast = [_forecast(plan, main, price=price)] if main is not None and not plan.no_forecast else []
+    return Group(text, *forecast, *([notes] if notes else []))
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
     if not plan.no_forecast:
         yield (
-            f"assumed, not measured: the student's products run at {plan.mfu.student_mfu:.0%} of the peak of "
-            f"{plan.cluster.accelerator.peak_tflops[plan.inputs.recipe.train.precision]:g} TFLOP/s, the teacher's at "
-            f"{plan.mfu.teacher_mfu:.0%}; links as sold"
+            "assumed, not measured: the MFU, of a peak of "
+            f"{plan.cluster.accelerator.peak_tflops[plan.inputs.recipe.train.precision]:g} TFLOP/s (expected: "
+            f"{'the best published for distillation' if plan.mfu == MfuAssumption() else 'as given'}); links as sold"
         )
     if plan.inputs.without_data:
         yield "the data was not read"
@@ -67,12 +72,19 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         yield f"counted are the steps after {plan.inputs.stats.first_step:,} (run.begin_from)"
 
 
-def _cost(plan: Plan, main: Estimate, *, price: float | None) -> str:
-    if plan.no_forecast:
-        return f"{plan.no_forecast}\n"
-    cost = f"{count(main.tokens_per_second)} tokens/s, {spell(main.seconds)}, {main.gpu_hours:,.0f} GPU-hours"
-    paid = "" if price is None else f" (at {price:g}: {main.gpu_hours * price:,.0f})"
-    return f"{cost}{paid} for {count(main.requirements.tokens)} tokens\n"
+def _forecast(plan: Plan, main: Estimate, *, price: float | None) -> RenderableType:
+    """Time and cost of the run, expected and optimistic."""
+    both, mfus = (main, main.optimistic), (plan.mfu, plan.mfu.optimistic)
+    table = _table(f"for {count(main.requirements.tokens)} tokens", "expected", "optimistic")
+    table.add_row("tokens/s", *(count(each.tokens_per_second) for each in both), style="bold")
+    table.add_row("time", *(spell(each.seconds) for each in both), style="bold")
+    table.add_row("GPU-hours", *(f"{each.gpu_hours:,.0f}" for each in both), style="bold")
+    if price is not None:
+        table.add_row(f"price, at {price:g}", *(f"{each.gpu_hours * price:,.0f}" for each in both), style="bold")
+    table.add_row("MFU of the student", *(f"{each.student_mfu:.0%}" for each in mfus))
+    if main.times.stages:
+        table.add_row("MFU of the teacher", *(f"{each.teacher_mfu:.0%}" for each in mfus))
+    return table
 
 
 def _fit(estimate: Estimate) -> Text:
@@ -150,7 +162,10 @@ def _bar(share: float) -> str:
 def _time(estimate: Estimate) -> RenderableType:
     """Parts of a micro-step."""
     times, run = estimate.times, estimate.sharding
-    title = f"A micro-step: {run.tokens:,} tokens a GPU, {run.accumulation} to an optimizer step of {spell(times.step)}"
+    title = (
+        f"A micro-step, as expected: {run.tokens:,} tokens a GPU, {run.accumulation} to an optimizer step of "
+        f"{spell(times.step)}"
+    )
     table = _table("", "", "", texts=(0, 2))
     rows = {
         "student, forward (with both heads)": times.student_forward,
@@ -211,9 +226,8 @@ def _layouts(plan: Plan, *, price: float | None) -> RenderableType:
         share = f"{each.memory / each.cluster.accelerator.memory_bytes:.0%}"
         table.add_row(f"{number}{'*' if own else ''}", *_choices(each), share, *cost)
         notes.append(f"{number}: " + ("the recipe as it is" if own else _options(plan.settings(each))))
-    title = (
-        f"Some of {plan.searched} valid layouts" if plan.no_forecast else f"The best of {plan.searched} valid layouts"
-    )
+    ranked = f"The best of {plan.searched} valid layouts, by the expected cost"
+    title = f"Some of {plan.searched} valid layouts" if plan.no_forecast else ranked
     return _part(title, table, "\n".join(notes))
 
 

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import torch
+
 from megadistill.config.recipe import default_warmup
 from megadistill.data import missing_bos
+from megadistill.loss import Elementwise
+from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.train.setup.setup import Setup
 from megadistill.units import short
 
@@ -21,6 +25,8 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "epochs": _many_epochs(setup),
         "BOS": _missing_bos(setup),
         "documents": _unmasked_documents(setup),
+        "gradient reduction": _low_precision_reduction(setup),
+        "loss arithmetic": _eager_on_accelerator(setup),
     }
     return {check: warning for check, warning in warnings.items() if warning is not None}
 
@@ -55,6 +61,27 @@ def _missing_bos(setup: Setup) -> str | None:
         return None
     folder = weights if teacher is None else teacher.path if teacher.vocab_map is None else None
     return missing_bos(None if folder is None else Path(folder), setup.data, key="data.insert_bos=true")
+
+
+def _low_precision_reduction(setup: Setup) -> str | None:
+    train = setup.recipe.train
+    students = train.global_batch // (train.micro_batch * setup.accumulation)
+    return low_precision_reduction(setup.deepspeed_config, train.precision, students)
+
+
+def _eager_on_accelerator(setup: Setup) -> str | None:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    asked = Elementwise(setup.recipe.loss.elementwise)
+    if device is None or asked.on(device) is Elementwise.COMPILED:
+        return None
+    if asked is Elementwise.EAGER:
+        why, way_out = "loss.elementwise is eager", "set it to auto"
+    else:
+        why, way_out = "no package triton is installed", "install the one of this build of torch"
+    return (
+        f"{why}: on {device.type} the loss then reads and writes its logits about seven times as often as compiled, "
+        f"with temporaries several times as large: {way_out}"
+    )
 
 
 def _unmasked_documents(setup: Setup) -> str | None:

@@ -14,6 +14,7 @@ from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, json_lines, scan_lines
 from megadistill.io import read_file, read_json, reason_of, write_file, write_json
 from megadistill.models.fingerprint import teacher_fingerprint
+from megadistill.precision import Precision
 from megadistill.student.deepspeed_config import numeric_settings
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.versions import versions
@@ -167,17 +168,17 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         refuse_changed_steps(folder, earlier, now, changes=describe_changes(schedule))
 
 
-def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any]) -> None:
-    """Refuses DeepSpeed settings under which a run would continue with other numbers than it began with.
+def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any], precision: Precision) -> None:
+    """Refuses DeepSpeed settings under which a run of `precision` would continue with other numbers than it began with.
 
     Raises:
         UserError: names the settings that differ.
     """
     try:
-        before = numeric_settings(read_json(folder / "recipe.json")["deepspeed"])
+        before = numeric_settings(read_json(folder / "recipe.json")["deepspeed"], precision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # `refuse_other_recipe` decides on a folder without a description, or with a damaged one
-    now = numeric_settings(deepspeed_config)
+    now = numeric_settings(deepspeed_config, precision)
     differing = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before[key] != now[key]]
     if differing:
         raise UserError(

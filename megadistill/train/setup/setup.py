@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     elif recipe.student.weights is not None and not has_saved(folder):
         check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
-    refuse_other_deepspeed(folder, deepspeed_config)
+    refuse_other_deepspeed(folder, deepspeed_config, recipe.train.precision)
     return Setup(
         recipe=recipe,
         folder=folder,

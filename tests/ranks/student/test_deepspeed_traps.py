@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -82,17 +83,29 @@ def test_the_heads_gradient_does_not_grow_with_accumulation() -> None:
 
 
 def _accumulation_dtypes(topology: Topology) -> tuple[set[torch.dtype], torch.dtype | None, torch.dtype]:
+    """Dtypes of the sums over ranks, of the accumulated gradients, and of the head's gradient."""
     case = Case(precision="bfloat16", accumulation=2)
     student = build(case, topology)
+    reduced, reduce_scatter = set(), coalesced_collectives._torch_reduce_scatter_fn
+
+    def recording(source: Tensor, *args: Any, **kwargs: Any) -> Any:
+        reduced.add(source.dtype)
+        return reduce_scatter(source, *args, **kwargs)
+
+    coalesced_collectives._torch_reduce_scatter_fn = recording
     run_steps(case, student, topology, range(1))
+    coalesced_collectives._torch_reduce_scatter_fn = reduce_scatter
     zero = student._engine.optimizer
-    dtypes = {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group}
-    return dtypes, student._engine.get_data_types()[1], student.head.weight().grad_dtype or torch.bfloat16
+    assert {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group} <= {
+        torch.float32
+    }
+    return reduced, student._engine.get_data_types()[1], student.head.weight().grad_dtype or torch.bfloat16
 
 
 def test_bfloat16_gradients_accumulate_in_float32() -> None:
-    """Trap 4: under bf16 DeepSpeed sums the gradients of an accumulation window in bf16 unless configured otherwise."""
-    _, accumulated, head = run_ranks(2, _accumulation_dtypes)[0]
+    """Trap 4: under bf16 DeepSpeed sums the gradients of ranks and of micro-batches in bf16 unless told otherwise."""
+    reduced, accumulated, head = run_ranks(2, _accumulation_dtypes)[0]
+    assert reduced == {torch.float32}
     assert accumulated == torch.float32
     assert head == torch.float32
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / "zero3.json")

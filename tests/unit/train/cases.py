@@ -170,5 +170,5 @@ def run_with_checkpoint(folder: Path, data: Path, *, step: int = 4, made: Recipe
             "order": order.description,
         },
     }
-    write_description(folder, made.snapshot(), {})
+    write_description(folder, made.snapshot(), {"communication_data_type": "fp32"})
     return save_checkpoint(folder / "checkpoints", {"master/w": torch.zeros(3)}, step, **(values | changes))

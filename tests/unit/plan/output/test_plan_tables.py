@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from megadistill.cli.main import run_command
+from megadistill.plan.output.plan_json import to_json
 from megadistill.plan.output.plan_tables import render
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
@@ -48,6 +50,19 @@ def test_it_fits_80_columns_and_begins_with_the_summary(inputs: PlanInput) -> No
     summary = text.split("\n\n")[0]
     for part in ("fits", "tokens/s", "GPU-hours", "assumed, not measured", "40%"):
         assert part in summary, part
+
+
+def test_a_reduction_of_many_gradients_in_16_bits_is_warned_of() -> None:
+    inputs = plan_input(teacher=None, train={"global_batch": 96, "precision": "bfloat16"})
+    for dtype, warned in (("bf16", True), ("fp32", False)):
+        deepspeed_config = {**inputs.deepspeed_config, "communication_data_type": dtype}
+        result = plan(replace(inputs, deepspeed_config=deepspeed_config), cluster(12, 8), MfuAssumption())
+        out = io.StringIO()
+        print_tables(Console(file=out, width=80), render(result, law=None, price=None))
+        summary = " ".join(out.getvalue().split("\n\n")[0].split())
+        warning = "gradients of 96 ranks are added up in bfloat16"
+        assert (warning in summary) is warned
+        assert (to_json(result, law=None, price=None)["low_precision_reduction"] is not None) is warned
 
 
 def test_every_part_is_there() -> None:

@@ -58,7 +58,7 @@ def test_the_lock_of_another_program_is_no_fault(build: Path) -> None:
     [
         ({}, ()),
         ({"zero_quantized_weights": False, "offload_optimizer": {"device": "cpu"}}, ()),
-        ({"zero_quantized_gradients": True}, ("quantizer",)),
+        ({"zero_quantized_nontrainable_weights": True}, ("quantizer",)),
         ({"offload_optimizer": {"device": "nvme"}, "zero_quantized_weights": True}, ("quantizer", "async_io")),
     ],
 )

@@ -113,7 +113,9 @@ def test_a_folder_of_another_kind_is_refused(manifest: Path, tmp_path: Path, nam
     (tmp_path / "empty").mkdir()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(MODEL))
-    write_description(tmp_path / "fresh", recipe(manifest, tmp_path / "fresh").snapshot(), {})
+    write_description(
+        tmp_path / "fresh", recipe(manifest, tmp_path / "fresh").snapshot(), {"communication_data_type": "fp32"}
+    )
     message = _refused(_branch(manifest, tmp_path / name, tmp_path / "b"))
     assert message.startswith("run.begin_from: ")
     assert says in message
@@ -167,7 +169,9 @@ def test_a_run_that_has_saved_does_not_begin_again(manifest: Path, tmp_path: Pat
 
 def test_before_the_first_checkpoint_another_parent_may_be_named(manifest: Path, tmp_path: Path) -> None:
     start, other = run_with_checkpoint(tmp_path / "a", manifest), run_with_checkpoint(tmp_path / "c", manifest)
-    write_description(tmp_path / "b", _branch(manifest, start, tmp_path / "b").snapshot(), {})
+    write_description(
+        tmp_path / "b", _branch(manifest, start, tmp_path / "b").snapshot(), {"communication_data_type": "fp32"}
+    )
     parent = _prepared(_branch(manifest, other, tmp_path / "b")).parent
     assert parent is not None
     assert [each.run for each in parent.lineage] == ["c"]

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megadistill.config.load import load_recipe
+from megadistill.config.recipe import LossSection
 from megadistill.data import Mixture
 from megadistill.data.stream.order import CurriculumEntry
 from megadistill.distributed.launch import Launch
+from megadistill.loss import options
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, prepare
 from tests.paths import RECIPES
@@ -27,6 +30,29 @@ def _setup(folder: Path, **train: Any) -> Setup:
 
 def test_a_sound_recipe_has_nothing_to_say(tmp_path: Path) -> None:
     assert implausible_settings(_setup(tmp_path)) == {}
+
+
+def test_many_ranks_reduce_their_gradients_in_float32(tmp_path: Path) -> None:
+    setup = _setup(tmp_path, global_batch=65, precision="bfloat16")
+    assert "gradient reduction" not in implausible_settings(setup)
+    narrow = dataclasses.replace(setup, deepspeed_config={"zero_optimization": {"stage": 3}})
+    assert "gradient reduction" not in implausible_settings(narrow), "one rank accumulates 65 micro-batches"
+    warning = implausible_settings(dataclasses.replace(narrow, accumulation=1))["gradient reduction"]
+    assert warning.startswith("gradients of 65 ranks are added up in bfloat16")
+
+
+def test_eager_arithmetic_on_an_accelerator_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the recipe asks for it, and where `auto` finds no Triton."""
+    auto = _setup(tmp_path)
+    eager = dataclasses.replace(auto, recipe=auto.recipe.model_copy(update={"loss": LossSection(elementwise="eager")}))
+    monkeypatch.setattr(options, "has_triton", lambda: True)
+    assert "loss arithmetic" not in implausible_settings(eager), "on a CPU it is the default"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert "loss arithmetic" not in implausible_settings(auto)
+    assert "loss.elementwise is eager: on cuda" in implausible_settings(eager)["loss arithmetic"]
+    monkeypatch.setattr(options, "has_triton", lambda: False)
+    assert "no package triton is installed: on cuda" in implausible_settings(auto)["loss arithmetic"]
 
 
 def test_random_weights_need_a_warm_up(tmp_path: Path) -> None:

@@ -76,15 +76,17 @@ def test_the_same_recipe_resumes_and_a_new_folder_is_free(started: Path, tmp_pat
 def test_a_run_resumes_with_another_deepspeed_file_of_the_same_numbers(started: Path, name: str | None) -> None:
     """Such as on another device, or with offloading."""
     refuse_other_recipe(started, _snapshot(student={"deepspeed": name}))
-    refuse_other_deepspeed(started, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}})
+    refuse_other_deepspeed(started, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "bfloat16")
 
 
 def test_deepspeed_settings_that_change_numbers_are_refused(started: Path) -> None:
     quantized = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}
     with pytest.raises(UserError, match=r"zero_quantized_weights was False, is True"):
-        refuse_other_deepspeed(started, quantized)
-    with pytest.raises(UserError, match=r"communication_data_type was None, is 'fp16'"):
-        refuse_other_deepspeed(started, {"zero_optimization": {"stage": 3}, "communication_data_type": "fp16"})
+        refuse_other_deepspeed(started, quantized, "float32")
+    wide = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp32"}
+    with pytest.raises(UserError, match=r"communication_data_type was 'bfloat16', is 'float32'"):
+        refuse_other_deepspeed(started, wide, "bfloat16")
+    refuse_other_deepspeed(started, wide, "float32")
 
 
 def test_what_differs_is_listed_with_both_values(started: Path) -> None:

@@ -11,6 +11,7 @@ from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
 from megadistill.student.deepspeed_config import active_deepspeed_config
+from megadistill.train.setup import preflight
 from megadistill.train.setup.run_folder import write_description
 from megadistill.train.setup.setup import describe_layout, prepare
 from tests.unit.train.cases import (
@@ -291,4 +292,10 @@ def test_a_compiled_loss_needs_a_compiler(manifest: Path, tmp_path: Path, monkey
     assert prepare(changed, _launch()).recipe.loss.elementwise == "compiled"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     (tmp_path / "g++").unlink()
+    monkeypatch.setattr(preflight, "has_triton", lambda: True)
     prepare(changed, _launch())
+    monkeypatch.setattr(preflight, "has_triton", lambda: False)
+    message = _refused(changed)
+    for part in ("loss.elementwise", "needs Triton", "pip install triton", "auto or eager"):
+        assert part in message
+    prepare(recipe(manifest, tmp_path / "run"), _launch())  # auto makes do with eager arithmetic
