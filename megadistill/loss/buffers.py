@@ -8,7 +8,7 @@ one buffer is reused from call to call; one caller has it at a time.
 from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 18
-"""Logits of a block, about: the temporaries of eager arithmetic stay small, and in a CPU's cache."""
+"""Logits of a block on a CPU, about: the temporaries of eager arithmetic stay small, and in its cache."""
 
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
 """Logits of a block of float64 arithmetic on an accelerator, where a block is a kernel launch: 128 MiB."""

@@ -64,7 +64,7 @@ class InFlightChunk:
     span: slice
     """Its tokens of each rank."""
     hidden_nD: Tensor
-    """The first head's hidden states, of all ranks."""
+    """The first head's hidden states, of all ranks, as products take them."""
     tokens: Tokens
     targets: SparseSlice | None
     pending: PendingSoftmax
@@ -135,7 +135,7 @@ def iter_chunks(
 
 def _logits(head: Head, hidden_nD: Tensor, weight_vD: Tensor, out_nv: Tensor, inputs: LossInputs) -> Logits:
     multiply(hidden_nD, weight_vD.T, out=out_nv)
-    logits = Logits(out_nv, inputs.divergence.temperature, inputs.options.elementwise)
+    logits = Logits(out_nv, inputs.divergence.temperature, inputs.options.elementwise.on(out_nv.device))
     bias_v = head.true_bias(inputs.vocab, inputs.dtype)
     if bias_v is not None or head.transform != LogitTransform():
         for rows in logits.blocks():

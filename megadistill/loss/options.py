@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
+
+import torch
 
 LOGIT_MEMORY = 512 << 20
 """Default bytes of logits: two models' of 2048 tokens, at a slice of 32,768 ids. With half of it the products of such
@@ -11,11 +14,25 @@ chunks are some 4 % slower on a CPU."""
 class Elementwise(Enum):
     """How the arithmetic between the products is run: the softmaxes, the divergence and its gradient."""
 
+    AUTO = "auto"
+    """Compiled on an accelerator with Triton, else eager."""
     EAGER = "eager"
-    """Torch's own operations, over blocks of rows. Works everywhere."""
+    """Torch's own operations. Works everywhere: on a CPU over blocks of rows; on an accelerator, where each operation of
+    a block is a launch, over a whole chunk, with some temporaries as large as one model's logits."""
     COMPILED = "compiled"
     """The same functions through `torch.compile`: one fused kernel each. Needs a C++ compiler on a CPU, Triton on a
     GPU, and some seconds at the first call."""
+
+    def on(self, device: torch.device) -> "Elementwise":
+        """Eager or compiled: what it comes to on this device."""
+        if self is not Elementwise.AUTO:
+            return self
+        return Elementwise.COMPILED if device.type != "cpu" and has_triton() else Elementwise.EAGER
+
+
+def has_triton() -> bool:
+    """Whether `torch.compile` can make kernels for an accelerator: the package is installed."""
+    return find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,7 @@ class LossOptions:
     logit_memory: int = LOGIT_MEMORY
     """Bytes of logits, of all models, that exist at a time on a rank: the tokens of a chunk follow from it, at least
     one a rank. The smallest of the group counts."""
-    elementwise: Elementwise = Elementwise.EAGER
+    elementwise: Elementwise = Elementwise.AUTO
     diagnostics: bool = False
     """Whether `LossTerms.diagnostics` is computed, where there is a teacher: each chunk's logits are read once more."""
 

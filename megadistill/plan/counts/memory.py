@@ -7,19 +7,23 @@ leave a margin.
 Legend: as in `plan.counts.sharding`.
 """
 
-from megadistill.loss.buffers import ACCELERATOR_BLOCK_ELEMENTS, BLOCK_ELEMENTS
+import sys
+
+from megadistill.loss.buffers import ACCELERATOR_BLOCK_ELEMENTS
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 from megadistill.precision import torch_dtype
 from megadistill.student.optimizer import state_bytes
 from megadistill.teacher.codec import ActivationCodec
-from megadistill.teacher.disaggregated import POSTED_RECEIVES
 
 Lines = dict[str, int]
 """Bytes, by the tensors that hold them."""
 
 BLOCKS_OF_ONE, BLOCKS_OF_TWO = 4, 8
 """Copies of a block of logits in the loss's eager arithmetic, for the student alone and for both models."""
+
+EAGER_BLOCK = sys.maxsize
+"""Logits of a block of eager arithmetic: on an accelerator a whole chunk."""
 
 TARGET_BLOCK = ACCELERATOR_BLOCK_ELEMENTS
 TARGET_BLOCKS = 6
@@ -55,9 +59,9 @@ def teacher_memory(run: Sharding) -> Lines:
     if run.roles is None or run.teacher is None:
         return {}
     clients = run.roles.students // run.roles.replicas
-    requests = clients * 8 * (1 + run.sequences + run.tokens) * (2 if run.recipe.data.document_mask else 1)
-    in_flight = (POSTED_RECEIVES + 2 + run.teacher_section.queue * clients) * _packet(run)
-    return {"teacher stage": _stage(run), **_running_teacher(run), "packets in flight": in_flight + requests}
+    # One in work, the next one received, and one more sent before the oldest was waited for.
+    in_flight = (3 + run.teacher_section.queue * clients) * _packet(run)
+    return {"teacher stage": _stage(run), **_running_teacher(run), "packets in flight": in_flight}
 
 
 def host_memory(run: Sharding) -> Lines:
@@ -150,7 +154,7 @@ def _loss(run: Sharding) -> Lines:
     """The loss (`loss.vocab_parallel`) with its first chunks in memory."""
     n, in_flight = run.group_size * run.loss_chunks.chunk_tokens, run.loss_chunks.in_flight
     widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
-    compiled = run.recipe.loss.elementwise == "compiled"
+    eager = run.recipe.loss.elementwise == "eager"  # auto is compiled on the devices that a plan is for
     blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
     dlogits = run.itemsize * n * run.unpadded_rows if run.itemsize != FLOAT32 else 0
     return {
@@ -160,7 +164,7 @@ def _loss(run: Sharding) -> Lines:
         "hidden states of a chunk": (
             (in_flight if run.group_size > 1 else 1) * run.itemsize * n * widths + FLOAT32 * n * run.student.width
         ),
-        "arithmetic on a block of logits": 0 if compiled else blocks * FLOAT32 * BLOCK_ELEMENTS,
+        "arithmetic on a block of logits": eager * blocks * FLOAT32 * min(EAGER_BLOCK, n * run.unpadded_rows),
         "gradient of the hidden states": run.itemsize * run.tokens * run.student.width,
     }
 

@@ -13,6 +13,7 @@ from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenize
 from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
+from megadistill.loss.options import has_triton
 from megadistill.models.experts import ROUTER_COEF_KEYS
 from megadistill.models.families import expert_layers
 from megadistill.models.initial_weights import check_initial_weights
@@ -164,13 +165,23 @@ def _difference(key: str, folder: Path, data: Mixture) -> str | None:
 
 
 def check_compiler(loss: LossSection) -> None:
-    """Checks for the C++ compiler that torch would look for at the first step.
+    """Checks for the compiler that torch would look for at the first step.
 
     Raises:
-        UserError: `loss.elementwise` is compiled, and this CPU has no C++ compiler.
+        UserError: `loss.elementwise` is compiled, and an accelerator lacks Triton, or a CPU a C++ compiler.
     """
+    if loss.elementwise != "compiled":
+        return
+    if torch.accelerator.is_available():
+        if not has_triton():
+            raise UserError(
+                "loss.elementwise is compiled, which needs Triton on an accelerator, and no package triton is "
+                "installed: install the one of this build of torch (pip install triton, for NVIDIA), or set "
+                "loss.elementwise to auto or eager"
+            )
+        return
     compiler = os.environ.get("CXX", "g++")
-    if loss.elementwise == "compiled" and not torch.accelerator.is_available() and shutil.which(compiler) is None:
+    if shutil.which(compiler) is None:
         raise UserError(
             f"loss.elementwise is compiled, which needs a C++ compiler on a CPU, and {compiler} is not on the PATH: "
             "install g++, name another in the environment variable CXX (as in CXX=clang++), or set loss.elementwise "

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroupGloo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import Recipe
-from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.models.experts import RouterCoefs
@@ -94,7 +95,7 @@ class Case:
                     "precision": self.precision,
                     "optimizer": {"learning_rate": 1e-3},
                 },
-                "loss": self.loss,
+                "loss": {"elementwise": "eager", **self.loss},  # as auto is on a CPU
                 "teacher": self._teacher() if self.objective == "distill" else None,
             }
         )
@@ -351,17 +352,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def bridge(self) -> Iterator[None]:
         """Its messages are no operators."""
-        expect = Bridge.post_recv
+        expect = Endpoint.post_recv
 
-        def expected(bridge: Bridge, buffer: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            self.received["bridge"] += buffer.nbytes
-            return expect(bridge, buffer, *arguments, **keywords)
+        def expected(endpoint: Endpoint, buffer: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            if isinstance(endpoint._group, ProcessGroupGloo):  # those of the world are operators
+                self.received["bridge"] += buffer.nbytes
+            return expect(endpoint, buffer, *arguments, **keywords)
 
-        Bridge.post_recv = expected  # type: ignore[method-assign, assignment]
+        Endpoint.post_recv = expected  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            Bridge.post_recv = expect  # type: ignore[method-assign]
+            Endpoint.post_recv = expect  # type: ignore[method-assign]
 
     def _named(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:

@@ -20,7 +20,6 @@ from megadistill.plan.counts.requirements import Requirements, count_requirement
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, REQUESTS, STAGES, VOCABULARY
 from megadistill.plan.counts.zero import Zero
-from megadistill.teacher.disaggregated import POSTED_RECEIVES
 from tests.ranks.harness import run_ranks
 from tests.ranks.plan.plan_cases import SEQUENCE, STEPS, STUDENT, TEACHER, VOCAB, Case, Seen, watched_run
 
@@ -125,6 +124,7 @@ def test_experts_whose_tokens_are_counted_first_are_gathered_once_more(bucket: i
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
 def test_memory_in_each_phase(case: Case, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "TARGET_BLOCK", BLOCK_ELEMENTS)  # a CPU's
+    monkeypatch.setattr(memory, "EAGER_BLOCK", BLOCK_ELEMENTS)
     ranks, phases = seen(case, teacher), planned(case).phases
     together = {phase: sum(lines.values()) for phase, lines in phases.items()}
     backward = max(together["backward"], together["embedding"])
@@ -177,7 +177,7 @@ def test_a_teacher_with_ranks_of_its_own(teacher: Path) -> None:
     step = plan.traffic[ANSWERS].received * APART.accumulation * tokens
     assert student.received["bridge"] == pytest.approx(step, rel=WITHIN)
     requested = STEPS * APART.accumulation + 1  # one more is under way when the student stops
-    packets = plan.teacher_traffic[STAGES].received * tokens * (requested + POSTED_RECEIVES)
+    packets = plan.teacher_traffic[STAGES].received * tokens * (requested + 1)  # and a stop
     assert last.received["bridge"] == pytest.approx(packets, rel=WITHIN)
     assert first.received["bridge"] == pytest.approx(
         plan.teacher_traffic[REQUESTS].received * tokens * (requested + 1), rel=WITHIN
