@@ -350,8 +350,8 @@ class LossSection(Section):
     logit_memory_mb: int = Field(default=512, ge=1, le=MAX_MEGABYTES)
     """Limit of the logits in memory on a rank (MiB): the loss processes tokens in chunks that fit."""
     elementwise: Literal["auto", "eager", "compiled"] = "auto"
-    """Implementation of the elementwise arithmetic: torch operations, or kernels from `torch.compile`. auto: compiled on
-    an accelerator with Triton, else eager."""
+    """Implementation of the elementwise arithmetic: torch operations, or kernels from `torch.compile`. auto: compiled
+    on an accelerator with Triton, else eager."""
     diagnostics_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between extra diagnostics of teacher and student, which cost a second pass; 0: never. With `targets` or a
     temperature other than 1, only these steps have the KL of the complete distributions. Not with stored targets."""

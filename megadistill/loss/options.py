@@ -17,8 +17,8 @@ class Elementwise(Enum):
     AUTO = "auto"
     """Compiled on an accelerator with Triton, else eager."""
     EAGER = "eager"
-    """Torch's own operations. Works everywhere: on a CPU over blocks of rows; on an accelerator, where each operation of
-    a block is a launch, over a whole chunk, with some temporaries as large as one model's logits."""
+    """Torch's own operations. Works everywhere: on a CPU over blocks of rows; on an accelerator, where each operation
+    of a block is a launch, over a whole chunk, with some temporaries as large as one model's logits."""
     COMPILED = "compiled"
     """The same functions through `torch.compile`: one fused kernel each. Needs a C++ compiler on a CPU, Triton on a
     GPU, and some seconds at the first call."""
