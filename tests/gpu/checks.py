@@ -50,7 +50,51 @@ CHECKS = (
     Check(
         "ceilings",
         "What do the device's own matrix products and copies reach? Rates below are to be read beside these.",
-        seconds=30,
+        seconds=20,
+    ),
+    Check(
+        "loss_numerics",
+        "Is the loss in bf16 right, eager and compiled, against float64; does it keep to its memory; how many kernels "
+        "does a chunk start?",
+        seconds=90,
+        bars=(
+            Bar("error of the loss", at_most=1e-4),
+            Bar("error of d?", at_most=4e-3),
+            Bar("the same, to logit_memory", at_most=1.25),
+            Bar("kernels a chunk", at_most=300, case="eager, *"),
+            Bar("kernels a chunk", at_most=100, case="compiled, *"),
+        ),
+    ),
+    Check(
+        "loss_speed",
+        "How long does the loss take at 8,192 tokens x 128,256 ids x (4,096 | 8,192), beside its own products and "
+        "beside other losses?",
+        seconds=90,
+        bars=(
+            Bar("time", "ms", at_most=66, case="ours, compiled, *"),
+            Bar("rate", "TFLOP/s", at_least=650, case="ours, compiled, *"),
+            Bar("error of d?", at_most=4e-3, case="ours, *"),
+            Bar("error of d?", at_most=4e-3, case="labels: ours, *"),
+        ),
+    ),
+    Check(
+        "attention",
+        "What does Gemma 2's attention take at 8,192 tokens, by each implementation, in time and memory, and how exact "
+        "is it?",
+        seconds=90,
+        bars=(
+            Bar("error of *", at_most=1e-2, case="*flex"),
+            Bar("error of *", at_most=2e-2, case="*flex_attention"),
+        ),
+    ),
+    Check(
+        "layer",
+        "What rate does one layer of Gemma 2 27B reach at 8,192 tokens, its products in bf16 and float8, and as it runs?",
+        seconds=40,
+        bars=(
+            Bar("error of one of them", at_most=5e-2),
+            Bar("rate", "TFLOP/s", at_least=600, case="products: forward, bf16"),
+        ),
     ),
 )
 

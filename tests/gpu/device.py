@@ -8,13 +8,16 @@ import gc
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
+
+from benchmarks.measure import peak
 
 Run = Callable[[], object]
 
@@ -40,7 +43,7 @@ class Device(ABC):
 
     @abstractmethod
     def peak_bytes(self, run: Run) -> int:
-        """The allocator's peak during a call, above what was allocated before it."""
+        """Peak of the device's memory during a call, above what was allocated before it."""
 
     @abstractmethod
     def kernels(self, run: Run) -> int:
@@ -50,6 +53,14 @@ class Device(ABC):
     @contextmanager
     def syncs_are_errors(self) -> Iterator[None]:
         """A wait of the host for the device raises RuntimeError in this context; on a CPU nothing does."""
+
+    @abstractmethod
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function through torch.compile; on a CPU the function itself."""
+
+    @abstractmethod
+    def compiling(self) -> AbstractContextManager[Any]:
+        """In this context torch.compile compiles; on a CPU it does not."""
 
     def random(self, *shape: int, deviation: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device=self.torch_device, dtype=torch.float32).mul_(deviation).to(dtype)
@@ -108,18 +119,13 @@ class CudaDevice(Device):
         result = run()
         torch.cuda.synchronize()
         del result
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.max_memory_allocated()) - int(before)
 
     @override
     def kernels(self, run: Run) -> int:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            result = run()
-            torch.cuda.synchronize()
-        del result
-        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+        events = _profiled(run, [ProfilerActivity.CPU, ProfilerActivity.CUDA], self.synchronize)
+        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
     @override
     @contextmanager
@@ -131,13 +137,21 @@ class CudaDevice(Device):
             torch.cuda.set_sync_debug_mode("default")
 
     @override
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False)
+
+    @override
+    def compiling(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    @override
     def free(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class StandIn(Device):
-    """A CPU in the device's place: wall-clock seconds, bytes of new tensors, operators in place of kernels."""
+    """A CPU in the device's place: wall-clock seconds, resident memory, operators in place of kernels."""
 
     stand_in = True
     memory_bytes = 1 << 30
@@ -159,36 +173,34 @@ class StandIn(Device):
 
     @override
     def peak_bytes(self, run: Run) -> int:
-        with _Operators() as operators:
-            run()
-        return operators.largest
+        return peak(run)
 
     @override
     def kernels(self, run: Run) -> int:
-        with _Operators() as operators:
-            run()
-        return operators.count
+        events = _profiled(run, [ProfilerActivity.CPU], self.synchronize)
+        return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in events)
 
     @override
     @contextmanager
     def syncs_are_errors(self) -> Iterator[None]:
         yield
 
-
-class _Operators(TorchDispatchMode):
-    """Counts operators, and the bytes of the largest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, self.largest = 0, 0
+    @override
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
 
     @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.count += 1
-        if isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.numel() * result.element_size())
-        return result
+    def compiling(self) -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager")
+
+
+def _profiled(run: Run, activities: Sequence[ProfilerActivity], synchronize: Callable[[], None]) -> list[Any]:
+    """The profiler's events of a call."""
+    with profile(activities=activities) as profiler:
+        result = run()
+        synchronize()
+    del result
+    return list(profiler.events() or ())
 
 
 def open_device(*, stand_in: bool) -> Device:

@@ -22,10 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 PRESENT = ("torch", "triton", "transformers", "numpy")
-"""What is there already, with all that it needs in turn."""
+"""What is there already."""
 
-LEFT_OUT = ("matplotlib",)
-"""Dependencies of the project that no check imports."""
+OF_THOSE = (
+    "huggingface-hub", "tokenizers", "safetensors", "pyyaml", "packaging", "tqdm", "jinja2", "markupsafe", "setuptools",
+)  # fmt: skip
+"""What torch and transformers need in every version. What the newest one needs besides travels."""
+
+LEFT_OUT = ("matplotlib", "pillow", "tensorboard-data-server")
+"""Dependencies that no check imports."""
 
 ADDED = ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1")
 """Other people's losses, which the check `loss_speed` compares ours with. They need triton."""
@@ -40,9 +45,11 @@ IMPORTS = {
 MAX_MEGABYTES = 60
 """Of the wheels and the repository's files together: what travels to a machine without a network."""
 
-PLATFORMS = tuple(
-    f"manylinux_2_{glibc}_x86_64" for glibc in (39, 35, 34, 31, 28, 27, 24, 17)
-) + ("manylinux2014_x86_64", "manylinux1_x86_64")  # fmt: skip
+PLATFORMS = (
+    *(f"manylinux_2_{glibc}_x86_64" for glibc in (39, 35, 34, 31, 28, 27, 24, 17)),
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+)
 
 
 class WheelError(Exception):
@@ -115,15 +122,12 @@ def _this_python() -> str:
 
 
 def requirements(python: str) -> list[str]:
-    """`name==version` of every package that the project needs beside those of `PRESENT`, for that Python.
+    """`name==version` of every package that the project needs and such a machine lacks, for that Python.
 
     Read from the packages that are installed here (`make install`).
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    present, left_out = set(_closure(PRESENT, python)), set(_closure(LEFT_OUT, python))
-    needed = _closure([line for line in project if _name(line) not in LEFT_OUT], python)
-    pins = _pins()
-    names = [name for name in needed if name not in present and name not in left_out - set(needed)]
+    names, pins = _closure(map(_name, project), without={*PRESENT, *OF_THOSE, *LEFT_OUT}, python=python), _pins()
     return sorted(f"{name}=={pins.get(name) or importlib.metadata.version(name)}" for name in names)
 
 
@@ -139,24 +143,21 @@ def _name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", found[0]).lower()
 
 
-def _closure(names: Iterable[str], python: str) -> list[str]:
-    """The packages and all that they need, extras aside. One that is not installed here is left as it is."""
-    done: dict[str, None] = {}
-    waiting = [_name(name) for name in names]
+def _closure(names: Iterable[str], *, without: set[str], python: str) -> set[str]:
+    """The packages and all that they need, extras aside; those of `without` and what they alone need are left out."""
+    done: set[str] = set()
+    waiting = list(names)
     while waiting:
-        if (name := waiting.pop()) not in done:
-            done[name] = None
+        if (name := waiting.pop()) not in done | without:
+            done.add(name)
             waiting.extend(_needs(name, python))
-    return list(done)
+    return done
 
 
 def _needs(name: str, python: str) -> Iterator[str]:
     from packaging.requirements import Requirement  # of the environment of `make install`, not of this module's users
 
-    try:
-        lines = importlib.metadata.requires(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        return
+    lines = importlib.metadata.requires(name) or []
     target = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     for line in lines:
         requirement = Requirement(line)
