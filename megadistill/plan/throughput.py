@@ -12,10 +12,10 @@ from megadistill.errors import UserError
 class MfuAssumption:
     """Shares of the GPU's peak that the models' matrix products reach, assumed until a run has measured them.
 
-    They count the FLOPs that are computed, recomputation included: a run's `student_mfu` and `teacher_mfu`. The defaults
-    are the best that is published for distillation at scale: 6.3B tokens of Nemotron Nano 9B into 7B in 600 hours of
-    H100s, 17.6 % by 6 N_student + 2 N_teacher FLOPs a token (NVIDIA Model-Optimizer's tutorials; its 30B-A3B into
-    22B-A3B is 7.9 %). Nobody publishes a share of each model, so both have the same.
+    They count the FLOPs that are computed, recomputation included, as a run's `student_mfu` and `teacher_mfu` do. The
+    defaults are the best that is published for distillation at scale: 6.3B tokens of Nemotron Nano 9B into 7B in 600
+    hours of H100s, 17.6 % by 6 N_student + 2 N_teacher FLOPs a token (NVIDIA Model-Optimizer's tutorials; its 30B-A3B
+    into 22B-A3B is 7.9 %). Nobody publishes a share of each model, so both have the same.
 
     Raises:
         UserError: a share is not above 0, or is above 1.

@@ -40,6 +40,10 @@ def _share(name: str) -> Values:
     return lambda run: 100 * run.share(name)
 
 
+def _teacher_wait(run: RunRecord) -> Floats:
+    return 100 * run.share(run.teacher_wait)
+
+
 @dataclass(frozen=True)
 class Curve:
     """A figure with one line a run, and perhaps a dashed one beside it."""
@@ -88,7 +92,7 @@ OVER_TIME = (
     Curve("throughput", "Throughput", "tokens a second", _of("tokens_per_second"), from_zero=True, counts=True),
     Curve("mfu", "Model FLOPs utilisation", "% of peak", _of("mfu", scale=100), from_zero=True,
           caption="Student and teacher together; recomputation does not count."),
-    Curve("waiting", "Waiting", "% of a step", _share("teacher_seconds"), _share("data_seconds"),
+    Curve("waiting", "Waiting", "% of a step", _teacher_wait, _share("data_seconds"),
           "Solid: for the teacher. Dashed: for data. On rank 0.", from_zero=True),
     Curve("memory", "Memory", "GB", _of("memory_bytes", scale=1e-9), smoothed=False, from_zero=True,
           caption="The peak so far on rank 0: of the device, or resident on a CPU."),

@@ -101,6 +101,12 @@ class RunRecord:
         seconds = self.series["seconds"]
         return self.series[name] / np.where(seconds > 0, seconds, np.nan)
 
+    @property
+    def teacher_wait(self) -> str:
+        """The name of the seconds that a run waited for its teacher: a former version measured no waits of their own,
+        but with them the work of rank 0's own stage."""
+        return "wait_seconds" if self.has("wait_seconds") else "teacher_seconds"
+
     def setting(self, key: str) -> Any:
         """The value of a recipe key, spelled as in `--set`; None where the recipe has none."""
         value: Any = self.recipe

@@ -24,7 +24,7 @@ def summary_table(
 ) -> Table:
     headings = [
         "run", "state", "objective", "student", "teacher", "steps", "tokens", "loss", "KL", "CE", "tokens/s", "MFU",
-        "teacher wait", "data wait", "memory", "wall time", "goodput",
+        "student MFU", "teacher MFU", "teacher wait", "data wait", "memory", "wall time", "goodput",
     ]  # fmt: skip
     rows = [
         [
@@ -37,8 +37,8 @@ def summary_table(
             count(run.series["tokens"][-1]) if len(run) else NOTHING,
             *(digits(_last(run.series[name]), ".4f") for name in ("loss", "kl", "student_ce")),
             short(_median(run.series["tokens_per_second"])) if run.has("tokens_per_second") else NOTHING,
-            digits(_median(run.series["mfu"]), ".1%"),
-            digits(_part(run, "teacher_seconds"), ".1%"),
+            *(digits(_median(run.series[name]), ".1%") for name in ("mfu", "student_mfu", "teacher_mfu")),
+            digits(_part(run, run.teacher_wait), ".1%"),
             digits(_part(run, "data_seconds"), ".1%"),
             readable(np.nanmax(run.series["memory_bytes"]), "B") if run.has("memory_bytes") else NOTHING,
             spell(clock.wall) if clock.wall > 0 else NOTHING,
@@ -47,6 +47,12 @@ def summary_table(
         for run, clock, goodput in zip(runs, clocks, goodputs, strict=True)
     ]
     return _without_empty(Table(headings, rows, range(len(runs))))
+
+
+def measured_mfu(run: RunRecord) -> str:
+    """The options with which `megadistill plan` expects the MFU that this run measured; empty where it has none."""
+    names = [name for name in ("student_mfu", "teacher_mfu") if run.has(name)]
+    return " ".join(f"--{name.replace('_', '-')} {_median(run.series[name]):.3g}" for name in names)
 
 
 def event_counts(runs: Sequence[RunRecord]) -> Table:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megadistill import timeline
 from megadistill.distributed.collectives import all_gather_rows, scatter_rows
-from megadistill.distributed.p2p import Endpoint, Message
+from megadistill.distributed.p2p import Endpoint, Message, chain
 from megadistill.distributed.topology import Topology
 from megadistill.teacher.codec import INT64_BYTES, checked_signal, pack, unpack
 from megadistill.teacher.stage import TeacherStage
@@ -39,7 +39,7 @@ class _Round:
 
 
 class TeacherPipeline:
-    """The frozen teacher, one stage on each rank of the group."""
+    """The frozen teacher, one stage on each rank of the group. Collective: all of them make it."""
 
     def __init__(self, stage: TeacherStage, topology: Topology) -> None:
         assert (stage.stage, stage.stages) == (topology.group_rank, topology.group_size)
@@ -48,6 +48,7 @@ class TeacherPipeline:
         first_rank = topology.rank - topology.group_rank
         ranks = range(first_rank, first_rank + topology.group_size)
         self.endpoint = Endpoint(self.group, rank=stage.stage, ranks=ranks)
+        self.endpoint.connect(chain(range(stage.stages)), stage.device)
         self._name = f"teacher stage {stage.stage}"
 
     @property
@@ -125,21 +126,23 @@ class TeacherPipeline:
         """[g, bytes]: a round through this stage."""
         stages = self.stage.stages
         positions = [None] * stages if current.positions_gBS is None else current.positions_gBS.chunk(stages)
-        packets = [
-            pack(digests_B, self.stage(x, positions_BS))
-            for (x, digests_B), positions_BS in zip(self._inputs(current, incoming), positions, strict=True)
-        ]
-        return torch.stack(packets)
+        arrived = None if incoming is None else incoming.wait()
+        with timeline.timed(timeline.Part.STAGE):
+            packets = [
+                pack(digests_B, self.stage(x, positions_BS))
+                for (x, digests_B), positions_BS in zip(self._inputs(current, arrived), positions, strict=True)
+            ]
+            return torch.stack(packets)
 
-    def _inputs(self, current: _Round, incoming: Message | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _inputs(self, current: _Round, arrived: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """The input of this stage for each micro-batch (tokens, or hidden states that arrived), and its digests."""
         stages = self.stage.stages
         if self.stage.is_first:
             digests_gB = token_digest(current.tokens_gBS)
             yield from zip(current.tokens_gBS.chunk(stages), digests_gB.chunk(stages), strict=True)
             return
-        assert incoming is not None, "the stage before sent nothing"
-        for packet in incoming.wait():
+        assert arrived is not None, "the stage before sent nothing"
+        for packet in arrived:
             yield self._unpack(packet, *current.batch.tokens.shape)
 
     def _scatter_signals(self, oldest: _Round, finished: Tensor | None) -> TeacherSignal:

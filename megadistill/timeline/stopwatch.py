@@ -35,11 +35,11 @@ class StepSeconds:
     loss: float = 0.0
     """The loss, with the products of both heads and the exchange in the vocab group."""
     teacher: float = 0.0
-    """From asking for a micro-batch's targets to having them."""
+    """The time from asking for a micro-batch's targets to having them."""
     wait: float = 0.0
-    """Of `teacher`: waiting for other ranks, and for what they send."""
+    """The part of `teacher` that waits for other ranks, and for what they send."""
     stage: float = 0.0
-    """Of `teacher`: the work of a stage of the teacher on this rank, without any wait."""
+    """The part of `teacher` that a stage of the teacher on this rank works, without any wait."""
     rounds: int = 0
     """Number of times that the stage worked, each time on one micro-batch of each rank of its pipeline."""
 

@@ -162,10 +162,7 @@ def _bar(share: float) -> str:
 def _time(estimate: Estimate) -> RenderableType:
     """Parts of a micro-step."""
     times, run = estimate.times, estimate.sharding
-    title = (
-        f"A micro-step, as expected: {run.tokens:,} tokens a GPU, {run.accumulation} to an optimizer step of "
-        f"{spell(times.step)}"
-    )
+    title = f"A micro-step: {run.tokens:,} tokens a GPU, {run.accumulation} to an optimizer step of {spell(times.step)}"
     table = _table("", "", "", texts=(0, 2))
     rows = {
         "student, forward (with both heads)": times.student_forward,
@@ -186,7 +183,7 @@ def _time(estimate: Estimate) -> RenderableType:
 
 def _time_notes(estimate: Estimate) -> str:
     times = estimate.times
-    notes = []
+    notes = ["At the expected MFU."]
     if times.gather or times.reduce:
         notes.append(f"Compute hides ZeRO-3's traffic from {estimate.hiding_tokens:,.0f} tokens on.")
     if times.stages:

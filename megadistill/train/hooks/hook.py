@@ -33,7 +33,7 @@ class StepEvent:
     seconds: float
     data_seconds: float
     """Seconds of the step that this rank waited for data."""
-    parts: StepSeconds = StepSeconds()
+    parts: StepSeconds
     """Seconds of the step's parts on this rank."""
 
 

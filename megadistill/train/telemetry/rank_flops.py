@@ -16,9 +16,9 @@ class RankFlops:
     """FLOPs of one rank's matrix products, recomputation included, as `megadistill plan` counts them."""
 
     step: int
-    """Of a step: student and loss, with both heads."""
+    """FLOPs of a step: student and loss, with both heads."""
     stage_round: int = 0
-    """Of one micro-batch of each rank of the pipeline through this rank's stage; 0 where it has none."""
+    """FLOPs of this rank's stage for one micro-batch of each rank of the pipeline; 0 where it has none."""
 
     @classmethod
     def of(cls, setup: Setup, topology: Topology) -> "RankFlops":

@@ -60,7 +60,7 @@ def _saved_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
     hidden = torch.randn(1, S, config.hidden_size, dtype=dtype, requires_grad=True)
     positions = torch.arange(S).remainder(24).unsqueeze(0) if masked else None
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = decoder(**forward_inputs(hidden, positions)).last_hidden_state
+        out = decoder(**forward_inputs(decoder, hidden, positions)).last_hidden_state
     saved[out.untyped_storage()._cdata] = out
     for parameter in decoder.parameters():
         saved.pop(parameter.untyped_storage()._cdata, None)

@@ -2,7 +2,8 @@
 
 import io
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from megadistill.plan.output.plan_tables import render
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
-from megadistill.plan.throughput import MfuAssumption
+from megadistill.plan.throughput import OPTIMISTIC, MfuAssumption
 from megadistill.terminal_tables import print_tables
+from megadistill.units import count, spell
 from tests.unit.plan.tiny import SLOWER, TINY, cluster, plan_input
 
 BESIDE = {"placement": "disaggregated", "ranks": 2, "stages": 2}
@@ -48,7 +50,7 @@ def test_it_fits_80_columns_and_begins_with_the_summary(inputs: PlanInput) -> No
     assert "…" not in text, "nothing is cut"
     assert "2 x 4 a GPU of the tests" in text.splitlines()[0]
     summary = text.split("\n\n")[0]
-    for part in ("fits", "tokens/s", "GPU-hours", "assumed, not measured", "40%"):
+    for part in ("fits", "tokens/s", "GPU-hours", "assumed, not measured", "expected", "optimistic"):
         assert part in summary, part
 
 
@@ -63,6 +65,37 @@ def test_a_reduction_of_many_gradients_in_16_bits_is_warned_of() -> None:
         warning = "gradients of 96 ranks are added up in bfloat16"
         assert (warning in summary) is warned
         assert (to_json(result, law=None, price=None)["low_precision_reduction"] is not None) is warned
+
+
+def test_the_optimistic_costs_are_beside_the_expected_ones() -> None:
+    inputs, machines = plan_input(), cluster(2, 4, slower=SLOWER)
+    result = plan(inputs, machines, MfuAssumption())
+    expected, optimistic = result.main, plan(inputs, machines, OPTIMISTIC).main
+    assert expected is not None
+    assert optimistic is not None
+    assert expected.optimistic.times == optimistic.times
+    rows = [re.split(r"  +", line.strip()) for line in _rendered(inputs, price=2.0).split("\n\n")[0].splitlines()]
+    table = {name: values for name, *values in rows if len(values) == 2}
+    both = (expected, optimistic)
+    assert table["tokens/s"] == [count(each.tokens_per_second) for each in both]
+    assert table["time"] == [spell(each.seconds) for each in both]
+    assert table["GPU-hours"] == [f"{each.gpu_hours:,.0f}" for each in both]
+    assert table["price, at 2"] == [f"{2 * each.gpu_hours:,.0f}" for each in both]
+    assert table["MFU of the student"] == ["18%", "40%"]
+    assert table["MFU of the teacher"] == ["18%", "45%"]
+    own = to_json(result, law=None, price=2.0)["own"]
+    assert own["gpu_hours"] == expected.gpu_hours
+    assert own["optimistic"] == {
+        "step_seconds": optimistic.times.step,
+        "tokens_per_second": optimistic.tokens_per_second,
+        "days": optimistic.seconds / 86_400,
+        "gpu_hours": optimistic.gpu_hours,
+        "price": 2 * optimistic.gpu_hours,
+    }
+
+
+def test_the_optimistic_mfu_is_not_below_the_expected_one() -> None:
+    assert MfuAssumption(0.3, 0.5).optimistic == MfuAssumption(0.40, 0.5)
 
 
 def test_every_part_is_there() -> None:
@@ -119,7 +152,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     values = json.loads(written.read_text())
     assert values["assumed"]["student_mfu"] == 0.3
     assert run_command([*command, "--nodes", "1", "--gpu", "h100", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["cluster"]["gpu"] == values["cluster"]["gpu"]
+    by_default = json.loads(capsys.readouterr().out)
+    assert by_default["cluster"]["gpu"] == values["cluster"]["gpu"]
+    assert by_default["assumed"] == {**asdict(MfuAssumption()), "optimistic": asdict(OPTIMISTIC)}
 
 
 def test_the_command_where_nothing_fits_and_where_it_is_mistyped(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megadistill.errors import OperatorFault
+from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.hooks.checkpoints import Checkpoints
 from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Request, StepEvent
@@ -62,7 +63,7 @@ class Recorder:
 def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[str, float] | None = None) -> StepEvent:
     metrics = {"loss": loss, "teacher_ce": 2.0, "student_ce": loss}
     outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {})
-    return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0)
+    return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0, parts=StepSeconds())
 
 
 def test_checkpoints() -> None:
