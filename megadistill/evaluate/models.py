@@ -70,6 +70,7 @@ def batch_terms(
 
 def _head(model: Any, batch: TokenBatch, labelled: Tensor, vocab_size: int) -> Head:
     """Final hidden states [N, D] of the `labelled` tokens, and the LM head without padding rows."""
-    hidden: Tensor = decoder(model)(**forward_inputs(batch.tokens, batch.positions)).last_hidden_state
+    inner = decoder(model)
+    hidden: Tensor = inner(**forward_inputs(inner, batch.tokens, batch.positions)).last_hidden_state
     weight = model.get_output_embeddings().weight[:vocab_size]
     return Head(hidden.flatten(0, 1)[labelled], weight, transform=logit_transform(model.config))

@@ -25,6 +25,7 @@ from transformers import (
 from megadistill.config.paths import not_model
 from megadistill.errors import UserError
 from megadistill.io import read_given_json
+from megadistill.models.attention_masks import attention_masks, omit_empty_masks
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.experts import ExpertNames
 from megadistill.models.model_keys import (
@@ -53,12 +54,16 @@ class Family:
     """Keys of its configs that transformers or this package reads, and the class does not declare."""
     experts: ExpertNames | None = None
     """Names of a mixture's experts."""
+    masks_by_kind: bool = False
+    """Whether its model takes an attention mask for each kind of layer: those with windows on some layers alone."""
 
 
 FAMILIES = {
-    "exaone4": Family(),
-    "gemma2": Family(attention="eager", norm_init=0.0),
-    "gemma3_text": Family(norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern")),
+    "exaone4": Family(masks_by_kind=True),
+    "gemma2": Family(attention="eager", norm_init=0.0, masks_by_kind=True),
+    "gemma3_text": Family(
+        norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern"), masks_by_kind=True
+    ),
     "llama": Family(),
     "mistral": Family(),
     "mixtral": Family(
@@ -66,8 +71,8 @@ FAMILIES = {
         experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     ),
     "olmo2": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "qwen2": Family(masks_by_kind=True),
+    "qwen3": Family(masks_by_kind=True),
     "qwen3_moe": Family(
         more_keys=("router_z_loss_coef",),
         experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
@@ -189,14 +194,23 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def forward_inputs(x: Tensor, positions: Tensor | None) -> dict[str, Any]:
-    """Keyword arguments of a decoder's forward pass: `x` is tokens [B, S], or hidden states [B, S, E].
+def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """Keyword arguments of the decoder's forward pass: `x` is tokens [B, S], or hidden states [B, S, E].
 
-    `positions` [B, S] int64 restart at 0 where a document begins. transformers' masks follow from them: where they do
-    not go up by one, another document begins, and no token attends to one before it. None: a row is one document.
+    `positions` [B, S] int64 restart at 0 where a document begins, and no token attends to one of another document.
+    None: a row is one document. The pass has no host-device sync, but with rotary embeddings whose stretch depends on
+    the length of a sequence ("dynamic", "longrope"): transformers then reads the largest position, one sync.
     """
     name = "input_ids" if x.dim() == 2 else "inputs_embeds"
-    return {name: x, "position_ids": positions, "use_cache": False}
+    mask = attention_masks(
+        decoder.config,
+        positions,
+        (x.shape[0], x.shape[1]),
+        by_kind=family(decoder.config).masks_by_kind,
+        dtype=next(decoder.parameters()).dtype,
+        device=x.device,
+    )
+    return {name: x, "position_ids": positions, "attention_mask": mask, "use_cache": False}
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -231,9 +245,11 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
     config.vocab_size = vocab_size
     config.pad_token_id = None
     config.use_cache = False
-    return AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=family(config).attention, trust_remote_code=False
     )
+    omit_empty_masks(decoder(model))
+    return model
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
@@ -242,7 +258,9 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     config._attn_implementation = family(config).attention
     config.pad_token_id = None
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    omit_empty_masks(decoder(model))
+    return model
 
 
 def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
@@ -262,7 +280,9 @@ def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel
         config.decoder_sparse_step = 1
     config.num_hidden_layers = len(layers)
     with torch.device("meta"):
-        return MODEL_MAPPING[type(config)](config)
+        model: PreTrainedModel = MODEL_MAPPING[type(config)](config)
+    omit_empty_masks(model)
+    return model
 
 
 def expert_layers(config: PretrainedConfig) -> list[int]:

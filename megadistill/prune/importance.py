@@ -49,13 +49,13 @@ def measure_importance(model: Model, batches: Iterable[TokenBatch]) -> Importanc
     Raises:
         UserError: no token has a label. OperatorFault: an activation is not finite.
     """
-    sums = _Accumulator()
+    sums, inner = _Accumulator(), decoder(model)
     sequences = 0
     with _hooked(model, sums):
         for batch in batches:
             batch = batch.to(model.device)
             sums.counted_BS = batch.labels != IGNORED_LABEL
-            decoder(model)(**forward_inputs(batch.tokens, batch.positions))
+            inner(**forward_inputs(inner, batch.tokens, batch.positions))
             sequences += len(batch)
             sums.tokens += batch.valid_tokens
     if sums.tokens == 0:

@@ -51,8 +51,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.dist
 
 def _hidden_states(self: Module, tokens: Tensor, positions: Tensor | None) -> Tensor:
     """The student's forward pass: tokens [B, S] -> hidden [B, S, D] after the last norm. The loss applies the head."""
-    inputs = forward_inputs(tokens, positions)
-    hidden: Tensor = self.model(**inputs).last_hidden_state  # type: ignore[operator]
+    inner: Any = self.model
+    hidden: Tensor = inner(**forward_inputs(inner, tokens, positions)).last_hidden_state
     return hidden
 
 
@@ -106,6 +106,7 @@ class StudentEngine:
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology
         self._model = model
         self.state = StudentState(model, self._engine.optimizer, self._optimizer, train.optimizer, rank=topology.rank)

@@ -88,7 +88,7 @@ class TeacherStage(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Tokens [B, S] on the first stage, [B, S, E] on the others -> [B, S, E]. `positions`: see `forward_inputs`."""
-        hidden_BSE = self.decoder(**forward_inputs(x, positions)).last_hidden_state
+        hidden_BSE = self.decoder(**forward_inputs(self.decoder, x, positions)).last_hidden_state
         assert isinstance(hidden_BSE, Tensor)
         return hidden_BSE
 
