@@ -13,7 +13,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
 
 from megadistill.loss import Divergence, Elementwise, Head, LossOptions, VocabSlice, distill_loss
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
@@ -155,11 +154,17 @@ def kl_div(inputs: Inputs) -> Gradients:
     return gradients(inputs, F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True))
 
 
-def linear_cross_entropy(inputs: Inputs, options: LinearCrossEntropyOptions | None) -> Gradients:
+def linear_cross_entropy(inputs: Inputs, *, with_options: bool) -> Gradients:
     """Torch's own, against the teacher's softmax `[N, V]`, which is part of the price.
 
     With options torch would work in chunks, but not against soft targets: it warns, and ignores the options.
+
+    Raises:
+        ImportError: this torch is older than the function.
     """
+    from torch.nn import LinearCrossEntropyOptions  # noqa: PLC0415 - torch 2.11 has none
+
+    options = LinearCrossEntropyOptions() if with_options else None
     p_t = F.softmax(inputs.teacher_hidden @ inputs.teacher_weight.T, dim=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -195,8 +200,8 @@ OURS: dict[str, Callable[..., Gradients]] = {
 
 THEIRS: dict[str, Callable[..., Gradients]] = {
     "F.kl_div": kl_div,
-    "F.linear_cross_entropy": partial(linear_cross_entropy, options=None),
-    "F.linear_cross_entropy, options": partial(linear_cross_entropy, options=LinearCrossEntropyOptions()),
+    "F.linear_cross_entropy": partial(linear_cross_entropy, with_options=False),
+    "F.linear_cross_entropy, options": partial(linear_cross_entropy, with_options=True),
     "liger-kernel, eager": partial(liger, compiled=False),
     "liger-kernel, compiled": partial(liger, compiled=True),
 }

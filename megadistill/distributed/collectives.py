@@ -15,6 +15,10 @@ from megadistill import timeline
 
 Value = TypeVar("Value")
 
+# torch 2.13 named them so; torch 2.11 and 2.12 have the names that 2.13 warns of.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
@@ -49,7 +53,7 @@ def start_all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
         return Pending(rows, rows, None)
     source = rows.contiguous()
     gathered = rows.new_empty(group_size(group) * rows.shape[0], *rows.shape[1:])
-    return Pending(gathered, source, dist.all_gather_single(gathered, source, group=group, async_op=True))
+    return Pending(gathered, source, _all_gather(gathered, source, group=group, async_op=True))
 
 
 def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
@@ -58,7 +62,7 @@ def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Pendi
         return Pending(rows, rows, None)
     source = rows.contiguous()
     block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
-    return Pending(block, source, dist.reduce_scatter_single(block, source, group=group, async_op=True))
+    return Pending(block, source, _reduce_scatter(block, source, group=group, async_op=True))
 
 
 def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
