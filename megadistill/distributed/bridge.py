@@ -1,10 +1,14 @@
 """The messages between the student's ranks and those of a teacher with ranks of its own.
 
-They have a process group over all ranks of the launch, outside of torch's default world: DeepSpeed has barriers over
-the whole default world, so the student must be a world of its own.
+They have process groups outside of torch's default world: DeepSpeed has barriers over the whole default world, so the
+student must be a world of its own. Each replica of the teacher has two groups, of its clients and its stages: requests
+travel in host memory, over gloo; packets between stages and answers in the device's, over its own backend.
+
+NCCL runs what two ranks exchange in the order in which each of them issues it, and makes a communicator for the two at
+their first message, where each end waits on the host for the other. So no two ranks have messages in both directions
+on the device, and all of its communicators are made here, in one order.
 """
 
-import time
 from datetime import timedelta
 from typing import Any, cast
 
@@ -12,39 +16,61 @@ import torch
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from megadistill.distributed.p2p import Endpoint
+from megadistill.distributed.p2p import Endpoint, chain
+from megadistill.distributed.rendezvous import store_barrier
 from megadistill.distributed.roles import Roles
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 
-class Bridge(Endpoint):
-    """This rank's messages to any rank of the launch. Collective: all ranks of the launch make one."""
+class Bridge:
+    """This rank's messages to the others of its replica. Collective: all ranks of the launch make one, and close it."""
 
     def __init__(self, store: Store, roles: Roles, rank: int, *, device: torch.device, timeout: timedelta) -> None:
         self.roles = roles
         self.rank = rank
         """Rank in the launch."""
-        group = _process_group(PrefixStore("bridge", store), rank, roles.world, device, timeout)
-        super().__init__(group, rank=rank, ranks=range(roles.world))
-        self.barrier()
-        self.rendezvous_time = time.monotonic()
+        replica = roles.replica(rank)
+        members = roles.members(replica)
+        place, size = members.index(rank), len(members)
+        self.clients = range(len(roles.clients(replica)))
+        """Places of the replica's clients in both groups."""
+        self.stages = range(len(self.clients), size)
+        """Places of its stages."""
+        name = f"bridge_{replica}"
+        self._host_group = _host_group(PrefixStore(f"{name}_host", store), place, size, timeout)
+        self._device_group = _device_group(
+            PrefixStore(f"{name}_device", store), place, size, timeout, device=device, name=f"{name}_device"
+        )
+        self.host = Endpoint(self._host_group, rank=place, ranks=members)
+        """Messages in host memory."""
+        self.device = Endpoint(self._device_group, rank=place, ranks=members)
+        """Messages in the device's memory: from a stage to the next one, and from the last one to the clients."""
+        self.device.connect([*chain(self.stages), *((self.stages[-1], client) for client in self.clients)], device)
+        self.rendezvous_time = store_barrier(store, "bridge", rank, roles.world, timeout)
         """This node's monotonic clock (s) when all ranks of the launch had joined; relates the clocks of two nodes."""
 
-    def barrier(self) -> None:
-        """Waits for all ranks of the launch."""
-        assert self._group is not None
-        self._group.barrier().wait()
+    def close(self) -> None:
+        """Ends the groups, which `destroy_process_group` does not know. No message may be under way."""
+        self._device_group.shutdown()
+        self._host_group.shutdown()
 
 
-def _process_group(store: Store, rank: int, world: int, device: torch.device, timeout: timedelta) -> ProcessGroup:
+def _host_group(store: Store, place: int, size: int, timeout: timedelta) -> ProcessGroup:
+    gloo: Any = ProcessGroupGloo(store, place, size, timeout)
+    return cast(ProcessGroup, gloo)
+
+
+def _device_group(
+    store: Store, place: int, size: int, timeout: timedelta, *, device: torch.device, name: str
+) -> ProcessGroup:
     if device.type == "cpu":
-        gloo: Any = ProcessGroupGloo(store, rank, world, timeout)
-        return cast(ProcessGroup, gloo)
+        return _host_group(store, place, size, timeout)
     from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415  builds for a CPU have none
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    nccl: Any = ProcessGroupNCCL(store, rank, world, options)
+    options.group_name = name  # type: ignore[assignment]  # in the flight recorder and in torch's own messages
+    nccl: Any = ProcessGroupNCCL(store, place, size, options)
     return cast(ProcessGroup, nccl)

@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
@@ -12,6 +14,15 @@ from megadistill import timeline
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
+
+Link = tuple[int, int]
+"""Places in a group: the one that sends, and the one that receives."""
+
+
+def chain(places: Sequence[int]) -> list[Link]:
+    """The links from each place to the next one, in an order in which half of them can be connected at a time."""
+    links = list(pairwise(places))
+    return links[::2] + links[1::2]
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,21 @@ class Endpoint:
     def __init__(self, group: ProcessGroup | None, *, rank: int, ranks: Sequence[int]) -> None:
         self._group, self._own, self._ranks = group, rank, ranks
         self._sent, self._received = Counter[int](), Counter[int]()
+
+    def connect(self, links: Sequence[Link], device: torch.device) -> None:
+        """Makes the connections that messages on the device will take, with a byte over each link of this rank.
+
+        Without it a connection is made at its first message; with NCCL that takes memory and a rendezvous of the two
+        ranks, in which both hosts are blocked. Collective: all ranks pass all `links` of the group in one order, so
+        that they cannot wait for each other in a circle.
+        """
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        for source, to in links:
+            if self._own in (source, to):
+                assert self._group is not None
+                is_sent = self._own == source
+                work = self._group.send([byte], to, 0) if is_sent else self._group.recv([byte], source, 0)
+                work.wait()
 
     def send(self, message: Tensor, to: int, *, label: str) -> Message:
         """Starts to send `message`, which must not be written to until the handle was waited for.

@@ -223,6 +223,29 @@ def _received_start(store: Store, launch: Launch, deadline: float, where: str) -
     raise RestartFault(f"{where}: {late} within {time.monotonic() - begin:.0f} s: see the log of rank 0")
 
 
+def store_barrier(store: Store, name: str, rank: int, world: int, timeout: timedelta) -> float:
+    """Waits until every rank of the launch is here; this node's monotonic clock (s) when they all were.
+
+    Nothing is made on a device, and no rank polls: it sends three messages, and the store wakes those that wait. The
+    store may be on rank 0, which leaves last. A name is used once.
+
+    Raises:
+        DistError: a rank did not come in time.
+    """
+    if world == 1:
+        return time.monotonic()
+    if store.add(f"{name}-here", 1) == world:
+        store.set(f"{name}-all", "")
+    else:
+        store.wait([f"{name}-all"], timeout)
+    together = time.monotonic()
+    if store.add(f"{name}-left", 1) == world:
+        store.set(f"{name}-end", "")
+    elif rank == 0:
+        store.wait([f"{name}-end"], timeout)
+    return together
+
+
 def _read(value: bytes) -> dict[str, Any]:
     """The fields that a rank has written; none where another program did."""
     try:

@@ -66,3 +66,7 @@ class Roles:
     def clients(self, replica: int) -> range:
         share = self.students // self.replicas
         return range(replica * share, (replica + 1) * share)
+
+    def members(self, replica: int) -> list[int]:
+        """The ranks of a replica's groups: its clients, then its stages."""
+        return [*self.clients(replica), *(self.rank_of(replica, stage) for stage in range(self.stages))]

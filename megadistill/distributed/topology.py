@@ -18,9 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megadistill.distributed.bridge import Bridge
-from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch
-from megadistill.distributed.rendezvous import cannot_connect, launch_store
+from megadistill.distributed.rendezvous import cannot_connect, launch_store, store_barrier
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
@@ -123,10 +122,11 @@ def process_groups(
         watchdog.collectives = lambda: collectives_joined(role, excluded=topology.pipeline_group)
         yield replace(topology, bridge=bridge, watchdog=watchdog)
         # A rank that left now would be reported lost by those that still work.
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        store_barrier(store, "end", launch.rank, launch.world, timeout)
         if bridge is not None:
-            bridge.barrier()
-        else:
-            barrier(topology.world_group)
+            bridge.close()
     except BaseException as error:
         if topology is None and (reason := cannot_connect(error)) is not None:
             watchdog.report_failure(reason)

@@ -2,11 +2,12 @@
 
 Legend: B sequences of a client's micro-batch, S tokens of each, E width.
 
-A client sends *requests* (tokens, slots), at most `queue` of them before the oldest is answered: that bounds what
-waits on either side. The first stage takes one request of each client in turn; its *packets* go from stage to stage,
-each stage working as they come, and the last one sends the *answer* back: hidden states, slots, and the digests of the
-tokens that the first stage read. Requests come in *streams*, one for each call of `signals`, which a server cannot
-tell apart: all its clients send as many requests in each. A client that has no more requests sends a stop.
+A client sends *requests* (tokens, slots; in host memory, where they are made), at most `queue` of them before the
+oldest is answered: that bounds what waits on either side. The first stage takes one request of each client in turn; its
+*packets* go from stage to stage, each stage working as they come, and the last one sends the *answer* back: hidden
+states, slots, and the digests of the tokens that the first stage read. Requests come in *streams*, one for each call of
+`signals`, which a server cannot tell apart: all its clients send as many requests in each. A client that has no more
+requests sends a stop.
 """
 
 from collections import deque
@@ -23,9 +24,6 @@ from megadistill.teacher.codec import INT64_BYTES, ActivationCodec, checked_sign
 from megadistill.teacher.stage import TeacherStage
 from megadistill.types import TeacherSignal, TokenBatch, token_digest
 
-POSTED_RECEIVES = 2
-"""Receives of packets that a stage posts at a time: one is worked on while the next one comes."""
-
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
 """First number of a request. Recorded: the client records a timeline of the step, so the stages do too."""
 
@@ -41,16 +39,16 @@ class RequestCodec:
     def __len__(self) -> int:
         return 1 + self.B * (1 + self.S * (2 if self.masked else 1))
 
-    def encode(self, batch: TokenBatch | None, device: torch.device) -> Tensor:
-        """The request for a batch; for None a stop."""
+    def encode(self, batch: TokenBatch | None) -> Tensor:
+        """The request for a batch, on the host; for None a stop."""
         if batch is None:
-            return torch.full((len(self),), _STOP, dtype=torch.int64, device=device)
+            return torch.full((len(self),), _STOP, dtype=torch.int64)
         assert batch.tokens.shape == (self.B, self.S), "the micro-batches of a run have one shape"
         parts = [torch.tensor([_RECORDED_WORK if timeline.recording() else _WORK]), batch.slots, batch.tokens.flatten()]
         if self.masked:
             assert batch.positions is not None
             parts.append(batch.positions.flatten())
-        return torch.cat(parts).to(device)
+        return torch.cat(parts)
 
     def decode(self, request: Tensor) -> tuple[bool, Tensor, Tensor, Tensor | None] | None:
         """Whether the step is recorded, slots [B], tokens [B, S], positions [B, S]; None for a stop."""
@@ -67,10 +65,8 @@ class RemoteTeacher:
     def __init__(
         self, bridge: Bridge, requests: RequestCodec, answers: ActivationCodec, *, queue: int, device: torch.device
     ) -> None:
-        roles = bridge.roles
-        replica = roles.replica(bridge.rank)
         self._bridge, self._requests, self._answers = bridge, requests, answers
-        self._first, self._last = roles.rank_of(replica, 0), roles.rank_of(replica, roles.stages - 1)
+        self._first, self._last = bridge.stages[0], bridge.stages[-1]
         self._queue = queue
         self._device = device
         self._in_flight: deque[tuple[Message, Message]] = deque()
@@ -109,7 +105,7 @@ class RemoteTeacher:
     def close(self) -> None:
         """Sends a stop to the server, which ends when all clients have. Call it once, at the end of a run."""
         self._drop_answers()
-        self._bridge.send(self._requests.encode(None, self._device), self._first, label="request").wait()
+        self._bridge.host.send(self._requests.encode(None), self._first, label="request").wait()
 
     def _drop_answers(self) -> None:
         """Receives the answers that the last stream requested and did not take.
@@ -122,10 +118,10 @@ class RemoteTeacher:
                 message.wait()
 
     def _send_request(self, batch: TokenBatch) -> None:
+        request = self._bridge.host.send(self._requests.encode(batch), self._first, label="request")
         size = self._answers.bytes(self._requests.B, self._requests.S)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        answer = self._bridge.post_recv(buffer, self._last, label="answer")
-        request = self._bridge.send(self._requests.encode(batch, self._device), self._first, label="request")
+        answer = self._bridge.device.post_recv(buffer, self._last, label="answer")
         self._in_flight.append((request, answer))
 
 
@@ -134,6 +130,7 @@ class _Job:
     """A micro-batch on its way through the stages."""
 
     client: int
+    """Its place in the bridge's groups."""
     is_recorded: bool
     slots_B: Tensor
     digests_B: Tensor
@@ -150,11 +147,8 @@ class TeacherServer:
     ) -> None:
         self._stage, self._bridge, self._requests, self._answers = stage, bridge, requests, answers
         self._queue = queue
-        roles = bridge.roles
-        replica = roles.replica(bridge.rank)
-        self._clients = list(roles.clients(replica))
-        self._previous = None if stage.is_first else roles.rank_of(replica, stage.stage - 1)
-        self._next = None if stage.is_last else roles.rank_of(replica, stage.stage + 1)
+        self._previous = None if stage.is_first else bridge.stages[stage.stage - 1]
+        self._next = None if stage.is_last else bridge.stages[stage.stage + 1]
         self._outgoing: deque[Message] = deque()
         self._name = f"teacher stage {stage.stage}"
 
@@ -162,7 +156,9 @@ class TeacherServer:
     def serve(self) -> Iterator[int]:
         """Works until the last client has sent a stop; yields the number of micro-batches done after each.
 
-        Under way are `POSTED_RECEIVES` receives at most, and `queue` sends a client.
+        Under way are `queue` sends a client at most, and one receive of a packet, posted behind the send of the one
+        before: a device may run all messages in the order of issue, and clients need not request more before that
+        one is answered.
         """
         jobs = self._jobs_of_clients() if self._previous is None else self._jobs_of_stage(self._previous)
         for done, job in enumerate(jobs, 1):
@@ -176,15 +172,15 @@ class TeacherServer:
             self._send(message, job.client if self._next is None else self._next)
             yield done
         if self._next is not None:
-            for _ in range(POSTED_RECEIVES):  # one for each receive that is posted there
-                stop = torch.full((self._packet_bytes,), 0xFF, dtype=torch.uint8, device=self._stage.device)
-                self._send(stop, self._next)
+            stop = torch.full((self._packet_bytes,), 0xFF, dtype=torch.uint8, device=self._stage.device)
+            self._send(stop, self._next)
         while self._outgoing:
             self._outgoing.popleft().wait()
 
     def _jobs_of_clients(self) -> Iterator[_Job]:
         """One request of each client in turn; the receive of each one's next request is always posted."""
-        requests = {client: self._receive_request(client) for client in self._clients}
+        device = self._stage.device
+        requests = {client: self._receive_request(client) for client in self._bridge.clients}
         while requests:
             for client in list(requests):
                 request = self._requests.decode(requests[client].wait())
@@ -193,28 +189,28 @@ class TeacherServer:
                     continue
                 is_recorded, slots_B, tokens_BS, positions_BS = request
                 requests[client] = self._receive_request(client)
-                yield _Job(client, is_recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
+                tokens_BS = tokens_BS.to(device)
+                if positions_BS is not None:
+                    positions_BS = positions_BS.to(device)
+                digests_B = token_digest(tokens_BS)
+                yield _Job(client, is_recorded, slots_B.to(device), digests_B, positions_BS, tokens_BS)
 
     def _receive_request(self, client: int) -> Message:
-        buffer = torch.empty(len(self._requests), dtype=torch.int64, device=self._stage.device)
-        return self._bridge.post_recv(buffer, client, label="request")
+        buffer = torch.empty(len(self._requests), dtype=torch.int64)
+        return self._bridge.host.post_recv(buffer, client, label="request")
 
     def _jobs_of_stage(self, previous: int) -> Iterator[_Job]:
-        """Jobs from the stage before, received ahead."""
-        packets = deque(self._receive_packet(previous) for _ in range(POSTED_RECEIVES))
-        while (job := self._decode_job(packets.popleft().wait())) is not None:
-            packets.append(self._receive_packet(previous))
+        while (job := self._decode_job(self._receive_packet(previous).wait())) is not None:
             yield job
-        for packet in packets:
-            packet.wait()
 
     def _receive_packet(self, previous: int) -> Message:
         buffer = torch.empty(self._packet_bytes, dtype=torch.uint8, device=self._stage.device)
-        return self._bridge.post_recv(buffer, previous, label="packet")
+        return self._bridge.device.post_recv(buffer, previous, label="packet")
 
     def _send(self, message: Tensor, to: int) -> None:
-        self._outgoing.append(self._bridge.send(message, to, label="answer" if self._next is None else "packet"))
-        if len(self._outgoing) > self._queue * len(self._clients):
+        label = "answer" if self._next is None else "packet"
+        self._outgoing.append(self._bridge.device.send(message, to, label=label))
+        if len(self._outgoing) > self._queue * len(self._bridge.clients):
             self._outgoing.popleft().wait()
 
     # The header of a packet: client (-1: stop), whether its step is recorded, slots, digests and positions.
