@@ -156,7 +156,8 @@ def test_the_page_has_the_numbers_of_plan(path: Path) -> None:
     """To a tenth, memory to a fifth: a refined plan is no reason to rewrite the page."""
     rows = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     (row,) = [row for row in rows if row.startswith("|") and f"(../{path.relative_to(ROOT)})" in row]
-    _, teacher, batch, tokens, memory, rate, _, hours = [cell.strip() for cell in row.strip("|").split("|")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    _, teacher, batch, tokens, memory, rate, _, hours, optimistic_rate, _, optimistic_hours = cells
     planned = _planned(path)
     recipe = planned.sharding.recipe
     assert recipe.teacher is not None
@@ -169,6 +170,8 @@ def test_the_page_has_the_numbers_of_plan(path: Path) -> None:
         (tokens, planned.requirements.tokens),
         (rate, planned.tokens_per_second),
         (hours, planned.gpu_hours),
+        (optimistic_rate, planned.optimistic.tokens_per_second),
+        (optimistic_hours, planned.optimistic.gpu_hours),
     ):
         assert _number(text) == pytest.approx(counted, rel=0.1)
     assert 1e9 * _number(memory) == pytest.approx(planned.memory, rel=0.2)
