@@ -1,9 +1,11 @@
-"""Memory for logits: the buffer that chunks share, and the blocks in which eager arithmetic goes over it.
+"""Memory for logits: the buffer that chunks share, dlogits in bf16, and the blocks of eager arithmetic.
 
 An accelerator's allocator keeps what is freed. A CPU's gives large pieces back to the system, and each call would have
 the system clear them again, page by page: 0.08 s for 256 MiB, a fourteenth of the products' time at D 256. So on a CPU
 one buffer is reused from call to call; one caller has it at a time.
 """
+
+import math
 
 from torch import Tensor
 
@@ -12,6 +14,10 @@ BLOCK_ELEMENTS = 1 << 18
 
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 24
 """Logits of a block of float64 arithmetic on an accelerator, where a block is a kernel launch: 128 MiB."""
+
+ROW_BYTES = 16
+"""Rows of a matrix that a product of an accelerator takes begin at multiples of so many bytes; its matrix units are
+several times slower on others."""
 
 _spare: list[Tensor] = []
 
@@ -37,3 +43,9 @@ def give(memory: Tensor) -> None:
     """Makes the memory available to the next `take`."""
     if memory.device.type == "cpu" and not _spare:
         _spare.append(memory if memory._base is None else memory._base)
+
+
+def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns], uninitialised, of the dtype and device of `like`; each row begins at a multiple of ROW_BYTES."""
+    unit = ROW_BYTES // like.itemsize
+    return like.new_empty(rows, math.ceil(columns / unit) * unit)[:, :columns]

@@ -17,8 +17,8 @@ from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum,
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.loss import pointwise
-from megadistill.loss.pointwise import Formula, GradCoefs, SoftmaxBlock
-from megadistill.loss.softmax import Softmax, SparseSlice, add_at_rows_, at_rows
+from megadistill.loss.pointwise import Formula, GradCoefs, LabelCoefs, SoftmaxBlock
+from megadistill.loss.softmax import Softmax, SparseSlice, add_at_rows_, at_rows, set_at_rows_
 from megadistill.types import TOP_K, LogitTransform, Tail
 
 SLICE_TERMS = 3
@@ -81,21 +81,22 @@ class Chunk:
         in_loss_2n = torch.stack([tokens.ce_n * student_ce_n, tokens.kd_n * tail_n])
         return torch.cat([weighted_8n, in_loss_2n])[:, own].sum(dim=1)
 
-    def write_dlogits(self, *, with_gradient: bool) -> Tensor:
+    def write_dlogits(self, out_nv: Tensor | None) -> Tensor:
         """[n, SLICE_TERMS]: this slice's shares of the divergence, which add up over the slices.
 
-        With a gradient, dlogits overwrites the student's logits, which nothing reads any more.
+        dlogits is written to `out_nv` [n, v], where there is one: to the memory of the student's logits, which nothing
+        reads any more, or to another of the dtype that the products take.
         """
         if self.teacher is not None:
             forward = self.divergence.formula is DivergenceKind.FORWARD_KL
-            value_n, kl_n = (self._forward_kl if forward else self._mean_centred)(self.teacher, with_gradient)
+            value_n, kl_n = (self._forward_kl if forward else self._mean_centred)(self.teacher, out_nv)
         elif self.targets is not None:
-            value_n = self._sparse_kl(self.targets, with_gradient)
+            value_n = self._sparse_kl(self.targets, out_nv)
             kl_n = torch.zeros_like(value_n)  # that of the complete distributions, of which the targets hold a part
         else:
             value_n = kl_n = torch.zeros_like(self.tokens.weights_n)
-            if with_gradient:
-                self._write_student_dlogits(self._coefs._replace(kd_b=kl_n))
+            if out_nv is not None:
+                self._write_student_dlogits(self._coefs._replace(kd_b=kl_n), out_nv)
         w_n = self.tokens.weights_n
         terms_n3 = torch.stack([w_n * value_n, w_n * kl_n, self.tokens.kd_n * value_n], dim=1)
         return terms_n3.masked_fill(w_n.unsqueeze(1) == 0, 0)  # reverse KL may be infinite, and 0 times that is NaN
@@ -120,28 +121,37 @@ class Chunk:
         top_nk = gathered_nk.topk(most, dim=1).values  # in descending order
         _, *stats = self.teacher.block(slice(None))
         mass_nk = pointwise.log_p(SoftmaxBlock(top_nk, *stats)).exp().cumsum(dim=1)
-        return mass_nk[:, [k - 1 for k in TOP_K]]
+        return torch.stack([mass_nk[:, k - 1] for k in TOP_K], dim=1)  # a list of columns is copied to the device
 
     @property
     def _coefs(self) -> GradCoefs:
-        """[n]. The gradient of CE is p_s - onehot(label), that of (ln Z)² is 2 ln Z · p_s, both at temperature 1."""
-        d, kd_n, ce_n = self.divergence, self.tokens.kd_n / self.divergence.temperature, None
-        if d.ce_weight or d.z_loss or d.label_fraction:
-            ce_n = self.tokens.ce_n + 2 * d.z_loss * self.tokens.weights_n * self.student.log_z_n
-        return GradCoefs(kd_n, ce_n)
+        """[n]. The gradient of CE is p_s - onehot(label), that of (ln Z)² is 2 ln Z · p_s, both at temperature 1.
 
-    def _forward_kl(self, teacher: Softmax, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        Reads the label's logit: call it before dlogits is written.
+        """
+        d, tokens, label = self.divergence, self.tokens, None
+        if d.ce_weight or d.z_loss or d.label_fraction:
+            z_nv = self.student.logits.z_nv
+            grad_n = pointwise.transform_grad(at_rows(z_nv, tokens.label_rows_n), self.transform)
+            label = LabelCoefs(
+                p_s_b=tokens.ce_n + 2 * d.z_loss * tokens.weights_n * self.student.log_z_n,
+                onehot_b=-tokens.ce_n * grad_n,
+                row_b=tokens.label_rows_n.to(z_nv.dtype),
+                rows_v=torch.arange(z_nv.shape[1], dtype=z_nv.dtype, device=z_nv.device),
+            )
+        return GradCoefs(tokens.kd_n / d.temperature, label)
+
+    def _forward_kl(self, teacher: Softmax, out_nv: Tensor | None) -> tuple[Tensor, Tensor]:
         student, logits, kl_n = self.student, self.student.logits, torch.zeros_like(self.tokens.weights_n)
-        kernel, T, coefs = logits.kernel(pointwise.forward_kl), self.divergence.temperature, self._coefs
-        label_n = self._label_dlogits() if with_gradient else None
+        kernel, T = logits.kernel(pointwise.forward_kl), self.divergence.temperature
+        coefs = None if out_nv is None else self._coefs
         for rows in logits.blocks():
-            coefs_b = _block(coefs, rows) if with_gradient else None
-            kl_n[rows] = kernel(student.block(rows), teacher.block(rows), T, coefs_b, self.transform)
-        if label_n is not None:
-            add_at_rows_(logits.z_nv, self.tokens.label_rows_n, label_n)
+            coefs_b = None if coefs is None else _block(coefs, rows)
+            out_bv = None if out_nv is None else out_nv[rows]
+            kl_n[rows] = kernel(student.block(rows), teacher.block(rows), T, coefs_b, self.transform, out_bv)
         return kl_n, kl_n
 
-    def _mean_centred(self, teacher: Softmax, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    def _mean_centred(self, teacher: Softmax, out_nv: Tensor | None) -> tuple[Tensor, Tensor]:
         """The divergences whose dlogits subtract the mean Σ p_s g: one more small all-reduce, of a number a token."""
         student, logits, d = self.student, self.student.logits, self.divergence
         formula = Formula(d.formula, d.temperature, d.share)
@@ -152,36 +162,41 @@ class Chunk:
         for rows in logits.blocks():
             terms_n3[rows] = kernel(student.block(rows), teacher.block(rows), formula)
         value_n, kl_n, mean_n = terms_n3.unbind(dim=1)
-        if with_gradient:
-            mean_n, label_n = all_reduce_sum(mean_n.contiguous(), self.vocab.group), self._label_dlogits()
+        if out_nv is not None:
+            mean_n = all_reduce_sum(mean_n.contiguous(), self.vocab.group)
             kernel, coefs = logits.kernel(pointwise.write_mean_centred_dlogits), self._coefs
             for rows in logits.blocks():
                 blocks = (student.block(rows), teacher.block(rows))
-                kernel(*blocks, formula, mean_n[rows], _block(coefs, rows), self.transform)
-            add_at_rows_(logits.z_nv, self.tokens.label_rows_n, label_n)
+                kernel(*blocks, formula, mean_n[rows], _block(coefs, rows), self.transform, out_nv[rows])
         return value_n, kl_n
 
-    def _sparse_kl(self, targets: SparseSlice, with_gradient: bool) -> Tensor:
+    def _sparse_kl(self, targets: SparseSlice, out_nv: Tensor | None) -> Tensor:
         """[n]: this slice's share of Σ q (ln q - ln p_s) over the target ids.
 
         Its derivative is p_s Σ q - q at target ids and p_s Σ q elsewhere; with a tail of its own p_s - q and
         p_s (1 - r_t/r_s). The tail's own value, which no slice owns, is `_tail_divergence`.
         """
-        z_nv, T, student = self.student.logits.z_nv, self.divergence.temperature, self.student
+        T, (_, *stats) = self.divergence.temperature, self.student.block(slice(None))
         q_nK, own_nK = targets.probs_nK, targets.rows_nK >= 0
-        z_nK = at_rows(z_nv, targets.rows_nK)
-        _, *stats = student.block(slice(None))
-        log_p_nK = pointwise.log_p_T(SoftmaxBlock(z_nK, *stats), T)
+        at_targets = SoftmaxBlock(at_rows(self.student.logits.z_nv, targets.rows_nK), *stats)
+        log_p_nK = pointwise.log_p_T(at_targets, T)
         d_nK = torch.where(own_nK & (q_nK > 0), q_nK.log() - log_p_nK, 0)
         sums_to_one = targets.tail is Tail.OTHER  # as `kl_terms` needs it
         share_nK = pointwise.kl_terms(q_nK, log_p_nK.exp(), d_nK) if sums_to_one else q_nK * d_nK
-        if with_gradient:
+        if out_nv is not None:
             outside_n, inside_n = self._sparse_factors(targets)
             coefs = self._coefs
             dz_nK = coefs.kd_b.unsqueeze(1) * (log_p_nK.exp() * (inside_n - outside_n).unsqueeze(1) - q_nK)
-            dz_nK = dz_nK * pointwise.transform_grad(z_nK, self.transform)
-            self._write_student_dlogits(coefs._replace(kd_b=coefs.kd_b * outside_n))
-            add_at_rows_(z_nv, targets.rows_nK, dz_nK)
+            dz_nK = dz_nK * pointwise.transform_grad(at_targets.z_bv, self.transform)
+            coefs = coefs._replace(kd_b=coefs.kd_b * outside_n)
+            self._write_student_dlogits(coefs, out_nv)
+            if out_nv.dtype == dz_nK.dtype:
+                add_at_rows_(out_nv, targets.rows_nK, dz_nK)
+            else:  # a sum of two rounded numbers that cancel would be wrong: what is there is computed once more
+                if coefs.label is not None:
+                    coefs = coefs._replace(label=coefs.label._replace(rows_v=targets.rows_nK))
+                written_nK = pointwise.student_dlogits(at_targets, T, coefs, self.transform)
+                set_at_rows_(out_nv, targets.rows_nK, written_nK + dz_nK)
         return torch.where(own_nK, share_nK, 0).sum(dim=1)
 
     def _sparse_factors(self, targets: SparseSlice) -> tuple[Tensor, Tensor]:
@@ -206,19 +221,16 @@ class Chunk:
         assert self.student.log_tail_sum_T_n is not None
         return self.student.log_tail_sum_T_n - self.student.log_sum_T_n
 
-    def _write_student_dlogits(self, coefs: GradCoefs) -> None:
-        """Overwrites the student's logits with kd · p_s plus the part of cross-entropy and z-loss."""
-        logits, label_n = self.student.logits, self._label_dlogits()
-        kernel, T = logits.kernel(pointwise.write_student_dlogits), self.divergence.temperature
+    def _write_student_dlogits(self, coefs: GradCoefs, out_nv: Tensor) -> None:
+        """Writes kd · p_s plus the part of cross-entropy and z-loss."""
+        logits, T = self.student.logits, self.divergence.temperature
+        kernel = logits.kernel(pointwise.write_student_dlogits)
         for rows in logits.blocks():
-            kernel(self.student.block(rows), T, _block(coefs, rows), self.transform)
-        add_at_rows_(logits.z_nv, self.tokens.label_rows_n, label_n)
-
-    def _label_dlogits(self) -> Tensor:
-        """[n]: the label's own part of dlogits. Reads its logit: call it before dlogits is written."""
-        z_n = at_rows(self.student.logits.z_nv, self.tokens.label_rows_n)
-        return -self.tokens.ce_n * pointwise.transform_grad(z_n, self.transform)
+            kernel(self.student.block(rows), T, _block(coefs, rows), self.transform, out_nv[rows])
 
 
 def _block(coefs: GradCoefs, rows: slice) -> GradCoefs:
-    return GradCoefs(coefs.kd_b[rows], None if coefs.ce_b is None else coefs.ce_b[rows])
+    kd_n, label = coefs
+    if label is not None:
+        label = LabelCoefs(label.p_s_b[rows], label.onehot_b[rows], label.row_b[rows], label.rows_v)
+    return GradCoefs(kd_n[rows], label)

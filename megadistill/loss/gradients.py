@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megadistill.distributed.collectives import Pending, start_reduce_scatter_rows
+from megadistill.distributed.collectives import Pending, group_size, start_reduce_scatter_rows
+from megadistill.loss import buffers
 from megadistill.loss.heads import multiply
 from megadistill.loss.inputs import ChunkPlan, LossInputs
 
@@ -24,6 +25,8 @@ class Gradients:
     weight_wD: Tensor
     """dW, in the accumulator's dtype: every chunk adds to it."""
     bias_w: Tensor | None
+    _dlogits_nv: Tensor | None
+    """Memory for the dlogits of a chunk, where products take another dtype than that of the logits."""
     _scatters: deque[tuple[slice, Pending]] = field(default_factory=deque)
     """Reduce-scatters of dX in flight, with the tokens that they are for."""
 
@@ -33,20 +36,29 @@ class Gradients:
 
         Zeros for the first chunk to add to would be one more pass over a matrix of the head's size.
         """
-        head, dtype = inputs.student, inputs.dtype
+        head, dtype, student_vD = inputs.student, inputs.dtype, inputs.weights[0]
         bias_w = None if head.bias is None else torch.zeros_like(head.bias, dtype=dtype)
         weight_wD = torch.empty_like(head.weight, dtype=dtype)
         weight_wD[inputs.vocab.true_rows if plan.longest > 0 else 0 :] = 0
-        return cls(torch.empty_like(head.hidden), weight_wD, bias_w)
+        dlogits_nv = None
+        if student_vD.dtype != dtype:
+            n = group_size(inputs.vocab.group) * plan.chunk_tokens
+            dlogits_nv = buffers.aligned_rows(n, len(student_vD), student_vD)
+        return cls(torch.empty_like(head.hidden), weight_wD, bias_w, dlogits_nv)
+
+    def dlogits_memory(self, logits_nv: Tensor) -> Tensor:
+        """[n, v]: where a chunk's dlogits goes: over the student's logits, or to bf16 memory where products take that.
+
+        The rounding to bf16 is at most 2^-8 of each entry, without a bias.
+        """
+        return logits_nv if self._dlogits_nv is None else self._dlogits_nv[: len(logits_nv)]
 
     def add(self, dlogits_nv: Tensor, hidden_nD: Tensor, span: slice, inputs: LossInputs) -> None:
         """dW += dlogitsᵀ · X, which needs no collective; dX = dlogits · W starts on its way to the tokens' ranks."""
         student_vD = inputs.weights[0]
         v = len(student_vD)
         if self.bias_w is not None:
-            self.bias_w[:v] += dlogits_nv.sum(dim=0)
-        # On an accelerator a bf16 product wants bf16 dlogits; the rounding is 2^-9 of each entry, without a bias.
-        dlogits_nv = dlogits_nv.to(hidden_nD.dtype)
+            self.bias_w[:v] += dlogits_nv.sum(dim=0, dtype=self.bias_w.dtype)
         multiply(dlogits_nv.T, hidden_nD, out=self.weight_wD[:v], add=span.start > 0)
         dX_nD = self.weight_wD.new_empty(hidden_nD.shape)
         multiply(dlogits_nv, student_vD, out=dX_nD)

@@ -76,14 +76,23 @@ def padded(rows: Tensor, length: int, fill: float) -> Tensor:
 
 
 def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix as a product takes it: in the accumulator's dtype, or bf16 where the device accumulates in float32."""
-    accumulates = matrix.device.type != "cpu" and matrix.dtype == torch.bfloat16 and dtype == torch.float32
-    return matrix if accumulates else matrix.to(dtype)
+    """The matrix as a product that accumulates in `dtype` takes it: bf16 stays bf16 where that is float32."""
+    return matrix if matrix.dtype == torch.bfloat16 and dtype == torch.float32 else matrix.to(dtype)
+
+
+def multiplies_bf16_into_float32(device: torch.device) -> bool:
+    """Whether the device has products of bf16 operands with a float32 result: accelerators do, a CPU does not."""
+    return device.type != "cpu"
 
 
 def multiply(left: Tensor, right: Tensor, *, out: Tensor, add: bool = False) -> None:
-    """out = left @ right, or out += left @ right, in the dtype of `out` from the first partial sum to the last."""
-    if left.dtype == out.dtype:
-        torch.addmm(out, left, right, beta=int(add), out=out)
-    else:
+    """out = left @ right, or out += left @ right, in the dtype of `out` from the first partial sum to the last.
+
+    bf16 operands of a float32 result go as they are to a device that multiplies them. Elsewhere they are widened first,
+    which is the same product: two bf16 numbers multiply exactly in float32 (8 bits of mantissa each, of 24), so the two
+    ways differ in the order of the additions alone.
+    """
+    if left.dtype != out.dtype and multiplies_bf16_into_float32(out.device):
         torch.addmm(out, left, right, out_dtype=out.dtype, beta=int(add), out=out)
+    else:
+        torch.addmm(out, left.to(out.dtype), right.to(out.dtype), beta=int(add), out=out)

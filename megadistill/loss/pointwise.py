@@ -7,7 +7,8 @@ id that it does not know.
 Legend: b rows (tokens) of a block, v true rows of this rank's slice; T the temperature; z logits; y = z - max z, the
 maximum being that over the whole vocabulary; p_t, p_s the teacher's and student's distributions at T, d = ln p_t -
 ln p_s; M the mixture of both, β the teacher's share of it; dlogits: the derivative of the loss with respect to the
-student's products x Wᵀ (before bias, scale and softcap).
+student's products x Wᵀ (before bias, scale and softcap), written in the dtype of the memory that it is written to: the
+student's logits themselves, or a bf16 matrix, so that no other pass has to round it.
 """
 
 import functools
@@ -36,13 +37,26 @@ class SoftmaxBlock(NamedTuple):
     """ln Σ e^y"""
 
 
+class LabelCoefs(NamedTuple):
+    """Factors of each token in the part of dlogits that cross-entropy and z-loss have."""
+
+    p_s_b: Tensor
+    """The factor of p_s at temperature 1."""
+    onehot_b: Tensor
+    """The label's own part."""
+    row_b: Tensor
+    """The label's row of this slice, -1 where another rank holds it, in the dtype of z."""
+    rows_v: Tensor
+    """The row of each logit of a block, in the dtype of z: made here, they would cost as much as an exponential."""
+
+
 class GradCoefs(NamedTuple):
     """Factors of each token in dlogits."""
 
     kd_b: Tensor
     """The factor of the divergence's derivative, with the 1/T of the chain rule."""
-    ce_b: Tensor | None
-    """The factor of p_s at temperature 1, from cross-entropy and z-loss; None where the loss has neither."""
+    label: LabelCoefs | None
+    """None where the loss has neither cross-entropy nor z-loss."""
 
 
 class Formula(NamedTuple):
@@ -108,17 +122,22 @@ def log_p_T(block: SoftmaxBlock, temperature: float) -> Tensor:
 
 
 def forward_kl(
-    student: SoftmaxBlock, teacher: SoftmaxBlock, temperature: float, coefs: GradCoefs | None, transform: LogitTransform
+    student: SoftmaxBlock,
+    teacher: SoftmaxBlock,
+    temperature: float,
+    coefs: GradCoefs | None,
+    transform: LogitTransform,
+    out_bv: Tensor | None,
 ) -> Tensor:
     """[b]: the slice's share of KL(p_t ‖ p_s), in terms of which none is negative.
 
-    With `coefs` the student's logits are overwritten with dlogits, whose divergence part is kd · (p_s - p_t).
+    With `coefs` dlogits is written to `out_bv`; its divergence part is kd · (p_s - p_t).
     """
     log_p_t, log_p_s = log_p_T(teacher, temperature), log_p_T(student, temperature)
     p_t, p_s = log_p_t.exp(), log_p_s.exp()
     share_b = kl_terms(p_t, p_s, (log_p_t - log_p_s).clamp_min(-MAX_LOG_RATIO)).sum(dim=1)
-    if coefs is not None:
-        _write_dlogits(student, coefs.kd_b.unsqueeze(1) * (p_s - p_t), p_s, temperature, coefs, transform)
+    if coefs is not None and out_bv is not None:
+        out_bv.copy_(_dlogits(student, coefs.kd_b.unsqueeze(1) * (p_s - p_t), p_s, temperature, coefs, transform))
     return share_b
 
 
@@ -141,37 +160,49 @@ def write_mean_centred_dlogits(
     mean_b: Tensor,
     coefs: GradCoefs,
     transform: LogitTransform,
+    out_bv: Tensor,
 ) -> None:
-    """Overwrites the student's logits with dlogits, whose divergence part is kd · p_s (g - Σ p_s g)."""
+    """Writes dlogits, whose divergence part is kd · p_s (g - Σ p_s g)."""
     p_t, p_s, d = _distributions(student, teacher, formula.temperature)
     _, g_bv = value_and_grad_p(formula, p_t, p_s, d)
     dz_bv = coefs.kd_b.unsqueeze(1) * p_s * (g_bv - mean_b.unsqueeze(1))
-    _write_dlogits(student, dz_bv, p_s, formula.temperature, coefs, transform)
+    out_bv.copy_(_dlogits(student, dz_bv, p_s, formula.temperature, coefs, transform))
 
 
 def write_student_dlogits(
-    student: SoftmaxBlock, temperature: float, coefs: GradCoefs, transform: LogitTransform
+    student: SoftmaxBlock, temperature: float, coefs: GradCoefs, transform: LogitTransform, out_bv: Tensor
 ) -> None:
-    """Overwrites the student's logits with the part of dlogits that needs no teacher, of which kd · p_s is every id's.
+    """Writes `student_dlogits`."""
+    out_bv.copy_(student_dlogits(student, temperature, coefs, transform))
 
-    It is the whole of dlogits at ids that are neither labels nor sparse targets.
-    """
+
+def student_dlogits(student: SoftmaxBlock, temperature: float, coefs: GradCoefs, transform: LogitTransform) -> Tensor:
+    """[b, v]: the part of dlogits that needs no teacher, of which kd · p_s is every id's: all but sparse targets."""
     p_s = log_p_T(student, temperature).exp()
-    _write_dlogits(student, coefs.kd_b.unsqueeze(1) * p_s, p_s, temperature, coefs, transform)
+    return _dlogits(student, coefs.kd_b.unsqueeze(1) * p_s, p_s, temperature, coefs, transform)
 
 
-def _write_dlogits(
+def _dlogits(
     student: SoftmaxBlock,
     dz_bv: Tensor,
     p_s: Tensor,
     temperature: float,
     coefs: GradCoefs,
     transform: LogitTransform,
-) -> None:
-    """Adds the part of cross-entropy and z-loss, goes back through softcap and scale, and overwrites the logits."""
-    if coefs.ce_b is not None:
-        dz_bv = dz_bv + coefs.ce_b.unsqueeze(1) * (p_s if temperature == 1.0 else log_p(student).exp())
-    student.z_bv.copy_(dz_bv * transform_grad(student.z_bv, transform))
+) -> Tensor:
+    """[b, v]: `dz_bv` and the part of cross-entropy and z-loss, taken back through softcap and scale.
+
+    The label's own part cancels most of what stands at the label of a good student (p_s - 1), so it is added here,
+    before anything is rounded to bf16.
+    """
+    label = coefs.label
+    if label is not None:
+        dz_bv = dz_bv + label.p_s_b.unsqueeze(1) * (p_s if temperature == 1.0 else log_p(student).exp())
+    dlogits_bv = dz_bv * transform_grad(student.z_bv, transform)
+    if label is None:
+        return dlogits_bv
+    is_label_bv = label.rows_v == label.row_b.unsqueeze(1)
+    return torch.where(is_label_bv, dlogits_bv + label.onehot_b.unsqueeze(1), dlogits_bv)
 
 
 def value_and_grad_p(formula: Formula, p_t: Tensor, p_s: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

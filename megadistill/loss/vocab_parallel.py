@@ -178,12 +178,13 @@ def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor
         token_sums += chunk.token_sums(own_tokens)
         if diagnostics is not None:
             diagnostics.add(chunk, span, own_tokens)
-        # This slice's share of the divergence of every token; dlogits [n, v] over the student's logits.
-        slice_terms = chunk.write_dlogits(with_gradient=with_gradient)
+        # This slice's share of the divergence of every token; dlogits [n, v] as the products take it.
+        dlogits_nv = None if gradients is None else gradients.dlogits_memory(chunk.student.logits.z_nv)
+        slice_terms = chunk.write_dlogits(dlogits_nv)
         slice_sums_g += slice_terms.view(g, -1, SLICE_TERMS).sum(dim=1)
-        if gradients is not None:
+        if gradients is not None and dlogits_nv is not None:
             # dW += dlogitsᵀ · X; dX = dlogits · W, reduce-scattered while the next chunk is computed.
-            gradients.add(chunk.student.logits.z_nv, in_flight.hidden_nD, span, inputs)
+            gradients.add(dlogits_nv, in_flight.hidden_nD, span, inputs)
             gradients.receive(in_flight=plan.in_flight)
     if gradients is not None:
         gradients.receive(in_flight=1)

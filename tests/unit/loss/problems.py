@@ -28,6 +28,9 @@ from megadistill.types import IGNORED_LABEL, METRIC_NAMES, LogitTransform, LossT
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
+BF16_ROUNDING = 2.0**-8
+"""The largest relative error of a number that is rounded to bf16: half of the last of 8 bits of mantissa."""
+
 DIVERGENCES = {
     "kl": Divergence(),
     "kl at 2": Divergence(temperature=2.0),
@@ -251,6 +254,41 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found - expected‖ / ‖expected‖; where nothing is expected, ‖found‖."""
     scale = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (scale if scale > 0 else 1.0)
+
+
+def dlogits(p: Problem, divergence: Divergence | None, targets: SparseTargets | None = None, **options: Any) -> Tensor:
+    """[N, U] float64: the derivative of the loss with respect to the student's products x Wᵀ."""
+    p = p.cast(torch.float64)
+    products = p.student_hidden @ p.student_weight[: p.size].T
+    bias = None if p.student_bias is None else p.student_bias[: p.size]
+    as_hidden = replace(
+        p, student_hidden=products, student_weight=torch.eye(p.size, dtype=torch.float64), student_bias=bias
+    )
+    return truth(as_hidden, divergence, targets=targets, **options).hidden_grad
+
+
+def assert_within_bf16(
+    p: Problem, found: Truth, expected: Truth, divergence: Divergence | None, targets: SparseTargets | None
+) -> None:
+    """Each number of the gradients of bf16 operands, within what rounding can do to it.
+
+    An entry of dlogits is off by BF16_ROUNDING of itself, so dW = Gᵀ X and dX = G W by that much of |G|ᵀ |X| and
+    |G| |W|, and once more of themselves where they are rounded to bf16. The float32 part (logits of about 1, their
+    softmax, sums over tokens and ids) is a thousand times smaller: 1e-5 of the same sums.
+    """
+    G = dlogits(p, divergence, targets).abs()
+    X, W = p.student_hidden.double().abs(), p.student_weight[: p.size].double().abs()
+    sums = {"hidden_grad": G @ W, "weight_grad": torch.zeros_like(expected.weight_grad)}
+    sums["weight_grad"][: p.size] = G.T @ X
+    if expected.bias_grad is not None:
+        sums["bias_grad"] = torch.zeros_like(expected.bias_grad)
+        sums["bias_grad"][: p.size] = G.sum(dim=0)
+    for name, sum_ in sums.items():
+        result, true = getattr(found, name), getattr(expected, name)
+        written = BF16_ROUNDING * true.abs() if result.dtype == torch.bfloat16 else 0
+        bound = ((BF16_ROUNDING + 1e-5) * sum_ + written) * (1 + BF16_ROUNDING)
+        worst = ((result.double() - true).abs() - bound).max()
+        assert worst <= 0, f"{name} is off by {worst:.2e} more than bf16 allows"
 
 
 class LargeStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
