@@ -6,22 +6,25 @@ vocab group: together they store the rows that each of them computes on.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.flight_recorder import enable_flight_recorder
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.rendezvous import cannot_connect, launch_store, store_barrier
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import VocabSlice
+from megadistill.distributed.watchdog.relay import Relay, RelayClient
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
 from megadistill.distributed.watchdog.watchdog import Watchdog
 from megadistill.errors import OperatorFault, RestartFault
@@ -48,6 +51,8 @@ class Topology:
     """Student and teacher have a world each where the teacher has ranks of its own."""
     bridge: Bridge | None = None
     """Messages between student and teacher; None where they share their ranks."""
+    timeout: timedelta | None = None
+    """Time limit of a collective."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hang detection; the main thread reports each phase that it enters."""
 
@@ -55,6 +60,17 @@ class Topology:
     def group_rank(self) -> int:
         """j: this rank's place in its vocab group, and its stage of the teacher."""
         return self.rank % self.group_size
+
+    def limit_all_groups(self) -> None:
+        """Gives every group of this process the time limit, those too that others have made, as DeepSpeed does.
+
+        A group that is made without one has its backend's, 10 minutes under NCCL, whatever the world's is.
+        """
+        if self.timeout is None:
+            return
+        for group in distributed_c10d._world.pg_map:
+            backend: Any = group._get_backend(self.device)
+            backend._set_default_timeout(self.timeout)
 
     @property
     def is_first(self) -> bool:
@@ -105,6 +121,7 @@ def process_groups(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
     own = launch if roles is None else _own_launch(launch, roles)
     role = "student" if roles is None or roles.is_student(launch.rank) else "teacher"
+    enable_flight_recorder(timeout)
     store = launch_store(launch, timeout)
     watchdog, topology = Watchdog(), None
     try:
@@ -117,7 +134,9 @@ def process_groups(
             topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
         else:
             # The stages of the teacher exchange all messages over the bridge.
-            topology = Topology(own.rank, own.world, own.local_rank, roles.stages, device, role="teacher")
+            topology = Topology(
+                own.rank, own.world, own.local_rank, roles.stages, device, role="teacher", timeout=timeout
+            )
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
         watchdog.collectives = lambda: collectives_joined(role, excluded=topology.pipeline_group)
         yield replace(topology, bridge=bridge, watchdog=watchdog)
@@ -145,8 +164,27 @@ def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdo
         rank=launch.rank,
         world=launch.world,
         silence=min(60.0, timeout.total_seconds() / 2),  # before a collective times out, which names no rank
+        collective_limit=timeout.total_seconds(),
         reports_rank_0=launch.rank == 1 or launch.local_rank == 0,
+        relay=_node_relay(launch, store),
     ).start()
+
+
+def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
+    """This rank's end of its node's connection to the watchdog's store; None for a node of one rank.
+
+    Launchers give a node consecutive ranks. Where one does not, ranks find no socket of this name, and each has a
+    connection of its own.
+    """
+    if launch.rank == 0 and launch.world > 1:
+        store.set("watchdog_relay", secrets.token_hex(16))
+    if launch.local_world == 1:
+        return None
+    first = launch.rank - launch.local_rank
+    name = f"megadistill-{store.get('watchdog_relay').decode()}-{first}"
+    if launch.local_rank == 0:
+        return Relay(name, range(first + 1, first + launch.local_world))
+    return RelayClient(name, launch.rank)
 
 
 def _lost_rank(watchdog: Watchdog, error: BaseException) -> str:
@@ -187,6 +225,7 @@ def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device,
         vocab_group=_own_group(consecutive, timeout),
         slice_group=_own_group(strided, timeout),
         pipeline_group=_own_group(consecutive, timeout),
+        timeout=timeout,
     )
 
 

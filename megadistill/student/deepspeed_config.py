@@ -76,8 +76,8 @@ BFLOAT16_SHRINK = {64: 0.99, 512: 0.76, 1536: 0.27, 2048: 0.21}
 """Ranks -> size of the mean of gradients that agree, against the true one, after a ring reduction in bfloat16.
 
 Each of the ranks - 1 hops rounds the partial sum to 8 bits, and a sum of equal terms stops growing at 256 of them. In
-these figures a gradient's mean is ten times its deviation over the ranks; where it is a tenth, the sum keeps 98 % of its
-size or more, and its relative error is 1 to 5 %. `tests/unit/student/test_gradient_reduction.py` simulates both.
+these figures a gradient's mean is ten times its deviation over the ranks; where it is a tenth, the sum keeps at least
+98 % of its size, and its relative error is 1 to 5 %. `tests/unit/student/test_gradient_reduction.py` simulates both.
 """
 
 

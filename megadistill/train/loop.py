@@ -81,6 +81,7 @@ def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = 
     """
     with launched(recipe) as (setup, topology):
         if topology.role == "teacher":
+            topology.watchdog.write_collectives_to(setup.folder / "stacks" / "teacher-collectives-")
             with ignore_stop_signals(topology.rank), capture_teacher_server(setup, topology):
                 run_teacher_server(setup, topology)
             return None

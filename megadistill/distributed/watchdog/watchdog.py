@@ -1,7 +1,7 @@
 """The watchdog of a launch: heartbeats of all ranks, and an abort with a reason for a run that hangs.
 
-Every rank publishes its state (`diagnosis.Heartbeat`) about once a second, over a connection of its own to the launch's
-store. Rank 0 alone reads the heartbeats of all, so the store carries a few messages a rank and second. It decides
+Every rank publishes its state (`diagnosis.Heartbeat`) about once a second. Those of a node go to the launch's store
+over one connection, which its local rank 0 holds (`relay`). Rank 0 alone reads the heartbeats of all. It decides
 (`diagnosis.HangDetector`) and publishes the decision; each rank then writes the stacks of its threads and exits with
 the code of a fault that a restart can mend. A wait in a collective cannot be interrupted, so the process ends.
 
@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from megadistill.distributed.flight_recorder import dump_flight_recorder, dump_prefix, is_recording
 from megadistill.distributed.watchdog.diagnosis import (
     GRACE_SECONDS,
     LOST,
@@ -36,13 +37,14 @@ from megadistill.distributed.watchdog.diagnosis import (
     silence_limit,
 )
 from megadistill.distributed.watchdog.parent import write_stderr
+from megadistill.distributed.watchdog.relay import Relay, RelayClient, RelayLost
 from megadistill.distributed.watchdog.stack_probe import blocked_in_collective
 from megadistill.errors import RestartFault
 
 HEARTBEAT_SECONDS = 1.0
 RANKS_PER_PERIOD = 512
 """Heartbeats that rank 0 reads in a second; those of more ranks it reads less often."""
-REPLY_SECONDS = 5.0
+REPLY_SECONDS = 7.0
 """Time limit (s) for learning which rank was lost, and for writing the stacks: the disk may be what hangs."""
 TIMER_SECONDS = 15.0
 """Time (s) from which this rank counts as dead until the timer of faulthandler's ends it."""
@@ -55,7 +57,9 @@ class Watchdog:
     """Hang detection for one process, over all ranks of the launch. Without `start` its methods have no effect.
 
     `store`: the launch's; None in a world of one, whose own stalls are detected too. `silence`: age (s) of a heartbeat
-    from which its rank counts as dead. `reports_rank_0`: whether this rank logs the death of rank 0.
+    from which its rank counts as dead. `collective_limit`: time limit (s) of a collective, before which a phase must be
+    found late: the backend ends the process then, and names no rank. `reports_rank_0`: whether this rank logs the death
+    of rank 0. `relay`: this rank's end of the connection of its node; None: a connection of its own.
     """
 
     def __init__(
@@ -65,15 +69,24 @@ class Watchdog:
         rank: int = 0,
         world: int = 1,
         silence: float = 60.0,
+        collective_limit: float | None = None,
         reports_rank_0: bool = True,
+        relay: Relay | RelayClient | None = None,
     ) -> None:
         self.on_abort: Callable[[str], None] | None = None
         """Called with the reason, on the ranks that log it, before the process exits."""
         self.collectives: Callable[[], dict[str, int]] = dict
         """Counts the collectives that this process has joined, by group (`stack_probe`)."""
         self._store: Any = store
+        self._connection: Any = None
+        """The watchdog's own connection to the store; None while the node's local rank 0 passes the messages on."""
+        self._relay = relay
         self._rank, self._world, self._silence, self._reports_rank_0 = rank, world, silence, reports_rank_0
         self._period = HEARTBEAT_SECONDS * (1 + world // RANKS_PER_PERIOD)
+        self._longest: float | None = None
+        """Longest time limit (s) of a phase: two updates of the detector come before the backend's own limit."""
+        if collective_limit is not None:
+            self._longest = max(collective_limit / 2, collective_limit - 3 * self._period - REPLY_SECONDS)
         self._frozen = 0.0
         """Time (s) in which this process did not run at all, as its clock noticed."""
         self._phase: tuple[str, int, float | None, float] = ("start", 0, None, time.monotonic())
@@ -89,13 +102,17 @@ class Watchdog:
         self._acknowledged, self._wake, self._stopped = threading.Event(), threading.Event(), threading.Event()
         self._exiting = threading.Lock()
         self._stacks: IO[str] | None = None
+        self._dump_prefix: str | None = None
+        self._faulthandler_before = False
         self._threads: list[threading.Thread] = []
 
     # Called by the main thread
 
     def start(self) -> "Watchdog":
-        if self._store is not None:
-            self._store = PrefixStore("watchdog", self._store.clone())  # its own connection: the run's may wait
+        if self._store is not None and not isinstance(self._relay, RelayClient):
+            self._connect()
+        if isinstance(self._relay, Relay):
+            self._relay.start(self._wake.set)
         self._threads = [
             threading.Thread(target=work, name=f"watchdog {name}", daemon=True)
             for name, work in (("publisher", self._publish_loop), ("clock", self._clock_loop))
@@ -112,8 +129,14 @@ class Watchdog:
             thread.join(2 * HEARTBEAT_SECONDS)  # the publisher may hang in the store
         if self._threads:
             faulthandler.cancel_dump_traceback_later()
+            if self._relay is not None:
+                self._relay.close()
         self._threads = []
         if self._stacks is not None:
+            faulthandler.disable()
+            if self._faulthandler_before and sys.__stderr__ is not None:
+                with suppress(OSError, ValueError):
+                    faulthandler.enable(sys.__stderr__)
             self._stacks.close()
             with suppress(OSError):
                 if os.path.getsize(self._stacks.name) == 0:
@@ -125,18 +148,29 @@ class Watchdog:
 
         `step` is the current optimizer step, 0 outside of one.
         """
+        if limit is not None and self._longest is not None:
+            limit = min(limit, self._longest)
         self._phase = (phase, step, limit, self._now())
 
     def open_stack_file(self, folder: Path, attempt: int) -> None:
         """Sends stacks to `folder`/stacks/attempt-00003-rank-00001.txt (rank of the launch); before, to stderr.
 
-        The file is opened now, since the disk may hang later; `stop` removes an empty one.
+        The file is opened now, since the disk may hang later; `stop` removes an empty one. The stacks of a process that
+        aborts go there too, and the last collectives to attempt-00003-student-collectives-1 (rank of the student).
         """
         path = folder / "stacks" / f"attempt-{attempt:05d}-rank-{self._rank:05d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("w", encoding="utf-8")
+        self._faulthandler_before = faulthandler.is_enabled()
+        faulthandler.enable(self._stacks)
+        self.write_collectives_to(path.with_name(f"attempt-{attempt:05d}-student-collectives-"))
         if self._threads:
             self._arm_faulthandler()
+
+    def write_collectives_to(self, prefix: Path) -> None:
+        """The last collectives are written to `prefix`N in a hang, and where NCCL's own watchdog ends the process."""
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._dump_prefix = dump_prefix(prefix)
 
     def report_failure(self, reason: str) -> None:
         """Publishes why this rank ends, and stops the watchdog."""
@@ -145,13 +179,17 @@ class Watchdog:
             self._end = reason
             self._wake.set()
             self._acknowledged.wait(REPLY_SECONDS)
-            if self._rank == 0:
-                time.sleep(1.5 * HEARTBEAT_SECONDS)  # the store may be in this process: let the others read it
+            if self._rank == 0 or isinstance(self._relay, Relay):
+                time.sleep(1.5 * HEARTBEAT_SECONDS)  # the others read the reason from this process
         self.stop()
 
     def lost_rank(self) -> str | None:
         """The rank behind a broken connection, and its error, if rank 0 finds out in seconds. Stops the watchdog."""
-        self.report_failure(LOST)
+        if self._lost_rank is None:
+            self.report_failure(LOST)
+        else:  # rank 0 has named it, and the store may be gone with it
+            self._end = LOST
+            self.stop()
         return self._lost_rank
 
     def _now(self) -> float:
@@ -190,8 +228,9 @@ class Watchdog:
                     self._decide(detector, tick)
                 else:
                     self._poll(tick)
-                self._last_reply = time.monotonic()
             except RuntimeError as error:  # the store is gone, and its host with it
+                if isinstance(self._relay, Relay):
+                    self._relay.store_failed(str(error))
                 self._store_unreachable(error)
             if self._abort is not None and time.monotonic() >= self._abort[1]:
                 self._exit(self._abort[0], report=self._rank == 0)
@@ -209,9 +248,11 @@ class Watchdog:
             if abort is None:
                 reason = lost_rank or "rank 0 lost another rank"
                 abort, grace = f"{reason}; the other ranks cannot continue without it", GRACE_SECONDS
-        if self._store is not None:
+        if self._connection is not None:
             status = {"tick": tick, "abort": abort, "grace": grace, "lost_rank": lost_rank}
-            self._store.set(_STATUS, json.dumps(status))
+            self._connection.set(_STATUS, json.dumps(status))
+            self._replied(json.dumps(status))
+        self._last_reply = time.monotonic()
         if own.end is not None and lost_rank is not None:
             self._acknowledged.set()
         elif abort is not None and own.end is None:
@@ -219,20 +260,21 @@ class Watchdog:
 
     def _read_heartbeats(self) -> dict[int, Heartbeat]:
         """The heartbeats of all ranks but rank 0; none before the last of them has published its first one."""
-        if self._store is None:
+        if self._connection is None:
             return {}
+        self._pass_on({})
         keys = [str(rank) for rank in range(1, self._world)]
-        self._all_present = self._all_present or self._store.check(keys)
+        self._all_present = self._all_present or self._connection.check(keys)
         if not self._all_present:
             return {}
-        texts = zip(keys, self._store.multi_get(keys), strict=True)
+        texts = zip(keys, self._connection.multi_get(keys), strict=True)
         return {int(key): heartbeat for key, text in texts if (heartbeat := Heartbeat.loads(text)) is not None}
 
     def _poll(self, tick: int) -> None:
         """Other ranks: publish the heartbeat, and read rank 0's decision."""
         own = self.heartbeat(tick)
-        self._store.set(str(self._rank), own.dumps())
-        status = read_decision(self._store.get(_STATUS))
+        text = self._exchange(own)
+        status = None if text is None else read_decision(text)
         if status is None:
             return
         self._lost_rank = status["lost_rank"]
@@ -241,6 +283,45 @@ class Watchdog:
                 self._acknowledged.set()
         elif status["abort"] is not None and self._abort is None:
             self._abort = (status["abort"], time.monotonic() + status["grace"])
+
+    def _exchange(self, own: Heartbeat) -> str | bytes | None:
+        """Sends this rank's heartbeat, and returns rank 0's last decision; None: there is none yet.
+
+        Raises:
+            RuntimeError: the store cannot be reached.
+        """
+        if self._connection is None and isinstance(self._relay, RelayClient):
+            try:
+                reply = self._relay.exchange(own.dumps(), waits=own.end is None)
+            except RelayLost:
+                self._connect()
+            else:
+                if reply is None or reply["decision"] is None:
+                    return None
+                self._last_reply = time.monotonic() - reply["age"]
+                if reply["error"] is not None:
+                    raise RuntimeError(reply["error"])
+                return reply["decision"]
+        self._pass_on({self._rank: own.dumps()})
+        decision: bytes = self._connection.get(_STATUS)
+        self._last_reply = time.monotonic()
+        self._replied(decision.decode("utf-8", "replace"))
+        return decision
+
+    def _connect(self) -> None:
+        """A connection of the watchdog's own: the run's may wait."""
+        self._connection = PrefixStore("watchdog", self._store.clone())
+
+    def _pass_on(self, heartbeats: dict[int, str]) -> None:
+        """Publishes `heartbeats` and those of this node's other ranks, in one message."""
+        if isinstance(self._relay, Relay):
+            heartbeats = {**self._relay.take(), **heartbeats}
+        if heartbeats:
+            self._connection.multi_set(list(map(str, heartbeats)), list(heartbeats.values()))
+
+    def _replied(self, decision: str) -> None:
+        if isinstance(self._relay, Relay):
+            self._relay.store_replied(decision)
 
     def _store_unreachable(self, error: RuntimeError) -> None:
         now = time.monotonic()
@@ -280,8 +361,7 @@ class Watchdog:
         if not self._exiting.acquire(blocking=False) or self._stopped.is_set():
             return
         if report:
-            where = "the lines below" if self._stacks is None else os.path.dirname(self._stacks.name)
-            write_stderr(f"{reason}; stacks are in {where}")
+            write_stderr(f"{reason}; {self._evidence()}")
         dump = threading.Thread(target=self._dump_stacks, args=(reason, report), daemon=True)
         dump.start()
         dump.join(REPLY_SECONDS)
@@ -296,8 +376,19 @@ class Watchdog:
         with suppress(OSError):
             os.write(descriptor, header.encode())
             faulthandler.dump_traceback(descriptor)
+        if self._dump_prefix is not None:
+            dump_flight_recorder(self._dump_prefix)
         if report and self.on_abort is not None:
             self.on_abort(reason)
+
+    def _evidence(self) -> str:
+        """The places of the stacks of all ranks, and of their last collectives."""
+        if self._stacks is None:
+            return "stacks are in the lines below"
+        where = f"stacks are in {os.path.dirname(self._stacks.name)}"
+        if self._dump_prefix is None or not is_recording():
+            return where
+        return f"{where}, the last collectives in {self._dump_prefix}*"
 
     def _stacks_descriptor(self) -> int:
         return 2 if self._stacks is None else self._stacks.fileno()

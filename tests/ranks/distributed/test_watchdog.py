@@ -17,7 +17,7 @@ import torch
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, process_groups
-from megadistill.distributed.watchdog import diagnosis
+from megadistill.distributed.watchdog import diagnosis, relay
 from megadistill.distributed.watchdog import watchdog as watchdog_module
 from megadistill.errors import RestartFault
 from tests.ranks.harness import PRELOAD
@@ -68,6 +68,7 @@ def _rank(launch: Launch, port: int, fault: Callable[[], None], culprit: int, fo
     watchdog_module.HEARTBEAT_SECONDS = 0.2
     watchdog_module.TIMER_SECONDS = 1.0
     diagnosis.STALE_SECONDS = 1.0
+    relay.REPLY_SECONDS = 0.5
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 0
@@ -99,14 +100,17 @@ def _steps(topology: Topology, fault: Callable[[], None], culprit: int) -> None:
         all_reduce_sum(torch.ones(1), topology.world_group)
 
 
-def _launched(world: int, fault: Callable[[], None], culprit: int, folder: Path) -> list[_Ended]:
-    """How each rank ended. There is no launcher: what ended, ended by itself."""
+def _launched(
+    world: int, fault: Callable[[], None], culprit: int, folder: Path, *, per_node: int | None = None
+) -> list[_Ended]:
+    """How each rank ended. There is no launcher: what ended, ended by itself. `per_node`: ranks of a node, or all."""
+    per_node = per_node or world
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world):
-        launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
+        launch = Launch(rank=rank, world=world, local_rank=rank % per_node, local_world=per_node)
         processes.append(_context.Process(target=_rank, args=(launch, port, fault, culprit, folder), daemon=True))
         processes[-1].start()
     end = time.monotonic() + 25
@@ -133,12 +137,14 @@ def test_a_rank_stuck_in_python_is_named_with_its_line(fault: Callable[[], None]
     assert f"rank {culprit} (" in stderr, ended
     assert "is stuck and is not in the collective of the others: in train of step 3 at " in stderr
     assert f" {fault.__name__} for " in stderr
-    assert f"; stacks are in {tmp_path}/stacks\n" in stderr
+    evidence = f"stacks are in {tmp_path}/stacks, the last collectives in {tmp_path}/stacks/attempt-00007-student-"
+    assert f"; {evidence}collectives-*\n" in stderr
     assert (tmp_path / "abort-0").read_text() in stderr
     assert [each.stderr for each in ended[1:]] == ["", ""], "one line"
     for rank in range(3):
         assert (f"in {fault.__name__}\n" in _stacks(tmp_path, rank)) == (rank == culprit)
         assert ("all_reduce_sum" in _stacks(tmp_path, rank)) == (rank != culprit)
+        assert (tmp_path / f"stacks/attempt-00007-student-collectives-{rank}").stat().st_size > 100
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -176,6 +182,20 @@ def test_the_error_of_a_rank_is_in_the_messages_of_its_peers(culprit: int, tmp_p
     assert "): ValueError: the disk is full (" in peer.stderr
     own, others = (tmp_path / f"stderr-{rank}" for rank in (culprit, 1 - culprit))
     assert own.stat().st_mtime_ns <= others.stat().st_mtime_ns, "the reason comes first in the log"
+
+
+@pytest.mark.parametrize(("fault", "code"), [(_die, -9), (_freeze, None)])
+def test_the_rank_that_passes_on_its_nodes_heartbeats_is_named_itself(
+    fault: Callable[[], None], code: int | None, tmp_path: Path
+) -> None:
+    """Ranks 2 and 3 are a node: without rank 2, rank 3 publishes its heartbeats itself."""
+    ended = _launched(4, fault, 2, tmp_path, per_node=2)
+    assert [each.code for each in ended] == [3, 3, code, 3], ended
+    if fault is _freeze:
+        assert "no heartbeat from rank 2 for 2 s: it was killed or is frozen" in ended[0].stderr, ended
+        return
+    for rank in (0, 1, 3):
+        assert "lost another rank in a collective: rank 2 (" in ended[rank].stderr, ended
 
 
 def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
