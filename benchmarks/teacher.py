@@ -53,34 +53,36 @@ a ratio is the median over rounds of this / that in the same round; a machine wi
 bubble in ticks alone, since an idle stage gives its core to another one"""
 
 
-def write_inputs(folder: Path) -> Path:
-    """A random teacher and random shards; the recipe that names them."""
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (512, SEQUENCE + 1)).astype(np.int32)
+def write_inputs(
+    folder: Path, *, sequence: int = SEQUENCE, vocab: int = VOCAB, teacher: dict[str, int] = TEACHER
+) -> Path:
+    """A random teacher and 512 random sequences."""
+    tokens = np.random.default_rng(0).integers(0, vocab, (512, sequence + 1)).astype(np.int32)
     data = folder / "data"
     data.mkdir()
     (data / "tokenizer.model").write_bytes(b"random")
-    bounds = np.array([0, SEQUENCE + 1], dtype=np.int32)
+    bounds = np.array([0, sequence + 1], dtype=np.int32)
     shard = write_shard(data / "shard-00000.tar", (PackedSequence(row, bounds) for row in tokens), dtype="uint16")
     Manifest(
         version=3,
         split="train",
-        sequence_length=SEQUENCE,
+        sequence_length=sequence,
         dtype="uint16",
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
         packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
         documents=None,
-        tokens=512 * SEQUENCE,
+        tokens=512 * sequence,
         text_bytes=None,
         source=SourceRecord(inputs=("random",)),
         shards=(shard,),
     ).write(data)
     disable_progress_bar()
-    sizes = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": VOCAB}
-    config = load_config({**sizes, **TEACHER, "max_position_embeddings": SEQUENCE}, what="teacher")
+    sizes = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": vocab}
+    config = load_config({**sizes, **teacher, "max_position_embeddings": sequence}, what="teacher")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
-    (folder / "map.json").write_text(str(list(range(VOCAB))))
+    (folder / "map.json").write_text(str(list(range(vocab))))
     return folder
 
 

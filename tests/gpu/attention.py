@@ -64,7 +64,7 @@ def eager(shape: Shape, mask: Tensor, *, training: bool = True) -> Attend:
     module: Any = SimpleNamespace(head_dim=shape.head_dim, num_key_value_groups=groups, training=training)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = eager_attention_forward(module, q, k, v, mask, scaling=shape.scale, softcap=SOFTCAP)
+        out: Tensor = eager_attention_forward(module, q, k, v, mask, scaling=shape.scale, softcap=SOFTCAP)[0]
         return out.transpose(1, 2)
 
     return attend

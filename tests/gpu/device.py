@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
@@ -101,7 +100,7 @@ class CudaDevice(Device):
 
     @override
     def seconds(self, run: Run) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.Event(device=self.torch_device, enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
         result = run()
@@ -124,7 +123,7 @@ class CudaDevice(Device):
     @override
     def kernels(self, run: Run) -> int:
         events = _profiled(run, [ProfilerActivity.CPU, ProfilerActivity.CUDA], self.synchronize)
-        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+        on_device = [event for event in events if event.device_type.name == "CUDA"]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
     @override
@@ -191,7 +190,8 @@ class StandIn(Device):
 
     @override
     def compiling(self) -> AbstractContextManager[Any]:
-        return torch.compiler.set_stance("force_eager")
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
 
 
 def _profiled(run: Run, activities: Sequence[ProfilerActivity], synchronize: Callable[[], None]) -> list[Any]:

@@ -66,9 +66,11 @@ class Problem:
     def heads(self, dtype: torch.dtype, softcap: float | None) -> tuple[Head, Head]:
         """Student and teacher; the student's tensors are new leaves in another dtype than the problem's."""
         transform = LogitTransform(softcap=softcap)
-        student = [t.detach().to(dtype).requires_grad_() for t in (self.student_hidden_ND, self.student_weight_VD)]
-        teacher = [t.to(dtype) for t in (self.teacher_hidden_NE, self.teacher_weight_VE)]
-        return Head(*student, transform=transform), Head(*teacher, transform=transform)
+        hidden_ND, weight_VD = (
+            t.detach().to(dtype).requires_grad_() for t in (self.student_hidden_ND, self.student_weight_VD)
+        )
+        hidden_NE, weight_VE = self.teacher_hidden_NE.to(dtype), self.teacher_weight_VE.to(dtype)
+        return Head(hidden_ND, weight_VD, transform=transform), Head(hidden_NE, weight_VE, transform=transform)
 
     def gradients(self, student: Head, terms: LossTerms) -> dict[str, Tensor]:
         """In float64, on the device."""

@@ -81,7 +81,7 @@ class Runner:
         code, output = self._finish(command + ["--stand-in"] * self.results.stand_in, limit, check.name)
         taken, rows = time.monotonic() - start, rows_of(rows_file)
         state, reason = _judged(code, output, limit)
-        if state == PASSED and (lines := missed(check, rows)):
+        if state == PASSED and (lines := missed(check, rows, stand_in=self.results.stand_in)):
             state, reason = FAILED, "; ".join(lines)
         elif state == PASSED and not rows:
             state, reason = FAILED, "it measured nothing"
