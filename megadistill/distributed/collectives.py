@@ -15,7 +15,7 @@ from megadistill import timeline
 
 Value = TypeVar("Value")
 
-# torch 2.13 named them so; torch 2.11 and 2.12 have the names that 2.13 warns of.
+# torch 2.11 has them under the names that torch 2.13 warns of.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megadistill.distributed.bandwidth import Pair
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
+from megadistill.train.checkpoint.versions import tried, untried
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
 from megadistill.train.resilience.stragglers import SLOWER, slow
 from megadistill.units import readable, short, spell
@@ -23,12 +24,14 @@ TIGHT = 0.9
 
 
 def versions_row(reports: Sequence[RankReport]) -> Row:
-    """Only versions that differ are listed by node."""
+    """Only versions that differ are listed by node. One that was not tried is a warning."""
     versions = [each.facts["versions"] for each in reports]
     unlike = [name for name in versions[0] if len({each.get(name) for each in versions}) > 1]
     values = [" ".join(f"{name} {each.get(name)}" for name in unlike) for each in versions]
     usual = ", ".join(f"{name} {version}" for name, version in versions[0].items())
-    return require_same("versions", values, reports, same=usual)
+    row = require_same("versions", values, reports, same=usual)
+    outside = untried(versions[0], tried())
+    return Row(row.check, Status.WARN, "; ".join(outside)) if outside and row.status is Status.OK else row
 
 
 def contents_row(reports: Sequence[RankReport]) -> Row | None:

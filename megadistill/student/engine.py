@@ -45,7 +45,7 @@ from megadistill.student.state import StudentState
 compatible_ops["deepspeed_shm_comm"] = False
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# DeepSpeed 0.19 calls torch 2.13's collectives by names that the next torch removes.
+# DeepSpeed 0.19 calls torch's collectives by names that torch 2.13 to 2.15 have, and warn of.
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
 
 

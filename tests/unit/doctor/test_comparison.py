@@ -34,6 +34,12 @@ def test_versions_name_only_what_differs() -> None:
     assert versions_row(_ranks(versions=[same, same])).detail == "torch 2.13, numpy 2.4"
 
 
+def test_a_version_that_was_not_tried_is_a_warning() -> None:
+    row = versions_row(_ranks(versions=[{"torch": "2.10.0", "numpy": "2.4.6"}] * 2))
+    assert row.status is Status.WARN
+    assert row.detail.startswith("torch 2.10.0 was not tried (")
+
+
 def test_what_is_read_must_be_one_thing() -> None:
     one, other = {"recipe": "1", "data": "2"}, {"recipe": "1", "data": "3"}
     row = contents_row(_ranks(content=[one, one, other, other]))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.models.families import load_config
+from megadistill.models.families import family, load_config
 
 VOCAB, LAYERS = 250, 5
 
@@ -101,9 +101,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def whole_model(case: str, *, seed: int = 0) -> Any:
-    """The unsplit transformers model, with norms and biases that are not one and zero."""
+    """The unsplit transformers model, with norms and biases that are not one and zero.
+
+    The attention is named: transformers 5.17 would give Gemma 2 torch's own, without the softcap on its scores.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(load_config(CASES[case], what=case))
+    config = load_config(CASES[case], what=case)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config).attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -52,7 +52,7 @@ def _content(config: Any) -> dict[str, Any]:
         ({"num_key_value_heads": 3}, r"num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_hidden_layers": 0}, r"num_hidden_layers is 0"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0; give a number from 1"),
-        ({"head_dim": 15}, r"even rotary dimension"),
+        ({"head_dim": 15}, r"a head is 15 wide|even rotary dimension"),
         ({"model_type": "qwen2", "hidden_size": 60}, r"a head is 15 wide"),
         ({"hidden_size": "wide"}, r"'hidden_size' expected int"),
         ({"hidden_act": "sillu"}, r"refuses this llama config: .*sillu"),

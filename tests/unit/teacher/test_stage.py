@@ -45,7 +45,8 @@ def test_the_chain_of_stages_is_the_unsplit_model(case: str, files: str, tmp_pat
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_stages_are_what_transformers_loads_in_bfloat16(case: str, tmp_path: Path) -> None:
     model = saved_model(case, tmp_path)
-    theirs = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    attention = model.config._attn_implementation
+    theirs = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation=attention).eval()
     tokens_BS = torch.randint(VOCAB, (2, 20))
     x = tokens_BS
     for place in range(2):
