@@ -14,7 +14,7 @@ FLOORS = {
     "tests/e2e": 54,  # three went to tests/real_models
     "tests/fuzz": 4,
     "tests/ranks/data": 2,
-    "tests/ranks/distributed": 11,
+    "tests/ranks/distributed": 21,
     "tests/ranks/doctor": 5,
     "tests/ranks/evaluate": 2,
     "tests/ranks/export": 2,
@@ -22,7 +22,7 @@ FLOORS = {
     "tests/ranks/models": 5,
     "tests/ranks/plan": 8,
     "tests/ranks/student": 31,
-    "tests/ranks/teacher": 17,
+    "tests/ranks/teacher": 26,
     "tests/ranks/train": 48,
     "tests/real_models": 11,
     "tests/slurm": 16,
