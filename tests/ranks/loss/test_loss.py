@@ -27,6 +27,7 @@ from tests.unit.loss.problems import (
     Problem,
     Truth,
     assert_terms,
+    assert_within_bf16,
     problem,
     relative_error,
     run,
@@ -227,6 +228,51 @@ def _check_all(g: int, cases: list[Case]) -> None:
             _check(case, list(founds))
         except AssertionError as error:
             raise AssertionError(f"{g} ranks, {case.name}: {error}") from error
+
+
+BF16_OBJECTIVES: list[tuple[Divergence | None, Tail | None, bool]] = [
+    (DIVERGENCES["kl"], None, False),
+    (DIVERGENCES["all"], None, True),
+    (DIVERGENCES["all with jsd"], None, True),
+    (DIVERGENCES["routed, all with skew kl at 2"], None, False),
+    (TAILS["top-k and other, all at 2"][1], Tail.OTHER, True),
+    (TAILS["dropped"][1], Tail.DROPPED, False),
+    (None, None, True),
+]
+
+
+@pytest.mark.parametrize("g", [2, 3])
+def test_bf16_operands_are_gathered_and_multiplied_as_on_an_accelerator(g: int) -> None:
+    """Hidden states are gathered in bf16, dlogits is rounded to it; statistics, dX and dW are added up in float32.
+
+    The bounds are those of one process: a sum over ranks is not rounded to bf16 on its way.
+    """
+    slicings = list(SLICINGS[g].items())
+    cases = [
+        Case(name, 50 + i, slices, TOKENS["one has none"][:g], divergence, torch.bfloat16, 5, tail, bent)
+        for i, (divergence, tail, bent) in enumerate(BF16_OBJECTIVES)
+        for name, slices in [slicings[i % len(slicings)]]
+    ]
+    for case, results in zip(cases, zip(*run_ranks(g, _run_cases, cases), strict=True), strict=True):
+        p, targets = case.problem().cast(torch.bfloat16), case.targets()
+        expected = truth(p, case.divergence, z_loss=0.1, targets=targets)
+        for name in ("loss", "kl", "student_ce", "log_z"):
+            total = sum(getattr(result.terms, name) for result in results)
+            assert total == pytest.approx(getattr(expected.terms, name).item(), rel=1e-6, abs=1e-8), (case.name, name)
+        rows = torch.cat([case.rows_of(rank) for rank in range(g)]).argsort()
+        whole = Truth(
+            expected.terms,
+            torch.cat([result.hidden_grad for result in results]),
+            torch.cat([result.weight_grad for result in results])[rows],
+            None if expected.bias_grad is None else torch.cat([_bias_grad(result) for result in results])[rows],
+        )
+        assert whole.hidden_grad.dtype == whole.weight_grad.dtype == torch.bfloat16
+        assert_within_bf16(p, whole, expected, case.divergence, targets, upstream=UPSTREAM, z_loss=0.1)
+
+
+def _bias_grad(result: Truth) -> Tensor:
+    assert result.bias_grad is not None
+    return result.bias_grad
 
 
 def _drawn_case(draw: st.DrawFn, g: int) -> Case:

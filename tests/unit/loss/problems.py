@@ -268,15 +268,23 @@ def dlogits(p: Problem, divergence: Divergence | None, targets: SparseTargets | 
 
 
 def assert_within_bf16(
-    p: Problem, found: Truth, expected: Truth, divergence: Divergence | None, targets: SparseTargets | None
+    p: Problem,
+    result: Truth,
+    expected: Truth,
+    divergence: Divergence | None,
+    targets: SparseTargets | None = None,
+    *,
+    upstream: float = 1.0,
+    **options: Any,
 ) -> None:
     """Each number of the gradients of bf16 operands, within what rounding can do to it.
 
     An entry of dlogits is off by BF16_ROUNDING of itself, so dW = Gᵀ X and dX = G W by that much of |G|ᵀ |X| and
-    |G| |W|, and once more of themselves where they are rounded to bf16. The float32 part (logits of about 1, their
-    softmax, sums over tokens and ids) is a thousand times smaller: 1e-5 of the same sums.
+    |G| |W|, and once more of themselves where they are written in bf16 (twice where the upstream gradient is not 1).
+    The float32 part (logits of about 1, their softmax, sums over tokens and ids) is a thousand times smaller: 1e-5 of
+    the same sums.
     """
-    G = dlogits(p, divergence, targets).abs()
+    G = upstream * dlogits(p, divergence, targets, **options).abs()
     X, W = p.student_hidden.double().abs(), p.student_weight[: p.size].double().abs()
     sums = {"hidden_grad": G @ W, "weight_grad": torch.zeros_like(expected.weight_grad)}
     sums["weight_grad"][: p.size] = G.T @ X
@@ -284,10 +292,10 @@ def assert_within_bf16(
         sums["bias_grad"] = torch.zeros_like(expected.bias_grad)
         sums["bias_grad"][: p.size] = G.sum(dim=0)
     for name, sum_ in sums.items():
-        result, true = getattr(found, name), getattr(expected, name)
-        written = BF16_ROUNDING * true.abs() if result.dtype == torch.bfloat16 else 0
-        bound = ((BF16_ROUNDING + 1e-5) * sum_ + written) * (1 + BF16_ROUNDING)
-        worst = ((result.double() - true).abs() - bound).max()
+        actual, true = getattr(result, name), upstream * getattr(expected, name)
+        written = (1 if upstream == 1 else 2) * BF16_ROUNDING if actual.dtype == torch.bfloat16 else 0.0
+        bound = ((BF16_ROUNDING + 1e-5) * sum_ + written * true.abs()) * (1 + 2 * BF16_ROUNDING)
+        worst = ((actual.double() - true).abs() - bound).max()
         assert worst <= 0, f"{name} is off by {worst:.2e} more than bf16 allows"
 
 

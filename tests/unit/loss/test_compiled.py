@@ -9,7 +9,7 @@ import torch
 
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice
 from megadistill.types import Tail
-from tests.unit.loss.problems import assert_same, problem, run, sparse, truth
+from tests.unit.loss.problems import assert_same, assert_terms, assert_within_bf16, problem, run, sparse, truth
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler: install g++, or set CXX"
@@ -46,3 +46,24 @@ def test_bent_logits_and_sparse_targets_and_labels() -> None:
     found = run(p.cast(torch.float32), Divergence(), vocab=VOCAB, targets=targets, **options)
     assert_same(found, truth(p, Divergence(), targets=targets), 1e-6)
     assert_same(run(p.cast(torch.float32), None, vocab=VOCAB, **options), truth(p, None), 1e-6)
+
+
+def _in_bf16(divergence: Divergence, tail: Tail | None = None) -> None:
+    p = problem(1).bent().cast(torch.bfloat16)
+    options: dict[str, Any] = {"logit_memory": LOGIT_MEMORY, "elementwise": Elementwise.COMPILED}
+    targets = None if tail is None else sparse(p, tail, kept=5)
+    expected = truth(p, divergence, targets=targets)
+    result = run(p, divergence, vocab=VOCAB, targets=targets, **options)
+    assert_terms(result.terms, expected.terms, 1e-6)
+    assert_within_bf16(p, result, expected, divergence, targets)
+
+
+def test_dlogits_leaves_the_fused_kernel_in_bf16() -> None:
+    _in_bf16(Divergence(ce_weight=0.3))
+
+
+@pytest.mark.thorough
+def test_dlogits_leaves_every_other_fused_kernel_in_bf16() -> None:
+    _in_bf16(Divergence(temperature=2.0, ce_weight=0.3, z_loss=0.01, label_fraction=0.3))
+    _in_bf16(Divergence(DivergenceKind.JSD, parameter=0.3, ce_weight=0.3))
+    _in_bf16(Divergence(), Tail.OTHER)
