@@ -60,7 +60,7 @@ def _recipe(manifest: Path, folder: Path, teacher: Path) -> Recipe:
 
 
 def _distill(topology: Topology, manifest: str, folder: str, teacher: str) -> None:
-    loop.clock_for = lambda device: _Counter()
+    loop.clock_for = lambda device: _Counter()  # type: ignore[attr-defined]  # this process is the test's own
     metrics.peak_flops = lambda device, precision: PEAK
     made = _recipe(Path(manifest), Path(folder), Path(teacher))
     loop.run(prepare(made, Launch(topology.rank, RANKS, topology.local_rank, RANKS)), topology, stop_after=None)

@@ -199,3 +199,14 @@ def test_a_folder_that_is_named_twice_is_one_run(tmp_path: Path) -> None:
 
 def test_text_that_no_page_can_hold() -> None:
     assert printable("a\x00b\x1b[31m\udc80\u202eé") == "a�b�[31m��é"
+
+
+@pytest.mark.parametrize(("values", "name"), [({"wait_seconds": 0.1}, "wait_seconds"), ({}, "teacher_seconds")])
+def test_a_teacher_is_waited_for_as_the_run_measured_it(tmp_path: Path, values: dict[str, float], name: str) -> None:
+    """A run of a former version has only the time until the targets were there."""
+    written = WrittenRun(tmp_path)
+    written.begin()
+    written.steps(1, 3, **values)
+    record = read_run(written.write(), "run")
+    assert record.teacher_wait == name
+    assert record.has(record.teacher_wait)

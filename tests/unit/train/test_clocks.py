@@ -7,6 +7,7 @@ clock in place of the device's, every one of these times is another.
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megadistill import timeline
 from megadistill.distributed.p2p import Message
+from megadistill.models.experts import RouterCoefs
 from megadistill.teacher import disaggregated, pipeline
 from megadistill.teacher.codec import ActivationCodec
 from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec
@@ -28,7 +30,6 @@ from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.objective import Objective
 from megadistill.train.resilience import stragglers
-from megadistill.train.router_losses import RouterCoefs
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
 from megadistill.train.telemetry.rank_flops import RankFlops
@@ -92,7 +93,8 @@ class _Target:
 
     def loss(self, student: StudentOutput) -> LossTerms:
         self.device.queue(LOSS)
-        return LossTerms(**dict.fromkeys(METRIC_NAMES, torch.ones(())))
+        terms: dict[str, Any] = dict.fromkeys(METRIC_NAMES, torch.ones(()))
+        return LossTerms(**terms)
 
 
 class _Teacher(Teacher):
@@ -165,7 +167,7 @@ def _step(device: SimulatedDevice, signals: Any) -> StepEvent:
 def _colocated(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> TeacherPipeline:
     """A pipeline of one stage, whose exchanges take the stream some time, as if there were others."""
     for name, seconds in (("all_gather_rows", TOKENS_WAIT), ("scatter_rows", ANSWER_WAIT)):
-        queue = _before(getattr(pipeline, name), lambda seconds=seconds: device.queue(seconds))
+        queue = _before(getattr(pipeline, name), partial(device.queue, seconds))
         monkeypatch.setattr(pipeline, name, queue)
     stage: Any = _Stage(device)
     return TeacherPipeline(stage, topology())
