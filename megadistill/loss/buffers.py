@@ -47,5 +47,13 @@ def give(memory: Tensor) -> None:
 
 def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     """[rows, columns], uninitialised, of the dtype and device of `like`; each row begins at a multiple of ROW_BYTES."""
+    return like.new_empty(rows, aligned(columns, like))[:, :columns]
+
+
+def aligned(elements: int, like: Tensor) -> int:
+    """At least so many elements of the dtype of `like`, a multiple of ROW_BYTES: what lies behind them begins at one.
+
+    A compiled kernel would copy a matrix that does not, at each call and without a word.
+    """
     unit = ROW_BYTES // like.itemsize
-    return like.new_empty(rows, math.ceil(columns / unit) * unit)[:, :columns]
+    return math.ceil(elements / unit) * unit

@@ -94,8 +94,9 @@ def iter_chunks(
     vocab, targets, first = inputs.vocab, inputs.targets, int(teacher_alone)
     heads, weights = inputs.heads[first:], inputs.weights[first:]
     n, v = len(tokens.weights_gL) * plan.chunk_tokens, vocab.true_rows
-    memory = buffers.take(plan.in_flight * len(heads) * n * v, tokens.weights_gL)
-    memory_ihnv = memory.view(plan.in_flight, len(heads), n, v)
+    one = buffers.aligned(n * v, tokens.weights_gL)
+    memory = buffers.take(plan.in_flight * len(heads) * one, tokens.weights_gL)
+    memory_ihnv = memory.view(plan.in_flight, len(heads), one)[:, :, : n * v].view(plan.in_flight, len(heads), n, v)
     if targets is not None:
         targets = _widened(targets, K, inputs.weights_N)
 

@@ -26,6 +26,10 @@ MAX_LOG_RATIO = 1000.0
 """Beyond this |d| the smaller of p_t and p_s is 0 in float64 too, so a bound on d changes no finite term."""
 
 
+MAX_VARIANTS = 64
+"""Compiled variants of a function in a process; torch's own limit is 8."""
+
+
 class SoftmaxBlock(NamedTuple):
     """A block of one model's logits on this slice, with the statistics of its softmax over the whole vocabulary."""
 
@@ -69,7 +73,13 @@ class Formula(NamedTuple):
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as fused kernels, for any number of rows and columns."""
+    """The function as fused kernels, for any number of rows and columns, temperature and softcap.
+
+    What is compiled once more: another divergence, a temperature of 1, a term or a softcap that is there or not, and a
+    single row or column. A run has one or two of these; a process that goes through all of them would reach torch's
+    limit, at which a function that must be one graph fails.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 

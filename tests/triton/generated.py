@@ -1,11 +1,12 @@
 """Inductor's Triton kernels of the functions of `loss.pointwise` for an H100, made and compiled without a GPU.
 
-`python -m tests.triton.generated` prints JSON: function -> its kernels. Tensors are fake ones of a device `cuda`, and what a CPU build of
-torch cannot answer about that device is answered here; so it is a process of its own.
+`python -m tests.triton.generated` prints JSON: function -> its kernels. Tensors are fake ones of a device `cuda`, and
+what a CPU build of torch cannot answer about that device is answered here; so it is a process of its own.
 
 Legend: n tokens, v rows of a slice of the vocabulary.
 """
 
+import importlib
 import importlib.util
 import json
 import re
@@ -54,11 +55,8 @@ def main() -> None:
 
 def stand_in_for_a_gpu() -> None:
     """Answers for a device `cuda:0` that is an H100."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    target = GPUTarget("cuda", 90, 32)
-    driver.set_active(
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    importlib.import_module("triton.runtime").driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: target,
             get_current_device=lambda: 0,
