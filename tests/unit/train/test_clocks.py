@@ -231,7 +231,7 @@ def _remote(device: SimulatedDevice) -> RemoteTeacher:
         return Message(buffer, work, label, timeline.MessageId(source, 0, 0), is_sent=False)
 
     ends = SimpleNamespace(send=send, post_recv=post_recv)
-    bridge: Any = SimpleNamespace(host=ends, device=ends, stages=range(1, 2))
+    bridge: Any = SimpleNamespace(on_host=ends, on_device=ends, stages=range(1, 2))
     return RemoteTeacher(bridge, requests, answers, queue=1, device=torch.device("cpu"))
 
 
