@@ -23,7 +23,8 @@ from megadistill.units import number_of, spell
 logger = logging.getLogger(__name__)
 
 EVENTS = {
-    "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions)",
+    "attempt_started": "an attempt began: `world_size`, `attempt_record` (host, command, versions), `before`: ranks "
+    "of the attempt before that were aborted",
     "resumed": "training continues after `step` (0: from the start); `startup_seconds`, `lost_steps` to take again and "
     "their `lost_seconds`",
     "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",

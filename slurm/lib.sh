@@ -142,6 +142,16 @@ first_rank_with() {
   return 1
 }
 
+# log_ends: the ends that the next start mends.
+log_ends() {
+  local why
+  if why=$(first_rank_with 3); then log "rank $why"; fi
+  if why=$(first_rank_with 134); then
+    log "rank $why"
+    log "exit code 134 is SIGABRT: torch's NCCL watchdog ends a rank so that has lost another one: start again"
+  fi
+}
+
 newest_attempt() { find "$1/attempts" -name '*.json' 2>/dev/null | sort | tail -n 1; }
 
 attempt_job() { # FOLDER: the Slurm job of the newest attempt, if it has one
@@ -196,7 +206,7 @@ until_done() {
       exit 1
     fi
     if why=$(first_rank_with 2 4); then hold "$folder" 4 "rank $why"; fi
-    if why=$(first_rank_with 3); then log "rank $why"; fi
+    log_ends
     [ "$NOTICE" != USR2 ] || leave 0 "stopped at $(progress)"
     [ "$NOTICE" != TERM ] || exit 143
     sleep 3 # the controller notices a lost node later than the ranks do

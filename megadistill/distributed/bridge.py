@@ -41,13 +41,13 @@ class Bridge:
         name = f"bridge_{replica}"
         self._host_group = _host_group(PrefixStore(f"{name}_host", store), place, size, timeout)
         self._device_group = _device_group(
-            PrefixStore(f"{name}_device", store), place, size, timeout, device=device, name=f"{name}_device"
+            PrefixStore(f"{name}_device", store), place, members, timeout, device=device, name=f"{name}_device"
         )
-        self.host = Endpoint(self._host_group, rank=place, ranks=members)
+        self.on_host = Endpoint(self._host_group, rank=place, ranks=members)
         """Messages in host memory."""
-        self.device = Endpoint(self._device_group, rank=place, ranks=members)
+        self.on_device = Endpoint(self._device_group, rank=place, ranks=members)
         """Messages in the device's memory: from a stage to the next one, and from the last one to the clients."""
-        self.device.connect([*chain(self.stages), *((self.stages[-1], client) for client in self.clients)], device)
+        self.on_device.connect([*chain(self.stages), *((self.stages[-1], client) for client in self.clients)], device)
         self.rendezvous_time = store_barrier(store, "bridge", rank, roles.world, timeout)
         """This node's monotonic clock (s) when all ranks of the launch had joined; relates the clocks of two nodes."""
 
@@ -63,14 +63,16 @@ def _host_group(store: Store, place: int, size: int, timeout: timedelta) -> Proc
 
 
 def _device_group(
-    store: Store, place: int, size: int, timeout: timedelta, *, device: torch.device, name: str
+    store: Store, place: int, members: list[int], timeout: timedelta, *, device: torch.device, name: str
 ) -> ProcessGroup:
     if device.type == "cpu":
-        return _host_group(store, place, size, timeout)
+        return _host_group(store, place, len(members), timeout)
     from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415  builds for a CPU have none
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    options.group_name = name  # type: ignore[assignment]  # in the flight recorder and in torch's own messages
-    nccl: Any = ProcessGroupNCCL(store, place, size, options)
+    # Both are in the flight recorder and in torch's own messages.
+    options.group_name = name  # type: ignore[assignment]
+    options.global_ranks_in_group = members
+    nccl: Any = ProcessGroupNCCL(store, place, len(members), options)
     return cast(ProcessGroup, nccl)

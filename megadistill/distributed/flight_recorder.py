@@ -12,6 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+WAITS_FOR_RANKS = True
+"""A thread with a frame of this module may wait for torch's own locks (see `watchdog.stack_probe`)."""
+
 BUFFERS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 """Variables with the number of collectives that are kept; the second is the former name."""
 FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")

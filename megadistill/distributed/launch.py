@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 from dataclasses import dataclass
 
 from megadistill.errors import UserError
@@ -11,6 +12,14 @@ logger = logging.getLogger(__name__)
 
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 """Slurm numbers batch scripts, `salloc`'s shell and other steps that srun did not start from here on."""
+
+
+def raise_open_files() -> int:
+    """Raises this process's limit on open files, which connections count to, to its hard limit; returns that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def environment_rank() -> int:
@@ -36,6 +45,16 @@ class Launch:
     world: int
     local_rank: int
     local_world: int
+
+    @property
+    def open_files(self) -> int:
+        """Files and connections that rank 0's process needs open, if it has the store of the launch.
+
+        Each rank has a connection to the store, as has the watchdog of each node. The rest is for the ranks' own
+        meeting in a process group, where rank 0 may hear from all at a time, for files, libraries and devices.
+        """
+        nodes = -(-self.world // self.local_world)
+        return 2 * self.world + nodes + 512
 
     @classmethod
     def from_environment(cls) -> "Launch":

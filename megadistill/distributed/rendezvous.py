@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from megadistill.distributed.launch import Launch
+from megadistill.distributed.launch import Launch, raise_open_files
 from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserError
 from megadistill.redaction import printable
 from megadistill.units import number_of
@@ -48,6 +48,7 @@ def launch_store(launch: Launch, timeout: timedelta) -> Store:
         RestartFault: a rank did not come in time, or the port is taken.
         OperatorFault: this process has no file descriptor left.
     """
+    raise_open_files()
     deadline = time.monotonic() + timeout.total_seconds()
     host, port = _address()
     where = f"rendezvous at {host}:{port} failed"
@@ -63,6 +64,11 @@ def launch_store(launch: Launch, timeout: timedelta) -> Store:
         raise _fault(where, error) from error
 
 
+def has_agent_store() -> bool:
+    """Whether torchrun's agent has the store of the launch; else rank 0 has it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _address() -> tuple[str, int]:
     host, text = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not host.strip():
@@ -75,8 +81,7 @@ def _address() -> tuple[str, int]:
 def _connect(launch: Launch, host: str, port: int, timeout: timedelta, deadline: float, where: str) -> Store:
     """The launch's store, which is on rank 0 or, under torchrun, in its first agent."""
     _require_address(host, port, deadline, where)
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if launch.rank == 0 and not has_agent:
+    if launch.rank == 0 and not has_agent_store():
         listening = _listening(host, port, deadline, where)
         port = listening.getsockname()[1]
         return TCPStore(host, port, launch.world, True, timeout, False, True, listening.detach())

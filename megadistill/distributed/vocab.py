@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import UserError
+from megadistill.types import to_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -78,7 +79,7 @@ class VocabSlice:
             starts_R, stops_R = torch.tensor(self.ranges, dtype=torch.int64).view(-1, 2).unbind(dim=1)
             lengths_R = stops_R - starts_R
             shifts_R = starts_R - (lengths_R.cumsum(0) - lengths_R)
-            ids_v = (torch.arange(self.rows) + shifts_R.repeat_interleave(lengths_R)).to(device)
+            ids_v = to_device(torch.arange(self.rows) + shifts_R.repeat_interleave(lengths_R), device)
             row_of_id = ids_v.new_full((self.size + 1,), -1)
             row_of_id[ids_v[: self.true_rows]] = torch.arange(self.true_rows, device=device)
             self._tables[device] = _Tables(ids_v, row_of_id)

@@ -29,7 +29,13 @@ from megadistill.doctor.comparison import (
     versions_row,
 )
 from megadistill.doctor.dry_run import dry_run
-from megadistill.doctor.node_check import check_device, check_devices, check_node, free_space
+from megadistill.doctor.node_check import (
+    check_device,
+    check_devices,
+    check_host_limits,
+    check_node,
+    free_space,
+)
 from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summarize
 from megadistill.doctor.recipe_check import check_recipe
 from megadistill.doctor.teacher_prediction import teacher_row
@@ -117,6 +123,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
     recipe, setup = check_recipe(own, path, overrides, launch)
     device = local_device(launch.local_rank)
     check_device(own, device, local_world=launch.local_world)
+    check_host_limits(own, launch)
     if launch.local_rank == 0:
         _check_node(own, recipe)
     own.facts.update(local_world=launch.local_world, on_cpu=device.type == "cpu")

@@ -1,6 +1,7 @@
 """Checks of a node by itself: devices, memory, disk, processes of earlier runs."""
 
 import os
+import resource
 import shutil
 import socket
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megadistill.distributed.launch import Launch, raise_open_files
+from megadistill.distributed.rendezvous import has_agent_store
 from megadistill.distributed.topology import local_device
 from megadistill.distributed.watchdog.parent import command_of
 from megadistill.doctor.rank_report import RankReport, Status, some
@@ -63,6 +66,48 @@ def check_device(own: RankReport, device: torch.device, *, local_world: int) -> 
         own.add("device", Status.FAIL, detail, of_node=True)
         return
     own.add("device", Status.OK, f"{name}, {total / 1e9:.0f} GB", of_node=True)
+
+
+def check_host_limits(own: RankReport, launch: Launch) -> None:
+    """Whether rank 0's node, which has the launch's store, can hold the connections of all ranks."""
+    if launch.rank > 0 or launch.world == 1:
+        return
+    limit, needed, whose = raise_open_files(), launch.open_files, "the hard limit on open files"
+    way_out = "raise it (`ulimit -Hn`; limits.conf, LimitNOFILE of slurmd, --ulimit nofile of a container)"
+    if has_agent_store():  # torchrun's agent has the store, and nobody raises its soft limit
+        limit, whose = _soft_limit_of(os.getppid()), "the limit on open files of torchrun, which has the store,"
+        way_out = f"`ulimit -n {max(65_536, needed)}` before torchrun"
+    if limit is not None and limit != resource.RLIM_INFINITY and limit < needed:
+        detail = f"{whose} is {limit:,}, and {launch.world:,} ranks need {needed:,}: {way_out}"
+        own.add("open files", Status.FAIL, detail)
+    else:
+        own.add("open files", Status.OK, f"the launch's store may have {needed:,}, as {launch.world:,} ranks need")
+    backlog = _listen_backlog()
+    if backlog is not None and backlog < launch.world:
+        detail = (
+            f"net.core.somaxconn is {backlog:,}, and {launch.world:,} ranks connect to the store of this node at once: "
+            f"connections that do not fit wait and try again, so the start is slow, or times out: sysctl -w "
+            f"net.core.somaxconn={max(4096, launch.world):d}"
+        )
+        own.add("connections", Status.WARN, detail)
+
+
+def _soft_limit_of(process: int) -> int | None:
+    """The limit on open files of another process of this user; None where the system does not say, or it has none."""
+    try:
+        limits = Path(f"/proc/{process}/limits").read_text().splitlines()
+        (soft,) = [line.split()[3] for line in limits if line.startswith("Max open files")]
+        return int(soft)
+    except (OSError, ValueError):
+        return None
+
+
+def _listen_backlog() -> int | None:
+    """Most connections that may wait to be accepted; None where the system does not say."""
+    try:
+        return int(Path("/proc/sys/net/core/somaxconn").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def check_devices(own: RankReport) -> None:

@@ -139,7 +139,8 @@ def _listed(items: Sequence[str]) -> str:
 def _started(event: Event) -> str:
     ranks = number(event.values.get("world_size"))
     count = f" on {number_of(int(ranks), 'process', 'processes')}" if ranks >= 1 else ""
-    return f"attempt {event.attempt:,} started{count}"
+    before = event.values.get("before")
+    return f"attempt {event.attempt:,} started{count}" + (f"; before, {text(before)}" if before else "")
 
 
 def _quarantined(event: Event) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
+from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
 from megadistill.events import EventLog, Goodput, goodput, read_events, read_metrics
 from megadistill.io import write_file
@@ -76,8 +77,15 @@ class Recovery:
         self._heartbeat = HeartbeatThread(self._folder, number) if topology.is_first else None
         self.attempt = Attempt(self._folder, number)
         self.events = EventLog(self._folder, number, writes=topology.is_first)
+        aborted = describe_aborted(aborted_ranks(self._folder, number - 1)) if topology.is_first else None
+        if aborted is not None:
+            logger.warning("attempt %d: %s: see stacks/", number - 1, aborted)
         self.events.write(
-            "attempt_started", step=0, world_size=topology.world, attempt_record=f"attempts/{number:05d}.json"
+            "attempt_started",
+            step=0,
+            world_size=topology.world,
+            attempt_record=f"attempts/{number:05d}.json",
+            **({} if aborted is None else {"before": aborted}),
         )
         stable_steps, section = setup.recipe.stable_steps, setup.recipe.checkpoint
         self._saver = Saver(self.checkpoints, topology, self.attempt, section, stable_steps=stable_steps)
@@ -231,7 +239,6 @@ class Recovery:
         Raises:
             RestartFault: the last one failed.
         """
-        began = time.perf_counter()
         state = {**student.state.local(), RNG_KEY: torch.get_rng_state()}
         manifest = CheckpointManifest(
             format=FORMAT,
@@ -249,7 +256,7 @@ class Recovery:
             parents=self._parents,
             files={},
         )
-        ended = self._saver.start(state, manifest, stalled=time.perf_counter() - began)
+        ended = self._saver.start(state, manifest)
         if last and (not ended or ended[-1].step != step):
             ended.append(self._saver.finish())
         for result in ended:

@@ -19,6 +19,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, process_groups
 from megadistill.distributed.watchdog import diagnosis, relay
 from megadistill.distributed.watchdog import watchdog as watchdog_module
+from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import RestartFault
 from tests.ranks.harness import PRELOAD
 
@@ -155,6 +156,17 @@ def test_a_frozen_rank_is_named(culprit: int, tmp_path: Path) -> None:
     stderr = ended[0 if culprit else 1].stderr
     assert f"no heartbeat from rank {culprit} for 2 s: it was killed or is frozen" in stderr, ended
     assert "all_reduce_sum" in _stacks(tmp_path, 2)
+
+
+def test_a_rank_that_aborts_leaves_its_stacks_and_is_named(tmp_path: Path) -> None:
+    """As torch's NCCL watchdog ends a process: by `std::terminate`, in a thread without Python."""
+    ended = _launched(3, os.abort, 1, tmp_path)
+    assert [each.code for each in ended] == [3, -6, 3], ended
+    assert "lost another rank in a collective: rank 1 (" in ended[0].stderr, ended
+    assert _stacks(tmp_path, 1).startswith("Fatal Python error: Aborted")
+    assert aborted_ranks(tmp_path, 7) == [1]
+    assert aborted_ranks(tmp_path, 6) == []
+    assert "rank 1 aborted (SIGABRT), as torch's NCCL watchdog" in str(describe_aborted([1]))
 
 
 def test_a_rank_whose_interpreter_is_held_is_named_and_writes_its_stacks(tmp_path: Path) -> None:

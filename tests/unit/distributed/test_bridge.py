@@ -1,6 +1,7 @@
 """The bridge's process groups, and the barrier at which a launch ends."""
 
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ class _Nccl:
     class Options:
         _timeout = timedelta(minutes=10)
         group_name = ""
+        global_ranks_in_group: Sequence[int] = ()
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
         self.rank, self.size, self.options = rank, size, options
@@ -28,10 +30,13 @@ class _Nccl:
 
 def test_the_devices_group_has_a_name_and_the_launchs_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "ProcessGroupNCCL", _Nccl, raising=False)
-    group: Any = bridge._device_group(HashStore(), 1, 3, MINUTE, device=torch.device("cuda"), name="bridge_7_device")
+    group: Any = bridge._device_group(
+        HashStore(), 1, [4, 5, 9], MINUTE, device=torch.device("cuda"), name="bridge_7_device"
+    )
     assert isinstance(group, _Nccl)
     assert (group.rank, group.size) == (1, 3)
     assert (group.options._timeout, group.options.group_name) == (MINUTE, "bridge_7_device")
+    assert group.options.global_ranks_in_group == [4, 5, 9]
 
 
 def test_requests_have_a_group_of_the_host_on_any_device() -> None:

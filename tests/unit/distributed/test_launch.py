@@ -1,8 +1,10 @@
 """Ranks and sizes from a launcher's environment; the size of a vocab group."""
 
+import resource
+
 import pytest
 
-from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch, raise_open_files, vocab_group_size
 from megadistill.errors import UserError
 
 EVERY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -133,3 +135,18 @@ def test_a_vocab_group_that_does_not_divide_is_refused_with_those_that_do(
 ) -> None:
     with pytest.raises(UserError, match=error):
         vocab_group_size(configured, _launch(world, local_world))
+
+
+def test_the_limit_on_open_files_is_raised_to_the_hard_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        assert raise_open_files() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(("world", "per_node", "files"), [(8, 8, 529), (4096, 8, 9216), (10, 4, 535)])
+def test_open_files_of_the_process_with_the_store(world: int, per_node: int, files: int) -> None:
+    assert Launch(0, world, 0, per_node).open_files == files

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -10,9 +11,18 @@ from pathlib import Path
 import pytest
 
 from megadistill.cli.main import run_command
+from megadistill.distributed.launch import Launch
 from megadistill.doctor import node_check
-from megadistill.doctor.node_check import check_node, free_space, left_of_earlier_runs, other_runs, written_and_read
-from megadistill.doctor.rank_report import RankReport, Status
+from megadistill.doctor.node_check import (
+    _soft_limit_of,
+    check_host_limits,
+    check_node,
+    free_space,
+    left_of_earlier_runs,
+    other_runs,
+    written_and_read,
+)
+from megadistill.doctor.rank_report import CheckResult, RankReport, Status
 from tests.paths import RECIPES
 
 
@@ -94,3 +104,49 @@ def test_the_command_examines_a_node_by_itself(
     assert "train.steps" in out
     assert "deepspeed_shm_comm" in out
     assert out.rstrip().endswith(f"bad nodes: {socket.gethostname()}")
+
+
+def _limits(
+    monkeypatch: pytest.MonkeyPatch, *, limit: int = 1 << 20, backlog: int = 4096, rank: int = 0, world: int = 4096
+) -> dict[str, CheckResult]:
+    monkeypatch.setattr(node_check, "raise_open_files", lambda: limit)
+    monkeypatch.setattr(node_check, "_listen_backlog", lambda: backlog)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    own = RankReport(rank, "a")
+    check_host_limits(own, Launch(rank, world, rank % 8, 8))
+    return {each.check: each for each in own.results}
+
+
+def test_the_node_of_the_store_holds_the_connections_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = _limits(monkeypatch)
+    assert [(name, each.status) for name, each in results.items()] == [("open files", Status.OK)]
+    assert "9,216, as 4,096 ranks need" in results["open files"].detail
+    assert _limits(monkeypatch, limit=resource.RLIM_INFINITY)["open files"].status is Status.OK
+    assert _limits(monkeypatch, limit=1024, rank=8) == {}, "another node has no store"
+    refused = _limits(monkeypatch, limit=4096)["open files"]
+    assert refused.status is Status.FAIL
+    assert "the hard limit on open files is 4,096, and 4,096 ranks need 9,216: raise it" in refused.detail
+    assert _limits(monkeypatch, limit=1024, world=8)["open files"].status is Status.OK
+
+
+def test_more_ranks_than_may_connect_at_once_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    warned = _limits(monkeypatch, backlog=128)["connections"]
+    assert warned.status is Status.WARN
+    assert "net.core.somaxconn is 128, and 4,096 ranks connect" in warned.detail
+    assert "connections" not in _limits(monkeypatch, backlog=128, world=128)
+
+
+def test_torchrun_keeps_the_store_under_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_check, "_soft_limit_of", lambda process: 1024)
+    monkeypatch.setattr(node_check, "raise_open_files", lambda: 1 << 20)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    own = RankReport(0, "a")
+    check_host_limits(own, Launch(0, 1024, 0, 8))
+    (row,) = [each for each in own.results if each.check == "open files"]
+    assert row.status is Status.FAIL
+    assert "torchrun, which has the store, is 1,024, and 1,024 ranks need 2,688: `ulimit -n 65536` before" in row.detail
+
+
+def test_the_limit_of_another_process() -> None:
+    assert _soft_limit_of(os.getpid()) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert _soft_limit_of(2**22 + 1) is None
