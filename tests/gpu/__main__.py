@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,8 @@ def run_check(check: Check, rows: Path, *, stand_in: bool) -> int:
 
 def main() -> int:
     arguments = _arguments()
+    # A batch system ends a job by SIGTERM: the check that runs must not outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     if arguments.check is not None:
         return run_check(arguments.check, arguments.rows, stand_in=arguments.stand_in)
     return run_all(arguments)

@@ -213,7 +213,9 @@ def _batches(size: _Size) -> Iterator[TokenBatch]:
 def _former_order(launch: Launch) -> float:
     device, timeout = local_device(launch.local_rank), timedelta(minutes=1)
     store, size = launch_store(launch, timeout), _Size.on(device)
-    group = bridge_module._device_group(PrefixStore("pair", store), launch.rank, 2, timeout, device=device, name="pair")
+    group = bridge_module._device_group(
+        PrefixStore("pair", store), launch.rank, [0, 1], timeout, device=device, name="pair"
+    )
     endpoint = Endpoint(group, rank=launch.rank, ranks=range(2))
     request = torch.zeros(B * size.S, dtype=torch.int64, device=device)
     answer = torch.zeros(B * size.S * size.E, dtype=DTYPE, device=device)

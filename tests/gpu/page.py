@@ -8,9 +8,9 @@ from tests.gpu.results import NOT_RUN, Outcome, Results, shown
 INTRODUCTION = """\
 # On one GPU
 
-`make gpu` writes this page, and `benchmarks/results/gpu.json` beside it: checks and measurements on one NVIDIA GPU, in
-ten minutes at most. With `OUT=FOLDER` both go there. The machine needs torch, triton, transformers and numpy, and no
-network:
+`make gpu` writes this page, and `gpu.json` with all figures into `benchmarks/results/`: checks and measurements on one
+NVIDIA GPU, in ten minutes at most. With `OUT=FOLDER` both go there. The machine needs torch, triton, transformers and
+numpy, and no network:
 
     make gpu-wheels GPU_PYTHON=3.12    # where there is a network: the other packages, into wheels-gpu/
     make gpu                           # on the machine with the GPU, which has the tree and wheels-gpu/

@@ -76,9 +76,8 @@ class Runner:
         if limit < 1:
             return Outcome(check.name, NOT_RUN, "the run's time was over")
         rows_file = self.place.scratch / f"{check.name}.rows"
-        command = [sys.executable, "-m", "tests.gpu", "--check", check.name, "--rows", str(rows_file)]
         start = time.monotonic()
-        code, output = self._finish(command + ["--stand-in"] * self.results.stand_in, limit, check.name)
+        code, output = self._finish(self.command(check, rows_file), limit, check.name)
         taken, rows = time.monotonic() - start, rows_of(rows_file)
         state, reason = _judged(code, output, limit)
         if state == PASSED and (lines := missed(check, rows, stand_in=self.results.stand_in)):
@@ -86,6 +85,11 @@ class Runner:
         elif state == PASSED and not rows:
             state, reason = FAILED, "it measured nothing"
         return Outcome(check.name, state, reason, taken, rows)
+
+    def command(self, check: Check, rows: Path) -> list[str]:
+        """The process of a check, which writes its figures to `rows`."""
+        command = [sys.executable, "-m", "tests.gpu", "--check", check.name, "--rows", str(rows)]
+        return command + ["--stand-in"] * self.results.stand_in
 
     def _finish(self, command: list[str], limit: float, name: str) -> tuple[int | None, str]:
         """Exit code (None at the time limit), and what it printed. Its children end with it."""
