@@ -105,7 +105,7 @@ class RemoteTeacher:
     def close(self) -> None:
         """Sends a stop to the server, which ends when all clients have. Call it once, at the end of a run."""
         self._drop_answers()
-        self._bridge.host.send(self._requests.encode(None), self._first, label="request").wait()
+        self._bridge.on_host.send(self._requests.encode(None), self._first, label="request").wait()
 
     def _drop_answers(self) -> None:
         """Receives the answers that the last stream requested and did not take.
@@ -118,10 +118,10 @@ class RemoteTeacher:
                 message.wait()
 
     def _send_request(self, batch: TokenBatch) -> None:
-        request = self._bridge.host.send(self._requests.encode(batch), self._first, label="request")
+        request = self._bridge.on_host.send(self._requests.encode(batch), self._first, label="request")
         size = self._answers.bytes(self._requests.B, self._requests.S)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        answer = self._bridge.device.post_recv(buffer, self._last, label="answer")
+        answer = self._bridge.on_device.post_recv(buffer, self._last, label="answer")
         self._in_flight.append((request, answer))
 
 
@@ -197,7 +197,7 @@ class TeacherServer:
 
     def _receive_request(self, client: int) -> Message:
         buffer = torch.empty(len(self._requests), dtype=torch.int64)
-        return self._bridge.host.post_recv(buffer, client, label="request")
+        return self._bridge.on_host.post_recv(buffer, client, label="request")
 
     def _jobs_of_stage(self, previous: int) -> Iterator[_Job]:
         while (job := self._decode_job(self._receive_packet(previous).wait())) is not None:
@@ -205,11 +205,11 @@ class TeacherServer:
 
     def _receive_packet(self, previous: int) -> Message:
         buffer = torch.empty(self._packet_bytes, dtype=torch.uint8, device=self._stage.device)
-        return self._bridge.device.post_recv(buffer, previous, label="packet")
+        return self._bridge.on_device.post_recv(buffer, previous, label="packet")
 
     def _send(self, message: Tensor, to: int) -> None:
         label = "answer" if self._next is None else "packet"
-        self._outgoing.append(self._bridge.device.send(message, to, label=label))
+        self._outgoing.append(self._bridge.on_device.send(message, to, label=label))
         if len(self._outgoing) > self._queue * len(self._bridge.clients):
             self._outgoing.popleft().wait()
 

@@ -232,7 +232,7 @@ def _both_ways(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
 
         def made(self: Bridge, *arguments: Any, **keywords: Any) -> None:
             make(self, *arguments, **keywords)
-            self.host = self.device
+            self.on_host = self.on_device
 
         patch.setattr(Bridge, "__init__", made)
 
@@ -242,8 +242,8 @@ def _both_ways(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
 
         def receive_first(self: RemoteTeacher, batch: TokenBatch) -> None:
             buffer = torch.empty(self._answers.bytes(B, S), dtype=torch.uint8)
-            answer = self._bridge.device.post_recv(buffer, self._last, label="answer")
-            request = self._bridge.host.send(self._requests.encode(batch), self._first, label="request")
+            answer = self._bridge.on_device.post_recv(buffer, self._last, label="answer")
+            request = self._bridge.on_host.send(self._requests.encode(batch), self._first, label="request")
             self._in_flight.append((request, answer))
 
         patch.setattr(RemoteTeacher, "_send_request", receive_first)
