@@ -5,7 +5,7 @@ Legend: B sequences of this rank in a micro-batch (or step), S tokens of a seque
 
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -71,6 +71,7 @@ class TokenBatch:
     document_mask: bool = False
     faults: tuple[tuple[int, str], ...] = ()
     """(slot, reason) of this rank's rows that failed their check in this batch; they are masked from now on."""
+    _on_device: dict[torch.device, "TokenBatch"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -78,18 +79,32 @@ class TokenBatch:
     def micro_batches(self, size: int) -> list["TokenBatch"]:
         """The rows in micro-batches of `size`, in order. `size` divides B."""
         assert len(self) % size == 0, f"{len(self)} rows do not divide into micro-batches of {size}"
-        by_row = {field.name: getattr(self, field.name) for field in fields(self)}
+        by_row = {each.name: getattr(self, each.name) for each in fields(self)}
         by_row = {name: value for name, value in by_row.items() if isinstance(value, Tensor)}
         return [
             replace(self, faults=(), **{name: rows[start : start + size] for name, rows in by_row.items()})
             for start in range(0, len(self), size)
         ]
 
-    def to(self, device: torch.device) -> "TokenBatch":
-        """Copies the models' inputs to `device`; slots and digests stay on the host, where they are compared."""
+    def pinned(self) -> "TokenBatch":
+        """The batch with its models' inputs in pinned memory, for a host that has an accelerator."""
         return replace(
-            self, tokens=self.tokens.to(device), labels=self.labels.to(device), starts=self.starts.to(device)
+            self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), starts=self.starts.pin_memory()
         )
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The models' inputs on `device`; slots and digests stay on the host, where they are compared.
+
+        Copied once, by `to_device`: teacher and student get the same copy, which lives as long as this batch.
+        """
+        if device not in self._on_device:
+            self._on_device[device] = replace(
+                self,
+                tokens=to_device(self.tokens, device),
+                labels=to_device(self.labels, device),
+                starts=to_device(self.starts, device),
+            )
+        return self._on_device[device]
 
     @property
     def valid_tokens(self) -> int:
@@ -100,6 +115,17 @@ class TokenBatch:
     def positions(self) -> Tensor | None:
         """[B, S] int64: position of each token in its document, with `document_mask`; else None."""
         return document_positions(self.starts) if self.document_mask else None
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, as it is where it is there. The host does not wait for the device.
+
+    From pinned memory, which is the tensor's own or a copy: torch gives such memory out again when the device has read
+    it. The tensor must not be written to before that.
+    """
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def document_positions(starts: Tensor) -> Tensor:
@@ -113,20 +139,20 @@ def token_digest(tokens: Tensor) -> Tensor:
 
     A single changed token always changes it. A checksum against mistakes, not a cryptographic hash.
     """
-    multipliers = _multipliers(tokens.shape[1])
+    multipliers = _multipliers(tokens.shape[1], tokens.device)
     if tokens.device.type == "cpu":  # einsum allocates no product as large as the tokens
         return torch.from_numpy(np.einsum("bs,s->b", tokens.to(torch.int64).numpy(), multipliers.numpy()))
-    return (tokens.to(torch.int64) * multipliers.to(tokens.device)).sum(dim=1)
+    return (tokens.to(torch.int64) * multipliers).sum(dim=1)
 
 
 @lru_cache(maxsize=8)
-def _multipliers(length: int) -> Tensor:
+def _multipliers(length: int, device: torch.device) -> Tensor:
     """[length] int64: odd numbers, by an affine recurrence mod 2^64 (MMIX's; Knuth, 1997)."""
     numbers, state = [], 1
     for _ in range(length):
         state = (state * 6364136223846793005 + 1442695040888963407) % (1 << 64)
         numbers.append((state | 1) - (1 << 63))  # as int64, still odd
-    return torch.tensor(numbers, dtype=torch.int64)
+    return to_device(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 @dataclass(frozen=True)
@@ -211,8 +237,9 @@ class SparseTargets:
         return self.ids.shape[0]
 
     def to(self, device: torch.device | str) -> "SparseTargets":
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "probs", "log_tail")}
-        return replace(self, **moved)
+        to = torch.device(device)
+        ids, probs, log_tail = (to_device(each, to) for each in (self.ids, self.probs, self.log_tail))
+        return replace(self, ids=ids, probs=probs, log_tail=log_tail)
 
 
 DECILES = 10
@@ -288,7 +315,7 @@ class LossTerms:
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = tuple(field.name for field in fields(LossTerms) if field.name != "diagnostics")
+METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name != "diagnostics")
 """The scalar terms, in the order of `LossTerms.metrics`."""
 
 

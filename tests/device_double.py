@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("lazy", 0)
 """A device type that torch knows, whose backward pass runs in the caller's thread, and that needs no start."""
 
-ROOT = Path(__file__).parent.parent
+THE_TEST = "the test"
 
 _VALUE_SIZED = ("nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "unique_dim", "bincount")
 _HOST_MAY_JOIN = ("copy_", "index", "index_put_", "_index_put_impl_", "_to_copy")
@@ -51,7 +51,9 @@ class DeviceTensor(Tensor):
         return self.cpu().tolist()  # torch refuses it of any subclass
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{func} outside of the DeviceDouble that made its tensors")
 
 
@@ -66,11 +68,11 @@ class Sync:
     """Module and function of the innermost frame that is neither torch's nor of the tests."""
 
 
-class DeviceDouble(TorchDispatchMode):
+class DeviceDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, `DEVICE` exists. Syncs and copies are those since it was made, or since `clear`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.syncs: list[Sync] = []
         self.queued: list[str] = []
         """Where copies without blocking were queued."""
@@ -80,11 +82,11 @@ class DeviceDouble(TorchDispatchMode):
         # torch.tensor(numbers, device=...) otherwise makes its tensor below the modes; FakeTensorMode does the same.
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         torch._C._set_only_lift_cpu_tensors(self._lifts)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         self.syncs.clear()
@@ -92,8 +94,8 @@ class DeviceDouble(TorchDispatchMode):
 
     @property
     def counts(self) -> dict[str, int]:
-        """`kind in where` -> syncs."""
-        return dict(Counter(f"{sync.kind} in {sync.where}" for sync in self.syncs))
+        """`kind in where` -> syncs of the package and of transformers."""
+        return dict(Counter(f"{sync.kind} in {sync.where}" for sync in self.syncs if sync.where != THE_TEST))
 
     def is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._pinned
@@ -165,6 +167,20 @@ class DeviceDouble(TorchDispatchMode):
         self.syncs.append(Sync(kind, _place()))
 
 
+def move(module: nn.Module) -> None:
+    """Moves parameters and buffers to `DEVICE`; tied ones stay tied."""
+    moved: dict[Tensor, nn.Parameter] = {}
+    for each in module.modules():
+        for name, parameter in each._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(parameter.detach().to(DEVICE), parameter.requires_grad)
+                each._parameters[name] = moved[parameter]
+        for name, buffer in each._buffers.items():
+            if buffer is not None:
+                each._buffers[name] = buffer.to(DEVICE)
+
+
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, DeviceTensor) else value
 
@@ -181,4 +197,4 @@ def _place() -> str:
             if package in path.parts:
                 return f"{path.stem}.{frame.f_code.co_name}"
         frame = frame.f_back
-    return "the test"
+    return THE_TEST

@@ -16,7 +16,7 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.divergence import Divergence
 from megadistill.loss.heads import Head
 from megadistill.loss.options import LossOptions
-from megadistill.types import IGNORED_LABEL, SparseTargets
+from megadistill.types import IGNORED_LABEL, SparseTargets, to_device
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,8 @@ def exchange_metadata(inputs: LossInputs, *, with_gradient: bool) -> tuple[Chunk
         itemsize=inputs.dtype.itemsize,
         rows=vocab.true_rows,
     )
-    counts = labels_N.new_tensor(
-        [labels_N.shape[0], vocab.true_rows, int(with_gradient), own_K, min(fitting, 1 << 40)], dtype=torch.int64
-    )
+    counts = torch.tensor([labels_N.shape[0], vocab.true_rows, int(with_gradient), own_K, min(fitting, 1 << 40)])
+    counts = to_device(counts, labels_N.device)
     gathered = all_gather_rows(torch.cat([counts, bad_labels, bad_ids]).view(1, -1), vocab.group)
     tokens, rows, gradients, Ks, fittings, labels, ids = zip(*gathered.tolist(), strict=True)
     require_whole_vocabulary(rows, vocab)

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PretrainedConfig
 
-KINDS = ("full_attention", "sliding_attention")
-
 
 def attention_masks(
     config: PretrainedConfig,
@@ -40,10 +38,8 @@ def attention_masks(
         return _mask(config, document_BS, shape, window=window, dtype=dtype, device=device)
 
     if by_kind:
-        kinds = set(config.layer_types)
-        return {
-            kind: mask(window if kind == "sliding_attention" else None) if kind in kinds else None for kind in KINDS
-        }
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: mask(windows[kind]) for kind in sorted(set(config.layer_types))}
     only = mask(window)
     return torch.empty(0, 0, 0, 0, device=device) if only is None else only
 

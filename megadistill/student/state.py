@@ -71,13 +71,18 @@ class StudentState:
     def local(self) -> dict[str, Tensor]:
         """This rank's partition, flattened: `master/NAME` and, for each state of the optimizer, `STATE/NAME`.
 
-        Float32, on the host, without ZeRO-3's padding: the pieces of the ranks, one after the other, are the
-        parameter. `optimizer_step` is the optimizer's count of applied steps.
+        Float32, without ZeRO-3's padding: the pieces of the ranks, one after the other, are the parameter.
+        `optimizer_step` is the optimizer's count of applied steps. The tensors are ZeRO-3's own, on its device, and
+        change with the next step: see `snapshot`.
         """
         state = {STEP_KEY: self._optimizer.state[self._zero.fp32_partitioned_groups_flat[0]]["step"].reshape(1)}
         for partition in self._partitions():
             state |= {f"{kind}/{partition.name}": partition.read(kind) for kind in self._kinds}
-        return {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+        return {key: value.detach() for key, value in state.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of `local` on the host."""
+        return {key: value.to("cpu", copy=True) for key, value in self.local().items()}
 
     @torch.no_grad()
     def load(self, read: ReadRange) -> None:
@@ -124,19 +129,20 @@ class StudentState:
         """Names of the parameters whose compute copy on this rank is not its float32 master, rounded.
 
         The copies are this rank's partition in the model's precision and, if the rank holds the parameter whole, that
-        piece of the whole. For use between steps. A host-device sync each.
+        piece of the whole. For use between steps. One host-device sync.
         """
         whole = dict(self.replicated())
-        differing = []
+        names, differ = [], []
         for partition in self._partitions():
             piece = partition.parameter.ds_tensor[: partition.numel]
             rounded = partition.read(MASTER).to(piece.device, piece.dtype)
             copies = [piece]
             if partition.name in whole:
                 copies.append(whole[partition.name].flatten()[partition.start : partition.stop].to(piece.device))
-            if not all(_same_bits(copy, rounded) for copy in copies):
-                differing.append(partition.name)
-        return differing
+            names += [partition.name] * len(copies)
+            differ += [_differ(copy, rounded) for copy in copies]
+        flags = torch.stack(differ).tolist() if differ else []
+        return list(dict.fromkeys(name for name, differs in zip(names, flags, strict=True) if differs))
 
     def _reset(self, *, steps: Tensor) -> None:
         """Sets the optimizer state to zeros. It would make its own at its first step, which may be after a save."""
@@ -168,6 +174,6 @@ class StudentState:
             yield Partition(name, parameter, tuple(parameter.ds_shape), start, min(start + size, numel))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether the bytes are equal: a NaN is not equal to itself."""
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    """[] bool: whether a byte differs. A NaN is itself."""
+    return (a.view(torch.uint8) != b.view(torch.uint8)).any()

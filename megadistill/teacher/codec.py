@@ -41,8 +41,10 @@ def checked_signal(hidden_BSE: Tensor, slots_B: Tensor, digests_B: Tensor) -> Te
     """
     # One number instead of B·S·E flags: a NaN or an infinity stays one in the sum. One copy brings it and the tags.
     finite = hidden_BSE.sum(dtype=torch.float32).isfinite().long()
-    tags = torch.cat([slots_B.to(digests_B.device), digests_B, finite.unsqueeze(0)]).cpu()
-    slots, digests = tags[: len(slots_B)], tags[len(slots_B) : -1]
+    parts = [digests_B, finite.unsqueeze(0)]
+    arrived = slots_B.device == digests_B.device  # with the hidden states; else they are this rank's, on the host
+    tags = torch.cat([slots_B, *parts] if arrived else parts).cpu()
+    slots, digests = tags[: len(slots_B)] if arrived else slots_B, tags[-1 - len(digests_B) : -1]
     if not tags[-1]:
         raise OperatorFault(
             f"the teacher's hidden states are not finite in slots {slots.tolist()}: check its weights and its dtype "

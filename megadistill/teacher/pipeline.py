@@ -66,8 +66,8 @@ class TeacherPipeline:
 
         `batches` is read `ahead` of the signals. Collective: all ranks have as many batches, of the same
         shapes, and take as many signals; then any of them may close the iterator, if all do. All ranks run the same
-        operations in the same order, on the pipeline's own group. The host waits for the device twice a tick: on the
-        first stage for the tokens' digests, before a layer is queued, and on every rank at the end.
+        operations in the same order, on the pipeline's own group. The host waits for the device once a tick, at its
+        end, where it reads digests and whether the hidden states are finite: all that was queued before has then run.
 
         Raises:
             OperatorFault: this rank's hidden states are not finite: the teacher is broken, and a restart repeats it.
@@ -116,11 +116,12 @@ class TeacherPipeline:
         """Nothing to do: the stages run on the ranks that use them. See `RemoteTeacher.close`."""
 
     def _share_tokens(self, batch: TokenBatch) -> _Round:
-        positions = batch.positions
+        moved = batch.to(self.stage.device)
+        positions = moved.positions
         with timeline.span(timeline.WAIT, "share tokens"):
             if positions is not None:  # hidden states do not show a stage where documents begin
-                positions = all_gather_rows(positions.to(self.stage.device), self.group)
-            return _Round(batch, all_gather_rows(batch.tokens.to(self.stage.device), self.group), positions)
+                positions = all_gather_rows(positions, self.group)
+            return _Round(batch, all_gather_rows(moved.tokens, self.group), positions)
 
     def _work(self, current: _Round, incoming: Message | None) -> Tensor:
         """[g, bytes]: a round through this stage."""

@@ -23,7 +23,7 @@ from megadistill.train.resilience.anomalies import finite, require_sound_teacher
 from megadistill.train.resilience.sdc import REMEDY, describe_rank, raise_everywhere
 from megadistill.train.router_losses import ExpertLoad, RouterLosses, router_numbers, token_weights
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
-from megadistill.types import DECILES, DIAGNOSTIC_NAMES, METRIC_NAMES, Diagnostics, LossTerms
+from megadistill.types import DECILES, DIAGNOSTIC_NAMES, METRIC_NAMES, Diagnostics, LossTerms, to_device
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def train_step(
     A loss or a gradient that is not finite on any rank makes all of them skip the step: its last gradient is made not
     finite everywhere, and DeepSpeed discards a step whose gradient norm is not.
 
-    The division by the global token count is here and nowhere else: it is in the tokens' weights. Besides the metrics
-    and the gradient norm, the host waits for the device in each micro-batch, where the ranks of the loss exchange their
-    token counts and where the teacher's digests are compared.
+    The division by the global token count is here and nowhere else: it is in the tokens' weights. The host waits for
+    the device in each micro-batch where the ranks of the loss exchange their token counts, and where the teacher's
+    digests are compared; and in each step where its metrics are read, and its gradient norm. Each wait lets the device
+    run dry for some tens of microseconds. DeepSpeed has waits of its own, one a backward pass.
 
     Args:
         flags: numbers of this rank, called just before the one reduction of the step's metrics, with which they are
@@ -93,7 +94,7 @@ def train_step(
             _require_reproduced(numbers, forward, targeted, topology)
         if index == batch.accumulation - 1:
             own_flags = flags()
-            reduced, reduced_flags = _reduced(totals, own_flags, topology)  # a device sync, one a step
+            reduced, labels, reduced_flags = _reduced(totals, forward.labels, own_flags, topology)
             metrics = dict(zip(METRIC_NAMES, reduced, strict=False))
             require_sound_teacher(step, metrics)
             if not finite(metrics):
@@ -108,15 +109,15 @@ def train_step(
         metrics=metrics,
         grad_norm=grad_norm,
         flags=reduced_flags,
-        labels=int(forward.labels),
+        labels=labels,
         diagnostics=forward.diagnostics_of(reduced),
-        experts=forward.experts_of(reduced),
+        experts=forward.experts_of(reduced, labels=labels),
     )
 
 
 def _global_labels(batch: StepBatch, topology: Topology) -> Tensor:
     """[] float64: tokens with a label in the global batch."""
-    count = torch.tensor(batch.batch.valid_tokens, dtype=torch.float64, device=topology.device)
+    count = torch.full((), batch.batch.valid_tokens, dtype=torch.float64, device=topology.device)
     with timeline.span(timeline.WAIT, "count tokens"):
         return all_reduce_sum(count, topology.world_group)
 
@@ -190,20 +191,26 @@ class _Forward:
         values = reduced[len(METRIC_NAMES) :]
         return _finite(dict(zip(DIAGNOSTIC_NAMES, values, strict=False)), DIAGNOSTIC_NAMES)
 
-    def experts_of(self, reduced: Sequence[float]) -> ExpertLoad | None:
+    def experts_of(self, reduced: Sequence[float], *, labels: int) -> ExpertLoad | None:
         """The load of the experts among a step's reduced numbers."""
         if self.student.routers is None:
             return None
         before = len(METRIC_NAMES) + (len(DIAGNOSTIC_NAMES) if self.diagnostics else 0)
-        return ExpertLoad.of(reduced[before:], self.student.routers.layers, valid_tokens=float(self.tokens))
+        return ExpertLoad.of(reduced[before:], self.student.routers.layers, valid_tokens=max(1.0, labels))
 
 
-def _reduced(totals: Tensor, flags: Mapping[str, float], topology: Topology) -> tuple[list[float], dict[str, float]]:
-    """`totals` and the flags by name, summed over ranks in one reduction."""
-    numbers = torch.cat([totals, torch.tensor(list(flags.values()), dtype=totals.dtype).to(totals.device)])
+def _reduced(
+    totals: Tensor, labels: Tensor, flags: Mapping[str, float], topology: Topology
+) -> tuple[list[float], int, dict[str, float]]:
+    """`totals` and the flags by name, summed over ranks in one reduction; and the global `labels`, read with them.
+
+    The step's host-device sync.
+    """
+    own_flags = to_device(torch.tensor(list(flags.values()), dtype=totals.dtype), totals.device)
     with timeline.span(timeline.WAIT, "numbers of the step"):
-        reduced = all_reduce_sum(numbers, topology.world_group).tolist()
-    return reduced[: len(totals)], dict(zip(flags, reduced[len(totals) :], strict=True))
+        sums = all_reduce_sum(torch.cat([totals, own_flags]), topology.world_group)
+        *reduced, count = torch.cat([sums, labels.view(1)]).tolist()
+    return reduced[: len(totals)], int(count), dict(zip(flags, reduced[len(totals) :], strict=True))
 
 
 def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBatch, topology: Topology) -> None:

@@ -55,13 +55,15 @@ class TokenStream:
         max_masked_per_million: int = 100,
         skips: Skips = (),
         prefetch: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         """`batch_slots` sequences are a global batch, over all `world_size` ranks; `start` is where to resume.
 
         `document_mask`: documents are read by themselves, and no label lies in another document. `on_corrupt_sample`:
         "fail" raises at a damaged sequence, "mask" makes it a masked sample in its slot, up to `max_masked_per_million`
         in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
-        reads ahead; 0 reads on demand.
+        reads ahead; 0 reads on demand. `pin_memory`: what the iterator delivers is in pinned memory, pinned where it is
+        read, for a host that has an accelerator.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
@@ -97,7 +99,7 @@ class TokenStream:
         self._batch_slots = batch_slots
         self._rows = batch_slots // world_size
         self._first_row = rank * self._rows
-        self._prefetch = prefetch
+        self._prefetch, self._pin_memory = prefetch, pin_memory
 
     def __iter__(self) -> Iterator[tuple[TokenBatch, Cursor]]:
         return _prefetched(self._batches(), self._prefetch) if self._prefetch else self._batches()
@@ -168,7 +170,7 @@ class TokenStream:
             places_BR3 = self._order.locate(slots_BR.reshape(-1)).reshape(*slots_BR.shape, 3)
             for slots_R, places_R3, next_slot in zip(slots_BR, places_BR3, ends.tolist(), strict=True):
                 batch = self._read(slots_R, places_R3)
-                yield batch, self._cursor(next_slot)
+                yield batch.pinned() if self._pin_memory else batch, self._cursor(next_slot)
 
     def _cursor(self, next_slot: int) -> Cursor:
         with self._masked_lock:

@@ -101,7 +101,7 @@ def _log_outside(z_nv: Tensor, ids_nW: Tensor, vocab: VocabSlice) -> Tensor:
     """
     if z_nv.shape[1] > 0:
         rows_nW = vocab.local_rows(ids_nW)
-        minimum_nW = z_nv.new_tensor(math.inf).where(rows_nW < 0, -math.inf)
+        minimum_nW = z_nv.new_full((), math.inf).where(rows_nW < 0, -math.inf)
         z_nv.scatter_reduce_(1, rows_nW.clamp_min(0), minimum_nW, "amin")
     maximum_n = vocabulary_maximum(z_nv, vocab)
     sum_n = all_reduce_sum(exponential_sum(z_nv, maximum_n), vocab.group)

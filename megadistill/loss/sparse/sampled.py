@@ -17,6 +17,7 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss.heads import padded
 from megadistill.loss.sparse.exponentials import exponentials, row_blocks
 from megadistill.loss.sparse.selection import SelectedIds
+from megadistill.types import to_device
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Ranges:
     def gather(cls, vocab: VocabSlice, counts: tuple[int, ...], device: torch.device) -> "Ranges":
         """One small all-gather; `counts` are the true ranges of each rank."""
         own = true_ranges(vocab)
-        starts = torch.tensor([start for start, _ in own], dtype=torch.int64, device=device)
-        lengths = torch.tensor([stop - start for start, stop in own], dtype=torch.int64, device=device)
+        starts = to_device(torch.tensor([start for start, _ in own], dtype=torch.int64), device)
+        lengths = to_device(torch.tensor([stop - start for start, stop in own], dtype=torch.int64), device)
         all_starts = all_gather_rows(padded(starts, max(counts), vocab.size), vocab.group)
         places_R = torch.searchsorted(all_starts.sort().values, starts)
         return cls(count=sum(counts), places_R=places_R, ends_R=lengths.cumsum(0))

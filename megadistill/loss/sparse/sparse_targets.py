@@ -23,7 +23,7 @@ from megadistill.loss.sparse.exponentials import vocabulary_maximum
 from megadistill.loss.sparse.most_likely import select_most_likely
 from megadistill.loss.sparse.sampled import Ranges, draw, true_ranges
 from megadistill.loss.sparse.selection import Sampled, SelectedIds, Selection, pad_columns
-from megadistill.types import SparseTargets, Tail
+from megadistill.types import SparseTargets, Tail, to_device
 
 
 @torch.no_grad()
@@ -124,20 +124,23 @@ def _exchange_metadata(
 ) -> tuple[ChunkPlan, int, Ranges]:
     """The plan of the chunks, the largest v of a rank, and the ranges of all slices.
 
-    Two small all-gathers, with host-device syncs.
+    Two small all-gathers, and one host-device sync.
     """
     fitting = fitting_tokens(
         options.logit_memory, models=1, itemsize=teacher.accumulator.itemsize, rows=vocab.true_rows
     )
-    outside = 0 if uniforms is None else int(((uniforms >= 0) & (uniforms < 1)).logical_not().sum())
-    own = [teacher.hidden.shape[0], vocab.true_rows, fitting, len(true_ranges(vocab)), outside]
-    gathered = all_gather_rows(torch.tensor([own], device=teacher.hidden.device), vocab.group)
+    device = teacher.hidden.device
+    own = to_device(torch.tensor([teacher.hidden.shape[0], vocab.true_rows, fitting, len(true_ranges(vocab))]), device)
+    outside = own.new_zeros(1)
+    if uniforms is not None:
+        outside = ((uniforms >= 0) & (uniforms < 1)).logical_not().sum().view(1)
+    gathered = all_gather_rows(torch.cat([own, outside]).unsqueeze(0), vocab.group)
     tokens, rows, fittings, range_counts, outsides = zip(*gathered.tolist(), strict=True)
     require_whole_vocabulary(rows, vocab)
     if any(outsides):
         raise ValueError(f"{list(outsides)} uniforms (by rank) are not in [0, 1); torch.rand makes numbers that are")
     plan = ChunkPlan.of(int(max(tokens)), int(min(fittings)), group_size(vocab.group), in_flight=1)
-    return plan, int(max(rows)), Ranges.gather(vocab, range_counts, teacher.hidden.device)
+    return plan, int(max(rows)), Ranges.gather(vocab, range_counts, device)
 
 
 def _gathered(rows: Tensor, span: slice, vocab: VocabSlice) -> Tensor:

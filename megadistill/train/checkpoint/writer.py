@@ -2,8 +2,8 @@
 
 A save is a few states that all ranks go through together, without a collective of its own while training continues:
 
-1. `start` (collective): checks the free disk space. Rank 0 makes `.tmp-step-00000100-a3`; each rank hands its tensors,
-   which are copies, to its writing thread.
+1. `start` (collective): checks the free disk space. Rank 0 makes `.tmp-step-00000100-a3`; each rank starts to copy its
+   tensors to host memory that all saves share, and hands the copies to its writing thread.
 2. Each rank's thread writes, syncs and hashes its file. `flags` says that it has ended, well or not; the run adds the
    flags of all ranks up in the reduction that each step makes anyway, and gives the sums to `poll`.
 3. When all have ended well, rank 0's thread commits: manifest, one rename, then it deletes what is too old. It does so
@@ -33,6 +33,7 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
+from megadistill.train.checkpoint.host_copies import HostCopies
 from megadistill.units import readable
 
 SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
@@ -51,7 +52,8 @@ class SaveResult:
     """The checkpoint; None: the save failed, and nothing was changed."""
     problem: str | None
     stall_seconds: float
-    """Time that training waited for the save, on this rank."""
+    """Time that this rank waited for the save. On an accelerator the copy to the host is not in it: the device makes it
+    between two steps, at the speed of its link."""
     write_seconds: float
     """Time that this rank's file took to write and hash."""
     bytes: int
@@ -84,6 +86,7 @@ class Saver:
         self._stable_steps = stable_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
+        self._copies = HostCopies(topology.device)
         if topology.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):  # of earlier attempts
@@ -91,13 +94,10 @@ class Saver:
                 shutil.rmtree(path, ignore_errors=True)
         barrier(topology.world_group)
 
-    def start(
-        self, state: dict[str, Tensor], manifest: CheckpointManifest, *, stalled: float = 0.0
-    ) -> list[SaveResult]:
-        """Starts to save `state`, this rank's tensors on the host, which must not change from here on. Collective.
+    def start(self, state: Mapping[str, Tensor], manifest: CheckpointManifest) -> list[SaveResult]:
+        """Starts to save `state`, this rank's tensors as they are now: the run may change them afterwards. Collective.
 
-        `manifest` is that of the whole checkpoint, without its files; `stalled`: seconds that it took to copy the
-        state. Returns the results of the saves that ended: the one before, which is waited for, and this one where it
+        `manifest` is that of the whole checkpoint, without its files. Returns the results of the saves that ended: the one before, which is waited for, and this one where it
         does not fit on the disk or saves are synchronous.
         """
         began = time.perf_counter()
@@ -106,11 +106,12 @@ class Saver:
         temporary = self._folder / f".tmp-{checkpoint_name(manifest.step)}-a{self._attempt.number}"
         problem = self._make_folder(temporary, bytes_)
         if problem is not None:
-            stall = stalled + time.perf_counter() - began
+            stall = time.perf_counter() - began
             return [*ended, SaveResult(manifest.step, None, problem, stall, 0.0, bytes_)]
         rank, world = self._topology.rank, self._topology.world
-        writing = self._thread.submit(_timed, lambda: write_rank(temporary, state, rank=rank, world=world))
-        stall = stalled + time.perf_counter() - began
+        copies = self._copies.start(state)
+        writing = self._thread.submit(_timed, lambda: write_rank(temporary, copies.wait(), rank=rank, world=world))
+        stall = time.perf_counter() - began
         self._save = _Save(manifest, temporary, writing, bytes_, stall)
         return ended if self._section.asynchronous else [*ended, self.finish()]
 

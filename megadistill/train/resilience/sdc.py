@@ -99,7 +99,7 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     """Compares the student's copies of its parameters, before a checkpoint that would hide a difference.
 
     Parameters that ZeRO-3 keeps whole must be the same on every rank, and each rank's shards must be its float32
-    masters, rounded. For use between steps, after the first. Collective over the world; a host-device sync a parameter.
+    masters, rounded. For use between steps, after the first. Collective over the world; three host-device syncs.
 
     Raises:
         OperatorFault: on every rank, where one differs.
@@ -122,7 +122,7 @@ def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: 
     Gathers one digest a rank, and all T only where those differ.
     """
     whole = _digest(digests_T)
-    ranks_g2 = all_gather_rows(torch.stack([whole.new_tensor(rank), whole]).unsqueeze(0), group)
+    ranks_g2 = all_gather_rows(torch.stack([whole.new_full((), rank), whole]).unsqueeze(0), group)
     if bool((ranks_g2[:, 1] == ranks_g2[0, 1]).all()):
         return None
     digests_gT = all_gather_rows(digests_T.unsqueeze(0), group)

@@ -28,7 +28,7 @@ from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutpu
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
 from megadistill.train.teacher.targets import HiddenTarget, SparseTarget, StudentOutput, TargetedBatch
-from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch
+from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch, to_device
 from megadistill.units import readable
 
 
@@ -170,7 +170,7 @@ class LiveTarget:
         if section.draws is not None:
             sequence = self.batch.tokens.shape[1]
             draws = uniforms(self.batch.slots, sequence=sequence, draws=section.draws, seed=objective.seed)
-            draws = draws.to(self.hidden.device)
+            draws = to_device(draws, self.hidden.device)
         targets = sparse_targets(
             teacher.head_on(self.hidden),
             selection=chosen,

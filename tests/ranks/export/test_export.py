@@ -58,7 +58,7 @@ def _train_and_save(topology: Topology, case: Case, run: str) -> Trained:
         logits_NP = torch.nn.functional.linear(student.hidden(_tokens_BS()), head_PD)
     save_checkpoint(
         Path(run) / "checkpoints",
-        student.state.local(),
+        student.state.snapshot(),
         STEPS,
         rank=topology,
         vocab_size=VOCAB,

@@ -159,7 +159,7 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
         with watch.phases(student, pipeline):
             _steps(topology, case, student, source, watch)
         seen = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
-    state = {**student.state.local(), RNG_KEY: torch.get_rng_state()}
+    state = {**student.state.snapshot(), RNG_KEY: torch.get_rng_state()}
     record = write_rank(Path(folder), state, rank=topology.rank, world=topology.world)
     assert (Path(folder) / rank_file(topology.rank, topology.world)).stat().st_size == record.bytes
     return replace(seen, checkpoint=record.bytes)

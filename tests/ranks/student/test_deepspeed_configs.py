@@ -66,7 +66,7 @@ def _reader(state: dict[str, Tensor], student: WatchedStudent) -> Callable[[str,
 def _saved(topology: Topology) -> tuple[dict[str, Any], list[dict[str, float]]]:
     student = _student("cpu.json", topology)
     run_steps(CASE, student, topology, range(2))
-    state = {key: value.numpy() for key, value in student.state.local().items()}
+    state = {key: value.numpy() for key, value in student.state.snapshot().items()}
     return state, run_steps(CASE, student, topology, range(2, 4))
 
 

@@ -55,7 +55,7 @@ def _hyperparameters_after_a_resume(topology: Topology) -> list[dict[str, Any]]:
     case = Case()
     first = build(case, topology)
     run_steps(case, first, topology, range(1))
-    state = first.state.local()
+    state = first.state.snapshot()
     second = build(case, topology)
 
     def read(key: str, start: int, stop: int) -> Tensor:
@@ -128,7 +128,7 @@ def test_bfloat16_training_stays_near_the_float32_truth() -> None:
 def _names(topology: Topology, case: Case) -> list[str]:
     student = build(case, topology)
     run_steps(case, student, topology, range(1))
-    return sorted(key.removeprefix("master/") for key in student.state.local() if key.startswith("master/"))
+    return sorted(key.removeprefix("master/") for key in student.state.snapshot() if key.startswith("master/"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -171,7 +171,7 @@ def _whole_from_pieces(topology: Topology) -> tuple[dict[str, Tensor], dict[str,
     student = build(Case(), topology)
     run_steps(Case(), student, topology, range(1))
     whole = {name: safe_get_full_fp32_param(p).clone() for name, p in student._model.named_parameters()}
-    return whole, {key: value for key, value in student.state.local().items() if key.startswith("master/")}
+    return whole, {key: value for key, value in student.state.snapshot().items() if key.startswith("master/")}
 
 
 def test_what_is_saved_is_the_whole_model() -> None:

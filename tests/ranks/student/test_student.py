@@ -112,7 +112,7 @@ def _steps_with_a_restart(topology: Topology, case: Case, folder: str, first: in
         checkpoint.verify()
         student.state.load(checkpoint.read)
     steps = run_steps(case, student, topology, range(first, last))
-    state = {**student.state.local(), "rng": torch.get_rng_state()}
+    state = {**student.state.snapshot(), "rng": torch.get_rng_state()}
     save_checkpoint(Path(folder), state, last, rank=topology, parameters=student.state.shapes)
     return RunResult(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
@@ -169,7 +169,7 @@ def _loaded_back_after_a_step(topology: Topology, case: Case) -> tuple[dict[str,
     """The same step twice, from the same state: the second time it is loaded into an engine that has moved on."""
     student = build(case, topology)
     run_steps(case, student, topology, range(1))
-    state = student.state.local()
+    state = student.state.snapshot()
     (first,) = run_steps(case, student, topology, range(1, 2))
     student.state.load(lambda key, start, stop: state[key])  # each rank reads back its own pieces
     (second,) = run_steps(case, student, topology, range(1, 2))

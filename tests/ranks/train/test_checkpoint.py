@@ -78,7 +78,7 @@ def _trains_on_while_it_saves(topology: Topology, run: str) -> dict[str, Any]:
     made.close()
     assert result.path is not None
     saved = load_file(result.path / rank_file(topology.rank, topology.world))
-    later = student.state.local()
+    later = student.state.snapshot()
     checkpoint.Checkpoint(result.path).verify()
     return {
         "began": began,

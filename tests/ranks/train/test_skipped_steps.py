@@ -96,14 +96,14 @@ class Run:
 def _steps(topology: Topology, case: Case, bad: bool) -> Run:
     """Steps 0 and 4, and between them, if `bad`, three that the last rank spoils."""
     student = build(case, topology)
-    taken = Run([_step(student, case, topology, 0)], [student.state.local()])
+    taken = Run([_step(student, case, topology, 0)], [student.state.snapshot()])
     if bad:
         for step, what in enumerate(BAD, start=1):
             with _spoiled(student, what, here=topology.rank == topology.world - 1):
                 taken.outcomes.append(_step(student, case, topology, step))
-            taken.states.append(student.state.local())
+            taken.states.append(student.state.snapshot())
     taken.outcomes.append(_step(student, case, topology, 4))
-    taken.states.append(student.state.local())
+    taken.states.append(student.state.snapshot())
     return taken
 
 
@@ -139,11 +139,11 @@ def _a_bad_first_step(topology: Topology) -> tuple[bool, list[str], int]:
     student = build(Case(), topology)
     with _spoiled(student, "hidden", here=True):
         skipped = _step(student, Case(), topology, 0).skipped
-    state = student.state.local()
+    state = student.state.snapshot()
     _step(student, Case(), topology, 1)
-    moved = student.state.local()
+    moved = student.state.snapshot()
     student.state.load(lambda key, start, stop: state[key])
-    return skipped, _differ(student.state.local(), state), len(_differ(moved, state))
+    return skipped, _differ(student.state.snapshot(), state), len(_differ(moved, state))
 
 
 def test_the_very_first_step_may_be_skipped_and_saved() -> None:

@@ -4,26 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config
-from tests.device_double import DEVICE, DeviceDouble
+from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config, recompute_activations
+from tests.device_double import DEVICE, DeviceDouble, move
 from tests.unit.models.cases import CASES, VOCAB
 
 S = 12
 """Longer than the windows of 6."""
 
 DOCUMENTS = torch.tensor([[*range(7), 0, *range(4)], [*range(S)]])
-
-
-def _on_device(model: Any) -> None:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.detach().to(DEVICE), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(DEVICE)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -38,7 +27,7 @@ def test_a_forward_pass_is_that_of_transformers_without_a_sync(case: str) -> Non
             ours = inner(**forward_inputs(inner, tokens, positions)).last_hidden_state
         assert torch.equal(ours, theirs)
     with DeviceDouble() as double, torch.no_grad():
-        _on_device(inner)
+        move(inner)
         inputs = tokens.to(DEVICE), DOCUMENTS.to(DEVICE)
         double.clear()
         for positions in (None, inputs[1]):
@@ -61,7 +50,8 @@ def test_gradients_through_checkpointed_layers_are_those_of_transformers() -> No
         return [parameter.grad.clone() for parameter in inner.parameters() if parameter.grad is not None]
 
     theirs = gradients(input_ids=tokens, use_cache=False)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     ours = gradients(**forward_inputs(inner, tokens, None))
-    assert theirs and all(map(torch.equal, ours, theirs))
+    assert theirs
+    assert all(map(torch.equal, ours, theirs))
     assert len(ours) == len(theirs)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megadistill.data import Manifest, Mixture, ShardFault, TokenStream
 from megadistill.data.shards.packing import PackedSequence
@@ -358,3 +359,20 @@ def test_the_thread_reads_no_further_than_it_may_and_ends_with_its_reader(
     assert len(read) == 4, "one was taken, three wait"
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("token-stream")]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_for_an_accelerator_are_pinned_where_they_are_read(manifest: Manifest, prefetch: int) -> None:
+    plain, _ = next(iter(_stream(manifest, prefetch=prefetch)))
+    pinned: list[int] = []
+
+    def pinning(tensor: Tensor) -> Tensor:
+        pinned.append(threading.get_ident())
+        return tensor.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "pin_memory", pinning)
+        batch, _ = next(iter(_stream(manifest, prefetch=prefetch, pin_memory=True)))
+    assert len(pinned) >= 3, "tokens, labels and starts"
+    assert (threading.get_ident() in pinned) == (prefetch == 0)
+    assert all(torch.equal(getattr(batch, name), getattr(plain, name)) for name in ("tokens", "labels", "starts"))
