@@ -84,7 +84,7 @@ $(NEWEST)/.ready: MINOR := 3.13
 	    "module, or by pyenv" >&2; exit 2)
 	rm -rf .versions/$*
 	$(call python_of,$(MINOR)) -m venv .versions/$*
-	PIP_CONSTRAINT=$(CURDIR)/$< .versions/$*/bin/python -m pip install --quiet --no-cache-dir --no-compile \
+	PIP_CONSTRAINT=$(CURDIR)/$< .versions/$*/bin/python -m pip install --quiet --no-cache-dir \
 	    --editable '.[test]'
 	touch $@
 

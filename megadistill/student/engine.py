@@ -31,6 +31,7 @@ from megadistill.models.families import (
     family,
     forward_inputs,
     rebuild_buffers,
+    recompute_activations,
 )
 from megadistill.models.initial_weights import InitialWeights, initial_tensor
 from megadistill.precision import torch_dtype
@@ -101,7 +102,7 @@ class StudentEngine:
         rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
         if section.activation_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            recompute_activations(model)
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config

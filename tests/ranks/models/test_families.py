@@ -94,7 +94,7 @@ def _step(
 def _dense_model(name: str) -> Any:
     config = load_config(CASES[name], what="test")
     config.pad_token_id = None  # the embedding of the padding id is trained like the others
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config).attention)
     model.set_experts_implementation("eager")
     norm = family(config).norm_init
     with torch.no_grad():
