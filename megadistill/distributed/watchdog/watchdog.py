@@ -86,7 +86,7 @@ class Watchdog:
         self._longest: float | None = None
         """Longest time limit (s) of a phase: two updates of the detector come before the backend's own limit."""
         if collective_limit is not None:
-            self._longest = max(collective_limit / 2, collective_limit - 3 * self._period - REPLY_SECONDS)
+            self._longest = collective_limit - min(collective_limit / 10, 3 * self._period + 2.0)
         self._frozen = 0.0
         """Time (s) in which this process did not run at all, as its clock noticed."""
         self._phase: tuple[str, int, float | None, float] = ("start", 0, None, time.monotonic())
