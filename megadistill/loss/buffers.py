@@ -51,7 +51,7 @@ def aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def aligned(elements: int, like: Tensor) -> int:
-    """At least so many elements of the dtype of `like`, a multiple of ROW_BYTES: what lies behind them begins at one.
+    """`elements` of the dtype of `like`, rounded up to a multiple of ROW_BYTES: what lies behind them begins at one.
 
     A compiled kernel would copy a matrix that does not, at each call and without a word.
     """

@@ -16,7 +16,7 @@ from tests.paths import ROOT
 from tests.triton.generated import CASES
 
 PACKAGES = ROOT / ".venv" / ".triton"
-"""Where `make triton` puts Triton: beside the environment, whose torch finds none on a CPU."""
+"""The folder of `make triton`: beside the environment, whose torch finds none on a CPU."""
 
 pytestmark = [
     pytest.mark.thorough,
@@ -47,8 +47,8 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    kernels: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return kernels
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -71,10 +71,10 @@ def _low_precision_reduction(setup: Setup) -> str | None:
 
 def _eager_on_accelerator(setup: Setup) -> str | None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    asked = Elementwise(setup.recipe.loss.elementwise)
-    if device is None or asked.on(device) is Elementwise.COMPILED:
+    setting = Elementwise(setup.recipe.loss.elementwise)
+    if device is None or setting.on(device) is Elementwise.COMPILED:
         return None
-    if asked is Elementwise.EAGER:
+    if setting is Elementwise.EAGER:
         why, way_out = "loss.elementwise is eager", "set it to auto"
     else:
         why, way_out = "no package triton is installed", "install the one of this build of torch"

@@ -80,8 +80,8 @@ def test_auto_is_compiled_where_a_compiler_of_kernels_is(monkeypatch: pytest.Mon
     assert (Elementwise.AUTO.on(cpu), Elementwise.AUTO.on(device)) == (Elementwise.EAGER, Elementwise.COMPILED)
     monkeypatch.setattr(options, "has_triton", lambda: False)
     assert Elementwise.AUTO.on(device) is Elementwise.EAGER
-    for asked in (Elementwise.EAGER, Elementwise.COMPILED):
-        assert asked.on(cpu) is asked.on(device) is asked
+    for explicit in (Elementwise.EAGER, Elementwise.COMPILED):
+        assert explicit.on(cpu) is explicit.on(device) is explicit
 
 
 @pytest.fixture
