@@ -3,7 +3,7 @@
 * A communicator is made at its first use, on the host: the call returns when all of its ranks have made theirs. One
   send or receive has a communicator of the two ranks; collectives and batches of messages have that of the group.
 * A communicator has one stream on each rank: its operations run in the order of issue. With `one_queue` all operations
-  of a rank do, whatever their communicator, as where a device has one hardware queue or no room for another kernel.
+  of a rank do, whatever their communicator, as where a device has one hardware queue or cannot start another kernel.
 * A send ends when its receive runs; a collective when it is the next operation on all of its ranks.
 * Messages in host memory are gloo's: a send ends when its receive is posted, and nothing else waits.
 
@@ -88,7 +88,7 @@ class World:
         self._wake_ups = [threading.Condition(self.lock) for _ in range(size)]
         self.ended: dict[int, str] = {}
         self.values: dict[str, bytes] = {}
-        """Of the store."""
+        """Contents of the store."""
         self.hang: str | None = None
         self.made: dict[Communicator, list[int]] = {}
         """The ranks that have entered a communicator's making, in the order in which they came."""
@@ -169,7 +169,7 @@ class World:
         return self._streams.setdefault((rank, None if self.one_queue else communicator), deque())
 
     def _next(self, rank: int, communicator: Communicator) -> Operation | None:
-        """What runs on a rank, if it is an operation of this communicator."""
+        """The operation that runs on a rank, if it is one of this communicator."""
         stream = self._stream(rank, communicator)
         return stream[0] if stream and stream[0].communicator == communicator else None
 
@@ -233,7 +233,7 @@ class World:
         self.wake()
 
     def _waits_for(self, operation: Operation) -> str:
-        """What an operation waits for: the one before it on its stream, or what its peers run instead of it."""
+        """Says why an operation waits: for one before it on its stream, or for what its peers run instead of it."""
         stream = self._stream(operation.rank, operation.communicator)
         if operation not in stream:  # in host memory
             return f"waits for {operation.name}"
