@@ -97,8 +97,9 @@ class Saver:
     def start(self, state: Mapping[str, Tensor], manifest: CheckpointManifest) -> list[SaveResult]:
         """Starts to save `state`, this rank's tensors as they are now: the run may change them afterwards. Collective.
 
-        `manifest` is that of the whole checkpoint, without its files. Returns the results of the saves that ended: the one before, which is waited for, and this one where it
-        does not fit on the disk or saves are synchronous.
+        `manifest` is that of the whole checkpoint, without its files. Returns the results of the saves that ended: the
+        one before, which is waited for since its copies are in the same memory, and this one where it does not fit on
+        the disk or saves are synchronous.
         """
         began = time.perf_counter()
         ended = [self.finish()] if self._save is not None else []
