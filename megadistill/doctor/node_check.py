@@ -72,7 +72,8 @@ def check_host_limits(own: RankReport, launch: Launch) -> None:
     """Whether rank 0's node, which has the launch's store, can hold the connections of all ranks."""
     if launch.rank > 0 or launch.world == 1:
         return
-    limit, needed, whose = raise_open_files(), launch.open_files, "the hard limit on open files"
+    limit: int | None = raise_open_files()
+    needed, whose = launch.open_files, "the hard limit on open files"
     way_out = "raise it (`ulimit -Hn`; limits.conf, LimitNOFILE of slurmd, --ulimit nofile of a container)"
     if has_agent_store():  # torchrun's agent has the store, and nobody raises its soft limit
         limit, whose = _soft_limit_of(os.getppid()), "the limit on open files of torchrun, which has the store,"
