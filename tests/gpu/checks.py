@@ -116,6 +116,15 @@ CHECKS = (
             Bar("rate", "TFLOP/s", at_least=600, case="products: forward, bf16", of_a_gpu=True),
         ),
     ),
+    Check(
+        "copies",
+        "How fast does a checkpoint's share of 1.7 GB get to the host, by pageable and by pinned memory?",
+        seconds=25,
+        bars=(
+            Bar("equal to the source", at_least=1),
+            Bar("rate", "GB/s", at_least=20, case="*kept pinned memory", of_a_gpu=True),
+        ),
+    ),
 )
 
 

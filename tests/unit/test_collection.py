@@ -13,6 +13,7 @@ from tests.paths import ROOT
 FLOORS = {
     "tests/e2e": 54,  # three went to tests/real_models
     "tests/fuzz": 4,
+    "tests/gpu": 2,
     "tests/ranks/data": 2,
     "tests/ranks/distributed": 21,
     "tests/ranks/doctor": 5,

@@ -72,6 +72,6 @@ def test_a_package_that_only_a_compiler_makes_is_refused(tmp_path: Path, monkeyp
         (at / "fast-1-cp311-cp311-linux_x86_64.whl").write_bytes(b"")
         return Done()
 
-    monkeypatch.setattr(wheels.subprocess, "run", built)
+    monkeypatch.setattr("subprocess.run", built)
     with pytest.raises(WheelError, match="was built for this machine alone; fast==1 needs another version"):
         wheels._build("fast==1", tmp_path)
