@@ -108,6 +108,13 @@ CHECKS = (
         ),
     ),
     Check(
+        "syncs",
+        "Does the host wait for the device in a call of the loss and in a tick of the teacher once each, and nowhere "
+        "in a chunk or a stage's forward pass?",
+        seconds=40,
+        bars=(Bar("syncs", at_most=1),),
+    ),
+    Check(
         "layer",
         "What rate has one layer of Gemma 2 27B at 8,192 tokens: its products in bf16 and in float8, and the layer?",
         seconds=40,

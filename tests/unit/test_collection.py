@@ -98,5 +98,5 @@ def test_what_make_test_leaves_out_is_run_by_make_test_all() -> None:
     for folder in left_out:
         assert re.search(rf"-m pytest {folder} -rs$", makefile, re.MULTILINE), folder
     assert "-m 'not thorough'" in makefile
-    assert "-m pytest tests/e2e -m thorough" in makefile
+    assert "-m pytest tests/e2e tests/gpu -m thorough" in makefile
     assert "--jobs 2 --output-sync=line test-slurm test-long" in makefile
