@@ -351,7 +351,7 @@ class StepReport:
     teacher_seconds: float
     """Seconds until the teacher's signals were there: the work of rank 0's own stage, if it has one, and waiting."""
     wait_seconds: float
-    """Of `teacher_seconds`: waiting for other ranks."""
+    """The part of `teacher_seconds` that waits for other ranks."""
     mfu: float | None
     """Model FLOPs over peak FLOPs, both models together; None if the device's peak is unknown."""
     student_mfu: float | None
