@@ -82,9 +82,13 @@ class DeviceDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # torch.tensor(numbers, device=...) otherwise makes its tensor below the modes; FakeTensorMode does the same.
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
+        # torch 2.11 has no autocast for the type of `DEVICE`, and refuses the question.
+        self._is_autocast_enabled = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *device_type: False
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
+        torch.is_autocast_enabled = self._is_autocast_enabled
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
