@@ -91,7 +91,7 @@ def _step(
     return Step([hidden.detach()], float(terms.loss), student.gradients[0])
 
 
-def _dense_model(name: str) -> Any:
+def _dense_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config = load_config(CASES[name], what="test")
     config.pad_token_id = None  # the embedding of the padding id is trained like the others
     model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config).attention)
@@ -101,11 +101,11 @@ def _dense_model(name: str) -> Any:
         for path, parameter in model.named_parameters():
             values = initial_tensor(path, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm)
             parameter.copy_(values)
-    return model.double()
+    return model.to(dtype)
 
 
-def _truth(name: str, shapes: tuple[tuple[int, int], ...]) -> Step:
-    model = _dense_model(name)
+def _truth(name: str, shapes: tuple[tuple[int, int], ...], dtype: torch.dtype = torch.float64) -> Step:
+    model = _dense_model(name, dtype)
     hidden, losses = [], []
     for rank, shape in enumerate(shapes):
         tokens, labels, positions = _batch(shape, rank)
@@ -143,13 +143,19 @@ def test_a_step_that_recomputes_its_activations_equals_the_dense_truth(name: str
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
 def test_a_step_in_bfloat16_is_the_dense_truth_to_its_precision(name: str) -> None:
-    """Direction and length of each gradient; eight bits of mantissa, and a token may take another expert on a tie."""
+    """Direction and length of each gradient, beside what one process of transformers loses in bfloat16.
+
+    Of eight bits of mantissa, and of tokens that take another expert on a tie: of 32, one or two in most layers.
+    """
     actual, true = run_ranks(2, _step, name, EVEN, False, "bfloat16"), _truth(name, EVEN)
+    dense = _truth(name, EVEN, torch.bfloat16)
     assert sum(step.loss for step in actual) == pytest.approx(true.loss, rel=0.01)
     for path, gradient in true.gradients.items():
         ours = actual[0].gradients[path][: gradient.shape[0]].double()
         assert torch.cosine_similarity(ours.flatten(), gradient.flatten(), dim=0) > 0.95, path
-        assert ours.norm() == pytest.approx(float(gradient.norm()), rel=0.1), path
+        length = float(gradient.norm())
+        lost = abs(float(dense.gradients[path].double().norm()) - length)
+        assert ours.norm() == pytest.approx(length, abs=0.1 * length + lost), path
 
 
 def _experts_hit(name: str, shapes: tuple[tuple[int, int], ...]) -> list[list[set[int]]]:
