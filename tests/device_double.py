@@ -115,7 +115,10 @@ class DeviceDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._count_copy(name, args, kwargs)
         elif on_device:
             self._count(name, args)
-            hosts = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim() > 0]
+            # A number of the host travels as an argument of the kernel, but not in a list of tensors.
+            hosts = [
+                t for t in tensors if not isinstance(t, DeviceTensor) and (t.dim() > 0 or name in ("cat", "stack"))
+            ]
             if hosts and name not in _HOST_MAY_JOIN:
                 raise RuntimeError(f"Expected all tensors to be on the same device: {func} has one on the host")
         if kwargs.get("device") is not None:

@@ -116,7 +116,7 @@ def broadcast_object(own: Value, group: ProcessGroup | None) -> Value:
 def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:
     """The lowest rank of the group whose flag is false; None where all are true. A host-device sync."""
     ranks = group_size(group)
-    value = torch.tensor(ranks if flag else group_rank(group), dtype=torch.int32, device=device)
+    value = torch.full((), ranks if flag else group_rank(group), dtype=torch.int32, device=device)
     if group is not None:
         dist.all_reduce(value, op=dist.ReduceOp.MIN, group=group)
     lowest = int(value.item())

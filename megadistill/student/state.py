@@ -1,6 +1,7 @@
 """The training state of a ZeRO-3 student: this rank's partition of weights and optimizer state, saved and restored."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,20 +130,22 @@ class StudentState:
         """Names of the parameters whose compute copy on this rank is not its float32 master, rounded.
 
         The copies are this rank's partition in the model's precision and, if the rank holds the parameter whole, that
-        piece of the whole. For use between steps. One host-device sync.
+        piece of the whole. For use between steps. One host-device sync, but for what is offloaded to the host.
         """
         whole = dict(self.replicated())
-        names, differ = [], []
+        differ: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
         for partition in self._partitions():
             piece = partition.parameter.ds_tensor[: partition.numel]
             rounded = partition.read(MASTER).to(piece.device, piece.dtype)
             copies = [piece]
             if partition.name in whole:
                 copies.append(whole[partition.name].flatten()[partition.start : partition.stop].to(piece.device))
-            names += [partition.name] * len(copies)
-            differ += [_differ(copy, rounded) for copy in copies]
-        flags = torch.stack(differ).tolist() if differ else []
-        return list(dict.fromkeys(name for name, differs in zip(names, flags, strict=True) if differs))
+            differ[piece.device][partition.name] = torch.stack([_differ(copy, rounded) for copy in copies]).any()
+        differing = []  # with `offload_param` small parameters are on the device, and the others on the host
+        for by_name in differ.values():
+            flags = torch.stack(list(by_name.values())).tolist()
+            differing += [name for name, differs in zip(by_name, flags, strict=True) if differs]
+        return differing
 
     def _reset(self, *, steps: Tensor) -> None:
         """Sets the optimizer state to zeros. It would make its own at its first step, which may be after a save."""

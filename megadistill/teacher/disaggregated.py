@@ -22,7 +22,7 @@ from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.p2p import Message
 from megadistill.teacher.codec import INT64_BYTES, ActivationCodec, checked_signal, pack, unpack
 from megadistill.teacher.stage import TeacherStage
-from megadistill.types import TeacherSignal, TokenBatch, token_digest
+from megadistill.types import TeacherSignal, TokenBatch, to_device, token_digest
 
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
 """First number of a request. Recorded: the client records a timeline of the step, so the stages do too."""
@@ -158,7 +158,7 @@ class TeacherServer:
 
         Under way are `queue` sends a client at most, and one receive of a packet, posted behind the send of the one
         before: a device may run all messages in the order of issue, and clients need not request more before that
-        one is answered.
+        one is answered. The host waits for the device where it reads a packet's header, so not on the first stage.
         """
         jobs = self._jobs_of_clients() if self._previous is None else self._jobs_of_stage(self._previous)
         for done, job in enumerate(jobs, 1):
@@ -189,11 +189,10 @@ class TeacherServer:
                     continue
                 is_recorded, slots_B, tokens_BS, positions_BS = request
                 requests[client] = self._receive_request(client)
-                tokens_BS = tokens_BS.to(device)
+                slots_B, tokens_BS = to_device(slots_B, device), to_device(tokens_BS, device)
                 if positions_BS is not None:
-                    positions_BS = positions_BS.to(device)
-                digests_B = token_digest(tokens_BS)
-                yield _Job(client, is_recorded, slots_B.to(device), digests_B, positions_BS, tokens_BS)
+                    positions_BS = to_device(positions_BS, device)
+                yield _Job(client, is_recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
 
     def _receive_request(self, client: int) -> Message:
         buffer = torch.empty(len(self._requests), dtype=torch.int64)
@@ -225,7 +224,8 @@ class TeacherServer:
         return INT64_BYTES * self._header_numbers + self._stage.hidden_bytes(self._requests.B, self._requests.S)
 
     def _encode_job(self, job: _Job, hidden_BSE: Tensor) -> Tensor:
-        header = [job.slots_B.new_tensor([job.client, job.is_recorded]), job.slots_B, job.digests_B]
+        tags = to_device(torch.tensor([job.client, job.is_recorded]), job.slots_B.device)
+        header = [tags, job.slots_B, job.digests_B]
         if job.positions_BS is not None:
             header.append(job.positions_BS.flatten())
         return pack(torch.cat(header), hidden_BSE)

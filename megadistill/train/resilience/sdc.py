@@ -18,6 +18,7 @@ from megadistill.distributed.collectives import all_gather_rows, first_false
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.student.engine import StudentEngine
+from megadistill.types import to_device
 
 CHUNK = 1 << 18
 """Elements multiplied at a time: 2 MiB of products, which fit a core's cache."""
@@ -40,22 +41,26 @@ def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
 
 def _digest(tensor: Tensor) -> Tensor:
     bits = tensor.detach().reshape(-1).view(_BITS[tensor.dtype.itemsize])
-    multipliers = _odd(CHUNK).to(bits.device)
+    multipliers = _odd(CHUNK, bits.device)
     products = torch.empty_like(multipliers)
     sums = [
         torch.mul(chunk, multipliers[: len(chunk)], out=products[: len(chunk)]).sum()
         for chunk in torch.split(bits, CHUNK)
     ]
-    return (torch.stack(sums) * _odd(len(sums)).to(bits.device)).sum()
+    assert len(sums) <= CHUNK
+    return (torch.stack(sums) * multipliers[: len(sums)]).sum()
 
 
 @lru_cache(maxsize=8)
-def _odd(length: int) -> Tensor:
-    """[length] int64: odd numbers, by SplitMix64 (Steele, Lea and Flood, 2014)."""
+def _odd(length: int, device: torch.device) -> Tensor:
+    """[length] int64: odd numbers, by SplitMix64 (Steele, Lea and Flood, 2014); the first ones are those of any length.
+
+    Kept on each device, since a copy for each tensor would be a wait for it.
+    """
     z = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64))
+    return to_device(torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)), device)
 
 
 @dataclass(frozen=True)

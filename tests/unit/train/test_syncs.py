@@ -1,5 +1,6 @@
 """Where the host waits for the device in a step: at the places that docstrings name, and nowhere else."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.loss import Elementwise, Head, LossOptions, distill_loss
 from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config
+from megadistill.teacher.codec import ActivationCodec
+from megadistill.teacher.disaggregated import RequestCodec, TeacherServer
 from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.teacher.stage import TeacherStage
 from megadistill.train.lookahead import StepBatches
@@ -179,3 +182,45 @@ def test_saved_targets_wait_once_more_a_micro_batch() -> None:
         for _ in _steps(DEVICE, models, loss, 1):
             assert double.counts["to host in sparse_targets._exchange_metadata"] == ROWS // MICRO
             double.clear()
+
+
+class _Link:
+    """An endpoint: what is received was sent before, and what is sent is kept."""
+
+    def __init__(self, messages: list[Tensor]) -> None:
+        self._messages, self.sent = deque(messages), list[Tensor]()
+
+    def post_recv(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(wait=self._messages.popleft)
+
+    def send(self, message: Tensor, *_: Any, **__: Any) -> Any:
+        self.sent.append(message)
+        return SimpleNamespace(wait=lambda: message)
+
+
+def _served(decoder: Any, stage: int, messages: list[Tensor]) -> list[Tensor]:
+    """What a stage of two sends, for requests or packets and a stop."""
+    requests, answers = RequestCodec(MICRO, S, masked=True), ActivationCodec(32, torch.float32)
+    on_host, on_device = _Link(messages if stage == 0 else []), _Link(messages if stage else [])
+    bridge: Any = SimpleNamespace(clients=range(1), stages=range(1, 3), on_host=on_host, on_device=on_device)
+    server = TeacherServer(TeacherStage(decoder, stage=stage, stages=2), bridge, requests, answers, queue=2)
+    assert list(server.serve()) == [1, 2]
+    return on_device.sent
+
+
+def test_a_server_waits_once_a_packet_and_never_on_its_first_stage() -> None:
+    micro_batches = [micro for batch, _ in _batches(1) for micro in batch.micro_batches(MICRO)]
+    requests = RequestCodec(MICRO, S, masked=True)
+    sent = [requests.encode(micro) for micro in (*micro_batches, None)]
+    inner = decoder(_causal_lm("gemma2"))
+    truth = _served(inner, 1, _served(inner, 0, sent))
+    with DeviceDouble() as double:
+        move(inner)
+        token_digest(torch.zeros(1, S, dtype=torch.int64).to(DEVICE))  # its numbers are made once
+        double.clear()
+        packets = _served(inner, 0, sent)
+        assert double.counts == {}
+        assert len(double.queued) == 2 * 4, "slots, tokens, positions and what a packet begins with"
+        answers = _served(inner, 1, packets)
+        assert double.counts == {"to host in disaggregated._decode_job": 3}
+        assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(answers, truth, strict=True))
