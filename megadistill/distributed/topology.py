@@ -8,7 +8,7 @@ vocab group: together they store the rows that each of them computes on.
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -69,8 +69,9 @@ class Topology:
         if self.timeout is None:
             return
         for group in distributed_c10d._world.pg_map:
-            backend: Any = group._get_backend(self.device)
-            backend._set_default_timeout(self.timeout)
+            for device in group._device_types:  # a group of the host's alone has no backend for this device
+                backend: Any = group._get_backend(device)
+                backend._set_default_timeout(self.timeout)
 
     @property
     def is_first(self) -> bool:
@@ -173,8 +174,8 @@ def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdo
 def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
     """This rank's end of its node's connection to the watchdog's store; None for a node of one rank.
 
-    Launchers give a node consecutive ranks. Where one does not, ranks find no socket of this name, and each has a
-    connection of its own.
+    Launchers give a node consecutive ranks. Where one does not, or a sandbox has no such sockets, ranks find none of
+    this name, and each has a connection of its own.
     """
     if launch.rank == 0 and launch.world > 1:
         store.set("watchdog_relay", secrets.token_hex(16))
@@ -183,7 +184,9 @@ def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
     first = launch.rank - launch.local_rank
     name = f"megadistill-{store.get('watchdog_relay').decode()}-{first}"
     if launch.local_rank == 0:
-        return Relay(name, range(first + 1, first + launch.local_world))
+        with suppress(OSError):
+            return Relay(name, range(first + 1, first + launch.local_world))
+        return None
     return RelayClient(name, launch.rank)
 
 

@@ -152,8 +152,8 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} sets {key}: {UNSUPPORTED[key]}: remove it")
         if value == "auto":
             raise UserError(f'{path} sets {key} to "auto", which only the Hugging Face Trainer fills in: give a value')
-    dtype = values.get("communication_data_type", "fp32")
-    if dtype not in COMMUNICATION_DTYPES:
+    dtype = values.get("communication_data_type")  # DeepSpeed's default is null: the run's precision
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in COMMUNICATION_DTYPES):
         raise UserError(f"{path}: communication_data_type is {dtype!r}: give one of {', '.join(COMMUNICATION_DTYPES)}")
     for key in values:
         if key not in ALLOWED:

@@ -50,6 +50,9 @@ class Relay:
 
     `name`: of the socket. `ranks`: ranks of the launch whose heartbeats it takes. They may connect from now on; they
     are answered after `start`.
+
+    Raises:
+        OSError: the system has no socket of this kind.
     """
 
     def __init__(self, name: str, ranks: range) -> None:
@@ -59,8 +62,12 @@ class Relay:
         self._error: str | None = None
         self._replied = time.monotonic()
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listening.bind(f"\0{name}")  # an abstract name: it leaves no file
-        self._listening.listen(len(ranks))
+        try:
+            self._listening.bind(f"\0{name}")  # an abstract name: it leaves no file
+            self._listening.listen(len(ranks))
+        except OSError:
+            self._listening.close()
+            raise
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listening, selectors.EVENT_READ)
         self._closed = threading.Event()
@@ -74,8 +81,8 @@ class Relay:
 
     def take(self) -> dict[int, str]:
         """The last heartbeat of each rank that has sent one since the last call."""
-        taken, self._heartbeats = self._heartbeats, {}
-        return taken
+        # One at a time: the thread may be about to put one into the dictionary.
+        return {rank: self._heartbeats.pop(rank) for rank in list(self._heartbeats)}
 
     def store_replied(self, decision: str | None) -> None:
         """The store works; `decision` is rank 0's last one."""

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megadistill.distributed.flight_recorder import dump_flight_recorder, dump_prefix, is_recording
@@ -48,6 +49,9 @@ REPLY_SECONDS = 7.0
 """Time limit (s) for learning which rank was lost, and for writing the stacks: the disk may be what hangs."""
 TIMER_SECONDS = 15.0
 """Time (s) from which this rank counts as dead until the timer of faulthandler's ends it."""
+
+CONNECT_SECONDS = 5.0
+"""Time limit (s) for the store to accept a connection in the middle of a run."""
 
 _STATUS = "status"
 """Store key of rank 0's decision."""
@@ -294,6 +298,9 @@ class Watchdog:
             try:
                 reply = self._relay.exchange(own.dumps(), waits=own.end is None)
             except RelayLost:
+                if self._stopped.is_set():  # the local rank 0 has stopped too
+                    return None
+                _require_listening(self._store)
                 self._connect()
             else:
                 if reply is None or reply["decision"] is None:
@@ -376,10 +383,10 @@ class Watchdog:
         with suppress(OSError):
             os.write(descriptor, header.encode())
             faulthandler.dump_traceback(descriptor)
-        if self._dump_prefix is not None:
-            dump_flight_recorder(self._dump_prefix)
         if report and self.on_abort is not None:
             self.on_abort(reason)
+        if self._dump_prefix is not None:  # last: it takes locks of torch's, which a hang may hold
+            dump_flight_recorder(self._dump_prefix)
 
     def _evidence(self) -> str:
         """The places of the stacks of all ranks, and of their last collectives."""
@@ -392,3 +399,15 @@ class Watchdog:
 
     def _stacks_descriptor(self) -> int:
         return 2 if self._stacks is None else self._stacks.fileno()
+
+
+def _require_listening(store: Any) -> None:
+    """Raises RuntimeError where nothing accepts connections to the store: torch would try for its whole time limit."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return
+    try:
+        socket.create_connection((store.host, store.port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise RuntimeError(f"the launch's store does not answer: {error}") from None

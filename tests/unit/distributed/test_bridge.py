@@ -1,17 +1,20 @@
-"""The bridge's process groups, and the barrier at which a launch ends."""
+"""The bridge's process groups, the time limits of all others, and the barrier at which a launch ends."""
 
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from megadistill.distributed import bridge
 from megadistill.distributed.rendezvous import store_barrier
+from megadistill.distributed.topology import Topology
 
 MINUTE = timedelta(minutes=1)
 
@@ -87,3 +90,17 @@ def test_a_rank_that_does_not_come_is_an_error() -> None:
     store = HashStore()
     with pytest.raises(RuntimeError):
         store_barrier(store, "end", 0, 2, timedelta(milliseconds=20))
+
+
+def test_a_group_of_the_host_alone_gets_the_time_limit_beside_those_of_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a library may make one on a GPU, whose backend it does not have."""
+    store, host = HashStore(), torch.device("cpu")
+    group = dist.ProcessGroup(store, 0, 1)
+    group._register_backend(host, dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroupGloo(store, 0, 1, MINUTE))
+    monkeypatch.setattr(distributed_c10d, "_world", SimpleNamespace(pg_map={group: None}))
+    Topology(0, 1, 0, 1, torch.device("cuda"), timeout=2 * MINUTE).limit_all_groups()
+    backend: Any = group._get_backend(host)
+    assert backend.options._timeout == 2 * MINUTE
+    backend.shutdown()

@@ -12,6 +12,7 @@ from megadistill.student.deepspeed_config import (
     RANKS_OF_LOW_PRECISION,
     load_deepspeed_config,
     low_precision_reduction,
+    reduction_dtype,
 )
 from tests.paths import DS_CONFIGS
 
@@ -72,6 +73,7 @@ def test_more_than_64_ranks_that_reduce_in_16_bits_are_warned_of() -> None:
     ("values", "message"),
     [
         ({"communication_data_type": "float32"}, "communication_data_type is 'float32': give one of fp16, bf16, fp32"),
+        ({"communication_data_type": ["fp32"]}, r"communication_data_type is \['fp32'\]: give one of"),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
             "zero_quantized_gradients must be false: DeepSpeed's kernel reads gradients as float16",
@@ -84,7 +86,11 @@ def test_a_reduction_that_would_be_wrong_is_refused(values: dict[str, object], m
         load_deepspeed_config(tmp_path / "ds.json")
 
 
-def test_a_file_may_name_the_key_of_quantized_gradients_with_its_default(tmp_path: Path) -> None:
-    """Published files name the key with its default."""
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "zero_quantized_gradients": false}}')
-    load_deepspeed_config(tmp_path / "ds.json")
+@pytest.mark.parametrize(
+    "text",
+    ['{"zero_optimization": {"stage": 3, "zero_quantized_gradients": false}}', '{"communication_data_type": null}'],
+)
+def test_a_file_may_name_a_key_of_the_reduction_with_its_default(text: str, tmp_path: Path) -> None:
+    """Published files name such keys with their defaults."""
+    (tmp_path / "ds.json").write_text(text)
+    assert reduction_dtype(load_deepspeed_config(tmp_path / "ds.json"), "bfloat16") == "bfloat16"

@@ -1,6 +1,7 @@
 """The node's connection to the store: one for all ranks of a node, and one of its own for a rank that finds none."""
 
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import _node_relay
@@ -125,3 +127,27 @@ def test_one_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RelayLost):
         RelayClient(name, 1).exchange(_heartbeat(), waits=True)
     frozen.close()
+
+
+def test_a_store_that_ends_with_the_first_of_the_node_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would try to connect for the time limit of the store, and report nothing until then."""
+    monkeypatch.setattr(relay, "CONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.05)
+    server = TCPStore("127.0.0.1", 0, None, True, TIMEOUT, wait_for_workers=False)
+    store = PrefixStore("start", TCPStore("127.0.0.1", server.port, None, False, timedelta(minutes=2)))
+    del server
+    dog = Watchdog(store, rank=1, world=2, relay=RelayClient(secrets.token_hex(8), 1)).start()
+    try:
+        _until(lambda: dog._lost_rank is not None)
+        assert dog._lost_rank is not None
+        assert dog._lost_rank.startswith("rank 0, or the launcher that holds the store")
+    finally:
+        dog.stop()
+
+
+def test_a_system_without_such_sockets_costs_each_rank_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, launch = HashStore(), Launch(0, 2, 0, 2)
+    assert isinstance(taken := _node_relay(launch, store), Relay)
+    taken.close()
+    monkeypatch.setattr(socket, "SOCK_SEQPACKET", socket.SOCK_RAW)  # which has no listeners
+    assert _node_relay(launch, store) is None
