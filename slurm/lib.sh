@@ -148,7 +148,7 @@ log_ends() {
   if why=$(first_rank_with 3); then log "rank $why"; fi
   if why=$(first_rank_with 134); then
     log "rank $why"
-    log "exit code 134 is SIGABRT: torch's NCCL watchdog ends a rank so that has lost another one: start again"
+    log "exit code 134 is SIGABRT, as torch's NCCL watchdog ends a rank that has lost another one: it starts again"
   fi
 }
 

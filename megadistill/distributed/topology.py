@@ -179,9 +179,9 @@ def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
     """
     if launch.rank == 0 and launch.world > 1:
         store.set("watchdog_relay", secrets.token_hex(16))
-    if launch.local_world == 1:
-        return None
     first = launch.rank - launch.local_rank
+    if launch.local_world == 1 or first < 0:  # rank 0 does not pass its heartbeat on: it reads those of all
+        return None
     name = f"megadistill-{store.get('watchdog_relay').decode()}-{first}"
     if launch.local_rank == 0:
         with suppress(OSError):

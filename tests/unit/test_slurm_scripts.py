@@ -31,7 +31,7 @@ def test_a_rank_that_aborts_is_no_reason_to_hold_the_run(tmp_path: Path) -> None
     assert (tmp_path / "rank-00001.code").read_text() == "134\n"
     assert "rank 00002 exit code 3" in output
     assert "rank 00001 exit code 134: lost" in output
-    assert "exit code 134 is SIGABRT: torch's NCCL watchdog ends a rank so" in output
+    assert "exit code 134 is SIGABRT, as torch's NCCL watchdog ends a rank that has lost another one" in output
     assert output.endswith("ok\n"), "such a rank does not hold the run"
 
 

@@ -147,7 +147,13 @@ def test_a_store_that_ends_with_the_first_of_the_node_is_noticed_at_once(monkeyp
 
 def test_a_system_without_such_sockets_costs_each_rank_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     store, launch = HashStore(), Launch(0, 2, 0, 2)
-    assert isinstance(taken := _node_relay(launch, store), Relay)
-    taken.close()
+    made = _node_relay(launch, store)
+    assert isinstance(made, Relay)
+    made.close()
     monkeypatch.setattr(socket, "SOCK_SEQPACKET", socket.SOCK_RAW)  # which has no listeners
     assert _node_relay(launch, store) is None
+
+
+def test_rank_0_has_a_connection_of_its_own_whatever_its_local_rank() -> None:
+    """It reads and decides for all. A launcher may give it another local rank than 0."""
+    assert _node_relay(Launch(0, 2, 1, 2), HashStore()) is None
