@@ -128,6 +128,16 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
+def use_device(device: torch.device | None) -> None:
+    """Makes an accelerator that of the calling thread; nothing for None and a CPU.
+
+    A new thread has the node's first one, whichever its process uses, and may take memory there for a context, some
+    hundred megabytes for each rank of the node, where it only waits for an event.
+    """
+    if device is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+
+
 def document_positions(starts: Tensor) -> Tensor:
     """[B, S] int64: distance of each token from the start of its document, for `starts` [B, S] bool."""
     positions = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)

@@ -95,7 +95,7 @@ def stream_of(
         max_masked_per_million=data.max_masked_per_million,
         skips=[*((first, stop) for first, stop in data.skip), *skips],
         prefetch=data.prefetch,
-        pin_memory=topology.device.type != "cpu",
+        pinned_for=None if topology.device.type == "cpu" else topology.device,
     )
 
 

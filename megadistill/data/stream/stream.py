@@ -26,7 +26,7 @@ from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.order import order_differences
 from megadistill.data.stream.shuffle import Positions
 from megadistill.errors import UserError
-from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest
+from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest, use_device
 
 OnCorruptSample = Literal["fail", "mask"]
 Skips = Sequence[tuple[int, int]]
@@ -55,15 +55,15 @@ class TokenStream:
         max_masked_per_million: int = 100,
         skips: Skips = (),
         prefetch: int = 0,
-        pin_memory: bool = False,
+        pinned_for: torch.device | None = None,
     ) -> None:
         """`batch_slots` sequences are a global batch, over all `world_size` ranks; `start` is where to resume.
 
         `document_mask`: documents are read by themselves, and no label lies in another document. `on_corrupt_sample`:
         "fail" raises at a damaged sequence, "mask" makes it a masked sample in its slot, up to `max_masked_per_million`
         in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
-        reads ahead; 0 reads on demand. `pin_memory`: what the iterator delivers is in pinned memory, pinned where it is
-        read, for a host that has an accelerator.
+        reads ahead; 0 reads on demand. `pinned_for`: an accelerator for which what the iterator delivers is in pinned
+        memory, pinned where it is read.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
@@ -99,10 +99,10 @@ class TokenStream:
         self._batch_slots = batch_slots
         self._rows = batch_slots // world_size
         self._first_row = rank * self._rows
-        self._prefetch, self._pin_memory = prefetch, pin_memory
+        self._prefetch, self._pinned_for = prefetch, pinned_for
 
     def __iter__(self) -> Iterator[tuple[TokenBatch, Cursor]]:
-        return _prefetched(self._batches(), self._prefetch) if self._prefetch else self._batches()
+        return _prefetched(self._batches(), self._prefetch, self._pinned_for) if self._prefetch else self._batches()
 
     def batch(self, slots: range) -> TokenBatch:
         """The rows of `slots`, on the host, skipped ones too. range(0, sequences) visits each one of a split once.
@@ -170,7 +170,7 @@ class TokenStream:
             places_BR3 = self._order.locate(slots_BR.reshape(-1)).reshape(*slots_BR.shape, 3)
             for slots_R, places_R3, next_slot in zip(slots_BR, places_BR3, ends.tolist(), strict=True):
                 batch = self._read(slots_R, places_R3)
-                yield batch.pinned() if self._pin_memory else batch, self._cursor(next_slot)
+                yield batch if self._pinned_for is None else batch.pinned(), self._cursor(next_slot)
 
     def _cursor(self, next_slot: int) -> Cursor:
         with self._masked_lock:
@@ -262,9 +262,11 @@ def _before(skips: Skips, next_slot: int) -> tuple[tuple[int, int], ...]:
     return tuple((first, stop) for first, stop in skips if first < next_slot)
 
 
-def _prefetched(batches: Iterator[tuple[TokenBatch, Cursor]], depth: int) -> Iterator[tuple[TokenBatch, Cursor]]:
+def _prefetched(
+    batches: Iterator[tuple[TokenBatch, Cursor]], depth: int, device: torch.device | None
+) -> Iterator[tuple[TokenBatch, Cursor]]:
     """The same, read by a thread up to `depth` batches ahead; what it raises is raised in its place."""
-    pool = ThreadPoolExecutor(1, "token-stream")
+    pool = ThreadPoolExecutor(1, "token-stream", initializer=use_device, initargs=(device,))
     try:
         pending = deque(pool.submit(next, batches) for _ in range(depth))
         while True:

@@ -34,6 +34,7 @@ from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
 from megadistill.train.checkpoint.host_copies import HostCopies
+from megadistill.types import use_device
 from megadistill.units import readable
 
 SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
@@ -84,7 +85,7 @@ class Saver:
     ) -> None:
         self._folder, self._topology, self._attempt, self._section = folder, topology, attempt, section
         self._stable_steps = stable_steps
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device, initargs=(topology.device,))
         self._save: _Save | None = None
         self._copies = HostCopies(topology.device)
         if topology.is_first:

@@ -370,9 +370,12 @@ def test_batches_for_an_accelerator_are_pinned_where_they_are_read(manifest: Man
         pinned.append(threading.get_ident())
         return tensor.clone()
 
+    device, used = torch.device("lazy", 3), list[tuple[torch.device, int]]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "pin_memory", pinning)
-        batch, _ = next(iter(_stream(manifest, prefetch=prefetch, pin_memory=True)))
+        patch.setattr(torch.accelerator, "set_device_index", lambda each: used.append((each, threading.get_ident())))
+        batch, _ = next(iter(_stream(manifest, prefetch=prefetch, pinned_for=device)))
     assert len(pinned) >= 3, "tokens, labels and starts"
     assert (threading.get_ident() in pinned) == (prefetch == 0)
+    assert used == ([(device, pinned[0])] if prefetch else []), "a thread has the first device until it is told"
     assert all(torch.equal(getattr(batch, name), getattr(plain, name)) for name in ("tokens", "labels", "starts"))

@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -472,3 +473,17 @@ def test_an_end_does_not_wait_for_the_disk(attempt: Attempt, folder: Path, monke
     gate.opened.set()
     saver._thread.shutdown(wait=True)
     assert newest_checkpoint(folder) is None
+
+
+def test_the_thread_that_waits_for_the_copies_is_on_the_device_of_its_rank(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new thread has the first device of the node, and would take memory there."""
+    device, used = torch.device("lazy", 3), list[tuple[torch.device, int]]()
+    monkeypatch.setattr(torch, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda each: used.append((each, threading.get_ident())))
+    rank = replace(topology(), device=device)
+    saver = Saver(attempt.folder / "checkpoints", rank, attempt, CheckpointSection())
+    thread = saver._thread.submit(threading.get_ident).result()
+    saver.close()
+    assert used == [(device, thread)]
