@@ -95,7 +95,7 @@ def test_a_rank_that_does_not_come_is_an_error() -> None:
 def test_a_group_of_the_host_alone_gets_the_time_limit_beside_those_of_a_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a library may make one on a GPU, whose backend it does not have."""
+    """A library may make one on a GPU, whose backend it does not have."""
     store, host = HashStore(), torch.device("cpu")
     group = dist.ProcessGroup(store, 0, 1)
     group._register_backend(host, dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroupGloo(store, 0, 1, MINUTE))
