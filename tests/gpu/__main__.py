@@ -26,8 +26,12 @@ from tests.gpu.runner import NO_ANSWER, Place, Runner
 ROOT = Path(__file__).resolve().parents[2]
 
 FACTS = """
-import json, platform, torch
+import json, os, platform, shutil, sysconfig, torch
 facts = {"device": "none", "python": platform.python_version(), "torch": torch.__version__}
+# What Triton builds its launchers with.
+facts["C compiler"] = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang") or "none"
+header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+facts["Python.h"] = "present" if os.path.exists(header) else "none"
 for name in ("triton", "transformers", "deepspeed", "liger_kernel"):
     try:
         from importlib.metadata import version
@@ -116,6 +120,10 @@ def _environment(scratch: Path, folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # All is on one host, which may have no other interface.
+        "NCCL_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_NET": "Socket",
     }
 
 
@@ -130,7 +138,7 @@ def _commit() -> str:
 
 def run_all(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         try:
             facts = _facts(dict(os.environ), stand_in=arguments.stand_in)
@@ -142,7 +150,9 @@ def run_all(arguments: argparse.Namespace) -> int:
         results = Results(arguments.stand_in, facts, _commit(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
         place = Place.of(arguments.out, ROOT, scratch, stand_in=arguments.stand_in)
         print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-        environment["TMPDIR"] = str(scratch)
+        # Kernels too: the home of this user may not be writable, or not there.
+        caches = {"TMPDIR": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        environment |= {name: str(scratch / below) for name, below in caches.items()}
         good = Runner(results, place, environment, ROOT, deadline).run_all(arguments.only)
         print(f"{place.page}, {place.json}", flush=True)
         return 0 if good else 1
@@ -152,12 +162,15 @@ def run_check(check: Check, rows: Path, *, stand_in: bool) -> int:
     """One check, in this process."""
     from tests.gpu.device import NotMeasurable, open_device
 
+    record = Record(rows)
     try:
-        importlib.import_module(f"tests.gpu.{check.name}").run(open_device(stand_in=stand_in), Record(rows))
+        importlib.import_module(f"tests.gpu.{check.name}").run(open_device(stand_in=stand_in), record)
     except NotMeasurable as reason:
         print(reason, flush=True)
         return NO_ANSWER
-    return 0
+    if record.failures:
+        print("; ".join(record.failures), flush=True)
+    return 1 if record.failures else 0
 
 
 def main() -> int:

@@ -124,7 +124,8 @@ class CudaDevice(Device):
     def kernels(self, run: Run) -> int:
         events = _profiled(run, [ProfilerActivity.CPU, ProfilerActivity.CUDA], self.synchronize)
         on_device = [event for event in events if event.device_type.name == "CUDA"]
-        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+        names = [event.name for event in on_device if not event.is_user_annotation]  # of compiled regions
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
     @override
     @contextmanager

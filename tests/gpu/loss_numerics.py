@@ -136,47 +136,50 @@ def errors(device: Device, record: Record) -> None:
         for how, elementwise in ARITHMETIC.items():
             if how == "compiled" and name not in COMPILED:
                 continue
-            terms = problem.call(divergence, elementwise, softcap)
-            student = Head(problem.student_hidden_ND, problem.student_weight_VD)
-            found = problem.gradients(student, terms)
             case = f"{name}, {how}"
-            record(case, "error of the loss", abs(float(terms.loss.detach()) - value) / abs(value))
-            for gradient, truth in gradients.items():
-                record(case, f"error of {gradient}", relative_error(found[gradient], truth))
+            with record.part(case):
+                terms = problem.call(divergence, elementwise, softcap)
+                student = Head(problem.student_hidden_ND, problem.student_weight_VD)
+                found = problem.gradients(student, terms)
+                record(case, "error of the loss", abs(float(terms.loss.detach()) - value) / abs(value))
+                for gradient, truth in gradients.items():
+                    record(case, f"error of {gradient}", relative_error(found[gradient], truth))
         del gradients
         device.free()
 
 
-def memory(device: Device, record: Record) -> None:
+def memory(device: Device, record: Record, how: str) -> None:
     """Peak of a call beyond inputs and gradients, to the logit memory that it may take."""
     N, V, D, E = (device.size(*sizes) for sizes in ((8192, 24), (32_000, 101), (1024, 16), (1024, 32)))
     problem = Problem.random(device, N, V, D, E)
     gradients = 4 * (N * D + V * D)  # accumulated in float32
-    for how, elementwise in ARITHMETIC.items():
-        step = partial(problem.step, Divergence(), elementwise)
-        step()  # compiles
-        beyond = device.peak_bytes(step) - gradients
-        record(how, "peak beyond inputs and gradients", beyond / 2**20, "MiB")
-        record(how, "the same, to logit_memory", beyond / LOGIT_MEMORY)
+    step = partial(problem.step, Divergence(), ARITHMETIC[how])
+    step()  # compiles
+    beyond = device.peak_bytes(step) - gradients
+    record(how, "peak beyond inputs and gradients", beyond / 2**20, "MiB")
+    record(how, "the same, to logit_memory", beyond / LOGIT_MEMORY)
 
 
-def kernels(device: Device, record: Record) -> None:
+def kernels(device: Device, record: Record, how: str) -> None:
     """Kernels of a chunk, forward and backward: calls of three chunks less calls of two."""
     V, width, chunk = device.size(32_768, 2048), device.size(256, 16), device.size(2048, 8)
     memory_of_chunk = 2 * 4 * chunk * V
-    for how, elementwise in ARITHMETIC.items():
-        for world in WORLDS:
-            vocab = VocabSlice(block_cyclic_ranges(V, world, 1, 0), V)
-            counts = []
-            for chunks in (2, 3):
-                problem = Problem.random(device, chunks * chunk, V, width, width)
-                step = partial(problem.step, Divergence(), elementwise, vocab=vocab, logit_memory=memory_of_chunk)
-                step()
-                counts.append(device.kernels(step))
-            record(f"{how}, rows of {world} ranks", "kernels a chunk", counts[1] - counts[0])
+    for world in WORLDS:
+        vocab = VocabSlice(block_cyclic_ranges(V, world, 1, 0), V)
+        counts = []
+        for chunks in (2, 3):
+            problem = Problem.random(device, chunks * chunk, V, width, width)
+            step = partial(problem.step, Divergence(), ARITHMETIC[how], vocab=vocab, logit_memory=memory_of_chunk)
+            step()
+            counts.append(device.kernels(step))
+        record(f"{how}, rows of {world} ranks", "kernels a chunk", counts[1] - counts[0])
 
 
 def run(device: Device, record: Record) -> None:
-    memory(device, record)
-    kernels(device, record)
+    for how in ARITHMETIC:
+        with record.part(f"{how}, memory"):
+            memory(device, record, how)
+        with record.part(f"{how}, kernels"):
+            kernels(device, record, how)
+        device.free()
     errors(device, record)

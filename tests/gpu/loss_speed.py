@@ -2,7 +2,8 @@
 (4,096 | 8,192), forward and backward, in bf16 on one GPU.
 
 Others are liger-kernel's chunked distillation loss, F.kl_div on whole logits and in chunks, and for labels
-cut-cross-entropy and liger-kernel's linear cross-entropy. Each is measured in turn with ours, medians of rounds.
+cut-cross-entropy and liger-kernel's linear cross-entropy. Ours come first, so that nothing that another package does
+can cost their figures; each group is measured in turn with the products alone, medians of rounds.
 
 Legend: N tokens, V vocabulary, D student width, E teacher width, n tokens of a chunk.
 """
@@ -23,10 +24,10 @@ from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.loss.options import LOGIT_MEMORY
 from tests.gpu.device import Device, Run
 from tests.gpu.loss_numerics import Problem, relative_error
-from tests.gpu.results import Record
+from tests.gpu.results import Record, reason_of
 
-MEMORIES = {"512 MiB": LOGIT_MEMORY, "2 GiB": 2 << 30}
-"""`logit_memory` of ours: the default, and one with chunks of four times the tokens."""
+MEMORIES = {"512 MiB": LOGIT_MEMORY, "2 GiB": 2 << 30, "4 GiB": 4 << 30}
+"""`logit_memory` of ours: the default, and chunks of four and eight times the tokens, which add to dW less often."""
 
 Losses = dict[str, Callable[[Problem], tuple[Tensor, ...]]]
 """Name -> dX and dW of the mean forward KL, or of the mean cross-entropy."""
@@ -58,9 +59,9 @@ class Products:
             multiply(self._slope[:rows].T, X[tokens], out=self._dW, add=start > 0)
 
 
-def chunk_tokens(N: int, V: int, *, models: int) -> int:
+def chunk_tokens(N: int, V: int, logit_memory: int, *, models: int) -> int:
     """n of ours."""
-    return ChunkPlan.of(N, fitting_tokens(LOGIT_MEMORY, models=models, itemsize=4, rows=V), 1).chunk_tokens
+    return ChunkPlan.of(N, fitting_tokens(logit_memory, models=models, itemsize=4, rows=V), 1).chunk_tokens
 
 
 def _gradients(problem: Problem, loss: Tensor) -> tuple[Tensor, ...]:
@@ -132,14 +133,13 @@ def _ours(elementwise: Elementwise, logit_memory: int) -> Callable[[Problem], tu
     return lambda problem: problem.step(Divergence(), elementwise, logit_memory=logit_memory)
 
 
-def contenders(n: int) -> Losses:
-    """Ours first."""
-    ours: Losses = {
-        f"ours, {how.value}, {name}": _ours(how, memory)
-        for how in (Elementwise.COMPILED, Elementwise.EAGER)
-        for name, memory in MEMORIES.items()
-    }
-    return ours | {
+def ours(how: Elementwise) -> Losses:
+    """With each of `MEMORIES`."""
+    return {f"ours, {how.value}, {name}": _ours(how, memory) for name, memory in MEMORIES.items()}
+
+
+def others(n: int) -> Losses:
+    return {
         "liger-kernel JSD, compiled": partial(liger_jsd, compiled=True),
         "liger-kernel JSD, eager": partial(liger_jsd, compiled=False),
         "F.kl_div in chunks": partial(kl_div_in_chunks, n=n),
@@ -147,8 +147,9 @@ def contenders(n: int) -> Losses:
     }
 
 
-LABELS: Losses = {
-    "labels: ours, compiled": partial(our_labels, elementwise=Elementwise.COMPILED),
+OUR_LABELS: Losses = {"labels: ours, compiled": partial(our_labels, elementwise=Elementwise.COMPILED)}
+
+OTHER_LABELS: Losses = {
     "labels: cut-cross-entropy": cut_labels,
     "labels: liger-kernel": liger_labels,
 }
@@ -163,7 +164,7 @@ def _usable(losses: Losses, small: Problem, truth: tuple[Tensor, ...], record: R
         except Exception as error:
             if name.startswith(("ours", "labels: ours")):
                 raise
-            record.left_out(name, f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}")
+            record.left_out(name, reason_of(error))
             continue
         for gradient, value, true in zip(("dX", "dW"), found, truth, strict=True):
             record(name, f"error of {gradient}", relative_error(value, true))
@@ -184,12 +185,10 @@ def _truth(small: Problem, *, labels: bool) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, (student.hidden, student.weight))
 
 
-def _measure(device: Device, record: Record, problem: Problem, losses: Losses, *, teacher: bool) -> None:
-    """Times, rates, ratios to the floor, and peaks."""
+def _measure(device: Device, record: Record, problem: Problem, losses: Losses, group: str, *, teacher: bool) -> None:
+    """Times, rates, ratios to the floor (the products alone in the largest chunks), and peaks."""
     (N, D), (V, E) = problem.student_hidden_ND.shape, problem.teacher_weight_VE.shape
     flops = 2.0 * N * V * (3 * D + (E if teacher else 0))
-    n = chunk_tokens(N, V, models=2 if teacher else 1)
-    floor = "its products alone" if teacher else "labels: its products alone"
     runs: dict[str, Run] = {}
     for name, loss in losses.items():
         run = partial(loss, problem)
@@ -199,12 +198,17 @@ def _measure(device: Device, record: Record, problem: Problem, losses: Losses, *
             continue
         try:
             record(name, "peak memory beyond inputs", device.peak_bytes(run) / 2**20, "MiB")
-        except torch.OutOfMemoryError:
-            record.left_out(name, "out of memory")
+        except Exception as error:
+            if name.startswith(("ours", "labels: ours")):
+                raise
+            record.left_out(name, "out of memory" if isinstance(error, torch.OutOfMemoryError) else reason_of(error))
             device.free()
             continue
         runs[name] = run
-    runs[floor] = Products(problem, n, teacher=teacher)
+    for memory, size in MEMORIES.items():
+        n = chunk_tokens(N, V, size, models=2 if teacher else 1)
+        floor = f"products alone, {memory}, beside {group}"
+        runs[floor] = Products(problem, n, teacher=teacher)
     slow = [name for name in runs if name.startswith(("F.kl_div", "ours, eager"))]
     seconds = device.medians({name: run for name, run in runs.items() if name not in slow}, repeats=9)
     seconds |= device.medians({name: runs[name] for name in slow}, repeats=3, warm_up=1)
@@ -217,10 +221,18 @@ def _measure(device: Device, record: Record, problem: Problem, losses: Losses, *
 def run(device: Device, record: Record) -> None:
     sizes = ((1024, 16), (32_000, 512), (1024, 16), (2048, 32))
     small = Problem.random(device, *(device.size(*each) for each in sizes))
-    n = device.size(1024, 8)
-    losses = _usable(contenders(n), small, _truth(small, labels=False), record, device)
-    labels = _usable(LABELS, small, _truth(small, labels=True), record, device)
+    truths = {teacher: _truth(small, labels=not teacher) for teacher in (True, False)}
     sizes = ((8192, 16), (128_256, 512), (4096, 16), (8192, 32))
     problem = Problem.random(device, *(device.size(*each) for each in sizes))
-    _measure(device, record, problem, losses, teacher=True)
-    _measure(device, record, problem, labels, teacher=False)
+    groups: dict[str, tuple[Losses, bool]] = {
+        "ours, compiled": (ours(Elementwise.COMPILED), True),
+        "ours, eager": (ours(Elementwise.EAGER), True),
+        "other losses": (others(device.size(1024, 8)), True),
+        "our loss of labels": (OUR_LABELS, False),
+        "other losses of labels": (OTHER_LABELS, False),
+    }
+    for group, (losses, teacher) in groups.items():
+        with record.part(group):
+            usable = _usable(losses, small, truths[teacher], record, device)
+            _measure(device, record, problem, usable, group, teacher=teacher)
+        device.free()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.failures: list[str] = []
+        """Of parts, a line each."""
 
     def __call__(self, case: str, figure: str, value: float, unit: str = "") -> None:
         self._write(Row(case, figure, float(value), unit))
@@ -73,10 +77,25 @@ class Record:
         """A case that was not measured here, and why."""
         self._write(Row(case, "not measured", None, note=reason))
 
+    @contextmanager
+    def part(self, case: str) -> Iterator[None]:
+        """An exception in this context fails the check, whose other parts are measured all the same."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append(f"{case}: {reason_of(error)}")
+            self.left_out(case, f"failed: {reason_of(error)}")
+
     def _write(self, row: Row) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         print(f"    {row.case}: {row.figure} {shown(row)}", flush=True)
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}"
 
 
 def shown(row: Row) -> str:

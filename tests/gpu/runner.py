@@ -22,6 +22,9 @@ KILL_SECONDS = 10.0
 STAND_IN_FACTOR = 4.0
 """Time limits of the stand-in, as a multiple: a CPU that is shared is slow, and no machine is paid by the second."""
 
+SHOWN_LINES = 25
+"""Of what a failed check printed last: its log may be gone with the machine."""
+
 NO_ANSWER = 97
 """Exit code of a check that cannot be measured on this device; its last line says why."""
 
@@ -80,6 +83,8 @@ class Runner:
         code, output = self._finish(self.command(check, rows_file), limit, check.name)
         taken, rows = time.monotonic() - start, rows_of(rows_file)
         state, reason = _judged(code, output, limit)
+        if state == FAILED:
+            print("\n".join(f"| {line[:300]}" for line in output.splitlines()[-SHOWN_LINES:]), flush=True)
         if state == PASSED and (lines := missed(check, rows, stand_in=self.results.stand_in)):
             state, reason = FAILED, "; ".join(lines)
         elif state == PASSED and not rows:

@@ -73,6 +73,7 @@ def test_no_check_stops_another(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "slow": (FAILED, "a: time is 2 ms, the bar is ≤ 1 ms"),
     }
     lines = capsys.readouterr().out.splitlines()
+    assert "| ValueError: a shape that does not fit" in lines  # of its log, which may be lost with the machine
     assert sum(line.startswith("  ") for line in lines) == len(BEHAVIOURS)
     # What a killed check had measured is kept, and after each check everything is on the disk.
     assert {outcome.name for outcome in run.results.outcomes if outcome.rows} == {
@@ -101,6 +102,24 @@ def test_a_row_that_was_cut_off_ends_the_rows(tmp_path: Path) -> None:
     with open(file, "a") as rows:
         rows.write('{"case": "c", "fig')
     assert rows_of(file) == [Row("a", "time", 1.5, "ms"), Row("b", "not measured", None, note="out of memory")]
+
+
+def test_a_part_that_fails_stops_no_other_and_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parts(_: StandIn, record: Record) -> None:
+        with record.part("first"):
+            raise ValueError("a shape\nthat does not fit")
+        with record.part("second"):
+            record("second", "time", 1.5, "ms")
+
+    monkeypatch.setattr(ceilings, "run", parts)
+    assert command_line.run_check(CHECKS[0], tmp_path / "rows", stand_in=True) == 1
+    assert rows_of(tmp_path / "rows") == [
+        Row("first", "not measured", None, note="failed: ValueError: a shape"),
+        Row("second", "time", 1.5, "ms"),
+    ]
+    assert capsys.readouterr().out.splitlines()[-1] == "first: ValueError: a shape"
 
 
 @pytest.mark.parametrize(("value", "met"), [(65.9, True), (66.1, False), (float("nan"), False), (float("inf"), False)])
