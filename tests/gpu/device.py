@@ -178,7 +178,8 @@ class StandIn(Device):
     @override
     def kernels(self, run: Run) -> int:
         events = _profiled(run, [ProfilerActivity.CPU], self.synchronize)
-        return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in events)
+        parents = [(event.name, event.cpu_parent.name if event.cpu_parent else "") for event in events]
+        return sum(name.startswith("aten::") and not parent.startswith("aten::") for name, parent in parents)
 
     @override
     @contextmanager
