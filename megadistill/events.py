@@ -29,7 +29,8 @@ EVENTS = {
     "their `lost_seconds`",
     "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",
     "recipe_changed": "the run continues after `step` with another recipe: `changes`, key -> [former, present value]",
-    "checkpoint_saved": "`stall_seconds` the run waited, `write_seconds` on the disk, `bytes` a rank, `removed`",
+    "checkpoint_saved": "`stall_seconds` the host waited (an accelerator's copy aside), `write_seconds` on the disk, "
+    "`bytes` a rank, `removed`",
     "checkpoint_failed": "a checkpoint was not written: `reason`, `stall_seconds`; the run continues",
     "checkpoint_quarantined": "a checkpoint that cannot be used was renamed to `path`: `reason`",
     "step_skipped": "the optimizer did not move, since a loss or a gradient was not finite: `reason`",

@@ -6,6 +6,8 @@ collective has timed out, or a peer is gone. No Python runs then: the process wr
 
 from pathlib import Path
 
+from megadistill.io import open_regular
+
 _READ_BYTES = 64 << 10
 _FIRST_LINE = b"Fatal Python error: Aborted"
 
@@ -16,7 +18,7 @@ def aborted_ranks(folder: Path, attempt: int) -> list[int]:
     for path in sorted((folder / "stacks").glob(f"attempt-{attempt:05d}-rank-*.txt")):
         rank = path.stem.rpartition("-")[2]
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if rank.isdigit() and _FIRST_LINE in file.read(_READ_BYTES):
                     ranks.append(int(rank))
         except OSError:  # what happened then is no reason not to start
