@@ -128,8 +128,8 @@ def _measure(
         return torch.autograd.grad(attend(q, k, v), leaves, grad)
 
     if truth is not None:
-        for name, found, true in zip(("q", "k", "v"), both(), truth[1:], strict=True):
-            record(case, f"error of d{name}", relative_error(found, true))
+        for name, actual, true in zip(("q", "k", "v"), both(), truth[1:], strict=True):
+            record(case, f"error of d{name}", relative_error(actual, true))
     record(case, "forward and backward, peak", device.peak_bytes(both) / 2**20, "MiB")
     seconds = device.medians({"both": both}, repeats=5)
     record(case, "forward and backward", 1e3 * seconds["both"], "ms")

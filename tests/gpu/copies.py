@@ -20,20 +20,20 @@ def run(device: Device, record: Record) -> None:
     def new() -> list[torch.Tensor]:
         return [source.to("cpu", copy=True) for source in sources]
 
-    def kept() -> None:
+    def into_pageable() -> None:
         for row, source in zip(pageable, sources, strict=True):
             row.copy_(source)
 
-    def without_waiting() -> None:
+    def into_pinned() -> None:
         for row, source in zip(pinned, sources, strict=True):
             row.copy_(source, non_blocking=True)
 
     size = 4 * elements * TENSORS
-    runs = {"new pageable memory": new, "kept pageable memory": kept, "kept pinned memory": without_waiting}
+    runs = {"new pageable memory": new, "kept pageable memory": into_pageable, "kept pinned memory": into_pinned}
     for name, seconds in device.medians(runs, repeats=3, warm_up=1).items():
         record(f"{size / 1e9:.1f} GB to {name}", "time", 1e3 * seconds, "ms")
         record(f"{size / 1e9:.1f} GB to {name}", "rate", size / seconds / 1e9, "GB/s")
-    without_waiting()
+    into_pinned()
     device.synchronize()
     equal = all(torch.equal(row, source.cpu()) for row, source in zip(pinned, sources, strict=True))
     record("kept pinned memory", "equal to the source", equal)

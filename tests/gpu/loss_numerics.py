@@ -108,9 +108,9 @@ class Problem:
         return torch.full((N,), 1 / N, device=self.labels_N.device)
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
+def relative_error(actual: Tensor, truth: Tensor) -> float:
     """Of the norm; infinite for a result that is not finite."""
-    error = float((found.double() - truth).norm() / truth.norm())
+    error = float((actual.double() - truth).norm() / truth.norm())
     return error if math.isfinite(error) else math.inf
 
 
@@ -140,10 +140,10 @@ def errors(device: Device, record: Record) -> None:
             with record.part(case):
                 terms = problem.call(divergence, elementwise, softcap)
                 student = Head(problem.student_hidden_ND, problem.student_weight_VD)
-                found = problem.gradients(student, terms)
+                actual = problem.gradients(student, terms)
                 record(case, "error of the loss", abs(float(terms.loss.detach()) - value) / abs(value))
                 for gradient, truth in gradients.items():
-                    record(case, f"error of {gradient}", relative_error(found[gradient], truth))
+                    record(case, f"error of {gradient}", relative_error(actual[gradient], truth))
         del gradients
         device.free()
 

@@ -160,13 +160,13 @@ def _usable(losses: Losses, small: Problem, truth: tuple[Tensor, ...], record: R
     usable: Losses = {}
     for name, loss in losses.items():
         try:
-            found = loss(small)
+            gradients = loss(small)
         except Exception as error:
             if name.startswith(("ours", "labels: ours")):
                 raise
             record.left_out(name, reason_of(error))
             continue
-        for gradient, value, true in zip(("dX", "dW"), found, truth, strict=True):
+        for gradient, value, true in zip(("dX", "dW"), gradients, truth, strict=True):
             record(name, f"error of {gradient}", relative_error(value, true))
         usable[name] = loss
     device.free()

@@ -39,19 +39,19 @@ GEMMA2: dict[str, Any] = {
 @contextmanager
 def _counted(device: Device) -> Iterator[list[str]]:
     """The syncs in this context, one text each; on a stand-in none."""
-    found: list[str] = []
+    syncs: list[str] = []
     if device.stand_in:
-        yield found
+        yield syncs
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield found
+            yield syncs
         finally:
             torch.cuda.set_sync_debug_mode("default")
     # Not torch's remark, once a process, that the mode does not see all synchronizing operations.
-    found += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
+    syncs += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
 
 
 def _stage(device: Device) -> TeacherStage:
@@ -85,9 +85,9 @@ def loss_syncs(device: Device, record: Record) -> None:
             tokens = GroupTokens.gather(inputs, plan)
             for chunk in iter_chunks(inputs, plan, tokens, K=K):
                 chunk.wait(inputs).write_dlogits(None)
-    with _counted(device) as found:
+    with _counted(device) as syncs:
         call()
-    record("a call of the loss", "syncs", float(len(found)))
+    record("a call of the loss", "syncs", float(len(syncs)))
 
 
 def teacher_syncs(device: Device, record: Record, stage: TeacherStage) -> None:
@@ -110,9 +110,9 @@ def teacher_syncs(device: Device, record: Record, stage: TeacherStage) -> None:
         batches = [batch.pinned() for batch in batches]
     signals = TeacherPipeline(stage, topology).signals(iter(batches))
     next(signals)
-    with _counted(device) as found:
+    with _counted(device) as syncs:
         next(signals)
-    record("a tick of the teacher", "syncs", float(len(found)))
+    record("a tick of the teacher", "syncs", float(len(syncs)))
 
 
 def run(device: Device, record: Record) -> None:

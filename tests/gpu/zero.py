@@ -75,15 +75,15 @@ def steps(folder: Path) -> dict[int, dict[str, Any]]:
     """The metrics of each step that was logged last."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    found: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
         if "step" in values:
-            found[values["step"]] = values
-    return found
+            by_step[values["step"]] = values
+    return by_step
 
 
 def kill_after(process: "subprocess.Popen[bytes]", folder: Path, step: int) -> int:

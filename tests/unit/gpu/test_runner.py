@@ -61,8 +61,8 @@ def checks(*names: str) -> list[Check]:
 def test_no_check_stops_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runner(tmp_path)
     assert not run.run_all(checks(*BEHAVIOURS))
-    found = {outcome.name: (outcome.state, outcome.reason) for outcome in run.results.outcomes}
-    assert found == {
+    states = {outcome.name: (outcome.state, outcome.reason) for outcome in run.results.outcomes}
+    assert states == {
         "good": (PASSED, ""),
         "raises": (FAILED, "exit code 1: ValueError: a shape that does not fit"),
         "dies": (FAILED, "died of SIGSEGV; last line: it printed nothing"),
