@@ -78,11 +78,17 @@ NEWEST := .versions/newest
 $(LOWEST)/.ready: MINOR := 3.12
 $(NEWEST)/.ready: MINOR := 3.13
 
+# What is installed (6 GB, most of it CUDA's libraries), and the wheels of it, all of which pip downloads first.
+VERSION_GB := 10
+
 # The variable, since an option would be added to the constraints of pip's configuration.
 .versions/%/.ready: tests/versions/%.txt pyproject.toml
 	@$(if $(call python_of,$(MINOR)),,echo "no Python $(MINOR) that can make an environment: install it with its venv" \
 	    "module, or by pyenv" >&2; exit 2)
 	rm -rf .versions/$*
+	@for folder in . "$${TMPDIR:-/tmp}"; do free=$$(df -Pk "$$folder" | awk 'END {print int($$4 / 1048576)}'); \
+	    test "$$free" -ge $(VERSION_GB) || { echo "an environment of other versions takes $(VERSION_GB) GB for the" \
+	    "time of its installation, $$folder has $$free GB free: make room, or set TMPDIR" >&2; exit 2; }; done
 	$(call python_of,$(MINOR)) -m venv .versions/$*
 	PIP_CONSTRAINT=$(CURDIR)/$< .versions/$*/bin/python -m pip install --quiet --no-cache-dir \
 	    --editable '.[test]'
