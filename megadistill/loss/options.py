@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from importlib.util import find_spec
 
 import torch
+
+from megadistill.auto import Choice, choose_compile
 
 LOGIT_MEMORY = 512 << 20
 """Default bytes of logits: two models' of 2048 tokens, at a slice of 32,768 ids. With half of it the products of such
@@ -25,14 +26,12 @@ class Elementwise(Enum):
 
     def on(self, device: torch.device) -> "Elementwise":
         """Eager or compiled: what it comes to on this device."""
-        if self is not Elementwise.AUTO:
-            return self
-        return Elementwise.COMPILED if device.type != "cpu" and has_triton() else Elementwise.EAGER
+        return Elementwise(self.choice(accelerator=device.type != "cpu").value)
 
-
-def has_triton() -> bool:
-    """Whether `torch.compile` can make kernels for an accelerator: the package is installed."""
-    return find_spec("triton") is not None
+    def choice(self, *, accelerator: bool, triton: bool | None = None) -> Choice:
+        """The same with its reason. `triton`: whether it is installed; None: look for it here."""
+        setting = "auto" if self is Elementwise.AUTO else self is Elementwise.COMPILED
+        return choose_compile(setting, accelerator=accelerator, triton=triton)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadistill.auto import has_triton
 from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
-from megadistill.loss.options import has_triton
 from megadistill.models.experts import ROUTER_COEF_KEYS
 from megadistill.models.families import expert_layers
 from megadistill.models.initial_weights import check_initial_weights

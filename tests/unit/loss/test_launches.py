@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.distributed.vocab import VocabSlice, block_cyclic_ranges
-from megadistill.loss import Divergence, DivergenceKind, Elementwise, buffers, options, pointwise
+from megadistill.loss import Divergence, DivergenceKind, Elementwise, buffers, pointwise
 from megadistill.loss.softmax import Logits
 from megadistill.types import LogitTransform, Tail
 from tests.unit.loss.problems import problem, run, sparse
@@ -76,9 +76,9 @@ def test_an_accelerator_takes_a_chunk_at_once(elementwise: Elementwise) -> None:
 
 def test_auto_is_compiled_where_a_compiler_of_kernels_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, device = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(options, "has_triton", lambda: True)
+    monkeypatch.setattr(choices, "has_triton", lambda: True)
     assert (Elementwise.AUTO.on(cpu), Elementwise.AUTO.on(device)) == (Elementwise.EAGER, Elementwise.COMPILED)
-    monkeypatch.setattr(options, "has_triton", lambda: False)
+    monkeypatch.setattr(choices, "has_triton", lambda: False)
     assert Elementwise.AUTO.on(device) is Elementwise.EAGER
     for explicit in (Elementwise.EAGER, Elementwise.COMPILED):
         assert explicit.on(cpu) is explicit.on(device) is explicit

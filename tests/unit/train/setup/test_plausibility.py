@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from megadistill import auto as choices
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import LossSection
 from megadistill.data import Mixture
 from megadistill.data.stream.order import CurriculumEntry
 from megadistill.distributed.launch import Launch
-from megadistill.loss import options
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, prepare
 from tests.paths import RECIPES
@@ -45,13 +45,13 @@ def test_eager_arithmetic_on_an_accelerator_is_named(tmp_path: Path, monkeypatch
     """Where the recipe asks for it, and where `auto` finds no Triton."""
     auto = _setup(tmp_path)
     eager = dataclasses.replace(auto, recipe=auto.recipe.model_copy(update={"loss": LossSection(elementwise="eager")}))
-    monkeypatch.setattr(options, "has_triton", lambda: True)
+    monkeypatch.setattr(choices, "has_triton", lambda: True)
     assert "loss arithmetic" not in implausible_settings(eager), "on a CPU it is the default"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert "loss arithmetic" not in implausible_settings(auto)
     assert "loss.elementwise is eager: on cuda" in implausible_settings(eager)["loss arithmetic"]
-    monkeypatch.setattr(options, "has_triton", lambda: False)
+    monkeypatch.setattr(choices, "has_triton", lambda: False)
     assert "no package triton is installed: on cuda" in implausible_settings(auto)["loss arithmetic"]
 
 
