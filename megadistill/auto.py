@@ -1,4 +1,4 @@
-"""What a recipe's `auto` comes to on a device, and why: a run's log, `doctor` and `plan` show the same words."""
+"""The value that `auto` of a recipe takes on a device, and why: log, `doctor` and `plan` show the same words."""
 
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
