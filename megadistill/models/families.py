@@ -252,14 +252,6 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
     return model
 
 
-def recompute_activations(model: Any) -> None:
-    """Makes a model of `build_causal_lm` compute each layer again in its backward pass, from the layer's input."""
-    # transformers 5.17 has it under the former name alone.
-    former = not hasattr(model, "activation_checkpointing_enable")
-    enable = model.gradient_checkpointing_enable if former else model.activation_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The whole model with its head on meta, built from its class, as `build_decoder` says."""
     config = copy.deepcopy(config)

@@ -31,9 +31,9 @@ from megadistill.models.families import (
     family,
     forward_inputs,
     rebuild_buffers,
-    recompute_activations,
 )
 from megadistill.models.initial_weights import InitialWeights, initial_tensor
+from megadistill.models.layers import checkpoint_layers
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config
 from megadistill.student.head import StudentHead
@@ -101,8 +101,8 @@ class StudentEngine:
             _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
         rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
-        if section.activation_checkpointing:
-            recompute_activations(model)
+        if section.activation_checkpointing != "none":
+            checkpoint_layers(decoder(model))
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config, recompute_activations
+from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config
+from megadistill.models.layers import checkpoint_layers
 from tests.device_double import DEVICE, DeviceDouble, move
 from tests.unit.models.cases import CASES, VOCAB
 
@@ -50,7 +51,7 @@ def test_gradients_through_checkpointed_layers_are_those_of_transformers() -> No
         return [parameter.grad.clone() for parameter in inner.parameters() if parameter.grad is not None]
 
     theirs = gradients(input_ids=tokens, use_cache=False)
-    recompute_activations(model)
+    checkpoint_layers(inner)
     ours = gradients(**forward_inputs(inner, tokens, None))
     assert theirs
     assert all(map(torch.equal, ours, theirs))
