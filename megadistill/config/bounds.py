@@ -39,6 +39,8 @@ MIN_EPSILON: Final = 1e-30
 """Smallest number that is added to a root: float32 would round less than 1e-38 to 0."""
 MAX_ZSCORE: Final = 10**9
 """Robust standard deviations: a threshold that nothing exceeds."""
+MAX_KL: Final = 1000
+"""Nats a token: a bound that no teacher exceeds."""
 MAX_WINDOW: Final = 10**5
 """Steps whose losses are kept for a median."""
 MAX_IDS: Final = 10**6

@@ -38,6 +38,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "student.deepspeed": ("ds_config", "deepspeed_config", "zero_stage", "fsdp", "zero_optimization"),
     "student.activation_checkpointing": (
         *("gradient_checkpointing", "recompute_activations", "activation_checkpoint", "recompute_granularity"),
+        *("activation_recompute", "selective_activation_checkpointing", "ac_mode"),
     ),
     "student.vocab_multiple": ("make_vocab_size_divisible_by", "pad_to_multiple_of"),
     "teacher.path": (
@@ -155,6 +156,8 @@ OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "top_k": ("topk",),
     "top_p": ("topp", "nucleus"),
     "wsd": ("warmup_stable_decay", "trapezoidal", "linear"),
+    "none": ("false", "no", "off"),
+    "full": ("true", "yes", "on"),
     "cosine": ("cosine_with_min_lr", "cosine_annealing"),
 }
 """Value of an enumeration -> its other names. Only among the values that a key has."""

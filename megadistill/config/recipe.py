@@ -1,13 +1,14 @@
 """The recipe as frozen pydantic models, one per section. Paths are relative to the current directory."""
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from megadistill.config.bounds import (
     MAX_BATCHES,
     MAX_IDS,
+    MAX_KL,
     MAX_MEGABYTES,
     MAX_MINUTES,
     MAX_MULTIPLE,
@@ -34,6 +35,15 @@ from megadistill.precision import Precision
 from megadistill.redaction import redacted, without_url_secrets
 
 MAX_TIMELINE_STEPS = 100
+
+Checkpointing: TypeAlias = Literal["none", "selective", "full"]
+"""Parts of a layer that the backward pass recomputes: more from left to right."""
+
+CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
+
+AttentionSetting: TypeAlias = Literal["auto", "eager", "sdpa", "flex", "flash"]
+
+TeacherPrecision: TypeAlias = Literal["native", "float8"]
 
 WARMUP_FRACTION, MAX_WARMUP_STEPS = 0.05, 2000
 """Default warm-up: the fraction of Wortsman et al. (2309.14322), up to the steps of LLaMA (2302.13971)."""
@@ -162,8 +172,13 @@ class StudentSection(Section):
     that comes with the package, anything else a path. None: `zero3` on GPUs, `cpu` on a CPU."""
     vocab_multiple: int = Field(default=1024, ge=1, le=MAX_MULTIPLE)
     """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass, from its inputs: a third more compute, less memory."""
+    activation_checkpointing: Checkpointing = "none"
+    """Parts of each layer that the backward pass recomputes, for less memory. none: nothing. selective: all but matrix
+    products and attention, whose outputs are kept. full: the layer, from its input: a third more compute."""
+    attention: AttentionSetting = "auto"
+    """Implementation of the student's attention. auto: the fastest that computes all of it (softcap, windows,
+    documents) without scores [S, S] in memory. eager: with them. sdpa: torch's, with a dense mask where it needs one.
+    flex: torch's flex_attention, on a CPU blockwise. flash: the package flash-attn, in 16 bits on an accelerator."""
 
 
 class TeacherSection(Section):
@@ -187,6 +202,14 @@ class TeacherSection(Section):
     """disaggregated: outstanding requests (micro-batches) of each of the student's ranks."""
     transfer_dtype: Literal["native", "float8"] = "native"
     """disaggregated: type of transferred hidden states: the run's precision, or float8 with a scale per token."""
+    attention: AttentionSetting = "auto"
+    """Implementation of the teacher's attention: see `student.attention`."""
+    precision: TeacherPrecision = "native"
+    """Matrix products of the teacher's layers. native: the run's precision. float8: e4m3, weights with a scale a row,
+    activations with a scale a token; half the memory of bfloat16."""
+    float8_max_kl: float = Field(default=0.05, gt=0, le=MAX_KL)
+    """precision float8: the run is refused if the KL (nats a token) of the float8 teacher to the native one is above it
+    on the first tokens of the data."""
 
     @property
     def is_live(self) -> bool:

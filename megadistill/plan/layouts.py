@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from megadistill.accelerators import Accelerator
 from megadistill.config.load import dotted, validate_recipe
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import CHECKPOINTING, Checkpointing, Recipe
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError
@@ -49,7 +49,7 @@ class Layout:
 
     vocab_group: int
     micro_batch: int
-    activation_checkpointing: bool
+    activation_checkpointing: Checkpointing
     teacher_ranks: int = 0
     """Ranks of the teacher's own; 0: no teacher, or a colocated one."""
     stages: int = 0
@@ -113,7 +113,7 @@ def _with_group(
         if not (within or over):
             continue
         for micro in divisors(inputs.recipe.train.global_batch // students):
-            for recompute in (False, True):
+            for recompute in CHECKPOINTING:
                 yield Layout(group, micro, recompute, teachers, stages)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from typing_extensions import override
 
-from megadistill.config.recipe import LossSection, Recipe, StudentSection, TrainSection
+from megadistill.config.recipe import Checkpointing, LossSection, Recipe, StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
@@ -60,7 +60,7 @@ class Case:
     clip: float = 0.05
     persistence: int = 0
     offload_optimizer: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     document_mask: bool = False
     model_type: str = "llama"
     router_coefs: RouterCoefs = field(default_factory=RouterCoefs)

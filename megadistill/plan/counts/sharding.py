@@ -179,8 +179,8 @@ class Sharding:
 
     @property
     def recomputes(self) -> bool:
-        """Whether the backward pass recomputes the layers."""
-        return self.recipe.student.activation_checkpointing
+        """Whether the backward pass recomputes the layers, products included."""
+        return self.recipe.student.activation_checkpointing == "full"
 
     @cached_property
     def counts_experts_first(self) -> bool:

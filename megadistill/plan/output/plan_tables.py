@@ -237,8 +237,7 @@ def _choices(estimate: Estimate) -> tuple[str, ...]:
     layout = estimate.layout
     gpus = f"{estimate.sharding.ranks:,}" + (f" + {layout.teacher_ranks:,}" if layout.teacher_ranks else "")
     stages = str(estimate.sharding.stages) if estimate.times.stages else "-"
-    recompute = "yes" if layout.activation_checkpointing else "no"
-    return gpus, stages, str(layout.vocab_group), str(layout.micro_batch), recompute
+    return gpus, stages, str(layout.vocab_group), str(layout.micro_batch), layout.activation_checkpointing
 
 
 def _options(settings: list[str]) -> str:

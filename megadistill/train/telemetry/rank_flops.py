@@ -26,7 +26,7 @@ class RankFlops:
         once = flops_per_token(setup.student_config, length)
         coefs = RouterCoefs.of(recipe.loss, setup.student_config)
         counts_experts = coefs.aux > 0 and setup.accumulation > 1 and bool(expert_layers(setup.student_config))
-        layers_again = recipe.student.activation_checkpointing + counts_experts
+        layers_again = (recipe.student.activation_checkpointing == "full") + counts_experts
         a_token, stage_round = 3 * once.forward + layers_again * (once.body + once.attention), 0
         if setup.teacher_config is not None:
             teacher = flops_per_token(setup.teacher_config, length)

@@ -58,7 +58,9 @@ def _student(
     deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     student = WatchedStudent(
         config,
-        section=StudentSection(config={}, vocab_multiple=MULTIPLE, activation_checkpointing=checkpointing),
+        section=StudentSection(
+            config={}, vocab_multiple=MULTIPLE, activation_checkpointing="full" if checkpointing else "none"
+        ),
         train=train_section(Case(precision=precision), topology.world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroupGloo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import Checkpointing, Recipe
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
@@ -70,7 +70,7 @@ class Case:
     precision: Precision = "float32"
     micro_batch: int = 2
     accumulation: int = 2
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "none"
     objective: str = "distill"
     student: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=lambda: {"logit_memory_mb": 8})

@@ -26,7 +26,9 @@ from tests.ranks.plan.plan_cases import SEQUENCE, STEPS, STUDENT, TEACHER, VOCAB
 WITHIN = 0.10
 
 DISTILLED = Case()
-RECOMPUTED = Case(activation_checkpointing=True, vocab_group=1, objective="labels", zero={"zero_hpz_partition_size": 2})
+RECOMPUTED = Case(
+    activation_checkpointing="full", vocab_group=1, objective="labels", zero={"zero_hpz_partition_size": 2}
+)
 IN_BFLOAT16 = Case(precision="bfloat16", student={"tie_word_embeddings": True}, loss={"targets": {}})
 APART = Case(
     students=1,

@@ -51,7 +51,7 @@ def test_losses_and_gradients_equal_the_dense_truth(case: Case, world: int, accu
 
 @pytest.mark.parametrize(
     "change",
-    [{"activation_checkpointing": True}, {"persistence": 10_000, "document_mask": True}, {"objective": "labels"}],
+    [{"activation_checkpointing": "full"}, {"persistence": 10_000, "document_mask": True}, {"objective": "labels"}],
     ids=["activation checkpointing", "documents masked, small parameters stay gathered", "labels"],
 )
 def test_variants_equal_the_dense_truth(change: Any) -> None:
@@ -92,7 +92,9 @@ def _tokens_of_experts(topology: Topology, case: Case) -> list[ExpertLoad]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_token_with_a_label_counts_once_for_each_of_its_experts(checkpointing: bool) -> None:
     """Neither the pass that counts first, nor a layer or a micro-batch that is computed twice, counts again."""
-    case = replace(QWEN, objective="labels", accumulation=2, activation_checkpointing=checkpointing)
+    case = replace(
+        QWEN, objective="labels", accumulation=2, activation_checkpointing="full" if checkpointing else "none"
+    )
     loads = [load for of_rank in run_ranks(2, _tokens_of_experts, case) for load in of_rank]
     assert all(load == loads[0] for load in loads[1:])
     assert loads[0].layers == (0, 2)

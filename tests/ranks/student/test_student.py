@@ -78,10 +78,10 @@ def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumul
     "case",
     [
         Case(persistence=10_000, tied=True),
-        Case(activation_checkpointing=True),
+        Case(activation_checkpointing="full"),
         Case(offload_optimizer=True, tied=True),
         Case(document_mask=True),
-        Case(document_mask=True, model_type="qwen3", activation_checkpointing=True),
+        Case(document_mask=True, model_type="qwen3", activation_checkpointing="full"),
         Case(model_type="qwen2"),
         Case(model_type="qwen3", tied=True),
         Case(model_type="mistral"),
@@ -162,7 +162,7 @@ def _layer_forwards(topology: Topology, case: Case) -> int:
 
 def test_activation_checkpointing_computes_each_layer_twice() -> None:
     assert run_ranks(1, _layer_forwards, Case()) == [1]
-    assert run_ranks(1, _layer_forwards, Case(activation_checkpointing=True)) == [2]
+    assert run_ranks(1, _layer_forwards, Case(activation_checkpointing="full")) == [2]
 
 
 def _loaded_back_after_a_step(topology: Topology, case: Case) -> tuple[dict[str, float], dict[str, float]]:

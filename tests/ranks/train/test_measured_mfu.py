@@ -52,7 +52,7 @@ def _recipe(manifest: Path, folder: Path, teacher: Path) -> Recipe:
     changes: dict[str, Any] = {
         "objective": "distill",
         "teacher": {"path": str(teacher)},
-        "student": {**base["student"], "activation_checkpointing": True},
+        "student": {**base["student"], "activation_checkpointing": "full"},
         "train": {**base["train"], "steps": 3, "micro_batch": loops.BATCH // RANKS // ACCUMULATION},
         "distributed": {**base["distributed"], "vocab_group": RANKS},
     }

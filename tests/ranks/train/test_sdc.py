@@ -131,7 +131,7 @@ def _computed_twice(topology: Topology, case: Case, recompute: bool) -> RunResul
     "case",
     [
         Case(accumulation=2, persistence=100),
-        Case(tied=True, precision="bfloat16", activation_checkpointing=True),
+        Case(tied=True, precision="bfloat16", activation_checkpointing="full"),
         Case(objective="labels"),
     ],
     ids=["accumulation", "tied", "labels"],

@@ -153,6 +153,8 @@ OVERRIDES = [
     # values of enumerations
     ("loss.divergence=forward_kL", ["did you mean 'forward_kl'?"]),
     ("loss.divergence=kl", ["did you mean 'forward_kl'?"]),
+    ("student.activation_checkpointing=true", ["'none', 'selective' or 'full'", "found true; did you mean 'full'?"]),
+    ("student.activation_checkpointing=false", ["found false; did you mean 'none'?"]),
     ("train.schedule.kind=wsdd", ["found 'wsdd'", "did you mean 'wsd'?"]),
     ("train.precision=bf16", ["did you mean 'bfloat16'?"]),
     ("train.optimizer.kind=Adam", ["train.optimizer.kind", "did you mean 'adamw'?"]),

@@ -89,7 +89,7 @@ def large(
     deepspeed_config: dict[str, Any] | None = None,
 ) -> Requirements:
     """Llama-3-8B, from another of its size, in bfloat16 with activation checkpointing: 8 nodes of 8."""
-    plain = recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing=True)
+    plain = recipe(distill=True, precision="bfloat16", global_batch=256, micro_batch=1, activation_checkpointing="full")
     run = Sharding(
         plain.model_copy(update={"loss": LossSection.model_validate(loss or {})}),
         _llamas(),

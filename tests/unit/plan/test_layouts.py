@@ -61,10 +61,10 @@ def test_no_teacher_no_split() -> None:
 
 def test_overrides_give_the_proposal() -> None:
     inputs, where = plan_input(), cluster(1, 4)
-    layout = Layout(vocab_group=2, micro_batch=3, activation_checkpointing=True, teacher_ranks=2, stages=2)
+    layout = Layout(vocab_group=2, micro_batch=3, activation_checkpointing="full", teacher_ranks=2, stages=2)
     proposed = recipe_with_layout(layout, inputs.recipe, where)
     assert overrides(proposed, inputs.recipe) == [
-        "student.activation_checkpointing=true",
+        "student.activation_checkpointing=full",
         "train.micro_batch=3",
         "distributed.vocab_group=2",
         "teacher.placement=disaggregated",
@@ -78,19 +78,19 @@ def test_overrides_are_read_back_by_the_recipe_loader(tmp_path: Path) -> None:
     inputs, where = plan_input(), cluster(1, 4)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(inputs.recipe.snapshot()))
-    layout = Layout(vocab_group=1, micro_batch=2, activation_checkpointing=True, teacher_ranks=2, stages=1)
+    layout = Layout(vocab_group=1, micro_batch=2, activation_checkpointing="full", teacher_ranks=2, stages=1)
     proposed = recipe_with_layout(layout, inputs.recipe, where)
     assert load_recipe(path, overrides(proposed, inputs.recipe)) == proposed
 
 
 def test_enough_is_prefetched_for_all_stages_to_work() -> None:
     inputs, where = plan_input(), cluster(1, 4)
-    layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing=False, teacher_ranks=3, stages=3)
+    layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing="none", teacher_ranks=3, stages=3)
     recipe = recipe_with_layout(layout, inputs.recipe, where)
     assert recipe.teacher is not None
     assert recipe.teacher.queue == 4, "the recipe's own is enough"
     deep = plan_input(teacher={**TINY, "num_hidden_layers": 8}, train={"global_batch": 8})
-    layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing=False, teacher_ranks=7, stages=7)
+    layout = Layout(vocab_group=1, micro_batch=1, activation_checkpointing="none", teacher_ranks=7, stages=7)
     recipe = recipe_with_layout(layout, deep.recipe, cluster(1, 8))
     assert recipe.teacher is not None
     assert recipe.teacher.queue == 8, "seven stages and one client: seven on their way, and one in use"

@@ -58,7 +58,7 @@ def _estimate(
             "objective": "labels" if teacher is None else "distill",
             "run": {"folder": "run"},
             "data": {"manifest": "manifest.json"},
-            "student": {"config": student, "activation_checkpointing": True},
+            "student": {"config": student, "activation_checkpointing": "full"},
             "train": {
                 "steps": 1000,
                 "global_batch": 8 * nodes,

@@ -107,7 +107,7 @@ def test_copies_of_the_weights_in_a_node() -> None:
 
 
 def test_activations_come_with_the_micro_batch_and_go_with_checkpointing() -> None:
-    whole, checkpointed = tiny(), tiny(activation_checkpointing=True)
+    whole, checkpointed = tiny(), tiny(activation_checkpointing="full")
     layers = 2 * 32 * 32 * 4 * 2  # inputs: two sequences of 32 tokens, 32 wide, float32, two layers
     assert checkpointed.phases["loss"]["checkpointed layer inputs"] == layers
     assert "activations" not in checkpointed.phases["loss"]
