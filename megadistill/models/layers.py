@@ -4,25 +4,57 @@ Both replace a layer's `forward`, and leave its hooks (ZeRO-3's) around it: what
 ends where the layer's parameters are whole. Checkpointing comes first, so that one compiled function holds both.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-ContextFunction: TypeAlias = Callable[[], tuple[Any, Any]]
-"""Makes the contexts of a layer's forward pass and of its recomputation, as `torch.utils.checkpoint` takes it."""
+from megadistill.config.recipe import Checkpointing
 
 MAX_VARIANTS = 64
 """Compiled variants of the layers in a process; torch's own limit is 8."""
 
 
-def checkpoint_layers(decoder: Any, context: ContextFunction | None = None) -> None:
-    """Has the backward pass compute each layer again from its input, but for what `context` keeps."""
-    contexts = {} if context is None else {"context_fn": context}  # torch.compile takes no default by name
+KEPT_PRODUCTS = ("mm", "addmm", "_grouped_mm", "_scaled_mm")
+"""Operators of torch whose outputs `selective` keeps: a linear layer, and all experts at once."""
+
+KEPT_ATTENTION = ("_scaled_dot_product_", "flex_attention", "flash_attn", "megadistill::")
+"""Beginnings of the names of operators that compute attention without scores in memory."""
+
+
+def checkpoint_layers(decoder: Any, mode: Checkpointing) -> None:
+    """Has the backward pass compute each layer again from its input: all of it, or all but `keeps_output`."""
+    if mode == "none":
+        return
+    contexts = {}  # torch.compile takes no default by name
+    if mode == "selective":
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keeps_output)
     for layer in decoder.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
+
+
+def keeps_output(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of selective checkpointing: outputs of matrix products and of attention are kept for the backward.
+
+    Not those of a batched product that are larger than both its operands together, the scores [S, S] of eager
+    attention: they would take what checkpointing is to save, and cost two operations for each column of a head.
+    """
+    return CheckpointPolicy.MUST_SAVE if _is_kept(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_kept(operator: Any, args: tuple[Any, ...]) -> bool:
+    name = operator.name().removeprefix("aten::").partition(".")[0]
+    if name in ("bmm", "baddbmm"):
+        left_Bnk, right_Bkm = args[-2:]
+        size = left_Bnk.shape[0] * left_Bnk.shape[1] * right_Bkm.shape[2]
+        return bool(size <= left_Bnk.numel() + right_Bkm.numel())
+    return name in KEPT_PRODUCTS or name.startswith(KEPT_ATTENTION)
 
 
 def compile_layers(decoder: Any) -> None:

@@ -101,8 +101,7 @@ class StudentEngine:
             _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
         rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
-        if section.activation_checkpointing != "none":
-            checkpoint_layers(decoder(model))
+        checkpoint_layers(decoder(model), section.activation_checkpointing)
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config

@@ -136,7 +136,7 @@ class _Layer:
             layer = decoder.layers[0]
             shared = [tensor for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
             hidden_1SD.requires_grad_()
-            with _LiveStorages() as live, torch.no_grad():
+            with LiveStorages() as live, torch.no_grad():
                 layer(hidden_1SD, **arguments)
             forward = live.peak + _bytes_of([hidden_1SD])
             with _saved_storages() as by_norm:
@@ -160,7 +160,7 @@ def _fwd_bwd(
 
     for parameter in layer.parameters():
         parameter.register_post_accumulate_grad_hook(release)  # type: ignore[no-untyped-call]
-    with _LiveStorages() as live:
+    with LiveStorages() as live:
         with _saved_storages() as saved:
             out = layer(hidden_1SD, **arguments)
         after_forward, first = live.now, len(live.events)
@@ -229,7 +229,7 @@ def _bytes_without(sizes: dict[int, int], tensors: Iterable[Tensor]) -> int:
     return sum(sizes[key] for key in sizes.keys() - {tensor.untyped_storage()._cdata for tensor in tensors})
 
 
-class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of the storages that operations within this context have allocated, now and at most."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megadistill.config.recipe import StudentSection
+from megadistill.config.recipe import Checkpointing, StudentSection
 from megadistill.distributed.topology import Topology
 from megadistill.loss import Head, label_loss
 from megadistill.models.families import family, load_config, logit_transform
@@ -51,16 +51,14 @@ def _batch(shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _student(
-    name: str, topology: Topology, *, checkpointing: bool = False, precision: str = "float32"
+    name: str, topology: Topology, *, checkpointing: Checkpointing = "none", precision: str = "float32"
 ) -> tuple[WatchedStudent, Any]:
     config = load_config(CASES[name], what="test")
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
     deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     student = WatchedStudent(
         config,
-        section=StudentSection(
-            config={}, vocab_multiple=MULTIPLE, activation_checkpointing="full" if checkpointing else "none"
-        ),
+        section=StudentSection(config={}, vocab_multiple=MULTIPLE, activation_checkpointing=checkpointing),
         train=train_section(Case(precision=precision), topology.world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
@@ -76,7 +74,7 @@ def _step(
     topology: Topology,
     name: str,
     shapes: tuple[tuple[int, int], ...],
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = "none",
     precision: str = "float32",
 ) -> Step:
     student, config = _student(name, topology, checkpointing=checkpointing, precision=precision)
@@ -138,9 +136,9 @@ def test_a_step_equals_the_dense_truth(name: str) -> None:
     _assert_matches(run_ranks(2, _step, name, EVEN), _truth(name, EVEN))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
-def test_a_step_that_recomputes_its_activations_equals_the_dense_truth(name: str) -> None:
-    _assert_matches(run_ranks(2, _step, name, EVEN, True), _truth(name, EVEN))
+@pytest.mark.parametrize(("name", "mode"), [("gemma3", "selective"), ("mixtral", "full")])
+def test_a_step_that_recomputes_its_activations_equals_the_dense_truth(name: str, mode: Checkpointing) -> None:
+    _assert_matches(run_ranks(2, _step, name, EVEN, mode), _truth(name, EVEN))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral"])
@@ -149,7 +147,7 @@ def test_a_step_in_bfloat16_is_the_dense_truth_to_its_precision(name: str) -> No
 
     Of eight bits of mantissa, and of tokens that take another expert on a tie: of 32, one or two in most layers.
     """
-    actual, true = run_ranks(2, _step, name, EVEN, False, "bfloat16"), _truth(name, EVEN)
+    actual, true = run_ranks(2, _step, name, EVEN, "none", "bfloat16"), _truth(name, EVEN)
     dense = _truth(name, EVEN, torch.bfloat16)
     assert sum(step.loss for step in actual) == pytest.approx(true.loss, rel=0.01)
     for path, gradient in true.gradients.items():
