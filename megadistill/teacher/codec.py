@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
+from megadistill.teacher.float8 import FLOAT8, to_float8
 from megadistill.types import TeacherSignal
 
 INT64_BYTES = torch.int64.itemsize
 """Bytes of one number of a header."""
-FLOAT8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FLOAT8).max
 
 
 def pack(header: Tensor, *payload: Tensor) -> Tensor:
@@ -72,8 +71,8 @@ class ActivationCodec:
         header = torch.cat([slots_B, digests_B])
         if not self.float8:
             return pack(header, hidden_BSE)
-        scales_BS1 = hidden_BSE.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-30) / _LARGEST
-        return pack(header, scales_BS1, (hidden_BSE.float() / scales_BS1).to(FLOAT8))
+        rounded_BSE, scales_BS1 = to_float8(hidden_BSE)
+        return pack(header, scales_BS1, rounded_BSE)
 
     def decode(self, answer: Tensor, B: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, S, E] in the teacher's dtype, slots [B], digests [B]."""

@@ -3,6 +3,7 @@
 Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this rank's vocabulary slice, u of them true.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadistill.config.recipe import TeacherPrecision
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.partition import stage_decoder
 from megadistill.models.weights import read_parameter
+from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8
+
+logger = logging.getLogger(__name__)
 
 
 class TeacherStage(nn.Module):
@@ -32,11 +37,21 @@ class TeacherStage(nn.Module):
         self.eval()
 
     @classmethod
-    def load(cls, folder: Path, *, stage: int, stages: int, dtype: torch.dtype, device: torch.device) -> "TeacherStage":
+    def load(
+        cls,
+        folder: Path,
+        *,
+        stage: int,
+        stages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        precision: TeacherPrecision = "native",
+    ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
         In bfloat16, only the buffers stay in float32; no parameter of a supported family has to. The host's memory
-        peaks at the stage (none of it, where `device` is another) and one parameter.
+        peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the device's:
+        each weight is rounded as soon as it is read.
 
         Raises:
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
@@ -44,11 +59,16 @@ class TeacherStage(nn.Module):
         config = load_config(folder, what=f"teacher {folder}")
         weights = SafetensorsFolder(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages)
+        shapes = {name: decoder.get_parameter(name).shape for name in names.values()}
+        native = use_float8(decoder) if precision == "float8" else []
         for whole_name, name in names.items():
-            shape = decoder.get_parameter(name).shape
-            tensor = read_parameter(weights, config, whole_name, shape, dtype=dtype, device=device)
-            module, _, leaf = name.rpartition(".")
-            setattr(decoder.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+            _place(  # at once: a name for the tensor would keep it while the next one is read
+                decoder,
+                name,
+                read_parameter(weights, config, whole_name, shapes[name], dtype=dtype, device=device),
+            )
+        if precision == "float8":
+            logger.info("%s", describe_float8(decoder, native, device))
         rebuild_buffers(decoder)
         left = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
         assert not left, f"still on meta: {left}"
@@ -91,6 +111,16 @@ class TeacherStage(nn.Module):
         hidden_BSE = self.decoder(**forward_inputs(self.decoder, x, positions)).last_hidden_state
         assert isinstance(hidden_BSE, Tensor)
         return hidden_BSE
+
+
+def _place(decoder: Any, name: str, tensor: Tensor) -> None:
+    """Makes the tensor the frozen parameter `name`, or rounds it where its module is in float8."""
+    place, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(place)
+    if isinstance(module, Float8Module) and leaf in module.names:
+        module.load(leaf, tensor)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def head_rows(

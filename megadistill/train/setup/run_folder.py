@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "teacher.ranks",
     "teacher.stages",
     "teacher.queue",
+    "teacher.float8_max_kl",
     "run.folder",
     "run.time_limit_minutes",
     "run.timeline",
@@ -51,6 +52,8 @@ MAY_CHANGE = (
     "loss.elementwise",
     "loss.diagnostics_every",
     "student.activation_checkpointing",
+    "student.attention",
+    "teacher.attention",
     "student.deepspeed",  # `refuse_other_deepspeed` compares the content
 )
 

@@ -87,8 +87,14 @@ def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteT
 
 
 def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
-    dtype = torch_dtype(setup.recipe.train.precision)
-    return TeacherStage.load(_folder(setup), stage=stage, stages=stages, dtype=dtype, device=topology.device)
+    return TeacherStage.load(
+        _folder(setup),
+        stage=stage,
+        stages=stages,
+        dtype=torch_dtype(setup.recipe.train.precision),
+        device=topology.device,
+        precision=_section(setup).precision,
+    )
 
 
 def run_teacher_server(setup: Setup, topology: Topology) -> None:
