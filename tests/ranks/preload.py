@@ -3,8 +3,6 @@
 import atexit
 import gc
 
-# What DeepSpeed's engine imports when it is made: torch's compiler, which takes longer than most tests.
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 import pytest  # noqa: F401
 
 import megadistill.train.loop  # noqa: F401

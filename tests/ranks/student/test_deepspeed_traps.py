@@ -1,5 +1,6 @@
 """DeepSpeed's silent traps: each gives a run that looks right and is not. One test each, named by what goes wrong."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing(precision: str) -> None:
     for norm, unmoved in run_ranks(2, _a_step_with_an_infinite_gradient, precision):
         assert norm == torch.inf
         assert unmoved
+
+
+def _loads_the_compiler(topology: Topology) -> bool:
+    build(Case(), topology)
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def test_a_start_on_a_cpu_loads_no_compiler() -> None:
+    """DeepSpeed compiles the functions of its Muon optimizer when an engine is made: a fifth of a start's time."""
+    assert not run_ranks(1, _loads_the_compiler)[0]
