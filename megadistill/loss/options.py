@@ -5,7 +5,7 @@ from enum import Enum
 
 import torch
 
-from megadistill.auto import Choice, choose_compile
+from megadistill.config.auto import Choice, choose_compile
 
 LOGIT_MEMORY = 512 << 20
 """Default bytes of logits: two models' of 2048 tokens, at a slice of 32,768 ids. With half of it the products of such

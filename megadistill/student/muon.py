@@ -1,5 +1,6 @@
 """DeepSpeed's Muon optimizer, which no recipe has, imported before DeepSpeed imports it with a compiler around it."""
 
+import importlib
 from contextlib import suppress
 
 from deepspeed.runtime import compiler
@@ -14,6 +15,6 @@ def import_uncompiled() -> None:
     compiler.compile = lambda *_, **__: lambda function: function
     try:
         with suppress(ImportError):  # a version without it
-            import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = compile_

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.auto import has_triton
+from megadistill.config.auto import has_triton
 from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.data.targets.target_manifest import TargetManifest

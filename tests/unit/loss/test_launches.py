@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megadistill import auto as choices
+from megadistill.config import auto as choices
 from megadistill.distributed.vocab import VocabSlice, block_cyclic_ranges
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, buffers, pointwise
 from megadistill.loss.softmax import Logits

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill import auto as choices
+from megadistill.config import auto as choices
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import LossSection
 from megadistill.data import Mixture
