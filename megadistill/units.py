@@ -1,4 +1,6 @@
-"""Numbers as people write them: `8.03 GB`, `395k`, `2 h 13 min`, `3e-4`."""
+"""Numbers and lists as people write them: `8.03 GB`, `395k`, `2 h 13 min`, `3e-4`, `a, b and c`."""
+
+from collections.abc import Sequence
 
 
 def readable(amount: float, unit: str) -> str:
@@ -18,6 +20,12 @@ def count(number: float) -> str:
 def number_of(number: int, noun: str, plural: str | None = None) -> str:
     """A number of things: `1 shard`, `12,345 shards`, `2 processes`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """One name or more in a sentence: `a`, `a and b`, `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def short(number: float) -> str:

@@ -1,7 +1,14 @@
 """The value that `auto` of a recipe takes on a device, and why: log, `doctor` and `plan` show the same words."""
 
+import os
+import shutil
+import sysconfig
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+from megadistill.units import listed
 
 
 class Choice(NamedTuple):
@@ -14,9 +21,21 @@ class Choice(NamedTuple):
         return f"{self.value} ({self.reason})"
 
 
+def missing_for_triton() -> str | None:
+    """The thing that Triton lacks here to make kernels, whose launchers it builds with a C compiler; None: nothing."""
+    if find_spec("triton") is None:
+        return "no package triton is installed"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler, and {' or '.join(compilers)} is not on the PATH"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Triton needs Python.h, which this Python lacks"
+    return None
+
+
 def has_triton() -> bool:
-    """Whether `torch.compile` can make kernels for an accelerator: the package is installed."""
-    return find_spec("triton") is not None
+    """Whether `torch.compile` can make kernels for an accelerator: see `missing_for_triton`."""
+    return missing_for_triton() is None
 
 
 def choose_compile(setting: bool | Literal["auto"], *, accelerator: bool, triton: bool | None = None) -> Choice:
@@ -29,5 +48,14 @@ def choose_compile(setting: bool | Literal["auto"], *, accelerator: bool, triton
         return Choice("compiled" if setting else "eager", "by the recipe")
     if not accelerator:
         return Choice("eager", "a CPU, where compiling takes a minute of C++")
-    installed = has_triton() if triton is None else triton
-    return Choice("compiled", "Triton") if installed else Choice("eager", "no package triton is installed")
+    if has_triton() if triton is None else triton:
+        return Choice("compiled", "Triton")
+    return Choice("eager", missing_for_triton() or "no package triton is installed")
+
+
+def describe_choices(choices: Mapping[str, Choice]) -> str:
+    """A line: the recipe's keys of each choice, the value that they have, and why."""
+    keys: dict[Choice, list[str]] = {}
+    for key, choice in choices.items():
+        keys.setdefault(choice, []).append(key)
+    return "; ".join(f"{listed(names)} {choice}" for choice, names in keys.items())
