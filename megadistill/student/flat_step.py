@@ -1,0 +1,152 @@
+"""ZeRO-3's optimizer step on flat partitions: as many operators for a thousand parameters as for one.
+
+A rank's partitions of a decay group's parameters lie one after the other in flat tensors: gradients, master weights,
+the copy that the model computes with. DeepSpeed's own `step` (0.19.0 to 0.19.8) does not use that: it casts the
+gradient of each parameter to float64 and reduces it, copies all gradients into new memory, clips by 1 where nothing is
+clipped, copies float32 weights onto themselves, and points each partition to where it points already. That of 0.19.0
+also takes a step whose gradients are not finite. So this one replaces it; what holds, gathers and offloads the tensors
+is DeepSpeed's.
+"""
+
+import math
+from importlib.metadata import version
+from itertools import accumulate
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor
+
+from megadistill.distributed.collectives import all_reduce_sum
+from megadistill.distributed.topology import Topology
+from megadistill.errors import UserError
+
+REQUIRED = (
+    "averaged_gradients",
+    "clip_grad",
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "grad_partitions_flat_buffer",
+    "loss_scale",
+    "offload_optimizer",
+    "_optimizer_step",
+    "_overflow_clean_up",
+    "_partition_all_parameters",
+    "_post_step",
+    "_pre_step",
+)
+"""Members of DeepSpeed's optimizer that `FlatStep` reads or calls."""
+
+CPU_PIECE = 1 << 15
+"""Elements of a gradient that a CPU widens to float64 at a time: 256 KiB, which stay in its cache."""
+
+ACCELERATOR_PIECE = 1 << 24
+"""The same where a kernel widens them in registers, and takes a list of pieces."""
+
+
+class FlatStep:
+    """The `step` of one ZeRO-3 optimizer of DeepSpeed, `zero`, whose tensors are in memory.
+
+    A step whose gradient norm is not finite changes nothing, on any rank.
+
+    Raises:
+        UserError: DeepSpeed's optimizer is not laid out as those of the versions that this package knows.
+    """
+
+    def __init__(self, zero: Any, topology: Topology) -> None:
+        _require_layout(zero)
+        self._zero, self._group = zero, topology.world_group
+        flat = zero.grad_partitions_flat_buffer
+        self._gradients = flat.split([master.numel() for master in zero.fp32_partitioned_groups_flat])
+        """The gradient of each group. With an offloaded optimizer its step reads copies on the host instead."""
+        self._pieces = flat.split(CPU_PIECE if flat.device.type == "cpu" else ACCELERATOR_PIECE)
+
+    @classmethod
+    def install(cls, zero: Any, topology: Topology) -> None:
+        """Has DeepSpeed's engine call this step, unless states are on NVMe, whose tensors come and go.
+
+        Raises:
+            UserError: see the class.
+        """
+        if not getattr(zero, "swap_optimizer", False):
+            zero.step = cls(zero, topology).step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clips by the global norm and updates master weights, optimizer state and compute copies. Collective.
+
+        One host-device sync: the norm.
+        """
+        zero = self._zero
+        zero._pre_step()
+        zero._partition_all_parameters()
+        norm = self._global_norm()
+        zero.overflow = not math.isfinite(norm)
+        zero._global_grad_norm = math.inf if zero.overflow else norm
+        if zero.overflow:
+            zero._overflow_clean_up(zero.loss_scale)
+            return
+        scale = min(1.0, 1.0 / ((norm + 1e-6) / zero.clip_grad)) if zero.clip_grad > 0 else 1.0
+        for index in range(len(self._gradients)):
+            self._update(index, scale)
+        zero.averaged_gradients = {}
+        zero._post_step(set())
+
+    def _update(self, index: int, scale: float) -> None:
+        """Steps one group: the optimizer, then the rounding of the masters to the model's precision."""
+        zero = self._zero
+        master, compute = zero.fp32_partitioned_groups_flat[index], zero.fp16_partitioned_groups_flat[index]
+        if not zero.offload_optimizer:
+            master.grad = self._gradients[index]
+        if scale < 1.0:
+            master.grad.mul_(scale)
+        zero._optimizer_step(index)
+        if not zero.offload_optimizer:
+            master.grad = None
+        if compute.data_ptr() != master.data_ptr():
+            compute.copy_(master)
+
+    def _global_norm(self) -> float:
+        """The norm of all ranks' gradients, summed in float64; not finite if one of them is not."""
+        if self._zero.offload_optimizer:  # DeepSpeed computes those norms on the device, before a gradient leaves it
+            norms = torch.stack(list(self._zero.norm_for_param_grads.values())).double()
+        else:
+            norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=torch.float64))
+        return math.sqrt(all_reduce_sum(norms.square().sum(), self._group).item())
+
+
+def _require_layout(zero: Any) -> None:
+    missing = [name for name in REQUIRED if not hasattr(zero, name)]
+    if missing:
+        raise _unknown(f"its ZeRO-3 optimizer has no {', '.join(missing)}")
+    if zero.loss_scale != 1.0:
+        raise _unknown(f"its loss scale is {zero.loss_scale:g}, not 1")
+    for group, pieces, compute in zip(
+        zero.fp16_groups, zero.fp16_partitioned_groups, zero.fp16_partitioned_groups_flat, strict=True
+    ):
+        if not _consecutive(pieces, compute):
+            raise _unknown("its partitions of weights are not pieces of flat tensors")
+    if not zero.offload_optimizer:
+        gradients = [safe_get_local_grad(parameter) for group in zero.fp16_groups for parameter in group]
+        if not _consecutive(gradients, zero.grad_partitions_flat_buffer):
+            raise _unknown("its partitions of gradients are not pieces of a flat tensor")
+
+
+def _consecutive(pieces: list[Tensor], flat: Tensor) -> bool:
+    """Whether the pieces lie in `flat` one after the other, and are all of it."""
+    stops = list(accumulate(piece.numel() for piece in pieces))
+    starts = [flat.data_ptr() + flat.itemsize * start for start in (0, *stops)]
+    return stops[-1] == flat.numel() and all(
+        piece.dtype == flat.dtype and piece.data_ptr() == start
+        for piece, start in zip(pieces, starts, strict=False)
+        if piece.numel() > 0
+    )
+
+
+def _unknown(reason: str) -> UserError:
+    return UserError(
+        f"deepspeed {version('deepspeed')} is not laid out as this package knows it: {reason}; install a version of "
+        "docs/environment.md"
+    )
