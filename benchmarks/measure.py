@@ -82,16 +82,26 @@ def available_memory() -> int:
 def peak(run: Run) -> int:
     """Peak of a call's resident memory in bytes, above the resident memory before it.
 
-    Linux alone: writing 5 to clear_refs sets the high-water mark back to what is resident now.
+    Linux alone.
     """
+    before = reset_high_water()
+    result = run()
+    highest = high_water()
+    del result
+    return highest - before
+
+
+def reset_high_water() -> int:
+    """Sets the high-water mark of resident memory back to what is resident now, and returns that, in bytes."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory that the warm-up freed would be reused, and not counted
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _field("/proc/self/status", "VmRSS")
-    result = run()
-    highest = _field("/proc/self/status", "VmHWM")
-    del result
-    return 1024 * (highest - before)
+    return 1024 * _field("/proc/self/status", "VmRSS")
+
+
+def high_water() -> int:
+    """Bytes of resident memory at its highest since `reset_high_water`."""
+    return 1024 * _field("/proc/self/status", "VmHWM")
 
 
 def _field(file: str, name: str) -> int:

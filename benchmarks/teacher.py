@@ -19,7 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.measure import Run, Spread, ranks, rounds
 from benchmarks.report import Report, cell, parser
 from megadistill.config.recipe import Recipe
-from megadistill.data.shards.manifest import Manifest, PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
+from megadistill.data.shards.manifest import (
+    Manifest,
+    PackerRecord,
+    SampleFormat,
+    SourceRecord,
+    TokenizerRecord,
+    token_dtype,
+)
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import write_shard
 from megadistill.distributed.launch import Launch
@@ -54,26 +61,32 @@ bubble in ticks alone, since an idle stage gives its core to another one"""
 
 
 def write_inputs(
-    folder: Path, *, sequence: int = SEQUENCE, vocab: int = VOCAB, teacher: dict[str, int] = TEACHER
+    folder: Path,
+    *,
+    sequence: int = SEQUENCE,
+    vocab: int = VOCAB,
+    teacher: dict[str, int] = TEACHER,
+    sequences: int = 512,
 ) -> Path:
-    """A random teacher and 512 random sequences."""
-    tokens = np.random.default_rng(0).integers(0, vocab, (512, sequence + 1)).astype(np.int32)
+    """A random teacher and random sequences."""
+    tokens = np.random.default_rng(0).integers(0, vocab, (sequences, sequence + 1)).astype(np.int32)
     data = folder / "data"
-    data.mkdir()
+    data.mkdir(parents=True)
     (data / "tokenizer.model").write_bytes(b"random")
     bounds = np.array([0, sequence + 1], dtype=np.int32)
-    shard = write_shard(data / "shard-00000.tar", (PackedSequence(row, bounds) for row in tokens), dtype="uint16")
+    dtype = token_dtype(vocab)
+    shard = write_shard(data / "shard-00000.tar", (PackedSequence(row, bounds) for row in tokens), dtype=dtype)
     Manifest(
         version=3,
         split="train",
         sequence_length=sequence,
-        dtype="uint16",
+        dtype=dtype,
         vocab_size=vocab,
         sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
         packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
         documents=None,
-        tokens=512 * sequence,
+        tokens=sequences * sequence,
         text_bytes=None,
         source=SourceRecord(inputs=("random",)),
         shards=(shard,),

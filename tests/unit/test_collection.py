@@ -29,7 +29,7 @@ FLOORS = {
     "tests/slurm": 16,
     "tests/triton": 3,
     "tests/unit": 145,
-    "tests/unit/benchmarks": 31,
+    "tests/unit/benchmarks": 43,
     "tests/unit/cli": 8,
     "tests/unit/config": 46,
     "tests/unit/data/prepare": 79,
