@@ -25,7 +25,9 @@ from transformers import (
 from megadistill.config.paths import not_model
 from megadistill.errors import UserError
 from megadistill.io import read_given_json
-from megadistill.models.attention_masks import attention_masks, omit_empty_masks
+from megadistill.models.attention.choice import flash_implementation, score_softcap
+from megadistill.models.attention.flex import FLEX
+from megadistill.models.attention.masks import attention_inputs, omit_empty_masks
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.experts import ExpertNames
 from megadistill.models.model_keys import (
@@ -46,8 +48,6 @@ Model: TypeAlias = PreTrainedModel
 class Family:
     """Properties of a `model_type` beyond its transformers class."""
 
-    attention: str = "sdpa"
-    """Implementation that computes the family's attention: torch's own has no softcap on the scores."""
     norm_init: float = 1.0
     """Initial weight of a norm, with which it only normalises: Gemma's norms add 1 to theirs."""
     more_keys: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Family:
 
 FAMILIES = {
     "exaone4": Family(masks_by_kind=True),
-    "gemma2": Family(attention="eager", norm_init=0.0, masks_by_kind=True),
+    "gemma2": Family(norm_init=0.0, masks_by_kind=True),
     "gemma3_text": Family(
         norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern"), masks_by_kind=True
     ),
@@ -202,7 +202,7 @@ def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[st
     the length of a sequence ("dynamic", "longrope"): transformers then reads the largest position, one sync.
     """
     name = "input_ids" if x.dim() == 2 else "inputs_embeds"
-    mask = attention_masks(
+    attention = attention_inputs(
         decoder.config,
         positions,
         (x.shape[0], x.shape[1]),
@@ -210,7 +210,7 @@ def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[st
         dtype=next(decoder.parameters()).dtype,
         device=x.device,
     )
-    return {name: x, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+    return {name: x, "position_ids": positions, **attention, "use_cache": False}
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -232,8 +232,18 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(softcap=softcap, scale=scale if divided is None else scale / divided)
 
 
-def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype) -> PreTrainedModel:
+def transformers_attention(config: PretrainedConfig, attention: str | None) -> str:
+    """transformers' name of `eager`, `sdpa`, `flex` or `flash`. None: torch's, or eager for softcapped scores."""
+    attention = attention or ("sdpa" if score_softcap(config) is None else "eager")
+    return {"flex": FLEX, "flash": flash_implementation() or "flash_attention_2"}.get(attention, attention)
+
+
+def build_causal_lm(
+    config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
     """The model with its head, over `vocab_size` rows (padding included), in the caller's context and device.
+
+    `attention`: what `choose_attention` chose; None: torch's own, or eager where scores have a softcap.
 
     Every token's embedding is trained: torch would leave out the row of a `pad_token_id`, which Gemma and OLMo 2 set to
     0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
@@ -246,7 +256,7 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
     config.pad_token_id = None
     config.use_cache = False
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=family(config).attention, trust_remote_code=False
+        config, dtype=dtype, attn_implementation=transformers_attention(config, attention), trust_remote_code=False
     )
     omit_empty_masks(decoder(model))
     return model
@@ -255,7 +265,7 @@ def build_causal_lm(config: PretrainedConfig, *, vocab_size: int, dtype: torch.d
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The whole model with its head on meta, built from its class, as `build_decoder` says."""
     config = copy.deepcopy(config)
-    config._attn_implementation = family(config).attention
+    config._attn_implementation = transformers_attention(config, None)
     config.pad_token_id = None
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
@@ -263,8 +273,8 @@ def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel:
-    """The model without its head, with these layers alone, on meta.
+def build_decoder(config: PretrainedConfig, *, layers: range, attention: str | None = None) -> PreTrainedModel:
+    """The model without its head, with these layers alone, on meta. `attention`: see `build_causal_lm`.
 
     Built from its class: `from_config` would partition it where an HfDeepSpeedConfig is alive (trap 6 of
     tests/ranks/student/test_deepspeed_traps.py).
@@ -272,7 +282,7 @@ def build_decoder(config: PretrainedConfig, *, layers: range) -> PreTrainedModel
     config = copy.deepcopy(config)
     config.use_cache = False
     config.pad_token_id = None  # without a row it is a traceback; with one it changes only its row's gradient
-    config._attn_implementation = family(config).attention
+    config._attn_implementation = transformers_attention(config, attention)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers.start : layers.stop]
     if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model

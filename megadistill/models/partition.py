@@ -89,14 +89,16 @@ def _parts_needed(costs: Sequence[int], limit: int) -> int:
     return parts
 
 
-def stage_decoder(config: PretrainedConfig, *, stage: int, stages: int) -> tuple[PreTrainedModel, dict[str, str]]:
+def stage_decoder(
+    config: PretrainedConfig, *, stage: int, stages: int, attention: str | None = None
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """One stage on meta, and its parameters' names: name in the whole model -> name in the stage.
 
     The first stage has the embedding and the last one the final norm; no stage has the head. Each stage counts its
-    layers from 0, as its part of `layer_types` does.
+    layers from 0, as its part of `layer_types` does. `attention`: see `build_causal_lm`.
     """
     layers = stage_layers(config, stages)[stage]
-    decoder = build_decoder(config, layers=layers)
+    decoder = build_decoder(config, layers=layers, attention=attention)
     if stage > 0:
         decoder.embed_tokens = None
     if stage < stages - 1:

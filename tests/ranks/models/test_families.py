@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megadistill.config.recipe import Checkpointing, StudentSection
 from megadistill.distributed.topology import Topology
 from megadistill.loss import Head, label_loss
-from megadistill.models.families import family, load_config, logit_transform
+from megadistill.models.families import family, load_config, logit_transform, transformers_attention
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
@@ -81,7 +81,12 @@ def _step(
     tokens, labels, positions = _batch(shapes[topology.rank], topology.rank)
     hidden = student.hidden(tokens, positions)
     terms = label_loss(
-        Head(hidden, student.head.weight(), transform=logit_transform(config)),
+        Head(
+            hidden,
+            student.head.weight(),
+            transform=logit_transform(config),
+            weight_gradient=student.head.gradient(),
+        ),
         labels.flatten(),
         token_weights=torch.full((labels.numel(),), 1 / sum(rows * length for rows, length in shapes)),
         vocab=student.head.vocab,
@@ -94,7 +99,7 @@ def _step(
 def _dense_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     config = load_config(CASES[name], what="test")
     config.pad_token_id = None  # the embedding of the padding id is trained like the others
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config).attention)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=transformers_attention(config, None))
     model.set_experts_implementation("eager")
     norm = family(config).norm_init
     with torch.no_grad():

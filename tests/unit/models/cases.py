@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.models.families import family, load_config
+from megadistill.models.families import load_config, transformers_attention
 
 VOCAB, LAYERS = 250, 5
 
@@ -107,7 +107,7 @@ def whole_model(case: str, *, seed: int = 0) -> Any:
     """
     torch.manual_seed(seed)
     config = load_config(CASES[case], what=case)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=family(config).attention)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=transformers_attention(config, None))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

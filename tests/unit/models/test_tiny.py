@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megadistill.models.families import FAMILIES, head_dim, load_config, logit_transform
+from megadistill.models.families import FAMILIES, head_dim, load_config, logit_transform, transformers_attention
 from megadistill.models.tiny import tiny_config, write_random
 from megadistill.models.weights import check_weights
 
@@ -27,7 +27,8 @@ def test_every_family_shrinks_to_a_model_that_runs(model_type: str, tmp_path: Pa
     write_random(small, tmp_path, seed=1)
     read = load_config(tmp_path, what="test")
     check_weights(tmp_path, read)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=FAMILIES[model_type].attention)
+    attention = transformers_attention(load_config(tmp_path, what="test"), None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
     logits = model(torch.arange(8).unsqueeze(0)).logits
     assert logits.shape == (1, 8, 300)
     assert bool(logits.isfinite().all())

@@ -1,0 +1,164 @@
+"""Which implementation computes a model's attention, and why."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from megadistill.config.auto import Choice, has_triton
+from megadistill.config.recipe import AttentionSetting, Recipe
+from megadistill.errors import UserError
+
+FLASH_WIDTH = 256
+"""Widest head of the flash-attn kernels."""
+
+_SOFTCAPPED = ("gemma2",)
+"""Families whose layers bound their scores by the config's `attn_logit_softcapping`; others ignore the key."""
+
+_FLASH_PACKAGES = {"flash_attention_3": ("flash-attn-3", (0,)), "flash_attention_2": ("flash-attn", (2, 6))}
+"""transformers' name -> distribution, and its first version with softcapped scores. The first that is there is used."""
+
+
+def score_softcap(config: Any) -> float | None:
+    """Bound of a model's attention scores, c · tanh(score / c); None: they have none."""
+    if config.model_type not in _SOFTCAPPED or config.attn_logit_softcapping is None:
+        return None
+    return float(config.attn_logit_softcapping)
+
+
+def has_window(config: Any, sequence_length: int | None) -> bool:
+    """Whether a layer's window is shorter than the sequence, which no causal flag expresses. None: any length."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else window is not None
+    return bool(slides and window is not None and (sequence_length is None or window < sequence_length))
+
+
+def flash_implementation() -> str | None:
+    """transformers' name of the installed flash-attn that computes softcapped scores; None: there is none."""
+    for name, (distribution, first) in _FLASH_PACKAGES.items():
+        try:
+            installed = tuple(int(part) for part in re.findall(r"\d+", version(distribution))[:2])
+        except PackageNotFoundError:
+            continue
+        if installed >= first:
+            return name
+    return None
+
+
+def choose_attention(
+    setting: AttentionSetting,
+    config: Any,
+    *,
+    accelerator: bool,
+    precision: str,
+    documents: bool,
+    sequence_length: int | None = None,
+    flash: bool | None = None,
+    triton: bool | None = None,
+    key: str = "attention",
+) -> Choice:
+    """`eager`, `sdpa`, `flex` or `flash` for a model, with the reason. `auto` never builds scores [S, S].
+
+    Args:
+        accelerator: whether the model is on one, not on a CPU.
+        precision: of its activations, `float32` or `bfloat16`.
+        documents: whether attention is limited to documents (`data.document_mask`).
+        sequence_length: tokens of a sequence; None: any.
+        flash: whether flash-attn is installed; None: look for it here.
+        triton: likewise, Triton.
+        key: the recipe's, for messages.
+
+    Raises:
+        UserError: the recipe names one that cannot compute this model here.
+    """
+    flash = flash_implementation() is not None if flash is None else flash
+    triton = has_triton() if triton is None else triton
+    softcap = score_softcap(config) is not None
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if setting != "auto":
+        _refuse_unable(setting, key, accelerator, precision, softcap=softcap, flash=flash, triton=triton, width=width)
+        return Choice(setting, "by the recipe")
+    needs = [
+        *(["softcapped scores"] if softcap else []),
+        *(["documents"] if documents else []),
+        *(["sliding windows"] if has_window(config, sequence_length) else []),
+    ]
+    if not accelerator:
+        if needs:
+            return Choice("flex", f"{' and '.join(needs)}: blockwise on a CPU")
+        return Choice("sdpa", "causal alone, which needs no mask")
+    if flash and not documents and precision != "float32" and width <= FLASH_WIDTH:
+        return Choice("flash", "flash-attn is installed")
+    if not needs:
+        return Choice("sdpa", "causal alone, which needs no mask")
+    if triton:
+        return Choice("flex", " and ".join(needs))
+    return Choice("eager" if softcap else "sdpa", f"{' and '.join(needs)}, and no package triton for flex: dense masks")
+
+
+def recipe_attention(
+    recipe: Recipe,
+    model: Literal["student", "teacher"],
+    config: Any,
+    *,
+    accelerator: bool,
+    sequence_length: int | None,
+    flash: bool | None = None,
+    triton: bool | None = None,
+) -> Choice:
+    """`choose_attention` for a model of a run, by its recipe and its config.
+
+    Raises:
+        UserError: as there.
+    """
+    section = recipe.student if model == "student" else recipe.teacher
+    assert section is not None
+    return choose_attention(
+        section.attention,
+        config,
+        accelerator=accelerator,
+        precision=recipe.train.precision,
+        documents=recipe.data.document_mask,
+        sequence_length=sequence_length,
+        flash=flash,
+        triton=triton,
+        key=f"{model}.attention",
+    )
+
+
+def _refuse_unable(
+    setting: str,
+    key: str,
+    accelerator: bool,
+    precision: str,
+    *,
+    softcap: bool,
+    flash: bool,
+    triton: bool,
+    width: int,
+) -> None:
+    way_out = f"set {key} to auto"
+    if setting == "sdpa" and softcap:
+        raise UserError(
+            f"{key} is sdpa, which has no softcap, and the model's scores have one (attn_logit_softcapping): {way_out}"
+        )
+    if setting == "flex" and accelerator and not triton:
+        raise UserError(
+            f"{key} is flex, which needs Triton on an accelerator, and no package triton is installed: install the one "
+            f"of this build of torch (pip install triton, for NVIDIA), or {way_out}"
+        )
+    if setting != "flash":
+        return
+    if not accelerator:
+        raise UserError(f"{key} is flash, which runs on accelerators alone, and this is a CPU: {way_out}")
+    if not flash:
+        raise UserError(
+            f"{key} is flash, and neither flash-attn (2.6 or newer) nor flash-attn-3 is installed: install one, or "
+            f"{way_out}"
+        )
+    if precision == "float32":
+        raise UserError(f"{key} is flash, which computes in 16 bits, and train.precision is float32: {way_out}")
+    if width > FLASH_WIDTH:
+        raise UserError(
+            f"{key} is flash, whose heads have at most {FLASH_WIDTH} columns, and the model's {width}: {way_out}"
+        )

@@ -1,0 +1,70 @@
+"""Our attention function, `flex`, as transformers calls it: softcap, windows, documents, without scores in memory.
+
+On an accelerator it is torch's flex_attention, whose kernels Triton compiles, with block masks. On a CPU, where that
+has no backward, it is blockwise.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
+
+from megadistill.models.attention.blockwise import blockwise_attention
+from megadistill.models.attention.masks import FLEX
+
+MAX_VARIANTS = 64
+"""Compiled variants of the kernel in a process: of models, windows, batch sizes, with and without gradients."""
+
+
+def flex_attention_forward(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, S, D], key and value [B, G, S, D] -> [B, S, H, D].
+
+    `attention_mask`: what `attention_inputs` made for the layer, its window included: a block mask, or the first keys
+    [B or 1, 1, S, 1]; None: causal.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        first_key = None if attention_mask is None else attention_mask[:, 0, :, 0]
+        return blockwise_attention(query, key, value, first_key, scaling, softcap), None
+    # A layer that is compiled has flex_attention in its graph.
+    kernel = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    output: Tensor = kernel(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcapped(softcap),
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    """flex_attention as kernels. One that torch could not compile is an error: it would build the scores [S, S]."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _softcapped(softcap: float) -> Callable[..., Tensor]:
+    def bounded(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return bounded
+
+
+AttentionInterface.register(FLEX, flex_attention_forward)
