@@ -43,6 +43,8 @@ CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
 AttentionSetting: TypeAlias = Literal["auto", "eager", "sdpa", "flex", "flash"]
 
+CompileSetting: TypeAlias = bool | Literal["auto"]
+
 TeacherPrecision: TypeAlias = Literal["native", "float8"]
 
 WARMUP_FRACTION, MAX_WARMUP_STEPS = 0.05, 2000
@@ -179,6 +181,9 @@ class StudentSection(Section):
     """Implementation of the student's attention. auto: the fastest that computes all of it (softcap, windows,
     documents) without scores [S, S] in memory. eager: with them. sdpa: torch's, with a dense mask where it needs one.
     flex: torch's flex_attention, on a CPU blockwise. flash: the package flash-attn, in 16 bits on an accelerator."""
+    compile: CompileSetting = "auto"
+    """Compile the student's layers with torch.compile, once for all layers of a kind. auto: on an accelerator with
+    Triton. true needs Triton there and a C++ compiler on a CPU, where it takes about a minute."""
 
 
 class TeacherSection(Section):
@@ -204,6 +209,8 @@ class TeacherSection(Section):
     """disaggregated: type of transferred hidden states: the run's precision, or float8 with a scale per token."""
     attention: AttentionSetting = "auto"
     """Implementation of the teacher's attention: see `student.attention`."""
+    compile: CompileSetting = "auto"
+    """Compile the teacher's layers with torch.compile: see `student.compile`."""
     precision: TeacherPrecision = "native"
     """Matrix products of the teacher's layers. native: the run's precision. float8: e4m3, weights with a scale a row,
     activations with a scale a token; half the memory of bfloat16."""

@@ -4,10 +4,13 @@ Both replace a layer's `forward`, and leave its hooks (ZeRO-3's) around it: what
 ends where the layer's parameters are whole. Checkpointing comes first, so that one compiled function holds both.
 """
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -45,10 +48,11 @@ def keeps_output(context: SelectiveCheckpointContext, operator: Any, *args: Any,
     Not those of a batched product that are larger than both its operands together, the scores [S, S] of eager
     attention: they would take what checkpointing is to save, and cost two operations for each column of a head.
     """
-    return CheckpointPolicy.MUST_SAVE if _is_kept(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _is_kept(operator: Any, args: tuple[Any, ...]) -> bool:
+def is_kept(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a product, or attention as one operator, is kept."""
     name = operator.name().removeprefix("aten::").partition(".")[0]
     if name in ("bmm", "baddbmm"):
         left_Bnk, right_Bkm = args[-2:]
@@ -61,8 +65,23 @@ def compile_layers(decoder: Any) -> None:
     """Compiles each layer's forward pass, and its backward pass: once for all layers of a kind.
 
     Layers of a kind differ in their parameters alone, which are inputs of the compiled function. One graph a layer, for
-    the sizes that it is called with. It is compiled at the first call.
+    the sizes that it is called with. It is compiled at the first call. A pass without gradients runs the code of a pass
+    with them, so that both give the same result to the last bit.
+
+    No view of a parameter is kept for the backward pass, but the parameter itself: ZeRO-3 can release it.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    # A router's sums leave a checkpointed layer as an attribute (`student.routers`), once: not when it is recomputed.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    # Warns of operators in place in a region with a policy: there are none, and a run's log would show it.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder.layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False, fullgraph=True)
+        layer.forward = partial(_same_code, torch.compile(layer.forward, dynamic=False, fullgraph=True))
+
+
+def _same_code(compiled: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's output. Compiled for a pass without gradients alone, it would round otherwise."""
+    if torch.is_grad_enabled():
+        return compiled(*args, **kwargs)
+    with torch.enable_grad():
+        return compiled(*args, **kwargs).detach()

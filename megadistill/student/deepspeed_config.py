@@ -1,7 +1,7 @@
 """DeepSpeed's JSON file: keys that it may and must hold, and the ones that the recipe adds."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,6 +52,8 @@ UNSUPPORTED = {
     "compile": "DeepCompile is not supported with a student whose head stays partitioned",
     "zero_optimization.mics_shard_size": "DeepSpeed removed MiCS; zero_hpz_partition_size keeps copies in a node",
     "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed MiCS",
+    "zero_optimization.leaf_module": "each decoder layer is a leaf",
+    "zero_optimization.stage3_module_granularity_threshold": "each decoder layer is a leaf",
     "zero_optimization.zenflow": "ZenFlow replaces train.optimizer",
     "zero_optimization.offload_optimizer.super_offload": "SuperOffload replaces train.optimizer",
 }
@@ -65,6 +67,9 @@ GPU_ONLY = {
 """Keys of zero_optimization that need a GPU -> their value on a CPU. DeepSpeed would start with them and fail at the
 first kernel, or (overlap_comm) create streams that do not overlap."""
 
+
+PREFETCH, PERSISTENCE = "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
+"""Keys of zero_optimization, in parameters: gathered ahead, and the largest that stays gathered."""
 
 COMMUNICATION_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Values of `communication_data_type` -> the dtype that gradients are reduced in."""
@@ -204,6 +209,28 @@ def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, a
         "zero_force_ds_cpu_optimizer": False,  # torch's optimizer also updates an offloaded state
         "zero_allow_untested_optimizer": True,  # DeepSpeed lists those that it tests; `student.optimizer` decides
     }
+
+
+def with_layer_prefetch(engine_config: dict[str, Any], layers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The configuration with a size of prefetches, where it has none: that of the largest layer.
+
+    A layer is gathered by one all-gather then, ahead of its use. With DeepSpeed's default a large layer is gathered by
+    two: the parameters that fit, and the others when they are needed.
+
+    Args:
+        layers: the sizes of each layer's parameters.
+    """
+    zero = engine_config["zero_optimization"]
+    return {**engine_config, "zero_optimization": {PREFETCH: layer_prefetch(zero, layers), **zero}}
+
+
+def layer_prefetch(zero: Mapping[str, Any], layers: Sequence[Sequence[int]]) -> int:
+    """The most parameters of a layer that ZeRO-3 gathers at each use: those that are not small enough to stay.
+
+    `zero`: DeepSpeed's zero_optimization. `layers`: the sizes of each layer's parameters.
+    """
+    threshold = int(zero.get(PERSISTENCE, DeepSpeedZeroConfig.model_fields["param_persistence_threshold"].default))
+    return max(sum(size for size in layer if size > threshold) for layer in layers)
 
 
 def numeric_settings(deepspeed_config: dict[str, Any], precision: Precision) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__ as compatible_ops
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 from torch.nn import Module
 
+from megadistill.config.auto import choose_compile
 from megadistill.config.recipe import StudentSection, TrainSection
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
@@ -33,10 +35,12 @@ from megadistill.models.families import (
     rebuild_buffers,
 )
 from megadistill.models.initial_weights import InitialWeights, initial_tensor
-from megadistill.models.layers import checkpoint_layers
+from megadistill.models.layers import checkpoint_layers, compile_layers
 from megadistill.precision import torch_dtype
-from megadistill.student.deepspeed_config import build_engine_config
+from megadistill.student.deepspeed_config import build_engine_config, with_layer_prefetch
+from megadistill.student.flat_step import FlatStep
 from megadistill.student.head import StudentHead
+from megadistill.student.muon import import_uncompiled
 from megadistill.student.optimizer import MASTER, build_optimizer
 from megadistill.student.routers import Routers, RouterSums
 from megadistill.student.state import StudentState
@@ -44,6 +48,7 @@ from megadistill.student.state import StudentState
 # DeepSpeed would compile this operator, for inference only, at every start on a CPU: it takes a minute, and a killed
 # build leaves a lock that hangs every later run.
 compatible_ops["deepspeed_shm_comm"] = False
+import_uncompiled()
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19 calls torch's collectives by names that torch 2.13 to 2.15 have, and warn of.
@@ -72,10 +77,22 @@ def _initialise(model: Module, config: Any, *, vocab_size: int, seed: int, rank:
                 parameter.data[:rows].copy_(values)
 
 
+def _make_leaves(layers: Any) -> list[list[int]]:
+    """Makes each layer a leaf of ZeRO-3: its parameters are gathered, released and reduced together.
+
+    DeepSpeed puts no hooks inside a leaf, so that its forward pass is a function of whole tensors, which torch can
+    checkpoint and compile. Returns the sizes of each layer's parameters.
+    """
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    return [[parameter.ds_numel for parameter in layer.parameters()] for layer in layers]
+
+
 class StudentEngine:
     """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
 
-    If `section.weights` names a folder the parameters have no values until `load_weights` or `state.load`.
+    If `section.weights` names a folder the parameters have no values until `load_weights` or `state.load`. `attention`:
+    see `build_causal_lm`.
 
     Raises:
         UserError: sizes that do not fit the world (see `StudentHead` and `build_engine_config`).
@@ -92,29 +109,36 @@ class StudentEngine:
         seed: int,
         accumulation: int,
         topology: Topology,
+        attention: str | None = None,
     ) -> None:
         engine_config = build_engine_config(deepspeed_config, train, accumulation)
         padded = padded_vocabulary(vocab_size, section.vocab_multiple)
         with deepspeed.zero.Init(config_dict_or_path=engine_config):
-            model: Module = build_causal_lm(config, vocab_size=padded, dtype=torch_dtype(train.precision))
+            model: Module = build_causal_lm(
+                config, vocab_size=padded, dtype=torch_dtype(train.precision), attention=attention
+            )
         if section.weights is None:
             _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
         rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
+        modules = routers(decoder(model))
+        self.routers = Routers(modules, decoder(model).layers) if modules else None
+        """None for a student without experts."""
         checkpoint_layers(decoder(model), section.activation_checkpointing)
+        if choose_compile(section.compile, accelerator=topology.device.type != "cpu").value == "compiled":
+            compile_layers(decoder(model))
+        engine_config = with_layer_prefetch(engine_config, _make_leaves(decoder(model).layers))
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology
         self._model = model
         self.state = StudentState(model, self._engine.optimizer, self._optimizer, train.optimizer, rank=topology.rank)
         head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
-        modules = routers(decoder(model))
-        self.routers = Routers(modules) if modules else None
-        """None for a student without experts."""
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """tokens [B, S] -> hidden [B·S, D], differentiable; `positions` [B, S] restart where a document begins."""
@@ -148,7 +172,7 @@ class StudentEngine:
         """
         self._engine.backward(loss * self._topology.world, scale_wrt_gas=False)
         if self._engine.is_gradient_accumulation_boundary():
-            self.head.flush_gradient(loss_scale=self._topology.world)
+            self.head.flush_gradient()
 
     def step(self, learning_rate: float) -> float | None:
         """Ends a micro-batch and, at the end of an accumulation window, takes one optimizer step.

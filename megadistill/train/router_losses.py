@@ -54,7 +54,7 @@ class RouterLosses:
             for micro in batch.batch.micro_batches(len(batch.batch) // batch.accumulation):
                 moved = micro.to(topology.device)
                 weights_N = token_weights(moved.labels.flatten(), tokens)
-                _, sums = student.routed_hidden(moved.tokens, moved.positions, weights_N, differentiable=False)
+                _, sums = student.routed_hidden(moved.tokens, moved.positions, weights_N, differentiable=True)
                 assert sums is not None
                 tokens_LE = sums.tokens_LE if tokens_LE is None else tokens_LE + sums.tokens_LE
         assert tokens_LE is not None
