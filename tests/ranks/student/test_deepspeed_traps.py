@@ -100,7 +100,7 @@ def _accumulation_dtypes(topology: Topology) -> tuple[set[torch.dtype], torch.dt
     assert {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group} <= {
         torch.float32
     }
-    return reduced, student._engine.get_data_types()[1], student.head.weight().grad_dtype or torch.bfloat16
+    return reduced, student._engine.get_data_types()[1], student.head.gradient().memory.dtype
 
 
 def test_bfloat16_gradients_accumulate_in_float32() -> None:
@@ -208,8 +208,13 @@ def _a_step_with_an_infinite_gradient(topology: Topology, precision: str) -> tup
     case = Case(precision=precision)
     student = build(case, topology)
     before = student.full_parameters()
-    head: Any = student.head.weight()
-    head.register_hook(lambda gradient: gradient * torch.inf)
+    flush = student.head.flush_gradient
+
+    def spoilt() -> None:
+        student.head.gradient().memory.mul_(torch.inf)
+        flush()
+
+    student.head.flush_gradient = spoilt  # type: ignore[method-assign]
     (step,) = run_steps(case, student, topology, range(1))
     after = student.full_parameters()
     return step["grad_norm"], all(torch.equal(parameter, after[name]) for name, parameter in before.items())
@@ -223,11 +228,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing(precision: str) -> None:
         assert unmoved
 
 
-def _loads_the_compiler(topology: Topology) -> bool:
-    build(Case(), topology)
-    return "torch._inductor.compile_fx" in sys.modules
+def _start_and_two_steps(topology: Topology) -> tuple[bool, int]:
+    """Whether torch's compiler was loaded, and the processes that were started."""
+    processes = []
+    sys.addaudithook(lambda event, arguments: processes.append(arguments) if event == "subprocess.Popen" else None)
+    run_steps(Case(accumulation=2), build(Case(accumulation=2), topology), topology, range(2))
+    return "torch._inductor.compile_fx" in sys.modules, len(processes)
 
 
-def test_a_start_on_a_cpu_loads_no_compiler() -> None:
-    """DeepSpeed compiles the functions of its Muon optimizer when an engine is made: a fifth of a start's time."""
-    assert not run_ranks(1, _loads_the_compiler)[0]
+def test_a_start_loads_no_compiler_and_a_step_starts_no_process() -> None:
+    """DeepSpeed compiles the functions of its Muon optimizer when an engine is made, a fifth of a start on a CPU, and
+    counts the devices of a CPU by a process whenever it reduces gradients."""
+    ((compiler, processes),) = run_ranks(1, _start_and_two_steps)
+    assert not compiler
+    assert processes <= 1

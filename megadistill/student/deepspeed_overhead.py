@@ -1,0 +1,25 @@
+"""Work of DeepSpeed that no run needs, removed: torch's compiler at each start, a process at each reduction."""
+
+import functools
+import importlib
+from contextlib import suppress
+
+from deepspeed.runtime import compiler
+from deepspeed.utils import numa
+
+
+def remove_overhead() -> None:
+    """Removes what DeepSpeed does beside its work; once a process, before an engine is made.
+
+    Its Muon optimizer, which no recipe has, is imported with every engine, and `torch.compile` around its functions
+    loads the compiler: a fifth of a start on a CPU. There ZeRO-3 counts the devices at each reduction of gradients, by
+    a process `numactl`, whose fork takes some milliseconds.
+    """
+    compile_ = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with suppress(ImportError):  # a version without it
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
