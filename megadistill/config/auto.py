@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 
 from megadistill.units import listed
 
+BY_THE_RECIPE = "by the recipe"
+"""The reason of a value that is not `auto`."""
+
 
 class Choice(NamedTuple):
     """A value in force, and why it is."""
@@ -45,7 +48,7 @@ def choose_compile(setting: bool | Literal["auto"], *, accelerator: bool, triton
     `triton`: whether it is installed; None: look for it here.
     """
     if setting != "auto":
-        return Choice("compiled" if setting else "eager", "by the recipe")
+        return Choice("compiled" if setting else "eager", BY_THE_RECIPE)
     if not accelerator:
         return Choice("eager", "a CPU, where compiling takes a minute of C++")
     if has_triton() if triton is None else triton:

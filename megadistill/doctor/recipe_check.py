@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megadistill.config.auto import describe_choices
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
@@ -83,6 +84,7 @@ def check_recipe(
             own.add("setup", Status.FAIL, str(error))
         return recipe, None
     own.add("setup", Status.OK, "recipe, data and models fit together")
+    own.add("kernels", Status.OK, describe_choices(setup.choices()))
     for check, warning in implausible_settings(setup).items():
         own.add(check, Status.WARN, warning)
     return recipe, setup

@@ -38,9 +38,9 @@ from megadistill.models.initial_weights import InitialWeights, initial_tensor
 from megadistill.models.layers import checkpoint_layers, compile_layers
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config, with_layer_prefetch
+from megadistill.student.deepspeed_overhead import remove_overhead
 from megadistill.student.flat_step import FlatStep
 from megadistill.student.head import StudentHead
-from megadistill.student.muon import import_uncompiled
 from megadistill.student.optimizer import MASTER, build_optimizer
 from megadistill.student.routers import Routers, RouterSums
 from megadistill.student.state import StudentState
@@ -48,7 +48,7 @@ from megadistill.student.state import StudentState
 # DeepSpeed would compile this operator, for inference only, at every start on a CPU: it takes a minute, and a killed
 # build leaves a lock that hangs every later run.
 compatible_ops["deepspeed_shm_comm"] = False
-import_uncompiled()
+remove_overhead()
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed 0.19 calls torch's collectives by names that torch 2.13 to 2.15 have, and warn of.

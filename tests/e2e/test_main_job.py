@@ -65,6 +65,7 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     first = succeed(*command, "--stop-after", "6")
     assert "stopped at --stop-after 6; rerun without it to continue" in first.out
     assert "INFO rank 0 megadistill.train.loop: device: cpu; world size 2;" in first.out
+    assert "student.attention and teacher.attention sdpa (causal alone, which needs no mask);" in first.out
     assert [line["step"] for line in place.metrics("deepspeed")] == list(range(1, 7))
     second = succeed(*command)
     assert "resuming from step 6 of 12" in second.out

@@ -4,17 +4,29 @@ from pathlib import Path
 
 import torch
 
+from megadistill.config.auto import BY_THE_RECIPE
 from megadistill.config.recipe import default_warmup
 from megadistill.data import missing_bos
-from megadistill.loss import Elementwise
 from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.train.setup.setup import Setup
-from megadistill.units import short
+from megadistill.units import listed, short
 
 USEFUL_EPOCHS = 4
 """Epochs after which a repeated token is worth less than a new one (Muennighoff et al., 2305.16264)."""
 INITIALIZER_RANGE = 0.02
 """Standard deviation of the initial weights where a model's config has none."""
+
+EAGER_COSTS = {
+    **dict.fromkeys(
+        ("student.attention", "teacher.attention"), "attention writes scores [S, S] of every head to memory"
+    ),
+    **dict.fromkeys(("student.compile", "teacher.compile"), "each operation between a layer's products is a kernel"),
+    "loss.elementwise": (
+        "the loss reads and writes its logits about seven times as often as compiled, with temporaries several times "
+        "as large"
+    ),
+}
+"""Cost of an eager value of a recipe's key on an accelerator."""
 
 
 def implausible_settings(setup: Setup) -> dict[str, str]:
@@ -26,7 +38,7 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "BOS": _missing_bos(setup),
         "documents": _unmasked_documents(setup),
         "gradient reduction": _low_precision_reduction(setup),
-        "loss arithmetic": _eager_on_accelerator(setup),
+        "eager kernels": _eager_on_accelerator(setup),
     }
     return {check: warning for check, warning in warnings.items() if warning is not None}
 
@@ -71,17 +83,18 @@ def _low_precision_reduction(setup: Setup) -> str | None:
 
 def _eager_on_accelerator(setup: Setup) -> str | None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    setting = Elementwise(setup.recipe.loss.elementwise)
-    if device is None or setting.on(device) is Elementwise.COMPILED:
+    if device is None:
         return None
-    if setting is Elementwise.EAGER:
-        why, way_out = "loss.elementwise is eager", "set it to auto"
-    else:
-        why, way_out = "no package triton is installed", "install the one of this build of torch"
-    return (
-        f"{why}: on {device.type} the loss then reads and writes its logits about seven times as often as compiled, "
-        f"with temporaries several times as large: {way_out}"
-    )
+    eager: dict[str, list[str]] = {}
+    for key, choice in setup.choices().items():
+        if choice.value == "eager":
+            eager.setdefault(choice.reason, []).append(key)
+    parts = []
+    for reason, keys in eager.items():
+        costs = listed(list(dict.fromkeys(EAGER_COSTS[key] for key in keys)))
+        way_out = f"set {listed(keys)} to auto" if reason == BY_THE_RECIPE else "install what is missing"
+        parts.append(f"eager on {device.type}: {listed(keys)} ({reason}); {costs}: {way_out}")
+    return "; ".join(parts) or None
 
 
 def _unmasked_documents(setup: Setup) -> str | None:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megadistill.config.auto import Choice
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.targets.target_writer import refuse_other_content
@@ -14,6 +15,7 @@ from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
+from megadistill.models.attention.recipe_choices import recipe_choices
 from megadistill.models.families import load_config
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
@@ -48,6 +50,20 @@ class Setup:
     """Settings of the recipe's DeepSpeed file that are disabled on a CPU."""
     parent: Parent | None = None
     """The checkpoint of another run from which this start begins; None where it resumes, or begins at step 0."""
+
+    def attention(self, model: Literal["student", "teacher"]) -> Choice:
+        """Implementation of a model's attention on this device, and why; of a live teacher."""
+        return self.choices()[f"{model}.attention"]
+
+    def choices(self) -> dict[str, Choice]:
+        """Value in force and its reason, of each key of the recipe that may be `auto`, on this device."""
+        return recipe_choices(
+            self.recipe,
+            self.student_config,
+            self.teacher_config,
+            accelerator=torch.accelerator.is_available(),
+            sequence_length=self.data.sequence_length,
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,7 +106,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         check_weights(Path(str(teacher.path)), teacher_config)
     if teacher is not None and teacher.save_targets is not None:
         refuse_other_content(Path(teacher.save_targets))
-    check_compiler(recipe.loss)
+    check_compiler(recipe)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     student_config.vocab_size = data.vocab_size
@@ -102,7 +118,7 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
     refuse_other_deepspeed(folder, deepspeed_config, recipe.train.precision)
-    return Setup(
+    setup = Setup(
         recipe=recipe,
         folder=folder,
         data=data,
@@ -116,6 +132,8 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         disabled=disabled,
         parent=parent,
     )
+    setup.choices()  # refuses what cannot run here
+    return setup
 
 
 def describe_layout(setup: Setup, topology: Topology) -> str:

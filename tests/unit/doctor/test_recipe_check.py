@@ -110,6 +110,18 @@ def test_a_setting_that_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> No
     assert Status.WARN not in _statuses(own).values()
 
 
+def test_what_auto_comes_to_is_a_row(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    values["student"]["attention"] = "eager"
+    own, _ = _checked(tmp_path, values)
+    (row,) = [each for each in own.results if each.check == "kernels"]
+    assert row.status is Status.OK
+    assert row.detail == (
+        "student.attention eager (by the recipe); student.compile, teacher.compile and loss.elementwise eager (a CPU, "
+        "where compiling takes a minute of C++); teacher.attention sdpa (causal alone, which needs no mask)"
+    )
+
+
 def test_the_checkpoint_from_which_a_run_begins_is_looked_at(tmp_path: Path) -> None:
     values = recipe(described_data(tmp_path / "data"), tmp_path / "run").snapshot()
     start = run_with_checkpoint(tmp_path / "parent", tmp_path / "data" / "manifest.json", step=4)

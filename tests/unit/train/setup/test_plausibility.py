@@ -41,18 +41,23 @@ def test_many_ranks_reduce_their_gradients_in_float32(tmp_path: Path) -> None:
     assert warning.startswith("gradients of 65 ranks are added up in bfloat16")
 
 
-def test_eager_arithmetic_on_an_accelerator_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the recipe asks for it, and where `auto` finds no Triton."""
+def test_eager_kernels_on_an_accelerator_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the recipe asks for them, and where `auto` finds no Triton."""
     auto = _setup(tmp_path)
-    eager = dataclasses.replace(auto, recipe=auto.recipe.model_copy(update={"loss": LossSection(elementwise="eager")}))
+    update = {"loss": LossSection(elementwise="eager")}
+    eager = dataclasses.replace(auto, recipe=auto.recipe.model_copy(update=update))
     monkeypatch.setattr(choices, "has_triton", lambda: True)
-    assert "loss arithmetic" not in implausible_settings(eager), "on a CPU it is the default"
+    assert "eager kernels" not in implausible_settings(eager), "on a CPU it is the default"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert "loss arithmetic" not in implausible_settings(auto)
-    assert "loss.elementwise is eager: on cuda" in implausible_settings(eager)["loss arithmetic"]
+    assert "eager kernels" not in implausible_settings(auto)
+    warning = implausible_settings(eager)["eager kernels"]
+    assert warning.startswith("eager on cuda: loss.elementwise (by the recipe); the loss reads and writes its logits")
+    assert warning.endswith("set loss.elementwise to auto")
     monkeypatch.setattr(choices, "has_triton", lambda: False)
-    assert "no package triton is installed: on cuda" in implausible_settings(auto)["loss arithmetic"]
+    warning = implausible_settings(auto)["eager kernels"]
+    assert "student.compile and loss.elementwise (no package triton is installed)" in warning
+    assert "a kernel and the loss reads" in warning
 
 
 def test_random_weights_need_a_warm_up(tmp_path: Path) -> None:
