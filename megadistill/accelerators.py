@@ -25,8 +25,10 @@ class Accelerator(BaseModel):
     devices: list[str] = []
     """Parts of the device's name that the driver reports."""
     peak_tflops: dict[str, float] = Field(min_length=1)
-    """Precision of the recipe -> dense peak, TFLOP/s."""
+    """Precision of the recipe, or float8 -> dense peak, TFLOP/s."""
     memory_gb: float = Field(gt=0)
+    memory_gb_per_s: float = Field(gt=0)
+    """GB/s of its own memory."""
     node_gb_per_s: float = Field(gt=0)
     """GB/s one way to the GPUs of the same node."""
     network_gb_per_s: float = Field(gt=0)
@@ -37,6 +39,15 @@ class Accelerator(BaseModel):
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gb * GB)
+
+    @property
+    def memory_bandwidth(self) -> float:
+        return self.memory_gb_per_s * GB
+
+    @property
+    def multiplies_float8(self) -> bool:
+        """Whether it has matrix units for float8."""
+        return "float8" in self.peak_tflops
 
     @property
     def node_bandwidth(self) -> float:
@@ -53,7 +64,7 @@ class Accelerator(BaseModel):
             UserError: it has no such matrix units, or their peak is not known.
         """
         if precision not in self.peak_tflops:
-            known = ", ".join(self.peak_tflops)
+            known = ", ".join(each for each in self.peak_tflops if each != "float8")
             raise UserError(
                 f"train.precision is {precision}, and for {self.name} only the peaks of {known} are known: describe "
                 "it in a file of your own (--gpu FILE)"

@@ -24,41 +24,41 @@ MAX_VARIANTS = 64
 """Compiled variants of the layers in a process; torch's own limit is 8."""
 
 
-KEPT_PRODUCTS = ("mm", "addmm", "_grouped_mm", "_scaled_mm")
+SAVED_PRODUCTS = ("mm", "addmm", "_grouped_mm", "_scaled_mm")
 """Operators of torch whose outputs `selective` keeps: a linear layer, and all experts at once."""
 
-KEPT_ATTENTION = ("_scaled_dot_product_", "flex_attention", "flash_attn", "megadistill::")
+SAVED_ATTENTION = ("_scaled_dot_product_", "flex_attention", "flash_attn", "megadistill::")
 """Beginnings of the names of operators that compute attention without scores in memory."""
 
 
 def checkpoint_layers(decoder: Any, mode: Checkpointing) -> None:
-    """Has the backward pass compute each layer again from its input: all of it, or all but `keeps_output`."""
+    """Has the backward pass compute each layer again from its input: all of it, or all but `saves_output`."""
     if mode == "none":
         return
-    contexts = {}  # torch.compile takes no default by name
+    contexts: dict[str, Any] = {}  # torch.compile takes no default by name
     if mode == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keeps_output)
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, saves_output)
     for layer in decoder.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
 
 
-def keeps_output(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def saves_output(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The policy of selective checkpointing: outputs of matrix products and of attention are kept for the backward.
 
     Not those of a batched product that are larger than both its operands together, the scores [S, S] of eager
     attention: they would take what checkpointing is to save, and cost two operations for each column of a head.
     """
-    return CheckpointPolicy.MUST_SAVE if is_kept(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if saves(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def is_kept(operator: Any, args: tuple[Any, ...]) -> bool:
+def saves(operator: Any, args: tuple[Any, ...]) -> bool:
     """Whether a product, or attention as one operator, is kept."""
     name = operator.name().removeprefix("aten::").partition(".")[0]
     if name in ("bmm", "baddbmm"):
         left_Bnk, right_Bkm = args[-2:]
         size = left_Bnk.shape[0] * left_Bnk.shape[1] * right_Bkm.shape[2]
         return bool(size <= left_Bnk.numel() + right_Bkm.numel())
-    return name in KEPT_PRODUCTS or name.startswith(KEPT_ATTENTION)
+    return name in SAVED_PRODUCTS or name.startswith(SAVED_ATTENTION)
 
 
 def compile_layers(decoder: Any) -> None:
@@ -76,12 +76,14 @@ def compile_layers(decoder: Any) -> None:
     # Warns of operators in place in a region with a policy: there are none, and a run's log would show it.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder.layers:
-        layer.forward = partial(_same_code, torch.compile(layer.forward, dynamic=False, fullgraph=True))
+        compiled = torch.compile(layer.forward, dynamic=False, fullgraph=True)
+        trains = any(parameter.requires_grad for parameter in layer.parameters())
+        layer.forward = partial(_as_in_training, compiled) if trains else compiled
 
 
-def _same_code(compiled: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """The layer's output. Compiled for a pass without gradients alone, it would round otherwise."""
+def _as_in_training(compiled: Callable[..., Tensor], hidden: Tensor, **inputs: Any) -> Tensor:
+    """A layer's output. Compiled for a pass without gradients alone, it would be rounded in other places."""
     if torch.is_grad_enabled():
-        return compiled(*args, **kwargs)
+        return compiled(hidden, **inputs)
     with torch.enable_grad():
-        return compiled(*args, **kwargs).detach()
+        return compiled(hidden.detach().requires_grad_(), **inputs).detach()

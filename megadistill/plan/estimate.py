@@ -7,13 +7,13 @@ of link sets the pace of a collective.
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megadistill.models.partition import stage_flops
+from megadistill.models.partition import balanced_sizes, stage_flops
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
 from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout
-from megadistill.plan.throughput import MfuAssumption, StepTimes
+from megadistill.plan.throughput import FLOAT8_SPEEDUP, MfuAssumption, StepTimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,16 @@ def estimate(run: Sharding, cluster: Cluster, mfu: MfuAssumption) -> Estimate:
         UserError: the peak of the GPU at the recipe's precision is not known.
     """
     requirements = count_requirements(run)
-    times, optimistic = (_step_times(run, requirements, cluster, each) for each in (mfu, mfu.optimistic))
+    times, optimistic = (_step_times(run, requirements, cluster, each) for each in (mfu, optimistic_mfu(run, mfu)))
     return Estimate(run, cluster, requirements, times, optimistic)
+
+
+def optimistic_mfu(run: Sharding, mfu: MfuAssumption) -> MfuAssumption:
+    """The optimistic shares for the run's layers, compiled or not."""
+    return mfu.optimistic(
+        student_compiled=run.student_compiled.value == "compiled",
+        teacher_compiled=run.teacher is not None and run.teacher_compiled.value == "compiled",
+    )
 
 
 def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu: MfuAssumption) -> StepTimes:
@@ -99,6 +107,8 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
     def seconds(name: str) -> float:
         return run.tokens * requirements.traffic.get(name, NO_TRAFFIC).seconds(cluster.accelerator)
 
+    traffic = run.traffic
+    bandwidth = cluster.accelerator.memory_bandwidth
     if run.roles is None:
         packet = seconds(STAGES) / run.group_size
     else:
@@ -108,10 +118,14 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
         micro_steps=run.accumulation,
         student_forward=student_rate * (student.forward.forward + teacher_head),
         student_backward=student_rate * (student.flops - student.forward.forward),
+        scores_forward=run.sequences * traffic.student.forward / bandwidth,
+        scores_backward=run.sequences * traffic.student.backward / bandwidth,
+        recompute=run.sequences * traffic.recompute / bandwidth,
         gather=seconds(GATHERS),
         reduce=seconds(REDUCES),
         vocabulary=seconds(VOCABULARY) + seconds(HEAD),
-        stages=_stage_seconds(run, teacher_rate),
+        stages=_stage_seconds(run, teacher_rate / _float8_speedup(run, cluster), bandwidth),
+        teacher_scores=max(_stage_scores(run, bandwidth), default=0.0),
         packet=packet,
         answer=seconds(ANSWERS),
         replicas=0 if run.roles is None else run.roles.replicas,
@@ -119,12 +133,30 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
     )
 
 
-def _stage_seconds(run: Sharding, rate: float) -> tuple[float, ...]:
+def _float8_speedup(run: Sharding, cluster: Cluster) -> float:
+    """Factor of a float8 teacher's products; 1 where the device multiplies the rounded numbers in bfloat16."""
+    float8 = run.teacher is not None and run.teacher_section.precision == "float8"
+    has_units = cluster.accelerator.multiplies_float8 and run.recipe.train.precision == "bfloat16"
+    return FLOAT8_SPEEDUP if float8 and has_units else 1.0
+
+
+def _stage_seconds(run: Sharding, rate: float, bandwidth: float) -> tuple[float, ...]:
     """Seconds of each stage for a micro-batch.
 
-    `rate`: seconds for each FLOP of a token.
+    `rate`: seconds for each FLOP of a token; `bandwidth`: of the device's memory, bytes/s.
     """
     teacher = run.teacher
     if teacher is None:
         return ()
-    return tuple(rate * each for each in stage_flops(teacher.layer_costs, teacher.forward.attention, run.stages))
+    products = stage_flops(teacher.layer_costs, teacher.forward.attention, run.stages)
+    scores = _stage_scores(run, bandwidth)
+    return tuple(rate * each + seconds for each, seconds in zip(products, scores, strict=True))
+
+
+def _stage_scores(run: Sharding, bandwidth: float) -> tuple[float, ...]:
+    """Seconds of the memory traffic of each stage's attention scores for a micro-batch."""
+    teacher = run.teacher
+    if teacher is None:
+        return ()
+    a_layer = run.sequences * run.traffic.teacher / teacher.layers / bandwidth
+    return tuple(a_layer * layers for layers in balanced_sizes(teacher.layer_costs, run.stages))

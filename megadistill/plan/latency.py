@@ -6,9 +6,9 @@ toy whose launches do.
 
 from megadistill.plan.counts.sharding import Sharding
 
-FORWARD_KERNELS, BACKWARD_KERNELS = 35, 70
-"""Kernels of a decoder layer, as transformers runs it without a compiler: norms, rotations and products by themselves.
-"""
+FORWARD_KERNELS = {"eager": 35, "compiled": 13}
+"""Kernels of a decoder layer's forward pass: norms, rotations and products by themselves, or seven products, attention
+and what a compiler makes of the rest. A backward pass has twice as many."""
 LAUNCH_SECONDS = 5e-6
 """Time in which a process launches a kernel."""
 MESSAGES = 3
@@ -22,9 +22,9 @@ def micro_step_latency(run: Sharding) -> float:
 
     A colocated teacher adds its stage's forward passes, one for each rank of the vocab group.
     """
-    kernels = FORWARD_KERNELS * (1 + run.recomputes + run.counts_experts_first) + BACKWARD_KERNELS
+    kernels = FORWARD_KERNELS[run.student_compiled.value] * (3 + run.checkpoints + run.counts_experts_first)
     messages = MESSAGES + run.counts_experts_first if run.ranks > 1 else 0
     seconds = run.student.layers * (kernels * LAUNCH_SECONDS + messages * MESSAGE_SECONDS)
     if run.teacher is not None and run.roles is None:
-        seconds += run.teacher.layers * FORWARD_KERNELS * LAUNCH_SECONDS
+        seconds += run.teacher.layers * FORWARD_KERNELS[run.teacher_compiled.value] * LAUNCH_SECONDS
     return seconds

@@ -1,9 +1,10 @@
 """Search over the layouts of a recipe on a cluster, for those that cost least."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from megadistill.config.recipe import CHECKPOINTING
 from megadistill.errors import UserError
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.latency import micro_step_latency
@@ -15,6 +16,8 @@ from megadistill.units import count, spell
 
 BEST = 5
 """Number of proposals."""
+TIGHT = 0.1
+"""Fraction of free memory below which a fit is called tight, as an allocator never uses all of its memory."""
 MAX_COST_RATIO = 1.5
 """Cost of a proposal against the cheapest one, at most; a proposal of the other placement may cost more."""
 
@@ -37,6 +40,9 @@ class Plan:
     """The layout that misses least; None where one fits."""
     searched: int
     """Number of valid layouts."""
+    checkpointing: Estimate | None
+    """The recipe's own layout with less recomputation that fits comfortably; where its own does not fit, with as little
+    as fits. None: there is no such one."""
 
     @property
     def main(self) -> Estimate | None:
@@ -84,7 +90,23 @@ def plan(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Plan:
     estimates += [] if own is None else [own]
     fitting = sorted((each for each in estimates if each.fits), key=_cost)
     nearest = max(estimates, key=lambda each: each.margin, default=None) if not fitting else None
-    return Plan(inputs, cluster, mfu, own, refused, _distinct(fitting), nearest, len(estimates))
+    other = None if own is None else _checkpointing(own, estimates)
+    return Plan(inputs, cluster, mfu, own, refused, _distinct(fitting), nearest, len(estimates), other)
+
+
+def _checkpointing(own: Estimate, estimates: Iterable[Estimate]) -> Estimate | None:
+    """The estimate that differs from the recipe's own in `student.activation_checkpointing` alone, and is better."""
+    order = [mode for mode in CHECKPOINTING if mode != own.layout.activation_checkpointing]
+    if own.fits:
+        order = order[: CHECKPOINTING.index(own.layout.activation_checkpointing)]
+    similar = {
+        each.layout.activation_checkpointing: each
+        for each in estimates
+        if replace(each.layout, activation_checkpointing="none") == replace(own.layout, activation_checkpointing="none")
+    }
+    least = TIGHT * own.cluster.accelerator.memory_bytes if own.fits else 0
+    better = (similar[mode] for mode in order if mode in similar and similar[mode].margin >= least)
+    return next(better, None)
 
 
 def _search(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Iterator[Estimate]:

@@ -5,17 +5,19 @@ own, and torch's own autograd runs it forwards and backwards; live bytes are tho
 allocate, so two tensors of one storage count once.
 
 The kernels are those that torch takes on a CPU, where scaled dot-product attention without a mask is a flash kernel: it
-saves queries, keys, values, its output and a number for each token and head, as on a GPU. With a mask (documents that
-do not attend to each other, a sliding window shorter than the sequence) a GPU takes another kernel, which saves the
-same and may pad the mask. A kernel's own workspace and the allocator's fragmentation are not counted.
+saves queries, keys, values, its output and a number for each token and head, as on a GPU. It stands in for flex and
+flash attention, which save the same, and have no scores in memory whatever windows, documents and softcap there are.
+With a dense mask a GPU takes another kernel, which saves the same and may pad the mask. A kernel's own workspace and
+the allocator's fragmentation are not counted; compiled layers keep less, as the compiler recomputes what is cheap.
 
 Legend: S tokens of the sequence, D width.
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,7 +27,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megadistill.config.recipe import Checkpointing
 from megadistill.models.families import build_decoder, family, rebuild_buffers
+from megadistill.models.layers import checkpoint_layers, saves
+
+FLEX_BLOCK, FLEX_LISTS, INT32, INT64 = 128, 4, 4, 8
+"""Flex attention's block masks: tokens of a block; lists of blocks, partly and wholly seen, by queries and by keys."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,33 @@ class Activations:
     """Bytes of one sequence, in one precision; those of a single layer are of the layer that takes most."""
 
     saved: int
-    """Bytes that all layers save for the backward pass, without activation checkpointing."""
-    layer_inputs: int
-    """Bytes of the inputs of all layers, which are saved with activation checkpointing."""
+    """Bytes that all layers keep for the backward pass."""
     norm: int
     """Bytes of the last norm's output and saved tensors, released when the backward pass reaches the last layer."""
     shared: int
-    """Bytes of tensors that all layers share: rotary embeddings, a mask."""
+    """Bytes of tensors that all layers share: rotary embeddings, masks."""
     forward: int
     """Most live bytes while one layer computes without saving anything, its input included."""
+    forward_working: int
+    """Most live bytes while one layer computes, beyond those it keeps for the backward pass."""
     backward: "Peak"
-    """Live bytes in the backward pass of one layer, beyond those it has saved."""
-    recompute: "Peak"
-    """Live bytes in the recomputation and backward pass of one layer, beyond its input."""
+    """Live bytes in the backward pass of one layer, recomputation included, beyond those it has kept."""
+    score_traffic: "Traffic"
+    """Bytes read and written of attention scores in memory, by all layers."""
+    elementwise_backward: int
+    """Bytes that all operators but matrix products and attention read and write in the backward pass of all layers."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that operators read and write in the device's memory, each operator by itself."""
+
+    forward: int = 0
+    backward: int = 0
+    """Recomputation included."""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.forward + other.forward, self.backward + other.backward)
 
 
 @dataclass(frozen=True)
@@ -68,34 +89,36 @@ class Peak:
         return cls(tuple(highest))
 
 
-def count_activations(config: Any, sequence_length: int, *, dtype: torch.dtype, masked: bool) -> Activations:
-    """Activations of a supported family's decoder. `masked`: documents do not attend to each other, by a mask.
+def count_activations(
+    config: Any,
+    sequence_length: int,
+    *,
+    dtype: torch.dtype,
+    masked: bool,
+    attention: str,
+    checkpointing: Checkpointing = "none",
+) -> Activations:
+    """Activations of a supported family's decoder.
 
     Layers of one kind (attention, and the shapes of their parameters) are counted once. A mixture's experts in float32
     are counted as twice those in bfloat16, which is a little too much.
+
+    Args:
+        masked: whether documents do not attend to each other.
+        attention: `eager`, `sdpa`, `flex` or `flash` (`models.attention.choice`).
     """
+    counting = _Counting(config, sequence_length, dtype, masked, attention, checkpointing)
     if dtype == torch.float32 and family(config).experts is not None:
         # torch's grouped product of experts has a shape rule for bfloat16 alone.
-        return _doubled(count_activations(config, sequence_length, dtype=torch.bfloat16, masked=masked))
-    kinds = [layer_kind(config, index) for index in range(config.num_hidden_layers)]
-    counts = {
-        kind: _Layer.count(config, kinds.index(kind), sequence_length, dtype, masked) for kind in dict.fromkeys(kinds)
-    }
-    layers = counts.values()
-    return Activations(
-        saved=sum(counts[kind].saved for kind in kinds),
-        layer_inputs=sum(counts[kind].input for kind in kinds),
-        norm=max(layer.norm for layer in layers),
-        shared=max(layer.shared for layer in layers),
-        forward=max(layer.forward for layer in layers),
-        backward=Peak.over(moment for layer in layers for moment in layer.backward),
-        recompute=Peak.over((once, each + layer.after_forward) for layer in layers for once, each in layer.backward),
-    )
+        return _doubled(replace(counting, dtype=torch.bfloat16).all_layers())
+    return counting.all_layers()
 
 
 def _doubled(counts: Activations) -> Activations:
     def double(value: Any) -> Any:
-        return Peak(tuple((2 * a, 2 * b) for a, b in value.moments)) if isinstance(value, Peak) else 2 * value
+        if isinstance(value, Peak):
+            return Peak(tuple((2 * once, 2 * each) for once, each in value.moments))
+        return value + value
 
     return Activations(**{each.name: double(getattr(counts, each.name)) for each in fields(counts)})
 
@@ -114,24 +137,66 @@ class _Layer:
     """Bytes of a single layer, as in `Activations`."""
 
     saved: int
-    """Saved bytes, with its input where that is saved: in float32, as the norms compute on a copy otherwise."""
-    input: int
+    """Kept bytes, with its input where that is kept: in float32, as the norms compute on a copy otherwise."""
     norm: int
     shared: int
     forward: int
-    after_forward: int
-    """Live bytes at the end of the forward pass, its output included."""
+    forward_working: int
     backward: list[tuple[int, int]]
-    """Live bytes beyond `after_forward` at each moment of the backward pass: (weights' gradients, the rest)."""
+    """Live bytes beyond the kept ones at each moment of the backward pass: (weights' gradients, the rest)."""
+    score_traffic: Traffic
+    elementwise_backward: int
 
-    @classmethod
-    def count(cls, config: Any, index: int, S: int, dtype: torch.dtype, masked: bool) -> "_Layer":
-        decoder = build_decoder(config, layers=range(index, index + 1))
+
+@dataclass(frozen=True)
+class _Counting:
+    """Counts a decoder's layers."""
+
+    config: Any
+    S: int
+    dtype: torch.dtype
+    masked: bool
+    attention: str
+    checkpointing: Checkpointing
+
+    def all_layers(self) -> Activations:
+        kinds = [layer_kind(self.config, index) for index in range(self.config.num_hidden_layers)]
+        counts = {kind: self.layer(kinds.index(kind)) for kind in dict.fromkeys(kinds)}
+        layers = counts.values()
+        return Activations(
+            saved=sum(counts[kind].saved for kind in kinds),
+            norm=max(layer.norm for layer in layers),
+            shared=max(layer.shared for layer in layers) + self._block_masks(),
+            forward=max(layer.forward for layer in layers),
+            forward_working=max(layer.forward_working for layer in layers),
+            backward=Peak.over(moment for layer in layers for moment in layer.backward),
+            score_traffic=sum((counts[kind].score_traffic for kind in kinds), Traffic()),
+            elementwise_backward=sum(counts[kind].elementwise_backward for kind in kinds),
+        )
+
+    def _block_masks(self) -> int:
+        """Flex attention's block masks of a sequence, one for each window: lists of [S / 128, S / 128] blocks."""
+        if self.attention != "flex":
+            return 0
+        windows = {_windowed(self.config, index, self.S) for index in range(self.config.num_hidden_layers)}
+        blocks = -(-self.S // FLEX_BLOCK)
+        return len(windows) * FLEX_LISTS * INT32 * blocks * (blocks + 1) + (INT64 * self.S if self.masked else 0)
+
+    def layer(self, index: int) -> _Layer:
+        """Counts a forward pass without gradients, then a forward and backward pass, of the layer with this number."""
+        config = copy.deepcopy(self.config)
+        is_fused = self.attention in ("flex", "flash")
+        if is_fused and hasattr(config, "attn_logit_softcapping"):
+            config.attn_logit_softcapping = None  # the operator that stands in has none
+        implementation = "eager" if self.attention == "eager" else "sdpa"
+        decoder = build_decoder(config, layers=range(index, index + 1), attention="eager")
+        decoder.config._attn_implementation = implementation  # a model of Gemma 2 is not built with another than eager
         with FakeTensorMode():
-            _make_fake(decoder, dtype)
-            hidden_1SD = torch.empty(1, S, config.hidden_size, dtype=dtype)
-            arguments = _layer_arguments(decoder, hidden_1SD, masked=masked)
-            if family(config).attention == "sdpa" and not masked and not _windowed(config, index, S):
+            _make_fake(decoder, self.dtype)
+            hidden_1SD = torch.empty(1, self.S, config.hidden_size, dtype=self.dtype)
+            arguments = _layer_arguments(decoder, hidden_1SD, masked=self.masked)
+            is_causal = implementation == "sdpa" and not self.masked and not _windowed(config, index, self.S)
+            if is_fused or is_causal:
                 arguments["attention_mask"] = None  # transformers omits it, unless it is traced
             layer = decoder.layers[0]
             shared = [tensor for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
@@ -142,36 +207,66 @@ class _Layer:
             with _saved_storages() as by_norm:
                 out = decoder.norm(hidden_1SD)
             norm = _bytes_without(by_norm, decoder.parameters()) + _bytes_of([out])
-            after_forward, backward, by_layer = _fwd_bwd(layer, hidden_1SD, arguments)
-            saved = _bytes_without(by_layer, [*decoder.parameters(), *shared])
-        return cls(saved, _bytes_of([hidden_1SD]), norm, _bytes_of(shared), forward, after_forward, backward)
+            checkpoint_layers(decoder, self.checkpointing)
+            passes = _Passes.of(layer, hidden_1SD, arguments, scores=(config.num_attention_heads, self.S))
+            saved = passes.retained + _bytes_of([hidden_1SD])
+            if self.checkpointing == "none":
+                saved = _bytes_without(passes.saved, [*decoder.parameters(), *shared])
+        return _Layer(
+            saved,
+            norm,
+            _bytes_of(shared),
+            forward,
+            passes.working,
+            passes.moments,
+            passes.score_traffic,
+            passes.elementwise_backward,
+        )
 
 
-def _fwd_bwd(
-    layer: nn.Module, hidden_1SD: Tensor, arguments: dict[str, Any]
-) -> tuple[int, list[tuple[int, int]], dict[int, int]]:
-    """Live bytes after the forward pass, those beyond them at each moment of the backward pass, the saved tensors."""
-    gradients: set[int] = set()
+@dataclass(frozen=True)
+class _Passes:
+    """A layer's forward and backward pass."""
 
-    def release(parameter: Tensor) -> None:  # ZeRO-3 takes each gradient as soon as it is computed
-        assert parameter.grad is not None
-        gradients.add(live.number(parameter.grad))
-        parameter.grad = None
+    retained: int
+    """Live bytes between the two, without the layer's input and output."""
+    working: int
+    """Most live bytes in the forward pass, beyond the kept ones."""
+    saved: dict[int, int]
+    """Storages that autograd saves where nothing is checkpointed: address -> bytes."""
+    moments: list[tuple[int, int]]
+    """See `_Layer.backward`."""
+    score_traffic: Traffic
+    elementwise_backward: int
 
-    for parameter in layer.parameters():
-        parameter.register_post_accumulate_grad_hook(release)  # type: ignore[no-untyped-call]
-    with LiveStorages() as live:
-        with _saved_storages() as saved:
-            out = layer(hidden_1SD, **arguments)
-        after_forward, first = live.now, len(live.events)
-        out.backward(torch.empty_like(out))
-    once = each = 0
-    moments = []
-    for number, size in live.events[first:]:
-        once += size if number in gradients else 0
-        each += 0 if number in gradients else size
-        moments.append((once, each))
-    return after_forward, moments, saved
+    @classmethod
+    def of(
+        cls, layer: nn.Module, hidden_1SD: Tensor, arguments: dict[str, Any], *, scores: tuple[int, int]
+    ) -> "_Passes":
+        """`scores`: (heads, tokens) of attention scores."""
+        gradients: set[int] = set()
+
+        def release(parameter: Tensor) -> None:  # ZeRO-3 takes each gradient as soon as it is computed
+            assert parameter.grad is not None
+            gradients.add(live.number(parameter.grad))
+            parameter.grad = None
+
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(release)  # type: ignore[no-untyped-call]
+        with LiveStorages() as live, _Moved(*scores) as moved:
+            with _saved_storages() as saved:
+                out = layer(hidden_1SD, **arguments)
+            first, retained, forward = len(live.events), live.now - _bytes_of([out]), moved.scores
+            working = live.peak - retained
+            moved.clear()
+            out.backward(torch.empty_like(out))
+        once = each = 0
+        moments = []
+        for number, size in live.events[first:]:
+            once += size if number in gradients else 0
+            each += 0 if number in gradients else size
+            moments.append((once, each))
+        return cls(retained, working, saved, moments, Traffic(forward, moved.scores), moved.elementwise)
 
 
 def _make_fake(decoder: Any, dtype: torch.dtype) -> None:
@@ -270,3 +365,35 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen[key] = number, weakref.ref(storage, freed)
         self.now += size
         self.events.append((number, size))
+
+
+class _Moved(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that operators within this context read and write."""
+
+    def __init__(self, heads: int, S: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._heads, self._S = heads, S
+        self.clear()
+
+    def clear(self) -> None:
+        self.scores = 0
+        """Bytes of scores [.., S, S] of all heads."""
+        self.elementwise = 0
+        """Bytes of operators other than matrix products and attention."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        read = [each for each in tree_leaves((arguments, keywords)) if isinstance(each, Tensor)]
+        written = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        storages = {each.untyped_storage()._cdata for each in read}
+        if all(each.untyped_storage()._cdata in storages for each in written) and not function._schema.is_mutable:
+            return result  # a view
+        tensors = [*read, *written]
+        self.scores += sum(each.numel() * each.itemsize for each in tensors if self._has_scores(each))
+        if not saves(function, arguments) and "bmm" not in function.name():
+            self.elementwise += sum(_bytes_of([each]) for each in tensors)
+        return result
+
+    def _has_scores(self, tensor: Tensor) -> bool:
+        square = tensor.dim() > 2 and tensor.shape[-2:] == (self._S, self._S)
+        return square and tensor.numel() >= self._heads * self._S * self._S

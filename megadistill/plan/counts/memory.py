@@ -9,6 +9,7 @@ Legend: as in `plan.counts.sharding`.
 
 import sys
 
+from megadistill.config.recipe import Checkpointing
 from megadistill.loss.buffers import ACCELERATOR_BLOCK_ELEMENTS
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
@@ -121,28 +122,33 @@ def _idle_teacher(run: Sharding) -> Lines:
 
 
 def _running_teacher(run: Sharding) -> Lines:
-    return {"working memory of a teacher layer": run.sequences * run.activations(run.live_teacher).forward}
+    return {"working memory of a teacher layer": run.sequences * run.teacher_activations.forward}
+
+
+ACTIVATIONS: dict[Checkpointing, str] = {
+    "none": "activations",
+    "selective": "layer inputs, products and attention",
+    "full": "checkpointed layer inputs",
+}
+"""Name of the tensors that are kept for the backward pass, by `student.activation_checkpointing`."""
 
 
 def _activations(run: Sharding) -> Lines:
-    counts = run.activations(run.student)
-    shared = {"shared by all layers": run.sequences * counts.shared}
-    if run.recomputes:
-        return {"checkpointed layer inputs": run.sequences * counts.layer_inputs, **shared}
-    return {"activations": run.sequences * counts.saved, **shared}
+    counts = run.student_activations
+    name = ACTIVATIONS[run.recipe.student.activation_checkpointing]
+    return {name: run.sequences * counts.saved, "shared by all layers": run.sequences * counts.shared}
 
 
 def _last_norm(run: Sharding) -> Lines:
-    return {"last norm": run.sequences * run.activations(run.student).norm}
+    return {"last norm": run.sequences * run.student_activations.norm}
 
 
 def _forward(run: Sharding) -> Lines:
     """The last layer computes. Prefetched layers arrive in one buffer, from which each parameter is copied."""
-    forward = run.sequences * run.activations(run.student).forward
     return {
         "gathered layers": run.itemsize * max(run.gathered.peak_forward, run.live_at_loss),
         **_prefetched(run, run.gathered.forward),
-        "working memory of a layer": forward if run.recomputes else 0,
+        "working memory of a layer": run.sequences * run.student_activations.forward_working,
     }
 
 
@@ -182,12 +188,10 @@ def _targets(run: Sharding) -> Lines:
 
 
 def _backward(run: Sharding) -> Lines:
-    counts = run.activations(run.student)
-    working = counts.recompute if run.recomputes else counts.backward
     return {
         "gathered layers": run.itemsize * run.live_in_backward,
         **_prefetched(run, run.gathered.backward),
-        "working memory of a layer": working.bytes(run.sequences),
+        "working memory of a layer": run.student_activations.backward.bytes(run.sequences),
         "gradients being reduced": run.reduce_itemsize * min(run.zero.reduce_bucket_size, run.reduced),
     }
 
@@ -212,7 +216,8 @@ def _step(run: Sharding) -> Lines:
 
 def _stage(run: Sharding) -> int:
     """Bytes of the teacher's largest stage."""
-    return run.itemsize * max(run.live_teacher.stage_parameters(run.stages))
+    float8 = run.teacher_section.precision == "float8"
+    return max(run.live_teacher.stage_bytes(run.stages, itemsize=run.itemsize, float8=float8))
 
 
 def _packet(run: Sharding) -> int:

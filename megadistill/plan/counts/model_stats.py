@@ -6,11 +6,12 @@ Legend: V vocabulary, D width, S tokens of a sequence.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
-from megadistill.models.families import HEAD, parameter_shapes
+from megadistill.config.recipe import Checkpointing
+from megadistill.models.families import HEAD, build_decoder, parameter_shapes
 from megadistill.models.flops import (
     LAYERS,
     Flops,
@@ -23,6 +24,7 @@ from megadistill.models.flops import (
 from megadistill.models.partition import balanced_sizes
 from megadistill.plan.counts.activations import Activations, count_activations
 from megadistill.precision import Precision, torch_dtype
+from megadistill.teacher.float8 import use_float8
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class ModelStats:
     layer_parameters: tuple[int, ...]
     layer_costs: tuple[int, ...]
     """Active parameters of each layer: stages are cut by them."""
-    _activations: dict[tuple[str, bool], Activations] = field(default_factory=dict, repr=False)
+    _activations: dict[tuple[str, bool, str, str], Activations] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -54,12 +56,20 @@ class ModelStats:
     def tied(self) -> bool:
         return HEAD not in self.shapes
 
-    def activations(self, precision: Precision, *, masked: bool) -> Activations:
-        """Activations of one sequence, counted at first use. `masked`: documents do not attend to each other."""
-        key = (precision, masked)
+    def activations(
+        self, precision: Precision, *, masked: bool, attention: str, checkpointing: Checkpointing = "none"
+    ) -> Activations:
+        """Activations of one sequence, counted at first use: see `count_activations`."""
+        key = (precision, masked, attention, checkpointing)
         if key not in self._activations:
-            dtype = torch_dtype(precision)
-            self._activations[key] = count_activations(self.config, self.sequence_length, dtype=dtype, masked=masked)
+            self._activations[key] = count_activations(
+                self.config,
+                self.sequence_length,
+                dtype=torch_dtype(precision),
+                masked=masked,
+                attention=attention,
+                checkpointing=checkpointing,
+            )
         return self._activations[key]
 
     @cached_property
@@ -77,12 +87,27 @@ class ModelStats:
             parts.setdefault(part, {}).setdefault(module, []).append(math.prod(shape))
         return tuple(tuple(tuple(sizes) for sizes in modules.values()) for modules in parts.values())
 
-    def stage_parameters(self, stages: int) -> tuple[int, ...]:
-        """Parameters of each stage: its layers, with the embedding on the first one and the last norm on the last."""
-        totals = list(_sums(self.layer_parameters, balanced_sizes(self.layer_costs, stages)))
-        totals[0] += self.parameters.embedding
-        totals[-1] += self.parameters.body - sum(self.layer_parameters)
+    def stage_bytes(self, stages: int, *, itemsize: int, float8: bool = False) -> tuple[int, ...]:
+        """Bytes of each stage: its layers, with the embedding on the first one and the last norm on the last.
+
+        `itemsize`: of a parameter; `float8`: whether the layers' matrices are rounded (`teacher.precision`).
+        """
+        layers = self.float8_layers(itemsize) if float8 else tuple(itemsize * size for size in self.layer_parameters)
+        totals = list(_sums(layers, balanced_sizes(self.layer_costs, stages)))
+        totals[0] += itemsize * self.parameters.embedding
+        totals[-1] += itemsize * (self.parameters.body - sum(self.layer_parameters))
         return tuple(totals)
+
+    @lru_cache(maxsize=4)  # noqa: B019, a plan's models live as long as the plan
+    def float8_layers(self, itemsize: int) -> tuple[int, ...]:
+        """Bytes of each layer of a stage in float8, with its scales."""
+        decoder: Any = build_decoder(self.config, layers=range(self.layers))
+        use_float8(decoder)
+        return tuple(
+            sum(itemsize * each.numel() for each in layer.parameters())
+            + sum(each.numel() * each.itemsize for each in layer.buffers())
+            for layer in decoder.layers
+        )
 
 
 def _sums(values: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:

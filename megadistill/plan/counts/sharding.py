@@ -9,19 +9,39 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megadistill.config.recipe import Recipe, TeacherSection
+from megadistill.config.auto import Choice, choose_compile
+from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
+from megadistill.models.attention.choice import choose_attention
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import EMBEDDING, HEAD, expert_layers
-from megadistill.plan.counts.activations import Activations
+from megadistill.plan.counts.activations import Activations, Traffic
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
 from megadistill.precision import torch_dtype
 
 FLOAT32 = 4
 """Bytes of a float32."""
+
+
+COMPILED_FORWARD, COMPILED_BACKWARD = 4, 7
+"""Times that compiled layers read or write a score of eager attention: written by a product, read and written by the
+fused softmax, read by a product; backward, two products write or read each of three, and one kernel reads two."""
+
+
+@dataclass(frozen=True)
+class MemoryTraffic:
+    """Bytes of a sequence that a model's layers read and write in the device's memory, beside the products' own."""
+
+    student: Traffic
+    """The student's attention scores."""
+    recompute: int
+    """Elementwise work that selective checkpointing recomputes; 0 for compiled layers, which recompute in the kernels
+    that read the kept tensors anyhow."""
+    teacher: int
+    """Attention scores of all layers of a live teacher, in its forward pass."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +165,10 @@ class Sharding:
         if self.ranks == 1:
             return GatheredParams(0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
-        modules = ((self.embedding_size,), *(tuple(map(self._partitioned, part)) for part in others))
+        # A layer is gathered as a whole (models.layers), and so is a recomputation with the backward pass it is for.
+        modules = ((self.embedding_size,), *((sum(map(self._partitioned, part)),) for part in others))
         first = self.counts_experts_first
-        return count_gathered(modules, self.zero, recompute=self.recomputes, forward_first=first)
+        return count_gathered(modules, self.zero, recompute=self.checkpoints, forward_first=first)
 
     @cached_property
     def live_at_loss(self) -> int:
@@ -156,14 +177,14 @@ class Sharding:
         Without recomputation these are all matrices of the layers: autograd keeps the transposed view that was
         multiplied, and with it the gathered storage, until its backward pass, although ZeRO-3 releases the parameter.
         """
-        if self.recomputes:
+        if self.checkpoints:
             return self.gathered.at_loss
         return max(self.gathered.at_loss, sum(self.layer_matrices))
 
     @cached_property
     def live_in_backward(self) -> int:
         """Most gathered parameters in memory in the backward pass."""
-        return max(self.gathered.peak_backward, *self.layer_matrices) if self.recomputes else self.live_at_loss
+        return max(self.gathered.peak_backward, *self.layer_matrices) if self.checkpoints else self.live_at_loss
 
     @cached_property
     def layer_matrices(self) -> list[int]:
@@ -176,6 +197,11 @@ class Sharding:
     def _partitioned(self, module: tuple[int, ...]) -> int:
         """Parameters of a module that are gathered at each use."""
         return sum(size for size in module if size > self.zero.stage3_param_persistence_threshold)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the backward pass recomputes anything of the layers."""
+        return self.recipe.student.activation_checkpointing != "none"
 
     @property
     def recomputes(self) -> bool:
@@ -198,9 +224,97 @@ class Sharding:
         """Bytes of a gradient's number when it is reduced: the weights' precision, unless DeepSpeed's file differs."""
         return self.zero.reduce_element_bytes or self.itemsize
 
-    def activations(self, model: ModelStats) -> Activations:
-        """A model's activations in the run's precision and masking."""
-        return model.activations(self.recipe.train.precision, masked=self.recipe.data.document_mask)
+    @cached_property
+    def student_attention(self) -> Choice:
+        """Implementation of the student's attention on an accelerator, and the reason.
+
+        Raises:
+            UserError: the recipe names one that cannot compute the model.
+        """
+        return self._attention(self.recipe.student.attention, self.student, "student.attention")
+
+    @cached_property
+    def teacher_attention(self) -> Choice:
+        """Likewise of a live teacher's."""
+        return self._attention(self.teacher_section.attention, self.live_teacher, "teacher.attention")
+
+    def _attention(self, setting: AttentionSetting, model: ModelStats, key: str) -> Choice:
+        return choose_attention(
+            setting,
+            model.config,
+            accelerator=True,
+            precision=self.recipe.train.precision,
+            documents=self.recipe.data.document_mask,
+            sequence_length=self.stats.sequence_length,
+            flash=setting == "flash",  # of what is installed there nothing is known
+            triton=True,
+            key=key,
+        )
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """Attention and compilation of the models' layers, by the recipe's keys."""
+        choices = {"student.attention": self.student_attention, "student.compile": self.student_compiled}
+        if self.teacher is not None:
+            choices |= {"teacher.attention": self.teacher_attention, "teacher.compile": self.teacher_compiled}
+        return choices
+
+    @property
+    def student_compiled(self) -> Choice:
+        """Whether the student's layers are compiled on an accelerator."""
+        return choose_compile(self.recipe.student.compile, accelerator=True, triton=True)
+
+    @property
+    def teacher_compiled(self) -> Choice:
+        """Whether a live teacher's layers are compiled on an accelerator."""
+        return choose_compile(self.teacher_section.compile, accelerator=True, triton=True)
+
+    @cached_property
+    def student_activations(self) -> Activations:
+        """The student's activations of a sequence, in the run's precision, masking, attention and checkpointing."""
+        return self._activations(self.recipe.student.activation_checkpointing)
+
+    def _activations(self, checkpointing: Checkpointing) -> Activations:
+        precision, masked = self.recipe.train.precision, self.recipe.data.document_mask
+        attention = self.student_attention.value
+        return self.student.activations(precision, masked=masked, attention=attention, checkpointing=checkpointing)
+
+    @cached_property
+    def traffic(self) -> "MemoryTraffic":
+        """Memory traffic beside the products, which an MFU without it leaves out."""
+        student, teacher = Traffic(), Traffic()
+        if self.student_attention.value == "eager":
+            student = self.student_activations.score_traffic
+            if self.student_compiled.value == "compiled":
+                student = self._compiled_scores(self.student)
+        if self.teacher is not None and self.teacher_attention.value == "eager":
+            teacher = self.teacher_activations.score_traffic
+            if self.teacher_compiled.value == "compiled":
+                teacher = self._compiled_scores(self.teacher)
+        forward_passes = 2 if self.counts_experts_first else 1
+        recompute = 0
+        if self.recipe.student.activation_checkpointing == "selective" and self.student_compiled.value == "eager":
+            selective, plain = self.student_activations, self._activations("none")
+            scores = selective.score_traffic.backward - plain.score_traffic.backward
+            recompute = max(0, selective.elementwise_backward - plain.elementwise_backward - scores)
+        student = Traffic(forward_passes * student.forward, student.backward)
+        return MemoryTraffic(student, recompute, teacher.forward)
+
+    def _compiled_scores(self, model: ModelStats) -> Traffic:
+        """Traffic of scores in memory where a compiler has fused the arithmetic between attention's two products."""
+        heads, S = model.config.num_attention_heads, model.sequence_length
+        access = self.itemsize * model.layers * heads * S * S
+        again = COMPILED_FORWARD if model is self.student and self.checkpoints else 0
+        return Traffic(COMPILED_FORWARD * access, (COMPILED_BACKWARD + again) * access)
+
+    @cached_property
+    def teacher_activations(self) -> Activations:
+        """A live teacher's activations of a sequence."""
+        return self.live_teacher.activations(
+            self.recipe.train.precision,
+            masked=self.recipe.data.document_mask,
+            attention=self.teacher_attention.value,
+        )
 
     @property
     def heads(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megadistill.plan.counts.disk_usage import signal_bytes
-from megadistill.plan.estimate import Estimate
+from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
 from megadistill.plan.search import Plan
 
@@ -28,7 +28,10 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
             "node_bytes_per_second": kind.node_bandwidth,
             "network_bytes_per_second": kind.network_bandwidth,
         },
-        "assumed": {**asdict(plan.mfu), "optimistic": asdict(plan.mfu.optimistic)},
+        "assumed": {
+            **asdict(plan.mfu),
+            "optimistic": asdict(optimistic_mfu(main.sharding, plan.mfu)) if main else None,
+        },
         "price_per_gpu_hour": price,
         "fits": plan.own is not None and plan.own.fits,
         "refused": plan.refused,
@@ -40,6 +43,8 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
         "models": _models(main) if main else [],
         "checkpoint_bytes": main.requirements.checkpoint_bytes if main else None,
         "teacher_bytes_per_token": _teacher_outputs(plan, main) if main else None,
+        "chosen": {key: choice._asdict() for key, choice in main.sharding.choices.items()} if main else {},
+        "other_checkpointing": _layout(plan, plan.checkpointing, price) if plan.checkpointing else None,
         "layouts_searched": plan.searched,
         "own": _layout(plan, plan.own, price) if plan.own else None,
         "best": [_layout(plan, each, price) for each in plan.best],

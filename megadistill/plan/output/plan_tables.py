@@ -9,20 +9,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megadistill.config.auto import describe_choices
 from megadistill.config.recipe import TargetsSection
 from megadistill.plan.counts.disk_usage import final_checkpoints, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
-from megadistill.plan.estimate import Estimate
+from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import Expectation
-from megadistill.plan.search import Plan
+from megadistill.plan.search import TIGHT, Plan
 from megadistill.plan.throughput import MfuAssumption
 from megadistill.units import count, readable, spell
 
 BAR = 20
 SMALL = 0.005
 """Rows below this fraction are grouped as "smaller ones"."""
-TIGHT = 0.1
-"""Fraction of free memory below which a fit is called tight, as an allocator never uses all of its memory."""
 
 
 def render(plan: Plan, *, law: Expectation | None, price: float | None) -> RenderableType:
@@ -49,6 +48,7 @@ def summary_lines(plan: Plan, *, price: float | None) -> RenderableType:
             text.append(f"The rest describes the {'best' if plan.best else 'nearest'} layout that can:\n")
     if main is not None:
         text.append_text(_fit(main))
+        text.append_text(_checkpointing(plan, main))
         if plan.no_forecast:
             text.append(f"{plan.no_forecast}\n", style="bold")
     if (warning := plan.low_precision_reduction) is not None:
@@ -66,6 +66,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
             f"{plan.cluster.accelerator.peak_tflops[plan.inputs.recipe.train.precision]:g} TFLOP/s (expected: "
             f"{'the best published for distillation' if plan.mfu == MfuAssumption() else 'as given'}); links as sold"
         )
+    if plan.main is not None:
+        yield describe_choices(plan.main.sharding.choices)
     if plan.inputs.without_data:
         yield "the data was not read"
     if plan.inputs.stats.first_step:
@@ -74,7 +76,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 
 def _forecast(plan: Plan, main: Estimate, *, price: float | None) -> RenderableType:
     """Time and cost of the run, expected and optimistic."""
-    both, mfus = (main, main.optimistic), (plan.mfu, plan.mfu.optimistic)
+    both, mfus = (main, main.optimistic), (plan.mfu, optimistic_mfu(main.sharding, plan.mfu))
     table = _table(f"for {count(main.requirements.tokens)} tokens", "expected", "optimistic")
     table.add_row("tokens/s", *(count(each.tokens_per_second) for each in both), style="bold")
     table.add_row("time", *(spell(each.seconds) for each in both), style="bold")
@@ -95,6 +97,18 @@ def _fit(estimate: Estimate) -> Text:
     left = f"{abs(share):.0%} {'free' if estimate.fits else 'too much'}"
     line = f"{fit}: {readable(estimate.memory, 'B')} of {kind.memory_gb:g} GB a GPU, {left}\n"
     return Text(line, style=f"bold {style}")
+
+
+def _checkpointing(plan: Plan, main: Estimate) -> Text:
+    """A line on another `student.activation_checkpointing` for the recipe's own layout, where one is better."""
+    other = plan.checkpointing
+    if other is None:
+        return Text()
+    mode, share = other.layout.activation_checkpointing, other.margin / other.cluster.accelerator.memory_bytes
+    gain = other.tokens_per_second / main.tokens_per_second - 1
+    faster = f", {gain:+.0%} tokens/s" if abs(gain) >= 0.005 and not plan.no_forecast else ""
+    line = f"student.activation_checkpointing={mode} fits: {readable(other.memory, 'B')}, {share:.0%} free{faster}\n"
+    return Text(line)
 
 
 def _table(*headings: str, texts: tuple[int, ...] = (0,)) -> Table:
@@ -159,6 +173,10 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
 
+ONLY_IF_ANY = ("student, attention scores in memory", "student, elementwise work recomputed")
+"""Rows of a micro-step that most recipes do not have."""
+
+
 def _time(estimate: Estimate) -> RenderableType:
     """Parts of a micro-step."""
     times, run = estimate.times, estimate.sharding
@@ -167,6 +185,8 @@ def _time(estimate: Estimate) -> RenderableType:
     rows = {
         "student, forward (with both heads)": times.student_forward,
         "student, backward": times.student_backward,
+        "student, attention scores in memory": times.scores_forward + times.scores_backward,
+        "student, elementwise work recomputed": times.recompute,
         "ZeRO-3's traffic that compute does not hide": times.exposed,
         "exchange in the vocab group": times.vocabulary,
     }
@@ -175,7 +195,8 @@ def _time(estimate: Estimate) -> RenderableType:
     elif times.stages:
         rows["waits for the teacher"] = times.micro_step - times.student
     for name, seconds in rows.items():
-        table.add_row(name, spell(seconds), _bar(seconds / times.micro_step))
+        if seconds or name not in ONLY_IF_ANY:
+            table.add_row(name, spell(seconds), _bar(seconds / times.micro_step))
     table.add_section()
     table.add_row("together", spell(times.micro_step), "")
     return _part(title, table, _time_notes(estimate))
@@ -189,6 +210,9 @@ def _time_notes(estimate: Estimate) -> str:
     if times.stages:
         even = sum(times.stages) / len(times.stages) / max(times.stages)
         notes.append(f"Stages are {even:.1%} even.")
+    if times.teacher_scores:
+        share = times.teacher_scores / max(times.stages)
+        notes.append(f"Attention scores in memory are {share:.0%} of the largest stage's time (teacher.attention).")
     if times.replicas:
         notes.append(f"The teacher's ranks are busy {times.tick / times.micro_step:.0%} of the time.")
     return " ".join(notes)

@@ -159,9 +159,9 @@ class _Simulation:
         times, begin = self._times, max(rank.now for rank in self.students)
         for rank in self.students:
             rank.wait("wait for the others", begin)
-            rank.add(COMPUTE, "student forward", times.student_forward)
+            rank.add(COMPUTE, "student forward", times.forward)
             rank.add(WAIT, "vocabulary's exchange", times.vocabulary)
-            rank.add(COMPUTE, "student backward", times.student_backward)
+            rank.add(COMPUTE, "student backward", times.backward)
             rank.add(WAIT, "ZeRO-3's traffic, not hidden", times.exposed)
             if (round_ + 1) % self._m == 0:
                 rank.steps.append(Step((round_ + 1) // self._m, rank.steps[-1].end if rank.steps else 0.0, rank.now))

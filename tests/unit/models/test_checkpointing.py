@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from megadistill.config.recipe import CHECKPOINTING, Checkpointing
 from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config
-from megadistill.models.layers import checkpoint_layers, keeps_output
+from megadistill.models.layers import checkpoint_layers, saves_output
 from megadistill.plan.counts.activations import LiveStorages
 from tests.unit.models.cases import CASES, VOCAB
 
@@ -48,11 +48,11 @@ def _step(
     positions = (torch.arange(S) % 20).expand(B, S) if documents else None
     with LiveStorages() as live:
         hidden = inner(**forward_inputs(inner, tokens, positions)).last_hidden_state
-        bytes_kept = live.now
+        bytes_retained = live.now
     with Products() as products:
         hidden.float().square().sum().backward()
     gradients = {name: each.grad for name, each in inner.named_parameters() if each.grad is not None}
-    return gradients, products.counts, bytes_kept
+    return gradients, products.counts, bytes_retained
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
@@ -71,27 +71,27 @@ def test_gradients_are_those_without_checkpointing_to_the_bit(family: str, dtype
 def test_selective_recomputes_no_product_and_keeps_less(family: str) -> None:
     of_mode = {mode: _step(family, mode) for mode in CHECKPOINTING}
     products = {mode: counts for mode, (_, counts, _) in of_mode.items()}
-    kept = [size for _, _, size in of_mode.values()]
+    sizes = [size for _, _, size in of_mode.values()]
     assert products["selective"] == products["none"]
     assert products["full"].total() > products["none"].total()
-    assert kept == sorted(kept, reverse=True)
-    assert kept[1] < 0.85 * kept[0]
-    assert kept[2] < 0.5 * kept[1]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[1] < 0.85 * sizes[0]
+    assert sizes[2] < 0.5 * sizes[1]
 
 
 def test_the_policy_keeps_products_and_attention_and_no_scores() -> None:
     query_HSd, key_HdS, scores_HSS = torch.empty(4, S, 16), torch.empty(4, 16, S), torch.empty(4, S, S)
     context = SelectiveCheckpointContext(is_recompute=False)
 
-    def is_kept(operator: Any, *args: Tensor) -> bool:
-        return keeps_output(context, operator, *args) == CheckpointPolicy.MUST_SAVE
+    def saves(operator: Any, *args: Tensor) -> bool:
+        return saves_output(context, operator, *args) == CheckpointPolicy.MUST_SAVE
 
     aten = torch.ops.aten
-    assert is_kept(aten.mm.default, scores_HSS[0], key_HdS[0])
-    assert is_kept(aten._grouped_mm.default, query_HSd, key_HdS)
-    assert is_kept(aten._scaled_dot_product_flash_attention.default, query_HSd)
-    assert is_kept(torch.ops.higher_order.flex_attention, query_HSd)
-    assert is_kept(aten.bmm.default, scores_HSS, query_HSd), "values of eager attention"
-    assert not is_kept(aten.bmm.default, query_HSd, key_HdS), "48 tokens, 2 x 16 columns"
-    assert not is_kept(aten.mul.Tensor, query_HSd, query_HSd)
-    assert not is_kept(aten._softmax.default, scores_HSS)
+    assert saves(aten.mm.default, scores_HSS[0], key_HdS[0])
+    assert saves(aten._grouped_mm.default, query_HSd, key_HdS)
+    assert saves(aten._scaled_dot_product_flash_attention.default, query_HSd)
+    assert saves(torch.ops.higher_order.flex_attention, query_HSd)
+    assert saves(aten.bmm.default, scores_HSS, query_HSd), "values of eager attention"
+    assert not saves(aten.bmm.default, query_HSd, key_HdS), "48 tokens, 2 x 16 columns"
+    assert not saves(aten.mul.Tensor, query_HSd, query_HSd)
+    assert not saves(aten._softmax.default, scores_HSS)

@@ -14,7 +14,7 @@ from megadistill.plan.counts.model_stats import RecipeStats, measure_models
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput
-from megadistill.plan.throughput import OPTIMISTIC
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.unit.models.test_flops import LLAMA3_8B
@@ -47,6 +47,8 @@ GEMMA2_27B = {
     "sliding_window": 4096,
 }
 TRILLION = 1e12
+TUNED = MfuAssumption(0.40, 0.45)
+"""Shares of the arithmetic: Megatron-LM's, of tuned training with tensor parallelism."""
 _MEASURED: dict[str, RecipeStats] = {}
 
 
@@ -82,7 +84,7 @@ def _estimate(
         without_data=True,
     )
     cluster = Cluster(nodes, 8, accelerator("h100"))
-    return estimate(place(recipe, inputs, cluster), cluster, OPTIMISTIC)
+    return estimate(place(recipe, inputs, cluster), cluster, TUNED)
 
 
 def _days(result: Estimate) -> float:

@@ -32,6 +32,7 @@ def gpu(*, memory_gb: float = 80.0, slower: float = SLOWER) -> Accelerator:
         name="a GPU of the tests",
         peak_tflops={"bfloat16": 100.0 / slower, "float32": 10.0 / slower},
         memory_gb=memory_gb,
+        memory_gb_per_s=1000.0 / slower,
         node_gb_per_s=100.0 / slower,
         network_gb_per_s=10.0 / slower,
         source="invented",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from megadistill.config.recipe import CHECKPOINTING
 from megadistill.models.families import build_decoder, forward_inputs, load_config, rebuild_buffers
 from megadistill.plan.counts.activations import Activations, Peak, count_activations
 
@@ -72,14 +73,18 @@ def _saved_by_torch(config: Any, dtype: torch.dtype, *, masked: bool) -> int:
 def test_saved_bytes_are_those_of_torch(case: str, masked: bool) -> None:
     config = _config(case)
     dtype = torch.bfloat16 if case.startswith("qwen3_moe") else torch.float32
-    counts = count_activations(config, S, dtype=dtype, masked=masked)
+    attention = "eager" if case.startswith("gemma2") else "sdpa"
+    counts = count_activations(config, S, dtype=dtype, masked=masked, attention=attention)
     real = _saved_by_torch(config, dtype, masked=masked)
     assert counts.saved + counts.norm + counts.shared == pytest.approx(real, rel=0.02)
 
 
 def test_bfloat16_saves_what_its_norms_compute_in_float32() -> None:
     config = _config("llama")
-    half, whole = (count_activations(config, S, dtype=dtype, masked=False) for dtype in (torch.bfloat16, torch.float32))
+    half, whole = (
+        count_activations(config, S, dtype=dtype, masked=False, attention="sdpa")
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert half.saved + half.norm + half.shared == pytest.approx(
         _saved_by_torch(config, torch.bfloat16, masked=False), rel=0.02
     )
@@ -87,19 +92,25 @@ def test_bfloat16_saves_what_its_norms_compute_in_float32() -> None:
 
 
 def test_layers_of_a_kind_are_alike() -> None:
-    four = count_activations(_config("llama"), S, dtype=torch.float32, masked=False)
     two_layers = load_config({**SIZES, "model_type": "llama", "num_hidden_layers": 2}, what="test")
-    two = count_activations(two_layers, S, dtype=torch.float32, masked=False)
-    assert (four.saved, four.layer_inputs) == (2 * two.saved, 2 * two.layer_inputs)
-    assert four.layer_inputs == 4 * S * 64 * 4
-    assert (four.forward, four.recompute) == (two.forward, two.recompute)
+    for mode in CHECKPOINTING:
+        four, two = (
+            count_activations(config, S, dtype=torch.float32, masked=False, attention="sdpa", checkpointing=mode)
+            for config in (_config("llama"), two_layers)
+        )
+        assert four.saved == 2 * two.saved
+        assert (four.forward, four.backward) == (two.forward, two.backward)
+    assert four.saved == 4 * S * 64 * 4, "inputs alone"
 
 
 def test_a_float32_mixture_is_twice_one_in_bfloat16() -> None:
     config = _config("qwen3_moe, half dense")
-    half, whole = (count_activations(config, S, dtype=dtype, masked=False) for dtype in (torch.bfloat16, torch.float32))
+    half, whole = (
+        count_activations(config, S, dtype=dtype, masked=False, attention="sdpa")
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert isinstance(whole, Activations)
-    assert (whole.saved, whole.recompute.bytes(3)) == (2 * half.saved, 2 * half.recompute.bytes(3))
+    assert (whole.saved, whole.backward.bytes(3)) == (2 * half.saved, 2 * half.backward.bytes(3))
 
 
 def test_the_highest_moment_depends_on_the_micro_batch() -> None:

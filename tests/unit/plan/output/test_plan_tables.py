@@ -16,7 +16,7 @@ from megadistill.plan.output.plan_tables import render
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast
 from megadistill.plan.search import plan
-from megadistill.plan.throughput import OPTIMISTIC, MfuAssumption
+from megadistill.plan.throughput import MfuAssumption
 from megadistill.terminal_tables import print_tables
 from megadistill.units import count, spell
 from tests.unit.plan.tiny import SLOWER, TINY, cluster, plan_input
@@ -70,7 +70,7 @@ def test_a_reduction_of_many_gradients_in_16_bits_is_warned_of() -> None:
 def test_the_optimistic_costs_are_beside_the_expected_ones() -> None:
     inputs, machines = plan_input(), cluster(2, 4, slower=SLOWER)
     result = plan(inputs, machines, MfuAssumption())
-    expected, optimistic = result.main, plan(inputs, machines, OPTIMISTIC).main
+    expected, optimistic = result.main, plan(inputs, machines, MfuAssumption(0.39, 0.39)).main
     assert expected is not None
     assert optimistic is not None
     assert expected.optimistic.times == optimistic.times
@@ -81,8 +81,8 @@ def test_the_optimistic_costs_are_beside_the_expected_ones() -> None:
     assert table["time"] == [spell(each.seconds) for each in both]
     assert table["GPU-hours"] == [f"{each.gpu_hours:,.0f}" for each in both]
     assert table["price, at 2"] == [f"{2 * each.gpu_hours:,.0f}" for each in both]
-    assert table["MFU of the student"] == ["18%", "40%"]
-    assert table["MFU of the teacher"] == ["18%", "45%"]
+    assert table["MFU of the student"] == ["18%", "39%"]
+    assert table["MFU of the teacher"] == ["18%", "39%"]
     own = to_json(result, law=None, price=2.0)["own"]
     assert own["gpu_hours"] == expected.gpu_hours
     assert own["optimistic"] == {
@@ -95,7 +95,9 @@ def test_the_optimistic_costs_are_beside_the_expected_ones() -> None:
 
 
 def test_the_optimistic_mfu_is_not_below_the_expected_one() -> None:
-    assert MfuAssumption(0.3, 0.5).optimistic == MfuAssumption(0.40, 0.5)
+    assumed = MfuAssumption(0.35, 0.5)
+    assert assumed.optimistic(student_compiled=True, teacher_compiled=True) == MfuAssumption(0.39, 0.5)
+    assert assumed.optimistic(student_compiled=False, teacher_compiled=True) == MfuAssumption(0.35, 0.5)
 
 
 def test_every_part_is_there() -> None:
@@ -154,7 +156,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run_command([*command, "--nodes", "1", "--gpu", "h100", "--json", "-"]) == 0
     by_default = json.loads(capsys.readouterr().out)
     assert by_default["cluster"]["gpu"] == values["cluster"]["gpu"]
-    assert by_default["assumed"] == {**asdict(MfuAssumption()), "optimistic": asdict(OPTIMISTIC)}
+    assert by_default["assumed"] == {**asdict(MfuAssumption()), "optimistic": asdict(MfuAssumption(0.39, 0.39))}
 
 
 def test_the_command_where_nothing_fits_and_where_it_is_mistyped(
