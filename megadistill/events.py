@@ -41,6 +41,8 @@ EVENTS = {
     "rollback": "back to the checkpoint of `to_step`; `skipped_slots` [first, stop) are left out from then on",
     "teacher_drift": "the `teacher_ce` left its window: `median`, `zscore`, `slots` [first, last] of the step",
     "teacher_above_uniform": "the teacher's cross-entropy on the first tokens, `teacher_ce`, is above `uniform_ce`",
+    "float8_teacher": "the teacher in float8 was compared with the native one on the first tokens: `kl` (nats a token)"
+    ", `native_ce`, `float8_ce`",
     "samples_masked": "corrupt sequences were masked: `slots`",
     "straggler": "a rank is slower than the others: `message`",
     "stop_requested": "a stop of the run was requested: `reason`",

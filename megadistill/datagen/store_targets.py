@@ -18,6 +18,7 @@ from megadistill.progress import ShowProgress, console_progress
 from megadistill.train.build import launched, objective_of, shared_probe, stream_of
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup
+from megadistill.train.teacher.float8_check import require_close
 from megadistill.train.teacher.placement import live_teacher, run_teacher_server
 from megadistill.train.teacher.probe import worse_than_uniform
 
@@ -56,11 +57,19 @@ def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgr
     recipe, objective = setup.recipe, objective_of(setup)
     vocab = even_slice(setup.data.vocab_size, topology)
     teacher = live_teacher(setup, topology)(vocab)
-    output = teacher.output(shared_probe(setup, topology), setup, vocab)
+    probe = shared_probe(setup, topology)
+    output = teacher.output(probe, setup, vocab)
     problem = worse_than_uniform(float(output.cross_entropy), setup.data.vocab_size)
     if topology.is_first:
         for warning in filter(None, (problem, implausible_settings(setup).get("BOS"))):
             logger.warning("%s", warning)
+    if recipe.teacher is not None and recipe.teacher.precision == "float8":
+        difference = teacher.float8_difference(probe, setup, vocab, topology)
+        if topology.is_first:
+            logger.info("%s", difference.line)
+        if difference.problem(recipe.teacher.float8_max_kl):
+            teacher.close()
+        require_close(difference, recipe.teacher.float8_max_kl, topology)
     teacher.start()
     stream = stream_of(setup, topology, start=None)
     slots, done = recipe.train.global_batch, 0

@@ -113,6 +113,7 @@ def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherSta
         stages=topology.group_size,
         dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
+        precision=setup.recipe.teacher.precision,
     )
 
 

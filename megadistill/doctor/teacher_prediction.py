@@ -37,8 +37,15 @@ def teacher_row(setup: Setup, topology: Topology, launch: Launch) -> Row | None:
     timeout = timedelta(minutes=recipe.distributed.timeout_minutes)
     topology = topology_of_world(launch, vocab_group=stages, device=topology.device, timeout=timeout)
     vocab = even_slice(setup.data.vocab_size, topology)
-    entropy = float(live_teacher(setup, topology)(vocab).output(probe, setup, vocab).cross_entropy)
-    return _row(entropy, setup.data.vocab_size, tokens=len(probe.tokens) - 1)
+    teacher = live_teacher(setup, topology)(vocab)
+    entropy = float(teacher.output(probe, setup, vocab).cross_entropy)
+    row = _row(entropy, setup.data.vocab_size, tokens=len(probe.tokens) - 1)
+    if section.precision == "native":
+        return row
+    difference = teacher.float8_difference(probe, setup, vocab, topology)
+    if problem := difference.problem(section.float8_max_kl):
+        return Row(CHECK, Status.FAIL, problem)
+    return replace(row, detail=f"{row.detail}; {difference.line}")
 
 
 def _row(cross_entropy: float, vocab_size: int, *, tokens: int) -> Row:

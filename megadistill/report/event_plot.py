@@ -30,6 +30,7 @@ MARKS = {
     "rollback": "<",
     "teacher_drift": "*",
     "teacher_above_uniform": "4",
+    "float8_teacher": "h",
     "samples_masked": ".",
     "straggler": "d",
     "stop_requested": "P",

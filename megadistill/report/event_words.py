@@ -27,6 +27,7 @@ MEANINGS = {
     "rollback": "the run went back to an earlier checkpoint, and leaves out the data in between",
     "teacher_drift": "the teacher's cross-entropy left the range of the steps before it",
     "teacher_above_uniform": "the teacher predicted the first tokens worse than a uniform guess over all ids",
+    "float8_teacher": "the teacher in float8 was compared with the native one before the first step",
     "samples_masked": "corrupt sequences were left out of the loss",
     "straggler": "a rank is slower than the others",
     "stop_requested": "a signal or the time limit asked the run to stop",
@@ -176,6 +177,11 @@ def _above_uniform(event: Event) -> str:
     return f"the teacher does not know this text at step {event.step:,}{numbers}"
 
 
+def _float8_teacher(event: Event) -> str:
+    names = "kl", "float8_ce", "native_ce"
+    return f"teacher in float8{_numbers(event, ': KL {} to the native one, cross-entropy {} instead of {}', *names)}"
+
+
 def _starved(event: Event) -> str:
     experts, number_starved = event.values.get("experts"), number(event.values.get("count"))
     known = [
@@ -242,6 +248,7 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "rollback": _rollback,
     "teacher_drift": _left_its_window("teacher's cross-entropy", "teacher_ce"),
     "teacher_above_uniform": _above_uniform,
+    "float8_teacher": _float8_teacher,
     "samples_masked": _masked,
     "straggler": lambda event: (
         f"slow rank at step {event.step:,}: {text(event.values.get('message')).removeprefix('straggler: ')}"

@@ -5,13 +5,14 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 
 import torch
 
 from megadistill import logs, timeline
+from megadistill.config.auto import describe_choices
 from megadistill.config.recipe import Recipe
 from megadistill.data import TokenStream
 from megadistill.distributed.collectives import all_reduce_sum
@@ -236,6 +237,7 @@ class Trainer:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
         setup, topology, teacher, vocab = self._setup, self._topology, self._teacher, self._student.head.vocab
         logger.info("%s", describe_layout(setup, topology))
+        logger.info("%s", describe_choices(setup.choices()))
         if self._student.routers is not None:
             layers, coefs = len(self._student.routers.layers), self._objective.router_coefs
             logger.info("%s", describe_routers(setup.student_config, layers, coefs, accumulation=setup.accumulation))
@@ -247,6 +249,10 @@ class Trainer:
         if check is None:
             return
         logger.info("%s", check.line)
+        if check.float8 is not None:
+            logger.info("%s", check.float8.line)
+            if check.is_new:
+                self._recovery.events.write("float8_teacher", step=self.step, **asdict(check.float8))
         if problem := worse_than_uniform(check.cross_entropy, setup.data.vocab_size):
             values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(setup.data.vocab_size)}
             self._recovery.events.warn("teacher_above_uniform", problem, step=self.step, **values)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from megadistill.config.recipe import TargetsSection
+from megadistill.config.recipe import TargetsSection, TeacherPrecision
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
 from megadistill.data.shards.manifest import Shard
 from megadistill.data.storage.open import folder_of
@@ -45,6 +45,8 @@ class TargetKey(BaseModel):
     """Description of the order, which decides the sequence of a slot, as JSON: `Cursor.order`."""
     teacher: Sha256 | None
     """`teacher_fingerprint` of its folder; None only in the key of a run that names no teacher."""
+    teacher_precision: TeacherPrecision = Field(default="native", exclude_if=lambda precision: precision == "native")
+    """Precision of its products. Not written where it is native."""
     vocab_map: Sha256 | None
     """Hash of the map from the student's ids to the teacher's; None: both have the same ids."""
     targets: TargetsSection
@@ -79,14 +81,14 @@ class TargetKey(BaseModel):
 def key_differences(stored: TargetKey, run: TargetKey, *, stop: int) -> list[str]:
     """Differences that keep a run from learning from targets of slots below `stop`; a line each.
 
-    Orders may differ in what those slots do not need, such as later curriculum entries. The teacher and the map of its
-    ids are compared where the run names one; the seed only where something was drawn.
+    Orders may differ in what those slots do not need, such as later curriculum entries. The teacher, its precision and
+    the map of its ids are compared where the run names one; the seed only where something was drawn.
     """
     lines = [
         f"{title} was {_described(getattr(stored, name))}, is {_described(getattr(run, name))}"
         for name, title in _FIELDS.items()
         if getattr(stored, name) != getattr(run, name)
-        and not (name in ("teacher", "vocab_map") and run.teacher is None)
+        and not (name in ("teacher", "teacher_precision", "vocab_map") and run.teacher is None)
         and not (name == "seed" and stored.targets.draws is None and run.targets.draws is None)
     ]
     if stored.order != run.order:
@@ -97,6 +99,7 @@ def key_differences(stored: TargetKey, run: TargetKey, *, stop: int) -> list[str
 _FIELDS: Final = {
     "tokenizer": "the tokenizer",
     "teacher": "the teacher",
+    "teacher_precision": "teacher.precision",
     "vocab_map": "teacher.vocab_map",
     "targets": "loss.targets",
     "temperature": "loss.temperature",
@@ -111,7 +114,7 @@ _FIELDS: Final = {
 def _described(value: Any) -> str:
     if isinstance(value, TargetsSection):
         return ", ".join(f"{name} {part}" for name, part in value.model_dump(exclude_none=True).items())
-    return f"{value[:12]}…" if isinstance(value, str) else str(value)
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 else str(value)
 
 
 Extent = Annotated[int, Field(ge=1, lt=1 << 62)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from megadistill import timeline
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
+from megadistill.errors import UserError
 from megadistill.loss import Head, label_loss
 from megadistill.loss.sparse import sparse_targets
 from megadistill.teacher.disaggregated import RemoteTeacher
@@ -24,6 +26,7 @@ from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.train.resilience.sdc import FrozenWeights
 from megadistill.train.setup.setup import Setup
 from megadistill.train.setup.vocab_map import translated
+from megadistill.train.teacher.float8_check import Float8Difference, float8_difference
 from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutput, TeacherCheck, check_probe
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
@@ -87,7 +90,23 @@ class LiveTeacher(Teacher):
         def forward(probe: ProbeInput) -> ProbeOutput:
             return self.output(probe, setup, vocab)
 
-        return check_probe(setup, topology, width=self.head.shape[1], rows=rows, forward=forward)
+        def compare(probe: ProbeInput) -> Float8Difference:
+            return self.float8_difference(probe, setup, vocab, topology)
+
+        in_float8 = setup.recipe.teacher is not None and setup.recipe.teacher.precision == "float8"
+        how: dict[str, Any] = {"forward": forward, "compare": compare if in_float8 else None}
+        try:
+            return check_probe(setup, topology, width=self.head.shape[1], rows=rows, **how)
+        except UserError:
+            self.close()  # of the recipe's making, not of a rank's: those of the teacher's own end as well
+            raise
+
+    def float8_difference(
+        self, probe: ProbeInput, setup: Setup, vocab: VocabSlice, topology: Topology
+    ) -> Float8Difference:
+        """This teacher, which is in float8, against the native one. Collective over the world."""
+        float8 = self.head_on(self._hidden(probe, setup))
+        return float8_difference(setup, topology, vocab, tokens=probe.tokens, float8=float8)
 
     def describe_prefetch(self, *, micro_batch: int, sequence_length: int) -> str | None:
         if not self.pipeline.ahead:
@@ -111,10 +130,7 @@ class LiveTeacher(Teacher):
 
     def output(self, probe: ProbeInput, setup: Setup, vocab: VocabSlice) -> ProbeOutput:
         """The output for a probe, as a micro-batch of the run has it. Collective."""
-        B, S, K = setup.recipe.train.micro_batch, setup.data.sequence_length, len(probe.tokens)
-        batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
-        (target,) = self.live_targets(iter([batch]))
-        hidden_KE = target.hidden.view(B, S, -1)[0, :K]
+        K, hidden_KE = len(probe.tokens), self._hidden(probe, setup)
         with torch.no_grad():
             terms = label_loss(
                 self.head_on(hidden_KE[:-1]),
@@ -123,6 +139,13 @@ class LiveTeacher(Teacher):
                 vocab=vocab,
             )
         return ProbeOutput(hidden_KE[:PROBE_STATES].float().cpu(), terms.student_ce.double().cpu())
+
+    def _hidden(self, probe: ProbeInput, setup: Setup) -> Tensor:
+        """[K, E]: final hidden states of the probe, out of a micro-batch of the run's shape."""
+        B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
+        batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
+        (target,) = self.live_targets(iter([batch]))
+        return target.hidden.view(B, S, -1)[0, : len(probe.tokens)]
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,22 @@ teacher width.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import TeacherSection
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.io import read_file, write_file
 from megadistill.train.resilience.sdc import raise_everywhere
 from megadistill.train.setup.setup import Setup
+from megadistill.train.teacher.float8_check import Float8Difference, require_close
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
 
 PROBE_FILE = "probe.safetensors"
@@ -35,6 +37,9 @@ MAX_PROBE_BYTES = 64 << 20
 # number in eight bits errs by 2^-4 at most. Other weights, another stage or other rows are off by the size of it all.
 BOUNDS = {"float32": 1e-4, "bfloat16": 3e-2}
 FLOAT8_BOUND = 1e-1
+# Products of e4m3, whose steps are d = 2^-3.5, turn an error e of their operands into sqrt(d e), since a part e / d of
+# the roundings goes the other way: 3e-4 for float32, 1e-2 for bfloat16, a product. Ten times that again.
+FLOAT8_PRODUCT_BOUNDS = {"float32": 1e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,23 @@ class ProbeOutput:
 class TeacherCheck:
     """The result of the check at a start."""
 
+    is_new: bool
+    """Whether this start recorded the reference output."""
+
     line: str
     """A log line."""
     cross_entropy: float
     """Cross-entropy of the teacher on the probe's tokens, in nats a token."""
+    float8: Float8Difference | None = None
+    """Of a teacher in float8, from its native self."""
+
+
+class RecordedProbe(NamedTuple):
+    """What a run folder holds."""
+
+    input: ProbeInput
+    output: ProbeOutput
+    float8: Float8Difference | None
 
 
 def worse_than_uniform(cross_entropy: float, vocab_size: int) -> str | None:
@@ -121,6 +139,7 @@ def check_probe(
     width: int,
     rows: Callable[[], TokenBatch],
     forward: Callable[[ProbeInput], ProbeOutput],
+    compare: Callable[[ProbeInput], Float8Difference] | None = None,
 ) -> TeacherCheck:
     """Compares the teacher with the probe of the run folder; the first start records it. Collective over the world.
 
@@ -128,41 +147,55 @@ def check_probe(
         width: E.
         rows: reads the beginning of the run's stream; called on rank 0 alone, where there is no probe.
         forward: runs the teacher; on all ranks with the same probe, so that every stage, slice and replica takes part.
+        compare: compares a teacher in float8 with the native one, where nothing is recorded; None for other teachers.
 
     Raises:
+        UserError: on every rank, where the float8 teacher is too far from the native one; nothing is recorded then.
         OperatorFault: on every rank, where the output differs on one, or the probe cannot be read.
     """
     path, K = setup.folder / PROBE_FILE, min(PROBE_TOKENS, setup.data.sequence_length)
     recorded = _read_on_first(path, K, width, topology)
     is_new = broadcast_object(recorded is None, topology.world_group)
-    probe = ProbeInput.shared(topology, lambda: ProbeInput.of(rows(), K) if recorded is None else recorded[0])
+    probe = ProbeInput.shared(topology, lambda: ProbeInput.of(rows(), K) if recorded is None else recorded.input)
     output = forward(probe)
-    expected = broadcast_object(output if recorded is None else recorded[1], topology.world_group)
-    errors, bound = output.error_to(expected), _bound(setup.recipe)
+    expected = broadcast_object(output if recorded is None else recorded.output, topology.world_group)
+    errors, bound = output.error_to(expected), _bound(setup)
     problem = None
     if not all(error <= bound for error in errors):  # so for a NaN
         problem = f"rank {topology.rank}: {_mismatch(path, output, expected, errors, bound, is_new=is_new)}"
     raise_everywhere(problem, "teacher check failed on another rank", topology)
+    float8 = None
+    if compare is not None:
+        float8 = broadcast_object(None if recorded is None else recorded.float8, topology.world_group)
+        float8 = compare(probe) if float8 is None else float8
+        require_close(float8, _section(setup).float8_max_kl, topology)
     cross_entropy = float(output.cross_entropy)
     if is_new:
         if topology.is_first:
-            _write(path, probe, output)
+            _write(path, probe, output, float8)
         line = f"teacher check: recorded reference output (sample {probe.slot}, CE {cross_entropy:.4f})"
     elif max(errors) == 0:
         line = f"teacher check passed: bitwise identical to the first start (CE {cross_entropy:.4f})"
     else:
         line = f"teacher check passed: relative error {max(errors):.1e}, at most {bound:g} allowed"
         line = f"{line} (CE {cross_entropy:.4f})"
-    return TeacherCheck(line, cross_entropy)
+    return TeacherCheck(is_new, line, cross_entropy, float8)
 
 
-def _bound(recipe: Recipe) -> float:
+def _section(setup: Setup) -> TeacherSection:
+    assert setup.recipe.teacher is not None, "a run from labels has no teacher to check"
+    return setup.recipe.teacher
+
+
+def _bound(setup: Setup) -> float:
     """The error up to which two outputs are those of one teacher."""
-    assert recipe.teacher is not None
-    return FLOAT8_BOUND if recipe.teacher.transfer_dtype == "float8" else BOUNDS[recipe.train.precision]
+    section, precision = _section(setup), setup.recipe.train.precision
+    if section.transfer_dtype == "float8":
+        return FLOAT8_BOUND
+    return FLOAT8_PRODUCT_BOUNDS[precision] if section.precision == "float8" else BOUNDS[precision]
 
 
-def _read(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | None:
+def _read(path: Path, *, K: int, E: int) -> RecordedProbe | None:
     try:
         tensors = load(read_file(path, max_bytes=MAX_PROBE_BYTES))
     except FileNotFoundError:
@@ -171,20 +204,25 @@ def _read(path: Path, *, K: int, E: int) -> tuple[ProbeInput, ProbeOutput] | Non
     shapes = [tuple(tensor.shape) for tensor in (slot, tokens, hidden, entropy)]
     if shapes != [(), (K,), (min(K, PROBE_STATES), E), ()]:
         raise ValueError(f"its shapes are {shapes}: another teacher's, or another data set's")
-    return ProbeInput(int(slot), tokens), ProbeOutput(hidden, entropy)
+    float8 = tensors.get("float8")
+    if float8 is not None and float8.shape != (3,):
+        raise ValueError(f"its float8 values have the shape {tuple(float8.shape)} instead of (3,)")
+    difference = None if float8 is None else Float8Difference(*float8.tolist())
+    return RecordedProbe(ProbeInput(int(slot), tokens), ProbeOutput(hidden, entropy), difference)
 
 
-def _write(path: Path, probe: ProbeInput, output: ProbeOutput) -> None:
+def _write(path: Path, probe: ProbeInput, output: ProbeOutput, float8: Float8Difference | None) -> None:
     tensors = {
         "slot": torch.tensor(probe.slot),
         "tokens": probe.tokens.contiguous(),
         "hidden": output.hidden.contiguous(),
         "cross_entropy": output.cross_entropy,
+        **({} if float8 is None else {"float8": torch.tensor(astuple(float8), dtype=torch.float64)}),
     }
     write_file(path, save(tensors))
 
 
-def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> tuple[ProbeInput, ProbeOutput] | None:
+def _read_on_first(path: Path, K: int, E: int, topology: Topology) -> RecordedProbe | None:
     """The probe of a run folder on rank 0, where there is one; None elsewhere. Collective.
 
     Raises:

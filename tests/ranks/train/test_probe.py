@@ -1,5 +1,7 @@
 """The teacher check: recorded at the first start; any other teacher fails it, in every placement."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from megadistill.distributed.collectives import barrier
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology, even_slice
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
+from megadistill.models.families import HEAD, load_config, logit_transform
+from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.teacher.placement import live_teacher, run_teacher_server
 from megadistill.train.teacher.probe import PROBE_FILE
@@ -74,9 +79,12 @@ def _start(
         barrier(topology.world_group)
         rows = _rows if topology.is_first and not probed else _never
         try:
-            lines.append(given.check(setup, vocab, topology, rows=rows).line)
+            check = given.check(setup, vocab, topology, rows=rows)
+            lines.append(check.line if check.float8 is None else f"{check.line}; {check.float8.line}")
         except OperatorFault as fault:
             lines.append(str(fault))
+        except UserError as error:  # the check has closed the teacher
+            return [*lines, str(error)]
     sound.close()
     return lines
 
@@ -173,3 +181,64 @@ def test_the_first_start_compares_the_replicas(folder: Path) -> None:
     assert first == "teacher check failed on another rank: see the log of rank 1"
     assert second.startswith("rank 1: the teacher's output for one row differs from rank 0's: hidden states differ by")
     assert not (folder / "run" / PROBE_FILE).exists()
+
+
+def _float8_truth(folder: Path, unknown: int | None = None) -> list[float]:
+    """KL to the native teacher, its cross-entropy and that in float8, of the row in one process, in float64."""
+    tokens = _rows().tokens[1:]
+    transform = logit_transform(load_config(folder / "teacher", what="test"))
+    logs, entropies = [], []
+    weights = SafetensorsFolder(folder / "teacher")
+    head = next(weights.tensors([HEAD if HEAD in weights else "model.embed_tokens.weight"])).double()
+    for precision in ("native", "float8"):
+        place: dict[str, Any] = {"stage": 0, "stages": 1, "dtype": torch.float32, "device": torch.device("cpu")}
+        hidden = TeacherStage.load(folder / "teacher", **place, precision=precision)(tokens)[0, :-1].double()
+        assert transform.softcap is not None
+        logits = transform.softcap * torch.tanh(hidden @ head.T / transform.softcap)
+        if unknown is not None:
+            logits[:, unknown] = 0
+        logs.append(logits.log_softmax(dim=-1))
+        if unknown is not None:
+            logits[:, unknown] = -math.inf
+        entropies.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item())
+    native, float8 = logs
+    return [(native.exp() * (native - float8)).sum(dim=-1).mean().item(), *entropies]
+
+
+def test_a_float8_teacher_is_compared_with_the_native_one_once(folder: Path) -> None:
+    """Over two stages and two slices; the result is that of one process, and later starts read it."""
+    keys = {"precision": "float8"}
+    ranks = _starts(2, folder, keys=keys, wrong=("", "", "stage"))
+    kl, native, float8 = _float8_truth(folder)
+    assert kl > 1e-4
+    expected = f"float8 teacher: KL to the native one {kl:.5f} nats a token, cross-entropy {float8:.4f} instead of "
+    for first, again, stage in ranks:
+        assert first.startswith("teacher check: recorded reference output")
+        assert first.endswith(f"{expected}{native:.4f}")
+        passed = f"teacher check passed: bitwise identical to the first start (CE {float8:.4f})"
+        assert again == f"{passed}; {expected}{native:.4f}"
+        assert OTHER in stage
+    written = load_file(folder / "run" / PROBE_FILE)["float8"]
+    torch.testing.assert_close(written, torch.tensor([kl, native, float8]).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_float8_teacher_above_the_bound_is_refused_on_every_rank(folder: Path) -> None:
+    """On ranks of its own, which end as well; nothing is recorded. An id is one that the teacher does not know."""
+    unknown = next(id_ for id_ in range(VOCAB) if id_ not in set(_rows().tokens[1].tolist()))
+    ids = [-1 if id_ == unknown else id_ for id_ in range(VOCAB)]
+    (folder / "ids.json").write_text(json.dumps(ids))
+    apart = {"placement": "disaggregated", "ranks": 2, "stages": 2, "precision": "float8", "float8_max_kl": 1e-6}
+    keys = {**apart, "vocab_map": str(folder / "ids.json")}
+    (first,), (second,), *teachers = _starts(4, folder, keys=keys, roles=Roles(4, 2, 2))
+    kl, native, float8 = _float8_truth(folder, unknown)
+    assert first == (
+        f"teacher.precision float8: the KL to the native teacher is {kl:.4g} nats a token on the first tokens of the "
+        f"data, above teacher.float8_max_kl 1e-06 (cross-entropy {float8:.4f} instead of {native:.4f}): set "
+        "teacher.precision to native and name another run.folder, or raise the bound"
+    )
+    assert second == "the float8 teacher is refused: rank 0 says why"
+    assert teachers == [[], []]
+    assert not (folder / "run" / PROBE_FILE).exists()
+    _starts(1, folder, keys={"precision": "float8", "float8_max_kl": 1.0})
+    (lowered,), _ = _starts(2, folder, keys={"precision": "float8", "float8_max_kl": 1e-6})
+    assert "above teacher.float8_max_kl" in lowered, "also where the values are recorded"

@@ -191,6 +191,7 @@ DIFFERENCES: list[tuple[str, Any, str]] = [
         "curriculum entry 1 was data 1 parts, is data 1 parts for 4",
     ),
     ("teacher", "9" * 64, "the teacher was 222222222222…, is 999999999999…"),
+    ("teacher_precision", "float8", "teacher.precision was native, is float8"),
     ("vocab_map", "9" * 64, "teacher.vocab_map was None, is 999999999999…"),
     ("targets", TargetsSection(draws=51), "loss.targets was select sampled, draws 50, is select sampled, draws 51"),
     ("targets", TargetsSection(select="top_k", k=5), "is select top_k, k 5, tail other"),
@@ -221,6 +222,7 @@ def test_a_run_may_differ_in_what_its_slots_do_not_need(tmp_path: Path) -> None:
     later = _order((6, {"data": 1}), (None, {"other": 1}))
     TargetReader(tmp_path / "set", _key(order=later))
     TargetReader(tmp_path / "set", _key(teacher=None))
+    TargetReader(tmp_path / "set", _key(teacher=None, teacher_precision="float8"))
     top_k = TargetsSection(select="top_k", k=5)
     _stored(tmp_path / "top", list(range(6)), _key(targets=top_k))
     TargetReader(tmp_path / "top", _key(targets=top_k, seed=6))
