@@ -216,6 +216,16 @@ class LogitTransform:
             raise ValueError(f"scale is {self.scale}; it multiplies the logits, so pass a finite number other than 0")
 
 
+@dataclass
+class WeightGradient:
+    """The gradient of losses with respect to a head's weight, added up in memory of the caller's."""
+
+    memory: Tensor
+    """[w, D], in the dtype of the loss's sums."""
+    empty: bool = True
+    """Whether no loss has written yet. What is in the memory then counts for nothing."""
+
+
 class Tail(Enum):
     """Treatment of the probability outside the selected ids."""
 

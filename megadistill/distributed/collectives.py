@@ -56,12 +56,12 @@ def start_all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
     return Pending(gathered, source, _all_gather(gathered, source, group=group, async_op=True))
 
 
-def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Pending:
-    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
+def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None, *, out: Tensor | None = None) -> Pending:
+    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks, in `out` where there are ranks."""
     if group is None:
         return Pending(rows, rows, None)
     source = rows.contiguous()
-    block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:])
+    block = rows.new_empty(rows.shape[0] // group_size(group), *rows.shape[1:]) if out is None else out
     return Pending(block, source, _reduce_scatter(block, source, group=group, async_op=True))
 
 
@@ -70,9 +70,9 @@ def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     return start_all_gather_rows(rows, group).wait()
 
 
-def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks."""
-    return start_reduce_scatter_rows(rows, group).wait()
+def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None, *, out: Tensor | None = None) -> Tensor:
+    """[g·n, ...] of every rank -> [n, ...]: this rank's block of the sum over ranks, in `out` where there are ranks."""
+    return start_reduce_scatter_rows(rows, group, out=out).wait()
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:

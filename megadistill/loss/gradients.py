@@ -14,6 +14,7 @@ from megadistill.distributed.collectives import Pending, group_size, start_reduc
 from megadistill.loss import buffers
 from megadistill.loss.heads import multiply
 from megadistill.loss.inputs import ChunkPlan, LossInputs
+from megadistill.types import WeightGradient
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class Gradients:
     hidden_ND: Tensor
     """dX, in the dtype of the hidden states: each token is written once."""
     weight_wD: Tensor
-    """dW, in the accumulator's dtype: every chunk adds to it."""
+    """dW, in the accumulator's dtype: every chunk adds to it. The memory of the head's `weight_gradient`, if it has one,
+    which holds the gradients of former losses too unless it was empty."""
+    _adds: bool
+    """Whether the first chunk adds to `weight_wD`, too."""
     bias_w: Tensor | None
     _dlogits_nv: Tensor | None
     """Memory for the dlogits of a chunk, where products take another dtype than that of the logits."""
@@ -38,13 +42,15 @@ class Gradients:
         """
         head, dtype, student_vD = inputs.student, inputs.dtype, inputs.weights[0]
         bias_w = None if head.bias is None else torch.zeros_like(head.bias, dtype=dtype)
-        weight_wD = torch.empty_like(head.weight, dtype=dtype)
-        weight_wD[inputs.vocab.true_rows if plan.longest > 0 else 0 :] = 0
+        into = head.weight_gradient or WeightGradient(torch.empty_like(head.weight, dtype=dtype))
+        weight_wD, adds, into.empty = into.memory, not into.empty, False
+        if not adds:
+            weight_wD[inputs.vocab.true_rows if plan.longest > 0 else 0 :] = 0
         dlogits_nv = None
         if student_vD.dtype != dtype:
             n = group_size(inputs.vocab.group) * plan.chunk_tokens
             dlogits_nv = buffers.aligned_rows(n, len(student_vD), student_vD)
-        return cls(torch.empty_like(head.hidden), weight_wD, bias_w, dlogits_nv)
+        return cls(torch.empty_like(head.hidden), weight_wD, adds, bias_w, dlogits_nv)
 
     def dlogits_memory(self, logits_nv: Tensor) -> Tensor:
         """[n, v]: where a chunk's dlogits goes: over the student's logits, or to bf16 memory where products take that.
@@ -59,7 +65,7 @@ class Gradients:
         v = len(student_vD)
         if self.bias_w is not None:
             self.bias_w[:v] += dlogits_nv.sum(dim=0, dtype=self.bias_w.dtype)
-        multiply(dlogits_nv.T, hidden_nD, out=self.weight_wD[:v], add=span.start > 0)
+        multiply(dlogits_nv.T, hidden_nD, out=self.weight_wD[:v], add=self._adds or span.start > 0)
         dX_nD = self.weight_wD.new_empty(hidden_nD.shape)
         multiply(dlogits_nv, student_vD, out=dX_nD)
         self._scatters.append((span, start_reduce_scatter_rows(dX_nD, inputs.vocab.group)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.types import LogitTransform
+from megadistill.types import LogitTransform, WeightGradient
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -27,6 +27,12 @@ class Head:
     """[w], added to the products; -inf for an id that a teacher does not know."""
     transform: LogitTransform = LogitTransform()
     """Scale and softcap, applied before the softmax."""
+    weight_gradient: WeightGradient | None = None
+    """Where a student's loss adds its gradient with respect to the weight, in its forward pass; autograd has none then.
+
+    It is that of the loss itself: what the loss is multiplied with before its backward pass reaches the hidden states
+    alone. Without this memory the gradient is autograd's, whose sum over micro-batches takes one more matrix.
+    """
 
     def require_fit(self, name: str, tokens: int, vocab: VocabSlice, *, padding: bool) -> None:
         """Checks shapes and dtypes. With `padding` there must be as many rows as the slice has, padding included.
@@ -45,6 +51,14 @@ class Head:
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"{name} bias {list(bias.shape)} does not fit its head {list(weight.shape)}; pass one number a row"
+            )
+        gradient = self.weight_gradient
+        if gradient is not None and (
+            gradient.memory.shape != weight.shape or gradient.memory.dtype != self.accumulator
+        ):
+            raise ValueError(
+                f"{name} weight_gradient is {list(gradient.memory.shape)} of {gradient.memory.dtype} for a head "
+                f"{list(weight.shape)}; pass that shape, of {self.accumulator}"
             )
         if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
             raise ValueError(

@@ -134,20 +134,21 @@ class _GradientInForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss, metrics, ctx.gradients = _forward(inputs, with_gradient=True)
         # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
+        ctx.accumulates = inputs.student.weight_gradient is not None
         ctx.weight_grad_dtype = (weight_wD.grad_dtype if weight_wD.is_leaf else None) or weight_wD.dtype
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "this loss has been through backward already, and its gradients went with that; compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a scaled copy of the float32 head gradient would be as large as the head.
-        weight_grad_wD = gradients.weight_wD.mul_(upstream).to(ctx.weight_grad_dtype)
+        weight_grad_wD = None if ctx.accumulates else gradients.weight_wD.mul_(upstream).to(ctx.weight_grad_dtype)
         bias_grad_w = None if gradients.bias_w is None else gradients.bias_w.mul_(upstream)
         return gradients.hidden_ND.mul_(upstream), weight_grad_wD, bias_grad_w, None
 

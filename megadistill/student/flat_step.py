@@ -117,24 +117,33 @@ class FlatStep:
         return math.sqrt(all_reduce_sum(norms.square().sum(), self._group).item())
 
 
+def gradient_partition(parameter: Any) -> Tensor | None:
+    """This rank's flat float32 piece of a ZeRO-3 parameter's gradient, in the memory that `FlatStep` reads.
+
+    None where the optimizer is on the host, which reads copies.
+    """
+    if parameter._z3_optimizer.offload_optimizer:
+        return None
+    partition: Tensor = safe_get_local_grad(parameter)
+    return partition
+
+
 def _require_layout(zero: Any) -> None:
     missing = [name for name in REQUIRED if not hasattr(zero, name)]
     if missing:
         raise _unknown(f"its ZeRO-3 optimizer has no {', '.join(missing)}")
     if zero.loss_scale != 1.0:
         raise _unknown(f"its loss scale is {zero.loss_scale:g}, not 1")
-    for group, pieces, compute in zip(
-        zero.fp16_groups, zero.fp16_partitioned_groups, zero.fp16_partitioned_groups_flat, strict=True
-    ):
+    for pieces, compute in zip(zero.fp16_partitioned_groups, zero.fp16_partitioned_groups_flat, strict=True):
         if not _consecutive(pieces, compute):
             raise _unknown("its partitions of weights are not pieces of flat tensors")
     if not zero.offload_optimizer:
-        gradients = [safe_get_local_grad(parameter) for group in zero.fp16_groups for parameter in group]
+        gradients = [gradient_partition(parameter) for group in zero.fp16_groups for parameter in group]
         if not _consecutive(gradients, zero.grad_partitions_flat_buffer):
             raise _unknown("its partitions of gradients are not pieces of a flat tensor")
 
 
-def _consecutive(pieces: list[Tensor], flat: Tensor) -> bool:
+def _consecutive(pieces: list[Any], flat: Tensor) -> bool:
     """Whether the pieces lie in `flat` one after the other, and are all of it."""
     stops = list(accumulate(piece.numel() for piece in pieces))
     starts = [flat.data_ptr() + flat.itemsize * start for start in (0, *stops)]

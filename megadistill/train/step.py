@@ -171,7 +171,12 @@ class _Forward:
             )
         with timeline.timed(timeline.Part.LOSS), timeline.span(timeline.COMPUTE, "loss"):
             output = StudentOutput(
-                head=Head(hidden, self.student.head.weight(), transform=self.objective.student_logits),
+                head=Head(
+                    hidden,
+                    self.student.head.weight(),
+                    transform=self.objective.student_logits,
+                    weight_gradient=self.student.head.gradient(),
+                ),
                 labels=labels,
                 token_weights=weights,
                 vocab=self.student.head.vocab,

@@ -65,6 +65,7 @@ def _student(
         seed=SEED,
         accumulation=1,
         topology=topology,
+        attention="flex",  # which `auto` chooses for documents
     )
     student.gradients = []
     return student, config

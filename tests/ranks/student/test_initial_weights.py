@@ -57,7 +57,12 @@ def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[
     tokens, labels = _batch(topology.rank)
     hidden = student.hidden(tokens)
     terms = label_loss(
-        Head(hidden, student.head.weight(), transform=logit_transform(config)),
+        Head(
+            hidden,
+            student.head.weight(),
+            transform=logit_transform(config),
+            weight_gradient=student.head.gradient(),
+        ),
         labels.flatten(),
         token_weights=torch.full((labels.numel(),), 1 / (labels.numel() * topology.world)),
         vocab=student.head.vocab,
