@@ -16,8 +16,10 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers
 from megadistill.models.hf_folder import SafetensorsFolder
+from megadistill.models.layers import compile_layers
 from megadistill.models.partition import stage_decoder
 from megadistill.models.weights import read_parameter
+from megadistill.teacher.cpu_linear import use_onednn
 from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ class TeacherStage(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         precision: TeacherPrecision = "native",
+        compiled: bool = False,
+        attention: str | None = None,
     ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
@@ -53,12 +57,14 @@ class TeacherStage(nn.Module):
         peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the device's:
         each weight is rounded as soon as it is read.
 
+        `compiled`: see `compile_parts`. `attention`: see `build_causal_lm`.
+
         Raises:
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
         """
         config = load_config(folder, what=f"teacher {folder}")
         weights = SafetensorsFolder(folder)
-        decoder, names = stage_decoder(config, stage=stage, stages=stages)
+        decoder, names = stage_decoder(config, stage=stage, stages=stages, attention=attention)
         shapes = {name: decoder.get_parameter(name).shape for name in names.values()}
         native = use_float8(decoder) if precision == "float8" else []
         for whole_name, name in names.items():
@@ -72,7 +78,23 @@ class TeacherStage(nn.Module):
         rebuild_buffers(decoder)
         left = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
         assert not left, f"still on meta: {left}"
-        return cls(decoder, stage=stage, stages=stages)
+        loaded = cls(decoder, stage=stage, stages=stages)
+        if compiled:
+            loaded.compile_parts()
+        return loaded
+
+    def compile_parts(self) -> None:
+        """Compiles the layers, once for all of a kind, the final norm, and an embedding that scales.
+
+        Each at its first call, for the sizes of that call and once more for others.
+        """
+        use_onednn(self.decoder)
+        compile_layers(self.decoder)
+        ends = [self.decoder.norm] if self.is_last else []
+        if self.is_first and hasattr(self.decoder.embed_tokens, "embed_scale"):
+            ends.append(self.decoder.embed_tokens)
+        for part in ends:
+            part.forward = torch.compile(part.forward, dynamic=False, fullgraph=True)
 
     @property
     def is_first(self) -> bool:

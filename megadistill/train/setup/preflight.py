@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.config.auto import has_triton
+from megadistill.config.auto import has_triton, missing_for_triton
 from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.data.targets.target_manifest import TargetManifest
@@ -164,28 +164,35 @@ def _difference(key: str, folder: Path, data: Mixture) -> str | None:
         raise UserError(f"{key}: {error}") from None
 
 
-def check_compiler(loss: LossSection) -> None:
+def check_compiler(recipe: Recipe) -> None:
     """Checks for the compiler that torch would look for at the first step.
 
     Raises:
-        UserError: `loss.elementwise` is compiled, and an accelerator lacks Triton, or a CPU a C++ compiler.
+        UserError: a key of the recipe asks for compiled code, and an accelerator lacks Triton, or a CPU a C++ compiler.
     """
-    if loss.elementwise != "compiled":
+    asked = {
+        "loss.elementwise is compiled": recipe.loss.elementwise == "compiled",
+        "student.compile is true": recipe.student.compile is True,
+        "teacher.compile is true": recipe.teacher is not None and recipe.teacher.compile is True,
+    }
+    first = next((words for words, is_asked in asked.items() if is_asked), None)
+    if first is None:
         return
+    key = first.partition(" ")[0]
+    eager = "eager" if key == "loss.elementwise" else "false"
     if torch.accelerator.is_available():
         if not has_triton():
+            missing = missing_for_triton() or "no package triton is installed"
             raise UserError(
-                "loss.elementwise is compiled, which needs Triton on an accelerator, and no package triton is "
-                "installed: install the one of this build of torch (pip install triton, for NVIDIA), or set "
-                "loss.elementwise to auto or eager"
+                f"{first}, which needs Triton on an accelerator, and {missing}: install the one of this build of torch "
+                f"(pip install triton, for NVIDIA), or set {key} to auto or {eager}"
             )
         return
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise UserError(
-            f"loss.elementwise is compiled, which needs a C++ compiler on a CPU, and {compiler} is not on the PATH: "
-            "install g++, name another in the environment variable CXX (as in CXX=clang++), or set loss.elementwise "
-            "to eager"
+            f"{first}, which needs a C++ compiler on a CPU, and {compiler} is not on the PATH: install g++, name "
+            f"another in the environment variable CXX (as in CXX=clang++), or set {key} to {eager}"
         )
 
 

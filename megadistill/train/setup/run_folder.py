@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "student.activation_checkpointing",
     "student.attention",
     "teacher.attention",
+    "teacher.compile",
     "student.deepspeed",  # `refuse_other_deepspeed` compares the content
 )
 

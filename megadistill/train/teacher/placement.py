@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from megadistill.config.auto import choose_compile
 from megadistill.config.recipe import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
@@ -87,6 +88,7 @@ def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteT
 
 
 def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
+    compiling = choose_compile(_section(setup).compile, accelerator=topology.device.type != "cpu")
     return TeacherStage.load(
         _folder(setup),
         stage=stage,
@@ -94,6 +96,8 @@ def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> Tea
         dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
         precision=_section(setup).precision,
+        compiled=compiling.value == "compiled",
+        attention=setup.attention("teacher").value,
     )
 
 
@@ -132,6 +136,7 @@ def target_key(setup: Setup) -> TargetKey:
         tokenizer=setup.data.tokenizer.sha256,
         order=json.dumps(setup.data.order(recipe.data.seed).description, sort_keys=True),
         teacher=None if section.path is None else teacher_fingerprint(Path(section.path)),
+        teacher_precision=section.precision,
         vocab_map=None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         targets=targets,
         temperature=recipe.loss.temperature,

@@ -270,6 +270,19 @@ def test_a_map_of_the_vocabulary_replaces_the_comparison_of_tokenizers(manifest:
     assert setup.vocab_map.tolist() == ids
 
 
+@pytest.mark.parametrize("key", ["student", "teacher"])
+def test_compiled_layers_need_a_compiler(
+    key: str, manifest: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = recipe(manifest, tmp_path / "run", teacher=teacher).model_dump()
+    changed = Recipe.model_validate({**values, key: {**values[key], "compile": True}})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = _refused(changed)
+    for part in (f"{key}.compile is true", "no-such-compiler", "CXX", f"set {key}.compile to false"):
+        assert part in message
+
+
 @pytest.mark.parametrize("loss", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}])
 def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     message = _refused(_mapped(manifest, tmp_path, [0, *[-1] * (VOCAB - 1)], **loss))
