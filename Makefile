@@ -35,6 +35,8 @@ WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc); echo $$(( n < 4 ? n : 4 )
 # The ranks of a CPU run share its cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Some images set it: each process of a test or a run would compile the package's source again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install smoke pictures test test-all test-versions test-versions-ci \
 	test-versions-part test-slurm test-long drill results real-models triton real-teacher gpu gpu-wheels \
