@@ -68,7 +68,8 @@ def evaluate(
             check_model(folder, split.manifest)
     if topology.is_first:
         warn_of_missing_bos(folders, splits)
-    loaded = [load_pretrained(folder, what=str(folder), device=topology.device) for folder in folders]
+    place: dict[str, Any] = {"device": topology.device, "documents": any(split.documents for split in splits)}
+    loaded = [load_pretrained(folder, what=str(folder), **place) for folder in folders]
     accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []
     vocab_size = min(splits[0].manifest.vocab_size, *(model.config.vocab_size for model in loaded))

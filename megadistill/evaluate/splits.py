@@ -32,10 +32,14 @@ class Split:
     def data(self) -> Mixture:
         return Mixture.of(self.manifest, insert_bos=self.insert_bos)
 
+    @property
+    def documents(self) -> bool:
+        """Whether attention is limited to documents: side by side by best fit, they were packed together by chance."""
+        return self.manifest.packer.name == "bestfit"
+
     def stream(self) -> TokenStream:
         """Its sequences, by slot: range(0, manifest.sequences) visits each once."""
-        masked = self.manifest.packer.name == "bestfit"  # documents side by side: what was packed together is chance
-        return TokenStream(self.data, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=masked)
+        return TokenStream(self.data, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=self.documents)
 
 
 def load_splits(given: Sequence[str], limit: int | None = None, *, insert_bos: bool = False) -> list[Split]:

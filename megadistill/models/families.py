@@ -25,7 +25,7 @@ from transformers import (
 from megadistill.config.paths import not_model
 from megadistill.errors import UserError
 from megadistill.io import read_given_json
-from megadistill.models.attention.choice import flash_implementation, score_softcap
+from megadistill.models.attention.choice import flash_implementation, has_sdpa
 from megadistill.models.attention.flex import FLEX
 from megadistill.models.attention.masks import attention_inputs, omit_empty_masks
 from megadistill.models.config_bounds import refuse_extreme_numbers
@@ -233,8 +233,8 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def transformers_attention(config: PretrainedConfig, attention: str | None) -> str:
-    """transformers' name of `eager`, `sdpa`, `flex` or `flash`. None: torch's, or eager for softcapped scores."""
-    attention = attention or ("sdpa" if score_softcap(config) is None else "eager")
+    """transformers' name of `eager`, `sdpa`, `flex` or `flash`. None: torch's, or eager for a family without."""
+    attention = attention or ("sdpa" if has_sdpa(config) else "eager")
     return {"flex": FLEX, "flash": flash_implementation() or "flash_attention_2"}.get(attention, attention)
 
 
@@ -243,7 +243,7 @@ def build_causal_lm(
 ) -> PreTrainedModel:
     """The model with its head, over `vocab_size` rows (padding included), in the caller's context and device.
 
-    `attention`: what `choose_attention` chose; None: torch's own, or eager where scores have a softcap.
+    `attention`: what `choose_attention` chose; None: torch's own, or eager for a family without.
 
     Every token's embedding is trained: torch would leave out the row of a `pad_token_id`, which Gemma and OLMo 2 set to
     0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
@@ -262,10 +262,10 @@ def build_causal_lm(
     return model
 
 
-def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, *, attention: str | None = None) -> PreTrainedModel:
     """The whole model with its head on meta, built from its class, as `build_decoder` says."""
     config = copy.deepcopy(config)
-    config._attn_implementation = transformers_attention(config, None)
+    config._attn_implementation = transformers_attention(config, attention)
     config.pad_token_id = None
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

@@ -17,6 +17,7 @@ from torch import Size, Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
+from megadistill.models.attention.choice import choose_attention
 from megadistill.models.experts import stored_tensors
 from megadistill.models.families import (
     EMBEDDING,
@@ -160,12 +161,20 @@ def _check_shape(weights: SafetensorsFolder, name: str, expected: Size) -> None:
 
 
 def load_pretrained(
-    folder: Path, *, what: str, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    what: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    documents: bool | None = None,
 ) -> PreTrainedModel:
     """A whole frozen model from its folder, for evaluation: in `dtype`, or else the type that its config names.
 
     Without either, in the widest of the stored types. Parameters that stay on the CPU in their stored type are views of
     the mapped files, as in transformers: the system reads and drops their pages as they are used.
+
+    `documents`: whether attention is limited to documents, of a model that is called with `forward_inputs` alone: its
+    attention is what `auto` chooses. None: it is called as transformers', with a cache.
 
     Raises:
         UserError: the folder holds no model of a supported family, or its weights cannot be read.
@@ -173,7 +182,13 @@ def load_pretrained(
     config = load_config(folder, what=what)
     check_weights(folder, config)
     weights = SafetensorsFolder(folder)
-    model = build_on_meta(config)
+    attention = None
+    if documents is not None:
+        precision = "float32" if (dtype or config.dtype) in (None, torch.float32) else "bfloat16"
+        accelerator = device.type != "cpu"
+        chosen = choose_attention("auto", config, accelerator=accelerator, precision=precision, documents=documents)
+        attention = chosen.value
+    model = build_on_meta(config, attention=attention)
     names = [name for name, _ in model.named_parameters()]
     stored = {name: stored_tensors(name, model.get_parameter(name).shape, family(config).experts) for name in names}
     if dtype is None:

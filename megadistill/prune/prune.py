@@ -107,7 +107,9 @@ def prune(
     # Best-fit packing puts whole documents together by chance: each of them is read by itself.
     masked = any(manifest.packer.name == "bestfit" for manifest in data.sources.values())
     stream = TokenStream(data, seed=1, batch_slots=1, rank=0, world_size=1, document_mask=masked)
-    importance = _measure(teacher, data, stream, slots=sequences, batch=batch, device=device, progress=progress)
+    importance = _measure(
+        teacher, data, stream, slots=sequences, batch=batch, device=device, documents=masked, progress=progress
+    )
     choice = choose(importance, config, sizes)
     small = pruned_config(config, sizes, layers=choice.layers)
     record = {
@@ -170,10 +172,11 @@ def _measure(
     slots: int,
     batch: int,
     device: torch.device,
+    documents: bool,
     progress: ShowProgress,
 ) -> Importance:
     dtype = torch.float32 if device.type == "cpu" else None  # products in bfloat16 are many times slower there
-    model = load_pretrained(teacher, what=str(teacher), device=device, dtype=dtype)
+    model = load_pretrained(teacher, what=str(teacher), device=device, dtype=dtype, documents=documents)
     total = slots * data.sequence_length
 
     def batches() -> Iterator[TokenBatch]:

@@ -63,6 +63,7 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher]:
         seed=recipe.run.seed,
         accumulation=setup.accumulation,
         topology=topology,
+        attention=setup.attention("student").value,
     )
     return student, teacher_on_slice(student.head.vocab)
 

@@ -25,6 +25,11 @@ def score_softcap(config: Any) -> float | None:
     return float(config.attn_logit_softcapping)
 
 
+def has_sdpa(config: Any) -> bool:
+    """Whether transformers computes the family with torch's attention, which has no softcap."""
+    return config.model_type not in _SOFTCAPPED
+
+
 def has_window(config: Any, sequence_length: int | None) -> bool:
     """Whether a layer's window is shorter than the sequence, which no causal flag expresses. None: any length."""
     window = getattr(config, "sliding_window", None)
@@ -73,13 +78,17 @@ def choose_attention(
     """
     flash = flash_implementation() is not None if flash is None else flash
     triton = has_triton() if triton is None else triton
-    softcap = score_softcap(config) is not None
+    sdpa = has_sdpa(config)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     if setting != "auto":
-        _refuse_unable(setting, key, accelerator, precision, softcap=softcap, flash=flash, triton=triton, width=width)
+        _refuse_unable(setting, key, accelerator, precision, sdpa=sdpa, flash=flash, triton=triton, width=width)
         return Choice(setting, "by the recipe")
     needs = [
-        *(["softcapped scores"] if softcap else []),
+        *(
+            []
+            if sdpa
+            else ["softcapped scores" if score_softcap(config) else f"{config.model_type}, which has no sdpa"]
+        ),
         *(["documents"] if documents else []),
         *(["sliding windows"] if has_window(config, sequence_length) else []),
     ]
@@ -93,7 +102,7 @@ def choose_attention(
         return Choice("sdpa", "causal alone, which needs no mask")
     if triton:
         return Choice("flex", " and ".join(needs))
-    return Choice("eager" if softcap else "sdpa", f"{' and '.join(needs)}, and no package triton for flex: dense masks")
+    return Choice("sdpa" if sdpa else "eager", f"{' and '.join(needs)}, and no package triton for flex: dense masks")
 
 
 def recipe_attention(
@@ -132,16 +141,14 @@ def _refuse_unable(
     accelerator: bool,
     precision: str,
     *,
-    softcap: bool,
+    sdpa: bool,
     flash: bool,
     triton: bool,
     width: int,
 ) -> None:
     way_out = f"set {key} to auto"
-    if setting == "sdpa" and softcap:
-        raise UserError(
-            f"{key} is sdpa, which has no softcap, and the model's scores have one (attn_logit_softcapping): {way_out}"
-        )
+    if setting == "sdpa" and not sdpa:
+        raise UserError(f"{key} is sdpa, which has no softcap, and this family's scores may have one: {way_out}")
     if setting == "flex" and accelerator and not triton:
         raise UserError(
             f"{key} is flex, which needs Triton on an accelerator, and no package triton is installed: install the one "

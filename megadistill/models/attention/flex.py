@@ -36,6 +36,8 @@ def flex_attention_forward(
     `attention_mask`: what `attention_inputs` made for the layer, its window included: a block mask, or the first keys
     [B or 1, 1, S, 1]; None: causal.
     """
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: flex computes whole sequences, no cache")
     if not isinstance(attention_mask, BlockMask):
         first_key = None if attention_mask is None else attention_mask[:, 0, :, 0]
         return blockwise_attention(query, key, value, first_key, scaling, softcap), None

@@ -274,7 +274,7 @@ def test_flash_attn_waits_for_the_device_once_a_batch_and_for_documents_alone(do
         assert sum(double.counts.values()) == documents
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "exaone4"])
 def test_layers_with_our_attention_are_compiled_whole_and_once_for_all_batches(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
