@@ -21,9 +21,9 @@ INT64_BYTES = torch.int64.itemsize
 """Bytes of one number of a header."""
 
 
-def pack(header: Tensor, *payload: Tensor) -> Tensor:
-    """[bytes] uint8: the int64 numbers of `header`, then the bytes of `payload`."""
-    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in (header, *payload)])
+def pack(header: Tensor, *payload: Tensor, out: Tensor | None = None) -> Tensor:
+    """[bytes] uint8: the int64 numbers of `header`, then the bytes of `payload`; in `out` where it is given."""
+    return torch.cat([part.contiguous().flatten().view(torch.uint8) for part in (header, *payload)], out=out)
 
 
 def unpack(packet: Tensor, numbers: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 @torch.library.custom_op("megadistill::onednn_linear", mutates_args=())
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[.., K] -> [.., N], for a weight [N, K]. An operator of ours, as torch's compiler takes oneDNN's for constants."""
+    """[.., K] -> [.., N], for a weight [N, K]. An operator of ours: torch's compiler takes oneDNN's own with constant
+    weights alone."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 

@@ -129,11 +129,11 @@ class TeacherPipeline:
         positions = [None] * stages if current.positions_gBS is None else current.positions_gBS.chunk(stages)
         arrived = None if incoming is None else incoming.wait()
         with timeline.timed(timeline.Part.STAGE):
-            packets = [
-                pack(digests_B, self.stage(x, positions_BS))
-                for (x, digests_B), positions_BS in zip(self._inputs(current, arrived), positions, strict=True)
-            ]
-            return torch.stack(packets)
+            packets = self._empty_packets(stages, *current.batch.tokens.shape)
+            inputs = zip(packets, self._inputs(current, arrived), positions, strict=True)
+            for packet, (x, digests_B), positions_BS in inputs:
+                pack(digests_B, self.stage(x, positions_BS), out=packet)
+            return packets
 
     def _inputs(self, current: _Round, arrived: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """The input of this stage for each micro-batch (tokens, or hidden states that arrived), and its digests."""

@@ -102,8 +102,8 @@ def test_kernels_of_a_layer_are_one_loop_a_norm_and_a_gate(tmp_path: Path) -> No
     saved_model("llama", tmp_path)
     torch._dynamo.reset()
     eager, compiled = _load(tmp_path, compiled=False), _load(tmp_path)
-    found, sources = run_and_get_code(lambda: compiled(_tokens(0)))
-    torch.testing.assert_close(found, eager(_tokens(0)), **ROUNDING)
+    out, sources = run_and_get_code(lambda: compiled(_tokens(0)))
+    torch.testing.assert_close(out, eager(_tokens(0)), **ROUNDING)
     layer, norm = sorted(sources, key=len, reverse=True)
     kernels = re.findall(r"(cpp_fused\w+) = async_compile", layer)
     assert [sum(part in kernel for kernel in kernels) for part in ("rsqrt", "silu")] == [2, 1]
