@@ -214,7 +214,7 @@ class TeacherSection(Section):
     precision: TeacherPrecision = "native"
     """Matrix products of the teacher's layers. native: the run's precision. float8: e4m3, weights with a scale a row,
     activations with a scale a token; half the memory of bfloat16. stored: that of the teacher of the targets."""
-    float8_max_kl: float = Field(default=0.05, gt=0, le=MAX_KL)
+    float8_max_kl: float = Field(default=0.1, gt=0, le=MAX_KL)
     """precision float8: the run is refused if the KL (nats a token) of the float8 teacher to the native one is above it
     on the first tokens of the data."""
 

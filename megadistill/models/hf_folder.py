@@ -3,9 +3,12 @@
 Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when one of its tensors is read,
 so a rank never opens the files of other stages. Tensors are views of the file, mapped into memory: its pages count as
 this process's memory until the last view is freed, so copy the tensors that you keep and drop the views.
+
+Quantised tensors (`quantization_config` of the folder's config.json) are read as their numbers in float32, one at a
+time; their parts have no names here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch import Tensor
 from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError, nearest
 from megadistill.io import open_regular, read_json
+from megadistill.models.quantized.decode import Header, decode_rows, decoded_shape
+from megadistill.models.quantized.layout import Quantisation, QuantisedTensor, read_quantisation
 from megadistill.redaction import printable
 
 SINGLE_FILE = "model.safetensors"
@@ -66,37 +71,62 @@ class SafetensorsFolder:
                 wrong_path(folder, "model")
                 or f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{renamed}; name a Hugging Face model folder"
             )
+        self.quantisation = self._read_quantisation()
+        """How the weights are quantised; None where config.json does not say that they are."""
+        self.quantised: dict[str, QuantisedTensor] = {}
+        self._names = set(self._files)
+        if self.quantisation is not None:
+            self.quantised = self.quantisation.tensors(self._files)
+            self._names = self.quantisation.visible(self._files)
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._files)
+        return sorted(self._names)
 
     @property
     def files(self) -> list[str]:
         return sorted(set(self._files.values()))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._names
 
     def shape(self, name: str) -> torch.Size:
+        if name in self.quantised:
+            return self._decoded_shape(name)
         return torch.Size(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored floating type of a tensor; integers and 8-bit floats are quantised weights, which are refused."""
+        """The stored floating type of a tensor; float32 of a quantised one.
+
+        Integers, and 8-bit floats without scales, are refused.
+        """
+        if name in self.quantised:
+            self._decoded_shape(name)
+            return torch.float32
         stored = self._slice(name).get_dtype()
         if stored not in _FLOATS:
-            raise UserError(f"{name} in {self.folder} is stored as {stored}: quantised weights are not supported")
+            raise UserError(
+                f"{name} in {self.folder} is stored as {stored}: quantised weights are read only with their scales, "
+                "and the quantization_config of config.json that says how"
+            )
         return _FLOATS[stored]
 
     def tensors(self, names: Sequence[str]) -> Iterator[Tensor]:
-        """The whole tensors, one after the other, in their stored types: views of the mapped files, on the CPU."""
+        """The whole tensors, one after the other, in their stored types: views of the mapped files, on the CPU.
+
+        A quantised one is a copy, in float32.
+        """
         opened: dict[str, Any] = {}
         for name in names:
             self.dtype(name)
-            file = self._files[name]
-            if file not in opened:
-                opened[file] = self._opened(file)
-            yield opened[file].get_tensor(name)
+            for part in self.quantised.get(name, (name,)):
+                file = self._files[part]
+                if file not in opened:
+                    opened[file] = self._opened(file)
+            if name in self.quantised:
+                yield self._decoded(name, opened, 0, self.shape(name)[0])
+            else:
+                yield opened[self._files[name]].get_tensor(name)
 
     def rows(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """The rows of half-open `ranges`, one range after the other. Only these rows are read."""
@@ -104,6 +134,9 @@ class SafetensorsFolder:
         # safetensors, like Python, would cut a range that reaches too far
         assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, not {ranges}"
         self.dtype(name)
+        if name in self.quantised:
+            opened = {self._files[part]: self._opened(self._files[part]) for part in self.quantised[name]}
+            return torch.cat([self._decoded(name, opened, start, stop) for start, stop in ranges or [(0, 0)]])
         stored = self._opened(self._files[name]).get_slice(name)
         return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
 
@@ -139,6 +172,42 @@ class SafetensorsFolder:
                 or f"{self.folder} holds an adapter (adapter_config.json) beside a model: merge it (peft: "
                 "merge_and_unload, save_pretrained), or move it out of the folder"
             )
+
+    def _read_quantisation(self) -> Quantisation | None:
+        try:
+            config = read_json(self.folder / "config.json")
+        except (OSError, ValueError):
+            return None  # `load_config` says what is wrong with it
+        value = config.get("quantization_config") if isinstance(config, dict) else None
+        return read_quantisation(value, str(self.folder))
+
+    def _decoded_shape(self, name: str) -> torch.Size:
+        """The shape of a quantised tensor, whose parts are checked by their headers."""
+        parts = self.quantised[name]
+        stored = [(part, self._slice(part)) for part in parts]
+        headers = [Header(part.get_dtype(), torch.Size(part.get_shape())) for _, part in stored]
+        assert self.quantisation is not None
+        shape = decoded_shape(self.quantisation, *headers)
+        if shape is None:
+            held = " and ".join(
+                f"{part} {each.type} {list(each.shape)}" for part, each in zip(parts, headers, strict=True)
+            )
+            raise UserError(
+                f"{self.folder}: {held} are no {self.quantisation.format} weight and its scales, as the "
+                "quantization_config of config.json says: download the folder again, config.json as well"
+            )
+        return shape
+
+    def _decoded(self, name: str, opened: Mapping[str, Any], start: int, stop: int) -> Tensor:
+        """Rows of a quantised tensor in float32."""
+        parts = self.quantised[name]
+        values = opened[self._files[parts.values]].get_slice(parts.values)[start:stop]
+        scales = opened[self._files[parts.scales]].get_tensor(parts.scales)
+        assert self.quantisation is not None
+        decoded = decode_rows(self.quantisation, values, scales, self.shape(name), start)
+        if not decoded.isfinite().all():
+            raise UserError(f"{name} in {self.folder} is not finite times its scales: download the folder again")
+        return decoded
 
     def _slice(self, name: str) -> Any:
         file = self._files.get(name)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from megadistill.errors import UserError, nearest
+from megadistill.models.quantized.layout import read_quantisation
 from megadistill.redaction import printable
 
 _GENERAL = ("architectures", "dtype", "model_type", "transformers_version")
@@ -29,7 +30,6 @@ _TRANSLATED = (
 """Keys of published configs that transformers reads without declaring them, or translates."""
 
 _REFUSED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not supported; name a folder with bfloat16 or float32 weights",
     "per_layer_config": "per_layer_config is not supported; all layers must have the same sizes",
     "transformers_weights": (
         "transformers_weights names another file of weights; rename that file to model.safetensors, and remove the key"
@@ -63,8 +63,9 @@ def refuse_unsupported(keys: Mapping[str, Any], what: str) -> None:
         UserError: naming it; `what` is the config.
     """
     for key, reason in _REFUSED.items():
-        if keys.get(key) not in (None, {}) or (key == "quantization_config" and keys.get(key) is not None):
+        if keys.get(key) not in (None, {}):
             raise UserError(f"{what}: {reason}")
+    read_quantisation(keys.get("quantization_config"), what)
     if keys.get("is_causal") is False or keys.get("use_bidirectional_attention"):
         name = "is_causal is false" if keys.get("is_causal") is False else "use_bidirectional_attention is set"
         raise UserError(f"{what}: {name}; a language model must not see the next token")

@@ -84,6 +84,11 @@ def check_weights(folder: Path, config: PretrainedConfig) -> None:
         UserError: naming the first that is not.
     """
     weights = SafetensorsFolder(folder)
+    if weights.quantisation is not None and not weights.quantised:
+        raise UserError(
+            f"{folder}: config.json has a quantization_config, but no tensor is quantised: remove the key if the "
+            "weights were dequantised, else download the folder again"
+        )
     expected = stored_shapes(config)
     for name, shape in expected.items():
         if name not in weights:

@@ -60,7 +60,8 @@ def _content(config: Any) -> dict[str, Any]:
         ({"dtype": "float99"}, r"float99"),
         ({"model_type": "qwen3", "layer_types": ["full_attention"]}, r"num_hidden_layers.*5.*layer_types.*1"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 5}, r"chunked_attention"),
-        ({"quantization_config": {"bits": 4}}, r"quantised weights"),
+        ({"quantization_config": {"bits": 4}}, r"quant_method is null"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"a llama model has no 'quantization_config'"),
         ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are .*gemma3_text, llama[^;]*$"),
         ({"model_type": "llama4"}, r"model_type is 'llama4'; supported are .*gemma3_text, llama[^;]*$"),
         ({"model_type": "qwen2_moe"}, r"model_type is 'qwen2_moe'; supported are .*gemma3_text, llama[^;]*$"),
@@ -119,7 +120,7 @@ def test_a_folder_may_have_keys_that_a_mapping_may_not_have_and_never_names_code
         (None, "has no config.json: name a Hugging Face model folder"),
         ("{", "cannot be read as JSON"),
         ("[]", "holds a list"),
-        (json.dumps(CASES["llama"] | {"quantization_config": {"quant_method": "fp8"}}), "quantised"),
+        (json.dumps(CASES["llama"] | {"quantization_config": {"quant_method": "awq"}}), "quant_method is 'awq'"),
         (json.dumps(CASES["llama"] | {"per_layer_config": {"0": {"intermediate_size": 8}}}), "per_layer_config"),
     ],
 )
