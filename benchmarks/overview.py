@@ -1,4 +1,4 @@
-"""The last measurements of loss, stream and teacher, and their machine, as one page.
+"""The last measurements of loss, stream, teacher and step, and their machine, as one page.
 
 python -m benchmarks.overview      writes the tables of docs/results/benchmarks.md from benchmarks/results/*.csv
 """

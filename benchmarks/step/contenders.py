@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.measure import Run, high_water, reset_high_water
 from benchmarks.step.obvious_script import ObviousScript
 from benchmarks.step.products import BareProducts, record_products
-from benchmarks.step.sizes import IN_TURN, SEQUENCES, SIZES, Features, Size, leaves_if, setup_of
+from benchmarks.step.sizes import IN_TURN, SEQUENCES, SIZES, Features, Size, built_with, setup_of
 from benchmarks.step.trl_step import TrlStep
 from megadistill.distributed.topology import Topology
 from megadistill.precision import torch_dtype
@@ -33,7 +33,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def our_step(topology: Topology, folder: Path, size: Size, features: Features) -> Callable[[], StepOutcome]:
     """The whole step of a run: stream, teacher, student, loss, optimizer."""
     setup = setup_of(topology, folder, size, features)
-    with leaves_if(features.leaves):
+    with built_with(features):
         student, teacher = build(setup, topology)
     student.load_weights(folder / "student")
     objective = objective_of(setup)

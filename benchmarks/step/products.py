@@ -1,8 +1,9 @@
 """The matrix products of a step, recorded as it runs and executed alone.
 
-A product is recorded with the shapes and strides of its operands. An attention kernel is recorded as the products that
-it does: of causal attention those on and below the diagonal, in `ATTENTION_BLOCKS` blocks of rows, and in the backward
-pass the scores again, which the kernel does not keep.
+A product is recorded with the shapes and strides of its operands, whichever library does it in the step, and executed
+by `torch.addmm` or `torch.baddbmm`. An attention kernel is recorded as the products that it does: of causal attention
+those on and below the diagonal, in `ATTENTION_BLOCKS` blocks of rows, and in the backward pass the scores again, which
+the kernel does not keep.
 
 Legend: B sequences, H query heads, h heads of keys, G = H/h, S tokens, d width of a head.
 """
@@ -60,7 +61,7 @@ class RecordedProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name, _, _ = func.name().removeprefix("aten::").partition(".")
+        name = func.name().partition("::")[2].partition(".")[0]
         if (record := RECORDED.get(name)) is not None:
             self.products += [product for product in record(*args, **(kwargs or {})) if product.left[0][-1] > 1]
         elif any(part in name for part in ("matmul", "linear", "convolution", "mm", "attention")):
@@ -76,8 +77,12 @@ def _contiguous(*shape: int) -> Layout:
     return _layout(torch.empty(shape, device="meta"))
 
 
-def _mm(left: Tensor, right: Tensor, **_: Any) -> Iterator[Product]:
+def _mm(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Iterator[Product]:
     yield Product(_layout(left), _layout(right))
+
+
+def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Iterator[Product]:
+    yield Product(_contiguous(x.numel() // x.shape[-1], x.shape[-1]), _layout(weight.T))
 
 
 def _addmm(into: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, **_: Any) -> Iterator[Product]:
@@ -122,10 +127,12 @@ def _require_causal(options: tuple[Any, ...], more: dict[str, Any]) -> None:
 RECORDED: dict[str, Callable[..., Iterable[Product]]] = {
     "mm": _mm,
     "bmm": _mm,
+    "_scaled_mm": _mm,
     "addmm": _addmm,
     "addmm_": _addmm,
     "baddbmm": _addmm,
     "baddbmm_": _addmm,
+    "onednn_linear": _linear,  # the teacher's, on a CPU
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "_scaled_dot_product_flash_attention": _attention,

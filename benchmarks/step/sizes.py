@@ -1,23 +1,23 @@
 """The sizes of a step to measure, the features that can be switched off, and the input files."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import deepspeed
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.teacher import write_inputs
-from megadistill.config import recipe as recipes
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
 from megadistill.precision import Precision, torch_dtype
+from megadistill.student import engine
+from megadistill.student.flat_step import FlatStep
 from megadistill.train.setup.setup import Setup, prepare
 
 SEQUENCES = 64
@@ -106,10 +106,11 @@ DEVICE_SIZES = {
 
 @dataclass(frozen=True)
 class Features:
-    """Features that make our step fast: values of the recipe, and `leaves`, which no recipe turns off."""
+    """Features that make our step fast: values of the recipe, and two that no recipe turns off."""
 
     attention: str = "auto"
     leaves: bool = True
+    flat_step: bool = True
     student_compile: bool = True
     teacher_compile: bool = True
     loss: str = "compiled"
@@ -128,13 +129,14 @@ class Features:
         return {"attention": self.attention, "compile": self.teacher_compile}
 
 
-EAGER = Features("eager", leaves=False, student_compile=False, teacher_compile=False, loss="eager")
+EAGER = Features("eager", leaves=False, flat_step=False, student_compile=False, teacher_compile=False, loss="eager")
 IN_TURN = {
     "none": EAGER,
     "+ attention": (_attention := replace(EAGER, attention="auto")),
     "+ compiled loss": (_loss := replace(_attention, loss="compiled")),
-    "+ leaves": (_leaves := replace(_loss, leaves=True)),
-    "+ compiled student": replace(_leaves, student_compile=True),
+    "+ layers as ZeRO-3 leaves": (_leaves := replace(_loss, leaves=True)),
+    "+ optimizer step on flat partitions": (_flat := replace(_leaves, flat_step=True)),
+    "+ compiled student": replace(_flat, student_compile=True),
     "+ compiled teacher": Features(),
     "selective checkpointing": Features(checkpointing="selective"),
     "full checkpointing": Features(checkpointing="full"),
@@ -173,23 +175,16 @@ def setup_of(topology: Topology, folder: Path, size: Size, features: Features) -
         },
     }
     values |= {"teacher": teacher} if distills else {}
-    for section in ("student", "teacher"):
-        _drop_unknown(section, values)
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
     return prepare(Recipe.model_validate(values), launch)
 
 
-def _drop_unknown(section: str, values: dict[str, Any]) -> None:
-    fields = getattr(recipes, f"{section.capitalize()}Section").model_fields
-    if section in values:
-        values[section] = {key: value for key, value in values[section].items() if key in fields}
-
-
 @contextmanager
-def leaves_if(leaves: bool) -> Iterator[None]:
-    """Without leaves: DeepSpeed's function that marks them does nothing, and it hooks every module of a layer."""
-    if leaves:
-        yield
-        return
-    with patch.object(deepspeed.utils, "set_z3_leaf_modules", lambda *arguments, **keywords: []):
+def built_with(features: Features) -> Iterator[None]:
+    """Builds a student without the features that no recipe turns off: the functions that add them do nothing."""
+    with ExitStack() as patches:
+        if not features.leaves:
+            patches.enter_context(patch.object(engine, "set_z3_leaf_module", lambda module, leaf: None))
+        if not features.flat_step:
+            patches.enter_context(patch.object(FlatStep, "install", lambda zero, topology: None))
         yield

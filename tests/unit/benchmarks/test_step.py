@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from benchmarks.step.growth_plot import Point, draw
 from benchmarks.step.products import BareProducts, Product, record_products
 from benchmarks.step.questions import Measurement
 from benchmarks.step.sizes import DEVICE_SIZES, IN_TURN, SIZES, Features
+from megadistill.teacher.cpu_linear import OneDnnLinear
 
 
 def flops(products: list[Product]) -> int:
@@ -30,6 +32,12 @@ def test_products_of_a_linear_layer_forward_and_backward() -> None:
     forward, *backward = products
     assert forward == Product(((10, 3), (3, 1)), ((3, 7), (1, 3)))
     assert any(product.left[1][0] == 1 for product in backward), "a product with a transposed operand is recorded so"
+
+
+def test_products_of_the_teacher_s_linear_layers_on_a_cpu() -> None:
+    x, layer = torch.randn(2, 5, 3), torch.nn.Linear(3, 7, bias=False)
+    by_mm, by_onednn = (record_products(partial(each, x)) for each in (layer, OneDnnLinear(layer)))
+    assert by_onednn == by_mm
 
 
 def test_a_product_that_adds_adds_when_it_runs_alone() -> None:
