@@ -70,6 +70,7 @@ def compile_layers(decoder: Any) -> None:
 
     No view of a parameter is kept for the backward pass, but the parameter itself: ZeRO-3 can release it.
     """
+    torch._functorch.config.recompute_views = True  # else those of experts, transposed, are kept
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     # A router's sums leave a checkpointed layer as an attribute (`student.routers`), once: not when it is recomputed.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

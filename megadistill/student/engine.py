@@ -88,6 +88,17 @@ def _make_leaves(layers: Any) -> list[list[int]]:
     return [[parameter.ds_numel for parameter in layer.parameters()] for layer in layers]
 
 
+def _release_early(embedding: Any) -> None:
+    """Has ZeRO-3 release the embedding after its lookup. Call it after `deepspeed.initialize`.
+
+    DeepSpeed looks for the next use of a module that is no leaf without counting the parameters of leaves before it
+    (`__params_to_release`), and would hold the embedding from the forward to the backward pass. The mark of a leaf has
+    it count them. Before `initialize` the mark would take its gradient in the hook of a leaf, which torch calls before
+    the gradient exists, since token ids have none.
+    """
+    set_z3_leaf_module(embedding, True)
+
+
 class StudentEngine:
     """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
 
@@ -132,6 +143,7 @@ class StudentEngine:
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        _release_early(decoder(model).embed_tokens)
         FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology

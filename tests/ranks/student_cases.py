@@ -61,8 +61,10 @@ class Case:
     persistence: int = 0
     offload_optimizer: bool = False
     activation_checkpointing: Checkpointing = "none"
+    compiled: bool = False
     document_mask: bool = False
     model_type: str = "llama"
+    layers: int = 2
     router_coefs: RouterCoefs = field(default_factory=RouterCoefs)
     loss: LossSection = field(default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3))
 
@@ -81,7 +83,7 @@ def config_of(case: Case) -> Any:
             "model_type": case.model_type,
             "hidden_size": 64,
             "intermediate_size": 96,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": case.layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 64,
@@ -186,7 +188,10 @@ def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | Non
     student = WatchedStudent(
         config_of(case),
         section=StudentSection(
-            config={}, vocab_multiple=MULTIPLE, activation_checkpointing=case.activation_checkpointing
+            config={},
+            vocab_multiple=MULTIPLE,
+            activation_checkpointing=case.activation_checkpointing,
+            compile=case.compiled,
         ),
         train=train_section(case, topology.world),
         deepspeed_config=deepspeed_config,
@@ -194,12 +199,15 @@ def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | Non
         seed=SEED,
         accumulation=case.accumulation,
         topology=topology,
+        attention="flex" if case.document_mask else None,  # as `auto` chooses
     )
     student.gradients = []
     return student
 
 
-def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: range) -> list[dict[str, float]]:
+def run_steps(
+    case: Case, student: WatchedStudent, topology: Topology, steps: range, *, recompute: bool = False
+) -> list[dict[str, float]]:
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
     teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else NoTeacher()
     lines = []
@@ -212,6 +220,7 @@ def run_steps(case: Case, student: WatchedStudent, topology: Topology, steps: ra
             learning_rate=RATE * (step + 1) / 3,
             objective=SmallChunks(case.loss, steps=3, seed=SEED, router_coefs=case.router_coefs),
             topology=topology,
+            recompute=recompute,
         )
         experts = {} if outcome.experts is None else outcome.experts.summary()
         lines.append({**outcome.metrics, "grad_norm": outcome.grad_norm, **experts})
