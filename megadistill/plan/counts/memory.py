@@ -44,7 +44,7 @@ def student_memory(run: Sharding) -> dict[str, Lines]:
         "loss": always | _activations(run) | _last_norm(run) | _loss(run),
         "backward": always | _activations(run) | _backward(run),
         "embedding": always | _embedding(run),
-        "step": always | _step(run),
+        "step": always,
     }
     if run.teacher is not None and run.roles is None:
         # A stage makes one packet for each rank of its group, and concatenates them.
@@ -99,7 +99,11 @@ def _heads(run: Sharding) -> Lines:
     """The vocab slice of both heads, and the gradient of the student's over the accumulation window."""
     student = run.rows * run.student.width
     copied = run.group_size < run.ranks or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
-    lines = {"head rows": run.itemsize * student if copied else 0, "head gradient": FLOAT32 * student}
+    own = run.student.tied or run.group_size < run.ranks or run.zero.offload_optimizer != "none"
+    lines = {
+        "head rows": run.itemsize * student if copied else 0,
+        "head gradient": FLOAT32 * student if own else 0,  # else the loss adds to ZeRO-3's own partition
+    }
     if run.teacher is not None:
         lines["teacher head rows"] = run.itemsize * run.rows * run.teacher.width
     return lines
@@ -153,7 +157,7 @@ def _forward(run: Sharding) -> Lines:
 
 
 def _prefetched(run: Sharding, most: int) -> Lines:
-    return {"prefetched layers, copied": run.itemsize * min(run.zero.stage3_prefetch_bucket_size, most)}
+    return {"prefetched layers, copied": run.itemsize * min(run.prefetch, most)}
 
 
 def _loss(run: Sharding) -> Lines:
@@ -166,7 +170,6 @@ def _loss(run: Sharding) -> Lines:
     return {
         "gathered layers": run.itemsize * run.live_at_loss,
         "logit chunk": in_flight * run.heads * FLOAT32 * n * run.unpadded_rows + dlogits,
-        "head gradient of the micro-batch": FLOAT32 * run.rows * run.student.width if run.accumulation > 1 else 0,
         "hidden states of a chunk": (
             (in_flight if run.group_size > 1 else 1) * run.itemsize * n * widths + FLOAT32 * n * run.student.width
         ),
@@ -205,13 +208,6 @@ def _embedding(run: Sharding) -> Lines:
     if run.reduce_itemsize != run.itemsize:
         lines["gradients being reduced"] = run.reduce_itemsize * run.embedding_size
     return lines
-
-
-def _step(run: Sharding) -> Lines:
-    """The optimizer reads a copy of the gradients of a sub-group."""
-    if run.zero.offload_optimizer != "none":
-        return {}
-    return {"gradients that the optimizer reads": FLOAT32 * min(run.partition_size, run.zero.sub_group_size)}
 
 
 def _stage(run: Sharding) -> int:

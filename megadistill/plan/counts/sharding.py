@@ -163,12 +163,17 @@ class Sharding:
     def gathered(self) -> GatheredParams:
         """Parameters that a micro-step gathers of the student, without the head, which is never gathered."""
         if self.ranks == 1:
-            return GatheredParams(0, 0, 0, 0, 0, 0)
+            return GatheredParams(0, 0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
-        # A layer is gathered as a whole (models.layers), and so is a recomputation with the backward pass it is for.
-        modules = ((self.embedding_size,), *((sum(map(self._partitioned, part)),) for part in others))
+        leaves = ((self.embedding_size,), *(tuple(self._partitioned(part)) for part in others))
         first = self.counts_experts_first
-        return count_gathered(modules, self.zero, recompute=self.checkpoints, forward_first=first)
+        return count_gathered(leaves, self.zero, prefetch=self.prefetch, forward_first=first)
+
+    @cached_property
+    def prefetch(self) -> int:
+        """Parameters that ZeRO-3 gathers ahead at a time: DeepSpeed's file has it, or the largest layer."""
+        size = self.zero.stage3_prefetch_bucket_size
+        return max(self.layer_matrices) if size is None else size
 
     @cached_property
     def live_at_loss(self) -> int:
@@ -179,7 +184,7 @@ class Sharding:
         """
         if self.checkpoints:
             return self.gathered.at_loss
-        return max(self.gathered.at_loss, sum(self.layer_matrices))
+        return max(self.gathered.at_loss, sum(self.layer_matrices) + self.gathered.again_at_loss)
 
     @cached_property
     def live_in_backward(self) -> int:
@@ -192,11 +197,11 @@ class Sharding:
         if self.ranks == 1:
             return [0]
         _, *layers, _ = self.student.modules
-        return [sum(map(self._partitioned, part)) for part in layers]
+        return [sum(self._partitioned(part)) for part in layers]
 
-    def _partitioned(self, module: tuple[int, ...]) -> int:
-        """Parameters of a module that are gathered at each use."""
-        return sum(size for size in module if size > self.zero.stage3_param_persistence_threshold)
+    def _partitioned(self, part: tuple[tuple[int, ...], ...]) -> list[int]:
+        """Sizes of a part's parameters that are gathered at each use."""
+        return [size for module in part for size in module if size > self.zero.stage3_param_persistence_threshold]
 
     @property
     def checkpoints(self) -> bool:

@@ -1,8 +1,10 @@
-"""DeepSpeed ZeRO-3's gathering of a model's parameters, module by module, simulated.
+"""DeepSpeed ZeRO-3's gathering of a model's parameters, layer by layer, simulated.
 
-From its third micro-step on DeepSpeed knows the order of the modules: it prefetches the next ones, and releases a
-module after its use unless it is used again before `stage3_max_reuse_distance` parameters of others. So the last layers
-of the forward pass stay for the backward pass, and a small model stays as a whole.
+From its third micro-step on DeepSpeed knows the order of the modules: it prefetches parameters of the next ones, and
+releases a module after its use unless one of the next `stage3_max_reuse_distance` parameters is its own. So the last
+layers of the forward pass stay for the backward pass, and a small model stays as a whole. They stay although their own
+turn is further away: between the passes comes the whole model's hook, and for a leaf DeepSpeed takes it for a use of
+all parameters (`recurse` of the module that is released, in `__params_to_release`).
 Where forward passes alone come first, as those that count the tokens of experts, nothing stays: the first order that
 DeepSpeed knows is then that of a forward pass, and what it decides to release by that one it never decides again
 (`functools.lru_cache` of `__params_to_release`).
@@ -13,7 +15,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 COMMUNICATION_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -24,7 +25,8 @@ class Zero:
     """DeepSpeed's settings that decide memory and traffic, with its keys and defaults; sizes in parameters."""
 
     stage3_max_reuse_distance: int = 1_000_000_000
-    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_prefetch_bucket_size: int | None = None
+    """None: the largest layer's partitioned parameters."""
     stage3_max_live_parameters: int = 1_000_000_000
     stage3_param_persistence_threshold: int = 100_000
     reduce_bucket_size: int = 500_000_000
@@ -62,6 +64,8 @@ class GatheredParams:
     """Most gathered parameters at a time in the forward pass, prefetched ones included."""
     at_loss: int
     """Gathered parameters at the end of the forward pass."""
+    again_at_loss: int
+    """Those of them that were released in the forward pass, and fetched again ahead of the backward pass."""
     peak_backward: int
     """Most gathered parameters at a time in the backward pass."""
     at_end: int
@@ -70,106 +74,123 @@ class GatheredParams:
 
 @lru_cache(maxsize=256)
 def count_gathered(
-    modules: tuple[tuple[int, ...], ...], zero: Zero, *, recompute: bool, forward_first: bool = False
+    leaves: tuple[tuple[int, ...], ...], zero: Zero, *, prefetch: int, forward_first: bool = False
 ) -> GatheredParams:
     """Parameters that a micro-step gathers, once DeepSpeed knows the order of the modules.
 
     Args:
-        modules: partitioned parameters of each module in the order of the forward pass: the embedding, the modules of
-            each layer, the last norm.
-        recompute: whether the backward pass recomputes the layers (activation checkpointing).
+        leaves: sizes of the partitioned parameters of each leaf in the order of the forward pass: the embedding, each
+            layer, the last norm. A recomputation happens while its layer is gathered for the backward pass.
+        prefetch: parameters that are prefetched at a time, at least.
         forward_first: whether a step begins with forward passes alone, which gather as much as those of a micro-step.
     """
-    sizes = [size for part in modules for size in part]
-    ends = list(accumulate(len(part) for part in modules))
-    parts = [list(range(end - len(part), end)) for part, end in zip(modules, ends, strict=True)]
-    forward = [index for part in parts for index in part]
-    backward: list[int] = []
-    for number, part in reversed(list(enumerate(parts))):
-        if recompute and 0 < number < len(parts) - 1:
-            # The end of a layer is not recomputed: torch stops when it has every tensor that the backward pass needs.
-            backward += part[: max((at for at, module in enumerate(part) if sizes[module]), default=0)]
-        backward += reversed(part)
-    stays_from = len(forward) if forward_first else 0
-    coordinator = _Coordinator(sizes, [*forward, *backward], zero, stays_from=stays_from)
+    forward = list(range(len(leaves)))
+    order = [*forward, WHOLE_MODEL, *reversed(forward)]
+    coordinator = _Coordinator(leaves, order, zero, prefetch, stays_from=len(forward) if forward_first else 0)
     fetched, peak = coordinator.run_to(len(forward))
-    at_loss = coordinator.live
-    fetched_back, peak_back = coordinator.run_to(len(coordinator.order) - 1)
-    last_fetched, last_peak = coordinator.run_to(len(coordinator.order))
+    at_loss, again = coordinator.live, coordinator.live_again
+    fetched_back, peak_back = coordinator.run_to(len(order) - 1)
+    last_fetched, last_peak = coordinator.run_to(len(order))
     return GatheredParams(
         forward=fetched,
         backward=fetched_back + last_fetched,
         peak_forward=peak,
         at_loss=at_loss,
+        again_at_loss=again,
         peak_backward=max(peak_back, last_peak),
         at_end=last_peak,
     )
 
 
-class _Coordinator:
-    """DeepSpeed's parameter coordinator over the modules of a micro-step."""
+WHOLE_MODEL = -1
+"""Place of the whole model's own hook in the order, between the two passes."""
 
-    def __init__(self, sizes: Sequence[int], order: Sequence[int], zero: Zero, *, stays_from: int) -> None:
-        """`stays_from`: position in the order before which each module is released after its use."""
-        self.order = order
+
+class _Coordinator:
+    """DeepSpeed's parameter coordinator over the leaves of a micro-step."""
+
+    def __init__(
+        self, leaves: Sequence[Sequence[int]], order: Sequence[int], zero: Zero, prefetch: int, *, stays_from: int
+    ) -> None:
+        """`stays_from`: position in the order before which each leaf is released after its use."""
+        self._order = order
         self._stays_from = stays_from
         self.live = 0
-        self._sizes, self._zero = sizes, zero
-        self._sums = [0, *accumulate(sizes[module] for module in order)]
-        self._next = _next_uses(order)
-        self._available = [False] * len(sizes)
-        self._queue: deque[int] = deque(range(len(order)))
-        self._last_seen = [-1] * len(sizes)
-        """Last position in the order at which the prefetcher came upon a module."""
+        """Gathered parameters."""
+        self._leaves, self._zero, self._prefetch_size = leaves, zero, prefetch
+        self._available = [[False] * len(sizes) for sizes in leaves]
+        self._queue = deque(
+            (position, leaf, number)
+            for position, leaf in enumerate(order)
+            if leaf != WHOLE_MODEL
+            for number in range(len(leaves[leaf]))
+        )
+        self._fetches = [[0] * len(sizes) for sizes in leaves]
+        self._last_seen = [[-1] * len(sizes) for sizes in leaves]
+        """Last position in the order at which the prefetcher came upon a parameter."""
         self._position = 0
+
+    @property
+    def live_again(self) -> int:
+        """Gathered parameters that had been released before."""
+        return sum(
+            size
+            for leaf, sizes in enumerate(self._leaves)
+            for number, size in enumerate(sizes)
+            if self._available[leaf][number] and self._fetches[leaf][number] > 1
+        )
 
     def run_to(self, stop: int) -> tuple[int, int]:
         """Advances to a position of the order. Returns the parameters gathered and the most at a time."""
         fetched, peak = 0, self.live
         while self._position < stop:
-            position, module = self._position, self.order[self._position]
-            fetched += self._fetch(module)
-            while self._queue and self._queue[0] <= position:
+            position, leaf = self._position, self._order[self._position]
+            numbers = range(0 if leaf == WHOLE_MODEL else len(self._leaves[leaf]))
+            fetched += sum(self._fetch(leaf, number) for number in numbers)
+            while self._queue and self._queue[0][0] <= position:
                 self._queue.popleft()
-            self._last_seen[module] = max(self._last_seen[module], position)
+            for number in numbers:
+                self._last_seen[leaf][number] = max(self._last_seen[leaf][number], position)
             fetched += self._prefetch()
             peak = max(peak, self.live)
-            if not self._reused_soon(position, module):
-                self._available[module] = False
-                self.live -= self._sizes[module]
+            if numbers and not self._reused_soon(position, leaf):
+                for number in numbers:
+                    self._release(leaf, number, position)
             self._position += 1
         return fetched, peak
 
-    def _fetch(self, module: int) -> int:
-        if self._available[module]:
+    def _fetch(self, leaf: int, number: int) -> int:
+        if self._available[leaf][number]:
             return 0
-        self._available[module] = True
-        self.live += self._sizes[module]
-        return self._sizes[module]
+        self._available[leaf][number] = True
+        self._fetches[leaf][number] += 1
+        self.live += self._leaves[leaf][number]
+        return self._leaves[leaf][number]
+
+    def _release(self, leaf: int, number: int, position: int) -> None:
+        """Releases a parameter, unless the prefetcher has passed over a later use of it."""
+        if self._last_seen[leaf][number] <= position or position < self._stays_from:
+            self._available[leaf][number] = False
+            self.live -= self._leaves[leaf][number]
 
     def _prefetch(self) -> int:
         fetched = 0
-        limit = min(self._zero.stage3_max_live_parameters - self.live, self._zero.stage3_prefetch_bucket_size)
+        limit = min(self._zero.stage3_max_live_parameters - self.live, self._prefetch_size)
         while self._queue and fetched < limit:
-            position = self._queue.popleft()
-            module = self.order[position]
-            self._last_seen[module] = max(self._last_seen[module], position)
-            fetched += self._fetch(module)
+            position, leaf, number = self._queue.popleft()
+            self._last_seen[leaf][number] = max(self._last_seen[leaf][number], position)
+            fetched += self._fetch(leaf, number)
         return fetched
 
-    def _reused_soon(self, position: int, module: int) -> bool:
-        after = self._next[position]
-        if after is None or position < self._stays_from:
+    def _reused_soon(self, position: int, leaf: int) -> bool:
+        """Whether one of the next `stage3_max_reuse_distance` parameters is the leaf's."""
+        if position < self._stays_from:
             return False
-        between = self._sums[after] - self._sums[position + 1]
-        return self._last_seen[module] > position or between < self._zero.stage3_max_reuse_distance
-
-
-def _next_uses(order: Sequence[int]) -> list[int | None]:
-    """The next position of the same module, for each position of the order."""
-    following: list[int | None] = [None] * len(order)
-    last: dict[int, int] = {}
-    for position in reversed(range(len(order))):
-        following[position] = last.get(order[position])
-        last[order[position]] = position
-    return following
+        between = 0
+        for later in self._order[position + 1 :]:
+            if between >= self._zero.stage3_max_reuse_distance:
+                return False
+            if later in (leaf, WHOLE_MODEL):
+                return True
+            between += sum(self._leaves[later])
+        return False

@@ -22,10 +22,11 @@ from torch.distributed import ProcessGroupGloo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megadistill.config.recipe import Checkpointing, Recipe
+from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
+from megadistill.models.attention.choice import choose_attention
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import load_config
 from megadistill.precision import Precision, torch_dtype
@@ -71,6 +72,8 @@ class Case:
     micro_batch: int = 2
     accumulation: int = 2
     activation_checkpointing: Checkpointing = "none"
+    attention: AttentionSetting = "auto"
+    """The student's."""
     objective: str = "distill"
     student: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=lambda: {"logit_memory_mb": 8})
@@ -87,6 +90,7 @@ class Case:
                     "config": {**STUDENT, **self.student},
                     "vocab_multiple": 32,
                     "activation_checkpointing": self.activation_checkpointing,
+                    "attention": self.attention,
                 },
                 "train": {
                     "steps": STEPS,
@@ -167,8 +171,12 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
 
 def _student(topology: Topology, case: Case) -> StudentEngine:
     recipe = case.recipe
+    config = load_config(recipe.student.config, what="test")  # type: ignore[arg-type]
+    attention = choose_attention(
+        case.attention, config, accelerator=False, precision=case.precision, documents=False, sequence_length=SEQUENCE
+    )
     return StudentEngine(
-        load_config(recipe.student.config, what="test"),  # type: ignore[arg-type]
+        config,
         section=recipe.student,
         train=recipe.train,
         deepspeed_config=case.deepspeed_config,
@@ -176,6 +184,7 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
         seed=1,
         accumulation=case.accumulation,
         topology=topology,
+        attention=attention.value,
     )
 
 
@@ -247,6 +256,7 @@ MAKERS = {
     "deepspeed/comm/torch.py": "gloo",
     "zero/stage3.py": "ZeRO-3",
     "student/engine.py": "ZeRO-3",
+    "student/head.py:gradient": "head gradient",
     "loss/buffers.py": "logits",
     "loss/gradients.py:empty": "head gradient",
     "megadistill/loss/": "loss",

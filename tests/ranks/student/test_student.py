@@ -79,6 +79,7 @@ def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumul
     [
         Case(persistence=10_000, tied=True),
         Case(activation_checkpointing="full"),
+        Case(activation_checkpointing="selective", accumulation=2),
         Case(offload_optimizer=True, tied=True),
         Case(document_mask=True),
         Case(document_mask=True, model_type="qwen3", activation_checkpointing="full"),
@@ -89,6 +90,7 @@ def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumul
     ids=[
         "small parameters stay gathered",
         "activation checkpointing",
+        "selective checkpointing, accumulation",
         "optimizer offloaded",
         "documents masked",
         "documents masked, activation checkpointing",

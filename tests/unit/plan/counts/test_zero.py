@@ -5,63 +5,45 @@ import pytest
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
 
 # an embedding, two layers of two matrices, a last norm that stays
-MODULES = ((10,), (3, 2), (4, 1), (0,))
+LEAVES = ((10,), (3, 2), (4, 1), (0,))
 ALL = 20
 
 
 def test_nothing_stays_and_nothing_fetched_ahead() -> None:
-    zero = Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
-    gathered = count_gathered(MODULES, zero, recompute=False)
+    gathered = count_gathered(LEAVES, Zero(stage3_max_reuse_distance=0), prefetch=0)
     assert (gathered.forward, gathered.backward) == (ALL, ALL)
     assert (gathered.peak_forward, gathered.at_loss, gathered.at_end) == (10, 0, 10)
 
 
 def test_a_model_below_the_reuse_distance_stays_as_a_whole() -> None:
-    gathered = count_gathered(MODULES, Zero(stage3_max_reuse_distance=1000), recompute=False)
+    gathered = count_gathered(LEAVES, Zero(stage3_max_reuse_distance=1000), prefetch=0)
     assert gathered == GatheredParams(
-        forward=ALL, backward=0, peak_forward=ALL, at_loss=ALL, peak_backward=ALL, at_end=10
+        forward=ALL, backward=0, peak_forward=ALL, at_loss=ALL, again_at_loss=0, peak_backward=ALL, at_end=10
     )
 
 
-@pytest.mark.parametrize(
-    ("distance", "stayed"), [(0, 0), (1, 1), (2, 1), (3, 5), (10, 5), (11, 7), (14, 7), (15, 10), (20, 10), (21, 20)]
-)
-def test_the_last_modules_of_the_forward_pass_stay(distance: int, stayed: int) -> None:
-    """The last one comes again after nothing, the one of 4 after twice 1, the one of 2 after twice 4 + 1."""
-    gathered = count_gathered(
-        MODULES, Zero(stage3_max_reuse_distance=distance, stage3_prefetch_bucket_size=0), recompute=False
-    )
+@pytest.mark.parametrize(("distance", "stayed"), [(0, 0), (1, 5), (5, 5), (6, 10), (10, 10), (11, 20)])
+def test_the_last_leaves_of_the_forward_pass_stay(distance: int, stayed: int) -> None:
+    """Those with fewer parameters than the distance between them and the end of the forward pass: 0, 5 and 10."""
+    gathered = count_gathered(LEAVES, Zero(stage3_max_reuse_distance=distance), prefetch=0)
     assert (gathered.at_loss, gathered.backward) == (stayed, ALL - stayed)
 
 
-def test_a_layer_that_is_computed_again_is_gathered_for_that_and_for_its_way_back() -> None:
-    """All but its end, which is not recomputed: 3 twice, 4 twice, 2 and 1 once, and the embedding."""
-    gathered = count_gathered(MODULES, Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0), recompute=True)
-    assert (gathered.forward, gathered.backward) == (ALL, 2 * 3 + 2 + 2 * 4 + 1 + 10)
-
-
 def test_what_is_fetched_ahead_lives_with_what_works() -> None:
-    """One module ahead: the embedding's 10 with the 3 after it; the 1 and the 4 again,
-    whose use it has seen ahead."""
-    gathered = count_gathered(
-        MODULES, Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=1), recompute=False
-    )
+    """A parameter ahead: the embedding's 10 with the 3 after it; and what is passed over for a later use stays."""
+    gathered = count_gathered(LEAVES, Zero(stage3_max_reuse_distance=0), prefetch=1)
     assert gathered.peak_forward == 13
     assert gathered.forward + gathered.backward < 2 * ALL
 
 
 def test_no_more_than_may_live_is_fetched_ahead() -> None:
-    gathered = count_gathered(
-        MODULES,
-        Zero(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=100, stage3_max_live_parameters=10),
-        recompute=False,
-    )
-    assert gathered.peak_forward <= 13
+    zero = Zero(stage3_max_reuse_distance=0, stage3_max_live_parameters=10)
+    assert count_gathered(LEAVES, zero, prefetch=100).peak_forward <= 13
 
 
 def test_nothing_stays_where_forward_passes_alone_come_first() -> None:
-    zero = Zero(stage3_max_reuse_distance=1000, stage3_prefetch_bucket_size=0)
-    gathered = count_gathered(MODULES, zero, recompute=False, forward_first=True)
+    zero = Zero(stage3_max_reuse_distance=1000)
+    gathered = count_gathered(LEAVES, zero, prefetch=0, forward_first=True)
     assert (gathered.forward, gathered.at_loss, gathered.backward) == (ALL, 0, ALL)
 
 
