@@ -30,8 +30,9 @@ class Elementwise(Enum):
 
     def choice(self, *, accelerator: bool, triton: bool | None = None) -> Choice:
         """The same with its reason. `triton`: whether it is installed; None: look for it here."""
-        setting = "auto" if self is Elementwise.AUTO else self is Elementwise.COMPILED
-        return choose_compile(setting, accelerator=accelerator, triton=triton)
+        if self is Elementwise.AUTO:
+            return choose_compile("auto", accelerator=accelerator, triton=triton)
+        return choose_compile(self is Elementwise.COMPILED, accelerator=accelerator, triton=triton)
 
 
 @dataclass(frozen=True)

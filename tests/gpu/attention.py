@@ -1,4 +1,4 @@
-"""Attention of Gemma 2 at 8,192 tokens: eager, which writes the scores, flex_attention, and torch's own where legal.
+"""Attention of Gemma 2 at 8,192 tokens: eager, which writes the scores, our function, and torch's own where legal.
 
 Softcap 50; full causal layers, and sliding ones that see 4,096 tokens. The truth is eager attention in float32, a group
 of heads at a time. torch's own (sdpa) has no softcap: it is measured without one, as a floor of the causal case.
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import Gemma2Config, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from megadistill.models.attention.flex import flex_attention_forward
+from megadistill.models.attention.masks import FLEX, attention_inputs
+from megadistill.models.families import forward_inputs
 from tests.gpu.device import Device
 from tests.gpu.loss_numerics import relative_error
 from tests.gpu.results import Record
@@ -71,17 +73,17 @@ def eager(shape: Shape, mask: Tensor, *, training: bool = True) -> Attend:
 
 
 def flex(device: Device, shape: Shape, S: int, window: int | None) -> Attend:
-    """Blocks that are masked throughout are left out; the scores stay on the chip."""
+    """The package's own function: blocks that are masked throughout are left out, the scores stay on the chip."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    config: Any = SimpleNamespace(_attn_implementation=FLEX, sliding_window=window, layer_types=[kind])
+    made = attention_inputs(config, None, (1, S), by_kind=True, dtype=torch.bfloat16, device=device.torch_device)
+    module: Any = SimpleNamespace()
 
-    def softcapped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return SOFTCAP * torch.tanh(score / SOFTCAP)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = made["attention_mask"][kind]
+        return flex_attention_forward(module, q, k, v, mask, scaling=shape.scale, softcap=SOFTCAP)[0].transpose(1, 2)
 
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return q >= k if window is None else (q >= k) & (q - k < window)
-
-    blocks = create_block_mask(seen, None, None, S, S, device=str(device.torch_device))
-    compiled = device.compiled(flex_attention)
-    return partial(compiled, score_mod=softcapped, block_mask=blocks, scale=shape.scale, enable_gqa=True)
+    return attend
 
 
 def sdpa(shape: Shape) -> Attend:
@@ -120,9 +122,6 @@ def _measure(
     record(case, "forward, peak", device.peak_bytes(forward) / 2**20, "MiB")
     seconds = device.medians({"forward": forward}, repeats=5)
     record(case, "forward", 1e3 * seconds["forward"], "ms")
-    if device.stand_in and "flex" in case:
-        record.left_out(case, "flex_attention has no backward pass on a CPU")
-        return
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attend(q, k, v), leaves, grad)
@@ -160,7 +159,7 @@ def kernels(device: Device, record: Record) -> None:
 
 
 def model(device: Device, record: Record) -> None:
-    """transformers' Gemma 2 with flex_attention, against eager in float32: a full and a sliding layer."""
+    """transformers' Gemma 2, eager, with its flex_attention and with our function, against eager in float32."""
     S = device.size(2048, 64)
     config = Gemma2Config(
         vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
@@ -177,14 +176,15 @@ def model(device: Device, record: Record) -> None:
         of = Gemma2Model(config)
         of.load_state_dict(weights)
         of = of.to(device.torch_device, torch.bfloat16).to(dtype)
-        hidden = of(input_ids=tokens).last_hidden_state
+        inputs = forward_inputs(of, tokens, None) if implementation == FLEX else {"input_ids": tokens}
+        hidden = of(**inputs).last_hidden_state
         weight = of.layers[0].self_attn.q_proj.weight
         if hidden.requires_grad:
             (hidden.float() * upstream).sum().backward()
         return hidden.detach(), torch.zeros_like(weight) if weight.grad is None else weight.grad
 
     true_out, true_gradient = out_and_gradient("eager", torch.float32)
-    for implementation in ("eager", "flex_attention"):
+    for implementation in ("eager", "flex_attention", FLEX):
         forward_alone = device.stand_in and implementation == "flex_attention"
         case = f"transformers' Gemma 2, two layers, {implementation}"
         with record.part(case):
