@@ -24,8 +24,8 @@ class Gradients:
     hidden_ND: Tensor
     """dX, in the dtype of the hidden states: each token is written once."""
     weight_wD: Tensor
-    """dW, in the accumulator's dtype: every chunk adds to it. The memory of the head's `weight_gradient`, if it has one,
-    which holds the gradients of former losses too unless it was empty."""
+    """dW, in the accumulator's dtype: every chunk adds to it. It is the memory of the head's `weight_gradient`, if that
+    has one, with the gradients of former losses in it unless it was empty."""
     _adds: bool
     """Whether the first chunk adds to `weight_wD`, too."""
     bias_w: Tensor | None

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
-from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -87,15 +87,15 @@ def _accumulation_dtypes(topology: Topology) -> tuple[set[torch.dtype], torch.dt
     """Dtypes of the sums over ranks, of the accumulated gradients, and of the head's gradient."""
     case = Case(precision="bfloat16", accumulation=2)
     student = build(case, topology)
-    reduced, reduce_scatter = set(), coalesced_collectives._torch_reduce_scatter_fn
+    reduced, all_reduce = set(), deepspeed.comm.all_reduce
 
     def recording(source: Tensor, *args: Any, **kwargs: Any) -> Any:
         reduced.add(source.dtype)
-        return reduce_scatter(source, *args, **kwargs)
+        return all_reduce(source, *args, **kwargs)
 
-    coalesced_collectives._torch_reduce_scatter_fn = recording
+    deepspeed.comm.all_reduce = recording
     run_steps(case, student, topology, range(1))
-    coalesced_collectives._torch_reduce_scatter_fn = reduce_scatter
+    deepspeed.comm.all_reduce = all_reduce
     zero = student._engine.optimizer
     assert {gradient.dtype for group in zero.averaged_gradients.values() if group for gradient in group} <= {
         torch.float32

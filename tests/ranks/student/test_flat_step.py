@@ -58,9 +58,9 @@ def test_the_step_is_deepspeeds(world: int, case: Case) -> None:
             torch.testing.assert_close(value, theirs.state[key], rtol=rounding, atol=rounding * RATE, msg=key)
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,6 +94,27 @@ def test_a_step_launches_as_many_operators_for_many_parameters_as_for_few() -> N
     assert syncs == 1
     assert names.count("aten._fused_adamw_.default") == 2, "matrices, and vectors"
     assert sum(name.startswith("c10d") for name in names) == 1, "the norm"
+
+
+def _backward_operators(topology: Topology) -> list[str]:
+    student, operators = build(Case(), topology), _Operators()
+    run_steps(Case(), student, topology, range(2))  # DeepSpeed records the order of the layers
+    backward = student._engine.backward
+
+    def counted(*arguments: Any, **named: Any) -> None:
+        with operators:
+            backward(*arguments, **named)
+
+    student._engine.backward = counted
+    run_steps(Case(), student, topology, range(2, 3))
+    return operators.names
+
+
+def test_a_cpu_reduces_gradients_in_the_bucket() -> None:
+    """gloo's reduce-scatter is a clone, an all-reduce and a copy, of a concatenation that DeepSpeed makes for it."""
+    for names in run_ranks(2, _backward_operators):
+        assert sum(name.startswith("c10d") for name in names) == names.count("c10d.allreduce_.default") == 1
+        assert names.count("aten.cat.default") == 0
 
 
 def _infinite_on_one_rank(topology: Topology) -> tuple[float, dict[str, Tensor], dict[str, Tensor], float]:

@@ -19,11 +19,11 @@ FREE = {"view", "slice", "detach", "t", "alias", "as_strided", "split", "new_emp
 """Operators that neither read nor write a number."""
 
 
-class _Matrices(TorchDispatchMode):
+class _Matrices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operators that make a matrix of the size of the head's slice, and those that read or write its gradient."""
 
     def __init__(self, elements: int, gradient: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: Counter[str] = Counter()
         self.touching: Counter[str] = Counter()
         self._elements = elements
