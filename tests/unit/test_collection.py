@@ -54,7 +54,7 @@ FLOORS = {
     "tests/unit/prune": 10,
     "tests/unit/report": 65,
     "tests/unit/student": 17,
-    "tests/unit/teacher": 50,
+    "tests/unit/teacher": 38,
     "tests/unit/train": 20,
     "tests/unit/train/checkpoint": 82,
     "tests/unit/train/hooks": 11,
