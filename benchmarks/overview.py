@@ -14,7 +14,10 @@ from megadistill.export.markdown import table
 
 PAGE = ROOT / "docs/results/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
-SUBJECTS = ("loss", "stream", "teacher")
+SUBJECTS = ("loss", "stream", "teacher", "step")
+FIGURES = {"step": ("step-growth.png", "Time a token of a step and of its products, by sequence and by vocabulary")}
+"""Subject -> file of its figure, beside the page, and its description."""
+NOT_MEASURED = "Not measured yet: this part of the page waits for a quiet machine."
 
 Line = dict[str, str]
 
@@ -77,11 +80,21 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def _measured(subject: str) -> str:
+    """The tables of a subject, and its figure."""
+    results = RESULTS / f"{subject}.csv"
+    if not results.exists():
+        return NOT_MEASURED
+    with results.open(encoding="utf-8", newline="") as stream:
+        text = tables(newest(list(csv.DictReader(stream))))
+    has_figure = subject in FIGURES and (ROOT / "docs/results" / FIGURES[subject][0]).exists()
+    return f"{text}\n\n![{FIGURES[subject][1]}]({FIGURES[subject][0]})" if has_figure else text
+
+
 def main() -> None:
     try:
         for subject in SUBJECTS:
-            with (RESULTS / f"{subject}.csv").open(encoding="utf-8", newline="") as stream:
-                put(PAGE, subject, tables(newest(list(csv.DictReader(stream)))))
+            put(PAGE, subject, _measured(subject))
     except UserError as error:
         print(f"overview: {error}", file=sys.stderr)
         sys.exit(UserError.exit_code)
