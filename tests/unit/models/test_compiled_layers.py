@@ -6,6 +6,7 @@ takes the same steps up to there: tracing, the backward pass, what is kept for i
 
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -28,6 +29,14 @@ KINDS = {"gemma3": 2, "qwen2": 2, "qwen3": 2, "exaone4": 2, "qwen3_moe": 2, "qwe
 """Kinds of layers: with and without a window, or experts; else 1."""
 
 thorough = pytest.mark.thorough
+
+
+def skip_untraced_experts(family: str) -> None:
+    """Skips experts where transformers' product of them on a CPU has a backward pass that torch cannot trace."""
+    if "moe" in family or "mixtral" in family:
+        major, minor = map(int, version("transformers").split(".")[:2])
+        if (major, minor) < (5, 23):
+            pytest.skip("experts on a CPU are traced from transformers 5.23 on")
 
 
 class Graphs:
@@ -80,6 +89,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     ],
 )
 def test_layers_of_a_kind_are_compiled_once(family: str, mode: Checkpointing, graphs: Graphs) -> None:
+    skip_untraced_experts(family)
     inner = build(family)
     passes = (None, DOCUMENTS, None)
     expected = [gradients(inner, positions) for positions in passes]
@@ -94,6 +104,7 @@ def test_layers_of_a_kind_are_compiled_once(family: str, mode: Checkpointing, gr
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("mixtral", marks=thorough)])
 @pytest.mark.parametrize("mode", ["full", *[pytest.param(mode, marks=thorough) for mode in ("none", "selective")]])
 def test_sums_of_routers_are_read_once_and_differentiable(family: str, mode: Checkpointing, graphs: Graphs) -> None:
+    skip_untraced_experts(family)
     inner = build(family)
     reader = Routers(routers(inner), inner.layers)
     tokens, weights = torch.arange(B * S).view(B, S), torch.linspace(0, 1, B * S)
@@ -130,6 +141,7 @@ def test_no_view_of_a_weight_is_kept_for_the_backward_pass(
     family: str, mode: Checkpointing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ZeRO-3 frees a parameter's memory by pointing the parameter elsewhere: a view would keep it."""
+    skip_untraced_experts(family)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_eager_decomp_partition))
     torch._dynamo.reset()
     inner = build(family, num_hidden_layers=2)

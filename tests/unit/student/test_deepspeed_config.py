@@ -15,6 +15,7 @@ from megadistill.student.deepspeed_config import (
     build_engine_config,
     deepspeed_path,
     load_deepspeed_config,
+    with_layer_prefetch,
 )
 from tests.paths import DS_CONFIGS, ROOT
 
@@ -118,6 +119,23 @@ def test_auto_and_broken_deepspeed_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("zero", "size"),
+    [
+        ({}, 300_000),
+        ({"stage3_param_persistence_threshold": 0}, 300_010),
+        ({"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 7}, 7),
+    ],
+)
+def test_the_largest_layer_is_prefetched_unless_the_file_has_a_size(zero: dict[str, int], size: int) -> None:
+    made = with_layer_prefetch({"zero_optimization": zero}, [[200_000, 10], [150_000, 10, 150_000]])
+    assert made["zero_optimization"]["stage3_prefetch_bucket_size"] == size
+    assert all(
+        "stage3_prefetch_bucket_size" not in load_deepspeed_config(DS_CONFIGS / name)["zero_optimization"]
+        for name in SHIPPED
+    )
+
+
+@pytest.mark.parametrize(
     ("zero", "says"),
     [
         (3, "must be an object, found 3"),
@@ -154,6 +172,8 @@ def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> 
             "mics_shard_size: DeepSpeed removed MiCS; zero_hpz_partition_si",
         ),
         ({"zero_optimization": {"zenflow": {}}}, "ZenFlow replaces train.optimizer"),
+        ({"zero_optimization": {"leaf_module": {}}}, "leaf_module: each decoder layer is a leaf: remove it"),
+        ({"zero_optimization": {"stage3_module_granularity_threshold": 1}}, "each decoder layer is a leaf: remove it"),
         ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed removed it"),
         ({"curriculum_learning": {}}, "data.curriculum changes the mixture"),
     ],
