@@ -75,6 +75,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         seed=SEED,
         accumulation=1,
         topology=topology,
+        attention=setup.attention("student").value,
     )
     teacher: Teacher = NoTeacher()
     if stage is not None:
@@ -114,6 +115,7 @@ def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherSta
         dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
         precision=setup.recipe.teacher.precision,
+        attention=setup.attention("teacher" if setup.teacher_config is not None else "student").value,
     )
 
 

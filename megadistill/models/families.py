@@ -26,8 +26,8 @@ from megadistill.config.paths import not_model
 from megadistill.errors import UserError
 from megadistill.io import read_given_json
 from megadistill.models.attention.choice import flash_implementation, has_sdpa
-from megadistill.models.attention.flex import FLEX
-from megadistill.models.attention.masks import attention_inputs, omit_empty_masks
+from megadistill.models.attention.flex import register_flex
+from megadistill.models.attention.masks import FLEX, attention_inputs, omit_empty_masks
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.experts import ExpertNames
 from megadistill.models.model_keys import (
@@ -42,6 +42,9 @@ from megadistill.types import LogitTransform
 
 ModelConfig: TypeAlias = PretrainedConfig
 Model: TypeAlias = PreTrainedModel
+
+
+register_flex()
 
 
 @dataclass(frozen=True)

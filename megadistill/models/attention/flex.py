@@ -42,7 +42,7 @@ def flex_attention_forward(
         first_key = None if attention_mask is None else attention_mask[:, 0, :, 0]
         return blockwise_attention(query, key, value, first_key, scaling, softcap), None
     # A layer that is compiled has flex_attention in its graph.
-    kernel = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
     output: Tensor = kernel(
         query,
         key,
@@ -69,4 +69,6 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
     return bounded
 
 
-AttentionInterface.register(FLEX, flex_attention_forward)
+def register_flex() -> None:
+    """Makes transformers' layers find the function by its name."""
+    AttentionInterface.register(FLEX, flex_attention_forward)

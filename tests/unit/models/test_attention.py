@@ -138,7 +138,7 @@ def test_memory_of_blockwise_attention_grows_with_the_sequence_and_not_with_its_
         query, key = torch.zeros(1, 4, length, 16), torch.zeros(1, 2, length, 16)
         with LiveStorages() as live:
             compute(*more, query, key, key, None, 0.3, 5.0)
-        return live.peak
+        return int(live.peak)
 
     for compute, more in ((blockwise.compute, ()), (blockwise.compute_gradients, (16,))):
         short, long = (peak(length, compute, *(torch.zeros(1, length, 4, 16) for _ in more)) for length in (2048, 4096))
@@ -218,13 +218,13 @@ def test_on_a_device_no_mask_is_dense_and_nothing_waits(
     sizes = {"hidden_size": 32, "intermediate_size": 16, "max_position_embeddings": length}
     config = load_config({**CASES[case], **sizes}, what=case)
     inner = decoder(build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32, attention="flex"))
-    with DeviceDouble() as double, torch.no_grad(), _Largest() as largest:
+    with DeviceDouble() as double, torch.no_grad(), _Largest() as largest:  # type: ignore[no-untyped-call]
         move(inner)
         tokens, positions = (each.to(DEVICE) for each in (torch.zeros(1, length, dtype=torch.int64), DOCUMENTS[:1]))
-        positions = positions.repeat(1, 6)[:, :length] if documents else None
+        restarts = positions.repeat(1, 6)[:, :length] if documents else None
         double.clear()
         largest.elements = 0
-        inner(**forward_inputs(inner, tokens, positions))
+        inner(**forward_inputs(inner, tokens, restarts))
         assert double.counts == {}
     assert largest.elements < length * length // 8
     assert len(seen) == config.num_hidden_layers

@@ -1,5 +1,6 @@
 """Which attention `auto` chooses, and which ones a recipe cannot have."""
 
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_flash_attn_is_looked_for_by_its_distributions(
 ) -> None:
     def version(distribution: str) -> str:
         if distribution not in installed:
-            raise choice.PackageNotFoundError
+            raise PackageNotFoundError
         return installed[distribution]
 
     monkeypatch.setattr(choice, "version", version)
