@@ -65,7 +65,7 @@ def train_step(
     """Accumulates gradients over the batch's micro-batches and takes one optimizer step. Collective over the world.
 
     A loss or a gradient that is not finite on any rank makes all of them skip the step: its last gradient is made not
-    finite everywhere, and DeepSpeed discards a step whose gradient norm is not.
+    finite everywhere, and a step whose gradient norm is not is discarded (`student.flat_step`).
 
     The division by the global token count is here and nowhere else: it is in the tokens' weights. The host waits for
     the device in each micro-batch where the ranks of the loss exchange their token counts, and where the teacher's
