@@ -53,6 +53,7 @@ MAY_CHANGE = (
     "loss.diagnostics_every",
     "student.activation_checkpointing",
     "student.attention",
+    "student.compile",
     "teacher.attention",
     "teacher.compile",
     "student.deepspeed",  # `refuse_other_deepspeed` compares the content
