@@ -167,7 +167,7 @@ clean:
 
 # The main job, by the commands that a cluster uses. A second `make smoke` resumes where the first one stopped.
 smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
-	$(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
+	OMP_NUM_THREADS=2 $(BIN)/megadistill evaluate $(SMOKE)/labels-hf $(SMOKE)/distill-hf --teacher $(SMOKE)/teacher-hf \
 	    --data $(SMOKE)/data/heldout/manifest.json --json $(SMOKE)/evaluation.json
 	$(BIN)/megadistill report $(SMOKE)/teacher $(SMOKE)/labels $(SMOKE)/distill --evaluation $(SMOKE)/evaluation.json \
 	    --output $(SMOKE)
