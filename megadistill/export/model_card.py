@@ -208,10 +208,11 @@ def _schedule(schedule: ScheduleSection) -> str:
 
 def _targets(teacher: TeacherSection, targets: TargetsSection | None) -> str:
     """Targets of the student. Only of a live teacher the complete distribution is known to be there."""
+    origin = teacher.origin + (", its products in float8" if teacher.precision == "float8" else "")
     if targets is None:
-        return f"its whole distribution, {teacher.origin}" if teacher.is_live else teacher.origin
+        return f"its whole distribution, {origin}" if teacher.is_live else origin
     rest = "" if targets.tail is None else f", the rest {targets.tail}"
-    return f"{TARGETS[targets.select].format(**targets.model_dump())}{rest}, {teacher.origin}"
+    return f"{TARGETS[targets.select].format(**targets.model_dump())}{rest}, {origin}"
 
 
 def _config(folder: str | None) -> Any | None:

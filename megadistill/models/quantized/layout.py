@@ -43,8 +43,9 @@ class Quantisation:
 
     format: Format
     values: str
-    """What follows a tensor's name in the name of its values."""
+    """End of the name of a tensor's values, behind the tensor's own name."""
     scales: str
+    """The same of its scales."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale; None: a scale for a row, or for the tensor."""
 
