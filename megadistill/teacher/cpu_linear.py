@@ -31,12 +31,12 @@ class OneDnnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., K] -> [.., N]."""
-        return onednn_linear(x, self.weight, self.bias)
+        return cast(Tensor, onednn_linear(x, self.weight, self.bias))
 
 
 def use_onednn(decoder: Any) -> None:
     """Replaces the linear layers in float32 on a CPU, where torch has oneDNN; their parameters keep their names."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(decoder.layers.named_modules()):
         if isinstance(module, nn.Linear) and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32):

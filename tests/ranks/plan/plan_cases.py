@@ -189,7 +189,7 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
 
 
 def _stage(topology: Topology, case: Case, teacher: str) -> TeacherStage:
-    place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
+    place: dict[str, Any] = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
     return TeacherStage.load(Path(teacher), **place, dtype=torch_dtype(case.precision), device=topology.device)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def _batch(rank: int, index: int, *, masked: bool = False) -> TokenBatch:
 def _serve(topology: Topology, folder: str, requests: RequestCodec, answers: ActivationCodec, queue: int) -> int:
     """The number of micro-batches that passed through this rank of the teacher."""
     assert topology.bridge is not None
-    place = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
+    place: dict[str, Any] = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
     stage = TeacherStage.load(Path(folder), **place, dtype=torch.float32, device=topology.device)
     *_, done = TeacherServer(stage, topology.bridge, requests, answers, queue=queue).serve()
     return done

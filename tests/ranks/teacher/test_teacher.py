@@ -29,7 +29,7 @@ def _batch(rank: int, index: int, vocab: int = VOCAB) -> TokenBatch:
 
 
 def _pipeline(topology: Topology, folder: str, dtype: torch.dtype = torch.float32) -> TeacherPipeline:
-    place = {"stage": topology.group_rank, "stages": topology.group_size}
+    place: dict[str, Any] = {"stage": topology.group_rank, "stages": topology.group_size}
     stage = TeacherStage.load(Path(folder), **place, dtype=dtype, device=topology.device)
     return TeacherPipeline(stage, topology)
 

@@ -16,7 +16,7 @@ from megadistill.train.resilience.sdc import weights_digest
 from tests.unit.models.cases import CASES, VOCAB, saved_model
 
 CPU = torch.device("cpu")
-ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def _load(folder: Path, stage: int = 0, stages: int = 1, **options: Any) -> TeacherStage:
