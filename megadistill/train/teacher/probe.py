@@ -105,11 +105,11 @@ class TeacherCheck:
     cross_entropy: float
     """Cross-entropy of the teacher on the probe's tokens, in nats a token."""
     float8: Float8Difference | None = None
-    """Of a teacher in float8, from its native self."""
+    """Difference of a float8 teacher from the native one; None for a native teacher."""
 
 
 class RecordedProbe(NamedTuple):
-    """What a run folder holds."""
+    """Content of a run folder's probe file."""
 
     input: ProbeInput
     output: ProbeOutput

@@ -327,6 +327,8 @@ def test_the_targets_of_a_teacher_are_those_that_its_kind_has() -> None:
     """A kind of teacher without a model has no distribution that a card could promise."""
     live, stored = TeacherSection(path="t"), TeacherSection(source="stored", targets="t")
     assert _targets(live, None) == "its whole distribution, computed in the run"
+    float8 = live.model_copy(update={"precision": "float8"})
+    assert _targets(float8, None) == "its whole distribution, computed in the run, its products in float8"
     assert _targets(stored, TargetsSection()) == "counts of 50 draws from its distribution, stored before the run"
     toy = TeacherSection.model_construct(source="toy")
     assert _targets(toy, None) == "of a teacher of kind toy"
