@@ -13,7 +13,7 @@ from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast, supervised_loss
 from megadistill.plan.search import MAX_COST_RATIO, Plan, plan, remedies
 from megadistill.plan.throughput import MfuAssumption
-from tests.unit.plan.tiny import cluster, plan_input
+from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 
 def _all(inputs: PlanInput, machines: Cluster) -> list[Estimate]:
@@ -58,6 +58,20 @@ def test_the_recipes_own_layout_needs_no_settings() -> None:
     assert result.settings(result.own) == []
     assert result.main is result.own
     assert all(result.settings(each) for each in result.best if each.layout != result.own.layout)
+
+
+def test_less_recomputation_that_fits_is_named_and_more_where_only_that_fits() -> None:
+    student = {"config": TINY, "vocab_multiple": 48}
+    full = plan_input(student={**student, "activation_checkpointing": "full"})
+    result = plan(full, cluster(1, 4), MfuAssumption())
+    assert result.checkpointing is not None
+    assert result.checkpointing.layout.activation_checkpointing == "none"
+    plain = plan(plan_input(), cluster(1, 4), MfuAssumption())
+    assert plain.own is not None
+    assert plain.checkpointing is None
+    tight = plan(plan_input(), cluster(1, 4, memory_gb=0.999 * plain.own.memory / 1e9), MfuAssumption())
+    assert tight.checkpointing is not None
+    assert tight.checkpointing.layout.activation_checkpointing == "selective"
 
 
 def test_a_recipe_that_cannot_start_gets_proposals_and_the_reason() -> None:
