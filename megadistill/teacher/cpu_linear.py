@@ -1,6 +1,6 @@
 """Linear layers of a compiled stage on a CPU, in float32: by oneDNN, which torch itself uses for 16 bits alone.
 
-Its products are 8 to 14 % faster there than MKL's on an AMD EPYC with AVX-512, of weights as they lie in memory (copies
+Its products are 5 to 13 % faster there than MKL's on an AMD EPYC with AVX-512, of weights as they lie in memory (copies
 in oneDNN's own layout would give 4 % more, take the stage's memory again, and be no tensors that can be hashed).
 """
 
