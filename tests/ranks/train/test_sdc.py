@@ -19,7 +19,6 @@ from megadistill.errors import OperatorFault
 from megadistill.student.routers import RouterSums
 from megadistill.train.resilience.sdc import FrozenWeights, require_sound_student
 from megadistill.train.setup.setup import prepare
-from megadistill.train.step import train_step
 from megadistill.train.teacher import placement
 from megadistill.train.teacher.placement import load_pipeline, load_stage
 from megadistill.types import TokenBatch, token_digest
@@ -123,7 +122,7 @@ def test_a_bit_of_the_teacher() -> None:
 
 def _computed_twice(topology: Topology, case: Case, recompute: bool) -> RunResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_cases, "train_step", partial(train_step, recompute=recompute))
+        patch.setattr(student_cases, "run_steps", partial(student_cases.run_steps, recompute=recompute))
         return three_steps(topology, case)
 
 
@@ -159,8 +158,7 @@ def _computes_wrongly(topology: Topology) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(student, "routed_hidden", hidden)
-        patch.setattr(student_cases, "train_step", partial(train_step, recompute=True))
-        message = _message(lambda: student_cases.run_steps(Case(), student, topology, range(1)))
+        message = _message(lambda: student_cases.run_steps(Case(), student, topology, range(1), recompute=True))
     return message
 
 
