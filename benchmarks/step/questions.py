@@ -23,7 +23,8 @@ from benchmarks.step.contenders import (
 from benchmarks.step.growth_plot import Point
 from benchmarks.step.sizes import IN_TURN, SIZES, Size, write_files
 
-GROWTH_ROUNDS = 3
+MANY_ROWS_ROUNDS = 3
+"""Maximum rounds of the questions with many rows."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def memory(measurement: Measurement, name: str, size: Size, *, world: int) -> No
 def features(measurement: Measurement, name: str, size: Size, *, world: int) -> None:
     """Our step with one feature more at a time."""
     shape, report = shape_of(size, world), measurement.report
-    times = measurement.times(feature_runs, (*IN_TURN, PRODUCTS), name, size, world=world)
+    repeats = min(MANY_ROWS_ROUNDS, report.repeats)
+    times = measurement.times(feature_runs, (*IN_TURN, PRODUCTS), name, size, world=world, repeats=repeats)
     table = report.table(f"features: {shape}", "", "ms a step", "to the products", "to the row above")
     above = times["none"]
     for row, own in times.items():
@@ -104,7 +106,7 @@ def growth(measurement: Measurement, grows: str, sizes: Mapping[int, Size], *, w
     for value, size in sizes.items():
         name = f"{grows} {value}"
         times = measurement.times(
-            step_runs, (OURS, PRODUCTS), name, size, world=world, repeats=min(GROWTH_ROUNDS, report.repeats)
+            step_runs, (OURS, PRODUCTS), name, size, world=world, repeats=min(MANY_ROWS_ROUNDS, report.repeats)
         )
         medians = []
         for contender, own in times.items():

@@ -88,7 +88,7 @@ FEATURE_SIZES = ("deep", "wide", "tiny")
 
 _SHALLOW = (_llama(256, 768, 2), _llama(384, 1024, 4))
 GROWTHS = {
-    "sequence": {S: Size(2_000, *_SHALLOW, 8192 // S, S) for S in (512, 1024, 2048, 4096, 8192)},
+    "sequence": {S: Size(2_000, *_SHALLOW, 8192 // S, S) for S in (512, 2048, 8192)},
     "vocabulary": {V: Size(V, *_SHALLOW, 1, 512) for V in (32_000, 64_000, 128_000, 256_000)},
 }
 """Sizes that grow in one number, by its name and its value; a step has the same number of tokens."""
