@@ -223,7 +223,7 @@ def test_a_float8_teacher_is_compared_with_the_native_one_once(folder: Path) -> 
 
 
 def test_a_float8_teacher_above_the_bound_is_refused_on_every_rank(folder: Path) -> None:
-    """On ranks of its own, which end as well; nothing is recorded. An id is one that the teacher does not know."""
+    """Ranks of its own end as well; nothing is recorded. An id is one that the teacher does not know."""
     unknown = next(id_ for id_ in range(VOCAB) if id_ not in set(_rows().tokens[1].tolist()))
     ids = [-1 if id_ == unknown else id_ for id_ in range(VOCAB)]
     (folder / "ids.json").write_text(json.dumps(ids))
