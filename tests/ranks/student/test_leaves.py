@@ -33,8 +33,8 @@ def _name(case: Case) -> str:
 
 
 def _compile_by(backend: str) -> None:
-    """In a rank's own process: inductor would write C++ for half a minute, and trace the same graphs."""
-    torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
+    """Sets the backend of a rank's own process: inductor would write C++ for half a minute, and trace the same graphs."""
+    torch.compile = partial(torch.compile, backend=backend)
 
 
 def _compiled_steps(topology: Topology, case: Case, backend: str) -> RunResult:
@@ -77,7 +77,7 @@ def test_bfloat16_gradients_of_compiled_leaves_are_as_exact_as_eager_ones() -> N
     eager = run_ranks(2, three_steps, case)[0].gradients[0]
     compiled = run_ranks(2, _compiled_steps, replace(case, compiled=True), "aot_eager")[0].gradients[0]
     for name, gradient in true.items():
-        errors = [relative_error(found[name][: gradient.shape[0]], gradient) for found in (eager, compiled)]
+        errors = [relative_error(each[name][: gradient.shape[0]], gradient) for each in (eager, compiled)]
         assert errors[1] < 1.25 * errors[0] < 0.05, name
 
 
@@ -116,12 +116,12 @@ def _proportioned(case: Case) -> dict[str, Any]:
 
 
 def _traffic_of_a_step(topology: Topology, case: Case, leaves: bool) -> Traffic:
-    """Of the fifth step. Without `leaves`: hooks in each module, a quarter of a layer ahead, as before."""
+    """Collectives of the fifth step. Without `leaves`: hooks in each module, a quarter of a layer ahead, as before."""
     settings = _proportioned(case)
     if not leaves:
-        engine.set_z3_leaf_module = lambda module, flag: None
+        vars(engine)["set_z3_leaf_module"] = lambda module, flag: None
         settings["zero_optimization"]["stage3_prefetch_bucket_size"] = 7_000
-    student = build(case, topology, settings)
+    student: Any = build(case, topology, settings)
     student.__class__ = engine.StudentEngine  # the watched one gathers gradients
     run_steps(case, student, topology, range(4))
     with _Collectives() as collectives:
@@ -151,19 +151,20 @@ def _kept_after_release(topology: Topology, case: Case) -> tuple[int, int]:
     student = build(case, topology, settings)
     run_steps(case, student, topology, range(3))
     layers: Any = student._model.get_submodule("model.layers")
-    gathered: list[tuple[Any, StorageWeakRef]] = []
+    gathered: list[tuple[Any, Any]] = []
 
     def remember(layer: Any, *_: Any) -> None:
-        gathered.extend((each, StorageWeakRef(each.untyped_storage())) for each in layer.parameters())
+        reference: Any = StorageWeakRef
+        gathered.extend((each, reference(each.untyped_storage())) for each in layer.parameters())
 
     for layer in layers:
         layer.register_forward_hook(remember, prepend=True)  # before DeepSpeed releases it
     tokens = global_batch(0).tokens[:2]
     hidden = student.hidden(tokens)
     released = [storage for parameter, storage in gathered if parameter.ds_status.name == "NOT_AVAILABLE"]
-    kept = sum(not storage.expired() for storage in released)
+    alive = sum(not storage.expired() for storage in released)
     assert hidden.requires_grad
-    return len(released), kept
+    return len(released), alive
 
 
 @pytest.mark.parametrize(
@@ -183,9 +184,9 @@ def _kept_after_release(topology: Topology, case: Case) -> tuple[int, int]:
 def test_a_released_layer_is_freed(case: Case) -> None:
     """Nothing that is kept for the backward pass is a view of a gathered parameter."""
     skip_untraced_experts(case.model_type)
-    for released, kept in run_ranks(2, _kept_after_release, case):
+    for released, alive in run_ranks(2, _kept_after_release, case):
         assert released >= 9
-        assert kept == 0
+        assert alive == 0
 
 
 def _reproduced(topology: Topology, case: Case) -> float:
