@@ -123,6 +123,7 @@ class Case:
                 "stage3_max_live_parameters": 6_000_000,
                 "stage3_param_persistence_threshold": 1_000,
                 "reduce_bucket_size": 1_000_000,
+                "reduce_scatter": True,
                 **self.zero,
             }
         )
