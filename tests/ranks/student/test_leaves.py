@@ -33,7 +33,7 @@ def _name(case: Case) -> str:
 
 
 def _compile_by(backend: str) -> None:
-    """Sets the backend of a rank's own process: inductor would write C++ for half a minute, and trace the same graphs."""
+    """Sets the backend of a rank's process: inductor would write C++ for half a minute, of the same graphs."""
     torch.compile = partial(torch.compile, backend=backend)
 
 
@@ -143,7 +143,7 @@ def test_a_layer_is_gathered_by_one_call(mode: Any, gathers: int, before: int) -
         assert (whole.calls[name], whole.nbytes[name]) == (parts.calls[name], parts.nbytes[name])
 
 
-def _kept_after_release(topology: Topology, case: Case) -> tuple[int, int]:
+def _alive_after_release(topology: Topology, case: Case) -> tuple[int, int]:
     """(released parameters of layers, those whose gathered memory still lives) between forward and backward."""
     _compile_by("aot_eager_decomp_partition")
     settings = load_deepspeed_config(DS_CONFIGS / "cpu.json")
@@ -184,7 +184,7 @@ def _kept_after_release(topology: Topology, case: Case) -> tuple[int, int]:
 def test_a_released_layer_is_freed(case: Case) -> None:
     """Nothing that is kept for the backward pass is a view of a gathered parameter."""
     skip_untraced_experts(case.model_type)
-    for released, alive in run_ranks(2, _kept_after_release, case):
+    for released, alive in run_ranks(2, _alive_after_release, case):
         assert released >= 9
         assert alive == 0
 
