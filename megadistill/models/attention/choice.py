@@ -1,4 +1,4 @@
-"""Which implementation computes a model's attention, and why."""
+"""The implementation that computes a model's attention, and why."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version

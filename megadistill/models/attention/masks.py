@@ -1,4 +1,4 @@
-"""What the queries of a batch see, in the form that an implementation of attention takes, made once a batch.
+"""Masks: what the queries of a batch see, in the form that an implementation of attention takes, made once a batch.
 
 Every query of a supported family sees the keys from a first one to its own: the first of its document, or of its
 window. From these first keys follow a dense mask, flex_attention's block mask, and the blocks that our blockwise

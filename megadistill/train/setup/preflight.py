@@ -170,12 +170,12 @@ def check_compiler(recipe: Recipe) -> None:
     Raises:
         UserError: a key of the recipe asks for compiled code, and an accelerator lacks Triton, or a CPU a C++ compiler.
     """
-    asked = {
+    keys = {
         "loss.elementwise is compiled": recipe.loss.elementwise == "compiled",
         "student.compile is true": recipe.student.compile is True,
         "teacher.compile is true": recipe.teacher is not None and recipe.teacher.compile is True,
     }
-    first = next((words for words, is_asked in asked.items() if is_asked), None)
+    first = next((words for words, compiled in keys.items() if compiled), None)
     if first is None:
         return
     key = first.partition(" ")[0]

@@ -263,7 +263,8 @@ def test_numbers_that_are_not_finite_are_refused_when_they_are_read(
     _write(tmp_path, kind)
     save_file({**load_file(tmp_path / SINGLE_FILE), part: value}, tmp_path / SINGLE_FILE)
     folder = SafetensorsFolder(tmp_path)
-    for read in (lambda: next(folder.tensors([UP])), lambda: folder.rows(UP, [(0, 4)])):
+    reads: list[Callable[[], object]] = [lambda: next(folder.tensors([UP])), lambda: folder.rows(UP, [(0, 4)])]
+    for read in reads:
         with pytest.raises(UserError, match=f"{UP} in .* is not finite times its scales"):
             read()
 
