@@ -28,7 +28,8 @@ class Head:
     transform: LogitTransform = LogitTransform()
     """Scale and softcap, applied before the softmax."""
     weight_gradient: WeightGradient | None = None
-    """Place to which a student's loss adds its gradient with respect to the weight, in its forward pass; autograd has none then.
+    """Place to which a student's loss adds its gradient with respect to the weight, in its forward pass; autograd then
+    has none.
 
     It is that of the loss itself: what the loss is multiplied with before its backward pass reaches the hidden states
     alone. Without this memory the gradient is autograd's, whose sum over micro-batches takes one more matrix.

@@ -158,7 +158,7 @@ class _Rows:
         return rows_NRD.view(B, G, S, R, -1).transpose(1, 2)
 
     def probabilities(self, piece: "_Piece") -> tuple[Tensor, Tensor | None]:
-        """Probabilities of the piece's rows over its keys, and tanh of the scores over the softcap, where there is one."""
+        """Probabilities of the piece's rows over its keys; and tanh of the scores over the softcap, if there is one."""
         scores = torch.bmm(self.query[piece.pairs, piece.rows], self.key[piece.pairs, piece.keys].transpose(1, 2))
         tanh = None
         if self.softcap is not None:
