@@ -187,9 +187,11 @@ $(SMOKE)/data/heldout/manifest.json: | $(READY)
 	    --include '*.py' --exclude '*test*' --exclude 'site-packages/*' --exclude 'idlelib/*' \
 	    --vocab-size 2000 --sequence-length 128 --heldout-fraction 0.03 --output $(SMOKE)/data
 
+# Micro-batches of 8: no accumulation on two ranks, a fifth less time than with the recipe's 4.
 $(SMOKE)/teacher-hf/config.json: $(SMOKE)/data/heldout/manifest.json
 	rm -rf $(SMOKE)/teacher-hf
-	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml \
+	    train.micro_batch=8
 	$(BIN)/megadistill export $(SMOKE)/teacher --output $(SMOKE)/teacher-hf --max-shard-mb 4
 
 $(SMOKE)/labels-hf/config.json: $(SMOKE)/data/heldout/manifest.json
