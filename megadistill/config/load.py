@@ -130,7 +130,7 @@ def _with_warmup_of_the_run(values: Any) -> Any:
 def validate_recipe(
     values: Any, *, source: str, places: Mapping[KeyPath, str] | None = None, before: Sequence[tuple[str, str]] = ()
 ) -> Recipe:
-    """A recipe from plain values (a YAML file's, or a run folder's recipe.json).
+    """A recipe from plain values, such as a YAML file's.
 
     Args:
         places: where the value of each key is from, as in `recipe.yaml, line 3`.
@@ -148,6 +148,23 @@ def validate_recipe(
     if every or recipe is None:
         raise several(source, sorted(every, key=_in_order_of_the_file))
     return recipe
+
+
+def validate_recorded(values: Any, *, source: str) -> Recipe:
+    """The recipe that a run has recorded in its folder or in a checkpoint, perhaps under an earlier release.
+
+    Values that such a release has written are translated; in a recipe that somebody wrote they are refused.
+
+    Raises:
+        UserError: all mistakes, a line each.
+    """
+    student = values.get("student") if isinstance(values, Mapping) else None
+    if isinstance(student, Mapping):
+        former = student.get("activation_checkpointing")
+        if isinstance(former, bool):
+            student = {**student, "activation_checkpointing": "full" if former else "none"}
+            values = {**values, "student": student}
+    return validate_recipe(values, source=source)
 
 
 def _place(path: KeyPath, places: Mapping[KeyPath, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.config.load import validate_recipe
+from megadistill.config.load import validate_recorded
 from megadistill.config.paths import wrong_path
 from megadistill.config.recipe import Recipe
 from megadistill.data.tokenizers.auto_tokenizer import auto_tokenizer_differs
@@ -45,7 +45,7 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         raise UserError(f"{output} exists already; remove it, or export to another folder")
     run, checkpoint = _find_checkpoint(source, step)
     manifest = checkpoint.manifest
-    recipe = validate_recipe(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
+    recipe = validate_recorded(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
     record_router_coefs(config, RouterCoefs.of(recipe.loss, config))

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.config.load import validate_recipe
+from megadistill.config.load import validate_recorded
 from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError
 from megadistill.evaluate.splits import short_names
@@ -195,7 +195,7 @@ def _recipe(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], Mapping[st
         notes.append("recipe.json holds no recipe")
         return {}, {}
     try:
-        recipe = validate_recipe(recipe, source="recipe.json").snapshot()
+        recipe = validate_recorded(recipe, source="recipe.json").snapshot()
     except UserError as error:  # of another version, or edited: shown unchanged
         notes.append(f"not a recipe of this version: {printable(str(error))}")
     versions = values.get("versions")

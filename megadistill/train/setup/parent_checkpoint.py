@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.config.load import validate_recipe
+from megadistill.config.load import validate_recorded
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.stream.order import order_differences
@@ -91,7 +91,7 @@ def check_parent(parent: Parent, recipe: Recipe, student: Any, data: Mixture, *,
             f"{KEY}: {parent} is at step {manifest.step}, train.steps is {recipe.train.steps}: steps count from the "
             f"beginning of the first run, so set train.steps to more than {manifest.step}"
         )
-    before = validate_recipe(manifest.recipe, source=str(parent.checkpoint.folder / "manifest.json"))
+    before = validate_recorded(manifest.recipe, source=str(parent.checkpoint.folder / "manifest.json"))
     kind, their_kind = recipe.train.optimizer.kind, before.train.optimizer.kind
     if kind != their_kind:
         raise UserError(

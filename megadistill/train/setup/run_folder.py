@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megadistill.config.load import refuse_renamed, validate_recipe
+from megadistill.config.load import refuse_renamed, validate_recipe, validate_recorded
 from megadistill.config.recipe import StudentSection
 from megadistill.data import Mixture
 from megadistill.data.tokenizers.data_files import changed_files, hashes_in, hashes_of, read_files, write_files
@@ -153,7 +153,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         raise UserError(f"{events}: written by a version before 0.1.0 ({names}): name another run.folder")
     earlier = None
     with suppress(UserError):  # keys that are newer than the folder get their defaults
-        earlier = validate_recipe(written, source=str(path))
+        earlier = validate_recorded(written, source=str(path))
         written = earlier.snapshot()
     changes = recipe_changes(written, recipe)
     may_change = MAY_CHANGE_SECTIONS if earlier is None else (*MAY_CHANGE_SECTIONS, *SCHEDULE_KEYS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megadistill.config.load import validate_recorded
 from megadistill.data import Manifest, Mixture
 from megadistill.data.tokenizers.data_files import hashes_in
 from megadistill.errors import UserError
@@ -70,6 +71,24 @@ def test_a_folder_with_former_event_names_is_refused_with_the_new_ones(started: 
 def test_the_same_recipe_resumes_and_a_new_folder_is_free(started: Path, tmp_path: Path) -> None:
     refuse_other_recipe(started, _snapshot())
     refuse_other_recipe(tmp_path / "new", _snapshot())
+
+
+@pytest.mark.parametrize(("former", "now"), [(False, "none"), (True, "full")])
+def test_a_folder_of_an_earlier_release_resumes(tmp_path: Path, *, former: bool, now: str) -> None:
+    """Before there were ways of checkpointing, attention, compilation and the teacher's precision."""
+    distill = {"teacher": Path("teacher")}
+    written = _snapshot(**distill)
+    written["student"]["activation_checkpointing"] = former
+    for section in (written["student"], written["teacher"]):
+        for key in section.keys() & {"attention", "compile", "precision", "float8_max_kl"}:
+            del section[key]
+    write_description(tmp_path, written, {})
+    refuse_other_recipe(tmp_path, _snapshot(**distill))
+    read = validate_recorded(written, source="test").snapshot()
+    assert read == _snapshot(**distill, student={"activation_checkpointing": now})
+    float8 = _snapshot(**distill)
+    float8["teacher"]["precision"] = "float8"
+    assert "teacher.precision was 'native', is 'float8'" in _refused(tmp_path, float8)
 
 
 @pytest.mark.parametrize("name", ["cpu", "hpz", "ds_configs/zero3.json", None])
