@@ -21,6 +21,9 @@ from megadistill.precision import torch_dtype
 from megadistill.teacher.stage import TeacherStage
 from megadistill.train.setup.setup import Setup
 
+NO_PROBABILITY = -1e4
+"""A finite logit whose probability is 0 in float32, beside any logit of a model."""
+
 
 @dataclass(frozen=True)
 class Float8Difference:
@@ -78,8 +81,9 @@ def float8_difference(
     native = replace(float8, hidden=hidden_KE[:-1].to(topology.device, float8.hidden.dtype))
     labels = tokens[1:].to(topology.device)
     entropies = [token_terms(head, labels, vocab=vocab).cross_entropy for head in (native, rounded)]
-    # An id that the teacher does not know has the logit 0 in both here: the loss takes -inf of a teacher alone.
-    against = token_terms(replace(rounded, bias=None), labels, vocab=vocab, teacher=replace(native, bias=None)).teacher
+    # Ids that the teacher does not know have no probability in either: the loss takes -inf of a teacher alone.
+    bias = None if float8.bias is None else float8.bias.clamp(min=NO_PROBABILITY)
+    against = token_terms(replace(rounded, bias=bias), labels, vocab=vocab, teacher=replace(native, bias=bias)).teacher
     assert against is not None
     means = [float(each.double().mean()) for each in (against.kl, *entropies)]
     return Float8Difference(*broadcast_object(means, topology.world_group))
