@@ -88,4 +88,4 @@ def _mxfp4(values: Tensor, scales: Tensor) -> Tensor:
         pairs = torch.stack([codes[part] & 0x0F, codes[part] >> 4], dim=-1).flatten(1)
         out[part] = torch.ldexp(table[pairs.long()], exponents[part].int().unsqueeze(1) - 127)
     out[exponents == _E8M0_NAN] = torch.nan
-    return out.view(*scales.shape[:-1], -1)
+    return out.view(*scales.shape[:-1], GROUP * scales.shape[-1])

@@ -41,6 +41,13 @@ def _blocks(name: str, weight: Tensor, suffix: str = "_scale_inv") -> tuple[Part
     return _float8(name, weight, scales, (48, 32), suffix)
 
 
+def _exponents(name: str, weight: Tensor) -> tuple[Parts, Tensor]:
+    """fp8 with scales that are powers of two (e8m0): DeepSeek's ue8m0."""
+    grid = (-(-len(weight) // 48), -(-weight.shape[1] // 32))
+    scales = (2.0 ** torch.randint(-11, -8, grid)).to(torch.float8_e8m0fnu)
+    return _float8(name, weight, scales, (48, 32), "_scale_inv")
+
+
 def _rows(name: str, weight: Tensor) -> tuple[Parts, Tensor]:
     """fbgemm_fp8, and compressed-tensors by channel."""
     scales = weight.abs().amax(dim=1, keepdim=True) / 448
@@ -77,6 +84,7 @@ def _compressed(**weights: Any) -> dict[str, Any]:
 
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], tuple[Parts, Tensor]]]] = {
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 32]}, _blocks),
+    "fp8, e8m0": ({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [48, 32]}, _exponents),
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, _rows),
     "compressed-tensors, rows": (_compressed(), _rows),
     "compressed-tensors, blocks": (
@@ -132,6 +140,7 @@ def test_every_reader_reads_the_numbers(kind: str, tmp_path: Path) -> None:
         last = len(tensor) - 1
         rows = folder.rows(name, [(3, last), (0, 1)])
         assert torch.equal(rows, torch.cat([tensor[3:last], tensor[:1]]))
+        assert folder.rows(name, []).shape == (0, *tensor.shape[1:])
     tokens = torch.randint(VOCAB, (2, 20))
     model = load_pretrained(tmp_path, what="test", device=CPU, dtype=torch.float32)
     truth = final_hidden(load_pretrained(tmp_path / "plain", what="test", device=CPU, dtype=torch.float32), tokens)
