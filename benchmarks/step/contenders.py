@@ -109,9 +109,9 @@ def step_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ..
 
 
 def feature_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ...], clock: str) -> dict[str, Run]:
-    """Our step with each set of features among `names`, and its products without recomputation."""
+    """Our step with each set of features among `names`, and the products of that with all, without recomputation."""
     steps = {name: our_step(topology, folder, size, IN_TURN[name]) for name in names if name in IN_TURN}
-    runs: dict[str, Run] = {**steps, PRODUCTS: bare_products(topology, size, steps["+ attention"])}
+    runs: dict[str, Run] = {**steps, PRODUCTS: bare_products(topology, size, steps["+ compiled teacher"])}
     return timed(runs, clock, topology.device)
 
 

@@ -1,9 +1,9 @@
 """The matrix products of a step, recorded as it runs and executed alone.
 
-A product is recorded with the shapes and strides of its operands, whichever library does it in the step, and executed
-by `torch.addmm` or `torch.baddbmm`. An attention kernel is recorded as the products that it does: of causal attention
-those on and below the diagonal, in `ATTENTION_BLOCKS` blocks of rows, and in the backward pass the scores again, which
-the kernel does not keep.
+A product is recorded with the shapes and strides of its operands, and executed by the library that does it in the step:
+by `torch.addmm` or `torch.baddbmm`, or as oneDNN's. An attention kernel is recorded as the products that it does: of
+causal attention those on and below the diagonal, in `ATTENTION_BLOCKS` blocks of rows, and in the backward pass the
+scores again, which the kernel does not keep.
 
 Legend: B sequences, H query heads, h heads of keys, G = H/h, S tokens, d width of a head.
 """
@@ -31,6 +31,8 @@ class Product:
     left: Layout
     right: Layout
     adds: bool = False
+    onednn: bool = False
+    """Whether it is a linear layer of oneDNN's, whose `right` is its weight, turned."""
 
     @property
     def flops(self) -> int:
@@ -82,7 +84,7 @@ def _mm(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Iterator[Product]:
 
 
 def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Iterator[Product]:
-    yield Product(_contiguous(x.numel() // x.shape[-1], x.shape[-1]), _layout(weight.T))
+    yield Product(_contiguous(x.numel() // x.shape[-1], x.shape[-1]), _layout(weight.T), onednn=True)
 
 
 def _addmm(into: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, **_: Any) -> Iterator[Product]:
@@ -152,7 +154,7 @@ def record_products(run: Callable[[], object]) -> list[Product]:
 
 
 class BareProducts:
-    """The products one after the other, from and into memory that lies there: nothing is allocated.
+    """The products one after the other, from and into memory that lies there; oneDNN allocates its own output.
 
     Operands of one layout share their memory, so that caches are as warm as can be.
     """
@@ -164,13 +166,17 @@ class BareProducts:
 
     def __call__(self) -> None:
         for adds, out, left, right in self._runs:
-            if out.ndim == 2:
+            if out is None:
+                torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+            elif out.ndim == 2:
                 torch.addmm(out, left, right, beta=adds, out=out)
             else:
                 torch.baddbmm(out, left, right, beta=adds, out=out)
 
-    def _prepared(self, product: Product) -> tuple[int, Tensor, Tensor, Tensor]:
+    def _prepared(self, product: Product) -> tuple[int, Tensor | None, Tensor, Tensor]:
         left, right = self._operand("in", product.left), self._operand("in", product.right)
+        if product.onednn:
+            return 0, None, left, right.T
         shape = (*product.left[0][:-1], product.right[0][-1])
         return int(product.adds), self._operand("out", _contiguous(*shape)), left, right
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import conv1d, linear, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import Report
 from benchmarks.step import questions
@@ -19,6 +21,18 @@ from benchmarks.step.products import BareProducts, Product, record_products
 from benchmarks.step.questions import Measurement
 from benchmarks.step.sizes import DEVICE_SIZES, IN_TURN, SIZES, Features
 from megadistill.teacher.cpu_linear import OneDnnLinear
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The names of the operators inside, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def flops(products: list[Product]) -> int:
@@ -35,9 +49,16 @@ def test_products_of_a_linear_layer_forward_and_backward() -> None:
 
 
 def test_products_of_the_teacher_s_linear_layers_on_a_cpu() -> None:
+    """They are executed by oneDNN, as in the step."""
     x, layer = torch.randn(2, 5, 3), torch.nn.Linear(3, 7, bias=False)
     by_mm, by_onednn = (record_products(partial(each, x)) for each in (layer, OneDnnLinear(layer)))
-    assert by_onednn == by_mm
+    assert by_onednn == [replace(each, onednn=True) for each in by_mm]
+    bare = BareProducts(by_onednn, dtype=torch.float32, device=torch.device("cpu"))
+    with Operators() as executed:
+        bare()
+    assert executed.names == ["mkldnn::_linear_pointwise"]
+    ((_, _, left, weight),) = bare._runs
+    assert (left.shape, weight.shape, weight.is_contiguous()) == ((10, 3), (7, 3), True)
 
 
 def test_a_product_that_adds_adds_when_it_runs_alone() -> None:
@@ -48,6 +69,7 @@ def test_a_product_that_adds_adds_when_it_runs_alone() -> None:
     bare()
     (adds, first, left, right), (replaces, *_) = bare._runs
     assert (adds, replaces) == (1, 0)
+    assert first is not None
     torch.testing.assert_close(first, left @ right)
 
 
