@@ -133,8 +133,8 @@ class _GradientInForward(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_wD: Tensor, bias_w: Tensor | None, inputs: LossInputs
     ) -> tuple[Tensor, Tensor]:
         loss, metrics, ctx.gradients = _forward(inputs, with_gradient=True)
-        # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
         ctx.accumulates = inputs.student.weight_gradient is not None
+        # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
         ctx.weight_grad_dtype = (weight_wD.grad_dtype if weight_wD.is_leaf else None) or weight_wD.dtype
         ctx.mark_non_differentiable(metrics)
         return loss, metrics

@@ -23,7 +23,6 @@ from megadistill.config.recipe import Checkpointing
 MAX_VARIANTS = 64
 """Compiled variants of the layers in a process; torch's own limit is 8."""
 
-
 SAVED_PRODUCTS = ("mm", "addmm", "_grouped_mm", "_scaled_mm")
 """Operators of torch whose outputs `selective` keeps: a linear layer, and all experts at once."""
 

@@ -180,7 +180,8 @@ class StudentEngine:
         """Accumulates the gradient of `loss`, a sum over this rank's tokens of globally weighted terms.
 
         ZeRO-3 averages over ranks; the loss times w makes that the sum over ranks. There is no division by the
-        accumulation steps: the token weights are those of the whole step.
+        accumulation steps: the token weights are those of the whole step. The head's gradient is not accumulated here:
+        the loss's forward pass has added it to `head.gradient()`.
         """
         self._engine.backward(loss * self._topology.world, scale_wrt_gas=False)
         if self._engine.is_gradient_accumulation_boundary():

@@ -65,12 +65,12 @@ class FlatStep:
 
     @classmethod
     def install(cls, zero: Any, topology: Topology) -> None:
-        """Has DeepSpeed's engine call this step, unless states are on NVMe, whose tensors come and go.
+        """Has DeepSpeed's engine call this step, unless states or weights are on NVMe: their tensors come and go.
 
         Raises:
             UserError: see the class.
         """
-        if not getattr(zero, "swap_optimizer", False):
+        if not (getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False)):
             zero.step = cls(zero, topology).step
 
     @torch.no_grad()

@@ -204,7 +204,8 @@ def test_the_head_is_never_gathered() -> None:
     assert run_ranks(2, _head_gathers) == [0, 0]
 
 
-def _a_step_with_an_infinite_gradient(topology: Topology, precision: str) -> tuple[float, bool]:
+def _a_step_with_an_infinite_gradient(topology: Topology, precision: str) -> tuple[float, bool, float]:
+    """Its norm, whether it moved nothing, and the norm of the next step."""
     case = Case(precision=precision)
     student = build(case, topology)
     before = student.full_parameters()
@@ -217,15 +218,19 @@ def _a_step_with_an_infinite_gradient(topology: Topology, precision: str) -> tup
     student.head.flush_gradient = spoilt  # type: ignore[method-assign]
     (step,) = run_steps(case, student, topology, range(1))
     after = student.full_parameters()
-    return step["grad_norm"], all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+    unmoved = all(torch.equal(parameter, after[name]) for name, parameter in before.items())
+    student.head.flush_gradient = flush  # type: ignore[method-assign]
+    (sound,) = run_steps(case, student, topology, range(1, 2))
+    return step["grad_norm"], unmoved, sound["grad_norm"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_gradient_that_is_not_finite_moves_nothing(precision: str) -> None:
     """Clipping by an infinite norm would turn every weight into NaN; DeepSpeed skips the step, and its norm says so."""
-    for norm, unmoved in run_ranks(2, _a_step_with_an_infinite_gradient, precision):
+    for norm, unmoved, next_norm in run_ranks(2, _a_step_with_an_infinite_gradient, precision):
         assert norm == torch.inf
         assert unmoved
+        assert 0 < next_norm < torch.inf, "nothing of the gradient is left in the next step's"
 
 
 def _start_and_two_steps(topology: Topology) -> tuple[bool, int]:

@@ -11,15 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
+from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.flat_step import FlatStep
+from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import RATE, Case, build, run_steps
 
-CASES = [
-    (1, Case(tied=True, persistence=10_000)),
-    (2, Case(precision="bfloat16", accumulation=2)),
-    (2, Case(clip=1e6)),
-    (2, Case(offload_optimizer=True, precision="bfloat16")),
+PIECES = {"sub_group_size": 20_000}
+"""DeepSpeed's key: a decay group is then updated in several pieces; of the default size only large models have more."""
+
+CASES: list[tuple[int, Case, dict[str, int]]] = [
+    (1, Case(tied=True, persistence=10_000), PIECES),
+    (2, Case(precision="bfloat16", accumulation=2), {}),
+    (2, Case(clip=1e6), {}),
+    (2, Case(offload_optimizer=True, precision="bfloat16"), PIECES),
 ]
 
 
@@ -31,11 +36,14 @@ class _Run:
     """Compute copies that are not their masters."""
 
 
-def _by_both(topology: Topology, case: Case) -> tuple[_Run, _Run]:
+def _by_both(topology: Topology, case: Case, keys: dict[str, int]) -> tuple[_Run, _Run]:
     """Three steps by the step on flat partitions, and by DeepSpeed's own."""
     runs = []
     for deepspeeds in (False, True):
-        student = build(case, topology)
+        settings = load_deepspeed_config(DS_CONFIGS / "cpu.json")
+        settings["zero_optimization"].update(keys)
+        student = build(case, topology, settings)
+        assert (len(student._engine.optimizer.fp16_groups) > 2) == bool(keys)
         if deepspeeds:
             del student._engine.optimizer.step
         norms = [step["grad_norm"] for step in run_steps(case, student, topology, range(3))]
@@ -43,14 +51,14 @@ def _by_both(topology: Topology, case: Case) -> tuple[_Run, _Run]:
     return runs[0], runs[1]
 
 
-@pytest.mark.parametrize(("world", "case"), CASES)
-def test_the_step_is_deepspeeds(world: int, case: Case) -> None:
+@pytest.mark.parametrize(("world", "case", "keys"), CASES)
+def test_the_step_is_deepspeeds(world: int, case: Case, keys: dict[str, int]) -> None:
     """Norms to the order of a float64 sum; weights, optimizer state and compute copies to the last bit.
 
     For an offloaded optimizer DeepSpeed rounds the norm to float32.
     """
     rounding = 1e-6 if case.offload_optimizer else 0.0
-    for ours, theirs in run_ranks(world, _by_both, case):
+    for ours, theirs in run_ranks(world, _by_both, case, keys):
         assert ours.norms == pytest.approx(theirs.norms, rel=max(rounding, 1e-12))
         assert ours.differing == []
         assert ours.state.keys() == theirs.state.keys()
@@ -149,6 +157,14 @@ def test_an_unknown_layout_is_refused() -> None:
     topology: Any = SimpleNamespace(world_group=None)
     with pytest.raises(UserError, match=r"deepspeed 0\.19.*has no averaged_gradients.*docs/environment\.md"):
         FlatStep.install(SimpleNamespace(clip_grad=1.0), topology)
+
+
+@pytest.mark.parametrize("states", ["swap_optimizer", "params_in_nvme_and_cpu"])
+def test_tensors_on_nvme_are_left_to_deepspeeds_step(states: str) -> None:
+    topology: Any = SimpleNamespace(world_group=None)
+    zero = SimpleNamespace(**{states: True})
+    FlatStep.install(zero, topology)
+    assert not hasattr(zero, "step")
 
 
 def _moved_gradients(topology: Topology) -> str:
