@@ -3,6 +3,7 @@
 Legend: N parameters, V padded vocabulary, D and E widths, p ranks of a vocab group.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
+from megadistill.teacher.stage import TeacherStage
+from tests.unit.models.cases import saved_model
 from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, recipe, stats, tiny
 
 TINY_PADDED = 2 * TINY_LAYER + 32 + 2 * 256 * 32
@@ -157,3 +160,26 @@ def test_a_stage_of_a_mixture_is_cut_by_the_experts_that_work_and_holds_them_all
     # 1, 1 and 2 layers: the mixtures go together, for a token uses an eighth of their experts
     assert _stage(mixture, stages=3) == max(dense + 250 * 32, 2 * sparse + 32)
     assert 2 * sparse + 32 > dense + 250 * 32
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral", "qwen3_moe"])
+def test_a_float8_stage_is_counted_as_it_is_loaded(case: str, tmp_path: Path) -> None:
+    """Its matrices at a byte a number and their scales at four a row; a small model's experts may stay as they are."""
+    saved_model(case, tmp_path)
+    model = load_config(tmp_path, what="test")
+    teacher = measure_models(model, model, sequence_length=32).student
+    for precision in ("native", "float8"):
+        place: dict[str, Any] = {"stages": 2, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+        loaded = [TeacherStage.load(tmp_path, stage=stage, precision=precision, **place) for stage in range(2)]
+        held = [sum(tensor.nbytes for name, tensor in stage.weights() if "rotary_emb" not in name) for stage in loaded]
+        assert list(teacher.stage_bytes(2, itemsize=2, float8=precision == "float8")) == held
+
+
+def test_a_float8_teacher_is_a_rank_s_own_stage() -> None:
+    plain = recipe(distill=True, precision="bfloat16", global_batch=6, micro_batch=1, vocab_multiple=6)
+    assert plain.teacher is not None
+    float8 = plain.model_copy(update={"teacher": plain.teacher.model_copy(update={"precision": "float8"})})
+    run = Sharding(float8, stats(teacher=True), vocab_size=250, ranks=1, ranks_per_node=1, group_size=1)
+    rows, norms = 2 * 32 + 2 * 16 + 2 * 48 + 32, 2 * 32
+    layer = (TINY_LAYER - norms) + 4 * rows + 2 * norms
+    assert count_requirements(run).memory["teacher stage"] == 2 * layer + 2 * (250 * 32 + 32)
