@@ -24,16 +24,30 @@ class Choice(NamedTuple):
         return f"{self.value} ({self.reason})"
 
 
+NO_TRITON = "no package triton is installed"
+
+
 def missing_for_triton() -> str | None:
     """The thing that Triton lacks here to make kernels, whose launchers it builds with a C compiler; None: nothing."""
     if find_spec("triton") is None:
-        return "no package triton is installed"
+        return NO_TRITON
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         return f"Triton needs a C compiler, and {' or '.join(compilers)} is not on the PATH"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, without headers; as Triton does
+    if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
         return "Triton needs Python.h, which this Python lacks"
     return None
+
+
+def install_for_triton(missing: str) -> str:
+    """The way out where something is missing, in the words of `missing_for_triton`."""
+    if missing == NO_TRITON:
+        return "install the one of this build of torch (pip install triton, for NVIDIA)"
+    if "compiler" in missing:
+        return "install gcc, or name a compiler in the environment variable CC"
+    return "install the headers of this Python (python3-dev)"
 
 
 def has_triton() -> bool:
@@ -53,7 +67,7 @@ def choose_compile(setting: bool | Literal["auto"], *, accelerator: bool, triton
         return Choice("eager", "a CPU, where compiling takes a minute of C++")
     if has_triton() if triton is None else triton:
         return Choice("compiled", "Triton")
-    return Choice("eager", missing_for_triton() or "no package triton is installed")
+    return Choice("eager", missing_for_triton() or NO_TRITON)
 
 
 def describe_choices(choices: Mapping[str, Choice]) -> str:

@@ -189,7 +189,7 @@ def load_pretrained(
     weights = SafetensorsFolder(folder)
     attention = None
     if documents is not None:
-        precision = "float32" if (dtype or config.dtype) in (None, torch.float32) else "bfloat16"
+        precision = "bfloat16" if (dtype or config.dtype) in (torch.bfloat16, torch.float16) else "float32"
         accelerator = device.type != "cpu"
         chosen = choose_attention("auto", config, accelerator=accelerator, precision=precision, documents=documents)
         attention = chosen.value

@@ -4,18 +4,22 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from megadistill.config.auto import Choice, has_triton
+from megadistill.config.auto import NO_TRITON, Choice, has_triton, install_for_triton, missing_for_triton
 from megadistill.config.recipe import AttentionSetting, Recipe
 from megadistill.errors import UserError
 
 FLASH_WIDTH = 256
 """Widest head of the flash-attn kernels."""
 
+FLEX_WIDTH = 16
+"""Narrowest head of flex_attention's kernels."""
+
 _SOFTCAPPED = ("gemma2",)
 """Families whose layers bound their scores by the config's `attn_logit_softcapping`; others ignore the key."""
 
-_FLASH_PACKAGES = {"flash_attention_3": ("flash-attn-3", (0,)), "flash_attention_2": ("flash-attn", (2, 6))}
-"""transformers' name -> distribution, and its first version with softcapped scores. The first that is there is used."""
+_FLASH_PACKAGES = {"flash_attention_3": ("flash-attn-3", (0,)), "flash_attention_2": ("flash-attn", (2, 7))}
+"""transformers' name -> distribution, and its first version that compiled layers can call, with softcapped scores. The
+first that is there is used."""
 
 
 def score_softcap(config: Any) -> float | None:
@@ -39,7 +43,7 @@ def has_window(config: Any, sequence_length: int | None) -> bool:
 
 
 def flash_implementation() -> str | None:
-    """transformers' name of the installed flash-attn that computes softcapped scores; None: there is none."""
+    """transformers' name of the installed flash-attn that computes what is asked of it here; None: there is none."""
     for name, (distribution, first) in _FLASH_PACKAGES.items():
         try:
             installed = tuple(int(part) for part in re.findall(r"\d+", version(distribution))[:2])
@@ -100,9 +104,10 @@ def choose_attention(
         return Choice("flash", "flash-attn is installed")
     if not needs:
         return Choice("sdpa", "causal alone, which needs no mask")
-    if triton:
+    missing = _missing_for_flex(triton=triton, width=width)
+    if missing is None:
         return Choice("flex", " and ".join(needs))
-    return Choice("sdpa" if sdpa else "eager", f"{' and '.join(needs)}, and no package triton for flex: dense masks")
+    return Choice("sdpa" if sdpa else "eager", f"{' and '.join(needs)}, by dense masks, as flex cannot run: {missing}")
 
 
 def recipe_attention(
@@ -135,6 +140,15 @@ def recipe_attention(
     )
 
 
+def _missing_for_flex(*, triton: bool, width: int) -> str | None:
+    """The reason why flex_attention has no kernels on an accelerator; None: it has."""
+    if not triton:
+        return missing_for_triton() or NO_TRITON
+    if width < FLEX_WIDTH:
+        return f"heads have {width} columns, and its kernels at least {FLEX_WIDTH}"
+    return None
+
+
 def _refuse_unable(
     setting: str,
     key: str,
@@ -149,10 +163,12 @@ def _refuse_unable(
     way_out = f"set {key} to auto"
     if setting == "sdpa" and not sdpa:
         raise UserError(f"{key} is sdpa, which has no softcap, and this family's scores may have one: {way_out}")
-    if setting == "flex" and accelerator and not triton:
+    if setting == "flex" and accelerator and (missing := _missing_for_flex(triton=triton, width=width)):
+        if triton:
+            raise UserError(f"{key} is flex, and {missing}: {way_out}")
         raise UserError(
-            f"{key} is flex, which needs Triton on an accelerator, and no package triton is installed: install the one "
-            f"of this build of torch (pip install triton, for NVIDIA), or {way_out}"
+            f"{key} is flex, which needs Triton on an accelerator, and {missing}: {install_for_triton(missing)}, or "
+            f"{way_out}"
         )
     if setting != "flash":
         return
@@ -160,7 +176,7 @@ def _refuse_unable(
         raise UserError(f"{key} is flash, which runs on accelerators alone, and this is a CPU: {way_out}")
     if not flash:
         raise UserError(
-            f"{key} is flash, and neither flash-attn (2.6 or newer) nor flash-attn-3 is installed: install one, or "
+            f"{key} is flash, and neither flash-attn (2.7 or newer) nor flash-attn-3 is installed: install one, or "
             f"{way_out}"
         )
     if precision == "float32":

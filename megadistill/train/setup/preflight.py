@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadistill.config.auto import has_triton, missing_for_triton
+from megadistill.config.auto import NO_TRITON, has_triton, install_for_triton, missing_for_triton
 from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.data.targets.target_manifest import TargetManifest
@@ -182,10 +182,10 @@ def check_compiler(recipe: Recipe) -> None:
     eager = "eager" if key == "loss.elementwise" else "false"
     if torch.accelerator.is_available():
         if not has_triton():
-            missing = missing_for_triton() or "no package triton is installed"
+            missing = missing_for_triton() or NO_TRITON
             raise UserError(
-                f"{first}, which needs Triton on an accelerator, and {missing}: install the one of this build of torch "
-                f"(pip install triton, for NVIDIA), or set {key} to auto or {eager}"
+                f"{first}, which needs Triton on an accelerator, and {missing}: {install_for_triton(missing)}, or set "
+                f"{key} to auto or {eager}"
             )
         return
     compiler = os.environ.get("CXX", "g++")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.config import auto
-from megadistill.config.auto import Choice, choose_compile, describe_choices, missing_for_triton
+from megadistill.config.auto import Choice, choose_compile, describe_choices, install_for_triton, missing_for_triton
 
 
 def test_auto_compiles_on_an_accelerator_with_triton_alone() -> None:
@@ -28,17 +28,22 @@ def test_triton_without_the_means_to_build_its_launchers_is_none(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(auto, "find_spec", lambda name: None)
     assert missing_for_triton() == "no package triton is installed"
+    assert "pip install triton" in install_for_triton("no package triton is installed")
     monkeypatch.setattr(auto, "find_spec", lambda name: object())
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    headers = {"posix_prefix": tmp_path, "posix_local": tmp_path / "local"}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(headers[scheme])})
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
-    assert missing_for_triton() is None
+    assert missing_for_triton() is None, "Debian's own scheme has no headers"
     monkeypatch.setenv("CC", "icx")
     assert missing_for_triton() == "Triton needs a C compiler, and icx is not on the PATH"
+    assert install_for_triton(missing_for_triton() or "").startswith("install gcc, or name a compiler")
     choice = choose_compile("auto", accelerator=True)
     assert choice == ("eager", "Triton needs a C compiler, and icx is not on the PATH")
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")
     (tmp_path / "Python.h").unlink()
     assert missing_for_triton() == "Triton needs Python.h, which this Python lacks"
+    assert install_for_triton(missing_for_triton() or "") == "install the headers of this Python (python3-dev)"
 
 
 def test_keys_with_the_same_choice_and_reason_are_named_together() -> None:

@@ -38,18 +38,35 @@ def _config(case: str, **keys: Any) -> Any:
             "gemma2",
             {**GPU, "triton": False},
             "eager",
-            "softcapped scores and sliding windows, and no package triton for flex: dense masks",
+            "softcapped scores and sliding windows, by dense masks, as flex cannot run: no gcc",
         ),
-        ("qwen3", {**GPU, "triton": False}, "sdpa", "sliding windows, and no package triton for flex: dense masks"),
+        (
+            "qwen3",
+            {**GPU, "triton": False},
+            "sdpa",
+            "sliding windows, by dense masks, as flex cannot run: no gcc",
+        ),
     ],
 )
-def test_auto(case: str, facts: dict[str, Any], value: str, reason: str) -> None:
+def test_auto(case: str, facts: dict[str, Any], value: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "missing_for_triton", lambda: "no gcc")
     chosen = choose_attention("auto", _config(case), **facts)
     assert (chosen.value, chosen.reason) == (value, reason)
 
 
 def test_a_wide_head_is_not_for_flash_attn() -> None:
     assert choose_attention("auto", _config("mistral", head_dim=512), **{**GPU, "flash": True}).value == "flex"
+
+
+def test_a_narrow_head_is_not_for_the_kernels_of_flex() -> None:
+    """torch's refuse it when they are compiled, in the first step."""
+    narrow = _config("mistral", head_dim=8)
+    chosen = choose_attention("auto", narrow, **GPU)
+    assert chosen.value == "sdpa"
+    assert chosen.reason.endswith("flex cannot run: heads have 8 columns, and its kernels at least 16")
+    with pytest.raises(UserError, match=r"a\.b is flex, and heads have 8 columns.*: set a\.b to auto"):
+        choose_attention("flex", narrow, **GPU, key="a.b")
+    assert choose_attention("flex", narrow, **HERE).value == "flex", "blockwise takes any"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +100,7 @@ def test_the_recipe_may_name_what_computes_the_model() -> None:
     ("installed", "name"),
     [
         ({}, None),
-        ({"flash-attn": "2.5.8"}, None),
+        ({"flash-attn": "2.6.3"}, None),
         ({"flash-attn": "2.8.3.post1"}, "flash_attention_2"),
         ({"flash-attn": "2.8.3", "flash-attn-3": "3.0.0b1"}, "flash_attention_3"),
     ],
