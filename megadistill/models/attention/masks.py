@@ -163,6 +163,7 @@ def _lengths(positions: Tensor | None, shape: tuple[int, int], *, device: torch.
         begins[:, 0] = True
         starts = begins.flatten().nonzero().squeeze(1)
         edges = torch.nn.functional.pad(starts, (0, 1), value=B * S).to(torch.int32)
+        torch._dynamo.maybe_mark_dynamic(edges, 0)  # else layers are compiled for each number of documents
     return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": S, "max_length_k": S}
 
 

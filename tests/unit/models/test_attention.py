@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,12 +275,30 @@ def test_flash_attn_waits_for_the_device_once_a_batch_and_for_documents_alone(do
         assert sum(double.counts.values()) == documents
 
 
+def test_another_number_of_documents_compiles_no_call_of_flash_attn_anew() -> None:
+    config = load_config(CASES["mistral"], what="mistral")
+    config._attn_implementation_internal = "flash_attention_2"
+    counter = CompileCounterWithBackend("eager")
+
+    def layer(x: Tensor, *, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any) -> Tensor:
+        return x * max_length_q + cu_seq_lens_q.diff().float().mean()
+
+    compiled = torch.compile(layer, backend=counter, dynamic=False, fullgraph=True)
+    for documents in (2, 3, 5, 8, 10):
+        positions = (torch.arange(S) % (S // documents)).expand(2, S)
+        inputs = attention_inputs(
+            config, positions, (2, S), by_kind=False, dtype=torch.float32, device=torch.device("cpu")
+        )
+        compiled(torch.ones(4), **inputs)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("case", ["llama", "gemma2", "exaone4"])
 def test_layers_with_our_attention_are_compiled_whole_and_once_for_all_batches(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced to the graph and run as it is: fullgraph refuses a graph break, and documents compile nothing anew."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **keywords: compiled(function, backend=counter, **keywords))
     torch._dynamo.reset()
@@ -298,7 +317,7 @@ def test_layers_with_flex_attention_are_compiled_whole_and_once_for_all_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(masks, "has_flex_kernels", lambda device: True)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **keywords: compiled(function, backend=counter, **keywords))
     torch._dynamo.reset()
@@ -318,7 +337,7 @@ def test_the_kernel_of_layers_that_are_not_compiled_is_compiled_once_for_a_windo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(masks, "has_flex_kernels", lambda device: True)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     kernel = torch.compile(torch_flex.flex_attention, backend=counter, dynamic=False, fullgraph=True)
     monkeypatch.setattr(flex, "compiled_flex_attention", lambda: kernel)
     torch._dynamo.reset()
