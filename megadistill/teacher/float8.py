@@ -72,6 +72,34 @@ def scaled_product_is_right(device: torch.device) -> bool:
     return torch.allclose(products.float(), _rounded_product(*x, *w, torch.float32), rtol=2**-6, atol=2**-6)
 
 
+@lru_cache(maxsize=8)
+def multiplies_float8_groups(device: torch.device) -> bool:
+    """Whether the device also has the products of all experts at once: fewer have them. A sync, once."""
+    return multiplies_float8(device) and grouped_product_is_right(device)
+
+
+def grouped_product_is_right(device: torch.device) -> bool:
+    """Whether `torch._scaled_grouped_mm` runs there, and gives what the rounded numbers multiply to."""
+    x_MK = torch.linspace(-1.0, 3.0, 32 * 32, device=device).view(32, 32)
+    w_ENK = torch.linspace(2.0, -1.0, 2 * 48 * 32, device=device).view(2, 48, 32)
+    x, w = to_float8(x_MK), weight_to_float8(w_ENK)
+    ends = (12, 32)
+    try:
+        products = _device_grouped_product(*x, *w, torch.tensor(ends, dtype=torch.int32, device=device), torch.bfloat16)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    parts = [x_part.split((12, 20)) for x_part in x]
+    truth = [_rounded_product(parts[0][e], parts[1][e], w[0][e], w[1][e], torch.float32) for e in range(len(ends))]
+    return torch.allclose(products.float(), torch.cat(truth), rtol=2**-6, atol=2**-6)
+
+
+def _device_grouped_product(
+    x_MK: Tensor, x_M1: Tensor, w_ENK: Tensor, w_EN1: Tensor, ends_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    columns, scales = w_ENK.transpose(-2, -1), (x_M1.squeeze(-1), w_EN1.squeeze(-1))
+    return torch._scaled_grouped_mm(x_MK, columns, *scales, offs=ends_E, out_dtype=dtype, use_fast_accum=True)
+
+
 def _device_product(x_TK: Tensor, x_T1: Tensor, w_NK: Tensor, w_N1: Tensor, dtype: torch.dtype) -> Tensor:
     # Fast accumulation, as inference elsewhere: the sums lose less than the operands have lost.
     return torch._scaled_mm(x_TK, w_NK.t(), scale_a=x_T1, scale_b=w_N1.t(), out_dtype=dtype, use_fast_accum=True)
@@ -101,7 +129,11 @@ class Float8Module(nn.Module):
         rounded, scales = weight_to_float8(weight)
         setattr(self, name, rounded)
         setattr(self, f"{name}_scales", scales)
-        self.on_device = weight.dtype == torch.bfloat16 and multiplies_float8(weight.device)
+        self.on_device = weight.dtype == torch.bfloat16 and self.multiplies(weight.device)
+
+    def multiplies(self, device: torch.device) -> bool:
+        """Whether the device has this module's products."""
+        return multiplies_float8(device)
 
 
 class Float8Linear(Float8Module):
@@ -136,6 +168,10 @@ class Float8Experts(Float8Module):
         super().__init__({"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj})
         self.act_fn = experts.act_fn
 
+    def multiplies(self, device: torch.device) -> bool:
+        """Whether the device has this module's products."""
+        return multiplies_float8_groups(device)
+
     def forward(self, hidden_TK: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         """[T, K], with each token's k experts and their weights, as transformers calls it."""
         chosen = expert_Tk.shape[-1]
@@ -154,9 +190,7 @@ class Float8Experts(Float8Module):
         rows, scales_M1 = to_float8(x)
         weight_ENK, scales_EN1 = getattr(self, name), getattr(self, f"{name}_scales")
         if self.on_device:
-            columns = weight_ENK.transpose(-2, -1)
-            scales = scales_M1.squeeze(-1), scales_EN1.squeeze(-1)
-            return torch._scaled_grouped_mm(rows, columns, *scales, offs=ends_E, out_dtype=x.dtype, use_fast_accum=True)
+            return _device_grouped_product(rows, scales_M1, weight_ENK, scales_EN1, ends_E, x.dtype)
         # Both types hold each of them; the compiler takes no other than bfloat16 here.
         dtype = torch.bfloat16 if torch.compiler.is_compiling() else x.dtype
         weight = weight_ENK.to(dtype).transpose(-2, -1)
@@ -188,7 +222,10 @@ def describe_float8(decoder: Any, native: list[str], device: torch.device) -> st
     """A log line: how many of the stage's modules are in float8, how they are multiplied, and which are not."""
     modules = [module for module in decoder.modules() if isinstance(module, Float8Module)]
     how = "the device multiplies float8"
-    if not all(module.on_device for module in modules):
+    elsewhere = sum(not module.on_device for module in modules)
+    if 0 < elsewhere < len(modules):
+        how += f", but not {elsewhere} modules of experts: the run's precision does, which saves memory and no time"
+    elif elsewhere:
         reason = f"{device.type} has no float8 products by rows"
         if multiplies_float8(device):
             reason = "the device multiplies float8 into bfloat16 alone"

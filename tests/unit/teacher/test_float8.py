@@ -16,6 +16,7 @@ from megadistill.teacher.float8 import (
     LARGEST,
     Float8Experts,
     Float8Linear,
+    grouped_product_is_right,
     multiplies_float8,
     scaled_product_is_right,
     to_float8,
@@ -116,6 +117,29 @@ def test_a_cpu_multiplies_the_rounded_numbers_itself(monkeypatch: pytest.MonkeyP
     assert not multiplies_float8(CPU)
     monkeypatch.setattr(float8, "_device_product", lambda *operands: torch.zeros(16, 48, dtype=torch.bfloat16))
     assert not scaled_product_is_right(CPU), "a product of wrong numbers is not taken"
+
+
+def test_experts_are_on_a_device_only_where_it_has_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of NVIDIA's with float8 products by rows, some have none of groups: that would end the first step."""
+
+    def grouped(x_MK: Tensor, columns_EKN: Tensor, x_M: Tensor, w_EN: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
+        rows = (x_MK.float() * x_M.unsqueeze(1)).split(offs.diff(prepend=offs.new_zeros(1)).tolist())
+        products = [part @ (columns_EKN[e].float() * w_EN[e]) for e, part in enumerate(rows)]
+        return (torch.cat(products) * wrong).bfloat16()
+
+    wrong = 1.0
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", grouped)
+    assert grouped_product_is_right(CPU)
+    wrong = 2.0
+    assert not grouped_product_is_right(CPU)
+    monkeypatch.undo()
+    assert not grouped_product_is_right(CPU), "a CPU has none"
+    monkeypatch.setattr(float8, "multiplies_float8", lambda device: True)
+    float8.multiplies_float8_groups.cache_clear()
+    experts = Float8Experts.__new__(Float8Experts)
+    linear = Float8Linear.__new__(Float8Linear)
+    assert (linear.multiplies(CPU), experts.multiplies(CPU)) == (True, False)
+    float8.multiplies_float8_groups.cache_clear()
 
 
 def test_experts_are_each_tokens_own_products(tmp_path: Path) -> None:
