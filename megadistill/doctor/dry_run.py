@@ -68,6 +68,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
             config={},
             vocab_multiple=math.lcm(recipe.student.vocab_multiple, topology.world),
             activation_checkpointing=recipe.student.activation_checkpointing,
+            compile=setup.compiles("student"),
         ),
         train=recipe.train.model_copy(update={"micro_batch": len(batch), "global_batch": len(batch) * topology.world}),
         deepspeed_config=setup.deepspeed_config,
@@ -115,6 +116,7 @@ def _teacher_stage(setup: Setup, topology: Topology, folder: Path) -> TeacherSta
         dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
         precision=setup.recipe.teacher.precision,
+        compiled=setup.compiles("teacher"),
         attention=setup.attention("teacher" if setup.teacher_config is not None else "student").value,
     )
 

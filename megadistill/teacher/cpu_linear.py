@@ -38,6 +38,8 @@ def use_onednn(decoder: Any) -> None:
     """Replaces the linear layers in float32 on a CPU, where torch has oneDNN; their parameters keep their names."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # not public: another torch may have another one
+        return
     for name, module in list(decoder.layers.named_modules()):
         if isinstance(module, nn.Linear) and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32):
             decoder.layers.set_submodule(name, OneDnnLinear(module))

@@ -55,6 +55,11 @@ class Setup:
         """Implementation of a model's attention on this device, and why; of a live teacher."""
         return self.choices()[f"{model}.attention"]
 
+    def compiles(self, model: Literal["student", "teacher"]) -> bool:
+        """Whether a model's layers are compiled on this device; of a live teacher."""
+        choice = self.choices().get(f"{model}.compile")
+        return choice is not None and choice.value == "compiled"
+
     def choices(self) -> dict[str, Choice]:
         """Value in force and its reason, of each key of the recipe that may be `auto`, on this device."""
         return recipe_choices(

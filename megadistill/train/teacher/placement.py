@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megadistill.config.auto import choose_compile
 from megadistill.config.recipe import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
@@ -88,7 +87,6 @@ def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteT
 
 
 def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
-    compiling = choose_compile(_section(setup).compile, accelerator=topology.device.type != "cpu")
     return TeacherStage.load(
         _folder(setup),
         stage=stage,
@@ -96,7 +94,7 @@ def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> Tea
         dtype=torch_dtype(setup.recipe.train.precision),
         device=topology.device,
         precision=_section(setup).precision,
-        compiled=compiling.value == "compiled",
+        compiled=setup.compiles("teacher"),
         attention=setup.attention("teacher").value,
     )
 
