@@ -46,7 +46,7 @@ class Accelerator(BaseModel):
 
     @property
     def multiplies_float8(self) -> bool:
-        """Whether it has matrix units for float8."""
+        """Whether it has matrix units for the e4m3 of `teacher.precision`."""
         return "float8" in self.peak_tflops
 
     @property

@@ -12,6 +12,7 @@ lumi:
   name: half an MI250X
   peak_tflops: {bfloat16: 191.5}
   memory_gb: 64
+  memory_gb_per_s: 1638
   node_gb_per_s: 50
   network_gb_per_s: 12.5
   source: measured
@@ -48,6 +49,12 @@ def test_of_several_parts_of_a_name_the_longest_decides(device: str, kind: str) 
     assert accelerator_of(device) == accelerators()[kind]
 
 
+def test_float8_is_of_kinds_that_multiply_the_e4m3_of_a_float8_teacher() -> None:
+    """Ampere has none; an MI300X has another e4m3, with other exponents."""
+    known = {name for name, kind in accelerators().items() if kind.multiplies_float8}
+    assert known == {"h100", "h100-pcie", "h200", "b200", "l40s"}
+
+
 def test_an_unknown_device_is_no_kind() -> None:
     assert accelerator_of("Tesla V100-SXM2-16GB") is None
 
@@ -64,7 +71,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("text", "says"),
     [
         (MINE.replace("memory_gb: 64", "memory_gb: 0"), r"lumi\.memory_gb: .* 0"),
-        (MINE.replace("memory_gb", "memory"), r"lumi\.memory_gb: field required"),
+        (MINE.replace("memory_gb:", "memory:"), r"lumi\.memory_gb: field required"),
+        (MINE.replace("memory_gb_per_s: 1638", ""), r"lumi\.memory_gb_per_s: field required"),
         (MINE + "  watts: 500\n", r"lumi\.watts"),
         (MINE + MINE.replace("lumi", "frontier"), "describes 2 kinds"),
         ("- 1\n", "holds no kind"),

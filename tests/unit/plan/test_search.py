@@ -12,7 +12,7 @@ from megadistill.plan.output.plan_json import to_json
 from megadistill.plan.plan_input import PlanInput
 from megadistill.plan.scaling_law import forecast, supervised_loss
 from megadistill.plan.search import MAX_COST_RATIO, Plan, plan, remedies
-from megadistill.plan.throughput import MfuAssumption
+from megadistill.plan.throughput import FLOAT8_SPEEDUP, MfuAssumption
 from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 
@@ -124,6 +124,21 @@ def test_a_teacher_beside_the_student_has_its_own_memory_and_pace() -> None:
     assert apart.times.micro_step >= alone.times.micro_step
     assert apart.gpu_hours == pytest.approx(apart.seconds / 3600 * 4)
     assert apart.tokens_per_second == pytest.approx(24 * 32 / apart.times.step)
+
+
+def test_a_float8_teacher_is_faster_where_the_gpu_multiplies_float8() -> None:
+    """In float32 the rounded numbers are multiplied as they are without such units."""
+
+    def seconds(teacher: str, *, precision: str = "bfloat16", units: bool = True) -> float:
+        machines = cluster(1, 4)
+        peaks = machines.accelerator.peak_tflops | ({"float8": 0.02} if units else {})
+        machines = Cluster(1, 4, machines.accelerator.model_copy(update={"peak_tflops": peaks}))
+        inputs = plan_input(placement={"precision": teacher}, train={"precision": precision})
+        return max(estimate(place(inputs.recipe, inputs, machines), machines, MfuAssumption()).times.stages)
+
+    assert seconds("native") == pytest.approx(FLOAT8_SPEEDUP * seconds("float8"))
+    assert seconds("float8", units=False) == seconds("native")
+    assert seconds("float8", precision="float32") == seconds("native", precision="float32")
 
 
 def test_values_are_json_and_carry_the_plan() -> None:
