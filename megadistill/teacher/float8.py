@@ -83,13 +83,16 @@ def grouped_product_is_right(device: torch.device) -> bool:
     x_MK = torch.linspace(-1.0, 3.0, 32 * 32, device=device).view(32, 32)
     w_ENK = torch.linspace(2.0, -1.0, 2 * 48 * 32, device=device).view(2, 48, 32)
     x, w = to_float8(x_MK), weight_to_float8(w_ENK)
-    ends = (12, 32)
+    spans = ((0, 12), (12, 32))
+    ends_E = torch.tensor([stop for _, stop in spans], dtype=torch.int32, device=device)
     try:
-        products = _device_grouped_product(*x, *w, torch.tensor(ends, dtype=torch.int32, device=device), torch.bfloat16)
+        products = _device_grouped_product(*x, *w, ends_E, torch.bfloat16)
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
-    parts = [x_part.split((12, 20)) for x_part in x]
-    truth = [_rounded_product(parts[0][e], parts[1][e], w[0][e], w[1][e], torch.float32) for e in range(len(ends))]
+    truth = [
+        _rounded_product(x[0][start:stop], x[1][start:stop], w[0][expert], w[1][expert], torch.float32)
+        for expert, (start, stop) in enumerate(spans)
+    ]
     return torch.allclose(products.float(), torch.cat(truth), rtol=2**-6, atol=2**-6)
 
 

@@ -4,13 +4,15 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from megadistill.teacher.cpu_linear import OneDnnLinear, use_onednn
 from megadistill.teacher.stage import TeacherStage
 from megadistill.train.resilience.sdc import weights_digest
 from tests.unit.models.cases import CASES, VOCAB, saved_model
@@ -116,6 +118,16 @@ def test_kernels_of_a_layer_are_one_loop_a_norm_and_a_gate(tmp_path: Path) -> No
         stage.decoder.layers[1].mlp.gate_proj.weight.data[0, 0] += 1
     torch.testing.assert_close(compiled(_tokens(0)), eager(_tokens(0)), **ROUNDING)
     assert (weights_digest(compiled.weights()) != before).sum() == 1
+
+
+def test_a_torch_without_onednns_operator_keeps_its_own_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Sequential(nn.Linear(2, 3))
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    use_onednn(SimpleNamespace(layers=layers))
+    assert type(layers[0]) is nn.Linear
+    monkeypatch.undo()
+    use_onednn(SimpleNamespace(layers=layers))
+    assert type(layers[0]) is (OneDnnLinear if torch.backends.mkldnn.is_available() else nn.Linear)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.thorough

@@ -1,5 +1,6 @@
 """Refusals of `prepare` before a run starts: one line, the value, the way out, and nothing written."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,17 @@ def test_reverse_kl_needs_a_teacher_that_knows_every_id(manifest: Path, tmp_path
     message = _refused(_mapped(manifest, tmp_path, [0, *[-1] * (VOCAB - 1)], **loss))
     assert "reverse KL, KL(student ‖ teacher), is infinite" in message
     assert f"{VOCAB - 1} ids" in message
+
+
+def test_a_model_is_compiled_as_the_log_says(manifest: Path, teacher: Path, tmp_path: Path) -> None:
+    """On a CPU by the recipe alone, and a teacher that is not loaded never."""
+    setup = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
+    assert (setup.compiles("student"), setup.compiles("teacher")) == (False, False)
+    assert setup.recipe.teacher is not None
+    compiled = setup.recipe.model_copy(update={"teacher": setup.recipe.teacher.model_copy(update={"compile": True})})
+    assert dataclasses.replace(setup, recipe=compiled).compiles("teacher")
+    assert not dataclasses.replace(setup, recipe=compiled).compiles("student")
+    assert not dataclasses.replace(setup, recipe=compiled, teacher_config=None).compiles("teacher")
 
 
 def test_a_compiled_loss_needs_a_compiler(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
