@@ -43,7 +43,7 @@ def has_window(config: Any, sequence_length: int | None) -> bool:
 
 
 def flash_implementation() -> str | None:
-    """transformers' name of the installed flash-attn that computes what is asked of it here; None: there is none."""
+    """transformers' name of the installed flash-attn that compiled layers can call; None: there is none."""
     for name, (distribution, first) in _FLASH_PACKAGES.items():
         try:
             installed = tuple(int(part) for part in re.findall(r"\d+", version(distribution))[:2])
