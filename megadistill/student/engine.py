@@ -130,7 +130,6 @@ class StudentEngine:
             )
         if section.weights is None:
             _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
-        rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
         modules = routers(decoder(model))
         self.routers = Routers(modules, decoder(model).layers) if modules else None
@@ -143,6 +142,7 @@ class StudentEngine:
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16, and deepspeed 0.19.0's `initialize`
         _release_early(decoder(model).embed_tokens)
         FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
