@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from benchmarks.step.sizes import IN_TURN, SEQUENCES, SIZES, Features, Size, bui
 from benchmarks.step.trl_step import TrlStep
 from megadistill.distributed.topology import Topology
 from megadistill.precision import torch_dtype
-from megadistill.student.deepspeed_config import build_engine_config
+from megadistill.student.deepspeed_config import PERSISTENCE, build_engine_config
 from megadistill.train.build import build, objective_of, stream_of
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.setup.setup import Setup
@@ -33,6 +35,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def our_step(topology: Topology, folder: Path, size: Size, features: Features) -> Callable[[], StepOutcome]:
     """The whole step of a run: stream, teacher, student, loss, optimizer."""
     setup = setup_of(topology, folder, size, features)
+    if not features.leaves:
+        setup = replace(setup, deepspeed_config=without_leaf_settings(setup.deepspeed_config))
     with built_with(features):
         student, teacher = build(setup, topology)
     student.load_weights(folder / "student")
@@ -47,7 +51,7 @@ def our_step(topology: Topology, folder: Path, size: Size, features: Features) -
 
 
 def script_step(topology: Topology, folder: Path, size: Size) -> Callable[[], Tensor]:
-    """The obvious script on the same batches, under the same settings of DeepSpeed."""
+    """The obvious script on the same batches."""
     setup = setup_of(topology, folder, size, Features())
     script = obvious_script(topology, folder, setup)
     batches = batches_of(setup, topology)
@@ -56,12 +60,24 @@ def script_step(topology: Topology, folder: Path, size: Size) -> Callable[[], Te
 
 def obvious_script(topology: Topology, folder: Path, setup: Setup) -> ObviousScript:
     """The script with its models and its engine."""
-    config = build_engine_config(setup.deepspeed_config, setup.recipe.train, setup.accumulation)
+    config = config_of_others(setup)
     return ObviousScript(folder / "student", folder / "teacher", engine_config=config, device=topology.device)
 
 
+def config_of_others(setup: Setup) -> dict[str, Any]:
+    """DeepSpeed's configuration for an engine without leaves: otherwise that of our run."""
+    deepspeed_config = without_leaf_settings(setup.deepspeed_config)
+    return build_engine_config(deepspeed_config, setup.recipe.train, setup.accumulation)
+
+
+def without_leaf_settings(deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's own default of small parameters that stay gathered: without leaves, each would be gathered alone."""
+    zero = {key: value for key, value in deepspeed_config["zero_optimization"].items() if key != PERSISTENCE}
+    return {**deepspeed_config, "zero_optimization": zero}
+
+
 def trl_step(topology: Topology, folder: Path, size: Size) -> Callable[[], None]:
-    """TRL's trainer on the same sequences, under the same settings of DeepSpeed. No other model after it."""
+    """TRL's trainer on the same sequences. No other model after it."""
     setup = setup_of(topology, folder, size, Features())
     own = islice(batches_of(setup, topology), SEQUENCES // (size.micro_batch * topology.world))
     return TrlStep(
@@ -69,7 +85,7 @@ def trl_step(topology: Topology, folder: Path, size: Size) -> Callable[[], None]
         folder / "teacher",
         [row for batch in own for row in batch.tokens.tolist()],
         micro_batch=size.micro_batch,
-        engine_config=build_engine_config(setup.deepspeed_config, setup.recipe.train, setup.accumulation),
+        engine_config=config_of_others(setup),
         topology=topology,
         folder=folder,
     ).step

@@ -1,6 +1,7 @@
 """benchmarks.step: products are recorded as they run, run alone as they were recorded, and become rows and a figure."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import Report
 from benchmarks.step import questions
-from benchmarks.step.contenders import OURS, PRODUCTS, SCRIPT, timed
+from benchmarks.step.contenders import OURS, PRODUCTS, SCRIPT, timed, without_leaf_settings
 from benchmarks.step.growth_plot import Point, draw
 from benchmarks.step.products import BareProducts, Product, record_products
 from benchmarks.step.questions import Measurement
 from benchmarks.step.sizes import DEVICE_SIZES, IN_TURN, SIZES, Features
+from megadistill.student.deepspeed_config import PERSISTENCE
 from megadistill.teacher.cpu_linear import OneDnnLinear
 
 
@@ -110,6 +112,13 @@ def test_each_feature_is_switched_on_by_itself() -> None:
         changed = [name for name in vars(before) if getattr(before, name) != getattr(after, name)]
         assert len(changed) == 1
     assert rows[-1] == Features(), "the last one is what is measured elsewhere"
+
+
+def test_engines_without_leaves_keep_small_parameters_gathered_as_deepspeed_does() -> None:
+    ours = json.loads(Path("ds_configs/cpu.json").read_text(encoding="utf-8"))
+    theirs = without_leaf_settings(ours)
+    assert ours["zero_optimization"].items() - theirs["zero_optimization"].items() == {(PERSISTENCE, 0)}
+    assert {**theirs, "zero_optimization": {**theirs["zero_optimization"], PERSISTENCE: 0}} == ours
 
 
 SECONDS = {OURS: 0.3, PRODUCTS: 0.2, SCRIPT: 0.6, "peak": 100.0, **dict.fromkeys(IN_TURN, 0.4)}
