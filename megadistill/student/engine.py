@@ -99,6 +99,16 @@ def _release_early(embedding: Any) -> None:
     set_z3_leaf_module(embedding, True)
 
 
+def _restore_buffers(model: Module, buffers: dict[str, Tensor]) -> None:
+    """Puts back the buffers from before `deepspeed.initialize`, which casts them to bfloat16 in deepspeed 0.19.0.
+
+    The modules must be those that it has prepared.
+    """
+    for name, values in buffers.items():
+        module, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(module), buffer, values)
+
+
 class StudentEngine:
     """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
 
@@ -130,6 +140,8 @@ class StudentEngine:
             )
         if section.weights is None:
             _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
+        rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
+        buffers = dict(model.named_buffers(remove_duplicate=False))
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
         modules = routers(decoder(model))
         self.routers = Routers(modules, decoder(model).layers) if modules else None
@@ -142,7 +154,7 @@ class StudentEngine:
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
-        rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16, and deepspeed 0.19.0's `initialize`
+        _restore_buffers(model, buffers)
         _release_early(decoder(model).embed_tokens)
         FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
