@@ -76,6 +76,8 @@ def compile_layers(decoder: Any) -> None:
     # Warns of operators in place in a region with a policy: there are none, and a run's log would show it.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder.layers:
+        # transformers hands a layer's number to flash-attn, for a cache that there is none of: a graph for each layer.
+        layer.self_attn.layer_idx = 0
         compiled = torch.compile(layer.forward, dynamic=False, fullgraph=True)
         trains = any(parameter.requires_grad for parameter in layer.parameters())
         layer.forward = partial(_as_in_training, compiled) if trains else compiled

@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations.flash_attention import flash_attention_forward
 
 from megadistill.models.attention import blockwise, flex, masks
 from megadistill.models.attention.blockwise import blockwise_attention
@@ -291,6 +293,60 @@ def test_another_number_of_documents_compiles_no_call_of_flash_attn_anew() -> No
         )
         compiled(torch.ones(4), **inputs)
     assert counter.frame_count == 1
+
+
+def _flash_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float = 1.0,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> Tensor:
+    """flash_attn_varlen_func of tokens [T, H, D], on a CPU."""
+    assert causal
+    place = torch.arange(len(query))
+    first_key = cu_seqlens_q.long()[torch.bucketize(place, cu_seqlens_q[1:].long(), right=True)]
+    if window_size[0] >= 0:
+        first_key = first_key.maximum(place - window_size[0])
+    query, key, value = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
+    out: Tensor = blockwise_attention(query, key, value, first_key.unsqueeze(0), softmax_scale, softcap or None)
+    return out[0]
+
+
+def test_layers_with_flash_attn_are_compiled_whole_and_once_for_all_layers_of_a_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By transformers' own call of the kernel, its windows and its reading of the lengths included."""
+    arguments = flash_utils._lazy_define_process_function(_flash_kernel)
+    functions = {"_flash_fn": _flash_kernel, "_flash_varlen_fn": _flash_kernel, "_flash_with_kvcache_fn": _flash_kernel}
+    ready = {"_process_flash_kwargs_fn": arguments, "_process_with_kvcache_kwargs_fn": arguments, **functions}
+    for name, value in {**ready, "_loaded_implementation": "flash_attention_2"}.items():
+        monkeypatch.setattr(flash_utils, name, value, raising=False)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash_attention_forward)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **keywords: compiled(function, backend=counter, **keywords))
+    torch._dynamo.reset()
+    truth, ours = (decoder(_model("gemma2", "flex", torch.bfloat16)).requires_grad_(False) for _ in range(2))
+    ours.config._attn_implementation_internal = "flash_attention_2"
+    compile_layers(ours)
+    graphs = []
+    lengths = (90, 50, 30, 20)
+    for positions in ((torch.arange(S) % length).expand(2, S) for length in lengths):
+        mine, theirs = (
+            inner(**forward_inputs(inner, _tokens(), positions)).last_hidden_state for inner in (ours, truth)
+        )
+        assert _error(mine.float(), theirs.float()) < 1e-2
+        graphs.append(counter.frame_count)
+    assert graphs[0] == 2 < len(ours.layers), "a graph for sliding layers, and one for full ones"
+    assert graphs[-1] == graphs[1], "other numbers of documents compile nothing more"
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "exaone4"])
