@@ -191,7 +191,7 @@ $(SMOKE)/data/heldout/manifest.json: | $(READY)
 $(SMOKE)/teacher-hf/config.json: $(SMOKE)/data/heldout/manifest.json
 	rm -rf $(SMOKE)/teacher-hf
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megadistill train recipes/smoke-teacher.yaml \
-	    train.micro_batch=8
+	    --set train.micro_batch=8
 	$(BIN)/megadistill export $(SMOKE)/teacher --output $(SMOKE)/teacher-hf --max-shard-mb 4
 
 $(SMOKE)/labels-hf/config.json: $(SMOKE)/data/heldout/manifest.json

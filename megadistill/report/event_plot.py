@@ -30,7 +30,7 @@ MARKS = {
     "rollback": "<",
     "teacher_drift": "*",
     "teacher_above_uniform": "4",
-    "float8_teacher": "h",
+    "float8_teacher": "_",
     "samples_masked": ".",
     "straggler": "d",
     "stop_requested": "P",

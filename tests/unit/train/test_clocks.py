@@ -129,7 +129,7 @@ def _student(device: SimulatedDevice) -> Any:
         device.queue(FORWARD)
         return torch.zeros(B * S, E), None
 
-    head = SimpleNamespace(weight=lambda: torch.zeros(1, E), vocab=None)
+    head = SimpleNamespace(weight=lambda: torch.zeros(1, E), gradient=lambda: None, vocab=None)
     backward = _before(lambda _: None, lambda: device.queue(BACKWARD))
     return SimpleNamespace(routers=None, routed_hidden=routed_hidden, head=head, backward=backward, step=step)
 

@@ -66,7 +66,7 @@ class _Student:
     def __post_init__(self) -> None:
         weight = self.model.get_output_embeddings().weight
         vocab = VocabSlice.contiguous(0, VOCAB, size=VOCAB)
-        self.head = SimpleNamespace(weight=lambda: weight, vocab=vocab)
+        self.head = SimpleNamespace(weight=lambda: weight, gradient=lambda: None, vocab=vocab)
 
     def routed_hidden(self, tokens: Tensor, positions: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         inner = decoder(self.model)
