@@ -44,7 +44,7 @@ def _blocks(name: str, weight: Tensor, suffix: str = "_scale_inv") -> tuple[Part
 def _exponents(name: str, weight: Tensor) -> tuple[Parts, Tensor]:
     """fp8 with scales that are powers of two (e8m0): DeepSeek's ue8m0."""
     grid = (-(-len(weight) // 48), -(-weight.shape[1] // 32))
-    scales = (2.0 ** torch.randint(-11, -8, grid)).to(torch.float8_e8m0fnu)
+    scales = (2.0 ** torch.randint(-9, -6, grid)).to(torch.float8_e8m0fnu)
     return _float8(name, weight, scales, (48, 32), "_scale_inv")
 
 
