@@ -20,7 +20,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
 from megadistill.models.experts import RouterCoefs
-from megadistill.models.families import build_causal_lm, load_config
+from megadistill.models.families import build_causal_lm, family, load_config
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
@@ -259,7 +259,8 @@ def dense_truth(case: Case) -> RunResult:
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED))
+            norm = family(config).norm_init
+            parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm))
     model.double()
     has_experts = case.model_type in EXPERTS
     if has_experts:
