@@ -259,8 +259,8 @@ def dense_truth(case: Case) -> RunResult:
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in named.items():
-            norm = family(config).norm_init
-            parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm))
+            norms = family(config).norm_init
+            parameter.copy_(initial_tensor(name, parameter.shape, std=config.initializer_range, seed=SEED, norm=norms))
     model.double()
     has_experts = case.model_type in EXPERTS
     if has_experts:
