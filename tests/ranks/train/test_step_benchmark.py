@@ -71,15 +71,15 @@ def parts(measured: list[Measured], checkpointing: str) -> Mapping[str, int]:
 
 def test_the_recorded_products_are_those_of_the_flop_count(measured: list[Measured]) -> None:
     assert SIZE.teacher is not None
-    found = parts(measured, "none")
+    flops = parts(measured, "none")
     student, teacher = (flops_per_token(SIZE.config(sizes), SIZE.sequence) for sizes in (SIZE.student, SIZE.teacher))
-    assert found["student"] == 3 * 2 * TOKENS * matrices(SIZE.student)
-    assert found["teacher"] == 2 * TOKENS * matrices(SIZE.teacher)
-    assert found["heads"] == TOKENS * (3 * student.head + teacher.head)
+    assert flops["student"] == 3 * 2 * TOKENS * matrices(SIZE.student)
+    assert flops["teacher"] == 2 * TOKENS * matrices(SIZE.teacher)
+    assert flops["heads"] == TOKENS * (3 * student.head + teacher.head)
     # On and below the diagonal, in blocks; the backward pass has five products, of which one is the scores again.
     blocks = 1 + 1 / ATTENTION_BLOCKS
-    assert found["attention"] == blocks * TOKENS * (3.5 * student.attention + teacher.attention)
-    assert sum(found.values()) == pytest.approx(TOKENS * (3 * student.forward + teacher.forward), rel=0.03)
+    assert flops["attention"] == blocks * TOKENS * (3.5 * student.attention + teacher.attention)
+    assert sum(flops.values()) == pytest.approx(TOKENS * (3 * student.forward + teacher.forward), rel=0.03)
 
 
 def test_recomputation_is_among_the_products(measured: list[Measured]) -> None:

@@ -29,11 +29,11 @@ SHIPPED = sorted(path.name for path in DS_CONFIGS.iterdir())
 
 
 def test_small_parameters_travel_with_their_layer_unless_they_would_be_rounded_or_copied_one_by_one() -> None:
-    kept = {
+    thresholds = {
         name: load_deepspeed_config(DS_CONFIGS / name)["zero_optimization"]["stage3_param_persistence_threshold"]
         for name in SHIPPED
     }
-    assert {name for name, threshold in kept.items() if threshold > 0} == {"zero3-offload.json", "zeropp.json"}
+    assert {name for name, threshold in thresholds.items() if threshold > 0} == {"zero3-offload.json", "zeropp.json"}
 
 
 def test_these_files_are_shipped() -> None:
