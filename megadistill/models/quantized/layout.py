@@ -44,19 +44,19 @@ class Quantisation:
     format: Format
     values: str
     """End of the name of a tensor's values, behind the tensor's own name."""
-    scales: str
-    """The same of its scales."""
+    scales: tuple[str, ...]
+    """The same of its scales: writers of one method give them unlike names."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale; None: a scale for a row, or for the tensor."""
 
     def tensors(self, names: Collection[str]) -> dict[str, QuantisedTensor]:
         """Name -> parts of each quantised tensor of a folder with tensors of these `names`."""
         known = set(names)
-        ends = [name.removesuffix(self.scales) for name in known if name.endswith(self.scales)]
         return {
-            name: QuantisedTensor(name + self.values, name + self.scales)
-            for name in ends
-            if name + self.values in known
+            name: QuantisedTensor(name + self.values, stored)
+            for end in self.scales
+            for stored in known
+            if stored.endswith(end) and (name := stored.removesuffix(end)) + self.values in known
         }
 
     def visible(self, names: Collection[str]) -> set[str]:
@@ -78,11 +78,12 @@ def read_quantisation(value: Any, what: str) -> Quantisation | None:
     method = settings.get("quant_method")
     if method == "fp8":
         _require(settings.get("fmt") in (None, "e4m3"), what, "fmt", settings.get("fmt"), "e4m3")
-        return Quantisation("float8", "", "_scale_inv", _block(settings.get("weight_block_size"), what))
+        # Both numbers multiply the weight: "inv" of transformers and DeepSeek, the other of AutoFP8 and vLLM.
+        return Quantisation("float8", "", ("_scale_inv", "_scale"), _block(settings.get("weight_block_size"), what))
     if method == "fbgemm_fp8":
-        return Quantisation("float8", "", "_scale")
+        return Quantisation("float8", "", ("_scale",))
     if method == "mxfp4":
-        return Quantisation("mxfp4", "_blocks", "_scales")
+        return Quantisation("mxfp4", "_blocks", ("_scales",))
     if method == "compressed-tensors":
         return _compressed(settings, what)
     raise UserError(
@@ -109,10 +110,10 @@ def _compressed(settings: Mapping[str, Any], what: str) -> Quantisation:
         )
     _require(all(each.get("symmetric") in (None, True) for each in weights), what, "symmetric", False, "true")
     if bits == 4:
-        return Quantisation("mxfp4", "_packed", "_scale")
+        return Quantisation("mxfp4", "_packed", ("_scale",))
     blocks = {_block(each.get("block_structure"), what) for each in weights if each.get("strategy") == "block"}
     _require(len(blocks) <= 1, what, "block_structure", sorted(map(str, blocks)), "one for all groups")
-    return Quantisation("float8", "", "_scale", next(iter(blocks), None))
+    return Quantisation("float8", "", ("_scale",), next(iter(blocks), None))
 
 
 def _weights(group: Any) -> Mapping[str, Any]:

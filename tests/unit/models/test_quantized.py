@@ -55,7 +55,7 @@ def _rows(name: str, weight: Tensor) -> tuple[Parts, Tensor]:
 
 
 def _whole(name: str, weight: Tensor) -> tuple[Parts, Tensor]:
-    """compressed-tensors by tensor, with the scale of its inputs."""
+    """compressed-tensors by tensor, and AutoFP8, with the scale of its inputs."""
     scale = (weight.abs().amax() / 448).reshape(1)
     parts, values = _float8(name, weight, scale.reshape(1, 1), (weight.shape[0], weight.shape[1]), "_scale")
     module = name.removesuffix(".weight")
@@ -85,6 +85,7 @@ def _compressed(**weights: Any) -> dict[str, Any]:
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], tuple[Parts, Tensor]]]] = {
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 32]}, _blocks),
     "fp8, e8m0": ({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [48, 32]}, _exponents),
+    "fp8, AutoFP8": ({"quant_method": "fp8", "activation_scheme": "static"}, _whole),
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, _rows),
     "compressed-tensors, rows": (_compressed(), _rows),
     "compressed-tensors, blocks": (
