@@ -149,6 +149,9 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
     if not path.exists() and path.stem in shipped_deepspeed_files():
         way_out = f"student.deepspeed={path.stem} is the file that comes with megadistill"
     values: dict[str, Any] = read_given_json(path, dict, what="student.deepspeed", way_out=way_out)
+    zero = values.get("zero_optimization")
+    if isinstance(zero, dict):
+        zero = values["zero_optimization"] = _with_documented_names(zero, path)
     for key, owner in OWNED_BY_RECIPE.items():
         if key in values:
             raise UserError(f"{path} sets {key}, which the recipe owns: remove it there and use {owner}")
@@ -163,7 +166,6 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in ALLOWED:
             raise UserError(f"{path}: no such key {key}{nearest(key, ALLOWED)}; it may hold {', '.join(ALLOWED)}")
-    zero = values.get("zero_optimization")
     if isinstance(zero, dict):
         if zero.get("zero_quantized_gradients"):
             raise UserError(
@@ -273,6 +275,15 @@ def _require_secondary_groups(size: int, train: TrainSection, accumulation: int)
             f"student.deepspeed: zero_optimization.zero_hpz_partition_size is {size}, which does not divide the "
             f"{world} ranks of the student: give the ranks of a node, one of {', '.join(map(str, divisors))}"
         )
+
+
+def _with_documented_names(zero: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings by the names of DeepSpeed's documentation: it also takes `stage3_...` without its beginning."""
+    documented = {name: field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    for name in zero:
+        if documented.get(name, name) != name and documented[name] in zero:
+            raise UserError(f"{path}: zero_optimization has {name} and {documented[name]}, which are one: remove one")
+    return {documented.get(name, name): value for name, value in zero.items()}
 
 
 def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], where: str) -> None:

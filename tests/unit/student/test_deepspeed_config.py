@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megadistill.config.load import dotted
 from megadistill.config.recipe import TrainSection
@@ -135,6 +136,20 @@ def test_the_largest_layer_is_prefetched_unless_the_file_has_a_size(zero: dict[s
     )
 
 
+def test_the_names_that_deepspeed_also_takes_are_those_of_its_documentation(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    short = {"stage": 3, "prefetch_bucket_size": 7, "param_persistence_threshold": 0, "max_live_parameters": 10**9}
+    path.write_text(json.dumps({"zero_optimization": short}), encoding="utf-8")
+    zero = load_deepspeed_config(path)["zero_optimization"]
+    assert with_layer_prefetch({"zero_optimization": zero}, [[300_000, 10]])["zero_optimization"] == {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": 7,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 10**9,
+    }
+    assert DeepSpeedZeroConfig(**zero) == DeepSpeedZeroConfig(**short)
+
+
 @pytest.mark.parametrize(
     ("zero", "says"),
     [
@@ -174,6 +189,11 @@ def test_a_run_that_would_be_silently_wrong_is_refused(zero: Any, says: str) -> 
         ({"zero_optimization": {"zenflow": {}}}, "ZenFlow replaces train.optimizer"),
         ({"zero_optimization": {"leaf_module": {}}}, "leaf_module: each decoder layer is a leaf: remove it"),
         ({"zero_optimization": {"stage3_module_granularity_threshold": 1}}, "each decoder layer is a leaf: remove it"),
+        ({"zero_optimization": {"module_granularity_threshold": 1}}, "each decoder layer is a leaf: remove it"),
+        (
+            {"zero_optimization": {"max_live_parameters": 1, "stage3_max_live_parameters": 2}},
+            "max_live_parameters and stage3_max_live_parameters, which are one: remove one",
+        ),
         ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed removed it"),
         ({"curriculum_learning": {}}, "data.curriculum changes the mixture"),
     ],
