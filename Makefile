@@ -72,7 +72,8 @@ test-long: $(READY) $(REAL_MODELS) $(TRITON)
 	$(BIN)/python -m pytest tests/real_models -rs
 	$(BIN)/python -m pytest tests/triton -rs
 	$(BIN)/python -m pytest tests/e2e tests/gpu -m thorough
-	$(BIN)/python -m pytest tests/unit tests/ranks -m thorough --dist loadfile --no-loadscope-reorder --numprocesses $(WORKERS)
+	$(BIN)/python -m pytest tests/unit tests/ranks tests/scale -m thorough --dist loadfile --no-loadscope-reorder \
+	    --numprocesses $(WORKERS)
 	$(BIN)/python -m tests.drill
 
 # Both ends of the ranges in pyproject.toml, each in an environment of its own, with a Python of its own.

@@ -26,6 +26,7 @@ FLOORS = {
     "tests/ranks/teacher": 26,
     "tests/ranks/train": 48,
     "tests/real_models": 11,
+    "tests/scale": 6,
     "tests/slurm": 16,
     "tests/triton": 3,
     "tests/unit": 145,
@@ -99,4 +100,5 @@ def test_what_make_test_leaves_out_is_run_by_make_test_all() -> None:
         assert re.search(rf"-m pytest {folder} -rs$", makefile, re.MULTILINE), folder
     assert "-m 'not thorough'" in makefile
     assert "-m pytest tests/e2e tests/gpu -m thorough" in makefile
+    assert "-m pytest tests/unit tests/ranks tests/scale -m thorough" in makefile
     assert "--jobs 2 --output-sync=line test-slurm test-long" in makefile

@@ -1,0 +1,222 @@
+"""A world of thousands of ranks, of which one runs: torch's fake process group, whose collectives move nothing.
+
+`in_fake_world(world, function, *arguments)` runs the function as one rank, in a fresh process like those of
+`run_ranks`. What a rank makes, asks for and sends is that of a real one; what it receives has no meaning.
+"""
+
+import os
+import pickle
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megadistill.config.recipe import LossSection, StudentSection, TrainSection
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology, topology_of_world
+from megadistill.student.deepspeed_config import load_deepspeed_config
+from megadistill.student.engine import StudentEngine
+from megadistill.train.lookahead import StepBatches
+from megadistill.train.objective import Objective
+from megadistill.train.step import train_step
+from megadistill.train.teacher.protocol import NoTeacher
+from megadistill.types import Cursor, TokenBatch, token_digest
+from tests.paths import DS_CONFIGS
+from tests.ranks.harness import CONTEXT
+
+LOCAL_WORLD = 8
+"""Ranks of a node."""
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of a collective.
+
+    Attributes:
+        name: c10d's, such as `allgather_base`, `reduce_scatter_base`, `allreduce`, `broadcast`.
+        ranks: of its process group.
+        nbytes: of its largest tensor: what a gather receives, what a reduce-scatter sends.
+    """
+
+    name: str
+    ranks: int
+    nbytes: int
+
+
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it, every call of a collective is recorded in `calls`, in its order; backward passes are included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Collective] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.namespace == "c10d":
+            keywords = keywords or {}
+            leaves = tree_leaves((arguments, keywords))
+            sizes = [each.nbytes for each in leaves if isinstance(each, torch.Tensor)]
+            self.calls.append(Collective(function._opname.strip("_"), _ranks(leaves), max(sizes, default=0)))
+        return function(*arguments, **(keywords or {}))
+
+    def counts(self) -> Counter[tuple[str, int]]:
+        """Calls by (name, ranks of the group)."""
+        return Counter((call.name, call.ranks) for call in self.calls)
+
+
+def _ranks(leaves: list[Any]) -> int:
+    """The size of the process group among a call's arguments."""
+    for each in leaves:
+        if isinstance(each, torch.ScriptObject):
+            try:
+                return int(dist.ProcessGroup.unbox(each).size())
+            except RuntimeError:  # a reduction's operator
+                continue
+    raise AssertionError("a collective without a process group")
+
+
+@contextmanager
+def fake_world(
+    world: int, *, rank: int = 0, vocab_group: int = LOCAL_WORLD, local_world: int = LOCAL_WORLD
+) -> Iterator[Topology]:
+    """The topology of one rank of `world`, on a CPU. Process groups and DeepSpeed's state are the process's: see
+    `in_fake_world`."""
+    launch = Launch(rank=rank, world=world, local_rank=rank % local_world, local_world=local_world)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(local_world),
+        LOCAL_SIZE=str(local_world),  # of DeepSpeed's hpZ groups
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        topology = topology_of_world(launch, vocab_group=vocab_group, device=torch.device("cpu"), timeout=TIMEOUT)
+        yield replace(topology, timeout=None)  # the fake groups cannot be given one
+    finally:
+        dist.destroy_process_group()
+
+
+def in_fake_world(
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    rank: int = 0,
+    vocab_group: int = LOCAL_WORLD,
+    local_world: int = LOCAL_WORLD,
+    deadline: float = 300.0,
+) -> Any:
+    """The result of `function(topology, *arguments)` as rank `rank` of `world`, in a process of its own.
+
+    `function` is at the top level of its module; its result can be pickled.
+
+    Raises:
+        AssertionError: it failed; with its traceback.
+    """
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    layout = {"rank": rank, "vocab_group": vocab_group, "local_world": local_world}
+    process = CONTEXT.Process(target=_serve, args=(world, layout, function, arguments, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(deadline), f"no result within {deadline:.0f} s"
+        failure, result = pickle.loads(ours.recv_bytes())
+    except EOFError:
+        failure, result = "died without a traceback", None
+    finally:
+        process.kill()
+        process.join(timeout=10)
+    assert failure is None, failure
+    return result
+
+
+def _serve(
+    world: int,
+    layout: dict[str, int],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    pipe: Connection,
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        with fake_world(world, **layout) as topology:
+            result = function(topology, *arguments)
+        pipe.send_bytes(pickle.dumps((None, result)))
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+
+
+def build_student(
+    topology: Topology,
+    config: Any,
+    *,
+    deepspeed: str = "zero3.json",
+    settings: dict[str, Any] | None = None,
+    vocab_multiple: int | None = None,
+    weights: str | None = None,
+    activation_checkpointing: Any = "none",
+) -> StudentEngine:
+    """A student of `config` (transformers' object) under a file of ds_configs, in bfloat16.
+
+    `settings` replace keys of the file's `zero_optimization`. `weights`: any text, for a student without initial
+    values. `take_step` needs a vocabulary without padding, a multiple of the world: a fake gather gives a rank its own
+    part as that of each.
+    """
+    deepspeed_config = load_deepspeed_config(DS_CONFIGS / deepspeed)
+    deepspeed_config["zero_optimization"].update({"overlap_comm": False, **(settings or {})})  # no streams on a CPU
+    section = StudentSection(
+        config="unused",
+        deepspeed=str(DS_CONFIGS / deepspeed),
+        vocab_multiple=vocab_multiple or topology.world,
+        weights=weights,
+        activation_checkpointing=activation_checkpointing,
+    )
+    train = TrainSection.model_validate(
+        {
+            "steps": 10,
+            "global_batch": topology.world,
+            "micro_batch": 1,
+            "precision": "bfloat16",
+            "optimizer": {"learning_rate": 1e-3},
+        }
+    )
+    return StudentEngine(
+        config,
+        section=section,
+        train=train,
+        deepspeed_config=deepspeed_config,
+        vocab_size=config.vocab_size,
+        seed=1,
+        accumulation=1,
+        topology=topology,
+    )
+
+
+def take_step(student: StudentEngine, topology: Topology, *, step: int = 0, tokens: int = 8) -> list[Collective]:
+    """The collectives of one step on labels, by the run's own code: one sequence of `tokens` tokens a rank."""
+    ids = torch.arange(tokens)[None] % student.head.vocab.size
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    batch = TokenBatch(ids, ids, torch.tensor([step]), token_digest(ids), starts)
+    batches = StepBatches(iter([(batch, Cursor("", 0))]), NoTeacher(), micro_batch=1)
+    with Collectives() as collectives:
+        train_step(
+            student,
+            next(batches),
+            step=step,
+            learning_rate=1e-3,
+            objective=Objective(LossSection(), steps=10, seed=1),
+            topology=topology,
+        )
+    return collectives.calls
