@@ -210,7 +210,8 @@ def take_step(student: StudentEngine, topology: Topology, *, step: int = 0, toke
     starts = torch.zeros_like(ids, dtype=torch.bool)
     batch = TokenBatch(ids, ids, torch.tensor([step]), token_digest(ids), starts)
     batches = StepBatches(iter([(batch, Cursor("", 0))]), NoTeacher(), micro_batch=1)
-    with Collectives() as collectives:
+    collectives = Collectives()
+    with collectives:
         train_step(
             student,
             next(batches),

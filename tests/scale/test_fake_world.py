@@ -12,7 +12,8 @@ LAYERS = 2
 
 
 def _known_calls(topology: Topology) -> list[Collective]:
-    with Collectives() as collectives:
+    collectives = Collectives()
+    with collectives:
         dist.all_reduce(torch.zeros(3, dtype=torch.float64), group=topology.world_group)
         dist.broadcast(torch.zeros(5, dtype=torch.bfloat16), src=0, group=topology.vocab_group)
         dist.all_gather_into_tensor(torch.zeros(192 * 4), torch.zeros(4), group=topology.slice_group)
