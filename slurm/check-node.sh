@@ -1,13 +1,25 @@
 #!/bin/bash
-# Checks that a node is usable before ranks are started on it. Its last line is the reason if it is not.
+# Checks that a node is usable before ranks are started on it. Prints one line: usable NODE, or unusable NODE: REASON.
 # shellcheck source=slurm/env.sh.example
 . "${MEGADISTILL_ENV:-slurm/env.sh}"
-file=$FOLDER/.check-$SLURMD_NODENAME
-if ! { echo "$SLURM_JOB_ID" >"$file" && [ "$(cat "$file")" = "$SLURM_JOB_ID" ] && rm "$file"; }; then
-  echo "cannot write to $FOLDER" >&2
-  exit 1
+
+check() {
+  local file=$FOLDER/.check-$SLURMD_NODENAME
+  if ! { echo "$SLURM_JOB_ID" >"$file" && [ "$(cat "$file")" = "$SLURM_JOB_ID" ] && rm "$file"; }; then
+    echo "cannot write to $FOLDER"
+    return 1
+  fi
+  if [ -n "${NODE_CHECK+set}" ]; then
+    "${NODE_CHECK[@]}"
+  else
+    COLUMNS=200 "${MEGADISTILL[@]}" doctor "$RECIPE" --node --set run.folder="$RUN_FOLDER" "${OVERRIDES[@]}"
+  fi
+}
+
+if output=$(check 2>&1); then
+  echo "usable $SLURMD_NODENAME"
+else
+  # the failed rows of doctor, else the last line
+  reason=$(grep '✗' <<<"$output" || tail -n 1 <<<"$output")
+  echo "unusable $SLURMD_NODENAME: $(paste -sd ' ' <<<"${reason:-its check failed}")"
 fi
-if [ -z "${NODE_CHECK+set}" ]; then
-  COLUMNS=200 exec "${MEGADISTILL[@]}" doctor "$RECIPE" --node --set run.folder="$RUN_FOLDER" "${OVERRIDES[@]}"
-fi
-"${NODE_CHECK[@]}"

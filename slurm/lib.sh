@@ -3,7 +3,7 @@
 #
 # Markers decide, not exit codes: srun's is 0 after a node lost power, and 137 for a clean stop with a slow last rank.
 # The markers are DONE (finished), HOLD (a person has to investigate), and the output of `progress`. Standard error and
-# exit code of each rank are in logs/JOB/TRY/: rank-00000.err and rank-00000.code.
+# exit codes of the ranks are in logs/JOB/TRY/, two files a node: NODE.err and NODE.codes, each line with its rank.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
 # shellcheck source=slurm/env.sh.example
@@ -11,8 +11,7 @@ cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
   { echo "no such file, or its last command failed: cp slurm/env.sh.example slurm/env.sh, and edit it" && exit 2; } >&2
 
 MAX_STARTS=3      # without progress; then HOLD
-CHECK_SECONDS=120 # time limit of a node's check; then the node is not used
-CHECKS_AT_ONCE=128
+CHECK_SECONDS=120 # time limit of the nodes' checks; a node that has not answered then is not used
 SPARES=${SPARES:-0}
 NOTICE=""         # USR2: stop with a checkpoint and resume in another job; TERM: this job is cancelled
 STEP_PID=""
@@ -71,36 +70,43 @@ count_start() {
   echo "$((count + 1)) $now" >"$1/starts-without-progress"
 }
 
-# usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in LIST's order. It
-# does not wait for the other checks once there are enough.
+# usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in LIST's order. One
+# step checks all nodes. It does not wait for the others once there are enough.
 usable_nodes() {
-  local passed node state pids=() found
-  passed=$(mktemp -d "$LOGS/nodes.XXXXXX")
-  while read -r node state; do
-    case $state in down* | drain* | fail* | maint* | *'*')
-      log "$node is $state" >&2
-      continue ;;
-    esac
-    while [ "$(jobs -rp | wc -l)" -ge "$CHECKS_AT_ONCE" ]; do sleep 0.2; done
-    check_node "$passed" "$node" "${@:3}" &
-    pids+=($!)
-  done < <(sinfo -h -N -n "$1" -o '%N %T' | sort -u)
-  while found=$(find "$passed" -type f | wc -l) && [ "$found" -lt "$2" ] && kill -0 "${pids[@]}" 2>/dev/null; do
-    sleep 0.2
+  local answers step nodes try code node reason
+  answers=$(mktemp "$LOGS/checks.XXXXXX")
+  for try in 1 2 3; do # a node that cannot be reached ends the step of all: then without it
+    mapfile -t nodes < <(unchecked_nodes "$1" "$answers")
+    [ "${#nodes[@]}" -gt 0 ] || break
+    [ "$try" = 1 ] || sleep 3 # the controller notices a lost node later than srun does
+    timeout "$CHECK_SECONDS" srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+      --nodelist="$(IFS=, && echo "${nodes[*]}")" --overlap --mem=0 --immediate=20 --no-kill --kill-on-bad-exit=0 \
+      --wait=0 "${@:3}" bash slurm/check-node.sh >>"$answers" 2>"$answers.srun" &
+    step=$! code=0
+    while [ "$(grep -c '^usable ' "$answers")" -lt "$2" ] && kill -0 "$step" 2>/dev/null; do sleep 0.2; done
+    [ "$(grep -c '^usable ' "$answers")" -lt "$2" ] || break
+    wait "$step" || code=$?
+    sed -n 's/^srun: error: .* failed on node \([^ :]*\): \(.*\)/unusable \1: \2/p' "$answers.srun" >>"$answers"
+    [ "$code" != 124 ] || break
   done
-  for node in $(scontrol show hostnames "$1"); do [ ! -e "$passed/$node" ] || echo "$node"; done | head -n "$2"
+  while read -r _ node reason; do log "${node%:} is not used: $reason"; done < <(grep '^unusable ' "$answers") >&2
+  if [ "$(grep -c '^usable ' "$answers")" -lt "$2" ]; then
+    reason=$(tail -n 1 "$answers.srun" 2>/dev/null)
+    for node in $(unchecked_nodes "$1" "$answers"); do
+      log "$node is not used: no answer within $CHECK_SECONDS s${reason:+ ($reason)}" >&2
+    done
+  fi
+  scontrol show hostnames "$1" |
+    awk -v want="$2" 'answers { if ($1 == "usable") usable[$2]; next }
+      $1 in usable && ++count <= want' answers=1 "$answers" answers=0 -
 }
 
-check_node() { # FOLDER NODE [SRUN OPTION]
-  local output
-  if output=$(timeout "$CHECK_SECONDS" srun --nodes=1 --ntasks=1 --nodelist="$2" --overlap --mem=0 --immediate=20 \
-    "${@:3}" bash slurm/check-node.sh 2>&1); then
-    touch "$1/$2"
-  else
-    # a failed row of doctor, else the last line
-    output=$(grep '✗' <<<"$output" || grep -v '^srun: ' <<<"$output" | tail -n 1)
-    log "$2 is not used: ${output:-no answer within $CHECK_SECONDS s}" >&2
-  fi
+unchecked_nodes() { # LIST ANSWERS: nodes without an answer, of those that Slurm does not call down or drained
+  sinfo -h -N -n "$1" -o '%N %T' | sort -u |
+    awk -v file="$2" 'answers { sub(/:$/, "", $2); answered[$2]; next }
+      $1 in answered { next }
+      $2 ~ /^(down|drain|fail|maint)|\*$/ { print "unusable " $1 ": it is " $2 >>file; next }
+      { print $1 }' answers=1 "$2" answers=0 -
 }
 
 # component NODES RANKS_PER_NODE COMMAND...: adds one rank per task on these nodes (one per line) to the step STEP.
@@ -123,23 +129,22 @@ run_step() {
   STEP_PID=$!
   while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done # a signal ends wait, not srun
   STEP_PID=""
-  counts=$(cat "$LOGS"/*.code 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')
+  counts=$(awk '{ print $2 }' "$LOGS"/*.codes 2>/dev/null | sort | uniq -c |
+    awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')
   log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $counts"
-  find "$LOGS" -name 'rank-*.err' -empty -delete
+  find "$LOGS" -name '*.err' -empty -delete
 }
 
-# first_rank_with CODE...: its number, and its last line.
+exit_code_of() { awk -v rank="$1" '$1 == rank { print $2 }' "$LOGS"/*.codes 2>/dev/null; } # RANK
+
+# first_rank_with CODE...: its number, and its last line. One pass over the codes of all ranks.
 first_rank_with() {
-  local file
-  for file in "$LOGS"/rank-*.code; do
-    [ -e "$file" ] || return 1
-    case " $* " in *" $(cat "$file") "*)
-      echo "${file##*/rank-} $(tail -n 1 "${file%.code}.err" 2>/dev/null)" |
-        sed 's/\.code / exit code '"$(cat "$file")"': /'
-      return 0 ;;
-    esac
-  done
-  return 1
+  local rank code file
+  read -r rank code file < <(awk -v codes=" $* " '
+    index(codes, " " $2 " ") && (file == "" || $1 < rank) { rank = $1 + 0; code = $2; file = FILENAME }
+    END { if (file != "") print rank, code, file }' "$LOGS"/*.codes 2>/dev/null)
+  [ -n "$rank" ] || return 1
+  echo "$rank exit code $code: $(sed -n "s/^$rank: //p" "${file%.codes}.err" 2>/dev/null | tail -n 1)"
 }
 
 # log_ends: the ends that the next start mends.

@@ -1,9 +1,17 @@
 #!/bin/bash
-# One rank of a step: runs its arguments as a command; standard error and exit code go to files of its own. The signals
-# of the step reach this shell too: it waits for the command, which handles them.
+# One rank of a step: runs its arguments as a command. Standard error and exit code go to files of the node, each line
+# after the rank's number. The signals of the step reach this shell and `sed` too: they wait for the command, which
+# handles them.
 trap : USR1 USR2 TERM INT
-at=$LOGS/rank-$(printf %05d "$SLURM_PROCID")
-"$@" 2>>"$at.err"
+at=$LOGS/$SLURMD_NODENAME
+exec 3> >(trap '' USR1 USR2 TERM INT && exec sed -u "s/^/$SLURM_PROCID: /" >>"$at.err")
+labels=$!
+"$@" 2>&3 3>&-
 code=$?
-echo "$code" >"$at.code"
+exec 3>&-
+for _ in {1..50}; do # its last lines; a process that the command has left may hold the pipe open
+  kill -0 "$labels" 2>/dev/null || break
+  sleep 0.1
+done
+echo "$SLURM_PROCID $code" >>"$at.codes"
 exit "$code"

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from megadistill.distributed.watchdog.diagnosis import HangDetector, Heartbeat
 from megadistill.distributed.watchdog.relay import Relay
 from megadistill.distributed.watchdog.watchdog import Watchdog
 from tests.scale.fake_world import LOCAL_WORLD, in_fake_world
+from tests.slurm_double import shell, usable_nodes
 
 WORLD = 4096
 
@@ -141,3 +143,43 @@ def test_rank_0_reads_4096_heartbeats_in_one_message() -> None:
     read = dogs[0]._read_heartbeats()
     assert sorted(read) == list(range(1, WORLD))
     assert {heartbeat.phase for rank, heartbeat in read.items() if rank % LOCAL_WORLD} == {"train"}
+
+
+@pytest.mark.parametrize("count", [2, 512])
+def test_nodes_are_checked_by_one_step(tmp_path: Path, count: int) -> None:
+    answers = {f"node-{number:05d}": "usable" for number in range(count + 4)}
+    answers["node-00001"] = "unusable: ✗ memory: an uncorrected error"
+    nodes, log, steps = usable_nodes(tmp_path, answers, count)
+    assert nodes == [name for name in answers if name != "node-00001"][:count]
+    assert steps == 1
+    assert "node-00001 is not used: ✗ memory: an uncorrected error" in log
+
+
+READERS = ("awk", "cat", "grep", "sed", "sort", "tail", "uniq")
+"""Commands by which slurm/lib.sh may read the files of ranks."""
+
+
+def _exit_codes(folder: Path, world: int) -> tuple[list[str], int]:
+    """The lines of the job's log on the ends of `world` ranks, and the number of commands that were started for them."""
+    logs = folder / f"logs-{world}"
+    logs.mkdir()
+    for first in range(0, world, LOCAL_WORLD):
+        ranks = range(first, first + LOCAL_WORLD)
+        codes = {rank: 4 if rank in (world - 1, world - 3) else 143 for rank in ranks}
+        (logs / f"node-{first:05d}.codes").write_text("".join(f"{rank} {codes[rank]}\n" for rank in reversed(ranks)))
+        (logs / f"node-{first:05d}.err").write_text("".join(f"{rank}: reason of {rank}\n" for rank in ranks))
+    calls = folder / f"calls-{world}"
+    counted = "".join(f'{name}() {{ echo {name} >>"$CALLS"; command {name} "$@"; }}\n' for name in READERS)
+    script = f". slurm/lib.sh; STEP=(-); srun() {{ return 1; }}\n{counted}run_step; first_rank_with 2 4; exit_code_of 0"
+    output = shell(script, logs, CALLS=str(calls)).stdout
+    return output.splitlines(), len(calls.read_text().splitlines())
+
+
+def test_exit_codes_of_4096_ranks_are_read_in_one_pass(tmp_path: Path) -> None:
+    started = set()
+    for world in (16, 512, WORLD):
+        lines, commands = _exit_codes(tmp_path, world)
+        assert lines[0].endswith(f"ranks by exit code: {world - 2} x 143, 2 x 4")
+        assert lines[1:] == [f"{world - 3} exit code 4: reason of {world - 3}", "143"]
+        started.add(commands)
+    assert len(started) == 1, "the number of commands does not depend on that of ranks"

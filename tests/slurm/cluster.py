@@ -63,7 +63,7 @@ class Job:
     @property
     def errors(self) -> str:
         """Standard error of all ranks of all starts."""
-        files = sorted(self.folder.glob("logs/*/*/rank-*.err"))
+        files = sorted(self.folder.glob("logs/*/*/*.err"))
         return "".join(f"--- {path.relative_to(self.folder)}\n{path.read_text(encoding='utf-8')}" for path in files)
 
     def transcript(self) -> str:

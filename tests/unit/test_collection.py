@@ -26,7 +26,7 @@ FLOORS = {
     "tests/ranks/teacher": 26,
     "tests/ranks/train": 48,
     "tests/real_models": 11,
-    "tests/scale": 6,
+    "tests/scale": 11,
     "tests/slurm": 16,
     "tests/triton": 3,
     "tests/unit": 145,
