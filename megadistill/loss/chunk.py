@@ -146,9 +146,9 @@ class Chunk:
         kernel, T = logits.kernel(pointwise.forward_kl), self.divergence.temperature
         coefs = None if out_nv is None else self._coefs
         for rows in logits.blocks():
-            coefs_b = None if coefs is None else _block(coefs, rows)
-            out_bv = None if out_nv is None else out_nv[rows]
-            kl_n[rows] = kernel(student.block(rows), teacher.block(rows), T, coefs_b, self.transform, out_bv)
+            coefs_b, block = None if coefs is None else _block(coefs, rows), student.block(rows)
+            out_bv = None if out_nv is None else self._out(out_nv, block, rows)
+            kl_n[rows] = kernel(block, teacher.block(rows), T, coefs_b, self.transform, out_bv)
         return kl_n, kl_n
 
     def _mean_centred(self, teacher: Softmax, out_nv: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,9 @@ class Chunk:
             mean_n = all_reduce_sum(mean_n.contiguous(), self.vocab.group)
             kernel, coefs = logits.kernel(pointwise.write_mean_centred_dlogits), self._coefs
             for rows in logits.blocks():
-                blocks = (student.block(rows), teacher.block(rows))
-                kernel(*blocks, formula, mean_n[rows], _block(coefs, rows), self.transform, out_nv[rows])
+                block, coefs_b = student.block(rows), _block(coefs, rows)
+                out_bv = self._out(out_nv, block, rows)
+                kernel(block, teacher.block(rows), formula, mean_n[rows], coefs_b, self.transform, out_bv)
         return value_n, kl_n
 
     def _sparse_kl(self, targets: SparseSlice, out_nv: Tensor | None) -> Tensor:
@@ -226,7 +227,15 @@ class Chunk:
         logits, T = self.student.logits, self.divergence.temperature
         kernel = logits.kernel(pointwise.write_student_dlogits)
         for rows in logits.blocks():
-            kernel(self.student.block(rows), T, _block(coefs, rows), self.transform, out_nv[rows])
+            block = self.student.block(rows)
+            kernel(block, T, _block(coefs, rows), self.transform, self._out(out_nv, block, rows))
+
+    def _out(self, out_nv: Tensor, block: SoftmaxBlock, rows: slice) -> Tensor:
+        """[b, v]: the rows of `out_nv`; as the block's own tensor where dlogits overwrites the student's logits.
+
+        A compiled kernel that is given one memory as two tensors would copy all memory of logits, at each call.
+        """
+        return block.z_bv if out_nv is self.student.logits.z_nv else out_nv[rows]
 
 
 def _block(coefs: GradCoefs, rows: slice) -> GradCoefs:

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megadistill.loss import Divergence, DivergenceKind, Elementwise, VocabSlice
 from megadistill.types import Tail
@@ -46,6 +48,26 @@ def test_bent_logits_and_sparse_targets_and_labels() -> None:
     found = run(p.cast(torch.float32), Divergence(), vocab=VOCAB, targets=targets, **options)
     assert_same(found, truth(p, Divergence(), targets=targets), 1e-6)
     assert_same(run(p.cast(torch.float32), None, vocab=VOCAB, **options), truth(p, None), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [DivergenceKind.FORWARD_KL, DivergenceKind.JSD])
+def test_a_call_makes_no_matrix_of_logits_beside_its_buffer(kind: DivergenceKind) -> None:
+    """dlogits overwrites the logits: a kernel that gets their memory as two tensors copies it, and the teacher's."""
+    p = problem(1, tokens=48, rows=2048, size=2047).cast(torch.float32)
+    chunk = 16 * 2047 * 4
+    call = partial(
+        run,
+        p,
+        Divergence(kind, ce_weight=0.3),
+        vocab=VocabSlice.contiguous(0, 2048, 2047),
+        logit_memory=2 * chunk,
+        elementwise=Elementwise.COMPILED,
+    )
+    call()  # compiles, and makes the buffer that calls share
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    sizes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sizes and max(sizes) < chunk, sorted(sizes)[-5:]
 
 
 def _in_bf16(divergence: Divergence, tail: Tail | None = None) -> None:
