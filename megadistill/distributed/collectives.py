@@ -82,6 +82,13 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     return values
 
 
+def all_reduce_max(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The largest over ranks, in place; returns `values`."""
+    if group is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
 def scatter_rows(rows: Tensor | None, out: Tensor, source: int, group: ProcessGroup | None) -> Tensor:
     """Sends block i of rank `source`'s `rows` [g·n, ...] to rank i of the group, which returns it as `out` [n, ...]."""
     if group is None:
@@ -105,12 +112,18 @@ def all_gather_objects(own: Value, group: ProcessGroup | None) -> list[Value]:
     return objects
 
 
-def broadcast_object(own: Value, group: ProcessGroup | None) -> Value:
-    """The object of the group's first rank, which pickle can copy, on every rank."""
+def broadcast_object(own: Value, group: ProcessGroup | None, *, source: int = 0) -> Value:
+    """The object of rank `source` of the group, which pickle can copy, on every rank."""
     objects = [own]
     if group is not None:
-        dist.broadcast_object_list(objects, group=group, group_src=0)
+        dist.broadcast_object_list(objects, group=group, group_src=source)
     return objects[0]
+
+
+def broadcast_from_first(tensor: Tensor, group: ProcessGroup | None) -> None:
+    """Copies the contiguous tensor of the group's first rank, of any type, into that of every other rank."""
+    if group is not None and tensor.numel():
+        dist.broadcast(tensor.detach().view(-1).view(torch.uint8), group=group, group_src=0)
 
 
 def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:

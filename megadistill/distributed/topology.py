@@ -49,6 +49,8 @@ class Topology:
     pipeline_group: ProcessGroup | None = None
     role: Literal["student", "teacher"] = "student"
     """Student and teacher have a world each where the teacher has ranks of its own."""
+    role_group: ProcessGroup | None = None
+    """All ranks of this role, which load their models together; of the student `world_group`."""
     bridge: Bridge | None = None
     """Messages between student and teacher; None where they share their ranks."""
     timeout: timedelta | None = None
@@ -134,10 +136,7 @@ def process_groups(
         if roles is None or role == "student":
             topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
         else:
-            # The stages of the teacher exchange all messages over the bridge.
-            topology = Topology(
-                own.rank, own.world, own.local_rank, roles.stages, device, role="teacher", timeout=timeout
-            )
+            topology = topology_of_teacher(own, roles, device=device, timeout=timeout)
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
         watchdog.collectives = lambda: collectives_joined(role, excluded=topology.pipeline_group)
         yield replace(topology, bridge=bridge, watchdog=watchdog)
@@ -152,7 +151,7 @@ def process_groups(
             watchdog.report_failure(reason)
             raise OperatorFault(reason) from error
         if _is_communication(error):
-            raise RestartFault(_lost_rank(watchdog, error)) from error
+            raise _lost_peer(watchdog, error) from error
         watchdog.report_failure(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
     watchdog.stop()
@@ -190,12 +189,13 @@ def _node_relay(launch: Launch, store: Store) -> Relay | RelayClient | None:
     return RelayClient(name, launch.rank)
 
 
-def _lost_rank(watchdog: Watchdog, error: BaseException) -> str:
+def _lost_peer(watchdog: Watchdog, error: BaseException) -> RestartFault:
     lost = watchdog.lost_rank() or "see the log of the rank that failed first"
     reason = f"lost another rank in a collective: {lost} ({str(error).splitlines()[0]})"
+    fault = RestartFault(reason)
     if watchdog.on_abort is not None:
-        watchdog.on_abort(reason)
-    return reason
+        fault.prints = watchdog.on_abort(reason) is not False
+    return fault
 
 
 def _own_launch(launch: Launch, roles: Roles) -> Launch:
@@ -225,9 +225,29 @@ def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device,
         group_size=p,
         device=device,
         world_group=dist.group.WORLD if world > 1 else None,
+        role_group=dist.group.WORLD if world > 1 else None,
         vocab_group=_own_group(consecutive, timeout),
         slice_group=_own_group(strided, timeout),
         pipeline_group=_own_group(consecutive, timeout),
+        timeout=timeout,
+    )
+
+
+def topology_of_teacher(own: Launch, roles: Roles, *, device: torch.device, timeout: timedelta) -> Topology:
+    """The groups of the teacher's own ranks, for loading alone: they exchange messages over the bridge. Collective.
+
+    A slice group holds the ranks with the same stage, one of each replica.
+    """
+    strided = [list(range(stage, own.world, roles.stages)) for stage in range(roles.stages)]
+    return Topology(
+        rank=own.rank,
+        world=own.world,
+        local_rank=own.local_rank,
+        group_size=roles.stages,
+        device=device,
+        slice_group=_own_group(strided, timeout),
+        role="teacher",
+        role_group=dist.group.WORLD if own.world > 1 else None,
         timeout=timeout,
     )
 

@@ -2,23 +2,29 @@
 
 Only safetensors: a pickle can run code, and cannot be read by rows. A file is opened when one of its tensors is read,
 so a rank never opens the files of other stages. Tensors are views of the file, mapped into memory: its pages count as
-this process's memory until the last view is freed, so copy the tensors that you keep and drop the views.
+this process's memory until the last view is freed, so copy the tensors that you keep and drop the views. With
+`mapped=False` they are copies, read with large calls: on a shared file system faster than page faults, and an error of
+the disk is an exception, where a mapped page that cannot be read ends the process.
 
 Quantised tensors (`quantization_config` of the folder's config.json) are read as their numbers in float32, one at a
 time; their parts have no names here.
 """
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadistill.config.paths import wrong_path
-from megadistill.errors import UserError, nearest
-from megadistill.io import open_regular, read_json
+from megadistill.errors import RestartFault, UserError, nearest
+from megadistill.io import open_regular, read_json, reason_of
 from megadistill.models.quantized.decode import Header, decode_rows, decoded_shape
 from megadistill.models.quantized.layout import Quantisation, QuantisedTensor, read_quantisation
 from megadistill.redaction import printable
@@ -29,6 +35,8 @@ MAX_INDEX_BYTES = 64 << 20
 """An index has a line of 100 bytes for each tensor, of which large mixtures of experts have 100,000."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TYPES: Final = _FLOATS | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
+"""Types of the tensors that are read: the model's, and the parts of quantised ones."""
 
 
 def has_all_files(folder: Path) -> bool:
@@ -45,8 +53,11 @@ class SafetensorsFolder:
         UserError: the folder, its index or one of its files is missing or broken, or has no such tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, mapped: bool = True) -> None:
         self.folder = folder
+        self.bytes_read = 0
+        """Bytes of tensors that were read; those of mapped files are not counted."""
+        self._mapped = mapped
         self._headers: dict[str, Any] = {}
         self._refuse_adapter()
         single = (folder / SINGLE_FILE).is_file()
@@ -115,6 +126,9 @@ class SafetensorsFolder:
         """The whole tensors, one after the other, in their stored types: views of the mapped files, on the CPU.
 
         A quantised one is a copy, in float32.
+
+        Raises:
+            RestartFault: the disk, or the file system, cannot read a file that is not mapped.
         """
         opened: dict[str, Any] = {}
         for name in names:
@@ -122,7 +136,7 @@ class SafetensorsFolder:
             for part in self.quantised.get(name, (name,)):
                 file = self._files[part]
                 if file not in opened:
-                    opened[file] = self._opened(file)
+                    opened[file] = self._data(file)
             if name in self.quantised:
                 yield self._decoded(name, opened, 0, self.shape(name)[0])
             else:
@@ -135,9 +149,9 @@ class SafetensorsFolder:
         assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, not {ranges}"
         self.dtype(name)
         if name in self.quantised:
-            opened = {self._files[part]: self._opened(self._files[part]) for part in self.quantised[name]}
+            opened = {self._files[part]: self._data(self._files[part]) for part in self.quantised[name]}
             return torch.cat([self._decoded(name, opened, start, stop) for start, stop in ranges or [(0, 0)]])
-        stored = self._opened(self._files[name]).get_slice(name)
+        stored = self._data(self._files[name]).get_slice(name)
         return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
 
     def missing(self, name: str) -> UserError:
@@ -226,6 +240,13 @@ class SafetensorsFolder:
             self._headers[file] = self._opened(file)
         return self._headers[file]
 
+    def _data(self, file: str) -> Any:
+        """The file, opened for its tensors."""
+        if self._mapped:
+            return self._opened(file)
+        self._header(file)  # safetensors checks the offsets
+        return _ReadFile(self, file)
+
     def _opened(self, file: str) -> Any:
         """The file, mapped. safetensors reads its header, and checks the tensors' offsets against the file's size."""
         path = self.folder / file
@@ -248,3 +269,61 @@ class SafetensorsFolder:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise UserError(f"{path} names {file!r}, which is not a safetensors file of its own folder")
         return dict(files)
+
+
+class _ReadFile:
+    """A safetensors file whose tensors are read, not mapped; safetensors has checked its header."""
+
+    def __init__(self, folder: SafetensorsFolder, file: str) -> None:
+        self._folder, self._path = folder, folder.folder / file
+        try:
+            self._file: BufferedReader = open_regular(self._path)
+            length = int.from_bytes(self._file.read(8), "little")
+            self._header: dict[str, Any] = json.loads(self._file.read(length))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path} cannot be read: {reason_of(error)}") from None
+        self._begin = 8 + length
+
+    def get_tensor(self, name: str) -> Tensor:
+        header = self._header[name]
+        begin, end = header["data_offsets"]
+        return self._read(begin, end).view(_TYPES[header["dtype"]]).view(header["shape"])
+
+    def get_slice(self, name: str) -> "_Rows":
+        return _Rows(self, name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        header = self._header[name]
+        dtype, shape = _TYPES[header["dtype"]], header["shape"]
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+        begin = header["data_offsets"][0]
+        content = self._read(begin + start * row_bytes, begin + stop * row_bytes)
+        return content.view(dtype).view(stop - start, *shape[1:])
+
+    def _read(self, begin: int, end: int) -> Tensor:
+        content = torch.empty(end - begin, dtype=torch.uint8)
+        buffer, done = memoryview(content.numpy()), 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._file.fileno(), [buffer[done:]], self._begin + begin + done)
+            except OSError as error:
+                raise RestartFault(
+                    f"{self._path} cannot be read at byte {self._begin + begin + done}: {reason_of(error)}: look at "
+                    "the disk, or the file system, of this node"
+                ) from None
+            if not count:
+                raise UserError(f"{self._path} became shorter while it was read: is it being written?")
+            done += count
+        self._folder.bytes_read += done
+        return content
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a tensor, as a slice of safetensors is."""
+
+    file: _ReadFile
+    name: str
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.file.rows(self.name, rows.start, rows.stop)

@@ -127,12 +127,15 @@ class Float8Module(nn.Module):
         self.on_device = False
         """Whether the device itself multiplies float8."""
 
-    def load(self, name: str, weight: Tensor) -> None:
-        """Rounds the weight `name`, whose place is still on meta."""
-        rounded, scales = weight_to_float8(weight)
+    def parts(self, name: str) -> list[Tensor]:
+        """The weight `name` and its scales."""
+        return [getattr(self, name), getattr(self, f"{name}_scales")]
+
+    def place(self, name: str, rounded: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
+        """Sets the rounded weight `name`, whose place is still on meta. `dtype`: of the activations."""
         setattr(self, name, rounded)
         setattr(self, f"{name}_scales", scales)
-        self.on_device = weight.dtype == torch.bfloat16 and self.multiplies(weight.device)
+        self.on_device = dtype == torch.bfloat16 and self.multiplies(rounded.device)
 
     def multiplies(self, device: torch.device) -> bool:
         """Whether the device has this module's products."""

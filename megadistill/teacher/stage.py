@@ -5,13 +5,15 @@ Legend: B sequences, S tokens of a sequence, E teacher width, v rows of this ran
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from megadistill.config.recipe import TeacherPrecision
+from megadistill.distributed.broadcast_reader import BroadcastReader, Layout
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers
@@ -20,7 +22,8 @@ from megadistill.models.layers import compile_layers
 from megadistill.models.partition import stage_decoder
 from megadistill.models.weights import read_parameter
 from megadistill.teacher.cpu_linear import use_onednn
-from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8
+from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8, weight_to_float8
+from megadistill.units import number_of, readable
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class TeacherStage(nn.Module):
         precision: TeacherPrecision = "native",
         compiled: bool = False,
         attention: str | None = None,
+        reader: BroadcastReader | None = None,
     ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
@@ -57,22 +61,28 @@ class TeacherStage(nn.Module):
         peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the device's:
         each weight is rounded as soon as it is read.
 
-        `compiled`: see `compile_parts`. `attention`: see `build_causal_lm`.
+        `compiled`: see `compile_parts`. `attention`: see `build_causal_lm`. `reader`: a rank that does not read opens
+        no file of weights, and receives each parameter as the stage keeps it: in `dtype`, or rounded with its scales.
+        That is exact, and the least that is sent without decoding a quantised folder again on every rank. Default:
+        every rank reads.
 
         Raises:
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
         """
         config = load_config(folder, what=f"teacher {folder}")
-        weights = SafetensorsFolder(folder)
+        reader = reader or BroadcastReader()
+        opened = _OpenedOnce(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages, attention=attention)
         shapes = {name: decoder.get_parameter(name).shape for name in names.values()}
         native = use_float8(decoder) if precision == "float8" else []
         for whole_name, name in names.items():
-            _place(  # at once: a name for the tensor would keep it while the next one is read
-                decoder,
-                name,
-                read_parameter(weights, config, whole_name, shapes[name], dtype=dtype, device=device),
-            )
+
+            def read(whole_name: str = whole_name, name: str = name) -> Tensor:
+                return read_parameter(opened(), config, whole_name, shapes[name], dtype=dtype, device=device)
+
+            _place(decoder, name, read, shapes[name], reader, dtype=dtype, device=device)
+        reader.finish()
+        logger.info("%s", _describe_reading(f"stage {stage} of {stages}", reader, opened))
         if precision == "float8":
             logger.info("%s", describe_float8(decoder, native, device))
         rebuild_buffers(decoder)
@@ -135,31 +145,94 @@ class TeacherStage(nn.Module):
         return hidden_BSE
 
 
-def _place(decoder: Any, name: str, tensor: Tensor) -> None:
-    """Makes the tensor the frozen parameter `name`, or rounds it where its module is in float8."""
+class _OpenedOnce:
+    """A folder of weights that is opened when it is first read: by a rank that reads, and by no other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.weights: SafetensorsFolder | None = None
+
+    def __call__(self) -> SafetensorsFolder:
+        if self.weights is None:
+            self.weights = SafetensorsFolder(self.folder, mapped=False)
+        return self.weights
+
+    @property
+    def bytes_read(self) -> int:
+        return 0 if self.weights is None else self.weights.bytes_read
+
+
+def _describe_reading(what: str, reader: BroadcastReader, opened: _OpenedOnce) -> str:
+    """A log line."""
+    by_broadcast = f", broadcast to {number_of(reader.receivers, 'other rank')}" if reader.receivers else ""
+    return f"teacher: {what} read, {readable(opened.bytes_read, 'B')} in {reader.seconds:.1f} s{by_broadcast}"
+
+
+def _place(
+    decoder: Any,
+    name: str,
+    read: Callable[[], Tensor],
+    shape: Size,
+    reader: BroadcastReader,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Makes what is read the frozen parameter `name`, or rounds it where its module is in float8."""
     place, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(place)
     if isinstance(module, Float8Module) and leaf in module.names:
-        module.load(leaf, tensor)
+        layouts = [Layout(part.shape, part.dtype) for part in module.parts(leaf)]
+        rounded, scales = reader.tensors(layouts, lambda: weight_to_float8(read()), device=device)
+        module.place(leaf, rounded, scales, dtype=dtype)
     else:
+        (tensor,) = reader.tensors([Layout(shape, dtype)], lambda: [read()], device=device)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def head_rows(
-    folder: Path, vocab: VocabSlice, *, dtype: torch.dtype, device: torch.device, ids: Tensor | None = None
+    folder: Path,
+    vocab: VocabSlice,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: Tensor | None = None,
+    reader: BroadcastReader | None = None,
 ) -> Tensor:
     """[v, E]: this rank's rows of the teacher's head; only they are read. From `vocab.size` on they are zero.
 
     `ids` [vocab.size] int64, on the host: the teacher's id of each of the student's, -1 where it has none: such a row
-    is zero too, and `unknown_bias` keeps it out of the softmax. By default both have the same ids.
+    is zero too, and `unknown_bias` keeps it out of the softmax. By default both have the same ids. `reader`: of the
+    ranks with the same slice; by default every rank reads.
 
     Raises:
         UserError: the teacher's vocabulary is smaller than `vocab.size`, or than an id of `ids`.
     """
     config = load_config(folder, what=f"teacher {folder}")
-    weights = SafetensorsFolder(folder)
-    name = EMBEDDING if config.tie_word_embeddings else HEAD
-    teacher_rows = weights.shape(name)[0]
+    reader = reader or BroadcastReader()
+    opened = _OpenedOnce(folder)
+    layout = Layout(Size([vocab.rows, config.hidden_size]), dtype)
+
+    def read() -> list[Tensor]:
+        name = EMBEDDING if config.tie_word_embeddings else HEAD
+        return [_read_head_rows(opened(), name, vocab, dtype=dtype, device=device, ids=ids)]
+
+    (rows_vE,) = reader.tensors([layout], read, device=device)
+    reader.finish()
+    logger.info("%s", _describe_reading("rows of the head", reader, opened))
+    return rows_vE
+
+
+def _read_head_rows(
+    weights: SafetensorsFolder,
+    name: str,
+    vocab: VocabSlice,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: Tensor | None,
+) -> Tensor:
+    teacher_rows, folder = weights.shape(name)[0], weights.folder
     if ids is None and teacher_rows < vocab.size:
         raise UserError(
             f"the teacher in {folder} has {teacher_rows} vocabulary rows, the student's tokenizer has {vocab.size} "

@@ -46,12 +46,17 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
     with process_groups(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
         try:
             yield setup, topology
+        except RankUserError:  # it names the rank
+            raise
         except UserError as error:
             raise RankUserError(f"rank {topology.rank}: {error}") from error
 
 
 def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher]:
-    """Student and teacher of this rank. The teacher's stage comes first: see `load_teacher`."""
+    """Student and teacher of this rank. The teacher's stage comes first: see `load_teacher`.
+
+    The student has no values yet: see `Recovery.restore`.
+    """
     recipe = setup.recipe
     teacher_on_slice = load_teacher(setup, topology)
     student = StudentEngine(
@@ -60,7 +65,6 @@ def build(setup: Setup, topology: Topology) -> tuple[StudentEngine, Teacher]:
         train=recipe.train,
         deepspeed_config=setup.deepspeed_config,
         vocab_size=setup.data.vocab_size,
-        seed=recipe.run.seed,
         accumulation=setup.accumulation,
         topology=topology,
         attention=setup.attention("student").value,

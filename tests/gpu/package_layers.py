@@ -14,7 +14,7 @@ from torch import Tensor
 from megadistill.config.recipe import Checkpointing
 from megadistill.models.families import build_decoder, forward_inputs, load_config, rebuild_buffers
 from megadistill.models.layers import checkpoint_layers, compile_layers
-from megadistill.teacher.float8 import Float8Module, use_float8
+from megadistill.teacher.float8 import Float8Module, use_float8, weight_to_float8
 from megadistill.teacher.stage import TeacherStage
 from tests.gpu.device import Device
 from tests.gpu.loss_numerics import relative_error
@@ -57,7 +57,7 @@ def _fill(decoder: Any, device: Device, *, float8: bool = False) -> None:
         place, _, last = name.rpartition(".")
         module = decoder.get_submodule(place)
         if isinstance(module, Float8Module):
-            module.load(last, weight)
+            module.place(last, *weight_to_float8(weight), dtype=weight.dtype)
         else:
             setattr(module, last, torch.nn.Parameter(weight))
     rebuild_buffers(decoder)

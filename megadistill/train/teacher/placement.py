@@ -12,6 +12,7 @@ from pathlib import Path
 from megadistill.config.recipe import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
+from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.models.families import logit_transform
@@ -55,7 +56,7 @@ def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], Liv
         kind = ColocatedTeacher if topology.bridge is None else LiveTeacher
         return kind(
             pipeline=pipeline,  # type: ignore[arg-type]  # a TeacherPipeline where there is no bridge
-            head=head_rows(folder, vocab, dtype=dtype, device=device, ids=ids),
+            head=head_rows(folder, vocab, dtype=dtype, device=device, ids=ids, reader=_reader(topology)),
             bias=None if ids is None else unknown_bias(vocab, ids, device=device),
             logits=logit_transform(setup.teacher_config),
             ids=ids,
@@ -96,7 +97,13 @@ def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> Tea
         precision=_section(setup).precision,
         compiled=setup.compiles("teacher"),
         attention=setup.attention("teacher").value,
+        reader=_reader(topology),
     )
+
+
+def _reader(topology: Topology) -> BroadcastReader:
+    """Of the ranks with the same stage, and the same rows of the head: one of them reads."""
+    return BroadcastReader(topology, group=topology.slice_group)
 
 
 def run_teacher_server(setup: Setup, topology: Topology) -> None:
@@ -109,6 +116,8 @@ def run_teacher_server(setup: Setup, topology: Topology) -> None:
     assert bridge is not None
     stage = load_stage(setup, topology, topology.rank % topology.group_size, topology.group_size)
     frozen = FrozenWeights.of(stage.weights()) if every else None
+    if frozen is not None:
+        frozen.require_same_replicas(topology)
     per_step = setup.accumulation * len(bridge.roles.clients(0))  # micro-batches; as many in every replica
     server = TeacherServer(stage, bridge, *transfer_codecs(setup), queue=_section(setup).queue)
     for served in server.serve():

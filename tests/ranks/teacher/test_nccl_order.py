@@ -4,6 +4,7 @@ The teacher's stages add 1 to what they get; the student's ZeRO-3 leaves all-gat
 """
 
 import ast
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,20 +22,26 @@ import yaml
 import megadistill
 from megadistill.distributed import bandwidth
 from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.collectives import Pending, start_all_gather_rows
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.rendezvous import store_barrier
 from megadistill.distributed.roles import Roles
-from megadistill.distributed.topology import Topology, even_slice, topology_of_world
+from megadistill.distributed.topology import Topology, even_slice, topology_of_teacher, topology_of_world
+from megadistill.distributed.vocab import VocabSlice
+from megadistill.errors import UserError
 from megadistill.teacher.codec import ActivationCodec
 from megadistill.teacher.disaggregated import RemoteTeacher, RequestCodec, TeacherServer
 from megadistill.teacher.pipeline import TeacherPipeline
+from megadistill.teacher.stage import TeacherStage, head_rows
+from megadistill.train.resilience.sdc import weights_digest
 from megadistill.train.teacher.live import ColocatedTeacher, LiveTeacher
 from megadistill.train.teacher.probe import ProbeInput
 from megadistill.types import TeacherSignal, TokenBatch, token_digest
 from tests.paths import ROOT
 from tests.ranks.nccl_rules import Failed, Group, Hang, Store, finished, run_threads
+from tests.unit.models.cases import VOCAB, saved_model
 
 B, S, E, QUEUE = 1, 8, 4, 2
 CPU, TIMEOUT = torch.device("cpu"), timedelta(minutes=1)
@@ -374,6 +381,71 @@ def test_the_doctors_measurements_end(world: int, local_world: int, monkeypatch:
     assert finished(run_threads(world, rank_of, one_queue=True)) == [len(pairs)] * world
 
 
+def _stage_and_head(folder: Path, topology: Topology, *, breaks: bool) -> tuple[int, torch.Tensor]:
+    """Digest of the stage, and rows of the head, of a real folder of weights. `breaks`: this rank cannot read."""
+    if breaks:
+        folder = folder / "broken"
+
+    def reader() -> BroadcastReader:
+        return BroadcastReader(topology, group=topology.slice_group)
+
+    place: dict[str, Any] = {"stage": topology.group_rank, "stages": topology.group_size}
+    how: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
+    stage = TeacherStage.load(folder, **place, **how, reader=reader())
+    rows = torch.zeros(0)
+    if topology.role == "student":
+        rows = head_rows(folder, even_slice(VOCAB, topology), **how, reader=reader())
+    return int(weights_digest(stage.weights()).sum()), rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, and one whose weights are missing."""
+    folder = tmp_path_factory.mktemp("teacher")
+    saved_model("llama", folder)
+    (folder / "broken").mkdir()
+    shutil.copy(folder / "config.json", folder / "broken")
+    return folder
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize("breaks", [None, 0, 1])
+@pytest.mark.parametrize("kind", ["colocated", "disaggregated"])
+def test_a_teacher_read_once_reaches_every_replica(
+    kind: str, breaks: int | None, one_queue: bool, folder: Path
+) -> None:
+    """Of four ranks in two stages; `breaks` is the one that cannot read."""
+    roles = Roles(8, 4, 2) if kind == "disaggregated" else None
+
+    def rank_of(rank: int, store: Store) -> tuple[int, torch.Tensor] | str:
+        if roles is None:
+            topology = _topology(rank, 4, 2)
+        elif roles.is_student(rank):
+            return "a student"
+        else:
+            own = Launch(rank - roles.students, roles.teachers, rank, 8)
+            topology = topology_of_teacher(own, roles, device=CPU, timeout=TIMEOUT)
+        try:
+            return _stage_and_head(folder, topology, breaks=topology.rank == breaks)
+        except UserError as error:
+            return str(error)
+
+    results = finished(run_threads(4 if roles is None else 8, rank_of, one_queue=one_queue, roles=roles))[-4:]
+    if breaks is not None:
+        whose = "rank" if roles is None else "the teacher's rank"
+        assert set(results) == {
+            f"{whose} {breaks}: {folder}/broken has neither model.safetensors nor "
+            "model.safetensors.index.json; name a Hugging Face model folder"
+        }
+        return
+    truth = [TeacherStage.load(folder, stage=j, stages=2, dtype=torch.float32, device=CPU) for j in range(2)]
+    for rank, (digest, rows) in enumerate(results):
+        assert digest == int(weights_digest(truth[rank % 2].weights()).sum())
+        if roles is None:
+            vocab = VocabSlice.contiguous(*((0, 125), (125, 250))[rank % 2], VOCAB, None)
+            assert torch.equal(rows, head_rows(folder, vocab, dtype=torch.float32, device=CPU))
+
+
 USERS = {
     "distributed/bandwidth.py": test_the_doctors_measurements_end,
     "distributed/bridge.py": test_a_run_starts_rolls_back_and_stops,
@@ -382,6 +454,7 @@ USERS = {
     "teacher/disaggregated.py": test_a_run_starts_rolls_back_and_stops,
     "teacher/pipeline.py": test_the_colocated_pipeline_ends,
     "train/teacher/live.py": test_probes_and_stored_targets_end,
+    "teacher/stage.py": test_a_teacher_read_once_reaches_every_replica,
     "train/teacher/placement.py": test_probes_and_stored_targets_end,
 }
 """Module with messages, or a user of one -> the test above that runs its messages."""
@@ -395,7 +468,7 @@ def _names(tree: ast.AST) -> Iterator[str]:
 
 def test_every_user_of_messages_is_known() -> None:
     """Who sends or receives, or names a class that does, has a test above."""
-    makers = {"Endpoint", "exchange", "Bridge", "TeacherPipeline", "RemoteTeacher", "TeacherServer"}
+    makers = {"BroadcastReader", "Endpoint", "exchange", "Bridge", "TeacherPipeline", "RemoteTeacher", "TeacherServer"}
     own = Path(megadistill.__file__).parent
     texts = {file: file.read_text(encoding="utf-8") for file in own.rglob("*.py")}
     users = {

@@ -86,7 +86,7 @@ def _linear(K: int, N: int, *, dtype: torch.dtype = torch.float32, bias: bool = 
     torch.manual_seed(0)
     native = nn.Linear(K, N, bias=bias, dtype=dtype)
     linear = Float8Linear(native)
-    linear.load("weight", native.weight.data)
+    linear.place("weight", *weight_to_float8(native.weight.data), dtype=native.weight.dtype)
     linear.native = native.weight.data
     return linear
 

@@ -20,8 +20,8 @@ import megadistill.distributed
 from megadistill.distributed.watchdog.stack_probe import blocked_in_collective
 
 OWN = str(Path(megadistill.__file__).parent)
-QUIET = {"watchdog", "stack_probe", "parent", "vocab", "__init__"}
-"""Modules that name torch.distributed and never wait in the main thread."""
+QUIET = {"watchdog", "stack_probe", "parent", "vocab", "broadcast_reader", "__init__"}
+"""Modules that name torch.distributed and never wait in the main thread; a rank that reads files does not either."""
 WAITING = [
     module.name
     for module in pkgutil.walk_packages(megadistill.distributed.__path__, "megadistill.distributed.")
