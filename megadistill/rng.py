@@ -5,7 +5,10 @@ import hashlib
 import numpy as np
 
 
-def keyed_generator(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for each (seed, name): Philox, keyed by their 128-bit hash."""
+def keyed_generator(seed: int, name: str, block: int = 0) -> np.random.Generator:
+    """A generator of its own for each (seed, name, block): Philox, keyed by the 128-bit hash of (seed, name).
+
+    `block` is the highest word of its 256-bit counter, so that no block's numbers run into another's.
+    """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"), counter=block << 192))

@@ -73,11 +73,11 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         train=recipe.train.model_copy(update={"micro_batch": len(batch), "global_batch": len(batch) * topology.world}),
         deepspeed_config=setup.deepspeed_config,
         vocab_size=VOCAB,
-        seed=SEED,
         accumulation=1,
         topology=topology,
         attention=setup.attention("student").value,
     )
+    student.draw_weights(SEED)
     teacher: Teacher = NoTeacher()
     if stage is not None:
         dtype = torch_dtype(recipe.train.precision)

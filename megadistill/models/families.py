@@ -6,6 +6,7 @@ Code that comes with a checkpoint is never run: the classes are transformers' ow
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 from megadistill.config.paths import not_model
 from megadistill.errors import UserError
@@ -242,7 +244,12 @@ def transformers_attention(config: PretrainedConfig, attention: str | None) -> s
 
 
 def build_causal_lm(
-    config: PretrainedConfig, *, vocab_size: int, dtype: torch.dtype, attention: str | None = None
+    config: PretrainedConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    initialise: bool = True,
 ) -> PreTrainedModel:
     """The model with its head, over `vocab_size` rows (padding included), in the caller's context and device.
 
@@ -251,16 +258,19 @@ def build_causal_lm(
     Every token's embedding is trained: torch would leave out the row of a `pad_token_id`, which Gemma and OLMo 2 set to
     0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
 
-    Inside `zero.Init` its parameters come out partitioned, wrongly initialised, and its buffers in `dtype`: fill the
-    parameters with `initial_tensor` and call `rebuild_buffers` outside.
+    `initialise`: whether torch and transformers draw initial values. Inside `zero.Init` the parameters come out
+    partitioned, wrongly initialised, and the buffers in `dtype`: fill the parameters and call `rebuild_buffers` outside.
     """
     config = copy.deepcopy(config)
     config.vocab_size = vocab_size
     config.pad_token_id = None
     config.use_cache = False
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=transformers_attention(config, attention), trust_remote_code=False
-    )
+    with nullcontext() if initialise else no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=transformers_attention(config, attention), trust_remote_code=False
+        )
+    if not initialise:
+        model.tie_weights()  # transformers does it where it draws values
     omit_empty_masks(decoder(model))
     return model
 

@@ -1,7 +1,7 @@
-"""Initial weights of a student: random ones, or those of a Hugging Face folder, read by ranges of elements.
+"""Initial weights of a student: random ones, or those of a Hugging Face folder, by ranges of elements.
 
 The folder is a pruned teacher or an earlier student. ZeRO-3 keeps a flat piece of each parameter on each rank, so a
-rank reads only the rows that its piece lies in.
+rank draws only the blocks, and reads only the rows, that its piece lies in.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Size, Tensor
 from transformers import PretrainedConfig
 
@@ -40,22 +41,71 @@ FREE_KEYS = (
 MAX_DIFFERENCES = 5
 """Maximum number of differences that a message lists."""
 
+BLOCK = 1 << 18
+"""Elements of a parameter that have a generator of their own: see docs/decisions/0023.
+
+Another value changes the initial values of all larger parameters.
+"""
+
 
 def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, norm: float = 1.0) -> Tensor:
     """float32 on the CPU: matrices (and experts' stacks of them) normal(0, `std`), biases zero, norms `norm`.
 
     As in transformers, except that the embedding of `pad_token_id` is drawn like the others. `norm` is the family's
-    `norm_init`. Values depend on (seed, name) alone, not on the world size or the order of parameters, and are drawn in
-    row-major order: the first rows of an embedding or head do not depend on the number of padding rows.
+    `norm_init`. Values depend on (seed, name, place) alone, not on the world size or the order of parameters, and are
+    drawn in row-major order: the first rows of an embedding or head do not depend on the number of padding rows.
+    """
+    values = initial_range(name, shape, 0, Size(shape).numel(), std=std, seed=seed, norm=norm)
+    return values.reshape(tuple(shape))
+
+
+def initial_range(
+    name: str, shape: Sequence[int], start: int, stop: int, *, std: float, seed: int, norm: float = 1.0
+) -> Tensor:
+    """[stop - start] float32 on the CPU: these elements of the flattened `initial_tensor`, bitwise.
+
+    Cost: the range, and less than a block more.
     """
     if name.endswith(".bias"):
-        return torch.zeros(*shape)
+        return torch.zeros(stop - start)
     if len(shape) == 1:
-        return torch.full(tuple(shape), norm)
-    # numpy's normal is drawn one value after the other; torch's works in blocks of 16, so that its tail depends on
-    # the size, and its last digits on the vector unit.
-    normal = keyed_generator(seed, name).standard_normal(tuple(shape), dtype=np.float32)
-    return torch.from_numpy(normal).mul_(std)
+        return torch.full((stop - start,), norm)
+    return torch.from_numpy(_normal(name, start, stop, seed=seed)).mul_(std)
+
+
+def _normal(name: str, start: int, stop: int, *, seed: int) -> NDArray[np.float32]:
+    """Elements `start` to `stop` of an endless sequence of standard normals."""
+    values = np.empty(stop - start, dtype=np.float32)
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        first = block * BLOCK
+        low, high = max(start, first), min(stop, first + BLOCK)
+        # numpy's normal is drawn one value after the other, each from as many random words as it rejects, so a block
+        # is drawn from its beginning; torch's last digits depend on the vector unit.
+        drawn = keyed_generator(seed, name, block).standard_normal(high - first, dtype=np.float32)
+        values[low - start : high - start] = drawn[low - first :]
+    return values
+
+
+class RandomWeights:
+    """Initial values by a seed, for a model of `config` whose vocabulary of `vocab_size` ids may be padded.
+
+    They are rounded to `dtype`, the precision that the model computes in.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, vocab_size: int, seed: int, dtype: torch.dtype) -> None:
+        self._std, self._norm = config.initializer_range, family(config).norm_init
+        self._vocab_size, self._seed, self._dtype = vocab_size, seed, dtype
+
+    def read(self, name: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of the flattened parameter `name`: float32, on the host; padding rows are zero."""
+        values = torch.zeros(stop - start)
+        rows = self._vocab_size if name in (EMBEDDING, HEAD) else shape[0]
+        end = min(stop, rows * Size(shape[1:]).numel())
+        if start < end:
+            values[: end - start] = initial_range(
+                name, shape, start, end, std=self._std, seed=self._seed, norm=self._norm
+            )
+        return values.to(self._dtype).float()
 
 
 class InitialWeights:

@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor
 from torch.nn import Module
@@ -30,11 +29,10 @@ from megadistill.models.families import (
     HEAD,
     build_causal_lm,
     decoder,
-    family,
     forward_inputs,
     rebuild_buffers,
 )
-from megadistill.models.initial_weights import InitialWeights, initial_tensor
+from megadistill.models.initial_weights import InitialWeights, RandomWeights
 from megadistill.models.layers import checkpoint_layers, compile_layers
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import build_engine_config, with_layer_prefetch
@@ -42,12 +40,11 @@ from megadistill.student.deepspeed_overhead import remove_overhead
 from megadistill.student.flat_step import FlatStep
 from megadistill.student.head import StudentHead
 from megadistill.student.optimizer import MASTER, build_optimizer
+from megadistill.student.persistent import keep_gathered
 from megadistill.student.routers import Routers, RouterSums
 from megadistill.student.state import StudentState
+from megadistill.student.zero_init import EmptyInit, without_gathers
 
-# DeepSpeed would compile this operator, for inference only, at every start on a CPU: it takes a minute, and a killed
-# build leaves a lock that hangs every later run.
-compatible_ops["deepspeed_shm_comm"] = False
 remove_overhead()
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -60,21 +57,6 @@ def _hidden_states(self: Module, tokens: Tensor, positions: Tensor | None) -> Te
     inner: Any = self.model
     hidden: Tensor = inner(**forward_inputs(inner, tokens, positions)).last_hidden_state
     return hidden
-
-
-def _initialise(model: Module, config: Any, *, vocab_size: int, seed: int, rank: int) -> None:
-    """Fills the parameters with the same values for every world size: an RNG keyed by the name, on rank 0.
-
-    transformers initialised them inside `zero.Init`, where their size is 0.
-    """
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if rank == 0:
-                rows = vocab_size if name in (EMBEDDING, HEAD) else parameter.shape[0]  # padding rows stay zero
-                shape, norm = (rows, *parameter.shape[1:]), family(config).norm_init
-                values = initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
-                parameter.data.zero_()
-                parameter.data[:rows].copy_(values)
 
 
 def _make_leaves(layers: Any) -> list[list[int]]:
@@ -112,8 +94,8 @@ def _restore_buffers(model: Module, buffers: dict[str, Tensor]) -> None:
 class StudentEngine:
     """A causal language model under ZeRO-3, and its head as a slice of the vocabulary.
 
-    If `section.weights` names a folder the parameters have no values until `load_weights` or `state.load`. `attention`:
-    see `build_causal_lm`.
+    Its parameters have no values until `draw_weights`, `load_weights` or `state.load`, and its construction moves none
+    between ranks. `attention`: see `build_causal_lm`.
 
     Raises:
         UserError: sizes that do not fit the world (see `StudentHead` and `build_engine_config`).
@@ -127,19 +109,17 @@ class StudentEngine:
         train: TrainSection,
         deepspeed_config: dict[str, Any],
         vocab_size: int,
-        seed: int,
         accumulation: int,
         topology: Topology,
         attention: str | None = None,
     ) -> None:
         engine_config = build_engine_config(deepspeed_config, train, accumulation)
         padded = padded_vocabulary(vocab_size, section.vocab_multiple)
-        with deepspeed.zero.Init(config_dict_or_path=engine_config):
+        self._dtype = torch_dtype(train.precision)
+        with EmptyInit(config_dict_or_path=engine_config):
             model: Module = build_causal_lm(
-                config, vocab_size=padded, dtype=torch_dtype(train.precision), attention=attention
+                config, vocab_size=padded, dtype=self._dtype, attention=attention, initialise=False
             )
-        if section.weights is None:
-            _initialise(model, config, vocab_size=vocab_size, seed=seed, rank=topology.rank)
         rebuild_buffers(model)  # `zero.Init` casts RoPE's frequencies to bfloat16
         buffers = dict(model.named_buffers(remove_duplicate=False))
         model.forward = MethodType(_hidden_states, model)  # a wrapper would prefix every name in a checkpoint
@@ -153,9 +133,13 @@ class StudentEngine:
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.parameters())
         self._config = config
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
+        with without_gathers(model.parameters()):
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         _restore_buffers(model, buffers)
         _release_early(decoder(model).embed_tokens)
+        if engine_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            # It is no layer's. Without hpZ it is gathered with a layer; here over the world, and the layer in the node.
+            keep_gathered(self._engine.optimizer, decoder(model).norm)
         FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology
@@ -183,6 +167,7 @@ class StudentEngine:
     def _forward(
         self, tokens: Tensor, positions: Tensor | None, token_weights: Tensor | None, *, differentiable: bool = False
     ) -> Tensor:
+        assert self.state.has_values, "the student's parameters were given no values"
         if self.routers is not None:
             self.routers.begin(token_weights, differentiable=differentiable)
         hidden: Tensor = self._engine(tokens, positions)
@@ -213,12 +198,19 @@ class StudentEngine:
     def load_weights(self, folder: Path) -> None:
         """Loads the parameters of a Hugging Face folder of the same model, as step 0; see `InitialWeights`.
 
-        Each rank reads its own pieces; the master weights are the stored ones, in float32. Collective.
+        Each rank reads its own pieces; the master weights are the stored ones, in float32.
 
         Raises:
             UserError: a tensor is missing, or cannot be read.
         """
-        weights, shapes = InitialWeights(folder, self._config, vocab_size=self.head.vocab.size), self.state.shapes
+        self._begin_with(InitialWeights(folder, self._config, vocab_size=self.head.vocab.size))
+
+    def draw_weights(self, seed: int) -> None:
+        """Draws initial values by a seed, as step 0: each rank its own pieces. The same for every world size."""
+        self._begin_with(RandomWeights(self._config, vocab_size=self.head.vocab.size, seed=seed, dtype=self._dtype))
+
+    def _begin_with(self, weights: InitialWeights | RandomWeights) -> None:
+        shapes = self.state.shapes
 
         def read(key: str, start: int, stop: int) -> Tensor:
             kind, _, name = key.partition("/")

@@ -62,7 +62,9 @@ class StudentState:
     ) -> None:
         self._model, self._zero, self._optimizer, self._section, self._rank = model, zero, optimizer, section, rank
         self._kinds = state_kinds(section)
-        self._reset(steps=torch.zeros(()))
+        self.has_values = False
+        """Whether `load` has given the parameters values."""
+        self._reset()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,7 +90,7 @@ class StudentState:
     @torch.no_grad()
     def load(self, read: ReadRange) -> None:
         """Restores what `local` of any number of ranks returned: each piece is read by its range of elements."""
-        self._reset(steps=read(STEP_KEY, 0, 1).reshape(()))
+        self._reset()
         for partition in self._partitions():
             piece = partition.parameter.ds_tensor
             for kind in self._kinds:
@@ -99,7 +101,12 @@ class StudentState:
                     piece.copy_(values)
                 else:
                     safe_set_local_optimizer_state(partition.parameter, values, kind)
+        # after the pieces: a checkpoint has it in each rank's file, so no file is opened for it
+        steps = read(STEP_KEY, 0, 1).reshape(())
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            self._optimizer.state[flat]["step"] = steps.to(flat.device, copy=True)
         self._refresh_copies()
+        self.has_values = True
 
     def distributions(self) -> dict[str, Tensor]:
         """This rank's pieces, flat and float32, for histograms: `weights/NAME` and `gradient_mean/NAME`.
@@ -147,26 +154,27 @@ class StudentState:
             differing += [name for name, differs in zip(by_name, flags, strict=True) if differs]
         return differing
 
-    def _reset(self, *, steps: Tensor) -> None:
+    def _reset(self) -> None:
         """Sets the optimizer state to zeros. It would make its own at its first step, which may be after a save."""
         for flat in self._zero.fp32_partitioned_groups_flat:
             self._optimizer.state[flat] = {
-                "step": steps.to(flat.device, copy=True),
+                "step": torch.zeros((), device=flat.device),
                 **{kind: torch.zeros_like(flat) for kind in self._kinds if kind != MASTER},
             }
 
     def _refresh_copies(self) -> None:
         """Updates the copies that ZeRO-3 holds beside the partitions.
 
-        Small parameters stay gathered between steps; hpZ keeps a second partition within each node, which is made
-        anew from the first one when it is gone, and which releasing a parameter would fill with its former values.
+        Small parameters stay gathered between steps, from the first forward pass on; hpZ keeps a second partition
+        within each node, which is made anew from the first one when it is gone, and which releasing a parameter would
+        fill with its former values.
         """
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
+        gathered = [each for each in self._zero.persistent_parameters if each.ds_status == ZeroParamStatus.AVAILABLE]
+        if gathered:
+            gathered[0].partition(gathered)
         self._zero.invalidate_secondary_tensor()
-        if persistent:
-            persistent[0].all_gather(persistent)
+        if gathered:
+            gathered[0].all_gather(gathered)
 
     def _partitions(self) -> Iterator[Partition]:
         parameter: Any

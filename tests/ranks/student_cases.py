@@ -196,11 +196,11 @@ def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | Non
         train=train_section(case, topology.world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
-        seed=SEED,
         accumulation=case.accumulation,
         topology=topology,
         attention="flex" if case.document_mask else None,  # as `auto` chooses
     )
+    student.draw_weights(SEED)
     student.gradients = []
     return student
 

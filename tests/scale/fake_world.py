@@ -165,14 +165,13 @@ def build_student(
     deepspeed: str = "zero3.json",
     settings: dict[str, Any] | None = None,
     vocab_multiple: int | None = None,
-    weights: str | None = None,
     activation_checkpointing: Any = "none",
+    accumulation: int = 1,
 ) -> StudentEngine:
     """A student of `config` (transformers' object) under a file of ds_configs, in bfloat16.
 
-    `settings` replace keys of the file's `zero_optimization`. `weights`: any text, for a student without initial
-    values. `take_step` needs a vocabulary without padding, a multiple of the world: a fake gather gives a rank its own
-    part as that of each.
+    `settings` replace keys of the file's `zero_optimization`. `take_step` needs a vocabulary without padding, a multiple
+    of the world: a fake gather gives a rank its own part as that of each.
     """
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / deepspeed)
     deepspeed_config["zero_optimization"].update({"overlap_comm": False, **(settings or {})})  # no streams on a CPU
@@ -180,35 +179,38 @@ def build_student(
         config="unused",
         deepspeed=str(DS_CONFIGS / deepspeed),
         vocab_multiple=vocab_multiple or topology.world,
-        weights=weights,
         activation_checkpointing=activation_checkpointing,
     )
     train = TrainSection.model_validate(
         {
             "steps": 10,
-            "global_batch": topology.world,
+            "global_batch": accumulation * topology.world,
             "micro_batch": 1,
             "precision": "bfloat16",
             "optimizer": {"learning_rate": 1e-3},
         }
     )
-    return StudentEngine(
+    student = StudentEngine(
         config,
         section=section,
         train=train,
         deepspeed_config=deepspeed_config,
         vocab_size=config.vocab_size,
-        seed=1,
-        accumulation=1,
+        accumulation=accumulation,
         topology=topology,
     )
+    student.draw_weights(1)
+    return student
 
 
-def take_step(student: StudentEngine, topology: Topology, *, step: int = 0, tokens: int = 8) -> list[Collective]:
-    """The collectives of one step on labels, by the run's own code: one sequence of `tokens` tokens a rank."""
-    ids = torch.arange(tokens)[None] % student.head.vocab.size
+def take_step(
+    student: StudentEngine, topology: Topology, *, step: int = 0, tokens: int = 8, accumulation: int = 1
+) -> list[Collective]:
+    """The collectives of one step on labels, by the run's own code: `accumulation` sequences of `tokens` tokens a rank,
+    one a micro-step."""
+    ids = (torch.arange(tokens)[None] % student.head.vocab.size).repeat(accumulation, 1)
     starts = torch.zeros_like(ids, dtype=torch.bool)
-    batch = TokenBatch(ids, ids, torch.tensor([step]), token_digest(ids), starts)
+    batch = TokenBatch(ids, ids, torch.arange(accumulation) + accumulation * step, token_digest(ids), starts)
     batches = StepBatches(iter([(batch, Cursor("", 0))]), NoTeacher(), micro_batch=1)
     collectives = Collectives()
     with collectives:

@@ -49,7 +49,7 @@ def _steps(topology: Topology) -> list[Collective]:
         "vocab_size": 1536,
         "tie_word_embeddings": False,
     }
-    student = build_student(topology, load_config(model, what="test"), weights="none")
+    student = build_student(topology, load_config(model, what="test"))
     take_step(student, topology)
     return take_step(student, topology, step=1)
 

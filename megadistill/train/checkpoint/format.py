@@ -3,7 +3,8 @@
 `checkpoints/step-00001000/` holds one safetensors file a rank (its piece of every flattened parameter's float32
 master weights and optimizer state, see `student.state`) and `manifest.json` (step, stream cursor, shapes,
 every file's size and sha256). The pieces of the ranks, one after the other, are the parameter, so that any number of
-ranks can read what any number of ranks wrote. No file is a pickle. `writer` writes checkpoints, `select` chooses one.
+ranks can read what any number of ranks wrote; all but the last are equally long, so that a reader opens only the files
+that hold its range. No file is a pickle. `writer` writes checkpoints, `select` chooses one.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ import json
 import math
 import os
 import reprlib
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,17 +117,39 @@ class CheckpointManifest(_Record):
         return self
 
 
+@dataclass(frozen=True)
+class Range:
+    """Elements `start` to `stop` of the piece of a flattened parameter that `rank` holds, of `length` elements."""
+
+    rank: int
+    start: int
+    stop: int
+    length: int
+
+
+def ranges_of(numel: int, start: int, stop: int, world: int) -> Iterator[Range]:
+    """Where elements `start` to `stop` of a parameter of `numel` lie, on ZeRO-3's ranks: ceil(numel / world) each."""
+    size = max(1, -(-numel // world))
+    for rank in range(start // size, -(-stop // size)):
+        first = rank * size
+        length = min(size, numel - first)
+        yield Range(rank, max(start - first, 0), min(stop - first, length), length)
+
+
 class Checkpoint:
     """A checkpoint on disk with a valid manifest. `verify` compares the files with it.
+
+    `manifest`: its content, where another rank has read it.
 
     Raises:
         OperatorFault: the manifest is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: CheckpointManifest | None = None) -> None:
         self.folder = folder
+        self._open: dict[int, Any] = {}
         path = folder / "manifest.json"
-        self.manifest = _read_manifest(path)
+        self.manifest = read_manifest(path) if manifest is None else manifest
         step = step_of(folder.name)
         if step not in (None, self.manifest.step):
             raise OperatorFault(f"{path} is of step {self.manifest.step}, not of the folder's step {step}")
@@ -138,10 +162,14 @@ class Checkpoint:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compares each file's size and sha256 with the manifest. Rank `part` of `parts` reads its share of the files.
 
+        They are those that it reads its state from, as far as the numbers of ranks allow it.
+
         Raises:
             OperatorFault: a file is missing or damaged. OSError: a file cannot be read at the moment.
         """
-        for name, record in list(self.manifest.files.items())[part::parts]:
+        world = self.manifest.world
+        for name in _rank_files(world)[part * world // parts : (part + 1) * world // parts]:
+            record = self.manifest.files[name]
             path = self.folder / name
             if not path.is_file():
                 raise OperatorFault(f"{path} is missing")
@@ -152,31 +180,49 @@ class Checkpoint:
                     f"{record.bytes} and {record.sha256[:12]}…"
                 )
 
-    @cached_property
-    def _files(self) -> list[Any]:
-        return [safe_open(self.folder / name, framework="pt") for name in _rank_files(self.manifest.world)]
-
     def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of the flattened tensor whose pieces the ranks hold under `key`.
+        """Elements `start` to `stop` of the flattened tensor whose pieces the ranks hold under `key`: `master/NAME`.
+
+        Only files that hold them are opened. What is no parameter's, such as the optimizer's step, each rank holds
+        whole: it comes from a file that is open.
 
         Raises:
-            OperatorFault: no rank holds the key, or the pieces end before `stop`.
+            OperatorFault: no rank holds the key, or its piece is not as long as the manifest says.
         """
-        pieces, offset = [], 0
+        name = key.partition("/")[2]
+        if not name:
+            return self._slice(key, Range(next(iter(self._open), 0), start, stop, stop))
+        shape = self.manifest.parameters.get(name)
+        if shape is None:
+            raise OperatorFault(f"{self.folder}: cannot read {key}: it has no such parameter")
+        numel = math.prod(shape)
+        if not 0 <= start <= stop <= numel:
+            raise OperatorFault(f"{self.folder}: {key} has {numel} elements, not {start} to {stop}")
+        if start == stop:
+            return torch.empty(0)
+        pieces = [self._slice(key, each) for each in ranges_of(numel, start, stop, self.manifest.world)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _slice(self, key: str, place: Range) -> Tensor:
+        path = self._path(place.rank)
         try:
-            for file in self._files:
-                piece = file.get_slice(key)
-                length = piece.get_shape()[0]
-                first, last = max(start - offset, 0), min(stop - offset, length)
-                if first < last:
-                    pieces.append(piece[first:last])
-                offset += length
-        except (SafetensorError, IndexError) as error:  # or a scalar
-            raise OperatorFault(f"{self.folder}: cannot read {key}: {error}") from None
-        elements = torch.cat(pieces) if pieces else torch.empty(0)
-        if elements.numel() != stop - start:
-            raise OperatorFault(f"{self.folder}: {key} has {offset} elements, not {start} to {stop}")
+            piece = self._file(place.rank).get_slice(key)
+            shape = piece.get_shape()
+            if shape != [place.length]:
+                raise OperatorFault(f"{path}: {key} has the shape {shape}, its manifest says [{place.length}]")
+            elements: Tensor = piece[place.start : place.stop]
+        except (SafetensorError, FileNotFoundError) as error:
+            raise OperatorFault(f"{path}: cannot read {key}: {error}") from None
         return elements
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / rank_file(rank, self.manifest.world)
+
+    def _file(self, rank: int) -> Any:
+        """The open file of a rank: its header is read once."""
+        if rank not in self._open:
+            self._open[rank] = safe_open(self._path(rank), framework="pt")
+        return self._open[rank]
 
     def parameter(self, name: str) -> Tensor:
         """The float32 master copy of a whole parameter, in its shape."""
@@ -185,13 +231,13 @@ class Checkpoint:
 
     def release(self) -> None:
         """Closes the files. They are memory-mapped, and count as this process's memory until then."""
-        self.__dict__.pop("_files", None)
+        self._open.clear()
 
     def rng_state(self, rank: int, world: int) -> Tensor | None:
         """The rank's RNG state, or None when another number of ranks wrote this checkpoint."""
         if world != self.manifest.world:
             return None
-        state: Tensor = self._files[rank].get_tensor(RNG_KEY)
+        state: Tensor = self._file(rank).get_tensor(RNG_KEY)
         return state
 
 
@@ -230,9 +276,7 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
     files = {}
     for name in _rank_files(manifest.world):
         files[name] = FileRecord.model_validate_json(read_file(temporary / f"{name}.json"))
-    values = manifest.model_copy(update={"files": files}).model_dump(mode="json")
-    values["sha256"] = _own_sha256(values)
-    write_file(temporary / "manifest.json", json.dumps(values, indent=1))
+    write_manifest(temporary / "manifest.json", manifest.model_copy(update={"files": files}))
     for name in files:
         (temporary / f"{name}.json").unlink()
     sync_folder(temporary)
@@ -240,7 +284,19 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
     sync_folder(target.parent)
 
 
-def _read_manifest(path: Path) -> CheckpointManifest:
+def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
+    """Writes a manifest with its own sha256. Raises OSError: the disk refuses it."""
+    values = manifest.model_dump(mode="json")
+    values["sha256"] = _own_sha256(values)
+    write_file(path, json.dumps(values, indent=1))
+
+
+def read_manifest(path: Path) -> CheckpointManifest:
+    """A checkpoint's manifest, compared with its own sha256.
+
+    Raises:
+        OperatorFault: it is missing or damaged. OSError: it cannot be read at the moment.
+    """
     try:
         content = read_file(path, max_bytes=MAX_MANIFEST_BYTES)
         values = parse_json(content)

@@ -45,11 +45,13 @@ def latest_valid(
     attempt: Attempt,
     *,
     saved_before: bool,
+    newer_than: int = -1,
     is_abandoned: Callable[[CheckpointManifest], bool] = lambda manifest: False,
 ) -> tuple[Checkpoint | None, list[Quarantined]]:
     """The checkpoint to resume from, None for a run that has never saved, and those quarantined. Collective.
 
-    `saved_before`: whether this run is known to have saved. `is_abandoned`: whether a rollback went back to before a
+    `saved_before`: whether this run is known to have saved. `newer_than`: step of a local save that is valid; None is
+    returned where no checkpoint is newer, and nothing of older ones is read. `is_abandoned`: whether a rollback went back to before a
     checkpoint.
 
     Raises:
@@ -61,6 +63,8 @@ def latest_valid(
         folders = _read(lambda: checkpoint_folders(folder), folder, topology)
         step = max(folders, default=0)
         _require_shared_folder(folder, step, topology)
+        if newer_than >= 0 and step <= newer_than:
+            return None, quarantined
         if not folders:
             break
         checkpoint, damage = verified(folders[step], topology)
@@ -85,8 +89,18 @@ def latest_valid(
 
 
 def verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
-    """The checkpoint if every rank's share of its files is valid; None and the damage otherwise. Collective."""
-    checkpoint, damage = _read(lambda: _verify_share(path, topology), path, topology)
+    """The checkpoint if every rank's share of its files is valid; None and the damage otherwise. Collective.
+
+    Rank 0 reads the manifest for all: it has a line for each rank's file.
+    """
+    content, damage = _read(lambda: _manifest(path) if topology.is_first else ("", ""), path, topology)
+    content, damage = broadcast_object((content, damage), topology.world_group)
+    if damage:
+        if topology.is_first:
+            logger.warning("%s", damage)
+        return None, damage
+    checkpoint = Checkpoint(path, CheckpointManifest.model_validate_json(content))
+    damage = _read(lambda: _damage(checkpoint, topology), path, topology)
     failing = first_false(not damage, topology.device, topology.world_group)
     if failing is None:
         return checkpoint, ""
@@ -95,14 +109,21 @@ def verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
     return None, damage or f"damaged: see the log of rank {failing}"
 
 
-def _verify_share(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
-    """The checkpoint, or the damage in this rank's share of its files."""
+def _manifest(path: Path) -> tuple[str, str]:
+    """The manifest of a checkpoint, as JSON, and the damage in it."""
     try:
-        checkpoint = Checkpoint(path)
+        return Checkpoint(path).manifest.model_dump_json(), ""
+    except OperatorFault as fault:
+        return "", str(fault)
+
+
+def _damage(checkpoint: Checkpoint, topology: Topology) -> str:
+    """The damage in this rank's share of the files."""
+    try:
         checkpoint.verify(topology.rank, topology.world)
     except OperatorFault as fault:
-        return None, str(fault)
-    return checkpoint, ""
+        return str(fault)
+    return ""
 
 
 def _read(read: Callable[[], T], path: Path, topology: Topology) -> T:

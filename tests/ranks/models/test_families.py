@@ -62,11 +62,11 @@ def _student(
         train=train_section(Case(precision=precision), topology.world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
-        seed=SEED,
         accumulation=1,
         topology=topology,
         attention="flex",  # which `auto` chooses for documents
     )
+    student.draw_weights(SEED)
     student.gradients = []
     return student, config
 

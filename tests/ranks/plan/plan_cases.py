@@ -176,17 +176,18 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
     attention = choose_attention(
         case.attention, config, accelerator=False, precision=case.precision, documents=False, sequence_length=SEQUENCE
     )
-    return StudentEngine(
+    student = StudentEngine(
         config,
         section=recipe.student,
         train=recipe.train,
         deepspeed_config=case.deepspeed_config,
         vocab_size=VOCAB,
-        seed=1,
         accumulation=case.accumulation,
         topology=topology,
         attention=attention.value,
     )
+    student.draw_weights(1)
+    return student
 
 
 def _stage(topology: Topology, case: Case, teacher: str) -> TeacherStage:

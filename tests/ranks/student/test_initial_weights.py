@@ -24,7 +24,7 @@ from tests.corpora import VOCAB as TEXT_VOCAB
 from tests.corpora import small_data_set
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import MULTIPLE, SEED, Case, WatchedStudent, train_section
+from tests.ranks.student_cases import MULTIPLE, Case, WatchedStudent, train_section
 from tests.unit.models.cases import CASES, SIZES, VOCAB, saved_model
 
 SHAPE = (2, 16)
@@ -47,7 +47,6 @@ def _step(topology: Topology, name: str, folder: str, persistence: int) -> dict[
         train=train_section(Case(), topology.world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
-        seed=SEED,
         accumulation=1,
         topology=topology,
     )

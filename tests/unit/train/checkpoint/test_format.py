@@ -203,20 +203,19 @@ def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
                 assert set(file.keys()) == set(_state())
 
 
-def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
-    """A checkpoint as the format describes it, cut into `pieces`; the whole tensor."""
-    whole = torch.randn(sum(pieces))
-    files = {}
-    for rank, piece in enumerate(torch.split(whole, pieces)):
-        path = folder / f"rank-{rank:05d}-of-{len(pieces):05d}.safetensors"
-        save_file({"master/w": piece.clone()}, path)
+def _write_by_hand(folder: Path, numel: int, world: int) -> Tensor:
+    """A checkpoint as the format describes it, of ranks with ceil(numel / world) elements each; the whole tensor."""
+    whole, files, size = torch.randn(numel), {}, -(-numel // world)
+    for rank in range(world):
+        path = folder / f"rank-{rank:05d}-of-{world:05d}.safetensors"
+        save_file({"master/w": whole[rank * size : (rank + 1) * size].clone()}, path)
         content = path.read_bytes()
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "step": 3,
         "tokens": 30,
-        "world": len(pieces),
+        "world": world,
         "vocab_size": 5,
         "cursor": cursor_of(6),
         "parameters": {"w": [len(whole)]},
@@ -229,16 +228,27 @@ def _write_by_hand(folder: Path, pieces: list[int]) -> Tensor:
 
 
 @settings(max_examples=30)
-@given(pieces=st.lists(st.integers(0, 4), min_size=1, max_size=5))
-def test_every_range_is_that_of_the_whole(pieces: list[int]) -> None:
+@given(numel=st.integers(0, 12), world=st.integers(1, 7))
+def test_every_range_is_that_of_the_whole(numel: int, world: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        whole = _write_by_hand(Path(name), pieces)
+        whole = _write_by_hand(Path(name), numel, world)
         checkpoint = Checkpoint(Path(name))
         checkpoint.verify()
         assert torch.equal(checkpoint.parameter("w"), whole)
         for start in range(len(whole) + 1):
             for stop in range(start, len(whole) + 1):
                 assert torch.equal(checkpoint.read("master/w", start, stop), whole[start:stop]), (start, stop)
+
+
+def test_a_piece_of_another_length_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
+    """Elements would come from the wrong place: where they lie follows from the manifest alone."""
+    _write_by_hand(tmp_path, 6, 3)
+    save_file({"master/w": torch.zeros(3)}, tmp_path / "rank-00001-of-00003.safetensors")
+    with pytest.raises(OperatorFault, match=r"rank-00001-of-00003.* has the shape \[3\], its manifest says \[2\]"):
+        Checkpoint(tmp_path).read("master/w", 2, 4)
+    for key, stop in (("master/v", 1), ("master/w", 7), ("exp_avg/w", 6)):
+        with pytest.raises(OperatorFault, match=key):
+            Checkpoint(tmp_path).read(key, 0, stop)
 
 
 def test_a_checkpoint_under_another_name_is_ignored(tmp_path: Path) -> None:
@@ -291,7 +301,7 @@ def test_a_named_checkpoint_without_its_manifest_is_damage(tmp_path: Path) -> No
 
 def test_of_several_readers_each_file_has_one(tmp_path: Path) -> None:
     """Three files, two readers: damage is found by one of them, whichever file it is."""
-    _write_by_hand(tmp_path, [2, 2, 2])
+    _write_by_hand(tmp_path, 6, 3)
     for damaged in range(3):
         path = tmp_path / f"rank-{damaged:05d}-of-00003.safetensors"
         content = path.read_bytes()

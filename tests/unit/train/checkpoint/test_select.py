@@ -37,7 +37,7 @@ def attempt(folder: Path) -> Attempt:
 
 
 def _state(step: int) -> dict[str, Tensor]:
-    return {"master/w": torch.full((5,), float(step))}
+    return {"master/w": torch.full((12,), float(step))}
 
 
 def _valid(
@@ -52,7 +52,7 @@ def _valid(
 
 def _step(checkpoint: Checkpoint | None) -> int:
     assert checkpoint is not None
-    assert torch.equal(checkpoint.read("master/w", 0, 5), _state(checkpoint.manifest.step)["master/w"])
+    assert torch.equal(checkpoint.read("master/w", 0, 12), _state(checkpoint.manifest.step)["master/w"])
     return checkpoint.manifest.step
 
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_tried_again_and_never_quarantined(
     monkeypatch.setattr(select, "READ_PAUSE_SECONDS", 0.0)
     place, name = {
         "a file": (checkpoint_module, "record_of"),
-        "a manifest": (checkpoint_module, "_read_manifest"),
+        "a manifest": (checkpoint_module, "read_manifest"),
         "the folder": (select, "checkpoint_folders"),
     }[what]
     read = getattr(place, name)

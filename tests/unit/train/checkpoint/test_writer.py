@@ -25,7 +25,7 @@ from megadistill.train.checkpoint import format as checkpoint_module
 from megadistill.train.checkpoint import writer as writer_module
 from megadistill.train.checkpoint.attempt import Attempt, acquire
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
-from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
+from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest, newest_checkpoint
 from megadistill.train.checkpoint.writer import SAVE_FLAGS, Saver, SaveResult, require_saved
 from megadistill.units import readable
 from tests.unit.train.cases import manifest_of, topology
@@ -36,6 +36,10 @@ BYTES = 4 * 1000
 
 def _state(seed: int) -> dict[str, Tensor]:
     return {"master/w": torch.randn(1000, generator=torch.Generator().manual_seed(seed))}
+
+
+def _manifest(step: int) -> CheckpointManifest:
+    return manifest_of(step, parameters={"w": (1000,)})
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def _polled(saver: Saver) -> SaveResult:
 
 def _save(saver: Saver, step: int) -> SaveResult:
     """Whichever way the saver saves; no save is under way before."""
-    ended = saver.start(_state(step), manifest_of(step))
+    ended = saver.start(_state(step), _manifest(step))
     return ended[-1] if ended else _polled(saver)
 
 
@@ -126,7 +130,7 @@ def test_a_save_goes_on_while_the_run_does(attempt: Attempt, folder: Path, monke
     with _saver(attempt) as saver:
         assert not saver.busy
         assert saver.poll(saver.flags()) is None
-        assert saver.start(_state(4), manifest_of(4)) == []
+        assert saver.start(_state(4), _manifest(4)) == []
         for _ in range(3):
             assert saver.busy
             assert saver.flags() == dict.fromkeys(SAVE_FLAGS, 0.0)
@@ -146,7 +150,7 @@ def test_the_run_may_change_its_tensors_once_a_save_has_started(
     gate = Gate(monkeypatch)
     state = _state(4)
     with _saver(attempt) as saver:
-        saver.start(state, manifest_of(4))
+        saver.start(state, _manifest(4))
         state["master/w"].zero_()
         gate.opened.set()
         assert saver.finish().step == 4
@@ -158,9 +162,9 @@ def test_the_next_save_waits_for_the_one_before(
 ) -> None:
     gate = Gate(monkeypatch)
     with _saver(attempt) as saver:
-        saver.start(_state(4), manifest_of(4))
+        saver.start(_state(4), _manifest(4))
         threading.Timer(0.05, gate.opened.set).start()
-        (ended,) = saver.start(_state(8), manifest_of(8))
+        (ended,) = saver.start(_state(8), _manifest(8))
         assert (ended.step, ended.path) == (4, folder / "step-00000004")
         assert ended.stall_seconds > 0.02, "what the run waited for it"
         assert saver.finish().step == 8
@@ -170,7 +174,7 @@ def test_the_next_save_waits_for_the_one_before(
 @pytest.mark.parametrize("polls", range(4))
 def test_a_save_can_be_waited_for_at_any_state(attempt: Attempt, folder: Path, polls: int) -> None:
     with _saver(attempt) as saver:
-        saver.start(_state(4), manifest_of(4))
+        saver.start(_state(4), _manifest(4))
         result = None
         for _ in range(polls):
             time.sleep(0.01)
@@ -253,7 +257,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_started(
         _save(saver, 4)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
         monkeypatch.setattr(writer_module, "write_rank", checkpoint_module.write_rank if fits else _fails(KeyError()))
-        ended = saver.start(_state(8), manifest_of(8))
+        ended = saver.start(_state(8), _manifest(8))
         if fits:
             assert ended == []
             assert _polled(saver).path is not None
@@ -268,7 +272,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_started(
 def test_what_is_in_the_way_is_named(attempt: Attempt, folder: Path) -> None:
     with _saver(attempt) as saver:
         (folder / ".tmp-step-00000004-a1").write_bytes(b"in the way")
-        (result,) = saver.start(_state(4), manifest_of(4))
+        (result,) = saver.start(_state(4), _manifest(4))
         assert ".tmp-step-00000004-a1" in (result.problem or "")
         (folder / "step-00000008").mkdir()
         (folder / "step-00000008" / "mine").write_bytes(b"")
@@ -283,7 +287,7 @@ def test_a_kill_after_the_bytes_leaves_no_checkpoint_and_the_next_attempt_cleans
         _save(saver, 4)
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", _fails(KeyboardInterrupt()))
-            saver.start(_state(8), manifest_of(8))
+            saver.start(_state(8), _manifest(8))
             with pytest.raises(KeyboardInterrupt):
                 saver.finish()
     left = folder / ".tmp-step-00000008-a1"
@@ -314,7 +318,7 @@ def test_a_thawed_attempt_does_not_even_begin(attempt: Attempt, folder: Path, as
     with _saver(attempt, asynchronous=asynchronous) as saver:
         acquire(attempt.folder, {})
         with pytest.raises(OperatorFault, match="attempt 1 of"):
-            saver.start(_state(4), manifest_of(4))
+            saver.start(_state(4), _manifest(4))
     assert _names(folder) == []
 
 
@@ -326,7 +330,7 @@ def test_an_attempt_that_thaws_in_the_middle_of_a_save_changes_nothing(
     """The later one resumes, deletes what it does not know, and has the same step saved before the first wakes up."""
     gate = Gate(monkeypatch)
     with _saver(attempt) as old:
-        old.start(_state(99), manifest_of(8))
+        old.start(_state(99), _manifest(8))
         assert gate.reached.wait(30)
         if when == "after its bytes":
             gate.opened.set()
@@ -357,7 +361,7 @@ def test_an_attempt_that_is_replaced_before_its_commit_publishes_nothing(
 ) -> None:
     """The later one has only just started: it has deleted nothing yet, and may already have looked for the newest."""
     with _saver(attempt) as saver:
-        saver.start(_state(4), manifest_of(4))
+        saver.start(_state(4), _manifest(4))
         while not saver.flags()["save_ended"]:
             time.sleep(0.001)
         acquire(attempt.folder, {})
@@ -440,7 +444,7 @@ def test_a_kill_in_the_middle_of_a_deletion_leaves_no_half_checkpoint(
     with _saver(attempt, keep_last=1) as saver:
         _save(saver, 4)
         monkeypatch.setattr(shutil, "rmtree", killed)
-        saver.start(_state(8), manifest_of(8))
+        saver.start(_state(8), _manifest(8))
         with pytest.raises(KeyboardInterrupt):
             saver.finish()
     monkeypatch.setattr(shutil, "rmtree", remove_tree)
@@ -467,7 +471,7 @@ def test_an_end_does_not_wait_for_the_disk(attempt: Attempt, folder: Path, monke
     """A rank that dies of something else must not wait behind a disk that hangs."""
     gate = Gate(monkeypatch)
     with _saver(attempt) as saver:
-        saver.start(_state(4), manifest_of(4))
+        saver.start(_state(4), _manifest(4))
         assert gate.reached.wait(30)
     assert saver.flags()["save_ended"] == 0.0, "the disk still hangs"
     gate.opened.set()
