@@ -466,6 +466,23 @@ class TrainSection(Section):
         return self
 
 
+class LocalCheckpointSection(Section):
+    """Saves on the nodes' own disks or memory, from which a restart on these nodes, or all but one, resumes."""
+
+    every: int = Field(ge=1, le=MAX_STEPS)
+    """Steps between them, fewer than `train.checkpoint_every`. One that falls due during another save follows it."""
+    folder: str = Field(min_length=1)
+    """A folder that each node has for itself, such as /dev/shm/megadistill or one on a local disk. The last two saves
+    stay in it, with those of the node before, until the run is complete; those of other runs are not touched."""
+
+    @field_validator("folder")
+    @classmethod
+    def _is_absolute(cls, folder: str) -> str:
+        if not folder.startswith("/") or "\0" in folder:
+            raise ValueError("name the folder from the root, as /dev/shm/megadistill: every node has its own")
+        return folder
+
+
 class CheckpointSection(Section):
     keep_last: int = Field(default=3, ge=1, le=MAX_STEPS)
     """Number of latest checkpoints to keep. None is deleted before a newer one is complete, and never that of the last
@@ -474,6 +491,8 @@ class CheckpointSection(Section):
     """Checkpoints of steps divisible by this are never deleted; 0: none. None: 10 times `train.checkpoint_every`."""
     asynchronous: bool = True
     """Copy the state to host memory and write it during the next steps; false: the run waits for the disk."""
+    local: LocalCheckpointSection | None = None
+    """A second tier, saved more often; null: durable checkpoints alone."""
 
 
 class ResilienceSection(Section):
@@ -536,6 +555,16 @@ class Recipe(Section):
         if isinstance(checkpoint, dict) and isinstance(every, int):
             values["checkpoint"] = _with_default(checkpoint, "keep_every", MILESTONE_CHECKPOINTS * every)
         return values
+
+    @model_validator(mode="after")
+    def _local_saves_are_more_frequent(self) -> "Recipe":
+        local, every = self.checkpoint.local, self.train.checkpoint_every
+        if local is not None and local.every >= every:
+            raise ValueError(
+                f"checkpoint.local.every is {local.every}, but durable checkpoints are written every {every} steps "
+                "(train.checkpoint_every): give it fewer steps, or set checkpoint.local to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objective_fits(self) -> "Recipe":

@@ -93,6 +93,22 @@ class Endpoint:
         return Message(buffer, work, label, message_id, is_sent=False)
 
 
+class HostChannel:
+    """Messages in host memory to and from one peer, for a thread beside the one that trains: a timeline has the spans
+    of the latter alone. `peer` is its place in the group."""
+
+    def __init__(self, group: ProcessGroup, *, peer: int) -> None:
+        self._group, self._peer = group, peer
+
+    def send(self, message: Tensor) -> Work:
+        """Starts to send `message`, which must not be written to until the result was waited for."""
+        return self._group.send([message], self._peer, 0)
+
+    def recv(self, buffer: Tensor) -> Work:
+        """Starts to receive the peer's next message, which has the shape of `buffer`."""
+        return self._group.recv([buffer], self._peer, 0)
+
+
 def exchange(sent: Tensor, received: Tensor, partner: int, group: ProcessGroup | None) -> None:
     """Sends a buffer to a partner in the group and receives its buffer at the same time."""
     operations = [

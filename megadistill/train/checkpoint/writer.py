@@ -10,6 +10,9 @@ A save is a few states that all ranks go through together, without a collective 
    only while its attempt is the newest of the run, so a process that was frozen meanwhile changes nothing.
 4. Rank 0's notice of that ends the save, on all ranks after the same step.
 
+A local save (`local`) goes the same way from the same copies: each node has a folder, the thread also exchanges files
+with the nodes around, and one rank of each node commits.
+
 A failure on any rank ends the save on all of them: the temporary folder is removed, older checkpoints are unchanged,
 and the run continues. `finish` waits, and goes through the same states with reductions of its own.
 """
@@ -34,6 +37,7 @@ from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
 from megadistill.train.checkpoint.host_copies import HostCopies
+from megadistill.train.checkpoint.local import LocalTier
 from megadistill.types import use_device
 from megadistill.units import readable
 
@@ -61,6 +65,8 @@ class SaveResult:
     """Size of this rank's tensors."""
     removed: tuple[str, ...] = ()
     """Names of the older checkpoints that were deleted; rank 0 only."""
+    is_local: bool = False
+    """Whether it is a save of the local tier: `path` is then on this rank's node."""
 
 
 @dataclass
@@ -72,18 +78,33 @@ class _Save:
     writing: Future[float]
     bytes: int
     stall_seconds: float
+    local: LocalTier | None = None
+    """The tier of a local save; None: a durable checkpoint."""
     committing: Future[tuple[str, ...]] | None = None
     ended: bool = False
     """Whether all ranks are known to have written their files."""
+
+    @property
+    def committers(self) -> int:
+        """Ranks that commit: the first of the world, of each node for a local save."""
+        return 1 if self.local is None else self.local.nodes
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. That of step `stable_steps` is never deleted."""
 
     def __init__(
-        self, folder: Path, topology: Topology, attempt: Attempt, section: CheckpointSection, *, stable_steps: int = 0
+        self,
+        folder: Path,
+        topology: Topology,
+        attempt: Attempt,
+        section: CheckpointSection,
+        *,
+        stable_steps: int = 0,
+        local: LocalTier | None = None,
     ) -> None:
         self._folder, self._topology, self._attempt, self._section = folder, topology, attempt, section
+        self._local = local
         self._stable_steps = stable_steps
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device, initargs=(topology.device,))
         self._save: _Save | None = None
@@ -117,6 +138,21 @@ class Saver:
         self._save = _Save(manifest, temporary, writing, bytes_, stall)
         return ended if self._section.asynchronous else [*ended, self.finish()]
 
+    def start_local(self, state: Mapping[str, Tensor], manifest: CheckpointManifest) -> list[SaveResult]:
+        """Starts a save of the local tier, as `start` does, when none is under way. Collective where it is waited for.
+
+        A disk that is too full fails the save when it is written to: no rank asks the others before it starts.
+        """
+        assert self._local is not None, "no local tier"
+        assert self._save is None, "a save is under way"
+        began, local = time.perf_counter(), self._local
+        bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        temporary = local.temporary(manifest.step)
+        copies = self._copies.start(state)
+        writing = self._thread.submit(_timed, lambda: local.write(temporary, copies.wait()))
+        self._save = _Save(manifest, temporary, writing, bytes_, time.perf_counter() - began, local)
+        return [] if self._section.asynchronous else [self.finish()]
+
     @property
     def busy(self) -> bool:
         """Whether a save is under way: the same on every rank."""
@@ -149,9 +185,9 @@ class Saver:
             save.ended = True
             if reduced["save_failed"]:
                 return self._end(save, complete=False)
-            if self._topology.is_first:
+            if self._topology.is_first if save.local is None else save.local.leads:
                 save.committing = self._thread.submit(self._commit, save)
-        elif reduced["save_not_committed"] or reduced["save_committed"]:
+        elif reduced["save_not_committed"] + reduced["save_committed"] == save.committers:
             return self._end(save, complete=not reduced["save_not_committed"])
         return None
 
@@ -198,7 +234,9 @@ class Saver:
         return broadcast_object(problem, self._topology.world_group)
 
     def _commit(self, save: _Save) -> tuple[str, ...]:
-        """Makes the checkpoint visible and removes old ones, in rank 0's thread."""
+        """Makes the checkpoint visible and removes old ones, in the thread of the rank that commits."""
+        if save.local is not None:
+            return save.local.commit(save.temporary, save.manifest)
         self._attempt.require_newest()
         commit(save.temporary, self._folder / checkpoint_name(save.manifest.step), save.manifest)
         return self._remove_old()
@@ -227,19 +265,23 @@ class Saver:
             raise error
         seconds = save.writing.result() if save.writing.exception() is None else 0.0
         numbers = save.stall_seconds, seconds, save.bytes
-        step = save.manifest.step
+        step, local = save.manifest.step, save.local
         if complete:
+            path = self._folder / checkpoint_name(step) if local is None else local.target(step)
+            if local is not None:
+                local.completed(step)
             removed = save.committing.result() if save.committing else ()
-            return SaveResult(step, self._folder / checkpoint_name(step), None, *numbers, removed)
-        if self._topology.is_first and self._attempt.is_newest():
+            return SaveResult(step, path, None, *numbers, removed, is_local=local is not None)
+        if (self._topology.is_first if local is None else local.leads) and self._attempt.is_newest():
             shutil.rmtree(save.temporary, ignore_errors=True)
         failing = first_false(error is None, self._topology.device, self._topology.world_group)
         if isinstance(error, OperatorFault):
             raise error
         if error is None:
-            return SaveResult(step, None, f"see the log of rank {failing}", *numbers)
+            return SaveResult(step, None, f"see the log of rank {failing}", *numbers, is_local=local is not None)
         logger.warning("checkpoint: %s", error)
-        return SaveResult(step, None, f"rank {self._topology.rank}: {error}", *numbers)
+        problem = f"rank {self._topology.rank}: {error}"
+        return SaveResult(step, None, problem, *numbers, is_local=local is not None)
 
 
 def require_saved(result: SaveResult) -> SaveResult:

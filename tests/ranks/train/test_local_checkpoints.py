@@ -1,0 +1,176 @@
+"""The local tier on real ranks, each of which is a node of its own: saves, lost nodes, bitwise resumes."""
+
+import shutil
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadistill.config.recipe import CheckpointSection, Recipe
+from megadistill.distributed.collectives import barrier
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.topology import Topology
+from megadistill.errors import OperatorFault
+from megadistill.events import read_events
+from megadistill.train.checkpoint.attempt import Attempt
+from megadistill.train.checkpoint.format import newest_checkpoint
+from megadistill.train.checkpoint.local import LocalTier
+from megadistill.train.checkpoint.writer import Saver
+from megadistill.train.loop import run
+from megadistill.train.setup.setup import prepare
+from tests.ranks.harness import run_ranks
+from tests.ranks.train.test_loop import STEPS, _numbers, recipe
+from tests.ranks.train.test_loop import manifest as manifest
+from tests.unit.train.cases import manifest_of
+
+WORLD = 3
+
+
+def _folder(nodes: Path, rank: int) -> Path:
+    return nodes / f"node-{rank}"
+
+
+def _state(rank: int, step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return {"master/w": torch.randn(1000 + rank, generator=generator), "rng": torch.get_rng_state()}
+
+
+def _tier(topology: Topology, nodes: Path, run_folder: Path, *, attempt: int = 1) -> LocalTier:
+    return LocalTier(_folder(nodes, topology.rank), topology, Attempt(run_folder, attempt), run="run")
+
+
+def _saved(topology: Topology, nodes: str, run_folder: str, steps: list[int]) -> list[tuple[int, bool]]:
+    """Saves of the tier, through the same saver as a durable one at the step before."""
+    folder = Path(run_folder)
+    section = CheckpointSection(asynchronous=False)
+    tier = _tier(topology, Path(nodes), folder)
+    saver = Saver(folder / "checkpoints", topology, Attempt(folder, 1), section, local=tier)
+    results = []
+    for step in steps:
+        manifest = manifest_of(step).model_copy(update={"world": topology.world, "attempt": 1})
+        results += saver.start_local(_state(topology.rank, step), manifest)
+    saver.close()
+    return [(result.step, result.path is not None) for result in results]
+
+
+def _names(nodes: Path, rank: int) -> list[str]:
+    return sorted(path.name for path in (_folder(nodes, rank) / "run").iterdir())
+
+
+def _newest(
+    topology: Topology, nodes: str, run_folder: str, lost: list[tuple[int, ...]]
+) -> list[tuple[int, bool] | None]:
+    """For each set of lost nodes: the step that is agreed on, and whether this rank reads its own state of it."""
+    results: list[tuple[int, bool] | None] = []
+    for number, nodes_lost in enumerate(lost):
+        copy = Path(nodes).with_name(f"copy-{number}")
+        own = _folder(copy, topology.rank)
+        if topology.rank in nodes_lost:
+            own.mkdir(parents=True)
+        else:
+            shutil.copytree(_folder(Path(nodes), topology.rank), own)
+            (own / ".node").unlink()
+        barrier(topology.world_group)
+        checkpoint = _tier(topology, copy, Path(run_folder)).newest(lambda manifest: True)
+        if checkpoint is None:
+            results.append(None)
+            continue
+        expected = _state(topology.rank, checkpoint.manifest.step)["master/w"]
+        results.append(
+            (checkpoint.manifest.step, torch.equal(checkpoint.read("master/w", 0, expected.numel()), expected))
+        )
+        checkpoint.release()
+    return results
+
+
+@pytest.mark.parametrize("world", [2, WORLD])
+def test_a_save_survives_lost_nodes_of_which_no_two_are_neighbours(tmp_path: Path, world: int) -> None:
+    """Every subset of lost nodes: the save is read where no two nodes in a row are lost, by every rank its own file."""
+    nodes, run_folder = tmp_path / "nodes", tmp_path / "run"
+    results = run_ranks(world, _saved, str(nodes), str(run_folder), [10, 20, 30])
+    assert results == [[(10, True), (20, True), (30, True)]] * world
+    for rank in range(world):
+        assert _names(nodes, rank) == ["step-00000020-a1", "step-00000030-a1"], "the last two"
+        files = sorted(path.name for path in (_folder(nodes, rank) / "run" / "step-00000030-a1").iterdir())
+        own, before = (f"rank-{each:05d}-of-{world:05d}.safetensors" for each in (rank, (rank - 1) % world))
+        assert files == sorted(["manifest.json", own, f"{own}.json", before, f"{before}.json"])
+    subsets = [lost for size in range(world + 1) for lost in combinations(range(world), size)]
+    steps = run_ranks(world, _newest, str(nodes), str(run_folder), subsets)
+    for number, lost in enumerate(subsets):
+        survives = not any((rank + 1) % world in lost for rank in lost)
+        expected = (30, True) if survives else None
+        assert [each[number] for each in steps] == [expected] * world, lost
+
+
+def _local_recipe(manifest: Path, folder: Path, nodes: Path, rank: int, **changes: Any) -> Recipe:
+    values = recipe(manifest, folder).snapshot()
+    values["train"]["checkpoint_every"] = 4
+    values["checkpoint"] = {"asynchronous": False, "local": {"every": 1, "folder": str(_folder(nodes, rank))}}
+    values["resilience"] |= changes
+    return Recipe.model_validate(values)
+
+
+def _train(topology: Topology, manifest: str, folder: str, nodes: str, stop_after: int | None) -> int:
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    made = _local_recipe(Path(manifest), Path(folder), Path(nodes), topology.rank)
+    return run(prepare(made, launch), topology, stop_after=stop_after).step
+
+
+@pytest.fixture(scope="module")
+def undisturbed(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_ranks(2, _train, str(manifest), str(folder / "run"), str(folder / "nodes"), None)
+    assert not list((folder / "nodes").glob("node-*/[!.]*")), "a complete run leaves no local saves"
+    return folder / "run"
+
+
+def _values(folder: Path) -> dict[str, Tensor]:
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.manifest.step == STEPS
+    return {name: checkpoint.parameter(name) for name in checkpoint.manifest.parameters}
+
+
+def _crashed(manifest: Path, folder: Path) -> tuple[Path, Path]:
+    """A run of two nodes as a fault after step 3 leaves it: durable checkpoints of no step, local saves of 1 and 2."""
+    run_ranks(2, _train, str(manifest), str(folder / "run"), str(folder / "nodes"), 3)
+    shutil.rmtree(folder / "run" / "checkpoints" / "step-00000003")
+    return folder / "run", folder / "nodes"
+
+
+def _resumed(folder: Path) -> dict[str, Any]:
+    *_, last = (event for event in read_events(folder) if event["event"] == "resumed")
+    return last
+
+
+@pytest.mark.parametrize("lost", [(), (0,), (1,)])
+def test_a_restart_goes_on_from_the_local_save_to_the_bit(
+    manifest: Path, undisturbed: Path, tmp_path: Path, lost: tuple[int, ...]
+) -> None:
+    folder, nodes = _crashed(manifest, tmp_path)
+    for rank in lost:
+        shutil.rmtree(_folder(nodes, rank))
+    assert run_ranks(2, _train, str(manifest), str(folder), str(nodes), None) == [STEPS] * 2
+    event = _resumed(folder)
+    assert (event["step"], event["lost_steps"], event["tier"]) == (2, 1, "local")
+    assert _numbers(folder) == _numbers(undisturbed)
+    ours, theirs = _values(folder), _values(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _restart(topology: Topology, manifest: str, folder: str, nodes: str) -> str:
+    try:
+        return f"step {_train(topology, manifest, folder, nodes, None)}"
+    except OperatorFault as fault:
+        return str(fault)
+
+
+def test_a_run_that_lost_both_tiers_does_not_start_from_scratch(manifest: Path, tmp_path: Path) -> None:
+    folder, nodes = _crashed(manifest, tmp_path)
+    shutil.rmtree(nodes)
+    for line in run_ranks(2, _restart, str(manifest), str(folder), str(nodes)):
+        assert "has no valid checkpoint, and this run has saved before" in line
