@@ -22,6 +22,7 @@ from benchmarks.report import Report, cell, parser
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.shards.manifest import PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import write_shard
 from megadistill.data.stream.order import CurriculumEntry, Order, Source
 
@@ -75,7 +76,7 @@ def _write(folder: Path, sequences: int, sequence: int) -> Manifest:
         tokens=sequences * sequence,
         text_bytes=None,
         source=SourceRecord(inputs=("random",)),
-        shards=shards,
+        shards=ShardTable.of(shards),
     ).write(folder)
     return Manifest.load(folder / "manifest.json")
 

@@ -28,6 +28,7 @@ from megadistill.data.shards.manifest import (
     token_dtype,
 )
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import write_shard
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
@@ -89,7 +90,7 @@ def write_inputs(
         tokens=sequences * sequence,
         text_bytes=None,
         source=SourceRecord(inputs=("random",)),
-        shards=(shard,),
+        shards=ShardTable.of([shard]),
     ).write(data)
     disable_progress_bar()
     sizes = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": vocab}

@@ -27,6 +27,12 @@ ids. A line per fault: shard, sequence, byte offset, expected and actual value.
 
 example: megadistill shards verify data/mine/train/manifest.json"""
 
+CONVERT_EPILOG = """\
+Ranks map the table, so that a start does not depend on the number of shards; `tokenize` and `index` write one for more
+than 10,000 shards. Runs that began on one form resume on the other. Earlier releases read the list alone.
+
+example: megadistill shards convert data/mine"""
+
 INDEX_EPILOG = """\
 Any WebDataset tar whose samples have one member of tokens, all of one length L: .npy; .npz with one array, or with
 several and --member npz:NAME; raw little-endian bytes with --member u16 --dtype uint16. A sequence is then L - 1
@@ -98,10 +104,18 @@ def _add_shards(commands: Commands) -> None:
     verify = add_command(actions, "verify", summary, VERIFY_EPILOG, _shards_verify, exit_codes=codes)
     verify.add_argument("data", metavar="DATA", help=data)
     verify.add_argument("--quick", action="store_true", help="check manifest, sizes and indices only; read no shard")
+    text = "worker processes; the report does not depend on them (default: the cores of this machine)"
+    option(verify, "--processes", "N", text, kind=int)
 
     summary, epilog = "show the contents of a split, from its manifest", "example: megadistill shards info data/mine"
     info = add_command(actions, "info", summary, epilog, _shards_info)
     info.add_argument("data", metavar="DATA", help=data)
+
+    summary = "write a manifest with its shards in a table, or as a list; its fingerprint stays the same"
+    convert = add_command(actions, "convert", summary, CONVERT_EPILOG, _shards_convert)
+    convert.add_argument("data", metavar="DATA", help="manifest.json, or the folder of a split or of a data set")
+    text = "table: manifest.json and shards.npy, 80 bytes a shard (default); list: manifest.json alone, in JSON"
+    convert.add_argument("--to", choices=("table", "list"), default="table", help=text)
 
     summary = "index WebDataset tars of tokens, and write their manifest"
     index = add_command(actions, "index", summary, INDEX_EPILOG, _shards_index)
@@ -159,11 +173,18 @@ def _shards_verify(options: argparse.Namespace) -> int:
     from megadistill.progress import console_progress
 
     with console_progress() as show:
-        report = verify(options.data, quick=options.quick, progress=show)
+        report = verify(options.data, quick=options.quick, processes=options.processes, progress=show)
     for line in report.lines():
         say(line)
     print_tables(report.table())
     return 0 if report.ok else OperatorFault.exit_code
+
+
+def _shards_convert(options: argparse.Namespace) -> None:
+    from megadistill.data.prepare.convert_manifest import convert
+
+    for line in convert(options.data, to=options.to):
+        say(line)
 
 
 def _shards_info(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from megadistill.data.shards.manifest import (
     token_dtype,
 )
 from megadistill.data.shards.shard_record import remove_unlisted
+from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.data_files import read_files
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
@@ -198,7 +199,7 @@ def _finish(generator: Generator, records: list[GeneratedShard], data: Mixture, 
         tokens=sum(record.tokens for record in records),
         text_bytes=sum(record.text_bytes for record in records) or None,
         source=SourceRecord(inputs=inputs, generated=prompts),
-        shards=listed,
+        shards=ShardTable.of(listed),
     ).write(folder)
     remove_unlisted(folder, SHARD_PATTERN, listed)
     (folder.parent / MARKER).unlink()

@@ -7,8 +7,10 @@ that none of its refusals is missing.
 import hashlib
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +124,17 @@ def _data(recipe: Recipe) -> tuple[Mixture, str]:
 
 def _shards(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     """Opens this rank's share of the shards, with their sizes and indices, and reads one batch."""
-    shards = [(manifest, number) for manifest in data.sources.values() for number in range(len(manifest.shards))]
-    share = shards[launch.rank :: launch.world]
+    manifests = list(data.sources.values())
+    ends = list(accumulate(len(manifest.shards) for manifest in manifests))  # of one numbering through all sources
+    share = range(launch.rank, ends[-1], launch.world)
     end = time.monotonic() + SHARD_SECONDS
     opened = 0
-    for manifest, number in share:
+    for place in share:
         if time.monotonic() > end:
             break
+        source = bisect_right(ends, place)
+        manifest = manifests[source]
+        number = place - ends[source] + len(manifest.shards)
         try:
             open_shard(manifest, number)
         except ShardFault as fault:
@@ -143,8 +149,8 @@ def _shards(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     except ShardFault as fault:
         raise UserError(f"the sequence of slot {launch.rank}: {fault}") from None
     if opened < len(share):
-        return None, f"{SHARD_SECONDS:.0f} s did not suffice to open all {len(shards):,}; the opened ones are valid"
-    return None, f"all {len(shards):,} open, with their indices, and each rank reads a sequence"
+        return None, f"{SHARD_SECONDS:.0f} s did not suffice to open all {ends[-1]:,}; the opened ones are valid"
+    return None, f"all {ends[-1]:,} open, with their indices, and each rank reads a sequence"
 
 
 def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:

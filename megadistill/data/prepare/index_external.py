@@ -9,17 +9,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadistill.data.shards.manifest import (
     FORMAT_VERSION,
-    FileName,
     Manifest,
     PackerRecord,
     SampleFormat,
-    Shard,
     SourceRecord,
     TokenDtype,
     token_dtype,
 )
 from megadistill.data.shards.npy import MAX_LENGTH, MemberError, row_of
 from megadistill.data.shards.reader import SequenceReader
+from megadistill.data.shards.shard import FileName, Shard
 from megadistill.data.shards.tar import Sample, index_path, index_sequences, map_tar, member_of, samples, write_index
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record

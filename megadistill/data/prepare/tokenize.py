@@ -23,6 +23,7 @@ from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_
 from megadistill.data.prepare.workers import encode_all
 from megadistill.data.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest, SourceRecord, TokenizerRecord
 from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS
+from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import SAMPLE_FORMAT
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
@@ -313,7 +314,7 @@ def _split_report(
         tokens=sum(result.tokens for result in results),
         text_bytes=sum(result.text_bytes for result in results),
         source=source,
-        shards=files,
+        shards=ShardTable.of(files),
     )
     dropped, padding = sum(result.dropped for result in results), sum(result.padding for result in results)
     return SplitReport(manifest, dropped, padding)

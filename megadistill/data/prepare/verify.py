@@ -4,17 +4,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from rich.table import Table
 
 from megadistill.config.paths import wrong_path
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete
-from megadistill.data.shards.manifest import MANIFEST, Manifest, PackerRecord
-from megadistill.data.shards.opening import OpenShard, ShardFault
-from megadistill.data.shards.packing import PACKER_VERSIONS
-from megadistill.data.shards.reader import SequenceBatch, SequenceReader, open_shard
-from megadistill.data.storage.base import sha256_of
+from megadistill.data.prepare.shard_checks import MAX_LINES, check_shards
+from megadistill.data.shards.manifest import MANIFEST, MAX_LISTED, Manifest, PackerRecord
+from megadistill.data.shards.shard_table import TABLE_FILE
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
 from megadistill.data.tokenizers.data_files import changed_files, hashes_in
@@ -24,9 +21,6 @@ from megadistill.io import reason_of
 from megadistill.progress import ShowProgress
 from megadistill.redaction import redact_url
 from megadistill.units import number_of, spell
-
-MAX_LINES: Final = 1000
-"""Faults of a split that are listed; the others are only counted."""
 
 
 @dataclass
@@ -43,8 +37,9 @@ class SplitCheck:
     unlisted: list[str] = field(default_factory=list)
     """Names in the folder that are not in the manifest; not faults."""
 
-    def add(self, *faults: str) -> None:
-        self.fault_count += len(faults)
+    def add(self, *faults: str, count: int | None = None) -> None:
+        """`count`: the number of faults, where not all of them are listed."""
+        self.fault_count += len(faults) if count is None else count
         self.faults += faults[: MAX_LINES - len(self.faults)]
 
 
@@ -83,19 +78,21 @@ class VerifyReport:
         return table
 
 
-def verify(location: Path | str, *, quick: bool, progress: ShowProgress) -> VerifyReport:
+def verify(location: Path | str, *, quick: bool, progress: ShowProgress, processes: int | None = None) -> VerifyReport:
     """Checks a split, or all splits of a data set, and collects the faults.
 
     `location` is a manifest.json, the folder of a split or one above several, or a URL of a split. `quick` checks the
     manifest, the tokenizer, the sizes of the shards and their indices; otherwise also the sha256 of each shard, every
-    sequence, and the number of tokens.
+    sequence, and the number of tokens. `processes` check shards at a time (default: one for each core that this process
+    may use); the report does not depend on them.
 
     Raises:
         UserError: there is no manifest.
+        RestartFault: a worker process was killed.
     """
     began = time.perf_counter()
     locations = find_manifests(location)
-    splits = tuple(_check(where, quick, progress) for where in locations)
+    splits = tuple(_check(where, quick, processes, progress) for where in locations)
     splits += tuple(SplitCheck(str(folder), faults=[line], fault_count=1) for folder, line in unlisted_shards(location))
     return VerifyReport(splits, quick, time.perf_counter() - began)
 
@@ -156,7 +153,7 @@ def _without_manifest(folder: Path) -> str:
     return f"{problem}: restore it, or make one: megadistill shards index {folder} --tokenizer {tokenizer}"
 
 
-def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
+def _check(location: str, quick: bool, processes: int | None, show: ShowProgress) -> SplitCheck:
     check = SplitCheck(redact_url(location))
     try:
         manifest = Manifest.load(location)
@@ -168,14 +165,19 @@ def _check(location: str, quick: bool, show: ShowProgress) -> SplitCheck:
         folder = Path(manifest.folder.location)
         check.unlisted = _unlisted(manifest, folder)
         check.add(*_tokenizer_faults(manifest, folder))
-    _check_shards(manifest, check, quick, show)
+    if manifest.has_table and (content := manifest.content_sha256()) != manifest.fingerprint:
+        check.add(
+            f"{check.location}: expected content_sha256 {manifest.fingerprint[:12]}…, as it records, found "
+            f"{content[:12]}…"
+        )
+    _check_shards(manifest, location, check, quick=quick, processes=processes, show=show)
     return check
 
 
 def _unlisted(manifest: Manifest, folder: Path) -> list[str]:
-    listed = {MANIFEST, manifest.tokenizer.file.partition("/")[0]}
-    listed |= {name for shard in manifest.shards for name in (shard.name, shard.index)}
-    return sorted(path.name for path in folder.iterdir() if path.name not in listed)
+    listed = {MANIFEST, manifest.tokenizer.file.partition("/")[0], *((TABLE_FILE,) if manifest.has_table else ())}
+    is_shard = manifest.shards.name_test()
+    return sorted(path.name for path in folder.iterdir() if not (path.name in listed or is_shard(path.name)))
 
 
 def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
@@ -199,64 +201,24 @@ def _tokenizer_faults(manifest: Manifest, folder: Path) -> Iterator[str]:
         yield f"tokenizer: {path}: expected sha256 {record.sha256[:12]}…, found {actual}"
 
 
-def _check_shards(manifest: Manifest, check: SplitCheck, quick: bool, show: ShowProgress) -> None:
+def _check_shards(
+    manifest: Manifest, location: str, check: SplitCheck, *, quick: bool, processes: int | None, show: ShowProgress
+) -> None:
     """Opens every shard; unless `quick`, reads every byte twice: for the sha256 of the tar, and by sequence."""
-    stage, total = f"{manifest.split}, indices" if quick else manifest.split, sum(one.bytes for one in manifest.shards)
-    reader = SequenceReader(manifest)
+    stage, total = f"{manifest.split}, indices" if quick else manifest.split, manifest.bytes
     done = sequences = tokens = 0
     show(stage, done=0, total=total, tokens=0)
-    for number, shard in enumerate(manifest.shards):
-        try:
-            opened, first = open_shard(manifest, number), 0
-        except ShardFault as fault:
-            check.add(f"shard {number}: {fault}")
-        else:
-            if not quick:
-                check.add(*(f"shard {number}: {message}" for message in _hash_faults(opened, shard.sha256)))
-            for batch in () if quick else reader.read_shard(number):
-                check.add(*(f"shard {number}: {batch.faults[row]}" for row in sorted(batch.faults)))
-                check.add(*(f"shard {number}: {line}" for line in _bos_faults(batch, manifest.packer, first)))
-                first += len(batch.bounds)
-                tokens += batch.predicted_tokens(across_documents=manifest.packer.across_documents)
-                sequences += len(batch.bounds)
-                part = done + shard.bytes * len(batch.bounds) // shard.sequences
-                show(stage, done=min(part, total - 1), total=total, tokens=sequences * manifest.sequence_length)
-        done += shard.bytes
+    for result in check_shards(manifest, location, quick=quick, processes=processes):
+        check.add(*result.faults, count=result.fault_count)
+        done += result.bytes
+        sequences += result.sequences
+        tokens += result.tokens
         show(stage, done=done, total=total, tokens=sequences * manifest.sequence_length)
     if not quick and not check.fault_count and tokens != manifest.tokens:
         check.add(f"{check.location}: expected {manifest.tokens} tokens, as it records, found {tokens}")
 
 
-def _bos_faults(batch: SequenceBatch, packer: PackerRecord, first: int) -> Iterator[str]:
-    """A line for each sequence, counted from `first`, that does not begin with the BOS that its manifest records.
-
-    With the packers of `tokenize` every document in a sequence begins with it too.
-    """
-    if not packer.sequence_bos:
-        return
-    for row in sorted({*range(len(batch.bounds))} - batch.faults.keys()):
-        places = batch.bounds[row][:-1] if packer.name in PACKER_VERSIONS else [0]
-        ids = batch.tokens[row][places]
-        if (ids != packer.bos).any():
-            place = int((ids != packer.bos).argmax())
-            yield (
-                f"sequence {first + row}: expected BOS (id {packer.bos}), as its manifest records, at token "
-                f"{int(places[place])}, found id {int(ids[place])}"
-            )
-
-
-def _hash_faults(shard: OpenShard, expected: str) -> Iterator[str]:
-    try:
-        digest = sha256_of(shard.file)
-    except OSError as error:
-        yield f"{shard.path}: expected {shard.file.size} bytes, found: {error.strerror or error}"
-        return
-    if digest != expected:
-        yield f"{shard.path}: expected sha256 {expected[:12]}…, found {digest[:12]}…"
-
-
 def _described(manifest: Manifest, location: str) -> Table:
-    sizes = sum(shard.bytes for shard in manifest.shards)
     per_token = None if manifest.text_bytes is None else f"{manifest.text_bytes / max(manifest.tokens, 1):.3f}"
     tokenizer, packer = manifest.tokenizer, manifest.packer
     rows = {
@@ -271,8 +233,8 @@ def _described(manifest: Manifest, location: str) -> Table:
         "tokens": _count(manifest.tokens),
         "text bytes": _count(manifest.text_bytes),
         "bytes a token": per_token or "not known",
-        "shards": _count(len(manifest.shards)),
-        "bytes of shards": _count(sizes),
+        "shards": f"{len(manifest.shards):,}, {_place_of_shards(manifest)}",
+        "bytes of shards": _count(manifest.bytes),
         "fingerprint": manifest.fingerprint,
     }
     table = Table(title=redact_url(location), title_justify="left", show_header=False)
@@ -281,6 +243,13 @@ def _described(manifest: Manifest, location: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _place_of_shards(manifest: Manifest) -> str:
+    if manifest.has_table:
+        return f"in {TABLE_FILE}"
+    long = len(manifest.shards) > MAX_LISTED
+    return "listed in manifest.json" + (": `megadistill shards convert` makes starts quicker" if long else "")
 
 
 def _bos(packer: PackerRecord) -> str:

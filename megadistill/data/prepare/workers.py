@@ -8,12 +8,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, encode_task, reusable_shard
 from megadistill.data.prepare.shard_tasks import ShardTask
@@ -40,9 +41,7 @@ def encode_all(
             reused = reusable_shard(output, task, spec)
             yield task, reused or encode_task(output, task, spec, tokenizer), reused is not None
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # each worker is then a fork that has its imports
-    pool = ProcessPoolExecutor(processes, context, _initialise, (output, tokenizer_file, spec))
+    pool = worker_pool(processes, __name__, _initialise, (output, tokenizer_file, spec))
     pending: deque[tuple[ShardTask, Future[EncodedShard]]] = deque()
     try:
         for task in tasks:
@@ -63,6 +62,15 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
+def worker_pool(
+    processes: int, module: str, initialise: Callable[..., None], arguments: tuple[Any, ...]
+) -> ProcessPoolExecutor:
+    """Processes that have imported `module`; each calls `initialise`, which calls `begin_worker` first."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([module])  # each worker is then a fork that has its imports
+    return ProcessPoolExecutor(processes, context, initialise, arguments)
+
+
 # In the worker processes
 
 _output: Path
@@ -72,10 +80,15 @@ _tokenizer: Tokenizer
 
 def _initialise(output: Path, tokenizer_file: Path, spec: EncodingSpec) -> None:
     global _output, _spec, _tokenizer
+    begin_worker()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process encodes in one thread: there is one for each core
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it silently: partial files do not count
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     _output, _spec, _tokenizer = output, spec, load_tokenizer(tokenizer_file)
+
+
+def begin_worker() -> None:
+    """Ctrl-C ends a worker silently, as partial files do not count; and so does the end of its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:

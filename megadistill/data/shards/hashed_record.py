@@ -27,8 +27,8 @@ class HashedRecord(BaseModel):
     """Name of the file in its folder."""
     TITLE: ClassVar[str]
     """The kind of record, for messages."""
-    VERSION: ClassVar[int]
-    """The format version that this release reads and writes."""
+    VERSION: ClassVar[str]
+    """The format version that this release reads, for messages."""
     LOCATION: ClassVar[str]
     """The kind of path that locates a record, for messages."""
     WAY_OUT: ClassVar[str]
@@ -46,13 +46,22 @@ class HashedRecord(BaseModel):
         Raises:
             UserError: there is none, it was changed by hand, or it has another format version; one line.
         """
+        return cls._parsed(cls._text(folder, name, where), folder, where)
+
+    @classmethod
+    def _text(cls, folder: Folder, name: str, where: str) -> bytes:
+        """Raises UserError: the file cannot be read; one line."""
         try:
-            text = folder.read_whole(name, max_bytes=MAX_RECORD_BYTES)
+            return folder.read_whole(name, max_bytes=MAX_RECORD_BYTES)
         except FileNotFoundError:
             here = "" if "://" in where else f" (paths are relative to {Path.cwd()})"
             raise UserError(f"{where} does not exist{here}: give {cls.LOCATION}") from None
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror or error}): give {cls.LOCATION}") from None
+
+    @classmethod
+    def _parsed(cls, text: bytes, folder: Folder, where: str) -> Self:
+        """Raises UserError: it was changed by hand, or it has another format version; one line."""
         way_out = f"{cls.WAY_OUT} again, or restore it"
         try:
             stored = cls.model_validate_json(text)

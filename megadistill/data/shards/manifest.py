@@ -1,33 +1,38 @@
 """Manifests: the record of one split of a data set.
 
 A split is one folder: `manifest.json`, shards `shard-00000.tar` (plain WebDataset tars, a sample a sequence), and
-beside each its index `shard-00000.tar.idx.npy`. The manifest is written last: a folder without one is incomplete.
+beside each its index `shard-00000.tar.idx.npy`. The manifest is written last: a folder without one is incomplete. It
+lists up to MAX_LISTED shards itself (version 3); more are in a table beside it, `shards.npy` (version 4).
 
 Legend: S tokens of a sequence, which is stored with S + 1; D documents of a sequence.
 """
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from megadistill.config.paths import wrong_path
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
+from megadistill.data.shards.shard import NAME, FileName
+from megadistill.data.shards.shard_table import TABLE_FILE, ShardTable, TableRecord
 from megadistill.data.storage.open import folder_of, refuse_secret
 from megadistill.errors import UserError
 from megadistill.redaction import redact_url
 
 FORMAT_VERSION: Final = 3
 MANIFEST: Final = "manifest.json"
-INDEX_SUFFIX = ".idx.npy"
+TABLE_VERSION: Final = 4
+"""Format version of a manifest.json whose shards are in a table."""
+MAX_LISTED: Final = 10_000
+"""Shards that manifest.json lists itself, in 2.5 MB; above that they are written as a table."""
+MAX_TABLE_MANIFEST_BYTES: Final = 4 << 20
+"""Limit of a manifest.json whose shards are in a table."""
 UINT16_IDS = 1 << 16
 
-# One name or a path of names below the folder; no name begins with a dot, so none is "..".
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
-FileName = Annotated[str, Field(pattern=rf"^{_NAME}$", max_length=200)]
-NearbyPath = Annotated[str, Field(pattern=rf"^(\.\./)?{_NAME}(/{_NAME})*$", max_length=1000)]
+NearbyPath = Annotated[str, Field(pattern=rf"^(\.\./)?{NAME}(/{NAME})*$", max_length=1000)]
 """A path below the folder of the split, or below its parent."""
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
@@ -39,31 +44,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))  # there may be 100,000 of them
-class Shard:
-    """One tar file; its index lies beside it, under the same name with `INDEX_SUFFIX`."""
-
-    name: FileName
-    sequences: Annotated[int, Field(ge=1, le=1 << 32)]
-    bytes: Annotated[int, Field(ge=1, le=1 << 50)]
-    sha256: Sha256
-    index_sha256: Sha256
-
-    @property
-    def index(self) -> str:
-        return self.name + INDEX_SUFFIX
-
-
 class SampleFormat(_Record):
     """The sample of a sequence in its tar: the suffixes of its members, and what they hold."""
 
     kind: Literal["npy", "npz", "raw"]
     """npy: one array; npz: an archive with one array; raw: the tokens' bytes, little-endian, and nothing else."""
-    tokens: Annotated[str, Field(pattern=rf"^{_NAME}$", max_length=100)]
+    tokens: Annotated[str, Field(pattern=rf"^{NAME}$", max_length=100)]
     """The member with the tokens [S + 1], such as `tokens.npy`."""
-    bounds: Annotated[str, Field(pattern=rf"^{_NAME}$", max_length=100)] | None
+    bounds: Annotated[str, Field(pattern=rf"^{NAME}$", max_length=100)] | None
     """The member with the documents' bounds [D + 1] (see `labels`), such as `bounds.npy`; None: they are not known."""
-    array: Annotated[str, Field(pattern=rf"^{_NAME}$", max_length=100)] | None = None
+    array: Annotated[str, Field(pattern=rf"^{NAME}$", max_length=100)] | None = None
     """The array with the tokens, in an npz that holds several; None: it holds one."""
 
 
@@ -134,16 +124,16 @@ class SourceRecord(_Record):
     """None, and not written, where the text was not generated."""
 
 
-class Manifest(HashedRecord):
-    """The record of one split. Immutable: its fingerprint is part of every position in its stream."""
+class _ManifestFields(HashedRecord):
+    """What a manifest records besides its shards."""
 
     FILE: ClassVar[str] = MANIFEST
     TITLE: ClassVar[str] = "manifest"
-    VERSION: ClassVar[int] = FORMAT_VERSION
+    VERSION: ClassVar[str] = f"{FORMAT_VERSION} or {TABLE_VERSION}"
     LOCATION: ClassVar[str] = "the manifest.json of a split, which `megadistill tokenize` writes"
     WAY_OUT: ClassVar[str] = "run `megadistill tokenize` (or `megadistill shards index`)"
 
-    version: Literal[3]
+    version: int
     split: FileName
     sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     """S, in tokens."""
@@ -163,7 +153,28 @@ class Manifest(HashedRecord):
     text_bytes: Annotated[int, Field(ge=1, le=1 << 60)] | None
     """UTF-8 bytes of those tokens' text: bits a byte = nats a token · tokens / (text_bytes · ln 2). None: not known."""
     source: SourceRecord
-    shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=1 << 24)]
+
+
+class _TableManifest(_ManifestFields):
+    """A manifest.json whose shards are in a table beside it."""
+
+    version: Literal[4]
+    shards: TableRecord
+    content_sha256: Sha256
+    """The fingerprint of the split: the sha256 of the manifest that lists the same shards itself."""
+
+
+class Manifest(_ManifestFields):
+    """The record of one split. Immutable: its fingerprint is part of every position in its stream.
+
+    It is the same in memory, with the same fingerprint, whether its file lists the shards or a table holds them.
+    """
+
+    version: Literal[3]
+    shards: ShardTable
+
+    _recorded_fingerprint: Sha256 | None = PrivateAttr(default=None)
+    """As a manifest.json with a table records it."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Manifest":
@@ -176,9 +187,6 @@ class Manifest(HashedRecord):
             raise ValueError(
                 f"tokens is {self.tokens}, but {self.sequences} sequences of {self.sequence_length} make {most} at most"
             )
-        names = [name for shard in self.shards for name in (shard.name, shard.index)]
-        if len(set(names)) != len(names):
-            raise ValueError("two shards or indices have the same name")
         return self
 
     @classmethod
@@ -186,7 +194,8 @@ class Manifest(HashedRecord):
         """The manifest at `location`, a path or a URL of `.../manifest.json`.
 
         Raises:
-            UserError: there is none, it was changed by hand, it has another format version, or a URL has a secret.
+            UserError: there is none, it was changed by hand, it has another format version, its table is missing or
+                another one, or a URL has a secret.
         """
         if "://" not in str(location) and not Path(location).is_file():
             reason = wrong_path(location, "manifest")
@@ -195,12 +204,78 @@ class Manifest(HashedRecord):
         refuse_secret(str(location))
         parent, _, name = str(location).rpartition("/")
         folder = folder_of(parent or ("/" if str(location).startswith("/") else "."))
-        return cls._read(folder, name, redact_url(location))
+        where = redact_url(location)
+        text = cls._text(folder, name, where)
+        if len(text) <= MAX_TABLE_MANIFEST_BYTES and _is_of_table(text):
+            return cls._with_table(_TableManifest._parsed(text, folder, where), where)
+        return cls._parsed(text, folder, where)
+
+    @classmethod
+    def _with_table(cls, stored: _TableManifest, where: str) -> "Manifest":
+        table = ShardTable.read(stored.folder, stored.shards, where)
+        fields = {name: getattr(stored, name) for name in _ManifestFields.model_fields}
+        try:
+            manifest = cls(**{**fields, "version": FORMAT_VERSION, "shards": table})
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"]
+            raise UserError(f"{where} is not a valid {cls.TITLE}: {reason}: {cls.WAY_OUT} again") from None
+        manifest._recorded_fingerprint = stored.content_sha256
+        return manifest.lying_in(stored.folder)
+
+    def write(self, folder: Path, *, table: bool | None = None) -> None:
+        """Writes the manifest into `folder`, whole or not at all: the last file that is written there.
+
+        `table`: whether its shards are written as a table; None: if they are more than MAX_LISTED.
+        """
+        if not (len(self.shards) > MAX_LISTED if table is None else table):
+            super().write(folder)
+            (folder / TABLE_FILE).unlink(missing_ok=True)
+            return
+        fields = {name: getattr(self, name) for name in _ManifestFields.model_fields}
+        fields |= {"version": TABLE_VERSION, "shards": self.shards.write(folder), "content_sha256": self.fingerprint}
+        _TableManifest(**fields).write(folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the JSON without white space that lists all shards, in the order of the fields: the same wherever
+        the folder lies, and in both forms of the file. A recorded one is believed here: `shards verify` compares it."""
+        return self._recorded_fingerprint or self.content_sha256()
+
+    def content_sha256(self) -> str:
+        """The fingerprint, computed from all shards."""
+        digest = hashlib.sha256(self.model_dump_json(exclude={"shards"}).removesuffix("}").encode())
+        digest.update(b',"shards":')
+        for part in self.shards.json_parts():
+            digest.update(part.encode())
+        digest.update(b"}")
+        return digest.hexdigest()
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the file that it was loaded from has its shards in a table."""
+        return self._recorded_fingerprint is not None
 
     @cached_property
     def sequences(self) -> int:
         """Number of sequences in all shards."""
-        return sum(shard.sequences for shard in self.shards)
+        return int(self.shards.sequences.sum())
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return int(self.shards.bytes.sum())
+
+
+class _Version(BaseModel):
+    version: int
+
+
+def _is_of_table(text: bytes) -> bool:
+    """Whether the text of a manifest.json says that its shards are in a table."""
+    try:
+        return _Version.model_validate_json(text).version == TABLE_VERSION
+    except ValidationError:
+        return False
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:

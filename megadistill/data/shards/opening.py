@@ -13,14 +13,14 @@ from typing import Final
 import numpy as np
 from isal import isal_zlib
 
-from megadistill.data.shards.manifest import Shard
 from megadistill.data.shards.npy import MemberError, npy_header_of
+from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.tar import MAX_SAMPLE_BYTES, Index
 from megadistill.data.storage.base import Bytes, Folder
 from megadistill.errors import OperatorFault
 
 OPEN_SHARDS: Final = 64
-"""Shards that a reader keeps open; mapped ones cost address space."""
+"""Shards of stored targets that a reader keeps open: they lie in the order of the slots."""
 
 
 class ShardFault(OperatorFault):
@@ -36,18 +36,23 @@ class OpenShard:
     index: Index
 
     def sample(self, start: int, length: int, crc32: int) -> memoryview:
-        """The bytes of a sample. isal's crc32 is zlib's, in an eighth of the time.
+        """The bytes of a sample. Raises MemberError: they cannot be read, or have another crc32."""
+        return read_sample(self.file, start, length, crc32)
 
-        Raises:
-            MemberError: they cannot be read, or have another crc32.
-        """
-        try:
-            data = self.file.read(start, length)
-        except OSError as error:
-            raise MemberError(f"expected {length} bytes, found: {error.strerror or error}") from None
-        if isal_zlib.crc32(data) != crc32:
-            raise MemberError(f"expected crc32 {crc32:#010x}, found {isal_zlib.crc32(data):#010x}")
-        return data
+
+def read_sample(file: Bytes, start: int, length: int, crc32: int) -> memoryview:
+    """The bytes of a sample in a tar. isal's crc32 is zlib's, in an eighth of the time.
+
+    Raises:
+        MemberError: they cannot be read, or have another crc32.
+    """
+    try:
+        data = file.read(start, length)
+    except OSError as error:
+        raise MemberError(f"expected {length} bytes, found: {error.strerror or error}") from None
+    if isal_zlib.crc32(data) != crc32:
+        raise MemberError(f"expected crc32 {crc32:#010x}, found {isal_zlib.crc32(data):#010x}")
+    return data
 
 
 def open_indexed_tar(folder: Folder, shard: Shard, members: Mapping[str, bool], *, own_columns: int = 0) -> OpenShard:
@@ -58,27 +63,52 @@ def open_indexed_tar(folder: Folder, shard: Shard, members: Mapping[str, bool], 
     Raises:
         ShardFault: a file is missing or unreachable, or has another size; the index is another one, or impossible.
     """
+    file, header = index_file(folder, shard, columns=own_columns + 3 + 2 * len(members))
+    index = verified_index(folder, shard, file, header, members, own_columns=own_columns)
+    return OpenShard(f"{folder.location}/{shard.name}", open_tar(folder, shard), index)
+
+
+def open_tar(folder: Folder, shard: Shard) -> Bytes:
+    """Raises ShardFault: the tar is missing or unreachable, or has another size."""
     path = f"{folder.location}/{shard.name}"
-    index = _read_index(folder, shard, columns=own_columns + 3 + 2 * len(members))
-    _require_sound(index[:, own_columns:], shard, members, f"{folder.location}/{shard.index}")
     try:
         file = folder.open(shard.name)
     except OSError as error:
         raise ShardFault(f"{path}: expected a file of {shard.bytes} bytes, found: {error.strerror or error}") from None
     if file.size != shard.bytes:
         raise ShardFault(f"{path}: expected {shard.bytes} bytes, found {file.size}")
-    return OpenShard(path, file, index)
+    return file
 
 
-def _read_index(folder: Folder, shard: Shard, *, columns: int) -> Index:
-    """[Q, columns], not copied."""
+def index_file(folder: Folder, shard: Shard, *, columns: int) -> tuple[Bytes, bytes]:
+    """The file of an index [Q, columns], and the header that it must begin with; its size is checked, no more.
+
+    Raises:
+        ShardFault: it is missing or unreachable, or has another size.
+    """
     path = f"{folder.location}/{shard.index}"
     header = npy_header_of((shard.sequences, columns), "<i8")
     expected = len(header) + shard.sequences * columns * 8
     try:
         file = folder.open(shard.index)
-        if file.size != expected:
-            raise ShardFault(f"{path}: expected {expected} bytes, found {file.size}")
+    except OSError as error:
+        raise ShardFault(f"{path}: expected the index of {shard.name}, found: {error.strerror or error}") from None
+    if file.size != expected:
+        raise ShardFault(f"{path}: expected {expected} bytes, found {file.size}")
+    return file, header
+
+
+def verified_index(
+    folder: Folder, shard: Shard, file: Bytes, header: bytes, members: Mapping[str, bool], *, own_columns: int = 0
+) -> Index:
+    """[Q, columns], not copied, from the `file` and `header` of `index_file`.
+
+    Raises:
+        ShardFault: it cannot be read, is another one, or impossible.
+    """
+    path = f"{folder.location}/{shard.index}"
+    columns = own_columns + 3 + 2 * len(members)
+    try:
         data = file.read(0, file.size)
     except OSError as error:
         raise ShardFault(f"{path}: expected the index of {shard.name}, found: {error.strerror or error}") from None
@@ -91,7 +121,9 @@ def _read_index(folder: Folder, shard: Shard, *, columns: int) -> Index:
         raise ShardFault(
             f"{path}: expected an .npy of ({shard.sequences}, {columns}) int64, found {bytes(data[:100])!r}"
         )
-    return np.frombuffer(data, dtype="<i8", offset=len(header)).reshape(shard.sequences, columns)
+    index = np.frombuffer(data, dtype="<i8", offset=len(header)).reshape(shard.sequences, columns)
+    _require_sound(index[:, own_columns:], shard, members, path)
+    return index
 
 
 def _require_sound(index: Index, shard: Shard, members: Mapping[str, bool], path: str) -> None:

@@ -9,7 +9,6 @@ Legend: N places to read, T = S + 1 tokens of a sequence, Q sequences of a shard
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.npy import MemberError, Row, npy_header_of, npy_row, row_of
-from megadistill.data.shards.opening import OPEN_SHARDS, OpenShard, ShardFault, open_indexed_tar
+from megadistill.data.shards.opening import OpenShard, ShardFault, open_indexed_tar
+from megadistill.data.shards.shard_cache import CachedShard, FileIndex, ShardCache
 
 HEADER_BYTES: Final = 128
 """Length of the .npy header that numpy writes for a row of integers."""
@@ -60,21 +60,22 @@ def open_shard(manifest: Manifest, number: int) -> OpenShard:
     return open_indexed_tar(manifest.folder, manifest.shards[number], members)
 
 
-_Group = tuple[OpenShard, dict[int, int], list[list[int]]]
+_Group = tuple[CachedShard, dict[int, int], list[list[int]]]
 """A shard; row of a batch -> its sequence in that shard; the sequences' entries in the index."""
 
 
 class SequenceReader:
-    """Sequences of one split by their places. Keeps OPEN_SHARDS shards open; one thread at a time."""
+    """Sequences of one split by their places; one thread at a time."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
+        """`cache` bounds what several readers keep open, together."""
         self._manifest = manifest
         self._length = manifest.sequence_length + 1
         self._dtype = np.dtype(manifest.dtype)
         self._record = manifest.sample_format
         self._header = _plain_header(manifest)
         self._counts: dict[bytes, int] = {}
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda number: open_shard(manifest, number))
+        self._shards = (cache or ShardCache()).split(manifest)
         self._broken: dict[int, ShardFault] = {}
 
     def read(self, places_N2: Places) -> SequenceBatch:
@@ -94,7 +95,7 @@ class SequenceReader:
         wrong = unsound | self._large_ids(tokens_NT) | wrong
         for shard, sequences, _ in groups if wrong else ():
             for row in wrong.keys() & sequences:
-                at = f"{shard.path} sequence {sequences[row]} at byte {shard.index[sequences[row], 0]}"
+                at = f"{shard.path} sequence {sequences[row]} at byte {shard.index.rows([sequences[row]])[0][0]}"
                 faults[row] = ShardFault(f"{at}: {wrong[row]}")
         for row in faults:
             tokens_NT[row] = 0
@@ -113,20 +114,33 @@ class SequenceReader:
         by_shard: dict[int, dict[int, int]] = {}
         for row, (number, sequence) in enumerate(places_N2.tolist()):
             by_shard.setdefault(number, {})[row] = sequence
-        groups = []
+        opened = []
         for number, sequences in by_shard.items():
             shard = self._shard(number)
             if isinstance(shard, ShardFault):
                 faults.update(dict.fromkeys(sequences, shard))
             else:
-                groups.append((shard, sequences, shard.index[list(sequences.values())].tolist()))
+                opened.append((shard, sequences))
+        self._manifest.folder.prefetch(
+            place
+            for shard, sequences in opened
+            if isinstance(shard.index, FileIndex)
+            for place in shard.index.ranges(list(sequences.values()))
+        )
+        groups = []
+        for shard, sequences in opened:
+            try:
+                groups.append((shard, sequences, shard.index.rows(list(sequences.values()))))
+            except OSError as error:
+                fault = ShardFault(f"{shard.path}: expected entries of its index, found: {error.strerror or error}")
+                faults.update(dict.fromkeys(sequences, fault))
         return groups
 
-    def _shard(self, number: int) -> OpenShard | ShardFault:
+    def _shard(self, number: int) -> CachedShard | ShardFault:
         """One that does not open is not tried again."""
         if number not in self._broken:
             try:
-                return self._open(number)
+                return self._shards.get(number)
             except ShardFault as fault:
                 self._broken[number] = fault
         return self._broken[number]

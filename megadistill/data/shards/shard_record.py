@@ -10,7 +10,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from megadistill.data.shards.manifest import Count, Shard
+from megadistill.data.shards.manifest import Count
+from megadistill.data.shards.shard import Shard
 from megadistill.io import file_sha256, read_file, write_file
 
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
-from megadistill.data.shards.manifest import INDEX_SUFFIX, SampleFormat, Shard, TokenDtype
+from megadistill.data.shards.manifest import SampleFormat, TokenDtype
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard import INDEX_SUFFIX, Shard
 from megadistill.data.storage.local import MappedFile
 from megadistill.errors import UserError
 from megadistill.io import atomic_write, file_sha256, open_regular

@@ -13,6 +13,9 @@ class Bytes(Protocol):
     """An open file, read at random. One thread at a time."""
 
     size: int
+    identity: object
+    """What else is known of the file, equal for one that has not changed: its number and time, or its tag in a store;
+    None: nothing."""
 
     def read(self, start: int, length: int) -> memoryview:
         """`length` bytes from `start`. Raises OSError: out of range, or unreachable."""

@@ -38,7 +38,9 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with open_regular(path) as file:
-            self.size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            self.size = status.st_size
+            self.identity: object = (status.st_dev, status.st_ino, status.st_mtime_ns)
             if self.size == 0:
                 raise OSError(errno.EINVAL, "it is empty", str(path))
             self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

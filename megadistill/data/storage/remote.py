@@ -31,6 +31,8 @@ REQUESTS: Final = 16
 
 ABSENT_STATUS: Final = (404, 410)
 PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
+_TAGS: Final = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated")
+"""Keys under which file systems of fsspec give a file's tag, or the time of its last change."""
 TRANSIENT_STATUS: Final = (408, 425, 429)
 """Client errors that are worth another attempt."""
 
@@ -82,7 +84,8 @@ class RemoteFolder:
         self._given_up = False
 
     def open(self, name: str) -> "RemoteFile":
-        return RemoteFile(self, name, sync(get_loop(), self._with_retries, name, "its size", self._backend.size))
+        size, tag = sync(get_loop(), self._with_retries, name, "its size", self._backend.status)
+        return RemoteFile(self, name, size, tag)
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
         file = self.open(name)
@@ -170,12 +173,13 @@ class RemoteFolder:
 class RemoteFile:
     """An open file of a RemoteFolder."""
 
-    def __init__(self, folder: RemoteFolder, name: str, size: int) -> None:
+    def __init__(self, folder: RemoteFolder, name: str, size: int, tag: str | None) -> None:
         if size == 0:
             raise OSError(errno.EINVAL, "it is empty", f"{folder.location}/{name}")
         self._folder = folder
         self.name = name
         self.size = size
+        self.identity: object = tag
 
     def read(self, start: int, length: int) -> memoryview:
         if not 0 <= start <= start + length <= self.size:
@@ -219,10 +223,11 @@ class HttpBackend:
     def __init__(self, files: Any) -> None:
         self._files = files
 
-    async def size(self, url: str) -> int:
+    async def status(self, url: str) -> tuple[int, str | None]:
+        """Size in bytes, and the tag or the time of the last change where the server gives one."""
         async with self._ranged_get(url, 0, 1) as response:
             _, total = _content_range(response)
-            return total
+            return total, response.headers.get("ETag") or response.headers.get("Last-Modified")
 
     async def get(self, url: str, start: int, stop: int) -> bytes:
         async with self._ranged_get(url, start, stop) as response:
@@ -267,14 +272,15 @@ class FsspecBackend:
     def __init__(self, files: Any) -> None:
         self._files = files
 
-    async def size(self, url: str) -> int:
+    async def status(self, url: str) -> tuple[int, str | None]:
+        """Size in bytes, and the tag or the time of the last change where the store gives one."""
         path = self._files._strip_protocol(url)
         # fsspec's own names for the coroutines of an asynchronous file system
         info = await (self._files._info(path) if self._files.async_impl else asyncio.to_thread(self._files.info, path))
         if not isinstance(info.get("size"), int):
             raise RequestError("its size is not known", transient=False)
-        size: int = info["size"]
-        return size
+        tag = next((info[key] for key in _TAGS if info.get(key)), None)
+        return info["size"], None if tag is None else str(tag)
 
     async def get(self, url: str, start: int, stop: int) -> bytes:
         path = self._files._strip_protocol(url)

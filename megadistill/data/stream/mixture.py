@@ -118,8 +118,7 @@ class Mixture:
 
     def order(self, seed: int) -> Order:
         sources = {
-            name: Source(manifest.fingerprint, [shard.sequences for shard in manifest.shards])
-            for name, manifest in self.sources.items()
+            name: Source(manifest.fingerprint, manifest.shards.sequences) for name, manifest in self.sources.items()
         }
         return Order(sources, self.curriculum, seed=seed)
 

@@ -40,7 +40,7 @@ class Source:
     """A split as the order sees it: its manifest's fingerprint, and the number of sequences of each shard."""
 
     fingerprint: str
-    counts: Sequence[int]
+    counts: Positions | Sequence[int]
 
 
 class Order:

@@ -37,9 +37,8 @@ class SourceOrder:
     Epoch e is positions e·sequences to (e + 1)·sequences - 1, and visits every sequence once.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, name: str) -> None:
-        self._ends_P = np.cumsum(np.asarray(counts, dtype=np.int64))
-        self._starts_P = self._ends_P - counts
+    def __init__(self, counts: Positions | Sequence[int], *, seed: int, name: str) -> None:
+        self._ends_P = np.cumsum(counts, dtype=np.int64)
         self._key = f"{seed}/{name}"
         self.sequences = int(self._ends_P[-1])
         self._blocks = self.sequences // BLOCK
@@ -48,7 +47,8 @@ class SourceOrder:
         """[N, 2] int64: the shard, and the sequence in that shard, at each position [N] int64."""
         sequences_N = self.sequence_at(positions_N)
         shards_N = np.searchsorted(self._ends_P, sequences_N, side="right")
-        return np.stack([shards_N, sequences_N - self._starts_P[shards_N]], axis=1)
+        starts_N = np.where(shards_N > 0, self._ends_P[shards_N - 1], 0)
+        return np.stack([shards_N, sequences_N - starts_N], axis=1)
 
     def sequence_at(self, positions_N: Positions) -> Positions:
         """[N] int64: the sequence at each position [N], numbered through all shards."""

@@ -22,6 +22,7 @@ from megadistill.data.shards.labels import document_starts, mask_labels, predict
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import ShardFault
 from megadistill.data.shards.reader import SequenceReader
+from megadistill.data.shards.shard_cache import ShardCache
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.order import order_differences
 from megadistill.data.stream.shuffle import Positions
@@ -95,7 +96,8 @@ class TokenStream:
         self._max_masked = max_masked_per_million
         self._masked_slots = set(self.start.masked_slots)
         self._masked_lock = threading.Lock()  # the prefetch thread and the training loop both add slots
-        self._readers = [self._reader(name) for name in self._order.names]
+        cache = ShardCache()
+        self._readers = [self._reader(name, cache) for name in self._order.names]
         self._batch_slots = batch_slots
         self._rows = batch_slots // world_size
         self._first_row = rank * self._rows
@@ -150,14 +152,14 @@ class TokenStream:
                 )
         return start
 
-    def _reader(self, name: str) -> SequenceReader:
+    def _reader(self, name: str, cache: ShardCache) -> SequenceReader:
         manifest = self._mixture.sources[name]
         if self._document_mask and manifest.sample_format.bounds is None:
             raise UserError(
                 f"data.document_mask: the shards of {manifest.folder.location} do not record where documents begin: "
                 "set it to false, or tokenize the text with this package"
             )
-        return SequenceReader(manifest)
+        return SequenceReader(manifest, cache)
 
     def _batches(self) -> Iterator[tuple[TokenBatch, Cursor]]:
         """Each batch is the next G slots that are not skipped."""

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from megadistill.config.recipe import TargetsSection, TeacherPrecision
 from megadistill.data.shards.hashed_record import HashedRecord, Sha256
-from megadistill.data.shards.manifest import Shard
+from megadistill.data.shards.shard import Shard
 from megadistill.data.storage.open import folder_of
 from megadistill.data.stream.order import order_differences
 from megadistill.errors import UserError
@@ -229,7 +229,7 @@ class TargetManifest(HashedRecord):
 
     FILE: ClassVar[str] = "targets.json"
     TITLE: ClassVar[str] = "target set"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[str] = "2"
     LOCATION: ClassVar[str] = "the folder of a finished target set"
     WAY_OUT: ClassVar[str] = "store the targets"
 

@@ -16,6 +16,7 @@ from megadistill.data.shards.manifest import (
     token_dtype,
 )
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import write_shard
 
 SEQUENCE = 24
@@ -85,6 +86,6 @@ def write_split(
         tokens=tokens,
         text_bytes=text_bytes,
         source=SourceRecord(inputs=("random",)),
-        shards=shards,
+        shards=ShardTable.of(shards),
     ).write(folder)
     return Manifest.load(folder / "manifest.json")

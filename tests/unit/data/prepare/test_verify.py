@@ -15,7 +15,8 @@ from webdataset import TarWriter, WebDataset
 from megadistill.cli.main import run_command
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.index_external import index
-from megadistill.data.prepare.verify import MAX_LINES, VerifyReport, find_manifests, info, verify
+from megadistill.data.prepare.shard_checks import MAX_LINES
+from megadistill.data.prepare.verify import VerifyReport, find_manifests, info, verify
 from megadistill.data.shards.packing import PackedSequence
 from megadistill.data.shards.tar import SAMPLE_FORMAT, index_sequences, write_index, write_shard
 from megadistill.errors import UserError

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from webdataset import WebDataset
 
-from megadistill.data.shards.manifest import SampleFormat, Shard
+from megadistill.data.shards.manifest import SampleFormat
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.tar import MAX_TAR_HEADER_BYTES, SAMPLE_FORMAT, index_sequences, write_shard
 from megadistill.errors import UserError
 from megadistill.io import file_sha256

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megadistill.config.recipe import TargetsSection
 from megadistill.data import ShardFault
-from megadistill.data.shards.manifest import Shard
 from megadistill.data.shards.npy import MemberError
+from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.tar import Index, write_index
 from megadistill.data.targets import target_writer
 from megadistill.data.targets.target_codec import TargetCodec

@@ -1,0 +1,191 @@
+"""Open shards of the splits that a process reads, and their verified indices.
+
+The rows of one rank lie in other shards from window to window. A shard's index is read and verified when its first row
+is read, and never again while the file stays the same. It is kept packed, within bytes; of one that was dropped only
+the entries that are needed are read. A tar that was closed is opened again, and has its size compared.
+
+Legend: P shards, Q sequences of a shard, C columns of an index.
+"""
+
+import resource
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadistill.data.shards.manifest import Manifest
+from megadistill.data.shards.opening import index_file, open_tar, read_sample, verified_index
+from megadistill.data.shards.shard import Shard
+from megadistill.data.shards.tar import Index
+from megadistill.data.storage.base import Bytes, Folder
+from megadistill.data.storage.local import LocalFolder
+
+MAX_OPEN_TARS: Final = 2048
+"""Local tars that stay open: those of a window's 1,024 blocks, each of which may lie in two."""
+MAX_REMOTE_FILES: Final = 1 << 16
+"""Remote files whose size stays known."""
+INDEX_BYTES: Final = 256 << 20
+"""Memory of packed indices: 12 bytes a sequence mostly, so those of 1,200 shards of 18,000 sequences."""
+ITEM: Final = 8
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class PackedIndex:
+    """A verified index in memory: columns with one value take none, the others their narrowest type."""
+
+    def __init__(self, index: Index) -> None:
+        least_C, most_C = index.min(axis=0).tolist(), index.max(axis=0).tolist()
+        self._template = least_C
+        self._varying = [column for column, least in enumerate(least_C) if least != most_C[column]]
+        types = [(f"{column}", np.min_scalar_type(most_C[column])) for column in self._varying]
+        self._rows_Q = np.empty(len(index), dtype=types)
+        for column in self._varying:
+            self._rows_Q[f"{column}"] = index[:, column]
+
+    @property
+    def bytes(self) -> int:
+        return self._rows_Q.nbytes
+
+    def rows(self, sequences: Sequence[int]) -> list[list[int]]:
+        """The entries of `sequences`."""
+        rows = []
+        for values in self._rows_Q[list(sequences)].tolist() if self._varying else [()] * len(sequences):
+            row = self._template.copy()
+            for column, value in zip(self._varying, values, strict=True):
+                row[column] = value
+            rows.append(row)
+        return rows
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """An index that was verified and is no longer in memory: its file, of which single entries are read."""
+
+    file: Bytes
+    begin: int
+    """Byte of the first entry."""
+    columns: int
+
+    def ranges(self, sequences: Sequence[int]) -> list[tuple[Bytes, int, int]]:
+        width = self.columns * ITEM
+        return [(self.file, self.begin + sequence * width, width) for sequence in sequences]
+
+    def rows(self, sequences: Sequence[int]) -> list[list[int]]:
+        """The entries of `sequences`. Raises OSError: one cannot be read."""
+        return [
+            np.frombuffer(file.read(start, length), dtype="<i8").tolist()
+            for file, start, length in self.ranges(sequences)
+        ]
+
+
+@dataclass(frozen=True)
+class CachedShard:
+    """A shard whose tar is open, and whose index has been verified in this process."""
+
+    path: str
+    file: Bytes
+    index: PackedIndex | FileIndex
+
+    def sample(self, start: int, length: int, crc32: int) -> memoryview:
+        """The bytes of a sample. Raises MemberError: they cannot be read, or have another crc32."""
+        return read_sample(self.file, start, length, crc32)
+
+
+class ShardCache:
+    """Bounds what several splits keep open, together. One thread at a time."""
+
+    def __init__(self, *, index_bytes: int = INDEX_BYTES) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = MAX_OPEN_TARS if soft == resource.RLIM_INFINITY else max(16, min(MAX_OPEN_TARS, soft // 4))
+        self.local: _Latest[tuple[int, int], Bytes] = _Latest(limit)
+        """Local tars: each holds a file descriptor."""
+        self.remote: _Latest[tuple[int, str], Bytes] = _Latest(MAX_REMOTE_FILES)
+        self.indices: _Latest[tuple[int, int], PackedIndex] = _Latest(index_bytes, lambda index: index.bytes + 1)
+        self._splits = 0
+
+    def split(self, manifest: Manifest) -> "SplitShards":
+        self._splits += 1
+        return SplitShards(manifest, self, self._splits)
+
+
+class SplitShards:
+    """The shards of one split, opened through a cache."""
+
+    def __init__(self, manifest: Manifest, cache: ShardCache, key: int) -> None:
+        self._manifest, self._cache, self._key = manifest, cache, key
+        self._members = {"tokens": True, "bounds": manifest.sample_format.bounds is not None}
+        self._verified_P: NDArray[np.int64] = np.zeros(len(manifest.shards), dtype=np.int64)
+        """Hash of the identity of each index that was verified; 0: none was."""
+        self._is_local = isinstance(manifest.folder, LocalFolder)
+
+    def get(self, number: int) -> CachedShard:
+        """Shard `number`.
+
+        Raises:
+            ShardFault: a file is missing or unreachable, the size or the index is not the manifest's.
+        """
+        cache, place = self._cache, (self._key, number)
+        index: PackedIndex | FileIndex | None = cache.indices.get(place)
+        file = cache.local.get(place) if self._is_local else cache.remote.get((self._key, f"{number}"))
+        shard = self._manifest.shards[number]
+        if index is None:
+            index = self._index(number, shard)
+        if file is None:
+            file = open_tar(self._manifest.folder, shard)
+            if self._is_local:
+                cache.local.put(place, file)
+            else:
+                cache.remote.put((self._key, f"{number}"), file)
+        return CachedShard(f"{self._manifest.folder.location}/{shard.name}", file, index)
+
+    def _index(self, number: int, shard: Shard) -> PackedIndex | FileIndex:
+        """From the file: verified, unless the same file was before."""
+        folder: Folder = self._manifest.folder
+        columns = 3 + 2 * len(self._members)
+        known = None if self._is_local else self._cache.remote.get((self._key, f"{number} index"))
+        file, header = (known, b"") if known else index_file(folder, shard, columns=columns)
+        begin = file.size - shard.sequences * columns * ITEM
+        identity = hash((file.identity, file.size)) or 1
+        if file.identity is not None and self._verified_P[number] == identity:
+            return FileIndex(file, begin, columns)
+        index = verified_index(folder, shard, file, header, self._members)
+        self._verified_P[number] = identity
+        packed = PackedIndex(index)
+        self._cache.indices.put((self._key, number), packed)
+        if not self._is_local:
+            self._cache.remote.put((self._key, f"{number} index"), file)
+        return packed
+
+
+class _Latest(Generic[Key, Value]):
+    """The values used last, whose costs are `limit` together."""
+
+    def __init__(self, limit: int, cost: Callable[[Value], int] = lambda value: 1) -> None:
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._limit, self._cost, self._total = limit, cost, 0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def total(self) -> int:
+        return self._total
+
+    def get(self, key: Key) -> Value | None:
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: Key, value: Value) -> None:
+        before: Any = self._values.pop(key, None)
+        self._total += self._cost(value) - (0 if before is None else self._cost(before))
+        self._values[key] = value
+        while self._total > self._limit:
+            _, dropped = self._values.popitem(last=False)
+            self._total -= self._cost(dropped)

@@ -1,0 +1,59 @@
+"""Large files that every rank reads whole: a local one is mapped, a remote one is copied to this node once."""
+
+import errno
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from megadistill.data.storage.base import Bytes, Folder, sha256_of
+from megadistill.data.storage.local import LocalFolder, MappedFile
+from megadistill.io import atomic_write
+
+COPY_BYTES: Final = 64 << 20
+"""Bytes fetched at a time."""
+
+
+def open_copy(folder: Folder, name: str, *, size: int, sha256: str) -> Bytes:
+    """The file `name` of `folder`, mapped. One process of a node fetches a remote file; the others wait, and map it.
+
+    The copy lies in the folder for temporary files (TMPDIR) under its sha256. One of another content is fetched again;
+    what was fetched is for the caller to hash.
+
+    Raises:
+        OSError: it is missing or unreachable, a remote one has another size, or the copy cannot be written.
+    """
+    if isinstance(folder, LocalFolder):
+        return folder.open(name)
+    folder = folder.sibling("")  # with a cache of its own, which ends with the copy
+    remote = folder.open(name)
+    if remote.size != size:
+        return remote
+    copies = _own_folder()
+    copy = copies / sha256
+    with open(copies / f"{sha256}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_whole(copy, size, sha256):
+            with atomic_write(copy) as file:
+                for start in range(0, size, COPY_BYTES):
+                    length = min(COPY_BYTES, size - start)
+                    folder.prefetch([(remote, start, length)])
+                    file.write(remote.read(start, length))
+    return MappedFile(copy)
+
+
+def _own_folder() -> Path:
+    """Raises OSError: it belongs to another user, or cannot be made."""
+    folder = Path(tempfile.gettempdir(), f"megadistill-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise OSError(errno.EPERM, "it belongs to another user: set TMPDIR", str(folder))
+    return folder
+
+
+def _is_whole(copy: Path, size: int, sha256: str) -> bool:
+    try:
+        return copy.stat().st_size == size and sha256_of(MappedFile(copy)) == sha256
+    except OSError:
+        return False
