@@ -7,7 +7,7 @@ vocab group: together they store the rows that each of them computes on.
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,13 +21,14 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.flight_recorder import enable_flight_recorder
 from megadistill.distributed.launch import Launch
+from megadistill.distributed.node_check import NodeCheck, check_nodes
 from megadistill.distributed.rendezvous import cannot_connect, launch_store, store_barrier
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.distributed.watchdog.relay import Relay, RelayClient
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
 from megadistill.distributed.watchdog.watchdog import Watchdog
-from megadistill.errors import OperatorFault, RestartFault
+from megadistill.errors import OperatorFault, RestartFault, UserError
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
@@ -100,7 +101,12 @@ def local_device(local_rank: int) -> torch.device:
 
 @contextmanager
 def process_groups(
-    launch: Launch, *, vocab_group: int, timeout_minutes: float, roles: Roles | None = None
+    launch: Launch,
+    *,
+    vocab_group: int,
+    timeout_minutes: float,
+    roles: Roles | None = None,
+    node_check: NodeCheck | None = None,
 ) -> Iterator[Topology]:
     """The process groups of a run, from `init_process_group` to `destroy_process_group`.
 
@@ -108,6 +114,8 @@ def process_groups(
     started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
     for peers that may be waiting themselves. With `roles`, student and teacher are a world each, joined by a bridge.
     The topology's watchdog is started; no phase has a time limit before the caller enters one.
+
+    `node_check` runs on the first rank of each node, before any group is made: see `node_check.check_nodes`.
 
     Raises:
         UserError, RestartFault, OperatorFault: the ranks did not find each other (see `rendezvous`).
@@ -129,6 +137,8 @@ def process_groups(
     watchdog, topology = Watchdog(), None
     try:
         watchdog = _start_watchdog(launch, store, timeout)
+        if node_check is not None:
+            _check_files(node_check, store, launch, timeout)
         os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
         backend = dist.get_default_backend_for_device(device)
         role_store = PrefixStore(role, store)
@@ -156,6 +166,19 @@ def process_groups(
         raise
     watchdog.stop()
     dist.destroy_process_group()
+
+
+def _check_files(node_check: NodeCheck, store: Store, launch: Launch, timeout: timedelta) -> None:
+    found: Mapping[str, str] = {}
+    problem: UserError | RestartFault | None = None
+    if launch.local_rank == 0:
+        try:
+            found = node_check()
+        except (UserError, RestartFault) as error:
+            if launch.world == 1:
+                raise
+            problem = error
+    check_nodes(store, launch, found, problem, timeout)
 
 
 def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdog:

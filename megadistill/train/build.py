@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from megadistill.config.recipe import Recipe
 from megadistill.data import TokenStream
@@ -22,7 +23,7 @@ from megadistill.train.setup.run_folder import (
     started_from,
     write_description,
 )
-from megadistill.train.setup.setup import Setup, prepare
+from megadistill.train.setup.setup import Setup, check_models, prepare
 from megadistill.train.teacher.placement import load_teacher
 from megadistill.train.teacher.probe import PROBE_TOKENS, ProbeInput, TeacherCheck
 from megadistill.train.teacher.protocol import Teacher
@@ -40,10 +41,16 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
         RankUserError: a UserError of the body, with its rank.
     """
     launch = Launch.from_environment()
-    setup = prepare(recipe, launch)
+    setup = prepare(recipe, launch, checks_models=False)
     minutes = recipe.distributed.timeout_minutes
     terminate_with_parent(60 * minutes)
-    with process_groups(launch, vocab_group=setup.group_size, timeout_minutes=minutes, roles=setup.roles) as topology:
+    with process_groups(
+        launch,
+        vocab_group=setup.group_size,
+        timeout_minutes=minutes,
+        roles=setup.roles,
+        node_check=partial(check_models, setup),
+    ) as topology:
         try:
             yield setup, topology
         except RankUserError:  # it names the rank

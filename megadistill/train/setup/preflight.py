@@ -22,7 +22,7 @@ from megadistill.models.initial_weights import check_initial_weights
 def check_fit(
     recipe: Recipe, data: Mixture, student: Any, teacher: Any | None, *, stages: int, vocab_map: Tensor | None
 ) -> None:
-    """Checks sequence length, vocabulary, tokenizer and stages. `vocab_map`: content of `teacher.vocab_map`, if any.
+    """Checks sequence length, vocabulary and stages. `vocab_map`: content of `teacher.vocab_map`, if any.
 
     Raises:
         UserError: the first mismatch, with both values and the way out.
@@ -45,12 +45,9 @@ def check_fit(
             else "leave vocab_size out"
         )
         raise UserError(f"student.config: {problem}: {way_out} (the data decides, and student.vocab_multiple pads)")
-    if isinstance(source, str):
-        _same_tokenizer(Path(source), data, key="student.config")
     if teacher is None:
         return
     assert recipe.teacher is not None
-    assert recipe.teacher.path is not None
     _positions_fit("teacher.path", teacher, data)
     if stages > teacher.num_hidden_layers:
         key = "distributed.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
@@ -60,8 +57,19 @@ def check_fit(
         )
     if vocab_map is not None:  # the map replaces the comparison of tokenizers
         check_divergence(recipe.loss, vocab_map)
-        return
-    _teacher_reads_the_ids(Path(recipe.teacher.path), teacher, data)
+
+
+def check_tokenizers(recipe: Recipe, data: Mixture, teacher: Any | None) -> None:
+    """Compares the tokenizers of the models' folders with the data's: seconds, and 250 MB, for 256k pieces.
+
+    Raises:
+        UserError: one is missing, or another.
+    """
+    if isinstance(recipe.student.config, str):
+        _same_tokenizer(Path(recipe.student.config), data, key="student.config")
+    section = recipe.teacher
+    if teacher is not None and section is not None and section.vocab_map is None:
+        _teacher_reads_the_ids(Path(str(section.path)), teacher, data)
 
 
 def _teacher_reads_the_ids(folder: Path, teacher: Any, data: Mixture) -> None:

@@ -17,11 +17,12 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.models.attention.recipe_choices import recipe_choices
 from megadistill.models.families import load_config
+from megadistill.models.fingerprint import sampled_fingerprint
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
-from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, model_rows
+from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, check_tokenizers, model_rows
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
@@ -81,8 +82,10 @@ class Setup:
         return sequences[0] * self.data.sequence_length if len(sequences) == 1 else None
 
 
-def prepare(recipe: Recipe, launch: Launch) -> Setup:
+def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Setup:
     """Reads the files that the recipe names and checks that they fit together. Writes nothing; runs on every rank.
+
+    `checks_models`: with `check_models`, which one rank of a node can do for all.
 
     Raises:
         UserError: something does not fit; the message is one line.
@@ -107,8 +110,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     vocab_map = None if vocab_map is None else vocab_map[: data.vocab_size]
     stages = group_size if roles is None else roles.stages
     check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
-    if teacher is not None and teacher_config is not None:
-        check_weights(Path(str(teacher.path)), teacher_config)
     if teacher is not None and teacher.save_targets is not None:
         refuse_other_content(Path(teacher.save_targets))
     check_compiler(recipe)
@@ -119,8 +120,6 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
     parent = find_parent(recipe)
     if parent is not None:
         check_parent(parent, recipe, student_config, data, rank=launch.rank, world=launch.world)
-    elif recipe.student.weights is not None and not has_saved(folder):
-        check_start(Path(recipe.student.weights), student_config, data)
     refuse_other_recipe(folder, recipe.snapshot())
     refuse_other_deepspeed(folder, deepspeed_config, recipe.train.precision)
     setup = Setup(
@@ -138,7 +137,29 @@ def prepare(recipe: Recipe, launch: Launch) -> Setup:
         parent=parent,
     )
     setup.choices()  # refuses what cannot run here
+    if checks_models:
+        check_models(setup)
     return setup
+
+
+def check_models(setup: Setup) -> dict[str, str]:
+    """Checks the models' folders: headers of every file of weights, and tokenizers. Writes nothing.
+
+    Returns:
+        Name -> digest of what must be the same on every node.
+
+    Raises:
+        UserError: something does not fit; the message is one line.
+    """
+    recipe, teacher, config = setup.recipe, setup.recipe.teacher, setup.teacher_config
+    check_tokenizers(recipe, setup.data, config)
+    if teacher is not None and config is not None:
+        check_weights(Path(str(teacher.path)), config)
+    if setup.parent is None and recipe.student.weights is not None and not has_saved(setup.folder):
+        check_start(Path(recipe.student.weights), setup.student_config, setup.data)
+    if teacher is None or config is None:
+        return {}
+    return {f"the teacher in teacher.path {teacher.path}": sampled_fingerprint(Path(str(teacher.path)))}
 
 
 def describe_layout(setup: Setup, topology: Topology) -> str:

@@ -104,6 +104,7 @@ def test_the_modules_that_communicate_are_known() -> None:
         "bandwidth",
         "bridge",
         "collectives",
+        "node_check",
         "p2p",
         "rendezvous",
         "topology",

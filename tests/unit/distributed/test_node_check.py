@@ -1,0 +1,54 @@
+"""One rank of a node checks its files: every rank of every node ends with the same line, or goes on."""
+
+import socket
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from megadistill.distributed.launch import Launch
+from megadistill.distributed.node_check import check_nodes
+from megadistill.errors import RestartFault, UserError
+
+Outcome = tuple[type[Exception], str] | None
+
+
+def _outcomes(
+    found: Callable[[int], Mapping[str, str]], problems: Mapping[int, Exception] = {}, *, world: int = 6, local: int = 2
+) -> list[Outcome]:
+    """How each rank goes on. `found`: by node; `problems`: what the check of a node raised."""
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=20))
+
+    def rank_of(rank: int) -> Outcome:
+        node, local_rank = divmod(rank, local)
+        mine = (found(node), problems.get(node)) if local_rank == 0 else ({}, None)
+        try:
+            check_nodes(store, Launch(rank, world, local_rank, local), *mine, timedelta(seconds=20))
+        except (UserError, RestartFault) as error:
+            return type(error), str(error)
+        return None
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(rank_of, range(world)))
+
+
+def test_equal_nodes_go_on() -> None:
+    assert _outcomes(lambda node: {"the teacher": "a"} if node else {}) == [None] * 6, "not every node has everything"
+
+
+def test_a_node_with_another_content_ends_all() -> None:
+    ((kind, line),) = set(_outcomes(lambda node: {"the teacher": "ab"[node == 2]}))  # type: ignore[misc]
+    assert kind is UserError
+    assert line.startswith("the teacher is not the same on every node: its digest is ")
+    assert socket.gethostname() in line
+
+
+@pytest.mark.parametrize("error", [UserError("no tensor 'x'"), RestartFault("disk error")])
+def test_a_check_that_fails_on_one_node_ends_all_with_its_line(error: Exception) -> None:
+    outcomes = _outcomes(lambda node: {"the teacher": "a"}, {1: error})
+    assert set(outcomes) == {(type(error), f"{error} (on {socket.gethostname()})")}
+    alone = _outcomes(lambda node: {}, {0: error}, world=2)
+    assert set(alone) == {(type(error), str(error))}, "of one node it need not be said which"
