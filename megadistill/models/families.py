@@ -259,7 +259,8 @@ def build_causal_lm(
     0 and 1 where a config is silent, and which is an id like any other of another tokenizer.
 
     `initialise`: whether torch and transformers draw initial values. Inside `zero.Init` the parameters come out
-    partitioned, wrongly initialised, and the buffers in `dtype`: fill the parameters and call `rebuild_buffers` outside.
+    partitioned, wrongly initialised, and the buffers in `dtype`: fill the parameters and call `rebuild_buffers`
+    outside.
     """
     config = copy.deepcopy(config)
     config.vocab_size = vocab_size

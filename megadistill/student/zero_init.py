@@ -23,7 +23,7 @@ class EmptyInit(deepspeed.zero.Init):  # type: ignore[misc]  # DeepSpeed has no 
 
 @contextmanager
 def without_gathers(parameters: Iterable[Any]) -> Iterator[None]:
-    """In it, these parameters of ZeRO-3 are not gathered one by one: for `deepspeed.initialize`.
+    """A context for `deepspeed.initialize`, in which these parameters of ZeRO-3 are not gathered.
 
     A hook on the accumulation of a gradient needs the parameter, not its values.
     """

@@ -170,8 +170,8 @@ def build_student(
 ) -> StudentEngine:
     """A student of `config` (transformers' object) under a file of ds_configs, in bfloat16.
 
-    `settings` replace keys of the file's `zero_optimization`. `take_step` needs a vocabulary without padding, a multiple
-    of the world: a fake gather gives a rank its own part as that of each.
+    `settings` replace keys of the file's `zero_optimization`. `take_step` needs a vocabulary without padding, a
+    multiple of the world: a fake gather gives a rank its own part as that of each.
     """
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / deepspeed)
     deepspeed_config["zero_optimization"].update({"overlap_comm": False, **(settings or {})})  # no streams on a CPU

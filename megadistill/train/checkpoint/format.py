@@ -128,7 +128,7 @@ class Range:
 
 
 def ranges_of(numel: int, start: int, stop: int, world: int) -> Iterator[Range]:
-    """Where elements `start` to `stop` of a parameter of `numel` lie, on ZeRO-3's ranks: ceil(numel / world) each."""
+    """Places of elements `start` to `stop` of a parameter of `numel`: each ZeRO-3 rank holds ceil(numel / world)."""
     size = max(1, -(-numel // world))
     for rank in range(start // size, -(-stop // size)):
         first = rank * size
