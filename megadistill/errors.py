@@ -27,12 +27,16 @@ class RestartFault(RuntimeError):
     """A failure that a restart from the latest checkpoint may fix."""
 
     exit_code = 3
+    prints = True
+    """Whether this rank prints it; False where another rank of its node has printed the same."""
 
 
 class OperatorFault(RuntimeError):
     """A failure that a restart would repeat: a person has to investigate."""
 
     exit_code = 4
+    prints = True
+    """See `RestartFault`."""
 
 
 def several(source: str, mistakes: Sequence[tuple[str, str]], *, noun: str = "mistakes") -> UserError:

@@ -77,7 +77,8 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
             time.sleep(EXIT_DELAY_SECONDS)
         return error.exit_code
     except (RestartFault, OperatorFault) as error:
-        logger.error("%s", error)
+        if error.prints:
+            logger.error("%s", error)
         _print_notes(error)
         return error.exit_code
     except OSError as error:  # such as a full disk or a folder without write permission: a traceback does not help

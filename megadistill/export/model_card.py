@@ -15,7 +15,7 @@ from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, Targ
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import measure_rows, read_evaluations
-from megadistill.events import read_events, read_metrics
+from megadistill.events import metrics_from_end, read_events
 from megadistill.export.data_provenance import DataProvenance
 from megadistill.export.markdown import basename, escape_md, table
 from megadistill.io import read_json
@@ -232,7 +232,8 @@ def _fingerprint(folder: str | None) -> str | None:
 
 def _metrics(run: Path, step: int) -> str | None:
     """The table of the metrics of `step`, where it was logged."""
-    line = next((line for _, line in read_metrics(run) if line["step"] == step), {})
+    line = next((line for _, line in metrics_from_end(run) if line["step"] <= step), {})
+    line = line if line.get("step") == step else {}
     metrics = {heading: f"{line[key]:.4f}" for key, heading in LOGGED.items() if isinstance(line.get(key), float)}
     return table(list(metrics), [list(metrics.values())]) if metrics else None
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.events import Goodput, paused_seconds
+from megadistill.events import SAVED, Goodput, paused_seconds
 from megadistill.report.run_record import Floats, RunRecord
 from megadistill.units import left
 
@@ -53,7 +53,7 @@ def goodput_of(run: RunRecord, clock: Clock) -> Goodput:
     return Goodput(
         useful=float(np.nansum(run.series["seconds"])),
         startup=sum(event.seconds("startup_seconds") for event in resumes),
-        saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind == "checkpoint_saved"),
+        saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind in SAVED),
         repeated=sum(event.seconds("lost_seconds") for event in resumes),
         wall=clock.wall - paused,
         paused=paused,
@@ -64,7 +64,7 @@ def state_of(run: RunRecord, *, now: float) -> str:
     """The state of the run in a few words."""
     last_step = int(run.series["step"][-1]) if len(run) else 0
     planned = run.setting("train.steps")
-    kinds = [event.kind for event in run.events if event.kind not in ("checkpoint_saved", "checkpoint_failed")]
+    kinds = [event.kind for event in run.events if "checkpoint" not in event.kind or "quarantined" in event.kind]
     last = kinds[-1] if kinds else None
     if last == "completed" or (last is None and isinstance(planned, int) and last_step >= planned):
         return "completed"

@@ -34,7 +34,7 @@ from megadistill.train.hooks.teacher_weights import TeacherWeightsCheck
 from megadistill.train.hooks.unlabelled import UnlabelledGuard
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.resilience.anomalies import LossMonitor
-from megadistill.train.resilience.masked_samples import masked_cursor
+from megadistill.train.resilience.masked_samples import masked_cursor, masked_flag
 from megadistill.train.resilience.preemption import StopRequests, ignore_stop_signals, stop_reason
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
@@ -104,7 +104,7 @@ def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | N
             trainer = Trainer(setup, topology, recovery, stops)
             outcome = trainer.train(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
         except (RestartFault, OperatorFault) as fault:
-            recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
+            fault.prints = recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
             raise
         finally:
             recovery.close()
@@ -119,6 +119,7 @@ class Trainer:
         self.step = 0
         """The current step, or the last one between steps."""
         self._setup, self._topology, self._recovery, self._stops = setup, topology, recovery, stops
+        self._newest = recovery.find_checkpoint()  # first: what is wrong with it costs no model
         self._student, self._teacher = build(setup, topology)
         torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
         if topology.is_first:
@@ -132,12 +133,14 @@ class Trainer:
 
     def train(self, last: int) -> RunOutcome:
         """Takes steps up to `last`, or to a stop request; a rollback resumes from an older checkpoint."""
-        outcome = None
+        outcome, checkpoint = None, self._newest
         while outcome is None:
-            self.step, cursor = self._recovery.resume(self._student)
+            self.step, cursor = self._recovery.restore(checkpoint, self._student)
             if self.step < last:
                 self._teacher.start()
             outcome = self._train_from(cursor, last)
+            if outcome is None:
+                checkpoint = self._recovery.find_checkpoint()
         self._teacher.close()
         if outcome.done and (line := self._teacher.finish()):
             logger.info("%s", line)
@@ -187,6 +190,8 @@ class Trainer:
                 ends = self.step == last or Request.STOP in requests
                 if ends or Request.SAVE in requests:
                     self._save(event.cursor, last=ends)
+                elif Request.SAVE_LOCAL in requests:
+                    self._save(event.cursor, last=False, local=True)
                 if Request.STOP in requests and self.step < last:
                     return self._stopped(stop_reason(event.outcome.flags))
             return self._ended()
@@ -197,7 +202,12 @@ class Trainer:
         recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
         meter, every = meter_of(self._setup, topology), recipe.train.histograms_every
         hooks: list[Hook | None] = [
-            Checkpoints(recovery, every=recipe.train.checkpoint_every, stable_steps=recipe.stable_steps),
+            Checkpoints(
+                recovery,
+                every=recipe.train.checkpoint_every,
+                stable_steps=recipe.stable_steps,
+                local_every=recipe.checkpoint.local.every if recipe.checkpoint.local else 0,
+            ),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
@@ -215,8 +225,8 @@ class Trainer:
         began, waited_before = time.perf_counter(), batches.waited  # a step is everything up to the next one
         batch = next(batches)
         cursor = batch.cursor
-        if self._setup.recipe.data.on_corrupt_sample == "mask":
-            cursor = masked_cursor(batch.batch, cursor, stream, self._topology, self._recovery.events, step=self.step)
+        masks = self._setup.recipe.data.on_corrupt_sample == "mask"
+        own_flags = masked_flag(batch.batch) if masks else {}
         rate = learning_rate(self._setup.recipe.train, self.step)
         with Stopwatch(clock_for(self._topology.device)) as stopwatch:
             outcome = train_step(
@@ -226,10 +236,13 @@ class Trainer:
                 learning_rate=rate,
                 objective=self._objective,
                 topology=self._topology,
-                flags=lambda: {**self._stops.counts(), **self._recovery.flags()},
+                flags=lambda: {**self._stops.counts(), **self._recovery.flags(), **own_flags},
                 recompute=every > 0 and self.step % every == 0,
             )
         parts = stopwatch.read()  # the step ended in a device sync, since its gradient norm was read: no further one
+        if masks:
+            place = (stream, self._topology, self._recovery.events)
+            cursor = masked_cursor(batch.batch, cursor, *place, step=self.step, reduced=outcome.flags)
         seconds, waited = time.perf_counter() - began, batches.waited - waited_before
         return StepEvent(self.step, outcome, rate, cursor, seconds, data_seconds=waited, parts=parts)
 
@@ -261,12 +274,12 @@ class Trainer:
         self._topology.watchdog.enter_phase(phase, self.step, limit=limit)
         self._recovery.step = self.step
 
-    def _save(self, cursor: Cursor, *, last: bool) -> None:
+    def _save(self, cursor: Cursor, *, last: bool, local: bool = False) -> None:
         self._enter_phase("saving", limit=60 * self._setup.recipe.distributed.timeout_minutes)
         with timeline.span(timeline.SAVE, "save"):
             require_sound_student(self._student, self._topology)
             self._teacher.flush()
-            self._recovery.save(self._student, self.step, cursor, last=last)
+            self._recovery.save(self._student, self.step, cursor, last=last, local=local)
 
     def _stop_reason(self) -> str | None:
         """The stop requests that any rank received while the run was starting. Collective."""

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from megadistill import events
-from megadistill.events import JsonLines, goodput, last_step, read_events, read_metrics
+from megadistill.events import (
+    JsonLines,
+    events_from_end,
+    goodput,
+    last_step,
+    metrics_from_end,
+    read_events,
+    read_metrics,
+    reading,
+)
 from megadistill.report.run_record import read_run
 from megadistill.train.checkpoint.heartbeat import refuse_running
 from megadistill.train.setup.next_start import how_to_resume
@@ -48,7 +56,7 @@ def written(folder: Path, alien: list[bytes]) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_warning_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "_WARNED", set())
+    monkeypatch.setattr(reading, "_WARNED", set())
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row["name"])
@@ -62,13 +70,14 @@ def test_an_alien_line_changes_nothing(row: dict[str, Any], tmp_path: Path) -> N
     assert "ended after step 3" in how_to_resume(mixed)
     drop_after(mixed / "metrics.jsonl", 2)
     drop_after(plain / "metrics.jsonl", 2)
-    assert (mixed / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
+    assert [values for _, values in read_metrics(mixed)] == [values for _, values in read_metrics(plain)] == STEPS[:2]
 
 
 def test_one_warning_counts_the_lines_and_names_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = written(tmp_path / "run", [line_of(row) for row in TABLE])
     for _ in range(2):
-        goodput(folder)
+        assert list(read_events(folder)) == EVENTS
+        assert len(list(read_metrics(folder))) == 3
     assert [record.getMessage() for record in caplog.records] == [
         f"{folder / name}: {len(TABLE)} lines that this program has not written, left out; the first is line 2"
         for name in ("events.jsonl", "metrics.jsonl")
@@ -77,6 +86,16 @@ def test_one_warning_counts_the_lines_and_names_the_first(tmp_path: Path, caplog
         file.write(b'{"time": 2000.0, "att')  # of a kill: no reason for a warning
     list(read_events(folder))
     assert len(caplog.records) == 2
+
+
+def test_a_reader_from_the_end_names_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = written(tmp_path / "run", [line_of(TABLE[0])])
+    at = (folder / "metrics.jsonl").read_bytes().index(line_of(TABLE[0]))
+    assert [values["step"] for _, values in metrics_from_end(folder)] == [3, 2, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder / 'metrics.jsonl'}: 1 line that this program has not written, left out; the last of them begins at "
+        f"byte {at}"
+    ]
 
 
 def test_a_report_counts_them_too(tmp_path: Path) -> None:
@@ -93,6 +112,7 @@ def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         assert list(read_events(folder)) == EVENTS
+        assert list(events_from_end(folder)) == EVENTS[::-1]
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()

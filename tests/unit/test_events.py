@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from megadistill.events import EVENTS, EventLog, Goodput, JsonLines, goodput, json_lines, last_step, read_events
+from megadistill.events import (
+    EVENTS,
+    EventLog,
+    FaultKind,
+    Goodput,
+    JsonLines,
+    goodput,
+    json_lines,
+    last_step,
+    read_events,
+)
 from tests.paths import ROOT
 
 
@@ -112,9 +122,10 @@ def test_what_is_no_line_of_a_record_is_passed_over(tmp_path: Path) -> None:
 
 def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
     log, other = EventLog(tmp_path, 3, writes=True), EventLog(tmp_path, 3, writes=False)
-    for each in (log, other):
+    kinds: tuple[tuple[EventLog, FaultKind], ...] = ((log, "lost_peer"), (other, "cause"))
+    for each, kind in kinds:
         each.write("checkpoint_saved", step=8, bytes=5)
-        each.attempt_failed("it broke", step=9, rank=int(each is other), exit_code=4)
+        each.attempt_failed(kind, "it broke", step=9, rank=int(each is other), exit_code=4)
     lines = list(read_events(tmp_path))
     assert [(line["event"], line["step"], line["attempt"]) for line in lines] == [
         ("checkpoint_saved", 8, 3),

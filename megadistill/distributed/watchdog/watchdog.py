@@ -77,8 +77,9 @@ class Watchdog:
         reports_rank_0: bool = True,
         relay: Relay | RelayClient | None = None,
     ) -> None:
-        self.on_abort: Callable[[str], None] | None = None
-        """Called with the reason, on the ranks that log it, before the process exits."""
+        self.on_abort: Callable[[str], bool | None] | None = None
+        """Called with the reason, on the ranks that end the others and on those that have lost one, before the process
+        exits. False: this rank does not print it, as another one of its node has."""
         self.collectives: Callable[[], dict[str, int]] = dict
         """Counts the collectives that this process has joined, by group (`stack_probe`)."""
         self._store: Any = store

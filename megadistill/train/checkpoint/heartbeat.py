@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import UserError
-from megadistill.events import last_step, read_events
+from megadistill.events import events_from_end, last_step
 from megadistill.io import open_regular
 from megadistill.train.checkpoint.attempt import (
     attempt_path,
@@ -81,7 +81,12 @@ def refuse_running(folder: Path) -> int:
 
 
 def _has_ended(folder: Path, number: int) -> bool:
-    return any(event["attempt"] == number and event["event"] in ENDS for event in read_events(folder))
+    for event in events_from_end(folder):
+        if event["attempt"] == number and event["event"] in ENDS:
+            return True
+        if event["event"] == "attempt_started" and event["attempt"] <= number:
+            return False
+    return False
 
 
 def _heartbeat_age(path: Path, record: dict[str, Any], name: str) -> float | None:

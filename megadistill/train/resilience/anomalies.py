@@ -113,12 +113,15 @@ class DivergedStudentMonitor:
     `first_steps`, which `RobustWindow` does not judge, a student that began well must not lose half as much again.
     """
 
-    def __init__(self, vocab_size: int, *, first_steps: int) -> None:
+    def __init__(
+        self, vocab_size: int, *, first_steps: int, first_ce: float | None = None, reported: bool = False
+    ) -> None:
+        """`first_ce`, `reported`: of the steps before a resume, of which the last `DIVERGED_STEPS` follow."""
         self._uniform = math.log(vocab_size)
         self._first_steps = first_steps
-        self._first_ce: float | None = None
+        self._first_ce = first_ce
         self._above: list[float] = []
-        self.reported = False
+        self.reported = reported
         """Whether it has diverged, which is reported once a run."""
 
     def update(self, step: int, student_ce: float) -> Anomaly | None:

@@ -3,15 +3,14 @@
 import hashlib
 import json
 import logging
-import math
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
-from megadistill.events import EventLog, Goodput, goodput, read_events, read_metrics
+from megadistill.events import EventLog, FaultKind, Totals, events_from_end, goodput_of
 from megadistill.io import write_file
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
@@ -32,11 +31,13 @@ from megadistill.train.checkpoint.format import (
     ParentRecord,
 )
 from megadistill.train.checkpoint.heartbeat import HeartbeatThread
+from megadistill.train.checkpoint.local import LocalCheckpoint, LocalTier, resumed_steps, run_id, was_passed_over
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid, verified
 from megadistill.train.checkpoint.versions import versions
 from megadistill.train.checkpoint.writer import Saver, SaveResult, require_saved
 from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonitor, LossMonitor
+from megadistill.train.resilience.run_history import read_run_history
 from megadistill.train.setup.next_start import how_to_resume
 from megadistill.train.setup.parent_checkpoint import Parent
 from megadistill.train.setup.recipe_changes import changes_since, describe_changes
@@ -65,7 +66,7 @@ class Recovery:
         self._began = time.perf_counter()
         number, saved_before, problem = 0, False, ""
         if topology.is_first:
-            saved_before = any(event["event"] == "checkpoint_saved" for event in read_events(self._folder))
+            saved_before = any(event["event"] == "checkpoint_saved" for event in events_from_end(self._folder))
             try:
                 number = acquire(self._folder, launch_record(topology.world), after=after).number
             except UserError as error:
@@ -88,53 +89,109 @@ class Recovery:
             **({} if aborted is None else {"before": aborted}),
         )
         stable_steps, section = setup.recipe.stable_steps, setup.recipe.checkpoint
-        self._saver = Saver(self.checkpoints, topology, self.attempt, section, stable_steps=stable_steps)
+        self._local = self._local_tier()
+        self._saver = Saver(
+            self.checkpoints, topology, self.attempt, section, stable_steps=stable_steps, local=self._local
+        )
         self.rollbacks = read_rollbacks(self._folder)
         self._recipe = setup.recipe.snapshot()
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
         self._recipe_changes = changes_since(self._folder, self._recipe) if topology.is_first else {}
         self._parents: tuple[ParentRecord, ...] = ()
         self._restored = (0, 0)  # step and tokens of the checkpoint
+        self._tier = ""
         self._lost, self._lost_seconds = 0, 0.0
+        self._student_monitor: DivergedStudentMonitor | None = None
         self.step = 0
         """Current optimizer step."""
-        self._goodput = Goodput()
-        self._goodput_since = time.perf_counter()
+        self._totals = Totals(began=time.time())
+        self._totals_of_saves: dict[int, Totals] = {}
+        """Step -> the sums up to it, of a save under way."""
 
     @property
     def checkpoints(self) -> Path:
         return self._folder / "checkpoints"
 
-    def resume(self, student: StudentEngine) -> tuple[int, Cursor | None]:
-        """Restores the newest valid checkpoint and returns its (step, cursor); (0, None) for a run without one.
+    def _local_tier(self) -> LocalTier | None:
+        """The local tier, where the recipe has one. Collective."""
+        section, run, self._resumed = self._setup.recipe.checkpoint.local, "", dict[int, int]()
+        if section is None:
+            return None
+        if self._topology.is_first:
+            run, self._resumed = run_id(self._folder), resumed_steps(self._folder)
+        run, self._resumed = broadcast_object((run, self._resumed), self._topology.world_group)
+        return LocalTier(Path(section.folder), self._topology, self.attempt, run=run)
 
-        A run without one begins from `run.begin_from`, or starts from `student.weights`, where the recipe has them;
-        later attempts do not read them.
+    def _newest_local(self) -> LocalCheckpoint | None:
+        """The newest local save that the run may resume from. Collective.
+
+        Before the first checkpoint it is one of the same recipe, since a run may begin otherwise until then.
+        """
+        if self._local is None:
+            return None
+        has_saved = broadcast_object(bool(checkpoint_folders(self.checkpoints)), self._topology.world_group)
+
+        def is_usable(manifest: CheckpointManifest) -> bool:
+            same_recipe = has_saved or manifest.recipe_sha256 == self._recipe_sha256
+            is_past = was_passed_over(manifest, self._resumed) or is_abandoned(manifest, self.rollbacks)
+            return same_recipe and not is_past
+
+        return self._local.newest(is_usable)
+
+    def find_checkpoint(self) -> Checkpoint | LocalCheckpoint | None:
+        """The checkpoint to restore: the newest valid one, for a run without one that of `run.begin_from`, or None.
+
+        Of a local save and a checkpoint of one step the local save is read. Of older checkpoints nothing is.
+
+        For the start, before the models are built, and after a rollback. Only manifests and hashes are read. Collective.
 
         Raises:
             OperatorFault: the run has saved and no checkpoint is valid, or the ranks see different ones.
             RestartFault: a checkpoint cannot be read at the moment.
         """
+        local = self._newest_local()
+        checkpoint: Checkpoint | LocalCheckpoint | None
         checkpoint, quarantined = latest_valid(
             self.checkpoints,
             self._topology,
             self.attempt,
             saved_before=self._saved_before,
+            newer_than=-1 if local is None else local.manifest.step,
             is_abandoned=lambda manifest: is_abandoned(manifest, self.rollbacks),
         )
         for each in quarantined:
             self.events.write("checkpoint_quarantined", step=each.step, path=each.path.name, reason=each.reason)
+        checkpoint = checkpoint or local
+        if self._local is not None:
+            self._local.discard_after(0 if checkpoint is None else checkpoint.manifest.step)
         if checkpoint is not None:
             self._parents = checkpoint.manifest.parents
+        elif self._setup.parent is not None:
+            checkpoint = self._begin_from(self._setup.parent)
+        return checkpoint
+
+    def restore(
+        self, checkpoint: Checkpoint | LocalCheckpoint | None, student: StudentEngine
+    ) -> tuple[int, Cursor | None]:
+        """Gives the student its values and returns the (step, cursor) that they are of.
+
+        None: step 0, with the recipe's `student.weights` or values that each rank draws.
+
+        Raises:
+            OperatorFault: a file of the checkpoint does not hold what its manifest says.
+            UserError: `student.weights` cannot be read.
+        """
+        if checkpoint is not None:
             return self._restore(checkpoint, student)
-        if self._setup.parent is not None:
-            return self._begin_from(self._setup.parent, student)
-        if self._setup.recipe.student.weights is not None:
-            student.load_weights(Path(self._setup.recipe.student.weights))
+        recipe = self._setup.recipe
+        if recipe.student.weights is not None:
+            student.load_weights(Path(recipe.student.weights))
+        else:
+            student.draw_weights(recipe.run.seed)
         return 0, None
 
-    def _begin_from(self, parent: Parent, student: StudentEngine) -> tuple[int, Cursor]:
-        """Restores a checkpoint of another run, which nothing here changes. Collective.
+    def _begin_from(self, parent: Parent) -> Checkpoint:
+        """The checkpoint of another run, which nothing here changes. Collective.
 
         Raises:
             OperatorFault: it is damaged. RestartFault: it cannot be read at the moment.
@@ -154,19 +211,24 @@ class Recovery:
         record = self._parents[-1]
         self.events.write("branched", step=record.step, run=record.run, sha256=record.sha256)
         logger.info("run %s begins from %s", self._folder, parent)
-        return self._restore(checkpoint, student)
+        return checkpoint
 
     def tokens(self, step: int) -> int:
         """Tokens of all steps up to `step`. A run that began from another may have another batch than that one."""
         restored_step, restored_tokens = self._restored
         return restored_tokens + (step - restored_step) * self._setup.tokens_per_step
 
-    def _restore(self, checkpoint: Checkpoint, student: StudentEngine) -> tuple[int, Cursor]:
+    def _restore(self, checkpoint: Checkpoint | LocalCheckpoint, student: StudentEngine) -> tuple[int, Cursor]:
         self._restored = (checkpoint.manifest.step, checkpoint.manifest.tokens)
-        student.state.load(checkpoint.read)
-        rng = checkpoint.rng_state(self._topology.rank, self._topology.world)
+        self._tier = "local" if isinstance(checkpoint, LocalCheckpoint) else ""
+        try:
+            student.state.load(checkpoint.read)
+            rng = checkpoint.rng_state(self._topology.rank, self._topology.world)
+        except OSError as error:
+            raise RestartFault(f"{checkpoint.folder} cannot be read: {error}") from None
         if rng is not None:
             torch.set_rng_state(rng)
+        checkpoint.release()
         return checkpoint.manifest.step, Cursor.from_state(checkpoint.manifest.cursor)
 
     def monitors(self, step: int) -> tuple[LossMonitor, DivergedStudentMonitor]:
@@ -175,31 +237,27 @@ class Recovery:
         The first rank reads the file for all, so that all ranks decide alike.
         """
         resilience = self._setup.recipe.resilience
-        recent: deque[tuple[float, float]] = deque(maxlen=resilience.spike_window)
-        student_monitor = DivergedStudentMonitor(self._setup.data.vocab_size, first_steps=resilience.spike_window // 2)
+        history = None
         if self._topology.is_first:
-            self._lost, self._lost_seconds = 0, 0.0
-            for _, line in read_metrics(self._folder):
-                number = int(line["step"])
-                loss, teacher_ce, student_ce = (
-                    math.nan if line.get(name) is None else float(line[name])
-                    for name in ("loss", "teacher_ce", "student_ce")
-                )
-                if number <= step:
-                    recent.append((loss, teacher_ce))
-                    student_monitor.update(number, student_ce)
-                else:
-                    self._lost = number - step
-                    self._lost_seconds += float(line.get("seconds") or 0.0)
-        recent, student_monitor = broadcast_object((recent, student_monitor), self._topology.world_group)
-        losses, teacher_ces = [loss for loss, _ in recent], [ce for _, ce in recent]
-        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), student_monitor
+            size = self._setup.data.vocab_size
+            history = read_run_history(self._folder, step, window=resilience.spike_window, vocab_size=size)
+            self._lost, self._lost_seconds = history.lost_steps, history.lost_seconds
+            self._totals = history.totals or Totals(began=time.time())
+        values = None if history is None else (history.losses, history.teacher_ces, history.student)
+        shared = broadcast_object(values, self._topology.world_group)
+        assert shared is not None
+        losses, teacher_ces, self._student_monitor = shared
+        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), self._student_monitor
 
     def mark_resumed(self, step: int) -> None:
         """Records and logs that training starts after `step`, and counts goodput from here."""
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
-        lost, values = self._lost, {"lost_steps": self._lost, "lost_seconds": round(self._lost_seconds, 3)}
-        self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), **values)
+        lost, lost_seconds = self._lost, self._lost_seconds
+        totals = self._totals
+        self._totals = replace(totals, startup=totals.startup + seconds, repeated=totals.repeated + lost_seconds)
+        values = {"lost_steps": lost, "lost_seconds": round(lost_seconds, 3), "totals": self._totals.to_json()}
+        tier = {"tier": self._tier} if self._tier else {}
+        self.events.write("resumed", step=step, startup_seconds=round(seconds, 3), **values, **tier)
         if self._recipe_changes:
             self.events.write("recipe_changed", step=step, changes=self._recipe_changes)
             logger.info("recipe changed at step %d: %s", step, describe_changes(self._recipe_changes))
@@ -207,9 +265,9 @@ class Recovery:
         if self._topology.is_first:
             if step < self._setup.recipe.train.steps:  # of a run that is trained longer
                 (self._folder / "DONE").unlink(missing_ok=True)
-            self._goodput, self._goodput_since = goodput(self._folder), time.perf_counter()
         where = f"{'starting at' if step == 0 else 'resuming from'} step {step} of {self._setup.recipe.train.steps}"
-        repeated = f", {lost} steps to repeat" if lost else ""
+        repeated = f" ({self._tier} save)" if self._tier else ""
+        repeated += f", {lost} steps to repeat" if lost else ""
         logger.info("run %s: attempt %d, %s%s", self._folder, self.attempt.number, where, repeated)
 
     def flags(self) -> dict[str, float]:
@@ -225,7 +283,7 @@ class Recovery:
 
     def step_done(self, seconds: float) -> None:
         """Counts the time of a step as useful."""
-        self._goodput = replace(self._goodput, useful=self._goodput.useful + seconds)
+        self._totals = replace(self._totals, useful=self._totals.useful + seconds)
 
     def poll(self, reduced: Mapping[str, float]) -> None:
         """Advances the save under way, and records its end."""
@@ -233,8 +291,13 @@ class Recovery:
         if result is not None:
             self._record(result)
 
-    def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool) -> None:
-        """Starts a checkpoint of this step; the last one of a run is waited for.
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way: the same on every rank."""
+        return self._saver.busy
+
+    def save(self, student: StudentEngine, step: int, cursor: Cursor, *, last: bool, local: bool = False) -> None:
+        """Starts a checkpoint of this step, or a local save; the last one of a run is waited for.
 
         Raises:
             RestartFault: the last one failed.
@@ -256,7 +319,9 @@ class Recovery:
             parents=self._parents,
             files={},
         )
-        ended = self._saver.start(state, manifest)
+        has_diverged = self._student_monitor is not None and self._student_monitor.reported
+        self._totals_of_saves[step] = replace(self._totals, student_diverged=has_diverged)
+        ended = self._saver.start_local(state, manifest) if local else self._saver.start(state, manifest)
         if last and (not ended or ended[-1].step != step):
             ended.append(self._saver.finish())
         for result in ended:
@@ -265,7 +330,7 @@ class Recovery:
             require_saved(ended[-1])
 
     def roll_back(self, spike: Anomaly, at_step: int, *, slots_before: Mapping[int, int], slots_end: int) -> bool:
-        """Records a rollback for a spike, which the next `resume` follows; False where there is none."""
+        """Records a rollback for a spike, which `find_checkpoint` follows; False where there is none."""
         resilience = self._setup.recipe.resilience
         if len(self.rollbacks) >= resilience.max_rollbacks:
             if self.rollbacks:
@@ -279,7 +344,7 @@ class Recovery:
             steps=resilience.rollback_steps,
             slots_before=slots_before,
             slots_end=slots_end,
-            checkpoints=list(checkpoint_folders(self.checkpoints)),
+            checkpoints=[*checkpoint_folders(self.checkpoints), *(self._local.steps if self._local else ())],
         )
         if plan is None:
             logger.info("no rollback: no checkpoint is %d steps older", resilience.rollback_steps)
@@ -293,20 +358,28 @@ class Recovery:
         self.events.warn("rollback", line, step=at_step, to_step=plan.to_step, skipped_slots=[first, stop])
         return True
 
-    def ended(self, reason: str, *, rank: int, exit_code: int) -> None:
-        """Records that the attempt ends by a fault on this rank."""
-        self.events.attempt_failed(reason, step=self.step, rank=rank, exit_code=exit_code)
+    def ended(self, reason: str, *, rank: int, exit_code: int, lost_peer: bool = False) -> bool:
+        """Records that the attempt ends by a fault on this rank. Whether this rank's log should have the reason.
 
-    def aborted(self, reason: str, *, rank: int) -> None:
-        """Records that the watchdog ends the attempt; in its own thread it also prints what resumes the run."""
-        self.ended(reason, rank=rank, exit_code=RestartFault.exit_code)
-        if threading.current_thread() is not threading.main_thread():  # which prints it when it has failed by itself
+        `lost_peer`: another rank has failed, which ends this one. `rank`: of the student's world.
+        """
+        kind: FaultKind = "lost_peer" if lost_peer else "cause"
+        prints = self.events.attempt_failed(kind, reason, step=self.step, rank=rank, exit_code=exit_code)
+        return prints or self._topology.is_first
+
+    def aborted(self, reason: str, *, rank: int) -> bool:
+        """Records that this rank loses the others, or in the watchdog's thread that it ends the attempt, which also
+        prints what resumes the run. Whether this rank's log should have the reason."""
+        in_watchdog = threading.current_thread() is not threading.main_thread()
+        prints = self.ended(reason, rank=rank, exit_code=RestartFault.exit_code, lost_peer=not in_watchdog)
+        if in_watchdog:  # the main thread prints it when it has failed by itself
             self._print_how_to_resume()
+        return prints
 
     def quit(self, reason: str, *, rank: int) -> None:
         """Records that a person ends the attempt without a checkpoint. Called by a signal handler."""
         events = EventLog(self._folder, self.attempt.number, writes=True)  # the interrupted code may be using the other
-        events.attempt_failed(reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code, requested=True)
+        events.attempt_failed("requested", reason, step=self.step, rank=rank, exit_code=RestartFault.exit_code)
         self._print_how_to_resume()
 
     def _print_how_to_resume(self) -> None:
@@ -317,26 +390,38 @@ class Recovery:
     def done(self, step: int) -> None:
         """Records that the last step is saved, and writes the file DONE."""
         self.events.write("completed", step=step)
+        if self._local is not None:
+            self._local.clear()
         if self._topology.is_first:
             write_file(self._folder / "DONE", f"{step}\n")
 
     def goodput(self) -> str:
         """The goodput of all attempts until now, as a log line."""
-        wall = self._goodput.wall + time.perf_counter() - self._goodput_since
-        return str(replace(self._goodput, wall=wall))
+        return str(goodput_of(self._totals, self._totals.useful, until=time.time()))
 
     def close(self) -> None:
         self._saver.close()
+        if self._local is not None and not self._saver.busy:
+            self._local.close()
         if self._heartbeat is not None:
             self._heartbeat.close()
 
     def _record(self, result: SaveResult) -> None:
+        prefix, title = ("local_", "local save") if result.is_local else ("", "checkpoint")
         stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)
         if result.path is None:
-            line = f"checkpoint of step {result.step} not written: {result.problem}"
-            self.events.warn("checkpoint_failed", line, step=result.step, reason=result.problem, stall_seconds=stall)
+            self._totals_of_saves.pop(result.step, None)
+            line = f"{title} of step {result.step} not written: {result.problem}"
+            reason = {"reason": result.problem, "stall_seconds": stall}
+            self.events.warn(f"{prefix}checkpoint_failed", line, step=result.step, **reason)
             return
-        self._goodput = replace(self._goodput, saving=self._goodput.saving + stall)
-        values = {"bytes": result.bytes, "removed": list(result.removed)}
-        self.events.write("checkpoint_saved", step=result.step, stall_seconds=stall, write_seconds=write, **values)
-        logger.info("checkpoint saved: %s (training waited %.2f s, written in %.2f s)", result.path, stall, write)
+        self._totals = replace(self._totals, saving=self._totals.saving + stall)
+        values: dict[str, Any] = {"bytes": result.bytes, "removed": list(result.removed)}
+        at_step = self._totals_of_saves.pop(result.step, None)
+        if at_step is not None:
+            totals = replace(self._totals, useful=at_step.useful, student_diverged=at_step.student_diverged)
+            values["totals"] = totals.to_json()
+        seconds = {"stall_seconds": stall, "write_seconds": write}
+        self.events.write(f"{prefix}checkpoint_saved", step=result.step, **seconds, **values)
+        line = "%s saved: %s (training waited %.2f s, written in %.2f s)"
+        logger.info(line, title, result.path, stall, write)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
-from megadistill.events import last_step, read_events
+from megadistill.events import LARGEST_COUNT, last_step, read_history
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
@@ -82,9 +82,8 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
 
 def _has_diverged(folder: Path) -> bool:
     """Whether the run has reported that its student diverged, and not gone back to before that."""
-    names = [event["event"] for event in read_events(folder)]
-    last = [name for name in names if name in ("student_diverged", "rollback")][-1:]
-    return last == ["student_diverged"]
+    history = read_history(folder, LARGEST_COUNT)
+    return history.student_diverged or (history.base is not None and history.base.totals.student_diverged)
 
 
 def _differing_values(folder: Path, recipe: Recipe) -> dict[str, str]:

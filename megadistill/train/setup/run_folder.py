@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from megadistill.train.checkpoint.versions import versions
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
 
+FIRST_EVENTS = 100
+"""Lines of events.jsonl in which names of an earlier version are looked for: its first events have them already."""
+
 # Keys that may differ between the attempts of a run: those that move no number by more than float32 rounding. The
 # layout depends on the ranks at hand; with `loss.label_fraction` it decides among which tokens the surest are selected,
 # as the number of ranks does, which is not in a recipe.
@@ -38,6 +42,7 @@ MAY_CHANGE = (
     "teacher.ranks",
     "teacher.stages",
     "teacher.queue",
+    "teacher.local_copy",
     "teacher.float8_max_kl",
     "run.folder",
     "run.time_limit_minutes",
@@ -148,7 +153,8 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         raise UserError(f"{error} (written by a version before 0.1.0: name another run.folder)") from None
     events = folder / "events.jsonl"
     next(scan_lines(folder / "metrics.jsonl"), None)  # or one rank alone would find that it is no file
-    if former := {str(line.get("event")) for line in json_lines(events) if line is not None} & RENAMED_EVENTS.keys():
+    lines = islice(json_lines(events), FIRST_EVENTS)  # a later version has not continued it
+    if former := {str(line.get("event")) for line in lines if line is not None} & RENAMED_EVENTS.keys():
         names = ", ".join(f"{name} is now {RENAMED_EVENTS[name]}" for name in sorted(former))
         raise UserError(f"{events}: written by a version before 0.1.0 ({names}): name another run.folder")
     earlier = None

@@ -1,6 +1,7 @@
 """Metrics of each step: metrics.jsonl, TensorBoard, log lines and a progress bar."""
 
 import logging
+import os
 import resource
 import time
 from collections import deque
@@ -16,8 +17,7 @@ from megadistill.accelerators import accelerator_of
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.divergence import DivergenceKind
-from megadistill.events import JsonLines, read_metrics
-from megadistill.io import atomic_write
+from megadistill.events import JsonLines, LineFromEnd, metrics_from_end
 from megadistill.models.flops import flops_per_token
 from megadistill.progress import short_bar
 from megadistill.timeline.stopwatch import StepSeconds
@@ -26,6 +26,9 @@ from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
 from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
 from megadistill.units import count, left, short
+
+OUT_OF_ORDER_BYTES = 1 << 16
+"""Bytes of earlier steps before the end of metrics.jsonl in which a resume looks for steps that are out of order."""
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 """Metrics of the teacher's complete distribution: a run with truncated targets has them on diagnosed steps only."""
@@ -294,9 +297,27 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Removes the lines after `step` from metrics.jsonl."""
-    if path.exists():
-        with atomic_write(path) as file:
-            for line, values in read_metrics(path.parent):
-                if values["step"] <= step:
-                    file.write(line.removesuffix(b"\n") + b"\n")
+    """Cuts the lines after `step` off metrics.jsonl, of which only the end is read.
+
+    Its steps are in order, but for lines that an attempt wrote when it had been replaced: an earlier step among those
+    that are cut off is written again.
+    """
+    if not path.exists():
+        return
+    cut, earlier, again = 0, list[LineFromEnd](), 0
+    for line, values in metrics_from_end(path.parent):
+        if values["step"] > step:
+            cut, again = line.offset, len(earlier)
+        else:
+            cut = cut or line.end
+            earlier.append(line)
+            if earlier[0].end - line.offset > OUT_OF_ORDER_BYTES:
+                break
+    with open(path, "r+b") as file:
+        contents = []
+        for line in reversed(earlier[:again]):
+            file.seek(line.offset)
+            contents.append(file.read(line.end - line.offset).removesuffix(b"\n") + b"\n")
+        file.truncate(cut)
+        file.seek(0, os.SEEK_END)
+        file.writelines(contents)

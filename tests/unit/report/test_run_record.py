@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from megadistill import events
 from megadistill.errors import UserError
 from megadistill.redaction import printable
 from megadistill.report.curves import curves_over_tokens
@@ -103,7 +102,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megadistill.events.lines.MAX_LINE_BYTES", 1000)
     folder = run_with_faults(tmp_path / "run").write()
     _append(folder / "metrics.jsonl", "9" * 2500, json.dumps(step_line(41, 0.5)), "")
     run = read_run(folder, "run")

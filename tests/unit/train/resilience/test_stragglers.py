@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megadistill.train.resilience import stragglers
-from megadistill.train.resilience.stragglers import IN_A_ROW, Stragglers, product_seconds, slow, starved
+from megadistill.train.resilience.stragglers import IN_A_ROW, MAX_NAMED, Stragglers, product_seconds, slow, starved
 from tests.unit.train.cases import topology
 
 
@@ -51,3 +51,18 @@ def test_the_product_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     assert 0 < product_seconds(torch.device("cpu")) < 10
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_half_of_a_large_world_is_counted_and_the_slowest_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, waits = 4096, 0.01
+    seconds = torch.ones(world)
+    seconds[: world // 3] = torch.linspace(2.0, 3.0, world // 3)
+    monkeypatch.setattr(stragglers, "all_gather_objects", lambda own, group: [f"n{rank // 8}" for rank in range(world)])
+    gathered = torch.stack((seconds, torch.full((world,), waits)), dim=1).double()
+    monkeypatch.setattr(stragglers, "all_gather_rows", lambda own, group: gathered)
+    ranks = Stragglers(topology(world=world))
+    lines = [ranks.check(0.0) for _ in range(IN_A_ROW)]
+    assert lines[:-1] == [[], []]
+    assert len(lines[-1]) == MAX_NAMED + 1
+    assert lines[-1][0] == "straggler: rank 1364 (n170) computes at 0.33 of the median speed"
+    assert lines[-1][-1] == f"straggler: {world // 3 - MAX_NAMED} more ranks compute slower than the median"
