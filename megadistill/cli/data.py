@@ -89,8 +89,9 @@ def _add_tokenize(commands: Commands) -> None:
     option(command, "--heldout-fraction", "F", text, default=0.01)
     repeatable(command, "--include", "GLOB", "files of a folder to read, by name (default: all)")
     repeatable(command, "--exclude", "GLOB", "relative paths to leave out")
-    text = "MB of text per shard, also the unit of work of a process, which holds about two of them"
-    option(command, "--shard-mb", "MB", text, default=32, kind=float)
+    text = """MB of text per shard, also the unit of work of a process, which holds about two of them (default: 32 to
+        512, by the size of the input)"""
+    option(command, "--shard-mb", "MB", text, kind=float)
     text = "worker processes; the output does not depend on them (default: the cores of this machine)"
     option(command, "--processes", "N", text, kind=int)
 

@@ -5,17 +5,27 @@ depend neither on the process that writes them nor on restarts.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from megadistill.data.prepare.corpus import Corpus, Document
+from megadistill.data.prepare.corpus import PARQUET, Corpus, Document
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"
 SHARD_PREFIX: Final = "shard-"
 SHARD_PATTERN: Final = f"{SHARD_PREFIX}[0-9]*"
+
+SHARD_MB: Final = (32, 64, 128, 256, 512)
+"""Sizes of a shard in 10^6 bytes of text, from which one is chosen by the corpus. The order of a stream mixes sequences
+whatever the shards: many of them only let more processes encode. A process holds the text of two."""
+ENOUGH_SHARDS: Final = 20_000
+MANY_SHARDS: Final = 200_000
+"""Shards from which on a file system has trouble with their files, two a shard."""
+EXPANSION: Final = 3
+"""Bytes of text in a byte of a compressed file, roughly."""
+COMPRESSED: Final = (".gz", ".zst", PARQUET)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,16 @@ class ShardTask:
     def path(self) -> Path:
         """Path of the shard in the output folder."""
         return Path(self.split, f"{SHARD_PREFIX}{self.number:05d}.tar")
+
+
+def text_bytes_of(paths: Iterable[Path]) -> int:
+    """Bytes of the text in files, estimated from their sizes."""
+    return sum(path.stat().st_size * (EXPANSION if path.suffix in COMPRESSED else 1) for path in paths)
+
+
+def shard_mb_for(text_bytes: int) -> int:
+    """The least size of SHARD_MB that makes at most ENOUGH_SHARDS of a text; the largest, where none does."""
+    return next((size for size in SHARD_MB if text_bytes <= size * 1e6 * ENOUGH_SHARDS), SHARD_MB[-1])
 
 
 def split_of(document: Document, heldout_fraction: float) -> str:

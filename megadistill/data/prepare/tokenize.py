@@ -5,19 +5,29 @@ shard, independently. The same command, started again after it ended at any inst
 the same to the byte.
 """
 
+import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from megadistill.data.prepare.corpus import Corpus, find_files
 from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, PackerName, disk_faults
 from megadistill.data.prepare.finished_output import InputFiles, TokenizeRecord
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete, locked_output, remove_leftovers
-from megadistill.data.prepare.shard_tasks import HELDOUT, TRAIN, cut_into_tasks, split_of
+from megadistill.data.prepare.shard_tasks import (
+    HELDOUT,
+    MANY_SHARDS,
+    SHARD_MB,
+    TRAIN,
+    cut_into_tasks,
+    shard_mb_for,
+    split_of,
+    text_bytes_of,
+)
 from megadistill.data.prepare.tokenize_report import SplitReport, TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample, trained_tokenizer
 from megadistill.data.prepare.workers import encode_all
@@ -30,7 +40,7 @@ from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
 from megadistill.units import number_of
 
-SHARD_MB: Final = 32
+logger = logging.getLogger(__name__)
 
 
 def tokenize(
@@ -47,7 +57,7 @@ def tokenize(
     text_field: str = "text",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    shard_mb: float = SHARD_MB,
+    shard_mb: float | None = None,
     processes: int | None = None,
 ) -> TokenizeReport:
     """Writes `output`/tokenizer, `output`/train and `output`/heldout; the same text gives the same bytes.
@@ -58,7 +68,8 @@ def tokenize(
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts BOS before a text,
-    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes.
+    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes (None:
+    chosen by the size of the input, 32 to 512).
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
     that calls this must keep its own acts under `if __name__ == "__main__"`.
 
@@ -72,6 +83,7 @@ def tokenize(
     began = time.perf_counter()
     _check(tokenizer, vocab_size, {"--sequence-length": sequence_length, "--processes": processes}, packer, shard_mb)
     files = _Inputs(inputs, output, include, exclude, text_field, heldout_fraction)
+    shard_mb = files.shard_mb(shard_mb)
     folder = output / TOKENIZER_FOLDER
     given = None if tokenizer is None else load_tokenizer(tokenizer)  # before there is an output
     record = files.tokenize_record(
@@ -161,6 +173,23 @@ class _Inputs:
     def file_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._files())
 
+    def shard_mb(self, given: float | None) -> float:
+        """The text of a shard in 10^6 bytes: the given one, or one that goes with the input; warns of many shards."""
+        text_bytes = text_bytes_of(self._files())
+        size = shard_mb_for(text_bytes) if given is None else given
+        shards = round(text_bytes / (size * 1e6))
+        if shards > MANY_SHARDS:
+            logger.warning(
+                "about %s shards of %g MB of text, with an index beside each: above %s a file system is slow to list "
+                "and copy them; --shard-mb %d would make about %s",
+                f"{shards:,}",
+                size,
+                f"{MANY_SHARDS:,}",
+                SHARD_MB[-1],
+                f"{round(text_bytes / (SHARD_MB[-1] * 1e6)):,}",
+            )
+        return size
+
     def _files(self) -> Iterator[Path]:
         return find_files(self.inputs, self.include, self.exclude, output=self.output)
 
@@ -203,7 +232,7 @@ def _check(
     vocab_size: int | None,
     sizes: Mapping[str, int | None],
     packer: str,
-    shard_mb: float,
+    shard_mb: float | None,
 ) -> None:
     if (tokenizer is None) == (vocab_size is None):
         raise UserError(
@@ -216,8 +245,8 @@ def _check(
     for option, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give at least 1")
-    if not 1e-6 <= shard_mb < 1e6:
-        raise UserError(f"--shard-mb {shard_mb}: give the millions of bytes of text in a shard, such as {SHARD_MB}")
+    if shard_mb is not None and not 1e-6 <= shard_mb < 1e6:
+        raise UserError(f"--shard-mb {shard_mb}: give the millions of bytes of text in a shard, such as {SHARD_MB[0]}")
     if packer not in PACKER_VERSIONS:
         raise UserError(f"--packer {packer}: give {' or '.join(PACKER_VERSIONS)}")
 

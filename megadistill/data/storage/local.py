@@ -20,8 +20,9 @@ class LocalFolder:
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
         path = self._path / name
         with open_regular(path) as file:
-            refuse_larger(str(path), os.fstat(file.fileno()).st_size, max_bytes)
-            return file.read(max_bytes)
+            size = os.fstat(file.fileno()).st_size
+            refuse_larger(str(path), size, max_bytes)
+            return file.read(size)  # of `max_bytes` as many would be allocated
 
     def open(self, name: str) -> "MappedFile":
         return MappedFile(self._path / name)
