@@ -70,6 +70,16 @@ count_start() {
   echo "$((count + 1)) $now" >"$1/starts-without-progress"
 }
 
+# send_environment: the archive ENVIRONMENT_TAR, if any, to the disk of each node; slurm/check-node.sh unpacks it.
+send_environment() {
+  local nodes=$SLURM_JOB_NUM_NODES
+  [ -n "${ENVIRONMENT_TAR:-}" ] || return 0
+  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap --mem=0 --immediate=20 --kill-on-bad-exit=0 \
+    mkdir -p "$(dirname "${LOCAL_ENVIRONMENT:?}")"
+  sbcast --force --preserve "$ENVIRONMENT_TAR" "$LOCAL_ENVIRONMENT.tar" ||
+    log "$ENVIRONMENT_TAR did not reach all nodes; those without it are not used"
+}
+
 # usable_nodes LIST WANT [SRUN OPTION]: the first WANT nodes of LIST that pass slurm/check-node.sh, in LIST's order. One
 # step checks all nodes. It does not wait for the others once there are enough.
 usable_nodes() {
@@ -192,6 +202,7 @@ until_done() {
     log "job $job is running in $folder: this job ends. To stop that one: touch $folder/STOP, or scancel $job"
     exit 1
   fi
+  send_environment
   while true; do
     try=$((try + 1))
     count_start "$folder"

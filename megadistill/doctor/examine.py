@@ -29,6 +29,7 @@ from megadistill.doctor.comparison import (
     versions_row,
 )
 from megadistill.doctor.dry_run import dry_run
+from megadistill.doctor.file_systems import check_environment, nodes_of_job
 from megadistill.doctor.node_check import (
     check_device,
     check_devices,
@@ -62,6 +63,7 @@ def examine_node(path: Path, overrides: Sequence[str]) -> Report:
     own = RankReport(0, socket.gethostname())
     recipe = own.check("recipe", lambda: (load_recipe(path, overrides), f"{path} is valid"))
     check_devices(own)
+    check_environment(own, nodes=nodes_of_job())
     _check_node(own, recipe)
     return Report(tuple(summarize([own])))
 
@@ -125,6 +127,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
     check_device(own, device, local_world=launch.local_world)
     check_host_limits(own, launch)
     if launch.local_rank == 0:
+        check_environment(own, nodes=-(-launch.world // launch.local_world), ranks=launch.world)
         _check_node(own, recipe)
     own.facts.update(local_world=launch.local_world, on_cpu=device.type == "cpu")
     if recipe is not None:

@@ -61,3 +61,26 @@ def test_a_job_raises_its_limit_on_open_files(tmp_path: Path) -> None:
     line = next(line for line in (ROOT / "slurm/env.sh.example").read_text().splitlines() if line.startswith("ulimit"))
     soft, hard = shell(f"ulimit -Sn 64; {line}\nulimit -Sn; ulimit -Hn", tmp_path).stdout.split()
     assert soft == hard
+
+
+def test_a_packed_environment_is_sent_once_and_unpacked_where_it_is_new(tmp_path: Path) -> None:
+    """A double of sbcast copies the archive; a node's check then starts the program of the unpacked folder."""
+    (tmp_path / "packed").mkdir()
+    program = tmp_path / "packed/program"
+    program.write_text("#!/bin/bash\necho $0 runs >>$LOGS/started\n")
+    program.chmod(0o755)
+    local = tmp_path / "local/environment"
+    slurm = 'srun() { shift 7; "$@"; }; sbcast() { cp --preserve "$3" "$4"; }'
+    commands = f"{slurm}; tar -C {tmp_path}/packed -cf $A ."
+    check = "send_environment; bash slurm/check-node.sh"
+    variables = {"A": str(tmp_path / "packed.tar"), "FOLDER": str(tmp_path), "SLURM_JOB_NUM_NODES": "1"}
+    env = f"NODE_CHECK=({local}/program) ENVIRONMENT_TAR=$A LOCAL_ENVIRONMENT={local}\n"
+    script = f"echo '{env}' >$MEGADISTILL_ENV; . slurm/lib.sh; {commands}"
+    assert shell(f"{script}; {check}", tmp_path, **variables).stdout == "usable n1\n"
+    (local / "seen").touch()
+    assert shell(f"{script.replace('tar -C', ': tar')}; {check}", tmp_path, **variables).stdout == "usable n1\n"
+    assert (local / "seen").exists(), "the archive is the one that was unpacked"
+    (tmp_path / "started").unlink()
+    lost = shell(f"{script}; rm {local}.tar; bash slurm/check-node.sh", tmp_path, **variables).stdout
+    assert lost == f"unusable n1: cannot unpack {local}.tar\n"
+    assert not (tmp_path / "started").exists()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from megadistill.config.recipe import Recipe
 from megadistill.redaction import without_secrets
@@ -138,6 +137,8 @@ class TensorBoardLog:
         self, folder: Path, recipe: Recipe, names: Collection[str], *, start_step: int, start_tokens: int
     ) -> None:
         """`names`: the numbers that the run will write. `start_tokens`: tokens of the first `start_step` steps."""
+        from torch.utils.tensorboard import SummaryWriter  # rank 0 alone opens its files
+
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
         self._by_tokens = SummaryWriter(str(folder / BY_TOKENS), purge_step=start_tokens + 1)
         self._teacher = None

@@ -89,6 +89,7 @@ def test_the_command_examines_a_node_by_itself(
     assert [(row["check"], row["status"]) for row in values["rows"]] == [
         ("recipe", "ok"),
         ("device", "ok"),
+        ("environment", "ok"),
         ("JIT locks", "ok"),
         ("run folder", "ok"),
         ("earlier runs", "ok"),
