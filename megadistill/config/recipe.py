@@ -191,6 +191,9 @@ class TeacherSection(Section):
     """live: the teacher's forward pass runs with the student's. stored: its targets are read from `targets`."""
     path: str | None = None
     """A Hugging Face folder: config.json, safetensors, tokenizer. stored: optional, to verify the targets' origin."""
+    local_copy: str | None = None
+    """live: a folder on each node's own disk, to which its first rank copies the weights once; the node's ranks read
+    them there, verified by sha256, at every start. None: one rank of each stage reads `path`, the others receive it."""
     targets: str | None = None
     """stored: a folder, or a URL, of targets that `megadistill store-targets` or `save_targets` wrote."""
     save_targets: str | None = None
@@ -239,8 +242,8 @@ class TeacherSection(Section):
             return self
         if self.source == "stored" and self.targets is None:
             raise ValueError("source stored needs targets: a folder of stored targets")
-        if self.placement != "colocated" or self.save_targets is not None:
-            raise ValueError(f"source {self.source} runs no model: remove placement and save_targets")
+        if self.placement != "colocated" or self.save_targets is not None or self.local_copy is not None:
+            raise ValueError(f"source {self.source} runs no model: remove placement, save_targets and local_copy")
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from megadistill.train.setup.run_folder import (
     started_from,
     write_description,
 )
-from megadistill.train.setup.setup import Setup, check_models, prepare
+from megadistill.train.setup.setup import Setup, check_node, prepare, with_copy
 from megadistill.train.teacher.placement import load_teacher
 from megadistill.train.teacher.probe import PROBE_TOKENS, ProbeInput, TeacherCheck
 from megadistill.train.teacher.protocol import Teacher
@@ -49,10 +49,10 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
         vocab_group=setup.group_size,
         timeout_minutes=minutes,
         roles=setup.roles,
-        node_check=partial(check_models, setup),
+        node_check=partial(check_node, setup, launch),
     ) as topology:
         try:
-            yield setup, topology
+            yield with_copy(setup), topology
         except RankUserError:  # it names the rank
             raise
         except UserError as error:

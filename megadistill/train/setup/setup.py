@@ -1,6 +1,6 @@
 """Set-up of a run: everything that its recipe names, read and checked before the first process group exists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from megadistill.models.families import load_config
 from megadistill.models.fingerprint import sampled_fingerprint
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
+from megadistill.teacher.local_copy import copy_folder, make_copy
 from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, check_tokenizers, model_rows
@@ -51,6 +52,8 @@ class Setup:
     """Settings of the recipe's DeepSpeed file that are disabled on a CPU."""
     parent: Parent | None = None
     """The checkpoint of another run from which this start begins; None where it resumes, or begins at step 0."""
+    teacher_copy: Path | None = None
+    """Copy of the teacher on this node, which the ranks that hold its stages read; None: they read teacher.path."""
 
     def attention(self, model: Literal["student", "teacher"]) -> Choice:
         """Implementation of a model's attention on this device, and why; of a live teacher."""
@@ -160,6 +163,29 @@ def check_models(setup: Setup) -> dict[str, str]:
     if teacher is None or config is None:
         return {}
     return {f"the teacher in teacher.path {teacher.path}": sampled_fingerprint(Path(str(teacher.path)))}
+
+
+def check_node(setup: Setup, launch: Launch) -> dict[str, str]:
+    """`check_models` for all ranks of a node, and its copy of the teacher, if one of them holds a stage.
+
+    Raises:
+        UserError: something does not fit, or cannot be copied; the message is one line.
+    """
+    digests, teacher = check_models(setup), setup.recipe.teacher
+    first = launch.rank - launch.local_rank
+    ranks = range(first, first + launch.local_world)
+    stages_here = setup.roles is None or not all(map(setup.roles.is_student, ranks))
+    if teacher is not None and teacher.local_copy is not None and stages_here:
+        digests["teacher.local_copy"] = make_copy(Path(str(teacher.path)), Path(teacher.local_copy))
+    return digests
+
+
+def with_copy(setup: Setup) -> Setup:
+    """For the ranks of a node that was checked: with the copy of the teacher that they read."""
+    teacher = setup.recipe.teacher
+    if teacher is None or teacher.local_copy is None:
+        return setup
+    return replace(setup, teacher_copy=copy_folder(Path(str(teacher.path)), Path(teacher.local_copy)))
 
 
 def describe_layout(setup: Setup, topology: Topology) -> str:

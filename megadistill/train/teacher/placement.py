@@ -48,15 +48,16 @@ def load_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:
 
 def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], LiveTeacher]:
     """See `load_teacher`: a teacher that runs on this rank, or is served from ranks of its own."""
-    pipeline, folder, ids = load_pipeline(setup, topology), _folder(setup), setup.vocab_map
+    pipeline, ids = load_pipeline(setup, topology), setup.vocab_map
     dtype, device = torch_dtype(setup.recipe.train.precision), topology.device
     save_targets = _section(setup).save_targets
 
     def on_slice(vocab: VocabSlice) -> LiveTeacher:
         kind = ColocatedTeacher if topology.bridge is None else LiveTeacher
+        folder, reader = _source(setup, topology)
         return kind(
             pipeline=pipeline,  # type: ignore[arg-type]  # a TeacherPipeline where there is no bridge
-            head=head_rows(folder, vocab, dtype=dtype, device=device, ids=ids, reader=_reader(topology)),
+            head=head_rows(folder, vocab, dtype=dtype, device=device, ids=ids, reader=reader),
             bias=None if ids is None else unknown_bias(vocab, ids, device=device),
             logits=logit_transform(setup.teacher_config),
             ids=ids,
@@ -88,8 +89,9 @@ def load_pipeline(setup: Setup, topology: Topology) -> TeacherPipeline | RemoteT
 
 
 def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> TeacherStage:
+    folder, reader = _source(setup, topology)
     return TeacherStage.load(
-        _folder(setup),
+        folder,
         stage=stage,
         stages=stages,
         dtype=torch_dtype(setup.recipe.train.precision),
@@ -97,13 +99,19 @@ def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> Tea
         precision=_section(setup).precision,
         compiled=setup.compiles("teacher"),
         attention=setup.attention("teacher").value,
-        reader=_reader(topology),
+        reader=reader,
     )
 
 
-def _reader(topology: Topology) -> BroadcastReader:
-    """Of the ranks with the same stage, and the same rows of the head: one of them reads."""
-    return BroadcastReader(topology, group=topology.slice_group)
+def _source(setup: Setup, topology: Topology) -> tuple[Path, BroadcastReader]:
+    """The folder from which weights are loaded, and its reader, for one loading.
+
+    Of the ranks with the same stage, and with the same rows of the head, one reads `teacher.path`. A rank that holds a
+    stage reads the node's copy itself, where there is one.
+    """
+    if setup.teacher_copy is not None and (setup.roles is None or topology.role == "teacher"):
+        return setup.teacher_copy, BroadcastReader(topology)
+    return Path(str(_section(setup).path)), BroadcastReader(topology, group=topology.slice_group)
 
 
 def run_teacher_server(setup: Setup, topology: Topology) -> None:
@@ -159,7 +167,3 @@ def _section(setup: Setup) -> TeacherSection:
     section = setup.recipe.teacher
     assert section is not None, "the recipe has a teacher"
     return section
-
-
-def _folder(setup: Setup) -> Path:
-    return Path(str(_section(setup).path))

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from megadistill.models import hf_folder
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.teacher.stage import TeacherStage, head_rows
 from megadistill.train.resilience.sdc import weights_digest
-from megadistill.train.setup.setup import prepare
+from megadistill.train.setup.setup import check_node, prepare, with_copy
 from megadistill.train.teacher.placement import load_teacher, run_teacher_server
 from tests.ranks.harness import run_ranks
 from tests.unit.models.cases import VOCAB, saved_model
@@ -191,3 +192,44 @@ def test_a_teacher_with_ranks_of_its_own_is_read_once(tmp_path: Path) -> None:
     assert torch.equal(students[0][2], students[1][2])
     for stage in range(2):
         assert torch.equal(teachers[stage][2], teachers[stage + 2][2])
+
+
+def _from_copies(topology: Topology, path: str) -> tuple[int, bool]:
+    """Bytes read from a copy of the node's, and whether the replicas hold the same. Each rank is a node."""
+    folder = Path(path)
+    base = recipe(folder / "data" / "manifest.json", folder / "run", teacher=folder / "teacher").snapshot()
+    teacher = {**base["teacher"], "local_copy": str(folder / f"disk-{topology.rank}")}
+    launch = Launch(topology.rank, 2, 0, 1)
+    setup = prepare(Recipe.model_validate({**base, "teacher": teacher}), launch)
+    digests = check_node(setup, launch)
+    (folder / f"checked-{topology.rank}").touch()
+    while len(list(folder.glob("checked-*"))) < 2:
+        time.sleep(0.01)
+    (folder / "teacher" / "model.safetensors").unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        reads = Reads(patch)
+        live = load_teacher(with_copy(setup), topology)(even_slice(setup.data.vocab_size, topology))
+    frozen = live.frozen_weights()
+    assert frozen is not None
+    frozen.require_same_replicas(topology)
+    return reads.bytes, "teacher.local_copy" in digests
+
+
+def test_with_copies_each_rank_reads_its_nodes(tmp_path: Path) -> None:
+    described_data(tmp_path / "data")
+    described_teacher(tmp_path / "teacher")
+    size = sum(tensor.nbytes for tensor in load_file(tmp_path / "teacher" / "model.safetensors").values())
+    assert run_ranks(2, _from_copies, str(tmp_path), vocab_group=1) == [(size, True)] * 2
+
+
+def test_nodes_of_students_alone_make_no_copy(tmp_path: Path) -> None:
+    described_data(tmp_path / "data")
+    described_teacher(tmp_path / "teacher")
+    base = recipe(tmp_path / "data" / "manifest.json", tmp_path / "run", teacher=tmp_path / "teacher").snapshot()
+    apart = {"placement": "disaggregated", "ranks": 2, "local_copy": str(tmp_path / "disk")}
+    made = Recipe.model_validate({**base, "teacher": {**base["teacher"], **apart}})
+    copies = [
+        "teacher.local_copy" in check_node(prepare(made, launch), launch)
+        for launch in (Launch(0, 4, 0, 2), Launch(2, 4, 0, 2))
+    ]
+    assert copies == [False, True]
