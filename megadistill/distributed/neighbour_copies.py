@@ -70,8 +70,8 @@ class NodeRing:
 class HostChannels:
     """Connections of this rank to others of its world, made when they are first needed.
 
-    `connect` blocks until the other rank calls it too: all ranks follow one list of links, in its order. Collective: the
-    ranks make as many objects, since the number of each is in the keys by which two ranks find each other.
+    `connect` blocks until the other rank calls it too: all ranks follow one list of links, in its order. Collective:
+    the ranks make as many objects, since the number of each is in the keys by which two ranks find each other.
     """
 
     _made = count()

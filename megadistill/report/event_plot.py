@@ -22,6 +22,8 @@ MARKS = {
     "recipe_changed": "p",
     "checkpoint_saved": "|",
     "checkpoint_failed": "v",
+    "local_checkpoint_saved": "$l$",
+    "local_checkpoint_failed": "$L$",
     "checkpoint_quarantined": "3",
     "step_skipped": "x",
     "loss_spike": "^",
@@ -148,4 +150,5 @@ def _mark(axes: Axes, run: int, x: Floats, y: Floats, marker: str, *, along: boo
     if len(x):
         transform = axes.get_xaxis_transform() if along else axes.transData
         fill = colour(run) if along else TEXT
-        axes.plot(x, y, marker, color=fill, markersize=5, transform=transform, gid=f"run-{run}", clip_on=False)
+        (marks,) = axes.plot(x, y, color=fill, marker=marker, markersize=5, linestyle="", transform=transform)
+        marks.set(gid=f"run-{run}", clip_on=False)

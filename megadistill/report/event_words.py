@@ -19,6 +19,8 @@ MEANINGS = {
     "recipe_changed": "the run continued with another recipe, which leaves the steps before as they are",
     "checkpoint_saved": "weights, optimizer and position were written; a later start continues from there",
     "checkpoint_failed": "a checkpoint could not be written; the run continued",
+    "local_checkpoint_saved": "the same on the nodes themselves, from which a start on these nodes continues",
+    "local_checkpoint_failed": "a save on the nodes themselves could not be written; the run continued",
     "checkpoint_quarantined": "a checkpoint could not be used and was renamed; an older one was taken",
     "step_skipped": "a loss or gradient was not finite; the weights were left as they were",
     "loss_spike": "the loss left the range of the steps before it",
@@ -82,7 +84,7 @@ def _pause(event: Event, ends: Floats, earlier: float) -> float:
 
 def _group(event: Event) -> tuple[Any, ...]:
     """Equal for events of one sentence."""
-    if event.kind == "checkpoint_saved":
+    if event.kind in ("checkpoint_saved", "local_checkpoint_saved"):
         return (event.kind, event.attempt)
     if event.kind == "step_skipped":
         return (event.kind, event.attempt, text(event.values.get("reason")))
@@ -91,7 +93,7 @@ def _group(event: Event) -> tuple[Any, ...]:
 
 def _sentence(events: Sequence[Event], before: Event | None, pause: float) -> str:
     event = events[0]
-    if event.kind == "checkpoint_saved":
+    if event.kind in ("checkpoint_saved", "local_checkpoint_saved"):
         return _saved(events)
     if event.kind == "step_skipped":
         steps = [f"{each.step:,}" for each in events]
@@ -109,13 +111,15 @@ def _saved(events: Sequence[Event]) -> str:
     costs += [f"{spell(written)} to write"] if written else []
     costs += [f"training waited {spell(waited)}"] if waited else []
     several = len(events) > 1
-    where = f"{len(events):,} checkpoints, steps {events[0].step:,} to {events[-1].step:,}"
-    return _with(where if several else f"checkpoint at step {events[0].step:,}", costs)
+    kind = "local save" if events[0].kind == "local_checkpoint_saved" else "checkpoint"
+    where = f"{len(events):,} {kind}s, steps {events[0].step:,} to {events[-1].step:,}"
+    return _with(where if several else f"{kind} at step {events[0].step:,}", costs)
 
 
 def _resumed(event: Event, before: Event | None, pause: float) -> str:
     startup, lost = event.seconds("startup_seconds"), number(event.values.get("lost_steps"))
-    costs = [f"{spell(startup)} to start"] if startup else []
+    costs = ["from a local save"] if event.values.get("tier") == "local" else []
+    costs += [f"{spell(startup)} to start"] if startup else []
     costs += [f"{number_of(int(lost), 'step')} to take again"] if lost > 0 else []
     if before is not None and before.kind == "rollback":
         return _with(f"continued from step {event.step:,} after the rollback", costs)
@@ -241,6 +245,7 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "branched": lambda event: f"began from step {event.step:,} of {text(event.values.get('run'))}",
     "recipe_changed": _recipe_changed,
     "checkpoint_failed": lambda event: f"checkpoint at step {event.step:,} not written{_because(event)}",
+    "local_checkpoint_failed": lambda event: f"local save at step {event.step:,} not written{_because(event)}",
     "checkpoint_quarantined": _quarantined,
     "loss_spike": _left_its_window("loss spike", "loss"),
     "student_diverged": _diverged,

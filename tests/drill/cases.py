@@ -109,6 +109,54 @@ def kill_rank(place: Place) -> CaseResult:
     return resume_run(place, "kill-rank", seconds=since(began))
 
 
+LOCAL_EVERY = 2
+
+
+def on_local_tier(place: Place, name: str, *, lost: list[int], tier: str) -> CaseResult:
+    """A rank is killed at step 15, nodes lose their local saves (2 is the tier's, 8 the durable interval)."""
+    nodes = place.folder / "nodes" / name
+    changes = settings(
+        train__checkpoint_every=2 * EVERY,
+        checkpoint__local__every=LOCAL_EVERY,
+        checkpoint__local__folder=nodes,
+    )
+    nodes_of = {rank: [f"node:{rank}"] for rank in range(2)}
+    ranks = place.attempt(name, *changes, faults={0: [*nodes_of[0], SLOW], 1: [*nodes_of[1], SLOW, "die:15"]})
+    ranks.processes[1].join(60)
+    began = time.monotonic()
+    codes = ranks.wait(30)
+    assert codes == [RESTART, -signal.SIGKILL], f"{codes}\n{ranks.output}"
+    seconds = since(began)
+    for rank in lost:
+        shutil.rmtree(nodes / f"node-{rank}")
+    ranks = place.attempt(name, *changes, faults=nodes_of)
+    assert ranks.wait() == [0, 0], ranks.output
+    folder = place.run_folder(name)
+    record = Record.of(folder)
+    resumed = record.named("resumed")[-1]
+    expected = (8,) if tier == "durable" else (12, 14)  # that of 14 may not be whole when the rank dies
+    assert resumed["step"] in expected, resumed
+    assert resumed.get("tier", "durable") == tier, resumed
+    assert lost_steps(folder) == 14 - resumed["step"]
+    assert not list(nodes.glob("node-*/[!.]*")), "local saves of a complete run"
+    return CaseResult(seconds, lost_steps(folder), record.require_same(truth(place)))
+
+
+@case("local-saves", "SIGKILL to a rank: on from the local saves")
+def local_saves(place: Place) -> CaseResult:
+    return on_local_tier(place, "local-saves", lost=[], tier="local")
+
+
+@case("node-lost", "SIGKILL to a rank, and its node with it: on from the copy on the next node")
+def node_lost(place: Place) -> CaseResult:
+    return on_local_tier(place, "node-lost", lost=[1], tier="local")
+
+
+@case("nodes-lost", "SIGKILL to a rank, and both nodes lost: on from the checkpoint")
+def nodes_lost(place: Place) -> CaseResult:
+    return on_local_tier(place, "nodes-lost", lost=[0, 1], tier="durable")
+
+
 @case("kill-in-save", "SIGKILL to all in a save, after the bytes, before the rename")
 def kill_in_save(place: Place) -> CaseResult:
     folder = place.run_folder("kill-in-save")

@@ -146,9 +146,19 @@ def _teacher_nan(step: int) -> None:
     TeacherStage.forward = forward  # type: ignore[method-assign]
 
 
+def _own_node(number: int) -> None:
+    """This rank is a node of its own: it has a folder of local saves that no other rank sees."""
+    import megadistill.train.resilience.recovery
+
+    recovery: Any = megadistill.train.resilience.recovery
+    real = recovery.LocalTier
+    recovery.LocalTier = lambda folder, *arguments, **keys: real(folder / f"node-{number}", *arguments, **keys)
+
+
 _PATCHES: dict[str, Callable[[int], None]] = {
     "die": _die_in_backward,
     "before_rename": _block_before_rename,
+    "node": _own_node,
     "nan": _nan,
     "nan_from": _nan_from,
     "spike": _spike,

@@ -14,6 +14,8 @@ class Request(Enum):
 
     SAVE = "save"
     """A checkpoint of this step, once all hooks have run."""
+    SAVE_LOCAL = "save local"
+    """A save of the local tier of this step, once all hooks have run."""
     STOP = "stop"
     """A checkpoint of this step, then the end of the attempt."""
     ROLL_BACK = "roll back"

@@ -105,6 +105,34 @@ def test_a_save_survives_lost_nodes_of_which_no_two_are_neighbours(tmp_path: Pat
         assert [each[number] for each in steps] == [expected] * world, lost
 
 
+def _on_a_broken_disk(topology: Topology, nodes: str, run_folder: str) -> list[tuple[int, bool]]:
+    folder, section = Path(run_folder), CheckpointSection()
+    tier = _tier(topology, Path(nodes), folder)
+    saver = Saver(folder / "checkpoints", topology, Attempt(folder, 1), section, local=tier)
+    results = []
+    root = _folder(Path(nodes), topology.rank) / "run"
+    for step in (10, 20, 30):
+        if topology.rank == 1 and step == 20:
+            root.rename(root.with_name("away"))
+            root.write_text("nothing can be written below a file")
+        manifest = manifest_of(step).model_copy(update={"world": topology.world, "attempt": 1})
+        assert saver.start_local(_state(topology.rank, step), manifest) == []
+        results.append(saver.finish())
+        if topology.rank == 1 and step == 20:
+            root.unlink()
+            root.with_name("away").rename(root)
+        barrier(topology.world_group)
+    saver.close()
+    return [(result.step, result.path is not None and result.is_local) for result in results]
+
+
+def test_a_disk_that_refuses_a_local_save_costs_that_save_on_all_ranks_and_nothing_else(tmp_path: Path) -> None:
+    results = run_ranks(2, _on_a_broken_disk, str(tmp_path / "nodes"), str(tmp_path / "run"))
+    assert results == [[(10, True), (20, False), (30, True)]] * 2
+    for rank in range(2):
+        assert _names(tmp_path / "nodes", rank) == ["step-00000010-a1", "step-00000030-a1"]
+
+
 def _local_recipe(manifest: Path, folder: Path, nodes: Path, rank: int, **changes: Any) -> Recipe:
     values = recipe(manifest, folder).snapshot()
     values["train"]["checkpoint_every"] = 4
