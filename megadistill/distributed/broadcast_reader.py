@@ -37,6 +37,8 @@ class BroadcastReader:
     call `finish`. A rank that cannot read goes on with broadcasts of memory without content, so that the order of
     collectives is the same whether it fails or not, and no rank waits for it: `finish` raises its error on every rank.
 
+    Each tensor has the time limit of a collective: a large stage on slow storage is no hang.
+
     Without a group every rank reads for itself; without a topology too, and an error is raised where it occurs.
     """
 
@@ -69,6 +71,7 @@ class BroadcastReader:
         Raises:
             UserError, RestartFault: of `read`, where no other rank loads with this one.
         """
+        self._enter_phase("loading the teacher")
         loaded: list[Tensor] = []
         if self.reads and self._error is None:
             try:
@@ -89,6 +92,7 @@ class BroadcastReader:
         Raises:
             UserError, RestartFault: on every rank, where one could not read; the message names it.
         """
+        self._enter_phase("starting")
         if self._topology is None or self._everyone is None:
             return
         failing = first_false(self._error is None, self._topology.device, self._everyone)
@@ -102,3 +106,11 @@ class BroadcastReader:
         assert reason is not None, "it is that of the failing rank"
         message, is_input = reason
         raise RankUserError(message) if is_input else RestartFault(message)
+
+    def _enter_phase(self, phase: str) -> None:
+        """A rank of the teacher's own is without a limit when it has loaded: it waits for requests."""
+        if self._topology is None or self._topology.timeout is None:
+            return
+        limit = self._topology.timeout.total_seconds()
+        ends = phase == "starting" and self._topology.role == "teacher"
+        self._topology.watchdog.enter_phase(phase, 0, limit=None if ends else limit)

@@ -33,6 +33,7 @@ from megadistill.student.deepspeed_config import (
     describe_deepspeed,
     reduction_dtype,
 )
+from megadistill.teacher.local_copy import describe_copy
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start, model_rows
@@ -73,6 +74,8 @@ def check_recipe(
         parameters = own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
         if parameters is not None:
             content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
+        if (copies := recipe.teacher.local_copy) is not None:
+            own.check("teacher's copy", lambda: (None, describe_copy(path_of_teacher, Path(copies))))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
     details = {result.detail for result in own.results}
     try:

@@ -50,20 +50,48 @@ def make_copy(teacher: Path, copies: Path) -> str:
         raise UserError(f"teacher.local_copy: {name} cannot be read or written: {reason_of(error)}") from None
 
 
-def _make(teacher: Path, folder: Path) -> str:
-    for partial in folder.glob(".*.tmp"):  # of a copy that was killed
-        partial.unlink()
+def describe_copy(teacher: Path, copies: Path) -> str:
+    """What a start would copy to this node, by the sizes of the files; writes nothing.
+
+    Raises:
+        UserError: the disk is too small, or the teacher's folder cannot be read.
+    """
+    folder = copy_folder(teacher, copies)
+    try:
+        originals = _originals(teacher)
+        whole, missing = (
+            sum(originals[name]["bytes"] for name in names)
+            for names in (originals, originals.keys() - set(_present(folder, originals, _recorded(folder))))
+        )
+        free = _require_space(folder, missing, teacher)
+    except OSError as error:
+        raise UserError(f"teacher.local_copy: {error.filename or folder} cannot be read: {reason_of(error)}") from None
+    return f"{readable(missing, 'B')} of {readable(whole, 'B')} to copy to {folder}, {readable(free, 'B')} free"
+
+
+def _originals(teacher: Path) -> dict[str, dict[str, int]]:
+    """Size and time of each file that is copied."""
     names = ["config.json", *SafetensorsFolder(teacher).files]
     if (teacher / INDEX_FILE).is_file():
         names.append(INDEX_FILE)
     stats = {name: (teacher / name).stat() for name in names}
-    originals = {name: {"bytes": stat.st_size, "modified": stat.st_mtime_ns} for name, stat in stats.items()}
-    recorded = _recorded(folder)
-    present = [name for name in names if _is_as_recorded(folder / name, originals[name], recorded.get(name))]
+    return {name: {"bytes": stat.st_size, "modified": stat.st_mtime_ns} for name, stat in stats.items()}
+
+
+def _present(folder: Path, originals: dict[str, dict[str, int]], recorded: dict[str, Any]) -> list[str]:
+    """The files of the copy that are as recorded, by their sizes."""
+    return [name for name in originals if _is_as_recorded(folder / name, originals[name], recorded.get(name))]
+
+
+def _make(teacher: Path, folder: Path) -> str:
+    for partial in folder.glob(".*.tmp"):  # of a copy that was killed
+        partial.unlink()
+    originals, recorded = _originals(teacher), _recorded(folder)
+    present = _present(folder, originals, recorded)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         hashes = zip(present, pool.map(file_sha256, (folder / name for name in present)), strict=True)
         record = {name: recorded[name] for name, sha256 in hashes if sha256 == recorded[name]["sha256"]}
-        missing = [name for name in names if name not in record]
+        missing = [name for name in originals if name not in record]
         for name in missing:
             (folder / name).unlink(missing_ok=True)
         _require_space(folder, sum(originals[name]["bytes"] for name in missing), teacher)
@@ -76,7 +104,7 @@ def _make(teacher: Path, folder: Path) -> str:
         finally:
             for each in copying:
                 each.cancel()
-    return hashlib.sha256(json.dumps({name: record[name]["sha256"] for name in sorted(names)}).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({name: record[name]["sha256"] for name in sorted(originals)}).encode()).hexdigest()
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
@@ -95,14 +123,17 @@ def _is_as_recorded(copy: Path, original: dict[str, int], recorded: Any) -> bool
     return copy.is_file() and copy.stat().st_size == original["bytes"]
 
 
-def _require_space(folder: Path, size: int, teacher: Path) -> None:
-    free = shutil.disk_usage(folder).free
+def _require_space(folder: Path, size: int, teacher: Path) -> int:
+    """Free bytes of the disk."""
+    exists = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(exists).free
     if size > free:
         raise UserError(
             f"teacher.local_copy: {folder.parent} has {readable(free, 'B')} free, and {readable(size, 'B')} of "
             f"{teacher} are not there yet: delete copies that are no longer needed, name a folder on a larger disk, or "
             "set the key to null"
         )
+    return free
 
 
 def _copy(source: Path, target: Path) -> str:

@@ -14,7 +14,8 @@ from megadistill.errors import UserError
 from megadistill.io import locked_folder, read_json
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.teacher import local_copy
-from megadistill.teacher.local_copy import RECORD, copy_folder, make_copy
+from megadistill.teacher.local_copy import RECORD, copy_folder, describe_copy, make_copy
+from megadistill.units import readable
 from tests.unit.models.cases import saved_model
 
 WEIGHTS = "model.safetensors"
@@ -115,9 +116,20 @@ def test_two_teachers_of_one_name_have_a_copy_each(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_refused(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage: Any = SimpleNamespace(free=1000)
     monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match="delete copies that are no longer needed"):
+        describe_copy(teacher, tmp_path / "scratch")
     with pytest.raises(UserError, match=r"scratch has 1 kB free, and .* of .*teacher are not there yet: delete"):
         make_copy(teacher, tmp_path / "scratch")
     assert list(copy_folder(teacher, tmp_path / "scratch").iterdir()) == []
+
+
+def test_what_a_start_would_copy_is_described(teacher: Path, tmp_path: Path) -> None:
+    folder = copy_folder(teacher, tmp_path / "scratch")
+    size = readable(sum(path.stat().st_size for path in teacher.glob("[!g]*")), "B")
+    assert describe_copy(teacher, tmp_path / "scratch").startswith(f"{size} of {size} to copy to {folder}, ")
+    assert not (tmp_path / "scratch").exists()
+    make_copy(teacher, tmp_path / "scratch")
+    assert describe_copy(teacher, tmp_path / "scratch").startswith(f"0 B of {size} to copy to {folder}, ")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Time limits of loading, and errors of a rank that loads alone."""
+
+from datetime import timedelta
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from megadistill.distributed.broadcast_reader import BroadcastReader, Layout
+from megadistill.distributed.topology import Topology
+from megadistill.errors import UserError
+
+CPU = torch.device("cpu")
+LAYOUT = [Layout(torch.Size([2]), torch.float32)]
+Phase = tuple[str, int, float | None]
+
+
+class _Watchdog:
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+
+    def enter_phase(self, phase: str, step: int, *, limit: float | None) -> None:
+        self.phases.append((phase, step, limit))
+
+
+@pytest.mark.parametrize(("role", "after"), [("student", 600.0), ("teacher", None)])
+def test_each_tensor_has_the_time_limit_of_a_collective(
+    role: Literal["student", "teacher"], after: float | None
+) -> None:
+    watchdog: Any = _Watchdog()
+    topology = Topology(0, 1, 0, 1, CPU, role=role, timeout=timedelta(minutes=10), watchdog=watchdog)
+    reader = BroadcastReader(topology)
+    for _ in range(3):
+        (tensor,) = reader.tensors(LAYOUT, lambda: [torch.ones(2)], device=CPU)
+        assert tensor.tolist() == [1, 1]
+    reader.finish()
+    assert watchdog.phases == [("loading the teacher", 0, 600.0)] * 3 + [("starting", 0, after)]
+
+
+def test_a_rank_that_loads_alone_raises_at_once() -> None:
+    def broken() -> list[torch.Tensor]:
+        raise UserError("no such file")
+
+    with pytest.raises(UserError, match="no such file"):
+        BroadcastReader().tensors(LAYOUT, broken, device=CPU)
