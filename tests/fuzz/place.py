@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megadistill.data.prepare.convert_manifest import convert
 from tests.corpora import small_data_set
 from tests.fuzz.worker import in_new_process, renew
 
@@ -83,6 +84,8 @@ def _begin() -> None:
     tars = Path("tars")
     tars.mkdir()
     shutil.copy("text/set/heldout/shard-00000.tar", tars)
+    shutil.copytree("text/set", "text/table")
+    convert(Path("text/table"), to="table")
     Path("folder").mkdir()
     os.mkfifo("fifo")
     os.symlink("/dev/zero", "zero")

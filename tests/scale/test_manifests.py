@@ -4,6 +4,7 @@ Shards are made up: one tar and one index stand for all of them, so that a split
 """
 
 import gc
+import tempfile
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -125,6 +126,12 @@ def test_small_splits_are_one_file_and_large_ones_two(tmp_path: Path) -> None:
 # Opens and bytes of a rank's rows
 
 
+@pytest.fixture(autouse=True)
+def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without anything that is known from before."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 @dataclass
 class _MadeUpFolder:
     """Serves one tar and one index under the names of all shards, and counts."""
@@ -242,3 +249,19 @@ def test_a_changed_index_is_verified_again(made_up: Callable[[int], tuple[Manife
     folder.index, folder.identity = bytes(damaged), "changed"
     reader = SequenceReader(manifest, ShardCache(index_bytes=0))
     assert "expected the index with sha256" in str(reader.read(places).faults[0])
+
+
+def test_ranks_of_a_node_and_later_starts_know_what_one_has_verified(
+    made_up: Callable[[int], tuple[Manifest, _MadeUpFolder]],
+) -> None:
+    manifest, folder = made_up(1100)
+    _replay(manifest, SequenceReader(manifest), world=64, slots=range(2**18))  # 8,192 rows
+    seen = folder.read.pop("index") // len(folder.index)
+    assert seen > 1000
+    rows = _replay(manifest, SequenceReader(manifest), world=64, slots=range(2**18))
+    assert folder.read["index"] == 56 * rows, "an entry a row, of no index the whole"
+    assert folder.opens["index"] <= 2 * len(manifest.shards)
+    folder.identity = "changed"
+    read = SequenceReader(manifest).read(Mixture.of(manifest).order(seed=0).locate(np.arange(1))[:, 1:])
+    assert not read.faults
+    assert folder.read["index"] == 56 * rows + len(folder.index)

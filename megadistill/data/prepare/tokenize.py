@@ -68,8 +68,8 @@ def tokenize(
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts BOS before a text,
-    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes (None:
-    chosen by the size of the input, 32 to 512).
+    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes
+    (None: 32 to 512, by the size of the input).
     `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
     that calls this must keep its own acts under `if __name__ == "__main__"`.
 
@@ -83,7 +83,6 @@ def tokenize(
     began = time.perf_counter()
     _check(tokenizer, vocab_size, {"--sequence-length": sequence_length, "--processes": processes}, packer, shard_mb)
     files = _Inputs(inputs, output, include, exclude, text_field, heldout_fraction)
-    shard_mb = files.shard_mb(shard_mb)
     folder = output / TOKENIZER_FOLDER
     given = None if tokenizer is None else load_tokenizer(tokenizer)  # before there is an output
     record = files.tokenize_record(
@@ -91,7 +90,7 @@ def tokenize(
         vocab_size=vocab_size,
         sequence_length=sequence_length,
         packer=packer,
-        shard_mb=shard_mb,
+        shard_mb=(shard_mb := files.shard_mb(shard_mb)),
         **({} if given is None or given.bos is None else {"insert_bos": insert_bos}),
     )
     if not is_incomplete(output) and record.is_finished(output, files.splits):

@@ -125,7 +125,7 @@ class SourceRecord(_Record):
 
 
 class _ManifestFields(HashedRecord):
-    """What a manifest records besides its shards."""
+    """The fields of a manifest besides its shards."""
 
     FILE: ClassVar[str] = MANIFEST
     TITLE: ClassVar[str] = "manifest"
@@ -174,7 +174,7 @@ class Manifest(_ManifestFields):
     shards: ShardTable
 
     _recorded_fingerprint: Sha256 | None = PrivateAttr(default=None)
-    """As a manifest.json with a table records it."""
+    """The fingerprint that a manifest.json with a table records."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Manifest":

@@ -1,12 +1,14 @@
 """Open shards of the splits that a process reads, and their verified indices.
 
 The rows of one rank lie in other shards from window to window. A shard's index is read and verified when its first row
-is read, and never again while the file stays the same. It is kept packed, within bytes; of one that was dropped only
-the entries that are needed are read. A tar that was closed is opened again, and has its size compared.
+is read on this node, and never again while the file stays the same, also by a later start. It is kept packed, within
+bytes; of one that is not in memory only the entries that are needed are read. A tar that was closed is opened again,
+and has its size compared.
 
 Legend: P shards, Q sequences of a shard, C columns of an index.
 """
 
+import hashlib
 import resource
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,17 +22,22 @@ from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import index_file, open_tar, read_sample, verified_index
 from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.tar import Index
-from megadistill.data.storage.base import Bytes, Folder
+from megadistill.data.storage.base import Bytes
 from megadistill.data.storage.local import LocalFolder
+from megadistill.data.storage.node_files import shared_array
 
-MAX_OPEN_TARS: Final = 2048
-"""Local tars that stay open: those of a window's 1,024 blocks, each of which may lie in two."""
+MAX_OPEN_FILES: Final = 4096
+"""Local files that stay open: tar and index of a window's 1,024 blocks, each of which may lie in two shards."""
 MAX_REMOTE_FILES: Final = 1 << 16
 """Remote files whose size stays known."""
 INDEX_BYTES: Final = 256 << 20
 """Memory of packed indices: 12 bytes a sequence mostly, so those of 1,200 shards of 18,000 sequences."""
+MIN_SHARED: Final = 1024
+"""Shards from which on the processes of a node share which indices were verified."""
 ITEM: Final = 8
 
+_FileKey = tuple[int, str, int]
+"""A split, "tar" or "index", and the number of a shard."""
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -85,7 +92,7 @@ class FileIndex:
 
 @dataclass(frozen=True)
 class CachedShard:
-    """A shard whose tar is open, and whose index has been verified in this process."""
+    """A shard whose tar is open, and whose index has been verified."""
 
     path: str
     file: Bytes
@@ -101,10 +108,10 @@ class ShardCache:
 
     def __init__(self, *, index_bytes: int = INDEX_BYTES) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = MAX_OPEN_TARS if soft == resource.RLIM_INFINITY else max(16, min(MAX_OPEN_TARS, soft // 4))
-        self.local: _Latest[tuple[int, int], Bytes] = _Latest(limit)
-        """Local tars: each holds a file descriptor."""
-        self.remote: _Latest[tuple[int, str], Bytes] = _Latest(MAX_REMOTE_FILES)
+        limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(16, min(MAX_OPEN_FILES, soft // 4))
+        self.local: _Latest[_FileKey, Bytes] = _Latest(limit)
+        """Each holds a file descriptor."""
+        self.remote: _Latest[_FileKey, Bytes] = _Latest(MAX_REMOTE_FILES)
         self.indices: _Latest[tuple[int, int], PackedIndex] = _Latest(index_bytes, lambda index: index.bytes + 1)
         self._splits = 0
 
@@ -119,9 +126,8 @@ class SplitShards:
     def __init__(self, manifest: Manifest, cache: ShardCache, key: int) -> None:
         self._manifest, self._cache, self._key = manifest, cache, key
         self._members = {"tokens": True, "bounds": manifest.sample_format.bounds is not None}
-        self._verified_P: NDArray[np.int64] = np.zeros(len(manifest.shards), dtype=np.int64)
-        """Hash of the identity of each index that was verified; 0: none was."""
-        self._is_local = isinstance(manifest.folder, LocalFolder)
+        self._verified_P = _verified(manifest)
+        self._files = cache.local if isinstance(manifest.folder, LocalFolder) else cache.remote
 
     def get(self, number: int) -> CachedShard:
         """Shard `number`.
@@ -129,37 +135,46 @@ class SplitShards:
         Raises:
             ShardFault: a file is missing or unreachable, the size or the index is not the manifest's.
         """
-        cache, place = self._cache, (self._key, number)
-        index: PackedIndex | FileIndex | None = cache.indices.get(place)
-        file = cache.local.get(place) if self._is_local else cache.remote.get((self._key, f"{number}"))
-        shard = self._manifest.shards[number]
-        if index is None:
-            index = self._index(number, shard)
+        shard, folder = self._manifest.shards[number], self._manifest.folder
+        index = self._cache.indices.get((self._key, number)) or self._index(number, shard)
+        place = (self._key, "tar", number)
+        file = self._files.get(place)
         if file is None:
-            file = open_tar(self._manifest.folder, shard)
-            if self._is_local:
-                cache.local.put(place, file)
-            else:
-                cache.remote.put((self._key, f"{number}"), file)
-        return CachedShard(f"{self._manifest.folder.location}/{shard.name}", file, index)
+            file = open_tar(folder, shard)
+            self._files.put(place, file)
+        return CachedShard(f"{folder.location}/{shard.name}", file, index)
 
     def _index(self, number: int, shard: Shard) -> PackedIndex | FileIndex:
-        """From the file: verified, unless the same file was before."""
-        folder: Folder = self._manifest.folder
-        columns = 3 + 2 * len(self._members)
-        known = None if self._is_local else self._cache.remote.get((self._key, f"{number} index"))
-        file, header = (known, b"") if known else index_file(folder, shard, columns=columns)
-        begin = file.size - shard.sequences * columns * ITEM
-        identity = hash((file.identity, file.size)) or 1
+        """The index of a file: verified, unless the same file was before."""
+        folder, columns = self._manifest.folder, 3 + 2 * len(self._members)
+        place = (self._key, "index", number)
+        file = self._files.get(place)
+        header = b""
+        if file is None:
+            file, header = index_file(folder, shard, columns=columns)
+        identity = _digest(f"{file.identity} {file.size} {shard.index_sha256}")
         if file.identity is not None and self._verified_P[number] == identity:
-            return FileIndex(file, begin, columns)
-        index = verified_index(folder, shard, file, header, self._members)
-        self._verified_P[number] = identity
-        packed = PackedIndex(index)
-        self._cache.indices.put((self._key, number), packed)
-        if not self._is_local:
-            self._cache.remote.put((self._key, f"{number} index"), file)
-        return packed
+            self._files.put(place, file)
+            return FileIndex(file, file.size - shard.sequences * columns * ITEM, columns)
+        index = PackedIndex(verified_index(folder, shard, file, header, self._members))
+        if file.identity is not None:
+            self._verified_P[number] = identity
+        self._cache.indices.put((self._key, number), index)
+        return index
+
+
+def _verified(manifest: Manifest) -> NDArray[np.int64]:
+    """[P]: digest of the identity of each index that was verified; 0: none was. Few shards are all in memory."""
+    shards = len(manifest.shards)
+    if shards < MIN_SHARED:
+        return np.zeros(shards, dtype=np.int64)
+    split = f"{manifest.fingerprint} {manifest.folder.location}"
+    return shared_array(f"verified-{_digest(split) & 0xFFFFFFFFFFFFFFFF:016x}", shards)
+
+
+def _digest(text: str) -> int:
+    """A number of 64 bits, not 0, and the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1
 
 
 class _Latest(Generic[Key, Value]):

@@ -2,7 +2,7 @@
 
 `shards.npy` is an .npy of records, 80 bytes a shard: sequences and bytes (int64), sha256 of the tar and of its index
 (32 bytes each). Names follow a pattern; where they do not, each record has its name too. Ranks of one node that map
-the file share its pages, and a `Shard` is made when it is asked for.
+the file share its pages, and a `Shard` is made for each access.
 
 Legend: P shards.
 """
@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, core_schema
 from megadistill.data.shards.hashed_record import Sha256
 from megadistill.data.shards.shard import INDEX_SUFFIX, MAX_BYTES, MAX_NAME, MAX_SEQUENCES, NAME, Shard
 from megadistill.data.storage.base import Bytes, Folder, sha256_of
-from megadistill.data.storage.node_copy import open_copy
+from megadistill.data.storage.node_files import open_copy
 from megadistill.errors import UserError
 from megadistill.io import atomic_write, file_sha256
 
@@ -270,11 +270,11 @@ class ShardTable(Sequence[Shard]):
             part = np.ascontiguousarray(names_P[start : start + ROWS_AT_A_TIME])
             codes_PL = part.view(np.uint8).reshape(len(part), -1)
             ended_PL = np.logical_or.accumulate(codes_PL == 0, axis=1)
-            whole_P = (_ALLOWED[codes_PL] | (ended_PL & (codes_PL == 0))).all(axis=1)
+            whole_P = np.where(ended_PL, codes_PL == 0, _ALLOWED[codes_PL]).all(axis=1)
             whole_P &= _ALLOWED[codes_PL[:, 0]] & (codes_PL[:, 0] != ord(".")) & (codes_PL[:, 0] != ord("-"))
             if not whole_P.all():
                 number = int(whole_P.argmin())
-                raise ValueError(f"shard {start + number}: {part[number]!r} is no name of a file")
+                raise ValueError(f"shard {start + number}: {bytes(part[number])!r} is no name of a file")
 
     def _require_distinct_names(self) -> None:
         """Raises ValueError: two shards or indices have the same name. Names of a pattern cannot."""

@@ -14,8 +14,7 @@ class Bytes(Protocol):
 
     size: int
     identity: object
-    """What else is known of the file, equal for one that has not changed: its number and time, or its tag in a store;
-    None: nothing."""
+    """Inode and time, or the tag in a store: equal for a file of one size that has not changed. None: not known."""
 
     def read(self, start: int, length: int) -> memoryview:
         """`length` bytes from `start`. Raises OSError: out of range, or unreachable."""

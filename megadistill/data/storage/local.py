@@ -3,11 +3,16 @@
 import errno
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from megadistill.data.storage.base import Bytes, out_of_range, refuse_larger
 from megadistill.io import open_regular
+
+SETTLED_NS: Final = 2 * 10**9
+"""A file that was written less than this before may be written again at the same time of its file system's clock."""
 
 
 class LocalFolder:
@@ -41,7 +46,8 @@ class MappedFile:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             self.size = status.st_size
-            self.identity: object = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
+            self.identity: object = (status.st_dev, status.st_ino, status.st_mtime_ns) if settled else None
             if self.size == 0:
                 raise OSError(errno.EINVAL, "it is empty", str(path))
             self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

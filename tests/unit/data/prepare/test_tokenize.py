@@ -27,6 +27,7 @@ from rich.console import Console
 from megadistill.data.prepare import tokenizer_training as training_sample
 from megadistill.data.prepare.corpus import Document
 from megadistill.data.prepare.left_out import LeftOut
+from megadistill.data.prepare.shard_tasks import shard_mb_for
 from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample
@@ -488,3 +489,29 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert "tokens/s" in lines[-1]
     assert "\x1b" not in "".join(lines)
     assert report.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("text_bytes", "size", "shards"),
+    [(10**6, 32, 1), (640 * 10**9, 32, 20_000), (641 * 10**9, 64, 10_016), (60 * 10**12, 512, 117_188)],
+)
+def test_the_size_of_shards_goes_with_the_corpus(text_bytes: int, size: int, shards: int) -> None:
+    """15T tokens are some 60 TB of text: 117,000 shards, in place of two million of 32 MB."""
+    assert shard_mb_for(text_bytes) == size
+    assert -(-text_bytes // (size * 10**6)) == shards
+
+
+def test_many_shards_are_warned_of_before_anything_is_written(
+    tmp_path: Path, given: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = tmp_path / "large.parquet"
+    with open(large, "wb") as file:
+        file.truncate(3 * 10**12)  # bytes of a file without blocks
+    with pytest.raises(UserError, match="parquet"):
+        _run(large, tmp_path / "out", tokenizer=given, vocab_size=None, shard_mb=32)
+    assert "about 281,250 shards of 32 MB of text" in caplog.text
+    assert "--shard-mb 512 would make about 17,578" in caplog.text
+    caplog.clear()
+    with pytest.raises(UserError, match="parquet"):
+        _run(large, tmp_path / "out", tokenizer=given, vocab_size=None, shard_mb=None)
+    assert not caplog.text

@@ -14,6 +14,7 @@ from webdataset import TarWriter, WebDataset
 
 from megadistill.cli.main import run_command
 from megadistill.data import Manifest, TokenStream
+from megadistill.data.prepare import shard_checks
 from megadistill.data.prepare.index_external import index
 from megadistill.data.prepare.shard_checks import MAX_LINES
 from megadistill.data.prepare.verify import VerifyReport, find_manifests, info, verify
@@ -54,6 +55,31 @@ def _text(table: Table) -> str:
     written = console.file
     assert isinstance(written, io.StringIO)
     return written.getvalue()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_workers_report_what_one_process_does(broken: Path, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the shards, with a bar that climbs and ends at the total once."""
+    train = Manifest.load(broken / "train" / "manifest.json")
+    (broken / "train" / train.shards[0].index).unlink()
+    _flip(broken / "train" / train.shards[2].name, 700)
+    _flip(broken / "train" / train.shards[1].index, 200)
+    monkeypatch.setattr(shard_checks, "MIN_INDICES", 1)
+    monkeypatch.setattr(shard_checks, "MIN_BYTES", 1)
+    monkeypatch.setattr(shard_checks, "INDICES_A_JOB", 2)
+    shown: list[tuple[int, int]] = []
+
+    def show(stage: str, *, done: int, total: int, tokens: int | None = None) -> None:
+        shown.append((done, total))
+
+    one = verify(broken / "train", quick=quick, progress=_silent, processes=1)
+    two = verify(broken / "train", quick=quick, progress=show, processes=2)
+    assert one.splits == two.splits
+    assert [line.partition(":")[0] for line in two.lines()] == ["shard 0", "shard 1"] + (
+        [] if quick else ["shard 2"] * 2
+    )
+    assert shown == sorted(shown)
+    assert [done == total for done, total in shown].count(True) == 1
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -371,3 +397,22 @@ def test_every_file_of_the_tokenizer_is_checked(name: str, change: str, broken: 
         (fault,) = split.faults
         assert f"tokenizer: {path}: expected sha256 " in fault
         assert fault.endswith("found none") == (change == "removed")
+
+
+def test_a_split_with_a_table_is_verified_like_any_other(broken: Path) -> None:
+    assert run_command(["shards", "convert", str(broken)]) == 0
+    assert (broken / "train" / "shards.npy").is_file()
+    report = _verify(broken)
+    assert report.ok
+    assert report.lines() == []
+    assert "in shards.npy" in _text(info(broken / "train")[0])
+    manifest = Manifest.load(broken / "train" / "manifest.json")
+    manifest._recorded_fingerprint = "0" * 64
+    path = broken / "train" / "manifest.json"
+    path.write_text(path.read_text().replace(manifest.content_sha256(), "0" * 64))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        Manifest.load(path)
+    manifest.write(path.parent, table=True)  # as of a program that computes it otherwise
+    report = _verify(broken / "train", quick=True)
+    assert "expected content_sha256 000000000000…, as it records, found" in report.lines()[0]
+    assert run_command(["shards", "convert", "https://example.org/train/manifest.json"]) == 2

@@ -147,7 +147,7 @@ def test_uint32_sequences_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_more_shards_are_read_than_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = 20
-    monkeypatch.setattr(shard_cache, "MAX_OPEN_TARS", limit)
+    monkeypatch.setattr(shard_cache, "MAX_OPEN_FILES", limit)
     written = random_sequences(limit + 20, seed=2)
     write_split(tmp_path, written, per_shard=1)
     places = np.array([(shard, 0) for shard in range(len(written))])

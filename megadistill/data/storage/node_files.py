@@ -1,11 +1,18 @@
-"""Large files that every rank reads whole: a local one is mapped, a remote one is copied to this node once."""
+"""Files that the processes of one node share: a copy of a remote file, and an array of numbers.
+
+Both lie in the folder for temporary files (TMPDIR), in one of the user's own, and outlive the processes.
+"""
 
 import errno
 import fcntl
+import mmap
 import os
 import tempfile
 from pathlib import Path
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megadistill.data.storage.base import Bytes, Folder, sha256_of
 from megadistill.data.storage.local import LocalFolder, MappedFile
@@ -41,6 +48,20 @@ def open_copy(folder: Folder, name: str, *, size: int, sha256: str) -> Bytes:
                     folder.prefetch([(remote, start, length)])
                     file.write(remote.read(start, length))
     return MappedFile(copy)
+
+
+def shared_array(name: str, count: int) -> NDArray[np.int64]:
+    """[count] numbers, 0 at first, that every process of this node with the same `name` and `count` reads and writes.
+
+    Where the disk is full, or there is no such folder, it is this process's own.
+    """
+    try:
+        path = _own_folder() / f"{name}-{count}"
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, count * 8)  # a page that the disk cannot hold would end the process
+            return np.frombuffer(mmap.mmap(file.fileno(), count * 8), dtype=np.int64)
+    except OSError:
+        return np.zeros(count, dtype=np.int64)
 
 
 def _own_folder() -> Path:
