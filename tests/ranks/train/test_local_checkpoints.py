@@ -19,10 +19,12 @@ from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.train.checkpoint.local import LocalTier
 from megadistill.train.checkpoint.writer import Saver
-from megadistill.train.loop import run
+from megadistill.train.hooks.hook import Hook, Request, StepEvent
+from megadistill.train.loop import Trainer, run
+from megadistill.train.resilience.anomalies import Anomaly
 from megadistill.train.setup.setup import prepare
 from tests.ranks.harness import run_ranks
-from tests.ranks.train.test_loop import STEPS, _numbers, recipe
+from tests.ranks.train.test_loop import BATCH, STEPS, _numbers, recipe
 from tests.ranks.train.test_loop import manifest as manifest
 from tests.unit.train.cases import manifest_of
 
@@ -202,3 +204,47 @@ def test_a_run_that_lost_both_tiers_does_not_start_from_scratch(manifest: Path, 
     shutil.rmtree(nodes)
     for line in run_ranks(2, _restart, str(manifest), str(folder), str(nodes)):
         assert "has no valid checkpoint, and this run has saved before" in line
+
+
+class _Spike:
+    """A loss spike at step 4, once: the run goes back to before it, and leaves out its sequences."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._recovery, self._is_new = trainer._recovery, True
+
+    def after_step(self, event: StepEvent) -> Request | None:
+        if event.step != 4 or not self._is_new:
+            return None
+        self._is_new = False
+        slots = {step: BATCH * (step - 1) for step in range(1, 5)}
+        anomaly = Anomaly("loss_spike", "a spike", {})
+        assert self._recovery.roll_back(anomaly, 4, slots_before=slots, slots_end=4 * BATCH)
+        return Request.ROLL_BACK
+
+
+def _train_with_spike(topology: Topology, manifest: str, folder: str, nodes: str, skip: list[list[int]]) -> int:
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    made = _local_recipe(
+        Path(manifest), Path(folder), Path(nodes), topology.rank, max_rollbacks=1, rollback_steps=1
+    ).snapshot()
+    made["data"]["skip"] = skip
+    own, spikes = Trainer._hooks, dict[int, _Spike]()
+
+    def hooks(trainer: Trainer, *arguments: Any, **keys: Any) -> list[Hook]:
+        spike = spikes.setdefault(id(trainer), _Spike(trainer))
+        return [*own(trainer, *arguments, **keys), *([] if skip else [spike])]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_hooks", hooks)
+        return run(prepare(Recipe.model_validate(made), launch), topology, stop_after=None).step
+
+
+def test_a_rollback_goes_back_to_a_local_save(manifest: Path, tmp_path: Path) -> None:
+    """To that of step 3, the newest before the spike, where the durable tier has nothing."""
+    folder, skipped = tmp_path / "run", [[3 * BATCH, 4 * BATCH]]
+    run_ranks(2, _train_with_spike, str(manifest), str(folder), str(tmp_path / "nodes"), [])
+    (rollback,) = (event for event in read_events(folder) if event["event"] == "rollback")
+    assert (rollback["to_step"], rollback["skipped_slots"]) == (3, skipped[0])
+    assert (_resumed(folder)["step"], _resumed(folder)["tier"]) == (3, "local")
+    run_ranks(2, _train_with_spike, str(manifest), str(tmp_path / "skips"), str(tmp_path / "other"), skipped)
+    assert _numbers(folder) == _numbers(tmp_path / "skips")

@@ -80,6 +80,25 @@ def test_the_last_step_before_a_decay_has_a_checkpoint() -> None:
     assert saves == [3, 4, 6]
 
 
+def test_a_local_save_that_falls_due_during_another_save_follows_it() -> None:
+    recorder: Any = Recorder()
+    checkpoints = Checkpoints(recorder, every=10, local_every=2)
+    busy = {2, 3, 8, 9, 18, 19, 20}
+    requests = {}
+    for step in range(1, 25):
+        recorder.saving = step in busy
+        requests[step] = checkpoints.after_step(event(step))
+    local = [step for step, request in requests.items() if request is Request.SAVE_LOCAL]
+    assert local == [4, 6, 12, 14, 16, 22, 24], "not during 2 and 8, nor with the checkpoint of step 10 or 20"
+    assert [step for step, request in requests.items() if request is Request.SAVE] == [10, 20]
+    recorder.saving, busy = True, {2}
+    checkpoints = Checkpoints(recorder, every=10, local_every=2)
+    assert checkpoints.after_step(event(2)) is None
+    recorder.saving = False
+    assert checkpoints.after_step(event(3)) is Request.SAVE_LOCAL
+    assert checkpoints.after_step(event(5)) is None
+
+
 def test_stop_on_request() -> None:
     events: Any = Recorder()
     stop = StopOnRequest(events)
