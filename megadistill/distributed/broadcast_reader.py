@@ -6,6 +6,7 @@ Read once for all replicas, a model costs a shared file system its size at a sta
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Size, Tensor
@@ -21,6 +22,8 @@ from megadistill.distributed.collectives import (
 from megadistill.distributed.topology import Topology
 from megadistill.errors import RankUserError, RestartFault, UserError
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,6 +31,24 @@ class Layout:
 
     shape: Size
     dtype: torch.dtype
+
+
+def read_by_first(topology: Topology, read: Callable[[], Value]) -> Value:
+    """The result of `read`, which the first rank of this role alone calls, on every rank. Collective.
+
+    Raises:
+        RankUserError: on every rank, with the UserError of `read`.
+    """
+    outcome: tuple[Value | None, str | None] = None, None
+    if topology.rank == 0:
+        try:
+            outcome = read(), None
+        except UserError as error:
+            outcome = None, f"rank 0: {error}"
+    value, problem = broadcast_object(outcome, topology.role_group)
+    if problem is not None:
+        raise RankUserError(problem)
+    return cast(Value, value)
 
 
 class BroadcastReader:
@@ -44,7 +65,7 @@ class BroadcastReader:
 
     def __init__(self, topology: Topology | None = None, *, group: ProcessGroup | None = None) -> None:
         self._topology, self._group = topology, group
-        self._everyone = None if topology is None else topology.role_group
+        self._role_group = None if topology is None else topology.role_group
         self._error: UserError | RestartFault | None = None
         self._began = time.monotonic()
 
@@ -77,7 +98,7 @@ class BroadcastReader:
             try:
                 loaded = list(read())
             except (UserError, RestartFault) as error:
-                if self._everyone is None:
+                if self._role_group is None:
                     raise
                 self._error = error
         if not loaded:
@@ -93,16 +114,16 @@ class BroadcastReader:
             UserError, RestartFault: on every rank, where one could not read; the message names it.
         """
         self._enter_phase("starting")
-        if self._topology is None or self._everyone is None:
+        if self._topology is None or self._role_group is None:
             return
-        failing = first_false(self._error is None, self._topology.device, self._everyone)
+        failing = first_false(self._error is None, self._topology.device, self._role_group)
         if failing is None:
             return
         own = None
         if self._error is not None:
             whose = "the teacher's rank" if self._topology.role == "teacher" else "rank"
             own = (f"{whose} {self._topology.rank}: {self._error}", isinstance(self._error, UserError))
-        reason = broadcast_object(own, self._everyone, source=failing)
+        reason = broadcast_object(own, self._role_group, source=failing)
         assert reason is not None, "it is that of the failing rank"
         message, is_input = reason
         raise RankUserError(message) if is_input else RestartFault(message)

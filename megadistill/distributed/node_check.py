@@ -1,7 +1,6 @@
-"""A check of files by one rank of each node, before the process groups: its outcome is that of every rank.
+"""A check of files by the first rank of each node, before the process groups: its outcome is that of every rank.
 
-What 4,096 ranks need not read is read by the first rank of each node. The nodes compare what they found, so that a node
-with another content is known before anything is loaded from it.
+The nodes compare digests, so that a node with another content is known before anything is loaded from it.
 """
 
 import json
@@ -26,12 +25,12 @@ _PROBLEM = "node_check_problem"
 
 
 def check_nodes(
-    store: Store, launch: Launch, found: Mapping[str, str], problem: Exception | None, timeout: timedelta
+    store: Store, launch: Launch, digests: Mapping[str, str], problem: Exception | None, timeout: timedelta
 ) -> None:
     """Compares what the first rank of each node found; collective over the launch. Four messages to the store a rank.
 
     Args:
-        found: digests of this node; read on its first rank.
+        digests: digests of this node; read on its first rank.
         problem: what its check raised.
 
     Raises:
@@ -39,7 +38,7 @@ def check_nodes(
     """
     if launch.local_rank == 0:
         if problem is None:
-            problem = _difference(store, found)
+            problem = _difference(store, digests)
         if problem is not None:
             where = f" (on {socket.gethostname()})" if launch.world > launch.local_world else ""
             kind = "restart" if isinstance(problem, RestartFault) else "input"
@@ -52,9 +51,9 @@ def check_nodes(
     raise RestartFault(message) if kind == "restart" else UserError(message)
 
 
-def _difference(store: Store, found: Mapping[str, str]) -> UserError | None:
-    """Of this node from the first one that has the same content."""
-    for name, digest in found.items():
+def _difference(store: Store, digests: Mapping[str, str]) -> UserError | None:
+    """The first difference of this node from the one that came first with the same content."""
+    for name, digest in digests.items():
         own = json.dumps([socket.gethostname(), digest])
         host, first = parse_json(store.compare_set(f"node_check {name}", "", own))
         if first != digest:

@@ -169,16 +169,16 @@ def process_groups(
 
 
 def _check_files(node_check: NodeCheck, store: Store, launch: Launch, timeout: timedelta) -> None:
-    found: Mapping[str, str] = {}
+    digests: Mapping[str, str] = {}
     problem: UserError | RestartFault | None = None
     if launch.local_rank == 0:
         try:
-            found = node_check()
+            digests = node_check()
         except (UserError, RestartFault) as error:
             if launch.world == 1:
                 raise
             problem = error
-    check_nodes(store, launch, found, problem, timeout)
+    check_nodes(store, launch, digests, problem, timeout)
 
 
 def _start_watchdog(launch: Launch, store: Store, timeout: timedelta) -> Watchdog:

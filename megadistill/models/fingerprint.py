@@ -40,7 +40,7 @@ def sampled_fingerprint(folder: Path) -> str:
 
 
 def _fingerprint(folder: Path, *, every: int) -> str:
-    """With the rows of one of `every` tensors."""
+    """The fingerprint with the rows of one in `every` tensors."""
     try:
         digest = hashlib.sha256(read_file(folder / "config.json"))
     except (OSError, ValueError) as error:

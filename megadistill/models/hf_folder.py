@@ -302,7 +302,7 @@ class _ReadFile:
 
     def _read(self, begin: int, end: int) -> Tensor:
         content = torch.empty(end - begin, dtype=torch.uint8)
-        buffer, done = memoryview(content.numpy()), 0
+        buffer, done = content.numpy().data, 0
         while done < len(buffer):
             try:
                 count = os.preadv(self._file.fileno(), [buffer[done:]], self._begin + begin + done)

@@ -51,7 +51,7 @@ def make_copy(teacher: Path, copies: Path) -> str:
 
 
 def describe_copy(teacher: Path, copies: Path) -> str:
-    """What a start would copy to this node, by the sizes of the files; writes nothing.
+    """A line: bytes that a start would copy to this node, by the sizes of the files. Writes nothing.
 
     Raises:
         UserError: the disk is too small, or the teacher's folder cannot be read.
@@ -108,7 +108,7 @@ def _make(teacher: Path, folder: Path) -> str:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """What was written of the copy's files; nothing where it is damaged: they are copied again."""
+    """The record of the copy's files; empty where it is damaged: they are copied again."""
     try:
         files = read_json(folder / RECORD)["files"]
         sound = all(isinstance(each["sha256"], str) for each in files.values())

@@ -66,14 +66,14 @@ def test_a_start_reads_each_tensor_once_however_many_replicas_there_are(
         opened[nccl_rules._thread.rank] += 1
         make(*arguments, **keywords)
 
-    monkeypatch.setattr(hf_folder.os, "preadv", counted)
+    monkeypatch.setattr(os, "preadv", counted)
     monkeypatch.setattr(hf_folder.SafetensorsFolder, "__init__", opening)
     world = replicas * STAGES
 
     def rank_of(rank: int, store: nccl_rules.Store) -> tuple[int, int]:
         topology = topology_of_world(Launch(rank, world, rank % 8, 8), vocab_group=STAGES, device=CPU, timeout=MINUTE)
         how: dict[str, Any] = {"dtype": torch.float32, "device": CPU}
-        place = {"stage": topology.group_rank, "stages": STAGES}
+        place: dict[str, Any] = {"stage": topology.group_rank, "stages": STAGES}
         reader = BroadcastReader(topology, group=topology.slice_group)
         stage = TeacherStage.load(teacher, **place, **how, reader=reader)
         reader = BroadcastReader(topology, group=topology.slice_group)
@@ -118,8 +118,8 @@ def test_messages_of_the_node_check_grow_with_the_ranks(nodes: int) -> None:
 
     def rank_of(rank: int) -> None:
         local_rank = rank % local
-        found = {"the teacher": "digest"} if local_rank == 0 else {}
-        check_nodes(store, Launch(rank, world, local_rank, local), found, None, MINUTE)
+        digests = {"the teacher": "digest"} if local_rank == 0 else {}
+        check_nodes(store, Launch(rank, world, local_rank, local), digests, None, MINUTE)
 
     with ThreadPoolExecutor(world) as pool:
         list(pool.map(rank_of, range(world)))

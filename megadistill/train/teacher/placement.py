@@ -12,7 +12,7 @@ from pathlib import Path
 from megadistill.config.recipe import TeacherSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_reader import TargetReader
-from megadistill.distributed.broadcast_reader import BroadcastReader
+from megadistill.distributed.broadcast_reader import BroadcastReader, read_by_first
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.models.families import logit_transform
@@ -61,14 +61,14 @@ def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], Liv
             bias=None if ids is None else unknown_bias(vocab, ids, device=device),
             logits=logit_transform(setup.teacher_config),
             ids=ids,
-            saved=None if save_targets is None else SavedTargets(Path(save_targets), target_key(setup), topology),
+            saved=None if save_targets is None else SavedTargets(Path(save_targets), _key(setup, topology), topology),
         )
 
     return on_slice
 
 
 def _stored_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:
-    reader = TargetReader(str(_section(setup).targets), target_key(setup))
+    reader = TargetReader(str(_section(setup).targets), _key(setup, topology))
     return lambda vocab: StoredTeacher(reader, str(topology.device))
 
 
@@ -139,6 +139,11 @@ def transfer_codecs(setup: Setup) -> tuple[RequestCodec, ActivationCodec]:
     requests = RequestCodec(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
     width, dtype = int(setup.teacher_config.hidden_size), torch_dtype(recipe.train.precision)  # type: ignore[union-attr]
     return requests, ActivationCodec(width, dtype, float8=_section(setup).transfer_dtype == "float8")
+
+
+def _key(setup: Setup, topology: Topology) -> TargetKey:
+    """`target_key`, for which one rank reads the headers and some rows of the teacher. Collective over the students."""
+    return read_by_first(topology, lambda: target_key(setup))
 
 
 def target_key(setup: Setup) -> TargetKey:

@@ -19,7 +19,6 @@ from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology, even_slice
 from megadistill.errors import RestartFault, UserError
 from megadistill.io import read_json, write_json
-from megadistill.models import hf_folder
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.teacher.stage import TeacherStage, head_rows
 from megadistill.train.resilience.sdc import weights_digest
@@ -50,7 +49,7 @@ class Reads:
             self.folders += 1
             opened(*arguments, **keywords)
 
-        patch.setattr(hf_folder.os, "preadv", counted)
+        patch.setattr(os, "preadv", counted)
         patch.setattr(SafetensorsFolder, "__init__", opening)
 
 
@@ -74,7 +73,7 @@ def _load(folder: Path, precision: Any, topology: Topology, *, alone: bool = Fal
         return None if alone else BroadcastReader(topology, group=topology.slice_group)
 
     how: dict[str, Any] = {"dtype": torch.bfloat16, "device": topology.device}
-    place = {"stage": topology.group_rank, "stages": topology.group_size}
+    place: dict[str, Any] = {"stage": topology.group_rank, "stages": topology.group_size}
     stage = TeacherStage.load(folder, **place, **how, precision=precision, reader=reader())
     return weights_digest(stage.weights()), head_rows(folder, even_slice(VOCAB, topology), **how, reader=reader())
 
@@ -120,7 +119,7 @@ def _fails(topology: Topology, path: str, how: str, rank: int) -> tuple[str, str
             def broken(*_: Any) -> int:
                 raise OSError(errno.EIO, "Input/output error")
 
-            patch.setattr(hf_folder.os, "preadv", broken)
+            patch.setattr(os, "preadv", broken)
         try:
             _load(folder, "native", topology)
         except (UserError, RestartFault) as error:

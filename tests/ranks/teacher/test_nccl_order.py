@@ -414,7 +414,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_read_once_reaches_every_replica(
     kind: str, breaks: int | None, one_queue: bool, folder: Path
 ) -> None:
-    """Of four ranks in two stages; `breaks` is the one that cannot read."""
+    """Four ranks in two stages; `breaks` is the one that cannot read."""
     roles = Roles(8, 4, 2) if kind == "disaggregated" else None
 
     def rank_of(rank: int, store: Store) -> tuple[int, torch.Tensor] | str:

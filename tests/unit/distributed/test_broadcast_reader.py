@@ -6,9 +6,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megadistill.distributed.broadcast_reader import BroadcastReader, Layout
+from megadistill.distributed.broadcast_reader import BroadcastReader, Layout, read_by_first
 from megadistill.distributed.topology import Topology
-from megadistill.errors import UserError
+from megadistill.errors import RankUserError, UserError
 
 CPU = torch.device("cpu")
 LAYOUT = [Layout(torch.Size([2]), torch.float32)]
@@ -43,3 +43,13 @@ def test_a_rank_that_loads_alone_raises_at_once() -> None:
 
     with pytest.raises(UserError, match="no such file"):
         BroadcastReader().tensors(LAYOUT, broken, device=CPU)
+
+
+def test_what_one_rank_reads_is_refused_with_its_rank() -> None:
+    def broken() -> str:
+        raise UserError("no such file")
+
+    topology = Topology(0, 1, 0, 1, CPU)
+    assert read_by_first(topology, lambda: "digest") == "digest"
+    with pytest.raises(RankUserError, match=r"^rank 0: no such file$"):
+        read_by_first(topology, broken)

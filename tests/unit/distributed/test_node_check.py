@@ -6,27 +6,32 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import PrefixStore, TCPStore
 
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.node_check import check_nodes
 from megadistill.errors import RestartFault, UserError
 
+TIMEOUT = timedelta(seconds=20)
 Outcome = tuple[type[Exception], str] | None
 
 
 def _outcomes(
-    found: Callable[[int], Mapping[str, str]], problems: Mapping[int, Exception] = {}, *, world: int = 6, local: int = 2
+    digests: Callable[[int], Mapping[str, str]],
+    problems: Mapping[int, Exception] = {},
+    *,
+    world: int = 6,
+    local: int = 2,
 ) -> list[Outcome]:
-    """How each rank goes on. `found`: by node; `problems`: what the check of a node raised."""
-    store = HashStore()
-    store.set_timeout(timedelta(seconds=20))
+    """How each rank goes on. `digests`: by node; `problems`: what the check of a node raised."""
+    server = TCPStore("127.0.0.1", 0, None, True, TIMEOUT, False)
 
     def rank_of(rank: int) -> Outcome:
         node, local_rank = divmod(rank, local)
-        mine = (found(node), problems.get(node)) if local_rank == 0 else ({}, None)
+        mine = (digests(node), problems.get(node)) if local_rank == 0 else ({}, None)
+        store = TCPStore("127.0.0.1", server.port, None, False, TIMEOUT, False)
         try:
-            check_nodes(store, Launch(rank, world, local_rank, local), *mine, timedelta(seconds=20))
+            check_nodes(PrefixStore("start", store), Launch(rank, world, local_rank, local), *mine, TIMEOUT)
         except (UserError, RestartFault) as error:
             return type(error), str(error)
         return None

@@ -71,12 +71,13 @@ def _flip(path: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def _unfinished(path: Path) -> None:
+def _partly_written(path: Path) -> None:
     path.rename(path.with_name(f".{path.name}.tmp"))
 
 
 @pytest.mark.parametrize(
-    "damage", [_flip, _unfinished, Path.unlink, lambda path: os.truncate(path, 10), lambda path: path.write_bytes(b"")]
+    "damage",
+    [_flip, _partly_written, Path.unlink, lambda path: os.truncate(path, 10), lambda path: path.write_bytes(b"")],
 )
 def test_a_damaged_file_is_copied_again(
     damage: Callable[[Path], None], teacher: Path, tmp_path: Path, copied: list[str]
@@ -115,7 +116,7 @@ def test_two_teachers_of_one_name_have_a_copy_each(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_refused(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage: Any = SimpleNamespace(free=1000)
-    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="delete copies that are no longer needed"):
         describe_copy(teacher, tmp_path / "scratch")
     with pytest.raises(UserError, match=r"scratch has 1 kB free, and .* of .*teacher are not there yet: delete"):
