@@ -4,10 +4,10 @@ import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from megadistill.errors import UserError, nearest
 from megadistill.io import read_file, reason_of
@@ -33,6 +33,8 @@ class Accelerator(BaseModel):
     """GB/s one way to the GPUs of the same node."""
     network_gb_per_s: float = Field(gt=0)
     """GB/s one way to other nodes."""
+    latency_us: dict[Literal["all_gather", "all_reduce"], dict[PositiveInt, PositiveFloat]] = {}
+    """Time of a small collective over consecutive ranks, by their number, as `megadistill doctor` measures it."""
     source: str = Field(min_length=1)
     """Source of these numbers."""
 

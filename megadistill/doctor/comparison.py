@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from megadistill.distributed.bandwidth import Pair
+from megadistill.distributed.latency import Latencies
 from megadistill.doctor.rank_report import RankReport, Row, Status, require_same, some, spread
 from megadistill.train.checkpoint.versions import tried, untried
 from megadistill.train.checkpoint.writer import FREE_SPACE_MARGIN
@@ -136,6 +137,15 @@ def products_row(reports: Sequence[RankReport]) -> Row:
     if timed[0].facts["on_cpu"]:
         return Row("matrix products", Status.WARN, slower)
     return Row("matrix products", Status.FAIL, slower, tuple(sorted({hosts[rank] for rank in behind})))
+
+
+def latency_row(latencies: Latencies) -> Row:
+    """Time of small collectives, in the form of a file for `plan --gpu`. Not judged: it depends on the cluster."""
+    measured = ", ".join(
+        f"{name}: {{{', '.join(f'{ranks}: {1e6 * seconds:.3g}' for ranks, seconds in by_ranks.items())}}}"
+        for name, by_ranks in latencies.items()
+    )
+    return Row("latency", Status.OK, f"of small collectives over as many ranks, for plan: latency_us: {{{measured}}}")
 
 
 def pairs_row(bandwidths: Mapping[Pair, float], hosts: Sequence[str], *, on_cpu: bool) -> Row:

@@ -1,7 +1,7 @@
 """Checks of a recipe, its nodes and its launch, on every rank before a run.
 
 Each rank's own checks come first, so that a broken one still joins and reports; then the collective ones: whether the
-ranks are alike, the bandwidth between them, and one small optimizer step.
+ranks are alike, bandwidth and latency between them, and one small optimizer step.
 """
 
 import secrets
@@ -16,12 +16,14 @@ from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.bandwidth import all_reduce_bandwidth, clock_offsets, neighbours, pair_bandwidths
 from megadistill.distributed.collectives import all_gather_objects, all_true, barrier, broadcast_object
+from megadistill.distributed.latency import collective_latencies
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, local_device, process_groups
 from megadistill.doctor.comparison import (
     clock_row,
     contents_row,
     devices_row,
+    latency_row,
     memory_rows,
     pairs_row,
     products_row,
@@ -87,7 +89,9 @@ def examine(path: Path, overrides: Sequence[str], *, publish: Callable[[Report],
             topology.watchdog.on_abort = lambda reason: publish_first(Row("all ranks", Status.FAIL, reason))
             topology.watchdog.enter_phase("comparing the ranks", 0, limit=60 * TIMEOUT_MINUTES)
             reports = all_gather_objects(own, topology.world_group)
-            rows = [*summarize(reports), *_comparisons(reports), *_measurements(topology, reports)]
+            group_ranks = reports[0].facts.get("vocab_group", reports[0].facts["local_world"])
+            rows = [*summarize(reports), *_comparisons(reports)]
+            rows += _measurements(topology, reports, group_ranks=group_ranks)
             rows += _shared_folder(topology, reports)
             if all_true(setup is not None, topology.device, topology.world_group):
                 topology.watchdog.enter_phase("dry run", 0, limit=60 * TIMEOUT_MINUTES)
@@ -134,6 +138,7 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
         own.facts.update(folder=recipe.run.folder, space=free_space(Path(recipe.run.folder)))
     if setup is not None:
         own.facts["needs"] = _needs(setup, launch)
+        own.facts["vocab_group"] = setup.group_size
         own.facts["final_checkpoints"] = final_checkpoints(
             setup.recipe, first_step=0 if setup.parent is None else setup.parent.checkpoint.manifest.step
         )
@@ -177,14 +182,15 @@ def _comparisons(reports: Sequence[RankReport]) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-def _measurements(topology: Topology, reports: Sequence[RankReport]) -> list[Row]:
-    """Clock skew and bandwidths. Collective."""
+def _measurements(topology: Topology, reports: Sequence[RankReport], *, group_ranks: int) -> list[Row]:
+    """Clock skew, bandwidths, and latencies over the world and over groups of `group_ranks`. Collective."""
     hosts = [each.host for each in reports]
     rows = [clock_row(clock_offsets(topology), hosts)]
     together = all_reduce_bandwidth(topology)
     if together is None:
         return rows
     rows.append(Row("all-reduce", Status.OK, f"{short(together / 1e9)} GB/s over {topology.world} ranks"))
+    rows.append(latency_row(collective_latencies(topology, group_ranks)))
     rounds = neighbours(topology.world, reports[0].facts["local_world"])
     rates = pair_bandwidths(topology, rounds)
     return [*rows, pairs_row(rates, hosts, on_cpu=topology.device.type == "cpu")]

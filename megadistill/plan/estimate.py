@@ -1,13 +1,14 @@
 """Memory, seconds and GPU-hours of a layout on a cluster.
 
-Links reach the bandwidths of the accelerator's description, whatever the size of a message; the slower of its two kinds
-of link sets the pace of a collective.
+Links reach the bandwidths of the accelerator's description; the slower of its two kinds of link sets the pace of a
+collective, and what a call costs beyond its bytes is its latency (`plan.collective_latency`).
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megadistill.models.partition import balanced_sizes, stage_flops
+from megadistill.plan.collective_latency import StepLatency, step_latency
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
@@ -46,6 +47,11 @@ class Estimate:
     def hiding_tokens(self) -> float:
         """Tokens of the smallest micro-step whose compute hides ZeRO-3's traffic."""
         return self.sharding.tokens * (self.times.gather + self.times.reduce) / self.times.compute
+
+    @cached_property
+    def latency(self) -> StepLatency:
+        """Latency of a step's collectives."""
+        return step_latency(self.sharding, replace(self.times, collective_latency=0.0), self.cluster.accelerator)
 
     @cached_property
     def memory(self) -> int:
@@ -113,7 +119,7 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
         packet = seconds(STAGES) / run.group_size
     else:
         packet = run.tokens * requirements.teacher_traffic.get(STAGES, NO_TRAFFIC).seconds(cluster.accelerator)
-    return StepTimes(
+    times = StepTimes(
         students=run.ranks,
         micro_steps=run.accumulation,
         student_forward=student_rate * (student.forward.forward + teacher_head),
@@ -131,6 +137,7 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
         replicas=0 if run.roles is None else run.roles.replicas,
         queue=1 if run.roles is None else run.teacher_section.queue,
     )
+    return replace(times, collective_latency=step_latency(run, times, cluster.accelerator).exposed)
 
 
 def _float8_speedup(run: Sharding, cluster: Cluster) -> float:

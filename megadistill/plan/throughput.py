@@ -68,6 +68,8 @@ class StepTimes:
     """Seconds of ZeRO-3's reduction of the gradients."""
     vocabulary: float
     """Seconds of the vocab group's exchange in the loss, which nothing hides."""
+    collective_latency: float = 0.0
+    """Seconds of the latency of collectives that compute does not hide, in the mean of a step's micro-steps."""
     scores_forward: float = 0.0
     """Seconds of the memory traffic of the student's attention scores in the forward pass, where they are in memory."""
     scores_backward: float = 0.0
@@ -111,7 +113,7 @@ class StepTimes:
     @property
     def student(self) -> float:
         """The student's own part of a micro-step."""
-        return self.compute + self.exposed + self.vocabulary
+        return self.compute + self.exposed + self.vocabulary + self.collective_latency
 
     @property
     def clients(self) -> int:

@@ -71,6 +71,10 @@ first kernel, or (overlap_comm) create streams that do not overlap."""
 PREFETCH, PERSISTENCE = "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
 """Keys of zero_optimization, in parameters: gathered ahead, and the largest that stays gathered."""
 
+RANKS_OF_A_SMALL_WORLD = 64
+"""Most ranks over which the last norm, which is no layer's, is gathered by itself: an all-gather of some kilobytes that
+compute hides. Over more it stays gathered between steps, as its latency grows with the ranks (`student.persistent`)."""
+
 COMMUNICATION_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Values of `communication_data_type` -> the dtype that gradients are reduced in."""
 

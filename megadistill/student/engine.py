@@ -35,7 +35,7 @@ from megadistill.models.families import (
 from megadistill.models.initial_weights import InitialWeights, RandomWeights
 from megadistill.models.layers import checkpoint_layers, compile_layers
 from megadistill.precision import torch_dtype
-from megadistill.student.deepspeed_config import build_engine_config, with_layer_prefetch
+from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD, build_engine_config, with_layer_prefetch
 from megadistill.student.deepspeed_overhead import remove_overhead
 from megadistill.student.flat_step import FlatStep
 from megadistill.student.head import StudentHead
@@ -137,8 +137,7 @@ class StudentEngine:
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         _restore_buffers(model, buffers)
         _release_early(decoder(model).embed_tokens)
-        if engine_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
-            # It is no layer's. Without hpZ it is gathered with a layer; here over the world, and the layer in the node.
+        if topology.world > RANKS_OF_A_SMALL_WORLD:
             keep_gathered(self._engine.optimizer, decoder(model).norm)
         FlatStep.install(self._engine.optimizer, topology)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups

@@ -3,9 +3,9 @@
 A rank's partitions of a decay group's parameters lie one after the other in flat tensors: gradients, master weights,
 the copy that the model computes with. DeepSpeed's own `step` (0.19.0 to 0.19.8) does not use that: it casts the
 gradient of each parameter to float64 and reduces it, copies all gradients into new memory, clips by 1 where nothing is
-clipped, copies float32 weights onto themselves, and points each partition to where it points already. That of 0.19.0
-also takes a step whose gradients are not finite. So this one replaces it; what holds, gathers and offloads the tensors
-is DeepSpeed's.
+clipped, copies float32 weights onto themselves, points each partition to where it points already, and gathers each
+small parameter by a collective of its own. That of 0.19.0 also takes a step whose gradients are not finite. So this one
+replaces it; what holds, gathers and offloads the tensors is DeepSpeed's.
 """
 
 import math
@@ -20,6 +20,7 @@ from torch import Tensor
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
+from megadistill.student.persistent import gather_together
 
 REQUIRED = (
     "averaged_gradients",
@@ -31,6 +32,7 @@ REQUIRED = (
     "grad_partitions_flat_buffer",
     "loss_scale",
     "offload_optimizer",
+    "persistent_parameters",
     "_optimizer_step",
     "_overflow_clean_up",
     "_partition_all_parameters",
@@ -57,7 +59,7 @@ class FlatStep:
 
     def __init__(self, zero: Any, topology: Topology) -> None:
         _require_layout(zero)
-        self._zero, self._group = zero, topology.world_group
+        self._zero, self._topology = zero, topology
         flat = zero.grad_partitions_flat_buffer
         self._gradients = flat.split([master.numel() for master in zero.fp32_partitioned_groups_flat])
         """The gradient of each group. With an offloaded optimizer its step reads copies on the host instead."""
@@ -92,7 +94,16 @@ class FlatStep:
         for index in range(len(self._gradients)):
             self._update(index, scale)
         zero.averaged_gradients = {}
+        self._end()
+
+    def _end(self) -> None:
+        """DeepSpeed's end of a step, but for its gathering of persistent parameters one by one."""
+        zero, persistent = self._zero, self._zero.persistent_parameters
+        zero.persistent_parameters = []
         zero._post_step(set())
+        zero.persistent_parameters = persistent
+        if persistent:
+            gather_together(persistent, self._topology)
 
     def _update(self, index: int, scale: float) -> None:
         """Steps one group: the optimizer, then the rounding of the masters to the model's precision."""
@@ -114,7 +125,7 @@ class FlatStep:
             norms = torch.stack(list(self._zero.norm_for_param_grads.values())).double()
         else:
             norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=torch.float64))
-        return math.sqrt(all_reduce_sum(norms.square().sum(), self._group).item())
+        return math.sqrt(all_reduce_sum(norms.square().sum(), self._topology.world_group).item())
 
 
 def gradient_partition(parameter: Any) -> Tensor | None:

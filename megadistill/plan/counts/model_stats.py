@@ -27,6 +27,15 @@ from megadistill.precision import Precision, torch_dtype
 from megadistill.teacher.float8 import use_float8
 
 
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _part(name: str) -> str:
+    """The layer of a parameter, or its module outside of the layers."""
+    return LAYERS + name.removeprefix(LAYERS).split(".")[0] if name.startswith(LAYERS) else _module(name)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelStats:
     """A model without its weights. Nothing here depends on ranks."""
@@ -79,13 +88,21 @@ class ModelStats:
         Parts are the embedding, each layer and the last norm, in the order of the forward pass; the head is left out.
         """
         parts: dict[str, dict[str, list[int]]] = {}
-        for name, shape in self.shapes.items():
-            if name == HEAD:
-                continue
-            module, _, _ = name.rpartition(".")
-            part = LAYERS + name.removeprefix(LAYERS).split(".")[0] if name.startswith(LAYERS) else module
-            parts.setdefault(part, {}).setdefault(module, []).append(math.prod(shape))
+        for name, shape in self._body.items():
+            parts.setdefault(_part(name), {}).setdefault(_module(name), []).append(math.prod(shape))
         return tuple(tuple(tuple(sizes) for sizes in modules.values()) for modules in parts.values())
+
+    @cached_property
+    def decay_order(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of each part's parameters, in the order of the optimizer's groups: matrices, then vectors."""
+        parts: dict[str, tuple[list[int], list[int]]] = {}
+        for name, shape in self._body.items():
+            parts.setdefault(_part(name), ([], []))[len(shape) < 2].append(math.prod(shape))
+        return tuple((*matrices, *vectors) for matrices, vectors in parts.values())
+
+    @property
+    def _body(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self.shapes.items() if name != HEAD}
 
     def stage_bytes(self, stages: int, *, itemsize: int, float8: bool = False) -> tuple[int, ...]:
         """Bytes of each stage: its layers, with the embedding on the first one and the last norm on the last.

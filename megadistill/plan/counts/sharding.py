@@ -21,6 +21,7 @@ from megadistill.plan.counts.activations import Activations, Traffic
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
 from megadistill.precision import torch_dtype
+from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD
 
 FLOAT32 = 4
 """Bytes of a float32."""
@@ -151,8 +152,16 @@ class Sharding:
 
     @cached_property
     def persistent(self) -> int:
-        """Parameters below DeepSpeed's persistence threshold, which every rank holds whole."""
-        return sum(size for size in self.param_sizes if size <= self.zero.stage3_param_persistence_threshold)
+        """Parameters that every rank holds whole between steps."""
+        return sum(self.persistent_sizes)
+
+    @cached_property
+    def persistent_sizes(self) -> tuple[int, ...]:
+        """Their sizes: up to DeepSpeed's persistence threshold, and in a large world the last norm."""
+        threshold = self.zero.stage3_param_persistence_threshold
+        small = tuple(size for size in self.param_sizes if size <= threshold)
+        norm = tuple(size for module in self.student.modules[-1] for size in module if size > threshold)
+        return small + (norm if self.ranks > RANKS_OF_A_SMALL_WORLD else ())
 
     @cached_property
     def embedding_size(self) -> int:
@@ -165,7 +174,7 @@ class Sharding:
         if self.ranks == 1:
             return GatheredParams(0, 0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
-        leaves = ((self.embedding_size,), *(tuple(self._partitioned(part)) for part in others))
+        leaves = ((self.embedding_size,), *(self.gathered_sizes(part) for part in others))
         first = self.counts_experts_first
         return count_gathered(leaves, self.zero, prefetch=self.prefetch, forward_first=first)
 
@@ -197,11 +206,14 @@ class Sharding:
         if self.ranks == 1:
             return [0]
         _, *layers, _ = self.student.modules
-        return [sum(self._partitioned(part)) for part in layers]
+        return [sum(self.gathered_sizes(part)) for part in layers]
 
-    def _partitioned(self, part: tuple[tuple[int, ...], ...]) -> list[int]:
+    def gathered_sizes(self, part: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """Sizes of a part's parameters that are gathered at each use."""
-        return [size for module in part for size in module if size > self.zero.stage3_param_persistence_threshold]
+        if part is self.student.modules[-1] and self.ranks > RANKS_OF_A_SMALL_WORLD:
+            return ()
+        threshold = self.zero.stage3_param_persistence_threshold
+        return tuple(size for module in part for size in module if size > threshold)
 
     @property
     def checkpoints(self) -> bool:

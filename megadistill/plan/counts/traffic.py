@@ -86,10 +86,10 @@ def _weights(run: Sharding) -> Link:
     forward, backward = run.gathered.forward / run.tokens, run.gathered.backward / run.tokens
     passes = 2 if run.counts_experts_first else 1
     itemsize = 1 if run.zero.zero_quantized_weights else run.itemsize
+    small = 2 * run.itemsize * run.persistent / (run.tokens * run.accumulation)  # an all-reduce after each update
     if run.zero.zero_hpz_partition_size == 1:
-        persistent = run.itemsize * run.persistent / (run.tokens * run.accumulation)  # gathered after each update
-        return _ring(run, itemsize * (passes * forward + backward) + persistent, run.ranks, stride=1)
-    everywhere = _ring(run, itemsize * forward / run.accumulation, run.ranks, stride=1)
+        return _ring(run, itemsize * (passes * forward + backward) + small, run.ranks, stride=1)
+    everywhere = _ring(run, itemsize * forward / run.accumulation + small, run.ranks, stride=1)
     rest = run.itemsize * (backward + forward * (passes - 1 / run.accumulation))
     copies = _ring(run, rest, run.zero.zero_hpz_partition_size, stride=1)
     return Link(everywhere.node + copies.node, everywhere.network + copies.network)

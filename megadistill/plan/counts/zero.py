@@ -32,6 +32,7 @@ class Zero:
     reduce_bucket_size: int = 500_000_000
     sub_group_size: int = 1_000_000_000
     contiguous_gradients: bool = True
+    reduce_scatter: bool = True
     zero_hpz_partition_size: int = 1
     """Ranks that together hold a second copy of the weights (hpZ); 1: none."""
     zero_quantized_weights: bool = False
@@ -102,8 +103,45 @@ def count_gathered(
     )
 
 
-WHOLE_MODEL = -1
-"""Place of the whole model's own hook in the order, between the two passes."""
+@dataclass(frozen=True)
+class GatherCall:
+    """A call by which DeepSpeed gathers parameters, by their sizes."""
+
+    backward: bool
+    sizes_new: tuple[int, ...]
+    """Parameters that were not gathered before in this micro-step."""
+    sizes_again: tuple[int, ...]
+    """Those that were gathered and released."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.sizes_new + self.sizes_again
+
+
+@lru_cache(maxsize=256)
+def gather_calls(leaves: tuple[tuple[int, ...], ...], zero: Zero, *, prefetch: int) -> tuple[GatherCall, ...]:
+    """The calls of a micro-step, once DeepSpeed knows the order of the modules; arguments as of `count_gathered`.
+
+    Modules around the leaves have hooks too, at which the prefetch goes on: the causal model and its decoder before
+    each pass, the rotary embedding before the first layer.
+    """
+    embedding, *others = forward = list(range(len(leaves)))
+    whole = [WHOLE_MODEL, WHOLE_MODEL]
+    order = [*whole, embedding, NO_PARAMETERS, *others, *whole, *reversed(forward)]
+    coordinator = _Coordinator(leaves, order, zero, prefetch, stays_from=0)
+    coordinator.run_to(len(order))
+    return tuple(
+        GatherCall(
+            position > len(forward) + len(whole),
+            tuple(leaves[leaf][number] for leaf, number, again in call if not again),
+            tuple(leaves[leaf][number] for leaf, number, again in call if again),
+        )
+        for position, call in coordinator.calls
+    )
+
+
+WHOLE_MODEL, NO_PARAMETERS = -1, -2
+"""Places in the order of the whole model's own hook, and of a module without parameters."""
 
 
 class _Coordinator:
@@ -122,13 +160,15 @@ class _Coordinator:
         self._queue = deque(
             (position, leaf, number)
             for position, leaf in enumerate(order)
-            if leaf != WHOLE_MODEL
+            if leaf >= 0
             for number in range(len(leaves[leaf]))
         )
         self._fetches = [[0] * len(sizes) for sizes in leaves]
         self._last_seen = [[-1] * len(sizes) for sizes in leaves]
         """Last position in the order at which the prefetcher came upon a parameter."""
         self._position = 0
+        self.calls: list[tuple[int, list[tuple[int, int, bool]]]] = []
+        """Position and (leaf, number, whether it was gathered before) of each call that gathers anything."""
 
     @property
     def live_again(self) -> int:
@@ -145,24 +185,28 @@ class _Coordinator:
         fetched, peak = 0, self.live
         while self._position < stop:
             position, leaf = self._position, self._order[self._position]
-            numbers = range(0 if leaf == WHOLE_MODEL else len(self._leaves[leaf]))
+            numbers = range(len(self._leaves[leaf]) if leaf >= 0 else 0)
+            self.calls.append((position, []))
             fetched += sum(self._fetch(leaf, number) for number in numbers)
             while self._queue and self._queue[0][0] <= position:
                 self._queue.popleft()
             for number in numbers:
                 self._last_seen[leaf][number] = max(self._last_seen[leaf][number], position)
+            self.calls.append((position, []))
             fetched += self._prefetch()
             peak = max(peak, self.live)
             if numbers and not self._reused_soon(position, leaf):
                 for number in numbers:
                     self._release(leaf, number, position)
             self._position += 1
+        self.calls = [call for call in self.calls if call[1]]
         return fetched, peak
 
     def _fetch(self, leaf: int, number: int) -> int:
         if self._available[leaf][number]:
             return 0
         self._available[leaf][number] = True
+        self.calls[-1][1].append((leaf, number, self._fetches[leaf][number] > 0))
         self._fetches[leaf][number] += 1
         self.live += self._leaves[leaf][number]
         return self._leaves[leaf][number]
@@ -192,5 +236,5 @@ class _Coordinator:
                 return False
             if later in (leaf, WHOLE_MODEL):
                 return True
-            between += sum(self._leaves[later])
+            between += sum(self._leaves[later]) if later >= 0 else 0
         return False

@@ -1,6 +1,10 @@
-"""Corrupt samples that are masked (`data.on_corrupt_sample: mask`): every rank learns those of all ranks."""
+"""Corrupt samples that are masked (`data.on_corrupt_sample: mask`): every rank learns those of all ranks.
+
+A flag on the step's reduction says whether there is one: almost every step is spared an all-gather over the world.
+"""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -12,12 +16,30 @@ from megadistill.types import Cursor, TokenBatch
 
 logger = logging.getLogger(__name__)
 
+MASKED = "masked_samples"
+"""Flag of the step's reduction: a rank's masked samples of the batch."""
+
+
+def masked_flag(batch: TokenBatch) -> dict[str, float]:
+    """This rank's flag."""
+    return {MASKED: float(len(batch.faults))}
+
 
 def masked_cursor(
-    batch: TokenBatch, cursor: Cursor, stream: TokenStream, topology: Topology, events: EventLog, *, step: int
+    batch: TokenBatch,
+    cursor: Cursor,
+    stream: TokenStream,
+    topology: Topology,
+    events: EventLog,
+    *,
+    step: int,
+    reduced: Mapping[str, float],
 ) -> Cursor:
-    """The cursor behind the batch, with the samples in it that any rank masked; they are recorded. Collective."""
-    slots = gather_masked_slots(batch, topology)
+    """The cursor behind the batch, with the samples in it that any rank masked; they are recorded.
+
+    `reduced`: the step's flags, summed over ranks. Collective where one has masked a sample.
+    """
+    slots = gather_masked_slots(batch, topology) if reduced[MASKED] else []
     if slots:
         events.write("samples_masked", step=step, slots=slots)
     return stream.with_masked(cursor, slots)

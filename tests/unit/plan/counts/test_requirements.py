@@ -75,7 +75,7 @@ def test_counting_the_load_of_experts_is_a_forward_pass_and_a_gathering(
     once = run.student.forward
     assert required.models[0].work.recompute == passes * (once.body + once.attention)
     gathered = (1 + passes) * run.gathered.forward + run.gathered.backward
-    persistent = run.persistent / run.accumulation
+    persistent = 2 * run.persistent / run.accumulation  # all-reduced
     assert required.traffic[GATHERS].received * run.tokens == pytest.approx(4 * (gathered + persistent) / 2)
 
 
