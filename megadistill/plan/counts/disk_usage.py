@@ -14,6 +14,8 @@ from megadistill.student.optimizer import state_bytes, state_kinds
 
 RNG_BYTES = 5056
 """Bytes of the state of torch's generator on a CPU."""
+LOCAL_SAVES = 3
+"""Saves of the local tier on a node: two that stay, and the one that is written."""
 TAR_BLOCK = 512
 NPY_HEADER = 128
 
@@ -46,6 +48,17 @@ def checkpoint_bytes(run: Sharding) -> int:
     pieces = tuple(-(-size // run.ranks) for size in run.param_sizes)
     header = _header_bytes(tuple(run.student.shapes), pieces, state_kinds(optimizer))
     return states + run.ranks * (header + RNG_BYTES + FLOAT32)
+
+
+def local_bytes(run: Sharding) -> int:
+    """Bytes on a node's own disk or memory of the saves of `checkpoint.local`, with those of the node before.
+
+    0 without a local tier. A world of one node has no copies.
+    """
+    if run.recipe.checkpoint.local is None:
+        return 0
+    files = min(run.ranks, run.ranks_per_node) * (1 if run.ranks <= run.ranks_per_node else 2)
+    return LOCAL_SAVES * files * -(-checkpoint_bytes(run) // run.ranks)
 
 
 @lru_cache(maxsize=256)

@@ -6,12 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from megadistill.config.recipe import TargetsSection
+from megadistill.config.recipe import Recipe, TargetsSection
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
-from megadistill.plan.counts.disk_usage import bytes_with, final_checkpoints, target_bytes
+from megadistill.plan.counts.disk_usage import (
+    bytes_with,
+    checkpoint_bytes,
+    final_checkpoints,
+    local_bytes,
+    target_bytes,
+)
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.train.checkpoint.local import KEEP
 from megadistill.types import SparseTargets
 from tests.unit.data.targets.test_targets_store import _order
+from tests.unit.plan.cases import recipe as plan_recipe
+from tests.unit.plan.cases import stats
 from tests.unit.train.cases import recipe
 
 S, SLOTS = 2048, 4
@@ -105,3 +115,12 @@ def test_the_checkpoints_of_a_complete_run_are_counted_as_the_saver_keeps_them(
     others = (step for step in saved if step == stable or (milestone and step % milestone == 0))
     final = {*saved[-keep_last:], *others}
     assert final_checkpoints(run, first_step=first_step) == len(final)
+
+
+@pytest.mark.parametrize(("ranks", "files"), [(4, 4), (8, 8), (16, 8 * 2), (24, 8 * 2)])
+def test_local_saves_of_a_node_are_its_own_and_those_of_the_node_before(ranks: int, files: int) -> None:
+    plain = plan_recipe(distill=False, precision="float32", global_batch=48, micro_batch=1, vocab_multiple=768)
+    values = {**plain.snapshot(), "checkpoint": {"local": {"every": 10, "folder": "/dev/shm/saves"}}}
+    for made, saves in ((Recipe.model_validate(values), KEEP + 1), (plain, 0)):
+        run = Sharding(made, stats(), vocab_size=250, ranks=ranks, ranks_per_node=8, group_size=1)
+        assert local_bytes(run) == saves * files * -(-checkpoint_bytes(run) // ranks)
