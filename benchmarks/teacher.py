@@ -124,6 +124,7 @@ def step_runs(topology: Topology, folder: Path) -> dict[str, Run]:
     """A whole step, and its parts, of one rank."""
     setup = setup_of(topology, folder)
     student, teacher = build(setup, topology)
+    student.draw_weights(setup.recipe.run.seed)
     assert isinstance(teacher, ColocatedTeacher)
     pipeline, objective = teacher.pipeline, objective_of(setup)
     batches = StepBatches(iter(stream_of(setup, topology, start=None)), teacher, micro_batch=MICRO)

@@ -41,7 +41,7 @@ FREE_KEYS = (
 MAX_DIFFERENCES = 5
 """Maximum number of differences that a message lists."""
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Elements of a parameter that have a generator of their own: see docs/decisions/0023.
 
 Another value changes the initial values of all larger parameters.

@@ -42,7 +42,7 @@ def _start(topology: Topology, deepspeed: str, persistence: int) -> list[Collect
         )
     assert student.state.has_values
     assert len(student.state.shapes) == 46
-    return collectives.calls
+    return list(collectives.calls)
 
 
 @pytest.mark.parametrize(("deepspeed", "persistence"), [("zero3.json", 0), ("zero3.json", 100_000), ("hpz.json", 0)])
@@ -66,7 +66,7 @@ class _Counter:
 def test_a_rank_draws_its_share_of_a_published_model_and_less_than_a_block_a_matrix_more(
     world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """9.24e9 numbers on one rank took 211 s of CPU; these take 1.5 s on a rank on average, and no rank twice that."""
+    """9.24e9 numbers on one rank took 211 s of CPU; these take a rank one or two, and at most four."""
     monkeypatch.setattr(initial_weights, "keyed_generator", lambda seed, name, block: _Counter())
     config = load_config(ROOT / "recipes/models/gemma-2-9b", what="test")
     shapes = parameter_shapes(config)

@@ -28,8 +28,16 @@ def _trained(topology: Topology, name: str, hpz: int) -> tuple[list[dict[str, fl
     student = _student(name, topology, hpz=hpz)
     zero = student._engine.optimizer
     parameters: list[Any] = list(student._model.parameters())
-    copies = any(parameter.ds_secondary_tensor is not None for parameter in parameters)
-    return run_steps(CASE, student, topology, range(3)), bool(zero.offload_optimizer), copies
+    backward, copies = student.backward, []
+
+    def watched(loss: Tensor) -> None:
+        backward(loss)
+        copies.append(any(parameter.ds_secondary_tensor is not None for parameter in parameters))
+
+    student.backward = watched  # type: ignore[method-assign]
+    steps = run_steps(CASE, student, topology, range(3))
+    assert len(set(copies)) == 1
+    return steps, bool(zero.offload_optimizer), copies[0]
 
 
 @pytest.fixture(scope="module")

@@ -68,9 +68,12 @@ def _start(topology: Topology, recipe: Recipe, stop_after: int, rolls_back: bool
 
     own, hook = Trainer._hooks, _RollBack()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "latest_valid", watched(LOOK, recovery.latest_valid))
-        patch.setattr(loop, "build", watched(BUILD, loop.build))
-        patch.setattr(initial_weights, "keyed_generator", watched(DRAW, initial_weights.keyed_generator))
+        for module, name, action in (
+            (recovery, "latest_valid", LOOK),
+            (loop, "build", BUILD),
+            (initial_weights, "keyed_generator", DRAW),
+        ):
+            patch.setattr(module, name, watched(action, getattr(module, name)))
         for name in ("kaiming_uniform_", "normal_", "uniform_"):
             patch.setattr(torch.nn.init, name, watched(TORCH, getattr(torch.nn.init, name)))
         if rolls_back:

@@ -30,7 +30,7 @@ def test_the_numbers_are_these() -> None:
     expected = torch.tensor([[0.030046141, 0.015409504], [-0.00864528, 0.003847604]])
     torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0.0)
     edge = initial_range(EMBEDDING, (1024, 1024), BLOCK - 2, BLOCK + 2, std=0.02, seed=0)
-    expected = torch.tensor([-0.006066142, -0.02440442, 0.0030683386, -0.04150041])
+    expected = torch.tensor([0.031924486, 0.021155216, 0.0030683386, -0.04150041])
     torch.testing.assert_close(edge, expected, rtol=1e-6, atol=0.0)
 
 
@@ -56,7 +56,7 @@ def test_any_cut_of_a_tensor_has_its_values(monkeypatch: pytest.MonkeyPatch) -> 
         for start, stop in pairwise(map(int, cut)):
             values = initial_range("a.weight", shape, start, stop, std=0.02, seed=1)
             assert torch.equal(values, whole[start:stop]), (start, stop)
-    assert whole.unique().numel() == numel, "no block repeats another"
+    assert len(set(whole.tolist())) == numel, "no block repeats another"
 
 
 def test_ranges_at_the_edges_of_real_blocks() -> None:
