@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.opening import index_file, open_tar, read_sample, verified_index
-from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.tar import Index
 from megadistill.data.storage.base import Bytes
 from megadistill.data.storage.local import LocalFolder
@@ -46,26 +45,22 @@ class PackedIndex:
     """A verified index in memory: columns with one value take none, the others their narrowest type."""
 
     def __init__(self, index: Index) -> None:
-        least_C, most_C = index.min(axis=0).tolist(), index.max(axis=0).tolist()
-        self._template = least_C
-        self._varying = [column for column, least in enumerate(least_C) if least != most_C[column]]
-        types = [(f"{column}", np.min_scalar_type(most_C[column])) for column in self._varying]
-        self._rows_Q = np.empty(len(index), dtype=types)
-        for column in self._varying:
-            self._rows_Q[f"{column}"] = index[:, column]
+        most_C = index.max(axis=0)
+        self._template_C = index.min(axis=0)
+        varying = np.flatnonzero(self._template_C != most_C).tolist()
+        self._columns = [(column, index[:, column].astype(np.min_scalar_type(most_C[column]))) for column in varying]
 
     @property
     def bytes(self) -> int:
-        return self._rows_Q.nbytes
+        return sum(values_Q.nbytes for _, values_Q in self._columns)
 
     def rows(self, sequences: Sequence[int]) -> list[list[int]]:
         """The entries of `sequences`."""
-        rows = []
-        for values in self._rows_Q[list(sequences)].tolist() if self._varying else [()] * len(sequences):
-            row = self._template.copy()
-            for column, value in zip(self._varying, values, strict=True):
-                row[column] = value
-            rows.append(row)
+        rows_NC = np.empty((len(sequences), len(self._template_C)), dtype=np.int64)
+        rows_NC[:] = self._template_C
+        for column, values_Q in self._columns:
+            rows_NC[:, column] = values_Q[sequences]
+        rows: list[list[int]] = rows_NC.tolist()
         return rows
 
 
@@ -103,15 +98,21 @@ class CachedShard:
         return read_sample(self.file, start, length, crc32)
 
 
+@dataclass(frozen=True)
+class _File:
+    path: str
+    bytes: Bytes
+
+
 class ShardCache:
     """Bounds what several splits keep open, together. One thread at a time."""
 
     def __init__(self, *, index_bytes: int = INDEX_BYTES) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(16, min(MAX_OPEN_FILES, soft // 4))
-        self.local: _Latest[_FileKey, Bytes] = _Latest(limit)
+        self.local: _Latest[_FileKey, _File] = _Latest(limit)
         """Each holds a file descriptor."""
-        self.remote: _Latest[_FileKey, Bytes] = _Latest(MAX_REMOTE_FILES)
+        self.remote: _Latest[_FileKey, _File] = _Latest(MAX_REMOTE_FILES)
         self.indices: _Latest[tuple[int, int], PackedIndex] = _Latest(index_bytes, lambda index: index.bytes + 1)
         self._splits = 0
 
@@ -135,27 +136,27 @@ class SplitShards:
         Raises:
             ShardFault: a file is missing or unreachable, the size or the index is not the manifest's.
         """
-        shard, folder = self._manifest.shards[number], self._manifest.folder
-        index = self._cache.indices.get((self._key, number)) or self._index(number, shard)
         place = (self._key, "tar", number)
-        file = self._files.get(place)
-        if file is None:
-            file = open_tar(folder, shard)
-            self._files.put(place, file)
-        return CachedShard(f"{folder.location}/{shard.name}", file, index)
+        index = self._cache.indices.get((self._key, number)) or self._index(number)
+        tar = self._files.get(place)
+        if tar is None:
+            shard, folder = self._manifest.shards[number], self._manifest.folder
+            tar = _File(f"{folder.location}/{shard.name}", open_tar(folder, shard))
+            self._files.put(place, tar)
+        return CachedShard(tar.path, tar.bytes, index)
 
-    def _index(self, number: int, shard: Shard) -> PackedIndex | FileIndex:
+    def _index(self, number: int) -> PackedIndex | FileIndex:
         """The index of a file: verified, unless the same file was before."""
-        folder, columns = self._manifest.folder, 3 + 2 * len(self._members)
-        place = (self._key, "index", number)
-        file = self._files.get(place)
-        header = b""
-        if file is None:
-            file, header = index_file(folder, shard, columns=columns)
+        shard, folder = self._manifest.shards[number], self._manifest.folder
+        columns, place = 3 + 2 * len(self._members), (self._key, "index", number)
+        known = self._files.get(place)
+        if known is not None:  # it was verified when it was put there
+            return FileIndex(known.bytes, known.bytes.size - shard.sequences * columns * ITEM, columns)
+        file, header = index_file(folder, shard, columns=columns)
         identity = _digest(f"{file.identity} {file.size} {shard.index_sha256}")
         if file.identity is not None and self._verified_P[number] == identity:
-            self._files.put(place, file)
-            return FileIndex(file, file.size - shard.sequences * columns * ITEM, columns)
+            self._files.put(place, _File(shard.index, file))
+            return FileIndex(file, len(header), columns)
         index = PackedIndex(verified_index(folder, shard, file, header, self._members))
         if file.identity is not None:
             self._verified_P[number] = identity

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from megadistill.data import Manifest
+from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.convert_manifest import convert
 from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.shard_table import NamePattern, ShardTable, TableRecord
@@ -217,3 +218,20 @@ def test_a_remote_table_is_fetched_once_a_node(split: Path, tmp_path: Path, monk
         (split / "shards.npy").unlink()
         with pytest.raises(UserError, match=r"the shard table of .* cannot be read"):
             Manifest.load(url)
+
+
+def test_a_run_that_began_on_a_list_resumes_on_a_table_and_back(split: Path) -> None:
+    """Same order, same position, same bytes of tokens."""
+    batches, cursors = [], []
+    start = None
+    for form in ("list", "table", "list"):
+        convert(split, to="list" if form == "list" else "table")
+        stream = TokenStream(_load(split), seed=3, batch_slots=4, rank=0, world_size=1, start=start)
+        batch, start = next(iter(stream))
+        batches.append(batch.tokens)
+        cursors.append(start)
+    whole = iter(TokenStream(_load(split), seed=3, batch_slots=4, rank=0, world_size=1))
+    for tokens, cursor in zip(batches, cursors, strict=True):
+        expected, position = next(whole)
+        assert torch.equal(tokens, expected.tokens)
+        assert cursor == position
