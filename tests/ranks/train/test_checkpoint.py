@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megadistill.config.recipe import CheckpointSection
 from megadistill.distributed.collectives import all_reduce_sum, barrier
@@ -22,6 +23,7 @@ from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import rank_file
 from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import Saver, SaveResult
+from tests.ranks import student_cases
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import Case, build, run_steps
 from tests.unit.train.cases import manifest_of, save_checkpoint
@@ -229,3 +231,44 @@ def test_no_rank_of_a_replaced_attempt_reports_a_save(tmp_path: Path) -> None:
     assert zero.startswith("ended by: attempt 1 of")
     assert one == "see the log of rank 0"
     assert not checkpoint_folders(tmp_path / "checkpoints")
+
+
+def _saves_a_step(topology: Topology, folder: str) -> None:
+    student_cases.MULTIPLE = 264  # divides over all the numbers of ranks; in a process of its own
+    student = build(Case(), topology)
+    run_steps(Case(), student, topology, range(1))
+    state = {**student.state.local(), "rng": torch.get_rng_state()}
+    save_checkpoint(Path(folder), state, 1, rank=topology, parameters=student.state.shapes)
+
+
+def _reads_it(topology: Topology, folder: str) -> tuple[dict[str, Tensor], list[str]]:
+    """This rank's pieces as it holds them, and the files that it opened."""
+    student_cases.MULTIPLE = 264
+    student, opened = build(Case(), topology), []
+    made, _ = select.verified(checkpoint_folders(Path(folder))[1], topology)
+    assert made is not None
+    file = made._file
+
+    def counted(rank: int) -> Any:
+        opened.append(rank_file(rank, 4))
+        return file(rank)
+
+    made._file = counted  # type: ignore[method-assign]
+    student.state.load(made.read)
+    assert student.state.params_differing_from_master() == []
+    return student.state.snapshot(), sorted(set(opened))
+
+
+def test_any_number_of_ranks_reads_the_same_state_from_the_files_of_its_pieces(tmp_path: Path) -> None:
+    run_ranks(4, _saves_a_step, str(tmp_path))
+    files = [load_file(tmp_path / "step-00000001" / rank_file(rank, 4)) for rank in range(4)]
+    for world, most in ((4, 1), (8, 1), (2, 2), (3, 2)):
+        results = run_ranks(world, _reads_it, str(tmp_path))
+        for rank, (_, opened) in enumerate(results):
+            assert len(opened) <= most, (world, rank, opened)
+        for key in files[0].keys() - {"rng"}:
+            pieces = [state[key] for state, _ in results]
+            if key == "optimizer_step":
+                assert [each.tolist() for each in pieces] == [[1.0]] * world
+            else:
+                assert torch.equal(torch.cat(pieces), torch.cat([file[key] for file in files])), (world, key)
