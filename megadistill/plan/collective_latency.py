@@ -1,9 +1,9 @@
 """Latency of a step's collectives: the time beyond their bytes, and the part of it that compute does not hide.
 
 The published model is that by which NCCL chooses its algorithms: rings for all-gathers and reduce-scatters, rings or
-trees for all-reduces, each by three protocols (LL, LL128, Simple) with a latency a hop and a share of the bandwidth. The
-constants are those of NCCL 2.30.7 (src/graph/tuning.cc, `ncclTunerConstantsDefaults` and `ncclTopoTuneModel`). Left out
-are what needs hardware in the switches (NVLS between nodes, CollNet) and PAT, which serves one rank a node.
+trees for all-reduces, each by three protocols (LL, LL128, Simple) with a latency a hop and a share of the bandwidth.
+The constants are those of NCCL 2.30.7 (src/graph/tuning.cc, `ncclTunerConstantsDefaults` and `ncclTopoTuneModel`). Left
+out are what needs hardware in the switches (NVLS between nodes, CollNet) and PAT, which serves one rank a node.
 
 Where `megadistill doctor` has measured small collectives on a cluster, their times replace the model's scale.
 """

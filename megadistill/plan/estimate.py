@@ -51,7 +51,7 @@ class Estimate:
     @cached_property
     def latency(self) -> StepLatency:
         """Latency of a step's collectives."""
-        return step_latency(self.sharding, replace(self.times, collective_latency=0.0), self.cluster.accelerator)
+        return step_latency(self.sharding, self.times.without_latency, self.cluster.accelerator)
 
     @cached_property
     def memory(self) -> int:
@@ -70,7 +70,7 @@ class Estimate:
     @property
     def latency_bound(self) -> bool:
         """Whether launches and latencies take longer than the arithmetic and bytes that are counted."""
-        return micro_step_latency(self.sharding) > self.times.micro_step
+        return micro_step_latency(self.sharding) > self.times.without_latency.micro_step
 
     @cached_property
     def seconds(self) -> float:

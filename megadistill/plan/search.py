@@ -55,7 +55,7 @@ class Plan:
         main = self.main
         if main is None or not main.latency_bound:
             return None
-        floor, counted = micro_step_latency(main.sharding), main.times.micro_step
+        floor, counted = micro_step_latency(main.sharding), main.times.without_latency.micro_step
         return (
             "a toy: at this size kernel launches and network latency set the time, not arithmetic; no forecast of "
             f"days. A micro-step of {main.sharding.tokens:,} tokens has {spell(counted)} of arithmetic and traffic, "

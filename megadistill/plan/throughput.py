@@ -3,7 +3,7 @@
 Legend: G the student's ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megadistill.errors import UserError
 
@@ -144,6 +144,11 @@ class StepTimes:
             prefetch_limit = (self.latency + self.student) / self.queue
             return max(self.student, self.tick, self.clients * self.answer, prefetch_limit)
         return self.student + self.tick + (self.clients * self.answer)
+
+    @property
+    def without_latency(self) -> "StepTimes":
+        """Arithmetic and bytes alone."""
+        return replace(self, collective_latency=0.0)
 
     @property
     def step(self) -> float:

@@ -1,8 +1,8 @@
 """The collectives of an optimizer step on a student's rank: their kind, group and bytes, one entry a call.
 
 It is the one count of them: a plan's latencies are reckoned from it, and `tests/scale/test_collectives.py` compares it,
-call by call, with what a rank of a run asks of its process groups. Left out is what does not happen in each step: saves,
-diagnostics, `resilience`'s checks, and the first two steps, in which DeepSpeed learns the order of the layers.
+call by call, with what a rank of a run asks of its process groups. Left out is what does not happen in each step:
+saves, diagnostics, `resilience`'s checks, and the first two steps, in which DeepSpeed learns the order of the layers.
 
 Legend: as in `plan.counts.sharding`.
 """
@@ -137,7 +137,7 @@ QUANTIZED_GROUP = 2048
 
 
 def _gathers(run: Sharding, groups: _Groups, *, first: bool) -> Iterator[Collective]:
-    """Gathers of a micro-step; `first`: the first one after an update, before which hpZ has no copies of the new weights."""
+    """Gathers of a micro-step; `first`: the first one after an update, when hpZ has no copies of the new weights."""
     if run.ranks == 1:
         return
     (_, *others) = run.student.modules

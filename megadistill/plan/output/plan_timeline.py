@@ -163,6 +163,7 @@ class _Simulation:
             rank.add(WAIT, "vocabulary's exchange", times.vocabulary)
             rank.add(COMPUTE, "student backward", times.backward)
             rank.add(WAIT, "ZeRO-3's traffic, not hidden", times.exposed)
+            rank.add(WAIT, "latency of collectives", times.collective_latency)
             if (round_ + 1) % self._m == 0:
                 rank.steps.append(Step((round_ + 1) // self._m, rank.steps[-1].end if rank.steps else 0.0, rank.now))
         return self.students[0].now

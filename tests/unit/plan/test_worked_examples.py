@@ -3,6 +3,7 @@
 They take all stages as even, so the stages here are; and sequences of 8,192 tokens, which the first one's FLOPs show.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,7 +98,8 @@ def test_27b_to_8b_on_512() -> None:
     trained, teacher = result.requirements.models
     assert teacher.flops == pytest.approx(57.5e9, rel=0.002)
     assert trained.flops == pytest.approx(70.7e9, rel=0.002)
-    assert result.tokens_per_second == pytest.approx(1.66e6, rel=0.01)
+    assert replace(result, times=result.times.without_latency).tokens_per_second == pytest.approx(1.66e6, rel=0.01)
+    assert result.tokens_per_second == pytest.approx(1.64e6, rel=0.005), "waits for latency"
     assert _days(result) == pytest.approx(7.0, abs=0.1)
     assert _days(result) * 24 * 512 == pytest.approx(86_000, rel=0.01)
     labels = _estimate(student, None, nodes=64, stages=8, sequence_length=8192)

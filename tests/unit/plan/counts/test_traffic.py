@@ -29,7 +29,7 @@ def test_zero_gathers_twice_and_reduces_once() -> None:
     """6 N bytes a micro-step, of which a rank has its own 64th already; a layer is recomputed while it is gathered for
     its backward pass."""
     traffic = large(deepspeed_config=NOTHING_STAYS).traffic
-    once, norms = 2 * (GATHERED - NORMS) / S, 2 * NORMS / (4 * S)  # norms are gathered when they have moved
+    once, norms = 2 * (GATHERED - NORMS) / S, 2 * 2 * NORMS / (4 * S)  # norms are all-reduced after a step
     assert traffic[GATHERS].received == pytest.approx((2 * once + norms) * 63 / 64, rel=1e-9)
     assert traffic[REDUCES].received == pytest.approx(2 * GATHERED / S * 63 / 64, rel=1e-9)
 
