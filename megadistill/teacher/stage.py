@@ -70,7 +70,7 @@ class TeacherStage(nn.Module):
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
         """
         config = load_config(folder, what=f"teacher {folder}")
-        reader = reader or BroadcastReader()
+        is_logged, reader = reader is not None, reader or BroadcastReader()
         opened = _OpenedOnce(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages, attention=attention)
         shapes = {name: decoder.get_parameter(name).shape for name in names.values()}
@@ -82,7 +82,8 @@ class TeacherStage(nn.Module):
 
             _place(decoder, name, read, shapes[name], reader, dtype=dtype, device=device)
         reader.finish()
-        logger.info("%s", _describe_reading(f"stage {stage} of {stages}", reader, opened))
+        if is_logged:  # a run's own stage, not one of the layers that are read one after the other to compare
+            logger.info("%s", _describe_reading(f"stage {stage} of {stages}", reader, opened))
         if precision == "float8":
             logger.info("%s", describe_float8(decoder, native, device))
         rebuild_buffers(decoder)
@@ -209,7 +210,7 @@ def head_rows(
         UserError: the teacher's vocabulary is smaller than `vocab.size`, or than an id of `ids`.
     """
     config = load_config(folder, what=f"teacher {folder}")
-    reader = reader or BroadcastReader()
+    is_logged, reader = reader is not None, reader or BroadcastReader()
     opened = _OpenedOnce(folder)
     layout = Layout(Size([vocab.rows, config.hidden_size]), dtype)
 
@@ -219,7 +220,8 @@ def head_rows(
 
     (rows_vE,) = reader.tensors([layout], read, device=device)
     reader.finish()
-    logger.info("%s", _describe_reading("rows of the head", reader, opened))
+    if is_logged:
+        logger.info("%s", _describe_reading("rows of the head", reader, opened))
     return rows_vE
 
 

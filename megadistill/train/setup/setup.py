@@ -162,7 +162,7 @@ def check_models(setup: Setup) -> dict[str, str]:
         check_start(Path(recipe.student.weights), setup.student_config, setup.data)
     if teacher is None or config is None:
         return {}
-    return {f"the teacher in teacher.path {teacher.path}": sampled_fingerprint(Path(str(teacher.path)))}
+    return {"the teacher in teacher.path": sampled_fingerprint(Path(str(teacher.path)))}
 
 
 def check_node(setup: Setup, launch: Launch) -> dict[str, str]:
