@@ -1,6 +1,7 @@
-"""The last measurements of loss, stream, teacher and step, and their machine, as one page.
+"""The last measurements of loss, stream, teacher and step, and their machine, as one page; those of ranks on another.
 
-python -m benchmarks.overview      writes the tables of docs/results/benchmarks.md from benchmarks/results/*.csv
+python -m benchmarks.overview      writes the tables of docs/results/benchmarks.md and docs/scale.md from
+                                   benchmarks/results/*.csv
 """
 
 import csv
@@ -14,7 +15,9 @@ from megadistill.export.markdown import table
 
 PAGE = ROOT / "docs/results/benchmarks.md"
 RESULTS = ROOT / "benchmarks/results"
-SUBJECTS = ("loss", "stream", "teacher", "step")
+SUBJECTS = ("loss", "stream", "teacher", "step", "scale")
+PAGES = {"scale": ROOT / "docs/scale.md"}
+"""Pages of subjects that are not on `PAGE`."""
 FIGURES = {"step": ("step-growth.png", "Time a token of a step and of its products, by sequence and by vocabulary")}
 """Subject -> file of its figure, beside the page, and its description."""
 NOT_MEASURED = "Not measured yet: this part of the page waits for a quiet machine."
@@ -94,7 +97,7 @@ def _measured(subject: str) -> str:
 def main() -> None:
     try:
         for subject in SUBJECTS:
-            put(PAGE, subject, _measured(subject))
+            put(PAGES.get(subject, PAGE), subject, _measured(subject))
     except UserError as error:
         print(f"overview: {error}", file=sys.stderr)
         sys.exit(UserError.exit_code)

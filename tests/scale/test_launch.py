@@ -160,7 +160,7 @@ READERS = ("awk", "cat", "grep", "sed", "sort", "tail", "uniq")
 
 
 def _exit_codes(folder: Path, world: int) -> tuple[list[str], int]:
-    """The lines of the job's log on the ends of `world` ranks, and the number of commands that were started for them."""
+    """The lines of the job's log on the ends of `world` ranks, and the number of commands started for them."""
     logs = folder / f"logs-{world}"
     logs.mkdir()
     for first in range(0, world, LOCAL_WORLD):

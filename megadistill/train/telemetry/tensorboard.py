@@ -137,7 +137,7 @@ class TensorBoardLog:
         self, folder: Path, recipe: Recipe, names: Collection[str], *, start_step: int, start_tokens: int
     ) -> None:
         """`names`: the numbers that the run will write. `start_tokens`: tokens of the first `start_step` steps."""
-        from torch.utils.tensorboard import SummaryWriter  # rank 0 alone opens its files
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  rank 0 alone opens its files
 
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
         self._by_tokens = SummaryWriter(str(folder / BY_TOKENS), purge_step=start_tokens + 1)

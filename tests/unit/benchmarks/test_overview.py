@@ -67,9 +67,14 @@ def test_numbers_are_set_to_the_right() -> None:
     assert table(("a", "b"), [("x", "1")], left=1) == "| a | b |\n|---|---:|\n| x | 1 |"
 
 
-def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = overview.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr(overview, "PAGE", tmp_path / "benchmarks.md")
-    overview.PAGE.write_text(written, encoding="utf-8")
+def test_the_pages_in_docs_are_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = {subject: tmp_path / page.name for subject, page in overview.PAGES.items()}
+    copy_of = {overview.PAGE: tmp_path / "benchmarks.md"}
+    copy_of |= {page: copies[subject] for subject, page in overview.PAGES.items()}
+    for page, copy in copy_of.items():
+        copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(overview, "PAGE", copy_of[overview.PAGE])
+    monkeypatch.setattr(overview, "PAGES", copies)
     overview.main()
-    assert overview.PAGE.read_text(encoding="utf-8") == written
+    for page, copy in copy_of.items():
+        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
