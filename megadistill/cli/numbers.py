@@ -25,6 +25,7 @@ _FRACTION = (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {
     "--batch": (1, MAX_SEQUENCES),
     "--count": (1, 10**6),
+    "--fault-hours": (0.01, 10**6),
     "--fewshot": (0, 1000),
     "--gpus-per-node": (1, 1000),
     "--heads": _SIZE,

@@ -55,6 +55,8 @@ def add(commands: Commands) -> None:
     option(law, "--teacher-loss", "X", "the teacher's cross-entropy, nats per token", kind=float)
     option(law, "--teacher-tokens", "D", "or the number of tokens that it was trained on", kind=float)
     option(command, "--price", "X", "price of a GPU-hour, in your currency", kind=float)
+    text = "mean hours between faults of the run, for the checkpoint interval (default: Llama 3's, by the GPUs)"
+    option(command, "--fault-hours", "H", text, kind=float)
     option(command, "--json", "FILE", "complete plan as JSON; -: on stdout, in place of the tables", kind=Path)
 
     summary = "trace and picture of compute, waiting and communication per rank"
@@ -113,6 +115,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.price is not None and not 0 <= options.price < float("inf"):
         raise UserError(f"--price {options.price}: give what a GPU-hour costs")
+    between_faults = None if options.fault_hours is None else 3600 * options.fault_hours
     if options.json != Path("-"):
         require_writable_file(options.json, "--json")
     plan = build_plan(options.recipe, options)
@@ -120,9 +123,9 @@ def _plan(options: argparse.Namespace) -> None:
     if plan.main is not None:
         law = forecast(plan.main.requirements, teacher_loss=options.teacher_loss, teacher_tokens=options.teacher_tokens)
     if options.json != Path("-"):
-        print_tables(render(plan, law=law, price=options.price))
+        print_tables(render(plan, law=law, price=options.price, between_faults=between_faults))
     if options.json is not None:
-        values = to_json(plan, law=law, price=options.price)
+        values = to_json(plan, law=law, price=options.price, between_faults=between_faults)
         if options.json == Path("-"):
             print(json.dumps(values, indent=1, allow_nan=False))
         else:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from megadistill.plan.checkpoint_interval import advise
 from megadistill.plan.counts.disk_usage import signal_bytes
 from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
@@ -11,8 +12,11 @@ from megadistill.plan.search import Plan
 FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS}
 
 
-def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict[str, Any]:
-    """`price`: of a GPU-hour. `best` is cheapest first; `own` is null where the recipe cannot start on this cluster.
+def to_json(
+    plan: Plan, *, law: Expectation | None, price: float | None, between_faults: float | None = None
+) -> dict[str, Any]:
+    """`price`: of a GPU-hour; `between_faults`: see `advise`. `best` is cheapest first; `own` is null where the recipe
+    cannot start on this cluster.
 
     Times and costs are those at the expected MFUs, and beside them `optimistic`. Where `no_forecast` is a reason, they
     are null.
@@ -42,6 +46,7 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
         "vocabulary_ids": plan.inputs.vocab_size,
         "models": _models(main) if main else [],
         "checkpoint_bytes": main.requirements.checkpoint_bytes if main else None,
+        "checkpoint_interval": _interval(main, between_faults) if main and not plan.no_forecast else None,
         "teacher_bytes_per_token": _teacher_outputs(plan, main) if main else None,
         "chosen": {key: choice._asdict() for key, choice in main.sharding.choices.items()} if main else {},
         "other_checkpointing": _layout(plan, plan.checkpointing, price) if plan.checkpointing else None,
@@ -50,6 +55,22 @@ def to_json(plan: Plan, *, law: Expectation | None, price: float | None) -> dict
         "best": [_layout(plan, each, price) for each in plan.best],
         "nearest": _layout(plan, plan.nearest, price) if plan.nearest else None,
         "scaling_law": {"source": "arXiv 2502.08606", "fitted_on": FITTED_ON, **asdict(law)} if law else None,
+    }
+
+
+def _interval(estimate: Estimate, between_faults: float | None) -> dict[str, Any]:
+    advice = advise(estimate, between_faults=between_faults)
+    costs = advice.costs
+    return {
+        "key": advice.key,
+        "steps": advice.own,
+        "goodput": advice.goodput(advice.own),
+        "advised_steps": advice.every,
+        "advised_goodput": advice.goodput(advice.every),
+        "stall_seconds": costs.stall,
+        "write_seconds": costs.write,
+        "restart_seconds": {**advice.restart_parts, "together": costs.restart},
+        "seconds_between_faults": costs.between_faults,
     }
 
 
@@ -106,6 +127,12 @@ def _times_and_costs(plan: Plan, each: Estimate, price: float | None) -> dict[st
             "together": times.micro_step,
         },
         "hiding_tokens": each.hiding_tokens,
+        "step_collectives": {
+            "calls": each.latency.calls,
+            "latency_seconds": each.latency.together,
+            "latency_is_measured": each.latency.model.is_measured,
+            "ranks_at_which_latency_passes_compute": each.latency.ranks_at_compute,
+        },
         **_costs(each, price),
         "optimistic": _costs(each.optimistic, price),
     }

@@ -11,7 +11,9 @@ from rich.text import Text
 
 from megadistill.config.auto import describe_choices
 from megadistill.config.recipe import TargetsSection
-from megadistill.plan.counts.disk_usage import final_checkpoints, signal_bytes, target_bytes
+from megadistill.plan.checkpoint_interval import CheckpointAdvice, advise
+from megadistill.plan.collective_latency import SOURCE
+from megadistill.plan.counts.disk_usage import LOCAL_SAVES, final_checkpoints, local_bytes, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
 from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import Expectation
@@ -24,20 +26,23 @@ SMALL = 0.005
 """Rows below this fraction are grouped as "smaller ones"."""
 
 
-def render(plan: Plan, *, law: Expectation | None, price: float | None) -> RenderableType:
-    """The whole plan. `price`: of a GPU-hour, in any currency."""
+def render(
+    plan: Plan, *, law: Expectation | None, price: float | None, between_faults: float | None = None
+) -> RenderableType:
+    """The whole plan. `price`: of a GPU-hour, in any currency. `between_faults`: see `advise`."""
     main = plan.main
-    parts: list[RenderableType] = [summary_lines(plan, price=price)]
+    advice = None if main is None or plan.no_forecast else advise(main, between_faults=between_faults)
+    parts: list[RenderableType] = [summary_lines(plan, price=price, advice=advice)]
     if main is not None:
         parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), *_links(main)]
     if plan.best:
         parts.append(_layouts(plan, price=price))
     if main is not None:
-        parts += [_files(plan, main), _law(plan, law)]
+        parts += [_files(plan, main), *([] if advice is None else [_saves(advice)]), _law(plan, law)]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 
-def summary_lines(plan: Plan, *, price: float | None) -> RenderableType:
+def summary_lines(plan: Plan, *, price: float | None, advice: CheckpointAdvice | None = None) -> RenderableType:
     """The first part: whether the recipe fits, how long it takes, and the assumptions."""
     cluster, main = plan.cluster, plan.main
     text = Text()
@@ -53,6 +58,8 @@ def summary_lines(plan: Plan, *, price: float | None) -> RenderableType:
             text.append(f"{plan.no_forecast}\n", style="bold")
     if (warning := plan.low_precision_reduction) is not None:
         text.append(f"{warning}\n", style="bold yellow")
+    if advice is not None and advice.warning is not None:
+        text.append(f"{advice.warning}\n", style="bold yellow")
     text.rstrip()
     notes = Text("; ".join(_assumptions(plan)), style="dim")
     forecast = [_forecast(plan, main, price=price)] if main is not None and not plan.no_forecast else []
@@ -189,6 +196,7 @@ def _time(estimate: Estimate) -> RenderableType:
         "student, elementwise work recomputed": times.recompute,
         "ZeRO-3's traffic that compute does not hide": times.exposed,
         "exchange in the vocab group": times.vocabulary,
+        "latency of collectives that compute does not hide": times.collective_latency,
     }
     if times.stages and not times.replicas:
         rows |= {"teacher: a round through the largest stage": times.tick, "answers": times.clients * times.answer}
@@ -207,6 +215,7 @@ def _time_notes(estimate: Estimate) -> str:
     notes = ["At the expected MFU."]
     if times.gather or times.reduce:
         notes.append(f"Compute hides ZeRO-3's traffic from {estimate.hiding_tokens:,.0f} tokens on.")
+    notes += _latency_notes(estimate)
     if times.stages:
         even = sum(times.stages) / len(times.stages) / max(times.stages)
         notes.append(f"Stages are {even:.1%} even.")
@@ -216,6 +225,21 @@ def _time_notes(estimate: Estimate) -> str:
     if times.replicas:
         notes.append(f"The teacher's ranks are busy {times.tick / times.micro_step:.0%} of the time.")
     return " ".join(notes)
+
+
+def _latency_notes(estimate: Estimate) -> list[str]:
+    """Calls of a step and their latency, hidden or not; and the ranks from which it takes longer than the compute."""
+    latency = estimate.latency
+    if not latency.calls:
+        return []
+    share = latency.together / (estimate.sharding.accumulation * estimate.times.compute)
+    source = "as measured" if latency.model.is_measured else f"by the constants of {SOURCE}"
+    ranks = latency.ranks_at_compute
+    border = "" if ranks is None else f", and passes it at {ranks:,} ranks of the student"
+    return [
+        f"The latency of a step's {latency.calls:,} collectives, {source}, is {spell(latency.together)} together, "
+        f"{share:.0%} of the student's compute{border}."
+    ]
 
 
 def _links(estimate: Estimate) -> list[RenderableType]:
@@ -280,10 +304,26 @@ def _files(plan: Plan, main: Estimate) -> RenderableType:
     pace = "" if plan.no_forecast else f": {spell(every * main.times.step)}"
     table.add_row(f"a checkpoint, every {every:,} steps{pace}", "", readable(size, "B"))
     table.add_row(f"{checkpoints:,} of them, at the end", "", readable(checkpoints * size, "B"))
+    if local := local_bytes(main.sharding):
+        table.add_row(f"local saves of a node, at most {LOCAL_SAVES}, with copies", "", readable(local, "B"))
     if len(requirements.models) > 1:
         for name, each in _teacher_outputs(plan, main).items():
             table.add_row(name, f"{each:,.0f} B", readable(each * requirements.tokens, "B"))
     return _part("On disk", table)
+
+
+def _saves(advice: CheckpointAdvice) -> RenderableType:
+    """Goodput of the recipe's interval between checkpoints, and of the advised one."""
+    costs = advice.costs
+    table = _table("", "steps", "time", "goodput")
+    for name, steps in (("the recipe's", advice.own), ("advice", advice.every)):
+        table.add_row(f"{name}: {advice.key}", f"{steps:,}", spell(steps * advice.step), f"{advice.goodput(steps):.1%}")
+    parts = ", ".join(f"{name} {spell(seconds)}" for name, seconds in advice.restart_parts.items())
+    note = (
+        f"One fault in {spell(costs.between_faults)}; a save stalls training for {spell(costs.stall)} and is whole "
+        f"{spell(costs.write)} later; a restart takes {spell(costs.restart)}: {parts}."
+    )
+    return _part("Saves and faults", table, note)
 
 
 def _teacher_outputs(plan: Plan, main: Estimate) -> dict[str, float]:
