@@ -34,6 +34,7 @@ from megadistill.student.deepspeed_config import (
     reduction_dtype,
 )
 from megadistill.teacher.local_copy import describe_copy
+from megadistill.train.checkpoint.local_tier import describe_local_folder
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start, model_rows
@@ -76,6 +77,8 @@ def check_recipe(
             content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
         if (copies := recipe.teacher.local_copy) is not None:
             own.check("teacher's copy", lambda: (None, describe_copy(path_of_teacher, Path(copies))))
+    if (local := recipe.checkpoint.local) is not None:
+        own.check("local saves", lambda: (None, describe_local_folder(Path(local.folder))))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
     details = {result.detail for result in own.results}
     try:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megadistill.distributed.neighbour_copies import NodeRing
-from megadistill.train.checkpoint import local
+from megadistill.train.checkpoint import local_tier as local
 from megadistill.train.checkpoint.attempt import Attempt
-from megadistill.train.checkpoint.local import LocalTier
+from megadistill.train.checkpoint.local_tier import LocalTier
 from tests.unit.train.cases import manifest_of, topology
 
 WORLDS = [16, 512, 4096]

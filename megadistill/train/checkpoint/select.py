@@ -51,8 +51,8 @@ def latest_valid(
     """The checkpoint to resume from, None for a run that has never saved, and those quarantined. Collective.
 
     `saved_before`: whether this run is known to have saved. `newer_than`: step of a local save that is valid; None is
-    returned where no checkpoint is newer, and nothing of older ones is read. `is_abandoned`: whether a rollback went back to before a
-    checkpoint.
+    returned where no checkpoint is newer, and nothing of older ones is read. `is_abandoned`: whether a rollback went
+    back to before a checkpoint.
 
     Raises:
         OperatorFault: the run has saved and has no valid checkpoint, or the ranks see different folders.

@@ -37,7 +37,7 @@ from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
 from megadistill.train.checkpoint.host_copies import HostCopies
-from megadistill.train.checkpoint.local import LocalTier
+from megadistill.train.checkpoint.local_tier import LocalTier
 from megadistill.types import use_device
 from megadistill.units import readable
 

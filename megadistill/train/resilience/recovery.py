@@ -31,7 +31,7 @@ from megadistill.train.checkpoint.format import (
     ParentRecord,
 )
 from megadistill.train.checkpoint.heartbeat import HeartbeatThread
-from megadistill.train.checkpoint.local import LocalCheckpoint, LocalTier, resumed_steps, run_id, was_passed_over
+from megadistill.train.checkpoint.local_tier import LocalCheckpoint, LocalTier, resumed_steps, run_id, was_passed_over
 from megadistill.train.checkpoint.rollback import is_abandoned, plan_rollback, read_rollbacks, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid, verified
 from megadistill.train.checkpoint.versions import versions
@@ -141,9 +141,8 @@ class Recovery:
     def find_checkpoint(self) -> Checkpoint | LocalCheckpoint | None:
         """The checkpoint to restore: the newest valid one, for a run without one that of `run.begin_from`, or None.
 
-        Of a local save and a checkpoint of one step the local save is read. Of older checkpoints nothing is.
-
-        For the start, before the models are built, and after a rollback. Only manifests and hashes are read. Collective.
+        Of a local save and a checkpoint of one step the local save is read. Of older checkpoints nothing is. For the
+        start, before the models are built, and after a rollback. Only manifests and hashes are read. Collective.
 
         Raises:
             OperatorFault: the run has saved and no checkpoint is valid, or the ranks see different ones.

@@ -17,7 +17,7 @@ from megadistill.errors import OperatorFault
 from megadistill.events import read_events
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.format import newest_checkpoint
-from megadistill.train.checkpoint.local import LocalTier
+from megadistill.train.checkpoint.local_tier import LocalTier
 from megadistill.train.checkpoint.writer import Saver
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import Trainer, run

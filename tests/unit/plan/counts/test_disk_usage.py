@@ -17,7 +17,7 @@ from megadistill.plan.counts.disk_usage import (
     target_bytes,
 )
 from megadistill.plan.counts.sharding import Sharding
-from megadistill.train.checkpoint.local import KEEP
+from megadistill.train.checkpoint.local_tier import KEEP
 from megadistill.types import SparseTargets
 from tests.unit.data.targets.test_targets_store import _order
 from tests.unit.plan.cases import recipe as plan_recipe

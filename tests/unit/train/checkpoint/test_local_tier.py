@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from queue import Queue
@@ -18,11 +19,17 @@ from torch import Tensor
 
 from megadistill.config.recipe import LocalCheckpointSection
 from megadistill.distributed.neighbour_copies import NodeRing
-from megadistill.errors import OperatorFault, Superseded
-from megadistill.train.checkpoint import local
+from megadistill.errors import OperatorFault, Superseded, UserError
+from megadistill.train.checkpoint import local_tier as local
 from megadistill.train.checkpoint.attempt import Attempt, acquire
 from megadistill.train.checkpoint.format import CheckpointManifest, rank_file
-from megadistill.train.checkpoint.local import LocalTier, resumed_steps, run_id, was_passed_over
+from megadistill.train.checkpoint.local_tier import (
+    LocalTier,
+    describe_local_folder,
+    resumed_steps,
+    run_id,
+    was_passed_over,
+)
 from tests.unit.train.cases import manifest_of, topology
 
 Value = TypeVar("Value")
@@ -156,14 +163,14 @@ def test_every_set_of_lost_files_is_decided_alike_and_never_mixes_steps(ranks: T
                     save = folder / f"node-{holder}" / "run" / f"step-{step:08d}-a1"
                     _damage(save / rank_file(rank, WORLD), place + number)
             expected = 2 if survives else fallback
-            assert ranks.run(lambda rank, folder=folder: _newest(folder, rank)) == [expected] * WORLD, (lost, steps)
+            assert ranks.run(partial(_newest, folder)) == [expected] * WORLD, (lost, steps)
             shutil.rmtree(folder)
 
 
 def test_nodes_that_committed_another_last_save_agree_on_the_one_that_all_have(
     ranks: ThreadRanks, tmp_path: Path
 ) -> None:
-    """As a kill between the renames of two nodes leaves them: the bytes of step 3 are whole, and one node lacks it."""
+    """A kill between the renames of two nodes: the bytes of step 3 are whole, and one node lacks it."""
     ranks.run(lambda rank: _save(tmp_path, rank, _manifest(1), _manifest(2), _manifest(3)))
     for node in (0, 1):
         save = tmp_path / f"node-{node}" / "run" / "step-00000003-a1"
@@ -251,7 +258,7 @@ def test_ranks_of_one_folder_are_one_node(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [".node"]
 
 
-def test_a_copied_or_begun_again_run_folder_is_another_run(tmp_path: Path) -> None:
+def test_a_copy_of_a_run_folder_and_a_new_run_at_its_place_are_other_runs(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     acquire(folder, {"time": "now"})
     own = run_id(folder)
@@ -295,6 +302,15 @@ def test_a_folder_that_a_node_cannot_use_ends_the_start_everywhere(ranks: Thread
     lines = ranks.run(start)
     assert all("checkpoint.local.folder" in line and "leave that node out" in line for line in lines)
     assert "see the log of rank 1" in lines[0]
+
+
+def test_doctor_says_whether_a_node_can_keep_local_saves(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "yet"
+    assert describe_local_folder(folder).startswith(f"{folder} can be written to, ")
+    assert not list(tmp_path.iterdir()), "a check leaves nothing"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^checkpoint\.local\.folder .*file"):
+        describe_local_folder(tmp_path / "file" / "local")
 
 
 @pytest.mark.parametrize("folder", ["local", "", "~/local", "a\0b"])

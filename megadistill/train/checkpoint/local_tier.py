@@ -27,6 +27,7 @@ from megadistill.distributed.neighbour_copies import HostChannels, NodeRing, tra
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.io import open_regular, parse_json, read_file
+from megadistill.outputs import require_writable_folder
 from megadistill.train.checkpoint.attempt import Attempt, attempt_path
 from megadistill.train.checkpoint.folders import checkpoint_name, step_of
 from megadistill.train.checkpoint.format import (
@@ -39,6 +40,7 @@ from megadistill.train.checkpoint.format import (
     write_manifest,
     write_rank,
 )
+from megadistill.units import readable
 
 logger = logging.getLogger(__name__)
 
@@ -337,6 +339,17 @@ def _receive(folder: Path, rank: int, world: int, channels: HostChannels, holder
     for path in reversed(paths):  # the manifest last
         path.replace(folder / path.name)
     shutil.rmtree(arriving, ignore_errors=True)
+
+
+def describe_local_folder(folder: Path) -> str:
+    """A line on a node's folder of local saves, for a check before a run: it can be written to, and what is free there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    require_writable_folder(folder, "checkpoint.local.folder")
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    return f"{folder} can be written to, {readable(shutil.disk_usage(there).free, 'B')} free"
 
 
 def resumed_steps(folder: Path) -> dict[int, int]:
