@@ -142,10 +142,15 @@ def products_row(reports: Sequence[RankReport]) -> Row:
 def latency_row(latencies: Latencies) -> Row:
     """Time of small collectives, in the form of a file for `plan --gpu`. Not judged: it depends on the cluster."""
     measured = ", ".join(
-        f"{name}: {{{', '.join(f'{ranks}: {1e6 * seconds:.3g}' for ranks, seconds in by_ranks.items())}}}"
+        f"{name}: {{{', '.join(f'{ranks}: {_microseconds(each)}' for ranks, each in by_ranks.items())}}}"
         for name, by_ranks in latencies.items()
     )
     return Row("latency", Status.OK, f"of small collectives over as many ranks, for plan: latency_us: {{{measured}}}")
+
+
+def _microseconds(seconds: float) -> str:
+    """Three digits, as YAML reads a number."""
+    return f"{float(f'{1e6 * seconds:.3g}'):g}"
 
 
 def pairs_row(bandwidths: Mapping[Pair, float], hosts: Sequence[str], *, on_cpu: bool) -> Row:

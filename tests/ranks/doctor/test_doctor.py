@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -125,4 +126,5 @@ def test_a_fault_of_one_rank_is_reported_by_the_first(tmp_path: Path) -> None:
     # earlier checks are reported as well: the shards that are only described, the comparison of the ranks
     assert (rows["shards"]["status"], rows["world"]["status"]) == ("fail", "ok")
     assert rows["pairs of ranks"]["detail"].startswith("on a node")
+    assert re.search(r"latency_us: {all_gather: {2: [\d.]+}, all_reduce: {2: [\d.]+}}$", rows["latency"]["detail"])
     assert not report["ok"]

@@ -1,4 +1,4 @@
-"""Parameters that stay gathered between steps: one all-reduce brings them, to the last bit, and training is the same."""
+"""Parameters that stay gathered between steps: one all-reduce brings them, to the last bit; training is the same."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +18,13 @@ def _as_in_a_large_world(topology: Topology, case: Case) -> RunResult:
     return three_steps(topology, case)
 
 
-def test_with_the_last_norm_kept_gathered_training_equals_the_dense_truth() -> None:
+def test_training_with_a_gathered_last_norm_equals_the_dense_truth() -> None:
     case = Case(accumulation=2)
     for result in run_ranks(2, _as_in_a_large_world, case):
         assert_matches(result, dense_truth(case), case=case)
 
 
-def _kept_names(topology: Topology) -> list[str]:
+def _whole_parameters(topology: Topology) -> list[str]:
     vars(engine)["RANKS_OF_A_SMALL_WORLD"] = 1
     student = build(Case(), topology)
     run_steps(Case(), student, topology, range(2))
@@ -33,7 +33,7 @@ def _kept_names(topology: Topology) -> list[str]:
 
 
 def test_the_last_norm_is_whole_on_every_rank_between_steps() -> None:
-    assert run_ranks(2, _kept_names) == [["model.norm.weight"]] * 2
+    assert run_ranks(2, _whole_parameters) == [["model.norm.weight"]] * 2
 
 
 VALUES = [torch.tensor([1.5, -0.0, float("nan"), -3e38, 7.0]), torch.tensor([-0.0, 2.0])]
