@@ -8,6 +8,7 @@ out are what needs hardware in the switches (NVLS between nodes, CollNet) and PA
 Where `megadistill doctor` has measured small collectives on a cluster, their times replace the model's scale.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -159,14 +160,52 @@ class LatencyModel:
         return measured[ranks] * MICROSECOND / published_latency(self.links, call.kind, ranks, nodes, 0)
 
 
+Busy = dict[Hidden, float]
+"""Seconds by what may run at the same time: latency, with the bytes of calls that compute may hide."""
+
+
 @dataclass(frozen=True)
-class StepLatency:
-    """Latency of the collectives of an optimizer step."""
+class CollectiveTimes:
+    """Times of the collectives of an optimizer step by themselves."""
 
     collectives: StepCollectives
     model: LatencyModel
+
+    @cached_property
+    def busy(self) -> tuple[Busy, Busy, Busy]:
+        """Times of the first micro-step, of each further one, and of the calls once a step."""
+        first, later, once = map(self._busy, _parts(self.collectives))
+        return first, later, once
+
+    def _busy(self, calls: Sequence[Collective]) -> Busy:
+        busy = dict.fromkeys(Hidden, 0.0)
+        for call, count in Counter(calls).items():
+            hidden = call.hidden_behind is not Hidden.NOTHING
+            seconds = self.model.seconds(call) + (self.model.transfer(call) if hidden else 0.0)
+            busy[call.hidden_behind] += count * seconds
+        return busy
+
+
+def collective_times(run: Sharding, accelerator: Accelerator) -> CollectiveTimes:
+    """Times of the collectives of a run's step."""
+    return CollectiveTimes(count_collectives(run), LatencyModel(accelerator, run.ranks_per_node))
+
+
+@dataclass(frozen=True)
+class StepLatency:
+    """Latency of the collectives of an optimizer step, beside its compute."""
+
+    alone: CollectiveTimes
     times: StepTimes
     """Compute and bytes, without latency."""
+
+    @property
+    def collectives(self) -> StepCollectives:
+        return self.alone.collectives
+
+    @property
+    def model(self) -> LatencyModel:
+        return self.alone.model
 
     @cached_property
     def calls(self) -> int:
@@ -181,7 +220,7 @@ class StepLatency:
     def exposed(self) -> float:
         """Seconds of a micro-step, in the mean of a step, that compute does not hide."""
         accumulation = self.collectives.accumulation
-        first, later, once = (self._exposed(calls) for calls in self._parts(self.collectives))
+        first, later, once = (self._exposed(busy) for busy in self.alone.busy)
         micro_steps = (first[0] + (accumulation - 1) * later[0] + once[0]) / accumulation
         waited = (first[1] + (accumulation - 1) * later[1] + once[1]) / accumulation
         return max(waited, micro_steps - self.times.exposed)
@@ -220,28 +259,19 @@ class StepLatency:
                 for call in calls
             )
 
-        first, later, once = (scaled(calls) for calls in self._parts(self.collectives))
+        first, later, once = (scaled(calls) for calls in _parts(self.collectives))
         return StepCollectives(self.collectives.accumulation, first, later, once)
 
-    @staticmethod
-    def _parts(collectives: StepCollectives) -> tuple[Sequence[Collective], ...]:
-        return collectives.first, collectives.later, collectives.once
-
     def _total(self, collectives: StepCollectives) -> float:
-        first, later, once = (sum(map(self.model.seconds, calls)) for calls in self._parts(collectives))
+        first, later, once = (sum(map(self.model.seconds, calls)) for calls in _parts(collectives))
         return first + (collectives.accumulation - 1) * later + once
 
-    def _exposed(self, calls: Sequence[Collective]) -> tuple[float, float]:
-        """Seconds that compute does not hide, bytes included where it hides them; and those that nothing hides."""
-        busy = dict.fromkeys(Hidden, 0.0)
-        for call in calls:
-            hidden = call.hidden_behind is not Hidden.NOTHING
-            busy[call.hidden_behind] += self.model.seconds(call) + (self.model.transfer(call) if hidden else 0.0)
+    def _exposed(self, busy: Busy) -> tuple[float, float]:
+        """Seconds that compute does not hide, and of them those that nothing hides."""
         waited = busy[Hidden.NOTHING]
         forward, backward = busy[Hidden.FORWARD], busy[Hidden.BACKWARD]
         return waited + max(0.0, forward - self.times.forward) + max(0.0, backward - self.times.backward), waited
 
 
-def step_latency(run: Sharding, times: StepTimes, accelerator: Accelerator) -> StepLatency:
-    """Latency of a step of a run whose compute and bytes take `times`."""
-    return StepLatency(count_collectives(run), LatencyModel(accelerator, run.ranks_per_node), times)
+def _parts(collectives: StepCollectives) -> tuple[Sequence[Collective], ...]:
+    return collectives.first, collectives.later, collectives.once

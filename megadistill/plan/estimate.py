@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megadistill.models.partition import balanced_sizes, stage_flops
-from megadistill.plan.collective_latency import StepLatency, step_latency
+from megadistill.plan.collective_latency import CollectiveTimes, StepLatency, collective_times
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
@@ -51,7 +51,7 @@ class Estimate:
     @cached_property
     def latency(self) -> StepLatency:
         """Latency of a step's collectives."""
-        return step_latency(self.sharding, self.times.without_latency, self.cluster.accelerator)
+        return StepLatency(collective_times(self.sharding, self.cluster.accelerator), self.times.without_latency)
 
     @cached_property
     def memory(self) -> int:
@@ -92,7 +92,9 @@ def estimate(run: Sharding, cluster: Cluster, mfu: MfuAssumption) -> Estimate:
         UserError: the peak of the GPU at the recipe's precision is not known.
     """
     requirements = count_requirements(run)
-    times, optimistic = (_step_times(run, requirements, cluster, each) for each in (mfu, optimistic_mfu(run, mfu)))
+    alone = collective_times(run, cluster.accelerator)
+    mfus = (mfu, optimistic_mfu(run, mfu))
+    times, optimistic = (_step_times(run, requirements, alone, cluster, each) for each in mfus)
     return Estimate(run, cluster, requirements, times, optimistic)
 
 
@@ -104,7 +106,9 @@ def optimistic_mfu(run: Sharding, mfu: MfuAssumption) -> MfuAssumption:
     )
 
 
-def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu: MfuAssumption) -> StepTimes:
+def _step_times(
+    run: Sharding, requirements: Requirements, alone: CollectiveTimes, cluster: Cluster, mfu: MfuAssumption
+) -> StepTimes:
     peak = cluster.accelerator.peak_flops(run.recipe.train.precision)
     student, *teachers = requirements.models
     student_rate, teacher_rate = (run.tokens / (share * peak) for share in (mfu.student_mfu, mfu.teacher_mfu))
@@ -137,7 +141,7 @@ def _step_times(run: Sharding, requirements: Requirements, cluster: Cluster, mfu
         replicas=0 if run.roles is None else run.roles.replicas,
         queue=1 if run.roles is None else run.teacher_section.queue,
     )
-    return replace(times, collective_latency=step_latency(run, times, cluster.accelerator).exposed)
+    return replace(times, collective_latency=StepLatency(alone, times).exposed)
 
 
 def _float8_speedup(run: Sharding, cluster: Cluster) -> float:

@@ -62,7 +62,7 @@ class StepCollectives:
     first: tuple[Collective, ...]
     """Calls of the first micro-step."""
     later: tuple[Collective, ...]
-    """Calls of each further one."""
+    """Calls of each further one; none where there is none."""
     once: tuple[Collective, ...]
     """Calls of the step itself."""
 
@@ -78,7 +78,9 @@ def count_collectives(run: Sharding) -> StepCollectives:
     """The collectives of a step on one of the student's ranks; none of a group of one rank."""
     groups = _Groups(run)
     loss = tuple(_loss(run, groups))
-    micro_steps = [(*_gathers(run, groups, first=first), *loss, *_reductions(run, groups)) for first in (True, False)]
+    kinds = (True, False) if run.accumulation > 1 else (True,)
+    micro_steps = [(*_gathers(run, groups, first=first), *loss, *_reductions(run, groups)) for first in kinds]
+    micro_steps += [()] * (2 - len(kinds))
     first, later, once = (
         tuple(each for each in calls if each.ranks > 1) for calls in (*micro_steps, tuple(_once(run, groups)))
     )

@@ -7,7 +7,7 @@ import yaml
 
 from megadistill.accelerators import Accelerator, accelerator
 from megadistill.doctor.comparison import latency_row
-from megadistill.plan.collective_latency import LatencyModel, StepLatency
+from megadistill.plan.collective_latency import CollectiveTimes, LatencyModel, StepLatency
 from megadistill.plan.counts.collectives import ALL_GATHER, ALL_REDUCE, Collective, Hidden, StepCollectives
 from megadistill.plan.throughput import StepTimes
 
@@ -73,7 +73,7 @@ def _latency(first: int, later: int, *, waited: int = 0) -> StepLatency:
     """Gathers of nothing in the forward pass of the first and of the second micro-step, and calls once a step."""
     once = (replace(_call(0), hidden_behind=Hidden.NOTHING),) * waited
     collectives = StepCollectives(2, (_call(0),) * first, (_call(0),) * later, once)
-    return StepLatency(collectives, LatencyModel(H100, 8), TIMES)
+    return StepLatency(CollectiveTimes(collectives, LatencyModel(H100, 8)), TIMES)
 
 
 ALPHA = LatencyModel(H100, 8).seconds(_call(0))

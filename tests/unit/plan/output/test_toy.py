@@ -50,7 +50,7 @@ def test_one_gpu_has_no_table_of_links() -> None:
 def test_the_border_is_where_latency_takes_as_long_as_what_is_counted() -> None:
     main = _plan(1.0).main
     assert main is not None
-    border = micro_step_latency(main.sharding) / main.times.micro_step
+    border = micro_step_latency(main.sharding) / main.times.without_latency.micro_step
     assert _plan(0.99 * border).no_forecast is not None
     assert _plan(1.01 * border).no_forecast is None
 
