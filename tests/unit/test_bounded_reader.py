@@ -188,6 +188,7 @@ RAW = {
     "megadistill/data/shards/npy.py": "an array in an .npz in memory, with a bound",
     "megadistill/data/shards/opening.py": "a folder's own `open`, of data/storage",
     "megadistill/data/shards/tar.py": "tarfile on an opened file, with a bound",
+    "megadistill/data/storage/node_files.py": "a folder's own `open`, and files of this user that are written",
     "megadistill/data/storage/remote.py": "a folder's own `open`",
     "megadistill/data/stream/stream.py": "an order in memory, of a cursor",
     "megadistill/data/targets/target_manifest.py": "an order in memory, of a validated key",
