@@ -53,7 +53,7 @@ def test_a_student_is_built_and_filled_without_sending_a_value(deepspeed: str, p
 
 
 class _Counter:
-    """A generator that counts the numbers it is asked for."""
+    """A generator that counts the numbers drawn."""
 
     drawn = 0
 

@@ -244,9 +244,16 @@ def _saves_a_step(topology: Topology, folder: str) -> None:
 def _reads_it(topology: Topology, folder: str) -> tuple[dict[str, Tensor], list[str]]:
     """This rank's pieces as it holds them, and the files that it opened."""
     student_cases.MULTIPLE = 264
-    student, opened = build(Case(), topology), []
+    student, opened, manifests, read = build(Case(), topology), list[str](), list[Path](), checkpoint.read_manifest
+
+    def read_manifest(path: Path) -> checkpoint.CheckpointManifest:
+        manifests.append(path)
+        return read(path)
+
+    checkpoint.read_manifest = read_manifest
     made, _ = select.verified(checkpoint_folders(Path(folder))[1], topology)
     assert made is not None
+    assert len(manifests) == topology.is_first, "rank 0 reads the manifest for all"
     file = made._file
 
     def counted(rank: int) -> Any:

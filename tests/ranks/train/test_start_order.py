@@ -45,11 +45,11 @@ class _RollBack(Hook):
     """Asks for a rollback, once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.done = False
 
     def after_step(self, event: StepEvent) -> Request | None:
-        asked, self.asked = self.asked, True
-        return None if asked else Request.ROLL_BACK
+        done, self.done = self.done, True
+        return None if done else Request.ROLL_BACK
 
 
 def _start(topology: Topology, recipe: Recipe, stop_after: int, rolls_back: bool) -> list[str]:

@@ -44,7 +44,7 @@ def test_a_tensor_of_one_block_has_the_values_of_releases_before_there_were_bloc
 
 
 def test_any_cut_of_a_tensor_has_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO-3 cuts, on 1 to 4,096 ranks, and anywhere else. Blocks are small here, so that pieces are of many."""
+    """Cuts of ZeRO-3 on 1 to 4,096 ranks, and anywhere else. Blocks are small here, so that pieces are of many."""
     monkeypatch.setattr(initial_weights, "BLOCK", 64)
     shape = (31, 67)
     whole, numel = initial_tensor("a.weight", shape, std=0.02, seed=1).flatten(), math.prod(shape)
