@@ -147,14 +147,19 @@ run_step() {
 
 exit_code_of() { awk -v rank="$1" '$1 == rank { print $2 }' "$LOGS"/*.codes 2>/dev/null; } # RANK
 
-# first_rank_with CODE...: its number, and its last line. One pass over the codes of all ranks.
+# first_rank_with CODE...: its number, and its last line. Of these ranks the first with a reason of its own, then one that
+# lost another: most print nothing, as the fault is another's. One pass over the lines and codes of all ranks.
 first_rank_with() {
-  local rank code file
-  read -r rank code file < <(awk -v codes=" $* " '
-    index(codes, " " $2 " ") && (file == "" || $1 < rank) { rank = $1 + 0; code = $2; file = FILENAME }
-    END { if (file != "") print rank, code, file }' "$LOGS"/*.codes 2>/dev/null)
-  [ -n "$rank" ] || return 1
-  echo "$rank exit code $code: $(sed -n "s/^$rank: //p" "${file%.codes}.err" 2>/dev/null | tail -n 1)"
+  local file files=() found
+  for file in "$LOGS"/*.err "$LOGS"/*.codes; do [ ! -e "$file" ] || files+=("$file"); done
+  [ "${#files[@]}" -gt 0 ] || return 1
+  found=$(awk -v codes=" $* " '
+    FILENAME ~ /\.err$/ { rank = $1; if (sub(/^[0-9]+: /, "")) { sub(/:$/, "", rank); last[rank] = $0 } next }
+    !index(codes, " " $2 " ") { next }
+    { rank = $1 + 0; score = rank in last ? (last[rank] ~ /lost another rank/) : 2 }
+    !seen++ || score < best || (score == best && rank < first) { best = score; first = rank; code = $2 }
+    END { if (seen) print first " exit code " code ": " last[first] }' "${files[@]}")
+  [ -n "$found" ] && echo "$found"
 }
 
 # log_ends: the ends that the next start mends.

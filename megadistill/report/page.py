@@ -22,6 +22,7 @@ from megadistill.report.drawing import DASHES, MAX_RUNS, PALETTE, PALETTE_DARK, 
 from megadistill.report.evaluation_section import Results
 from megadistill.report.event_plot import TROUBLE, events_figure, goodput_figure
 from megadistill.report.run_record import RunRecord, read_runs
+from megadistill.report.save_interval import measured_saves
 from megadistill.report.smoothing import SMOOTHED_SHARE
 from megadistill.report.summary import LAST_STEPS, event_counts, events_table, measured_mfu, summary_table
 from megadistill.report.tables import NOTHING, attempts_table, differing_keys, recipe_table, versions_table
@@ -87,6 +88,7 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         nothing=NOTHING,
         strokes=[" ".join(map(str, dash[1])) if isinstance(dash, tuple) else "" for dash in DASHES],
         summary=summary_table(runs, clocks, goodputs, now=now),
+        measured_saves=[(run.name, str(saves)) for run in runs if (saves := measured_saves(run))],
         measured_mfus=[(run.name, options) for run in runs if (options := measured_mfu(run))],
         notes=[(run.name, note) for run in runs for note in run.notes] + unread,
         last_steps=LAST_STEPS,

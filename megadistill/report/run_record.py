@@ -251,7 +251,9 @@ def _events(path: Path, notes: list[str]) -> list[Event]:
     if damaged:
         notes.append(f"events.jsonl: {number_of(damaged, 'line')} damaged or unknown, left out")
     notes += [f"events.jsonl: {name} is now {RENAMED_EVENTS[name]}, and left out" for name in sorted(former)]
-    return sorted(events, key=lambda event: event.time)
+    caused = {each.attempt for each in events if each.kind == "attempt_failed" and not each.values.get("lost_peer")}
+    named = (each for each in events if not (each.values.get("lost_peer") and each.attempt in caused))
+    return sorted(named, key=lambda event: event.time)
 
 
 def _event(line: Mapping[str, Any]) -> Event | None:
