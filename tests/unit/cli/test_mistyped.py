@@ -16,7 +16,7 @@ MISTYPED = [
     ("trian x.yaml", ["did you mean `megadistill train`?"]),
     ("--local_rank 0 trian x.yaml", ["did you mean `megadistill train`?"]),
     ("shards verfy x", ["did you mean `megadistill shards verify`?"]),
-    ("shards", ["ACTION", "verify, info, index"]),
+    ("shards", ["ACTION", "verify, info, convert, index"]),
     ("frobnicate", ["no command", "tokenize", "config-keys"]),
     ("x.yaml", ["no command", "`megadistill train x.yaml`"]),
     ("recipes", ["no command"]),
@@ -77,7 +77,7 @@ MISTYPED = [
     ("run x.yaml", ["did you mean `megadistill train`?"]),
     ("eval x", ["did you mean `megadistill evaluate`?"]),
     ("help", ["did you mean `megadistill --help`?"]),
-    ("shards .", ["no command `megadistill shards .`: there are verify, info, index"]),
+    ("shards .", ["no command `megadistill shards .`: there are verify, info, convert, index"]),
     # what is missing
     ("train", ["missing: RECIPE", "`megadistill train --help`"]),
     ("plan x", ["missing: --nodes, --gpu"]),
