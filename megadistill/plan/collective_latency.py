@@ -15,14 +15,14 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from megadistill.accelerators import Accelerator
-from megadistill.plan.counts.collectives import (
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.step_collectives import (
     ALL_REDUCE,
     Collective,
     Hidden,
     StepCollectives,
     count_collectives,
 )
-from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.throughput import StepTimes
 
 SOURCE = "NCCL 2.30.7"

@@ -15,7 +15,9 @@ from megadistill.accelerators import accelerator
 from megadistill.config.recipe import Checkpointing, Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
-from megadistill.plan.counts.collectives import (
+from megadistill.plan.counts.model_stats import RecipeStats, measure_models
+from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.step_collectives import (
     CONTROL,
     GRADIENTS,
     SCALES,
@@ -24,8 +26,6 @@ from megadistill.plan.counts.collectives import (
     StepCollectives,
     count_collectives,
 )
-from megadistill.plan.counts.model_stats import RecipeStats, measure_models
-from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
 from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput, read_plan_input

@@ -8,7 +8,7 @@ import yaml
 from megadistill.accelerators import Accelerator, accelerator
 from megadistill.doctor.comparison import latency_row
 from megadistill.plan.collective_latency import CollectiveTimes, LatencyModel, StepLatency
-from megadistill.plan.counts.collectives import ALL_GATHER, ALL_REDUCE, Collective, Hidden, StepCollectives
+from megadistill.plan.counts.step_collectives import ALL_GATHER, ALL_REDUCE, Collective, Hidden, StepCollectives
 from megadistill.plan.throughput import StepTimes
 
 H100 = accelerator("h100")

@@ -103,7 +103,7 @@ def test_27b_to_8b_on_512() -> None:
     assert _days(result) == pytest.approx(7.0, abs=0.1)
     assert _days(result) * 24 * 512 == pytest.approx(86_000, rel=0.01)
     labels = _estimate(student, None, nodes=64, stages=8, sequence_length=8192)
-    assert _days(labels) == pytest.approx(4.0, abs=0.1)
+    assert _days(labels) == pytest.approx(4.1, abs=0.1)
 
 
 def test_the_largest_stage_sets_the_pace() -> None:
