@@ -17,6 +17,7 @@ from megadistill.distributed.collectives import all_gather_rows, all_reduce_sum,
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.loss import pointwise
+from megadistill.loss.exponential import kl_terms
 from megadistill.loss.pointwise import Formula, GradCoefs, LabelCoefs, SoftmaxBlock
 from megadistill.loss.softmax import Softmax, SparseSlice, add_at_rows_, at_rows, set_at_rows_
 from megadistill.types import TOP_K, LogitTransform, Tail
@@ -132,10 +133,10 @@ class Chunk:
         d, tokens, label = self.divergence, self.tokens, None
         if d.ce_weight or d.z_loss or d.label_fraction:
             z_nv = self.student.logits.z_nv
-            grad_n = pointwise.transform_grad(at_rows(z_nv, tokens.label_rows_n), self.transform)
+            z_n = at_rows(z_nv, tokens.label_rows_n)
             label = LabelCoefs(
                 p_s_b=tokens.ce_n + 2 * d.z_loss * tokens.weights_n * self.student.log_z_n,
-                onehot_b=-tokens.ce_n * grad_n,
+                onehot_b=pointwise.through_transform(-tokens.ce_n, z_n, self.transform),
                 row_b=tokens.label_rows_n.to(z_nv.dtype),
                 rows_v=torch.arange(z_nv.shape[1], dtype=z_nv.dtype, device=z_nv.device),
             )
@@ -183,12 +184,12 @@ class Chunk:
         log_p_nK = pointwise.log_p_T(at_targets, T)
         d_nK = torch.where(own_nK & (q_nK > 0), q_nK.log() - log_p_nK, 0)
         sums_to_one = targets.tail is Tail.OTHER  # as `kl_terms` needs it
-        share_nK = pointwise.kl_terms(q_nK, log_p_nK.exp(), d_nK) if sums_to_one else q_nK * d_nK
+        share_nK = kl_terms(q_nK, log_p_nK.exp(), d_nK) if sums_to_one else q_nK * d_nK
         if out_nv is not None:
             outside_n, inside_n = self._sparse_factors(targets)
             coefs = self._coefs
             dz_nK = coefs.kd_b.unsqueeze(1) * (log_p_nK.exp() * (inside_n - outside_n).unsqueeze(1) - q_nK)
-            dz_nK = dz_nK * pointwise.transform_grad(at_targets.z_bv, self.transform)
+            dz_nK = pointwise.through_transform(dz_nK, at_targets.z_bv, self.transform)
             coefs = coefs._replace(kd_b=coefs.kd_b * outside_n)
             self._write_student_dlogits(coefs, out_nv)
             if out_nv.dtype == dz_nK.dtype:
@@ -215,7 +216,7 @@ class Chunk:
             return torch.zeros_like(self.tokens.weights_n)
         log_r_t, log_r_s = self.targets.log_tail_n, self._log_r_s()
         d_n = torch.where(log_r_t > -math.inf, log_r_t - log_r_s, 0)
-        value_n = pointwise.kl_terms(log_r_t.exp(), log_r_s.exp(), d_n)
+        value_n = kl_terms(log_r_t.exp(), log_r_s.exp(), d_n)
         return torch.where(log_r_t > -math.inf, value_n, log_r_s.exp())
 
     def _log_r_s(self) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megadistill.divergence import DivergenceKind
+from megadistill.loss.exponential import INDUCTOR_OPTIONS, inlined_exp, inlined_kl_terms, kl_terms
 from megadistill.types import LogitTransform
 
 MAX_LOG_RATIO = 1000.0
@@ -80,7 +81,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     limit, at which a function that must be one graph fails.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True, options=INDUCTOR_OPTIONS)
 
 
 def apply_transform_(z_bv: Tensor, bias_v: Tensor | None, transform: LogitTransform) -> None:
@@ -95,9 +96,11 @@ def apply_transform_(z_bv: Tensor, bias_v: Tensor | None, transform: LogitTransf
             z_bv.masked_fill_(bias_v == -math.inf, -math.inf)
 
 
-def transform_grad(z: Tensor, transform: LogitTransform) -> Tensor | float:
-    """The derivative of a logit with respect to its product: scale · (1 - (z/softcap)²)."""
-    return transform.scale if transform.softcap is None else transform.scale * (1 - (z / transform.softcap).square())
+def through_transform(dz: Tensor, z: Tensor, transform: LogitTransform) -> Tensor:
+    """A derivative with respect to logits, with respect to their products: dz · scale · (1 - (z/softcap)²)."""
+    if transform.scale != 1.0:
+        dz = dz * transform.scale
+    return dz if transform.softcap is None else dz * (1 - (z / transform.softcap).square())
 
 
 def slice_stats(z_bv: Tensor, ids_v: Tensor, temperature: float) -> Tensor:
@@ -109,15 +112,15 @@ def slice_stats(z_bv: Tensor, ids_v: Tensor, temperature: float) -> Tensor:
     argmax_b = torch.where(z_bv == max_b.unsqueeze(1), ids_v, math.inf).amin(dim=1)  # `max` would not vectorise
     # -inf is 0 times -inf in the entropy's sum; this finite number is 0 times a number.
     y_bv = (z_bv - _finite(max_b).unsqueeze(1)).clamp_min(-1e30)
-    e_bv = y_bv.exp()
+    e_bv = inlined_exp(y_bv)
     sum_b = e_bv.sum(dim=1)
-    sum_T_b = sum_b if temperature == 1.0 else (y_bv / temperature).exp().sum(dim=1)
+    sum_T_b = sum_b if temperature == 1.0 else inlined_exp(y_bv / temperature).sum(dim=1)
     return torch.stack([max_b, argmax_b, sum_b, (e_bv * y_bv).sum(dim=1), sum_T_b], dim=1)
 
 
 def tail_sum(z_bv: Tensor, in_targets_bv: Tensor, max_b: Tensor, temperature: float) -> Tensor:
     """[b]: Σ e^((z-m)/T) over the ids that are not among the sparse targets."""
-    e_bv = ((z_bv - _finite(max_b).unsqueeze(1)) / temperature).exp()
+    e_bv = inlined_exp((z_bv - _finite(max_b).unsqueeze(1)) / temperature)
     return torch.where(in_targets_bv, 0, e_bv).sum(dim=1)
 
 
@@ -128,7 +131,8 @@ def log_p(block: SoftmaxBlock) -> Tensor:
 
 def log_p_T(block: SoftmaxBlock, temperature: float) -> Tensor:
     """[b, v]: ln p at temperature T."""
-    return (block.z_bv - block.max_b.unsqueeze(1)) / temperature - block.log_sum_T_b.unsqueeze(1)
+    y_bv = block.z_bv - block.max_b.unsqueeze(1)
+    return (y_bv if temperature == 1.0 else y_bv / temperature) - block.log_sum_T_b.unsqueeze(1)
 
 
 def forward_kl(
@@ -144,8 +148,8 @@ def forward_kl(
     With `coefs` dlogits is written to `out_bv`; its divergence part is kd · (p_s - p_t).
     """
     log_p_t, log_p_s = log_p_T(teacher, temperature), log_p_T(student, temperature)
-    p_t, p_s = log_p_t.exp(), log_p_s.exp()
-    share_b = kl_terms(p_t, p_s, (log_p_t - log_p_s).clamp_min(-MAX_LOG_RATIO)).sum(dim=1)
+    p_t, p_s = inlined_exp(log_p_t), inlined_exp(log_p_s)
+    share_b = inlined_kl_terms(p_t, p_s, (log_p_t - log_p_s).clamp_min(-MAX_LOG_RATIO)).sum(dim=1)
     if coefs is not None and out_bv is not None:
         out_bv.copy_(_dlogits(student, coefs.kd_b.unsqueeze(1) * (p_s - p_t), p_s, temperature, coefs, transform))
     return share_b
@@ -188,7 +192,7 @@ def write_student_dlogits(
 
 def student_dlogits(student: SoftmaxBlock, temperature: float, coefs: GradCoefs, transform: LogitTransform) -> Tensor:
     """[b, v]: the part of dlogits that needs no teacher, of which kd · p_s is every id's: all but sparse targets."""
-    p_s = log_p_T(student, temperature).exp()
+    p_s = inlined_exp(log_p_T(student, temperature))
     return _dlogits(student, coefs.kd_b.unsqueeze(1) * p_s, p_s, temperature, coefs, transform)
 
 
@@ -207,8 +211,8 @@ def _dlogits(
     """
     label = coefs.label
     if label is not None:
-        dz_bv = dz_bv + label.p_s_b.unsqueeze(1) * (p_s if temperature == 1.0 else log_p(student).exp())
-    dlogits_bv = dz_bv * transform_grad(student.z_bv, transform)
+        dz_bv = dz_bv + label.p_s_b.unsqueeze(1) * (p_s if temperature == 1.0 else inlined_exp(log_p(student)))
+    dlogits_bv = through_transform(dz_bv, student.z_bv, transform)
     if label is None:
         return dlogits_bv
     is_label_bv = label.rows_v == label.row_b.unsqueeze(1)
@@ -260,15 +264,6 @@ def _distributions(student: SoftmaxBlock, teacher: SoftmaxBlock, temperature: fl
     """p_t, p_s and d."""
     log_p_t, log_p_s = log_p_T(teacher, temperature), log_p_T(student, temperature)
     return log_p_t.exp(), log_p_s.exp(), log_p_t - log_p_s
-
-
-def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p (d + e^-d - 1) with d = ln p - ln q: over the whole vocabulary that adds Σ q - Σ p = 0 to Σ p d.
-
-    But no term is negative, and nothing cancels when p and q are close. Where q is far likelier, e^-d would overflow,
-    and the plain sum is exact enough.
-    """
-    return torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
 
 
 def _finite(max_b: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     compile_ = torch.compile
 
     def counted(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        def backend(graph: torch.fx.GraphModule, _: list[Tensor], **_options: Any) -> Callable[..., Any]:
             counts[function.__name__] += 1
             return graph.forward
 
