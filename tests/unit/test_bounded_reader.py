@@ -200,6 +200,7 @@ RAW = {
     "megadistill/shipped/__init__.py": "files of the package",
     "megadistill/train/checkpoint/attempt.py": "/proc, and a file that is written",
     "megadistill/train/checkpoint/format.py": "safetensors, on a verified file, and a file that was just written",
+    "megadistill/train/checkpoint/local_tier.py": "safetensors, on a verified file",
     "megadistill/train/telemetry/timeline_capture.py": "/proc",
     "megadistill/train/teacher/live.py": "a target writer's own `open`",
     "megadistill/types.py": "an order in memory, of a cursor",

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 KEEP = 2
 """Saves that stay on a node: a kill between the renames of two nodes leaves the one before on both."""
 MANIFEST = "manifest.json"
+MAX_LINE_BYTES = 1 << 20
 NODE_FILE = ".node"
 """File in the folder that names the node: ranks that read the same name share the folder."""
 ATTEMPTS = 1 << 20
@@ -360,7 +361,7 @@ def resumed_steps(folder: Path) -> dict[int, int]:
     except OSError:
         return steps
     with file:
-        for line in file:
+        while line := file.readline(MAX_LINE_BYTES):
             if b'"resumed"' in line:
                 with suppress(ValueError, KeyError, TypeError):
                     values = parse_json(line)
