@@ -42,7 +42,7 @@ def claim_fault(folder: Path, attempt: int, kind: FaultKind, values: Mapping[str
     place = folder / "faults" / f"{attempt:05d}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        is_known = kind == "lost_peer" and (place / "cause.json").exists()
+        is_known = kind == "lost_peer" and any((place / f"{each}.json").exists() for each in ("cause", "requested"))
         is_first = not is_known and _create(place / f"{kind}.json", record)
         is_first_of_host = _create(place / f"host-{re.sub(r'[^A-Za-z0-9.-]', '_', host)[:100]}.json", record)
         is_new = not is_first and kind == "cause" and _is_new_reason(place, record)

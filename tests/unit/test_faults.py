@@ -81,7 +81,7 @@ def test_different_reasons_have_files_up_to_a_bound(tmp_path: Path, monkeypatch:
 def test_a_second_signal_is_a_request_whatever_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It decides whether the time until the next start counts."""
     quits: list[Write] = [(rank, "requested", "SIGINT") for rank in range(16)]
-    _fail(tmp_path, monkeypatch, [(3, "cause", "it broke"), *quits])
+    _fail(tmp_path, monkeypatch, [(3, "cause", "it broke"), *quits, (17, "lost_peer", LOST)])
     assert [event.get("requested", False) for event in read_events(tmp_path)] == [False, True]
 
 
@@ -90,3 +90,8 @@ def test_a_disk_that_refuses_costs_no_reason(tmp_path: Path) -> None:
     claim = claim_fault(tmp_path, 3, "lost_peer", {"rank": 5, "step": 9, "reason": LOST, "exit_code": 3})
     assert claim.writes_event
     assert claim.prints
+
+
+def test_a_peer_of_ranks_that_a_person_ended_adds_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail(tmp_path, monkeypatch, [(0, "requested", "SIGINT"), *((rank, "lost_peer", LOST) for rank in range(1, 16))])
+    assert [event["reason"] for event in read_events(tmp_path)] == ["SIGINT"]
