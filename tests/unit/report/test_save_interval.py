@@ -31,7 +31,7 @@ def test_a_run_with_faults_is_advised_by_its_own_costs(tmp_path: Path) -> None:
     assert measured.faults == 3
     wall = 4 * HOUR - 60
     costs = measured.advice.costs
-    assert (costs.stall, costs.write, costs.restart) == (0.5, 9.5, pytest.approx(180.0))
+    assert [costs.stall, costs.write, costs.restart] == pytest.approx([0.5, 9.5, 180.0])
     assert costs.between_faults == pytest.approx(wall / 3)
     assert "3 faults" in str(measured)
 
