@@ -215,10 +215,11 @@ def reason_of(error: OSError | ValueError) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path, *, problem: str) -> Iterator[None]:
+def locked_folder(folder: Path, *, problem: str | None = None) -> Iterator[None]:
     """Keeps a second process of this kind out of `folder`, which is made, for as long as the context is open.
 
     The lock leaves no file behind and ends with its process. It does nothing where the file system has no locks.
+    Without `problem` it waits for the other process.
 
     Raises:
         UserError: another process has it; `problem` is the message.
@@ -226,7 +227,7 @@ def locked_folder(folder: Path, *, problem: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if problem is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UserError(problem) from None

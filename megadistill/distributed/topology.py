@@ -175,8 +175,6 @@ def _check_files(node_check: NodeCheck, store: Store, launch: Launch, timeout: t
         try:
             digests = node_check()
         except (UserError, RestartFault) as error:
-            if launch.world == 1:
-                raise
             problem = error
     check_nodes(store, launch, digests, problem, timeout)
 

@@ -37,13 +37,15 @@ def make_copy(teacher: Path, copies: Path) -> str:
     A file is reused where its size, and size and time of the original, are as recorded, and its content has the
     recorded sha256; else it is copied again, hashed meanwhile, and gets its name when it is whole.
 
+    It waits for another process that makes or verifies the same copy: of another run, or of an attempt that ends.
+
     Raises:
-        UserError: the disk is too small, a file cannot be read or written, an original of Hugging Face's cache has
-            another sha256 than its name says, or another process is making the copy.
+        UserError: the disk is too small, a file cannot be read or written, or an original of Hugging Face's cache has
+            another sha256 than its name says.
     """
     folder = copy_folder(teacher, copies)
     try:
-        with locked_folder(folder, problem=f"teacher.local_copy: another process writes {folder}: start again later"):
+        with locked_folder(folder):
             return _make(teacher, folder)
     except OSError as error:
         name = error.filename or folder
@@ -87,6 +89,9 @@ def _make(teacher: Path, folder: Path) -> str:
     for partial in folder.glob(".*.tmp"):  # of a copy that was killed
         partial.unlink()
     originals, recorded = _originals(teacher), _recorded(folder)
+    for left in (*folder.glob("*.safetensors"), folder / INDEX_FILE):
+        if left.name not in originals:  # the teacher has been written again, in another number of files
+            left.unlink(missing_ok=True)
     present = _present(folder, originals, recorded)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         hashes = zip(present, pool.map(file_sha256, (folder / name for name in present)), strict=True)

@@ -58,3 +58,14 @@ def test_a_check_that_fails_on_one_node_ends_all_with_its_line(error: Exception)
     assert set(outcomes) == {(type(error), f"{error} (on {socket.gethostname()})")}
     alone = _outcomes(lambda node: {}, {0: error}, world=2)
     assert set(alone) == {(type(error), str(error))}, "of one node it need not be said which"
+
+
+def test_a_launch_of_one_rank_leaves_nothing_in_a_store_that_outlives_it() -> None:
+    """torchrun's agent has the store of a single rank: a restart after the teacher was replaced finds it again."""
+    store, alone = TCPStore("127.0.0.1", 0, None, True, TIMEOUT, False), Launch(0, 1, 0, 1)
+    before = store.num_keys()
+    check_nodes(store, alone, {"the teacher": "a"}, None, TIMEOUT)
+    with pytest.raises(UserError, match="^no tensor 'x'$"):
+        check_nodes(store, alone, {}, UserError("no tensor 'x'"), TIMEOUT)
+    check_nodes(store, alone, {"the teacher": "b"}, None, TIMEOUT)
+    assert store.num_keys() == before

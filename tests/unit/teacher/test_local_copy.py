@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,23 @@ def test_another_content_of_the_teacher_is_copied_again(teacher: Path, tmp_path:
     assert (copy_folder(teacher, tmp_path / "scratch") / changed.name).read_bytes() == changed.read_bytes()
 
 
+def test_a_teacher_written_again_in_another_number_of_files_is_copied_whole(
+    teacher: Path, tmp_path: Path, original: Path
+) -> None:
+    """What is left of the other form would be a second model in the folder."""
+    folder = copy_folder(teacher, tmp_path / "scratch")
+    one_file = tmp_path / "one-file"
+    saved_model("llama", one_file)
+    assert {WEIGHTS} == {path.name for path in one_file.glob("*.safetensors*")}
+    for form in (original, one_file, original):
+        shutil.rmtree(teacher)
+        shutil.copytree(form, teacher)
+        make_copy(teacher, tmp_path / "scratch")
+        assert teacher_fingerprint(folder) == teacher_fingerprint(teacher)
+        held, given = ({path.name for path in each.glob("*.safetensors*")} for each in (folder, teacher))
+        assert held == given
+
+
 def test_a_damaged_record_costs_a_copy(teacher: Path, tmp_path: Path, copied: list[str]) -> None:
     first = make_copy(teacher, tmp_path / "scratch")
     number = len(copied)
@@ -139,10 +157,16 @@ def test_a_folder_that_cannot_be_made_is_refused(teacher: Path, tmp_path: Path) 
         make_copy(teacher, tmp_path / "scratch")
 
 
-def test_a_second_process_is_refused(teacher: Path, tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_first(teacher: Path, tmp_path: Path, copied: list[str]) -> None:
+    """Two runs of a node, or a restart beside a process that is about to end: neither is invalid input."""
     folder = copy_folder(teacher, tmp_path / "scratch")
-    with locked_folder(folder, problem="unused"), pytest.raises(UserError, match="another process writes"):
-        make_copy(teacher, tmp_path / "scratch")
+    with ThreadPoolExecutor(1) as pool:
+        with locked_folder(folder):
+            second = pool.submit(make_copy, teacher, tmp_path / "scratch")
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            assert copied == []
+        assert second.result(timeout=60) == make_copy(teacher, tmp_path / "scratch")
 
 
 def test_a_file_of_hugging_faces_cache_must_have_the_content_of_its_name(teacher: Path, tmp_path: Path) -> None:
