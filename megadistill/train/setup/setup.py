@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
+from megadistill.errors import UserError
 from megadistill.models.attention.recipe_choices import recipe_choices
 from megadistill.models.families import load_config
 from megadistill.models.fingerprint import sampled_fingerprint
@@ -27,6 +28,9 @@ from megadistill.train.setup.preflight import check_compiler, check_fit, check_s
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.vocab_map import read_vocab_map
+
+_TEACHER: Final = "the teacher in teacher.path"
+"""Name of its digest."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +159,15 @@ def check_models(setup: Setup) -> dict[str, str]:
         UserError: something does not fit; the message is one line.
     """
     recipe, teacher, config = setup.recipe, setup.recipe.teacher, setup.teacher_config
+    digests: dict[str, str] = {}
     check_tokenizers(recipe, setup.data, config)
     if teacher is not None and config is not None:
         check_weights(Path(str(teacher.path)), config)
+        digests[_TEACHER] = sampled_fingerprint(Path(str(teacher.path)))
     if setup.parent is None and recipe.student.weights is not None and not has_saved(setup.folder):
         check_start(Path(recipe.student.weights), setup.student_config, setup.data)
-    if teacher is None or config is None:
-        return {}
-    return {"the teacher in teacher.path": sampled_fingerprint(Path(str(teacher.path)))}
+        digests["the model in student.weights"] = sampled_fingerprint(Path(recipe.student.weights))
+    return digests
 
 
 def check_node(setup: Setup, launch: Launch) -> dict[str, str]:
@@ -176,7 +181,11 @@ def check_node(setup: Setup, launch: Launch) -> dict[str, str]:
     ranks = range(first, first + launch.local_world)
     stages_here = setup.roles is None or not all(map(setup.roles.is_student, ranks))
     if teacher is not None and teacher.local_copy is not None and stages_here:
-        digests["teacher.local_copy"] = make_copy(Path(str(teacher.path)), Path(teacher.local_copy))
+        path, copies = Path(str(teacher.path)), Path(teacher.local_copy)
+        digests["teacher.local_copy"] = make_copy(path, copies)
+        copy = copy_folder(path, copies)
+        if sampled_fingerprint(copy) != digests[_TEACHER]:  # all files may have one time, as in an image
+            raise UserError(f"teacher.local_copy: {copy} is another model than {path}: rm -r it, and start again")
     return digests
 
 

@@ -65,7 +65,7 @@ def test_a_launch_of_one_rank_leaves_nothing_in_a_store_that_outlives_it() -> No
     store, alone = TCPStore("127.0.0.1", 0, None, True, TIMEOUT, False), Launch(0, 1, 0, 1)
     before = store.num_keys()
     check_nodes(store, alone, {"the teacher": "a"}, None, TIMEOUT)
-    with pytest.raises(UserError, match="^no tensor 'x'$"):
+    with pytest.raises(UserError, match=r"^no tensor 'x'$"):
         check_nodes(store, alone, {}, UserError("no tensor 'x'"), TIMEOUT)
     check_nodes(store, alone, {"the teacher": "b"}, None, TIMEOUT)
     assert store.num_keys() == before
