@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megadistill.io import read_json
+
 FaultKind = Literal["cause", "lost_peer", "requested"]
 
 MAX_REASONS = 16
@@ -56,7 +58,7 @@ def _is_new_reason(place: Path, record: Mapping[str, Any]) -> bool:
     if path.exists() or len([*place.glob("reason-*.json")]) >= MAX_REASONS:
         return False
     try:
-        first = json.loads((place / "cause.json").read_bytes())["reason"]
+        first = read_json(place / "cause.json")["reason"]
     except (OSError, ValueError, KeyError, TypeError):  # being written
         first = ""
     return path != _path_of_reason(place, str(first)) and _create(path, record)

@@ -179,7 +179,8 @@ def test_a_name_that_no_file_can_have_is_an_error_of_the_file_system(name: str) 
 
 
 RAW = {
-    "megadistill/events.py": "lines of logs, one at a time, each with a bound",
+    "megadistill/events/faults.py": "a file that is written",
+    "megadistill/events/lines.py": "lines of logs, one at a time, each with a bound",
     "megadistill/io.py": "the reader itself",
     "megadistill/accelerators.py": "a file of the package",
     "megadistill/data/prepare/corpus.py": "lines of a corpus, each with a bound; the user's own files",
@@ -201,6 +202,7 @@ RAW = {
     "megadistill/train/checkpoint/attempt.py": "/proc, and a file that is written",
     "megadistill/train/checkpoint/format.py": "safetensors, on a verified file, and a file that was just written",
     "megadistill/train/checkpoint/local_tier.py": "safetensors, on a verified file",
+    "megadistill/train/telemetry/metrics.py": "a log that was just read, to cut off its end",
     "megadistill/train/telemetry/timeline_capture.py": "/proc",
     "megadistill/train/teacher/live.py": "a target writer's own `open`",
     "megadistill/types.py": "an order in memory, of a cursor",
