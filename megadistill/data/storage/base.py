@@ -14,7 +14,7 @@ class Bytes(Protocol):
 
     size: int
     identity: object
-    """Inode and time, or the tag in a store: equal for a file of one size that has not changed. None: not known."""
+    """Inode and times, or the tag in a store: equal for a file of one size that has not changed. None: not known."""
 
     def read(self, start: int, length: int) -> memoryview:
         """`length` bytes from `start`. Raises OSError: out of range, or unreachable."""

@@ -46,8 +46,9 @@ class MappedFile:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             self.size = status.st_size
-            settled = time.time_ns() - status.st_mtime_ns > SETTLED_NS
-            self.identity: object = (status.st_dev, status.st_ino, status.st_mtime_ns) if settled else None
+            changed = status.st_mtime_ns, status.st_ctime_ns  # a copy may set the first to that of the file before it
+            settled = time.time_ns() - max(changed) > SETTLED_NS
+            self.identity: object = (status.st_dev, status.st_ino, *changed) if settled else None
             if self.size == 0:
                 raise OSError(errno.EINVAL, "it is empty", str(path))
             self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

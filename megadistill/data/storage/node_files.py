@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -65,11 +66,12 @@ def shared_array(name: str, count: int) -> NDArray[np.int64]:
 
 
 def _own_folder() -> Path:
-    """Raises OSError: it belongs to another user, or cannot be made."""
+    """Raises OSError: it belongs to another user, others may write to it, or it cannot be made."""
     folder = Path(tempfile.gettempdir(), f"megadistill-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise OSError(errno.EPERM, "it belongs to another user: set TMPDIR", str(folder))
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(errno.EPERM, f"other users may write to {folder}: delete it, or set TMPDIR")
     return folder
 
 
