@@ -97,6 +97,8 @@ class BroadcastReader:
         if self.reads and self._error is None:
             try:
                 loaded = list(read())
+                held = [Layout(tensor.shape, tensor.dtype) for tensor in loaded]
+                assert held == list(layouts), f"read {held}, the other ranks expect {layouts}"
             except (UserError, RestartFault) as error:
                 if self._role_group is None:
                     raise

@@ -121,9 +121,15 @@ def broadcast_object(own: Value, group: ProcessGroup | None, *, source: int = 0)
 
 
 def broadcast_from_first(tensor: Tensor, group: ProcessGroup | None) -> None:
-    """Copies the contiguous tensor of the group's first rank, of any type, into that of every other rank."""
+    """Copies the contiguous tensor of the group's first rank, of any type, into that of every other rank.
+
+    A rank that receives returns when it has the tensor, on any device: of broadcasts that only wait in its queue, each
+    would have had its time limit since it came there, and the last of many that of all.
+    """
     if group is not None and tensor.numel():
         dist.broadcast(tensor.detach().view(-1).view(torch.uint8), group=group, group_src=0)
+        if group_rank(group) and tensor.device.type != "cpu":
+            torch.accelerator.synchronize(tensor.device)
 
 
 def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:

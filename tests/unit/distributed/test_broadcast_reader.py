@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from megadistill.distributed import collectives
 from megadistill.distributed.broadcast_reader import BroadcastReader, Layout, read_by_first
 from megadistill.distributed.topology import Topology
 from megadistill.errors import RankUserError, UserError
@@ -53,3 +54,23 @@ def test_what_one_rank_reads_is_refused_with_its_rank() -> None:
     assert read_by_first(topology, lambda: "digest") == "digest"
     with pytest.raises(RankUserError, match=r"^rank 0: no such file$"):
         read_by_first(topology, broken)
+
+
+@pytest.mark.parametrize(("rank", "calls"), [(0, ["broadcast"] * 2), (1, ["broadcast", "wait"] * 2)])
+def test_a_receiver_waits_for_each_tensor(rank: int, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broadcasts of a device end after the call: all of a stage would be under way, each with its limit, at once."""
+    seen: list[str] = []
+    group: Any = object()
+    monkeypatch.setattr(collectives.dist, "get_rank", lambda _: rank)
+    monkeypatch.setattr(collectives.dist, "broadcast", lambda *_, **__: seen.append("broadcast"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: seen.append("wait"))
+    reader, device = BroadcastReader(group=group), torch.device("meta")
+    for _ in range(2):
+        reader.tensors(LAYOUT, lambda: [torch.empty(2, device=device)], device=device)
+    assert seen == calls
+
+
+@pytest.mark.parametrize("read", [torch.ones(3), torch.ones(2, dtype=torch.float64)])
+def test_a_tensor_that_the_others_do_not_expect_is_not_sent(read: torch.Tensor) -> None:
+    with pytest.raises(AssertionError, match="the other ranks expect"):
+        BroadcastReader().tensors(LAYOUT, lambda: [read], device=CPU)
