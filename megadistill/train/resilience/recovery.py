@@ -125,14 +125,14 @@ class Recovery:
     def _newest_local(self) -> LocalCheckpoint | None:
         """The newest local save that the run may resume from. Collective.
 
-        Before the first checkpoint it is one of the same recipe, since a run may begin otherwise until then.
+        It is one of the same recipe: the set-up has compared a change of it, as of the schedule or `data.skip`, with
+        the newest checkpoint, which may be older.
         """
         if self._local is None:
             return None
-        has_saved = broadcast_object(bool(checkpoint_folders(self.checkpoints)), self._topology.world_group)
 
         def is_usable(manifest: CheckpointManifest) -> bool:
-            same_recipe = has_saved or manifest.recipe_sha256 == self._recipe_sha256
+            same_recipe = manifest.recipe_sha256 == self._recipe_sha256
             is_past = was_passed_over(manifest, self._resumed) or is_abandoned(manifest, self.rollbacks)
             return same_recipe and not is_past
 

@@ -206,6 +206,23 @@ def test_a_run_that_lost_both_tiers_does_not_start_from_scratch(manifest: Path, 
         assert "has no valid checkpoint, and this run has saved before" in line
 
 
+def _train_with_skip(topology: Topology, manifest: str, folder: str, skip: list[list[int]], stop_after: int) -> int:
+    values = _local_recipe(Path(manifest), Path(folder) / "run", Path(folder), topology.rank).snapshot()
+    values["train"]["checkpoint_every"] = 2
+    values["data"]["skip"] = skip
+    launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
+    return run(prepare(Recipe.model_validate(values), launch), topology, stop_after=stop_after).step
+
+
+def test_a_changed_recipe_resumes_from_a_checkpoint(manifest: Path, tmp_path: Path) -> None:
+    """As `docs/recover.md` says: newer checkpoints are moved away, and sequences behind the older one are skipped."""
+    folder = tmp_path / "run"
+    run_ranks(1, _train_with_skip, str(manifest), str(tmp_path), [], 4)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")  # leaves that of step 2 and a local save of step 3
+    assert run_ranks(1, _train_with_skip, str(manifest), str(tmp_path), [[2 * BATCH, 3 * BATCH]], 3) == [3]
+    assert (_resumed(folder)["step"], "tier" in _resumed(folder)) == (2, False)
+
+
 class _Spike:
     """A loss spike at step 4, once: the run goes back to before it, and leaves out its sequences."""
 
