@@ -50,7 +50,7 @@ def read_parameter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The parameter `name` of the whole model, copied from the mapped files.
+    """The parameter `name` of the whole model, copied from the folder.
 
     Raises:
         UserError: a tensor of it is missing, or has another shape.

@@ -6,9 +6,11 @@ and sha256 of each. Nothing deletes it.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +19,8 @@ from megadistill.errors import UserError
 from megadistill.io import atomic_write, file_sha256, locked_folder, open_regular, read_json, reason_of, write_json
 from megadistill.models.hf_folder import INDEX_FILE, SafetensorsFolder
 from megadistill.units import readable
+
+logger = logging.getLogger(__name__)
 
 RECORD: Final = "copy.json"
 _PART_BYTES: Final = 16 << 20
@@ -44,6 +48,7 @@ def make_copy(teacher: Path, copies: Path) -> str:
             another sha256 than its name says.
     """
     folder = copy_folder(teacher, copies)
+    logger.info("teacher: makes or verifies the copy in %s, after any other process that does", folder)
     try:
         with locked_folder(folder):
             return _make(teacher, folder)
@@ -61,11 +66,12 @@ def describe_copy(teacher: Path, copies: Path) -> str:
     folder = copy_folder(teacher, copies)
     try:
         originals = _originals(teacher)
+        present = _present(folder, originals, _recorded(folder))
         whole, missing = (
-            sum(originals[name]["bytes"] for name in names)
-            for names in (originals, originals.keys() - set(_present(folder, originals, _recorded(folder))))
+            sum(originals[name]["bytes"] for name in names) for names in (originals, originals.keys() - set(present))
         )
-        free = _require_space(folder, missing, teacher)
+        replaced = sum(path.lstat().st_size for path in _replaced(folder, present))
+        free = _require_space(folder, missing, teacher, deleted=replaced)
     except OSError as error:
         raise UserError(f"teacher.local_copy: {error.filename or folder} cannot be read: {reason_of(error)}") from None
     return f"{readable(missing, 'B')} of {readable(whole, 'B')} to copy to {folder}, {readable(free, 'B')} free"
@@ -85,20 +91,26 @@ def _present(folder: Path, originals: dict[str, dict[str, int]], recorded: dict[
     return [name for name in originals if _is_as_recorded(folder / name, originals[name], recorded.get(name))]
 
 
+def _replaced(folder: Path, intact: Container[str]) -> list[Path]:
+    """The files of the copy that are not intact: damaged ones, and those that the teacher does not have any more.
+
+    An index of other files, or one file beside it, would be a second model in the folder.
+    """
+    files = [folder / "config.json", folder / INDEX_FILE, *folder.glob("*.safetensors")]
+    return [path for path in files if os.path.lexists(path) and path.name not in intact]
+
+
 def _make(teacher: Path, folder: Path) -> str:
     for partial in folder.glob(".*.tmp"):  # of a copy that was killed
         partial.unlink()
     originals, recorded = _originals(teacher), _recorded(folder)
-    for left in (*folder.glob("*.safetensors"), folder / INDEX_FILE):
-        if left.name not in originals:  # the teacher has been written again, in another number of files
-            left.unlink(missing_ok=True)
     present = _present(folder, originals, recorded)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         hashes = zip(present, pool.map(file_sha256, (folder / name for name in present)), strict=True)
         record = {name: recorded[name] for name, sha256 in hashes if sha256 == recorded[name]["sha256"]}
         missing = [name for name in originals if name not in record]
-        for name in missing:
-            (folder / name).unlink(missing_ok=True)
+        for path in _replaced(folder, record):
+            path.unlink()
         _require_space(folder, sum(originals[name]["bytes"] for name in missing), teacher)
         copying = {pool.submit(_copy, teacher / name, folder / name): name for name in missing}
         try:
@@ -128,10 +140,10 @@ def _is_as_recorded(copy: Path, original: dict[str, int], recorded: Any) -> bool
     return copy.is_file() and copy.stat().st_size == original["bytes"]
 
 
-def _require_space(folder: Path, size: int, teacher: Path) -> int:
-    """Free bytes of the disk."""
+def _require_space(folder: Path, size: int, teacher: Path, *, deleted: int = 0) -> int:
+    """Free bytes of the disk, when `deleted` bytes of it are."""
     exists = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(exists).free
+    free = shutil.disk_usage(exists).free + deleted
     if size > free:
         raise UserError(
             f"teacher.local_copy: {folder.parent} has {readable(free, 'B')} free, and {readable(size, 'B')} of "

@@ -106,7 +106,7 @@ def test_another_content_of_the_teacher_is_copied_again(teacher: Path, tmp_path:
 def test_a_teacher_written_again_in_another_number_of_files_is_copied_whole(
     teacher: Path, tmp_path: Path, original: Path
 ) -> None:
-    """What is left of the other form would be a second model in the folder."""
+    """Files of the other form would be a second model in the folder."""
     folder = copy_folder(teacher, tmp_path / "scratch")
     one_file = tmp_path / "one-file"
     saved_model("llama", one_file)
@@ -140,6 +140,21 @@ def test_a_disk_that_is_too_small_is_refused(teacher: Path, tmp_path: Path, monk
     with pytest.raises(UserError, match=r"scratch has 1 kB free, and .* of .*teacher are not there yet: delete"):
         make_copy(teacher, tmp_path / "scratch")
     assert list(copy_folder(teacher, tmp_path / "scratch").iterdir()) == []
+
+
+def test_the_bytes_of_replaced_files_count_as_free(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_copy(teacher, tmp_path / "scratch")
+    changed = next(teacher.glob("*.safetensors"))
+    os.utime(changed)
+    usage: Any = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    size = changed.stat().st_size
+    line = describe_copy(teacher, tmp_path / "scratch")
+    assert line.startswith(f"{readable(size, 'B')} of ")
+    assert line.endswith(f", {readable(size + 1000, 'B')} free")
+    assert size > 1000
 
 
 def test_what_a_start_would_copy_is_described(teacher: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What one rank of a node finds in the models' folders, for all: digests that every node must have."""
+"""Digests of the models' folders, which one rank of a node makes for all, and every node must have."""
 
 import os
 from pathlib import Path
