@@ -19,7 +19,8 @@ FIGURE = ROOT / "docs/results/step-growth.png"
 HELP = """\
 questions (all, when --only does not choose):
   step      the whole step (stream, teacher, student, loss, optimizer), in turn with its own matrix products (recorded
-            as a step runs, executed alone from memory that lies there), with the obvious script (a stock ZeRO-3 engine,
+            as a step runs, executed alone from memory that lies there; then as plain calls, each of which allocates its
+            output, which a step that keeps its buffers can beat), with the obvious script (a stock ZeRO-3 engine,
             the whole teacher in each process, all logits, F.kl_div) and with TRL's GKDTrainer where it is installed;
             all of them in the same processes of one thread each
   memory    peak of resident memory in two steps, each contender in processes of its own, above that after two steps of

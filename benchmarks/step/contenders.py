@@ -27,6 +27,7 @@ from megadistill.train.step import StepOutcome, train_step
 from megadistill.types import TokenBatch
 
 OURS, PRODUCTS, SCRIPT, TRL = "ours", "its products", "obvious script", "TRL"
+PLAIN = "its products, as plain calls"
 LEARNING_RATE = 1e-6
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu`: of all threads of a rank, for a machine on which others work too: waiting is not counted."""
@@ -110,16 +111,20 @@ CONTENDERS: dict[str, Callable[[Topology, Path, Size], Callable[[], object]]] = 
 """Whole steps, by name."""
 
 
-def bare_products(topology: Topology, size: Size, step: Callable[[], object]) -> BareProducts:
+def products_of(topology: Topology, size: Size, step: Callable[[], object]) -> dict[str, BareProducts]:
     """The products of a step, recorded in one that follows one that fills the teacher's pipeline."""
     step()
-    return BareProducts(record_products(step), dtype=torch_dtype(size.precision), device=topology.device)
+    products, dtype = record_products(step), torch_dtype(size.precision)
+    return {
+        name: BareProducts(products, dtype=dtype, device=topology.device, allocates=name == PLAIN)
+        for name in (PRODUCTS, PLAIN)
+    }
 
 
 def step_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ...], clock: str) -> dict[str, Run]:
     """Our step with all features, its products, and the others among `names`."""
     ours = our_step(topology, folder, size, Features())
-    runs: dict[str, Run] = {OURS: ours, PRODUCTS: bare_products(topology, size, ours)}
+    runs: dict[str, Run] = {OURS: ours, **products_of(topology, size, ours)}
     runs |= {name: CONTENDERS[name](topology, folder, size) for name in names if name not in runs}
     return timed(runs, clock, topology.device)
 
@@ -127,7 +132,7 @@ def step_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ..
 def feature_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ...], clock: str) -> dict[str, Run]:
     """Our step with each set of features among `names`, and the products of that with all, without recomputation."""
     steps = {name: our_step(topology, folder, size, IN_TURN[name]) for name in names if name in IN_TURN}
-    runs: dict[str, Run] = {**steps, PRODUCTS: bare_products(topology, size, steps["+ compiled teacher"])}
+    runs: dict[str, Run] = {**steps, **products_of(topology, size, steps["+ compiled teacher"])}
     return timed(runs, clock, topology.device)
 
 

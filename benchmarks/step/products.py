@@ -156,10 +156,14 @@ def record_products(run: Callable[[], object]) -> list[Product]:
 class BareProducts:
     """The products one after the other, from and into memory that lies there; oneDNN allocates its own output.
 
-    Operands of one layout share their memory, so that caches are as warm as can be.
+    Operands of one layout share their memory, so that caches are as warm as can be. With `allocates` each product is a
+    plain call that makes its output, as `left @ right` does.
     """
 
-    def __init__(self, products: list[Product], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, products: list[Product], *, dtype: torch.dtype, device: torch.device, allocates: bool = False
+    ) -> None:
+        self._allocates = allocates
         self._memory: dict[tuple[str, Layout], Tensor] = {}
         self._dtype, self._device = dtype, device
         self._runs = [self._prepared(product) for product in products]
@@ -168,6 +172,8 @@ class BareProducts:
         for adds, out, left, right in self._runs:
             if out is None:
                 torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+            elif self._allocates and not adds:
+                torch.matmul(left, right)
             elif out.ndim == 2:
                 torch.addmm(out, left, right, beta=adds, out=out)
             else:

@@ -12,6 +12,7 @@ from benchmarks.measure import Spread, ranks, rounds
 from benchmarks.report import Report, cell
 from benchmarks.step.contenders import (
     OURS,
+    PLAIN,
     PRODUCTS,
     SCRIPT,
     device_runs,
@@ -57,11 +58,11 @@ def shape_of(size: Size, world: int) -> str:
 def step(measurement: Measurement, name: str, size: Size, *, world: int) -> None:
     """Our step against its products, and the others against our step."""
     shape, report = shape_of(size, world), measurement.report
-    times = measurement.times(step_runs, (OURS, PRODUCTS, *others()), name, size, world=world)
+    times = measurement.times(step_runs, (OURS, PRODUCTS, PLAIN, *others()), name, size, world=world)
     table = report.table(f"step: {shape}", "", "ms a step", "to its products", "to ours")
     for contender, own in times.items():
         to_products, to_ours = (Spread.of_ratios(own, times[other]) for other in (PRODUCTS, OURS))
-        ratio, to = (to_products, PRODUCTS) if contender in (OURS, PRODUCTS) else (to_ours, OURS)
+        ratio, to = (to_products, PRODUCTS) if contender in (OURS, PRODUCTS, PLAIN) else (to_ours, OURS)
         report.add("step", shape, contender, Spread.of(own), ratio=ratio, to=to)
         table.add_row(contender, f"{Spread.of(own).median * 1e3:.0f}", cell(to_products), cell(to_ours))
     report.console.print(table)

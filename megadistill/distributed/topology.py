@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.flight_recorder import enable_flight_recorder
 from megadistill.distributed.launch import Launch
-from megadistill.distributed.node_check import NodeCheck, check_nodes
+from megadistill.distributed.node_digests import NodeCheck, check_nodes
 from megadistill.distributed.rendezvous import cannot_connect, launch_store, store_barrier
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import VocabSlice

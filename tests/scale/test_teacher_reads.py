@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.launch import Launch
-from megadistill.distributed.node_check import check_nodes
+from megadistill.distributed.node_digests import check_nodes
 from megadistill.distributed.topology import even_slice, topology_of_world
 from megadistill.models import hf_folder
 from megadistill.models.families import load_config

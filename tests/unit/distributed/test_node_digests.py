@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 
 from megadistill.distributed.launch import Launch
-from megadistill.distributed.node_check import check_nodes
+from megadistill.distributed.node_digests import check_nodes
 from megadistill.errors import RestartFault, UserError
 
 TIMEOUT = timedelta(seconds=20)
