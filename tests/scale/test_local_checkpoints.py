@@ -65,6 +65,7 @@ def test_a_start_agrees_by_one_number_a_rank(world: int, monkeypatch: pytest.Mon
     manifest = manifest_of(10).model_copy(update={"world": world, "attempt": 1})
     tier.write(tier.temporary(10), {"master/w": torch.zeros(4), "rng": torch.zeros(1)})
     tier.commit(tier.temporary(10), manifest)
+    tier.completed(10)
     checkpoint = tier.newest(lambda manifest: True)
     assert checkpoint is not None
     assert checkpoint.manifest.step == 10

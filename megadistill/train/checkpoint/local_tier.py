@@ -26,7 +26,7 @@ from megadistill.distributed.collectives import all_gather_rows, all_reduce_max,
 from megadistill.distributed.neighbour_copies import HostChannels, NodeRing, transfer
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
-from megadistill.io import open_regular, parse_json, read_file
+from megadistill.io import open_regular, parse_json, read_file, write_file
 from megadistill.outputs import require_writable_folder
 from megadistill.train.checkpoint.attempt import Attempt, attempt_path
 from megadistill.train.checkpoint.folders import checkpoint_name, step_of
@@ -180,6 +180,9 @@ class LocalTier:
             for path in (*self._root.glob(".tmp-*"), *self._root.glob(".removed-*")):  # of earlier attempts
                 self._attempt.require_newest()
                 shutil.rmtree(path, ignore_errors=True)
+            for key, path in self._saves().items():  # or a save of this attempt could not take its name
+                if not self._is_past(key):
+                    self._delete(path)
         return newest_save(self, is_usable, self._topology, self._channels)
 
     def discard_after(self, step: int) -> None:
@@ -208,7 +211,7 @@ class LocalTier:
                 logger.warning("local save left out: %s", error)
                 continue
             same = manifest.world == self._topology.world and save_key(manifest.step, manifest.attempt) == key
-            if same and is_usable(manifest):
+            if same and self._is_past(key) and is_usable(manifest):
                 manifests[key] = manifest
         return manifests
 
@@ -219,6 +222,14 @@ class LocalTier:
     def has(self, key: int, rank: int) -> bool:
         """Whether this node has the whole file of a rank. Reads all of it."""
         return _is_whole(self.folder(key), rank, self._topology.world)
+
+    def _is_past(self, key: int) -> bool:
+        """Whether a save is of an earlier attempt, or one that this attempt has completed.
+
+        Another is of a run folder that was put back from an older copy of it, and counts attempts once more.
+        """
+        step, attempt = divmod(key, ATTEMPTS)
+        return attempt < self._attempt.number or (attempt == self._attempt.number and step in self.steps)
 
     def _saves(self) -> dict[int, Path]:
         try:
@@ -392,7 +403,7 @@ def node_id(folder: Path) -> int:
     path = folder / NODE_FILE
     drawn = folder / f"{NODE_FILE}-{secrets.token_hex(8)}"
     if not path.exists():
-        drawn.write_text(str(secrets.randbits(62)), encoding="ascii")
+        write_file(drawn, str(secrets.randbits(62)))  # synced: a node that loses power has no empty file
         with suppress(FileExistsError):
             os.link(drawn, path)
         drawn.unlink()

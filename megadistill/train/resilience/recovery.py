@@ -78,6 +78,7 @@ class Recovery:
         self._heartbeat = HeartbeatThread(self._folder, number) if topology.is_first else None
         self.attempt = Attempt(self._folder, number)
         self.events = EventLog(self._folder, number, writes=topology.is_first)
+        self.events.complete_faults()
         aborted = describe_aborted(aborted_ranks(self._folder, number - 1)) if topology.is_first else None
         if aborted is not None:
             logger.warning("attempt %d: %s: see stacks/", number - 1, aborted)

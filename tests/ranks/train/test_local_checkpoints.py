@@ -76,7 +76,7 @@ def _newest(
             shutil.copytree(_folder(Path(nodes), topology.rank), own)
             (own / ".node").unlink()
         barrier(topology.world_group)
-        checkpoint = _tier(topology, copy, Path(run_folder)).newest(lambda manifest: True)
+        checkpoint = _tier(topology, copy, Path(run_folder), attempt=2).newest(lambda manifest: True)
         if checkpoint is None:
             results.append(None)
             continue

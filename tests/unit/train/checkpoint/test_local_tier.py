@@ -122,8 +122,8 @@ def _save(folder: Path, rank: int, *manifests: CheckpointManifest, number: int =
 
 
 def _newest(folder: Path, rank: int, is_usable: local.IsUsable = lambda manifest: True, **tier: Any) -> int | None:
-    """The step of the save that is read; this rank's values are compared."""
-    checkpoint = _tier(folder, rank, **tier).newest(is_usable)
+    """The step of the save that the next attempt reads; this rank's values are compared."""
+    checkpoint = _tier(folder, rank, **{"number": 2, **tier}).newest(is_usable)
     if checkpoint is None:
         return None
     step = checkpoint.manifest.step
@@ -207,6 +207,16 @@ def test_what_belongs_elsewhere_is_never_read(ranks: ThreadRanks, tmp_path: Path
     assert ranks.run(lambda rank: _newest(other, rank)) == [None] * WORLD
 
 
+def test_saves_of_attempts_that_this_run_has_not_made_are_not_read(ranks: ThreadRanks, tmp_path: Path) -> None:
+    """Those of a run folder that was put back from an older copy of it: attempt 3 starts once more."""
+    ranks.run(lambda rank: _save(tmp_path, rank, _manifest(1)))
+    ranks.run(lambda rank: _save(tmp_path, rank, _manifest(2, attempt=3), number=3))
+    assert ranks.run(lambda rank: _newest(tmp_path, rank, number=3)) == [1] * WORLD
+    again = ranks.run(lambda rank: _save(tmp_path, rank, _manifest(2, attempt=3), number=3))
+    newest = ranks.run(lambda rank: again[rank].newest(lambda manifest: True))
+    assert [each.manifest.step for each in newest if each is not None] == [2] * WORLD, "its own, after a rollback"
+
+
 def test_two_saves_stay_and_those_that_the_run_takes_again_are_deleted(ranks: ThreadRanks, tmp_path: Path) -> None:
     def steps_of(rank: int) -> list[str]:
         return sorted(path.name for path in (tmp_path / f"node-{rank}" / "run").iterdir())
@@ -256,6 +266,18 @@ def test_ranks_of_one_folder_are_one_node(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     assert local.node_id(tmp_path / "other") != local.node_id(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [".node"]
+
+
+def test_the_number_of_a_node_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a node that loses power has an empty file, with which no start is possible."""
+    calls: list[str] = []
+    link = os.link
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    monkeypatch.setattr(os, "link", lambda *paths: (calls.append("link"), link(*paths)))
+    local.node_id(tmp_path)
+    assert calls.index("fsync") < calls.index("link")
 
 
 def test_a_copy_of_a_run_folder_and_a_new_run_at_its_place_are_other_runs(tmp_path: Path) -> None:
@@ -330,6 +352,7 @@ def test_one_node_has_no_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         if tier.leads:
             tier.commit(tier.temporary(1), _manifest(1, world=2))
         ranks._gather(None)
+        tier.completed(1)
         checkpoint = tier.newest(lambda manifest: True)
         return tier.nodes, tier.file_copies, checkpoint is not None
 
