@@ -262,9 +262,8 @@ class Recovery:
             self.events.write("recipe_changed", step=step, changes=self._recipe_changes)
             logger.info("recipe changed at step %d: %s", step, describe_changes(self._recipe_changes))
             self._recipe_changes = {}
-        if self._topology.is_first:
-            if step < self._setup.recipe.train.steps:  # of a run that is trained longer
-                (self._folder / "DONE").unlink(missing_ok=True)
+        if self._topology.is_first and step < self._setup.recipe.train.steps:  # of a run that is trained longer
+            (self._folder / "DONE").unlink(missing_ok=True)
         where = f"{'starting at' if step == 0 else 'resuming from'} step {step} of {self._setup.recipe.train.steps}"
         repeated = f" ({self._tier} save)" if self._tier else ""
         repeated += f", {lost} steps to repeat" if lost else ""

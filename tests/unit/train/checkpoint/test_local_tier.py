@@ -274,8 +274,13 @@ def test_the_number_of_a_node_is_on_the_disk_before_it_has_its_name(
     """Or a node that loses power has an empty file, with which no start is possible."""
     calls: list[str] = []
     link = os.link
+
+    def linked(*paths: Path) -> None:
+        calls.append("link")
+        link(*paths)
+
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
-    monkeypatch.setattr(os, "link", lambda *paths: (calls.append("link"), link(*paths)))
+    monkeypatch.setattr(os, "link", linked)
     local.node_id(tmp_path)
     assert calls.index("fsync") < calls.index("link")
 
