@@ -2,11 +2,13 @@
 
 import logging
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from megadistill.events.faults import FaultKind, claim_fault
+from megadistill.events.faults import FaultKind, claim_fault, claimed_faults
 from megadistill.events.lines import JsonLines
+from megadistill.events.reading import events_from_end, is_event
 from megadistill.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,9 @@ EVENTS = {
 
 SAVED = ("checkpoint_saved", "local_checkpoint_saved")
 """Events of saves, for which a run waits."""
+
+FAULT_MARKS = ("requested", "lost_peer")
+"""Keys of `attempt_failed` that tell the kinds of fault that are no cause."""
 
 RENAMED_EVENTS = {
     "start": "attempt_started",
@@ -91,15 +96,38 @@ class EventLog:
         values = {"rank": rank, "reason": reason, "exit_code": exit_code}
         claim = claim_fault(self._folder, self._attempt, kind, redacted({"step": step, **values}))
         if claim.writes_event:
-            if kind == "requested":
-                values["requested"] = True
-            elif kind == "lost_peer":
-                values["lost_peer"] = True
-            self._append("attempt_failed", step, values)
+            self._append("attempt_failed", step, {**values, **_marks(kind)})
         return claim.prints
+
+    def complete_faults(self) -> None:
+        """Writes the end of the attempt before, where its rank was killed before it did. Before any other event."""
+        attempt = self._attempt - 1
+        claimed = claimed_faults(self._folder, attempt) if self._writes else {}
+        if not claimed:
+            return
+        last = takewhile(lambda event: event["event"] != "attempt_started", events_from_end(self._folder))
+        written = [event for event in last if event["event"] == "attempt_failed" and event["attempt"] == attempt]
+        for kind, record in claimed.items():
+            marks = _marks(kind)
+            if any({name: event[name] for name in FAULT_MARKS if name in event} == marks for event in written):
+                continue
+            keys = {
+                "time": record.get("time"),
+                "attempt": attempt,
+                "event": "attempt_failed",
+                "step": record.get("step"),
+            }
+            if is_event(keys):
+                values = {name: record.get(name) for name in ("rank", "reason", "exit_code")}
+                self._lines.append({**keys, **values, **marks})
 
     def _append(self, event: str, step: int, values: dict[str, Any]) -> None:
         assert event in EVENTS, event
         self._lines.append(
             {"time": round(time.time(), 3), "attempt": self._attempt, "event": event, "step": step, **redacted(values)}
         )
+
+
+def _marks(kind: FaultKind) -> dict[str, bool]:
+    """The key of an event that tells its kind of fault; none for a cause."""
+    return {kind: True} if kind in FAULT_MARKS else {}

@@ -4,7 +4,7 @@ When a rank of thousands fails, all of them end, and each knows a reason. faults
 
 * cause.json, of the first rank with a reason of its own; lost_peer.json, of the first that only lost another rank and
   found no cause; requested.json, of the first that a person ended. Each is made by an exclusive create, and its rank
-  writes the event: one line, or one for each of these kinds.
+  writes the event: one line, or one for each of these kinds. Where it is killed before that, the next start does.
 * host-NAME.json, of the first rank of each node, and reason-1a2b3c4d.json, of the first rank with each further reason,
   `MAX_REASONS` at most. Reasons that differ in numbers alone are one.
 """
@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from megadistill.io import read_json
 
@@ -41,7 +41,7 @@ def claim_fault(folder: Path, attempt: int, kind: FaultKind, values: Mapping[str
     """
     reason, host = str(values["reason"])[:MAX_REASON_CHARACTERS], socket.gethostname()
     record = {"time": round(time.time(), 3), "host": host, "kind": kind, **values, "reason": reason}
-    place = folder / "faults" / f"{attempt:05d}"
+    place = _place(folder, attempt)
     try:
         place.mkdir(parents=True, exist_ok=True)
         is_known = kind == "lost_peer" and any((place / f"{each}.json").exists() for each in ("cause", "requested"))
@@ -51,6 +51,25 @@ def claim_fault(folder: Path, attempt: int, kind: FaultKind, values: Mapping[str
     except OSError:  # a full disk: a line too many is better than none
         return FaultClaim(writes_event=True, prints=True)
     return FaultClaim(writes_event=is_first, prints=is_first or is_first_of_host or is_new)
+
+
+def claimed_faults(folder: Path, attempt: int) -> dict[FaultKind, dict[str, Any]]:
+    """The records of the ranks that have an event of the attempt's end to write, by the kind of fault."""
+    records: dict[FaultKind, dict[str, Any]] = {}
+    for kind in get_args(FaultKind):
+        try:
+            record = read_json(_place(folder, attempt) / f"{kind}.json")
+        except (OSError, ValueError):  # none, or one that a full disk left empty
+            continue
+        if isinstance(record, dict):
+            records[kind] = record
+    if len(records) > 1:
+        records.pop("lost_peer", None)
+    return records
+
+
+def _place(folder: Path, attempt: int) -> Path:
+    return folder / "faults" / f"{attempt:05d}"
 
 
 def _is_new_reason(place: Path, record: Mapping[str, Any]) -> bool:

@@ -140,13 +140,15 @@ def test_an_event_says_when_what_and_of_which_attempt(tmp_path: Path) -> None:
 
 
 def _names_written(node: ast.AST) -> list[str]:
-    """The literal first arguments of `….events.write(…)` and `….warn(…)`, and those of `Anomaly(…)`."""
+    """The literal first arguments of `….events.write(…)` and `….warn(…)`, and those of `Anomaly(…)`: one, or one of
+    two."""
     names = []
     for call in ast.walk(node):
-        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
-            called = ast.unparse(call.func)
+        if isinstance(call, ast.Call) and call.args:
+            called, first = ast.unparse(call.func), call.args[0]
             if called.endswith(("events.write", ".warn")) or called == "Anomaly":
-                names.append(str(call.args[0].value))
+                choices = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
+                names += [str(choice.value) for choice in choices if isinstance(choice, ast.Constant)]
     return names
 
 
@@ -154,7 +156,9 @@ def test_every_event_that_the_package_writes_has_a_name() -> None:
     """A misspelt one would end a run on the day of its first fault."""
     sources = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "megadistill").rglob("*.py")]
     written = [name for source in sources for name in _names_written(source)]
-    assert {"attempt_started", "checkpoint_saved", "loss_spike"} <= set(written), "the search finds them"
+    assert {"attempt_started", "checkpoint_saved", "local_checkpoint_saved", "loss_spike"} <= set(written), (
+        "the search finds them"
+    )
     assert set(written) <= EVENTS.keys()
 
 

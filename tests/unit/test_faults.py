@@ -95,3 +95,33 @@ def test_a_disk_that_refuses_costs_no_reason(tmp_path: Path) -> None:
 def test_a_peer_of_ranks_that_a_person_ended_adds_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail(tmp_path, monkeypatch, [(0, "requested", "SIGINT"), *((rank, "lost_peer", LOST) for rank in range(1, 16))])
     assert [event["reason"] for event in read_events(tmp_path)] == ["SIGINT"]
+
+
+@pytest.mark.parametrize("kind", ["cause", "requested", "lost_peer"])
+def test_the_next_start_writes_the_event_of_a_rank_that_was_killed_before(tmp_path: Path, kind: FaultKind) -> None:
+    """Between its file and its line, as by the launcher when another rank has left."""
+    EventLog(tmp_path, 3, writes=True).write("attempt_started", step=0)
+    claim_fault(tmp_path, 3, kind, {"rank": 1717, "step": 9, "reason": "a bit is wrong", "exit_code": 3})
+    for _ in range(2):
+        EventLog(tmp_path, 4, writes=False).complete_faults()
+        EventLog(tmp_path, 4, writes=True).complete_faults()
+    (event,) = list(read_events(tmp_path))[1:]
+    record = json.loads((tmp_path / "faults" / "00003" / f"{kind}.json").read_text())
+    marks = {} if kind == "cause" else {kind: True}
+    names = ("time", "step", "rank", "reason", "exit_code")
+    assert event == {"attempt": 3, "event": "attempt_failed", **{name: record[name] for name in names}, **marks}
+
+
+def test_the_next_start_adds_no_event_to_those_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    EventLog(tmp_path, 3, writes=True).write("attempt_started", step=0)
+    _fail(tmp_path, monkeypatch, [(2, "lost_peer", LOST), (1, "cause", "a bit is wrong"), (0, "requested", "SIGINT")])
+    before = (tmp_path / "events.jsonl").read_bytes()
+    EventLog(tmp_path, 4, writes=True).complete_faults()
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    for content in ("", "[]", '{"reason": "x", "step": "nine"}'):
+        (tmp_path / "faults" / "00004").mkdir(exist_ok=True)
+        (tmp_path / "faults" / "00004" / "cause.json").write_text(content)
+        EventLog(tmp_path, 5, writes=True).complete_faults()
+    assert (tmp_path / "events.jsonl").read_bytes() == before

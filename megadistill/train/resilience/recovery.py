@@ -406,13 +406,15 @@ class Recovery:
             self._heartbeat.close()
 
     def _record(self, result: SaveResult) -> None:
-        prefix, title = ("local_", "local save") if result.is_local else ("", "checkpoint")
+        local, title = result.is_local, "local save" if result.is_local else "checkpoint"
         stall, write = round(result.stall_seconds, 3), round(result.write_seconds, 3)
         if result.path is None:
             self._totals_of_saves.pop(result.step, None)
             line = f"{title} of step {result.step} not written: {result.problem}"
             reason = {"reason": result.problem, "stall_seconds": stall}
-            self.events.warn(f"{prefix}checkpoint_failed", line, step=result.step, **reason)
+            self.events.warn(
+                "local_checkpoint_failed" if local else "checkpoint_failed", line, step=result.step, **reason
+            )
             return
         self._totals = replace(self._totals, saving=self._totals.saving + stall)
         values: dict[str, Any] = {"bytes": result.bytes, "removed": list(result.removed)}
@@ -421,6 +423,8 @@ class Recovery:
             totals = replace(self._totals, useful=at_step.useful, student_diverged=at_step.student_diverged)
             values["totals"] = totals.to_json()
         seconds = {"stall_seconds": stall, "write_seconds": write}
-        self.events.write(f"{prefix}checkpoint_saved", step=result.step, **seconds, **values)
+        self.events.write(
+            "local_checkpoint_saved" if local else "checkpoint_saved", step=result.step, **seconds, **values
+        )
         line = "%s saved: %s (training waited %.2f s, written in %.2f s)"
         logger.info(line, title, result.path, stall, write)
