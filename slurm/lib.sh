@@ -145,18 +145,22 @@ run_step() {
   find "$LOGS" -name '*.err' -empty -delete
 }
 
-exit_code_of() { awk -v rank="$1" '$1 == rank { print $2 }' "$LOGS"/*.codes 2>/dev/null; } # RANK
+exit_code_of() { awk -v rank="$1" '$1 == rank { print $2 }' "$LOGS"/*.codes 2>/dev/null | tail -n 1; } # RANK
 
 # first_rank_with CODE...: its number, and its last line. Of these ranks the first with a reason of its own, then one that
-# lost another: most print nothing, as the fault is another's. One pass over the lines and codes of all ranks.
+# lost another, then one with other lines, as of warnings: most print no reason, as the fault is another's. One pass over
+# the lines and codes of all ranks.
 first_rank_with() {
   local file files=() found
   for file in "$LOGS"/*.err "$LOGS"/*.codes; do [ ! -e "$file" ] || files+=("$file"); done
   [ "${#files[@]}" -gt 0 ] || return 1
   found=$(awk -v codes=" $* " '
-    FILENAME ~ /\.err$/ { rank = $1; if (sub(/^[0-9]+: /, "")) { sub(/:$/, "", rank); last[rank] = $0 } next }
+    FILENAME ~ /\.err$/ { rank = $1; if (!sub(/^[0-9]+: /, "") || !NF) next
+      sub(/:$/, "", rank); last[rank] = $0
+      if (/(^| )ERROR |^megadistill: |^Traceback /) reasons[rank]
+      next }
     !index(codes, " " $2 " ") { next }
-    { rank = $1 + 0; score = rank in last ? (last[rank] ~ /lost another rank/) : 2 }
+    { rank = $1 + 0; score = !(rank in last) ? 3 : last[rank] ~ /lost another rank/ ? 1 : rank in reasons ? 0 : 2 }
     !seen++ || score < best || (score == best && rank < first) { best = score; first = rank; code = $2 }
     END { if (seen) print first " exit code " code ": " last[first] }' "${files[@]}")
   [ -n "$found" ] && echo "$found"

@@ -186,13 +186,14 @@ def test_exit_codes_of_4096_ranks_are_read_in_one_pass(tmp_path: Path) -> None:
 
 
 def test_the_rank_with_a_reason_of_its_own_is_named(tmp_path: Path) -> None:
-    """The others of thousands print nothing, or that they lost another rank."""
+    """The others of thousands print warnings at most, or that they lost another rank."""
     for node in range(4):
         ranks = range(node * LOCAL_WORLD, (node + 1) * LOCAL_WORLD)
         (tmp_path / f"node-{node}.codes").write_text("".join(f"{rank} 3\n" for rank in ranks))
         lost = f"{ranks[1]}: ERROR lost another rank in a collective: rank {LOCAL_WORLD + 4} (n1): a bit is wrong\n"
         own = f"{ranks[4]}: a line before\n{ranks[4]}: ERROR a bit is wrong\n" if node == 1 else ""
-        (tmp_path / f"node-{node}.err").write_text(lost + own)
+        warnings = "".join(f"{rank}: [W1129 15:00:00] Warning: a warning\n" for rank in ranks)
+        (tmp_path / f"node-{node}.err").write_text(warnings + lost + own)
     script = ". slurm/lib.sh; first_rank_with 3; rm $LOGS/node-1.err; first_rank_with 3"
     named = f"{LOCAL_WORLD + 4} exit code 3: ERROR a bit is wrong"
     other = f"1 exit code 3: ERROR lost another rank in a collective: rank {LOCAL_WORLD + 4} (n1): a bit is wrong"
