@@ -22,6 +22,9 @@ class UserError(ValueError):
 class RankUserError(UserError):
     """Invalid input that one rank found after the ranks had joined: that rank prints it, whichever it is."""
 
+    prints = True
+    """Whether this rank prints it; False where the one that found it has told the others."""
+
 
 class RestartFault(RuntimeError):
     """A failure that a restart from the latest checkpoint may fix."""

@@ -70,7 +70,7 @@ def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) 
         on_interrupt = options.on_interrupt
         return options.run(options) or 0
     except UserError as error:
-        if prints or isinstance(error, RankUserError):
+        if error.prints if isinstance(error, RankUserError) else prints:
             lines = map(printable_line, error.lines or [str(error)])  # arguments and files may hold anything
             print("megadistill:", "\n".join(lines), file=sys.stderr)
         else:

@@ -47,8 +47,14 @@ def read_by_first(topology: Topology, read: Callable[[], Value]) -> Value:
             outcome = None, f"rank 0: {error}"
     value, problem = broadcast_object(outcome, topology.role_group)
     if problem is not None:
-        raise RankUserError(problem)
+        raise _shared(RankUserError(problem), prints=topology.rank == 0)
     return cast(Value, value)
+
+
+def _shared(error: RankUserError | RestartFault, *, prints: bool) -> RankUserError | RestartFault:
+    """The error of all ranks, which one of them prints."""
+    error.prints = prints
+    return error
 
 
 class BroadcastReader:
@@ -128,7 +134,8 @@ class BroadcastReader:
         reason = broadcast_object(own, self._role_group, source=failing)
         assert reason is not None, "it is that of the failing rank"
         message, is_input = reason
-        raise RankUserError(message) if is_input else RestartFault(message)
+        error = RankUserError(message) if is_input else RestartFault(message)
+        raise _shared(error, prints=group_rank(self._role_group) == failing)
 
     def _enter_phase(self, phase: str) -> None:
         """A rank of the teacher's own is without a limit when it has loaded: it waits for requests."""

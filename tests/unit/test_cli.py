@@ -228,6 +228,16 @@ def test_an_error_of_one_rank_is_printed_by_it(
     assert capsys.readouterr().err == "megadistill: rank 1: it is not there\n"
 
 
+def test_an_error_that_another_rank_prints_is_not_printed(
+    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = RankUserError("rank 1: it is not there")
+    told.prints = False
+    export(_raises(told))
+    assert run_command(EXPORT) == 2
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("former", "now"), RENAMED.items())
 def test_a_former_command_name_is_refused_with_the_new_one(
     former: str, now: str, capsys: pytest.CaptureFixture[str]

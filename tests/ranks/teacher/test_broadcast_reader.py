@@ -17,7 +17,7 @@ from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology, even_slice
-from megadistill.errors import RestartFault, UserError
+from megadistill.errors import RankUserError, RestartFault
 from megadistill.io import read_json, write_json
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.teacher.stage import TeacherStage, head_rows
@@ -108,8 +108,8 @@ def test_the_second_replica_reads_nothing_and_holds_the_same(tmp_path: Path) -> 
         assert first + second == sizes[name] + tied, "each tensor once"
 
 
-def _fails(topology: Topology, path: str, how: str, rank: int) -> tuple[str, str]:
-    """The error of each rank where one cannot read."""
+def _fails(topology: Topology, path: str, how: str, rank: int) -> tuple[str, str, bool]:
+    """The error of each rank where one cannot read, and whether this rank prints it."""
     folder = Path(path)
     with pytest.MonkeyPatch.context() as patch:
         if topology.rank == rank and how == "missing":
@@ -122,9 +122,9 @@ def _fails(topology: Topology, path: str, how: str, rank: int) -> tuple[str, str
             patch.setattr(os, "preadv", broken)
         try:
             _load(folder, "native", topology)
-        except (UserError, RestartFault) as error:
-            return type(error).__name__, str(error)
-    return "", ""
+        except (RankUserError, RestartFault) as error:
+            return type(error).__name__, str(error), error.prints
+    return "", "", False
 
 
 @pytest.mark.parametrize(("how", "rank", "p"), [("missing", 1, 2), ("disk", 0, 1)])
@@ -135,7 +135,9 @@ def test_a_rank_that_cannot_read_ends_all_with_its_own_line(how: str, rank: int,
     for file in tmp_path.glob("*.*"):
         if file.name != index["weight_map"]["model.layers.4.mlp.up_proj.weight"]:
             shutil.copy(file, tmp_path / "missing")
-    ((kind, line),) = set(run_ranks(3 if p == 1 else 4, _fails, str(tmp_path), how, rank, vocab_group=p))
+    by_rank = run_ranks(3 if p == 1 else 4, _fails, str(tmp_path), how, rank, vocab_group=p)
+    ((kind, line),) = {each[:2] for each in by_rank}
+    assert [at for at, (_, _, prints) in enumerate(by_rank) if prints] == [rank], "one line, not one of each rank"
     assert line.startswith(f"rank {rank}: {tmp_path}")
     if how == "missing":
         assert kind == "RankUserError"
