@@ -90,7 +90,13 @@ class Recovery:
             **({} if aborted is None else {"before": aborted}),
         )
         stable_steps, section = setup.recipe.stable_steps, setup.recipe.checkpoint
-        self._local = self._local_tier()
+        self.step = 0
+        """Current optimizer step."""
+        try:
+            self._local = self._local_tier()
+        except OperatorFault as fault:
+            fault.prints = self.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
+            raise
         self._saver = Saver(
             self.checkpoints, topology, self.attempt, section, stable_steps=stable_steps, local=self._local
         )
@@ -103,8 +109,6 @@ class Recovery:
         self._tier = ""
         self._lost, self._lost_seconds = 0, 0.0
         self._student_monitor: DivergedStudentMonitor | None = None
-        self.step = 0
-        """Current optimizer step."""
         self._totals = Totals(began=time.time())
         self._totals_of_saves: dict[int, Totals] = {}
         """Step -> the sums up to it, of a save under way."""

@@ -199,6 +199,14 @@ def _restart(topology: Topology, manifest: str, folder: str, nodes: str) -> str:
         return str(fault)
 
 
+def test_a_start_without_a_folder_for_local_saves_records_why_it_ended(manifest: Path, tmp_path: Path) -> None:
+    _folder(tmp_path, 0).write_text("a file")
+    (line,) = run_ranks(1, _restart, str(manifest), str(tmp_path / "run"), str(tmp_path))
+    (failed,) = (event for event in read_events(tmp_path / "run") if event["event"] == "attempt_failed")
+    assert failed["reason"] == line
+    assert "Name a folder that each node can write to" in line
+
+
 def test_a_run_that_lost_both_tiers_does_not_start_from_scratch(manifest: Path, tmp_path: Path) -> None:
     folder, nodes = _crashed(manifest, tmp_path)
     shutil.rmtree(nodes)
