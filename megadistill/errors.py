@@ -23,7 +23,7 @@ class RankUserError(UserError):
     """Invalid input that one rank found after the ranks had joined: that rank prints it, whichever it is."""
 
     prints = True
-    """Whether this rank prints it; False where the one that found it has told the others."""
+    """Whether this rank prints it; False where the one that found it has sent it."""
 
 
 class RestartFault(RuntimeError):

@@ -231,9 +231,9 @@ def test_an_error_of_one_rank_is_printed_by_it(
 def test_an_error_that_another_rank_prints_is_not_printed(
     export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = RankUserError("rank 1: it is not there")
-    told.prints = False
-    export(_raises(told))
+    error = RankUserError("rank 1: it is not there")
+    error.prints = False
+    export(_raises(error))
     assert run_command(EXPORT) == 2
     assert capsys.readouterr().err == ""
 
