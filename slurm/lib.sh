@@ -72,8 +72,8 @@ count_start() {
 
 # send_environment: the archive ENVIRONMENT_TAR, if any, to the disk of each node; slurm/check-node.sh unpacks it.
 send_environment() {
-  local nodes=$SLURM_JOB_NUM_NODES
   [ -n "${ENVIRONMENT_TAR:-}" ] || return 0
+  local nodes=$SLURM_JOB_NUM_NODES
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --overlap --mem=0 --immediate=20 --kill-on-bad-exit=0 \
     mkdir -p "$(dirname "${LOCAL_ENVIRONMENT:?}")"
   sbcast --force --preserve "$ENVIRONMENT_TAR" "$LOCAL_ENVIRONMENT.tar" ||

@@ -107,7 +107,7 @@ def test_the_next_start_writes_the_event_of_a_rank_that_was_killed_before(tmp_pa
         EventLog(tmp_path, 4, writes=True).complete_faults()
     (event,) = list(read_events(tmp_path))[1:]
     record = json.loads((tmp_path / "faults" / "00003" / f"{kind}.json").read_text())
-    marks = {} if kind == "cause" else {kind: True}
+    marks: dict[str, bool] = {} if kind == "cause" else {kind: True}
     names = ("time", "step", "rank", "reason", "exit_code")
     assert event == {"attempt": 3, "event": "attempt_failed", **{name: record[name] for name in names}, **marks}
 

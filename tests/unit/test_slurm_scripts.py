@@ -63,6 +63,11 @@ def test_a_job_raises_its_limit_on_open_files(tmp_path: Path) -> None:
     assert soft == hard
 
 
+def test_a_job_without_a_packed_environment_needs_no_number_of_nodes(tmp_path: Path) -> None:
+    """A job of several groups of nodes has one number a group."""
+    assert shell(". slurm/lib.sh; unset SLURM_JOB_NUM_NODES; send_environment; echo sent", tmp_path).stdout == "sent\n"
+
+
 def test_a_packed_environment_is_sent_once_and_unpacked_where_it_is_new(tmp_path: Path) -> None:
     """A double of sbcast copies the archive; a node's check then starts the program of the unpacked folder."""
     (tmp_path / "packed").mkdir()
