@@ -29,7 +29,7 @@ from tests.unit.models.cases import VOCAB, saved_model
 from tests.unit.train.cases import described_data, described_teacher, recipe
 
 READS = [("whole", "llama", "native"), ("experts", "mixtral", "native"), ("tied", "qwen2", "float8"),
-         ("quantised", "llama", "native")]  # fmt: skip
+         ("quantised", "llama", "native"), ("experts in float8", "mixtral", "float8")]  # fmt: skip
 """Folder, case, precision."""
 
 
