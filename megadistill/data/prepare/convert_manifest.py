@@ -20,7 +20,8 @@ def convert(location: Path | str, *, to: Form) -> list[str]:
     The fingerprint stays the same: runs that began on one form resume on the other.
 
     Raises:
-        UserError: there is no manifest, it is behind a URL, or its folder cannot be written to.
+        UserError: there is no manifest, it is behind a URL, its folder cannot be written to, or a list would be larger
+            than what is read.
     """
     if "://" in str(location):
         raise UserError(f"{redact_url(location)} is a URL: convert the manifest where it was made, and copy it there")

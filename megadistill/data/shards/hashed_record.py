@@ -90,9 +90,19 @@ class HashedRecord(BaseModel):
         return record
 
     def write(self, folder: Path) -> None:
-        """Writes the record's file into `folder`, whole or not at all: the last file that is written there."""
+        """Writes the record's file into `folder`, whole or not at all: the last file that is written there.
+
+        Raises:
+            UserError: it would be larger than what is read again.
+        """
         values: dict[str, Any] = {**self.model_dump(mode="json"), "sha256": self.fingerprint}
-        write_file(folder / self.FILE, json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n")
+        content = json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
+        if len(content) > MAX_RECORD_BYTES:
+            raise UserError(
+                f"{folder / self.FILE} would have {len(content):,} bytes, more than the {MAX_RECORD_BYTES:,} that are "
+                f"read: a {self.TITLE} cannot list so many shards"
+            )
+        write_file(folder / self.FILE, content)
 
     @classmethod
     def refuse_finished(cls, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from megadistill.data import Manifest, TokenStream
 from megadistill.data.prepare.convert_manifest import convert
+from megadistill.data.shards import hashed_record
 from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.shard_table import NamePattern, ShardTable, TableRecord
 from megadistill.data.storage.local import LocalFolder
@@ -65,6 +66,17 @@ def test_a_manifest_is_the_same_in_both_forms(split: Path, tmp_path: Path) -> No
     convert(tmp_path, to="table")
     convert(tmp_path, to="list")
     assert (split / "manifest.json").read_text() == text
+
+
+def test_a_list_that_no_release_reads_is_not_written(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some 400,000 shards; the conversion deletes the table."""
+    before = _load(split)
+    monkeypatch.setattr(hashed_record, "MAX_RECORD_BYTES", (split / "manifest.json").stat().st_size)
+    with pytest.raises(
+        UserError, match=r"manifest\.json would have [0-9,]+ bytes, more than the [0-9,]+ that are read"
+    ):
+        convert(split, to="list")
+    assert _load(split) == before
 
 
 @pytest.mark.parametrize(
