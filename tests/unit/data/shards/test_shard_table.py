@@ -70,13 +70,11 @@ def test_a_manifest_is_the_same_in_both_forms(split: Path, tmp_path: Path) -> No
 
 def test_a_list_that_no_release_reads_is_not_written(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some 400,000 shards; the conversion deletes the table."""
-    before = _load(split)
+    before = _load(split).fingerprint
     monkeypatch.setattr(hashed_record, "MAX_RECORD_BYTES", (split / "manifest.json").stat().st_size)
-    with pytest.raises(
-        UserError, match=r"manifest\.json would have [0-9,]+ bytes, more than the [0-9,]+ that are read"
-    ):
+    with pytest.raises(UserError, match=r"manifest\.json would have [0-9,]+ bytes, more than the [0-9,]+ that are"):
         convert(split, to="list")
-    assert _load(split) == before
+    assert _load(split).content_sha256() == before
 
 
 @pytest.mark.parametrize(
