@@ -13,5 +13,6 @@ for _ in {1..50}; do # its last lines; a process that the command has left may h
   kill -0 "$labels" 2>/dev/null || break
   sleep 0.1
 done
+[ -z "$(tail -c 1 "$at.err")" ] || echo >>"$at.err" # a last line without an end, which the next rank's would continue
 echo "$SLURM_PROCID $code" >>"$at.codes"
 exit "$code"

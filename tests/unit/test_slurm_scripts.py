@@ -22,7 +22,7 @@ def test_a_rank_that_aborts_is_no_reason_to_hold_the_run(tmp_path: Path) -> None
 
 def test_a_nodes_file_of_standard_error_has_the_rank_of_each_line(tmp_path: Path) -> None:
     """One that is killed, and leaves a process behind that holds its standard error, loses no line."""
-    first = "SLURM_PROCID=0 bash slurm/rank.sh bash -c 'echo one >&2; echo two >&2; exit 2'"
+    first = "SLURM_PROCID=0 bash slurm/rank.sh bash -c 'echo one >&2; printf two >&2; exit 2'"
     second = "SLURM_PROCID=11 bash slurm/rank.sh bash -c 'sleep 1 & echo three >&2; kill -9 $$'"
     last = "echo none >$LOGS/n2.err; echo 4 0 >$LOGS/n2.codes; . slurm/lib.sh"
     calls = "first_rank_with 137; first_rank_with 2 4; first_rank_with 3 || echo nobody; exit_code_of 0"
