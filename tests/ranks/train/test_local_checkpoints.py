@@ -223,7 +223,7 @@ def _train_with_skip(topology: Topology, manifest: str, folder: str, skip: list[
 
 
 def test_a_changed_recipe_resumes_from_a_checkpoint(manifest: Path, tmp_path: Path) -> None:
-    """As `docs/recover.md` says: newer checkpoints are moved away, and sequences behind the older one are skipped."""
+    """`docs/recover.md`: newer checkpoints are moved away, and sequences behind the older one are skipped."""
     folder = tmp_path / "run"
     run_ranks(1, _train_with_skip, str(manifest), str(tmp_path), [], 4)
     shutil.rmtree(folder / "checkpoints" / "step-00000004")  # leaves that of step 2 and a local save of step 3
