@@ -54,6 +54,14 @@ class TokenizeRecord(BaseModel):
     def write(self, output: Path) -> None:
         write_file(output / RECORD_FILE, self.model_dump_json(indent=1) + "\n")
 
+    @classmethod
+    def read(cls, output: Path) -> "TokenizeRecord | None":
+        """The record in an output folder; None where there is no readable one."""
+        try:
+            return cls.model_validate_json(read_file(output / RECORD_FILE))
+        except (OSError, ValueError):
+            return None
+
     def is_finished(self, output: Path, splits: Sequence[str]) -> bool:
         """Whether the complete data set in `output` was made by this command, from this input.
 
@@ -61,9 +69,8 @@ class TokenizeRecord(BaseModel):
             UserError: it was made with other options, or the input has changed.
         """
         manifests = [output / split / MANIFEST for split in splits]
-        try:
-            written = TokenizeRecord.model_validate_json(read_file(output / RECORD_FILE))
-        except (OSError, ValueError):
+        written = TokenizeRecord.read(output)
+        if written is None:
             return False
         differing = self._differences(written)
         if differing:

@@ -175,6 +175,9 @@ class _Inputs:
     def shard_mb(self, given: float | None) -> float:
         """The text of a shard in 10^6 bytes: the given one, or one that goes with the input; warns of many shards."""
         text_bytes = text_bytes_of(self._files())
+        written = TokenizeRecord.read(self.output) if given is None else None
+        if written is not None and written.options.get("--shard-mb") == SHARD_MB[0]:
+            given = SHARD_MB[0]  # earlier releases took it for every input
         size = shard_mb_for(text_bytes) if given is None else given
         shards = round(text_bytes / (size * 1e6))
         if shards > MANY_SHARDS:

@@ -501,6 +501,18 @@ def test_the_size_of_shards_goes_with_the_corpus(text_bytes: int, size: int, sha
     assert -(-text_bytes // (size * 10**6)) == shards
 
 
+def test_the_same_command_finds_a_large_corpus_of_an_earlier_release_finished(
+    corpus: Path, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those cut every corpus into shards of 32 MB."""
+    options: dict[str, Any] = {"tokenizer": given, "vocab_size": None}
+    _run(corpus, tmp_path / "out", **options, shard_mb=32)
+    monkeypatch.setattr("megadistill.data.prepare.shard_tasks.ENOUGH_SHARDS", 0)
+    assert _run(corpus, tmp_path / "out", **options, shard_mb=None).already_there
+    with pytest.raises(UserError, match="--shard-mb was 32, is 64"):
+        _run(corpus, tmp_path / "out", **options, shard_mb=64)
+
+
 def test_many_shards_are_warned_of_before_anything_is_written(
     tmp_path: Path, given: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
