@@ -125,7 +125,19 @@ class Recovery:
         if self._topology.is_first:
             run, self._resumed = run_id(self._folder), resumed_steps(self._folder)
         run, self._resumed = broadcast_object((run, self._resumed), self._topology.world_group)
-        return LocalTier(Path(section.folder), self._topology, self.attempt, run=run)
+        try:
+            return LocalTier(Path(section.folder), self._topology, self.attempt, run=run)
+        except OperatorFault as fault:
+            if self.attempt.number == 1:
+                raise
+            line = f"this attempt makes no local saves, a later one may: {fault}"  # a disk broke: no reason to stop
+            self.events.warn("local_checkpoint_failed", line, step=0, reason=str(fault))
+            return None
+
+    @property
+    def has_local_saves(self) -> bool:
+        """Whether this attempt makes local saves; the same on every rank."""
+        return self._local is not None
 
     def _newest_local(self) -> LocalCheckpoint | None:
         """The newest local save that the run may resume from. Collective.
@@ -239,10 +251,14 @@ class Recovery:
         """Monitors of the steps after `step`, which know the steps before it from metrics.jsonl.
 
         The first rank reads the file for all, so that all ranks decide alike.
+
+        Raises:
+            Superseded: a later attempt has acquired the folder (on rank 0): the caller cuts lines off the file next.
         """
         resilience = self._setup.recipe.resilience
         history = None
         if self._topology.is_first:
+            self.attempt.require_newest()
             size = self._setup.data.vocab_size
             history = read_run_history(self._folder, step, window=resilience.spike_window, vocab_size=size)
             self._lost, self._lost_seconds = history.lost_steps, history.lost_seconds

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megadistill.distributed.launch import Launch
+from megadistill.errors import Superseded
 from megadistill.events import JsonLines, goodput, json_lines
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.resilience.recovery import Recovery
@@ -151,3 +152,21 @@ def test_the_ends_of_the_records_tell_a_start_all_of_them(
             for name in ("useful", "startup", "saving", "repeated", "paused"):
                 assert getattr(by_end.totals, name) == pytest.approx(getattr(by_all.totals, name), abs=0.05), name
     assert not math.isnan(goodput(setup.folder).ratio)
+
+
+def test_an_attempt_that_was_replaced_while_it_started_cuts_no_line_of_the_next(
+    tmp_path: Path, made: Callable[[Path], Setup]
+) -> None:
+    """As one that hung in its start, and continues when the next one has taken steps."""
+    setup = made(tmp_path / "run")
+    replaced = Recovery(setup, topology())
+    attempt = Attempt(setup, random.Random(0))
+    for _ in range(5):
+        attempt.take(diverges=False)
+    names = ("metrics.jsonl", "events.jsonl")
+    before = [(setup.folder / name).read_bytes() for name in names]
+    with pytest.raises(Superseded):
+        replaced.monitors(0)
+    assert [(setup.folder / name).read_bytes() for name in names] == before
+    replaced.close()
+    attempt.recovery.close()
