@@ -11,6 +11,7 @@ import torch
 
 import megadistill
 from megadistill.doctor.rank_report import RankReport, Status
+from megadistill.io import read_file
 from megadistill.units import number_of
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -44,8 +45,8 @@ class Mount:
 def read_mounts(table: Path = MOUNTS) -> list[Mount]:
     """The mounts of this process, later ones behind; none where the system has no such table."""
     try:
-        lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_file(table).decode("utf-8", "replace").splitlines()
+    except (OSError, ValueError):
         return []
     mounts = []
     for line in lines:
