@@ -206,7 +206,9 @@ class Trainer:
                 recovery,
                 every=recipe.train.checkpoint_every,
                 stable_steps=recipe.stable_steps,
-                local_every=recipe.checkpoint.local.every if recipe.checkpoint.local else 0,
+                local_every=recipe.checkpoint.local.every
+                if recipe.checkpoint.local and recovery.has_local_saves
+                else 0,
             ),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),

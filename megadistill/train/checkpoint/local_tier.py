@@ -163,8 +163,8 @@ class LocalTier:
         self._attempt.require_newest()
         write_manifest(temporary / MANIFEST, manifest)
         temporary.rename(self.target(manifest.step))
-        saves = self._saves()
-        old = sorted(saves)[:-KEEP]
+        saves, made = self._saves(), save_key(manifest.step, self._attempt.number)
+        old = [key for key in sorted(saves)[:-KEEP] if key != made]  # later ones may be left that cannot be deleted
         return tuple(saves[key].name for key in old if self._delete(saves[key]))
 
     def completed(self, step: int) -> None:

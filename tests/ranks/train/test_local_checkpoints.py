@@ -207,6 +207,22 @@ def test_a_start_without_a_folder_for_local_saves_records_why_it_ended(manifest:
     assert "Name a folder that each node can write to" in line
 
 
+def test_a_restart_beside_a_broken_disk_reads_the_checkpoint_and_makes_no_local_saves(
+    manifest: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder, nodes = tmp_path / "run", tmp_path / "nodes"
+    run_ranks(2, _train, str(manifest), str(folder), str(nodes), 3)
+    shutil.rmtree(_folder(nodes, 1))
+    _folder(nodes, 1).write_text("a file")
+    assert run_ranks(2, _train, str(manifest), str(folder), str(nodes), None) == [STEPS] * 2
+    event = _resumed(folder)
+    assert (event["step"], event.get("tier")) == (3, None)
+    failed, *saved = (event for event in read_events(folder) if event["attempt"] == 2 and "local" in event["event"])
+    assert (failed["event"], saved) == ("local_checkpoint_failed", [])
+    assert failed["reason"].endswith("Name a folder that each node can write to, or leave that node out")
+    assert _numbers(folder) == _numbers(undisturbed)
+
+
 def test_a_run_that_lost_both_tiers_does_not_start_from_scratch(manifest: Path, tmp_path: Path) -> None:
     folder, nodes = _crashed(manifest, tmp_path)
     shutil.rmtree(nodes)
