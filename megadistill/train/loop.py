@@ -201,6 +201,7 @@ class Trainer:
         topology, recovery, events = self._topology, self._recovery, self._recovery.events
         recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
         meter, every = meter_of(self._setup, topology), recipe.train.histograms_every
+        local = recipe.checkpoint.local if recovery.has_local_saves else None
         hooks: list[Hook | None] = [
             Checkpoints(
                 recovery,
