@@ -207,9 +207,7 @@ class Trainer:
                 recovery,
                 every=recipe.train.checkpoint_every,
                 stable_steps=recipe.stable_steps,
-                local_every=recipe.checkpoint.local.every
-                if recipe.checkpoint.local and recovery.has_local_saves
-                else 0,
+                local_every=0 if local is None else local.every,
             ),
             StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
