@@ -63,6 +63,14 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
+def is_file_name(path: Path) -> bool:
+    """Whether files can be written at a path: safetensors and JSON take only UTF-8, and no name has a NUL byte."""
+    try:
+        return b"\0" not in str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text, which Python keeps as half of a surrogate pair
+        return False
+
+
 def require_writable_file(path: Path | None, option: str) -> None:
     """Tries whether the file that `option` names can be written, without making or changing it. None: nothing to try.
 
@@ -71,8 +79,7 @@ def require_writable_file(path: Path | None, option: str) -> None:
     """
     if path is None:
         return
-    if "\0" in str(path):
-        raise UserError(f"{option} {path} cannot be written: no file can have such a name")
+    _require_name(path, f"{option} {path}")
     if path.is_dir():
         raise UserError(f"{option} {path}: it is a folder: name a file")
     if path.exists() and not path.is_file():  # a device, a pipe
@@ -91,6 +98,7 @@ def require_writable_folder(folder: Path | None, option: str, *, given: Path | N
     if folder is None:
         return
     where = f"{option} {folder if given is None else given}"
+    _require_name(folder if given is None else given, where)
     try:
         there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         if not there.is_dir():
@@ -101,5 +109,8 @@ def require_writable_folder(folder: Path | None, option: str, *, given: Path | N
     except OSError as error:
         plain = OSError(error.errno, error.strerror or str(error))
         raise UserError(f"{where} cannot be written: {one_line(plain)}") from None
-    except ValueError:  # a NUL
-        raise UserError(f"{where} cannot be written: no file can have such a name") from None
+
+
+def _require_name(path: Path, where: str) -> None:
+    if not is_file_name(path):
+        raise UserError(f"{where} cannot be written: its name has a NUL byte or is not UTF-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from megadistill.outputs import is_file_name
 from megadistill.redaction import printable
 from megadistill.shipped import is_shipped
 
@@ -43,8 +44,8 @@ _NEVER = ("boot", "dev", "etc", "proc", "sys")
 
 def wrong_run_folder(path: Path) -> str | None:
     """One line on a folder that must not become a run's: it is something else's. None: it may."""
-    if "\0" in str(path):
-        return f"{path}: no folder can have such a name"
+    if not is_file_name(path):
+        return f"{path}: no folder of a run has such a name: it has a NUL byte or is not UTF-8"
     if path.exists() and not path.is_dir():
         return f"{path} is a file: name another path, at which the run makes its folder"
     folder, here = path.resolve(), Path.cwd()

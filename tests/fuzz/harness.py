@@ -55,7 +55,8 @@ def require_lines(cases: Sequence[Case], folders: Sequence[Path], *, trains: boo
     for case, outcome in zip(cases, outcomes(cases, copies, original, trains=trains), strict=True):
         complaint = outcome.complaint()
         if complaint is not None:
-            complaints.append(f"{case.name[:200]}\n    {complaint}")
+            text = f"{case.name[:200]}\n    {complaint}"
+            complaints.append(text.encode(errors="backslashreplace").decode())  # pytest's processes send it as UTF-8
     first = "\n".join(complaints[:LISTED])
     assert not complaints, f"{len(complaints)} of {len(cases)} cases, such as:\n{first}"
     assert [outside_of(folder) for folder in copies] == before

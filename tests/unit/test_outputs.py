@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from megadistill.cli import evaluate as command
 from megadistill.cli import train as train_command
 from megadistill.cli.main import parser, run_command
+from megadistill.config.paths import wrong_run_folder
 from megadistill.errors import UserError
 from megadistill.io import write_file, write_json
 from megadistill.outputs import naming, one_line, require_writable_file, require_writable_folder
@@ -84,8 +85,18 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     require_writable_file(None, "--json")
     require_writable_folder(tmp_path / "new", "--output")
     assert [each.name for each in tmp_path.rglob("*")] == ["old.json"]
-    with pytest.raises(UserError, match="no file can have such a name"):
-        require_writable_file(Path("a\0b"), "--json")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udc80b"])
+def test_a_name_that_is_no_text_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    says = "cannot be written: its name has a NUL byte or is not UTF-8"
+    with pytest.raises(UserError, match=says):
+        require_writable_file(tmp_path / name, "--json")
+    with pytest.raises(UserError, match=says):
+        require_writable_folder(tmp_path, "--output", given=tmp_path / name)
+    with pytest.raises(UserError, match=says):
+        require_writable_folder(tmp_path / name / "new", "--output")
+    assert wrong_run_folder(tmp_path / name) is not None
 
 
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
