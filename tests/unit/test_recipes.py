@@ -106,6 +106,7 @@ def _described(recipe: Recipe, folder: Path) -> list[str]:
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megadistill.train.setup.setup.check_weights", lambda *folder_and_config: None)
     monkeypatch.setattr("megadistill.train.setup.setup.check_start", lambda *folder_config_data: None)
+    monkeypatch.setattr("megadistill.train.setup.setup.sampled_fingerprint", lambda folder: "of no weights")
 
 
 @pytest.mark.usefixtures("_no_weights")
