@@ -37,7 +37,13 @@ NearbyPath = Annotated[str, Field(pattern=rf"^(\.\./)?{NAME}(/{NAME})*$", max_le
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
 TokenId = Annotated[int, Field(ge=0, le=1 << 24)]
 
+DataFolder = Annotated[str, Field(pattern=rf"^(\.\./|(\.\./)?{NAME}(/{NAME})*)$", max_length=1000)]
+"""The folder of token files: one below the folder of the split, its parent, or one below that."""
+
 TokenDtype = Literal["uint16", "uint32"]
+StoredDtype = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+"""Integers of a token file, little-endian."""
+TokenFormatName = Literal["megatron", "olmo", "raw", "mds", "arrow", "parquet"]
 
 
 class _Record(BaseModel):
@@ -55,6 +61,39 @@ class SampleFormat(_Record):
     """The member with the documents' bounds [D + 1] (see `labels`), such as `bounds.npy`; None: they are not known."""
     array: Annotated[str, Field(pattern=rf"^{NAME}$", max_length=100)] | None = None
     """The array with the tokens, in an npz that holds several; None: it holds one."""
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the samples record where documents begin."""
+        return self.bounds is not None
+
+
+class DecoderRecord(_Record):
+    """How the ids of a part of a token file are decoded, where they do not lie in it as they are."""
+
+    kind: Literal["mds", "arrow", "parquet"]
+    column: Annotated[str, Field(min_length=1, max_length=200)]
+    """The column or field with the ids."""
+
+
+class TokenFileFormat(_Record):
+    """Files of another program with streams of ids, which are read in place; the folder of the split has the indices.
+
+    A sequence is S + 1 ids of a stream, and begins with the last id of the one before.
+    """
+
+    kind: Literal["token_file"]
+    format: TokenFormatName
+    folder: DataFolder
+    """The folder of the files, relative to that of the split."""
+    dtype: StoredDtype
+    """dtype of the ids in the files."""
+    has_documents: bool
+    """Whether the indices record where documents begin."""
+    segments: Annotated[int, Field(ge=1, le=1 << 40)]
+    """Most segments of a file: the bound of the size of an index, with `documents`."""
+    decoder: DecoderRecord | None = Field(default=None, exclude_if=lambda record: record is None)
+    """None, and not written, where the ids lie in the files as they are."""
 
 
 class TokenizerRecord(_Record):
@@ -143,7 +182,7 @@ class _ManifestFields(HashedRecord):
     """Number of ids of the tokenizer, without padding."""
     largest_id: TokenId | None = Field(default=None, exclude_if=lambda id: id is None)
     """The largest id in the shards; None, and not written, where it is not recorded, as by earlier releases."""
-    sample_format: SampleFormat
+    sample_format: Annotated[SampleFormat | TokenFileFormat, Field(discriminator="kind")]
     tokenizer: TokenizerRecord
     packer: PackerRecord
     documents: Count | None

@@ -1,0 +1,57 @@
+"""A format of token files: which files a path of the command line means, and what the headers of each tell.
+
+Legend: G segments of a file, D documents of a file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadistill.data.shards.manifest import DecoderRecord, StoredDtype, TokenFormatName
+from megadistill.data.storage.base import Folder
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What a scan may need besides the file."""
+
+    vocab_size: int
+    """Number of ids of the tokenizer."""
+    dtype: str | None = None
+    """dtype of ids without a header, where the user gives it."""
+    column: str | None = None
+    """Column or field with the ids, where the user gives it."""
+
+
+@dataclass(frozen=True)
+class TokenScan:
+    """Where the ids of one file lie, and where its documents begin: headers alone, no id is read."""
+
+    dtype: StoredDtype
+    """dtype of the ids as stored, little-endian, or as the decoder gives them."""
+    segments_G2: NDArray[np.int64]
+    """[G, 2]: the byte where a segment begins, and its number of ids; with a decoder the number of a part instead of
+    the byte. Their order is the order of the ids."""
+    starts_D: NDArray[np.int64] | None
+    """[D]: places in the file's stream of ids where documents begin, climbing; None: the format does not tell, the ids
+    do (EOS)."""
+    decoder: DecoderRecord | None = None
+    """How the ids of a part are decoded; None: they lie in the file as they are."""
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """One format that `shards index` reads in place."""
+
+    name: TokenFormatName
+    files: Callable[[str], list[str]]
+    """The data files that an argument of the command means, as paths. Raises UserError: there are none."""
+    scan: Callable[[Folder, str, ScanOptions], TokenScan]
+    """The scan of the file of a name in a folder. Raises UserError: corrupt, truncated or not of this format; one
+    line that begins with the file's path and ends with the way out."""
+
+
+Ids = NDArray[np.integer[Any]]

@@ -1,0 +1,48 @@
+"""Ids that do not lie in a file as they are: parts (row groups, record batches, compressed shards) that are decoded.
+
+A decoder gives all ids of one part; the parts used last are kept.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadistill.data.shards.manifest import DecoderRecord
+from megadistill.data.storage.base import Bytes
+
+MAX_PART_IDS: Final = 1 << 28
+"""Most ids of a part: it is decoded as a whole."""
+CACHE_BYTES: Final = 256 << 20
+"""Memory of the decoded parts of a reader."""
+
+Ids = NDArray[np.integer[Any]]
+PartDecoder = Callable[[Bytes, int, DecoderRecord], Ids]
+"""(file, number of the part, record) -> the ids of the part. Raises ValueError or OSError: it is damaged."""
+
+DECODERS: Final[dict[str, PartDecoder]] = {}
+"""By `DecoderRecord.kind`."""
+
+
+class DecodedParts:
+    """The decoded parts used last, within CACHE_BYTES. One thread at a time."""
+
+    def __init__(self, record: DecoderRecord, dtype: np.dtype[Any]) -> None:
+        self._record, self._dtype = record, dtype
+        self._decode = DECODERS[record.kind]
+        self._parts: OrderedDict[tuple[str, int], Ids] = OrderedDict()
+        self._bytes = 0
+
+    def ids(self, path: str, file: Bytes, part: int) -> Ids:
+        """The ids of a part of the file at `path`. Raises ValueError or OSError: it is damaged or unreachable."""
+        ids = self._parts.get((path, part))
+        if ids is None:
+            ids = self._decode(file, part, self._record).astype(self._dtype, casting="safe", copy=False)
+            self._parts[path, part] = ids
+            self._bytes += ids.nbytes
+            while self._bytes > CACHE_BYTES and len(self._parts) > 1:
+                self._bytes -= self._parts.popitem(last=False)[1].nbytes
+        self._parts.move_to_end((path, part))
+        return ids
