@@ -1,4 +1,4 @@
-"""Ids that do not lie in a file as they are: parts (row groups, record batches, compressed shards) that are decoded.
+"""Ids that do not lie in a file as they are: parts, such as the row groups of parquet, that are decoded.
 
 A decoder gives all ids of one part; the parts used last are kept.
 """
@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.data.shards.manifest import DecoderRecord
+from megadistill.data.shards.token_files.parquet_parts import decode_row_group
 from megadistill.data.storage.base import Bytes
 
-MAX_PART_IDS: Final = 1 << 28
-"""Most ids of a part: it is decoded as a whole."""
 CACHE_BYTES: Final = 256 << 20
 """Memory of the decoded parts of a reader."""
 
@@ -22,8 +21,8 @@ Ids = NDArray[np.integer[Any]]
 PartDecoder = Callable[[Bytes, int, DecoderRecord], Ids]
 """(file, number of the part, record) -> the ids of the part. Raises ValueError or OSError: it is damaged."""
 
-DECODERS: Final[dict[str, PartDecoder]] = {}
-"""By `DecoderRecord.kind`."""
+DECODERS: Final[dict[str, PartDecoder]] = {"parquet": decode_row_group}
+"""Kind of a `DecoderRecord` -> its decoder."""
 
 
 class DecodedParts:
@@ -39,7 +38,9 @@ class DecodedParts:
         """The ids of a part of the file at `path`. Raises ValueError or OSError: it is damaged or unreachable."""
         ids = self._parts.get((path, part))
         if ids is None:
-            ids = self._decode(file, part, self._record).astype(self._dtype, casting="safe", copy=False)
+            ids = self._decode(file, part, self._record)
+            if ids.dtype != self._dtype:
+                raise ValueError(f"expected ids of {self._dtype.name} in part {part}, found {ids.dtype.name}")
             self._parts[path, part] = ids
             self._bytes += ids.nbytes
             while self._bytes > CACHE_BYTES and len(self._parts) > 1:
