@@ -6,6 +6,7 @@ the same tokens, page cache warm; the time to locate a far position; the wait th
 
 import argparse
 import importlib
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,25 +21,38 @@ import webdataset
 from benchmarks.measure import Spread, rounds
 from benchmarks.report import Report, cell, parser
 from megadistill.data import Manifest, TokenStream
-from megadistill.data.shards.manifest import PackerRecord, SampleFormat, SourceRecord, TokenizerRecord
+from megadistill.data.prepare.token_formats.index_file import IndexSpec, index_file
+from megadistill.data.prepare.token_formats.token_scan import ScanOptions
+from megadistill.data.shards.manifest import (
+    PackerRecord,
+    SampleFormat,
+    SourceRecord,
+    TokenFileFormat,
+    TokenizerRecord,
+)
 from megadistill.data.shards.packing import PackedSequence
+from megadistill.data.shards.shard import Shard
 from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import write_shard
+from megadistill.data.storage.local import LocalFolder
 from megadistill.data.stream.order import CurriculumEntry, Order, Source
 
 QUESTIONS = ("speed", "position", "wait")
 MEASURED = ("megadistill/data", "megadistill/types.py", "benchmarks/*.py")
 VOCAB = 50_000
 BATCH = 256
+MEGATRON_UINT16 = 8
+"""The number of uint16 in Megatron's indices."""
 DOCUMENT = 700
 """Tokens of a document: the sequences say where documents begin."""
 
 HELP = """\
 questions (all of them, when --only does not choose):
   speed     CPU seconds of this process to read every sequence once into int64 tokens and labels, in batches of 256:
-            ours in its shuffled order, every byte checked (crc32) and every id; a flat numpy memmap read at random
-            places, unchecked; plain webdataset, .npy members; Megatron's IndexedDataset (pip install -e
-            '.[oracles]') and mosaic-streaming (pip install mosaicml-streaming), where they are installed
+            ours in its shuffled order, every byte checked (crc32) and every id, from tars, and in place from
+            Megatron's .bin and .idx; a flat numpy memmap read at random places, unchecked; plain webdataset, .npy
+            members; Megatron's IndexedDataset on the same files (pip install -e '.[oracles]') and mosaic-streaming
+            (pip install mosaicml-streaming), where they are installed
   position  seconds to find 256 slots in the middle of a manifest of 10^12 tokens, and memory for it
   wait      seconds that a step of --step-ms waits for its batch, with and without the thread that reads ahead
 
@@ -63,17 +77,31 @@ def _write(folder: Path, sequences: int, sequence: int) -> Manifest:
         )
         for number, start in enumerate(range(0, sequences, per_shard))
     )
+    packer = PackerRecord(name="chunk", version=2, bos=None, eos=2)
+    sample_format = SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy")
+    return _write_manifest(folder, shards, sequence, sample_format, packer, documents=None)
+
+
+def _write_manifest(
+    folder: Path,
+    shards: tuple[Shard, ...],
+    sequence: int,
+    sample_format: SampleFormat | TokenFileFormat,
+    packer: PackerRecord,
+    *,
+    documents: int | None,
+) -> Manifest:
     Manifest(
         version=3,
         split="train",
         sequence_length=sequence,
         dtype="uint16",
         vocab_size=VOCAB,
-        sample_format=SampleFormat(kind="npy", tokens="tokens.npy", bounds="bounds.npy"),
+        sample_format=sample_format,
         tokenizer=TokenizerRecord(kind="sentencepiece", file="tokenizer.model", sha256="0" * 64),
-        packer=PackerRecord(name="chunk", version=2, bos=None, eos=2),
-        documents=None,
-        tokens=sequences * sequence,
+        packer=packer,
+        documents=documents,
+        tokens=sum(shard.sequences for shard in shards) * sequence,
         text_bytes=None,
         source=SourceRecord(inputs=("random",)),
         shards=ShardTable.of(shards),
@@ -81,12 +109,37 @@ def _write(folder: Path, sequences: int, sequence: int) -> Manifest:
     return Manifest.load(folder / "manifest.json")
 
 
-def ours(manifest: Manifest) -> int:
+def _index_megatron(folder: Path, sequences: int, sequence: int) -> Manifest:
+    """The same tokens as Megatron's .bin and .idx, an item and a document a sequence, and an index of them."""
+    length = sequence + 1
+    (folder / "megatron.bin").symlink_to("tokens.bin")
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, MEGATRON_UINT16, sequences, sequences + 1)
+    pointers = (np.arange(sequences, dtype="<i8") * 2 * length).tobytes()
+    items = np.full(sequences, length, "<i4").tobytes() + pointers
+    (folder / "megatron.idx").write_bytes(header + items + np.arange(sequences + 1, dtype="<i8").tobytes())
+    output = folder / "in-place"
+    output.mkdir()
+    spec = IndexSpec("megatron", ScanOptions(VOCAB), sequence, "format", bos=None, eos=2)
+    indexed = index_file(LocalFolder(folder), "megatron.bin", output, spec, lambda size, ids: None)
+    assert indexed.shard is not None
+    record = TokenFileFormat(
+        kind="token_file",
+        format="megatron",
+        folder="../",
+        dtype="uint16",
+        has_documents=True,
+        segments=indexed.segments,
+    )
+    packer = PackerRecord(name="external", version=1, bos=None, eos=None)
+    return _write_manifest(output, (indexed.shard,), sequence, record, packer, documents=indexed.documents)
+
+
+def ours(manifest: Manifest, sequences: int) -> int:
     stream = TokenStream(manifest, seed=1, batch_slots=BATCH, rank=0, world_size=1)
     read = 0
     for batch, _ in stream:
         read += len(batch)
-        if read >= manifest.sequences:
+        if read >= sequences:
             return read
     raise AssertionError("the stream has no end")
 
@@ -146,10 +199,7 @@ def _write_for_others(folder: Path, sequences: int, sequence: int, report: Repor
     tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16).reshape(sequences, sequence + 1)
     contenders: dict[str, Read] = {}
     try:
-        builder = megatron_datasets().IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
-        for row in tokens:
-            builder.add_document(row, [len(row)])
-        builder.finalize(str(folder / "megatron.idx"))
+        megatron_datasets()
         contenders["Megatron's IndexedDataset"] = partial(megatron, folder, sequences)
     except ImportError as missing:
         report.console.print(f"  Megatron's IndexedDataset is left out: {missing}", highlight=False)
@@ -176,7 +226,10 @@ def speed(folder: Path, manifest: Manifest, sequences: int, sequence: int, repor
     shape = f"{sequences} sequences of {sequence}, uint16"
     report.console.print(f"\n[bold]speed[/bold], {shape}", highlight=False)
     reads: dict[str, Read] = {
-        "ours, all checked": partial(ours, manifest),
+        "ours, all checked": partial(ours, manifest, sequences),
+        "ours, Megatron's files in place, all checked": partial(
+            ours, _index_megatron(folder, sequences, sequence), sequences
+        ),
         "flat memmap, at random": partial(memmap, folder, sequences, sequence),
         "webdataset, .npy": partial(plain_webdataset, manifest),
         **_write_for_others(folder, sequences, sequence, report),

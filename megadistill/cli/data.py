@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megadistill.cli.common import RESUMES, Commands, add_command, option, print_tables, repeatable, say
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
 from megadistill.outputs import require_writable_file, require_writable_folder
 
 TOKENIZE_EPILOG = """\
@@ -19,7 +19,8 @@ SHARDS_EPILOG = """\
 examples:
   megadistill shards info data/mine
   megadistill shards verify data/mine
-  megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy"""
+  megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy
+  megadistill shards index --format megatron corpora/web_text_document --sequence-length 4096 --tokenizer teacher/"""
 
 VERIFY_EPILOG = """\
 All faults are reported, not only the first: sizes and hashes of all files, and each sequence's bytes, type, length and
@@ -39,7 +40,16 @@ several and --member npz:NAME; raw little-endian bytes with --member u16 --dtype
 tokens, as the last one is only a label. The indices, the tokenizer and manifest.json are written beside the tars. An
 optional member bounds.npy lists where documents begin: 0, the starts, the end.
 
-example: megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy"""
+With --format token files of another program are indexed, to be read where they lie: megatron (prefixes of .bin and
+.idx, or a folder of them), olmo (OLMo-core's .npy files or a folder of them), raw (files of ids, with --dtype), mds (a
+folder of MosaicML's shards), arrow (a folder that `save_to_disk` of datasets wrote), parquet (files or a folder). They
+are cut into sequences of S tokens and a last label; every id is read once and checked. The index is a folder below
+that of the files, or --output, a folder beside it; one corpus may have several.
+
+examples:
+  megadistill shards index ~/tars --tokenizer teacher/ --member tokens.npy
+  megadistill shards index --format megatron corpora/web_text_document --sequence-length 4096 --tokenizer teacher/
+  megadistill shards index --format olmo corpora/olmo --sequence-length 4096 --tokenizer teacher/"""
 
 
 VOCAB_MAP_EPILOG = """\
@@ -49,6 +59,9 @@ of the data are compared, and the tokens without a teacher's id are counted. doc
 
 example: megadistill vocab-map --student data/mine/tokenizer --teacher teacher/ --data data/mine/train/manifest.json \\
     --output map.json"""
+
+
+TOKEN_FORMATS = ("megatron", "olmo", "raw", "mds", "arrow", "parquet")
 
 
 def add(commands: Commands) -> None:
@@ -70,13 +83,15 @@ def _add_vocab_map(commands: Commands) -> None:
 def _add_tokenize(commands: Commands) -> None:
     summary = "turn text into WebDataset token shards with a manifest, a training and a held-out split"
     command = add_command(commands, "tokenize", summary, TOKENIZE_EPILOG, _tokenize, on_interrupt=RESUMES)
-    text = """a file, or a folder of them: .jsonl, .jsonl.gz, .jsonl.zst (a document per line), .parquet (a document per
-        row), anything else is text (a document per file); documents above 64 MiB are left out and counted"""
+    text = """a file, or a folder of them: .jsonl, .jsonl.gz, .jsonl.zst (a document per line), .parquet, .arrow (a
+        document per row), .tar (a document per .txt or .json), anything else is text (a document per file); documents
+        above 64 MiB are left out and counted"""
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help=text)
     option(command, "--output", "DIR", "folder of train/, heldout/ and tokenizer/", kind=Path, required=True)
     tokenizer = command.add_mutually_exclusive_group(required=True)
     option(tokenizer, "--vocab-size", "N", "train a SentencePiece model of N pieces on the text", kind=int)
-    text = "an existing tokenizer: a SentencePiece .model, a tokenizer.json, or a folder with one of them"
+    text = """an existing tokenizer: a SentencePiece .model, a tokenizer.json, a tekken.json, Llama 3's tokenizer.model,
+        or a folder with one of them"""
     option(tokenizer, "--tokenizer", "PATH", text, kind=Path)
     option(command, "--sequence-length", "S", "tokens of a sequence", kind=int, required=True)
     text = "chunk: concatenates documents and cuts; bestfit: keeps whole documents that fit, and pads"
@@ -84,7 +99,8 @@ def _add_tokenize(commands: Commands) -> None:
     text = """begin every sequence with BOS where the tokenizer puts one before a text, as its model expects it
         (default); no: only documents begin with it"""
     command.add_argument("--insert-bos", action=argparse.BooleanOptionalAction, default=True, help=text)
-    option(command, "--text-field", "NAME", "field of a JSON line, or column of a table, with the text", default="text")
+    text = "field of a JSON object, or column of a table, with the text"
+    option(command, "--text-field", "NAME", text, default="text")
     text = "fraction of documents held out, by a hash of their text; 0: none"
     option(command, "--heldout-fraction", "F", text, default=0.01)
     repeatable(command, "--include", "GLOB", "files of a folder to read, by name (default: all)")
@@ -118,14 +134,36 @@ def _add_shards(commands: Commands) -> None:
     text = "table: manifest.json and shards.npy, 80 bytes a shard (default); list: manifest.json alone, in JSON"
     convert.add_argument("--to", choices=("table", "list"), default="table", help=text)
 
-    summary = "index WebDataset tars of tokens, and write their manifest"
-    index = add_command(actions, "index", summary, INDEX_EPILOG, _shards_index)
-    index.add_argument("folder", type=Path, metavar="DIR", help="the folder of the tars, which are not changed")
+    _add_shards_index(actions)
+
+
+def _add_shards_index(actions: Commands) -> None:
+    summary = "index WebDataset tars of tokens, or token files of another program, and write their manifest"
+    again = "no manifest was written; the same command starts again, and reads no token file twice that it finished"
+    index = add_command(actions, "index", summary, INDEX_EPILOG, _shards_index, on_interrupt=again)
+    text = "the folder of the tars; with --format prefixes, files or folders, as the format has them; none is changed"
+    index.add_argument("paths", nargs="+", metavar="PATH", help=text)
     text = "the tokenizer that made the ids: a .model, a tokenizer.json, or a folder with one"
     option(index, "--tokenizer", "PATH", text, kind=Path, required=True)
-    option(index, "--member", "SUFFIX", "member of a sample with the tokens, such as tokens.npy or u16")
-    index.add_argument("--dtype", choices=("uint16", "uint32"), help="type of a member of raw bytes")
     option(index, "--split", "NAME", "name of the split in the manifest", default="train")
+    text = (
+        "type of ids without a header: a member of raw bytes, files of --format raw or olmo, or bytes in --format mds"
+    )
+    index.add_argument("--dtype", choices=("uint16", "uint32", "int32", "int64"), help=text)
+
+    tars = index.add_argument_group("WebDataset tars")
+    option(tars, "--member", "SUFFIX", "member of a sample with the tokens, such as tokens.npy or u16")
+
+    files = index.add_argument_group("token files of another program")
+    files.add_argument("--format", choices=TOKEN_FORMATS, help="the format of the files, which are read in place")
+    option(files, "--sequence-length", "S", "tokens of a sequence", kind=int)
+    text = "folder of the index (default: a folder below that of the files, named after them and S)"
+    option(files, "--output", "DIR", text, kind=Path)
+    option(files, "--column", "NAME", "column or field with the ids (default: input_ids or tokens)")
+    text = """where documents begin: format: as the files tell, else behind each EOS; eos: behind each EOS; bos: at
+        each BOS"""
+    files.add_argument("--documents", choices=("format", "eos", "bos"), default="format", help=text)
+    option(files, "--processes", "N", "processes that read files (default: the cores of this machine)", kind=int)
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -197,15 +235,54 @@ def _shards_info(options: argparse.Namespace) -> None:
 
 
 def _shards_index(options: argparse.Namespace) -> None:
+    if options.format is None:
+        _index_tars(options)
+    else:
+        _index_token_files(options)
+
+
+def _index_tars(options: argparse.Namespace) -> None:
     from megadistill.data.prepare.index_external import index
     from megadistill.progress import console_progress
     from megadistill.units import number_of
 
-    require_writable_folder(options.folder, "DIR")
+    for name in ("sequence_length", "output", "column", "processes"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for token files: give their --format, or leave it out")
+    if len(options.paths) > 1:
+        raise UserError(f"{len(options.paths)} paths: give one folder of tars, or the --format of token files")
+    folder = Path(options.paths[0])
+    require_writable_folder(folder, "PATH")
     names = {name: getattr(options, name) for name in ("tokenizer", "member", "dtype", "split")}
     with console_progress() as show:
-        manifest = index(options.folder, **names, progress=show)
+        manifest = index(folder, **names, progress=show)
     say(
-        f"{options.folder}/manifest.json: {number_of(manifest.sequences, 'sequence')} of "
+        f"{folder}/manifest.json: {number_of(manifest.sequences, 'sequence')} of "
         f"{manifest.sequence_length:,} tokens in {number_of(len(manifest.shards), 'shard')}"
     )
+
+
+def _index_token_files(options: argparse.Namespace) -> None:
+    from megadistill.data.prepare.token_formats.index_token_files import index_token_files
+    from megadistill.progress import console_progress
+
+    if options.member is not None:
+        raise UserError("--member is for tars: leave it out, or --format")
+    if options.sequence_length is None:
+        raise UserError(f"--format {options.format} needs --sequence-length S: the tokens of a sequence")
+    with console_progress() as show:
+        report = index_token_files(
+            options.paths,
+            format=options.format,
+            sequence_length=options.sequence_length,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,
+            column=options.column,
+            documents=options.documents,
+            split=options.split,
+            output=options.output,
+            processes=options.processes,
+            progress=show,
+        )
+    for line in report.lines():
+        say(line)

@@ -13,7 +13,9 @@ from megadistill.data.prepare.workers import begin_worker, worker_pool
 from megadistill.data.shards.manifest import Manifest, PackerRecord
 from megadistill.data.shards.opening import OpenShard, ShardFault
 from megadistill.data.shards.packing import PACKER_VERSIONS
-from megadistill.data.shards.reader import SequenceBatch, SequenceReader, open_shard
+from megadistill.data.shards.reader import SequenceReader, open_shard
+from megadistill.data.shards.sequence_batch import SequenceBatch
+from megadistill.data.shards.token_files.token_file import TokenFile
 from megadistill.data.storage.base import sha256_of
 from megadistill.errors import RestartFault
 
@@ -125,7 +127,7 @@ def _bos_faults(batch: SequenceBatch, packer: PackerRecord, first: int) -> Itera
             )
 
 
-def _hash_faults(shard: OpenShard, expected: str) -> Iterator[str]:
+def _hash_faults(shard: OpenShard | TokenFile, expected: str) -> Iterator[str]:
     try:
         digest = sha256_of(shard.file)
     except OSError as error:

@@ -10,7 +10,7 @@ from rich.table import Table
 from megadistill.config.paths import wrong_path
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete
 from megadistill.data.prepare.shard_checks import MAX_LINES, check_shards
-from megadistill.data.shards.manifest import MANIFEST, MAX_LISTED, Manifest, PackerRecord
+from megadistill.data.shards.manifest import MANIFEST, MAX_LISTED, Manifest, PackerRecord, TokenFileFormat
 from megadistill.data.shards.shard_table import TABLE_FILE
 from megadistill.data.storage.local import LocalFolder
 from megadistill.data.storage.open import folder_of
@@ -223,6 +223,7 @@ def _described(manifest: Manifest, location: str) -> Table:
     tokenizer, packer = manifest.tokenizer, manifest.packer
     rows = {
         "split": manifest.split,
+        "format": _format(manifest),
         "sequence length": f"{manifest.sequence_length:,}",
         "vocabulary": f"{manifest.vocab_size:,} ids, {manifest.dtype}",
         "tokenizer": f"{tokenizer.kind}, {tokenizer.file}, sha256 {tokenizer.sha256[:12]}…",
@@ -243,6 +244,14 @@ def _described(manifest: Manifest, location: str) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _format(manifest: Manifest) -> str:
+    record = manifest.sample_format
+    if isinstance(record, TokenFileFormat):
+        column = f", column {record.decoder.column}" if record.decoder else ""
+        return f"{record.format}{column}, ids as {record.dtype}, read in place in {record.folder}"
+    return f"WebDataset, {record.tokens}"
 
 
 def _place_of_shards(manifest: Manifest) -> str:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from megadistill.data.shards.labels import Bounds
 from megadistill.data.shards.manifest import Manifest, PackerRecord
 from megadistill.data.shards.packing import BESTFIT
-from megadistill.data.shards.reader import WHOLE_SHARD_BATCH, SequenceBatch, SequenceReader
+from megadistill.data.shards.reader import WHOLE_SHARD_BATCH, SequenceReader
+from megadistill.data.shards.sequence_batch import SequenceBatch
 
 
 def insert_bos(batch: SequenceBatch, bos: int, packer: PackerRecord) -> tuple[SequenceBatch, NDArray[np.bool_]]:

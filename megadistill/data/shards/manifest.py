@@ -71,7 +71,7 @@ class SampleFormat(_Record):
 class DecoderRecord(_Record):
     """How the ids of a part of a token file are decoded, where they do not lie in it as they are."""
 
-    kind: Literal["mds", "arrow", "parquet"]
+    kind: Literal["parquet"]
     column: Annotated[str, Field(min_length=1, max_length=200)]
     """The column or field with the ids."""
 
@@ -219,6 +219,9 @@ class Manifest(_ManifestFields):
     def _agrees_with_itself(self) -> "Manifest":
         if self.packer.name != "external" and self.dtype != token_dtype(self.vocab_size):
             raise ValueError(f"dtype {self.dtype} does not go with vocab_size {self.vocab_size}")
+        record = self.sample_format
+        if isinstance(record, TokenFileFormat) and self.dtype != read_dtype(record.dtype):
+            raise ValueError(f"dtype {self.dtype} does not go with ids that are stored as {record.dtype}")
         if self.largest_id is not None and self.largest_id >= self.vocab_size:
             raise ValueError(f"largest_id is {self.largest_id}, but vocab_size {self.vocab_size}")
         most = self.sequences * self.sequence_length
@@ -315,6 +318,11 @@ def _is_of_table(text: bytes) -> bool:
         return _Version.model_validate_json(text).version == TABLE_VERSION
     except ValidationError:
         return False
+
+
+def read_dtype(stored: StoredDtype) -> TokenDtype:
+    """The dtype in which ids of a token file are read."""
+    return "uint16" if stored in ("uint8", "int8", "uint16", "int16") else "uint32"
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:

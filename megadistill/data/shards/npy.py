@@ -55,7 +55,7 @@ def npy_row(data: memoryview) -> Row:
     """
     # A version 1 header gives its own length: a short key for the cache of parsed headers.
     size = 10 + int.from_bytes(data[8:10], "little") if bytes(data[6:7]) == b"\x01" else MAX_HEADER_BYTES
-    dtype, length, offset = _parse_header(bytes(data[: min(size, MAX_HEADER_BYTES)]))
+    dtype, length, offset = parse_npy_header(bytes(data[: min(size, MAX_HEADER_BYTES)]))
     expected = offset + length * dtype.itemsize
     if len(data) != expected:
         raise MemberError(f"expected an .npy of {expected} bytes, as its header says, found {len(data)}")
@@ -70,7 +70,7 @@ def npy_header_of(shape: tuple[int, ...], dtype: str) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _parse_header(data: bytes) -> tuple[np.dtype[Any], int, int]:
+def parse_npy_header(data: bytes) -> tuple[np.dtype[Any], int, int]:
     """dtype, L, and byte of the first integer, from the header that `data` begins with."""
     stream = io.BytesIO(data)
     try:

@@ -65,11 +65,11 @@ def open_indexed_tar(folder: Folder, shard: Shard, members: Mapping[str, bool], 
     """
     file, header = index_file(folder, shard, columns=own_columns + 3 + 2 * len(members))
     index = verified_index(folder, shard, file, header, members, own_columns=own_columns)
-    return OpenShard(f"{folder.location}/{shard.name}", open_tar(folder, shard), index)
+    return OpenShard(f"{folder.location}/{shard.name}", open_shard_file(folder, shard), index)
 
 
-def open_tar(folder: Folder, shard: Shard) -> Bytes:
-    """Raises ShardFault: the tar is missing or unreachable, or has another size."""
+def open_shard_file(folder: Folder, shard: Shard) -> Bytes:
+    """The tar, or the token file. Raises ShardFault: it is missing or unreachable, or has another size."""
     path = f"{folder.location}/{shard.name}"
     try:
         file = folder.open(shard.name)

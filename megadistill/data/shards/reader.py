@@ -8,17 +8,18 @@ Legend: N places to read, T = S + 1 tokens of a sequence, Q sequences of a shard
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megadistill.data.shards.labels import predicted
-from megadistill.data.shards.manifest import Manifest
+from megadistill.data.shards.manifest import Manifest, SampleFormat, TokenFileFormat
 from megadistill.data.shards.npy import MemberError, Row, npy_header_of, npy_row, row_of
 from megadistill.data.shards.opening import OpenShard, ShardFault, open_indexed_tar
+from megadistill.data.shards.sequence_batch import Places, SequenceBatch, Tokens, by_shard, ids_below, with_faults
 from megadistill.data.shards.shard_cache import CachedShard, FileIndex, ShardCache
+from megadistill.data.shards.token_files.token_file import TokenFile, open_token_file
+from megadistill.data.shards.token_files.token_file_reader import TokenFileReader
 
 HEADER_BYTES: Final = 128
 """Length of the .npy header that numpy writes for a row of integers."""
@@ -27,36 +28,20 @@ KNOWN_HEADERS: Final = 4096
 WHOLE_SHARD_BATCH: Final = 256
 """Sequences read at a time by `read_shard`."""
 
-Places = NDArray[np.int64]
-Tokens = NDArray[np.unsignedinteger[Any]]
 PackedBounds = memoryview | bytes
 """Bounds [D + 1] as little-endian uint32."""
 
 
-@dataclass(frozen=True)
-class SequenceBatch:
-    """Sequences, a row each. A row that is a fault has tokens of zero and one document."""
-
-    tokens: Tokens
-    """[N, T], in the manifest's dtype."""
-    bounds: list[NDArray[np.int64]]
-    """N arrays [D + 1], see `labels`; [0, T] where the manifest records none."""
-    faults: dict[int, ShardFault]
-    """Row -> the fault of its sequence."""
-
-    def predicted_tokens(self, *, across_documents: bool) -> int:
-        """Number of labels that are predicted without document masks."""
-        length = self.tokens.shape[1] - 1
-        return int(predicted(self.bounds, sequence_length=length, across_documents=across_documents).sum())
-
-
-def open_shard(manifest: Manifest, number: int) -> OpenShard:
+def open_shard(manifest: Manifest, number: int) -> OpenShard | TokenFile:
     """Shard `number` of a split.
 
     Raises:
         ShardFault: a file is missing or unreachable, the size or the index is not the manifest's.
     """
-    members = {"tokens": True, "bounds": manifest.sample_format.bounds is not None}
+    record = manifest.sample_format
+    if isinstance(record, TokenFileFormat):
+        return open_token_file(manifest, record, number)
+    members = {"tokens": True, "bounds": record.has_documents}
     return open_indexed_tar(manifest.folder, manifest.shards[number], members)
 
 
@@ -70,17 +55,38 @@ class SequenceReader:
     def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
         """`cache` bounds what several readers keep open, together."""
         self._manifest = manifest
-        self._length = manifest.sequence_length + 1
-        self._dtype = np.dtype(manifest.dtype)
-        self._record = manifest.sample_format
-        self._header = _plain_header(manifest)
-        self._counts: dict[bytes, int] = {}
-        self._shards = (cache or ShardCache()).split(manifest)
-        self._broken: dict[int, ShardFault] = {}
+        record, cache = manifest.sample_format, cache or ShardCache()
+        self._reader: TokenFileReader | _TarReader = (
+            TokenFileReader(manifest, record, cache)
+            if isinstance(record, TokenFileFormat)
+            else _TarReader(manifest, record, cache)
+        )
 
     def read(self, places_N2: Places) -> SequenceBatch:
         """The sequences at `places_N2` [N, 2] int64: shard, and sequence in it. Faults are reported, not raised."""
-        places_N2 = np.asarray(places_N2, dtype=np.int64)
+        return self._reader.read(np.asarray(places_N2, dtype=np.int64))
+
+    def read_shard(self, number: int) -> Iterator[SequenceBatch]:
+        """All sequences of shard `number` in order, WHOLE_SHARD_BATCH at a time."""
+        count = self._manifest.shards[number].sequences
+        for first in range(0, count, WHOLE_SHARD_BATCH):
+            sequences = np.arange(first, min(first + WHOLE_SHARD_BATCH, count))
+            yield self.read(np.stack([np.full_like(sequences, number), sequences], axis=1))
+
+
+class _TarReader:
+    """Sequences of a split of tars; one thread at a time."""
+
+    def __init__(self, manifest: Manifest, record: SampleFormat, cache: ShardCache) -> None:
+        self._manifest, self._record = manifest, record
+        self._length = manifest.sequence_length + 1
+        self._dtype = np.dtype(manifest.dtype)
+        self._header = _plain_header(manifest, record)
+        self._counts: dict[bytes, int] = {}
+        self._shards = cache.split(manifest)
+        self._broken: dict[int, ShardFault] = {}
+
+    def read(self, places_N2: Places) -> SequenceBatch:
         tokens_NT = np.zeros((len(places_N2), self._length), dtype=self._dtype)
         packed: dict[int, PackedBounds] = {}
         faults: dict[int, ShardFault] = {}
@@ -97,25 +103,12 @@ class SequenceReader:
             for row in wrong.keys() & sequences:
                 at = f"{shard.path} sequence {sequences[row]} at byte {shard.index.rows([sequences[row]])[0][0]}"
                 faults[row] = ShardFault(f"{at}: {wrong[row]}")
-        for row in faults:
-            tokens_NT[row] = 0
-            bounds[row] = np.array([0, self._length])
-        return SequenceBatch(tokens_NT, bounds, faults)
-
-    def read_shard(self, number: int) -> Iterator[SequenceBatch]:
-        """All sequences of shard `number` in order, WHOLE_SHARD_BATCH at a time."""
-        count = self._manifest.shards[number].sequences
-        for first in range(0, count, WHOLE_SHARD_BATCH):
-            sequences = np.arange(first, min(first + WHOLE_SHARD_BATCH, count))
-            yield self.read(np.stack([np.full_like(sequences, number), sequences], axis=1))
+        return with_faults(tokens_NT, bounds, faults)
 
     def _groups(self, places_N2: Places, faults: dict[int, ShardFault]) -> list[_Group]:
         """The rows of each shard that opens; the others are faults."""
-        by_shard: dict[int, dict[int, int]] = {}
-        for row, (number, sequence) in enumerate(places_N2.tolist()):
-            by_shard.setdefault(number, {})[row] = sequence
         opened = []
-        for number, sequences in by_shard.items():
+        for number, sequences in by_shard(places_N2).items():
             shard = self._shard(number)
             if isinstance(shard, ShardFault):
                 faults.update(dict.fromkeys(sequences, shard))
@@ -190,7 +183,7 @@ class SequenceReader:
         """[T], in a dtype that may be wider than the manifest's; each id fits into that."""
         row = row_of(data, self._record, dtype=self._manifest.dtype, length=self._length)
         if row.min() < 0 or row.max() >= self._manifest.vocab_size:
-            raise MemberError(_ids_below(self._manifest.vocab_size, row.min() if row.min() < 0 else row.max()))
+            raise MemberError(ids_below(self._manifest.vocab_size, row.min() if row.min() < 0 else row.max()))
         return row
 
     def _large_ids(self, tokens_NT: Tokens) -> dict[int, str]:
@@ -199,18 +192,14 @@ class SequenceReader:
         if tokens_NT.size == 0 or tokens_NT.max() < vocab_size:
             return {}
         largest_N = tokens_NT.max(axis=1)
-        return {row: _ids_below(vocab_size, largest_N[row]) for row in np.flatnonzero(largest_N >= vocab_size).tolist()}
+        return {row: ids_below(vocab_size, largest_N[row]) for row in np.flatnonzero(largest_N >= vocab_size).tolist()}
 
 
-def _ids_below(vocab_size: int, id: Any) -> str:
-    return f"expected ids from 0 to {vocab_size - 1}, found {id}"
-
-
-def _plain_header(manifest: Manifest) -> bytes | None:
+def _plain_header(manifest: Manifest, record: SampleFormat) -> bytes | None:
     """The bytes before the ids of a tokens member that need no parsing; None: every member needs it."""
-    if manifest.sample_format.kind == "npy":
+    if record.kind == "npy":
         return npy_header_of((manifest.sequence_length + 1,), np.dtype(manifest.dtype).newbyteorder("<").str)
-    return b"" if manifest.sample_format.kind == "raw" else None
+    return b"" if record.kind == "raw" else None
 
 
 def _unpacked(

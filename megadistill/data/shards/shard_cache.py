@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.data.shards.manifest import Manifest
-from megadistill.data.shards.opening import index_file, open_tar, read_sample, verified_index
+from megadistill.data.shards.opening import index_file, open_shard_file, read_sample, verified_index
 from megadistill.data.shards.tar import Index
 from megadistill.data.storage.base import Bytes
 from megadistill.data.storage.local import LocalFolder
@@ -114,11 +114,17 @@ class ShardCache:
         """Each holds a file descriptor."""
         self.remote: _Latest[_FileKey, _File] = _Latest(MAX_REMOTE_FILES)
         self.indices: _Latest[tuple[int, int], PackedIndex] = _Latest(index_bytes, lambda index: index.bytes + 1)
+        self.token_files: _Latest[tuple[int, int], Any] = _Latest(max(8, limit // 2))
+        """Open token files by split and number; each holds two file descriptors."""
         self._splits = 0
 
-    def split(self, manifest: Manifest) -> "SplitShards":
+    def new_key(self) -> int:
+        """The key of another split."""
         self._splits += 1
-        return SplitShards(manifest, self, self._splits)
+        return self._splits
+
+    def split(self, manifest: Manifest) -> "SplitShards":
+        return SplitShards(manifest, self, self.new_key())
 
 
 class SplitShards:
@@ -126,8 +132,8 @@ class SplitShards:
 
     def __init__(self, manifest: Manifest, cache: ShardCache, key: int) -> None:
         self._manifest, self._cache, self._key = manifest, cache, key
-        self._members = {"tokens": True, "bounds": manifest.sample_format.bounds is not None}
-        self._verified_P = _verified(manifest)
+        self._members = {"tokens": True, "bounds": manifest.sample_format.has_documents}
+        self._verified_P = verified_indices(manifest)
         self._files = cache.local if isinstance(manifest.folder, LocalFolder) else cache.remote
 
     def get(self, number: int) -> CachedShard:
@@ -141,7 +147,7 @@ class SplitShards:
         tar = self._files.get(place)
         if tar is None:
             shard, folder = self._manifest.shards[number], self._manifest.folder
-            tar = _File(f"{folder.location}/{shard.name}", open_tar(folder, shard))
+            tar = _File(f"{folder.location}/{shard.name}", open_shard_file(folder, shard))
             self._files.put(place, tar)
         return CachedShard(tar.path, tar.bytes, index)
 
@@ -153,7 +159,7 @@ class SplitShards:
         if known is not None:  # it was verified when it was put there
             return FileIndex(known.bytes, known.bytes.size - shard.sequences * columns * ITEM, columns)
         file, header = index_file(folder, shard, columns=columns)
-        identity = _digest(f"{file.identity} {file.size} {shard.index_sha256}")
+        identity = digest_of(f"{file.identity} {file.size} {shard.index_sha256}")
         if file.identity is not None and self._verified_P[number] == identity:
             self._files.put(place, _File(shard.index, file))
             return FileIndex(file, len(header), columns)
@@ -164,16 +170,16 @@ class SplitShards:
         return index
 
 
-def _verified(manifest: Manifest) -> NDArray[np.int64]:
+def verified_indices(manifest: Manifest) -> NDArray[np.int64]:
     """[P]: digest of the identity of each index that was verified; 0: none was. Few shards are all in memory."""
     shards = len(manifest.shards)
     if shards < MIN_SHARED:
         return np.zeros(shards, dtype=np.int64)
     split = f"{manifest.fingerprint} {manifest.folder.location}"
-    return shared_array(f"verified-{_digest(split) & 0xFFFFFFFFFFFFFFFF:016x}", shards)
+    return shared_array(f"verified-{digest_of(split) & 0xFFFFFFFFFFFFFFFF:016x}", shards)
 
 
-def _digest(text: str) -> int:
+def digest_of(text: str) -> int:
     """A number of 64 bits, not 0, and the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True) or 1
 

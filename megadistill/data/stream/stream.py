@@ -154,7 +154,7 @@ class TokenStream:
 
     def _reader(self, name: str, cache: ShardCache) -> SequenceReader:
         manifest = self._mixture.sources[name]
-        if self._document_mask and manifest.sample_format.bounds is None:
+        if self._document_mask and not manifest.sample_format.has_documents:
             raise UserError(
                 f"data.document_mask: the shards of {manifest.folder.location} do not record where documents begin: "
                 "set it to false, or tokenize the text with this package"

@@ -16,7 +16,7 @@ from megadistill.data.storage.base import Folder
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """What a scan may need besides the file."""
+    """Options that a scan may need besides the file."""
 
     vocab_size: int
     """Number of ids of the tokenizer."""
@@ -28,7 +28,7 @@ class ScanOptions:
 
 @dataclass(frozen=True)
 class TokenScan:
-    """Where the ids of one file lie, and where its documents begin: headers alone, no id is read."""
+    """Places of the ids of one file and of its documents, from headers alone: no id is read."""
 
     dtype: StoredDtype
     """dtype of the ids as stored, little-endian, or as the decoder gives them."""

@@ -294,7 +294,7 @@ def test_tars_of_any_kind_become_a_split_that_a_stream_reads(
     batch = stream.batch(range(12))
     rows = np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1)
     assert {tuple(row) for row in rows.tolist()} == {tuple(sequence.tokens.tolist()) for sequence in SEQUENCES}
-    assert (manifest.sample_format.bounds is not None) == ("bounds.npy" in sample(SEQUENCES[0]))
+    assert manifest.sample_format.has_documents == ("bounds.npy" in sample(SEQUENCES[0]))
     samples = WebDataset(str(folder / "a.tar"), shardshuffle=False)
     assert [len(members) for members in samples] == [3 + len(sample(SEQUENCES[0]))] * 6
 

@@ -83,6 +83,24 @@ def test_a_tokenizer_outside_of_the_data_set_is_refused(split: Path, file: str) 
     _refused(split, r"tokenizer\.file")
 
 
+TOKEN_FILES = {
+    "kind": "token_file",
+    "format": "megatron",
+    "folder": "../",
+    "dtype": "uint16",
+    "has_documents": True,
+    "segments": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "folder", ["..", "../..", "../../", "/etc", "a/../../b", "../a/../..", "../.ssh", ".", "", "a\n", "https://a/b"]
+)
+def test_token_files_outside_of_the_neighbouring_folders_are_refused(split: Path, folder: str) -> None:
+    _edit(split, lambda content: content.update(sample_format={**TOKEN_FILES, "folder": folder}))
+    _refused(split, r"sample_format\.token_file\.folder")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -104,8 +122,12 @@ def test_a_tokenizer_outside_of_the_data_set_is_refused(split: Path, file: str) 
         (lambda m: m.update(extra=1), "extra"),
         (lambda m: m.pop("dtype"), "dtype"),
         (lambda m: m["packer"].update(name="other"), r"packer\.name"),
-        (lambda m: m["sample_format"].update(kind="pickle"), r"sample_format\.kind"),
-        (lambda m: m["sample_format"].update(tokens="../x"), r"sample_format\.tokens"),
+        (lambda m: m["sample_format"].update(kind="pickle"), "sample_format: Input tag 'pickle'"),
+        (lambda m: m["sample_format"].update(tokens="../x"), r"sample_format\.npy\.tokens"),
+        (lambda m: m.update(sample_format={**TOKEN_FILES, "dtype": "float32"}), r"sample_format\.token_file\.dtype"),
+        (lambda m: m.update(sample_format={**TOKEN_FILES, "format": "pickle"}), r"sample_format\.token_file\.format"),
+        (lambda m: m.update(sample_format={**TOKEN_FILES, "segments": 0}), r"sample_format\.token_file\.segments"),
+        (lambda m: m.update(sample_format={**TOKEN_FILES, "dtype": "int32"}), "dtype uint16 does not go with ids"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(split: Path, change: Change, message: str) -> None:

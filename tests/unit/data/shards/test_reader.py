@@ -17,7 +17,8 @@ from megadistill.data.shards import shard_cache
 from megadistill.data.shards.manifest import Manifest, SampleFormat
 from megadistill.data.shards.opening import ShardFault
 from megadistill.data.shards.packing import PackedSequence
-from megadistill.data.shards.reader import SequenceBatch, SequenceReader
+from megadistill.data.shards.reader import SequenceReader
+from megadistill.data.shards.sequence_batch import SequenceBatch
 from megadistill.data.shards.tar import index_sequences, write_index, write_shard
 from megadistill.data.storage.remote import BLOCK_BYTES, RemoteFolder, RetryPolicy
 from megadistill.errors import OperatorFault
@@ -97,6 +98,7 @@ def _publish(split: Path, shard: int, rows: np.ndarray | None = None) -> None:
     """Makes index and manifest agree with the tar as it now is: only its content is wrong."""
     manifest = _manifest(split)
     tar, _ = _paths(split, shard)
+    assert isinstance(manifest.sample_format, SampleFormat)
     record = write_index(tar, index_sequences(tar, manifest.sample_format) if rows is None else rows)
     record = dataclasses.replace(record, sequences=manifest.shards[shard].sequences)
     shards = (*manifest.shards[:shard], record, *manifest.shards[shard + 1 :])

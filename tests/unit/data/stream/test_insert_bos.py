@@ -16,7 +16,7 @@ from megadistill.data.shards.insert_bos import insert_bos
 from megadistill.data.shards.labels import predicted
 from megadistill.data.shards.manifest import Manifest, PackerRecord
 from megadistill.data.shards.packing import PackedSequence, bestfit, chunk
-from megadistill.data.shards.reader import SequenceBatch
+from megadistill.data.shards.sequence_batch import SequenceBatch
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.order import CurriculumEntry
 from megadistill.data.stream.stream import TokenStream

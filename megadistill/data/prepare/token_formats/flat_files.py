@@ -1,0 +1,102 @@
+"""Flat files of ids: OLMo-core's memory maps, which are called .npy and mostly have no header, true .npy, and raw ones.
+
+Documents follow each other, each ended by EOS.
+"""
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from megadistill.data.prepare.token_formats.token_scan import ScanOptions, TokenFormat, TokenScan
+from megadistill.data.shards.manifest import StoredDtype, token_dtype
+from megadistill.data.shards.npy import MAX_HEADER_BYTES, MemberError, parse_npy_header
+from megadistill.data.shards.shard import INDEX_SUFFIX
+from megadistill.data.storage.base import Bytes, Folder
+from megadistill.errors import UserError
+
+MAGIC: Final = b"\x93NUMPY"
+PEEK_IDS: Final = 1 << 15
+"""Ids of the beginning of a file that tell whether their type is twice as wide."""
+MIN_PEEK: Final = 64
+TYPES: Final[dict[str, StoredDtype]] = {name: name for name in ("uint16", "uint32", "int32", "int64")}
+
+
+def _olmo_files(path: str) -> list[str]:
+    """A file, or the .npy files of a folder."""
+    if "://" in path or not Path(path).is_dir():
+        return [path]
+    names = sorted(
+        str(file) for file in Path(path).iterdir() if file.suffix == ".npy" and not file.name.endswith(INDEX_SUFFIX)
+    )
+    if not names:
+        raise UserError(f"{path} holds no .npy files: give OLMo-core's files, or a folder of them")
+    return names
+
+
+def _raw_files(path: str) -> list[str]:
+    """One file."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the files of ids")
+    return [path]
+
+
+def _scan_olmo(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
+    """Without a header the ids have the narrowest type for the tokenizer, as OLMo-core writes them."""
+    return _scan(folder, name, options, options.dtype or token_dtype(options.vocab_size))
+
+
+def _scan_raw(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
+    """Raises UserError: it cannot be read, or is no whole number of ids."""
+    if options.dtype is None:
+        raise UserError("--format raw: the files do not tell the type of their ids: give --dtype uint16 or uint32")
+    return _scan(folder, name, options, options.dtype)
+
+
+OLMO: Final = TokenFormat("olmo", _olmo_files, _scan_olmo)
+RAW: Final = TokenFormat("raw", _raw_files, _scan_raw)
+
+
+def _scan(folder: Folder, name: str, options: ScanOptions, headerless: str) -> TokenScan:
+    path = f"{folder.location}/{name}"
+    try:
+        file = folder.open(name)
+        begin = file.read(0, min(file.size, MAX_HEADER_BYTES))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give a file of ids") from None
+    if bytes(begin[: len(MAGIC)]) == MAGIC:
+        return _scan_npy(path, file, begin, options)
+    dtype = TYPES[headerless]
+    itemsize = np.dtype(dtype).itemsize
+    if file.size % itemsize:
+        raise UserError(
+            f"{path} has {file.size} bytes, no whole number of {dtype}: it was cut off, or give its --dtype"
+        )
+    if dtype == "uint16" and _is_twice_as_wide(file, options.vocab_size):
+        raise UserError(f"{path}: every second uint16 is the upper half of an id: give --dtype uint32")
+    return TokenScan(dtype, np.array([[0, file.size // itemsize]]), None)
+
+
+def _scan_npy(path: str, file: Bytes, begin: memoryview, options: ScanOptions) -> TokenScan:
+    if options.dtype is not None:
+        raise UserError(f"--dtype {options.dtype}: {path} has a header, which tells the type of its ids: leave it out")
+    try:
+        dtype, length, offset = parse_npy_header(bytes(begin))
+    except MemberError as error:
+        raise UserError(f"{path}: {error}: write its ids again") from None
+    expected = offset + length * dtype.itemsize
+    if file.size != expected or not length:
+        raise UserError(f"{path}: expected {expected} bytes, as its header says, found {file.size}: copy it again")
+    return TokenScan(TYPES[dtype.name], np.array([[offset, length]]), None)
+
+
+def _is_twice_as_wide(file: Bytes, vocab_size: int) -> bool:
+    """Whether uint16 read from uint32 ids: every second one is the upper half of an id of the vocabulary."""
+    pairs = min(file.size // 4, PEEK_IDS)
+    if pairs < MIN_PEEK:
+        return False
+    try:
+        ids = np.frombuffer(file.read(0, 4 * pairs), dtype="<u2")
+    except OSError:
+        return False
+    return bool(ids[1::2].max() <= (vocab_size - 1) >> 16)

@@ -1,0 +1,48 @@
+"""From Megatron's files to a trained student by the documented commands, which read them where they lie."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.documented import commands
+from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
+from tests.e2e.conftest import TINY, Place
+from tests.paths import ROOT
+from tests.unit.data.prepare.token_formats.megatron_written import write_new
+
+
+def test_the_way_from_megatrons_files_to_a_run_has_five_commands_at_most() -> None:
+    lines = [command.line for command in commands(ROOT / "docs" / "data.md")]
+    way = [line for line in lines if re.search(r"corpora/web_text_document(-s128)?\b", line)]
+    assert [line.split()[1] for line in way] == ["shards", "shards", "train"]
+
+
+@pytest.mark.thorough
+def test_a_student_trains_on_megatrons_files_where_they_lie(place: Place, tmp_path: Path) -> None:
+    """The losses of a run that was broken off are those of a whole one."""
+    ids = np.random.default_rng(0).integers(3, 250, 4000)
+    folder = tmp_path / "corpora"
+    folder.mkdir()
+    write_new(folder / "web_text_document", [[part] for part in np.split(ids, range(100, 4000, 100))], "int32")
+    prefix = str(folder / "web_text_document")
+    how = ["--sequence-length", "32", "--tokenizer", str(place.teacher)]
+    succeeded(in_process("shards", "index", "--format", "megatron", prefix, *how))
+    succeeded(in_process("shards", "verify", f"{prefix}-s32"))
+    losses = []
+    for name, stops in (("whole", [4]), ("resumed", [2, 4])):
+        for stop in stops:
+            given = settings(
+                run__folder=tmp_path / name,
+                data__manifest=f"{prefix}-s32/manifest.json",
+                teacher__path=place.teacher,
+                distributed__vocab_group=1,
+                train__steps=4,
+                train__checkpoint_every=2,
+            )
+            succeed(*PLAIN, "train", "recipes/smoke.yaml", *TINY, *given, "--stop-after", str(stop))
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses.append([re.findall(r'"loss": ([^,]+)', line) for line in lines])
+    assert losses[0] == losses[1]
+    assert losses[0]
