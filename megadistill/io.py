@@ -134,18 +134,22 @@ def read_file(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     return b"".join(content)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, *, constants: bool = False) -> Any:
     """The value of a JSON text of anybody: UTF-8, with or without a byte order mark. Of equal keys the last one counts.
+
+    `constants`: whether it may have `Infinity` and `NaN`, which Python writes and JSON does not have: configs of
+    published models with Mamba layers do.
 
     Raises:
         ValueError: it is damaged or not UTF-8, is nested more than `MAX_NESTING` levels deep, has more than
             `MAX_VALUES` values, or a number that is not finite or has more than `MAX_DIGITS` digits.
     """
+    constant = float if constants else _refuse_constant
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"it has more than {MAX_VALUES:,} values")
     try:
         value = json.loads(
-            content.decode("utf-8-sig"), parse_float=_finite, parse_int=_integer, parse_constant=_refuse_constant
+            content.decode("utf-8-sig"), parse_float=_finite, parse_int=_integer, parse_constant=constant
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
@@ -181,24 +185,34 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, constants: bool = False) -> Any:
     """The content of a JSON file of anybody, see `parse_json`.
 
     Raises:
         ValueError: it is damaged, not of the kind that `parse_json` takes, or larger than `max_bytes`.
         OSError: it cannot be read, or is not a regular file.
     """
-    return parse_json(read_file(path, max_bytes=max_bytes))
+    return parse_json(read_file(path, max_bytes=max_bytes), constants=constants)
 
 
-def read_given_json(path: Path, kind: type[_T], *, what: str, way_out: str, max_bytes: int = MAX_JSON_BYTES) -> _T:
+def read_given_json(
+    path: Path,
+    kind: type[_T],
+    *,
+    what: str,
+    way_out: str,
+    max_bytes: int = MAX_JSON_BYTES,
+    constants: bool = False,
+) -> _T:
     """The JSON object (`kind` dict) or list in a file that a user names; `what` names the input in messages.
+
+    `constants`: see `parse_json`.
 
     Raises:
         UserError: the file is missing, unreadable, damaged, or holds something else.
     """
     try:
-        values = read_json(path, max_bytes=max_bytes)
+        values = read_json(path, max_bytes=max_bytes, constants=constants)
     except FileNotFoundError:
         raise UserError(f"{what}: {path} does not exist: {way_out}") from None
     except (OSError, ValueError) as error:

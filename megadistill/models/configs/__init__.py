@@ -1,0 +1,1 @@
+"""Configs that are read as those of a part of their model."""

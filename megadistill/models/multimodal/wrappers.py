@@ -1,0 +1,61 @@
+"""Multimodal models whose language model is read from their folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Place and family of the language model of a multimodal `model_type`."""
+
+    text_type: str
+    """`model_type` of its language model's config."""
+    any_type: bool = False
+    """Whether that config may name another one."""
+    family: str = ""
+    """The supported family that computes the same on text. Empty: the one of that name."""
+    turns_experts: bool = False
+    """Whether its experts may be stored by columns."""
+    always: tuple[tuple[str, bool], ...] = ()
+    """Keys and values of the family's config that its own has not: its model has no choice."""
+    is_flat: bool = False
+    """Whether published configs have the language model's keys beside the others, not in `text_config`."""
+
+
+WRAPPERS: Final[Mapping[str, Wrapper]] = {
+    "gemma3": Wrapper("gemma3_text"),
+    "mistral3": Wrapper("mistral", any_type=True),
+    "qwen2_5_vl": Wrapper("qwen2_5_vl_text", family="qwen2", is_flat=True),
+    "qwen2_vl": Wrapper("qwen2_vl_text", family="qwen2", is_flat=True),
+    "qwen3_5": Wrapper("qwen3_5_text"),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text"),
+    "qwen3_vl": Wrapper("qwen3_vl_text", family="qwen3"),
+    "qwen3_vl_moe": Wrapper(
+        "qwen3_vl_moe_text", family="qwen3_moe", turns_experts=True, always=(("norm_topk_prob", True),)
+    ),
+}
+"""Every other multimodal model is refused: its language model may see ahead (PaliGemma), or take more than tokens."""
+
+_PER_LAYER_INPUTS: Final = (
+    "its layers hand on four streams of hidden states and read inputs of their own, and keys and values of other "
+    "layers, while a stage hands on hidden states alone"
+)
+
+_UNEQUAL_LAYERS: Final = (
+    "its layers of full attention have heads of another width, and others may share keys and values or read inputs of "
+    "their own, while layers here have heads of one width and hand on hidden states alone"
+)
+
+NOT_READ: Final[Mapping[str, str]] = {
+    "apertus": "its activation has parameters and buffers of its own, which are neither matrices nor norms",
+    "deepseek_v32": "its attention takes the keys that an indexer chooses, which no attention here computes",
+    "falcon_h1": "each of its layers has Mamba and attention side by side, which are not built or counted here",
+    "gemma3n": _PER_LAYER_INPUTS,
+    "gemma3n_text": _PER_LAYER_INPUTS,
+    "gemma4": _UNEQUAL_LAYERS,
+    "gemma4_text": _UNEQUAL_LAYERS,
+    "glm_moe_dsa": "its layers take the keys that an earlier layer's indexer chose, which a stage does not hand on",
+    "llama4": "three in four of its layers attend within chunks of a row, which no attention here computes",
+}
+"""`model_type`s with the reason why their language model is not read."""
