@@ -6,13 +6,15 @@ this process's memory until the last view is freed, so copy the tensors that you
 `mapped=False` they are copies, read with large calls: on a shared file system faster than page faults, and an error of
 the disk is an exception, where a mapped page that cannot be read ends the process.
 
+A multimodal model's folder is read as that of its language model, whose tensors have the names of a causal model here.
 Quantised tensors (`quantization_config` of the folder's config.json) are read as their numbers in float32, one at a
 time; their parts have no names here.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -25,8 +27,12 @@ from torch import Tensor
 from megadistill.config.paths import wrong_path
 from megadistill.errors import RestartFault, UserError, nearest
 from megadistill.io import open_regular, read_json, reason_of
-from megadistill.models.quantized.decode import Header, decode_rows, decoded_shape
-from megadistill.models.quantized.layout import Quantisation, QuantisedTensor, read_quantisation
+from megadistill.models.module_names import names_here
+from megadistill.models.multimodal.tensor_names import language_model_names
+from megadistill.models.multimodal.wrappers import WRAPPERS
+from megadistill.models.quantized.decode import decoded_shape, decoder
+from megadistill.models.quantized.layout import QuantisedTensor, Role, read_quantisation
+from megadistill.models.quantized.parts import CHUNK, Header, Place
 from megadistill.redaction import printable
 
 SINGLE_FILE = "model.safetensors"
@@ -35,8 +41,16 @@ MAX_INDEX_BYTES = 64 << 20
 """An index has a line of 100 bytes for each tensor, of which large mixtures of experts have 100,000."""
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TYPES: Final = _FLOATS | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
+_INTEGERS: Final = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+_TYPES: Final = _FLOATS | _INTEGERS | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 """Types of the tensors that are read: the model's, and the parts of quantised ones."""
+
+_GAP_COLUMNS: Final = 1024
+"""Columns between two ranges of packed integers that are read with them: a page of 4 KiB."""
+
+
+_EXPERTS: Final = ("gate_up_proj", "down_proj")
+"""Ends of the names of all experts' matrices: [experts, 2 x inner, width] and [experts, width, inner]."""
 
 
 def has_all_files(folder: Path) -> bool:
@@ -82,29 +96,41 @@ class SafetensorsFolder:
                 wrong_path(folder, "model")
                 or f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{renamed}; name a Hugging Face model folder"
             )
-        self.quantisation = self._read_quantisation()
+        config = self._read_config()
+        wrapper = WRAPPERS.get(str(config.get("model_type")))
+        method = config.get("quantization_config")
+        if method is None and wrapper is not None and isinstance(text := config.get("text_config"), dict):
+            method = text.get("quantization_config")
+        self.quantisation = read_quantisation(method, str(folder))
         """How the weights are quantised; None where config.json does not say that they are."""
-        self.quantised: dict[str, QuantisedTensor] = {}
-        self._names = set(self._files)
-        if self.quantisation is not None:
-            self.quantised = self.quantisation.tensors(self._files)
-            self._names = self.quantisation.visible(self._files)
+        quantised = {} if self.quantisation is None else self.quantisation.tensors(self._files)
+        self._refuse_both(quantised)
+        names = set(self._files) if self.quantisation is None else self.quantisation.visible(self._files)
+        self._stored = names_here(names, str(config.get("model_type")))
+        """Name of each tensor -> its name in the files: another in a folder of a multimodal model, or of GPT-NeoX."""
+        if wrapper is not None:
+            self._stored = language_model_names(names, str(folder))
+        self._turns_experts = wrapper is not None and wrapper.turns_experts
+        self.quantised: dict[str, QuantisedTensor] = {
+            name: quantised[stored] for name, stored in self._stored.items() if stored in quantised
+        }
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._names)
+        return sorted(self._stored)
 
     @property
     def files(self) -> list[str]:
         return sorted(set(self._files.values()))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._stored
 
     def shape(self, name: str) -> torch.Size:
         if name in self.quantised:
             return self._decoded_shape(name)
-        return torch.Size(self._slice(name).get_shape())
+        shape: list[int] = self._slice(self._stored.get(name, name)).get_shape()
+        return torch.Size([*shape[:-2], shape[-1], shape[-2]] if self._is_turned(name) else shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """The stored floating type of a tensor; float32 of a quantised one.
@@ -114,7 +140,7 @@ class SafetensorsFolder:
         if name in self.quantised:
             self._decoded_shape(name)
             return torch.float32
-        stored = self._slice(name).get_dtype()
+        stored = self._slice(self._stored.get(name, name)).get_dtype()
         if stored not in _FLOATS:
             raise UserError(
                 f"{name} in {self.folder} is stored as {stored}: quantised weights are read only with their scales, "
@@ -133,26 +159,45 @@ class SafetensorsFolder:
         opened: dict[str, Any] = {}
         for name in names:
             self.dtype(name)
-            for part in self.quantised.get(name, (name,)):
+            stored = self._stored.get(name, name)
+            for part in self.quantised[name].values() if name in self.quantised else (stored,):
                 file = self._files[part]
                 if file not in opened:
                     opened[file] = self._data(file)
             if name in self.quantised:
-                yield self._decoded(name, opened, 0, self.shape(name)[0])
+                yield self._decoded(name, opened, [(0, self.shape(name)[0])])
             else:
-                yield opened[self._files[name]].get_tensor(name)
+                tensor = opened[self._files[stored]].get_tensor(stored)
+                yield tensor.transpose(-2, -1) if self._is_turned(name) else tensor
 
     def rows(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """The rows of half-open `ranges`, one range after the other. Only these rows are read."""
+        """The rows of half-open `ranges`, one range after the other. Only these rows are read.
+
+        GPTQ and AWQ store columns: of each line of the file, that between the first and the last of the rows is read.
+        """
         rows = self.shape(name)[0]
         # safetensors, like Python, would cut a range that reaches too far
         assert all(0 <= start <= stop <= rows for start, stop in ranges), f"{name} has {rows} rows, not {ranges}"
         self.dtype(name)
         if name in self.quantised:
-            opened = {self._files[part]: self._data(self._files[part]) for part in self.quantised[name]}
-            return torch.cat([self._decoded(name, opened, start, stop) for start, stop in ranges or [(0, 0)]])
-        stored = self._data(self._files[name]).get_slice(name)
-        return torch.cat([stored[start:stop] for start, stop in ranges or [(0, 0)]])
+            files = {self._files[part] for part in self.quantised[name].values()}
+            return self._decoded(name, {file: self._data(file) for file in files}, ranges)
+        stored = self._stored[name]
+        values = self._data(self._files[stored]).get_slice(stored)
+        read = torch.cat([values[start:stop] for start, stop in ranges or [(0, 0)]])
+        return read.transpose(-2, -1) if self._is_turned(name) else read
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether the file has the matrices of all experts of a layer by columns, as Qwen 3 VL was published.
+
+        transformers reads and writes them in both forms: by columns the width is on the inside of the second one alone.
+        """
+        layer, experts, leaf = name.rpartition(".experts.")
+        if not self._turns_experts or not experts or leaf not in _EXPERTS or name in self.quantised:
+            return False
+        names = [f"{layer}.experts.{each}" for each in _EXPERTS]
+        gate_up, down = (self._slice(self._stored.get(each, each)).get_shape() for each in names)
+        return bool(len(gate_up) == len(down) == 3 and gate_up[2] == 2 * down[1])
 
     def missing(self, name: str) -> UserError:
         """The error for a tensor that the folder does not have."""
@@ -187,41 +232,75 @@ class SafetensorsFolder:
                 "merge_and_unload, save_pretrained), or move it out of the folder"
             )
 
-    def _read_quantisation(self) -> Quantisation | None:
+    def _read_config(self) -> dict[str, Any]:
+        """The folder's config.json; empty where it cannot be read: `load_config` says what is wrong with it."""
         try:
-            config = read_json(self.folder / "config.json")
+            config = read_json(self.folder / "config.json", constants=True)
         except (OSError, ValueError):
-            return None  # `load_config` says what is wrong with it
-        value = config.get("quantization_config") if isinstance(config, dict) else None
-        return read_quantisation(value, str(self.folder))
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def _refuse_both(self, quantised: Mapping[str, QuantisedTensor]) -> None:
+        """Refuses a tensor that is there quantised and plain: programs differ in which they read."""
+        for name, parts in quantised.items():
+            if name in self._files and name not in parts.values():
+                raise UserError(
+                    f"{self.folder} has {printable(name[:100])!r} plain and quantised "
+                    f"({printable(parts['values'][:100])!r}): remove the tensors that are not the model"
+                )
 
     def _decoded_shape(self, name: str) -> torch.Size:
         """The shape of a quantised tensor, whose parts are checked by their headers."""
-        parts = self.quantised[name]
-        stored = [(part, self._slice(part)) for part in parts]
-        headers = [Header(part.get_dtype(), torch.Size(part.get_shape())) for _, part in stored]
+        parts, headers = self.quantised[name], self._part_headers(name)
+
+        def read(role: Role) -> Tensor:
+            tensor: Tensor = self._header(self._files[parts[role]]).get_tensor(parts[role])
+            return tensor
+
         assert self.quantisation is not None
-        shape = decoded_shape(self.quantisation, *headers)
+        shape = decoded_shape(self.quantisation, headers, read)
         if shape is None:
-            held = " and ".join(
-                f"{part} {each.type} {list(each.shape)}" for part, each in zip(parts, headers, strict=True)
-            )
+            held = " and ".join(f"{parts[role]} {each.type} {list(each.shape)}" for role, each in headers.items())
             raise UserError(
                 f"{self.folder}: {held} are no {self.quantisation.format} weight and its scales, as the "
                 "quantization_config of config.json says: download the folder again, config.json as well"
             )
         return shape
 
-    def _decoded(self, name: str, opened: Mapping[str, Any], start: int, stop: int) -> Tensor:
+    def _part_headers(self, name: str) -> dict[Role, Header]:
+        stored = {role: self._slice(part) for role, part in self.quantised[name].items()}
+        return {role: Header(part.get_dtype(), torch.Size(part.get_shape())) for role, part in stored.items()}
+
+    def _decoded(self, name: str, opened: Mapping[str, Any], ranges: Sequence[tuple[int, int]]) -> Tensor:
         """Rows of a quantised tensor in float32."""
-        parts = self.quantised[name]
-        values = opened[self._files[parts.values]].get_slice(parts.values)[start:stop]
-        scales = opened[self._files[parts.scales]].get_tensor(parts.scales)
+        shape, parts = self.shape(name), self.quantised[name]
+        ranges = [(start, stop) for start, stop in ranges if start < stop]
+        if not ranges:
+            return torch.empty(0, *shape[1:])
+        others: dict[Role, Tensor] = {
+            role: opened[self._files[part]].get_tensor(part) for role, part in parts.items() if role != "values"
+        }
         assert self.quantisation is not None
-        decoded = decode_rows(self.quantisation, values, scales, self.shape(name), start)
-        if not decoded.isfinite().all():
+        try:
+            decoding = decoder(self.quantisation, others, shape, self._part_headers(name)["values"])
+        except ValueError as error:
+            raise UserError(f"{name} in {self.folder}: {error}: download the folder again") from None
+        values = opened[self._files[parts["values"]]].get_slice(parts["values"])
+        places = [decoding.place(start, stop) for start, stop in ranges]
+        if places[0].axis == 0:
+            pieces: Iterable[Tensor] = (values[place.start : place.stop] for place in places)
+        else:
+            runs = [(low, values[:, low:high]) for low, high in _runs(places)]
+            starts = [low for low, _ in runs]
+            covering = [runs[bisect_right(starts, place.start) - 1] for place in places]
+            pieces = [
+                lines[:, place.start - low : place.stop - low]
+                for place, (low, lines) in zip(places, covering, strict=True)
+            ]
+        decoded = [decoding.rows(piece, *rows) for piece, rows in zip(pieces, ranges, strict=True)]
+        if not all(part.isfinite().all() for each in decoded for part in torch.split(each.flatten(), CHUNK)):
             raise UserError(f"{name} in {self.folder} is not finite times its scales: download the folder again")
-        return decoded
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded)
 
     def _slice(self, name: str) -> Any:
         file = self._files.get(name)
@@ -235,7 +314,7 @@ class SafetensorsFolder:
             ) from None
 
     def _header(self, file: str) -> Any:
-        """The file, opened once for names, shapes and types: no tensor is read through it."""
+        """The file, opened once for names, shapes and types: no tensor is read through it but sizes in a few bytes."""
         if file not in self._headers:
             self._headers[file] = self._opened(file)
         return self._headers[file]
@@ -271,6 +350,16 @@ class SafetensorsFolder:
         return dict(files)
 
 
+def _runs(places: Iterable[Place]) -> list[tuple[int, int]]:
+    """Ranges of columns that hold all `places`: one where the gap is less than a page, which is read with any of it."""
+    runs: list[tuple[int, int]] = []
+    for _, start, stop in sorted(places):
+        if runs and start <= runs[-1][1] + _GAP_COLUMNS:
+            start, stop = runs[-1][0], max(runs.pop()[1], stop)
+        runs.append((start, stop))
+    return runs
+
+
 class _ReadFile:
     """A safetensors file whose tensors are read, not mapped; safetensors has checked its header."""
 
@@ -300,8 +389,21 @@ class _ReadFile:
         content = self._read(begin + start * row_bytes, begin + stop * row_bytes)
         return content.view(dtype).view(stop - start, *shape[1:])
 
-    def _read(self, begin: int, end: int) -> Tensor:
-        content = torch.empty(end - begin, dtype=torch.uint8)
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns of a matrix, with a call for each of its lines."""
+        header = self._header[name]
+        dtype, (lines, width), begin = _TYPES[header["dtype"]], header["shape"], header["data_offsets"][0]
+        if (start, stop) == (0, width):
+            return self.get_tensor(name)
+        content = torch.empty(lines, (stop - start) * dtype.itemsize, dtype=torch.uint8)
+        for line in range(lines):
+            first = begin + (line * width + start) * dtype.itemsize
+            self._read(first, first + content.shape[1], content[line])
+        return content.view(dtype)
+
+    def _read(self, begin: int, end: int, content: Tensor | None = None) -> Tensor:
+        """[end - begin] bytes of the tensors' part of the file, written to `content` where it is given."""
+        content = torch.empty(end - begin, dtype=torch.uint8) if content is None else content
         buffer, done = content.numpy().data, 0
         while done < len(buffer):
             try:
@@ -320,10 +422,12 @@ class _ReadFile:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a tensor, as a slice of safetensors is."""
+    """The rows of a tensor, or the columns of a matrix, as a slice of safetensors is."""
 
     file: _ReadFile
     name: str
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.file.rows(self.name, rows.start, rows.stop)
+    def __getitem__(self, place: slice | tuple[slice, slice]) -> Tensor:
+        if isinstance(place, tuple):
+            return self.file.columns(self.name, place[1].start, place[1].stop)
+        return self.file.rows(self.name, place.start, place.stop)

@@ -8,13 +8,13 @@ refused by `check_weights`, which every command calls before anything costs.
 import functools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Size, Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
 from megadistill.models.attention.choice import choose_attention
@@ -25,8 +25,11 @@ from megadistill.models.families import (
     build_on_meta,
     family,
     load_config,
-    parameter_shapes,
     rebuild_buffers,
+    refuse_documents,
+    stored_buffers,
+    stored_parts,
+    tensor_type,
 )
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.redaction import printable
@@ -36,6 +39,9 @@ _RECOMPUTED: Final = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 _MAX_NAME: Final = 100
 """Maximum characters of a foreign tensor's name in a message."""
+
+_DECODED_NUMBERS: Final = 1 << 28
+"""Most numbers of stacked experts that are decoded at a time: 1 GiB in float32, or one expert."""
 
 _COMPARED_ROWS: Final = 4096
 """Rows of two matrices that are in memory while they are compared."""
@@ -56,21 +62,31 @@ def read_parameter(
         UserError: a tensor of it is missing, or has another shape.
     """
     parameter = torch.empty(*shape, dtype=dtype, device=device)
-    stored = stored_tensors(name, shape, family(config).experts)
+    stored = stored_tensors(name, shape, family(config).experts, weights)
     for each in stored:
         _check_shape(weights, each.name, each.view(parameter).shape)
+    if len(shape) == 3 and stored[0].name in weights.quantised and len(stored) == 1:
+        # In float32 all experts of a layer at once would take more memory than the rest of a stage.
+        step = max(1, _DECODED_NUMBERS // (shape[1] * shape[2]))
+        for first in range(0, shape[0], step):
+            experts = slice(first, min(first + step, shape[0]))
+            parameter[experts].copy_(weights.rows(stored[0].name, [(experts.start, experts.stop)]))
+        return parameter
     for each, tensor in zip(stored, weights.tensors([each.name for each in stored]), strict=True):
         each.view(parameter).copy_(tensor)
     return parameter
 
 
-def stored_shapes(config: PretrainedConfig) -> dict[str, Size]:
-    """Name -> shape of each tensor of a checkpoint of this config, with a tensor for each expert."""
+def stored_shapes(config: PretrainedConfig, held: Container[str] = ()) -> dict[str, Size]:
+    """Name -> shape of each tensor of a checkpoint of this config, with a tensor for each expert.
+
+    `held`: see `stored_tensors`.
+    """
     with torch.device("meta"):
         return {
             tensor.name: tensor.view(torch.empty(shape)).shape
-            for name, shape in parameter_shapes(config).items()
-            for tensor in stored_tensors(name, shape, family(config).experts)
+            for name, shape in stored_parts(config).items()
+            for tensor in stored_tensors(name, shape, family(config).experts, held)
         }
 
 
@@ -78,7 +94,8 @@ def check_weights(folder: Path, config: PretrainedConfig) -> None:
     """Checks that the folder has the tensors of the model and no others, in their shapes, as floats, in whole files.
 
     Only headers are read: cheap enough for every rank, before any of them allocates a model. Of a tied model whose
-    folder has a head nevertheless, that head and the embedding are read: they must be equal.
+    folder has a head nevertheless, that head and the embedding are read: they must be equal. So are biases of GPTQ that
+    the model does not have: they must be zero.
 
     Raises:
         UserError: naming the first that is not.
@@ -89,19 +106,35 @@ def check_weights(folder: Path, config: PretrainedConfig) -> None:
             f"{folder}: config.json has a quantization_config, but no tensor is quantised: remove the key if the "
             "weights were dequantised, else download the folder again"
         )
-    expected = stored_shapes(config)
+    expected = stored_shapes(config, weights)
     for name, shape in expected.items():
         if name not in weights:
             raise _missing(weights, name)
         _check_shape(weights, name, shape)
         weights.dtype(name)
-    extra = [name for name in weights.names if name not in expected and not _RECOMPUTED.search(name)]
+    unread = [_RECOMPUTED, *map(re.compile, _ignored_by_transformers(config))]
+    extra = [name for name in weights.names if name not in expected and not any(each.search(name) for each in unread)]
+    extra = [name for name in extra if not _is_zero_bias(weights, name)]
     if HEAD in extra and config.tie_word_embeddings:
         _check_tied_head(weights)
         extra.remove(HEAD)
     if extra:
         raise _unexpected(weights, extra, config)
     weights.check_files()
+
+
+def _ignored_by_transformers(config: PretrainedConfig) -> Sequence[str]:
+    """Expressions of tensors that transformers' model leaves out: layers that predict tokens after the next one."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._keys_to_ignore_on_load_unexpected or ())
+
+
+def _is_zero_bias(weights: SafetensorsFolder, name: str) -> bool:
+    """Whether a tensor is a bias of zeros: AutoGPTQ stored one beside each weight, of models without biases as well."""
+    gptq = weights.quantisation is not None and weights.quantisation.format == "gptq"
+    if not gptq or not name.endswith(".bias") or f"{name.removesuffix('bias')}weight" not in weights.quantised:
+        return False
+    weights.dtype(name)
+    return not bool(next(weights.tensors([name])).any())
 
 
 def _missing(weights: SafetensorsFolder, name: str) -> UserError:
@@ -185,6 +218,8 @@ def load_pretrained(
         UserError: the folder holds no model of a supported family, or its weights cannot be read.
     """
     config = load_config(folder, what=what)
+    if documents:
+        refuse_documents(config, what, "best-fit packing", "take data that are packed by chunk")
     check_weights(folder, config)
     weights = SafetensorsFolder(folder)
     attention = None
@@ -194,22 +229,26 @@ def load_pretrained(
         chosen = choose_attention("auto", config, accelerator=accelerator, precision=precision, documents=documents)
         attention = chosen.value
     model = build_on_meta(config, attention=attention)
-    names = [name for name, _ in model.named_parameters()]
-    stored = {name: stored_tensors(name, model.get_parameter(name).shape, family(config).experts) for name in names}
+    buffers = stored_buffers(model)
+    shapes = {name: tensor.shape for name, tensor in [*model.named_parameters(), *buffers.items()]}
+    stored = {name: stored_tensors(name, shape, family(config).experts, weights) for name, shape in shapes.items()}
     if dtype is None:
-        types = (weights.dtype(each.name) for parts in stored.values() for each in parts)
+        narrow = [parts for name, parts in stored.items() if tensor_type(config, name, torch.bfloat16).itemsize == 2]
+        types = (weights.dtype(each.name) for parts in narrow for each in parts)
         dtype = config.dtype or functools.reduce(torch.promote_types, types)
     config.dtype = model.config.dtype = dtype
     tensors = weights.tensors([each.name for parts in stored.values() for each in parts])
     for name, parts in stored.items():
+        own_type = tensor_type(config, name, dtype)
         if len(parts) == 1:
-            parameter = next(tensors).to(device, dtype)
+            tensor = next(tensors).to(device, own_type)
         else:
-            parameter = torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device)
+            tensor = torch.empty(shapes[name], dtype=own_type, device=device)
             for each in parts:
-                each.view(parameter).copy_(next(tensors))
+                each.view(tensor).copy_(next(tensors))
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(parameter, requires_grad=False))
+        part = tensor if name in buffers else nn.Parameter(tensor, requires_grad=False)
+        setattr(model.get_submodule(module), leaf, part)
     model.tie_weights()
     rebuild_buffers(model)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]

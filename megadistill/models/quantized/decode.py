@@ -1,14 +1,20 @@
-"""Quantised numbers as float32: float8 e4m3 with scales, and MXFP4. Shapes and types are checked before any is read.
+"""Quantised tensors as float32, by rows: float8 and MXFP4, and the choice of the format.
 
-Legend: N rows, K columns of a weight; n of the rows, from `first_row` on; G groups of 32 columns.
+Shapes and types of a tensor's parts are checked before any of them is read.
+
+Legend: N rows, K columns of a weight; n of the rows; G groups of 32 columns.
 """
 
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
 
 import torch
 from torch import Size, Tensor
 
-from megadistill.models.quantized.layout import Quantisation
+from megadistill.models.quantized.codebook import STORAGE_BYTES, Codebook, codebook_shape
+from megadistill.models.quantized.integer_weights import IntegerWeights, integer_shape
+from megadistill.models.quantized.layout import Quantisation, Role
+from megadistill.models.quantized.parts import Header, Place
 
 GROUP: Final = 32
 """Numbers of MXFP4 that share a scale; two of them are a byte."""
@@ -18,41 +24,58 @@ _E8M0_NAN: Final = 255
 _CHUNK: Final = 1 << 18
 """Groups that are decoded at a time: a table is read by indices of eight bytes, 64 MiB of them."""
 
-_TYPES: Final = {"float8": ("F8_E4M3",), "mxfp4": ("U8",)}
-_SCALE_TYPES: Final = {"float8": ("F32", "F16", "BF16", "F8_E8M0"), "mxfp4": ("U8", "F8_E8M0")}
+_FLOAT8_SCALES: Final = ("F32", "F16", "BF16", "F8_E8M0")
 
 
-class Header(NamedTuple):
-    """Type and shape of a stored tensor, by the names of safetensors."""
+class Decoder(Protocol):
+    """Rows of one quantised tensor. Its other parts are whole, and are unpacked once."""
 
-    type: str
-    shape: Size
+    def place(self, start: int, stop: int) -> Place:
+        """The range of the stored values with the rows from `start` to `stop`, and at most a few beside them."""
 
-
-def decoded_shape(quantisation: Quantisation, values: Header, scales: Header) -> Size | None:
-    """The shape of the decoded tensor; None where types or shapes do not fit each other."""
-    kind = quantisation.format
-    if values.type not in _TYPES[kind] or scales.type not in _SCALE_TYPES[kind] or not values.shape:
-        return None
-    if kind == "float8":
-        return values.shape if _scale_block(quantisation, values.shape, scales.shape) is not None else None
-    *lead, groups = scales.shape or (0,)
-    by_group, packed = Size([*lead, groups, GROUP // 2]), Size([*lead, groups * GROUP // 2])
-    return Size([*lead, groups * GROUP]) if scales.shape and values.shape in (by_group, packed) else None
+    def rows(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """[stop - start, ..] float32, from the `values` of `place(start, stop)`."""
 
 
-def decode_rows(quantisation: Quantisation, values: Tensor, scales: Tensor, shape: Size, first_row: int) -> Tensor:
-    """Float32: rows of the tensor of this `shape`. A scale that is NaN makes its numbers so.
+def decoded_shape(
+    quantisation: Quantisation, headers: Mapping[Role, Header], read: Callable[[Role], Tensor]
+) -> Size | None:
+    """The shape of the decoded tensor; None where types or shapes of its parts do not fit each other.
 
-    Args:
-        values: the rows, from `first_row` on, as they are stored.
-        scales: those of the whole tensor.
+    `read` gives a part that says the shape: its header is checked before.
     """
+    values, scales = headers["values"], headers["scales"]
+    if quantisation.format == "float8":
+        fits = values.type == "F8_E4M3" and scales.type in _FLOAT8_SCALES
+        return values.shape if fits and _scale_block(quantisation, values.shape, scales.shape) else None
     if quantisation.format == "mxfp4":
-        return _mxfp4(values, scales.view(torch.uint8)[first_row : first_row + len(values)])
-    block = _scale_block(quantisation, shape, scales.shape)
-    assert block is not None, "the headers were checked"
-    return _float8(values, scales, block, first_row)
+        if values.type != "U8" or scales.type not in ("U8", "F8_E8M0") or not values.shape or not scales.shape:
+            return None
+        *lead, groups = scales.shape
+        by_group, packed = Size([*lead, groups, GROUP // 2]), Size([*lead, groups * GROUP // 2])
+        if values.shape not in (by_group, packed):
+            return None
+        turned = quantisation.turned and len(lead) == 2
+        return Size([lead[0], groups * GROUP, lead[1]]) if turned else Size([*lead, groups * GROUP])
+    if quantisation.format == "bitsandbytes_4bit":
+        return codebook_shape(headers, read)
+    return integer_shape(quantisation, headers, read)
+
+
+def decoder(quantisation: Quantisation, parts: Mapping[Role, Tensor], shape: Size, stored: Header) -> Decoder:
+    """The decoder of the tensor of this `shape`, with all its `parts` but the values, which are `stored` so.
+
+    Raises:
+        ValueError: an index is outside of the table that it belongs to.
+    """
+    if quantisation.format == "float8":
+        return _Float8(quantisation, parts["scales"], shape)
+    if quantisation.format == "mxfp4":
+        scales = parts["scales"].view(torch.uint8)
+        return _Mxfp4(scales, turned=quantisation.turned and scales.ndim == 3)
+    if quantisation.format == "bitsandbytes_4bit":
+        return Codebook(parts, shape, STORAGE_BYTES[stored.type])
+    return IntegerWeights(quantisation, parts, shape)
 
 
 def _scale_block(quantisation: Quantisation, values: Size, scales: Size) -> tuple[int, int] | None:
@@ -68,24 +91,42 @@ def _scale_block(quantisation: Quantisation, values: Size, scales: Size) -> tupl
     return (1, K) if scales in ((N, 1), (N,)) else None
 
 
-def _float8(values_nK: Tensor, scales: Tensor, block: tuple[int, int], first_row: int) -> Tensor:
-    rows, columns = block
-    n, K = values_nK.shape
-    out_nK = values_nK.float()
-    scales_n = scales.float().reshape(-1, -(-K // columns))[torch.arange(first_row, first_row + n) // rows]
-    for place, start in enumerate(range(0, K, columns)):
-        out_nK[:, start : start + columns] *= scales_n[:, place : place + 1]
-    return out_nK
+class _Float8:
+    def __init__(self, quantisation: Quantisation, scales: Tensor, shape: Size) -> None:
+        block = _scale_block(quantisation, shape, scales.shape)
+        assert block is not None, "the headers were checked"
+        self._block_rows, self._block_columns = block
+        self._scales = scales.float().reshape(-1, -(-shape[1] // self._block_columns))
+
+    def place(self, start: int, stop: int) -> Place:
+        return Place(0, start, stop)
+
+    def rows(self, values: Tensor, start: int, stop: int) -> Tensor:
+        out_nK = values.float()
+        scales_n = self._scales[torch.arange(start, stop) // self._block_rows]
+        for place, first in enumerate(range(0, out_nK.shape[1], self._block_columns)):
+            out_nK[:, first : first + self._block_columns] *= scales_n[:, place : place + 1]
+        return out_nK
 
 
-def _mxfp4(values: Tensor, scales: Tensor) -> Tensor:
+class _Mxfp4:
     """[.., 32·G] of values [.., G, 16] or [.., 16·G] and scales [.., G]: the first of two numbers in the low bits."""
-    table = torch.tensor(_E2M1)
-    codes, exponents = values.reshape(-1, GROUP // 2), scales.reshape(-1)
-    out = torch.empty(len(codes), GROUP)
-    for start in range(0, len(codes), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        pairs = torch.stack([codes[part] & 0x0F, codes[part] >> 4], dim=-1).flatten(1)
-        out[part] = torch.ldexp(table[pairs.long()], exponents[part].int().unsqueeze(1) - 127)
-    out[exponents == _E8M0_NAN] = torch.nan
-    return out.view(*scales.shape[:-1], GROUP * scales.shape[-1])
+
+    def __init__(self, scales: Tensor, *, turned: bool) -> None:
+        self._scales, self._turned = scales, turned
+
+    def place(self, start: int, stop: int) -> Place:
+        return Place(0, start, stop)
+
+    def rows(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """A scale that is NaN makes its numbers so. Matrices of experts are turned, as gpt-oss computes with them."""
+        table, scales = torch.tensor(_E2M1), self._scales[start:stop]
+        codes, exponents = values.reshape(-1, GROUP // 2), scales.reshape(-1)
+        out = torch.empty(len(codes), GROUP)
+        for first in range(0, len(codes), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            pairs = torch.stack([codes[part] & 0x0F, codes[part] >> 4], dim=-1).flatten(1)
+            out[part] = torch.ldexp(table[pairs.long()], exponents[part].int().unsqueeze(1) - 127)
+        out[exponents == _E8M0_NAN] = torch.nan
+        decoded = out.view(*scales.shape[:-1], GROUP * scales.shape[-1])
+        return decoded.transpose(1, 2).contiguous() if self._turned else decoded

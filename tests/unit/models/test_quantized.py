@@ -1,4 +1,4 @@
-"""Folders of float8 and MXFP4 weights are read as their numbers: those of transformers, where it has them on a CPU."""
+"""Folders of quantised weights are read as their numbers: those of transformers, where it has them on a CPU."""
 
 import json
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from megadistill.models.hf_folder import SINGLE_FILE, SafetensorsFolder
 from megadistill.models.initial_weights import InitialWeights
 from megadistill.models.weights import check_weights, load_pretrained
 from megadistill.teacher.stage import TeacherStage
+from tests.unit.models import integer_forms
 from tests.unit.models.cases import VOCAB, final_hidden, saved_model
 
 CPU = torch.device("cpu")
@@ -82,6 +83,19 @@ def _compressed(**weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
 
 
+def _int4(**weights: Any) -> dict[str, Any]:
+    return {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, **weights}}
+
+
+def _mixed(**group: Any) -> dict[str, Any]:
+    first = _compressed()
+    return first | {"config_groups": {**first["config_groups"], "group_1": first["config_groups"]["group_0"] | group}}
+
+
+INT4 = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": _int4()}}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], tuple[Parts, Tensor]]]] = {
     "fp8": ({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [48, 32]}, _blocks),
     "fp8, e8m0": ({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [48, 32]}, _exponents),
@@ -98,6 +112,17 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], tuple[Parts, Te
         lambda name, weight: _mxfp4(name, weight, packed=True),
     ),
     "mxfp4": ({"quant_method": "mxfp4"}, lambda name, weight: _mxfp4(name, weight, packed=False)),
+    "gptq": (GPTQ, lambda name, weight: integer_forms.gptq(name, weight, ordered=True)),
+    "awq": (AWQ, integer_forms.awq),
+    "pack-quantized": (
+        INT4 | {"config_groups": {"group_0": _int4(symmetric=False)}},
+        lambda name, weight: integer_forms.packed_integers(name, weight, symmetric=False),
+    ),
+    "LLM.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, integer_forms.llm_int8),
+    "nf4": (
+        {"quant_method": "bitsandbytes", "_load_in_4bit": True},
+        lambda name, weight: integer_forms.four_bits(name, weight, nested=True),
+    ),
 }
 
 
@@ -193,9 +218,11 @@ def test_mxfp4_is_dequantised_as_transformers_does() -> None:
     [
         ({}, "quant_method is null; weights may be quantised by fp8, fbgemm_fp8, compressed-tensors, mxfp4"),
         ([], "quant_method is null"),
-        ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'"),
+        (
+            {"quant_method": "hqq"},
+            "quant_method is 'hqq'; weights may be .* mxfp4, gptq, awq, bitsandbytes: name",
+        ),
         ({"quant_method": ["fp8"]}, "quant_method is"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method is 'bitsandbytes'"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt 'e5m2'; supported is e4m3"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"weight_block_size '\[0, 128\]'"),
         ({"quant_method": "fp8", "weight_block_size": [True, 128]}, "weight_block_size"),
@@ -203,6 +230,35 @@ def test_mxfp4_is_dequantised_as_transformers_does() -> None:
         ({"quant_method": "fp8", "weight_block_size": "128"}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         (_compressed() | {"format": "pack-quantized"}, "has the format 'pack-quantized'"),
+        (_compressed() | {"format": "mixed-precision"}, "has the format 'mixed-precision'; supported are"),
+        (_compressed(num_bits="8"), "has the format 'float-quantized'; supported are"),
+        (_mixed(format="pack-quantized"), "has the format 'float-quantized'; supported are"),
+        (_mixed(weights={"num_bits": 8, "type": "int"}), "has the format 'float-quantized'; supported are"),
+        (_compressed() | {"transform_config": {"config_groups": {"R1": {}}}}, "has transform_config"),
+        (INT4 | {"config_groups": {"a": _int4(), "b": _int4(symmetric=False)}}, "has symmetric"),
+        (INT4 | {"config_groups": {"a": _int4(symmetric="no")}}, "has symmetric"),
+        (INT4 | {"config_groups": {"a": _int4(), "b": _int4(num_bits=8)}}, "supported are"),
+        (INT4 | {"config_groups": {"a": _int4(num_bits=3)}}, "supported are"),
+        (INT4 | {"config_groups": {"a": _int4(strategy="block")}}, "strategy .*block.*; supported is group, channel"),
+        (INT4 | {"config_groups": {"a": _int4(strategy="tensor", symmetric=False)}}, "strategy 'tensor'"),
+        (INT4 | {"format": "int-quantized"}, "has the format 'int-quantized'; supported are"),
+        (INT4 | {"format": "marlin-24"}, "has the format 'marlin-24'; supported are"),
+        (GPTQ | {"bits": 3}, "has bits '3'; supported is 2, 4 or 8"),
+        (GPTQ | {"bits": True}, "has bits 'True'"),
+        (GPTQ | {"bits": [4]}, "has bits"),
+        (GPTQ | {"group_size": 0}, "has group_size '0'; supported is a number such as 128, or -1"),
+        (GPTQ | {"group_size": 1 << 40}, "has group_size"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "has checkpoint_format 'marlin'; supported is gptq or gptq_v2"),
+        (GPTQ | {"is_marlin_format": True}, "has checkpoint_format 'marlin'"),
+        (GPTQ | {"pack_dtype": "int16"}, "has pack_dtype 'int16'; supported is int32"),
+        (GPTQ | {"dynamic": {"-:.*mlp": {}, "+:.*attn": {"bits": 8}}}, "has dynamic .*; supported is the same bits"),
+        (AWQ | {"version": "gemv"}, "has version 'gemv'; supported is gemm"),
+        (AWQ | {"version": 4}, "has version '4'"),
+        (AWQ | {"bits": 8}, "has bits '8'; supported is 4"),
+        (AWQ | {"zero_point": False}, "has zero_point 'False'; supported is true"),
+        (AWQ | {"backend": "llm-awq"}, "has backend 'llm-awq'"),
+        ({"quant_method": "bitsandbytes"}, "has load_in_4bit, load_in_8bit .*; supported is one of them, true"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True}, "has load_in_4bit"),
         (_compressed() | {"format": {"a": 1}}, "has the format"),
         (_compressed() | {"config_groups": None}, "has the format 'float-quantized'; supported are"),
         (_compressed() | {"config_groups": {"group_0": "x"}}, "supported are"),
