@@ -16,6 +16,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 from backports import zstd
@@ -25,6 +27,9 @@ from tests.documented import Command, every_command, quickstart_commands
 from tests.e2e.commands import BIN, Finished, environment, in_process, succeeded
 from tests.e2e.conftest import Place
 from tests.paths import ROOT
+from tests.unit.data.prepare.token_formats.mds_files import write_mds
+from tests.unit.data.prepare.token_formats.megatron_written import write_new
+from tests.unit.data.prepare.token_formats.saved_sets import write_set
 
 ELSEWHERE = {
     r"^python follow.py ": "tests/unit/test_wandb_page.py",
@@ -32,6 +37,8 @@ ELSEWHERE = {
     r"export runs/llama3": "tests/unit/export/test_export_run.py",
     r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",
     r"runs/experts-": "tests/ranks/train/test_loop.py",
+    r"^megadistill tokenize (fineweb|dclm|tars|saved)/": "tests/unit/data/text/test_published_layouts.py",
+    r"^megadistill train .*data\.manifest=corpora/": "tests/e2e/test_token_files.py",
     r"--insert-bos$": "tests/unit/datagen/test_insert_bos.py",
     r"^megadistill lm-eval": "tests/unit/evaluate/test_lm_eval.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
@@ -62,7 +69,7 @@ STARTS_PROCESSES = re.compile(r"^(torchrun|deepspeed|megadistill (train|doctor|s
 
 def _turn(command: Command) -> int:
     """Data first, then runs, then what looks at them: pages tell it in other orders. Within a turn as the pages do."""
-    if re.match(r"^megadistill (tokenize|generate) ", command.line):
+    if re.match(r"^megadistill (tokenize|generate|shards index) ", command.line):
         return 0
     return 1 if " train " in command.line else 2
 
@@ -84,7 +91,7 @@ def sandbox(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("slurm", "tests", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     _write_corpus(folder)
-    for name in ("runs/smoke/teacher-hf", "runs/smoke/labels-hf", "runs/smoke/distill-hf", "teacher"):
+    for name in ("runs/smoke/teacher-hf", "runs/smoke/labels-hf", "runs/smoke/distill-hf", "teacher", "models/teacher"):
         shutil.copytree(place.teacher, folder / name)
     split = ["--tokenizer", str(place.teacher), "--sequence-length", "128", "--heldout-fraction", "0.02"]
     text = in_process("tokenize", str(folder / "text"), *split, "--output", str(folder / "runs" / "smoke" / "data"))
@@ -115,6 +122,7 @@ def _write_corpus(folder: Path) -> None:
     (folder / "text").mkdir()
     (folder / "crawl").mkdir()
     (folder / "tars").mkdir()
+    _write_token_files(folder / "corpora")
     whole = "".join(path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py")))[:CORPUS]
     documents = [whole[start : start + DOCUMENT] for start in range(0, len(whole), DOCUMENT)]
     for number, document in enumerate(documents):
@@ -127,6 +135,22 @@ def _write_corpus(folder: Path) -> None:
             buffer = io.BytesIO()
             np.save(buffer, tokens)
             tar.write({"__key__": f"{index:04}", "tokens.npy": buffer.getvalue()})
+
+
+def _write_token_files(folder: Path) -> None:
+    """Ids below the tokenizer's, as other programs write them."""
+    (folder / "olmo").mkdir(parents=True)
+    ids = np.random.default_rng(0).integers(3, 250, 4000)
+    write_new(folder / "web_text_document", [[part] for part in np.split(ids, range(100, 4000, 100))], "int32")
+    (folder / "olmo" / "part-00000.npy").write_bytes(ids.astype("<u2").tobytes())
+    rows = np.split(ids.astype("int32"), range(150, 4000, 150))
+    halves = rows[:10], rows[10:]
+    write_mds(folder / "c4-mds", {"tokens": "ndarray:int32"}, [[{"tokens": row} for row in half] for half in halves])
+    tables = [pyarrow.table({"input_ids": [row.tolist() for row in half]}) for half in halves]
+    write_set(folder / "c4-saved", tables)
+    (folder / "c4-parquet").mkdir()
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(table, folder / "c4-parquet" / f"train-{number:05d}-of-00002.parquet")
 
 
 @pytest.mark.parametrize("command", LOCAL, ids=lambda command: command.line)
