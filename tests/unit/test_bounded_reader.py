@@ -16,9 +16,12 @@ from megadistill.accelerators import accelerator
 from megadistill.config.load import load_recipe
 from megadistill.config.recipe import StudentSection
 from megadistill.data.prepare.finished_output import InputFiles, TokenizeRecord
+from megadistill.data.prepare.token_formats.arrow import ARROW
+from megadistill.data.prepare.token_formats.mds import MDS
 from megadistill.data.shards.manifest import Manifest
 from megadistill.data.shards.shard_record import ShardRecord
 from megadistill.data.targets.target_manifest import TargetManifest
+from megadistill.data.text.input_files import find_files
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.data.tokenizers.tokenizer_file import TokenizerFile
 from megadistill.errors import OperatorFault, UserError
@@ -49,6 +52,13 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "tokenizer.json as a table": ("tokenizer.json", lambda path: TokenizerFile.read("huggingface", path).table),
     "tokenizer.model": ("tokenizer.model", load_tokenizer),
     "tokenizer.model as a table": ("tokenizer.model", lambda path: TokenizerFile.read("sentencepiece", path).table),
+    "tekken.json": ("tekken.json", load_tokenizer),
+    "tekken.json as a table": ("tekken.json", lambda path: TokenizerFile.read("huggingface", path).table),
+    "ranks of tiktoken": ("llama.tiktoken", load_tokenizer),
+    "the state of a folder of datasets": ("state.json", lambda path: rows_of(path.parent)),
+    "the files of a saved data set": ("state.json", lambda path: ARROW.files(str(path.parent))),
+    "the splits of a saved data set": ("dataset_dict.json", lambda path: ARROW.files(str(path.parent))),
+    "the shards of MDS": ("index.json", lambda path: MDS.files(str(path.parent))),
     "a run's recipe.json": ("recipe.json", lambda path: refuse_other_recipe(path.parent, {})),
     "the start in recipe.json": ("recipe.json", lambda path: recorded_start(path.parent)),
     "the student's config": ("config.json", lambda path: copy_student_config(path.parent / "run", student_of(path))),
@@ -72,6 +82,11 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 """Reader -> the name of its file, and a call that reads it. Those that leave a damaged file out return something that
 is empty, with or without the file."""
+
+
+def rows_of(dataset: Path) -> list[Path]:
+    (dataset / "dataset_info.json").touch()
+    return [path for path in find_files([dataset], ["*"], [], output=dataset) if path.suffix == ".arrow"]
 
 
 def nothing_of(run: Path) -> tuple[int | None, float]:
@@ -183,16 +198,26 @@ RAW = {
     "megadistill/events/lines.py": "lines of logs, one at a time, each with a bound",
     "megadistill/io.py": "the reader itself",
     "megadistill/accelerators.py": "a file of the package",
-    "megadistill/data/prepare/corpus.py": "lines of a corpus, each with a bound; the user's own files",
     "megadistill/data/prepare/output_lock.py": "a lock that is written",
+    "megadistill/data/prepare/token_formats/arrow.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/flat_files.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/index_file.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/index_record.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/index_token_files.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/mds.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/megatron_files.py": "a folder's own `open`, of data/storage",
+    "megadistill/data/prepare/token_formats/parquet.py": "a folder's own `open`, of data/storage",
     "megadistill/data/prepare/verify.py": "a folder's own `open`, of data/storage",
     "megadistill/data/shards/npy.py": "an array in an .npz in memory, with a bound",
     "megadistill/data/shards/opening.py": "a folder's own `open`, of data/storage",
     "megadistill/data/shards/tar.py": "tarfile on an opened file, with a bound",
+    "megadistill/data/shards/token_files/token_index.py": "a folder's own `open`, of data/storage",
     "megadistill/data/storage/node_files.py": "a folder's own `open`, and files of this user that are written",
     "megadistill/data/storage/remote.py": "a folder's own `open`",
     "megadistill/data/stream/stream.py": "an order in memory, of a cursor",
     "megadistill/data/targets/target_manifest.py": "an order in memory, of a validated key",
+    "megadistill/data/text/corpus.py": "lines of a corpus, each with a bound; the user's own files",
+    "megadistill/data/text/json_text.py": "a line of a corpus, with a bound",
     "megadistill/distributed/rendezvous.py": "a value of the store of the launch, with a bound",
     "megadistill/distributed/watchdog/parent.py": "/proc",
     "megadistill/distributed/watchdog/watchdog.py": "a value of the store of the launch, and a file that is written",

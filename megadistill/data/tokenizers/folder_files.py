@@ -10,6 +10,8 @@ from megadistill.io import read_file
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 MODEL_FILE: Final = "tokenizer.model"
+RANK_FILES: Final = ("tekken.json", "tiktoken.model", MODEL_FILE)
+"""Names of vocabularies of ranks; a MODEL_FILE is one of Llama 3, or SentencePiece's."""
 CONFIG_FILE: Final = "tokenizer_config.json"
 SPECIAL_FILE: Final = "special_tokens_map.json"
 ADDED_FILE: Final = "added_tokens.json"

@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: `tokenizer.json` and the files beside it.
+"""Hugging Face tokenizers: `tokenizer.json` and the files beside it, or a vocabulary of ranks that is made one.
 
 Legend: L tokens of a text, V ids of the vocabulary.
 """
@@ -21,15 +21,22 @@ from megadistill.data.tokenizers.folder_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     MAX_FILE_BYTES,
+    NAMES,
+    SETTINGS,
     SPECIAL_FILE,
     TOKENIZER_FILE,
     copy_files,
 )
+from megadistill.data.tokenizers.rank_bpe import tokenizer_json
+from megadistill.data.tokenizers.rank_vocabulary import is_rank_file
 from megadistill.errors import UserError
-from megadistill.io import read_file, read_given_json
+from megadistill.io import read_file, read_given_json, reason_of
 from megadistill.redaction import printable
 
 SPACE: Final = "▁"
+
+_OF_CODE: Final = ("tokenizer_class", "auto_map", "added_tokens_decoder")
+"""Settings beside a vocabulary of ranks that are for the code which reads it, and not for a tokenizer.json."""
 
 Json = dict[str, Any]
 
@@ -41,14 +48,20 @@ class HuggingFaceTokenizer:
     file: Final = TOKENIZER_FILE
 
     def __init__(self, path: Path) -> None:
-        """The tokenizer in the file `path`, with the rules in the files beside it.
+        """The tokenizer in the file `path`, a tokenizer.json or a vocabulary of ranks, with the rules beside it.
 
         Raises:
             UserError: there is none, or no id that ends a document is named.
         """
         self._path = path
         self._config, special = (read_optional(path.parent / name) for name in (CONFIG_FILE, SPECIAL_FILE))
-        self._values = read_json(path)
+        self._of_ranks = is_rank_file(path)
+        if self._of_ranks:
+            self._values, made = tokenizer_json(_content(path), str(path))
+            beside = {key: value for key, value in self._config.items() if key not in _OF_CODE}
+            self._config = {**made, **beside}
+        else:
+            self._values = read_json(path)
         try:
             self._backend = Backend.from_str(json.dumps(self._values))
         except Exception as error:  # the library raises nothing more special
@@ -107,8 +120,13 @@ class HuggingFaceTokenizer:
     def write(self, folder: Path) -> None:
         """Writes all files of the tokenizer's folder; adds the token that ends a document to a config without it."""
         folder.mkdir(parents=True, exist_ok=True)
-        copy_files(self._path.parent, folder)
-        (folder / TOKENIZER_FILE).write_bytes(read_file(self._path, max_bytes=MAX_FILE_BYTES))
+        copy_files(self._path.parent, folder, SETTINGS if self._of_ranks else NAMES)
+        content = (
+            json.dumps(self._values, ensure_ascii=False).encode()
+            if self._of_ranks
+            else read_file(self._path, max_bytes=MAX_FILE_BYTES)
+        )
+        (folder / TOKENIZER_FILE).write_bytes(content)
         eos = {} if content_of(self._config, "eos_token") else {"eos_token": self._backend.id_to_token(self.eos)}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config, **eos}
         config.pop("auto_map", None)  # names code that is not copied
@@ -142,6 +160,13 @@ def rewrite_command(folder: Path) -> str:
     """The command that writes a tokenizer.json of all that transformers reads in a tokenizer's folder, in backticks."""
     script = "import sys, transformers as t; t.AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
     return f"`python -c {shlex.quote(script)} {shlex.quote(printable(str(folder)))}`"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_file(path, max_bytes=MAX_FILE_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer: {path} cannot be read ({reason_of(error)}): get it again") from None
 
 
 def read_json(path: Path) -> Json:

@@ -6,8 +6,9 @@ from tempfile import TemporaryDirectory
 from megadistill.config.paths import wrong_path
 from megadistill.data.shards.manifest import TokenizerRecord
 from megadistill.data.tokenizers.data_files import hashes_in
-from megadistill.data.tokenizers.folder_files import MODEL_FILE, TOKENIZER_FILE
+from megadistill.data.tokenizers.folder_files import MODEL_FILE, RANK_FILES, TOKENIZER_FILE
 from megadistill.data.tokenizers.huggingface import HuggingFaceTokenizer, canonical_sha256, read_json
+from megadistill.data.tokenizers.rank_vocabulary import is_rank_file
 from megadistill.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megadistill.data.tokenizers.tokenizer_file import Kind, TokenizerFile, no_tokenizer_files, tokenizer_files
 from megadistill.errors import UserError
@@ -21,9 +22,10 @@ document, `bos` None where the tokenizer's own rules put none there; `sha256` is
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer at `path`: a SentencePiece `.model` file, a `tokenizer.json`, or a folder with one of them.
+    """The tokenizer at `path`: a SentencePiece `.model` file, a `tokenizer.json`, a vocabulary of ranks (`tekken.json`
+    or a file of tiktoken), or a folder with one of them.
 
-    A folder with both is read by its `tokenizer.json`, unless that was written from the model: a data set that is
+    A folder with several is read by its `tokenizer.json`, unless that was written from the model: a data set that is
     tokenized with the tokenizer of another one records the same original.
 
     Raises:
@@ -31,7 +33,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     file = path
     if path.is_dir():
-        file = next((path / name for name in (TOKENIZER_FILE, MODEL_FILE) if (path / name).is_file()), path)
+        file = next((path / name for name in (TOKENIZER_FILE, *RANK_FILES) if (path / name).is_file()), path)
         if file == path:
             raise UserError(
                 wrong_path(path, "tokenizer") or f"{no_tokenizer_files(path)}: give the folder of a tokenizer"
@@ -40,7 +42,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             file = path / MODEL_FILE
     elif reason := wrong_path(path, "tokenizer"):
         raise UserError(reason)
-    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer.load(file)
+    is_huggingface = file.suffix == ".json" or is_rank_file(file)
+    return HuggingFaceTokenizer(file) if is_huggingface else SentencePieceTokenizer.load(file)
 
 
 def _written_from_model(folder: Path) -> bool:

@@ -1,4 +1,7 @@
-"""The files of a tokenizer: a tokenizer.json, a SentencePiece model, or a folder with one of each."""
+"""The files of a tokenizer: a tokenizer.json, a SentencePiece model, or a folder with one of each.
+
+A vocabulary of ranks (`tekken.json`, or one of tiktoken) stands for the tokenizer.json that is made of it.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from megadistill.data.tokenizers.folder_files import MAX_FILE_BYTES, MODEL_FILE, TOKENIZER_FILE
+from megadistill.data.tokenizers.folder_files import MAX_FILE_BYTES, MODEL_FILE, RANK_FILES, TOKENIZER_FILE
 from megadistill.data.tokenizers.huggingface import canonical_sha256, rewrite_command
+from megadistill.data.tokenizers.rank_bpe import tokenizer_json
+from megadistill.data.tokenizers.rank_vocabulary import is_rank_content, is_rank_file
 from megadistill.data.tokenizers.token_table import TokenTable
 from megadistill.errors import UserError
 from megadistill.io import parse_json, read_file, reason_of
@@ -25,7 +30,7 @@ _CONVERTIBLE: Final = ("vocab.json", "vocab.txt", "spiece.model")
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """The content of a tokenizer.json or of a SentencePiece model."""
+    """The content of a tokenizer.json, a vocabulary of ranks, or a SentencePiece model."""
 
     kind: Kind
     content: bytes
@@ -56,6 +61,8 @@ class TokenizerFile:
     @cached_property
     def values(self) -> dict[str, Any]:
         """Content of a tokenizer.json. Raises UserError: it is none."""
+        if is_rank_content(self.content, self.name):
+            return tokenizer_json(self.content, self.name)[0]
         try:
             values = parse_json(self.content)
         except ValueError as error:
@@ -85,7 +92,10 @@ def no_tokenizer_files(folder: Path) -> str:
 
 def tokenizer_files(path: Path) -> dict[Kind, Path]:
     """The files of the tokenizer at `path`, a file or a folder, by kind. A folder may hold one of each."""
-    files = {kind: path / name for kind, name in FILES.items()}
     if path.is_file():
-        files = {"huggingface" if path.suffix == ".json" else "sentencepiece": path}
-    return {kind: file for kind, file in files.items() if file.is_file()}
+        return {"huggingface" if path.suffix == ".json" or is_rank_file(path) else "sentencepiece": path}
+    present = {kind: path / name for kind, name in FILES.items() if (path / name).is_file()}
+    ranks = [path / name for name in RANK_FILES if is_rank_file(path / name) and (path / name).is_file()]
+    if path / MODEL_FILE in ranks:
+        del present["sentencepiece"]
+    return {"huggingface": ranks[0], **present} if ranks else present
