@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from megadistill.data.prepare.corpus import PARQUET, Corpus, Document
+from megadistill.data.text.corpus import PARQUET, Corpus, Document
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"

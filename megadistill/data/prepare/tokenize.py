@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadistill.data.prepare.corpus import Corpus, find_files
 from megadistill.data.prepare.encode import EncodedShard, EncodingSpec, PackerName, disk_faults
 from megadistill.data.prepare.finished_output import InputFiles, TokenizeRecord
 from megadistill.data.prepare.output_lock import TOKENIZER_FOLDER, is_incomplete, locked_output, remove_leftovers
@@ -35,6 +34,8 @@ from megadistill.data.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest,
 from megadistill.data.shards.packing import CHUNK, PACKER_VERSIONS
 from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.shards.tar import SAMPLE_FORMAT
+from megadistill.data.text.corpus import Corpus
+from megadistill.data.text.input_files import find_files
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_record
 from megadistill.errors import UserError
 from megadistill.progress import ShowProgress
@@ -63,8 +64,8 @@ def tokenize(
     """Writes `output`/tokenizer, `output`/train and `output`/heldout; the same text gives the same bytes.
 
     `inputs` are files, taken as they are, and folders, of whose files `include` and `exclude` choose (see
-    `corpus.find_files`); `corpus` says what a document is in each kind of file. A share of `heldout_fraction` of the
-    documents is held out; with 0 there is no such split.
+    `input_files.find_files`); `corpus` says what a document is in each kind of file. A share of `heldout_fraction` of
+    the documents is held out; with 0 there is no such split.
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts BOS before a text,
@@ -119,6 +120,7 @@ def tokenize(
         input_bytes=record.input.bytes,
         seconds=time.perf_counter() - began,
         left_out=corpus.left_out,
+        first_places=corpus.first_places,
         unread=tuple(corpus.unread),
         whole=corpus.whole,
         reused=reused,

@@ -1,15 +1,16 @@
 """The result of `tokenize`, as a table and as lines."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from rich.table import Table
 
-from megadistill.data.prepare.left_out import LeftOut, UnreadFile, as_one_document, in_words, listed
 from megadistill.data.prepare.shard_tasks import TRAIN
 from megadistill.data.shards.manifest import Manifest
+from megadistill.data.text.left_out import LeftOut, UnreadFile, as_one_document, first_of, in_words, listed
 from megadistill.units import readable, spell
 
 MAX_UNREAD_LINES: Final = 10
@@ -56,6 +57,8 @@ class TokenizeReport:
     """Bytes of the files on the disk."""
     seconds: float
     left_out: Counter[LeftOut]
+    first_places: Mapping[LeftOut, str] = field(default_factory=dict)
+    """Place of the first text that was left out for each reason, of files that have documents."""
     unread: tuple[UnreadFile, ...] = ()
     """Files of the input that gave no document."""
     whole: Counter[str] = field(default_factory=Counter)
@@ -86,7 +89,7 @@ class TokenizeReport:
         """The lines below the table: documents that were left out, the largest files of which nothing was read."""
         if self.already_there:
             return ["nothing was written"]
-        notes = [f"left out: {in_words(self.left_out) or 'nothing'}"]
+        notes = [f"left out: {in_words(self.left_out) or 'nothing'}", *first_of(self.first_places)]
         if self.reused:
             notes.append(f"{self.reused:,} shards reused from an earlier start")
         if (line := as_one_document(self.whole)) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from megadistill.data.prepare.corpus import Document
+from megadistill.data.text.corpus import Document
 from megadistill.data.tokenizers.folder_files import MODEL_FILE
 from megadistill.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_tokenizer
 from megadistill.errors import UserError

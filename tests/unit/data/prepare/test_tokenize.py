@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from megadistill.data.prepare import tokenizer_training as training_sample
-from megadistill.data.prepare.corpus import Document
-from megadistill.data.prepare.left_out import LeftOut
 from megadistill.data.prepare.shard_tasks import shard_mb_for
 from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.prepare.tokenizer_training import TrainingSample
 from megadistill.data.shards.manifest import Manifest
+from megadistill.data.text.corpus import Document
+from megadistill.data.text.left_out import LeftOut
 from megadistill.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megadistill.errors import UserError
 from megadistill.progress import console_progress

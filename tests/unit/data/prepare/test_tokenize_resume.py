@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from megadistill.data.prepare.corpus import Corpus
 from megadistill.data.prepare.encode import EncodingSpec
 from megadistill.data.prepare.shard_tasks import ShardTask, cut_into_tasks
 from megadistill.data.prepare.tokenize import tokenize
 from megadistill.data.prepare.tokenize_report import TokenizeReport
 from megadistill.data.prepare.workers import encode_all
+from megadistill.data.text.corpus import Corpus
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import OperatorFault, RestartFault
 from tests.unit.data.corpora import BODY, byte_level_tokenizer, document_texts, tree, write_texts

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from megadistill.data.prepare import corpus
-from megadistill.data.prepare.corpus import Corpus, find_files
-from megadistill.data.prepare.left_out import LeftOut, in_words, listed
+from megadistill.data.text import compressed, corpus, table_rows
+from megadistill.data.text.corpus import Corpus
+from megadistill.data.text.input_files import find_files
+from megadistill.data.text.left_out import LeftOut, first_of, in_words, listed
 from megadistill.errors import UserError
+from tests.unit.data.text.tars import write_tar
 
 TEXTS = ["one\n", "zwei\r\nZeilen, \u2028 und \x00", "三 🙂\ttabs", "  spaces  ", "x" * 5000]
 
@@ -57,6 +60,30 @@ def _write_parquet(folder: Path, texts: list[str]) -> None:
         pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=1)
 
 
+def _write_arrow(folder: Path, texts: list[str]) -> None:
+    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view())
+    for i, kind in enumerate(kinds):
+        part = texts[i : i + 1] if i < 3 else texts[3:]
+        column = pyarrow.array(part).cast(kind)
+        table = pyarrow.table({"id": range(len(part)), "text": column.dictionary_encode() if i == 2 else column})
+        writer = pyarrow.ipc.new_file if i % 2 else pyarrow.ipc.new_stream
+        with writer(folder / f"{i}.arrow", table.schema) as file:
+            file.write_table(table, max_chunksize=1)
+
+
+def _write_tar(folder: Path, texts: list[str]) -> None:
+    plain = {
+        "0.txt": texts[0].encode(),
+        "0.json": b"not read",
+        "0.jpg": b"\xff",
+        "1.TXT.gz": gzip.compress(texts[1].encode()),
+    }
+    record = [json.dumps({"text": text}).encode() for text in texts]
+    others = {"d.ir/2.json": record[2], "d.ir/2.cls": b"7", "d.ir/3.json.gz": gzip.compress(record[3])}
+    write_tar(folder / "a.tar", plain | others)
+    write_tar(folder / "b.tar", {"README": b"left out", "4.json.zst": zstd.compress(record[4])})
+
+
 def _write_files(folder: Path, texts: list[str]) -> None:
     for i, text in enumerate(texts):
         data = text.encode()
@@ -68,7 +95,7 @@ def _write_files(folder: Path, texts: list[str]) -> None:
 NOWHERE = Path("nowhere")
 """The output of a corpus that is only read."""
 
-WRITERS = [_write_jsonl, _write_gzip, _write_zstd, _write_parquet, _write_files]
+WRITERS = [_write_jsonl, _write_gzip, _write_zstd, _write_parquet, _write_arrow, _write_tar, _write_files]
 
 
 def _read(folder: Path, **options: Any) -> tuple[list[str], Corpus]:
@@ -147,6 +174,7 @@ def test_a_document_above_the_bound_is_counted_and_the_next_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(table_rows, "MAX_DOCUMENT_BYTES", 100)
     monkeypatch.setattr(corpus, "_SKIP_BYTES", 7)
     long = "y" * 1000
     (tmp_path / "a.jsonl").write_bytes(_lines(_rows([long, "after", "long last" * 99])).rstrip(b"\n"))
@@ -158,6 +186,15 @@ def test_a_document_above_the_bound_is_counted_and_the_next_one_is_whole(
     assert read.left_out == Counter({LeftOut.TOO_LONG: 4})
 
 
+def _arrow_bytes(tmp_path: Path) -> bytes:
+    path, table = tmp_path / "whole", pyarrow.table({"text": TEXTS * 50})
+    with pyarrow.ipc.new_stream(path, table.schema) as file:
+        file.write_table(table, max_chunksize=100)
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
 def _parquet_bytes(tmp_path: Path) -> bytes:
     path = tmp_path / "whole"
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS * 50}), path, write_page_checksum=True)
@@ -166,13 +203,16 @@ def _parquet_bytes(tmp_path: Path) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.parquet"])
-@pytest.mark.parametrize("size", [0, 2, 40, 0.5, -5, -1])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize("size", [0, 2, 40, 0.5, -8, -5, -1])
 def test_a_file_that_is_cut_off_is_refused_wherever_the_cut_is(name: str, size: float, tmp_path: Path) -> None:
     text = _lines(_rows(TEXTS * 50))
-    data = {"gz": gzip.compress(text), "zst": zstd.compress(text), "parquet": _parquet_bytes(tmp_path)}[
-        name.rpartition(".")[2]
-    ]
+    data = {
+        "gz": gzip.compress(text),
+        "zst": zstd.compress(text),
+        "parquet": _parquet_bytes(tmp_path),
+        "arrow": _arrow_bytes(tmp_path),
+    }[name.rpartition(".")[2]]
     (tmp_path / name).write_bytes(data[: int(size * len(data)) if isinstance(size, float) else size])
     with pytest.raises(UserError, match=rf"{name} is damaged or cut off") as refused:
         _read(tmp_path)
@@ -252,7 +292,7 @@ def test_a_text_that_many_rows_share_is_not_copied_for_each_of_them(
     store_schema: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file of a few kilobytes, of 5 GB of text."""
-    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(table_rows, "MAX_DOCUMENT_BYTES", 1000)
     texts = pyarrow.array(["x" * (16 << 20), "short"])
     rows = pyarrow.array([0] * 300 + [1, None], type=pyarrow.int32())
     table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(rows, texts)})
@@ -269,8 +309,8 @@ def test_a_text_that_many_rows_share_is_not_copied_for_each_of_them(
 def test_a_few_bytes_that_expand_without_an_end_are_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_EXPANSION_COUNTS_FROM", 1 << 16)
-    monkeypatch.setattr(corpus, "MAX_EXPANSION", 500)
+    monkeypatch.setattr(compressed, "_EXPANSION_COUNTS_FROM", 1 << 16)
+    monkeypatch.setattr(compressed, "MAX_EXPANSION", 500)
     data = bytes(32 << 20)
     (tmp_path / name).write_bytes(gzip.compress(data, 9) if name.endswith("gz") else zstd.compress(data))
     with pytest.raises(UserError, match=r"expands to more than 500 times its size.*--exclude it"):
@@ -286,3 +326,22 @@ def test_a_file_that_is_one_document_too_long_is_named_with_what_cuts_it(
     read = _read(tmp_path)[1]
     with pytest.raises(UserError, match=r"book.txt .*1 document longer than 64 MiB \(`split -C 16m` cuts"):
         read.refuse_mostly_unread(705)
+
+
+def test_the_first_text_that_is_left_out_has_its_place(tmp_path: Path) -> None:
+    """A file without any document is named as a whole."""
+    (tmp_path / "a.jsonl").write_bytes(_lines([{"text": "kept"}]) + b'\n{"text": "caf\xe9"}\n{"text": "\xe9"}\n{}\n')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    table = pyarrow.table({"text": pyarrow.array(["kept", " ", None, b"\xe9"], type=pyarrow.binary())})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    write_tar(tmp_path / "d.tar", {"x/1.txt": b"kept", "x/2.json": b"[1]", "x/3.txt": b"\xe9"})
+    read = _read(tmp_path)[1]
+    assert read.left_out == {LeftOut.INVALID: 5, LeftOut.NO_TEXT: 2, LeftOut.EMPTY: 1, LeftOut.NOT_JSON: 1}
+    assert first_of(read.first_places) == [
+        f"  the first of the documents that are not UTF-8: {tmp_path}/a.jsonl, line 3",
+        f"  the first of the lines that are not a JSON object: {tmp_path}/d.tar, sample 'x/2' at byte 1024",
+        f"  the first of the records without the text field: {tmp_path}/a.jsonl, line 5",
+    ]
+    assert [file.path.name for file in read.unread] == ["b.txt"]
+    (tmp_path / "a.jsonl").unlink()
+    assert _read(tmp_path)[1].first_places[LeftOut.NO_TEXT] == f"{tmp_path}/c.parquet, row 3"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -58,6 +58,11 @@ class UnreadFile:
 def in_words(left_out: Counter[LeftOut]) -> str:
     """`"2 empty documents, 1 document that is not UTF-8"`; an empty string where nothing was left out."""
     return ", ".join(reason.counted(left_out[reason]) for reason in LeftOut if left_out[reason])
+
+
+def first_of(places: Mapping[LeftOut, str]) -> list[str]:
+    """A line for each reason with the place of the first text that was left out for it."""
+    return [f"  the first of the {reason.value}: {places[reason]}" for reason in LeftOut if reason in places]
 
 
 def as_one_document(whole: Counter[str]) -> str | None:
