@@ -5,7 +5,7 @@ transformers fuses the experts of a layer into one parameter, and converts a who
 experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,14 @@ class ExpertNames:
     """Names of the block of experts and router, and of an expert's three matrices, in a family's checkpoints."""
 
     block: str
-    gate: str
-    up: str
-    down: str
+    gate: str = ""
+    up: str = ""
+    down: str = ""
+    """Empty, like the other two, where a checkpoint has the fused parameters, too; `gate` where experts have none."""
+    module: str = "mlp"
+    """Name of the block in a layer of transformers' model."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """(Name within the block in transformers' model, name in a checkpoint) of parameters that have two."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,40 @@ class StoredTensor:
         return parameter[self.index] if self.index else parameter
 
 
-FUSED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""Suffixes of the fused parameters' names: [experts, 2 x inner, width], gate before up, and [experts, width, inner]."""
+_GATE_UP, _UP, _DOWN = "experts.gate_up_proj", "experts.up_proj", "experts.down_proj"
+"""Names of the fused parameters: [experts, 2 x inner, width], gate before up; of experts without a gate [experts,
+inner, width]; and [experts, width, inner]."""
 
 
-def stored_tensors(name: str, shape: Sequence[int], experts: ExpertNames | None) -> list[StoredTensor]:
-    """The tensors of a checkpoint that make up the parameter `name`: itself, or the tensors of each expert."""
-    layer, mlp, rest = name.partition(".mlp.")
-    if experts is None or not mlp:
+def is_stacked(name: str) -> bool:
+    """Whether a parameter of a model with experts holds those of a layer, [experts, ..]: weights, or biases."""
+    return ".experts." in name
+
+
+def number_of_experts(config: Any) -> int:
+    """Experts of a layer; families give the key two names."""
+    return int(config.num_experts if hasattr(config, "num_experts") else config.num_local_experts)
+
+
+def stored_tensors(
+    name: str, shape: Sequence[int], experts: ExpertNames | None, held: Container[str] = ()
+) -> list[StoredTensor]:
+    """The tensors of a checkpoint that make up the parameter `name`: itself, or the tensors of each expert.
+
+    `held`: names of a folder. Qwen 3.5 is published with the fused parameters, and written with a tensor for each
+    expert: those that it has are read.
+    """
+    layer, _, rest = ("", "", "") if experts is None else name.partition(f".{experts.module}.")
+    if experts is None or not rest:
         return [StoredTensor(name)]
     block = f"{layer}.{experts.block}"
-    if not name.endswith(FUSED):
-        return [StoredTensor(f"{block}.{rest}")]
-    if name.endswith("down_proj"):
-        return [
-            StoredTensor(f"{block}.experts.{expert}.{experts.down}.weight", (expert,)) for expert in range(shape[0])
-        ]
+    if rest in (_GATE_UP, _UP, _DOWN) and name in held:
+        return [StoredTensor(name)]
+    if not experts.down or rest not in (_GATE_UP, _UP, _DOWN):
+        return [StoredTensor(f"{block}.{dict(experts.renamed).get(rest, rest)}")]
+    if rest in (_UP, _DOWN):
+        matrix = experts.up if rest == _UP else experts.down
+        return [StoredTensor(f"{block}.experts.{expert}.{matrix}.weight", (expert,)) for expert in range(shape[0])]
     inner = shape[1] // 2
     return [
         StoredTensor(f"{block}.experts.{expert}.{matrix}.weight", (expert, rows))
@@ -63,7 +86,16 @@ def stored_tensors(name: str, shape: Sequence[int], experts: ExpertNames | None)
 
 def routers(decoder: Any) -> dict[int, Module]:
     """Number of each layer with experts -> its router, whose outputs are logits [N, E], weights [N, K], ids [N, K]."""
-    return {number: layer.mlp.gate for number, layer in enumerate(decoder.layers) if hasattr(layer.mlp, "experts")}
+    blocks = {number: _block_of(layer) for number, layer in enumerate(decoder.layers)}
+    return {
+        number: getattr(block, "gate", None) or block.router for number, block in blocks.items() if block is not None
+    }
+
+
+def _block_of(layer: Any) -> Any:
+    """A layer's block of experts and router; None: it has none."""
+    blocks = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe")]
+    return next((block for block in blocks if hasattr(block, "experts")), None)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ Code that comes with a checkpoint is never run: the classes are transformers' ow
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -31,15 +31,20 @@ from megadistill.models.attention.choice import flash_implementation, has_sdpa
 from megadistill.models.attention.flex import register_flex
 from megadistill.models.attention.masks import FLEX, attention_inputs, omit_empty_masks
 from megadistill.models.config_bounds import refuse_extreme_numbers
-from megadistill.models.experts import ExpertNames
+from megadistill.models.configs.text_config import text_keys
+from megadistill.models.experts import ExpertNames, number_of_experts
 from megadistill.models.model_keys import (
+    TRANSFORMERS_REFUSES,
     read_keys,
-    refuse_partial_rope,
+    refuse_rope,
     refuse_unknown,
     refuse_unsupported,
+    refused_by_transformers,
     unsupported_type,
     with_floats,
+    without_idle_window,
 )
+from megadistill.models.module_names import rename_modules
 from megadistill.types import LogitTransform
 
 ModelConfig: TypeAlias = PretrainedConfig
@@ -61,29 +66,149 @@ class Family:
     """Names of a mixture's experts."""
     masks_by_kind: bool = False
     """Whether its model takes an attention mask for each kind of layer: those with windows on some layers alone."""
+    layer_kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
+    """Kinds that a config's `layer_types` may name."""
+    by_layer: tuple[str, ...] = ()
+    """Keys of its configs, beside `layer_types`, with a value for each layer of the whole model."""
+    partial_rope: bool = False
+    """Whether rotary embeddings may turn a part of each head (`partial_rotary_factor`)."""
+    teacher_only: str = ""
+    """Why it can only teach: a clause that follows "can only teach: ". Empty: it can be a student as well."""
+    recurrent: bool = False
+    """Whether layers carry a state along a row, which crosses the bounds of documents: no mask keeps them apart."""
+    divides_width: bool = False
+    """Whether its class computes with a `head_dim` that its configs may leave out: the width over the heads."""
+    rope_keys: tuple[str, ...] = ()
+    """Keys that its `rope_parameters` must have beside transformers' own: a forward pass would fail without them."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys that most families read, and that its class keeps and ignores."""
+    unpruned: str = ""
+    """Why `prune` has no rule for it: a clause that follows "is not pruned: ". Empty: it is pruned."""
 
 
-FAMILIES = {
+_LAYER_NORMS = "its norms subtract a mean over all channels, and there is no rule for the mean of fewer"
+
+_EXPERTS = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+
+_OLD_MAMBA_KEYS = (
+    "mamba_n_groups", "mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max",
+    "mamba_dt_init_floor", "mamba_conv_bias", "mamba_chunk_size",
+)  # fmt: skip
+"""Older names of Nemotron-H's keys, which transformers translates."""
+
+_NOT_TRAINED = "no test holds its recurrent layers against a dense model in training"
+
+_BALANCED_BY_BIASES = "its experts are balanced by biases that no gradient moves, and nothing here moves them"
+
+_TABLE = {
+    "arcee": Family(),
+    "cohere": Family(unpruned=_LAYER_NORMS),
+    "cohere2": Family(more_keys=("sliding_window_pattern",), masks_by_kind=True, unpruned=_LAYER_NORMS),
+    "cwm": Family(masks_by_kind=True),
+    "deepseek_v3": Family(experts=_EXPERTS, teacher_only=_BALANCED_BY_BIASES),
+    "ernie4_5": Family(),
+    "ernie4_5_moe": Family(
+        experts=ExpertNames(
+            block="mlp",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            renamed=(("gate.moe_statics.e_score_correction_bias", "moe_statics.e_score_correction_bias"),),
+        ),
+        teacher_only=_BALANCED_BY_BIASES,
+    ),
     "exaone4": Family(masks_by_kind=True),
+    "gemma": Family(norm_init=0.0),
     "gemma2": Family(norm_init=0.0, masks_by_kind=True),
     "gemma3_text": Family(
         norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern"), masks_by_kind=True
     ),
+    "glm": Family(partial_rope=True),
+    "glm4": Family(partial_rope=True),
+    "glm4_moe": Family(partial_rope=True, experts=_EXPERTS, teacher_only=_BALANCED_BY_BIASES),
+    "gpt_neox": Family(
+        more_keys=("rotary_emb_base", "rotary_pct"),
+        partial_rope=True,
+        unread_keys=("head_dim", "partial_rotary_factor", "rope_theta"),
+        unpruned=_LAYER_NORMS,
+    ),
+    "gpt_oss": Family(more_keys=("router_z_loss_coef",), experts=ExpertNames(block="mlp"), masks_by_kind=True),
+    "granite": Family(),
+    "granitemoe": Family(
+        more_keys=("router_z_loss_coef",),
+        experts=ExpertNames(
+            block="block_sparse_moe",
+            module="block_sparse_moe",
+            renamed=(
+                ("experts.gate_up_proj", "input_linear.weight"),
+                ("experts.down_proj", "output_linear.weight"),
+                ("router.weight", "router.layer.weight"),
+            ),
+        ),
+    ),
+    "hunyuan_v1_dense": Family(divides_width=True),
     "llama": Family(),
+    "ministral": Family(masks_by_kind=True, divides_width=True),
+    "ministral3": Family(rope_keys=("llama_4_scaling_beta", "original_max_position_embeddings")),
     "mistral": Family(),
     "mixtral": Family(
         more_keys=("router_z_loss_coef",),
         experts=ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     ),
-    "olmo2": Family(),
-    "qwen2": Family(masks_by_kind=True),
-    "qwen3": Family(masks_by_kind=True),
-    "qwen3_moe": Family(
-        more_keys=("router_z_loss_coef",),
-        experts=ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    "nemotron_h": Family(
+        more_keys=("hybrid_override_pattern", "num_hidden_layers", *_OLD_MAMBA_KEYS),
+        unread_keys=("time_step_limit",),
+        experts=ExpertNames(block="mixer", module="mixer", up="up_proj", down="down_proj"),
+        masks_by_kind=True,
+        layer_kinds=("full_attention", "linear_attention", "mlp", "moe"),
+        recurrent=True,
+        teacher_only=_NOT_TRAINED,
     ),
+    "olmo2": Family(),
+    "olmo3": Family(masks_by_kind=True),
+    "olmoe": Family(more_keys=("router_z_loss_coef",), experts=_EXPERTS),
+    "phi3": Family(partial_rope=True),
+    "qwen2": Family(masks_by_kind=True),
+    "qwen2_moe": Family(more_keys=("router_z_loss_coef",), experts=_EXPERTS, masks_by_kind=True),
+    "qwen3": Family(masks_by_kind=True),
+    "qwen3_moe": Family(more_keys=("router_z_loss_coef",), experts=_EXPERTS),
+    "qwen3_5_moe_text": Family(
+        more_keys=("full_attention_interval",),
+        experts=_EXPERTS,
+        masks_by_kind=True,
+        layer_kinds=("full_attention", "linear_attention"),
+        partial_rope=True,
+        recurrent=True,
+        teacher_only=_NOT_TRAINED,
+    ),
+    "qwen3_5_text": Family(
+        more_keys=("full_attention_interval",),
+        masks_by_kind=True,
+        layer_kinds=("full_attention", "linear_attention"),
+        partial_rope=True,
+        recurrent=True,
+        teacher_only=_NOT_TRAINED,
+        unpruned=_NOT_TRAINED,
+    ),
+    "qwen3_next": Family(
+        more_keys=("full_attention_interval",),
+        experts=_EXPERTS,
+        masks_by_kind=True,
+        layer_kinds=("full_attention", "linear_attention"),
+        partial_rope=True,
+        recurrent=True,
+        teacher_only=_NOT_TRAINED,
+    ),
+    "seed_oss": Family(),
+    "smollm3": Family(masks_by_kind=True, by_layer=("no_rope_layers",)),
+    "starcoder2": Family(unpruned=_LAYER_NORMS),
 }
-"""The `model_type`s that are supported: causal decoders whose layers hand on nothing but hidden states."""
+
+FAMILIES = {model_type: each for model_type, each in _TABLE.items() if model_type in CONFIG_MAPPING}
+"""The `model_type`s that are supported: causal decoders whose layers hand on nothing but hidden states.
+
+Without those that the installed transformers does not have.
+"""
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -93,6 +218,19 @@ PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 EXPERT_MULTIPLE = 8
 """Numbers of a bfloat16 row in 16 bytes, which `torch.nn.functional.grouped_mm` asks for."""
+
+DROPOUTS = (
+    "attention_dropout",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "residual_dropout",
+)
+"""Keys of configs that drop activations at random in training; a teacher drops none."""
+
+_HEAD_WIDTHS = ("head_dim", "qk_rope_head_dim")
+"""Keys of a head's width; of latent attention, of the part that is turned."""
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -111,7 +249,9 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         if not (source / "config.json").is_file():
             raise UserError(not_model(source, what))
         way_out = "name a Hugging Face model folder"
-        keys: dict[str, Any] = read_given_json(source / "config.json", dict, what=what, way_out=way_out)
+        place = source / "config.json"
+        keys: dict[str, Any] = read_given_json(place, dict, what=what, way_out=way_out, constants=True)
+        keys = text_keys(keys, source, FAMILIES, what) or keys
     else:
         keys = copy.deepcopy(dict(source))
     model_type = keys.get("model_type")
@@ -119,19 +259,25 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         raise unsupported_type(keys, FAMILIES, what)
     refuse_unsupported(keys, what)
     config_class = CONFIG_MAPPING[model_type]
-    known = read_keys(config_class, FAMILIES[model_type].more_keys)
+    known = read_keys(config_class, FAMILIES[model_type].more_keys) - set(FAMILIES[model_type].unread_keys)
     if not isinstance(source, Path):
         refuse_unknown(keys, known, what)
-    keys = {key: value for key, value in keys.items() if key in known}
+    keys = without_idle_window({key: value for key, value in keys.items() if key in known}, config_class)
     refuse_extreme_numbers(keys, what)
     try:
         config = config_class.from_dict(with_floats(keys, config_class))
         if family(config).experts is not None:
             config.output_router_logits = False  # every forward pass would keep them, and nothing here reads them
+        if not hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = config.num_attention_heads
+        if family(config).divides_width and config.head_dim is None and config.num_attention_heads > 0:
+            config.head_dim = config.hidden_size // config.num_attention_heads
         _refuse_inconsistent_sizes(config, what)
         if isinstance(config.pad_token_id, int) and not 0 <= config.pad_token_id < config.vocab_size:
             config.pad_token_id = None  # of a tokenizer with more ids than the model has rows
-        refuse_partial_rope(config, what)
+        refuse_rope(
+            config, what, head=head_dim(config), partial=family(config).partial_rope, keys=family(config).rope_keys
+        )
         if not _names_head_dim(keys) and config.hidden_size % config.num_attention_heads:
             raise UserError(
                 f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
@@ -141,15 +287,14 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         build_decoder(config, layers=range(1))
     except UserError:
         raise
-    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{what}: transformers refuses this {model_type} config: {reason}") from None
+    except TRANSFORMERS_REFUSES as error:
+        raise refused_by_transformers(error, model_type, what) from None
     return config
 
 
 def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     for name in _SIZES:
-        if getattr(config, name) < 1:
+        if getattr(config, name, 1) < 1:  # Qwen 3.5's mixture has no dense layers
             raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads < 1 or heads % kv_heads:
@@ -158,26 +303,62 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
         raise UserError(f"{what}: head_dim is {given}, it must be at least 2")
     if head_dim(config) % 2:
         raise UserError(f"{what}: a head is {head_dim(config)} wide, and rotary embeddings turn pairs: make it even")
-    kinds = getattr(config, "layer_types", None) or []
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have full and sliding attention")
+    kinds, known = getattr(config, "layer_types", None) or [], family(config).layer_kinds
+    if unknown := set(kinds) - set(known):
+        raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have {' and '.join(known)}")
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) == 0:
+        raise UserError(f"{what}: layer_types has sliding_attention, and sliding_window is 0: give the window's tokens")
+    _refuse_short_lists(config, what)
+    _refuse_unequal_heads(config, what)
+    if config.tie_word_embeddings and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys:
+        raise UserError(f"{what}: tie_word_embeddings is true; a {config.model_type} model has a head of its own")
     if config.dtype is not None and config.dtype not in PRECISIONS:
         raise UserError(f"{what}: dtype is {config.dtype}; weights may be float16, bfloat16, float32 or float64")
     if family(config).experts is not None:
         _refuse_inconsistent_experts(config, what)
 
 
+def _refuse_unequal_heads(config: PretrainedConfig, what: str) -> None:
+    """Latent attention has keys for each head; elsewhere each head of keys, or group, serves as many of values."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if hasattr(config, "kv_lora_rank") and heads != kv_heads:
+        raise UserError(
+            f"{what}: num_key_value_heads is {kv_heads}, and num_attention_heads {heads}; in latent attention they are "
+            "equal"
+        )
+    if getattr(config, "mamba_num_heads", 0) % getattr(config, "n_groups", 1):
+        raise UserError(
+            f"{what}: mamba_num_heads {config.mamba_num_heads} is not a multiple of n_groups {config.n_groups}"
+        )
+    keys, values = (getattr(config, f"linear_num_{each}_heads", 1) for each in ("key", "value"))
+    if values % keys:
+        raise UserError(f"{what}: linear_num_value_heads {values} is not a multiple of linear_num_key_heads {keys}")
+
+
+def _refuse_short_lists(config: PretrainedConfig, what: str) -> None:
+    for name in family(config).by_layer:
+        values = getattr(config, name, None)
+        if values is not None and (not isinstance(values, list) or len(values) < config.num_hidden_layers):
+            held = f"{len(values)} values" if isinstance(values, list) else repr(values)
+            raise UserError(
+                f"{what}: {name} has {held}, and the model {config.num_hidden_layers} layers: give one each"
+            )
+
+
 def _names_head_dim(keys: Mapping[str, Any]) -> bool:
     """Whether a config says how wide a head is, itself or by its family's default; else the width is divided."""
     defaults = {field.name: field.default for field in fields(CONFIG_MAPPING[keys["model_type"]])}
-    return keys.get("head_dim") is not None or isinstance(defaults.get("head_dim"), int)
+    return keys.get("head_dim") is not None or any(isinstance(defaults.get(name), int) for name in _HEAD_WIDTHS)
 
 
 def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
-    experts, chosen = config.num_experts, config.num_experts_per_tok
+    experts, chosen = number_of_experts(config), config.num_experts_per_tok
     if not 1 <= chosen <= experts:
         raise UserError(f"{what}: num_experts_per_tok is {chosen}, of {experts} experts; a token takes 1 to {experts}")
-    for name in ("moe_intermediate_size", "decoder_sparse_step"):
+    _refuse_unequal_groups(config, experts, what)
+    if getattr(config, "moe_layer_interval", 1) != 1:
+        raise UserError(f"{what}: moe_layer_interval is {config.moe_layer_interval}; supported is 1")
+    for name in ("moe_intermediate_size", "decoder_sparse_step", "n_shared_experts", "shared_expert_intermediate_size"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
     inner = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
@@ -189,14 +370,76 @@ def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
             )
 
 
+def _refuse_unequal_groups(config: PretrainedConfig, experts: int, what: str) -> None:
+    """The router takes experts of the `topk_group` best of `n_group` groups, by the sum of a group's two best."""
+    groups = getattr(config, "n_group", None) or 1
+    chosen = getattr(config, "topk_group", None) or 1
+    grouped = hasattr(config, "n_group")
+    if grouped and (experts % groups or experts // groups < 2 or not 1 <= chosen <= groups):
+        raise UserError(
+            f"{what}: n_group is {groups} and topk_group {chosen}, of {experts} experts; groups are equal, of two "
+            "experts or more, and topk_group is 1 to n_group"
+        )
+    if grouped and config.num_experts_per_tok > experts // groups * chosen:
+        raise UserError(
+            f"{what}: num_experts_per_tok is {config.num_experts_per_tok}, and {chosen} groups have "
+            f"{experts // groups * chosen} experts"
+        )
+
+
 def family(config: PretrainedConfig) -> Family:
     """The family of a config that `load_config` has let through."""
     return FAMILIES[config.model_type]
 
 
+def refuse_as_student(config: PretrainedConfig, what: str) -> None:
+    """Refuses a family that can only teach. Call it where a student's config is loaded, before anything costs.
+
+    Raises:
+        UserError: with the reason, and the families that can be students.
+    """
+    if reason := family(config).teacher_only:
+        students = ", ".join(name for name, each in FAMILIES.items() if not each.teacher_only)
+        raise UserError(f"{what}: a {config.model_type} model can only teach: {reason}; students may be {students}")
+
+
+def refuse_documents(
+    config: PretrainedConfig,
+    what: str,
+    by: str = "data.document_mask",
+    way_out: str = "leave it out, or take another teacher",
+) -> None:
+    """Refuses a family whose state would cross the bounds of documents that `by` keeps apart.
+
+    Raises:
+        UserError: `what` is the config.
+    """
+    if family(config).recurrent:
+        raise UserError(
+            f"{what}: recurrent layers of a {config.model_type} model carry their state over the bounds of documents, "
+            f"which {by} keeps apart: {way_out}"
+        )
+
+
 def head_dim(config: PretrainedConfig) -> int:
-    """The width of one attention head."""
+    """The width of one attention head; of latent attention, of its part that is turned."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
+    """Makes a config that of a model with these layers of its own alone, in order: what it says by layer is cut."""
+    for name in ("layer_types", *family(config).by_layer):
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[layer] for layer in layers])
+    if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
+        config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
+        config.decoder_sparse_step = 1
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = sum(not _has_experts(config, layer) for layer in layers)
+    if hasattr(config, "moe_layer_start_index"):
+        sparse = [place for place, layer in enumerate(layers) if _has_experts(config, layer)]
+        config.moe_layer_start_index, config.moe_layer_end_index = (sparse[0], sparse[-1]) if sparse else (0, -1)
+    config.num_hidden_layers = len(layers)
 
 
 def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[str, Any]:
@@ -206,6 +449,7 @@ def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[st
     None: a row is one document. The pass has no host-device sync, but with rotary embeddings whose stretch depends on
     the length of a sequence ("dynamic", "longrope"): transformers then reads the largest position, one sync.
     """
+    assert positions is None or not family(decoder.config).recurrent, "see refuse_documents"
     name = "input_ids" if x.dim() == 2 else "inputs_embeds"
     attention = attention_inputs(
         decoder.config,
@@ -272,7 +516,7 @@ def build_causal_lm(
         )
     if not initialise:
         model.tie_weights()  # transformers does it where it draws values
-    omit_empty_masks(decoder(model))
+    _prepare(model)
     return model
 
 
@@ -283,7 +527,7 @@ def build_on_meta(config: PretrainedConfig, *, attention: str | None = None) -> 
     config.pad_token_id = None
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    omit_empty_masks(decoder(model))
+    _prepare(model)
     return model
 
 
@@ -297,27 +541,34 @@ def build_decoder(config: PretrainedConfig, *, layers: range, attention: str | N
     config.use_cache = False
     config.pad_token_id = None  # without a row it is a traceback; with one it changes only its row's gradient
     config._attn_implementation = transformers_attention(config, attention)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[layers.start : layers.stop]
-    if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
-        config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
-        config.decoder_sparse_step = 1
-    config.num_hidden_layers = len(layers)
+    keep_layers(config, layers)
     with torch.device("meta"):
         model: PreTrainedModel = MODEL_MAPPING[type(config)](config)
-    omit_empty_masks(model)
+    _prepare(model)
     return model
+
+
+def _prepare(model: PreTrainedModel) -> None:
+    """Prepares a model that transformers has just built: names of its modules, and calls without a mask."""
+    rename_modules(model, model.config.model_type)
+    omit_empty_masks(decoder(model))
 
 
 def expert_layers(config: PretrainedConfig) -> list[int]:
     """Numbers of the layers with experts; none for a dense model."""
     layers = range(config.num_hidden_layers if family(config).experts is not None else 0)
-    return [layer for layer in layers if not hasattr(config, "mlp_only_layers") or _has_experts(config, layer)]
+    return [layer for layer in layers if _has_experts(config, layer)]
 
 
 def _has_experts(config: PretrainedConfig, layer: int) -> bool:
-    """transformers' rule for Qwen's mixtures, which have dense layers as well."""
-    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+    """transformers' rules for mixtures that have dense layers as well."""
+    if hasattr(config, "mlp_only_layers"):
+        return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+    if "moe" in family(config).layer_kinds:
+        return bool(config.layer_types[layer] == "moe")
+    if hasattr(config, "moe_layer_start_index"):
+        return bool(config.moe_layer_start_index <= layer <= config.moe_layer_end_index)
+    return layer >= getattr(config, "first_k_dense_replace", 0)
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -335,10 +586,11 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
     """
     inner = decoder(model)
     device = next(inner.parameters()).device
-    with torch.device("cpu"):
-        rotary = type(inner.rotary_emb)(config=inner.config)
-    assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
-    inner.rotary_emb = rotary.to(device)
+    if hasattr(inner, "rotary_emb"):  # Nemotron-H's attention turns nothing
+        with torch.device("cpu"):
+            rotary = type(inner.rotary_emb)(config=inner.config)
+        assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
+        inner.rotary_emb = rotary.to(device)
     embedding = inner.embed_tokens
     if hasattr(embedding, "embed_scale"):
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
@@ -347,3 +599,23 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
 def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
     """Name -> shape of each parameter of transformers' model, the head's included; a tied head has none of its own."""
     return {name: parameter.shape for name, parameter in build_on_meta(config).named_parameters()}
+
+
+def stored_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Name -> each buffer that a checkpoint holds: biases of routers, which no gradient moves."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def stored_parts(config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Name -> shape of all that a checkpoint holds of transformers' model: `parameter_shapes`, and buffers."""
+    model = build_on_meta(config)
+    return {name: tensor.shape for name, tensor in [*model.named_parameters(), *stored_buffers(model).items()]}
+
+
+def tensor_type(config: PretrainedConfig, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a parameter or buffer in a model of `dtype`: float32 where transformers keeps it so in 16 bits."""
+    wide = MODEL_MAPPING[type(config)]._keep_in_fp32_modules_strict or ()
+    if dtype.itemsize == 2 and any(re.search(each.replace("*", ".*"), name) for each in wide):
+        return torch.float32
+    return dtype

@@ -13,7 +13,7 @@ from megadistill.io import read_file, reason_of
 from megadistill.models.hf_folder import SafetensorsFolder
 
 SAMPLED_ROWS: Final = 4
-"""Rows of each tensor that are hashed."""
+"""Rows of each tensor that are hashed; of stacked experts, the first expert."""
 SAMPLED_TENSORS: Final = 64
 """Tensors whose rows `sampled_fingerprint` hashes: a mixture of experts has 100,000."""
 
@@ -53,6 +53,7 @@ def _fingerprint(folder: Path, *, every: int) -> str:
         digest.update(json.dumps([name, str(weights.dtype(name)), shape]).encode())
         if place % every:
             continue
-        first = weights.rows(name, [(0, min(SAMPLED_ROWS, shape[0]))]) if shape else next(weights.tensors([name]))
+        rows = SAMPLED_ROWS if len(shape) < 3 else 1  # of stacked experts, a row is a whole expert
+        first = weights.rows(name, [(0, min(rows, shape[0]))]) if shape else next(weights.tensors([name]))
         digest.update(first.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

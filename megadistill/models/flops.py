@@ -11,8 +11,9 @@ from functools import partial
 from torch import Size
 from transformers import PretrainedConfig
 
-from megadistill.models.experts import FUSED
-from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, parameter_shapes
+from megadistill.models.attention.choice import query_width, value_width
+from megadistill.models.experts import is_stacked
+from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
 
 LAYERS = "model.layers."
 
@@ -42,7 +43,10 @@ class Flops:
     head: int
     """2Vd: tied or not."""
     attention: int
-    """2Lsa: scores and values, over the s/2 positions that a token sees on average."""
+    """2Lsa: scores and values, over the s/2 positions that a token sees on average.
+
+    Of linear attention, 6 operations for each number of the state: it is read, corrected and read again; of Mamba 4.
+    """
 
     @property
     def forward(self) -> int:
@@ -81,18 +85,31 @@ def _by_layer(config: PretrainedConfig, count: Callable[[str, Size], int]) -> li
 
 def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
     """Elements of a parameter that a token is multiplied by: of a mixture's fused experts, those of its own ones."""
-    is_fused = family(config).experts is not None and name.endswith(FUSED)
-    return shape.numel() // shape[0] * config.num_experts_per_tok if is_fused else shape.numel()
+    stacked = family(config).experts is not None and is_stacked(name)
+    return shape.numel() // shape[0] * config.num_experts_per_tok if stacked else shape.numel()
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
     """`fwd = 2A + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
 
-    A sliding window counts as full causal attention.
+    A sliding window counts as full causal attention. Of latent attention, a is the mean of the widths of scores and
+    values. Linear attention counts by its state, not by s.
     """
-    attention_width = config.num_attention_heads * head_dim(config)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attention_layers = sum(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    both_widths = config.num_attention_heads * (query_width(config) + value_width(config))
     return Flops(
         body=2 * parameter_counts(config).active_body,
         head=2 * config.vocab_size * config.hidden_size,
-        attention=2 * config.num_hidden_layers * sequence_length * attention_width,
+        attention=attention_layers * sequence_length * both_widths
+        + kinds.count("linear_attention") * _state_flops(config),
     )
+
+
+def _state_flops(config: PretrainedConfig) -> int:
+    """FLOPs of a token in a layer of linear attention, or of Mamba: those with its state."""
+    if hasattr(config, "linear_num_value_heads"):
+        return int(6 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim)
+    if hasattr(config, "ssm_state_size"):
+        return int(4 * config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size)
+    return 0

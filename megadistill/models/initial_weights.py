@@ -17,13 +17,13 @@ from transformers import PretrainedConfig
 
 from megadistill.errors import UserError
 from megadistill.models.experts import stored_tensors
-from megadistill.models.families import EMBEDDING, HEAD, family, head_dim, load_config
+from megadistill.models.families import DROPOUTS, EMBEDDING, HEAD, family, head_dim, load_config
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights
 from megadistill.rng import keyed_generator
 
 FREE_KEYS = (
-    "attention_dropout",
+    *DROPOUTS,
     "bos_token_id",
     "eos_token_id",
     "initializer_range",
@@ -66,9 +66,10 @@ def initial_range(
 
     Cost: the range, and less than a block more.
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_bias")):
         return torch.zeros(stop - start)
-    if len(shape) == 1:
+    drawn = len(shape) > 1 or name.endswith(".sinks")  # attention sinks are drawn like matrices
+    if not drawn or name.endswith("norm.weight"):  # Cohere's norms of queries have a row for each head
         return torch.full((stop - start,), norm)
     return torch.from_numpy(_normal(name, start, stop, seed=seed)).mul_(std)
 
@@ -127,7 +128,8 @@ class InitialWeights:
         """
         values = torch.zeros(stop - start, dtype=torch.float32)
         whole = torch.empty(Size(shape), device="meta")
-        for tensor in stored_tensors(name, shape, self._experts):  # each is contiguous in the flattened parameter
+        # Each is contiguous in the flattened parameter.
+        for tensor in stored_tensors(name, shape, self._experts, self._weights):
             place = tensor.view(whole)
             first = int(place.storage_offset())
             rows = self._vocab_size if name in (EMBEDDING, HEAD) else place.shape[0]

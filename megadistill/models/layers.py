@@ -36,7 +36,9 @@ def checkpoint_layers(decoder: Any, mode: Checkpointing) -> None:
         return
     contexts: dict[str, Any] = {}  # torch.compile takes no default by name
     if mode == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, saves_output)
+        biased = any(hasattr(module, "gate_up_proj_bias") for module in decoder.modules())
+        policy = _saves_but_experts if biased else saves_output
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     for layer in decoder.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
 
@@ -48,6 +50,15 @@ def saves_output(context: SelectiveCheckpointContext, operator: Any, *args: Any,
     attention: they would take what checkpointing is to save, and cost two operations for each column of a head.
     """
     return CheckpointPolicy.MUST_SAVE if saves(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _saves_but_experts(
+    context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """`saves_output`, but for products of experts with biases, which transformers adds to them in place."""
+    if operator.name().startswith("aten::_grouped_mm"):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return saves_output(context, operator, *args, **kwargs)
 
 
 def saves(operator: Any, args: tuple[Any, ...]) -> bool:
@@ -77,7 +88,9 @@ def compile_layers(decoder: Any) -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in decoder.layers:
         # transformers hands a layer's number to flash-attn, for a cache that there is none of: a graph for each layer.
-        layer.self_attn.layer_idx = 0
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = 0
         compiled = torch.compile(layer.forward, dynamic=False, fullgraph=True)
         trains = any(parameter.requires_grad for parameter in layer.parameters())
         layer.forward = partial(_as_in_training, compiled) if trains else compiled

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
-from megadistill.models.families import build_decoder
+from megadistill.models.families import build_decoder, stored_buffers
 from megadistill.models.flops import LAYERS, layer_costs
 
 
@@ -92,7 +92,9 @@ def _parts_needed(costs: Sequence[int], limit: int) -> int:
 def stage_decoder(
     config: PretrainedConfig, *, stage: int, stages: int, attention: str | None = None
 ) -> tuple[PreTrainedModel, dict[str, str]]:
-    """One stage on meta, and its parameters' names: name in the whole model -> name in the stage.
+    """One stage on meta, and the names of what a checkpoint holds of it: name in the whole model -> in the stage.
+
+    These are its parameters, and buffers of routers.
 
     The first stage has the embedding and the last one the final norm; no stage has the head. Each stage counts its
     layers from 0, as its part of `layer_types` does. `attention`: see `build_causal_lm`.
@@ -101,9 +103,12 @@ def stage_decoder(
     decoder = build_decoder(config, layers=layers, attention=attention)
     if stage > 0:
         decoder.embed_tokens = None
+        if hasattr(decoder, "embedding_multiplier"):  # which Granite applies to whatever the layers read
+            decoder.embedding_multiplier = 1.0
     if stage < stages - 1:
         decoder.norm = nn.Identity()
-    return decoder, {whole_name(f"model.{name}", layers): name for name, _ in decoder.named_parameters()}
+    names = [*(name for name, _ in decoder.named_parameters()), *stored_buffers(decoder)]
+    return decoder, {whole_name(f"model.{name}", layers): name for name in names}
 
 
 def whole_name(name: str, layers: Sequence[int]) -> str:

@@ -213,7 +213,12 @@ def use_float8(decoder: Any) -> list[str]:
         replacement: type[Float8Linear | Float8Experts] | None = None
         if isinstance(module, nn.Linear) and module not in excluded:
             replacement, weights = Float8Linear, [module.weight]
+        elif isinstance(getattr(module, "up_proj", None), nn.Parameter):  # Nemotron-H's experts, which have no gate
+            native.append(f"layers.{name}")
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+            if getattr(module, "has_bias", False):  # gpt-oss's, which are transposed, and whose gates are clamped
+                native.append(f"layers.{name}")
+                continue
             replacement, weights = Float8Experts, [module.gate_up_proj, module.down_proj]
         if replacement is None:
             continue
@@ -240,6 +245,7 @@ def describe_float8(decoder: Any, native: list[str], device: torch.device) -> st
     if native:
         more = f" and {len(native) - 3} more" if len(native) > 3 else ""
         line += (
-            f"; {len(native)} stay native, with a side that is no multiple of {MULTIPLE}: {', '.join(native[:3])}{more}"
+            f"; {len(native)} stay native, with a side that is no multiple of {MULTIPLE} or with biases of experts: "
+            f"{', '.join(native[:3])}{more}"
         )
     return line

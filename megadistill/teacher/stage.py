@@ -16,7 +16,7 @@ from megadistill.config.recipe import TeacherPrecision
 from megadistill.distributed.broadcast_reader import BroadcastReader, Layout
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers
+from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers, tensor_type
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.layers import compile_layers
 from megadistill.models.partition import stage_decoder
@@ -57,9 +57,9 @@ class TeacherStage(nn.Module):
     ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
 
-        In bfloat16, only the buffers stay in float32; no parameter of a supported family has to. The host's memory
-        peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the device's:
-        each weight is rounded as soon as it is read.
+        In bfloat16, the buffers stay in float32, and the routers' parameters that `tensor_type` names. The host's
+        memory peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the
+        device's: each weight is rounded as soon as it is read.
 
         `compiled`: see `compile_parts`. `attention`: see `build_causal_lm`. `reader`: a rank that does not read opens
         no file of weights, and receives each parameter as the stage keeps it: in `dtype`, or rounded with its scales.
@@ -73,14 +73,15 @@ class TeacherStage(nn.Module):
         is_logged, reader = reader is not None, reader or BroadcastReader()
         opened = _OpenedOnce(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages, attention=attention)
-        shapes = {name: decoder.get_parameter(name).shape for name in names.values()}
+        shapes = {name: tensor.shape for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]}
         native = use_float8(decoder) if precision == "float8" else []
         for whole_name, name in names.items():
+            own_type = tensor_type(config, whole_name, dtype)
 
-            def read(whole_name: str = whole_name, name: str = name) -> Tensor:
-                return read_parameter(opened(), config, whole_name, shapes[name], dtype=dtype, device=device)
+            def read(whole_name: str = whole_name, name: str = name, own_type: torch.dtype = own_type) -> Tensor:
+                return read_parameter(opened(), config, whole_name, shapes[name], dtype=own_type, device=device)
 
-            _place(decoder, name, read, shapes[name], reader, dtype=dtype, device=device)
+            _place(decoder, name, read, shapes[name], reader, dtype=own_type, device=device)
         reader.finish()
         if is_logged:  # a run's own stage, not one of the layers that are read one after the other to compare
             logger.info("%s", _describe_reading(f"stage {stage} of {stages}", reader, opened))
@@ -179,7 +180,7 @@ def _place(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Makes what is read the frozen parameter `name`, or rounds it where its module is in float8."""
+    """Makes what is read the frozen parameter or the buffer `name`, or rounds it where its module is in float8."""
     place, _, leaf = name.rpartition(".")
     module = decoder.get_submodule(place)
     if isinstance(module, Float8Module) and leaf in module.names:
@@ -188,7 +189,7 @@ def _place(
         module.place(leaf, rounded, scales, dtype=dtype)
     else:
         (tensor,) = reader.tensors([Layout(shape, dtype)], lambda: [read()], device=device)
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor, requires_grad=False))
 
 
 def head_rows(

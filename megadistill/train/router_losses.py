@@ -19,7 +19,7 @@ from torch import Tensor
 from megadistill import timeline
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
-from megadistill.models.experts import RouterCoefs
+from megadistill.models.experts import RouterCoefs, number_of_experts
 from megadistill.student.engine import StudentEngine
 from megadistill.student.routers import RouterSums
 from megadistill.train.lookahead import StepBatch
@@ -78,8 +78,8 @@ class RouterLosses:
 def describe_routers(config: Any, layers: int, coefs: RouterCoefs, *, accumulation: int) -> str:
     """A log line: the experts of a student of this config, which has them in `layers` layers, and their losses."""
     line = (
-        f"experts: {config.num_experts} in each of {number_of(layers, 'layer')}, {config.num_experts_per_tok} for a "
-        f"token; balance loss {coefs.aux:g}, z-loss {coefs.z:g}"
+        f"experts: {number_of_experts(config)} in each of {number_of(layers, 'layer')}, {config.num_experts_per_tok} "
+        f"for a token; balance loss {coefs.aux:g}, z-loss {coefs.z:g}"
     )
     if coefs.aux > 0 and accumulation > 1:
         line += f"; their load in {accumulation} micro-batches is counted by one more forward pass"

@@ -19,7 +19,7 @@ from megadistill.config.recipe import Checkpointing, LossSection, Recipe, Studen
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
-from megadistill.models.experts import RouterCoefs
+from megadistill.models.experts import RouterCoefs, number_of_experts
 from megadistill.models.families import build_causal_lm, family, load_config
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
@@ -36,7 +36,16 @@ VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 
 RATE = 3e-3
 
 EXPERTS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.2},
+    "granitemoe": {"num_local_experts": 4, "residual_multiplier": 0.3, "embedding_multiplier": 3.0},
     "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+    },
     # Two of the three layers have experts.
     "qwen3_moe": {
         "num_hidden_layers": 3,
@@ -324,7 +333,7 @@ def dense_truth(case: Case) -> RunResult:
 
 def dense_router_losses(logits: tuple[Tensor, ...], valid_N: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """The load-balancing loss and the z-loss, means of the layers, of the tokens with a label; by transformers."""
-    balance = partial(load_balancing_loss_func, num_experts=config.num_experts, top_k=config.num_experts_per_tok)
+    balance = partial(load_balancing_loss_func, num_experts=number_of_experts(config), top_k=config.num_experts_per_tok)
     aux = [balance((layer,), attention_mask=valid_N) for layer in logits]
     z = [layer[valid_N].logsumexp(dim=-1).square().mean() for layer in logits]
     return torch.stack(aux).mean(), torch.stack(z).mean()

@@ -13,7 +13,7 @@ neighbours, so that one product serves them all and no key is repeated.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,13 @@ OPERATOR = "megadistill::blockwise_attention"
 
 
 def compute(
-    query: Tensor, key: Tensor, value: Tensor, first_key: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_key: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(c · tanh(q k / c)) v of [B, H, S, D], [B, G, S, D], [B, G, S, D] -> [B, S, H, D], in the inputs' type.
 
@@ -37,11 +43,12 @@ def compute(
             the first of the sequence.
         scale: of the products q k.
         softcap: c; None: the scores are not bounded.
+        sinks: [H]: score of one more key of each head, that all queries see and whose value is 0. None: there is none.
     """
-    rows = _Rows.of(query, key, value, scale=scale, softcap=softcap)
+    rows = _Rows.of(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     out_NRD = torch.empty_like(rows.query)
     for piece in _pieces(rows, first_key):
-        probabilities = rows.probabilities(piece)[0]
+        probabilities = rows.probabilities(piece).of_keys
         torch.bmm(probabilities, rows.value[piece.pairs, piece.keys], out=out_NRD[piece.pairs, piece.rows])
     B, H, S, D = query.shape
     return rows.unpacked(out_NRD).reshape(B, S, H, D).to(query.dtype)
@@ -55,17 +62,26 @@ def compute_gradients(
     first_key: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous, from the gradient [B, S, H, D] of the output."""
-    rows = _Rows.of(query, key, value, scale=scale, softcap=softcap)
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks, contiguous, from the gradient [B, S, H, D] of the output.
+
+    Without sinks, theirs has no element.
+    """
+    rows = _Rows.of(query, key, value, scale=scale, softcap=softcap, sinks=sinks)
     gradient_NRD = rows.packed(gradient.transpose(1, 2))
     dquery_NRD = torch.empty_like(rows.query)
+    dsinks_NR = None if rows.sinks is None else torch.zeros_like(rows.sinks)
     dkey_NSD, dvalue_NSD = torch.zeros_like(rows.key), torch.zeros_like(rows.value)
     for piece in _pieces(rows, first_key):
         at_rows, at_keys = (piece.pairs, piece.rows), (piece.pairs, piece.keys)
-        probabilities, tanh = rows.probabilities(piece)
+        probabilities, of_sinks, tanh = rows.probabilities(piece)
         dvalue_NSD[at_keys].baddbmm_(probabilities.transpose(1, 2), gradient_NRD[at_rows])
         dprobabilities = torch.bmm(gradient_NRD[at_rows], rows.value[at_keys].transpose(1, 2))
+        if dsinks_NR is not None and of_sinks is not None:
+            # The value of a sink is 0, so its probability has no gradient but that of the softmax.
+            dsinks = of_sinks * torch.linalg.vecdot(probabilities, dprobabilities)
+            dsinks_NR[piece.pairs] -= dsinks.view(len(dsinks), -1, dsinks_NR.shape[1]).sum(1)
         dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
         if tanh is not None:
             dscores = torch.ops.aten.tanh_backward(dscores, tanh)
@@ -80,6 +96,7 @@ def compute_gradients(
         dquery.to(query.dtype).contiguous(),
         dkey_NSD.view(key.shape).to(key.dtype),
         dvalue_NSD.view(value.shape).to(value.dtype),
+        query.new_empty(0) if dsinks_NR is None else rows.summed(dsinks_NR).to(query.dtype),
     )
 
 
@@ -89,7 +106,13 @@ blockwise_attention_backward = torch.library.custom_op(f"{OPERATOR}_backward", c
 
 @blockwise_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, first_key: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_key: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     B, H, S, D = query.shape
     return query.new_empty(B, S, H, D)
@@ -104,19 +127,23 @@ def _(
     first_key: Tensor | None,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = query.new_empty(0 if sinks is None else len(sinks))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, first_key, ctx.scale, ctx.softcap = inputs
-    ctx.save_for_backward(query, key, value, first_key)
+    query, key, value, first_key, ctx.scale, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(query, key, value, first_key, sinks)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    query, key, value, first_key = ctx.saved_tensors
-    gradients = blockwise_attention_backward(gradient, query, key, value, first_key, ctx.scale, ctx.softcap)
-    return *gradients, None, None, None
+    query, key, value, first_key, sinks = ctx.saved_tensors
+    *gradients, dsinks = blockwise_attention_backward(
+        gradient, query, key, value, first_key, ctx.scale, ctx.softcap, sinks
+    )
+    return *gradients, None, None, None, None if sinks is None else dsinks.to(sinks.dtype)
 
 
 blockwise_attention.register_autograd(_backward, setup_context=_save)
@@ -135,14 +162,26 @@ class _Rows:
     shape: tuple[int, int, int, int]
     """(B, G, R, S)."""
     softcap: float | None
+    sinks: Tensor | None
+    """[N, R]: score of the sink of each row's head; None: there are none."""
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor, *, scale: float, softcap: float | None) -> "_Rows":
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
+    ) -> "_Rows":
         B, H, S, D = query.shape
         G = key.shape[1]
         dtype = torch.promote_types(query.dtype, torch.float32)
         key_NSD, value_NSD = (each.to(dtype).reshape(B * G, S, D) for each in (key, value))
-        rows = cls(query, key_NSD, value_NSD, (B, G, H // G, S), softcap)
+        sinks_NR = None if sinks is None else sinks.to(dtype).view(G, H // G).repeat(B, 1)
+        rows = cls(query, key_NSD, value_NSD, (B, G, H // G, S), softcap, sinks_NR)
         query_NRD = rows.packed(query) * (scale if softcap is None else scale / softcap)
         return replace(rows, query=query_NRD)
 
@@ -157,15 +196,35 @@ class _Rows:
         B, G, R, S = self.shape
         return rows_NRD.view(B, G, S, R, -1).transpose(1, 2)
 
-    def probabilities(self, piece: "_Piece") -> tuple[Tensor, Tensor | None]:
-        """Probabilities of the piece's rows over its keys; and tanh of the scores over the softcap, if there is one."""
+    def summed(self, sinks_NR: Tensor) -> Tensor:
+        """[N, R] -> [H]: the sum over the sequences."""
+        B, G, R, _ = self.shape
+        return sinks_NR.view(B, G * R).sum(0)
+
+    def probabilities(self, piece: "_Piece") -> "_Probabilities":
+        """Probabilities of the piece's rows over its keys, with those of the sinks, and the capped scores' tanh."""
         scores = torch.bmm(self.query[piece.pairs, piece.rows], self.key[piece.pairs, piece.keys].transpose(1, 2))
         tanh = None
         if self.softcap is not None:
             tanh = scores.tanh_()
             scores = tanh * self.softcap
         piece.mask_(scores)
-        return scores.softmax(-1), tanh
+        if self.sinks is None:
+            return _Probabilities(scores.softmax(-1), None, tanh)
+        sinks_PR = self.sinks[piece.pairs].repeat(1, scores.shape[1] // self.sinks.shape[1])
+        probabilities = torch.cat([scores, sinks_PR.unsqueeze(-1)], dim=-1).softmax(-1)
+        return _Probabilities(probabilities[..., :-1].contiguous(), probabilities[..., -1], tanh)
+
+
+class _Probabilities(NamedTuple):
+    """A piece's P pairs of R rows over W keys."""
+
+    of_keys: Tensor
+    """[P, R, W]."""
+    of_sinks: Tensor | None
+    """[P, R]; None: there are no sinks."""
+    tanh: Tensor | None
+    """[P, R, W]: of the scores over the softcap; None: there is none."""
 
 
 @dataclass(frozen=True)

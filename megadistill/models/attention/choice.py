@@ -17,6 +17,13 @@ FLEX_WIDTH = 16
 _SOFTCAPPED = ("gemma2",)
 """Families whose layers bound their scores by the config's `attn_logit_softcapping`; others ignore the key."""
 
+_SINKS = ("gpt_oss",)
+"""Families whose heads have attention sinks: one more score in the softmax, which torch's own attention and the
+flash-attn packages below do not have."""
+
+_WINDOWS_UNSAID = ("qwen2_moe",)
+"""Families whose layers say their windows in masks alone, which flash-attn does not take."""
+
 _FLASH_PACKAGES = {"flash_attention_3": ("flash-attn-3", (0,)), "flash_attention_2": ("flash-attn", (2, 7))}
 """transformers' name -> distribution, and its first version that compiled layers can call, with softcapped scores. The
 first that is there is used."""
@@ -30,8 +37,24 @@ def score_softcap(config: Any) -> float | None:
 
 
 def has_sdpa(config: Any) -> bool:
-    """Whether transformers computes the family with torch's attention, which has no softcap."""
-    return config.model_type not in _SOFTCAPPED
+    """Whether transformers computes the family with torch's attention, which has neither softcap nor sinks."""
+    return config.model_type not in (*_SOFTCAPPED, *_SINKS)
+
+
+def has_sinks(config: Any) -> bool:
+    """Whether the heads have attention sinks."""
+    return config.model_type in _SINKS
+
+
+def query_width(config: Any) -> int:
+    """Columns of a query's head; of latent attention, those that are turned and those that are not."""
+    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
+def value_width(config: Any) -> int:
+    """Columns of a value's head."""
+    return int(getattr(config, "v_head_dim", None) or query_width(config))
 
 
 def has_window(config: Any, sequence_length: int | None) -> bool:
@@ -81,18 +104,17 @@ def choose_attention(
         UserError: the recipe names one that cannot compute this model here.
     """
     flash = flash_implementation() is not None if flash is None else flash
+    no_flash = _beyond_flash(config)
     triton = has_triton() if triton is None else triton
     sdpa = has_sdpa(config)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = query_width(config)
     if setting != "auto":
         _refuse_unable(setting, key, accelerator, precision, sdpa=sdpa, flash=flash, triton=triton, width=width)
+        if no_flash and setting == "flash":
+            raise UserError(f"{key} is flash, and flash-attn {no_flash}: set {key} to auto")
         return Choice(setting, "by the recipe")
     needs = [
-        *(
-            []
-            if sdpa
-            else ["softcapped scores" if score_softcap(config) else f"{config.model_type}, which has no sdpa"]
-        ),
+        *([] if sdpa else [_beyond_sdpa(config)]),
         *(["documents"] if documents else []),
         *(["sliding windows"] if has_window(config, sequence_length) else []),
     ]
@@ -100,7 +122,7 @@ def choose_attention(
         if needs:
             return Choice("flex", f"{' and '.join(needs)}: blockwise on a CPU")
         return Choice("sdpa", "causal alone, which needs no mask")
-    if flash and not documents and precision != "float32" and width <= FLASH_WIDTH:
+    if flash and not no_flash and not documents and precision != "float32" and width <= FLASH_WIDTH:
         return Choice("flash", "flash-attn is installed")
     if not needs:
         return Choice("sdpa", "causal alone, which needs no mask")
@@ -108,6 +130,26 @@ def choose_attention(
     if missing is None:
         return Choice("flex", " and ".join(needs))
     return Choice("sdpa" if sdpa else "eager", f"{' and '.join(needs)}, by dense masks, as flex cannot run: {missing}")
+
+
+def _beyond_flash(config: Any) -> str | None:
+    """Reason why the flash-attn packages cannot compute a family; None: they can."""
+    if has_sinks(config):
+        return "has no attention sinks, which this family has"
+    if config.model_type in _WINDOWS_UNSAID and has_window(config, None):
+        return "is not told of this family's sliding windows"
+    if value_width(config) != query_width(config):
+        return "has one width for queries and values, which differ in this family"
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        return "is given the lengths of rows, which this family's recurrent layers would take, too"
+    return None
+
+
+def _beyond_sdpa(config: Any) -> str:
+    """Name of a part of a family's attention that torch's own lacks."""
+    if has_sinks(config):
+        return "attention sinks"
+    return "softcapped scores" if score_softcap(config) else f"{config.model_type}, which has no sdpa"
 
 
 def recipe_attention(
@@ -162,7 +204,7 @@ def _refuse_unable(
 ) -> None:
     way_out = f"set {key} to auto"
     if setting == "sdpa" and not sdpa:
-        raise UserError(f"{key} is sdpa, which has no softcap, and this family's scores may have one: {way_out}")
+        raise UserError(f"{key} is sdpa, which has no softcap and no sinks, and this family's attention may: {way_out}")
     if setting == "flex" and accelerator and (missing := _missing_for_flex(triton=triton, width=width)):
         if triton:
             raise UserError(f"{key} is flex, and {missing}: {way_out}")

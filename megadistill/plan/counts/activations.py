@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import Checkpointing
-from megadistill.models.families import build_decoder, family, rebuild_buffers
+from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
 from megadistill.models.layers import checkpoint_layers, saves
 
 FLEX_BLOCK, FLEX_LISTS, INT32, INT64 = 128, 4, 4, 8
@@ -124,12 +124,11 @@ def _doubled(counts: Activations) -> Activations:
 
 
 def layer_kind(config: Any, index: int) -> tuple[Any, ...]:
-    """Attention and kind of MLP of a layer: layers of the same kind need the same memory."""
+    """Attention and kind of MLP of a layer, and what its family says by layer: one kind needs the same memory."""
     attention = config.layer_types[index] if getattr(config, "layer_types", None) else "full_attention"
-    dense = index in (getattr(config, "mlp_only_layers", None) or ()) or (
-        (index + 1) % getattr(config, "decoder_sparse_step", 1) != 0
-    )
-    return attention, dense
+    dense = index not in expert_layers(config)
+    lists = (getattr(config, name, None) for name in family(config).by_layer)
+    return attention, dense, *(values[index] for values in lists if values)
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,10 @@ class _Passes:
 
 
 def _make_fake(decoder: Any, dtype: torch.dtype) -> None:
-    """Replaces parameters on meta by fake tensors on a CPU."""
+    """Replaces parameters, and biases of routers, on meta by fake tensors on a CPU."""
+    for name, buffer in stored_buffers(decoder).items():
+        module, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(module), leaf, torch.empty(buffer.shape))
     for name, parameter in list(decoder.named_parameters()):
         module, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(module), leaf, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))

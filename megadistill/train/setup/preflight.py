@@ -15,7 +15,7 @@ from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
 from megadistill.models.experts import ROUTER_COEF_KEYS
-from megadistill.models.families import expert_layers
+from megadistill.models.families import DROPOUTS, expert_layers
 from megadistill.models.initial_weights import check_initial_weights
 
 
@@ -28,12 +28,17 @@ def check_fit(
         UserError: the first mismatch, with both values and the way out.
     """
     _positions_fit("student.config", student, data)
-    if getattr(student, "attention_dropout", 0.0):
+    if drops := [name for name in DROPOUTS if getattr(student, name, 0.0)]:
         raise UserError(
-            f"student.config: attention_dropout is {student.attention_dropout}; pretraining here uses none, and a "
-            "resume could not repeat it on another number of ranks: set it to 0"
+            f"student.config: {drops[0]} is {getattr(student, drops[0])}; pretraining here uses none, and a resume "
+            f"could not repeat it on another number of ranks: set {' and '.join(drops)} to 0"
         )
     check_routers(recipe.loss, student)
+    if recipe.student.activation_checkpointing == "selective" and getattr(student, "clip_qkv", None) is not None:
+        raise UserError(
+            f"student.config: clip_qkv is {student.clip_qkv}, which clips products in place, and "
+            "student.activation_checkpointing selective keeps them: take full or none"
+        )
     source = recipe.student.config
     rows = declared_rows(recipe, student)
     problem = None if rows is None else missing_rows(rows, data.sources.values())

@@ -49,6 +49,21 @@ def test_losses_and_gradients_equal_the_dense_truth(case: Case, world: int, accu
         assert_matches(result, truth(case), case=case)
 
 
+def _three_steps_of_each(topology: Topology, cases: list[Case]) -> list[RunResult]:
+    return [three_steps(topology, case) for case in cases]
+
+
+@pytest.mark.thorough
+def test_every_family_with_experts_equals_the_dense_truth() -> None:
+    """Routers with biases and of other names, shared experts with a gate, and experts with biases, recomputed too."""
+    families = ("gpt_oss", "granitemoe", "olmoe", "qwen2_moe")
+    cases = [Case(model_type=name, router_coefs=COEFS, accumulation=2) for name in families]
+    cases.append(replace(cases[0], activation_checkpointing="selective"))
+    for results in run_ranks(2, _three_steps_of_each, cases):
+        for case, result in zip(cases, results, strict=True):
+            assert_matches(result, truth(Case(model_type=case.model_type, router_coefs=COEFS)), case=case)
+
+
 @pytest.mark.parametrize(
     "change",
     [

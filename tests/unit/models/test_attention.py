@@ -22,7 +22,7 @@ from megadistill.models.families import build_causal_lm, build_decoder, decoder,
 from megadistill.models.layers import compile_layers
 from megadistill.plan.counts.activations import LiveStorages
 from tests.device_double import DEVICE, DeviceDouble, move
-from tests.unit.models.cases import CASES, VOCAB
+from tests.unit.models.cases import ALL_CASES, CASES, VOCAB, all_cases
 
 S = 200
 """More than three blocks on a CPU, more than one of flex_attention's, and a multiple of neither."""
@@ -35,8 +35,10 @@ LAYERS = {"gemma3": 4, "exaone4": 4, "qwen3_moe": 2, "mixtral": 2}
 
 def _model(case: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "max_position_embeddings": 256}
-    config = load_config({**CASES[case], **sizes, "num_hidden_layers": LAYERS.get(case, 3)}, what=case)
+    sizes = {"hidden_size": 64 if "phi3" in case else 32, "intermediate_size": 16, "max_position_embeddings": 256}
+    layers = LAYERS.get(case, 3)
+    by_layer = {name: ALL_CASES[case][name][:layers] for name in ("layer_types",) if name in ALL_CASES[case]}
+    config = load_config({**ALL_CASES[case], **sizes, **by_layer, "num_hidden_layers": layers}, what=case)
     return build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32, attention=attention).to(dtype)
 
 
@@ -57,7 +59,7 @@ def _error(ours: Tensor, truth: Tensor) -> float:
     return float((ours - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", all_cases("smollm3"))
 def test_blockwise_attention_of_a_whole_model_is_eager_attention(case: str) -> None:
     eager, ours = _model(case, "eager"), _model(case, "flex")
     assert ours.config._attn_implementation == FLEX
@@ -154,7 +156,7 @@ def _dense_kernel(*arguments: Any, **keywords: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("case", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "exaone4", "olmo2"])
+@pytest.mark.parametrize("case", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "exaone4", "olmo2", "gpt_oss"])
 def test_flex_attention_of_a_whole_model_is_eager_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of an accelerator, uncompiled: torch computes the same masks and softcap densely."""
     monkeypatch.setattr(masks, "has_flex_kernels", lambda device: True)
@@ -249,10 +251,10 @@ def _flash(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if (window := keywords.get("sliding_window")) is not None:
         first_key = first_key.maximum(torch.arange(length) - window + 1)
     scale, softcap = keywords["scaling"], keywords.get("softcap")
-    return blockwise_attention(query, key, value, first_key, scale, softcap), None
+    return blockwise_attention(query, key, value, first_key, scale, softcap, keywords.get("s_aux")), None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", all_cases("smollm3"))
 def test_flash_attn_is_called_with_the_lengths_of_documents_and_no_mask(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +264,8 @@ def test_flash_attn_is_called_with_the_lengths_of_documents_and_no_mask(
     assert ours.config._attn_implementation == "flash_attention_2"
     for positions in (None, DOCUMENTS):
         results = [_hidden_and_gradients(model, positions) for model in (ours, eager)]
-        assert _error(results[0][0], results[1][0]) < 2e-6
+        windows_are_lost = case == "qwen2_moe"  # whose layers tell flash-attn none: `auto` does not choose it
+        assert (_error(results[0][0], results[1][0]) < 2e-6) != windows_are_lost
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -20,12 +20,32 @@ from megadistill.models.experts import routers
 from megadistill.models.families import build_causal_lm, decoder, forward_inputs, load_config
 from megadistill.models.layers import checkpoint_layers, compile_layers
 from megadistill.student.routers import Routers
-from tests.unit.models.cases import CASES, VOCAB
+from tests.unit.models.cases import ALL_CASES, CASES, VOCAB
 
 B, S = 2, 12
 DOCUMENTS = torch.tensor([[*range(7), 0, *range(4)], [*range(S)]])
 ALL, FIRST = sorted(CASES), ["llama", "gemma3", "qwen3_moe"]
-KINDS = {"gemma3": 2, "qwen2": 2, "qwen3": 2, "exaone4": 2, "qwen3_moe": 2, "qwen3_moe-step": 2}
+MORE: dict[str, Checkpointing] = {
+    "cohere2": "none",
+    "glm4": "full",
+    "gpt_neox": "selective",
+    "gpt_oss": "selective",
+    "granite": "none",
+    "ministral3": "none",
+    "phi3": "selective",
+    "qwen2_moe": "none",
+}
+KINDS = {
+    "gpt_oss": 2,
+    "qwen2_moe": 2,
+    "cohere2": 2,
+    "gemma3": 2,
+    "qwen2": 2,
+    "qwen3": 2,
+    "exaone4": 2,
+    "qwen3_moe": 2,
+    "qwen3_moe-step": 2,
+}
 """Kinds of layers: with and without a window, or experts; else 1."""
 
 thorough = pytest.mark.thorough
@@ -61,7 +81,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, **keys: Any) -> Any:
     torch.manual_seed(0)
-    config = load_config({**CASES[family], "hidden_size": 32, "intermediate_size": 16, **keys}, what=family)
+    config = load_config({**ALL_CASES[family], "hidden_size": 32, "intermediate_size": 16, **keys}, what=family)
     return decoder(build_causal_lm(config, vocab_size=VOCAB, dtype=dtype).train())
 
 
@@ -86,6 +106,7 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         *[pytest.param(name, mode, marks=thorough) for name in ALL for mode in CHECKPOINTING if name not in FIRST],
         *[(name, mode) for name, mode in zip(FIRST, CHECKPOINTING, strict=True)],
         ("llama", "selective"),
+        *[pytest.param(name, mode, marks=thorough) for name, mode in MORE.items()],
     ],
 )
 def test_layers_of_a_kind_are_compiled_once(family: str, mode: Checkpointing, graphs: Graphs) -> None:

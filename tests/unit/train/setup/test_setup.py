@@ -11,6 +11,7 @@ import torch
 from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
+from megadistill.models.families import FAMILIES
 from megadistill.student.deepspeed_config import active_deepspeed_config
 from megadistill.train.setup import preflight
 from megadistill.train.setup.run_folder import write_description
@@ -225,8 +226,24 @@ def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(t
 def test_attention_dropout_is_refused(tmp_path: Path) -> None:
     manifest = described_data(tmp_path / "data" / "train")
     config = {**MODEL, "attention_dropout": 0.1}
-    with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set it to 0"):
+    with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set attention_dropout to 0"):
         prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+def test_any_dropout_is_refused(tmp_path: Path) -> None:
+    """Seed-OSS has both by default."""
+    manifest = described_data(tmp_path / "data" / "train")
+    config = {**MODEL, "model_type": "seed_oss"}
+    with pytest.raises(UserError, match=r"attention_dropout is 0\.1.*set attention_dropout and residual_dropout to 0"):
+        prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+def test_a_student_of_a_family_that_can_only_teach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = described_data(tmp_path / "data" / "train")
+    family = FAMILIES[MODEL["model_type"]]
+    monkeypatch.setitem(FAMILIES, MODEL["model_type"], dataclasses.replace(family, teacher_only="it forgets"))
+    with pytest.raises(UserError, match=r"^student\.config: a llama model can only teach: it forgets; students may be"):
+        prepare(recipe(manifest, tmp_path / "run"), _launch(1))
 
 
 MIXTURE = {**MODEL, "model_type": "mixtral", "num_local_experts": 4}
@@ -238,6 +255,16 @@ def test_noise_of_the_routers_is_refused(tmp_path: Path) -> None:
     config = {**MIXTURE, "router_jitter_noise": 0.1}
     with pytest.raises(UserError, match=r"^student\.config: router_jitter_noise is 0\.1;.*set it to 0"):
         prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1))
+
+
+def test_clipped_queries_are_refused_where_selective_checkpointing_keeps_them(tmp_path: Path) -> None:
+    """transformers clips them in place, which torch refuses at the first step."""
+    manifest = described_data(tmp_path / "data" / "train")
+    config = {**MODEL, "model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 8.0}
+    assert prepare(recipe(manifest, tmp_path / "run", student={"config": config}), _launch(1)).recipe
+    student = {"config": config, "activation_checkpointing": "selective"}
+    with pytest.raises(UserError, match=r"^student\.config: clip_qkv is 8\.0, .*: take full or none"):
+        prepare(recipe(manifest, tmp_path / "run", student=student), _launch(1))
 
 
 @pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef"])
