@@ -17,10 +17,10 @@ import torch
 from megadistill.config.recipe import StudentSection
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, topology_of_world
+from megadistill.doctor.tiny import tiny_config, write_random
 from megadistill.errors import OperatorFault
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import load_config, logit_transform
-from megadistill.models.tiny import tiny_config, write_random
 from megadistill.precision import torch_dtype
 from megadistill.student.engine import StudentEngine
 from megadistill.teacher.pipeline import TeacherPipeline

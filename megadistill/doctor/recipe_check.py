@@ -23,7 +23,7 @@ from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.errors import UserError
-from megadistill.models.families import load_config
+from megadistill.models.families import load_config, refuse_as_student, refuse_documents
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.models.flops import parameter_counts
 from megadistill.models.weights import check_weights
@@ -72,7 +72,7 @@ def check_recipe(
         content["parent"] = own.check("parent", lambda: _parent(recipe, data, launch))
     if recipe.teacher is not None and recipe.teacher.path is not None:
         path_of_teacher = Path(recipe.teacher.path)
-        parameters = own.check("teacher", lambda: _described(load_config(path_of_teacher, what="teacher.path")))
+        parameters = own.check("teacher", lambda: _described(_teacher_config(recipe, path_of_teacher)))
         if parameters is not None:
             content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
         if (copies := recipe.teacher.local_copy) is not None:
@@ -181,8 +181,16 @@ def _for_models(recipe: Recipe, data: Mixture) -> Mixture:
 def _student_config(recipe: Recipe, data: Mixture | None) -> Any:
     source = recipe.student.config
     config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    refuse_as_student(config, "student.config")
     if data is not None:
         config.vocab_size = data.vocab_size
+    return config
+
+
+def _teacher_config(recipe: Recipe, path: Path) -> Any:
+    config = load_config(path, what="teacher.path")
+    if recipe.data.document_mask:
+        refuse_documents(config, "teacher.path")
     return config
 
 

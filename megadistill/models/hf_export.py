@@ -20,6 +20,7 @@ from megadistill.errors import UserError
 from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
 from megadistill.models.hf_folder import INDEX_FILE
+from megadistill.models.module_names import stored_name
 from megadistill.outputs import naming
 
 GENERATION_FILE = "generation_config.json"
@@ -152,7 +153,7 @@ def _stored(config: PretrainedConfig, name: str, parameter: Tensor) -> dict[str,
     """Checkpoint name -> tensor. Experts are copied, as safetensors refuses views of one storage."""
     stored = stored_tensors(name, parameter.shape, family(config).experts)
     if len(stored) == 1:
-        return {stored[0].name: stored[0].view(parameter).contiguous()}
+        return {stored_name(stored[0].name, config.model_type): stored[0].view(parameter).contiguous()}
     return {each.name: each.view(parameter).clone(memory_format=torch.contiguous_format) for each in stored}
 
 

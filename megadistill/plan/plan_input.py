@@ -11,7 +11,7 @@ from megadistill.config.paths import not_model
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.errors import UserError
-from megadistill.models.families import load_config
+from megadistill.models.families import load_config, refuse_as_student, refuse_documents
 from megadistill.models.hf_folder import has_all_files
 from megadistill.models.weights import check_weights
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
@@ -48,8 +48,11 @@ def read_plan_input(
     recipe = load_recipe(path, overrides)
     source = recipe.student.config
     student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    refuse_as_student(student, "student.config")
     data = _data(recipe, sequence_length)
     teacher = _teacher(recipe, teacher_config)
+    if teacher is not None and recipe.data.document_mask:
+        refuse_documents(teacher, "the teacher")
     if data is None:
         assert sequence_length is not None
         if isinstance(source, dict) and "vocab_size" not in source:

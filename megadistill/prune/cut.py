@@ -19,11 +19,12 @@ from megadistill.models.hf_export import NamedReader
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.partition import whole_name
 from megadistill.models.weights import read_parameter
-from megadistill.prune.importance import PruningChoice
+from megadistill.prune.importance import HEAD_NORMS, PruningChoice
 
 LAST_NORM = "model.norm.weight"
 
 VOCABULARY, HIDDEN, NEURONS, HEADS, GROUPS = "vocabulary", "hidden", "neurons", "heads", "groups"
+GATES_AND_NEURONS, HEADS_AND_GROUPS = "gates, then neurons", "heads, then groups of keys, then of values"
 
 AXES: Mapping[str, tuple[str, ...]] = {
     "embed_tokens": (VOCABULARY, HIDDEN),
@@ -32,6 +33,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "k_proj": (GROUPS, HIDDEN),
     "v_proj": (GROUPS, HIDDEN),
     "o_proj": (HIDDEN, HEADS),
+    "qkv_proj": (HEADS_AND_GROUPS, HIDDEN),
+    "gate_up_proj": (GATES_AND_NEURONS, HIDDEN),
     "gate_proj": (NEURONS, HIDDEN),
     "up_proj": (NEURONS, HIDDEN),
     "down_proj": (HIDDEN, NEURONS),
@@ -102,7 +105,7 @@ def _norm_gain(shares: Tensor, index: Tensor | None) -> float:
 def _axes(name: str, shape: Sequence[int], size: int) -> tuple[str | None, ...]:
     """Axes of the parameter's dimensions; None: an axis that pruning does not cut."""
     module = name.rpartition(".")[0].rpartition(".")[2]
-    if module in ("q_norm", "k_norm") and shape[0] == size:  # within each head
+    if module in HEAD_NORMS and shape[0] == size:  # within each head
         return (None,)
     if module in AXES:
         return AXES[module][: len(shape)]
@@ -117,9 +120,19 @@ def _indices(axis: str | None, name: str, config: ModelConfig, choice: PruningCh
     if axis == HIDDEN:
         return torch.tensor(choice.hidden)
     layer = int(name.removeprefix(LAYERS).partition(".")[0])
+    neurons = torch.tensor(choice.neurons[layer])
     if axis == NEURONS:
-        return torch.tensor(choice.neurons[layer])
-    rows = head_dim(config)
-    if axis == HEADS:
-        rows *= config.num_attention_heads // config.num_key_value_heads  # the heads of a group are neighbours
-    return torch.cat([torch.arange(group * rows, (group + 1) * rows) for group in choice.groups[layer]])
+        return neurons
+    if axis == GATES_AND_NEURONS:
+        return torch.cat([neurons, neurons + config.intermediate_size])
+    of_keys = _rows_of_groups(choice.groups[layer], head_dim(config))
+    if axis == GROUPS:
+        return of_keys
+    heads, keys = (count * head_dim(config) for count in (config.num_attention_heads, config.num_key_value_heads))
+    of_queries = _rows_of_groups(choice.groups[layer], heads // config.num_key_value_heads)  # a group's are neighbours
+    return of_queries if axis == HEADS else torch.cat([of_queries, of_keys + heads, of_keys + heads + keys])
+
+
+def _rows_of_groups(groups: Sequence[int], rows: int) -> Tensor:
+    """The rows of a matrix that belong to these groups, of `rows` each."""
+    return torch.cat([torch.arange(group * rows, (group + 1) * rows) for group in groups])

@@ -19,6 +19,9 @@ from megadistill.models.families import Model, ModelConfig, decoder, forward_inp
 from megadistill.prune.sizes import Sizes
 from megadistill.types import IGNORED_LABEL, TokenBatch
 
+HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+"""Norms of queries and keys: within each head, or over all of them."""
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -158,9 +161,9 @@ def _hooked(model: Model, sums: _Accumulator) -> Iterator[None]:
         elif leaf == "o_proj":
             heads = input_of(name, lambda x: x.float().view(*x.shape[:-1], -1, size).norm(dim=-1))
             handles.append(module.register_forward_pre_hook(heads))
-        elif leaf in ("q_norm", "k_norm") and _width(module) > size:  # over all heads, as OLMo 2 has it
+        elif leaf in HEAD_NORMS and _width(module) > size:  # over all heads, as OLMo 2 has it
             handles.append(module.register_forward_hook(norm(name, over_hidden=False)))
-        elif leaf.endswith("norm") and leaf not in ("q_norm", "k_norm"):
+        elif leaf.endswith("norm") and leaf not in HEAD_NORMS:
             handles.append(module.register_forward_hook(norm(name, over_hidden=True)))
         elif name.startswith("model.layers.") and leaf.isdigit():
             handles.append(module.register_forward_hook(layer(name), with_kwargs=True))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megadistill.errors import UserError
-from megadistill.models.families import FAMILIES, ModelConfig, family, head_dim
+from megadistill.models.families import DROPOUTS, FAMILIES, Family, ModelConfig, family, head_dim, keep_layers
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ def pruned_sizes(config: ModelConfig, **given: int | None) -> Sizes:
     Heads are removed by whole key-value groups, so that the number of heads of a group stays.
 
     Raises:
-        UserError: a mixture of experts, a size that the model does not have, sizes that do not fit together, or none
-            that is smaller; one line that names the option and the values that would do.
+        UserError: a family that is not pruned, a size that the model does not have, sizes that do not fit together, or
+            none that is smaller; one line that names the option and the values that would do.
     """
-    if family(config).experts is not None:
-        dense = ", ".join(name for name, each in FAMILIES.items() if each.experts is None)
-        raise UserError(f"a {config.model_type} model has experts, which are not pruned; families that are: {dense}")
+    if reason := _reason_not_to_prune(family(config)):
+        pruned = ", ".join(name for name, each in FAMILIES.items() if not _reason_not_to_prune(each))
+        raise UserError(f"a {config.model_type} model is not pruned: {reason}; families that are: {pruned}")
     own = sizes_of(config)
     chosen = {name: size for name, size in given.items() if size is not None}
     for name, size in chosen.items():
@@ -62,6 +62,13 @@ def pruned_sizes(config: ModelConfig, **given: int | None) -> Sizes:
     return sizes
 
 
+def _reason_not_to_prune(each: Family) -> str:
+    """A clause; empty for a family that is pruned."""
+    if each.teacher_only:
+        return "it can only teach"
+    return "it has experts" if each.experts is not None else each.unpruned
+
+
 def option(name: str) -> str:
     """The command-line option of a size."""
     return f"--{name.replace('_', '-')}"
@@ -82,7 +89,8 @@ def pruned_config(config: ModelConfig, sizes: Sizes, *, layers: Sequence[int]) -
     small.intermediate_size = sizes.intermediate_size
     small.num_attention_heads = sizes.heads
     small.num_key_value_heads = sizes.heads // group
-    small.num_hidden_layers = sizes.layers
-    if getattr(config, "layer_types", None):
-        small.layer_types = [config.layer_types[layer] for layer in layers]
+    keep_layers(small, layers)
+    for name in DROPOUTS:
+        if hasattr(small, name):
+            setattr(small, name, 0.0)  # the pruned model is a student's start, and a student drops nothing
     return small

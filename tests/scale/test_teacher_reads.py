@@ -19,9 +19,9 @@ from megadistill.distributed.broadcast_reader import BroadcastReader
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.node_digests import check_nodes
 from megadistill.distributed.topology import even_slice, topology_of_world
+from megadistill.doctor.tiny import write_random
 from megadistill.models import hf_folder
 from megadistill.models.families import load_config
-from megadistill.models.tiny import write_random
 from megadistill.teacher.stage import TeacherStage, head_rows
 from megadistill.train.resilience.sdc import weights_digest
 from tests.ranks import nccl_rules

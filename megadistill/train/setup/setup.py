@@ -17,7 +17,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
 from megadistill.models.attention.recipe_choices import recipe_choices
-from megadistill.models.families import load_config
+from megadistill.models.families import load_config, refuse_as_student, refuse_documents
 from megadistill.models.fingerprint import sampled_fingerprint
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
@@ -107,9 +107,12 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     data = Mixture.load(recipe.data)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
+    refuse_as_student(student_config, "student.config")
     teacher, teacher_config, vocab_map = recipe.teacher, None, None
     if teacher is not None and teacher.is_live:
         teacher_config = load_config(Path(str(teacher.path)), what="teacher.path")
+        if recipe.data.document_mask:
+            refuse_documents(teacher_config, "teacher.path")
         if teacher.vocab_map is not None:
             ids = {"student_ids": data.vocab_size, "teacher_ids": teacher_config.vocab_size}
             vocab_map = read_vocab_map(Path(teacher.vocab_map), **ids)

@@ -16,15 +16,20 @@ from megadistill.distributed.topology import Topology
 from megadistill.loss import Head, label_loss
 from megadistill.models.families import family, load_config, logit_transform, transformers_attention
 from megadistill.models.initial_weights import initial_tensor
+from megadistill.models.module_names import names_here
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS
 from tests.ranks.harness import run_ranks
 from tests.ranks.student_cases import MULTIPLE, SEED, Case, WatchedStudent, train_section
-from tests.unit.models.cases import CASES, VOCAB
+from tests.unit.models.cases import ALL_CASES, CASES, MORE_CASES, STUDENTS, VOCAB
 
 COVERED = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose students and teachers tests/ranks/student and tests/ranks/teacher train and cut."""
 NEW = [name for name, config in CASES.items() if config["model_type"] not in COVERED]
+FURTHER = [name for name in MORE_CASES if name in STUDENTS and name != "granite"]
+"""The families whose test is thorough."""
+TOGETHER = 6
+"""Students that two processes train one after the other."""
 MIXTURES = ["mixtral", "qwen3_moe", "qwen3_moe-step"]
 
 # (rows, length) of each rank's batch. In the second a rank has two tokens, so few that experts are left without.
@@ -53,7 +58,7 @@ def _batch(shape: tuple[int, int], rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _student(
     name: str, topology: Topology, *, checkpointing: Checkpointing = "none", precision: str = "float32"
 ) -> tuple[WatchedStudent, Any]:
-    config = load_config(CASES[name], what="test")
+    config = load_config(ALL_CASES[name], what="test")
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / "cpu.json")
     deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     student = WatchedStudent(
@@ -98,13 +103,13 @@ def _step(
 
 
 def _dense_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    config = load_config(CASES[name], what="test")
+    config = load_config(ALL_CASES[name], what="test")
     config.pad_token_id = None  # the embedding of the padding id is trained like the others
     model = AutoModelForCausalLM.from_config(config, attn_implementation=transformers_attention(config, None))
     model.set_experts_implementation("eager")
     norm = family(config).norm_init
     with torch.no_grad():
-        for path, parameter in model.named_parameters():
+        for path, parameter in _named_parameters(model).items():
             values = initial_tensor(path, parameter.shape, std=config.initializer_range, seed=SEED, norm=norm)
             parameter.copy_(values)
     return model.to(dtype)
@@ -115,13 +120,36 @@ def _truth(name: str, shapes: tuple[tuple[int, int], ...], dtype: torch.dtype = 
     hidden, losses = [], []
     for rank, shape in enumerate(shapes):
         tokens, labels, positions = _batch(shape, rank)
-        inner = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+        if name == "gpt_oss":  # transformers does not look for documents in its positions
+            inputs["attention_mask"] = _masks(model.config, positions, dtype)
+        inner = model.base_model(**inputs)
         hidden.append(inner.last_hidden_state.detach().flatten(0, 1))
-        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        logits = model(**inputs).logits
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
     loss = torch.stack(losses).sum() / sum(rows * length for rows, length in shapes)
     loss.backward()  # type: ignore[no-untyped-call]
-    return Step(hidden, loss.item(), {path: parameter.grad for path, parameter in model.named_parameters()})
+    return Step(hidden, loss.item(), {path: parameter.grad for path, parameter in _named_parameters(model).items()})
+
+
+def _masks(config: Any, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Kind of layer -> [B, 1, S, S]: what is added to scores."""
+    place = torch.arange(positions.shape[1])
+    first = place.where(positions == 0, 0).cummax(dim=1).values.unsqueeze(-1)
+    seen = (place <= place.unsqueeze(1)) & (place >= first)
+    within = seen & (place > place.unsqueeze(1) - config.sliding_window)
+    kinds = {"full_attention": seen, "sliding_attention": within}
+    lowest = torch.finfo(dtype).min
+    return {
+        kind: torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest).unsqueeze(1)
+        for kind, mask in kinds.items()
+    }
+
+
+def _named_parameters(model: Any) -> dict[str, Any]:
+    """The parameters of a model of transformers, by their names here."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[theirs] for name, theirs in names_here(parameters, model.config.model_type).items()}
 
 
 def _assert_matches(actual: list[Step], true: Step) -> None:
@@ -137,9 +165,22 @@ def _assert_matches(actual: list[Step], true: Step) -> None:
         assert not gradients[path][rows:].any(), f"padding rows of {path} have a gradient"
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [*NEW, "granite"])
 def test_a_step_equals_the_dense_truth(name: str) -> None:
     _assert_matches(run_ranks(2, _step, name, EVEN), _truth(name, EVEN))
+
+
+def _steps(topology: Topology, names: list[str]) -> dict[str, Step]:
+    return {name: _step(topology, name, EVEN) for name in names}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("first", range(0, len(FURTHER), TOGETHER))
+def test_a_step_of_each_further_family_equals_the_dense_truth(first: int) -> None:
+    names = FURTHER[first : first + TOGETHER]
+    by_rank = run_ranks(2, _steps, names)
+    for name in names:
+        _assert_matches([steps[name] for steps in by_rank], _truth(name, EVEN))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("gemma3", "selective"), ("mixtral", "full")])

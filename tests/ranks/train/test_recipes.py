@@ -18,8 +18,8 @@ from megadistill.data import Manifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
+from megadistill.doctor.tiny import tiny_config, write_random
 from megadistill.models.families import load_config
-from megadistill.models.tiny import tiny_config, write_random
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server

@@ -11,9 +11,9 @@ from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
+from megadistill.doctor.tiny import write_random
 from megadistill.models import initial_weights
 from megadistill.models.families import load_config
-from megadistill.models.tiny import write_random
 from megadistill.train import loop
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import Trainer, run

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megadistill.models.families import (
     load_config,
     logit_transform,
     rebuild_buffers,
+    refuse_as_student,
 )
 from megadistill.types import LogitTransform
 from tests.unit.models.cases import CASES, SIZES, VOCAB, whole_model
@@ -62,12 +64,26 @@ def _content(config: Any) -> dict[str, Any]:
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 5}, r"chunked_attention"),
         ({"quantization_config": {"bits": 4}}, r"quant_method is null"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"a llama model has no 'quantization_config'"),
-        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are .*gemma3_text, llama[^;]*$"),
-        ({"model_type": "llama4"}, r"model_type is 'llama4'; supported are .*gemma3_text, llama[^;]*$"),
-        ({"model_type": "qwen2_moe"}, r"model_type is 'qwen2_moe'; supported are .*gemma3_text, llama[^;]*$"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, r"language model is a gemma3_text"),
-        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, r"is a mistral model, which can be"),
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, r"qwen3, qwen3_moe$"),
+        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are .*gemma3_text, glm[^;]*$"),
+        ({"model_type": "llama4"}, r"model_type is 'llama4'; supported are .*gemma3_text, glm[^;]*$"),
+        ({"model_type": "jamba"}, r"model_type is 'jamba'; supported are .*gemma3_text, glm[^;]*$"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            r"language model is a gemma3_text model; such",
+        ),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, r"is a mistral model; such a model"),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, r"attend within chunks"),
+        ({"model_type": "glm4", "head_dim": 16, "partial_rotary_factor": 0.33}, r"is 0\.33 of heads of 16 columns"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, r"0\.5; a llama model turns whole heads"),
+        ({"model_type": "ministral3", "rope_parameters": {"rope_theta": 1e4}}, r"no number 'llama_4_scaling_beta'"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 5},
+            r"no_rope_layers has 2 values, and the model 5 layers",
+        ),
+        ({"model_type": "granite", "logits_scaling": 0}, r"logits_scaling is 0(\.0)?; give a number from"),
+        ({"model_type": "starcoder2", "residual_dropout": 2.0}, r"residual_dropout is 2\.0; give a number from 0 to 1"),
+        ({"model_type": "gpt_neox"}, r"a gpt_neox model has no 'num_key_value_heads'"),
+        ({"model_type": "gemma4_text"}, r"gemma4_text folder is not read: its layers of full attention have heads of"),
         ({"model_type": "gemma3text"}, r"did you mean 'gemma3_text'"),
         ({"model_type": ["llama"]}, r"model_type is list"),
         ({"model_type": "qwen2", "hidden_size": 66, "head_dim": 15}, r"a head is 15 wide|even rotary dimension"),
@@ -106,6 +122,16 @@ def test_a_width_that_is_no_multiple_of_the_heads_is_allowed_where_heads_have_th
     assert model(torch.arange(6)[None]).logits.shape == (1, 6, VOCAB)
 
 
+def test_a_family_that_can_only_teach_is_refused_as_a_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(CASES["llama"], what="student.config")
+    refuse_as_student(config, "student.config")
+    only_teaches = replace(FAMILIES["llama"], teacher_only="its layers keep a state")
+    monkeypatch.setitem(FAMILIES, "llama", only_teaches)
+    with pytest.raises(UserError, match=r"llama model can only teach: its layers keep a state; .* be .*qwen3") as error:
+        refuse_as_student(config, "student.config")
+    assert " llama," not in str(error.value).partition("students may be")[2]
+
+
 def test_a_folder_may_have_keys_that_a_mapping_may_not_have_and_never_names_code_to_run(tmp_path: Path) -> None:
     keys = CASES["llama"] | {"some_trainers_own_key": 1, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(keys))
@@ -120,7 +146,7 @@ def test_a_folder_may_have_keys_that_a_mapping_may_not_have_and_never_names_code
         (None, "has no config.json: name a Hugging Face model folder"),
         ("{", "cannot be read as JSON"),
         ("[]", "holds a list"),
-        (json.dumps(CASES["llama"] | {"quantization_config": {"quant_method": "awq"}}), "quant_method is 'awq'"),
+        (json.dumps(CASES["llama"] | {"quantization_config": {"quant_method": "hqq"}}), "quant_method is 'hqq'"),
         (json.dumps(CASES["llama"] | {"per_layer_config": {"0": {"intermediate_size": 8}}}), "per_layer_config"),
     ],
 )
@@ -166,9 +192,9 @@ def test_gemma3_has_two_rotary_embeddings_and_a_scaled_embedding() -> None:
     assert buffers["model.embed_tokens.embed_scale"] == 8.0
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_no_family_has_parameters_that_must_stay_in_float32(model_type: str) -> None:
-    """Stages load all parameters in one type. transformers says here where it would not."""
+@pytest.mark.parametrize("model_type", [name for name, each in FAMILIES.items() if not each.teacher_only])
+def test_no_student_has_parameters_that_must_stay_in_float32(model_type: str) -> None:
+    """ZeRO keeps all parameters in one type. transformers says here where it would not."""
     assert not MODEL_MAPPING[CONFIG_MAPPING[model_type]]._keep_in_fp32_modules_strict
 
 

@@ -15,7 +15,8 @@ from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.models.hf_export import ExportedTokenizer, NamedReader, export_model
 from megadistill.models.hf_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
-from tests.unit.models.cases import CASES, VOCAB, whole_model
+from megadistill.models.module_names import names_here
+from tests.unit.models.cases import ALL_CASES, CASES, QUICK, VOCAB, all_cases, whole_model
 
 PADDED = 256
 MANY, ONE = 50_000, 10**9
@@ -37,13 +38,15 @@ def _readers(model: Any, read: Callable[[str], None] = lambda name: None) -> lis
 
         return call
 
-    padded = {name: _padded(tensor, name) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    names = names_here(state, model.config.model_type)
+    padded = {name: _padded(state[theirs], name) for name, theirs in names.items()}
     return [(name, tensor.shape, reader(name, tensor)) for name, tensor in padded.items()]
 
 
 def _export(folder: Path, case: str, tensors: list[NamedReader], **options: Any) -> None:
     defaults: dict[str, Any] = {
-        "config": load_config(CASES[case] | {"vocab_size": PADDED}, what="test"),
+        "config": load_config(ALL_CASES[case] | {"vocab_size": PADDED}, what="test"),
         "dtype": torch.float32,
         "true_vocab": VOCAB,
         "max_shard_bytes": MANY,
@@ -52,7 +55,7 @@ def _export(folder: Path, case: str, tensors: list[NamedReader], **options: Any)
     export_model(folder, tensors=tensors, **(defaults | options))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", all_cases(*QUICK, students=True))
 @pytest.mark.parametrize("shard", [MANY, ONE])
 def test_transformers_loads_the_same_model_without_padding(case: str, shard: int, tmp_path: Path) -> None:
     model = whole_model(case)

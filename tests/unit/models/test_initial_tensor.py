@@ -13,7 +13,7 @@ from megadistill.models import initial_weights
 from megadistill.models.families import EMBEDDING, HEAD, family, load_config, parameter_shapes
 from megadistill.models.initial_weights import BLOCK, RandomWeights, initial_range, initial_tensor
 from megadistill.rng import keyed_generator
-from tests.unit.models.cases import CASES
+from tests.unit.models.cases import ALL_CASES, CASES, all_cases
 
 
 def test_the_same_name_and_seed_give_the_same_numbers_whatever_was_drawn_before() -> None:
@@ -98,9 +98,9 @@ def test_the_true_rows_do_not_depend_on_the_padding(width: int, padded: int) -> 
     assert torch.equal(initial_tensor(EMBEDDING, (padded, width), std=0.02, seed=3)[:250], true)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", all_cases())
 def test_every_parameter_has_the_mean_and_spread_that_transformers_gives_it(case: str) -> None:
-    config = load_config(CASES[case], what="test")
+    config = load_config(ALL_CASES[case], what="test")
     torch.manual_seed(0)
     norm = family(config).norm_init
     for name, theirs in AutoModelForCausalLM.from_config(config).named_parameters():

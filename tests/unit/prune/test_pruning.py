@@ -13,18 +13,30 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill.errors import OperatorFault, UserError
-from megadistill.models.families import head_dim, load_config
+from megadistill.models.families import FAMILIES, Family, head_dim, load_config
 from megadistill.models.hf_export import export_model
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.prune.cut import pruned_tensors
 from megadistill.prune.importance import PruningChoice, choose, measure_importance
 from megadistill.prune.sizes import Sizes, pruned_config, pruned_sizes
 from megadistill.types import IGNORED_LABEL, TokenBatch, token_digest
-from tests.unit.models.cases import CASES, SIZES, VOCAB
+from tests.unit.models.cases import ALL_CASES, CASES, MORE_CASES, SIZES, VOCAB
 
 # Live parts of the planted models, out of 64 channels, 96 neurons, 2 groups of 2 heads, and 5 layers.
 CHANNELS, NEURONS, LAYERS = 36, 41, [0, 2, 3]
-DENSE = ["llama-tied", "llama3-rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2"]
+
+
+def _is_pruned(family: Family) -> bool:
+    return not (family.unpruned or family.experts or family.teacher_only)
+
+
+DENSE = ["llama-tied", "llama3-rope", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "smollm3"]
+MORE = [
+    name
+    for name, keys in MORE_CASES.items()
+    # Arcee's neurons are zero for many tokens, those with an effect as well.
+    if name not in (*DENSE, "arcee") and "longrope" not in name and _is_pruned(FAMILIES[keys["model_type"]])
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def _silenced(module: Any, rows: list[int]) -> None:
 @torch.no_grad()
 def _planted(name: str, **changes: Any) -> Planted:
     # An epsilon so small that it makes no difference over how many channels a mean is taken.
-    model = _model({**CASES[name], "rms_norm_eps": 1e-12, **changes})
+    model = _model({**ALL_CASES[name], "rms_norm_eps": 1e-12, **changes})
     live = PruningChoice(
         hidden=_some(CHANNELS, 64, seed=1),
         layers=LAYERS,
@@ -88,13 +100,21 @@ def _planted(name: str, **changes: Any) -> Planted:
         if identity:
             continue
         place = LAYERS.index(number)
-        _silenced(mlp.gate_proj, [neuron for neuron in range(96) if neuron not in live.neurons[place]])
-        _silenced(mlp.up_proj, [neuron for neuron in range(96) if neuron not in live.neurons[place]])
+        idle = [neuron for neuron in range(96) if neuron not in live.neurons[place]]
+        if hasattr(mlp, "gate_up_proj"):
+            _silenced(mlp.gate_up_proj, [*idle, *(neuron + 96 for neuron in idle)])
+        for matrix in ("gate_proj", "up_proj"):
+            if hasattr(mlp, matrix):
+                _silenced(getattr(mlp, matrix), idle)
         size, (group,) = head_dim(model.config), live.groups[place]
         other = 1 - group
-        _silenced(attention.q_proj, list(range(other * 2 * size, (other + 1) * 2 * size)))
+        queries, keys = range(other * 2 * size, (other + 1) * 2 * size), range(other * size, (other + 1) * size)
+        if hasattr(attention, "qkv_proj"):
+            _silenced(attention.qkv_proj, [*queries, *(row + first * size for first in (4, 6) for row in keys)])
+            continue
+        _silenced(attention.q_proj, list(queries))
         for projection in (attention.k_proj, attention.v_proj):
-            _silenced(projection, list(range(other * size, (other + 1) * size)))
+            _silenced(projection, list(keys))
     return Planted(model, live)
 
 
@@ -128,7 +148,12 @@ SMALL = Sizes(hidden_size=CHANNELS, intermediate_size=NEURONS, heads=2, layers=l
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [*((name, {}) for name in DENSE), ("gemma2", {"tie_word_embeddings": False})]
+    ("name", "changes"),
+    [
+        *((name, {}) for name in DENSE),
+        *(pytest.param(name, {}, marks=pytest.mark.thorough) for name in MORE),
+        ("gemma2", {"tie_word_embeddings": False}),
+    ],
 )
 def test_parts_without_effect_are_cut_without_loss(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     planted = _planted(name, **changes)
