@@ -8,11 +8,13 @@ A config.json comes with weights from anywhere, and transformers keeps each of i
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from megadistill.errors import UserError, nearest
+from megadistill.models.multimodal.wrappers import NOT_READ, WRAPPERS
 from megadistill.models.quantized.layout import read_quantisation
 from megadistill.redaction import printable
 
@@ -37,8 +39,24 @@ _REFUSED: Mapping[str, str] = {
 }
 """Keys that change what transformers computes and that are not supported, with the reason."""
 
+TRANSFORMERS_REFUSES: Final = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+"""Errors of transformers where it is given a config of another program, or a damaged one."""
+
 _MAX_WORD = 64
 """Maximum characters of a foreign word in a message."""
+
+
+def config_class_of(model_type: str) -> type[PretrainedConfig]:
+    """transformers' class of the configs of a supported family."""
+    found: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    return found
 
 
 def read_keys(config_class: type[PretrainedConfig], more: Collection[str]) -> set[str]:
@@ -47,6 +65,13 @@ def read_keys(config_class: type[PretrainedConfig], more: Collection[str]) -> se
     own = {field.name for field in fields(config_class)} - general
     aliases = config_class.attribute_map
     return own | {*aliases, *aliases.values(), *_GENERAL, *_TRANSLATED, *more}
+
+
+def without_idle_window(keys: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """The keys without a `sliding_window` of 0, which transformers writes of a Qwen 2 mixture without windows."""
+    switched = "use_sliding_window" in {field.name for field in fields(config_class)}
+    idle = switched and not keys.get("use_sliding_window") and keys.get("sliding_window") == 0
+    return {key: value for key, value in keys.items() if not (idle and key == "sliding_window")}
 
 
 def with_floats(keys: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -71,19 +96,43 @@ def refuse_unsupported(keys: Mapping[str, Any], what: str) -> None:
         raise UserError(f"{what}: {name}; a language model must not see the next token")
 
 
-def refuse_partial_rope(config: PretrainedConfig, what: str) -> None:
-    """Refuses rotary embeddings of a part of each head: no supported family has them, and some ignore the factor.
+def refuse_rope(config: PretrainedConfig, what: str, *, head: int, partial: bool, keys: Collection[str]) -> None:
+    """Refuses rotary embeddings that the family does not have, or that its forward pass cannot compute.
+
+    Args:
+        head: columns of a head.
+        partial: whether the family turns a part of each head; others have no such factor, and some ignore it.
+        keys: of numbers that `rope_parameters` must have.
 
     Raises:
-        UserError: a factor other than 1.
+        UserError: naming the number.
     """
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
         factor = parameters.get("partial_rotary_factor")
-        if factor not in (None, 1):
+        if factor in (None, 1):
+            continue
+        if not partial:
             raise UserError(
                 f"{what}: partial_rotary_factor is {factor!r}; a {config.model_type} model turns whole heads"
             )
+        if not isinstance(factor, int | float) or not 0 < factor <= 1 or int(head * factor) % 2 or head * factor < 2:
+            raise UserError(
+                f"{what}: partial_rotary_factor is {factor!r} of heads of {head} columns; rotary embeddings turn "
+                "pairs: give a factor up to 1 that makes it an even number of columns"
+            )
+    for key in keys:
+        if not isinstance(rope.get(key), int | float):
+            raise UserError(
+                f"{what}: rope_parameters has no number {key!r}, by which a {config.model_type} model scales its "
+                "queries: take the config.json that came with the model"
+            )
+
+
+def refused_by_transformers(error: Exception, model_type: str, what: str) -> UserError:
+    """The error for a config that transformers ends with one of `TRANSFORMERS_REFUSES`."""
+    reason = " ".join(str(error.__cause__ or error).split())
+    return UserError(f"{what}: transformers refuses this {model_type} config: {reason}")
 
 
 def refuse_unknown(keys: Mapping[str, Any], known: Collection[str], what: str) -> None:
@@ -109,11 +158,13 @@ def unsupported_type(keys: Mapping[str, Any], supported: Collection[str], what: 
     message = f"{what}: model_type is {quoted}; supported are {', '.join(supported)}"
     text = keys.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None
-    if isinstance(inner, str) and inner in supported:
-        message += (
-            f". Its language model is a {inner} model, which can be taken out: 'The text half of a multimodal model' "
-            "in docs/teacher.md has the commands"
-        )
+    if isinstance(model_type, str) and model_type in NOT_READ:
+        message += f". A {model_type} folder is not read: {NOT_READ[model_type]}"
+    elif isinstance(inner, str) and inner in supported:
+        read = ", ".join(sorted(WRAPPERS))
+        message += f". Its language model is a {inner} model; such a model is read from a folder of {read}"
+    elif isinstance(inner, str) and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        message += f". Its language model is a {printable(inner[:_MAX_WORD])} model"
     elif isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
         message += nearest(model_type[:_MAX_WORD], supported)
     return UserError(message)

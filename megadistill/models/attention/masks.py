@@ -61,7 +61,10 @@ def attention_inputs(
     inputs = _lengths(positions, shape, device=device) if implementation.startswith("flash") else {}
     if by_kind:
         windows = {"full_attention": None, "sliding_attention": window}
-        return {"attention_mask": {kind: mask(windows[kind]) for kind in sorted(set(config.layer_types))}, **inputs}
+        kinds = sorted(set(config.layer_types))
+        # Layers of linear attention take a mask of padding, of which there is none.
+        masks = {kind: mask(windows[kind]) if kind in windows else None for kind in kinds}
+        return {"attention_mask": masks, **inputs}
     only = mask(window)
     return {"attention_mask": torch.empty(0, 0, 0, 0, device=device) if only is None else only, **inputs}
 

@@ -3,22 +3,17 @@
 import ast
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.integrations import hub_kernels
 
-from megadistill.errors import UserError
 from megadistill.models.families import FAMILIES, build_causal_lm, load_config
 from megadistill.models.model_keys import read_keys
-from megadistill.models.weights import load_pretrained
 from tests.paths import ROOT
-from tests.unit.data.corpora import byte_level_tokenizer
 from tests.unit.models.cases import CASES, VOCAB
 
 FOREIGN: dict[str, Any] = {
@@ -106,47 +101,3 @@ def test_every_call_of_transformers_keeps_code_and_network_out() -> None:
         given = {each.arg: each.value.value for each in keywords if isinstance(each.value, ast.Constant)}
         for name, value in CALLS[method].items():
             assert given.get(name) is value, f"{place}: {method} without {name}={value}"
-
-
-def _documented_script() -> str:
-    """The script of docs/teacher.md that takes the language model out of a multimodal folder."""
-    page = (ROOT / "docs" / "teacher.md").read_text(encoding="utf-8")
-    section = page.split("### The text half of a multimodal model")[1].split("\n## ")[0]
-    return "\n".join(line.removeprefix("    ") for line in section.splitlines() if line.startswith("    ") or not line)
-
-
-TEXT = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("model_type", "text", "vision"),
-    [("gemma3", {"model_type": "gemma3_text"}, {}), ("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"})],
-)
-def test_the_documented_script_takes_the_text_half_out(
-    model_type: str, text: dict[str, Any], vision: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = tmp_path / "whole", tmp_path / "text"
-    configs: dict[str, Any] = {"text_config": {**TEXT, **text}, "vision_config": {**VISION, **vision}}
-    whole = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type](**configs)).eval()
-    whole.generation_config = GenerationConfig(eos_token_id=[1, 7], do_sample=True, top_k=64)  # ends of a chat
-    whole.save_pretrained(source)
-    byte_level_tokenizer(tmp_path / "tokenizer", "a text that the model knows")
-    shutil.copytree(tmp_path / "tokenizer", source, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"The text half of a multimodal model' in docs/teacher.md"):
-        load_config(source, what="test")
-    monkeypatch.setattr(sys, "argv", ["take_text.py", str(source), str(target)])
-    exec(compile(_documented_script(), "take_text.py", "exec"), {})
-    model = load_pretrained(target, what="test", device=torch.device("cpu"))
-    tokens = torch.arange(20).unsqueeze(0)
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, whole(input_ids=tokens).logits)
-    assert (target / "tokenizer.json").is_file()
-    settings = GenerationConfig.from_pretrained(target)
-    assert (settings.eos_token_id, settings.top_k) == ([1, 7], 64)

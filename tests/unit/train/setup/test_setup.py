@@ -246,6 +246,16 @@ def test_a_student_of_a_family_that_can_only_teach_is_refused(tmp_path: Path, mo
         prepare(recipe(manifest, tmp_path / "run"), _launch(1))
 
 
+def test_a_recurrent_teacher_is_refused_where_documents_are_kept_apart(
+    manifest: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES[MODEL["model_type"]]
+    monkeypatch.setitem(FAMILIES, MODEL["model_type"], dataclasses.replace(family, recurrent=True))
+    apart = recipe(manifest, tmp_path / "run", teacher=teacher, data={"document_mask": True})
+    assert _refused(apart).startswith("teacher.path: recurrent layers of a llama model carry their state over")
+    assert prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch()).recipe
+
+
 MIXTURE = {**MODEL, "model_type": "mixtral", "num_local_experts": 4}
 
 
