@@ -1,4 +1,4 @@
-"""Commands that write text or weights of a model: generate, export, prune."""
+"""Commands on models: models, and those that write text or weights of one, generate, export, prune."""
 
 import argparse
 from pathlib import Path
@@ -40,7 +40,20 @@ example: megadistill prune teacher/ --data data/mine/train/manifest.json --hidde
     --output pruned"""
 
 
+MODELS_EPILOG = """\
+Of a folder, config.json and the headers of all files of weights are checked, as they are when a run starts.
+
+examples:
+  megadistill models
+  megadistill models models/teacher"""
+
+
 def add(commands: Commands) -> None:
+    summary = "the families of models that are supported, or what a model's folder holds"
+    command = add_command(commands, "models", summary, MODELS_EPILOG, _models)
+    command.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="a Hugging Face folder to check")
+    command.add_argument("--markdown", action="store_true", help="print the families as the page docs/models.md")
+
     summary = "generate continuations of prompts with a teacher, as token shards to train on"
     command = add_command(commands, "generate", summary, GENERATE_EPILOG, _generate, on_interrupt=RESUMES)
     command.add_argument("teacher", type=Path, metavar="TEACHER", help="a Hugging Face folder")
@@ -78,6 +91,15 @@ def add(commands: Commands) -> None:
         option(command, name, metavar, f"{parts} to keep (default: all)", kind=int)
     option(command, "--sequences", "N", "sequences to measure on", default=512)
     option(command, "--batch", "N", "sequences of a forward pass", default=8)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from megadistill.doctor.supported_models import folder_table, markdown, table
+
+    if options.markdown:
+        print(markdown(), end="")
+    else:
+        print_tables(table() if options.folder is None else folder_table(options.folder))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from megadistill.config.keys import tables as key_tables
 from megadistill.data.prepare.verify import SplitCheck, VerifyReport
 from megadistill.datagen.generate import GenerateReport
 from megadistill.doctor.rank_report import Report, Row, Status
+from megadistill.doctor.supported_models import table as families_table
 from megadistill.evaluate.evaluation_tables import tables as evaluation_tables
 from megadistill.evaluate.lm_eval import Score, TaskScores
 from megadistill.plan.output.plan_tables import render
@@ -49,6 +50,7 @@ def _plan() -> list[RenderableType]:
 
 COMMANDS: dict[str, Callable[[], list[Any]]] = {
     "config-keys": lambda: key_tables(None),
+    "models": lambda: [families_table()],
     "evaluate": lambda: evaluation_tables([replace(LARGE, model="teacher-hf"), replace(LARGE, model=NAME)]),
     "evaluate, alone": lambda: evaluation_tables([replace(ALONE, model=FOLDER)]),
     "lm-eval": lambda: [TaskScores(NAME, "0.4.9", (Score(TASK, "acc_norm", 0.25, 0.01, 1234, 5),)).table()],
