@@ -54,9 +54,9 @@ _MAX_WORD = 64
 
 
 def config_class_of(model_type: str) -> type[PretrainedConfig]:
-    """transformers' class of the configs of a supported family."""
-    found: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
-    return found
+    """The class of transformers for the configs of a supported family."""
+    config_class: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
+    return config_class
 
 
 def read_keys(config_class: type[PretrainedConfig], more: Collection[str]) -> set[str]:
