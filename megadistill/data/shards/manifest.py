@@ -297,6 +297,11 @@ class Manifest(_ManifestFields):
         """Whether the file that it was loaded from has its shards in a table."""
         return self._recorded_fingerprint is not None
 
+    @property
+    def predicts_every_label(self) -> bool:
+        """Whether every label is predicted without document masks: no sequence has padding."""
+        return self.packer.name == "chunk" or isinstance(self.sample_format, TokenFileFormat)
+
     @cached_property
     def sequences(self) -> int:
         """Number of sequences in all shards."""

@@ -201,14 +201,14 @@ class TokenStream:
             here = np.flatnonzero((places_B3[:, 0] == source) & ~masked_B)
             sequences = reader.read(places_B3[here, 1:])
             whole: slice | Positions = slice(None) if len(here) == rows else here
-            packer = self._mixture.sources[self._order.names[source]].packer
+            manifest = self._mixture.sources[self._order.names[source]]
+            packer = manifest.packer
             predicted_elsewhere_B = None
             if self._bos is not None:
                 sequences, predicted_elsewhere_B = insert_bos(sequences, self._bos, packer)
             tokens_BS[whole], labels_BS[whole] = shift(sequences.tokens)
             starts_BS[whole] = document_starts(sequences.bounds, sequence_length=length)
-            # Chunked sequences are full, and predicted across documents.
-            if packer.name != "chunk" or self._document_mask:
+            if not manifest.predicts_every_label or self._document_mask:
                 across = packer.across_documents and not self._document_mask
                 predicted_BS = predicted(sequences.bounds, sequence_length=length, across_documents=across)
                 labels_BS[whole] = mask_labels(labels_BS[whole], predicted_BS)

@@ -19,6 +19,8 @@ MAGIC: Final = b"\x93NUMPY"
 PEEK_IDS: Final = 1 << 15
 """Ids of the beginning of a file that tell whether their type is twice as wide."""
 MIN_PEEK: Final = 64
+WIDEST: Final = 8
+"""Bytes of the widest ids."""
 TYPES: Final[dict[str, StoredDtype]] = {name: name for name in ("uint16", "uint32", "int32", "int64")}
 
 
@@ -49,7 +51,9 @@ def _scan_olmo(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
 def _scan_raw(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
     """Raises UserError: it cannot be read, or is no whole number of ids."""
     if options.dtype is None:
-        raise UserError("--format raw: the files do not tell the type of their ids: give --dtype uint16 or uint32")
+        raise UserError(
+            "--format raw: the files do not tell the type of their ids: give --dtype, such as uint16 or uint32"
+        )
     return _scan(folder, name, options, options.dtype)
 
 
@@ -72,8 +76,9 @@ def _scan(folder: Folder, name: str, options: ScanOptions, headerless: str) -> T
         raise UserError(
             f"{path} has {file.size} bytes, no whole number of {dtype}: it was cut off, or give its --dtype"
         )
-    if dtype == "uint16" and _is_twice_as_wide(file, options.vocab_size):
-        raise UserError(f"{path}: every second uint16 is the upper half of an id: give --dtype uint32")
+    if itemsize < WIDEST and _is_twice_as_wide(file, itemsize, options.vocab_size):
+        wider = "uint32" if dtype == "uint16" else "int64"
+        raise UserError(f"{path}: every second {dtype} is the upper half of an id: give --dtype {wider}")
     return TokenScan(dtype, np.array([[0, file.size // itemsize]]), None)
 
 
@@ -90,13 +95,13 @@ def _scan_npy(path: str, file: Bytes, begin: memoryview, options: ScanOptions) -
     return TokenScan(TYPES[dtype.name], np.array([[offset, length]]), None)
 
 
-def _is_twice_as_wide(file: Bytes, vocab_size: int) -> bool:
-    """Whether uint16 read from uint32 ids: every second one is the upper half of an id of the vocabulary."""
-    pairs = min(file.size // 4, PEEK_IDS)
+def _is_twice_as_wide(file: Bytes, itemsize: int, vocab_size: int) -> bool:
+    """Whether ids of `itemsize` bytes are halves of wider ones: every second one is an upper half."""
+    pairs = min(file.size // (2 * itemsize), PEEK_IDS)
     if pairs < MIN_PEEK:
         return False
     try:
-        ids = np.frombuffer(file.read(0, 4 * pairs), dtype="<u2")
+        ids = np.frombuffer(file.read(0, 2 * itemsize * pairs), dtype=f"<u{itemsize}")
     except OSError:
         return False
-    return bool(ids[1::2].max() <= (vocab_size - 1) >> 16)
+    return bool(ids[1::2].max() <= (vocab_size - 1) >> (8 * itemsize))

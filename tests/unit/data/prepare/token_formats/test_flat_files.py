@@ -26,7 +26,12 @@ def _written(path: Path, dtype: str) -> Path:
 
 @pytest.mark.parametrize(
     ("vocab_size", "dtype", "expected"),
-    [(50_000, None, "uint16"), (100_278, None, "uint32"), (50_000, "uint32", "uint32"), (65_536, None, "uint16")],
+    [
+        (50_000, None, "uint16"),
+        (100_278, None, "uint32"),
+        (65_536, None, "uint16"),
+        *((50_000, dtype, dtype) for dtype in ("uint32", "int32", "int64")),
+    ],
 )
 def test_ids_without_a_header_have_the_narrowest_type_of_the_tokenizer(
     vocab_size: int, dtype: str | None, expected: str, tmp_path: Path
@@ -62,6 +67,7 @@ def _npy(values: Any) -> bytes:
         (bytes(301), {}, "has 301 bytes, no whole number of uint16: it was cut off"),
         (bytes(302), {"vocab_size": 70_000}, "has 302 bytes, no whole number of uint32"),
         (IDS.astype("<u4").tobytes(), {}, "every second uint16 is the upper half of an id: give --dtype uint32"),
+        (IDS.astype("<i8").tobytes(), {"dtype": "int32"}, "every second int32 is the upper half of an id: .* int64"),
         (_npy(IDS.astype("<u2"))[:-1], {}, "expected 728 bytes, as its header says, found 727"),
         (_npy(IDS.astype("<u2").reshape(3, 100)), {}, "expected an .npy of one row"),
         (_npy(IDS.astype("<f4")), {}, "expected an .npy of one row"),
@@ -69,7 +75,7 @@ def _npy(values: Any) -> bytes:
         (_npy(np.array([{"a": 1}])), {}, "expected an .npy of one row"),
         (b"\x93NUMPY\x01\x00\xff\xff", {}, "expected an .npy of integers"),
         (b"", {}, "cannot be read"),
-        (IDS.astype("<u2").tobytes(), {"format": RAW}, "--format raw: .* give --dtype uint16 or uint32"),
+        (IDS.astype("<u2").tobytes(), {"format": RAW}, "--format raw: .* give --dtype, such as uint16 or uint32"),
     ],
 )
 def test_what_is_no_flat_file_is_refused_in_one_line(
