@@ -17,6 +17,7 @@ from megadistill.models.families import build_decoder, expert_layers, load_confi
 from megadistill.models.flops import parameter_counts
 from megadistill.models.hf_folder import SINGLE_FILE, SafetensorsFolder
 from megadistill.models.weights import check_weights, load_pretrained, stored_shapes
+from megadistill.teacher.float8 import Float8Experts, Float8Linear, use_float8
 from megadistill.teacher.stage import TeacherStage
 from tests.unit.models.cases import ALL_CASES, VOCAB, final_hidden, saved_model
 
@@ -71,6 +72,16 @@ def test_a_token_passes_through_its_own_experts_and_all_that_is_shared(case: str
     assert counts.body - counts.active_body == stacked - active > 0
     shared = {name for name in shapes if "shared_expert" in name}
     assert bool(shared) == (case in ("ernie4_5_moe", "glm4_moe", "qwen2_moe"))
+
+
+def test_experts_with_biases_are_not_rounded_to_float8() -> None:
+    """Float8Experts has neither their biases nor their clamped gates, and takes matrices that are not turned."""
+    decoder = build_decoder(_config("gpt_oss", intermediate_size=64), layers=range(2))
+    assert use_float8(decoder) == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+    assert isinstance(decoder.layers[0].self_attn.q_proj, Float8Linear)
+    rounded = build_decoder(_config("olmoe", intermediate_size=64), layers=range(1))
+    assert use_float8(rounded) == []
+    assert isinstance(rounded.layers[0].mlp.experts, Float8Experts)
 
 
 @pytest.mark.parametrize("case", LAYERS)
