@@ -207,8 +207,7 @@ def _require_alike(
     kinds: dict[tuple[StoredDtype, DecoderRecord | None], str] = {}
     total = 0
     for name in names:
-        scan = FORMATS[spec.format].scan(folder, name, spec.options)
-        kinds.setdefault((scan.dtype, scan.decoder), name)
+        kinds.setdefault(FORMATS[spec.format].stored_as(folder, name, spec.options), name)
         total += folder.open(name).size
     if len(kinds) > 1:
         ((first, one), a), ((second, other), b), *_ = kinds.items()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megadistill.data.prepare.token_formats.id_columns import id_column, listed, refuse_dtype, scan_of_rows
-from megadistill.data.prepare.token_formats.token_scan import ScanOptions, TokenFormat, TokenScan
+from megadistill.data.prepare.token_formats.token_scan import ScanOptions, Stored, TokenFormat, TokenScan
 from megadistill.data.shards.manifest import StoredDtype
 from megadistill.data.storage.base import Folder
 from megadistill.data.storage.open import folder_of
@@ -142,8 +142,51 @@ def _require_decompressed(folder: Folder, raw: str, compressed: str) -> None:
         ) from None
 
 
+def _stored(folder: Folder, name: str, options: ScanOptions) -> Stored:
+    """Reads the columns, and the first sample where arrays tell their own type."""
+    shard = _opened(folder, name, options)
+    dtype = shard.column.dtype
+    if dtype is None:
+        begins_n, sizes_n = shard.values(samples=1)
+        dtype = _one_dtype(_heads(shard.content, begins_n, sizes_n, 1, shard.where)[:, 0], shard.where)
+    return dtype, None
+
+
 def _scan(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
     """Raises UserError: the shard is damaged or cut off, or the column holds no ids of one type; one line."""
+    shard = _opened(folder, name, options)
+    content, where, dtype = shard.content, shard.where, shard.column.dtype
+    begins_n, sizes_n = shard.values()
+    if dtype is None:
+        dtype = _one_dtype(_heads(content, begins_n, sizes_n, 1, where)[:, 0], where)
+        begins_n, sizes_n = begins_n + 1, sizes_n - 1
+    lengths_n = None
+    if shard.column.has_shape:
+        begins_n, sizes_n, lengths_n = _behind_shapes(content, begins_n, sizes_n, where)
+    counts_n, left_n = np.divmod(sizes_n, np.dtype(dtype).itemsize)
+    _require(left_n == 0, where, f"whole ids of {dtype}", sizes_n, "bytes")
+    if lengths_n is not None:
+        _require(lengths_n == counts_n, where, "as many ids as its shape says", counts_n, "ids")
+    return scan_of_rows(dtype, np.stack([begins_n, counts_n], axis=1), counts_n)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A shard whose offsets and columns have been read."""
+
+    where: str
+    content: NDArray[np.uint8]
+    offsets: Counts
+    sizes_C: list[int | None]
+    column: _IdColumn
+
+    def values(self, *, samples: int | None = None) -> tuple[Counts, Counts]:
+        """[n], [n]: the byte where the ids' value begins in each sample, and its bytes; of the first `samples`."""
+        offsets = self.offsets if samples is None else self.offsets[: samples + 1]
+        return _values(self.content, offsets, self.sizes_C, self.column.place, self.where)
+
+
+def _opened(folder: Folder, name: str, options: ScanOptions) -> _Opened:
     where = f"{folder.location}/{name}"
     try:
         file = folder.open(name)
@@ -152,21 +195,7 @@ def _scan(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
         raise UserError(f"{where} cannot be read ({reason_of(error)}): get it again, with {INDEX}") from None
     offsets = _offsets(content, where)
     columns = _columns(content[WORD * (len(offsets) + 1) : int(offsets[0])], where)
-    column = _id_column(columns, options, where)
-    begins_n, sizes_n = _values(content, offsets, columns.column_sizes, column.place, where)
-    dtype = column.dtype
-    if dtype is None:
-        codes_n = _heads(content, begins_n, sizes_n, 1, where)[:, 0]
-        dtype = _one_dtype(codes_n, where)
-        begins_n, sizes_n = begins_n + 1, sizes_n - 1
-    lengths_n = None
-    if column.has_shape:
-        begins_n, sizes_n, lengths_n = _behind_shapes(content, begins_n, sizes_n, where)
-    counts_n, left_n = np.divmod(sizes_n, np.dtype(dtype).itemsize)
-    _require(left_n == 0, where, f"whole ids of {dtype}", sizes_n, "bytes")
-    if lengths_n is not None:
-        _require(lengths_n == counts_n, where, "as many ids as its shape says", counts_n, "ids")
-    return scan_of_rows(dtype, np.stack([begins_n, counts_n], axis=1), counts_n)
+    return _Opened(where, content, offsets, columns.column_sizes, _id_column(columns, options, where))
 
 
 def _offsets(content: NDArray[np.uint8], where: str) -> Counts:
@@ -276,4 +305,4 @@ def _reason(error: ValidationError) -> str:
     return f"{place}: {first['msg']}" if place else first["msg"]
 
 
-MDS: Final = TokenFormat("mds", _files, _scan)
+MDS: Final = TokenFormat("mds", _files, _scan, _stored)

@@ -4,6 +4,8 @@ The ids of a parquet file are compressed and packed a page at a time, so that no
 the decoding of its row group, unless that is among those that were decoded last.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -11,8 +13,8 @@ import numpy as np
 
 from megadistill.data.prepare.token_formats.arrow import column_of, dtype_of
 from megadistill.data.prepare.token_formats.id_columns import refuse_dtype, scan_of_rows
-from megadistill.data.prepare.token_formats.token_scan import ScanOptions, TokenFormat, TokenScan
-from megadistill.data.shards.manifest import DecoderRecord
+from megadistill.data.prepare.token_formats.token_scan import ScanOptions, Stored, TokenFormat, TokenScan
+from megadistill.data.shards.manifest import DecoderRecord, StoredDtype
 from megadistill.data.shards.token_files.list_columns import require_pyarrow
 from megadistill.data.shards.token_files.parquet_parts import RowGroups
 from megadistill.data.storage.base import Folder
@@ -33,24 +35,42 @@ def _files(path: str) -> list[str]:
     return names
 
 
+def _stored(folder: Folder, name: str, options: ScanOptions) -> Stored:
+    """Reads the footer alone."""
+    with _readable(folder, name) as where:
+        _, dtype, decoder = _opened(folder, name, options, where)
+        return dtype, decoder
+
+
 def _scan(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
     """Reads every row group. Raises UserError: the file is damaged, or the column holds no ids; one line."""
+    with _readable(folder, name) as where:
+        groups, dtype, decoder = _opened(folder, name, options, where)
+        counts = [groups.read(part, decoder.column)[1] for part in range(len(groups))]
+    segments_G2 = np.array([(part, count.sum()) for part, count in enumerate(counts)], dtype=np.int64).reshape(-1, 2)
+    return scan_of_rows(dtype, segments_G2, np.concatenate([np.zeros(0, dtype=np.int64), *counts]), decoder)
+
+
+@contextmanager
+def _readable(folder: Folder, name: str) -> Iterator[str]:
+    """The path of a file, for messages. Raises UserError: reading it failed; one line."""
     where = f"{folder.location}/{name}"
-    refuse_dtype(options, where)
-    arrow = require_pyarrow(where)
     try:
-        groups = RowGroups(folder.open(name))
-        place = column_of(groups.schema, options, arrow, where)
-        field = groups.schema.field(place)
-        dtype = dtype_of(field.type.value_type)
-        counts = [groups.read(part, field.name)[1] for part in range(len(groups))]
+        yield where
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: {reason_of(error)}: get the file again, or write it again") from None
-    segments_G2 = np.array([(part, count.sum()) for part, count in enumerate(counts)], dtype=np.int64).reshape(-1, 2)
-    decoder = DecoderRecord(kind="parquet", column=field.name)
-    return scan_of_rows(dtype, segments_G2, np.concatenate([np.zeros(0, dtype=np.int64), *counts]), decoder)
 
 
-PARQUET: Final = TokenFormat("parquet", _files, _scan)
+def _opened(
+    folder: Folder, name: str, options: ScanOptions, where: str
+) -> tuple[RowGroups, StoredDtype, DecoderRecord]:
+    refuse_dtype(options, where)
+    arrow = require_pyarrow(where)
+    groups = RowGroups(folder.open(name))
+    field = groups.schema.field(column_of(groups.schema, options, arrow, where))
+    return groups, dtype_of(field.type.value_type), DecoderRecord(kind="parquet", column=field.name)
+
+
+PARQUET: Final = TokenFormat("parquet", _files, _scan, _stored)

@@ -42,6 +42,10 @@ class TokenScan:
     """How the ids of a part are decoded; None: they lie in the file as they are."""
 
 
+Stored = tuple[StoredDtype, DecoderRecord | None]
+"""dtype and decoder of the ids of a file."""
+
+
 @dataclass(frozen=True)
 class TokenFormat:
     """One format that `shards index` reads in place."""
@@ -52,6 +56,15 @@ class TokenFormat:
     scan: Callable[[Folder, str, ScanOptions], TokenScan]
     """The scan of the file of a name in a folder. Raises UserError: corrupt, truncated or not of this format; one
     line that begins with the file's path and ends with the way out."""
+    stored: Callable[[Folder, str, ScanOptions], Stored] | None = None
+    """dtype and decoder of a file, where a scan reads more than its header. Raises UserError as a scan does."""
+
+    def stored_as(self, folder: Folder, name: str, options: ScanOptions) -> Stored:
+        """dtype and decoder of the file of a name in a folder. Raises UserError as a scan does."""
+        if self.stored is not None:
+            return self.stored(folder, name, options)
+        scan = self.scan(folder, name, options)
+        return scan.dtype, scan.decoder
 
 
 Ids = NDArray[np.integer[Any]]

@@ -143,3 +143,15 @@ def test_folders_of_another_form_are_refused(tmp_path: Path, name: str, values: 
     with pytest.raises(UserError, match=message) as error:
         ARROW.files(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_datasets_reads_the_same_rows(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install -e '.[oracles]'")
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32")), "text": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_dict({"input_ids": ROWS * 20, "text": ["a"] * 100}, features=features)
+    rows.shuffle(seed=1).select(range(60)).save_to_disk(str(tmp_path / "a"), num_shards=2)
+    files = [Path(file) for file in ARROW.files(str(tmp_path / "a"))]
+    ids = [id for file in files for id in ids_of(file, scan(file))]
+    assert ids == [id for row in datasets.load_from_disk(str(tmp_path / "a"))["input_ids"] for id in row]
