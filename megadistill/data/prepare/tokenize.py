@@ -63,16 +63,15 @@ def tokenize(
 ) -> TokenizeReport:
     """Writes `output`/tokenizer, `output`/train and `output`/heldout; the same text gives the same bytes.
 
-    `inputs` are files, taken as they are, and folders, of whose files `include` and `exclude` choose (see
-    `input_files.find_files`); `corpus` says what a document is in each kind of file. A share of `heldout_fraction` of
-    the documents is held out; with 0 there is no such split.
+    `inputs` are files, taken as they are, and folders, of whose files `include` and `exclude` choose (`input_files`);
+    `corpus` says what a document is in each kind of file. A share of `heldout_fraction` of the documents is held out;
+    with 0 there is no such split.
 
     Either `tokenizer`, a SentencePiece model or a Hugging Face tokenizer, makes the ids, or a SentencePiece model of
     `vocab_size` pieces is trained on the training documents. `insert_bos`: where the tokenizer puts BOS before a text,
-    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes
-    (None: 32 to 512, by the size of the input).
-    `processes` encode at a time (default: one for each core that this process may use); for more than one, a script
-    that calls this must keep its own acts under `if __name__ == "__main__"`.
+    every sequence begins with one (see `packing`). `shard_mb` is the text of a shard in 10^6 bytes (None: 32 to 512,
+    by the size of the input). `processes` encode at a time (default: one for each core that this process may use); for
+    more than one, a script that calls this must keep its own acts under `if __name__ == "__main__"`.
 
     The same call on a finished output writes nothing.
 
