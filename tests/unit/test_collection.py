@@ -34,6 +34,7 @@ FLOORS = {
     "tests/unit/cli": 8,
     "tests/unit/config": 46,
     "tests/unit/data/prepare": 62,
+    "tests/unit/data/prepare/token_formats": 66,
     "tests/unit/data/shards": 68,
     "tests/unit/data/storage": 24,
     "tests/unit/data/stream": 56,
