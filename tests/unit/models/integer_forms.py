@@ -166,7 +166,7 @@ def four_bits(
     """bitsandbytes in 4 bits; `nested`: its scales in 8 bits, blocks of 4."""
     code, flat = torch.tensor(NF4 if kind == "nf4" else FP4), weight.flatten()
     blocks = torch.arange(flat.numel()) // block
-    scales = torch.stack([flat[blocks == b].abs().max() for b in range(int(blocks.max()) + 1)])
+    scales = torch.stack([part.abs().max() for part in torch.split(flat, block)])
     state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(weight.shape)}
     parts: Parts = {f"{name}.absmax": scales, f"{name}.quant_map": code}
     if nested:

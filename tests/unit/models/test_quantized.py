@@ -118,7 +118,6 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[str, Tensor], tuple[Parts, Te
         INT4 | {"config_groups": {"group_0": _int4(symmetric=False)}},
         lambda name, weight: integer_forms.packed_integers(name, weight, symmetric=False),
     ),
-    "LLM.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, integer_forms.llm_int8),
     "nf4": (
         {"quant_method": "bitsandbytes", "_load_in_4bit": True},
         lambda name, weight: integer_forms.four_bits(name, weight, nested=True),
