@@ -75,9 +75,11 @@ def _bare(line: Line, column: str) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """Three digits, in a unit of suitable size."""
+    """Three or four digits, in a unit of suitable size."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
+    if unit == "s a token":
+        return f"{value * 1e6:,.4g} µs a token"
     if unit.endswith("s") and value < 0.1:
         return f"{value * 1e3:.3g} {unit.removesuffix('s')}ms"
     return f"{value:.3g} {unit}"
