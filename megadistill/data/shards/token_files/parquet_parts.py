@@ -16,6 +16,9 @@ from megadistill.data.storage.base import Bytes
 
 MAX_ROW_GROUP_IDS: Final = 1 << 26
 """Most ids of a row group: all of them are decoded for one sequence, in 256 MiB of int32."""
+ROWS_AT_A_TIME: Final = 1024
+"""Rows that are decoded until the ids are counted: a footer's own counts are not asked for, as a damaged one ends the
+process in pyarrow."""
 OPEN_FILES: Final = 64
 """Files whose footers a process keeps."""
 
@@ -48,30 +51,32 @@ class RowGroups:
         """
         if not 0 <= part < len(self):
             raise ValueError(f"expected row group {part}, found {len(self)} row groups")
-        self._refuse_large(part, column)
+        parts: list[Ids] = []
+        counts = [np.zeros(0, dtype=np.int64)]
         try:
-            table = self._file.read_row_group(part, columns=[column], use_threads=False)
-            if table.column_names != [column] or not is_ids(table.schema.field(0).type, self._arrow):
-                raise ValueError(f"expected a column {column!r} of lists of integers, found {str(table.schema)[:80]!r}")
-            if table.num_rows == 0:
-                return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-            lists = self._arrow.concat_arrays(table.column(0).chunks)
-            lists.validate(full=True)
-            ids, bounds = ids_and_bounds(lists, self._arrow)
+            for batch in self._file.iter_batches(
+                ROWS_AT_A_TIME, row_groups=[part], columns=[column], use_threads=False
+            ):
+                if batch.schema.names != [column] or not is_ids(batch.schema.field(0).type, self._arrow):
+                    raise ValueError(f"expected lists of integers as {column!r}, found {str(batch.schema)[:80]!r}")
+                lists = batch.column(0)
+                lists.validate(full=True)
+                ids, bounds = ids_and_bounds(lists, self._arrow)
+                first, last = int(bounds[0]), int(bounds[-1])
+                parts.append(ids.slice(first, last - first).to_numpy(zero_copy_only=False))
+                counts.append(np.diff(bounds))
+                _require_few(sum(map(len, parts)))
         except self._arrow.ArrowException as error:
             raise ValueError(_reason(error)) from None
-        first, last = int(bounds[0]), int(bounds[-1])
-        return ids.slice(first, last - first).to_numpy(zero_copy_only=False), np.diff(bounds)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64), np.concatenate(counts)
 
-    def _refuse_large(self, part: int, column: str) -> None:
-        group = self._file.metadata.row_group(part)
-        for number in range(group.num_columns):
-            leaf = group.column(number)
-            if leaf.path_in_schema.split(".")[0] == column and leaf.num_values > MAX_ROW_GROUP_IDS:
-                raise ValueError(
-                    f"{leaf.num_values:,} ids, which are decoded together for one sequence of them, are more than the "
-                    f"{MAX_ROW_GROUP_IDS:,} allowed: write the file again with smaller row groups"
-                )
+
+def _require_few(ids: int) -> None:
+    if ids > MAX_ROW_GROUP_IDS:
+        raise ValueError(
+            f"a row group has more than the {MAX_ROW_GROUP_IDS:,} ids allowed, as all are decoded for one sequence of "
+            "them: write the file again with smaller row groups"
+        )
 
 
 class _Stream(io.RawIOBase):
