@@ -156,7 +156,7 @@ def test_another_index_or_none_is_a_fault(tmp_path: Path) -> None:
 def test_random_numbers_in_an_index_are_faults_and_never_another_error(tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     numbers, refused = DOCUMENTS + len(STARTS), 0
-    for _ in range(150):
+    for _ in range(60):
         at, value = int(random.integers(0, numbers)), int(random.choice([0, 1, 7, 41, -1, 1 << 31, 1 << 62, 1 << 40]))
         manifest = _manifest(tmp_path, _values(at, value))
         batch = SequenceReader(manifest).read(_places(list(range(SEQUENCES))))
@@ -166,7 +166,7 @@ def test_random_numbers_in_an_index_are_faults_and_never_another_error(tmp_path:
                 refused += 1
             else:
                 np.testing.assert_array_equal(batch.tokens[row], IDS[row * S : row * S + S + 1])
-    assert refused > 300
+    assert refused > 120
 
 
 def test_an_index_is_verified_once_while_its_file_stays_the_same(
