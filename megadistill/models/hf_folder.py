@@ -106,7 +106,7 @@ class SafetensorsFolder:
         quantised = {} if self.quantisation is None else self.quantisation.tensors(self._files)
         self._refuse_both(quantised)
         names = set(self._files) if self.quantisation is None else self.quantisation.visible(self._files)
-        self._stored = names_here(names, str(config.get("model_type")))
+        self._stored = names_here(names, str(config.get("model_type")), str(folder))
         """Name of each tensor -> its name in the files: another in a folder of a multimodal model, or of GPT-NeoX."""
         if wrapper is not None:
             self._stored = language_model_names(names, str(folder))

@@ -11,6 +11,9 @@ from typing import Any, Final
 
 from torch.nn import Module
 
+from megadistill.errors import UserError
+from megadistill.redaction import printable
+
 MODULES: Final[Mapping[str, Mapping[str, str]]] = {
     "gpt_neox": {
         "gpt_neox": "model",
@@ -30,12 +33,25 @@ _COMPUTED: Final = re.compile(r"\.attention\.(masked_)?bias$")
 """Buffers of masks that older releases of transformers stored."""
 
 
-def names_here(stored: Collection[str], model_type: str) -> dict[str, str]:
-    """Name here -> stored name of a checkpoint's tensors, but for stored masks."""
+def names_here(stored: Collection[str], model_type: str, where: str = "the folder") -> dict[str, str]:
+    """Name here -> stored name of a checkpoint's tensors, but for stored masks.
+
+    Raises:
+        UserError: two tensors of the folder `where` have one name here.
+    """
     names = MODULES.get(model_type)
     if names is None:
         return {name: name for name in stored}
-    return {_translated(name, names): name for name in stored if not _COMPUTED.search(name)}
+    here: dict[str, str] = {}
+    for name in sorted(each for each in stored if not _COMPUTED.search(each)):
+        ours = _translated(name, names)
+        if ours in here:
+            raise UserError(
+                f"{where} has both {printable(here[ours][:100])!r} and {printable(name[:100])!r}, which are the same "
+                f"tensor of a {model_type} model: the folder mixes two models; download it again, into an empty one"
+            )
+        here[ours] = name
+    return here
 
 
 def stored_name(name: str, model_type: str) -> str:

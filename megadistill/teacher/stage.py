@@ -118,7 +118,8 @@ class TeacherStage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """The run's, which hidden states have: parameters of routers may be wider, and come first."""
+        return min((parameter.dtype for parameter in self.parameters()), key=lambda dtype: dtype.itemsize)
 
     @property
     def device(self) -> torch.device:

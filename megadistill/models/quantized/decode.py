@@ -49,7 +49,7 @@ def decoded_shape(
         fits = values.type == "F8_E4M3" and scales.type in _FLOAT8_SCALES
         return values.shape if fits and _scale_block(quantisation, values.shape, scales.shape) else None
     if quantisation.format == "mxfp4":
-        if values.type != "U8" or scales.type not in ("U8", "F8_E8M0") or not values.shape or not scales.shape:
+        if values.type != "U8" or scales.type not in ("U8", "F8_E8M0") or len(scales.shape) < 2:
             return None
         *lead, groups = scales.shape
         by_group, packed = Size([*lead, groups, GROUP // 2]), Size([*lead, groups * GROUP // 2])

@@ -74,7 +74,7 @@ def _shape_by_columns(quantisation: Quantisation, headers: Mapping[Role, Header]
 def _row_groups(shape: Size, scales: Size) -> int | None:
     """Groups in a row of [N, K] with scales for the tensor, for rows, or for [N, G] groups; None where none fits."""
     N, K = shape
-    if scales.numel() == 1 or scales == (N,):
+    if (scales.numel() == 1 and len(scales) < 3) or scales == (N,):
         return 1
     fits = len(scales) == 2 and scales[0] == N and scales[1] > 0 and K % scales[1] == 0
     return scales[1] if fits else None
@@ -96,7 +96,7 @@ class IntegerWeights:
     Memory beside the result: zero points in a byte each, and four times `CHUNK` numbers of float32 at most.
 
     Raises:
-        ValueError: a column has a group that is none.
+        ValueError: a column has a group that is none, or all have one of several.
     """
 
     def __init__(self, quantisation: Quantisation, parts: Mapping[Role, Tensor], shape: Size) -> None:
@@ -190,6 +190,8 @@ def _column_groups(groups: Tensor | None, K: int, G: int, size: int, *, own: boo
     low, high = int(groups.min()), int(groups.max())
     if low < 0 or high >= G:
         raise ValueError(f"a column has the group {low if low < 0 else high}, of groups 0 to {G - 1}")
+    if low == high and G > 1:  # some programs take it for ranges of columns, others as it is
+        raise ValueError(f"all columns have the group {low}, of groups 0 to {G - 1}")
     equal = K % G == 0 and torch.equal(groups, torch.arange(K) // (K // G))
     return None if equal else groups
 

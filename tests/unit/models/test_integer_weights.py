@@ -237,6 +237,14 @@ DAMAGES: list[tuple[str, dict[str, Tensor | None], str]] = [
     ("packed", {f"{UP}.weight_scale": torch.ones(96, 5)}, r"F32 \[96, 5\]"),
     ("packed", {f"{UP}.weight_zero_point": torch.zeros(12, 4, dtype=torch.int32)}, "does not have: .*zero_point"),
     ("int8", {f"{UP}.weight_zero_point": torch.zeros(96, 1)}, r"zero_point F32 \[96, 1\]"),
+    (
+        "int8",
+        {
+            f"{UP}.weight_scale": torch.ones(1, 1, 1),
+            f"{UP}.weight_zero_point": torch.zeros(1, 1, 1, dtype=torch.int8),
+        },
+        r"F32 \[1, 1, 1\]",
+    ),
     ("LLM.int8", {f"{UP}.SCB": torch.ones(95)}, r"SCB F32 \[95\]"),
     ("LLM.int8", {f"{UP}.SCB": None}, "stored as I8: quantised weights are read only with their scales"),
     ("LLM.int8", {f"{UP}.weight_format": torch.tensor(1, dtype=torch.uint8)}, "weight_format U8"),
@@ -325,7 +333,12 @@ def test_a_folder_as_it_is_passes_and_a_bias_of_zeros_of_gptq_is_left_out(
 
 
 @pytest.mark.parametrize(
-    ("group", "words"), [(4, "a column has the group 4, of groups 0 to 3"), (-1, "the group -1, of groups 0 to 3")]
+    ("group", "words"),
+    [
+        (4, "a column has the group 4, of groups 0 to 3"),
+        (-1, "the group -1, of groups 0 to 3"),
+        (0, "all columns have the group 0, of groups 0 to 3"),
+    ],
 )
 def test_a_group_that_is_none_is_refused_when_it_is_read(
     folders: dict[str, tuple[Path, Parts]], group: int, words: str

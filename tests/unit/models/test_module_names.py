@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, build_decoder, load_config, parameter_shapes
 from megadistill.models.hf_folder import SINGLE_FILE, SafetensorsFolder
 from megadistill.models.module_names import names_here, stored_name
@@ -41,6 +43,17 @@ def test_a_published_folder_with_masks_and_either_name_of_the_head_is_read(tmp_p
         assert torch.equal(ours(tokens).logits, model(tokens).logits)
     greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(tokens, **greedy), model.generate(tokens, **greedy))
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    """Which of them was read would be chance."""
+    saved_model("gpt_neox", tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    heads = ("embed_out.weight", "lm_head.weight")
+    (head,) = (tensors[name] for name in heads if name in tensors)
+    save_file({**tensors, heads[0]: head, heads[1]: 2 * head}, tmp_path / SINGLE_FILE)
+    with pytest.raises(UserError, match="has both 'embed_out.weight' and 'lm_head.weight', which are the same"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_a_part_of_the_model_has_the_names_of_all_families() -> None:

@@ -278,6 +278,7 @@ def test_another_quantisation_is_refused_in_one_line(quantization: Any, words: s
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.norm.weight"
 
 DAMAGES: list[tuple[str, dict[str, Tensor | None], str]] = [
     ("fp8", {f"{UP}_scale_inv": None}, f"{UP} in .* is stored as F8_E4M3: quantised weights are read only with their"),
@@ -298,6 +299,11 @@ DAMAGES: list[tuple[str, dict[str, Tensor | None], str]] = [
         r"is \[64, 64\], but its config.json says \[96, 64\]",
     ),
     ("mxfp4", {f"{UP}_scales": torch.zeros((), dtype=torch.uint8)}, r"U8 \[\]"),
+    (
+        "mxfp4",  # of one axis: its rows would be single numbers
+        {NORM: None, f"{NORM}_blocks": torch.zeros(2, 16).byte(), f"{NORM}_scales": torch.zeros(2).byte()},
+        r"U8 \[2\] are no mxfp4 weight",
+    ),
 ]
 
 

@@ -25,7 +25,7 @@ from megadistill.teacher.float8 import (
 )
 from megadistill.teacher.stage import TeacherStage
 from megadistill.train.resilience.sdc import weights_digest
-from tests.unit.models.cases import CASES, VOCAB, saved_model
+from tests.unit.models.cases import ALL_CASES, CASES, VOCAB, saved_model
 
 CPU = torch.device("cpu")
 
@@ -269,6 +269,20 @@ def test_stages_in_float8_are_the_unsplit_float8_model(tmp_path: Path) -> None:
     for number in range(3):
         x = _load(tmp_path, stages=3, number=number, precision="float8")(x)
     assert torch.equal(x, whole)
+
+
+@pytest.mark.skipif("ernie4_5_moe" not in ALL_CASES, reason="this transformers lacks the family")
+def test_a_stage_hands_on_the_runs_type_where_a_wider_router_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Ernie's layers without biases the router's matrix, in float32, is the first that is no float8 buffer."""
+    monkeypatch.setitem(ALL_CASES, "ernie4_5_moe", {**ALL_CASES["ernie4_5_moe"], "use_bias": False})
+    saved_model("ernie4_5_moe", tmp_path)
+    layer = _load(tmp_path, stages=5, number=1, precision="float8")
+    assert next(layer.parameters()).dtype == torch.float32
+    hidden = layer(torch.randn(layer.hidden_shape(2, 20), dtype=torch.bfloat16))
+    assert hidden.dtype == layer.dtype == torch.bfloat16
+    assert hidden.nbytes == layer.hidden_bytes(2, 20)
 
 
 def test_replacement_happens_before_anything_is_allocated(tmp_path: Path) -> None:
