@@ -173,7 +173,8 @@ def _require_items(items: _Items) -> None:
         raise _IndexError("expected ids, found none")
     if counts_N.min() < 0:
         raise _IndexError(f"sequence {int(counts_N.argmin())}: expected a length, found {counts_N.min()}")
-    climbs = len(firsts_D) and firsts_D[0] == 0 and firsts_D[-1] == len(counts_N) and (np.diff(firsts_D) >= 0).all()
+    rises = bool((firsts_D[1:] >= firsts_D[:-1]).all())  # a difference of numbers that make no sense may overflow
+    climbs = len(firsts_D) and firsts_D[0] == 0 and firsts_D[-1] == len(counts_N) and rises
     if not climbs:
         ends = f"{firsts_D[0]} to {firsts_D[-1]}" if len(firsts_D) else "none"
         raise _IndexError(f"expected bounds of documents that climb from 0 to {len(counts_N)}, found {ends}")

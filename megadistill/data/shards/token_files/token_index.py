@@ -5,10 +5,11 @@ documents' starts [D]. Begins are bytes of the file, or numbers of parts that ar
 the stream of ids. Sequence i is the S + 1 ids from place i·S on. A local index is mapped, a remote one copied to this
 node, where its processes map it.
 
-Legend: G segments, D documents, Q sequences, S tokens of a sequence.
+Legend: G segments, D documents, Q sequences, S tokens of a sequence; n of a part of one of these.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -31,6 +32,8 @@ COUNTS: Final = 2
 ITEM: Final = 8
 MAX_IDS: Final = 1 << 50
 """Most ids of a file."""
+CHECKED_AT_A_TIME: Final = 1 << 16
+"""Numbers of a column: each rank checks it, and 10^9 at once would take some times their 8 GB in each."""
 
 Column = NDArray[np.int64]
 
@@ -81,26 +84,38 @@ class TokenIndex:
 
     def require_sound(self, *, sequence_length: int, file_bytes: int, itemsize: int | None) -> None:
         """`itemsize` of the ids in the file; None: parts are decoded. Raises ValueError: a value makes no sense."""
-        counts_G = np.diff(self.ends_G, prepend=0)
-        _require((counts_G > 0) & (self.ends_G <= MAX_IDS), self.ends_G, "segment", "places that climb")
-        if itemsize is None:
-            _require(self.begins_G >= 0, self.begins_G, "segment", "the number of a part")
-        else:  # the first two keep the sum from overflowing
-            inside_G = (self.begins_G >= 0) & (self.begins_G <= file_bytes) & (counts_G <= file_bytes)
-            inside_G &= self.begins_G + np.where(inside_G, counts_G, 0) * itemsize <= file_bytes
-            _require(inside_G, self.begins_G, "segment", f"a range that ends before byte {file_bytes}")
+        for first, before_n, ends_n in _parts(self.ends_G, least=0):
+            climbs_n = (ends_n > before_n) & (ends_n <= MAX_IDS)
+            _require(climbs_n, ends_n, first, "segment", "places that climb")
+            begins_n, counts_n = self.begins_G[first : first + len(ends_n)], ends_n - before_n
+            if itemsize is None:
+                _require(begins_n >= 0, begins_n, first, "segment", "the number of a part")
+                continue
+            # The first two keep the sum from overflowing.
+            inside_n = (begins_n >= 0) & (begins_n <= file_bytes) & (counts_n <= file_bytes)
+            inside_n &= begins_n + np.where(inside_n, counts_n, 0) * itemsize <= file_bytes
+            _require(inside_n, begins_n, first, "segment", f"a range that ends before byte {file_bytes}")
         ids, sequences = int(self.ends_G[-1]), len(self.crc32_Q)
         if (ids - 1) // sequence_length != sequences:
             raise ValueError(f"expected {sequences} sequences of {sequence_length + 1} ids, found {ids} ids")
-        _require((self.crc32_Q >= 0) & (self.crc32_Q < 1 << 32), self.crc32_Q, "sequence", "a crc32")
-        climbs_D = (np.diff(self.starts_D, prepend=-1) > 0) & (self.starts_D < ids)
-        _require(climbs_D, self.starts_D, "document", f"places that climb, below {ids}")
+        for first, _, crc32_n in _parts(self.crc32_Q, least=0):
+            _require((crc32_n >= 0) & (crc32_n < 1 << 32), crc32_n, first, "sequence", "a crc32")
+        for first, before_n, starts_n in _parts(self.starts_D, least=-1):
+            climbs_n = (starts_n > before_n) & (starts_n < ids)
+            _require(climbs_n, starts_n, first, "document", f"places that climb, below {ids}")
 
 
-def _require(holds: NDArray[np.bool_], values: Column, what: str, expected: str) -> None:
-    if not holds.all():
-        number = int(holds.argmin())
-        raise ValueError(f"{what} {number}: expected {expected}, found {values[number]}")
+def _parts(column: Column, *, least: int) -> Iterator[tuple[int, Column, Column]]:
+    """Parts of a column: number of the first value, the value before each one (`least` before them all), the values."""
+    for first in range(0, len(column), CHECKED_AT_A_TIME):
+        values_n = column[first : first + CHECKED_AT_A_TIME]
+        yield first, np.append(column[first - 1] if first else least, values_n[:-1]), values_n
+
+
+def _require(holds_n: NDArray[np.bool_], values_n: Column, first: int, what: str, expected: str) -> None:
+    if not holds_n.all():
+        place = int(holds_n.argmin())
+        raise ValueError(f"{what} {first + place}: expected {expected}, found {values_n[place]}")
 
 
 def open_index(folder: Folder, manifest: Manifest, record: TokenFileFormat, shard: Shard) -> Bytes:

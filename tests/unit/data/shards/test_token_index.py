@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,14 @@ def _values(at: int, value: int) -> Callable[[bytearray], None]:
 
 
 BEGINS, ENDS, CRC32, DOCUMENTS = 2, 5, 8, 16
+
+
+def _overflowing(content: bytearray) -> None:
+    """Starts of documents that fall so far that their differences are positive in 64 bits."""
+    _values(DOCUMENTS + 2, -(1 << 63))(content)
+    _values(DOCUMENTS + 3, -1)(content)
+
+
 IMPOSSIBLE: dict[str, tuple[Callable[[bytearray], bytes | bytearray | None], str]] = {
     "another file": (lambda content: b"PK" + content[2:], "expected an .npy of one row of int64"),
     "another dtype": (lambda content: content.replace(b"<i8", b"<f8"), "expected an .npy of one row of int64"),
@@ -123,6 +132,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[bytearray], bytes | bytearray | None], str
     "no crc32": (_values(CRC32 + 3, 1 << 32), "sequence 3: expected a crc32"),
     "a negative crc32": (_values(CRC32, -1), "sequence 0: expected a crc32"),
     "documents that fall": (_values(DOCUMENTS + 2, 4), "document 2: expected places that climb"),
+    "documents that fall by more than 64 bits": (_overflowing, "document 2: expected places that climb"),
     "a document before the beginning": (_values(DOCUMENTS, -1), "document 0: expected places that climb"),
     "a document past the end": (_values(DOCUMENTS + 5, 43), "document 5: expected places that climb, below 43"),
 }
@@ -199,3 +209,23 @@ def test_an_index_is_an_npy_that_gives_back_what_was_written(tmp_path: Path) -> 
     for field in dataclasses.fields(TokenIndex):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(whole, field.name))
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy")[:2], [3, len(STARTS)])
+
+
+def test_checking_an_index_takes_a_part_of_its_memory() -> None:
+    """Each rank checks it; 10^9 documents at once would be some times 8 GB in each."""
+    many = np.arange(1 << 20)
+    index = TokenIndex(2 * many, many + 1, np.zeros((len(many) - 1) // S, dtype=np.int64), many)
+    tracemalloc.start()
+    try:
+        index.require_sound(sequence_length=S, file_bytes=2 * len(many), itemsize=2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < many.nbytes
+    for column, number in (("crc32_Q", 200_000), ("starts_D", 900_000)):
+        values = getattr(index, column).copy()
+        values[number] = -1
+        with pytest.raises(ValueError, match=rf"^(sequence|document) {number}: expected .*, found -1$"):
+            dataclasses.replace(index, **{column: values}).require_sound(
+                sequence_length=S, file_bytes=2 * len(many), itemsize=2
+            )

@@ -179,6 +179,10 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a sequence past the end": (_changed(34 + 4 * ITEMS, struct.pack("<q", 4 * IDS)), "expected sequences inside"),
     "a sequence before the beginning": (_changed(34 + 4 * ITEMS, struct.pack("<q", -4)), "expected sequences inside"),
     "documents that do not climb": (_changed(BOUNDS_AT + 8, struct.pack("<q", 1 << 40)), "bounds of documents that"),
+    "documents whose differences overflow": (
+        _changed(BOUNDS_AT + 8, struct.pack("<qq", (1 << 63) - 1, -2)),
+        "bounds of documents that",
+    ),
     "documents that end early": (lambda index: index[:-8] + struct.pack("<q", ITEMS - 1), "bounds of documents that"),
     "pictures": (lambda index: index + bytes(ITEMS - 1) + b"\x01", "expected sequences of text alone"),
 }
