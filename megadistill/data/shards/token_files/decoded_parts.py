@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.data.shards.manifest import DecoderRecord
+from megadistill.data.shards.token_files.list_columns import require_pyarrow
 from megadistill.data.shards.token_files.parquet_parts import decode_row_group
 from megadistill.data.storage.base import Bytes
 
@@ -29,6 +30,8 @@ class DecodedParts:
     """The decoded parts used last, within CACHE_BYTES. One thread at a time."""
 
     def __init__(self, record: DecoderRecord, dtype: np.dtype[Any]) -> None:
+        """Raises UserError: pyarrow is missing, which would be a fault of every sequence later."""
+        require_pyarrow("parquet files of ids")
         self._record, self._dtype = record, dtype
         self._decode = DECODERS[record.kind]
         self._parts: OrderedDict[tuple[str, int], Ids] = OrderedDict()

@@ -1,5 +1,6 @@
 """MDS, saved data sets and parquet as a run reads them: indexed, in order, checked, local and remote."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,17 @@ def test_files_of_two_types_are_refused_together(format: TokenFormatName, tmp_pa
                 pyarrow.parquet.write_table(table, folder / f"{number}.parquet")
     with pytest.raises(UserError, match=r"has ids of int64, .* of uint16: files of one index have one type"):
         _index(format, folder, tokenizer)
+
+
+def test_a_run_without_pyarrow_is_refused_when_it_starts(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each sequence of parquet would be a damaged one, and a masked sample; the other formats need none."""
+    streams = [
+        _index(name, WRITERS[name](tmp_path / name, _files()), tokenizer) for name in ("mds", "arrow", "parquet")
+    ]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for manifest in streams[:2]:
+        assert len(_stream(manifest, 1)) == 12
+    with pytest.raises(UserError, match=r"parquet .* needs pyarrow: pip install 'megadistill\[parquet\]'"):
+        TokenStream(streams[2], seed=5, batch_slots=12, rank=0, world_size=1, on_corrupt_sample="mask")
