@@ -8,7 +8,13 @@ from typing import Final
 
 import numpy as np
 
-from megadistill.data.prepare.token_formats.token_scan import ScanOptions, TokenFormat, TokenScan
+from megadistill.data.prepare.token_formats.token_scan import (
+    Ids,
+    ScanOptions,
+    TokenFormat,
+    TokenScan,
+    refuse_halves,
+)
 from megadistill.data.shards.manifest import StoredDtype, token_dtype
 from megadistill.data.shards.npy import MAX_HEADER_BYTES, MemberError, parse_npy_header
 from megadistill.data.shards.shard import INDEX_SUFFIX
@@ -16,11 +22,8 @@ from megadistill.data.storage.base import Bytes, Folder
 from megadistill.errors import UserError
 
 MAGIC: Final = b"\x93NUMPY"
-PEEK_IDS: Final = 1 << 15
-"""Ids of the beginning of a file that tell whether their type is twice as wide."""
-MIN_PEEK: Final = 64
-WIDEST: Final = 8
-"""Bytes of the widest ids."""
+PEEK_PAIRS: Final = 1 << 15
+"""Pairs of ids at the beginning of a file that tell whether their type is twice as wide."""
 TYPES: Final[dict[str, StoredDtype]] = {name: name for name in ("uint16", "uint32", "int32", "int64")}
 
 
@@ -76,9 +79,7 @@ def _scan(folder: Folder, name: str, options: ScanOptions, headerless: str) -> T
         raise UserError(
             f"{path} has {file.size} bytes, no whole number of {dtype}: it was cut off, or give its --dtype"
         )
-    if itemsize < WIDEST and _is_twice_as_wide(file, itemsize, options.vocab_size):
-        wider = "uint32" if dtype == "uint16" else "int64"
-        raise UserError(f"{path}: every second {dtype} is the upper half of an id: give --dtype {wider}")
+    refuse_halves(_beginning(file, itemsize), dtype, options.vocab_size, path)
     return TokenScan(dtype, np.array([[0, file.size // itemsize]]), None)
 
 
@@ -95,13 +96,10 @@ def _scan_npy(path: str, file: Bytes, begin: memoryview, options: ScanOptions) -
     return TokenScan(TYPES[dtype.name], np.array([[offset, length]]), None)
 
 
-def _is_twice_as_wide(file: Bytes, itemsize: int, vocab_size: int) -> bool:
-    """Whether ids of `itemsize` bytes are halves of wider ones: every second one is an upper half."""
-    pairs = min(file.size // (2 * itemsize), PEEK_IDS)
-    if pairs < MIN_PEEK:
-        return False
+def _beginning(file: Bytes, itemsize: int) -> Ids:
+    """The first ids, as unsigned; none where they cannot be read, which their indexing tells."""
     try:
-        ids = np.frombuffer(file.read(0, 2 * itemsize * pairs), dtype=f"<u{itemsize}")
+        data = file.read(0, 2 * itemsize * min(file.size // (2 * itemsize), PEEK_PAIRS))
     except OSError:
-        return False
-    return bool(ids[1::2].max() <= (vocab_size - 1) >> (8 * itemsize))
+        data = memoryview(b"")
+    return np.frombuffer(data, dtype=f"<u{itemsize}")

@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megadistill.data.prepare.token_formats.id_columns import id_column, listed, refuse_dtype, scan_of_rows
-from megadistill.data.prepare.token_formats.token_scan import ScanOptions, Stored, TokenFormat, TokenScan
+from megadistill.data.prepare.token_formats.token_scan import (
+    ScanOptions,
+    Stored,
+    TokenFormat,
+    TokenScan,
+    refuse_halves,
+)
 from megadistill.data.shards.manifest import StoredDtype
 from megadistill.data.storage.base import Folder
 from megadistill.data.storage.open import folder_of
@@ -36,6 +42,8 @@ MAX_SAMPLES: Final = 1 << 25
 MAX_COLUMNS: Final = 1000
 MAX_COLUMN_BYTES: Final = 1 << 20
 """Bytes of the columns' description in a shard."""
+PEEK_SAMPLES: Final = 100
+"""Samples of bytes that tell whether their type is the given one, or twice as wide."""
 WORD: Final = 4
 """Bytes of an offset, and of a size."""
 DTYPES: Final[dict[int, StoredDtype]] = {
@@ -163,10 +171,15 @@ def _scan(folder: Folder, name: str, options: ScanOptions) -> TokenScan:
     lengths_n = None
     if shard.column.has_shape:
         begins_n, sizes_n, lengths_n = _behind_shapes(content, begins_n, sizes_n, where)
-    counts_n, left_n = np.divmod(sizes_n, np.dtype(dtype).itemsize)
+    width = np.dtype(dtype).itemsize
+    counts_n, left_n = np.divmod(sizes_n, width)
     _require(left_n == 0, where, f"whole ids of {dtype}", sizes_n, "bytes")
     if lengths_n is not None:
         _require(lengths_n == counts_n, where, "as many ids as its shape says", counts_n, "ids")
+    if options.dtype is not None:
+        pairs = zip(begins_n[:PEEK_SAMPLES].tolist(), (counts_n[:PEEK_SAMPLES] // 2).tolist(), strict=True)
+        first = np.concatenate([content[begin : begin + 2 * width * count] for begin, count in pairs])
+        refuse_halves(first.view(f"<u{width}"), dtype, options.vocab_size, where)
     return scan_of_rows(dtype, np.stack([begins_n, counts_n], axis=1), counts_n)
 
 

@@ -5,13 +5,19 @@ Legend: G segments of a file, D documents of a file.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megadistill.data.shards.manifest import DecoderRecord, StoredDtype, TokenFormatName
 from megadistill.data.storage.base import Folder
+from megadistill.errors import UserError
+
+MIN_PAIRS: Final = 64
+"""Pairs of ids that tell whether their type is twice as wide."""
+WIDEST: Final = 8
+"""Bytes of the widest ids."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,15 @@ class TokenFormat:
 
 
 Ids = NDArray[np.integer[Any]]
+
+
+def refuse_halves(ids: Ids, dtype: str, vocab_size: int, where: str) -> None:
+    """Raises UserError: `ids`, read as unsigned, are halves of wider ones, every second one an upper half.
+
+    Of a type that no file tells: a wrong one would give ids of the tokenizer, and another text.
+    """
+    pairs, itemsize = len(ids) // 2, ids.dtype.itemsize
+    if itemsize == WIDEST or pairs < MIN_PAIRS or ids[1 : 2 * pairs : 2].max() > (vocab_size - 1) >> (8 * itemsize):
+        return
+    wider = "uint32" if dtype == "uint16" else "int64"
+    raise UserError(f"{where}: every second {dtype} is the upper half of an id: give --dtype {wider}")

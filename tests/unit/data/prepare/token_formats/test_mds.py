@@ -64,6 +64,16 @@ def test_the_ids_of_bytes_need_their_dtype(tmp_path: Path) -> None:
         scan(path, dtype="int64")
 
 
+def test_a_type_of_bytes_half_as_wide_as_theirs_is_noticed(tmp_path: Path) -> None:
+    """Its ids would be those of the tokenizer, with zeros between them."""
+    samples = [{"tokens": ids.tobytes()} for ids in documents("int64", (60, 1, 100))]
+    path = write_mds(tmp_path / "a", {"tokens": "bytes"}, [samples]) / "shard.00000.mds"
+    for dtype, wider in (("int32", "int64"), ("uint32", "int64"), ("uint16", "uint32")):
+        with pytest.raises(UserError, match=f"mds: every second {dtype} is the upper half of an id: .* {wider}$"):
+            scan(path, dtype=dtype)
+    assert scan(path, dtype="int64").segments_G2[:, 1].tolist() == [60, 1, 100]
+
+
 def test_rows_of_one_length_are_pieces_whose_documents_the_ids_tell(tmp_path: Path) -> None:
     arrays = documents("uint16", (8, 8, 8))
     for encoding in ("ndarray:uint16:8", "ndarray:uint16"):
