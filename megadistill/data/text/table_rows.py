@@ -50,7 +50,7 @@ def parquet_rows(path: Path, names: FieldNames, left_out: Counter[LeftOut]) -> I
                 for number, text in enumerate(_texts(batch.column(0)), done + 1):
                     yield read, number, text
                 done += len(batch)
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, UnicodeDecodeError) as error:  # the last: a name of a column that is not UTF-8
         raise damaged(path, error) from None
 
 
@@ -78,7 +78,7 @@ def arrow_rows(path: Path, names: FieldNames, left_out: Counter[LeftOut]) -> Ite
                 for number, text in enumerate(_texts(column), done + 1):
                     yield read, number, text
                 done += batch.num_rows
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, UnicodeDecodeError) as error:  # the last: a name of a column that is not UTF-8
         raise damaged(path, error) from None
 
 

@@ -140,7 +140,8 @@ def _tiktoken(content: bytes, name: str) -> RankVocabulary:
             f"{name} has {len(tokens):,} ranks: their pattern and special tokens are in no file, and known here for "
             f"{known} ranks (Llama 3, o200k_base): give the tokenizer.json of the model"
         )
-    if missing := next((rank for rank in range(len(tokens)) if rank not in tokens), None):
+    missing = next((rank for rank in range(len(tokens)) if rank not in tokens), None)
+    if missing is not None:
         raise _refused(name, f"rank {missing} is missing")
     made = rules(len(tokens))
     ordered = _checked([tokens[rank] for rank in range(len(tokens))], name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from megadistill.data.text.corpus import Corpus
@@ -133,3 +134,16 @@ def test_a_stream_that_ends_between_two_batches_is_refused(tmp_path: Path) -> No
         path.write_bytes(cut)
         with pytest.raises(UserError, match="is damaged or cut off"):
             _read(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_a_name_of_a_column_that_is_not_utf8_is_damage(ending: str, tmp_path: Path) -> None:
+    path, table = tmp_path / f"a.{ending}", pyarrow.table({"text": ["one", "two"]})
+    if ending == "arrow":
+        _write_stream(path, table)
+    else:
+        pyarrow.parquet.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xf8t"))
+    with pytest.raises(UserError, match=rf"a\.{ending} is damaged or cut off \(.*codec can't decode") as refused:
+        _read(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -323,6 +323,7 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
         ),
         (_lines(lambda lines: [*lines[:-1], lines[-2]]), "is no token and rank that is new"),
         (_lines(lambda lines: [*lines[:-1], b"QUFBQQ== 99999\n"]), r"rank 1,?\d+ is missing"),
+        (_lines(lambda lines: [b"QUFBQQ== 99999\n", *lines[1:]]), "rank 0 is missing"),
         (_lines(lambda lines: [*lines[:-1], b"QUFBQQ== -1\n"]), "is no token and rank that is new: b'QUFBQQ== -1'"),
         (_lines(lambda lines: [*lines[:-1], b"QUFBQQ== 1e3\n"]), "is no token and rank that is new"),
         (_lines(lambda lines: [*lines[:-1], b"!!!! " + lines[-1].split()[1]]), "is not base64"),
