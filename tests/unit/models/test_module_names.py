@@ -52,7 +52,7 @@ def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
     heads = ("embed_out.weight", "lm_head.weight")
     (head,) = (tensors[name] for name in heads if name in tensors)
     save_file({**tensors, heads[0]: head, heads[1]: 2 * head}, tmp_path / SINGLE_FILE)
-    with pytest.raises(UserError, match="has both 'embed_out.weight' and 'lm_head.weight', which are the same"):
+    with pytest.raises(UserError, match=r"has both 'embed_out\.weight' and 'lm_head\.weight', which are the same"):
         SafetensorsFolder(tmp_path)
 
 
