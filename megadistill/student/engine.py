@@ -131,7 +131,7 @@ class StudentEngine:
             compile_layers(decoder(model))
         engine_config = with_layer_prefetch(engine_config, _make_leaves(decoder(model).layers))
         tied = bool(config.tie_word_embeddings)
-        self._optimizer = build_optimizer(train.optimizer, model.parameters())
+        self._optimizer = build_optimizer(train.optimizer, model.named_parameters())
         self._config = config
         with without_gathers(model.parameters()):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)

@@ -48,15 +48,20 @@ OPTIMIZERS = {
 """`train.optimizer.kind` -> its properties."""
 
 
-def build_optimizer(section: OptimizerSection, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-    """The torch optimizer of ZeRO-3's `parameters`: matrices have weight decay, vectors (norms, biases) have none.
+_NOT_DECAYED = ("_bias", "norm.weight")
+"""Ends of the names of biases and norms that have two dimensions: of a layer's experts, and of its heads."""
+
+
+def build_optimizer(section: OptimizerSection, parameters: Iterable[tuple[str, Any]]) -> torch.optim.Optimizer:
+    """The torch optimizer of ZeRO-3's named `parameters`: matrices have weight decay, norms and biases have none.
 
     Partitioned parameters all have ndim 1; `ds_shape` is the whole one's.
     """
     matrices: list[Any] = []
     vectors: list[Any] = []
-    for parameter in parameters:
-        (matrices if len(parameter.ds_shape) >= 2 else vectors).append(parameter)
+    for name, parameter in parameters:
+        is_matrix = len(parameter.ds_shape) >= 2 and not name.endswith(_NOT_DECAYED)
+        (matrices if is_matrix else vectors).append(parameter)
     decay = ((matrices, section.weight_decay), (vectors, 0.0))
     groups = [{"params": members, "weight_decay": weight_decay} for members, weight_decay in decay]
     return OPTIMIZERS[section.kind].build(groups, section)

@@ -64,14 +64,23 @@ def test_errors_name_the_key_without_the_kind(optimizer: dict[str, Any], message
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
-    partitions: list[Any] = [torch.nn.Parameter(torch.zeros(4)) for _ in range(4)]
-    for partition, shape in zip(partitions, ((8, 4), (8,), (2, 2), (3,)), strict=True):
-        partition.ds_shape = shape
-    optimizer = build_optimizer(AdamWSection(learning_rate=1.0, weight_decay=0.3), partitions)
+    """Biases of experts and the norms of Cohere's heads are no matrices, though they have two dimensions."""
+    shapes = {
+        "model.layers.0.mlp.experts.down_proj": (8, 4, 2),
+        "model.layers.0.mlp.experts.down_proj_bias": (8, 4),
+        "model.layers.0.self_attn.q_norm.weight": (4, 2),
+        "model.layers.0.self_attn.sinks": (8,),
+        "model.embed_tokens.weight": (2, 2),
+        "model.norm.weight": (3,),
+    }
+    partitions: dict[str, Any] = {name: torch.nn.Parameter(torch.zeros(4)) for name in shapes}
+    for name, shape in shapes.items():
+        partitions[name].ds_shape = shape
+    optimizer = build_optimizer(AdamWSection(learning_rate=1.0, weight_decay=0.3), partitions.items())
     assert isinstance(optimizer, torch.optim.AdamW)
     matrices, vectors = optimizer.param_groups
-    assert ([p.ds_shape for p in matrices["params"]], matrices["weight_decay"]) == ([(8, 4), (2, 2)], 0.3)
-    assert ([p.ds_shape for p in vectors["params"]], vectors["weight_decay"]) == ([(8,), (3,)], 0.0)
+    assert ([p.ds_shape for p in matrices["params"]], matrices["weight_decay"]) == ([(8, 4, 2), (2, 2)], 0.3)
+    assert ([p.ds_shape for p in vectors["params"]], vectors["weight_decay"]) == ([(8, 4), (4, 2), (8,), (3,)], 0.0)
     assert matrices["lr"] == 0.0, "each step sets it"
 
 
