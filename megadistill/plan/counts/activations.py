@@ -277,7 +277,18 @@ def _make_fake(decoder: Any, dtype: torch.dtype) -> None:
         module, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(module), leaf, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
     rebuild_buffers(decoder)
+    _fix_stretch(decoder)
     decoder.train()
+
+
+def _fix_stretch(decoder: Any) -> None:
+    """Has "dynamic" rotary embeddings leave out their stretch, which asks a fake tensor for its largest position."""
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    kinds = getattr(rotary, "rope_type", None)  # of each kind of layer, in families that have two embeddings
+    if isinstance(kinds, dict):
+        rotary.rope_type = {each: "default" if kind == "dynamic" else kind for each, kind in kinds.items()}
+    elif kinds == "dynamic":
+        rotary.rope_type = "default"
 
 
 def _layer_arguments(decoder: Any, hidden_1SD: Tensor, *, masked: bool) -> dict[str, Any]:

@@ -113,6 +113,21 @@ def test_a_float32_mixture_is_twice_one_in_bfloat16() -> None:
     assert (whole.saved, whole.backward.bytes(3)) == (2 * half.saved, 2 * half.backward.bytes(3))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_dynamic_rotary_embedding_is_counted_without_asking_for_a_position(masked: bool) -> None:
+    plain, dynamic = (
+        count_activations(
+            load_config({**SIZES, "model_type": "llama", **more}, what="test"),
+            S,
+            dtype=torch.bfloat16,
+            masked=masked,
+            attention="sdpa",
+        )
+        for more in ({}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})
+    )
+    assert dynamic == plain
+
+
 def test_the_highest_moment_depends_on_the_micro_batch() -> None:
     """A weight's gradient is as large for one sequence as for many."""
     peak = Peak.over([(0, 5), (10, 1), (10, 0), (3, 4), (0, 2)])
