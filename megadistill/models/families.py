@@ -306,8 +306,11 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     kinds, known = getattr(config, "layer_types", None) or [], family(config).layer_kinds
     if unknown := set(kinds) - set(known):
         raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have {' and '.join(known)}")
-    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) == 0:
-        raise UserError(f"{what}: layer_types has sliding_attention, and sliding_window is 0: give the window's tokens")
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds and not window:
+        raise UserError(
+            f"{what}: layer_types has sliding_attention, and sliding_window is {window}: give the window's tokens"
+        )
     _refuse_short_lists(config, what)
     _refuse_unequal_heads(config, what)
     if config.tie_word_embeddings and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys:

@@ -110,9 +110,8 @@ def refuse_rope(config: PretrainedConfig, what: str, *, head: int, partial: bool
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
         factor = parameters.get("partial_rotary_factor")
-        if factor in (None, 1):
-            continue
-        if not partial:
+        factor = 1 if factor is None else factor
+        if factor != 1 and not partial:
             raise UserError(
                 f"{what}: partial_rotary_factor is {factor!r}; a {config.model_type} model turns whole heads"
             )
@@ -121,11 +120,24 @@ def refuse_rope(config: PretrainedConfig, what: str, *, head: int, partial: bool
                 f"{what}: partial_rotary_factor is {factor!r} of heads of {head} columns; rotary embeddings turn "
                 "pairs: give a factor up to 1 that makes it an even number of columns"
             )
+        if parameters.get("rope_type") == "longrope":
+            _refuse_factors(parameters, what, pairs=int(head * factor) // 2)
     for key in keys:
         if not isinstance(rope.get(key), int | float):
             raise UserError(
                 f"{what}: rope_parameters has no number {key!r}, by which a {config.model_type} model scales its "
                 "queries: take the config.json that came with the model"
+            )
+
+
+def _refuse_factors(parameters: Mapping[str, Any], what: str, *, pairs: int) -> None:
+    """Longrope has a factor for each pair of columns: of short rows, and of long ones, which are looked up later."""
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name)
+        if not isinstance(factors, list) or len(factors) != pairs or not {*map(type, factors)} <= {int, float}:
+            held = f"{len(factors)} values" if isinstance(factors, list) else type(factors).__name__
+            raise UserError(
+                f"{what}: {name} of longrope has {held}; a head turns {pairs} pairs of columns: give a number for each"
             )
 
 

@@ -59,6 +59,14 @@ def pruned_sizes(config: ModelConfig, **given: int | None) -> Sizes:
             f"--hidden-size {sizes.hidden_size}: transformers needs a multiple of the {sizes.heads} heads: "
             f"{_nearest(sizes.hidden_size, sizes.heads, own.hidden_size)}"
         )
+    width, rope = head_dim(config), getattr(config, "rope_parameters", None) or {}
+    has_longrope = config.model_type == "phi3" and rope.get("rope_type") == "longrope"
+    if has_longrope and sizes.hidden_size != sizes.heads * width:
+        raise UserError(
+            f"--hidden-size {sizes.hidden_size} and --heads {sizes.heads}: transformers takes a phi3 model with "
+            f"longrope only where the hidden size is {width} for each head, as in the teacher: give "
+            f"--hidden-size {sizes.heads * width}"
+        )
     return sizes
 
 

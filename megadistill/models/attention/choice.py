@@ -136,7 +136,9 @@ def _beyond_flash(config: Any) -> str | None:
     """Reason why the flash-attn packages cannot compute a family; None: they can."""
     if has_sinks(config):
         return "has no attention sinks, which this family has"
-    if config.model_type in _WINDOWS_UNSAID and has_window(config, None):
+    # SmolLM 3 says the windows of its `layer_types` in masks alone as well, where `use_sliding_window` is not set.
+    unsaid = config.model_type in _WINDOWS_UNSAID or not getattr(config, "use_sliding_window", True)
+    if unsaid and has_window(config, None):
         return "is not told of this family's sliding windows"
     if value_width(config) != query_width(config):
         return "has one width for queries and values, which differ in this family"

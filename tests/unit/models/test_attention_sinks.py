@@ -94,6 +94,9 @@ def test_flash_attn_is_not_chosen_where_it_would_lose_windows() -> None:
     facts = {**GPU, "flash": True, "sequence_length": 64}
     assert choose_attention("auto", load_config(none, what="test"), **facts).value == "flash"
     assert choose_attention("auto", load_config(windows, what="test"), **facts).value == "flex"
+    masks_alone = load_config({**ALL_CASES["smollm3"], "use_sliding_window": False}, what="test")
+    assert choose_attention("auto", masks_alone, **facts).value == "flex"
+    assert choose_attention("auto", load_config(ALL_CASES["smollm3"], what="test"), **facts).value == "flash"
     with pytest.raises(UserError, match=r"flash-attn is not told of this family's sliding windows: set a.b to auto"):
         choose_attention("flash", load_config(windows, what="test"), **facts, key="a.b")
 

@@ -39,6 +39,9 @@ def test_the_recipes_own_mapping_is_not_changed() -> None:
     assert mapping == before
 
 
+_FACTORS = {"short_factor": [1.0] * 7, "long_factor": [1.0] * 8}
+
+
 def _content(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
 
@@ -79,6 +82,25 @@ def _content(config: Any) -> dict[str, Any]:
         (
             {"model_type": "smollm3", "no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 5},
             r"no_rope_layers has 2 values, and the model 5 layers",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 16, **_FACTORS}},
+            r"short_factor of longrope has 7 values; a head turns 8 pairs",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 16,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0] * 9,
+                }
+            },
+            r"long_factor of longrope has 9 values; a head turns 8 pairs",
+        ),
+        (
+            {"model_type": "ministral", "sliding_window": None, "layer_types": ["sliding_attention"] * 5},
+            r"has sliding_attention, and sliding_window is None: give the window",
         ),
         ({"model_type": "granite", "logits_scaling": 0}, r"logits_scaling is 0(\.0)?; give a number from"),
         ({"model_type": "starcoder2", "residual_dropout": 2.0}, r"residual_dropout is 2\.0; give a number from 0 to 1"),

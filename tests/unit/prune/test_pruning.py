@@ -266,11 +266,13 @@ def test_the_highest_stay_and_of_equals_the_first() -> None:
         ("llama", {"layers": 5, "heads": 4}, ["nothing to prune"]),
         ("mixtral", {"layers": 2}, ["mixtral", "experts", "llama", "gemma2"]),
         ("qwen3_moe", {"layers": 2}, ["qwen3_moe", "experts"]),
+        ("phi3-longrope", {"hidden_size": 32}, ["--hidden-size 32 and --heads 4", "longrope", "give --hidden-size 64"]),
+        ("phi3-longrope", {"heads": 2}, ["--hidden-size 64 and --heads 2", "longrope", "give --hidden-size 32"]),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(name: str, given: dict[str, int], says: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        pruned_sizes(load_config(CASES[name], what="test"), **given)
+        pruned_sizes(load_config(ALL_CASES[name], what="test"), **given)
     assert "\n" not in str(caught.value)
     for part in says:
         assert part in str(caught.value)
