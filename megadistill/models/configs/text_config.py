@@ -5,12 +5,14 @@ of Qwen VL turns by three positions, of time, height and width (m-rope): on text
 so each pair of a head turns as in plain Qwen.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from transformers import CONFIG_MAPPING
 
+from megadistill.io import parse_json
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.hf_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from megadistill.models.model_keys import (
@@ -61,6 +63,20 @@ def text_keys(keys: Mapping[str, Any], folder: Path, supported: Collection[str],
     return plain | dict(wrapper.always) | {"model_type": family}
 
 
+def with_tied_head(content: bytes, folder: Path) -> bytes:
+    """A config.json for a copy without weights: it says whether the head is tied where only the folder's weights do."""
+    try:
+        keys: Any = parse_json(content, constants=True)
+    except ValueError:
+        return content  # `load_config` says what is wrong with it
+    wrapper = WRAPPERS.get(str(keys.get("model_type"))) if isinstance(keys, dict) else None
+    text = None if wrapper is None else keys.get("text_config", keys if wrapper.is_flat else None)
+    if not isinstance(text, Mapping) or _given_ties(keys, text):
+        return content
+    tied = _is_tied(keys, text, folder)
+    return content if tied is None else json.dumps(keys | {"tie_word_embeddings": tied}, indent=2).encode()
+
+
 def _translated(text: Mapping[str, Any], text_type: str, what: str) -> dict[str, Any]:
     """The keys as transformers reads them for its own class, whose defaults are not those of the plain family."""
     config_class = CONFIG_MAPPING[text_type]
@@ -80,9 +96,13 @@ def _translated(text: Mapping[str, Any], text_type: str, what: str) -> dict[str,
 
 def _is_tied(keys: Mapping[str, Any], text: Mapping[str, Any], folder: Path) -> bool | None:
     """Whether the head is the embedding: by either config, else by the weights; None: neither says."""
-    given = [tied for each in (keys, text) if isinstance(tied := each.get("tie_word_embeddings"), bool)]
-    if given:
+    if given := _given_ties(keys, text):
         return any(given)
     if (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file():
         return _HEAD not in SafetensorsFolder(folder)
     return None
+
+
+def _given_ties(keys: Mapping[str, Any], text: Mapping[str, Any]) -> list[bool]:
+    """`tie_word_embeddings` of the whole model and of its language model, where they are given."""
+    return [tied for each in (keys, text) if isinstance(tied := each.get("tie_word_embeddings"), bool)]

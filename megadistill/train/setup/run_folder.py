@@ -14,6 +14,7 @@ from megadistill.data.tokenizers.data_files import changed_files, hashes_in, has
 from megadistill.errors import UserError
 from megadistill.events import RENAMED_EVENTS, json_lines, scan_lines
 from megadistill.io import read_file, read_json, reason_of, write_file, write_json
+from megadistill.models.configs.text_config import with_tied_head
 from megadistill.models.fingerprint import teacher_fingerprint
 from megadistill.precision import Precision
 from megadistill.student.deepspeed_config import numeric_settings
@@ -261,7 +262,7 @@ def copy_student_config(folder: Path, section: StudentSection) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"student.config: {source} cannot be copied ({reason_of(error)}): restore it") from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_file(target, content)
+    write_file(target, with_tied_head(content, source.parent))
 
 
 def student_config_of(run: Path | None, section: StudentSection) -> dict[str, Any] | Path:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from megadistill.config.recipe import StudentSection
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.models.families import load_config
@@ -19,6 +20,7 @@ from megadistill.models.hf_folder import SINGLE_FILE
 from megadistill.models.multimodal.wrappers import WRAPPERS
 from megadistill.models.weights import check_weights, load_pretrained
 from megadistill.teacher.stage import TeacherStage, head_rows
+from megadistill.train.setup.run_folder import copy_student_config, student_config_of
 from tests.unit.models.cases import VOCAB
 
 CPU = torch.device("cpu")
@@ -186,6 +188,10 @@ def test_a_config_that_does_not_say_whether_the_head_is_tied_is_judged_by_the_we
             truth = whole(input_ids=tokens).logits
         assert load_config(folder, what="test").tie_word_embeddings is tied
         _assert_read(folder, truth, tokens)
+        run, section = tmp_path / f"run of {tied}", StudentSection(config=str(folder))
+        copy_student_config(run, section)  # an export reads this copy, which has no weights
+        copied = load_config(student_config_of(run, section), what="test")
+        assert copied.to_dict() == load_config(folder, what="test").to_dict()
     (tmp_path / "True" / SINGLE_FILE).unlink()
     assert load_config(tmp_path / "True", what="test").tie_word_embeddings is False, "a plan without weights"
 
