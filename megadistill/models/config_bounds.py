@@ -72,6 +72,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "layer_norm_eps": (0, 1),
     "norm_epsilon": (0, 1),
     "partial_rotary_factor": (0, 1),
+    "logit_scale": (1e-6, 1e6),
     "logits_scaling": (1e-6, 1e6),
     "no_rope_layer_interval": (1, 10**4),
     "initializer_range": (0, 1e3),

@@ -283,13 +283,21 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
                 f"{what}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
                 f"{config.num_attention_heads}, and there is no head_dim"
             )
-        # Activation and rope names are looked up when a layer is built, and nowhere before.
-        build_decoder(config, layers=range(1))
+        _try_to_build(config)
     except UserError:
         raise
     except TRANSFORMERS_REFUSES as error:
         raise refused_by_transformers(error, model_type, what) from None
     return config
+
+
+def _try_to_build(config: PretrainedConfig) -> None:
+    """Builds a dense layer, one of experts, and rotary embeddings: names are looked up there, and nowhere before."""
+    for layer in sorted({0, *expert_layers(config)[:1]}):
+        part = build_decoder(config, layers=range(layer, layer + 1))
+        if hasattr(part, "rotary_emb"):
+            with torch.device("meta"):
+                type(part.rotary_emb)(config=copy.deepcopy(config))  # of all kinds of layers, where each has its own
 
 
 def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:

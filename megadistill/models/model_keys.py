@@ -108,7 +108,9 @@ def refuse_rope(config: PretrainedConfig, what: str, *, head: int, partial: bool
         UserError: naming the number.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+    # Olmo 3 keeps a factor that its `rope_parameters` get when a rotary embedding is built.
+    later = {"partial_rotary_factor": getattr(config, "partial_rotary_factor", None)}
+    for parameters in (later, rope, *(each for each in rope.values() if isinstance(each, dict))):
         factor = parameters.get("partial_rotary_factor")
         factor = 1 if factor is None else factor
         if factor != 1 and not partial:
