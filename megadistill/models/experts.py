@@ -85,11 +85,17 @@ def stored_tensors(
 
 
 def routers(decoder: Any) -> dict[int, Module]:
-    """Number of each layer with experts -> its router, whose outputs are logits [N, E], weights [N, K], ids [N, K]."""
+    """Number of each layer with experts -> its router; `router_outputs` reads what it gives."""
     blocks = {number: _block_of(layer) for number, layer in enumerate(decoder.layers)}
     return {
         number: getattr(block, "gate", None) or block.router for number, block in blocks.items() if block is not None
     }
+
+
+def router_outputs(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, E], weights [N, K] and ids [N, K]: Granite's router gives the ids first in transformers 5.17."""
+    first, second, third = outputs
+    return (first, second, third) if first.is_floating_point() else (third, second, first)
 
 
 def _block_of(layer: Any) -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from megadistill.models.experts import router_outputs
+
 
 @dataclass(frozen=True)
 class RouterSums:
@@ -68,7 +70,7 @@ class Routers:
     def _after_router(self, module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if self._weights_N is None:
             return
-        logits_NE, _, ids_NK = output
+        logits_NE, _, ids_NK = router_outputs(output)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._differentiable):
             wide_NE = logits_NE.float()
             # A row and not a vector: torch would squeeze the product in place, which selective checkpointing refuses.

@@ -274,8 +274,9 @@ def dense_truth(case: Case) -> RunResult:
     has_experts = case.model_type in EXPERTS
     if has_experts:
         model.set_experts_implementation("eager")
-    matrices = [p for p in named.values() if p.ndim >= 2]
-    vectors = [p for p in named.values() if p.ndim < 2]
+    is_vector = {name: p.ndim < 2 or "norm" in name or "bias" in name for name, p in named.items()}  # [experts, width]
+    matrices = [p for name, p in named.items() if not is_vector[name]]
+    vectors = [p for name, p in named.items() if is_vector[name]]
     section = train_section(case, 1).optimizer
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],

@@ -303,7 +303,7 @@ def test_published_parameters_and_flops() -> None:
         ("qwen3_next", {"partial_rotary_factor": 0.3}, "partial_rotary_factor is 0.3"),
         ("nemotron_h", {"n_groups": 3}, "mamba_num_heads 4 is not a multiple of n_groups 3"),
         ("nemotron_h", {"tie_word_embeddings": True}, "a nemotron_h model has a head of its own"),
-        ("nemotron_h", {"layers_block_type": ["conv"] * 5}, "conv"),
+        ("nemotron_h", {"layers_block_type": ["lstm"] * 5}, "lstm"),
         ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M?"}, "refuses this nemotron_h config"),
         ("qwen3_5_text", {"linear_key_head_dim": "wide"}, "linear_key_head_dim"),
     ],
