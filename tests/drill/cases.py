@@ -23,8 +23,8 @@ from tests.paths import ROOT
 
 RESTART, PERSON = 3, 4
 
-SLOW = "slow:60"
-"""So that there is time to do something to a run in the middle."""
+SLOW = "slow:200"
+"""So many milliseconds more a step leave time to do something to a run in its middle, on a fast machine too."""
 
 
 @dataclass(frozen=True)
@@ -278,10 +278,12 @@ def shard(place: Place) -> CaseResult:
     return CaseResult(None, lost_steps(folder), f"{len(expected.cursor['masked_slots'])} rows masked, {result}")
 
 
-def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str) -> CaseResult:
+def stopped(
+    place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str, slow: str = SLOW
+) -> CaseResult:
     """Stopped by `stop`, all ranks save the same step, and the run resumes from there."""
     folder = place.run_folder(name)
-    ranks = place.attempt(name, *changes, faults={rank: [SLOW] for rank in range(2)})
+    ranks = place.attempt(name, *changes, faults={rank: [slow] for rank in range(2)})
     until_step(folder, 1, ranks)
     began = time.monotonic()
     stop(ranks, folder)
@@ -314,9 +316,9 @@ def stop_file(place: Place) -> CaseResult:
 
 @case("budget", "the time budget is spent")
 def budget(place: Place) -> CaseResult:
-    return stopped(
-        place, "budget", lambda *_: None, *settings(run__time_limit_minutes=0.06), reason="run.time_limit_minutes"
-    )
+    # 6 s, in which no machine takes 24 steps of half a second; a slow one needs some of them until the first step.
+    limit = settings(run__time_limit_minutes=0.1)
+    return stopped(place, "budget", lambda *_: None, *limit, reason="run.time_limit_minutes", slow="slow:500")
 
 
 @case("second-signal", "a second signal")
