@@ -17,6 +17,8 @@ from torch import Tensor
 IGNORED_LABEL = -100
 """The label of a position that carries no loss (torch's convention)."""
 
+_FIRST_SOURCE = torch.zeros((), dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Cursor:
@@ -60,7 +62,8 @@ class TokenBatch:
 
     tokens [B, S] int64; labels [B, S] int64, the next token, `IGNORED_LABEL` where there is none;
     slots [B] int64, the stream position of each row; digests [B] int64 of each row's tokens (`token_digest`);
-    starts [B, S] bool, where a document begins; `document_mask`: whether attention is limited to a document.
+    starts [B, S] bool, where a document begins; `document_mask`: whether attention is limited to a document;
+    sources [B] int64, the number of each row's source: its index in `Mixture.names`.
     """
 
     tokens: Tensor
@@ -71,7 +74,13 @@ class TokenBatch:
     document_mask: bool = False
     faults: tuple[tuple[int, str], ...] = ()
     """(slot, reason) of this rank's rows that failed their check in this batch; they are masked from now on."""
+    sources: Tensor = _FIRST_SOURCE
+    """[B]; a scalar given to the constructor is the source of all rows."""
     _on_device: dict[torch.device, "TokenBatch"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.sources.dim() == 0:
+            object.__setattr__(self, "sources", self.sources.expand(len(self)))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -93,7 +102,7 @@ class TokenBatch:
         )
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The models' inputs on `device`; slots and digests stay on the host, where they are compared.
+        """The models' inputs on `device`; slots, digests and sources stay on the host, where they are compared.
 
         Copied once, by `to_device`: teacher and student get the same copy, which lives as long as this batch.
         """

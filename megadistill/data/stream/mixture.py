@@ -80,6 +80,11 @@ class Mixture:
         return next(iter(self.sources.values()))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The sources by number, in the order of their names: see `TokenBatch.sources`."""
+        return tuple(sorted(self.sources))
+
+    @property
     def sequence_length(self) -> int:
         """S, in tokens."""
         return self.first.sequence_length

@@ -233,6 +233,7 @@ class TokenStream:
             starts=starts,
             document_mask=self._document_mask,
             faults=slot_faults,
+            sources=torch.from_numpy(places_B3[:, 0].copy()),
         )
 
 

@@ -20,7 +20,7 @@ from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest
 from tests.unit.data.splits import SEQUENCE, random_sequences, write_split
 
-FIELDS = ("tokens", "labels", "slots", "digests", "starts")
+FIELDS = ("tokens", "labels", "slots", "digests", "starts", "sources")
 SEQUENCES = 137
 
 Batches = list[tuple[TokenBatch, Cursor]]
@@ -184,6 +184,21 @@ def test_a_mixture_reads_each_source_at_its_share(manifest: Manifest, other: Man
     mixed = _stream(_mixture(manifest, other)).batch(range(200)).tokens.tolist()
     assert sum(tuple(row) in rows for row in mixed) == 50
     assert len({tuple(row) for row in mixed if tuple(row) in rows}) == 50, "an epoch of 50 sequences"
+
+
+def test_rows_carry_the_number_of_their_source(manifest: Manifest, other: Manifest) -> None:
+    """`sources` indexes `Mixture.names`, in any world, and micro-batches keep it."""
+    mixture = _mixture(manifest, other)
+    by_row = {
+        row.tobytes(): mixture.names.index(name)
+        for name, split in mixture.sources.items()
+        for row in _stream(split).batch(range(split.sequences)).tokens.numpy()
+    }
+    for rank in range(2):
+        for batch, _ in _take(mixture, 5, rank=rank, world=2, prefetch=rank):
+            assert batch.sources.tolist() == [by_row[row.tobytes()] for row in batch.tokens.numpy()]
+            assert torch.equal(torch.cat([part.sources for part in batch.micro_batches(2)]), batch.sources)
+    assert _take(manifest, 1)[0][0].sources.tolist() == [0] * 8
 
 
 def test_stages_that_were_not_reached_may_be_edited_and_a_consumed_one_is_refused(
