@@ -1,4 +1,4 @@
-"""Commands on models: models, and those that write text or weights of one, generate, export, prune."""
+"""Commands on models: models, and those that write text or weights of one, generate, export, average, prune."""
 
 import argparse
 from pathlib import Path
@@ -30,6 +30,14 @@ loads with transformers' AutoModelForCausalLM and AutoTokenizer; its README.md i
 teacher and the hyperparameters that the run recorded.
 
 example: megadistill export runs/mine/checkpoints/step-00010000 --output mine-10000 --dtype bfloat16"""
+
+AVERAGE_EPILOG = """\
+Sums are float64, in the order of the steps. The average is a checkpoint of weights alone in RUN/averages, which
+`megadistill export` reads like any other; no run resumes from it. Memory holds a file of 1 GiB. The run may be running.
+
+examples:
+  megadistill average runs/mine --last 5
+  megadistill average runs/mine --ema 0.9"""
 
 PRUNE_EPILOG = """\
 One process and one device, which holds the whole teacher. The output folder is a Hugging Face model with a pruning.json
@@ -75,6 +83,12 @@ def add(commands: Commands) -> None:
     option(command, "--step", "STEP", "the checkpoint of this step (default: the latest)", kind=int)
     option(command, "--max-shard-mb", "MB", "largest safetensors file", default=4096)
     command.add_argument("--dtype", choices=PRECISIONS, help="type of the weights (default: the run's precision)")
+
+    summary = "average the weights of a run's checkpoints: their mean, or an exponential moving average"
+    command = add_command(commands, "average", summary, AVERAGE_EPILOG, _average)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    option(command, "--last", "K", "the K newest checkpoints (with --ema: default all)", kind=int)
+    option(command, "--ema", "DECAY", "decay of a moving average, a checkpoint (default: the mean)", kind=float)
 
     summary = "structured pruning of a teacher by activation importance"
     command = add_command(commands, "prune", summary, PRUNE_EPILOG, _prune)
@@ -140,6 +154,14 @@ def _export(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     say(f"{options.output}: exported from {options.source}, step {step}")
+
+
+def _average(options: argparse.Namespace) -> None:
+    from megadistill.export.average import AVERAGES, average_run
+
+    require_writable_folder(options.run_folder / AVERAGES, "RUN")
+    folder = average_run(options.run_folder, last=options.last, decay=options.ema)
+    say(f"{folder}: export it with megadistill export {folder} --output DIR")
 
 
 def _prune(options: argparse.Namespace) -> None:

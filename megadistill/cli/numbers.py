@@ -25,6 +25,7 @@ _FRACTION = (0, 1)
 BOUNDS: dict[str, tuple[float, float]] = {
     "--batch": (1, MAX_SEQUENCES),
     "--count": (1, 10**6),
+    "--ema": _FRACTION,
     "--fault-hours": (0.01, 10**6),
     "--fewshot": (0, 1000),
     "--gpus-per-node": (1, 1000),
@@ -34,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "--intermediate-size": _SIZE,
     "--job": (0, MAX_RANKS),
     "--jobs": (1, MAX_RANKS),
+    "--last": (2, MAX_STEPS),
     "--layers": _SIZE,
     "--limit": (1, MAX_TOKENS),
     "--max-shard-mb": (1, MAX_MEGABYTES),

@@ -30,6 +30,7 @@ from megadistill.units import short
 
 TARGETS = {
     "sampled": "counts of {draws} draws from its distribution",
+    "sampled_distinct": "{k} distinct ids drawn by its probabilities, which are scaled to 1",
     "top_k": "its {k} most likely ids",
     "threshold": "ids to which it gives at least {epsilon}",
     "top_p": "its most likely ids, up to {p} of the probability and {max_ids} ids",
@@ -107,7 +108,7 @@ def model_card(
         teacher_parameters=parameter_counts(teacher).total if teacher else None,
         teacher_forward=flops_per_token(teacher, provenance.sequence_length).forward if teacher else None,
         skipped_steps={step for step in skipped if step <= manifest.step},
-        metrics=None if run is None else _metrics(run, manifest.step),
+        metrics=None if run is None or manifest.average is not None else _metrics(run, manifest.step),
         evaluations=[] if run is None else list(_evaluations(run)),
     )
 

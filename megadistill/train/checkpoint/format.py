@@ -15,7 +15,7 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.errors import OperatorFault
+from megadistill.errors import OperatorFault, UserError
 from megadistill.io import NotRegularError, file_sha256, parse_json, read_file, sync_folder, write_file
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders, step_of
@@ -57,6 +57,26 @@ class ParentRecord(_Record):
     step: Count
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of its manifest."""
+
+
+class AveragedCheckpoint(_Record):
+    """A checkpoint that an average is made of."""
+
+    step: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """sha256 of its manifest."""
+    weight: Annotated[float, Field(ge=0, le=1)]
+    """Its weight in the sum."""
+
+
+class AverageRecord(_Record):
+    """What an average of checkpoints is made of. It has weights alone, without optimizer state."""
+
+    kind: Literal["mean", "ema"]
+    decay: Annotated[float, Field(gt=0, lt=1)] | None
+    """Decay of an exponential moving average, a checkpoint."""
+    checkpoints: tuple[AveragedCheckpoint, ...]
+    """Oldest first."""
 
 
 class CursorRecord(_Record):
@@ -96,6 +116,8 @@ class CheckpointManifest(_Record):
     """Rollbacks of the run before this checkpoint."""
     parents: tuple[ParentRecord, ...] = ()
     """Checkpoints of other runs from which this run began, and theirs, oldest first."""
+    average: AverageRecord | None = None
+    """Set for an average of checkpoints, whose other values are the newest one's; not written for a run's own."""
     files: dict[str, FileRecord]
     sha256: str = ""
     """sha256 of the manifest's other values, see `_own_sha256`."""
@@ -134,6 +156,12 @@ def ranges_of(numel: int, start: int, stop: int, world: int) -> Iterator[Range]:
         first = rank * size
         length = min(size, numel - first)
         yield Range(rank, max(start - first, 0), min(stop - first, length), length)
+
+
+def range_of_rank(numel: int, rank: int, world: int) -> tuple[int, int]:
+    """First element, and the one behind the last, of a rank's piece of a parameter of `numel`."""
+    size = max(1, -(-numel // world))
+    return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 class Checkpoint:
@@ -241,6 +269,16 @@ class Checkpoint:
         return state
 
 
+def refuse_average(manifest: CheckpointManifest, folder: Path) -> None:
+    """Raises UserError: the checkpoint is an average, which has no optimizer state for a run to continue with."""
+    if manifest.average is not None:
+        raise UserError(
+            f"{printable(str(folder))} is an average of checkpoints, with weights and no optimizer state: no run can "
+            f"resume from it or begin from it; export it (megadistill export {printable(str(folder))} --output DIR), "
+            "and name DIR in student.weights"
+        )
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint below `folder`, or None where there is none. For readers, which quarantine nothing.
 
@@ -287,6 +325,8 @@ def commit(temporary: Path, target: Path, manifest: CheckpointManifest) -> None:
 def write_manifest(path: Path, manifest: CheckpointManifest) -> None:
     """Writes a manifest with its own sha256. Raises OSError: the disk refuses it."""
     values = manifest.model_dump(mode="json")
+    if manifest.average is None:
+        del values["average"]  # an earlier version reads the checkpoints of a run
     values["sha256"] = _own_sha256(values)
     write_file(path, json.dumps(values, indent=1))
 

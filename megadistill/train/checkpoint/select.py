@@ -14,11 +14,11 @@ from typing import TypeVar
 
 from megadistill.distributed.collectives import barrier, broadcast_object, first_false
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault, RestartFault
+from megadistill.errors import OperatorFault, RestartFault, UserError
 from megadistill.io import sync_folder
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders
-from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest
+from megadistill.train.checkpoint.format import Checkpoint, CheckpointManifest, refuse_average
 from megadistill.train.checkpoint.writer import remove
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,10 @@ def verified(path: Path, topology: Topology) -> tuple[Checkpoint | None, str]:
 def _manifest(path: Path) -> tuple[str, str]:
     """The manifest of a checkpoint, as JSON, and the damage in it."""
     try:
-        return Checkpoint(path).manifest.model_dump_json(), ""
-    except OperatorFault as fault:
+        manifest = Checkpoint(path).manifest
+        refuse_average(manifest, path)
+        return manifest.model_dump_json(), ""
+    except (OperatorFault, UserError) as fault:
         return "", str(fault)
 
 

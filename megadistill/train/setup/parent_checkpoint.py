@@ -16,7 +16,7 @@ from megadistill.models.families import load_config, parameter_shapes
 from megadistill.models.initial_weights import MAX_DIFFERENCES, config_differences
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders
-from megadistill.train.checkpoint.format import Checkpoint, ParentRecord
+from megadistill.train.checkpoint.format import Checkpoint, ParentRecord, refuse_average
 from megadistill.train.checkpoint.rollback import Rollback, is_abandoned, read_rollbacks
 from megadistill.train.setup.run_folder import has_saved, student_config_of
 from megadistill.types import Cursor
@@ -127,6 +127,10 @@ def _at(path: Path) -> Parent:
         raise UserError(f"{KEY}: {_printable(path)} {what} (paths are relative to {Path.cwd()})")
     run = path.resolve().parent.parent
     parent = Parent(Checkpoint(path), run if (run / "recipe.json").is_file() else None)
+    try:
+        refuse_average(parent.checkpoint.manifest, path)
+    except UserError as error:
+        raise UserError(f"{KEY}: {error}") from None
     if is_abandoned(parent.checkpoint.manifest, parent.rollbacks()):
         raise UserError(f"{KEY}: a rollback of its run abandoned {parent}: name an older checkpoint")
     return parent
