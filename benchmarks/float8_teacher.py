@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megadistill.config.recipe import TeacherPrecision
 from megadistill.distributed.vocab import VocabSlice
-from megadistill.evaluate.splits import load_splits
+from megadistill.heldout.splits import load_splits
 from megadistill.loss import Head, token_terms
 from megadistill.models.families import load_config, logit_transform
 from megadistill.precision import PRECISIONS, torch_dtype

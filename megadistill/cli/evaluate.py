@@ -100,7 +100,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from megadistill.distributed.launch import Launch, environment_rank
     from megadistill.evaluate.evaluate import evaluate, ranks
     from megadistill.evaluate.evaluation_tables import tables
-    from megadistill.evaluate.splits import load_splits
+    from megadistill.heldout.splits import load_splits
     from megadistill.progress import console_progress
 
     if environment_rank() == 0:

@@ -1,7 +1,6 @@
 """Evaluation of models on held-out splits, data-parallel: each rank of a launch holds each model whole."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,10 +15,11 @@ from megadistill.data import missing_bos
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, local_device, process_groups, topology_of_world
 from megadistill.errors import OperatorFault, UserError
-from megadistill.evaluate.accumulator import COLUMNS, Accumulator, Deciles, Floats, Totals, entropy_deciles
 from megadistill.evaluate.evaluation import CalibrationBin, Decile, Evaluation, SourceResult
 from megadistill.evaluate.models import batch_terms, check_model
-from megadistill.evaluate.splits import Split, own_batches, short_names
+from megadistill.heldout.accumulator import Accumulator, Deciles, Totals, entropy_deciles
+from megadistill.heldout.measures import measures_of
+from megadistill.heldout.splits import Split, own_batches, short_names
 from megadistill.models.weights import load_pretrained
 from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
@@ -124,14 +124,16 @@ def _evaluation(
     return Evaluation(
         model=name,
         parameters=parameters,
-        **_means(sums_C, bins_B3, splits, total.by_source_KC[:, 0].tolist(), with_teacher=with_teacher),
+        **measures_of(sums_C, bins_B3, splits, total.by_source_KC[:, 0].tolist(), with_teacher=with_teacher),
         calibration=tuple(
             CalibrationBin(int(count), confidence / count, correct / count) if count else CalibrationBin(0, None, None)
             for count, confidence, correct in bins_B3.tolist()
         ),
         by_decile=tuple(map(_decile, deciles.bounds, total.by_decile_D4.tolist())) if deciles else None,
         by_source=tuple(
-            SourceResult(source=split.name, **_means(sums_C, bins_B3, [split], [sums_C[0]], with_teacher=with_teacher))
+            SourceResult(
+                source=split.name, **measures_of(sums_C, bins_B3, [split], [sums_C[0]], with_teacher=with_teacher)
+            )
             for split, sums_C, bins_B3 in zip(splits, total.by_source_KC, total.by_bin_KB3, strict=True)
         ),
     )
@@ -140,30 +142,3 @@ def _evaluation(
 def _decile(bounds: tuple[float, float] | None, sums_4: list[float]) -> Decile:
     tokens, *sums_3 = sums_4
     return Decile(bounds, int(tokens), *(value / tokens if tokens else None for value in sums_3))
-
-
-def _means(
-    sums_C: Floats, bins_B3: Floats, splits: Sequence[Split], tokens: Sequence[float], *, with_teacher: bool
-) -> dict[str, Any]:
-    """The measures that `Evaluation` and `SourceResult` share; `tokens`: number of tokens of each of the splits."""
-    count = sums_C[0]
-    means = dict(zip(COLUMNS[1:], (sums_C[1:] / count).tolist(), strict=True))
-    bytes_ = _text_bytes(splits, tokens)
-    return {
-        "tokens": int(count),
-        "cross_entropy": means["cross_entropy"],
-        "perplexity": math.exp(means["cross_entropy"]),
-        "bits_per_byte": None if bytes_ is None else float(sums_C[1] / math.log(2) / bytes_),
-        "calibration_error": float(np.abs(bins_B3[:, 1] - bins_B3[:, 2]).sum() / count),
-        **{name: means[name] if with_teacher else None for name in COLUMNS[2:]},
-    }
-
-
-def _text_bytes(splits: Sequence[Split], tokens: Sequence[float]) -> float | None:
-    """Bytes of text of so many tokens of each split, at the mean of its manifest; None where one has no count."""
-    bytes_ = 0.0
-    for split, count in zip(splits, tokens, strict=True):
-        if split.manifest.text_bytes is None:
-            return None
-        bytes_ += split.manifest.text_bytes * count / split.manifest.tokens
-    return bytes_

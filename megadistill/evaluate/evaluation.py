@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megadistill.errors import UserError
+from megadistill.heldout.measures import Measures
 from megadistill.io import read_json
 from megadistill.redaction import printable
 
@@ -38,28 +39,6 @@ class Decile:
     cross_entropy: float | None
     kl: float | None
     agreement: float | None
-
-
-@dataclass(frozen=True)
-class Measures:
-    """One model on some tokens."""
-
-    tokens: int
-    cross_entropy: float
-    perplexity: float
-    bits_per_byte: float | None
-    """None where a split's manifest has no count of bytes."""
-    calibration_error: float
-    """Expected calibration error (Guo et al., 2017, arXiv:1706.04599, section 3): the mean distance of confidence and
-    accuracy over 21 bins, weighted by tokens."""
-    kl: float | None
-    """KL(teacher ‖ model); None without a teacher."""
-    jsd: float | None
-    """Jensen-Shannon divergence from the teacher, β = 0.5."""
-    agreement: float | None
-    """Fraction of positions where both have the same most likely token."""
-    acceptance: float | None
-    """Mean of Σ min(p, q): the fraction of the model's draws that speculative decoding with the teacher accepts."""
 
 
 @dataclass(frozen=True)

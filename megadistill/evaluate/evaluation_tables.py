@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from megadistill.evaluate.evaluation import MEASURES, Evaluation, Measures, measure_cells
+from megadistill.evaluate.evaluation import MEASURES, Evaluation, measure_cells
+from megadistill.heldout.measures import Measures
 
 MAIN = ("cross_entropy", "perplexity", "bits_per_byte", "kl", "agreement")
 FURTHER = ("calibration_error", "jsd", "acceptance")

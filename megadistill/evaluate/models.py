@@ -61,7 +61,10 @@ def batch_terms(
         teacher_head = _head(teacher, batch, labelled, vocab_size)
         alone = token_terms(teacher_head, labels_N, vocab=vocab)
         none_N, all_N = torch.zeros_like(alone.entropy), torch.ones_like(alone.entropy)
-        terms.append(replace(alone, teacher=AgainstTeacher(kl=none_N, jsd=none_N, acceptance=all_N, agreement=all_N)))
+        itself = AgainstTeacher(
+            kl=none_N, jsd=none_N, acceptance=all_N, agreement=all_N, cross_entropy=alone.cross_entropy
+        )
+        terms.append(replace(alone, teacher=itself))
     for student in students:
         student_head = _head(student, batch, labelled, vocab_size)
         terms.append(token_terms(student_head, labels_N, vocab=vocab, teacher=teacher_head))

@@ -30,6 +30,8 @@ class AgainstTeacher:
     """Σ min(p_t, p_s): the acceptance rate of speculative decoding, 1 - total variation."""
     agreement: Tensor
     """1 where both have the same most likely id, else 0."""
+    cross_entropy: Tensor
+    """-ln p_t of the label; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ def token_terms(
     tokens = GroupTokens.gather(inputs, plan)
     g, rank = group_size(vocab.group), group_rank(vocab.group)
     chunks = [_terms(in_flight.wait(inputs)).chunk(g, dim=1)[rank] for in_flight in iter_chunks(inputs, plan, tokens)]
-    terms = torch.cat(chunks, dim=1) if chunks else tokens.weights_gL.new_empty(4 * len(inputs.heads), 0)
+    terms = torch.cat(chunks, dim=1) if chunks else tokens.weights_gL.new_empty(4 if teacher is None else 9, 0)
     cross_entropy, entropy, confidence, best, *against = terms[:, : len(labels)].unbind()
     correct = (best == labels).to(best.dtype)
     return TokenTerms(cross_entropy, entropy, confidence, correct, AgainstTeacher(*against) if against else None)
 
 
 def _terms(chunk: Chunk) -> Tensor:
-    """[4 or 8, n]: cross-entropy, entropy, confidence, most likely id, then `AgainstTeacher`. Collective."""
+    """[4 or 9, n]: cross-entropy, entropy, confidence, most likely id, then `AgainstTeacher`. Collective."""
     student, teacher, has_label_n = chunk.student, chunk.teacher, chunk.tokens.has_label_n
     cross_entropy_n = torch.where(has_label_n > 0, student.label_ce_n, 0)
     own = torch.stack([cross_entropy_n, student.entropy_n, (-student.log_sum_n).exp(), student.argmax_n])
@@ -86,4 +88,5 @@ def _terms(chunk: Chunk) -> Tensor:
         return own
     kl_n, _, jsd_n, acceptance_n = all_reduce_sum(chunk.pairwise_terms(), chunk.vocab.group).unbind(dim=1)
     same_n = (teacher.argmax_n == student.argmax_n).to(has_label_n.dtype)
-    return torch.cat([own, torch.stack([kl_n, jsd_n, acceptance_n, same_n])])
+    teacher_ce_n = torch.where(has_label_n > 0, teacher.label_ce_n, 0)
+    return torch.cat([own, torch.stack([kl_n, jsd_n, acceptance_n, same_n, teacher_ce_n])])

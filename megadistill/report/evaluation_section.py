@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megadistill.evaluate.evaluation import Evaluation, Measures, measure_rows
+from megadistill.evaluate.evaluation import Evaluation, measure_rows
+from megadistill.heldout.measures import Measures
 from megadistill.io import atomic_write
 from megadistill.report.drawing import WIDE, Drawing, colour, dashes, draw, label, style
 from megadistill.report.tables import NOTHING, Table, text

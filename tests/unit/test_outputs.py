@@ -161,7 +161,7 @@ def test_results_are_printed_before_they_are_written(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("megadistill.progress.console_progress", nothing)
     monkeypatch.setattr("megadistill.evaluate.evaluate.ranks", nothing)
     monkeypatch.setattr("megadistill.evaluate.evaluate.evaluate", lambda *models, **options: [])
-    monkeypatch.setattr("megadistill.evaluate.splits.load_splits", lambda *given, **options: {})
+    monkeypatch.setattr("megadistill.heldout.splits.load_splits", lambda *given, **options: {})
     monkeypatch.setattr("megadistill.evaluate.evaluation_tables.tables", lambda results: [])
     monkeypatch.setattr("megadistill.report.evaluation_section.write_plots", lambda *what: happened.append("plots"))
     monkeypatch.setattr(command, "print_tables", lambda *tables: happened.append("tables"))

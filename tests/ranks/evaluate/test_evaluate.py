@@ -13,7 +13,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
-from megadistill.evaluate.splits import load_splits
+from megadistill.heldout.splits import load_splits
 from megadistill.loss import Head, LossOptions, TokenTerms, VocabSlice, token_terms
 from megadistill.models.families import load_config
 from tests.ranks.harness import run_ranks

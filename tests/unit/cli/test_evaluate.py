@@ -24,7 +24,7 @@ def test_tables_are_printed_once_the_progress_bar_is_gone(monkeypatch: pytest.Mo
     monkeypatch.setattr("megadistill.progress.console_progress", bar)
     monkeypatch.setattr("megadistill.evaluate.evaluate.ranks", ranks)
     monkeypatch.setattr("megadistill.evaluate.evaluate.evaluate", lambda *models, **options: [])
-    monkeypatch.setattr("megadistill.evaluate.splits.load_splits", lambda *given, **options: {})
+    monkeypatch.setattr("megadistill.heldout.splits.load_splits", lambda *given, **options: {})
     monkeypatch.setattr("megadistill.evaluate.evaluation_tables.tables", lambda results: [])
     monkeypatch.setattr(command, "print_tables", lambda *tables: happened.append("tables"))
     command._evaluate(

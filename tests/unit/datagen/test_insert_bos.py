@@ -19,7 +19,7 @@ from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
 from megadistill.evaluate.prompts import held_out_prompts
 from megadistill.evaluate.sample import load_for_sampling
-from megadistill.evaluate.splits import load_splits
+from megadistill.heldout.splits import load_splits
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling
 from megadistill.prune.prune import prune

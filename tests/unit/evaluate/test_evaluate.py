@@ -21,7 +21,7 @@ from megadistill.distributed.launch import Launch
 from megadistill.errors import OperatorFault, UserError
 from megadistill.evaluate.evaluate import evaluate, ranks
 from megadistill.evaluate.evaluation import Evaluation
-from megadistill.evaluate.splits import load_splits, short_names
+from megadistill.heldout.splits import load_splits, short_names
 from megadistill.models.families import load_config
 from tests.unit.data.splits import random_sequences, write_split
 

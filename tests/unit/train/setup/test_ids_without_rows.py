@@ -23,7 +23,7 @@ from megadistill.errors import UserError
 from megadistill.evaluate.evaluate import evaluate
 from megadistill.evaluate.prompts import typed_prompts
 from megadistill.evaluate.sample import load_for_sampling, samples
-from megadistill.evaluate.splits import load_splits
+from megadistill.heldout.splits import load_splits
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling
 from megadistill.teacher.tokenizer_check import require_same_ids

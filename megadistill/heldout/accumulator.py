@@ -21,7 +21,9 @@ from megadistill.types import DECILES
 
 BINS = 21
 """Equal bins of the top-1 probability, as in the calibration errors of arXiv:2503.16870."""
-COLUMNS = ("tokens", "cross_entropy", "kl", "jsd", "agreement", "acceptance")
+COLUMNS = ("tokens", "cross_entropy", "kl", "jsd", "agreement", "acceptance", "teacher_cross_entropy")
+OF_TEACHER = ("kl", "jsd", "agreement", "acceptance", "cross_entropy")
+"""The terms of `AgainstTeacher` that the last columns are sums of."""
 
 Floats = NDArray[np.float64]
 
@@ -41,13 +43,15 @@ class Totals:
 class Accumulator:
     """Sums of one model's results on this rank's tokens."""
 
-    def __init__(self, sources: int) -> None:
+    def __init__(self, sources: int, *, keeps_tokens: bool = True) -> None:
+        """`keeps_tokens`: keeps 12 bytes of each token that has a teacher until `totals`, which the deciles need."""
+        self._keeps_tokens = keeps_tokens
         self._sums_KC = np.zeros((sources, len(COLUMNS)))
         self._bins_KB3 = np.zeros((sources, BINS, 3))
         self._per_token: list[NDArray[np.float32]] = []
 
     def add(self, terms: TokenTerms, source: int) -> None:
-        """Adds the tokens of a batch, all of one source. With a teacher 12 bytes a token are kept until `totals`."""
+        """Adds the tokens of a batch, all of one source."""
         cross_entropy_n, confidence_n, correct_n = map(_host, (terms.cross_entropy, terms.confidence, terms.correct))
         self._sums_KC[source, :2] += len(cross_entropy_n), cross_entropy_n.sum()
         # A NaN counts in some bin: the cross-entropy, which is NaN too, is checked.
@@ -55,10 +59,10 @@ class Accumulator:
         for column, weights in enumerate((None, confidence_n, correct_n)):
             self._bins_KB3[source, :, column] += np.bincount(bins_n, weights, minlength=BINS)
         if terms.teacher is not None:
-            pairwise = (terms.teacher.kl, terms.teacher.jsd, terms.teacher.agreement, terms.teacher.acceptance)
-            pairwise_4n = np.stack([_host(values) for values in pairwise])
-            self._sums_KC[source, 2:] += pairwise_4n.sum(axis=1)
-            self._per_token.append(np.stack([cross_entropy_n, pairwise_4n[0], pairwise_4n[2]]).astype(np.float32))
+            against_5n = np.stack([_host(getattr(terms.teacher, name)) for name in OF_TEACHER])
+            self._sums_KC[source, 2:] += against_5n.sum(axis=1)
+            if self._keeps_tokens:
+                self._per_token.append(np.stack([cross_entropy_n, against_5n[0], against_5n[2]]).astype(np.float32))
 
     def totals(self, decile_N: NDArray[np.int64] | None, topology: Topology) -> Totals:
         """Sums over all ranks. `decile_N`: decile of each token of this rank, in the order of `add`. Collective."""

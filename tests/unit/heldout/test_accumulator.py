@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megadistill.distributed.launch import Launch
-from megadistill.evaluate.accumulator import BINS, Accumulator, Totals, entropy_deciles
 from megadistill.evaluate.evaluate import ranks
+from megadistill.heldout.accumulator import BINS, Accumulator, Totals, entropy_deciles
 from megadistill.loss import TokenTerms
 
 ALONE = Launch(rank=0, world=1, local_rank=0, local_world=1)
