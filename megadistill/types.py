@@ -5,6 +5,7 @@ Legend: B sequences of this rank in a micro-batch (or step), S tokens of a seque
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import lru_cache
@@ -57,6 +58,19 @@ class Cursor:
 
 
 @dataclass(frozen=True)
+class SequencePart:
+    """A rank's tokens of each sequence: part `place` of `parts` equal, contiguous ones."""
+
+    place: int = 0
+    parts: int = 1
+
+    def of(self, values: Tensor) -> Tensor:
+        """[B, S, ...] -> [B, S / parts, ...], contiguous. `parts` divides S."""
+        assert values.shape[1] % self.parts == 0, f"{values.shape[1]} tokens do not divide into {self.parts} parts"
+        return values if self.parts == 1 else values.chunk(self.parts, dim=1)[self.place].contiguous()
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """This rank's rows of a batch; the student and the teacher read the same one.
 
@@ -74,13 +88,23 @@ class TokenBatch:
     document_mask: bool = False
     faults: tuple[tuple[int, str], ...] = ()
     """(slot, reason) of this rank's rows that failed their check in this batch; they are masked from now on."""
+    part: SequencePart = SequencePart()
+    """The tokens of each sequence that this rank has. Of a part, tokens and labels are [B, S / parts]; starts and
+    digests are those of whole sequences."""
     sources: Tensor = _FIRST_SOURCE
     """[B]; a scalar given to the constructor is the source of all rows."""
+    peer_sources: Tensor = _FIRST_SOURCE
+    """[B, g] int64: the sources of the same rows of the g ranks that share a teacher, in rank order. By default this
+    rank's alone."""
+    peer_rows: tuple[int, ...] | None = None
+    """Number of rows of each of these ranks in this micro-batch; None: as many as here."""
     _on_device: dict[torch.device, "TokenBatch"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.sources.dim() == 0:
             object.__setattr__(self, "sources", self.sources.expand(len(self)))
+        if self.peer_sources.dim() == 0:
+            object.__setattr__(self, "peer_sources", self.sources.unsqueeze(1))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -88,12 +112,30 @@ class TokenBatch:
     def micro_batches(self, size: int) -> list["TokenBatch"]:
         """The rows in micro-batches of `size`, in order. `size` divides B."""
         assert len(self) % size == 0, f"{len(self)} rows do not divide into micro-batches of {size}"
-        by_row = {each.name: getattr(self, each.name) for each in fields(self)}
-        by_row = {name: value for name, value in by_row.items() if isinstance(value, Tensor)}
         return [
-            replace(self, faults=(), **{name: rows[start : start + size] for name, rows in by_row.items()})
+            replace(self, faults=(), **{name: rows[start : start + size] for name, rows in self._by_row().items()})
             for start in range(0, len(self), size)
         ]
+
+    def of_sources(self, numbers: Collection[int]) -> "TokenBatch":
+        """The rows of these sources, in order, with `peer_rows`; the batch itself where they are all rows of all."""
+        chosen_Bg = torch.isin(self.peer_sources, torch.tensor(sorted(numbers)))
+        if bool(chosen_Bg.all()):
+            return self
+        chosen_B = torch.isin(self.sources, torch.tensor(sorted(numbers)))
+        rows = {name: tensor[chosen_B] for name, tensor in self._by_row().items()}
+        return replace(self, **rows, peer_rows=tuple(chosen_Bg.sum(dim=0).tolist()))
+
+    def of_part(self, part: SequencePart) -> "TokenBatch":
+        """A rank's tokens of each sequence, of a batch of whole ones. Labels are the next tokens across its end too."""
+        assert self.part.parts == 1, "a part of whole sequences"
+        if part.parts == 1:
+            return self
+        return replace(self, tokens=part.of(self.tokens), labels=part.of(self.labels), part=part)
+
+    def _by_row(self) -> dict[str, Tensor]:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def pinned(self) -> "TokenBatch":
         """The batch with its models' inputs in pinned memory, for a host that has an accelerator."""
@@ -122,7 +164,7 @@ class TokenBatch:
 
     @property
     def positions(self) -> Tensor | None:
-        """[B, S] int64: position of each token in its document, with `document_mask`; else None."""
+        """[B, S] int64: position of each token in its document, with `document_mask`; else None. Whole sequences'."""
         return document_positions(self.starts) if self.document_mask else None
 
 
@@ -294,6 +336,14 @@ entropy of the load over its maximum, mean of the layers; fraction of experts wi
 and the z-loss, without their weights."""
 
 
+NORM_KINDS = ("gradient", "update", "weight")
+"""The gradient before clipping; the change of the weights, weight decay included; the weights after it. All float32."""
+
+NORM_NUMBERS = ("clipped_steps", "expected_logit")
+"""Numbers beside the norms of a step: fraction of the steps since the last norms whose gradient was clipped; mean over
+tokens of the logit that the student expects, Σ_v q_v z_v = log Z - H(q), which grows with the scale of the logits."""
+
+
 @dataclass(frozen=True)
 class Diagnostics:
     """Extra diagnostics of teacher and student, at temperature 1: sums like those of `LossTerms`, detached."""
@@ -397,3 +447,5 @@ class StepReport:
     """Numbers of the routers by `EXPERT_METRICS`, of a student with experts."""
     expert_load: dict[str, list[float]] | None = None
     """Number of a layer -> load of each of its experts relative to an even one, on some steps."""
+    norms: dict[str, Any] | None = None
+    """On some steps: gradient, update and weight norms by group of parameters, and `NORM_NUMBERS`."""

@@ -7,6 +7,10 @@ that entered j ticks ago: its input arrived during the tick before, and while th
 waits for another within a tick, a round's signals are ready g - 1 ticks after it entered, and the pipeline is filled
 once and drained once, however many steps and accumulation windows lie between.
 
+Several teachers are as many pipelines over the same ranks, in turn. Of a micro-batch each gets the rows that it
+teaches, so a round may have another number of rows of each rank (`TokenBatch.peer_rows`), and none of any: that one
+costs nothing, but passes the stages like every other, so that all pipelines run equally far ahead.
+
 A *packet* is one micro-batch between two stages: its digests, then its hidden states. The digests are taken where the
 tokens are read and leave the pipeline together with the hidden states, so a micro-batch that is lost, doubled or
 delivered to the wrong rank does not match that rank's batch.
@@ -34,21 +38,32 @@ class _Round:
 
     batch: TokenBatch
     """This rank's micro-batch."""
+    rows: tuple[int, ...]
+    """Rows of each rank. Buffers have those of the largest, B."""
     tokens_gBS: Tensor
     positions_gBS: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, S"""
+        return max(self.rows), self.batch.tokens.shape[1]
 
 
 class TeacherPipeline:
     """The frozen teacher, one stage on each rank of the group. Collective: all of them make it."""
 
-    def __init__(self, stage: TeacherStage, topology: Topology) -> None:
+    def __init__(self, stage: TeacherStage, topology: Topology, *, beside: "TeacherPipeline | None" = None) -> None:
+        """`beside`: a pipeline of another teacher on the same ranks, whose connections this one uses too."""
         assert (stage.stage, stage.stages) == (topology.group_rank, topology.group_size)
         self.stage = stage
         self.group = topology.pipeline_group
         first_rank = topology.rank - topology.group_rank
         ranks = range(first_rank, first_rank + topology.group_size)
-        self.endpoint = Endpoint(self.group, rank=stage.stage, ranks=ranks)
-        self.endpoint.connect(chain(range(stage.stages)), stage.device)
+        if beside is None:
+            self.endpoint = Endpoint(self.group, rank=stage.stage, ranks=ranks)
+            self.endpoint.connect(chain(range(stage.stages)), stage.device)
+        else:
+            self.endpoint = beside.endpoint
         self._name = f"teacher stage {stage.stage}"
 
     @property
@@ -65,7 +80,8 @@ class TeacherPipeline:
         """The teacher's final hidden states for each of this rank's `batches`, in order.
 
         `batches` is read `ahead` of the signals. Collective: all ranks have as many batches, of the same
-        shapes, and take as many signals; then any of them may close the iterator, if all do. All ranks run the same
+        shapes or with their `peer_rows`, and take as many signals; then any of them may close the iterator, if all do.
+        Several pipelines on the same ranks are read in one order on all of them. All ranks run the same
         operations in the same order, on the pipeline's own group. The host waits for the device once a tick, at its
         end, where it reads digests and whether the hidden states are finite: all that was queued before has then run.
 
@@ -87,7 +103,7 @@ class TeacherPipeline:
                 last = first + len(rounds) - 1
                 current = tick - stage
                 finished = None
-                if first <= current <= last:
+                if first <= current <= last and any(rounds[current - first].rows):
                     with timeline.span(timeline.COMPUTE, self._name, current):
                         packets = self._work(rounds[current - first], incoming)
                     if outgoing is not None:
@@ -98,8 +114,9 @@ class TeacherPipeline:
                     else:
                         outgoing = self.endpoint.send(packets, stage + 1, label="packet")
                 incoming = None
-                if not self.stage.is_first and first <= current + 1 <= last:
-                    buffer = self._empty_packets(self.stage.stages, *rounds[current + 1 - first].batch.tokens.shape)
+                following = rounds[current + 1 - first] if first <= current + 1 <= last else None
+                if not self.stage.is_first and following is not None and any(following.rows):
+                    buffer = self._empty_packets(self.stage.stages, *following.shape)
                     incoming = self.endpoint.post_recv(buffer, stage - 1, label="packet")
                 if first <= tick - self.ahead:
                     yield self._scatter_signals(rounds[0], finished)
@@ -117,11 +134,15 @@ class TeacherPipeline:
 
     def _share_tokens(self, batch: TokenBatch) -> _Round:
         moved = batch.to(self.stage.device)
-        positions = moved.positions
+        rows, positions = batch.peer_rows or (len(batch),) * self.stage.stages, moved.positions
+        assert rows[self.stage.stage] == len(batch)
+        if not any(rows):
+            return _Round(batch, rows, moved.tokens, positions)
         with timeline.span(timeline.WAIT, "share tokens"):
             if positions is not None:  # hidden states do not show a stage where documents begin
-                positions = all_gather_rows(positions, self.group)
-            return _Round(batch, all_gather_rows(moved.tokens, self.group), positions)
+                positions = all_gather_rows(_with_rows(positions, max(rows)), self.group)
+            tokens = all_gather_rows(_with_rows(moved.tokens, max(rows)), self.group)
+            return _Round(batch, rows, tokens, positions)
 
     def _work(self, current: _Round, incoming: Message | None) -> Tensor:
         """[g, bytes]: a round through this stage."""
@@ -129,10 +150,12 @@ class TeacherPipeline:
         positions = [None] * stages if current.positions_gBS is None else current.positions_gBS.chunk(stages)
         arrived = None if incoming is None else incoming.wait()
         with timeline.timed(timeline.Part.STAGE):
-            packets = self._empty_packets(stages, *current.batch.tokens.shape)
-            inputs = zip(packets, self._inputs(current, arrived), positions, strict=True)
-            for packet, (x, digests_B), positions_BS in inputs:
-                pack(digests_B, self.stage(x, positions_BS), out=packet)
+            packets = self._empty_packets(stages, *current.shape)
+            inputs = zip(packets, self._inputs(current, arrived), positions, current.rows, strict=True)
+            for packet, (x, digests_B), positions_BS, rows in inputs:
+                if rows:
+                    hidden = self.stage(x, None if positions_BS is None else positions_BS[:rows])
+                    pack(digests_B, hidden, out=packet[: self._packet_bytes(rows, current.shape[1])])
             return packets
 
     def _inputs(self, current: _Round, arrived: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -140,22 +163,27 @@ class TeacherPipeline:
         stages = self.stage.stages
         if self.stage.is_first:
             digests_gB = token_digest(current.tokens_gBS)
-            yield from zip(current.tokens_gBS.chunk(stages), digests_gB.chunk(stages), strict=True)
+            chunks = zip(current.tokens_gBS.chunk(stages), digests_gB.chunk(stages), current.rows, strict=True)
+            yield from ((tokens[:rows], digests[:rows]) for tokens, digests, rows in chunks)
             return
         assert arrived is not None, "the stage before sent nothing"
-        for packet in arrived:
-            yield self._unpack(packet, *current.batch.tokens.shape)
+        for packet, rows in zip(arrived, current.rows, strict=True):
+            yield self._unpack(packet, rows, current.shape[1])
 
     def _scatter_signals(self, oldest: _Round, finished: Tensor | None) -> TeacherSignal:
         """This rank's part of a round, from the last stage."""
-        B, S = oldest.batch.tokens.shape
-        kind, name = (timeline.SEND, "send answers") if self.stage.is_last else (timeline.WAIT, "wait for answer")
-        with timeline.span(kind, name):
-            packets = scatter_rows(
-                finished, self._empty_packets(1, B, S), source=self.stage.stages - 1, group=self.group
-            )
+        (B, S), own = oldest.shape, len(oldest.batch)
+        if B:
+            kind, name = (timeline.SEND, "send answers") if self.stage.is_last else (timeline.WAIT, "wait for answer")
+            with timeline.span(kind, name):
+                packets = scatter_rows(
+                    finished, self._empty_packets(1, B, S), source=self.stage.stages - 1, group=self.group
+                )
+        if not own:
+            hidden = torch.empty(self.stage.hidden_shape(0, S), dtype=self.stage.dtype, device=self.stage.device)
+            return TeacherSignal(hidden.flatten(0, 1), oldest.batch.slots, oldest.batch.digests)
         # After the last collective of the tick: a rank that stops here leaves no other one waiting in it.
-        hidden_BSE, digests_B = self._unpack(packets[0], B, S)
+        hidden_BSE, digests_B = self._unpack(packets[0], own, S)
         return checked_signal(hidden_BSE, oldest.batch.slots, digests_B)
 
     def _packet_bytes(self, B: int, S: int) -> int:
@@ -167,5 +195,10 @@ class TeacherPipeline:
 
     def _unpack(self, packet: Tensor, B: int, S: int) -> tuple[Tensor, Tensor]:
         """Hidden states [B, S, E], copied to be aligned for matrix kernels, and digests [B]."""
-        digests_B, payload = unpack(packet, B)
+        digests_B, payload = unpack(packet[: self._packet_bytes(B, S)], B)
         return payload.clone().view(self.stage.dtype).view(self.stage.hidden_shape(B, S)), digests_B
+
+
+def _with_rows(rows: Tensor, number: int) -> Tensor:
+    """[number, S]: the rows, then others that nobody reads."""
+    return rows if len(rows) == number else torch.cat([rows, rows.new_zeros(number - len(rows), rows.shape[1])])

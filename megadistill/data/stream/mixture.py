@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from megadistill.config.recipe import CurriculumEntry as EntrySection
 from megadistill.config.recipe import DataSection
 from megadistill.data.shards.manifest import Manifest, TokenizerRecord
 from megadistill.data.stream.order import CurriculumEntry, Order, Source
+from megadistill.data.stream.segments import Segment, segment_index
 from megadistill.data.tokenizers.data_files import read_files, write_files
 from megadistill.data.tokenizers.tokenizer import load_tokenizer
 from megadistill.errors import UserError
@@ -34,13 +36,11 @@ class Mixture:
 
     def __post_init__(self) -> None:
         (first_name, first), *others = self.sources.items()
+        for entry in self.curriculum:
+            named, *more = entry.weights
+            self._require_same("sequence_length", named, more, what="sources of one curriculum entry")
         for name, manifest in others:
-            for field in ("sequence_length", "vocab_size"):
-                if getattr(manifest, field) != getattr(first, field):
-                    raise UserError(
-                        f"data.sources: {name} has {field} {getattr(manifest, field)}, {first_name} has "
-                        f"{getattr(first, field)}: sources of one mixture must agree, tokenize one of them again"
-                    )
+            self._require_same("vocab_size", first_name, [name], what="sources of one mixture")
             if manifest.tokenizer.sha256 != first.tokenizer.sha256:
                 raise UserError(
                     f"data.sources: {name} was made by another tokenizer (sha256 {manifest.tokenizer.sha256[:12]}…) "
@@ -52,14 +52,25 @@ class Mixture:
                 "tokenize the text with the model's own (megadistill tokenize ... --tokenizer MODEL)"
             )
 
+    def _require_same(self, field: str, first: str, others: Sequence[str], *, what: str) -> None:
+        expected = getattr(self.sources[first], field)
+        for name in others:
+            if (value := getattr(self.sources[name], field)) != expected:
+                raise UserError(
+                    f"data.sources: {name} has {field} {value}, {first} has {expected}: {what} must agree, tokenize "
+                    "one of them again"
+                )
+
     @classmethod
     def of(cls, manifest: Manifest, *, insert_bos: bool = False) -> "Mixture":
         """One split, repeated without an end."""
         return cls({"data": manifest}, (CurriculumEntry(None, {"data": 1}),), insert_bos=insert_bos)
 
     @classmethod
-    def load(cls, section: DataSection) -> "Mixture":
+    def load(cls, section: DataSection, *, global_batch: int | None = None) -> "Mixture":
         """The mixture of a recipe's `data` section.
+
+        `global_batch`: sequences of a step of entries that do not say how many; needed where entries differ in shape.
 
         Raises:
             UserError: a manifest cannot be read, or the sources do not fit together.
@@ -67,16 +78,12 @@ class Mixture:
         if section.manifest is not None:
             return cls.of(Manifest.load(section.manifest), insert_bos=section.insert_bos)
         sources = {name: Manifest.load(location) for name, location in section.sources.items()}
-        sequence_length = next(iter(sources.values())).sequence_length
-        curriculum = [
-            CurriculumEntry(None if entry.tokens is None else -(-entry.tokens // sequence_length), entry.weights)
-            for entry in section.curriculum
-        ]
+        curriculum = curriculum_of(section.curriculum, sources, global_batch=global_batch)
         return cls(sources, curriculum, insert_bos=section.insert_bos)
 
     @property
     def first(self) -> Manifest:
-        """The first source; all have its sequence length, vocabulary and tokenizer."""
+        """The first source; all have its vocabulary and tokenizer."""
         return next(iter(self.sources.values()))
 
     @property
@@ -86,8 +93,27 @@ class Mixture:
 
     @property
     def sequence_length(self) -> int:
-        """S, in tokens."""
-        return self.first.sequence_length
+        """S, in tokens; of entries that differ in it, the longest."""
+        return max(segment.sequence_length for segment in self.segments)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The spans of slots whose steps have one shape; see `data.stream.segments`."""
+        segments: list[Segment] = []
+        start = 0
+        for index, entry in enumerate(self.curriculum):
+            length = self.sources[next(iter(entry.weights))].sequence_length
+            stop = None if entry.slots is None else start + entry.slots
+            if segments and not entry.begins_segment and segments[-1].sequence_length == length:
+                segments[-1] = replace(segments[-1], stop=stop)
+            else:
+                segments.append(Segment(start, stop, length, entry.batch, index))
+            start += entry.slots or 0
+        return tuple(segments)
+
+    def segment_at(self, slot: int) -> Segment:
+        """The segment of a slot."""
+        return self.segments[segment_index([segment.start for segment in self.segments], slot)]
 
     @property
     def vocab_size(self) -> int:
@@ -126,6 +152,47 @@ class Mixture:
             name: Source(manifest.fingerprint, manifest.shards.sequences) for name, manifest in self.sources.items()
         }
         return Order(sources, self.curriculum, seed=seed)
+
+
+def curriculum_of(
+    sections: Sequence[EntrySection], sources: Mapping[str, Manifest], *, global_batch: int | None
+) -> list[CurriculumEntry]:
+    """The entries in sequences. Where the shape of the steps changes, an entry ends with a whole step: its tokens are
+    rounded up, counted from the entry at which the shape began.
+
+    Raises:
+        UserError: an entry's `sequence_length` is not that of its sources.
+    """
+    entries: list[CurriculumEntry] = []
+    shape: tuple[object, ...] = ()
+    since, batch = 0, 1  # sequences since the shape began
+    for number, section in enumerate(sections, 1):
+        length = _length_of(section, sources, number)
+        rope, loss = (repr(each) for each in (section.rope, section.loss))
+        own = (length, section.global_batch or global_batch, section.micro_batch, rope, loss)
+        begins = bool(entries) and own != shape
+        if begins:
+            last = entries[-1]
+            assert last.slots is not None
+            entries[-1] = replace(last, slots=last.slots + -since % batch)
+            since = 0
+        shape, batch = own, section.global_batch or global_batch or 1
+        slots = None if section.tokens is None else -(-section.tokens // length)
+        since += slots or 0
+        entries.append(CurriculumEntry(slots, section.weights, section.global_batch, begins))
+    return entries
+
+
+def _length_of(section: EntrySection, sources: Mapping[str, Manifest], number: int) -> int:
+    for name in section.weights:
+        length = sources[name].sequence_length
+        if section.sequence_length not in (None, length):
+            raise UserError(
+                f"data.curriculum: entry {number} has sequence_length {section.sequence_length}, its source {name} "
+                f"sequences of {length} tokens: name sources that were tokenized with --sequence-length "
+                f"{section.sequence_length}"
+            )
+    return length
 
 
 def _bos_of_files(data: Mixture) -> int | None:

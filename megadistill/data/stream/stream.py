@@ -9,13 +9,14 @@ Legend: B rows of this rank, S tokens of a sequence.
 import json
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megadistill.data.shards.insert_bos import insert_bos
 from megadistill.data.shards.labels import document_starts, mask_labels, predicted, shift
@@ -25,12 +26,13 @@ from megadistill.data.shards.reader import SequenceReader
 from megadistill.data.shards.shard_cache import ShardCache
 from megadistill.data.stream.mixture import Mixture
 from megadistill.data.stream.order import order_differences
+from megadistill.data.stream.segments import Skips
 from megadistill.data.stream.shuffle import Positions
 from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest, use_device
 
 OnCorruptSample = Literal["fail", "mask"]
-Skips = Sequence[tuple[int, int]]
+
 
 LOOKAHEAD_ROWS = 4096
 """Rows located at a time: the arithmetic costs as much for one row as for some hundred."""
@@ -57,28 +59,26 @@ class TokenStream:
         skips: Skips = (),
         prefetch: int = 0,
         pinned_for: torch.device | None = None,
+        peers: range | None = None,
     ) -> None:
-        """`batch_slots` sequences are a global batch, over all `world_size` ranks; `start` is where to resume.
+        """`batch_slots` sequences are a global batch, over all `world_size` ranks, in segments without a batch of their
+        own; `start` is where to resume.
 
         `document_mask`: documents are read by themselves, and no label lies in another document. `on_corrupt_sample`:
         "fail" raises at a damaged sequence, "mask" makes it a masked sample in its slot, up to `max_masked_per_million`
         in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
         reads ahead; 0 reads on demand. `pinned_for`: an accelerator for which what the iterator delivers is in pinned
-        memory, pinned where it is read.
+        memory, pinned where it is read. `peers`: the ranks whose rows' sources every batch has (`TokenBatch.peer_sources`),
+        which follow from the slots alone; None: this rank.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
                 what differs in what was read), or `skips` reach into what was read.
         """
         assert 0 <= rank < world_size, f"rank {rank} of a world of {world_size}"
-        if batch_slots < 1 or batch_slots % world_size:
-            below, above = batch_slots // world_size * world_size, (batch_slots // world_size + 1) * world_size
-            fits = f"{below} or {above}" if below > 0 else f"{above}"
-            raise UserError(
-                f"a global batch of {batch_slots} sequences does not divide over {world_size} ranks: "
-                f"the nearest that do are {fits}"
-            )
         self._mixture = data if isinstance(data, Mixture) else Mixture.of(data)
+        for segment in self._mixture.segments:
+            _require_divides(segment.batch or batch_slots, world_size)
         self._order = self._mixture.order(seed)
         self.fingerprint = self._order.fingerprint
         """sha256 of what decides the order: manifests, curriculum, seed, version of the arithmetic; no batch size."""
@@ -99,8 +99,8 @@ class TokenStream:
         cache = ShardCache()
         self._readers = [self._reader(name, cache) for name in self._order.names]
         self._batch_slots = batch_slots
-        self._rows = batch_slots // world_size
-        self._first_row = rank * self._rows
+        self._rank, self._world_size = rank, world_size
+        self._peers = peers
         self._prefetch, self._pinned_for = prefetch, pinned_for
 
     def __iter__(self) -> Iterator[tuple[TokenBatch, Cursor]]:
@@ -108,6 +108,8 @@ class TokenStream:
 
     def batch(self, slots: range) -> TokenBatch:
         """The rows of `slots`, on the host, skipped ones too. range(0, sequences) visits each one of a split once.
+
+        The slots have sequences of one length.
 
         Raises:
             ShardFault: a shard does not hold what the manifest says, and `on_corrupt_sample` is "fail"; or too many
@@ -162,17 +164,34 @@ class TokenStream:
         return SequenceReader(manifest, cache)
 
     def _batches(self) -> Iterator[tuple[TokenBatch, Cursor]]:
-        """Each batch is the next G slots that are not skipped."""
+        """Each batch is the next G slots of a segment that are not skipped; see `data.stream.segments`."""
         next_slot = self.start.next_slot
-        batches = max(1, LOOKAHEAD_ROWS // self._rows)
         while True:
-            steps = np.arange(batches, dtype=np.int64)[:, None] * self._batch_slots
-            ends = self._unskipped(next_slot, steps[:, 0] + self._batch_slots - 1) + 1
-            slots_BR = self._unskipped(next_slot, steps + np.arange(self._first_row, self._first_row + self._rows))
+            segment = self._mixture.segment_at(next_slot)
+            batch_slots = segment.batch or self._batch_slots
+            rows = batch_slots // self._world_size
+            first_row = self._rank * rows
+            steps = np.arange(max(1, LOOKAHEAD_ROWS // rows), dtype=np.int64)[:, None] * batch_slots
+            ends = self._unskipped(next_slot, steps[:, 0] + batch_slots - 1) + 1
+            if segment.stop is not None:
+                ends = ends[ends <= segment.stop]
+                if not len(ends):
+                    next_slot = segment.stop
+                    continue
+            slots_BR = self._unskipped(next_slot, steps[: len(ends)] + np.arange(first_row, first_row + rows))
             places_BR3 = self._order.locate(slots_BR.reshape(-1)).reshape(*slots_BR.shape, 3)
-            for slots_R, places_R3, next_slot in zip(slots_BR, places_BR3, ends.tolist(), strict=True):
+            begins = [next_slot, *ends.tolist()]
+            for slots_R, places_R3, begin, next_slot in zip(slots_BR, places_BR3, begins, begins[1:], strict=False):
                 batch = self._read(slots_R, places_R3)
+                if self._peers is not None:
+                    batch = replace(batch, peer_sources=self._peer_sources(begin, self._peers))
                 yield batch if self._pinned_for is None else batch.pinned(), self._cursor(next_slot)
+
+    def _peer_sources(self, next_slot: int, peers: range) -> Tensor:
+        """[B, g]: the sources of the peers' rows of the batch that begins at `next_slot`."""
+        rows = np.arange(peers.start * self._rows, peers.stop * self._rows, dtype=np.int64)
+        sources = self._order.sources(self._unskipped(next_slot, rows))
+        return torch.from_numpy(sources.reshape(len(peers), self._rows).T.copy())
 
     def _cursor(self, next_slot: int) -> Cursor:
         with self._masked_lock:
@@ -189,7 +208,8 @@ class TokenStream:
         return slots
 
     def _read(self, slots_B: Positions, places_B3: Positions) -> TokenBatch:
-        rows, length = len(slots_B), self._mixture.sequence_length
+        rows = len(slots_B)
+        length = self._mixture.segment_at(int(slots_B[0]) if rows else 0).sequence_length
         # torch's allocator keeps memory that numpy's would give back and fault in again for each batch.
         tokens, labels = (torch.empty(rows, length, dtype=torch.int64) for _ in range(2))
         starts = torch.empty(rows, length, dtype=torch.bool)
@@ -235,6 +255,17 @@ class TokenStream:
             faults=slot_faults,
             sources=torch.from_numpy(places_B3[:, 0].copy()),
         )
+
+
+def _require_divides(batch_slots: int, world_size: int) -> None:
+    if batch_slots >= 1 and batch_slots % world_size == 0:
+        return
+    below, above = batch_slots // world_size * world_size, (batch_slots // world_size + 1) * world_size
+    fits = f"{below} or {above}" if below > 0 else f"{above}"
+    raise UserError(
+        f"a global batch of {batch_slots} sequences does not divide over {world_size} ranks: the nearest that do are "
+        f"{fits}"
+    )
 
 
 def _merged(skips: Skips, start: Cursor) -> tuple[tuple[int, int], ...]:

@@ -6,8 +6,8 @@ The teacher's stages add 1 to what they get; the student's ZeRO-3 leaves all-gat
 import ast
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -303,6 +303,41 @@ def test_the_colocated_pipeline_ends(stages: int, replicas: int, one_queue: bool
         pipeline.close()
 
     finished(run_threads(world, rank_of, one_queue=one_queue))
+
+
+def _ragged(rank: int, index: int, rows: tuple[int, ...]) -> TokenBatch:
+    return replace(
+        _batch(rank, index), sources=torch.tensor(1 - rows[rank]), peer_sources=1 - torch.tensor([rows])
+    ).of_sources({0})
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_the_pipelines_of_several_teachers_end(stages: int, one_queue: bool) -> None:
+    """Read in turn, each with rows of some ranks, or of none; closed early, as by a rollback, and to the end."""
+    rounds = 12
+
+    def rows_of(teacher: int, index: int) -> tuple[int, ...]:
+        return tuple(int((index + rank) % 3 == teacher) if index % 5 else 0 for rank in range(stages))
+
+    def rank_of(rank: int, store: Store) -> None:
+        topology, student = _topology(rank, stages, stages), Student()
+        first, stage = _pipeline(topology), Stage(rank, stages)
+        pipelines = [first, TeacherPipeline(stage, topology, beside=first)]  # type: ignore[arg-type]
+        for take in (3, rounds):
+            batches = [[_ragged(rank, i, rows_of(teacher, i)) for i in range(rounds)] for teacher in range(2)]
+            with ExitStack() as stack:
+                streams = [
+                    stack.enter_context(closing(pipeline.signals(iter(of_teacher))))
+                    for pipeline, of_teacher in zip(pipelines, batches, strict=True)
+                ]
+                for index in range(take):
+                    for stream, of_teacher in zip(streams, batches, strict=True):
+                        _check(next(stream), of_teacher[index], stages)
+                    student.step(rank)
+        student.finish()
+
+    finished(run_threads(stages, rank_of, one_queue=one_queue))
 
 
 def test_the_pipelines_communicators_are_made_before_its_first_round() -> None:

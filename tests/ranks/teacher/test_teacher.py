@@ -50,6 +50,63 @@ def test_each_rank_gets_the_unsplit_models_hidden_states_of_its_own_tokens(world
             assert not signal.hidden.requires_grad
 
 
+ROWS = [(2, 0, 1), (0, 0, 0), (0, 3, 0), (1, 1, 1)]
+"""Rows of each rank in successive rounds of one of two teachers; the other one has them in reverse order."""
+
+
+def _ragged(rank: int, rows: tuple[int, ...], index: int) -> TokenBatch:
+    tokens = torch.randint(VOCAB, (rows[rank], 8), generator=torch.Generator().manual_seed(100 * rank + index))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 0] = starts[:, 3 + index :: 4] = True
+    slots = torch.arange(rows[rank]) + 1000 * rank + 10 * index
+    return TokenBatch(tokens, tokens, slots, token_digest(tokens), starts, document_mask=True, peer_rows=rows)
+
+
+def _two_teachers(topology: Topology, folders: tuple[str, str]) -> tuple[list[list[Tensor]], list[int]]:
+    """Hidden states of each teacher's rounds, read in turn; and rows that went through this rank's stages."""
+    first = _pipeline(topology, folders[0])
+    second = TeacherPipeline(_pipeline(topology, folders[1]).stage, topology, beside=first)
+    computed = []
+    for each in (first, second):
+        each.stage.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0])))
+    world = topology.world
+    rounds = [[_ragged(topology.rank, rows[:world], i) for i, rows in enumerate(all_)] for all_ in (ROWS, ROWS[::-1])]
+    streams = [pipeline.signals(iter(batches)) for pipeline, batches in zip((first, second), rounds, strict=True)]
+    signals = list(zip(*streams, strict=True))
+    hidden = [[signal.hidden_for(batch) for signal, batch in zip(of, batches, strict=True)]
+              for of, batches in zip(zip(*signals, strict=True), rounds, strict=True)]  # fmt: skip
+    return hidden, computed
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_two_teachers_of_unequal_rows_compute_those_and_no_others(world: int, tmp_path: Path) -> None:
+    """Of other widths too; a round without a row of any rank costs nothing."""
+    folders = (tmp_path / "one", tmp_path / "two")
+    for family, folder in zip(("qwen3", "mistral"), folders, strict=True):
+        saved_model(family, folder)
+    alone = [run_ranks(1, _alone, str(folder), world, index)[0] for index, folder in enumerate(folders)]
+    needed = 2 * sum(sum(rows[:world]) for rows in ROWS)
+    for rank, (hidden, computed) in enumerate(run_ranks(world, _two_teachers, tuple(map(str, folders)))):
+        assert sum(computed) == needed
+        for of_teacher, truth in zip(hidden, alone, strict=True):
+            torch.testing.assert_close(of_teacher, truth[rank], rtol=0, atol=0)
+
+
+def _alone(topology: Topology, folder: str, world: int, reverse: int) -> list[list[Tensor]]:
+    """For each rank, the hidden states of the complete model on its rows of each round."""
+    stage = _pipeline(topology, folder).stage
+    rounds = ROWS[::-1] if reverse else ROWS
+    batches = [[_ragged(rank, rows[:world], i) for i, rows in enumerate(rounds)] for rank in range(world)]
+    return [
+        [stage(b.tokens, b.positions).flatten(0, 1) if len(b) else torch.zeros(0, _width(stage)) for b in of_rank]
+        for of_rank in batches
+    ]
+
+
+def _width(stage: TeacherStage) -> int:
+    return stage.hidden_shape(1, 1)[2]
+
+
 def _with_documents(topology: Topology, folder: str) -> list[Tensor]:
     pipeline = _pipeline(topology, folder)
     batches = (_documents(_batch(topology.rank, index)) for index in range(len(SHAPES)))

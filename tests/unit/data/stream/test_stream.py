@@ -201,6 +201,24 @@ def test_rows_carry_the_number_of_their_source(manifest: Manifest, other: Manife
     assert _take(manifest, 1)[0][0].sources.tolist() == [0] * 8
 
 
+@pytest.mark.parametrize("skips", [(), [(3, 9), (20, 45)]])
+def test_a_rank_knows_the_sources_of_its_peers_rows(manifest: Manifest, other: Manifest, skips: Any) -> None:
+    """Of all ranks of its group, without a message; a micro-batch of some sources has the peers' numbers of rows."""
+    mixture = _mixture(manifest, other, CurriculumEntry(16, {"web": 1.0}), CurriculumEntry(None, {"web": 1, "code": 2}))
+    of_rank = [_take(mixture, 5, rank=rank, world=4, skips=skips, peers=range(2, 4)) for rank in range(4)]
+    for step in range(5):
+        truth = torch.stack([of_rank[rank][step][0].sources for rank in (2, 3)], dim=1)
+        for rank in (2, 3):
+            batch = of_rank[rank][step][0]
+            assert torch.equal(batch.peer_sources, truth)
+            for micro, truth_of_micro in zip(batch.micro_batches(1), truth.split(1), strict=True):
+                code = micro.of_sources({mixture.names.index("code")})
+                peers_rows = (truth_of_micro == mixture.names.index("code")).sum(dim=0).tolist()
+                assert code.peer_rows == (None if all(peers_rows) else tuple(peers_rows))
+                assert len(code) == len(code.labels) == peers_rows[rank - 2]
+    assert 0 < truth.sum() < truth.numel(), "both sources are there"
+
+
 def test_stages_that_were_not_reached_may_be_edited_and_a_consumed_one_is_refused(
     manifest: Manifest, other: Manifest
 ) -> None:
