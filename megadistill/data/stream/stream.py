@@ -33,7 +33,6 @@ from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest, u
 
 OnCorruptSample = Literal["fail", "mask"]
 
-
 LOOKAHEAD_ROWS = 4096
 """Rows located at a time: the arithmetic costs as much for one row as for some hundred."""
 
@@ -184,14 +183,14 @@ class TokenStream:
             for slots_R, places_R3, begin, next_slot in zip(slots_BR, places_BR3, begins, begins[1:], strict=False):
                 batch = self._read(slots_R, places_R3)
                 if self._peers is not None:
-                    batch = replace(batch, peer_sources=self._peer_sources(begin, self._peers))
+                    batch = replace(batch, peer_sources=self._peer_sources(begin, self._peers, rows))
                 yield batch if self._pinned_for is None else batch.pinned(), self._cursor(next_slot)
 
-    def _peer_sources(self, next_slot: int, peers: range) -> Tensor:
-        """[B, g]: the sources of the peers' rows of the batch that begins at `next_slot`."""
-        rows = np.arange(peers.start * self._rows, peers.stop * self._rows, dtype=np.int64)
-        sources = self._order.sources(self._unskipped(next_slot, rows))
-        return torch.from_numpy(sources.reshape(len(peers), self._rows).T.copy())
+    def _peer_sources(self, next_slot: int, peers: range, rows: int) -> Tensor:
+        """[rows, g]: the sources of the peers' rows of the batch that begins at `next_slot`."""
+        offsets = np.arange(peers.start * rows, peers.stop * rows, dtype=np.int64)
+        sources = self._order.sources(self._unskipped(next_slot, offsets))
+        return torch.from_numpy(sources.reshape(len(peers), rows).T.copy())
 
     def _cursor(self, next_slot: int) -> Cursor:
         with self._masked_lock:
