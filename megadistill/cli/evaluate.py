@@ -1,11 +1,13 @@
-"""Commands that measure models and runs: evaluate, sample, lm-eval, report."""
+"""Commands that measure models and runs: evaluate, sample, lm-eval, follow, report."""
 
 import argparse
 import time
 from pathlib import Path
 
 from megadistill.cli.common import (
+    RESUMES,
     Commands,
+    Options,
     add_command,
     add_insert_bos,
     add_sampling,
@@ -40,6 +42,16 @@ download their questions from the Hugging Face hub, those of --include may read 
 Python code that is then run: include only files that you trust.
 
 example: megadistill lm-eval student/ --tasks hellaswag arc_easy --fewshot 5 --json student-tasks.json"""
+
+FOLLOW_EPILOG = """\
+Each checkpoint is exported, measured and sampled, the oldest first, and gets a row in RUN/follow/follow.jsonl, which
+`megadistill report` shows. It ends with the run. What has a row is not measured again, so the same command resumes;
+with other tasks or prompts checkpoints are measured again. The run waits for nothing of it, and may delete a checkpoint
+that is being read. On the machine of the run, leave it its devices: CUDA_VISIBLE_DEVICES names one for the follower.
+
+examples:
+  megadistill follow runs/mine --tasks hellaswag arc_easy --limit 500
+  megadistill follow runs/mine --prompt 'def main(' --once"""
 
 REPORT_EPILOG = """\
 The page needs no network, and any browser shows it: curves over tokens and over
@@ -81,12 +93,17 @@ def add(commands: Commands) -> None:
     summary = "measure a model on tasks of lm-evaluation-harness"
     command = add_command(commands, "lm-eval", summary, LM_EVAL_EPILOG, _lm_eval)
     command.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with its tokenizer")
-    option(command, "--tasks", "TASK", "names of tasks or groups", nargs="+", required=True)
-    option(command, "--include", "DIR", "a folder with the YAML files of more tasks", kind=Path)
-    option(command, "--fewshot", "N", "examples before a question (default: the task's)", kind=int)
-    option(command, "--limit", "N", "questions of each task (default: all)", kind=int)
-    option(command, "--batch", "N", "questions of a forward pass", default=8)
+    _add_tasks(command, required=True)
     option(command, "--json", "FILE", "also write the table as JSON", kind=Path)
+
+    summary = "measure each new checkpoint of a run: lm-eval tasks, samples, exports"
+    command = add_command(commands, "follow", summary, FOLLOW_EPILOG, _follow, on_interrupt=RESUMES)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    _add_tasks(command, required=False)
+    repeatable(command, "--prompt", "TEXT", "a prompt to continue")
+    add_sampling(command, new_tokens=64)
+    command.add_argument("--keep-exports", action="store_true", help="keep each export, in RUN/follow/exports")
+    command.add_argument("--once", action="store_true", help="measure the checkpoints that are there, and end")
 
     summary = "write one HTML page on one or several runs, with its figures beside it"
     command = add_command(commands, "report", summary, REPORT_EPILOG, _report)
@@ -94,6 +111,15 @@ def add(commands: Commands) -> None:
     text = "an .html file, or a folder for report.html (default: the run's folder; several runs need it)"
     option(command, "--output", "PATH", text, kind=Path)
     repeatable(command, "--evaluation", "FILE", "another file of `evaluate --json` to show", kind=Path)
+
+
+def _add_tasks(command: Options, *, required: bool) -> None:
+    """The options of tasks of lm-evaluation-harness."""
+    option(command, "--tasks", "TASK", "names of tasks or groups", nargs="+", required=required)
+    option(command, "--include", "DIR", "a folder with the YAML files of more tasks", kind=Path)
+    option(command, "--fewshot", "N", "examples before a question (default: the task's)", kind=int)
+    option(command, "--limit", "N", "questions of each task (default: all)", kind=int)
+    option(command, "--batch", "N", "questions of a forward pass", default=8)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -175,6 +201,27 @@ def _lm_eval(options: argparse.Namespace) -> None:
     print_tables(results.table())
     if options.json:
         write_json(options.json, results)
+
+
+def _follow(options: argparse.Namespace) -> None:
+    from megadistill.distributed.topology import local_device
+    from megadistill.evaluate.checkpoint_scores import FOLLOW
+    from megadistill.export.follow import Measurements, follow
+    from megadistill.models.sampling import Sampling
+
+    require_writable_folder(options.run_folder / FOLLOW, "RUN")
+    measurements = Measurements(
+        tasks=tuple(options.tasks or ()),
+        include=options.include,
+        fewshot=options.fewshot,
+        limit=options.limit,
+        batch=options.batch,
+        prompts=tuple(options.prompt),
+        sampling=Sampling(options.new_tokens, options.temperature, options.top_p, options.seed),
+        keep_exports=options.keep_exports,
+    )
+    rows = follow(options.run_folder, measurements, once=options.once, device=local_device(0))
+    say(f"{options.run_folder / FOLLOW}: {rows} new rows; megadistill report {options.run_folder} shows them")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -82,23 +82,9 @@ def run_tasks(
     Raises:
         UserError: the harness is not installed, there is no such task, or the folder holds no model with a tokenizer.
     """
-    if importlib.util.find_spec(HARNESS) is None:
-        raise UserError("lm-eval needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'")
-    for option, value, least in (("--batch", batch, 1), ("--fewshot", fewshot, 0), ("--limit", limit, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{option} {value}: give at least {least}")
-    if include is not None and not include.is_dir():
-        raise UserError(f"--include {include} is no folder: give the one that holds the YAML files of your tasks")
+    manager = check_tasks(tasks, include=include, fewshot=fewshot, batch=batch, limit=limit)
     tokenizer = load_for_sampling(folder, None)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     harness: Any = importlib.import_module(HARNESS)
-    manager = importlib.import_module(f"{HARNESS}.tasks").TaskManager(include_path=include and str(include))
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            raise UserError(
-                f"lm-eval has no task {task}{nearest(task, manager.all_tasks)}: `lm-eval ls tasks` lists them, and "
-                "--include DIR adds your own"
-            )
     results = harness.simple_evaluate(
         model=_behind_one_bos(
             pretrained=_model(folder, device),
@@ -117,6 +103,32 @@ def run_tasks(
         task_manager=manager,
     )
     return TaskScores(folder.resolve().name, importlib.metadata.version(HARNESS), tuple(_scores(results)))
+
+
+def check_tasks(
+    tasks: Sequence[str], *, include: Path | None, fewshot: int | None, batch: int, limit: int | None
+) -> Any:
+    """The harness's manager of tasks. No model is read.
+
+    Raises:
+        UserError: the harness is not installed, there is no such task, or a number is out of its range.
+    """
+    if importlib.util.find_spec(HARNESS) is None:
+        raise UserError("lm-eval needs lm-evaluation-harness: pip install 'megadistill[lm-eval]'")
+    for option, value, least in (("--batch", batch, 1), ("--fewshot", fewshot, 0), ("--limit", limit, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: give at least {least}")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include {include} is no folder: give the one that holds the YAML files of your tasks")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    manager = importlib.import_module(f"{HARNESS}.tasks").TaskManager(include_path=include and str(include))
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(
+                f"lm-eval has no task {task}{nearest(task, manager.all_tasks)}: `lm-eval ls tasks` lists them, and "
+                "--include DIR adds your own"
+            )
+    return manager
 
 
 def _behind_one_bos(**arguments: Any) -> Any:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megadistill.config.paths import wrong_path
 from megadistill.errors import OperatorFault, UserError
-from megadistill.export.pinned import pinned
+from megadistill.export.pinned import pinned, sole_writer
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import (
-    AverageRecord,
     AveragedCheckpoint,
+    AverageRecord,
     Checkpoint,
     CheckpointManifest,
     commit,
@@ -59,7 +59,10 @@ def average_run(run: Path, *, last: int | None, decay: float | None, max_file_by
     output = run / AVERAGES / f"{kind}-of-{count}-to-{steps[-1]:08d}"
     if output.exists():
         raise UserError(f"{printable(str(output))} exists already: export it, or remove it to average again")
-    with pinned([folders[step] for step in steps], within=output.parent) as places:
+    with (
+        sole_writer(output.parent, "megadistill average"),
+        pinned([folders[step] for step in steps], within=output.parent) as places,
+    ):
         checkpoints = [Checkpoint(place) for place in places]
         _refuse_different_parameters(checkpoints)
         for checkpoint in checkpoints:

@@ -44,6 +44,18 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
     if output.exists():  # before a checkpoint of terabytes is read
         raise UserError(f"{output} exists already; remove it, or export to another folder")
     run, checkpoint = _find_checkpoint(source, step)
+    export_checkpoint(checkpoint, output, run=run, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    return checkpoint.manifest.step
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint, output: Path, *, run: Path | None, max_shard_bytes: int, dtype: Precision | None
+) -> None:
+    """Writes the student of a checkpoint to `output`, see `export_run`. `run`: the folder of its run, where known.
+
+    Raises:
+        UserError: an output that exists. OperatorFault: the checkpoint is damaged.
+    """
     manifest = checkpoint.manifest
     recipe = validate_recorded(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
@@ -73,7 +85,6 @@ def export_run(source: Path, output: Path, *, step: int | None, max_shard_bytes:
         tokenizer=tokenizer,
         texts=_card(output.name, checkpoint, recipe, run=run, config=config, tokenizer_class=tokenizer_class),
     )
-    return manifest.step
 
 
 def _tokenizer(run: Path, *, rows: int) -> ExportedTokenizer:

@@ -67,7 +67,7 @@ def test_an_average_is_numpys_in_float64_to_the_last_bit(
     assert record is not None
     assert tuple(each.step for each in record.checkpoints) == steps
     assert sum(each.weight for each in record.checkpoints) == pytest.approx(1, abs=1e-12)
-    assert [path.name for path in (run / "averages").iterdir()] == [folder.name]  # no pin and no draft is left
+    assert _left(run) == [folder.name]  # no pin and no draft
 
 
 def test_the_weights_of_a_moving_average_are_those_of_its_recursion() -> None:
@@ -178,4 +178,17 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(run: Path, tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(OperatorFault, match=r"rank-00001-of-00003\.safetensors is damaged"):
         average_run(run, last=None, decay=0.5)
-    assert sorted(path.name for path in (run / "averages").iterdir()) == ["mean-of-2-to-00000006"]
+    assert _left(run) == ["mean-of-2-to-00000006"]
+
+
+def _left(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "averages").iterdir() if path.name != pinned.LOCK)
+
+
+def test_what_a_killed_average_left_is_removed_by_the_next_and_two_do_not_meet(run: Path) -> None:
+    left = run / "averages" / ".pinned-abc" / "step-00000002"
+    left.mkdir(parents=True)
+    with pinned.sole_writer(run / "averages", "megadistill average"):
+        assert not left.exists()
+        with pytest.raises(UserError, match="another `megadistill average` is writing to"):
+            average_run(run, last=2, decay=None)
