@@ -14,6 +14,10 @@ MAX_TOKENS: Final = 10**18
 """Tokens: the largest data sets have 10^14; sums stay within 64 bits."""
 MAX_SEQUENCES: Final = 10**7
 """Sequences of a step: the largest batches have 10^5."""
+MAX_SEQUENCE: Final = 1 << 24
+"""Tokens of a sequence, as in a manifest: the longest have 10^7."""
+MAX_ROPE_THETA: Final = 1e15
+"""Base of rotary embeddings, as in a model's config."""
 MAX_RANKS: Final = 10**6
 """Ranks: the largest clusters have 10^5 GPUs."""
 MAX_BATCHES: Final = 1000

@@ -1,6 +1,7 @@
 """The recipe as frozen pydantic models, one per section. Paths are relative to the current directory."""
 
 import math
+import re
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -14,8 +15,10 @@ from megadistill.config.bounds import (
     MAX_MULTIPLE,
     MAX_RANKS,
     MAX_RATE,
+    MAX_ROPE_THETA,
     MAX_SECONDS,
     MAX_SEED,
+    MAX_SEQUENCE,
     MAX_SEQUENCES,
     MAX_STEPS,
     MAX_TEMPERATURE,
@@ -36,6 +39,10 @@ from megadistill.redaction import redacted, without_url_secrets
 
 MAX_TIMELINE_STEPS = 100
 
+MAX_HELD_OUT_SPLITS = 64
+
+MAX_PROFILE_STEPS = 20
+
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
 """Parts of a layer that the backward pass recomputes: more from left to right."""
 
@@ -49,6 +56,9 @@ TeacherPrecision: TypeAlias = Literal["native", "float8"]
 
 WARMUP_FRACTION, MAX_WARMUP_STEPS = 0.05, 2000
 """Default warm-up: the fraction of Wortsman et al. (2309.14322), up to the steps of LLaMA (2302.13971)."""
+
+MAX_WARMUP_TOKENS = 8_000_000_000
+"""The same in tokens: 2000 steps of LLaMA's 4 million."""
 
 MILESTONE_CHECKPOINTS = 10
 """Default of `checkpoint.keep_every`, in checkpoints."""
@@ -92,13 +102,43 @@ class RunSection(Section):
         return self
 
 
+class EntryLossSection(Section):
+    """Weights of the loss's terms in a curriculum entry; those that are None are as in `loss`."""
+
+    kd_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    """Weight of the divergence."""
+    ce_weight: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    """Weight of the cross-entropy of the label."""
+    z_loss: float | None = Field(default=None, ge=0, le=MAX_WEIGHT)
+    """Weight of (log Z)² of the student."""
+
+
 class CurriculumEntry(Section):
-    """A span of the run and the mixture that it reads."""
+    """A span of the run: the mixture that it reads, and the shape of its steps."""
 
     tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    """Length in tokens; the last entry has none and lasts to the end of the run."""
+    """Length in tokens; the last entry has none and lasts to the end of the run. Rounded up to whole steps where the
+    next entry's steps have another shape (one of the keys below)."""
     weights: dict[str, Share] = Field(min_length=1)
     """Source -> share of the sequences, in any unit: {web: 0.8, code: 0.2} or {web: 4, code: 1}."""
+    sequence_length: int | None = Field(default=None, ge=1, le=MAX_SEQUENCE)
+    """Tokens of a sequence, those of the entry's sources, which are tokenized for it. None: whatever they have."""
+    global_batch: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
+    """Sequences of an optimizer step. None: `train.global_batch`."""
+    micro_batch: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
+    """Sequences of one forward pass on one rank. None: `train.micro_batch`."""
+    rope: float | dict[str, Any] | None = None
+    """The student's rotary embeddings: rope_theta, or `rope_parameters` as in a Hugging Face config. None: those of its
+    config. The teacher keeps its own."""
+    loss: EntryLossSection | None = None
+    """Weights of the loss's terms. None: those of `loss`."""
+
+    @field_validator("rope")
+    @classmethod
+    def _theta_is_in_bounds(cls, rope: float | dict[str, Any] | None) -> float | dict[str, Any] | None:
+        if isinstance(rope, int | float) and not 1 <= rope <= MAX_ROPE_THETA:
+            raise ValueError(f"rope is {rope}: give rope_theta, 1 to {MAX_ROPE_THETA:g}, or rope_parameters")
+        return rope
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> "CurriculumEntry":
@@ -150,7 +190,7 @@ class DataSection(Section):
                 what = (
                     "the last curriculum entry has no end: remove its" if last else f"curriculum entry {number} needs"
                 )
-                raise ValueError(f"{what} tokens (train.steps ends the run)")
+                raise ValueError(f"{what} tokens (train.steps or train.tokens ends the run)")
         for skipped in self.skip:
             if len(skipped) != 2 or not 0 <= skipped[0] < skipped[1]:
                 raise ValueError(f"skip has {skipped}: a range is [first, one behind the last]")
@@ -159,7 +199,11 @@ class DataSection(Section):
 
 class DistributedSection(Section):
     vocab_group: int | None = Field(default=None, ge=1, le=MAX_RANKS)
-    """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node."""
+    """Ranks that share the vocabulary and hold one teacher stage each; by default the ranks of a node, over `sequence`
+    where that divides them."""
+    sequence: int = Field(default=1, ge=1, le=MAX_RANKS)
+    """Ranks that share each sequence (sequence parallelism): each has 1/n of its tokens, and in attention 1/n of the
+    heads over all tokens. They have the same place in consecutive vocab groups. 1: a rank has whole sequences."""
     timeout_minutes: float = Field(default=10.0, gt=0, le=MAX_MINUTES)
     """Timeout of a collective, of start-up and of a save (minutes)."""
 
@@ -177,6 +221,9 @@ class StudentSection(Section):
     activation_checkpointing: Checkpointing = "none"
     """Parts of each layer that the backward pass recomputes, for less memory. none: nothing. selective: all but matrix
     products and attention, whose outputs are kept. full: the layer, from its input: a third more compute."""
+    activation_offload: bool = False
+    """Keep the inputs of the layers in host memory between the passes; with activation_checkpointing full, whose
+    backward pass needs nothing else. For sequences whose layer inputs do not fit on the device."""
     attention: AttentionSetting = "auto"
     """Implementation of the student's attention. auto: the fastest that computes all of it (softcap, windows,
     documents) without scores [S, S] in memory. eager: with them. sdpa: torch's, with a dense mask where it needs one.
@@ -184,6 +231,15 @@ class StudentSection(Section):
     compile: CompileSetting = "auto"
     """Compile the student's layers with torch.compile, once for all layers of a kind. auto: on an accelerator with
     Triton. true needs Triton there and a C++ compiler on a CPU, where it takes about a minute."""
+
+    @model_validator(mode="after")
+    def _offloads_inputs_alone(self) -> "StudentSection":
+        if self.activation_offload and self.activation_checkpointing != "full":
+            raise ValueError(
+                f"activation_offload keeps the inputs of layers on the host, and with activation_checkpointing "
+                f"{self.activation_checkpointing} the backward pass needs more: set activation_checkpointing to full"
+            )
+        return self
 
 
 class TeacherSection(Section):
@@ -263,6 +319,11 @@ def default_warmup(steps: int, *, decay_steps: Any = None) -> int:
     return max(0, min(int(WARMUP_FRACTION * min(steps, MAX_STEPS)), MAX_WARMUP_STEPS, longest))
 
 
+def _before_decay(length: int, schedule: dict[str, Any]) -> int:
+    decay = schedule.get("decay_tokens")
+    return max(0, length - decay) if isinstance(decay, int) else length
+
+
 def _with_default(values: dict[str, Any], key: str, default: int) -> dict[str, Any]:
     return values if values.get(key) is not None else {**values, key: default}
 
@@ -277,36 +338,58 @@ class ScheduleSection(Section):
     a run folder already has is kept); of the divergence's weight, 0."""
     decay_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """wsd: steps of the final decay."""
+    warmup_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
+    """In place of warmup_steps, with `train.tokens`. None: of the learning rate, 5 % of `train.tokens`, at most 8
+    billion; of the divergence's weight, 0."""
+    decay_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    """In place of decay_steps, with `train.tokens`."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last value, as a fraction of the peak."""
 
-    def require_fit(self, steps: int, key: str) -> None:
-        """Refuses a schedule longer than a run of `steps` steps. `key` is its name in the recipe.
+    @property
+    def warmup(self) -> int:
+        """Length of the rise, in the schedule's unit: steps, or tokens with `train.tokens`."""
+        return self.warmup_steps or self.warmup_tokens or 0
+
+    @property
+    def decay(self) -> int | None:
+        """Length of the final decay in the same unit; None for a cosine."""
+        return self.decay_tokens if self.decay_steps is None else self.decay_steps
+
+    def require_fit(self, length: int, key: str, *, unit: Literal["steps", "tokens"] = "steps") -> None:
+        """Refuses a schedule longer than a run of `length` steps or tokens. `key` is its name in the recipe.
 
         Raises:
             ValueError: one line.
         """
-        if self.kind == "wsd" and self.decay_steps is None:
-            raise ValueError(f"{key}.kind wsd needs {key}.decay_steps (a tenth of train.steps is common)")
-        if self.kind == "cosine" and self.decay_steps is not None:
-            raise ValueError(f"{key}.decay_steps belongs to {key}.kind wsd; cosine decays over all of train.steps")
-        warmup_steps = self.warmup_steps or 0
-        if warmup_steps + (self.decay_steps or 0) > steps:
+        other = "tokens" if unit == "steps" else "steps"
+        for name in ("warmup", "decay"):
+            if getattr(self, f"{name}_{other}") is not None:
+                raise ValueError(
+                    f"{key}.{name}_{other} belongs to train.{other}, and this run is measured in {unit}: give "
+                    f"{key}.{name}_{unit}"
+                )
+        if self.kind == "wsd" and self.decay is None:
+            raise ValueError(f"{key}.kind wsd needs {key}.decay_{unit} (a tenth of train.{unit} is common)")
+        if self.kind == "cosine" and self.decay is not None:
+            raise ValueError(f"{key}.decay_{unit} belongs to {key}.kind wsd; cosine decays over all of train.{unit}")
+        if self.warmup + (self.decay or 0) > length:
             raise ValueError(
-                f"{key}.warmup_steps {warmup_steps} + decay_steps {self.decay_steps or 0} "
-                f"do not fit into steps {steps}; shorten them or train longer"
+                f"{key}.warmup_{unit} {self.warmup} + decay_{unit} {self.decay or 0} "
+                f"do not fit into {unit} {length}; shorten them or train longer"
             )
 
 
 class TargetsSection(Section):
     """Sparse targets: the part of the teacher's distribution that the student learns from."""
 
-    select: Literal["sampled", "top_k", "threshold", "top_p"] = "sampled"
-    """Draws from the teacher's distribution, its k most likely ids, those above a probability, or a nucleus."""
+    select: Literal["sampled", "sampled_distinct", "top_k", "threshold", "top_p"] = "sampled"
+    """Draws from the teacher's distribution; draws without replacement, renormalised (Gemma 3, 2503.19786; biased); its
+    k most likely ids; those above a probability; or a nucleus."""
     draws: int | None = Field(default=None, ge=1, le=MAX_IDS)
     """sampled: independent draws per token; the target is counts/draws. Default 50."""
     k: int | None = Field(default=None, ge=1, le=MAX_IDS)
-    """top_k: number of ids."""
+    """top_k: number of ids. sampled_distinct: different ids that are drawn, default 256."""
     epsilon: float | None = Field(default=None, gt=0, lt=1)
     """threshold: lowest probability of a selected id."""
     p: float | None = Field(default=None, gt=0, lt=1)
@@ -314,7 +397,7 @@ class TargetsSection(Section):
     max_ids: int | None = Field(default=None, ge=1, le=MAX_IDS)
     """top_p: maximum number of ids."""
     tail: Literal["other", "renormalised", "dropped"] | None = None
-    """Treatment of the remaining probability, default "other". Draws leave none, so `sampled` has no tail."""
+    """Treatment of the remaining probability, default "other". Sampled ids leave none, so they have no tail."""
 
     @model_validator(mode="before")
     @classmethod
@@ -322,23 +405,36 @@ class TargetsSection(Section):
         """Fills in the defaults of `select`, so that a run's recipe.json has them."""
         if not isinstance(values, dict):
             return values
-        sampled = values.get("select", "sampled") == "sampled"
-        return {"draws": 50, **values} if sampled else {"tail": "other", **values}
+        defaults = {"sampled": {"draws": 50}, "sampled_distinct": {"k": 256}}
+        select = values.get("select", "sampled")
+        return (defaults.get(select, {"tail": "other"}) if isinstance(select, str) else {}) | values
 
     @model_validator(mode="after")
     def _keys_belong(self) -> "TargetsSection":
-        owners = {"draws": "sampled", "k": "top_k", "epsilon": "threshold", "p": "top_p", "max_ids": "top_p"}
-        for key, owner in owners.items():
+        owners = {
+            "draws": ("sampled",),
+            "k": ("top_k", "sampled_distinct"),
+            "epsilon": ("threshold",),
+            "p": ("top_p",),
+            "max_ids": ("top_p",),
+        }
+        for key, selections in owners.items():
             value = getattr(self, key)
-            if value is None and owner == self.select:
+            if value is None and self.select in selections:
                 raise ValueError(f"select {self.select} needs {key}")
-            if value is not None and owner != self.select:
+            if value is not None and self.select not in selections:
+                owner = " or ".join(selections)
                 raise ValueError(f"{key} is {value}, but it belongs to select {owner}, not {self.select}")
-        if self.select == "sampled" and self.tail is not None:
-            raise ValueError(f"tail is {self.tail}, but counts of draws add up to 1 and leave none: remove it")
-        if self.select != "sampled" and self.tail is None:
+        if self.is_random and self.tail is not None:
+            raise ValueError(f"tail is {self.tail}, but targets of sampled ids add up to 1 and leave none: remove it")
+        if not self.is_random and self.tail is None:
             raise ValueError(f"select {self.select} needs a tail: other, renormalised or dropped")
         return self
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the ids are drawn, by the run's seed."""
+        return self.select in ("sampled", "sampled_distinct")
 
     def max_ids_per_token(self, vocab_size: int) -> int:
         """The most ids that a token can have, of a vocabulary of `vocab_size` ids."""
@@ -444,8 +540,10 @@ OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeVali
 
 
 class TrainSection(Section):
-    steps: int = Field(ge=1, le=MAX_STEPS)
-    """Optimizer steps of the whole run."""
+    steps: int = Field(default=0, ge=0, le=MAX_STEPS)
+    """Optimizer steps of the whole run. 0: those that `tokens` makes, which a run's recipe.json has."""
+    tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    """Tokens of the whole run, in place of `steps`; the last step is whole. Schedules then count tokens."""
     global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of an optimizer step, over all ranks, for any world size."""
     micro_batch: int = Field(ge=1, le=MAX_SEQUENCES)
@@ -462,10 +560,52 @@ class TrainSection(Section):
     """Steps between lines on the terminal; metrics.jsonl and TensorBoard get every step."""
     histograms_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between TensorBoard histograms of all weights and of their mean gradients; 0: never."""
+    norms_every: int = Field(default=0, ge=0, le=MAX_STEPS)
+    """Steps between norms of gradient, update and weights by layer and by kind of module; 0: never."""
+
+    @property
+    def unit(self) -> Literal["steps", "tokens"]:
+        """Unit of the schedules."""
+        return "steps" if self.tokens is None else "tokens"
+
+    @property
+    def length(self) -> int:
+        """Length of the run and of its schedules, in steps or in tokens (`unit`)."""
+        return self.steps if self.tokens is None else self.tokens
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":
-        self.schedule.require_fit(self.steps, "schedule")
+        if self.length == 0:
+            raise ValueError("the run has no length: give steps, or tokens")
+        self.schedule.require_fit(self.length, "schedule", unit=self.unit)
+        return self
+
+
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "mlflow"]
+
+EXTERNAL_TRACKERS: tuple[Tracker, ...] = ("wandb", "mlflow")
+"""Trackers that are packages of their own, and that a process beside the run sends to."""
+
+
+class ProfileSection(Section):
+    """Traces of torch.profiler, in RUN/profile/."""
+
+    steps: list[Step]
+    """[first, last]: steps whose operators are recorded."""
+    ranks: list[Annotated[int, Field(ge=0, lt=MAX_RANKS)]] = Field(default=[0], min_length=1, max_length=64)
+    """Ranks of the student that record."""
+    memory_snapshot: bool = False
+    """Write a snapshot of the accelerator's allocator too, with the stack of each allocation, for
+    pytorch.org/memory_viz. Only with CUDA."""
+
+    @model_validator(mode="after")
+    def _steps_are_a_range(self) -> "ProfileSection":
+        if len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps is {self.steps}: give [first, last], as in [101, 103]")
+        if self.steps[1] - self.steps[0] >= MAX_PROFILE_STEPS:
+            raise ValueError(
+                f"steps is {self.steps}: a trace of more than {MAX_PROFILE_STEPS} steps is too large to be opened"
+            )
         return self
 
 
@@ -523,6 +663,34 @@ class ResilienceSection(Section):
     """Time limit of a step (s). A longer one is a hang: every rank writes its stacks, and the run ends (exit 3)."""
 
 
+class ValidationSection(Section):
+    """Measures on held-out splits during the run: at its start, every `every` steps, and at its end."""
+
+    every: int = Field(ge=1, le=MAX_STEPS)
+    """Optimizer steps between validations."""
+    data: dict[str, str] = Field(min_length=1, max_length=MAX_HELD_OUT_SPLITS)
+    """Held-out splits: name -> manifest.json, as `megadistill tokenize` wrote it; of the run's tokenizer and sequence
+    length."""
+    sequences: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
+    """Sequences of each split at most, the first of its order in every validation; null: all."""
+    patience: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    """Validations in a row without a lower cross-entropy over all splits, after which the run is said to improve no
+    more (event `validation_plateau`); null: never."""
+    stop: bool = False
+    """Save and stop when the patience is used up."""
+
+    @model_validator(mode="after")
+    def _names_and_patience(self) -> "ValidationSection":
+        for name in self.data:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+                raise ValueError(
+                    f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most"
+                )
+        if self.stop and self.patience is None:
+            raise ValueError("stop is true without a patience, so nothing would stop the run: set patience, or remove it")
+        return self
+
+
 class Recipe(Section):
     """A complete recipe: all settings of a run."""
 
@@ -538,6 +706,20 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
     """The teacher, for objective distill only."""
+    validation: ValidationSection | None = None
+    """Validation on held-out splits; null: none."""
+    track: list[Tracker] = ["tensorboard"]
+    """Trackers that get the metrics; metrics.jsonl has them in any case. wandb and mlflow are sent to by a process of
+    their own, and take project, server and key from their own environment variables (docs/trackers.md)."""
+    profile: ProfileSection | None = None
+    """Record some steps with torch.profiler. None: none."""
+
+    @field_validator("track")
+    @classmethod
+    def _trackers_are_distinct(cls, track: list[Tracker]) -> list[Tracker]:
+        if len({*track}) < len(track):
+            raise ValueError(f"track is {track}: name each tracker once")
+        return track
 
     @model_validator(mode="before")
     @classmethod
@@ -547,13 +729,18 @@ class Recipe(Section):
         if not isinstance(train, dict):
             return values
         schedule = train.get("schedule", {})
-        if isinstance(schedule, dict) and isinstance(train.get("steps"), int):
+        if isinstance(schedule, dict) and isinstance(train.get("tokens"), int):
+            warmup_tokens = max(0, int(WARMUP_FRACTION * min(train["tokens"], MAX_TOKENS)))
+            warmup_tokens = min(warmup_tokens, MAX_WARMUP_TOKENS, _before_decay(train["tokens"], schedule))
+            train = {**train, "schedule": _with_default(schedule, "warmup_tokens", warmup_tokens)}
+        elif isinstance(schedule, dict) and isinstance(train.get("steps"), int):
             warmup_steps = default_warmup(train["steps"], decay_steps=schedule.get("decay_steps"))
             train = {**train, "schedule": _with_default(schedule, "warmup_steps", warmup_steps)}
         values = {**values, "train": train}
         loss, checkpoint = values.get("loss"), values.get("checkpoint", {})
         if isinstance(loss, dict) and isinstance(loss.get("schedule"), dict):
-            values["loss"] = {**loss, "schedule": _with_default(loss["schedule"], "warmup_steps", 0)}
+            key = "warmup_steps" if train.get("tokens") is None else "warmup_tokens"
+            values["loss"] = {**loss, "schedule": _with_default(loss["schedule"], key, 0)}
         every = train.get("checkpoint_every", TrainSection.model_fields["checkpoint_every"].default)
         if isinstance(checkpoint, dict) and isinstance(every, int):
             values["checkpoint"] = _with_default(checkpoint, "keep_every", MILESTONE_CHECKPOINTS * every)
@@ -600,33 +787,68 @@ class Recipe(Section):
                     f"objective labels does not use loss.{changed[0]}: remove it, or set objective to distill"
                 )
         if self.loss.schedule is not None:
-            self.loss.schedule.require_fit(self.train.steps, "loss.schedule")
+            self.loss.schedule.require_fit(self.train.length, "loss.schedule", unit=self.train.unit)
+        return self
+
+    @model_validator(mode="after")
+    def _entries_fit(self) -> "Recipe":
+        for number, entry in enumerate(self.data.curriculum, 1):
+            given = {} if entry.loss is None else entry.loss.model_dump(exclude_none=True)
+            if self.objective == "labels" and given.keys() - {"z_loss"}:
+                raise ValueError(
+                    f"objective labels does not use loss.{min(given.keys() - {'z_loss'})} of curriculum entry {number}"
+                )
         return self
 
     @property
     def stable_steps(self) -> int:
         """The steps that would be the same with a larger `train.steps`: those before a `wsd` schedule decays; 0 with a
         cosine. The checkpoint after them is kept: a longer run, or another decay, begins from it."""
-        schedules = [each for each in (self.train.schedule, self.loss.schedule) if each is not None]
-        if any(each.decay_steps is None for each in schedules):
-            return 0
-        return min(self.train.steps - (each.decay_steps or 0) for each in schedules)
+        return self.stable_length if self.train.tokens is None else 0
 
-    def accumulation(self, world: int) -> int:
-        """Micro-batches of a rank for each optimizer step.
+    @property
+    def stable_length(self) -> int:
+        """`stable_steps` in the unit of the schedules: steps or tokens."""
+        schedules = [each for each in (self.train.schedule, self.loss.schedule) if each is not None]
+        if any(each.decay is None for each in schedules):
+            return 0
+        return min(self.train.length - (each.decay or 0) for each in schedules)
+
+    @property
+    def has_shaped_entries(self) -> bool:
+        """Whether a curriculum entry has a sequence length, batch, rotary embeddings or weights of its own."""
+        shape = ("sequence_length", "global_batch", "micro_batch", "rope", "loss")
+        return any(getattr(entry, name) is not None for entry in self.data.curriculum for name in shape)
+
+    def accumulation(self, world: int, entry: int | None = None) -> int:
+        """Micro-batches of a rank for each optimizer step: of `train`, or of a curriculum entry by its index.
 
         Raises:
             UserError: the global batch does not divide into the micro-batches of `world` ranks.
         """
-        divisor = world * self.train.micro_batch
-        if self.train.global_batch % divisor:
-            below = self.train.global_batch // divisor * divisor
-            fits = [str(value) for value in (below, below + divisor) if value > 0]
+        own = None if entry is None else self.data.curriculum[entry]
+        global_key, micro_key = "train.global_batch", "train.micro_batch"
+        global_batch, micro_batch = self.train.global_batch, self.train.micro_batch
+        if own is not None and own.global_batch is not None:
+            global_key, global_batch = f"global_batch of curriculum entry {(entry or 0) + 1}", own.global_batch
+        if own is not None and own.micro_batch is not None:
+            micro_key, micro_batch = f"micro_batch of curriculum entry {(entry or 0) + 1}", own.micro_batch
+        n = self.distributed.sequence
+        if world % n:
             raise UserError(
-                f"train.global_batch {self.train.global_batch} does not divide into {world} ranks x "
-                f"train.micro_batch {self.train.micro_batch}; the nearest that fit: {' or '.join(fits)}"
+                f"distributed.sequence is {n}, but {world} ranks do not divide into groups of {n} that share sequences: "
+                "give a number that divides them, or start it on other ranks"
             )
-        return self.train.global_batch // divisor
+        divisor = world // n * micro_batch
+        if global_batch % divisor:
+            below = global_batch // divisor * divisor
+            fits = [str(value) for value in (below, below + divisor) if value > 0]
+            over = f"{world} ranks" if n == 1 else f"{world // n} groups of {n} ranks (distributed.sequence)"
+            raise UserError(
+                f"{global_key} {global_batch} does not divide into {over} x "
+                f"{micro_key} {micro_batch}; the nearest that fit: {' or '.join(fits)}"
+            )
+        return global_batch // divisor
 
     def snapshot(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON values, as in recipe.json: without secrets of URLs."""

@@ -67,8 +67,8 @@ class TokenStream:
         "fail" raises at a damaged sequence, "mask" makes it a masked sample in its slot, up to `max_masked_per_million`
         in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
         reads ahead; 0 reads on demand. `pinned_for`: an accelerator for which what the iterator delivers is in pinned
-        memory, pinned where it is read. `peers`: the ranks whose rows' sources every batch has (`TokenBatch.peer_sources`),
-        which follow from the slots alone; None: this rank.
+        memory, pinned where it is read. `peers`: the ranks whose rows' sources every batch has, as
+        `TokenBatch.peer_sources`: they follow from the slots alone; None: this rank.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names

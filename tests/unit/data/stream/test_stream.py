@@ -248,7 +248,7 @@ def test_a_cursor_of_another_order_is_refused_and_says_why(manifest: Manifest, o
 def test_sources_that_do_not_fit_together_are_refused(manifest: Manifest, tmp_path: Path) -> None:
     short = write_split(tmp_path / "short", random_sequences(5, seed=1, sequence=8))
     with pytest.raises(UserError, match="b has sequence_length 8, a has 24"):
-        Mixture({"a": manifest, "b": short}, (CurriculumEntry(None, {"a": 1}),))
+        Mixture({"a": manifest, "b": short}, (CurriculumEntry(None, {"a": 1, "b": 1}),))
     foreign = write_split(tmp_path / "foreign", random_sequences(5, seed=1), tokenizer_sha256="f" * 64)
     with pytest.raises(UserError, match="b was made by another tokenizer"):
         Mixture({"a": manifest, "b": foreign}, (CurriculumEntry(None, {"a": 1}),))
