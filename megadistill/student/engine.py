@@ -21,8 +21,10 @@ from torch.nn import Module
 
 from megadistill.config.auto import choose_compile
 from megadistill.config.recipe import StudentSection, TrainSection
+from megadistill.distributed.all_to_all import AllToAll
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
+from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.experts import routers
 from megadistill.models.families import (
     EMBEDDING,
@@ -33,12 +35,13 @@ from megadistill.models.families import (
     rebuild_buffers,
 )
 from megadistill.models.initial_weights import InitialWeights, RandomWeights
-from megadistill.models.layers import checkpoint_layers, compile_layers
+from megadistill.models.layers import checkpoint_layers, compile_layers, offload_layer_inputs
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD, build_engine_config, with_layer_prefetch
 from megadistill.student.deepspeed_overhead import remove_overhead
 from megadistill.student.flat_step import FlatStep
 from megadistill.student.head import StudentHead
+from megadistill.student.norms import StepNorms
 from megadistill.student.optimizer import MASTER, build_optimizer
 from megadistill.student.persistent import keep_gathered
 from megadistill.student.routers import Routers, RouterSums
@@ -113,7 +116,8 @@ class StudentEngine:
         topology: Topology,
         attention: str | None = None,
     ) -> None:
-        engine_config = build_engine_config(deepspeed_config, train, accumulation)
+        sequence = topology.sequence_ranks
+        engine_config = build_engine_config(deepspeed_config, train, accumulation, sequence=sequence)
         padded = padded_vocabulary(vocab_size, section.vocab_multiple)
         self._dtype = torch_dtype(train.precision)
         with EmptyInit(config_dict_or_path=engine_config):
@@ -126,9 +130,13 @@ class StudentEngine:
         modules = routers(decoder(model))
         self.routers = Routers(modules, decoder(model).layers) if modules else None
         """None for a student without experts."""
+        if topology.sequence_group is not None:
+            share_sequences(decoder(model), topology.sequence_part, AllToAll(topology.sequence_group))
         checkpoint_layers(decoder(model), section.activation_checkpointing)
         if choose_compile(section.compile, accelerator=topology.device.type != "cpu").value == "compiled":
             compile_layers(decoder(model))
+        if section.activation_offload:
+            offload_layer_inputs(decoder(model))
         engine_config = with_layer_prefetch(engine_config, _make_leaves(decoder(model).layers))
         tied = bool(config.tie_word_embeddings)
         self._optimizer = build_optimizer(train.optimizer, model.named_parameters())
@@ -139,7 +147,12 @@ class StudentEngine:
         _release_early(decoder(model).embed_tokens)
         if topology.world > RANKS_OF_A_SMALL_WORLD:
             keep_gathered(self._engine.optimizer, decoder(model).norm)
-        FlatStep.install(self._engine.optimizer, topology)
+        flat_step = FlatStep.install(self._engine.optimizer, topology)
+        self.norms: StepNorms | None = None
+        """Norms by layer, of the steps that they are requested for; None with an optimizer on NVMe."""
+        if flat_step is not None:
+            names = {id(parameter): name for name, parameter in model.named_parameters()}
+            self.norms = flat_step.norms = StepNorms(self._engine.optimizer, names, topology, rank=topology.rank)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology
         self._model = model
@@ -148,7 +161,10 @@ class StudentEngine:
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """tokens [B, S] -> hidden [B·S, D], differentiable; `positions` [B, S] restart where a document begins."""
+        """tokens [B, S] -> hidden [B·S, D], differentiable; `positions` [B, S] restart where a document begins.
+
+        Where ranks share sequences, tokens are this rank's part of each, and positions those of whole sequences.
+        """
         return self._forward(tokens, positions, None)
 
     def routed_hidden(

@@ -20,6 +20,7 @@ from torch import Tensor
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
+from megadistill.student.norms import ACCELERATOR_PIECE, CPU_PIECE, StepNorms
 from megadistill.student.persistent import gather_together
 
 REQUIRED = (
@@ -41,12 +42,6 @@ REQUIRED = (
 )
 """Members of DeepSpeed's optimizer that `FlatStep` reads or calls."""
 
-CPU_PIECE = 1 << 15
-"""Elements of a gradient that a CPU widens to float64 at a time: 256 KiB, which stay in its cache."""
-
-ACCELERATOR_PIECE = 1 << 24
-"""The same where a kernel widens them in registers, and takes a list of pieces."""
-
 
 class FlatStep:
     """The `step` of one ZeRO-3 optimizer of DeepSpeed, `zero`, whose tensors are in memory.
@@ -64,16 +59,23 @@ class FlatStep:
         self._gradients = flat.split([master.numel() for master in zero.fp32_partitioned_groups_flat])
         """The gradient of each group. With an offloaded optimizer its step reads copies on the host instead."""
         self._pieces = flat.split(CPU_PIECE if flat.device.type == "cpu" else ACCELERATOR_PIECE)
+        self.norms: StepNorms | None = None
+        """Takes norms on the steps for which they are requested; None: never."""
 
     @classmethod
-    def install(cls, zero: Any, topology: Topology) -> None:
+    def install(cls, zero: Any, topology: Topology) -> "FlatStep | None":
         """Has DeepSpeed's engine call this step, unless states or weights are on NVMe: their tensors come and go.
+
+        None where it does not.
 
         Raises:
             UserError: see the class.
         """
-        if not (getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False)):
-            zero.step = cls(zero, topology).step
+        if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
+            return None
+        flat_step = cls(zero, topology)
+        zero.step = flat_step.step
+        return flat_step
 
     @torch.no_grad()
     def step(self) -> None:
@@ -89,10 +91,15 @@ class FlatStep:
         zero._global_grad_norm = math.inf if zero.overflow else norm
         if zero.overflow:
             zero._overflow_clean_up(zero.loss_scale)
+            if self.norms is not None:
+                self.norms.end_step()
             return
         scale = min(1.0, 1.0 / ((norm + 1e-6) / zero.clip_grad)) if zero.clip_grad > 0 else 1.0
+        norms = self.norms if self.norms is not None and self.norms.is_requested else None
         for index in range(len(self._gradients)):
-            self._update(index, scale)
+            self._update(index, scale, norms)
+        if norms is not None:
+            norms.end_step()
         zero.averaged_gradients = {}
         self._end()
 
@@ -105,15 +112,22 @@ class FlatStep:
         if persistent:
             gather_together(persistent, self._topology)
 
-    def _update(self, index: int, scale: float) -> None:
-        """Steps one group: the optimizer, then the rounding of the masters to the model's precision."""
+    def _update(self, index: int, scale: float, norms: StepNorms | None) -> None:
+        """Steps one group: the optimizer, then the rounding of the masters to the model's precision.
+
+        `norms`: takes the group's norms; None: there are none of this step.
+        """
         zero = self._zero
         master, compute = zero.fp32_partitioned_groups_flat[index], zero.fp16_partitioned_groups_flat[index]
         if not zero.offload_optimizer:
             master.grad = self._gradients[index]
+        if norms is not None:
+            norms.before_update(index, master.grad, master)
         if scale < 1.0:
             master.grad.mul_(scale)
         zero._optimizer_step(index)
+        if norms is not None:
+            norms.after_update(index, master)
         if not zero.offload_optimizer:
             master.grad = None
         if compute.data_ptr() != master.data_ptr():

@@ -26,6 +26,7 @@ from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
+from megadistill.train.hooks.norm_log import NormLog
 from megadistill.train.hooks.starved_experts import StarvedExperts
 from megadistill.train.hooks.step_log import StepLog
 from megadistill.train.hooks.stop import StopOnRequest
@@ -130,6 +131,10 @@ class Trainer:
         self._frozen = self._teacher.frozen_weights() if setup.recipe.resilience.teacher_hash_every else None
         if self._frozen is not None:
             self._frozen.require_same_replicas(topology)
+        self._norms: NormLog | None = None
+        if setup.recipe.train.norms_every and self._student.norms is not None:
+            train = setup.recipe.train
+            self._norms = NormLog(self._student.norms, every=train.norms_every, max_norm=train.max_grad_norm)
 
     def train(self, last: int) -> RunOutcome:
         """Takes steps up to `last`, or to a stop request; a rollback resumes from an older checkpoint."""
@@ -169,7 +174,8 @@ class Trainer:
             if stopped_by is not None:
                 return self._stopped(stopped_by)
             steps = islice(stream, max(0, last - self.step))
-            batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch)
+            part = topology.sequence_part
+            batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch, part=part)
             stack.enter_context(closing(batches))
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
             hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot)
@@ -209,7 +215,11 @@ class Trainer:
                 stable_steps=recipe.stable_steps,
                 local_every=0 if local is None else local.every,
             ),
-            StepLog(log, meter, self._objective, recovery, self._student, topology, histograms_every=every),
+            StepLog(
+                *(log, meter, self._objective, recovery, self._student, topology),
+                histograms_every=every,
+                norms=self._norms,
+            ),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
             StragglerCheck(events, topology, every=resilience.straggler_every) if resilience.straggler_every else None,
@@ -229,6 +239,8 @@ class Trainer:
         masks = self._setup.recipe.data.on_corrupt_sample == "mask"
         own_flags = masked_flag(batch.batch) if masks else {}
         rate = learning_rate(self._setup.recipe.train, self.step)
+        if self._norms is not None:
+            self._norms.before_step(self.step)
         with Stopwatch(clock_for(self._topology.device)) as stopwatch:
             outcome = train_step(
                 self._student,

@@ -4,6 +4,7 @@ from megadistill import timeline
 from megadistill.distributed.topology import Topology
 from megadistill.student.engine import StudentEngine
 from megadistill.train.hooks.hook import StepEvent
+from megadistill.train.hooks.norm_log import NormLog
 from megadistill.train.objective import Objective
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.telemetry.histograms import histograms
@@ -23,7 +24,10 @@ class StepLog:
         topology: Topology,
         *,
         histograms_every: int,
+        norms: NormLog | None,
     ) -> None:
+        """`norms`: None where the recipe takes none."""
+        self._norms = norms
         self._log, self._meter, self._objective = log, meter, objective
         self._recovery, self._student, self._topology = recovery, student, topology
         self._histograms_every = histograms_every
@@ -31,6 +35,7 @@ class StepLog:
     def after_step(self, event: StepEvent) -> None:
         if event.outcome.skipped:
             return
+        norms = None if self._norms is None else self._norms.after_step(event)
         with timeline.span(timeline.HOST, "report"):
             self._recovery.step_done(event.seconds)
             draws_histograms = self._histograms_every > 0 and event.step % self._histograms_every == 0
@@ -50,6 +55,7 @@ class StepLog:
                 diagnostics=event.outcome.diagnostics,
                 experts=None if experts is None else experts.summary(),
                 expert_load=load,
+                norms=norms,
             )
             self._log.step(report, weights=self._objective.scheduled_weights(event.step))
             if draws_histograms:

@@ -48,8 +48,11 @@ MAY_CHANGE = (
     "run.folder",
     "run.time_limit_minutes",
     "run.timeline",
+    "track",
+    "profile",
     "train.log_every",
     "train.histograms_every",
+    "train.norms_every",
     "train.checkpoint_every",
     "train.micro_batch",
     "distributed.timeout_minutes",
@@ -65,7 +68,7 @@ MAY_CHANGE = (
     "student.deepspeed",  # `refuse_other_deepspeed` compares the content
 )
 
-MAY_CHANGE_SECTIONS = ("data.sources.", "checkpoint.", "resilience.")
+MAY_CHANGE_SECTIONS = ("profile.", "data.sources.", "checkpoint.", "resilience.", "validation")
 
 TOKENIZER_FOLDER = "tokenizer"
 """Copy of the data's tokenizer beside recipe.json, so that a run can be exported without its data."""

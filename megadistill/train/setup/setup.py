@@ -24,9 +24,17 @@ from megadistill.student.deepspeed_config import active_deepspeed_config, build_
 from megadistill.teacher.local_copy import copy_folder, make_copy
 from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
-from megadistill.train.setup.preflight import check_compiler, check_fit, check_start, check_tokenizers, model_rows
+from megadistill.train.setup.preflight import (
+    check_compiler,
+    check_fit,
+    check_shared_sequences,
+    check_start,
+    check_tokenizers,
+    model_rows,
+)
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
+from megadistill.train.setup.telemetry_checks import refuse_telemetry
 from megadistill.train.setup.vocab_map import read_vocab_map
 
 _TEACHER: Final = "the teacher in teacher.path"
@@ -100,9 +108,11 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     require_ranks_and_files(recipe, launch)
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
-    group_size = vocab_group_size(recipe.distributed.vocab_group, launch)
+    sequence = recipe.distributed.sequence
+    group_size = vocab_group_size(recipe.distributed.vocab_group, launch, sequence=sequence)
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
-    build_engine_config(deepspeed_config, recipe.train, accumulation)
+    build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=sequence)
+    refuse_telemetry(recipe, deepspeed_config, launch)
     refuse_stale_jit_locks(extensions_of(deepspeed_config))
     data = Mixture.load(recipe.data)
     source = recipe.student.config
@@ -147,6 +157,10 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         parent=parent,
     )
     setup.choices()  # refuses what cannot run here
+    models = {"student.config": (student_config, setup.attention("student"))}
+    if teacher_config is not None:
+        models["teacher.path"] = (teacher_config, setup.attention("teacher"))
+    check_shared_sequences(recipe, data, models)
     if checks_models:
         check_models(setup)
     return setup
@@ -209,6 +223,8 @@ def describe_layout(setup: Setup, topology: Topology) -> str:
         parts.append(f"teacher ranks {setup.roles.teachers} ({setup.roles.replicas} x {setup.roles.stages} stages)")
     elif setup.teacher_config is not None:
         parts.append(f"teacher stages {topology.group_size}")
+    if topology.sequence_ranks > 1:
+        parts.append(f"sequences shared by {topology.sequence_ranks} ranks")
     parts.append(setup.recipe.train.precision)
     if on_cpu and setup.recipe.train.precision != "float32":
         parts.append("slow: bfloat16 is emulated on a CPU")

@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.telemetry.histograms import Histogram, histogram
 from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
-from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
+from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, NORM_KINDS, NORM_NUMBERS, StepReport
 from megadistill.units import count, left, short
 
 OUT_OF_ORDER_BYTES = 1 << 16
@@ -64,7 +65,9 @@ def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
     `has_experts`: whether the student has experts.
     """
     loss, diagnosed = recipe.loss, recipe.loss.diagnostics_every > 0
-    names = {field.name for field in fields(StepReport)} - {"step", "diagnostics", "experts", "expert_load"}
+    names = {field.name for field in fields(StepReport)} - {"step", "diagnostics", "experts", "expert_load", "norms"}
+    if recipe.train.norms_every > 0:  # those of each layer too, for which there is no chart
+        names |= {f"norms/{name}" for name in NORM_NUMBERS} | {f"norms/{kind}/total" for kind in NORM_KINDS}
     if has_experts:
         names |= {f"experts/{name}" for name in EXPERT_METRICS}
     if recipe.objective == "labels":
@@ -242,7 +245,7 @@ class RunLog:
                 hidden = WHOLE_DISTRIBUTION_METRICS if diagnostics is None else ()
             if values["kl"] is None:
                 hidden += ("kl",)
-        hidden += tuple(name for name in ("experts", "expert_load") if values[name] is None)
+        hidden += tuple(name for name in ("experts", "expert_load", "norms") if values[name] is None)
         if diagnostics is not None:
             values["diagnostics"] = {name: value for name, value in diagnostics.items() if name != "forward_kl"}
         return {name: value for name, value in values.items() if name not in hidden}
@@ -290,10 +293,18 @@ class RunLog:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a step without nesting, as `diagnostics/NAME`, `experts/NAME`; without the load of each expert."""
-    nested = {group: values.get(group) or {} for group in ("diagnostics", "experts")}
+    """The numbers of a step without nesting, as `diagnostics/NAME` or `norms/KIND/GROUP`; no load of each expert."""
+    nested = {group: values.get(group) or {} for group in ("diagnostics", "experts", "norms")}
     outer = {name: value for name, value in values.items() if name not in (*nested, "expert_load")}
-    return outer | {f"{group}/{name}": value for group, inner in nested.items() for name, value in inner.items()}
+    return outer | {f"{group}/{name}": value for group, inner in nested.items() for name, value in _leaves(inner)}
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", each) for inner, each in value.items())
+        else:
+            yield name, value
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -30,7 +30,7 @@ GROUPS = {
     "waiting": ("data_seconds", "teacher_seconds", "wait_seconds"),
     "memory": ("memory_bytes",),
 }
-"""Names of each group, the first part of a tag; those of diagnostics and experts have theirs in the name."""
+"""Names of each group, the first part of a tag; those of diagnostics, experts and norms have theirs in the name."""
 
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -78,6 +78,10 @@ LAYOUT = {
         "gradient norm": ["optimizer/grad_norm"],
         "learning rate": ["optimizer/learning_rate"],
         "weights of the loss": ["loss/kd_weight", "loss/ce_weight"],
+        "norms of all gradients, before clipping, and of the update": ["norms/gradient/total", "norms/update/total"],
+        "norm of all weights": ["norms/weight/total"],
+        "fraction of steps that were clipped": ["norms/clipped_steps"],
+        "the logit that the student expects": ["norms/expected_logit"],
     },
     "System": {
         "tokens a second": ["throughput/tokens_per_second"],
@@ -98,7 +102,7 @@ LAYOUT = {
 
 def tag_of(name: str) -> str:
     """The tag `GROUP/NAME` of a number of a step."""
-    if name.startswith(("diagnostics/", "experts/")):
+    if name.startswith(("diagnostics/", "experts/", "norms/")):
         return name
     name = OF_BOTH_MODELS.get(name, ("", name))[1]
     return f"{_GROUP_OF.get(name, 'other')}/{name}"
