@@ -51,6 +51,8 @@ ROWS = (
     Row("top-12-other", "top-12 + other", main=True),
     Row("top-12-other-ce", "0.7 (top-12 + other) + 0.3 CE"),
     Row("top-p-50", "top-p 0.95 of at most 50, renormalised"),
+    Row("distinct-256", "256 distinct sampled ids, renormalised (Gemma 3's way)"),
+    Row("distinct-64", "64 distinct sampled ids, renormalised"),
     Row("top-50-renormalised", "top-50 renormalised"),
     Row("top-12-renormalised", "top-12 renormalised"),
     Row("jsd", "Jensen-Shannon divergence"),

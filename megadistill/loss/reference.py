@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.loss.heads import Head
-from megadistill.loss.sparse.selection import Sampled, Selection, Threshold, TopK
+from megadistill.loss.sparse.distinct import gumbel_noise, keys
+from megadistill.loss.sparse.selection import Sampled, SampledDistinct, Selection, Threshold, TopK
 from megadistill.types import DECILES, IGNORED_LABEL, METRIC_NAMES, TOP_K, Diagnostics, LossTerms, SparseTargets, Tail
 
 
@@ -240,6 +241,13 @@ def sparse_targets(
         drawn_NM = (p.cumsum(dim=1).unsqueeze(2) <= uniforms.unsqueeze(1)).sum(dim=1).clamp_max(vocab_size - 1)
         counts_NU = torch.zeros_like(p).scatter_add(1, drawn_NM, torch.ones_like(uniforms, dtype=p.dtype))
         selected_NU, target_NU = counts_NU > 0, counts_NU / selection.draws
+        order_NU = torch.arange(vocab_size).expand_as(order_NU)
+    elif isinstance(selection, SampledDistinct):
+        assert uniforms is not None
+        perturbed_NU = log_p + gumbel_noise(keys(uniforms), torch.arange(vocab_size))
+        drawn_NK = perturbed_NU.argsort(dim=1, descending=True)[:, : selection.k]
+        selected_NU = torch.zeros_like(p, dtype=torch.bool).scatter(1, drawn_NK, value=True) & (log_p > -math.inf)
+        target_NU = torch.where(selected_NU, log_p, -math.inf).softmax(dim=1)
         order_NU = torch.arange(vocab_size).expand_as(order_NU)
     else:
         place_NU = torch.arange(vocab_size).expand_as(sorted_NU)

@@ -1,6 +1,6 @@
 """The objective of a run: the loss of each step, the truncation of the teacher's distribution, its random draws.
 
-Legend: B sequences, S tokens of a sequence, N = B·S, M draws of a token.
+Legend: B sequences, S tokens of a sequence, N = B·S, M random numbers of a token.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from torch import Tensor
 from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import Divergence
 from megadistill.loss import Elementwise, LossOptions
-from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP
+from megadistill.loss.sparse import Sampled, SampledDistinct, Selection, Threshold, TopK, TopP
 from megadistill.models.experts import RouterCoefs
 from megadistill.rng import keyed_generator
 from megadistill.train.schedule import divergence_share
@@ -70,6 +70,9 @@ def selection(targets: TargetsSection) -> tuple[Selection, Tail]:
     if targets.select == "sampled":
         assert targets.draws is not None
         return Sampled(targets.draws), Tail.RENORMALISED
+    if targets.select == "sampled_distinct":
+        assert targets.k is not None
+        return SampledDistinct(targets.k), Tail.RENORMALISED
     tail = Tail(targets.tail)
     if targets.select == "top_k":
         assert targets.k is not None
@@ -82,10 +85,10 @@ def selection(targets: TargetsSection) -> tuple[Selection, Tail]:
     return TopP(targets.p, targets.max_ids), tail
 
 
-def uniforms(slots_B: Tensor, *, sequence: int, draws: int, seed: int) -> Tensor:
+def uniforms(slots_B: Tensor, *, sequence: int, per_token: int, seed: int) -> Tensor:
     """[N, M] float64 in [0, 1), on the CPU; a sequence's numbers depend on (seed, slot) alone.
 
     So they are the same for any number of ranks, any micro-batch size and after a resume.
     """
-    rows = [keyed_generator(seed, f"draws/{slot}").random((sequence, draws)) for slot in slots_B.tolist()]
+    rows = [keyed_generator(seed, f"draws/{slot}").random((sequence, per_token)) for slot in slots_B.tolist()]
     return torch.from_numpy(np.concatenate(rows))

@@ -89,7 +89,7 @@ def key_differences(stored: TargetKey, run: TargetKey, *, stop: int) -> list[str
         for name, title in _FIELDS.items()
         if getattr(stored, name) != getattr(run, name)
         and not (name in ("teacher", "teacher_precision", "vocab_map") and run.teacher is None)
-        and not (name == "seed" and stored.targets.draws is None and run.targets.draws is None)
+        and not (name == "seed" and not stored.targets.is_random and not run.targets.is_random)
     ]
     if stored.order != run.order:
         lines += order_differences(json.loads(stored.order), json.loads(run.order), next_slot=stop)

@@ -56,16 +56,24 @@ def _candidates(z_nv: Tensor, width: int, vocab: VocabSlice) -> tuple[Tensor, Te
 
     Where slices have fewer, the logits at the end are -inf. One all-gather.
     """
-    n, v = z_nv.shape
-    rows_nW = torch.cat([_top_rows(z_nv[block], min(width, v)) for block in row_blocks(z_nv)])
+    rows_nW = torch.cat([_top_rows(z_nv[block], min(width, z_nv.shape[1])) for block in row_blocks(z_nv)])
+    z_nW, ids_nW = gather_candidates(z_nv, rows_nW, width, vocab)
+    by_id_nW = ids_nW.argsort(dim=1)
+    order_nW = by_id_nW.gather(1, z_nW.gather(1, by_id_nW).argsort(dim=1, descending=True, stable=True))
+    return z_nW.gather(1, order_nW), ids_nW.gather(1, order_nW)
+
+
+def gather_candidates(z_nv: Tensor, rows_nW: Tensor, width: int, vocab: VocabSlice) -> tuple[Tensor, Tensor]:
+    """[n, g·width] logits and global ids of all slices' candidates, whose rows of this slice are given; in no order.
+
+    Where a slice has fewer than `width`, its last logits are -inf, with id 0. One all-gather.
+    """
+    n = len(z_nv)
     own_nW2 = torch.stack([z_nv.gather(1, rows_nW), vocab.global_ids(z_nv.device)[rows_nW].to(z_nv.dtype)], dim=2)
     own_nW2 = torch.cat([own_nW2, z_nv.new_full((n, width - rows_nW.shape[1], 2), -math.inf)], dim=1)
     gathered_gnW2 = all_gather_rows(own_nW2, vocab.group).view(-1, n, width, 2)
     z_nW, ids_nW = gathered_gnW2.transpose(0, 1).flatten(1, 2).unbind(dim=2)
-    by_id_nW = ids_nW.argsort(dim=1)
-    order_nW = by_id_nW.gather(1, z_nW.gather(1, by_id_nW).argsort(dim=1, descending=True, stable=True))
-    ids_nW = ids_nW.clamp_min(-1).long()
-    return z_nW.gather(1, order_nW), ids_nW.gather(1, order_nW)
+    return z_nW, ids_nW.clamp_min(0).long()
 
 
 def _top_rows(z_bv: Tensor, width: int) -> Tensor:

@@ -22,6 +22,20 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class SampledDistinct:
+    """k distinct ids, drawn without replacement by the teacher's probabilities; all where it knows fewer. A target is
+    its probabilities over them, scaled to 1, as the Gemma 3 report (arXiv:2503.19786) describes its own. Biased: a
+    likely id is drawn as surely as its probability says only while k is small, and is scaled up nevertheless. The
+    uniform number of a token is an argument, so the same one gives the same ids again."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}; draw at least one id, or Gemma 3's 256")
+
+
+@dataclass(frozen=True)
 class TopK:
     """The k most likely ids; all of them where the vocabulary has fewer."""
 
@@ -58,7 +72,14 @@ class TopP:
             raise ValueError(f"max_ids is {self.max_ids}; select at least one id")
 
 
-Selection = Sampled | TopK | Threshold | TopP
+Selection = Sampled | SampledDistinct | TopK | Threshold | TopP
+
+
+def uniforms_per_token(selection: Selection) -> int:
+    """Uniform random numbers that a token's targets need."""
+    if isinstance(selection, Sampled):
+        return selection.draws
+    return 1 if isinstance(selection, SampledDistinct) else 0
 
 
 class SelectedIds(NamedTuple):

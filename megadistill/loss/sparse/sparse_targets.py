@@ -19,10 +19,18 @@ from megadistill.loss.heads import Head, multiply, operand, padded
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens, require_whole_vocabulary
 from megadistill.loss.options import LOGIT_MEMORY, LossOptions
 from megadistill.loss.pointwise import apply_transform_
+from megadistill.loss.sparse.distinct import draw_distinct
 from megadistill.loss.sparse.exponentials import vocabulary_maximum
 from megadistill.loss.sparse.most_likely import select_most_likely
 from megadistill.loss.sparse.sampled import Ranges, draw, true_ranges
-from megadistill.loss.sparse.selection import Sampled, SelectedIds, Selection, pad_columns
+from megadistill.loss.sparse.selection import (
+    Sampled,
+    SampledDistinct,
+    SelectedIds,
+    Selection,
+    pad_columns,
+    uniforms_per_token,
+)
 from megadistill.types import SparseTargets, Tail, to_device
 
 
@@ -46,16 +54,17 @@ def sparse_targets(
     Args:
         teacher: hidden [N, E], weight [w, E]. Padding rows are never read, and may be missing.
         selection: which ids are selected.
-        tail: what becomes of the mass outside; `Tail.RENORMALISED` alone for `Sampled`. A token without an id above a
-            threshold is all tail; with `Tail.RENORMALISED` it has its most likely id.
+        tail: what becomes of the mass outside; `Tail.RENORMALISED` alone for sampled ids. A token without an id above
+            a threshold is all tail; with `Tail.RENORMALISED` it has its most likely id.
         vocab: which rows of the vocabulary this rank holds; slices may be uneven, empty or block-cyclic.
-        uniforms: [N, M] float64 in [0, 1), for `Sampled` alone. A draw is the first id, in the order of global ids, up
-            to which the distribution adds up to more than its uniform number.
+        uniforms: [N, M] float64 in [0, 1), for sampled ids alone: one a draw of `Sampled`, which is the first id, in
+            the order of global ids, up to which the distribution adds up to more than its uniform number; one a token
+            for `SampledDistinct`, the key of the noise of all ids.
         logit_memory: bytes of this rank's logits; as in `LossOptions`.
 
     Returns:
         `SparseTargets`, float32 (float64 for float64) without gradient. K is the largest number of ids of a token of
-        the group. The ids of a row go from the most likely down, of equals the lowest first; those of `Sampled` ascend.
+        the group. The ids of a row go from the most likely down, of equals the lowest first; sampled ones ascend.
 
     Raises:
         ValueError: shapes, dtypes or uniforms that do not fit, a tail for counts, or slices that do not add up to the
@@ -81,11 +90,14 @@ def sparse_targets(
         if temperature != 1.0:
             z_nv.div_(temperature)
         maximum_n = vocabulary_maximum(z_nv, vocab)
-        if uniforms is not None:
-            selected = draw(z_nv, maximum_n, _gathered(uniforms, span, vocab), ranges, vocab)
+        uniforms_nM = _gathered(uniforms, span, vocab) if uniforms is not None else maximum_n.unsqueeze(1)[:, :0]
+        if isinstance(selection, Sampled):
+            selected = draw(z_nv, maximum_n, uniforms_nM, ranges, vocab)
         else:
-            assert not isinstance(selection, Sampled)
-            group = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
+            if isinstance(selection, SampledDistinct):
+                group = draw_distinct(z_nv, uniforms_nM, selection, max_rows, vocab)
+            else:
+                group = select_most_likely(z_nv, maximum_n, selection, tail, max_rows, vocab)
             selected = SelectedIds(*(part.chunk(group_size(vocab.group))[rank] for part in group))
         chunks.append(SelectedIds(*(part[: max(0, tokens - span.start)] for part in selected)))
     empty = teacher.hidden.new_empty((0, 0), dtype=dtype)
@@ -102,15 +114,16 @@ def sparse_targets(
 
 
 def _require_uniforms(uniforms: Tensor | None, tokens: int, selection: Selection, tail: Tail) -> None:
-    if not isinstance(selection, Sampled):
+    numbers = uniforms_per_token(selection)
+    if numbers == 0:
         if uniforms is not None:
-            raise ValueError(f"{selection} draws nothing; pass uniforms for Sampled alone")
+            raise ValueError(f"{selection} draws nothing; pass uniforms for sampled ids alone")
         return
     if tail is not Tail.RENORMALISED:
         raise ValueError(
-            f"tail is {tail.value}, but counts of draws add up to 1 and leave none; pass Tail.RENORMALISED"
+            f"tail is {tail.value}, but targets of sampled ids add up to 1 and leave none; pass Tail.RENORMALISED"
         )
-    shape = (tokens, selection.draws)
+    shape = (tokens, numbers)
     if uniforms is None or uniforms.shape != shape or uniforms.dtype != torch.float64:
         given = "none" if uniforms is None else f"{list(uniforms.shape)} {uniforms.dtype}"
         raise ValueError(

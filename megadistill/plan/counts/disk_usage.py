@@ -107,7 +107,7 @@ def bytes_with(targets: TargetsSection, ids: float, *, vocab_size: int, sequence
     members = [S * count_bytes, S * ids * _bytes_of(vocab_size * (targets.draws or 1) - 1)]
     if targets.draws is None:
         members.append(S * ids * FLOAT32)
-        if targets.tail != "renormalised":
+        if targets.tail not in ("renormalised", None):
             members.append(S * FLOAT32)
     return sum(TAR_BLOCK * (1 + math.ceil((NPY_HEADER + member) / TAR_BLOCK)) for member in members) / S
 

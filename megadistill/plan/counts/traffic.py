@@ -120,7 +120,7 @@ def _targets(run: Sharding) -> float:
     """Most bytes of a token's truncated targets, sent to all ranks of the group, and of making them.
 
     Making them (`loss.sparse`) takes the teacher's hidden states, and for draws a uniform number and an id of
-    eight bytes each; else every slice's most likely ids with their logits, as many as a token keeps.
+    eight bytes each; else every slice's candidates with their logits, as many as a token keeps.
     """
     targets = run.recipe.loss.targets
     assert targets is not None

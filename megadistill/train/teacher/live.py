@@ -19,7 +19,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.loss import Head, label_loss
-from megadistill.loss.sparse import sparse_targets
+from megadistill.loss.sparse import sparse_targets, uniforms_per_token
 from megadistill.teacher.disaggregated import RemoteTeacher
 from megadistill.teacher.pipeline import TeacherPipeline
 from megadistill.train.objective import Objective, selection, uniforms
@@ -189,18 +189,18 @@ class LiveTarget:
         teacher, section = self.teacher, objective.loss.targets
         assert section is not None
         chosen, tail = selection(section)
-        draws = None
-        if section.draws is not None:
+        randoms = None
+        if (per_token := uniforms_per_token(chosen)) > 0:
             sequence = self.batch.tokens.shape[1]
-            draws = uniforms(self.batch.slots, sequence=sequence, draws=section.draws, seed=objective.seed)
-            draws = to_device(draws, self.hidden.device)
+            randoms = uniforms(self.batch.slots, sequence=sequence, per_token=per_token, seed=objective.seed)
+            randoms = to_device(randoms, self.hidden.device)
         targets = sparse_targets(
             teacher.head_on(self.hidden),
             selection=chosen,
             tail=tail,
             vocab=vocab,
             temperature=objective.loss.temperature,
-            uniforms=draws,
+            uniforms=randoms,
             logit_memory=objective.options().logit_memory,
         )
         if teacher.saved is not None:

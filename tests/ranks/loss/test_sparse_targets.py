@@ -1,7 +1,7 @@
 """Truncated targets on 1 to 4 real ranks: those of one process with the whole vocabulary, for every slicing."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,12 +10,21 @@ from torch import Tensor
 
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges
-from megadistill.loss import Head, VocabSlice, reference
-from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss import Divergence, Head, VocabSlice, reference
+from megadistill.loss.sparse import (
+    Sampled,
+    SampledDistinct,
+    Selection,
+    Threshold,
+    TopK,
+    TopP,
+    sparse_targets,
+    uniforms_per_token,
+)
 from megadistill.types import LogitTransform, SparseTargets, Tail
 from tests.ranks.harness import run_ranks
 from tests.ranks.loss.test_loss import ROWS, SIZE, SLICINGS, TOKENS, Ranges
-from tests.unit.loss.problems import TOLERANCE, Problem, problem
+from tests.unit.loss.problems import TOLERANCE, Problem, Truth, problem, relative_error, run, truth
 
 SELECTIONS: list[tuple[Selection, Tail]] = [
     (TopK(1), Tail.OTHER),
@@ -29,6 +38,8 @@ SELECTIONS: list[tuple[Selection, Tail]] = [
     (TopP(0.7, 21), Tail.RENORMALISED),
     (Sampled(12), Tail.RENORMALISED),
     (Sampled(1), Tail.RENORMALISED),
+    (SampledDistinct(5), Tail.RENORMALISED),
+    (SampledDistinct(50), Tail.RENORMALISED),
 ]
 
 MODELS: dict[str, tuple[LogitTransform, float, float]] = {
@@ -68,10 +79,11 @@ class Case:
         return bias
 
     def uniforms(self) -> Tensor | None:
-        if not isinstance(self.selection, Sampled):
+        numbers = uniforms_per_token(self.selection)
+        if numbers == 0:
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(sum(self.tokens), self.selection.draws, dtype=torch.float64, generator=generator)
+        return torch.rand(sum(self.tokens), numbers, dtype=torch.float64, generator=generator)
 
     def truth(self) -> SparseTargets:
         """Of the whole group, in float64."""
@@ -96,8 +108,8 @@ def _cases(g: int) -> list[Case]:
         for whose, tokens in TOKENS.items():
             for selection, tail in SELECTIONS:
                 i = len(cases)
-                model = list(MODELS)[(i + i // 11) % len(MODELS)]
-                dtype = list(TOLERANCE)[(i + i // 11 + i // 44) % 2]
+                model = list(MODELS)[(i + i // len(SELECTIONS)) % len(MODELS)]
+                dtype = list(TOLERANCE)[(i + i // len(SELECTIONS) + i // (4 * len(SELECTIONS))) % 2]
                 case = Case(
                     name=f"{name}; {whose}; {selection}, {tail.value}; {model}; {dtype}",
                     seed=i,
@@ -107,7 +119,7 @@ def _cases(g: int) -> list[Case]:
                     tail=tail,
                     model=model,
                     dtype=dtype,
-                    logit_memory=(1, 700, 3000, 1 << 20)[(i + i // 44) % 4],
+                    logit_memory=(1, 700, 3000, 1 << 20)[(i + i // (4 * len(SELECTIONS))) % 4],
                 )
                 cases.append(case)
     return cases
@@ -150,6 +162,57 @@ def test_targets_are_the_references(g: int) -> None:
                 assert (found.tail, found.temperature) == (case.tail, expected.temperature)
             except AssertionError as error:
                 raise AssertionError(f"rank {rank} of {g}, {case.name}: {error}") from error
+
+
+def _trained_on_distinct_ids(topology: Topology, slices: list[Ranges], tokens: list[int]) -> Truth:
+    """This rank's loss and gradients from targets that the group drew: 5 distinct ids of each token."""
+    rank, p = topology.group_rank, problem(77, tokens=sum(tokens), rows=ROWS, size=SIZE)
+    own = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+    rows = torch.tensor([row for first, stop in slices[rank] for row in range(first, stop)], dtype=torch.int64)
+    mine = replace(
+        p,
+        student_hidden=p.student_hidden[own],
+        student_weight=p.student_weight[rows],
+        teacher_hidden=p.teacher_hidden[own],
+        teacher_weight=p.teacher_weight[rows],
+        labels=p.labels[own],
+        token_weights=p.token_weights[own],
+    )
+    vocab = VocabSlice(slices[rank], SIZE, topology.vocab_group)
+    targets = sparse_targets(
+        mine.teacher,
+        selection=SampledDistinct(5),
+        tail=Tail.RENORMALISED,
+        vocab=vocab,
+        uniforms=_uniforms_of(sum(tokens))[own],
+        logit_memory=700,
+    )
+    return run(mine, Divergence(ce_weight=0.3), vocab=vocab, targets=targets, logit_memory=700)
+
+
+def _uniforms_of(tokens: int) -> Tensor:
+    return torch.rand(tokens, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(78))
+
+
+@pytest.mark.parametrize("g", [1, 2, 3])
+def test_gradients_of_distinct_ids_are_the_references(g: int) -> None:
+    """From the teacher's hidden states to dX and dW: draws, renormalised target, loss; against one dense process."""
+    slices, tokens = list(SLICINGS[g].values())[-1], TOKENS["one has none"][:g]
+    p = problem(77, tokens=sum(tokens), rows=ROWS, size=SIZE)
+    targets = reference.sparse_targets(
+        p.teacher,
+        selection=SampledDistinct(5),
+        tail=Tail.RENORMALISED,
+        vocab_size=SIZE,
+        uniforms=_uniforms_of(sum(tokens)),
+    )
+    expected = truth(p, Divergence(ce_weight=0.3), targets=targets)
+    found = run_ranks(g, _trained_on_distinct_ids, slices, tokens)
+    rows = torch.cat([torch.arange(*pair) for ranges in slices for pair in ranges])
+    loss = sum(float(part.terms.loss) for part in found)
+    assert loss == pytest.approx(expected.terms.loss.item(), rel=1e-12)
+    assert relative_error(torch.cat([part.hidden_grad for part in found]), expected.hidden_grad) < 1e-12
+    assert relative_error(torch.cat([part.weight_grad for part in found]), expected.weight_grad[rows]) < 1e-12
 
 
 def _drawn_at_edges(topology: Topology) -> list[list[int]]:

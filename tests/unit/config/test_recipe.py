@@ -162,6 +162,8 @@ DISTILL = ("objective=distill", "teacher.path=t")
         (["loss.targets.select=threshold", "loss.targets.k=3"], ["k is 3", "top_k", "threshold"]),
         (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.draws=9"], ["draws is 9", "sampled"]),
         (["loss.targets.select=top_p", "loss.targets.p=0.9"], ["top_p needs max_ids"]),
+        (["loss.targets.select=sampled_distinct", "loss.targets.draws=9"], ["draws is 9", "sampled"]),
+        (["loss.targets.select=sampled_distinct", "loss.targets.tail=other"], ["tail is other", "remove it"]),
         (["loss.targets.draws=9", "loss.targets.tail=other"], ["tail is other", "remove it"]),
         (["loss.targets.select=top_k", "loss.targets.k=3", "loss.targets.tail=lost"], ["tail", "lost", "dropped"]),
         (["loss.targets.draws=9", "loss.divergence=tvd"], ["targets", "tvd"]),
@@ -188,6 +190,7 @@ def test_a_live_teacher_is_diagnosed_with_truncated_targets_too(tmp_path: Path) 
     [
         (["loss.targets.select=sampled"], {"draws": 50}),
         (["loss.targets.draws=9"], {"draws": 9}),
+        (["loss.targets.select=sampled_distinct"], {"k": 256}),
         (["loss.targets.select=top_k", "loss.targets.k=12"], {"k": 12, "tail": "other"}),
         (
             ["loss.targets.select=threshold", "loss.targets.epsilon=1.0e-3", "loss.targets.tail=dropped"],
@@ -204,7 +207,7 @@ def test_targets_say_what_they_keep_in_the_snapshot_too(
 ) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL), [*DISTILL, *overrides])
     given = {key: value for key, value in recipe.snapshot()["loss"]["targets"].items() if value is not None}
-    assert given.pop("select") in ("sampled", "top_k", "threshold", "top_p")
+    assert given.pop("select") in ("sampled", "sampled_distinct", "top_k", "threshold", "top_p")
     assert given == targets
     assert Recipe.model_validate(json.loads(json.dumps(recipe.snapshot()))) == recipe
 

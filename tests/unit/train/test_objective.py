@@ -7,7 +7,7 @@ import torch
 
 from megadistill.config.recipe import LossSection, ScheduleSection, TargetsSection
 from megadistill.loss import Elementwise, LossOptions
-from megadistill.loss.sparse import Sampled, Threshold, TopK, TopP
+from megadistill.loss.sparse import Sampled, SampledDistinct, Threshold, TopK, TopP
 from megadistill.train.objective import Objective, selection, uniforms
 from megadistill.types import Tail
 
@@ -65,6 +65,7 @@ def test_the_label_takes_what_the_divergence_gives_up() -> None:
     [
         ({}, (Sampled(50), Tail.RENORMALISED)),
         ({"draws": 16}, (Sampled(16), Tail.RENORMALISED)),
+        ({"select": "sampled_distinct"}, (SampledDistinct(256), Tail.RENORMALISED)),
         ({"select": "top_k", "k": 12}, (TopK(12), Tail.OTHER)),
         ({"select": "top_k", "k": 12, "tail": "renormalised"}, (TopK(12), Tail.RENORMALISED)),
         ({"select": "threshold", "epsilon": 1e-3, "tail": "dropped"}, (Threshold(1e-3), Tail.DROPPED)),
@@ -78,19 +79,19 @@ def test_the_recipes_targets_are_a_selection(targets: dict[str, object], expecte
 def test_a_sequences_draws_are_those_of_its_slot() -> None:
     """Whoever computes them, beside whichever other slots, before or after a resume."""
     slots = torch.tensor([7, 2, 1_000_000_007])
-    values = uniforms(slots, sequence=5, draws=3, seed=1)
+    values = uniforms(slots, sequence=5, per_token=3, seed=1)
     assert values.shape == (15, 3)
     assert values.dtype == torch.float64
     assert bool(((values >= 0) & (values < 1)).all())
-    assert torch.equal(values[5:10], uniforms(slots[1:2], sequence=5, draws=3, seed=1))
+    assert torch.equal(values[5:10], uniforms(slots[1:2], sequence=5, per_token=3, seed=1))
     assert not torch.equal(values[:5], values[5:10])
-    assert not torch.equal(values, uniforms(slots, sequence=5, draws=3, seed=2))
+    assert not torch.equal(values, uniforms(slots, sequence=5, per_token=3, seed=2))
     assert values[0, 0].item() == pytest.approx(0.47053192100687613, abs=1e-15), (
         "the draws of a run are part of its numbers"
     )
 
 
 def test_draws_are_uniform() -> None:
-    values = uniforms(torch.arange(40), sequence=50, draws=50, seed=3).flatten()
+    values = uniforms(torch.arange(40), sequence=50, per_token=50, seed=3).flatten()
     counts = torch.histc(values.float(), bins=20, min=0, max=1)
     assert bool(((counts / values.numel() * 20 - 1).abs() < 0.05).all())  # 100,000 draws: five standard deviations

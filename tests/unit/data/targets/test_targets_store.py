@@ -33,6 +33,7 @@ from megadistill.data.targets.target_manifest import (
     TargetKey,
     TargetManifest,
     TargetShard,
+    key_differences,
     split_into_ranges,
 )
 from megadistill.data.targets.target_reader import TargetReader
@@ -40,7 +41,7 @@ from megadistill.data.targets.target_writer import TargetWriter, finish_targets
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.loss import Head
-from megadistill.loss.sparse import sparse_targets
+from megadistill.loss.sparse import sparse_targets, uniforms_per_token
 from megadistill.train.objective import selection, uniforms
 from megadistill.types import SparseTargets
 from tests.unit.data.servers import serving
@@ -51,6 +52,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"draws": 50},
     "sampled-once": {"draws": 1},
     "sampled-often": {"draws": 300},
+    "sampled_distinct": {"select": "sampled_distinct", "k": 8},
     "top_k": {"select": "top_k", "k": 8},
     "top_k-renormalised": {"select": "top_k", "k": 8, "tail": "renormalised"},
     "top_k-all": {"select": "top_k", "k": 1000, "tail": "dropped"},
@@ -98,14 +100,14 @@ def _live(slots: Tensor, key: TargetKey) -> SparseTargets:
     )
     head = torch.randn(key.vocab_size, WIDTH, generator=torch.Generator().manual_seed(0))
     choice, tail = selection(key.targets)
-    draws = key.targets.draws
+    numbers = uniforms_per_token(choice)
     return sparse_targets(
         Head(hidden, head),
         selection=choice,
         tail=tail,
         vocab=VocabSlice(ranges=((0, key.vocab_size),), size=key.vocab_size, group=None),
         temperature=key.temperature,
-        uniforms=None if draws is None else uniforms(slots, sequence=SEQUENCE, draws=draws, seed=key.seed),
+        uniforms=uniforms(slots, sequence=SEQUENCE, per_token=numbers, seed=key.seed) if numbers > 0 else None,
     )
 
 
@@ -296,6 +298,12 @@ def test_a_shard_that_was_cut_off_since_is_written_again(tmp_path: Path) -> None
     assert finish_targets(folder, key).slots == 20
     assert not tar.exists()
     _require_equal(_read(TargetReader(folder, key), list(range(20))), _live(torch.arange(20), key))
+
+
+def test_distinct_ids_are_of_their_seed_and_the_most_likely_of_none() -> None:
+    drawn, ranked = TargetsSection(select="sampled_distinct", k=5), TargetsSection(select="top_k", k=5)
+    for targets, lines in ((drawn, ["the seed of the draws was 5, is 6"]), (ranked, [])):
+        assert key_differences(_key(targets=targets), _key(targets=targets, seed=6), stop=1) == lines
 
 
 def test_a_shard_is_written_when_it_is_full(tmp_path: Path) -> None:

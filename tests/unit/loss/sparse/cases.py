@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from megadistill.loss import Head, VocabSlice
-from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss.sparse import (
+    Sampled,
+    SampledDistinct,
+    Selection,
+    Threshold,
+    TopK,
+    TopP,
+    sparse_targets,
+    uniforms_per_token,
+)
 from megadistill.types import SparseTargets, Tail
 
 TAILS = [Tail.OTHER, Tail.DROPPED, Tail.RENORMALISED]
@@ -15,13 +24,15 @@ MOST_LIKELY: list[tuple[Selection, Tail]] = [
     for selection in (TopK(1), TopK(4), TopK(64), Threshold(0.05), Threshold(0.6), TopP(0.9, 5), TopP(0.5, 100))
     for tail in TAILS
 ]
-CASES = [*MOST_LIKELY, (Sampled(7), Tail.RENORMALISED)]
+DISTINCT: list[tuple[Selection, Tail]] = [(SampledDistinct(k), Tail.RENORMALISED) for k in (1, 5, 64)]
+CASES = [*MOST_LIKELY, *DISTINCT, (Sampled(7), Tail.RENORMALISED)]
 
 
 def uniforms_for(tokens: int, selection: Selection, seed: int = 0) -> Tensor | None:
-    if not isinstance(selection, Sampled):
+    numbers = uniforms_per_token(selection)
+    if numbers == 0:
         return None
-    return torch.rand(tokens, selection.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(tokens, numbers, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def targets_of(

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP
+from megadistill.loss.sparse import Sampled, SampledDistinct, Selection, Threshold, TopK, TopP
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Sampled(0), "draws is 0"),
+        (lambda: SampledDistinct(0), "k is 0"),
         (lambda: TopK(0), "k is 0"),
         (lambda: Threshold(0.0), "epsilon is 0.0"),
         (lambda: Threshold(1.0), "epsilon is 1.0"),

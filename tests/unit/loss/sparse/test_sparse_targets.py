@@ -10,10 +10,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megadistill.loss import Head, VocabSlice, buffers, reference
-from megadistill.loss.sparse import Sampled, Selection, Threshold, TopK, TopP, sparse_targets
+from megadistill.loss.sparse import Sampled, SampledDistinct, Selection, Threshold, TopK, TopP, sparse_targets
 from megadistill.types import LogitTransform, SparseTargets, Tail
 from tests.unit.loss.problems import TOLERANCE, LargeStorages, problem
-from tests.unit.loss.sparse.cases import CASES, MOST_LIKELY, TAILS, targets_of, targets_of_logits, uniforms_for
+from tests.unit.loss.sparse.cases import (
+    CASES,
+    DISTINCT,
+    MOST_LIKELY,
+    TAILS,
+    targets_of,
+    targets_of_logits,
+    uniforms_for,
+)
 
 
 def _assert_equal(found: SparseTargets, expected: SparseTargets, tolerance: float) -> None:
@@ -125,7 +133,9 @@ def test_bfloat16_products_accumulate_in_float32() -> None:
     assert torch.equal(found.ids, expected.ids)
 
 
-@pytest.mark.parametrize(("selection", "tail"), [*MOST_LIKELY[3:6], *MOST_LIKELY[9:15], *MOST_LIKELY[15:18], CASES[-1]])
+@pytest.mark.parametrize(
+    ("selection", "tail"), [*MOST_LIKELY[3:6], *MOST_LIKELY[9:15], *MOST_LIKELY[15:18], DISTINCT[1], CASES[-1]]
+)
 def test_memory_is_one_chunk_of_logits(selection: Selection, tail: Tail, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the buffer is as large as a chunk's logits, though blocks are float64.
 
@@ -160,8 +170,10 @@ def test_memory_is_one_chunk_of_logits(selection: Selection, tail: Tail, monkeyp
         ({"selection": Sampled(3), "uniforms": torch.zeros(13, 2).double()}, r"got \[13, 2\] torch.float64"),
         ({"selection": Sampled(3), "uniforms": torch.zeros(13, 3)}, r"got \[13, 3\] torch.float32"),
         ({"selection": Sampled(3), "uniforms": torch.ones(13, 3).double()}, r"\[39\] uniforms .* not in \[0, 1\)"),
-        ({"selection": Sampled(3), "tail": Tail.OTHER}, "tail is other, but counts"),
-        ({"selection": Sampled(3), "tail": Tail.DROPPED}, "tail is dropped, but counts"),
+        ({"selection": Sampled(3), "tail": Tail.OTHER}, "tail is other, but targets of sampled ids"),
+        ({"selection": Sampled(3), "tail": Tail.DROPPED}, "tail is dropped, but targets of sampled ids"),
+        ({"selection": SampledDistinct(3)}, r"needs uniforms \[13, 1\] torch.float64, got none"),
+        ({"selection": SampledDistinct(3), "tail": Tail.OTHER}, "tail is other, but targets of sampled ids"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

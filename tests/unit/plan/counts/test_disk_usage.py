@@ -18,7 +18,7 @@ from megadistill.plan.counts.disk_usage import (
 )
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.train.checkpoint.local_tier import KEEP
-from megadistill.types import SparseTargets
+from megadistill.types import SparseTargets, Tail
 from tests.unit.data.targets.test_targets_store import _order
 from tests.unit.plan.cases import recipe as plan_recipe
 from tests.unit.plan.cases import stats
@@ -27,6 +27,7 @@ from tests.unit.train.cases import recipe
 S, SLOTS = 2048, 4
 SELECTIONS = {
     "draws": {"select": "sampled", "draws": 50},
+    "distinct": {"select": "sampled_distinct", "k": 40},
     "top_k": {"select": "top_k", "k": 64},
     "renormalised": {"select": "top_k", "k": 64, "tail": "renormalised"},
     "threshold": {"select": "threshold", "epsilon": 0.01},
@@ -56,7 +57,7 @@ def _targets(key: TargetKey, number: int) -> SparseTargets:
     counts = torch.ones(number)
     counts[0] = (draws or number) - number + 1
     probs = (counts.double() / (draws or number)).float().repeat(SLOTS * S, 1)
-    log_tail = torch.full((SLOTS * S,), -1.0 if draws is None else -torch.inf)
+    log_tail = torch.full((SLOTS * S,), -torch.inf if key.tail is Tail.RENORMALISED else -1.0)
     return SparseTargets(ids=ids, probs=probs, log_tail=log_tail, tail=key.tail, temperature=1.0)
 
 
