@@ -1,6 +1,7 @@
 """The place of this process in its launch, read from the environment that torchrun, deepspeed or srun sets."""
 
 import logging
+import math
 import os
 import resource
 from dataclasses import dataclass
@@ -111,13 +112,15 @@ class Launch:
         return cls(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
 
 
-def vocab_group_size(configured: int | None, launch: Launch) -> int:
+def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 1) -> int:
     """p, the ranks of a vocab group: the recipe's number, else the ranks of a node (they share the fastest links).
 
+    `sequence`: n ranks that share each sequence. By default p times n is a node, or nodes.
+
     Raises:
-        UserError: it does not divide the world.
+        UserError: it does not divide the world, nor does p times n.
     """
-    size = launch.local_world if configured is None else configured
+    size = launch.local_world // math.gcd(launch.local_world, sequence) if configured is None else configured
     if launch.world % size:
         divisors = [d for d in range(1, launch.world + 1) if launch.world % d == 0]
         processes = number_of(launch.world, "process", "processes")
@@ -127,6 +130,14 @@ def vocab_group_size(configured: int | None, launch: Launch) -> int:
         raise UserError(
             f"distributed.vocab_group is {size}, but this run has {processes}: {more}, or, to try it here, "
             f"--set distributed.vocab_group={divisors[-1]}"
+        )
+    if launch.world % (size * sequence):
+        fits = [d for d in range(1, launch.world // sequence + 1) if launch.world % (d * sequence) == 0]
+        raise UserError(
+            f"distributed.vocab_group {size} times distributed.sequence {sequence} is {size * sequence}, which does "
+            f"not divide the {number_of(launch.world, 'process', 'processes')} of this run, and ranks that share sequences "
+            f"are of different vocab groups: set distributed.vocab_group to {' or '.join(map(str, fits)) or '1'}"
+            + ("" if fits else ", and distributed.sequence to a number that divides them")
         )
     return size
 

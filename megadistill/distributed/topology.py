@@ -2,7 +2,8 @@
 
 Legend: w ranks of the world, p ranks of a vocab group. Vocab groups are p consecutive ranks; the frozen teacher's
 pipeline runs over the same ranks, on a group of its own. Slice groups hold the ranks with the same place in their
-vocab group: together they store the rows that each of them computes on.
+vocab group: together they store the rows that each of them computes on. The ranks that share sequences
+(`distributed.sequence`) have the same place in consecutive vocab groups, so that those of a pipeline's stage do too.
 """
 
 import os
@@ -29,6 +30,7 @@ from megadistill.distributed.watchdog.relay import Relay, RelayClient
 from megadistill.distributed.watchdog.stack_probe import collectives_joined
 from megadistill.distributed.watchdog.watchdog import Watchdog
 from megadistill.errors import OperatorFault, RestartFault, UserError
+from megadistill.types import SequencePart
 
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
@@ -48,6 +50,9 @@ class Topology:
     vocab_group: ProcessGroup | None = None
     slice_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
+    sequence_ranks: int = 1
+    """Ranks that share each sequence."""
+    sequence_group: ProcessGroup | None = None
     role: Literal["student", "teacher"] = "student"
     """Student and teacher have a world each where the teacher has ranks of its own."""
     role_group: ProcessGroup | None = None
@@ -63,6 +68,20 @@ class Topology:
     def group_rank(self) -> int:
         """j: this rank's place in its vocab group, and its stage of the teacher."""
         return self.rank % self.group_size
+
+    @property
+    def sequence_part(self) -> SequencePart:
+        """The part of each sequence that this rank has."""
+        return SequencePart(self.rank // self.group_size % self.sequence_ranks, self.sequence_ranks)
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among the `data_world` that read different sequences."""
+        return self.rank // (self.group_size * self.sequence_ranks) * self.group_size + self.group_rank
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.sequence_ranks
 
     def limit_all_groups(self) -> None:
         """Gives every group of this process the time limit, those too that others have made, as DeepSpeed does.
@@ -105,6 +124,7 @@ def process_groups(
     *,
     vocab_group: int,
     timeout_minutes: float,
+    sequence: int = 1,
     roles: Roles | None = None,
     node_check: NodeCheck | None = None,
 ) -> Iterator[Topology]:
@@ -144,7 +164,8 @@ def process_groups(
         role_store = PrefixStore(role, store)
         dist.init_process_group(backend, store=role_store, rank=own.rank, world_size=own.world, timeout=timeout)
         if roles is None or role == "student":
-            topology = topology_of_world(own, vocab_group=vocab_group, device=device, timeout=timeout)
+            groups = {"vocab_group": vocab_group, "sequence": sequence}
+            topology = topology_of_world(own, **groups, device=device, timeout=timeout)
         else:
             topology = topology_of_teacher(own, roles, device=device, timeout=timeout)
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
@@ -234,11 +255,21 @@ def _is_communication(error: BaseException) -> bool:
     return from_gloo or isinstance(error, dist.DistError)
 
 
-def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device, timeout: timedelta) -> Topology:
-    """The groups of an initialised world, each with `timeout`: a group does not inherit the world's. Collective."""
+def topology_of_world(
+    launch: Launch, *, vocab_group: int, device: torch.device, timeout: timedelta, sequence: int = 1
+) -> Topology:
+    """The groups of an initialised world, each with `timeout`: a group does not inherit the world's. Collective.
+
+    `sequence`: ranks that share each sequence. Times `vocab_group` it divides the world.
+    """
     world, p = launch.world, vocab_group
     consecutive = [list(range(first, first + p)) for first in range(0, world, p)]
     strided = [list(range(place, world, p)) for place in range(p)]
+    sharing = [
+        list(range(first + place, first + p * sequence, p))
+        for first in range(0, world, p * sequence)
+        for place in range(p)
+    ]
     return Topology(
         rank=launch.rank,
         world=world,
@@ -250,6 +281,8 @@ def topology_of_world(launch: Launch, *, vocab_group: int, device: torch.device,
         vocab_group=_own_group(consecutive, timeout),
         slice_group=_own_group(strided, timeout),
         pipeline_group=_own_group(consecutive, timeout),
+        sequence_ranks=sequence,
+        sequence_group=_own_group(sharing, timeout),
         timeout=timeout,
     )
 

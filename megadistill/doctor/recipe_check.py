@@ -101,8 +101,10 @@ def check_recipe(
 def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     roles, students = students_of(recipe, launch)
     accumulation = recipe.accumulation(students.world)
-    group = vocab_group_size(recipe.distributed.vocab_group, students)
+    group = vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
     detail = f"{number_of(students.world, 'rank')}, vocabulary over {group}, accumulation {accumulation}"
+    if recipe.distributed.sequence > 1:
+        detail += f"; sequences shared by {recipe.distributed.sequence} ranks"
     if roles is not None:
         detail += f"; the teacher on {roles.teachers} more, {roles.replicas} x {roles.stages} stages"
     return accumulation, detail
@@ -111,7 +113,7 @@ def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
 def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     if accumulation is not None:
-        build_engine_config(deepspeed_config, recipe.train, accumulation)
+        build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=recipe.distributed.sequence)
     without = f"; disabled on a CPU: {', '.join(disabled)}" if disabled else ""
     reduced = f"; gradients are reduced in {reduction_dtype(deepspeed_config, recipe.train.precision)}"
     return None, f"{describe_deepspeed(recipe.student.deepspeed)}{reduced}{without}"
@@ -162,7 +164,7 @@ def _shards(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
 def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     _, students = students_of(recipe, launch)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    group = vocab_group_size(recipe.distributed.vocab_group, students)
+    group = vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
     block_cyclic_ranges(padded, students.world, group, 0)
     return None, f"{data.vocab_size:,} ids padded to {padded:,}, {padded // group:,} a rank; {data.tokenizer.kind}"
 

@@ -30,6 +30,7 @@ from megadistill.io import read_given_json
 from megadistill.models.attention.choice import flash_implementation, has_sdpa
 from megadistill.models.attention.flex import register_flex
 from megadistill.models.attention.masks import FLEX, attention_inputs, omit_empty_masks
+from megadistill.models.attention.sequence import register_shared_attention
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.configs.text_config import text_keys
 from megadistill.models.experts import ExpertNames, number_of_experts
@@ -45,13 +46,14 @@ from megadistill.models.model_keys import (
     without_idle_window,
 )
 from megadistill.models.module_names import rename_modules
-from megadistill.types import LogitTransform
+from megadistill.types import LogitTransform, SequencePart
 
 ModelConfig: TypeAlias = PretrainedConfig
 Model: TypeAlias = PreTrainedModel
 
 
 register_flex()
+register_shared_attention()
 
 
 @dataclass(frozen=True)
@@ -456,21 +458,27 @@ def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
 def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[str, Any]:
     """Keyword arguments of the decoder's forward pass: `x` is tokens [B, S], or hidden states [B, S, E].
 
+    Of a decoder whose sequences are shared (`share_sequences`), `x` is this rank's part: [B, S / n], [B, S / n, E].
     `positions` [B, S] int64 restart at 0 where a document begins, and no token attends to one of another document.
     None: a row is one document. The pass has no host-device sync, but with rotary embeddings whose stretch depends on
     the length of a sequence ("dynamic", "longrope"): transformers then reads the largest position, one sync.
     """
     assert positions is None or not family(decoder.config).recurrent, "see refuse_documents"
     name = "input_ids" if x.dim() == 2 else "inputs_embeds"
+    part: SequencePart = getattr(decoder, "sequence_part", SequencePart())
+    shape = (x.shape[0], x.shape[1] * part.parts)
+    position_ids = positions
+    if part.parts > 1:
+        position_ids = part.of(torch.arange(shape[1], device=x.device).unsqueeze(0) if positions is None else positions)
     attention = attention_inputs(
         decoder.config,
         positions,
-        (x.shape[0], x.shape[1]),
+        shape,
         by_kind=family(decoder.config).masks_by_kind,
         dtype=next(decoder.parameters()).dtype,
         device=x.device,
     )
-    return {name: x, "position_ids": positions, **attention, "use_cache": False}
+    return {name: x, "position_ids": position_ids, **attention, "use_cache": False}
 
 
 def logit_transform(config: Any) -> LogitTransform:

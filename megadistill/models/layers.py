@@ -6,11 +6,13 @@ ends where the layer's parameters are whole. Checkpointing comes first, so that 
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from megadistill.config.recipe import Checkpointing
+from megadistill.types import to_device
 
 MAX_VARIANTS = 64
 """Compiled variants of the layers in a process; torch's own limit is 8."""
@@ -41,6 +44,42 @@ def checkpoint_layers(decoder: Any, mode: Checkpointing) -> None:
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     for layer in decoder.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
+
+
+def offload_layer_inputs(decoder: Any) -> None:
+    """Keeps the input of each layer for the backward pass in host memory, where all else is recomputed from it.
+
+    Call it after the layers are checkpointed and compiled. Copies are queued on the stream that computes, so that no
+    memory is written before it was read, and the host does not wait for them.
+    """
+    for layer in decoder.layers:
+        layer.forward = partial(_with_input_on_host, layer.forward)
+
+
+def _with_input_on_host(forward: Callable[..., Tensor], hidden: Tensor, *more: Any, **inputs: Any) -> Tensor:
+    def pack(saved: Tensor) -> Tensor | _OnHost:
+        # Masks, positions and parameters are in memory anyhow.
+        is_input = saved.data_ptr() == hidden.data_ptr() and saved.shape == hidden.shape
+        return _OnHost.of(saved) if is_input else saved
+
+    with saved_tensors_hooks(pack, lambda packed: packed.restored() if isinstance(packed, _OnHost) else packed):
+        return forward(hidden, *more, **inputs)
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A tensor that autograd saves, in pinned host memory."""
+
+    copy: Tensor
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_OnHost":
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+        return cls(copy.copy_(tensor.detach(), non_blocking=True), tensor.device)
+
+    def restored(self) -> Tensor:
+        return to_device(self.copy, self.device)
 
 
 def saves_output(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

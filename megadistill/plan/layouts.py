@@ -75,11 +75,11 @@ def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
         vocab_size=inputs.vocab_size,
         ranks=students,
         ranks_per_node=cluster.gpus_per_node,
-        group_size=vocab_group_size(recipe.distributed.vocab_group, launch),
+        group_size=vocab_group_size(recipe.distributed.vocab_group, launch, sequence=recipe.distributed.sequence),
         roles=roles,
         zero=Zero.of(inputs.deepspeed_config),
     )
-    build_engine_config(inputs.deepspeed_config, recipe.train, run.accumulation)
+    build_engine_config(inputs.deepspeed_config, recipe.train, run.accumulation, sequence=recipe.distributed.sequence)
     if run.teacher is not None and run.stages > run.teacher.layers:
         raise UserError(f"the teacher is cut into {run.stages} stages, and has {run.teacher.layers} layers")
     return run

@@ -181,8 +181,12 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int) -> dict[str, Any]:
+def build_engine_config(
+    deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int, *, sequence: int = 1
+) -> dict[str, Any]:
     """The configuration of a DeepSpeed engine: `deepspeed_config` with the recipe's values.
+
+    `sequence`: ranks that share each sequence.
 
     Raises:
         UserError: `deepspeed_config` has settings under which gradients would be wrong.
@@ -198,7 +202,8 @@ def build_engine_config(deepspeed_config: dict[str, Any], train: TrainSection, a
             "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
             "torch.nn.functional.linear patched for every model of the process, the teacher's too"
         )
-    _require_secondary_groups(zero.get("zero_hpz_partition_size", 1), train, accumulation)
+    world = sequence * train.global_batch // (train.micro_batch * accumulation)
+    _require_secondary_groups(zero.get("zero_hpz_partition_size", 1), world)
     accumulated = types.get("grad_accum_dtype")
     if accumulated != "fp32":
         raise UserError(
@@ -270,9 +275,8 @@ def low_precision_reduction(deepspeed_config: Mapping[str, Any], precision: Prec
     )
 
 
-def _require_secondary_groups(size: int, train: TrainSection, accumulation: int) -> None:
-    """Refuses a size of hpZ's groups, which keep a copy of the weights each, that does not divide the ranks."""
-    world = train.global_batch // (train.micro_batch * accumulation)
+def _require_secondary_groups(size: int, world: int) -> None:
+    """Refuses a size of hpZ's groups, which keep a copy of the weights each, that does not divide the `world` ranks."""
     if size > 1 and world % size:
         divisors = [divisor for divisor in range(1, world + 1) if world % divisor == 0]
         raise UserError(

@@ -13,9 +13,12 @@ import torch
 from torch import Size, Tensor, nn
 
 from megadistill.config.recipe import TeacherPrecision
+from megadistill.distributed.all_to_all import AllToAll
 from megadistill.distributed.broadcast_reader import BroadcastReader, Layout
+from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
+from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers, tensor_type
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.layers import compile_layers
@@ -56,6 +59,7 @@ class TeacherStage(nn.Module):
         reader: BroadcastReader | None = None,
     ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
+        sequence: Topology | None = None,
 
         In bfloat16, the buffers stay in float32, and the routers' parameters that `tensor_type` names. The host's
         memory peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the
@@ -64,7 +68,7 @@ class TeacherStage(nn.Module):
         `compiled`: see `compile_parts`. `attention`: see `build_causal_lm`. `reader`: a rank that does not read opens
         no file of weights, and receives each parameter as the stage keeps it: in `dtype`, or rounded with its scales.
         That is exact, and the least that is sent without decoding a quantised folder again on every rank. Default:
-        every rank reads.
+        every rank reads. `sequence`: of ranks that may share sequences; None: they are read whole.
 
         Raises:
             UserError: the folder is no supported model, its weights do not fit its config, or it has too few layers.
@@ -95,6 +99,8 @@ class TeacherStage(nn.Module):
             loaded.compile_parts()
         return loaded
 
+        if sequence is not None and sequence.sequence_group is not None:
+            share_sequences(decoder, sequence.sequence_part, AllToAll(sequence.sequence_group))
     def compile_parts(self) -> None:
         """Compiles the layers, once for all of a kind, the final norm, and an embedding that scales.
 

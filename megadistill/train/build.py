@@ -47,6 +47,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
     with process_groups(
         launch,
         vocab_group=setup.group_size,
+        sequence=recipe.distributed.sequence,
         timeout_minutes=minutes,
         roles=setup.roles,
         node_check=partial(check_node, setup, launch),
@@ -93,14 +94,17 @@ def objective_of(setup: Setup) -> Objective:
 def stream_of(
     setup: Setup, topology: Topology, *, start: Cursor | None, skips: Sequence[tuple[int, int]] = ()
 ) -> TokenStream:
-    """The tokens of this rank. `skips`: ranges of slots to leave out beside those of the recipe."""
+    """The rows that this rank reads, alone or with those that share its sequences.
+
+    `skips`: ranges of slots to leave out beside those of the recipe.
+    """
     data = setup.recipe.data
     return TokenStream(
         setup.data,
         seed=data.seed,
         batch_slots=setup.recipe.train.global_batch,
-        rank=topology.rank,
-        world_size=topology.world,
+        rank=topology.data_rank,
+        world_size=topology.data_world,
         start=start,
         document_mask=data.document_mask,
         on_corrupt_sample=data.on_corrupt_sample,

@@ -10,7 +10,7 @@ import torch
 from megadistill import timeline
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.targets import TargetedBatch
-from megadistill.types import Cursor, SignalMismatch, TokenBatch
+from megadistill.types import Cursor, SequencePart, SignalMismatch, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,17 @@ class StepBatches:
     The teacher may read any number of micro-batches ahead; what it has read waits here for its step.
     """
 
-    def __init__(self, batches: Iterator[tuple[TokenBatch, Cursor]], teacher: Teacher, *, micro_batch: int) -> None:
+    def __init__(
+        self,
+        batches: Iterator[tuple[TokenBatch, Cursor]],
+        teacher: Teacher,
+        *,
+        micro_batch: int,
+        part: SequencePart = SequencePart(),
+    ) -> None:
+        """`part`: the tokens of each sequence that this rank trains on."""
         self._batches = batches
+        self._part = part
         self._micro_batch = micro_batch
         self._steps: deque[tuple[TokenBatch, Cursor]] = deque()
         self._entering: deque[TokenBatch] = deque()
@@ -77,6 +86,8 @@ class StepBatches:
         self.waited += time.perf_counter() - began
         if pair is None:
             return False
-        self._steps.append(pair)
-        self._entering.extend(pair[0].micro_batches(self._micro_batch))
+        batch, cursor = pair
+        batch = batch.of_part(self._part)
+        self._steps.append((batch, cursor))
+        self._entering.extend(batch.micro_batches(self._micro_batch))
         return True

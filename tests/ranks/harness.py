@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(PRELOAD)
 def _serve(
     launch: Launch,
     port: int,
-    vocab_group: int,
+    groups: dict[str, int],
     roles: Roles | None,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -40,7 +40,7 @@ def _serve(
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(launch.local_world))
     try:
-        with process_groups(launch, vocab_group=vocab_group, timeout_minutes=1.0, roles=roles) as topology:
+        with process_groups(launch, **groups, timeout_minutes=1.0, roles=roles) as topology:
             result = function(topology, *arguments)
         pipe.send_bytes(pickle.dumps((None, result)))
     except BaseException:
@@ -52,12 +52,14 @@ def run_ranks(
     function: Callable[..., Any],
     *arguments: Any,
     vocab_group: int | None = None,
+    sequence: int = 1,
     roles: Roles | None = None,
     deadline: float = 120.0,
 ) -> list[Any]:
     """Runs `function(topology, *arguments)` on `world` ranks; returns their results in rank order.
 
-    `function` is at the top level of its module. `vocab_group` is p, by default the whole world.
+    `function` is at the top level of its module. `vocab_group` is p, by default the whole world. `sequence`: ranks that
+    share each sequence.
 
     Raises:
         AssertionError: with the traceback of every rank that failed, and the ranks that were still waiting.
@@ -75,7 +77,7 @@ def run_ranks(
             args=(
                 launch,
                 port,
-                vocab_group or (roles.students if roles else world),
+                {"vocab_group": vocab_group or (roles.students if roles else world), "sequence": sequence},
                 roles,
                 function,
                 arguments,

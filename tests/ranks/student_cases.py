@@ -20,7 +20,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
 from megadistill.models.experts import RouterCoefs, number_of_experts
-from megadistill.models.families import build_causal_lm, family, load_config
+from megadistill.models.families import build_causal_lm, family, load_config, logit_transform
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from megadistill.student.engine import StudentEngine
@@ -29,7 +29,7 @@ from megadistill.train.objective import Objective
 from megadistill.train.step import train_step
 from megadistill.train.teacher.live import LiveTeacher
 from megadistill.train.teacher.protocol import NoTeacher, Teacher
-from megadistill.types import Cursor, TeacherSignal, TokenBatch, token_digest
+from megadistill.types import Cursor, SequencePart, TeacherSignal, TokenBatch, token_digest
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
@@ -74,6 +74,10 @@ class Case:
     document_mask: bool = False
     model_type: str = "llama"
     layers: int = 2
+    keys: tuple[tuple[str, Any], ...] = ()
+    """More keys of the config."""
+    attention: str | None = None
+    activation_offload: bool = False
     router_coefs: RouterCoefs = field(default_factory=RouterCoefs)
     loss: LossSection = field(default_factory=lambda: LossSection(kd_weight=1.0, ce_weight=0.3, z_loss=1e-3))
 
@@ -100,6 +104,7 @@ def config_of(case: Case) -> Any:
             "initializer_range": 0.1,
             "tie_word_embeddings": case.tied,
             **EXPERTS.get(case.model_type, {}),
+            **dict(case.keys),
         },
         what="test",
     )
@@ -134,7 +139,7 @@ def global_batch(step: int, *, document_mask: bool = False) -> TokenBatch:
 
 
 def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:
-    return batch.micro_batches(GLOBAL_BATCH // topology.world)[topology.rank]
+    return batch.micro_batches(GLOBAL_BATCH // topology.data_world)[topology.data_rank]
 
 
 def teacher_hidden(slots: Tensor) -> Tensor:
@@ -157,6 +162,9 @@ class RandomTeacher:
     def signals(self, batches: Iterator[TokenBatch]) -> Iterator[TeacherSignal]:
         for batch in batches:
             hidden = teacher_hidden(batch.slots).to(self.dtype)
+            hidden = batch.part.of(hidden.unflatten(0, (len(batch), -1))).flatten(0, 1)
+            if batch.part.parts > 1:
+                batch = replace(batch, digests=token_digest(batch.tokens))
             yield TeacherSignal(hidden=hidden, slots=batch.slots, digests=batch.digests)
 
 
@@ -167,9 +175,12 @@ def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> LiveTeacher:
     return LiveTeacher(pipeline=pipeline, head=head.to(dtype))
 
 
-def step_batch(batch: TokenBatch, teacher: Teacher, *, accumulation: int) -> StepBatch:
+def step_batch(
+    batch: TokenBatch, teacher: Teacher, *, accumulation: int, part: SequencePart = SequencePart()
+) -> StepBatch:
     """One step's batch of this rank."""
-    return next(StepBatches(iter([(batch, Cursor("", 0))]), teacher, micro_batch=len(batch) // accumulation))
+    read = iter([(batch, Cursor("", 0))])
+    return next(StepBatches(read, teacher, micro_batch=len(batch) // accumulation, part=part))
 
 
 class WatchedStudent(StudentEngine):
@@ -200,14 +211,15 @@ def build(case: Case, topology: Topology, deepspeed_config: dict[str, Any] | Non
             config={},
             vocab_multiple=MULTIPLE,
             activation_checkpointing=case.activation_checkpointing,
+            activation_offload=case.activation_offload,
             compile=case.compiled,
         ),
-        train=train_section(case, topology.world),
+        train=train_section(case, topology.data_world),
         deepspeed_config=deepspeed_config,
         vocab_size=VOCAB,
         accumulation=case.accumulation,
         topology=topology,
-        attention="flex" if case.document_mask else None,  # as `auto` chooses
+        attention=case.attention or ("flex" if case.document_mask else None),  # as `auto` chooses
     )
     student.draw_weights(SEED)
     student.gradients = []
@@ -224,10 +236,16 @@ def run_steps(
         batch = rows_of(global_batch(step, document_mask=case.document_mask), topology)
         outcome = train_step(
             student,
-            step_batch(batch, teacher, accumulation=case.accumulation),
+            step_batch(batch, teacher, accumulation=case.accumulation, part=topology.sequence_part),
             step=step,
             learning_rate=RATE * (step + 1) / 3,
-            objective=SmallChunks(case.loss, steps=3, seed=SEED, router_coefs=case.router_coefs),
+            objective=SmallChunks(
+                case.loss,
+                steps=3,
+                seed=SEED,
+                student_logits=logit_transform(config_of(case)),
+                router_coefs=case.router_coefs,
+            ),
             topology=topology,
             recompute=recompute,
         )
@@ -252,13 +270,17 @@ def three_steps(topology: Topology, case: Case) -> RunResult:
     return RunResult(steps=steps, gradients=student.gradients, parameters=student.full_parameters())
 
 
-def masked(starts_BS: Tensor) -> dict[str, Tensor]:
-    """Inputs with which a dense model limits attention to documents: a mask [B, 1, S, S], and restarting positions."""
+def masked(starts_BS: Tensor, window: int | None = None) -> dict[str, Tensor]:
+    """Inputs with which a dense model limits attention to documents: a mask [B, 1, S, S], and restarting positions.
+
+    `window`: keys that a token sees, itself included.
+    """
     S = starts_BS.shape[1]
     document_BS = starts_BS.long().cumsum(dim=1)
     same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
     sees_BSS = same_BSS & torch.ones(S, S, dtype=torch.bool).tril()
-    return {"attention_mask": sees_BSS[:, None], "position_ids": sees_BSS.sum(dim=2) - 1}
+    near_SS = torch.ones(S, S, dtype=torch.bool).triu(1 - (window or S))
+    return {"attention_mask": (sees_BSS & near_SS)[:, None], "position_ids": sees_BSS.sum(dim=2) - 1}
 
 
 def dense_truth(case: Case) -> RunResult:
@@ -288,14 +310,14 @@ def dense_truth(case: Case) -> RunResult:
         batch = global_batch(step)
         labels = batch.labels.flatten()
         weights = (labels != -100).double() / batch.valid_tokens
-        seen = masked(batch.starts) if case.document_mask else {}
+        seen = masked(batch.starts, getattr(config, "sliding_window", None)) if case.document_mask else {}
         routed = {"output_router_logits": True} if has_experts else {}
         outputs = model.base_model(input_ids=batch.tokens, use_cache=False, **seen, **routed)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings().weight
         if case.objective == "distill":
             terms = reference.distill_loss(
-                Head(hidden, head),
+                Head(hidden, head, transform=logit_transform(config)),
                 Head(teacher_hidden(batch.slots).double(), teacher_head().double()),
                 labels,
                 token_weights=weights,

@@ -46,11 +46,14 @@ def masked_cursor(
 
 
 def gather_masked_slots(batch: TokenBatch, topology: Topology) -> list[int]:
-    """The slots of the global batch that any rank masked; each rank logs its own. Collective."""
+    """The slots of the global batch that any rank masked; each rank logs its own. Collective.
+
+    Ranks that share sequences read the same slots, and each of them may find a damaged one.
+    """
     for _, message in batch.faults:
         logger.warning("%s: masked", message)
     own = torch.full((len(batch),), -1, dtype=torch.int64)
     slots = [slot for slot, _ in batch.faults]
     own[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
     gathered = all_gather_rows(own.to(topology.device), topology.world_group)
-    return [slot for slot in gathered.tolist() if slot >= 0]
+    return [slot for slot in dict.fromkeys(gathered.tolist()) if slot >= 0]

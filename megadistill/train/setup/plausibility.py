@@ -77,7 +77,8 @@ def _missing_bos(setup: Setup) -> str | None:
 
 def _low_precision_reduction(setup: Setup) -> str | None:
     train = setup.recipe.train
-    students = train.global_batch // (train.micro_batch * setup.accumulation)
+    sequence = setup.recipe.distributed.sequence
+    students = sequence * train.global_batch // (train.micro_batch * setup.accumulation)
     return low_precision_reduction(setup.deepspeed_config, train.precision, students)
 
 

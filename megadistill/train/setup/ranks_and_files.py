@@ -66,7 +66,7 @@ def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     try:
-        vocab_group_size(recipe.distributed.vocab_group, students)
+        vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
     except UserError as error:
         yield str(error)
 

@@ -56,8 +56,9 @@ def translated(batch: TokenBatch, ids_U: Tensor) -> TokenBatch:
         unknown_2 = (theirs_BS == -1).nonzero()[:1].flatten().tolist()
         if unknown_2:
             row, place = unknown_2
+            in_row = batch.part.place * batch.tokens.shape[1] + place
             raise UserError(
-                f"teacher.vocab_map has no teacher's id for {int(ours_BS[row, place])}, which is {kind} {place} of "
+                f"teacher.vocab_map has no teacher's id for {int(ours_BS[row, place])}, which is {kind} {in_row} of "
                 f"slot {int(batch.slots[row])}: map it, or tokenize the text without it"
             )
     return replace(batch, tokens=tokens_BS, labels=labels_BS, digests=token_digest(tokens_BS))

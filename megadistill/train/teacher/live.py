@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megadistill import timeline
+from megadistill.distributed.collectives import all_gather_rows
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
@@ -31,7 +32,15 @@ from megadistill.train.teacher.probe import PROBE_STATES, ProbeInput, ProbeOutpu
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
 from megadistill.train.teacher.targets import HiddenTarget, SparseTarget, StudentOutput, TargetedBatch
-from megadistill.types import LogitTransform, LossTerms, SparseTargets, TokenBatch, to_device
+from megadistill.types import (
+    LogitTransform,
+    LossTerms,
+    SequencePart,
+    SparseTargets,
+    TokenBatch,
+    to_device,
+    token_digest,
+)
 from megadistill.units import readable
 
 
@@ -49,6 +58,8 @@ class LiveTeacher(Teacher):
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
     saved: SavedTargets | None = None
     """Receives the truncated targets; None where the recipe does not save them."""
+    topology: Topology | None = None
+    """Of ranks that may share sequences; None: they are read whole."""
 
     def head_on(self, hidden: Tensor) -> Head:
         """The loss's inputs of this teacher, for hidden states [N, E]."""
@@ -74,6 +85,8 @@ class LiveTeacher(Teacher):
                 read = batch if self.ids is None else translated(batch, self.ids)
                 in_flight.append((batch, read))
                 yield read
+                if read.part.parts > 1:  # the teacher reads a part of each row, of which it answers the digest
+                    read = replace(read, digests=token_digest(read.tokens))
 
         with closing(self.pipeline.signals(entering())) as signals:
             for signal in signals:
@@ -144,8 +157,11 @@ class LiveTeacher(Teacher):
         """[K, E]: final hidden states of the probe, out of a micro-batch of the run's shape."""
         B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
         batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
-        (target,) = self.live_targets(iter([batch]))
-        return target.hidden.view(B, S, -1)[0, : len(probe.tokens)]
+        part = SequencePart() if self.topology is None else self.topology.sequence_part
+        (target,) = self.live_targets(iter([batch.of_part(part)]))
+        own_sE = target.hidden.view(B, S // part.parts, -1)[0, : len(probe.tokens)]
+        group = None if self.topology is None else self.topology.sequence_group
+        return all_gather_rows(own_sE, group)[: len(probe.tokens)]
 
 
 @dataclass(frozen=True)
@@ -191,13 +207,14 @@ class LiveTarget:
         chosen, tail = selection(section)
         randoms = None
         if (per_token := uniforms_per_token(chosen)) > 0:
-            sequence = self.batch.tokens.shape[1]
+            sequence = self.batch.starts.shape[1]
             randoms = uniforms(self.batch.slots, sequence=sequence, per_token=per_token, seed=objective.seed)
             randoms = to_device(randoms, self.hidden.device)
         targets = sparse_targets(
             teacher.head_on(self.hidden),
             selection=chosen,
             tail=tail,
+            randoms = self.batch.part.of(randoms.unflatten(0, (-1, sequence))).flatten(0, 1)
             vocab=vocab,
             temperature=objective.loss.temperature,
             uniforms=randoms,

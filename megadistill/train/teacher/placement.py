@@ -61,6 +61,7 @@ def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], Liv
             bias=None if ids is None else unknown_bias(vocab, ids, device=device),
             logits=logit_transform(setup.teacher_config),
             ids=ids,
+            topology=topology,
             saved=None if save_targets is None else SavedTargets(Path(save_targets), _key(setup, topology), topology),
         )
 
@@ -100,6 +101,7 @@ def load_stage(setup: Setup, topology: Topology, stage: int, stages: int) -> Tea
         compiled=setup.compiles("teacher"),
         attention=setup.attention("teacher").value,
         reader=reader,
+        sequence=topology,
     )
 
 

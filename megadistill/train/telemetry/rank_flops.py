@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megadistill.distributed.topology import Topology
 from megadistill.models.experts import RouterCoefs
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import expert_layers
 from megadistill.models.flops import flops_per_token, layer_costs
 from megadistill.models.partition import stage_flops
@@ -32,9 +33,9 @@ class RankFlops:
             teacher = flops_per_token(setup.teacher_config, length)
             a_token += teacher.head * (2 if recipe.loss.label_fraction > 0 else 1)
             if setup.roles is None:
-                costs = tuple(layer_costs(setup.teacher_config))
-                stages = stage_flops(costs, teacher.attention, topology.group_size)
-                round_tokens = topology.group_size * recipe.train.micro_batch * length
+                costs, firsts = (tuple(each(setup.teacher_config)) for each in (layer_costs, first_layers))
+                stages = stage_flops(costs, firsts, teacher.attention, topology.group_size)
+                round_tokens = topology.group_size * recipe.train.micro_batch * length // topology.sequence_ranks
                 stage_round = round_tokens * stages[topology.group_rank]
         return cls(setup.tokens_per_step // topology.world * a_token, stage_round)
 
