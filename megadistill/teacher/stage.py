@@ -57,9 +57,9 @@ class TeacherStage(nn.Module):
         compiled: bool = False,
         attention: str | None = None,
         reader: BroadcastReader | None = None,
+        sequence: Topology | None = None,
     ) -> "TeacherStage":
         """Stage `stage` of `stages` from a Hugging Face folder; only its own tensors are read and allocated.
-        sequence: Topology | None = None,
 
         In bfloat16, the buffers stay in float32, and the routers' parameters that `tensor_type` names. The host's
         memory peaks at the stage (none of it, where `device` is another) and one parameter. In float8 so does the
@@ -94,13 +94,13 @@ class TeacherStage(nn.Module):
         rebuild_buffers(decoder)
         left = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
         assert not left, f"still on meta: {left}"
+        if sequence is not None and sequence.sequence_group is not None:
+            share_sequences(decoder, sequence.sequence_part, AllToAll(sequence.sequence_group))
         loaded = cls(decoder, stage=stage, stages=stages)
         if compiled:
             loaded.compile_parts()
         return loaded
 
-        if sequence is not None and sequence.sequence_group is not None:
-            share_sequences(decoder, sequence.sequence_part, AllToAll(sequence.sequence_group))
     def compile_parts(self) -> None:
         """Compiles the layers, once for all of a kind, the final norm, and an embedding that scales.
 

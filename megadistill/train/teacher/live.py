@@ -56,10 +56,10 @@ class LiveTeacher(Teacher):
     logits: LogitTransform = LogitTransform()
     ids: Tensor | None = None
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
-    saved: SavedTargets | None = None
-    """Receives the truncated targets; None where the recipe does not save them."""
     topology: Topology | None = None
     """Of ranks that may share sequences; None: they are read whole."""
+    saved: SavedTargets | None = None
+    """Receives the truncated targets; None where the recipe does not save them."""
 
     def head_on(self, hidden: Tensor) -> Head:
         """The loss's inputs of this teacher, for hidden states [N, E]."""
@@ -83,10 +83,10 @@ class LiveTeacher(Teacher):
         def entering() -> Iterator[TokenBatch]:
             for batch in batches:
                 read = batch if self.ids is None else translated(batch, self.ids)
-                in_flight.append((batch, read))
-                yield read
                 if read.part.parts > 1:  # the teacher reads a part of each row, of which it answers the digest
                     read = replace(read, digests=token_digest(read.tokens))
+                in_flight.append((batch, read))
+                yield read
 
         with closing(self.pipeline.signals(entering())) as signals:
             for signal in signals:
@@ -209,12 +209,12 @@ class LiveTarget:
         if (per_token := uniforms_per_token(chosen)) > 0:
             sequence = self.batch.starts.shape[1]
             randoms = uniforms(self.batch.slots, sequence=sequence, per_token=per_token, seed=objective.seed)
+            randoms = self.batch.part.of(randoms.unflatten(0, (-1, sequence))).flatten(0, 1)
             randoms = to_device(randoms, self.hidden.device)
         targets = sparse_targets(
             teacher.head_on(self.hidden),
             selection=chosen,
             tail=tail,
-            randoms = self.batch.part.of(randoms.unflatten(0, (-1, sequence))).flatten(0, 1)
             vocab=vocab,
             temperature=objective.loss.temperature,
             uniforms=randoms,
