@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from megadistill.distributed.topology import Topology
 from megadistill.models.experts import RouterCoefs
-from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import expert_layers
 from megadistill.models.flops import flops_per_token, layer_costs
 from megadistill.models.partition import stage_flops
