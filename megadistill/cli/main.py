@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megadistill import __version__, logs
-from megadistill.cli import data, evaluate, init, models, plan, train
+from megadistill.cli import data, evaluate, init, models, plan, track, train
 from megadistill.cli.common import EXIT_CODES, HelpFormatter
 from megadistill.cli.interrupt import Interrupts
 from megadistill.cli.parser import Parser
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     # The deepspeed launcher puts this in front of the command; the rank is read from the environment.
     top.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for group in (init, data, train, models, evaluate, plan):
+    for group in (init, data, train, track, models, evaluate, plan):
         group.add(commands)
     return top
 

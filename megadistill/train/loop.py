@@ -13,14 +13,25 @@ import torch
 
 from megadistill import logs, timeline
 from megadistill.config.auto import describe_choices
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import EXTERNAL_TRACKERS, Recipe
 from megadistill.data import TokenStream
+from megadistill.data.stream.segments import steps_to
 from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault, RestartFault
 from megadistill.timeline.clock import clock_for
 from megadistill.timeline.stopwatch import Stopwatch
-from megadistill.train.build import build, check_teacher, launched, meter_of, objective_of, stream_of, write_run_files
+from megadistill.tracking.process import CLOSE_SECONDS, STOP_SECONDS, TrackerProcesses
+from megadistill.train.build import (
+    build,
+    check_teacher,
+    held_out_of,
+    launched,
+    meter_of,
+    objective_of,
+    stream_of,
+    write_run_files,
+)
 from megadistill.train.hooks.checkpoints import Checkpoints
 from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
@@ -33,6 +44,7 @@ from megadistill.train.hooks.stop import StopOnRequest
 from megadistill.train.hooks.straggler_check import StragglerCheck
 from megadistill.train.hooks.teacher_weights import TeacherWeightsCheck
 from megadistill.train.hooks.unlabelled import UnlabelledGuard
+from megadistill.train.hooks.validation_hook import ValidationHook, ValidationPlan
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.resilience.anomalies import LossMonitor
 from megadistill.train.resilience.masked_samples import masked_cursor, masked_flag
@@ -40,15 +52,16 @@ from megadistill.train.resilience.preemption import StopRequests, ignore_stop_si
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
 from megadistill.train.router_losses import describe_routers
-from megadistill.train.schedule import learning_rate
+from megadistill.train.schedule import learning_rate, progress
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
+from megadistill.train.setup.step_shape import StepShape, stable_steps_of, student_config_of_entry
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.teacher.probe import worse_than_uniform
 from megadistill.train.telemetry.metrics import RunLog
 from megadistill.train.telemetry.timeline_capture import TimelineCapture, capture_teacher_server
-from megadistill.types import Cursor
+from megadistill.types import Cursor, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +78,8 @@ class RunOutcome:
     """The stop request that ended the run; None for its last step, or `stop_after`."""
     diverged: bool = False
     """Whether the student diverged, in this attempt or an earlier one."""
+    plateau: bool = False
+    """Whether `validation.stop` ended the run before its last step."""
 
 
 def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = None) -> RunOutcome | None:
@@ -101,14 +116,22 @@ def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | N
         topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
         topology.watchdog.on_abort = partial(recovery.aborted, rank=topology.rank)
         stops.on_second_signal = partial(recovery.quit, rank=topology.rank)
+        trackers = None
         try:
             trainer = Trainer(setup, topology, recovery, stops)
-            outcome = trainer.train(min(setup.recipe.train.steps, stop_after or setup.recipe.train.steps))
+            if topology.is_first:
+                external = [name for name in setup.recipe.track if name in EXTERNAL_TRACKERS]
+                trackers = TrackerProcesses(setup.folder, external)
+            outcome = trainer.train(stop_after)
         except (RestartFault, OperatorFault) as fault:
             fault.prints = recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
             raise
         finally:
             recovery.close()
+            if trackers is not None:
+                trackers.release()
+        if trackers is not None:
+            trackers.close(seconds=CLOSE_SECONDS if outcome.stopped_by is None else STOP_SECONDS)
         stops.acknowledge()
     return outcome
 
@@ -128,6 +151,7 @@ class Trainer:
             for warning in implausible_settings(setup).values():
                 logger.warning("%s", warning)
         self._objective = objective_of(setup)
+        self._held_out = held_out_of(setup, topology)
         self._frozen = self._teacher.frozen_weights() if setup.recipe.resilience.teacher_hash_every else None
         if self._frozen is not None:
             self._frozen.require_same_replicas(topology)
@@ -136,14 +160,14 @@ class Trainer:
             train = setup.recipe.train
             self._norms = NormLog(self._student.norms, every=train.norms_every, max_norm=train.max_grad_norm)
 
-    def train(self, last: int) -> RunOutcome:
-        """Takes steps up to `last`, or to a stop request; a rollback resumes from an older checkpoint."""
+    def train(self, stop_after: int | None) -> RunOutcome:
+        """Takes steps up to the last one, or `stop_after`, or to a stop request; a rollback resumes from an older
+        checkpoint.
+        """
         outcome, checkpoint = None, self._newest
         while outcome is None:
             self.step, cursor = self._recovery.restore(checkpoint, self._student)
-            if self.step < last:
-                self._teacher.start()
-            outcome = self._train_from(cursor, last)
+            outcome = self._train_from(cursor, stop_after)
             if outcome is None:
                 checkpoint = self._recovery.find_checkpoint()
         self._teacher.close()
@@ -151,21 +175,25 @@ class Trainer:
             logger.info("%s", line)
         return outcome
 
-    def _train_from(self, cursor: Cursor | None, last: int) -> RunOutcome | None:
+    def _train_from(self, cursor: Cursor | None, stop_after: int | None) -> RunOutcome | None:
         """Takes steps from a checkpoint on; None where a rollback ends them."""
         setup, topology, recovery = self._setup, self._topology, self._recovery
         skips = [rollback.skipped_slots for rollback in recovery.rollbacks]
         monitor, self._student_monitor = recovery.monitors(self.step)
         stream = stream_of(setup, topology, start=cursor, skips=skips)
+        self._run_steps = self._steps_of_run(stream)
+        last = min(self._run_steps, stop_after or self._run_steps)
+        if self.step < last:
+            self._teacher.start()
+        self._shape: StepShape | None = None
         with ExitStack() as stack:
             log = RunLog(
                 setup.folder,
                 setup.recipe,
                 start_step=self.step,
-                start_tokens=recovery.tokens(self.step),
+                start_tokens=recovery.tokens,
                 topology=topology,
                 epoch_tokens=setup.epoch_tokens,
-                tokens_per_step=setup.tokens_per_step,
                 has_experts=self._student.routers is not None,
             )
             stack.enter_context(closing(log))
@@ -175,12 +203,24 @@ class Trainer:
                 return self._stopped(stopped_by)
             steps = islice(stream, max(0, last - self.step))
             part = topology.sequence_part
-            batches = StepBatches(steps, self._teacher, micro_batch=setup.recipe.train.micro_batch, part=part)
+            self._use_entry_of(stream.start.next_slot - 1)
+            validations = self._validations()
+            batches = StepBatches(
+                *(steps, self._teacher),
+                micro_batch=self._micro_batch,
+                part=part,
+                validations=None if validations is None else validations.schedule,
+            )
             stack.enter_context(closing(batches))
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
-            hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot)
+            validation = None if validations is None else self._validation(validations, batches, log)
+            hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot, validation=validation)
             seconds = setup.recipe.resilience.step_timeout_seconds
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
+            if validation is not None:
+                validation.before_first_step(self.step)
+                if validation.finished and self.step < last:
+                    return self._finished_early()
             while self.step < last:
                 self.step += 1
                 timeline_capture.step(self.step)
@@ -193,16 +233,31 @@ class Trainer:
                     if request is Request.ROLL_BACK:
                         return None
                     requests.add(request)
-                ends = self.step == last or Request.STOP in requests
+                ends = self.step == last or not requests.isdisjoint({Request.STOP, Request.FINISH})
                 if ends or Request.SAVE in requests:
                     self._save(event.cursor, last=ends)
                 elif Request.SAVE_LOCAL in requests:
                     self._save(event.cursor, last=False, local=True)
                 if Request.STOP in requests and self.step < last:
                     return self._stopped(stop_reason(event.outcome.flags))
+                if Request.FINISH in requests and self.step < last:
+                    return self._finished_early()
             return self._ended()
 
-    def _hooks(self, log: RunLog, monitor: LossMonitor, *, first_slot: int) -> list[Hook]:
+    def _validations(self) -> ValidationPlan | None:
+        """The validations of an attempt that begins after the current step; None without them. Collective."""
+        if self._held_out is None:
+            return None
+        setup = self._setup
+        return ValidationPlan.of(setup.recipe, self._held_out, self._topology, folder=setup.folder, step=self.step)
+
+    def _validation(self, plan: ValidationPlan, batches: StepBatches, log: RunLog) -> ValidationHook:
+        parts = (self._student, self._objective, self._recovery, log, self._topology, self._setup.recipe)
+        return ValidationHook(plan, batches, *parts)
+
+    def _hooks(
+        self, log: RunLog, monitor: LossMonitor, *, first_slot: int, validation: ValidationHook | None
+    ) -> list[Hook]:
         """The hooks, in the order in which they run after each step. Collective."""
         topology, recovery, events = self._topology, self._recovery, self._recovery.events
         recipe, resilience, frozen = self._setup.recipe, self._setup.recipe.resilience, self._frozen
@@ -212,13 +267,14 @@ class Trainer:
             Checkpoints(
                 recovery,
                 every=recipe.train.checkpoint_every,
-                stable_steps=recipe.stable_steps,
+                stable_steps=stable_steps_of(recipe, self._setup.data),
                 local_every=0 if local is None else local.every,
             ),
             StepLog(
                 *(log, meter, self._objective, recovery, self._student, topology),
                 histograms_every=every,
                 norms=self._norms,
+                has_entries=len(self._setup.shapes) > 1,
             ),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
@@ -228,6 +284,7 @@ class Trainer:
             StarvedExperts(recovery, self._objective.router_coefs) if self._student.routers else None,
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
+            validation,
         ]
         return [hook for hook in hooks if hook is not None]
 
@@ -235,10 +292,14 @@ class Trainer:
         every = self._setup.recipe.resilience.recompute_every
         began, waited_before = time.perf_counter(), batches.waited  # a step is everything up to the next one
         batch = next(batches)
-        cursor = batch.cursor
+        cursor, shape = batch.cursor, self._shape_of(batch.batch)
+        if shape != self._shape:
+            self._begin_entry(shape)
+        self._recovery.tokens += shape.tokens
+        at = progress(self._setup.recipe.train, step=self.step, tokens=self._recovery.tokens)
         masks = self._setup.recipe.data.on_corrupt_sample == "mask"
         own_flags = masked_flag(batch.batch) if masks else {}
-        rate = learning_rate(self._setup.recipe.train, self.step)
+        rate = learning_rate(self._setup.recipe.train, at)
         if self._norms is not None:
             self._norms.before_step(self.step)
         with Stopwatch(clock_for(self._topology.device)) as stopwatch:
@@ -247,17 +308,51 @@ class Trainer:
                 batch,
                 step=self.step,
                 learning_rate=rate,
-                objective=self._objective,
+                objective=self._objective.of_entry(shape.loss),
                 topology=self._topology,
                 flags=lambda: {**self._stops.counts(), **self._recovery.flags(), **own_flags},
                 recompute=every > 0 and self.step % every == 0,
+                progress=at,
             )
         parts = stopwatch.read()  # the step ended in a device sync, since its gradient norm was read: no further one
         if masks:
             place = (stream, self._topology, self._recovery.events)
             cursor = masked_cursor(batch.batch, cursor, *place, step=self.step, reduced=outcome.flags)
         seconds, waited = time.perf_counter() - began, batches.waited - waited_before
-        return StepEvent(self.step, outcome, rate, cursor, seconds, data_seconds=waited, parts=parts)
+        timing = {"data_seconds": waited, "parts": parts}
+        return StepEvent(self.step, outcome, rate, cursor, seconds, shape=shape, progress=at, **timing)
+
+    def _steps_of_run(self, stream: TokenStream) -> int:
+        """The number of the run's last step, for a stream that follows the current one."""
+        train = self._setup.recipe.train
+        if train.tokens is None:
+            return train.steps
+        paces, slot = [shape.pace for shape in self._setup.shapes], stream.start.next_slot
+        return self.step + steps_to(paces, train.tokens, slot=slot, taken=self._recovery.tokens, skips=stream.skips)
+
+    def _shape_of(self, batch: TokenBatch) -> StepShape:
+        return self._setup.shape_at(int(batch.slots[0]))
+
+    def _micro_batch(self, batch: TokenBatch) -> int:
+        return self._shape_of(batch).micro_batch
+
+    def _use_entry_of(self, slot: int) -> None:
+        """Gives the student the rotary embeddings of the step that read a slot: those of a checkpoint, before the next
+        step.
+        """
+        if len(self._setup.shapes) > 1:
+            shape = self._setup.shape_at(max(0, slot))
+            config = student_config_of_entry(self._setup.student_config, shape)
+            self._student.begin_entry(config, accumulation=shape.accumulation)
+
+    def _begin_entry(self, shape: StepShape) -> None:
+        """Gives the student the shape of the next steps. Nothing where all steps of the run have one."""
+        self._shape = shape
+        if len(self._setup.shapes) == 1:
+            return
+        config = student_config_of_entry(self._setup.student_config, shape)
+        self._student.begin_entry(config, accumulation=shape.accumulation)
+        self._recovery.begin_entry(shape)
 
     def _log_start(self, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
@@ -268,7 +363,7 @@ class Trainer:
             layers, coefs = len(self._student.routers.layers), self._objective.router_coefs
             logger.info("%s", describe_routers(setup.student_config, layers, coefs, accumulation=setup.accumulation))
         self._recovery.mark_resumed(self.step)
-        B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
+        B, S = setup.longest.micro_batch, setup.longest.sequence_length
         if line := teacher.describe_prefetch(micro_batch=B, sequence_length=S):
             logger.info("%s", line)
         check = check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips)
@@ -306,8 +401,13 @@ class Trainer:
         logger.info("stopped at step %d (%s); %s", self.step, reason, self._recovery.goodput())
         return RunOutcome(self.step, done=False, stopped_by=reason, diverged=self._student_monitor.reported)
 
+    def _finished_early(self) -> RunOutcome:
+        self._recovery.events.write("stopped", step=self.step, reason="validation.stop")
+        logger.info("ended at step %d: validation.patience is used up; %s", self.step, self._recovery.goodput())
+        return RunOutcome(self.step, done=False, diverged=self._student_monitor.reported, plateau=True)
+
     def _ended(self) -> RunOutcome:
-        done = self.step >= self._setup.recipe.train.steps
+        done = self.step >= self._run_steps
         if done:
             self._recovery.done(self.step)
         else:

@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,19 @@ from megadistill.accelerators import accelerator_of
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.topology import Topology
 from megadistill.divergence import DivergenceKind
-from megadistill.events import JsonLines, LineFromEnd, metrics_from_end
+from megadistill.events import (
+    ALL,
+    VALIDATIONS,
+    JsonLines,
+    LineFromEnd,
+    drop_validations_after,
+    metrics_from_end,
+    numbers_of,
+)
 from megadistill.models.flops import flops_per_token
 from megadistill.progress import short_bar
 from megadistill.timeline.stopwatch import StepSeconds
+from megadistill.train.setup.step_shape import StepShape
 from megadistill.train.telemetry.histograms import Histogram, histogram
 from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import TensorBoardLog
@@ -33,6 +42,10 @@ OUT_OF_ORDER_BYTES = 1 << 16
 
 WHOLE_DISTRIBUTION_METRICS = ("teacher_ce", "teacher_entropy", "agreement")
 """Metrics of the teacher's complete distribution: a run with truncated targets has them on diagnosed steps only."""
+
+HELD_OUT_MEASURES = ("cross_entropy", "calibration_error")
+HELD_OUT_TEACHER_MEASURES = ("kl", "teacher_cross_entropy", "agreement", "acceptance")
+"""Measures of a validation that have charts; the second, with a teacher that runs."""
 
 TEACHER_METRICS = ("divergence", "kl", *WHOLE_DISTRIBUTION_METRICS, "teacher_seconds", "wait_seconds", "teacher_mfu")
 """Metrics that a run from labels does not have."""
@@ -68,6 +81,10 @@ def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
     names = {field.name for field in fields(StepReport)} - {"step", "diagnostics", "experts", "expert_load", "norms"}
     if recipe.train.norms_every > 0:  # those of each layer too, for which there is no chart
         names |= {f"norms/{name}" for name in NORM_NUMBERS} | {f"norms/{kind}/total" for kind in NORM_KINDS}
+    if recipe.validation is not None:
+        has_teacher = recipe.teacher is not None and recipe.teacher.is_live
+        measures = (*HELD_OUT_MEASURES, *(HELD_OUT_TEACHER_MEASURES if has_teacher else ()))
+        names |= {f"validation/{name}/{split}" for name in measures for split in (ALL, *recipe.validation.data)}
     if has_experts:
         names |= {f"experts/{name}" for name in EXPERT_METRICS}
     if recipe.objective == "labels":
@@ -80,7 +97,7 @@ def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
         names -= {"kl"}
     if diagnosed:
         names |= {f"diagnostics/{name}" for name in DIAGNOSTIC_NAMES if name != "forward_kl"}
-    if loss.schedule is not None:
+    if recipe.has_scheduled_weights:
         names |= {"kd_weight", "ce_weight"}
     return names
 
@@ -96,27 +113,32 @@ class Meter:
         *,
         student: Any,
         teacher: Any | None,
-        sequence_length: int,
-        tokens_per_step: int,
         precision: str,
         topology: Topology,
-        flops: RankFlops,
+        flops: Callable[[StepShape], RankFlops],
     ) -> None:
-        forward = flops_per_token(student, sequence_length)
-        frozen = flops_per_token(teacher, sequence_length).forward if teacher is not None else 0
-        self._flops_per_token = 3 * forward.forward + frozen
-        self._tokens_per_step = tokens_per_step
+        """`flops`: those of this rank, for each shape of a step."""
+        self._student, self._teacher = student, teacher
         self._device = topology.device
         peak = peak_flops(topology.device, precision)
         self._own_peak = peak
         self._peak = peak * topology.world if peak is not None else None
-        self._flops = flops
+        self._rank_flops = flops
+        self._shape: StepShape | None = None
+
+    def _begin_entry(self, shape: StepShape) -> None:
+        self._shape, length = shape, shape.sequence_length
+        forward = flops_per_token(self._student, length)
+        frozen = flops_per_token(self._teacher, length).forward if self._teacher is not None else 0
+        self._flops_per_token = 3 * forward.forward + frozen
+        self._flops = self._rank_flops(shape)
 
     def report(
         self,
         step: int,
         metrics: dict[str, Any],
         *,
+        shape: StepShape,
         tokens: int,
         seconds: float,
         parts: StepSeconds,
@@ -126,7 +148,9 @@ class Meter:
 
         `tokens`: those of all steps up to this one.
         """
-        tokens_per_second = self._tokens_per_step / seconds
+        if shape != self._shape:
+            self._begin_entry(shape)
+        tokens_per_second = shape.tokens / seconds
         student_mfu, teacher_mfu = self._flops.mfus(parts, self._own_peak)
         return StepReport(
             step=step,
@@ -161,13 +185,11 @@ class RunLog:
         start_tokens: int,
         topology: Topology,
         epoch_tokens: int | None = None,
-        tokens_per_step: int | None = None,
         has_experts: bool = False,
     ) -> None:
         """
         Args:
             epoch_tokens: tokens of the data; None: unknown, or a mixture, whose sources have epochs of their own.
-            tokens_per_step: the share of them that have labels is in the log lines, where some have none.
             has_experts: whether the student has experts.
         """
         self._active = topology.is_first
@@ -176,15 +198,19 @@ class RunLog:
         self._loss = recipe.loss if recipe.objective == "distill" else None
         self._progress: Progress | None = None
         self._disk_refused = False
-        self._epoch_tokens, self._tokens_per_step = epoch_tokens, tokens_per_step
+        self._epoch_tokens = epoch_tokens
         self._ends: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
         if not self._active:
             return
         path = folder / "metrics.jsonl"
         drop_after(path, start_step)
+        drop_validations_after(folder, start_step)
+        self._validations = JsonLines(folder / VALIDATIONS)
         self._lines = JsonLines(path)
         names = logged_names(recipe, has_experts=has_experts)
-        self._tensorboard = TensorBoardLog(folder, recipe, names, start_step=start_step, start_tokens=start_tokens)
+        self._tensorboard = None
+        if "tensorboard" in recipe.track:
+            self._tensorboard = TensorBoardLog(folder, recipe, names, start_step=start_step, start_tokens=start_tokens)
         console = Console()
         if console.is_terminal and not console.is_dumb_terminal:
             columns = (
@@ -197,32 +223,52 @@ class RunLog:
             self._task = self._progress.add_task("training", total=self._steps, completed=start_step, pace="")
             self._progress.start()
 
-    def step(self, report: StepReport, *, weights: dict[str, float] | None = None) -> None:
+    def step(
+        self, report: StepReport, *, tokens_per_step: int | None = None, more: dict[str, float] | None = None
+    ) -> None:
         """Writes one step to metrics.jsonl (at once, so that a kill loses nothing), TensorBoard and the log.
 
-        `weights`: weights of the loss's terms by name, where a schedule changes them.
+        Args:
+            tokens_per_step: the share of them that have labels is in the log line, where some have none.
+            more: numbers beside the report's by name: the weights of the loss's terms, where they change, and the
+                number of the curriculum entry.
         """
         if not self._active:
             return
-        values = {"time": round(time.time(), 3), **self._values(report), **(weights or {})}
+        values = {"time": round(time.time(), 3), **self._values(report), **(more or {})}
         problem = self._lines.append(values)
         if problem is not None and not self._disk_refused:
             logger.warning("%s: %s; its lines are written once the disk has space", self._lines.path, problem)
         self._disk_refused = problem is not None
-        self._tensorboard.numbers(report.step, _flat(values))
+        if self._tensorboard is not None:
+            self._tensorboard.numbers(report.step, _flat(values))
         if report.expert_load is not None:
             loads = report.expert_load.items()
-            self._tensorboard.histograms(report.step, {f"expert_load/layer_{n}": histogram(load) for n, load in loads})
+            self.histograms(report.step, {f"expert_load/layer_{n}": histogram(load) for n, load in loads})
         self._ends.append((report.step, time.perf_counter()))
         if report.step % self._log_every == 0 or report.step == self._steps:
-            logger.info("%s", self._line(report))
+            logger.info("%s", self._line(report, tokens_per_step))
         if self._progress:
             pace = ", ".join(filter(None, (f"{report.tokens_per_second:,.0f} tokens/s", self._left(report))))
             self._progress.update(self._task, completed=report.step, description=f"loss {report.loss:.4f}", pace=pace)
 
+    def validation(self, step: int, *, tokens: int, seconds: float, splits: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the measures of a validation, by split, to validation.jsonl and TensorBoard.
+
+        `tokens`: those of all steps up to this one. `seconds`: the time of the validation.
+        """
+        if not self._active:
+            return
+        line = {"time": round(time.time(), 3), "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
+        problem = self._validations.append({**line, "splits": splits})
+        if problem is not None:
+            logger.warning("%s: %s; its lines are written once the disk has space", self._validations.path, problem)
+        if self._tensorboard is not None:
+            self._tensorboard.numbers(step, numbers_of(splits))
+
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         """Writes histograms of tensors by tag, to TensorBoard alone."""
-        if self._active:
+        if self._active and self._tensorboard is not None:
             self._tensorboard.histograms(step, histograms)
 
     def close(self) -> None:
@@ -230,7 +276,8 @@ class RunLog:
             return
         if self._progress:
             self._progress.stop()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def _values(self, report: StepReport) -> dict[str, Any]:
         values = asdict(report)
@@ -261,7 +308,7 @@ class RunLog:
             return report.kl
         return (report.diagnostics or {}).get("forward_kl")
 
-    def _line(self, report: StepReport) -> str:
+    def _line(self, report: StepReport, tokens_per_step: int | None) -> str:
         teacher = ""
         if self._loss is not None:
             kl = self._kl(report)
@@ -276,8 +323,8 @@ class RunLog:
         mfu = f" | mfu {report.mfu:.1%}" if report.mfu is not None else ""
         epoch = f", epoch {short(report.tokens / self._epoch_tokens)}" if self._epoch_tokens else ""
         labels, rate = "", f"{report.tokens_per_second:,.0f} tokens/s"
-        if self._tokens_per_step is not None and report.labels < self._tokens_per_step:
-            labels = f", {report.labels / self._tokens_per_step:.1%} of the step's with a label"
+        if tokens_per_step is not None and report.labels < tokens_per_step:
+            labels = f", {report.labels / tokens_per_step:.1%} of the step's with a label"
         remaining = f" | {self._left(report)}" if report.step < self._steps else ""
         return (
             f"step {report.step}/{self._steps} | loss {report.loss:.4f} | ce {report.student_ce:.4f}{teacher}"

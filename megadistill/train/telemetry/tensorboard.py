@@ -1,5 +1,6 @@
 """TensorBoard log of a run: scalars over steps and over tokens, charts, histograms, the recipe."""
 
+import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,42 +10,15 @@ import yaml
 
 from megadistill.config.recipe import Recipe
 from megadistill.redaction import without_secrets
+from megadistill.tracking.groups import OF_BOTH_MODELS, tag_of
 from megadistill.train.telemetry.histograms import Histogram
 from megadistill.types import TOP_K
 
-GROUPS = {
-    "loss": ("loss", "divergence", "targets_kl", "kl", "cross_entropy", "kd_weight", "ce_weight"),
-    "predictions": ("entropy", "agreement", "log_z"),
-    "optimizer": ("learning_rate", "grad_norm"),
-    "throughput": (
-        "tokens",
-        "labels",
-        "tokens_per_second",
-        "mfu",
-        "student_mfu",
-        "teacher_mfu",
-        "seconds",
-        "student_seconds",
-        "loss_seconds",
-    ),
-    "waiting": ("data_seconds", "teacher_seconds", "wait_seconds"),
-    "memory": ("memory_bytes",),
-}
-"""Names of each group, the first part of a tag; those of diagnostics, experts and norms have theirs in the name."""
-
-_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
-
-OF_BOTH_MODELS = {
-    "student_ce": ("student", "cross_entropy"),
-    "teacher_ce": ("teacher", "cross_entropy"),
-    "student_entropy": ("student", "entropy"),
-    "teacher_entropy": ("teacher", "entropy"),
-}
-"""Metrics of one model -> the model, and the name that both share. TensorBoard has a colour for each run and a chart
-for each tag, so the teacher's are a run of their own with the student's tags."""
-
 TEACHER, BY_TOKENS = "teacher", "by_tokens"
-"""Folders of the runs beside that of the student: the teacher's numbers, and those whose x axis counts tokens."""
+"""Folders of the runs beside that of the student: the teacher's numbers, and those whose x axis counts tokens.
+
+TensorBoard has a colour for each run and a chart for each tag, so the teacher's numbers are a run of their own with the
+student's tags."""
 
 TOKENS_AXIS = ("loss", "targets_kl", "kl", "student_ce", "agreement")
 """Metrics that are written over tokens too, where runs of different batch sizes compare."""
@@ -100,18 +74,19 @@ LAYOUT = {
 """Charts of the page "Custom Scalars": category -> title -> tags."""
 
 
-def tag_of(name: str) -> str:
-    """The tag `GROUP/NAME` of a number of a step."""
-    if name.startswith(("diagnostics/", "experts/", "norms/")):
-        return name
-    name = OF_BOTH_MODELS.get(name, ("", name))[1]
-    return f"{_GROUP_OF.get(name, 'other')}/{name}"
-
-
 def tags_of(name: str) -> list[str]:
     """Every tag under which a number is written: over steps, and perhaps over tokens."""
     tag = tag_of(name)
     return [tag, f"{BY_TOKENS}/{tag.partition('/')[2]}"] if name in TOKENS_AXIS else [tag]
+
+
+HELD_OUT_CHARTS = {
+    "cross-entropy": ("cross_entropy", "teacher_cross_entropy"),
+    "KL of the teacher against the student": ("kl",),
+    "agreement and acceptance": ("agreement", "acceptance"),
+    "calibration error": ("calibration_error",),
+}
+"""Charts of the category "Validation": title -> measures, each of every split."""
 
 
 def layout_of(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
@@ -120,7 +95,11 @@ def layout_of(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     A chart is the same in every run that has it: TensorBoard shows one of two equal charts of several runs.
     """
     written = {tag for name in names for tag in tags_of(name)}
-    layout = {}
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for title, measures in HELD_OUT_CHARTS.items():
+        tags = [tag for each in measures for tag in sorted(written) if tag.startswith(f"validation/{each}/")]
+        if tags:
+            layout.setdefault("Validation", {})[title] = ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
     for category, charts in LAYOUT.items():
         present = {
             title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in charts.items() if written & {*tags}

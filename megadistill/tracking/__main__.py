@@ -1,0 +1,41 @@
+"""`python -m megadistill.tracking RUN TRACKER`: the process that a run starts for a tracker.
+
+It ends when the run closes its standard input, or is gone, and has sent what is left then.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+from pathlib import Path
+
+from megadistill.io import locked_folder
+from megadistill.tracking.follower import Follower
+
+NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a scheduler sends to every process of a job: the run obeys them, and then ends this process."""
+
+
+def wait_for_end(seconds: float) -> bool:
+    """Waits for the end of standard input, at most `seconds`; returns whether it has come."""
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
+
+
+def main(folder: Path, tracker: str) -> int:
+    for notice in NOTICES:
+        signal.signal(notice, signal.SIG_IGN)
+    os.nice(5)
+    # What the tracker's package prints goes nowhere: it may be anything. Lines of our own go to the run's stderr.
+    own = os.fdopen(os.dup(2), "w", buffering=1)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    logging.basicConfig(stream=own, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    with locked_folder(folder / "tracking" / f".{tracker}"):  # that of an earlier attempt may still be sending
+        return 0 if Follower(folder, tracker).follow(wait_for_end) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
