@@ -388,14 +388,19 @@ class LossTerms:
     log_z: Tensor
     """Log of the student's partition function, which the z-loss keeps near zero."""
     diagnostics: Diagnostics | None = None
+    per_token: Tensor | None = None
+    """[N, 5], detached: `PER_TOKEN_NAMES` of each of this rank's tokens, times its weight; None where not asked for."""
 
     def metrics(self) -> Tensor:
         """[9] float64: the values of `METRIC_NAMES`, for one reduction over ranks."""
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name != "diagnostics")
+METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name not in ("diagnostics", "per_token"))
 """The scalar terms, in the order of `LossTerms.metrics`."""
+
+PER_TOKEN_NAMES = ("divergence", "kl", "student_ce", "teacher_ce", "agreement")
+"""The terms of `LossTerms.per_token`."""
 
 
 @dataclass(frozen=True)

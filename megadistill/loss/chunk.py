@@ -57,8 +57,8 @@ class Chunk:
     """The student's."""
     vocab: VocabSlice
 
-    def token_sums(self, own: slice) -> Tensor:
-        """[10]: sums over the tokens `own` of the terms that every rank has whole, each times its weight.
+    def token_terms(self, own: slice) -> Tensor:
+        """[10, tokens of `own`]: the terms that every rank has whole, each times its weight.
 
         CE of student and teacher, entropy of both, agreement, ln Z, (ln Z)², the tail's part of the divergence; then CE
         and the tail's part as they count in the loss.
@@ -80,7 +80,7 @@ class Chunk:
             ]
         )
         in_loss_2n = torch.stack([tokens.ce_n * student_ce_n, tokens.kd_n * tail_n])
-        return torch.cat([weighted_8n, in_loss_2n])[:, own].sum(dim=1)
+        return torch.cat([weighted_8n, in_loss_2n])[:, own]
 
     def write_dlogits(self, out_nv: Tensor | None) -> Tensor:
         """[n, SLICE_TERMS]: this slice's shares of the divergence, which add up over the slices.

@@ -49,6 +49,8 @@ class LossOptions:
     elementwise: Elementwise = Elementwise.AUTO
     diagnostics: bool = False
     """Whether `LossTerms.diagnostics` is computed, where there is a teacher: each chunk's logits are read once more."""
+    per_token: bool = False
+    """Whether `LossTerms.per_token` is computed: one more small all-reduce."""
 
     def __post_init__(self) -> None:
         if self.logit_memory < 1:

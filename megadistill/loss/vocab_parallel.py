@@ -12,7 +12,7 @@ width; w this rank's rows of the vocabulary, v of them true (not padding); K spa
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,14 +115,14 @@ def _loss(inputs: LossInputs) -> LossTerms:
     student = inputs.student
     trainable = [t for t in (student.hidden, student.weight, student.bias) if t is not None and t.requires_grad]
     if torch.is_grad_enabled() and trainable:
-        loss, metrics = _GradientInForward.apply(  # type: ignore[no-untyped-call]
+        loss, metrics, per_token = _GradientInForward.apply(  # type: ignore[no-untyped-call]
             student.hidden, student.weight, student.bias, inputs
         )
     else:
-        loss, metrics, _ = _forward(inputs, with_gradient=False)
+        loss, metrics, per_token, _ = _forward(inputs, with_gradient=False)
     diagnostics = unpacked(metrics[8:]) if inputs.diagnostics else None
     scalars = dict(zip(METRIC_NAMES, (loss, *metrics[:8].unbind()), strict=True))
-    return LossTerms(**scalars, diagnostics=diagnostics)
+    return LossTerms(**scalars, diagnostics=diagnostics, per_token=per_token)
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -131,17 +131,17 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_wD: Tensor, bias_w: Tensor | None, inputs: LossInputs
-    ) -> tuple[Tensor, Tensor]:
-        loss, metrics, ctx.gradients = _forward(inputs, with_gradient=True)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        loss, metrics, per_token, ctx.gradients = _forward(inputs, with_gradient=True)
         ctx.accumulates = inputs.student.weight_gradient is not None
         # Only a leaf can ask for a gradient of another dtype (a bf16 parameter that accumulates in float32).
         ctx.weight_grad_dtype = (weight_wD.grad_dtype if weight_wD.is_leaf else None) or weight_wD.dtype
-        ctx.mark_non_differentiable(metrics)
-        return loss, metrics
+        ctx.mark_non_differentiable(*(values for values in (metrics, per_token) if values is not None))
+        return loss, metrics, per_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "this loss has been through backward already, and its gradients went with that; compute the loss again"
@@ -154,8 +154,8 @@ class _GradientInForward(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor, Gradients | None]:
-    """The whole computation: loss, metrics, gradients. Collective over the vocab group.
+def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None, Gradients | None]:
+    """The whole computation: loss, metrics, `LossTerms.per_token`, gradients. Collective over the vocab group.
 
     Metrics are [8]: the other scalars of `LossTerms`, in order; [24] with those of `Diagnostics` behind them.
     """
@@ -170,19 +170,23 @@ def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor
 
     gradients = Gradients.empty(inputs, plan) if with_gradient else None
     diagnostics = DiagnosticsAccumulator.zeros(tokens.weights_gL) if inputs.diagnostics else None
+    each = PerToken.zeros(tokens.weights_gL) if inputs.options.per_token else None
     token_sums = tokens.weights_gL.new_zeros(10)
     slice_sums_g = tokens.weights_gL.new_zeros(g, SLICE_TERMS)
     for in_flight in iter_chunks(inputs, plan, tokens, K=K):
         # Logits [n, v] of both models are computed; the softmax over the whole vocabulary needs the other slices.
         chunk, span = in_flight.wait(inputs), in_flight.span
         own_tokens = slice(rank * (span.stop - span.start), (rank + 1) * (span.stop - span.start))
-        token_sums += chunk.token_sums(own_tokens)
+        own_terms = chunk.token_terms(own_tokens)
+        token_sums += own_terms.sum(dim=1)
         if diagnostics is not None:
             diagnostics.add(chunk, span, own_tokens)
         # This slice's share of the divergence of every token; dlogits [n, v] as the products take it.
         dlogits_nv = None if gradients is None else gradients.dlogits_memory(chunk.student.logits.z_nv)
         slice_terms = chunk.write_dlogits(dlogits_nv)
         slice_sums_g += slice_terms.view(g, -1, SLICE_TERMS).sum(dim=1)
+        if each is not None:
+            each.add(span, own_terms, slice_terms)
         if gradients is not None and dlogits_nv is not None:
             # dW += dlogitsᵀ · X; dX = dlogits · W, reduce-scattered while the next chunk is computed.
             gradients.add(dlogits_nv, in_flight.hidden_nD, span, inputs)
@@ -197,7 +201,34 @@ def _forward(inputs: LossInputs, *, with_gradient: bool) -> tuple[Tensor, Tensor
     metrics = torch.cat([torch.stack([divergence + tail, kl]), token_sums[:6]])
     if diagnostics is not None:
         metrics = torch.cat([metrics, diagnostics.sums(tokens.weights_gL, inputs.vocab)])
-    return loss, metrics, gradients
+    per_token = None if each is None else each.of_this_rank(len(inputs.labels_N), inputs.vocab)
+    return loss, metrics, per_token, gradients
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """The terms of each token, of all chunks so far."""
+
+    own_10L: Tensor
+    """`Chunk.token_terms` of this rank's tokens."""
+    slice_gL3: Tensor
+    """This slice's shares of the divergence, as `Chunk.write_dlogits` returns them."""
+
+    @classmethod
+    def zeros(cls, like_gL: Tensor) -> "PerToken":
+        return cls(like_gL.new_zeros(10, like_gL.shape[1]), like_gL.new_zeros(*like_gL.shape, SLICE_TERMS))
+
+    def add(self, span: slice, own_terms: Tensor, slice_terms: Tensor) -> None:
+        self.own_10L[:, span] = own_terms
+        self.slice_gL3[:, span] = slice_terms.view(len(self.slice_gL3), -1, SLICE_TERMS)
+
+    def of_this_rank(self, tokens: int, vocab: VocabSlice) -> Tensor:
+        """[tokens, 5]: `PER_TOKEN_NAMES` of this rank's tokens. Collective over the vocab group."""
+        own_L3 = all_reduce_sum(self.slice_gL3, vocab.group)[group_rank(vocab.group)]
+        divergence_L, kl_L, _ = own_L3.unbind(dim=1)
+        student_ce_L, teacher_ce_L, _, _, agreement_L, _, _, tail_L, *_ = self.own_10L
+        values = (divergence_L + tail_L, kl_L, student_ce_L, teacher_ce_L, agreement_L)
+        return torch.stack(values, dim=1)[:tokens]
 
 
 def _lowest_entropy(inputs: LossInputs, plan: ChunkPlan, tokens: GroupTokens) -> Tensor:

@@ -117,6 +117,23 @@ class TokenStream:
         slots_B = np.arange(slots.start, slots.stop, slots.step, dtype=np.int64)
         return self._read(slots_B, self._order.locate(slots_B))
 
+    @property
+    def next_start(self) -> int:
+        """The slot in whose segment the next batch lies: that of `start`, or where too little of it is left the first
+        of the next one."""
+        slot = self.start.next_slot
+        while True:
+            segment = self._mixture.segment_at(slot)
+            end = int(self._unskipped(slot, np.array([(segment.batch or self._batch_slots) - 1]))[0]) + 1
+            if segment.stop is None or end <= segment.stop:
+                return slot
+            slot = segment.stop
+
+    @property
+    def skips(self) -> Skips:
+        """Ranges of slots to leave out: those given, and those of `start`."""
+        return self._skips
+
     def with_masked(self, cursor: Cursor, slots: Iterable[int]) -> Cursor:
         """`cursor` with the slots that other ranks masked, which stay masked from now on.
 
@@ -164,7 +181,7 @@ class TokenStream:
 
     def _batches(self) -> Iterator[tuple[TokenBatch, Cursor]]:
         """Each batch is the next G slots of a segment that are not skipped; see `data.stream.segments`."""
-        next_slot = self.start.next_slot
+        next_slot = self.next_start
         while True:
             segment = self._mixture.segment_at(next_slot)
             batch_slots = segment.batch or self._batch_slots

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges
 from megadistill.loss import Divergence, DivergenceKind, Head, LossOptions, VocabSlice, distill_loss, label_loss
-from megadistill.types import IGNORED_LABEL, SparseTargets, Tail
+from megadistill.types import IGNORED_LABEL, PER_TOKEN_NAMES, SparseTargets, Tail
 from tests.ranks.harness import run_ranks
 from tests.unit.loss.problems import (
     DIVERGENCES,
@@ -97,6 +97,11 @@ class Case:
     @property
     def diagnosed(self) -> bool:
         return self.divergence is not None and self.tail is None and not self.bent
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the terms of each token are asked for, which must not depend on other tokens."""
+        return self.seed % 5 == 0 and (self.divergence is None or self.divergence.label_fraction == 0)
 
     def targets(self) -> SparseTargets | None:
         """Of the whole group."""
@@ -179,6 +184,7 @@ def _run_case(topology: Topology, case: Case) -> Truth:
     options: dict[str, Any] = {"logit_memory": _logit_memory(case, topology.group_size)}
     if case.diagnosed:
         options["diagnostics"] = True
+    options["per_token"] = case.per_token
     vocab = VocabSlice(case.slices[rank], SIZE, topology.vocab_group)
     return run(mine, case.divergence, vocab=vocab, targets=targets, upstream=UPSTREAM, z_loss=0.1, **options)
 
@@ -214,6 +220,15 @@ def _check(case: Case, founds: list[Truth]) -> None:
             only_mine[tokens] = p.token_weights[tokens]
             mine = truth(replace(p, token_weights=only_mine), case.divergence, z_loss=0.1, targets=targets)
             assert_terms(replace(found.terms, diagnostics=None), mine.terms, tolerance)
+        if case.per_token:
+            assert found.terms.per_token is not None
+            of_tokens = zip(range(tokens.start, tokens.stop), found.terms.per_token.tolist(), strict=True)
+            for token, values in of_tokens:
+                only_it = torch.zeros_like(p.token_weights).index_fill(0, torch.tensor([token]), 1)
+                alone = replace(p, token_weights=p.token_weights * only_it)
+                terms = scalars(truth(alone, case.divergence, z_loss=0.1, targets=targets).terms)
+                expected = [terms[name] for name in PER_TOKEN_NAMES]
+                assert values == pytest.approx(expected, rel=tolerance, abs=tolerance * 1e-2), f"token {token}"
 
 
 @pytest.mark.parametrize("g", SLICINGS)
