@@ -40,6 +40,9 @@ refused with what is written here.
 
 _BOUNDS = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
 
+ITEMS = {list: "[]", dict: ".NAME"}
+"""The mark of the items of a list, or of a mapping by name, in the names of their keys."""
+
 _PLAIN = {"str": "text", "bool": "true or false", "int": "integer", "float": "number", "Any": "any"}
 
 
@@ -61,7 +64,7 @@ class Key:
 
 
 def keys() -> list[Key]:
-    """All keys, section by section; those of a list's items as `section.list[].key`."""
+    """All keys, section by section; those of a list's items as `section.list[].key`, by name as `teachers.NAME.key`."""
     merged: dict[str, Key] = {}
     for key in _keys(Recipe, ""):
         other = merged.setdefault(key.name, key)
@@ -73,9 +76,9 @@ def keys() -> list[Key]:
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     nested: list[tuple[type[BaseModel], str]] = []
     for name, field in model.model_fields.items():
-        sections, is_list = sections_in(field.annotation), get_origin(field.annotation) is list
-        nested += [(section, f"{prefix}{name}{'[]' if is_list else ''}.") for section in sections]
-        if sections and (field.is_required() or (not is_list and field.default is not None)):
+        sections, items = sections_in(field.annotation), ITEMS.get(get_origin(field.annotation), "")
+        nested += [(section, f"{prefix}{name}{items}.") for section in sections]
+        if sections and (field.is_required() or (not items and field.default is not None)):
             continue
         yield Key(f"{prefix}{name}", _type_of(field), _default_of(field), _meaning_of(field))
     for section, path in nested:

@@ -235,7 +235,8 @@ def key_names(model: type[Section], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         for section in sections_in(field.annotation):
-            yield from key_names(section, f"{prefix}{name}{'[]' if 'list[' in str(field.annotation) else ''}.")
+            items = "[]" if "list[" in str(field.annotation) else ".NAME" if "dict[" in str(field.annotation) else ""
+            yield from key_names(section, f"{prefix}{name}{items}.")
 
 
 def _normal(name: str) -> str:

@@ -41,6 +41,11 @@ MAX_TIMELINE_STEPS = 100
 
 MAX_HELD_OUT_SPLITS = 64
 
+MAX_TEACHERS = 16
+
+WHOLE_DATA = "data"
+"""Name of the one source of `data.manifest`."""
+
 MAX_PROFILE_STEPS = 20
 
 Checkpointing: TypeAlias = Literal["none", "selective", "full"]
@@ -313,15 +318,36 @@ class TeacherSection(Section):
         return self
 
 
+class NamedTeacherSection(TeacherSection):
+    """One of several teachers."""
+
+    sources: list[str] | None = None
+    """Sources of the data that it teaches. None: those that no teacher names."""
+    weight: float = Field(default=1.0, gt=0, le=MAX_WEIGHT)
+    """Weight of its divergence where a source has several teachers, relative to those of the others."""
+
+    @model_validator(mode="after")
+    def _is_one_of_several(self) -> "NamedTeacherSection":
+        if self.placement == "disaggregated":
+            raise ValueError(
+                "placement disaggregated is for a single teacher, to whose pipelines the ranks are given: set it to "
+                "colocated"
+            )
+        if self.save_targets is not None:
+            raise ValueError("save_targets stores the targets of every row, of which one of several teachers has some")
+        return self
+
+
 def default_warmup(steps: int, *, decay_steps: Any = None) -> int:
     """Steps of the learning rate's warm-up in a run of `steps` steps whose recipe gives none."""
     longest = steps - decay_steps if isinstance(decay_steps, int) else steps
     return max(0, min(int(WARMUP_FRACTION * min(steps, MAX_STEPS)), MAX_WARMUP_STEPS, longest))
 
 
-def _before_decay(length: int, schedule: dict[str, Any]) -> int:
-    decay = schedule.get("decay_tokens")
-    return max(0, length - decay) if isinstance(decay, int) else length
+def default_warmup_tokens(tokens: int, *, decay_tokens: Any = None) -> int:
+    """`default_warmup` in tokens, of a run of `tokens` tokens."""
+    longest = tokens - decay_tokens if isinstance(decay_tokens, int) else tokens
+    return max(0, min(int(WARMUP_FRACTION * min(tokens, MAX_TOKENS)), MAX_WARMUP_TOKENS, longest))
 
 
 def _with_default(values: dict[str, Any], key: str, default: int) -> dict[str, Any]:
@@ -687,7 +713,9 @@ class ValidationSection(Section):
                     f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most"
                 )
         if self.stop and self.patience is None:
-            raise ValueError("stop is true without a patience, so nothing would stop the run: set patience, or remove it")
+            raise ValueError(
+                "stop is true without a patience, so nothing would stop the run: set patience, or remove it"
+            )
         return self
 
 
@@ -706,6 +734,9 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     teacher: TeacherSection | None = None
     """The teacher, for objective distill only."""
+    teachers: dict[str, NamedTeacherSection] = Field(default={}, max_length=MAX_TEACHERS)
+    """Several teachers in place of `teacher`, by name: each teaches some sources of the data, or all learn from a
+    mixture of them."""
     validation: ValidationSection | None = None
     """Validation on held-out splits; null: none."""
     track: list[Tracker] = ["tensorboard"]
@@ -730,8 +761,7 @@ class Recipe(Section):
             return values
         schedule = train.get("schedule", {})
         if isinstance(schedule, dict) and isinstance(train.get("tokens"), int):
-            warmup_tokens = max(0, int(WARMUP_FRACTION * min(train["tokens"], MAX_TOKENS)))
-            warmup_tokens = min(warmup_tokens, MAX_WARMUP_TOKENS, _before_decay(train["tokens"], schedule))
+            warmup_tokens = default_warmup_tokens(train["tokens"], decay_tokens=schedule.get("decay_tokens"))
             train = {**train, "schedule": _with_default(schedule, "warmup_tokens", warmup_tokens)}
         elif isinstance(schedule, dict) and isinstance(train.get("steps"), int):
             warmup_steps = default_warmup(train["steps"], decay_steps=schedule.get("decay_steps"))
@@ -757,21 +787,60 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _objective_fits(self) -> "Recipe":
-        if self.objective == "distill" and self.teacher is None:
+    def _teachers_fit(self) -> "Recipe":
+        if self.teachers and self.teacher is not None:
+            raise ValueError("teacher and teachers exclude each other: name every teacher in teachers, or keep one")
+        if self.objective == "distill" and not self.teacher_sections:
             raise ValueError("objective distill needs teacher.path; to train from labels, set objective to labels")
-        if self.objective == "labels" and self.teacher is not None:
-            raise ValueError("objective labels uses no teacher: set teacher to null, or objective to distill")
-        if self.teacher is not None and self.loss.targets is None:
-            if self.teacher.source == "stored":
-                raise ValueError("teacher.source stored needs loss.targets: the selection that was stored")
-            if self.teacher.save_targets is not None:
-                raise ValueError("teacher.save_targets needs loss.targets: the selection to store")
-        if self.teacher is not None and self.teacher.source == "stored" and self.loss.diagnostics_every != 0:
+        if self.objective == "labels" and self.teacher_sections:
+            key = "teacher to null" if self.teacher is not None else "teachers to {}"
+            raise ValueError(f"objective labels uses no teacher: set {key}, or objective to distill")
+        for key, section in self.teacher_sections.items():
+            if section.source == "stored" and self.loss.targets is None:
+                raise ValueError(f"{key}.source stored needs loss.targets: the selection that was stored")
+            if section.save_targets is not None and self.loss.targets is None:
+                raise ValueError(f"{key}.save_targets needs loss.targets: the selection to store")
+            if section.source == "stored" and self.loss.diagnostics_every != 0:
+                raise ValueError(
+                    f"loss.diagnostics_every is {self.loss.diagnostics_every}, but diagnostics need the teacher's "
+                    f"complete distribution, which {key}.source stored does not have: set it to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_have_teachers(self) -> "Recipe":
+        if not self.teachers:
+            return self
+        known = self.data.sources or {WHOLE_DATA: ""}
+        for name, section in self.teachers.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+                raise ValueError(f"teachers: {name!r} is no name: use up to 64 letters, digits, - and _")
+            for source in section.sources or []:
+                if source not in known:
+                    way_out = nearest(source, known) if self.data.sources else "; data.manifest has no names, remove it"
+                    raise ValueError(f"teachers.{name}.sources has {source}, no such source of the data{way_out}")
+            if not any(name in self.teachers_of(source) for source in known):
+                raise ValueError(f"teachers.{name} teaches no source: the other teachers name all of them in sources")
+        for source in known:
+            if not self.teachers_of(source):
+                raise ValueError(
+                    f"data.sources.{source} has no teacher: add it to the sources of one, or leave out the sources of a "
+                    "teacher for the rest"
+                )
+        if self.distributed.sequence > 1:
             raise ValueError(
-                f"loss.diagnostics_every is {self.loss.diagnostics_every}, but diagnostics need the teacher's complete "
-                "distribution, which teacher.source stored does not have: set it to 0"
+                f"distributed.sequence is {self.distributed.sequence}, but the ranks of several teachers have whole "
+                "sequences: set it to 1, or use one teacher"
             )
+        if self.validation is not None:
+            raise ValueError(
+                "validation measures against one teacher: set it to null, and use `megadistill evaluate --teacher` for "
+                "each of teachers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "Recipe":
         if self.objective == "distill" and self.loss.kd_weight == 0:
             raise ValueError("objective distill with loss.kd_weight 0 ignores the teacher: set objective to labels")
         if self.objective == "labels":
@@ -801,6 +870,24 @@ class Recipe(Section):
         return self
 
     @property
+    def teacher_sections(self) -> dict[str, TeacherSection]:
+        """The recipe's teachers by their keys: `teacher`, or `teachers.NAME` of each of several."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{name}": section for name, section in self.teachers.items()}
+
+    def teachers_of(self, source: str) -> dict[str, float]:
+        """Those of `teachers` that teach a source, with weights that add up to 1."""
+        named = {name: each for name, each in self.teachers.items() if source in (each.sources or ())}
+        chosen = named or {name: each for name, each in self.teachers.items() if each.sources is None}
+        total = sum(each.weight for each in chosen.values())
+        return {name: each.weight / total for name, each in chosen.items()}
+
+    def with_teacher(self, name: str) -> "Recipe":
+        """The recipe with one of `teachers` as its `teacher`."""
+        return self.model_copy(update={"teacher": self.teachers[name], "teachers": {}})
+
+    @property
     def stable_steps(self) -> int:
         """The steps that would be the same with a larger `train.steps`: those before a `wsd` schedule decays; 0 with a
         cosine. The checkpoint after them is kept: a longer run, or another decay, begins from it."""
@@ -813,6 +900,12 @@ class Recipe(Section):
         if any(each.decay is None for each in schedules):
             return 0
         return min(self.train.length - (each.decay or 0) for each in schedules)
+
+    @property
+    def has_scheduled_weights(self) -> bool:
+        """Whether the weights of the loss's terms change during the run: by a schedule, or by curriculum entries."""
+        by_entry = any(entry.loss is not None for entry in self.data.curriculum)
+        return self.objective == "distill" and (self.loss.schedule is not None or by_entry)
 
     @property
     def has_shaped_entries(self) -> bool:
