@@ -121,6 +121,11 @@ def _outcome_line(outcome: "RunOutcome", recipe: "Recipe", options: argparse.Nam
     resumes = "the same command resumes" if command is None else f"`{command}` resumes"
     if outcome.done:
         line = f"step {outcome.step} of {recipe.train.steps}, done"
+    elif outcome.plateau:
+        line = (
+            f"ended at step {outcome.step}: validation.patience is used up (validation.stop); with a larger patience, "
+            f"or without stop, {resumes}"
+        )
     elif outcome.stopped_by is not None:
         line = f"stopped at step {outcome.step} ({outcome.stopped_by}); {resumes}"
     elif outcome.step > options.stop_after:

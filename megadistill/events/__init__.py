@@ -1,4 +1,4 @@
-"""Records of a run as JSON lines (events.jsonl, metrics.jsonl), and the goodput that follows from them.
+"""Records of a run as JSON lines (events.jsonl, metrics.jsonl, validation.jsonl), and the goodput from them.
 
 An event is one line: `time` (seconds since 1970), `attempt`, `event` (a name of `EVENTS`), `step`, and the event's own
 keys. Costs are in seconds. A start reads the ends of both files, whatever their length (`read_history`).
@@ -19,20 +19,34 @@ from megadistill.events.reading import (
     seconds_of,
 )
 from megadistill.events.totals import History, StepTotals, Totals, paused_seconds, read_history
+from megadistill.events.validations import (
+    ALL,
+    VALIDATIONS,
+    Progress,
+    cross_entropy_of,
+    drop_validations_after,
+    numbers_of,
+    read_validations,
+)
 
 __all__ = [
+    "ALL",
     "EVENTS",
     "LARGEST_COUNT",
     "RENAMED_EVENTS",
     "SAVED",
+    "VALIDATIONS",
     "EventLog",
     "FaultKind",
     "Goodput",
     "History",
     "JsonLines",
     "LineFromEnd",
+    "Progress",
     "StepTotals",
     "Totals",
+    "cross_entropy_of",
+    "drop_validations_after",
     "events_from_end",
     "goodput",
     "goodput_of",
@@ -40,10 +54,12 @@ __all__ = [
     "json_lines",
     "last_step",
     "metrics_from_end",
+    "numbers_of",
     "paused_seconds",
     "read_events",
     "read_history",
     "read_metrics",
+    "read_validations",
     "scan_lines",
     "seconds_of",
 ]

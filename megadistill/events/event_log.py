@@ -37,6 +37,10 @@ EVENTS = {
     "float8_teacher": "the teacher in float8 was compared with the native one on the first tokens: `kl` (nats a token)"
     ", `native_ce`, `float8_ce`",
     "samples_masked": "corrupt sequences were masked: `slots`",
+    "validated": "held-out splits were measured: `seconds`, `cross_entropy` of the student over all of them",
+    "validation_plateau": "no lower held-out cross-entropy than `best`, of `best_step`, in `validations` of a row; the "
+    "last is `cross_entropy`",
+    "held_out_masked": "corrupt held-out sequences were left out: `splits`, name -> their number",
     "straggler": "a rank is slower than the others: `message`",
     "stop_requested": "a stop of the run was requested: `reason`",
     "stopped": "the run stopped after `step` with a checkpoint: `reason`; the same command resumes it",

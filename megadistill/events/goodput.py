@@ -18,6 +18,8 @@ class Goodput:
     """Time between the start of an attempt and its first step: imports, models, checkpoints."""
     saving: float = 0.0
     """Time that steps waited for checkpoints."""
+    validating: float = 0.0
+    """Time of validations."""
     repeated: float = 0.0
     """Time of steps that were taken again, since no checkpoint held them."""
     wall: float = 0.0
@@ -28,7 +30,7 @@ class Goodput:
     @property
     def lost(self) -> float:
         """The rest: hangs, the time from a fault to the next start, and what is between two steps."""
-        return max(0.0, self.wall - self.useful - self.startup - self.saving - self.repeated)
+        return max(0.0, self.wall - self.useful - self.startup - self.saving - self.validating - self.repeated)
 
     @property
     def ratio(self) -> float:
@@ -36,7 +38,7 @@ class Goodput:
         return self.useful / self.wall if self.wall > 0 else 0.0
 
     def __str__(self) -> str:
-        parts = ("startup", "saving", "repeated", "lost")
+        parts = ("startup", "saving", *(["validating"] if self.validating > 0 else []), "repeated", "lost")
         shares = ", ".join(f"{name} {getattr(self, name) / (self.wall or 1.0):.1%}" for name in parts)
         paused = f"; paused for {spell(self.paused)}, not counted" if self.paused > 0 else ""
         return f"goodput {self.ratio:.1%} of {spell(self.wall)} ({shares}{paused})"
@@ -60,6 +62,7 @@ def goodput_of(totals: Totals, useful: float, *, until: float) -> Goodput:
         useful=useful,
         startup=totals.startup,
         saving=totals.saving,
+        validating=totals.validating,
         repeated=totals.repeated,
         wall=until - totals.began - totals.paused,
         paused=totals.paused,

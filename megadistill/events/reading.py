@@ -101,17 +101,17 @@ def is_event(values: Mapping[str, Any]) -> bool:
     return (
         isinstance(values.get("event"), str)
         and is_number(values.get("time"))
-        and _is_count(values.get("attempt"))
-        and _is_count(values.get("step"))
+        and is_count(values.get("attempt"))
+        and is_count(values.get("step"))
     )
 
 
 def _is_step(values: Mapping[str, Any]) -> bool:
     numbers = (values[name] for name in ("loss", "student_ce", "teacher_ce", "seconds") if name in values)
-    return _is_count(values.get("step")) and all(number is None or is_number(number) for number in numbers)
+    return is_count(values.get("step")) and all(number is None or is_number(number) for number in numbers)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_COUNT
 
 

@@ -20,6 +20,7 @@ class Totals:
     """Time of the steps that count, each once."""
     startup: float = 0.0
     saving: float = 0.0
+    validating: float = 0.0
     repeated: float = 0.0
     paused: float = 0.0
     """See `Goodput`."""
@@ -32,6 +33,7 @@ class Totals:
         values = event.get("totals")
         if not isinstance(values, dict) or type(values.get("student_diverged")) is not bool:
             return None
+        values = {"validating": 0.0, **values}  # a release without validations
         names = [field.name for field in fields(cls) if field.name != "student_diverged"]
         if not all(is_number(values.get(name)) and math.isfinite(values[name]) for name in names):
             return None
@@ -79,6 +81,8 @@ class History:
             useful=useful,
             startup=before.startup + sum(seconds_of(each, "startup_seconds") for each in resumes),
             saving=before.saving + sum(seconds_of(each, "stall_seconds") for each in events if each["event"] in SAVED),
+            validating=before.validating
+            + sum(seconds_of(each, "seconds") for each in events if each["event"] == "validated"),
             repeated=before.repeated + sum(seconds_of(each, "lost_seconds") for each in resumes),
             paused=before.paused + paused_seconds(events),
             student_diverged=has_diverged,

@@ -37,9 +37,23 @@ class Split:
         """Whether attention is limited to documents: side by side by best fit, they were packed together by chance."""
         return self.manifest.packer.name == "bestfit"
 
-    def stream(self) -> TokenStream:
-        """Its sequences, by slot: range(0, manifest.sequences) visits each once."""
-        return TokenStream(self.data, seed=0, batch_slots=1, rank=0, world_size=1, document_mask=self.documents)
+    def stream(self, *, document_mask: bool = True, masks_corrupt: bool = False) -> TokenStream:
+        """Its sequences, by slot: range(0, manifest.sequences) visits each once.
+
+        Args:
+            document_mask: whether attention is limited to documents where `documents` says so; False: nowhere.
+            masks_corrupt: damaged sequences get no labels, instead of a `ShardFault`.
+        """
+        return TokenStream(
+            self.data,
+            seed=0,
+            batch_slots=1,
+            rank=0,
+            world_size=1,
+            document_mask=self.documents and document_mask,
+            on_corrupt_sample="mask" if masks_corrupt else "fail",
+            max_masked_per_million=1_000_000,
+        )
 
 
 def load_splits(given: Sequence[str], limit: int | None = None, *, insert_bos: bool = False) -> list[Split]:

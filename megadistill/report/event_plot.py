@@ -34,6 +34,9 @@ MARKS = {
     "teacher_above_uniform": "4",
     "float8_teacher": "_",
     "samples_masked": ".",
+    "validated": "$v$",
+    "validation_plateau": "$=$",
+    "held_out_masked": ",",
     "straggler": "d",
     "stop_requested": "P",
     "stopped": "s",
@@ -50,7 +53,14 @@ TROUBLE = ("step_skipped", "loss_spike", "student_diverged", "rollback", "teache
 MAX_MARKS = 300
 """Maximum marks of a run and a kind; more would cover each other."""
 
-PARTS = {"useful": "#2a7f78", "startup": "#8fc1bb", "saving": "#d9b44a", "repeated": "#c98a5a", "lost": "#b5473c"}
+PARTS = {
+    "useful": "#2a7f78",
+    "startup": "#8fc1bb",
+    "validating": "#6b86b8",
+    "saving": "#d9b44a",
+    "repeated": "#c98a5a",
+    "lost": "#b5473c",
+}
 """Uses of the wall time, each with its colour."""
 
 LANE = 0.46

@@ -54,6 +54,7 @@ def goodput_of(run: RunRecord, clock: Clock) -> Goodput:
         useful=float(np.nansum(run.series["seconds"])),
         startup=sum(event.seconds("startup_seconds") for event in resumes),
         saving=sum(event.seconds("stall_seconds") for event in run.events if event.kind in SAVED),
+        validating=sum(event.seconds("seconds") for event in run.events if event.kind == "validated"),
         repeated=sum(event.seconds("lost_seconds") for event in resumes),
         wall=clock.wall - paused,
         paused=paused,

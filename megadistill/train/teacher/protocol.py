@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
+from typing import ClassVar
 
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
@@ -14,6 +15,9 @@ from megadistill.types import TokenBatch
 
 class Teacher(ABC):
     """Source of a run's targets, on one rank. Only `teacher_targets` must be implemented."""
+
+    answers_any_tokens: ClassVar[bool] = False
+    """Whether `teacher_targets` takes micro-batches of any tokens, those of held-out splits too."""
 
     @abstractmethod
     def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:

@@ -39,6 +39,9 @@ class Target(Protocol):
     def loss(self, student: StudentOutput) -> LossTerms:
         """The student's loss against this target. Collective over the vocab group."""
 
+    def complete(self) -> Head | None:
+        """The teacher's complete distribution: hidden states [N, E] and this rank's rows of its head; None: unknown."""
+
 
 class TargetedBatch(NamedTuple):
     """A micro-batch and its target."""
@@ -62,6 +65,9 @@ class LabelTarget:
             options=student.options,
         )
 
+    def complete(self) -> Head | None:
+        return None
+
 
 @dataclass(frozen=True)
 class HiddenTarget:
@@ -81,6 +87,9 @@ class HiddenTarget:
             options=student.options,
         )
 
+    def complete(self) -> Head | None:
+        return self.teacher
+
 
 @dataclass(frozen=True)
 class SparseTarget:
@@ -98,3 +107,6 @@ class SparseTarget:
             vocab=student.vocab,
             options=student.options,
         )
+
+    def complete(self) -> Head | None:
+        return None

@@ -1,0 +1,93 @@
+"""validation.jsonl: a line for each validation of a run, and the progress that follows from them.
+
+A line has `time` (seconds since 1970), `step`, `tokens` (of the training stream up to the step), `seconds` of the
+validation, and `splits`: name -> measures, of `ALL` and of each split.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadistill.events.lines import json_lines
+from megadistill.events.reading import is_count, is_number
+from megadistill.io import write_file
+
+VALIDATIONS = "validation.jsonl"
+
+ALL = "all"
+"""Name of the measures over all splits, which no split has."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The best validation of a run so far."""
+
+    validations: int = 0
+    last_step: int = -1
+    """Step of the last validation; -1: none."""
+    best: float = math.inf
+    """Lowest cross-entropy over all splits (nats a token)."""
+    best_step: int = 0
+    without_gain: int = 0
+    """Validations since the best one."""
+
+    def after(self, step: int, cross_entropy: float) -> "Progress":
+        """With one more validation; one that is not finite is no gain."""
+        count = self.validations + 1
+        if cross_entropy < self.best:
+            return Progress(count, step, cross_entropy, step, 0)
+        return Progress(count, step, self.best, self.best_step, self.without_gain + 1)
+
+    @classmethod
+    def of(cls, lines: Iterable[Mapping[str, Any]]) -> "Progress":
+        """After the validations of `read_validations`."""
+        progress = cls()
+        for line in lines:
+            progress = progress.after(line["step"], cross_entropy_of(line["splits"]))
+        return progress
+
+
+def cross_entropy_of(splits: Mapping[str, Mapping[str, float]]) -> float:
+    """The student's cross-entropy over all splits (nats a token); NaN where it is unknown."""
+    return float(splits.get(ALL, {}).get("cross_entropy", math.nan))
+
+
+def numbers_of(splits: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The measures of a validation by `validation/MEASURE/SPLIT`, without the numbers of tokens."""
+    return {
+        f"validation/{name}/{split}": value
+        for split, measures in splits.items()
+        for name, value in measures.items()
+        if name != "tokens"
+    }
+
+
+def read_validations(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run folder's validation.jsonl that have the keys of one, in the file's order; others are left out.
+
+    Raises:
+        UserError: a folder, a pipe or a device has the file's name.
+    """
+    return (line for line in json_lines(folder / VALIDATIONS) if line is not None and _is_validation(line))
+
+
+def drop_validations_after(folder: Path, step: int) -> None:
+    """Removes the lines of later steps, which are taken again, and those that are damaged."""
+    path = folder / VALIDATIONS
+    lines = [line for line in json_lines(path)]
+    kept = [line for line in lines if line is not None and _is_validation(line) and line["step"] <= step]
+    if len(kept) < len(lines):
+        write_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    splits = line.get("splits")
+    return (
+        all(is_number(line.get(name)) for name in ("time", "seconds"))
+        and all(is_count(line.get(name)) for name in ("step", "tokens"))
+        and isinstance(splits, dict)
+        and all(isinstance(each, dict) and all(map(is_number, each.values())) for each in splits.values())
+    )

@@ -1,0 +1,154 @@
+"""Validates the student on held-out splits: before the first step, every few steps, and after the last one."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadistill.config.recipe import Recipe
+from megadistill.distributed.collectives import broadcast_object
+from megadistill.distributed.topology import Topology
+from megadistill.events import Progress, cross_entropy_of, read_validations
+from megadistill.student.engine import StudentEngine
+from megadistill.train.hooks.hook import Request, StepEvent
+from megadistill.train.lookahead import StepBatches
+from megadistill.train.objective import Objective
+from megadistill.train.resilience.preemption import stop_reason
+from megadistill.train.resilience.recovery import Recovery
+from megadistill.train.teacher.targets import Target
+from megadistill.train.telemetry.metrics import RunLog
+from megadistill.train.validation.held_out_batches import HeldOutBatch, HeldOutBatches, Validations
+from megadistill.train.validation.validate import Measured, describe, measure
+from megadistill.units import number_of
+
+MAX_FAULTS = 5
+"""Damaged held-out sequences of a rank that its log names."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """The validations of an attempt, and those that the run has had."""
+
+    schedule: Validations
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, held_out: HeldOutBatches, topology: Topology, *, folder: Path, step: int, last: int
+    ) -> "ValidationPlan":
+        """Those of an attempt that begins after `step`, of a run that ends after `last`. Collective.
+
+        validation.jsonl has no lines of later steps then. An attempt begins with a validation where its step is due for
+        one that the run has not had, as it may have been stopped before it; or where the run has had none at all.
+        """
+        section = recipe.validation
+        assert section is not None
+        progress = Progress.of(read_validations(folder)) if topology.is_first else None
+        progress = broadcast_object(progress, topology.world_group)
+        assert progress is not None
+        is_due = step % section.every == 0 or step == last
+        at_first = progress.validations == 0 or (is_due and progress.last_step < step)
+        schedule = Validations(held_out, first_step=step, at_first=at_first, every=section.every, last=last)
+        return cls(schedule, progress)
+
+
+class ValidationHook:
+    """The last hook: a step that rolls back, or that ends an attempt on request, is not validated."""
+
+    def __init__(
+        self,
+        plan: ValidationPlan,
+        batches: StepBatches,
+        student: StudentEngine,
+        objective: Objective,
+        recovery: Recovery,
+        log: RunLog,
+        topology: Topology,
+        recipe: Recipe,
+    ) -> None:
+        assert recipe.validation is not None
+        self._section, self._recipe = recipe.validation, recipe
+        self._schedule, self._progress = plan.schedule, plan.progress
+        self._batches, self._student, self._objective = batches, student, objective
+        self._recovery, self._log, self._topology = recovery, log, topology
+        # The first one may compile, as the first step does.
+        self._limit = max(60 * recipe.distributed.timeout_minutes, recipe.resilience.step_timeout_seconds)
+        self._masked: Mapping[str, int] = {}
+        self._named = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is to end, since its patience is used up (`validation.stop`)."""
+        patience = self._section.patience
+        return self._section.stop and patience is not None and self._progress.without_gain >= patience
+
+    def before_first_step(self, step: int) -> None:
+        """The validation that is due before an attempt's first step, if any. Collective."""
+        if self._schedule.due(step):
+            self._validate(step)
+
+    def after_step(self, event: StepEvent) -> Request | None:
+        is_last = event.step == self._schedule.last
+        if not self._schedule.due(event.step) or (stop_reason(event.outcome.flags) is not None and not is_last):
+            return None
+        self._validate(event.step)
+        return Request.FINISH if self.finished else None
+
+    def _validate(self, step: int) -> None:
+        began = time.perf_counter()
+        measured = measure(
+            self._student,
+            self._watched(step),
+            self._schedule.batches,
+            objective=self._objective,
+            topology=self._topology,
+        )
+        seconds, cross_entropy = time.perf_counter() - began, cross_entropy_of(measured.splits)
+        self._progress = self._progress.after(step, cross_entropy)
+        logger.info("%s", describe(measured, step=step, steps=self._schedule.last, seconds=seconds))
+        self._log.validation(step, tokens=self._recovery.tokens, seconds=seconds, splits=measured.splits)
+        self._recovery.validated(step, seconds, cross_entropy)
+        self._report_masked(step, measured)
+        self._report_plateau(step, cross_entropy)
+
+    def _watched(self, step: int) -> Iterator[tuple[HeldOutBatch, Target | None]]:
+        """The validation's micro-batches, for each of which the watchdog allows the time of a step."""
+        self._topology.watchdog.enter_phase("validating", step, limit=self._limit)
+        for targeted in self._batches.validation():
+            yield targeted
+            self._limit = self._recipe.resilience.step_timeout_seconds
+            self._topology.watchdog.enter_phase("validating", step, limit=self._limit)
+
+    def _report_masked(self, step: int, measured: Measured) -> None:
+        """Reports damaged held-out sequences once an attempt, and again where there are more."""
+        batches = self._schedule.batches
+        for (split, slot), fault in list(batches.faults.items())[self._named : MAX_FAULTS]:
+            logger.warning("validation.data.%s, slot %d: %s: left out", batches.splits[split].name, slot, fault)
+        self._named = len(batches.faults)
+        if measured.masked != self._masked:
+            counts = ", ".join(f"{name} {count}" for name, count in measured.masked.items())
+            line = f"validation: damaged sequences are left out ({counts}); `megadistill shards verify` lists them"
+            self._recovery.events.warn("held_out_masked", line, step=step, splits=dict(measured.masked))
+        self._masked = measured.masked
+
+    def _report_plateau(self, step: int, cross_entropy: float) -> None:
+        progress, patience = self._progress, self._section.patience
+        if patience is None or progress.without_gain != patience:
+            return
+        ends = "; validation.stop ends the run" if self._section.stop else ""
+        line = (
+            f"step {step}: the held-out cross-entropy has not been below {progress.best:.4f} of step "
+            f"{progress.best_step} for {number_of(patience, 'validation')} (validation.patience){ends}"
+        )
+        values = {"best": _known(progress.best), "best_step": progress.best_step, "validations": patience}
+        values["cross_entropy"] = _known(cross_entropy)
+        self._recovery.events.warn("validation_plateau", line, step=step, **values)
+
+
+def _known(value: float) -> float | None:
+    """A number for JSON; None for one that is not finite."""
+    return value if math.isfinite(value) else None
