@@ -116,6 +116,28 @@ def curves_over_time(runs: Sequence[RunRecord], clocks: Sequence[Clock]) -> list
 
 
 @dataclass(frozen=True)
+class Points:
+    """Values of a run at some of its steps."""
+
+    run: int
+    steps: Floats
+    tokens: Floats
+    values: Floats
+
+
+def points_over_tokens(
+    curve: Curve, points: Sequence[Points], runs: Sequence[RunRecord], *, most_tokens: float
+) -> Drawing:
+    """A figure of values that are measured now and then. Its axis goes to `most_tokens`, as those of other figures."""
+    size, name = unit(most_tokens, COUNTS, "")
+    lines = [Line(each.run, each.steps, each.tokens / size, each.values, None, dashed=False) for each in points]
+    frame = Frame([], [None] * len(runs), f"tokens ({name})" if name else "tokens", most_tokens / size)
+    limits = all_values([line.values for line in lines], from_zero=curve.from_zero)
+    figure_of = partial(_figure, curve=curve, lines=lines, limits=limits, runs=runs, frame=frame)
+    return draw(figure_of, curve.name, curve.title, curve.caption, runs=[run.name for run in runs])
+
+
+@dataclass(frozen=True)
 class Line:
     """The finite values of a run in a figure."""
 

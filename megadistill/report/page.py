@@ -13,10 +13,12 @@ from markupsafe import Markup, escape
 
 from megadistill import __version__
 from megadistill.errors import UserError
+from megadistill.evaluate.checkpoint_scores import read_scores
 from megadistill.evaluate.evaluation import read_evaluations
 from megadistill.io import write_file
 from megadistill.outputs import require_writable_folder
 from megadistill.redaction import printable
+from megadistill.report.checkpoint_section import checkpoint_samples, checkpoint_scores, score_curves
 from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MAX_RUNS, PALETTE, PALETTE_DARK, Drawing, style
 from megadistill.report.evaluation_section import Results
@@ -73,9 +75,13 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
     goodputs = [goodput_of(run, clock) for run, clock in zip(runs, clocks, strict=True)]
     results, unread = _with_results_beside(runs, results)
     eventful = any(run.events for run in runs)
+    notes = [list[str]() for _ in runs]
+    followed = [read_scores(run.folder, note) for run, note in zip(runs, notes, strict=True)]
+    unread += [(run.name, line) for run, note in zip(runs, notes, strict=True) for line in note]
     with style():
         over_tokens, over_time = curves_over_tokens(runs), curves_over_time(runs, clocks)
         happened = [events_figure(runs, clocks), goodput_figure(runs, goodputs)] if eventful else []
+        scored = score_curves(runs, followed)
         measured = [each.figures(f"evaluation-{index}") for index, each in enumerate(results, 1)]
     events, older = events_table(runs, limit=MAX_EVENTS)
     html = _environment().get_template("report.html.j2").render(
@@ -100,13 +106,16 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         counts=event_counts(runs),
         events=events,
         older=older,
+        scores=checkpoint_scores(runs, followed),
+        scored=scored,
+        samples=checkpoint_samples(runs, followed),
         results=list(zip(results, measured, strict=True)),
         differing=differing_keys(runs) if len(runs) > 1 else None,
         recipes=[(run.name, recipe_table(run)) for run in runs if run.recipe],
         versions=versions_table(runs),
         attempts=attempts_table(runs, limit=MAX_ATTEMPTS),
     )  # fmt: skip
-    return Page(html, [*over_tokens, *over_time, *happened, *(each for group in measured for each in group)])
+    return Page(html, [*over_tokens, *over_time, *happened, *scored, *(each for group in measured for each in group)])
 
 
 def write(page: Page, path: Path) -> None:
