@@ -4,7 +4,7 @@ The packages above mark parts (`timed`) and spans of computing, waiting and send
 `Stopwatch` for each step; `train.telemetry` and `teacher` start a `Recorder`, whose recordings are stored and drawn.
 """
 
-from megadistill.timeline.recorder import follow, recording, span
+from megadistill.timeline.recorder import annotated, follow, recording, span
 from megadistill.timeline.spans import COMPUTE, DATA, HOST, SAVE, SEND, WAIT, MessageId
 from megadistill.timeline.stopwatch import Part, timed
 
@@ -17,6 +17,7 @@ __all__ = [
     "WAIT",
     "MessageId",
     "Part",
+    "annotated",
     "follow",
     "recording",
     "span",

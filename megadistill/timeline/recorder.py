@@ -9,8 +9,8 @@ host (for tokens, for a checkpoint) it shows as the span of that.
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -96,6 +96,37 @@ class Recorder:
 
 
 _recorder: Recorder | None = None
+_annotation: Callable[[str], AbstractContextManager[Any]] | None = None
+"""A profiler's range of a name, while one records."""
+
+
+@contextmanager
+def annotated(annotation: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Has every span that begins within the context, on any thread, open a range of its name in a profiler too."""
+    global _annotation
+    assert _annotation is None, "one profiler at a time"
+    _annotation = annotation
+    try:
+        yield
+    finally:
+        _annotation = None
+
+
+class _AnnotatedSpan(AbstractContextManager[None]):
+    """A span within a profiler's range."""
+
+    __slots__ = ("_annotation", "_span")
+
+    def __init__(self, annotation: AbstractContextManager[Any], span: AbstractContextManager[None]) -> None:
+        self._annotation, self._span = annotation, span
+
+    def __enter__(self) -> None:
+        self._annotation.__enter__()
+        self._span.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._span.__exit__(None, None, None)
+        self._annotation.__exit__(None, None, None)
 
 
 class _OpenSpan(AbstractContextManager[None]):
@@ -131,11 +162,11 @@ def span(
 
     Waiting and sending count for the thread's stopwatch, too.
     """
-    recorder = _recorder
-    wait = timed(Part.WAIT) if kind in (WAIT, SEND) else UNTIMED
-    if recorder is None or recorder.thread != threading.get_ident():
-        return wait
-    return _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message), wait)
+    recorder, annotation = _recorder, _annotation
+    opened = timed(Part.WAIT) if kind in (WAIT, SEND) else UNTIMED
+    if recorder is not None and recorder.thread == threading.get_ident():
+        opened = _OpenSpan(recorder, Span(kind, name, 0.0, 0.0, number=number, message=message), opened)
+    return opened if annotation is None else _AnnotatedSpan(annotation(name), opened)
 
 
 def follow(is_recorded: bool) -> None:

@@ -38,6 +38,7 @@ from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.hooks.loss_anomalies import LossAnomalies
 from megadistill.train.hooks.non_finite import NonFiniteGuard
 from megadistill.train.hooks.norm_log import NormLog
+from megadistill.train.hooks.profile import ProfiledSteps
 from megadistill.train.hooks.starved_experts import StarvedExperts
 from megadistill.train.hooks.step_log import StepLog
 from megadistill.train.hooks.stop import StopOnRequest
@@ -60,6 +61,7 @@ from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.teacher.probe import worse_than_uniform
 from megadistill.train.telemetry.metrics import RunLog
+from megadistill.train.telemetry.profile_capture import ProfileCapture
 from megadistill.train.telemetry.timeline_capture import TimelineCapture, capture_teacher_server
 from megadistill.types import Cursor, TokenBatch
 
@@ -213,8 +215,11 @@ class Trainer:
             )
             stack.enter_context(closing(batches))
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
+            profile = stack.enter_context(ProfileCapture(setup, topology))
             validation = None if validations is None else self._validation(validations, batches, log)
-            hooks = self._hooks(log, monitor, first_slot=stream.start.next_slot, validation=validation)
+            hooks = self._hooks(
+                *(log, monitor, ProfiledSteps(profile)), first_slot=stream.start.next_slot, validation=validation
+            )
             seconds = setup.recipe.resilience.step_timeout_seconds
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
             if validation is not None:
@@ -224,6 +229,7 @@ class Trainer:
             while self.step < last:
                 self.step += 1
                 timeline_capture.step(self.step)
+                profile.before_step(self.step)
                 self._enter_phase("step", limit=limit)
                 limit = seconds
                 event = self._take_step(batches, stream)
@@ -248,15 +254,21 @@ class Trainer:
         """The validations of an attempt that begins after the current step; None without them. Collective."""
         if self._held_out is None:
             return None
-        setup = self._setup
-        return ValidationPlan.of(setup.recipe, self._held_out, self._topology, folder=setup.folder, step=self.step)
+        run = {"folder": self._setup.folder, "step": self.step, "last": self._run_steps}
+        return ValidationPlan.of(self._setup.recipe, self._held_out, self._topology, **run)
 
     def _validation(self, plan: ValidationPlan, batches: StepBatches, log: RunLog) -> ValidationHook:
         parts = (self._student, self._objective, self._recovery, log, self._topology, self._setup.recipe)
         return ValidationHook(plan, batches, *parts)
 
     def _hooks(
-        self, log: RunLog, monitor: LossMonitor, *, first_slot: int, validation: ValidationHook | None
+        self,
+        log: RunLog,
+        monitor: LossMonitor,
+        profiled: ProfiledSteps,
+        *,
+        first_slot: int,
+        validation: ValidationHook | None,
     ) -> list[Hook]:
         """The hooks, in the order in which they run after each step. Collective."""
         topology, recovery, events = self._topology, self._recovery, self._recovery.events
@@ -284,6 +296,7 @@ class Trainer:
             StarvedExperts(recovery, self._objective.router_coefs) if self._student.routers else None,
             LossAnomalies(recipe, monitor, recovery, topology, first_slot=first_slot, frozen=frozen),
             StopOnRequest(events),
+            profiled,
             validation,
         ]
         return [hook for hook in hooks if hook is not None]

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 from megadistill.distributed.topology import Topology
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import expert_layers
 from megadistill.models.flops import flops_per_token, layer_costs
 from megadistill.models.partition import stage_flops
 from megadistill.timeline.stopwatch import StepSeconds
 from megadistill.train.setup.setup import Setup
+from megadistill.train.setup.step_shape import StepShape
 
 
 @dataclass(frozen=True)
@@ -19,24 +21,37 @@ class RankFlops:
     """FLOPs of a step: student and loss, with both heads."""
     stage_round: int = 0
     """FLOPs of this rank's stage for one micro-batch of each rank of the pipeline; 0 where it has none."""
+    loss: int = 0
+    """The part of `step` that is the loss: the products of both heads, and their gradients."""
 
     @classmethod
-    def of(cls, setup: Setup, topology: Topology) -> "RankFlops":
-        recipe, length = setup.recipe, setup.data.sequence_length
+    def of(cls, setup: Setup, topology: Topology, shape: StepShape) -> "RankFlops":
+        recipe, length = setup.recipe, shape.sequence_length
         once = flops_per_token(setup.student_config, length)
         coefs = RouterCoefs.of(recipe.loss, setup.student_config)
-        counts_experts = coefs.aux > 0 and setup.accumulation > 1 and bool(expert_layers(setup.student_config))
+        counts_experts = coefs.aux > 0 and shape.accumulation > 1 and bool(expert_layers(setup.student_config))
         layers_again = (recipe.student.activation_checkpointing == "full") + counts_experts
         a_token, stage_round = 3 * once.forward + layers_again * (once.body + once.attention), 0
+        heads = 3 * once.head
         if setup.teacher_config is not None:
             teacher = flops_per_token(setup.teacher_config, length)
-            a_token += teacher.head * (2 if recipe.loss.label_fraction > 0 else 1)
+            teacher_heads = teacher.head * (2 if recipe.loss.label_fraction > 0 else 1)
+            a_token, heads = a_token + teacher_heads, heads + teacher_heads
             if setup.roles is None:
                 costs, firsts = (tuple(each(setup.teacher_config)) for each in (layer_costs, first_layers))
                 stages = stage_flops(costs, firsts, teacher.attention, topology.group_size)
-                round_tokens = topology.group_size * recipe.train.micro_batch * length // topology.sequence_ranks
+                round_tokens = topology.group_size * shape.micro_batch * length // topology.sequence_ranks
                 stage_round = round_tokens * stages[topology.group_rank]
-        return cls(setup.tokens_per_step // topology.world * a_token, stage_round)
+        tokens = shape.tokens // topology.world
+        return cls(tokens * a_token, stage_round, loss=tokens * heads)
+
+    def by_part(self, seconds: StepSeconds) -> dict[str, tuple[int, float]]:
+        """Part of a step -> its FLOPs on this rank, and the seconds that they took."""
+        return {
+            "student": (self.step - self.loss, seconds.student),
+            "loss": (self.loss, seconds.loss),
+            "teacher stage": (self.stage_round * seconds.rounds, seconds.stage),
+        }
 
     def mfus(self, seconds: StepSeconds, peak: float | None) -> tuple[float | None, float | None]:
         """Shares of the device's peak that the products of student and loss, and those of the stage, reached.

@@ -1,7 +1,7 @@
 """TensorBoard log of a run: scalars over steps and over tokens, charts, histograms, the recipe."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ class TensorBoardLog:
             self._writer.add_custom_scalars(layout_of(names))
             self._writer.add_text("recipe", _as_markdown(recipe.snapshot()), start_step)
 
-    def numbers(self, step: int, values: dict[str, float | None]) -> None:
+    def numbers(self, step: int, values: Mapping[str, float | None]) -> None:
         """Writes the numbers of a step by name; None is not known, and left out."""
         known = {name: value for name, value in values.items() if name not in ("step", "time") and value is not None}
         with suppress(OSError):

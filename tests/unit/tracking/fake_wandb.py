@@ -10,11 +10,11 @@ FOREVER = 1e6
 
 
 class Settings:
-    def __init__(self, **settings):
+    def __init__(self, **settings: object) -> None:
         self.settings = settings
 
 
-def _reach(place):
+def _reach(place: str) -> None:
     """Leaves a mark, and does what this stand-in is to do there."""
     (Path(os.environ["FAKE_FOLDER"]) / place).touch()
     behaviour = os.environ["FAKE_WANDB"]
@@ -25,19 +25,19 @@ def _reach(place):
 
 
 class Run:
-    def define_metric(self, name, *, step_metric):
+    def define_metric(self, name: str, *, step_metric: str) -> None:
         assert (name, step_metric) == ("*", "step")
 
-    def log(self, numbers):
+    def log(self, numbers: dict[str, float]) -> None:
         _reach("log")
         with open(Path(os.environ["FAKE_FOLDER"]) / "logged.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def finish(self):
+    def finish(self) -> None:
         _reach("finish")
 
 
-def init(**options):
+def init(**options: object) -> Run:
     print("chatter with a secret:", os.environ["WANDB_API_KEY"], file=sys.stderr, flush=True)
     _reach("init")
     return Run()
