@@ -14,15 +14,20 @@ from functools import partial
 import torch
 
 from benchmarks.contenders import (
-    CONTENDERS,
+    FORWARD_KL,
+    LABELS,
     OURS,
-    Gradients,
+    Contenders,
     Inputs,
+    NeedsAcceleratorError,
+    Outputs,
+    Problem,
     Products,
     Shape,
     estimated_peak,
-    gradients,
+    our_labels,
     ours,
+    outputs,
 )
 from benchmarks.measure import Run, Spread, available_memory, in_fresh_process, peak, ranks, rounds, seconds
 from benchmarks.report import Report, cell, parser
@@ -33,22 +38,24 @@ from megadistill.loss import (
     Elementwise,
     LossOptions,
     VocabSlice,
-    label_loss,
     sparse_distill_loss,
 )
 from megadistill.loss.options import LOGIT_MEMORY
 from megadistill.loss.sparse import Sampled, TopK, sparse_targets
 from megadistill.types import SparseTargets, Tail
 
-QUESTIONS = ("speed", "others", "ranks", "memory", "divergences")
+QUESTIONS = ("speed", "others", "labels", "errors", "ranks", "memory", "divergences")
 MEASURED = ("megadistill/loss", "megadistill/distributed", "benchmarks/*.py")
 
 HELP = """\
 questions (all of them, when --only does not choose):
   speed        ours, forward and backward, against its own four products: student logits, teacher logits, dX, dW
-  others       F.kl_div, F.linear_cross_entropy, liger-kernel (pip install -e '.[oracles]'), beside ours and the floor
+  others       forward KL beside ours and the floor: F.kl_div, F.linear_cross_entropy, DeepSpeed, liger-kernel
+               (pip install -e '.[oracles]'), TRL (pip install trl)
+  labels       the same for the cross-entropy of the labels; cut-cross-entropy, too (pip install cut-cross-entropy)
+  errors       of value, dX and dW of each contender in float32, against float64; a quarter of the tokens
   ranks        two gloo processes of one thread each against one process of two threads, the same total work
-  memory       peak memory beyond inputs, dX and dW, each contender in a process of its own
+  memory       peak memory beyond inputs, dX and dW, each contender of forward KL in a process of its own
   divergences  what each divergence costs, against the floor of its own products
 
 how to read it:
@@ -57,63 +64,84 @@ how to read it:
   ratio    median over rounds of (seconds of this / seconds of that) in the same round, then the lowest and highest
   beyond   highest resident memory during the call, less what was resident before it, less the bytes of dX and dW
 
-on a busy machine the ratios stay near; the seconds do not. A first look in a minute:
-  python -m benchmarks.loss --only speed --tokens 256 --vocab 4096 --widths 64x128 --repeats 3 --no-csv"""
+on a busy machine the ratios stay near; the seconds do not, and less so with --cpu-time --threads 1. A first look at all
+questions: python -m benchmarks.loss --quick"""
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def errors_to(found: Outputs, expected: Outputs) -> tuple[float, ...]:
+    """Relative errors of the loss, dX and dW."""
+    pairs = zip(found, expected, strict=True)
+    return tuple(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
 
-def _warm(contenders: dict[str, Callable[..., Gradients]], inputs: Inputs, report: Report) -> dict[str, Run]:
-    """The contenders that run here, after one call each; one that makes another gradient than ours is an error."""
-    expected = ours(inputs, Elementwise.EAGER)
-    warm: dict[str, Run] = {}
+def called(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Outputs]:
+    """What each contender computes that runs here; of the others, the reason is printed."""
+    found: dict[str, Outputs] = {}
     for name, contender in contenders.items():
         start = time.perf_counter()
         try:
-            found = contender(inputs)
-        except ImportError as missing:
+            found[name] = contender(inputs)
+        except (ImportError, NeedsAcceleratorError) as missing:
             report.console.print(f"  {name} is left out: {missing}", highlight=False)
             continue
-        error = max(_relative_error(a, b) for a, b in zip(found, expected, strict=True))
-        assert error < 1e-4, f"{name} makes another gradient than ours: relative error {error:.1e}"
         report.console.print(f"  {name}: first call {time.perf_counter() - start:.1f} s", highlight=False)
-        warm[name] = partial(contender, inputs)
-    return warm
+    return found
 
 
-def _timed(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    return rounds({name: partial(seconds, run) for name, run in runs.items()}, repeats)
+def _warm(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Run]:
+    """The contenders that run here, after one call each; one whose numbers are not ours is an error."""
+    found = called(contenders, inputs, report)
+    for name, its in found.items():
+        error = max(errors_to(its, found["ours, eager"]))
+        assert error < 1e-4, f"{name} makes other numbers than ours: relative error {error:.1e}"
+    return {name: partial(contenders[name], inputs) for name in found}
 
 
-def _floors(inputs: Inputs, shape: Shape) -> dict[str, Run]:
+def _timed(runs: dict[str, Run], report: Report) -> dict[str, list[float]]:
+    return rounds({name: partial(seconds, run, report.clock) for name, run in runs.items()}, report.repeats)
+
+
+def _floors(inputs: Inputs, shape: Shape, problem: Problem) -> dict[str, Run]:
     """Both, warmed up."""
+    chunk = shape.chunk_tokens(LOGIT_MEMORY, models=problem.models)
     floors: dict[str, Run] = {
-        "floor, all at once": Products(inputs, shape.tokens),
-        "floor, in chunks": Products(inputs, shape.chunk_tokens(LOGIT_MEMORY)),
+        "floor, all at once": Products(inputs, shape.tokens, teacher=problem.has_teacher),
+        "floor, in chunks": Products(inputs, chunk, teacher=problem.has_teacher),
     }
     for floor in floors.values():
         floor()
     return floors
 
 
-def speed(shape: Shape, report: Report, *, others: bool) -> None:
-    """Ours, and with `others` what there is instead, against the faster floor."""
-    question = "others" if others else "speed"
+def speed(shape: Shape, report: Report, *, question: str, problem: Problem, contenders: Contenders) -> None:
+    """The contenders of a problem, ours among them, against the faster floor."""
     report.console.print(f"\n[bold]{question}[/bold], {shape}", highlight=False)
     inputs = Inputs.random(shape)
-    floors = _floors(inputs, shape)
-    contenders = _warm(CONTENDERS if others else OURS, inputs, report)
-    times = _timed(floors | contenders, report.repeats)
+    floors = _floors(inputs, shape, problem)
+    times = _timed(floors | _warm(contenders, inputs, report), report)
     floor = min(floors, key=lambda name: Spread.of(times[name]).median)
     table = report.table(f"{question}: {shape}", "", "seconds", f"to the floor ({floor[7:]})", "to ours, compiled")
     for name, own in times.items():
         to_floor = Spread.of_ratios(own, times[floor])
         to_ours = Spread.of_ratios(own, times["ours, compiled"])
-        report.add(question, shape, name, Spread.of(own), ratio=to_floor, to=floor)
+        report.add(question, shape, name, Spread.of(own), report.unit, ratio=to_floor, to=floor)
         table.add_row(name, f"{Spread.of(own).median:.3f}", cell(to_floor), cell(to_ours))
     report.console.print(table)
+
+
+def errors(shape: Shape, report: Report) -> None:
+    """The errors of each contender of both problems, on the same inputs."""
+    inputs = Inputs.random(shape)
+    for question, problem in (("errors, forward KL", FORWARD_KL), ("errors, labels", LABELS)):
+        report.console.print(f"\n[bold]{question}[/bold], {shape}", highlight=False)
+        truth = problem.truth(inputs)
+        table = report.table(f"{question}: {shape}", "", "value", "dX", "dW")
+        for name, found in called(problem.contenders, inputs, report).items():
+            its = errors_to(found, truth)
+            for part, error in zip(("value", "dX", "dW"), its, strict=True):
+                report.add(question, shape, f"{name}: {part}", error, "relative")
+            table.add_row(name, *(f"{error:.1e}" for error in its))
+        report.console.print(table)
 
 
 def _rank_runs(topology: Topology, shape: Shape) -> dict[str, Run]:
@@ -156,7 +184,7 @@ def two_processes(shape: Shape, report: Report) -> None:
 def _peak_of(name: str, shape: Shape, logit_memory: int) -> int:
     """In a fresh process: a warm-up on a small problem, so that code and caches are not counted, then the call."""
     warnings.simplefilter("ignore")
-    contender = CONTENDERS[name]
+    contender = FORWARD_KL.contenders[name]
     if name in OURS:
         contender = partial(contender, logit_memory=logit_memory)
     small = Inputs.random(Shape(48, 1000, shape.student_width, shape.teacher_width))
@@ -171,7 +199,7 @@ def memory(shape: Shape, report: Report) -> None:
     table = report.table(f"memory: {shape}", "", "MiB beyond", "the two logit buffers, MiB", "in [N, V] float32")
     logits = 4 * shape.tokens * shape.vocab
     inputs = 4 * shape.vocab * (shape.student_width + shape.teacher_width)
-    for name in CONTENDERS:
+    for name in FORWARD_KL.contenders:
         needed, free = estimated_peak(name, shape) + 2 * inputs, available_memory()
         if needed > free:
             report.console.print(f"  {name} is left out: it wants some {needed >> 20} MiB, {free >> 20} are free")
@@ -201,18 +229,7 @@ DIVERGENCES = {
 }
 
 
-def _from_labels(inputs: Inputs, elementwise: Elementwise) -> Gradients:
-    terms = label_loss(
-        inputs.student,
-        inputs.labels,
-        token_weights=inputs.token_weights,
-        vocab=inputs.vocab,
-        options=LossOptions(elementwise=elementwise),
-    )
-    return gradients(inputs, terms.loss)
-
-
-def _from_targets(inputs: Inputs, targets: SparseTargets, elementwise: Elementwise) -> Gradients:
+def _from_targets(inputs: Inputs, targets: SparseTargets, elementwise: Elementwise) -> Outputs:
     terms = sparse_distill_loss(
         inputs.student,
         targets,
@@ -222,7 +239,7 @@ def _from_targets(inputs: Inputs, targets: SparseTargets, elementwise: Elementwi
         vocab=inputs.vocab,
         options=LossOptions(elementwise=elementwise),
     )
-    return gradients(inputs, terms.loss)
+    return outputs(inputs, terms.loss)
 
 
 def divergences(shape: Shape, report: Report) -> None:
@@ -237,9 +254,9 @@ def divergences(shape: Shape, report: Report) -> None:
         "50 draws, stored": make_targets(selection=Sampled(50), tail=Tail.RENORMALISED, uniforms=uniforms),
     }
     with_teacher = {name: partial(ours, divergence=divergence) for name, divergence in DIVERGENCES.items()}
-    without: dict[str, Callable[..., Gradients]] = {
+    without: dict[str, Callable[..., Outputs]] = {
         name: partial(_from_targets, targets=stored) for name, stored in targets.items()
-    } | {"labels alone": _from_labels}
+    } | {"labels alone": our_labels}
     table = report.table(f"divergences: {shape}", "", "floor, s", "eager, to the floor", "compiled, to the floor")
     for name, loss in (with_teacher | without).items():
         has_teacher = name in with_teacher
@@ -250,12 +267,12 @@ def divergences(shape: Shape, report: Report) -> None:
         runs = floors | {kind.value: partial(loss, inputs, elementwise=kind) for kind in Elementwise}
         for run in runs.values():
             run()
-        times = _timed(runs, report.repeats)
+        times = _timed(runs, report)
         floor = min(floors, key=lambda candidate: Spread.of(times[candidate]).median)
         ratios = {kind: Spread.of_ratios(times[kind.value], times[floor]) for kind in Elementwise}
         for kind, ratio in ratios.items():
             taken = Spread.of(times[kind.value])
-            report.add("divergences", shape, f"{name}, {kind.value}", taken, ratio=ratio, to=floor)
+            report.add("divergences", shape, f"{name}, {kind.value}", taken, report.unit, ratio=ratio, to=floor)
         table.add_row(name, f"{Spread.of(times[floor]).median:.3f}", *(cell(ratio) for ratio in ratios.values()))
     report.console.print(table)
 
@@ -271,7 +288,13 @@ def _arguments() -> argparse.Namespace:
     )
     options.add_argument("--memory-vocab", default="32768,262144", help="V of memory (default %(default)s)")
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    return options.parse_args()
+    options.add_argument("--cpu-time", action="store_true", help="CPU seconds of the process; not for ranks")
+    options.add_argument("--quick", action="store_true", help="a small shape, three rounds, no CSV: some minutes")
+    arguments = options.parse_args()
+    if arguments.quick:
+        arguments.tokens, arguments.vocab, arguments.memory_vocab = 256, 4096, "4096"
+        arguments.widths, arguments.repeats, arguments.no_csv = "64x128", 3, True
+    return arguments
 
 
 def main() -> None:
@@ -280,11 +303,21 @@ def main() -> None:
     widths = [tuple(map(int, pair.split("x"))) for pair in arguments.widths.split(",")]
     shapes = [Shape(arguments.tokens, arguments.vocab, D, E) for D, E in widths]
     fewer, (D, E) = arguments.tokens // 2, widths[0]
-    report = Report(threads=arguments.threads, repeats=arguments.repeats, measured=MEASURED)
+    report = Report(arguments.threads, arguments.repeats, MEASURED, cpu_time=arguments.cpu_time)
     report.print_machine()
     jobs: dict[str, list[Callable[[], None]]] = {
-        "speed": [partial(speed, shape, report, others=False) for shape in shapes],
-        "others": [partial(speed, shape, report, others=True) for shape in shapes],
+        "speed": [
+            partial(speed, shape, report, question="speed", problem=FORWARD_KL, contenders=OURS) for shape in shapes
+        ],
+        "others": [
+            partial(speed, shape, report, question="others", problem=FORWARD_KL, contenders=FORWARD_KL.contenders)
+            for shape in shapes
+        ],
+        "labels": [
+            partial(speed, shape, report, question="labels", problem=LABELS, contenders=LABELS.contenders)
+            for shape in shapes
+        ],
+        "errors": [partial(errors, Shape(arguments.tokens // 4, arguments.vocab, D, E), report)],
         "ranks": [partial(two_processes, shape, report) for shape in shapes],
         "memory": [
             partial(memory, Shape(fewer, int(vocab), D, E), report) for vocab in arguments.memory_vocab.split(",")

@@ -78,6 +78,8 @@ def amount(value: float, unit: str) -> str:
     """Three or four digits, in a unit of suitable size."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
+    if unit == "relative":
+        return f"{value:.1e}"
     if unit == "s a token":
         return f"{value * 1e6:,.4g} µs a token"
     if unit.endswith("s") and value < 0.1:

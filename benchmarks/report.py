@@ -5,7 +5,8 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +33,18 @@ class Report:
     repeats: int
     measured: tuple[str, ...]
     """Paths that the commit in a row is about: a + marks uncommitted changes in them."""
+    cpu_time: bool = False
+    """Whether times are CPU seconds of the process, which other work on the machine moves less."""
     console: Console = field(default_factory=lambda: Console(width=120))
     rows: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return time.process_time if self.cpu_time else time.perf_counter
+
+    @property
+    def unit(self) -> str:
+        return "cpu s" if self.cpu_time else "s"
 
     def add(
         self,
