@@ -132,18 +132,11 @@ class CurriculumEntry(Section):
     """Sequences of an optimizer step. None: `train.global_batch`."""
     micro_batch: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
     """Sequences of one forward pass on one rank. None: `train.micro_batch`."""
-    rope: float | dict[str, Any] | None = None
+    rope: Annotated[float, Field(ge=1, le=MAX_ROPE_THETA)] | dict[str, Any] | None = None
     """The student's rotary embeddings: rope_theta, or `rope_parameters` as in a Hugging Face config. None: those of its
     config. The teacher keeps its own."""
     loss: EntryLossSection | None = None
     """Weights of the loss's terms. None: those of `loss`."""
-
-    @field_validator("rope")
-    @classmethod
-    def _theta_is_in_bounds(cls, rope: float | dict[str, Any] | None) -> float | dict[str, Any] | None:
-        if isinstance(rope, int | float) and not 1 <= rope <= MAX_ROPE_THETA:
-            raise ValueError(f"rope is {rope}: give rope_theta, 1 to {MAX_ROPE_THETA:g}, or rope_parameters")
-        return rope
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> "CurriculumEntry":
@@ -566,8 +559,8 @@ OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeVali
 
 
 class TrainSection(Section):
-    steps: int = Field(default=0, ge=0, le=MAX_STEPS)
-    """Optimizer steps of the whole run. 0: those that `tokens` makes, which a run's recipe.json has."""
+    steps: int = Field(default=0, ge=1, le=MAX_STEPS)
+    """Optimizer steps of the whole run. Not given: those that `tokens` makes, which a run's recipe.json has."""
     tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Tokens of the whole run, in place of `steps`; the last step is whole. Schedules then count tokens."""
     global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
@@ -602,7 +595,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":
         if self.length == 0:
-            raise ValueError("the run has no length: give steps, or tokens")
+            raise ValueError("the run has no length: give train.steps, or train.tokens")
         self.schedule.require_fit(self.length, "schedule", unit=self.unit)
         return self
 
@@ -708,9 +701,10 @@ class ValidationSection(Section):
     @model_validator(mode="after")
     def _names_and_patience(self) -> "ValidationSection":
         for name in self.data:
-            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
+            if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name == "all":
                 raise ValueError(
-                    f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most"
+                    f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most, and not "
+                    "all, which is the name of all of them together"
                 )
         if self.stop and self.patience is None:
             raise ValueError(
@@ -760,6 +754,8 @@ class Recipe(Section):
         if not isinstance(train, dict):
             return values
         schedule = train.get("schedule", {})
+        if train.get("tokens") is not None and train.get("steps") == 0:  # not resolved yet
+            train = {key: value for key, value in train.items() if key != "steps"}
         if isinstance(schedule, dict) and isinstance(train.get("tokens"), int):
             warmup_tokens = default_warmup_tokens(train["tokens"], decay_tokens=schedule.get("decay_tokens"))
             train = {**train, "schedule": _with_default(schedule, "warmup_tokens", warmup_tokens)}
@@ -824,8 +820,8 @@ class Recipe(Section):
         for source in known:
             if not self.teachers_of(source):
                 raise ValueError(
-                    f"data.sources.{source} has no teacher: add it to the sources of one, or leave out the sources of a "
-                    "teacher for the rest"
+                    f"data.sources.{source} has no teacher: add it to the sources of one, or leave out the sources of "
+                    "a teacher, which then has the rest"
                 )
         if self.distributed.sequence > 1:
             raise ValueError(

@@ -63,6 +63,8 @@ def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:
         return
     try:
         recipe.accumulation(students.world)
+        for entry in range(len(recipe.data.curriculum)):
+            recipe.accumulation(students.world, entry)
     except UserError as error:
         yield str(error)
     try:
@@ -82,11 +84,8 @@ def _files(recipe: Recipe) -> Iterator[str]:
                 "split, which `megadistill tokenize` writes"
             )
             yield f"{key}: {reason}"
-    teacher = recipe.teacher
-    models = {
-        "student.config": recipe.student.config if isinstance(recipe.student.config, str) else None,
-        "teacher.path": teacher.path if teacher is not None and teacher.is_live else None,
-    }
+    models = {"student.config": recipe.student.config if isinstance(recipe.student.config, str) else None}
+    models |= {f"{key}.path": each.path for key, each in recipe.teacher_sections.items() if each.is_live}
     weights, run = recipe.student.weights, recipe.run
     if weights not in (None, models["student.config"]) and run.begin_from is None and not has_saved(Path(run.folder)):
         models["student.weights"] = weights  # which a resume does not read

@@ -1,5 +1,6 @@
 """The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.versions import versions
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
+from megadistill.train.setup.step_shape import refuse_changed_entries
 
 FIRST_EVENTS = 100
 """Lines of events.jsonl in which names of an earlier version are looked for: its first events have them already."""
@@ -57,10 +59,12 @@ MAY_CHANGE = (
     "train.micro_batch",
     "distributed.timeout_minutes",
     "distributed.vocab_group",
+    "distributed.sequence",
     "loss.logit_memory_mb",
     "loss.elementwise",
     "loss.diagnostics_every",
     "student.activation_checkpointing",
+    "student.activation_offload",
     "student.attention",
     "student.compile",
     "teacher.attention",
@@ -171,16 +175,25 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     differing = [
         f"{key} was {was!r}, is {is_!r}"
         for key, (was, is_) in changes.items()
-        if key not in MAY_CHANGE and not key.startswith(may_change) and not (key == "run.begin_from" and unused)
+        if _of_any_teacher(key) not in MAY_CHANGE
+        and not key.startswith(may_change)
+        and not (key == "run.begin_from" and unused)
     ]
     if differing:
         raise UserError(
             f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
         )
     schedule = {key: values for key, values in changes.items() if key.startswith(SCHEDULE_KEYS)}
-    if earlier is not None and schedule:
-        now = validate_recipe(recipe, source="recipe")
+    now = validate_recipe(recipe, source="recipe") if earlier is not None and changes else None
+    if earlier is not None and now is not None and "data.curriculum" in changes:
+        refuse_changed_entries(folder, earlier, now)
+    if earlier is not None and now is not None and schedule:
         refuse_changed_steps(folder, earlier, now, changes=describe_changes(schedule))
+
+
+def _of_any_teacher(key: str) -> str:
+    """`teacher.KEY` for the key `teachers.NAME.KEY`: what may change of one teacher may change of several."""
+    return re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
 
 
 def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any], precision: Precision) -> None:

@@ -1,6 +1,8 @@
 """Set-up of a run: everything that its recipe names, read and checked before the first process group exists."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -10,32 +12,41 @@ from torch import Tensor
 from megadistill.config.auto import Choice
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
+from megadistill.data.stream.segments import segment_index
 from megadistill.data.targets.target_writer import refuse_other_content
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
+from megadistill.heldout.splits import Split
 from megadistill.models.attention.recipe_choices import recipe_choices
-from megadistill.models.families import load_config, refuse_as_student, refuse_documents
+from megadistill.models.families import load_config, refuse_as_student
 from megadistill.models.fingerprint import sampled_fingerprint
+from megadistill.models.shared_sequences import check_shared_sequences
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.teacher.local_copy import copy_folder, make_copy
+from megadistill.train.setup.held_out import held_out_splits
 from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import (
     check_compiler,
     check_fit,
-    check_shared_sequences,
     check_start,
     check_tokenizers,
     model_rows,
 )
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
+from megadistill.train.setup.step_shape import (
+    StepShape,
+    step_shapes,
+    student_config_of_entry,
+    with_steps,
+)
+from megadistill.train.setup.teacher_files import TeacherFiles, keys_of_teacher, of_teacher, read_teacher
 from megadistill.train.setup.telemetry_checks import refuse_telemetry
-from megadistill.train.setup.vocab_map import read_vocab_map
 
 _TEACHER: Final = "the teacher in teacher.path"
 """Name of its digest."""
@@ -64,8 +75,15 @@ class Setup:
     """Settings of the recipe's DeepSpeed file that are disabled on a CPU."""
     parent: Parent | None = None
     """The checkpoint of another run from which this start begins; None where it resumes, or begins at step 0."""
+    held_out: tuple[Split, ...] = ()
+    """The splits of `validation.data`."""
     teacher_copy: Path | None = None
     """Copy of the teacher on this node, which the ranks that hold its stages read; None: they read teacher.path."""
+    teachers: Mapping[str, "Setup"] = field(default_factory=dict)
+    """Of several teachers: the setup that a run with each of them alone would have, by name. Their `recipe.teacher` is
+    that one's section."""
+    teacher_name: str | None = None
+    """Name of the teacher in such a setup; None in others."""
 
     def attention(self, model: Literal["student", "teacher"]) -> Choice:
         """Implementation of a model's attention on this device, and why; of a live teacher."""
@@ -78,17 +96,33 @@ class Setup:
 
     def choices(self) -> dict[str, Choice]:
         """Value in force and its reason, of each key of the recipe that may be `auto`, on this device."""
-        return recipe_choices(
+        choices = recipe_choices(
             self.recipe,
             self.student_config,
             self.teacher_config,
             accelerator=torch.accelerator.is_available(),
             sequence_length=self.data.sequence_length,
         )
+        for name, each in self.teachers.items():
+            of_teacher = {key: choice for key, choice in each.choices().items() if key.startswith("teacher.")}
+            choices |= {f"teachers.{name}.{key.removeprefix('teacher.')}": it for key, it in of_teacher.items()}
+        return choices
+
+    @cached_property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """The shape of the steps of each segment of the data, in order; one where no curriculum entry has its own."""
+        train = self.recipe.train
+        data_world = train.global_batch // (train.micro_batch * self.accumulation)
+        return step_shapes(self.recipe, self.data, data_world * self.recipe.distributed.sequence)
+
+    def shape_at(self, slot: int) -> StepShape:
+        """The shape of the step that reads a slot."""
+        return self.shapes[segment_index([shape.start for shape in self.shapes], slot)]
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.recipe.train.global_batch * self.data.sequence_length
+    def longest(self) -> StepShape:
+        """The shape with the most tokens of a rank's micro-batch, which takes most memory."""
+        return max(self.shapes, key=lambda shape: (shape.micro_batch * shape.sequence_length, shape.sequence_length))
 
     @property
     def epoch_tokens(self) -> int | None:
@@ -114,30 +148,29 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=sequence)
     refuse_telemetry(recipe, deepspeed_config, launch)
     refuse_stale_jit_locks(extensions_of(deepspeed_config))
-    data = Mixture.load(recipe.data)
+    data = Mixture.load(recipe.data, global_batch=recipe.train.global_batch)
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     refuse_as_student(student_config, "student.config")
-    teacher, teacher_config, vocab_map = recipe.teacher, None, None
-    if teacher is not None and teacher.is_live:
-        teacher_config = load_config(Path(str(teacher.path)), what="teacher.path")
-        if recipe.data.document_mask:
-            refuse_documents(teacher_config, "teacher.path")
-        if teacher.vocab_map is not None:
-            ids = {"student_ids": data.vocab_size, "teacher_ids": teacher_config.vocab_size}
-            vocab_map = read_vocab_map(Path(teacher.vocab_map), **ids)
-    data = data.for_models(*model_rows(recipe, data, student_config, teacher_config))
-    vocab_map = None if vocab_map is None else vocab_map[: data.vocab_size]
+    teacher = read_teacher(recipe, data)
+    teachers = {name: read_teacher(recipe.with_teacher(name), data, name=name) for name in recipe.teachers}
+    rows = model_rows(recipe, data, student_config, teacher.config)
+    for name, each in teachers.items():
+        with keys_of_teacher(name):
+            rows += model_rows(recipe.with_teacher(name), data, student_config, each.config)
+    data = data.for_models(*rows)
+    teacher = teacher.for_ids(data.vocab_size)
     stages = group_size if roles is None else roles.stages
-    check_fit(recipe, data, student_config, teacher_config, stages=stages, vocab_map=vocab_map)
-    if teacher is not None and teacher.save_targets is not None:
-        refuse_other_content(Path(teacher.save_targets))
+    check_fit(recipe, data, student_config, teacher.config, stages=stages, vocab_map=teacher.vocab_map)
+    if recipe.teacher is not None and recipe.teacher.save_targets is not None:
+        refuse_other_content(Path(recipe.teacher.save_targets))
     check_compiler(recipe)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
     block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
     parent = find_parent(recipe)
+    recipe = with_steps(recipe, data, None if parent is None else parent.checkpoint.manifest)
     if parent is not None:
         check_parent(parent, recipe, student_config, data, rank=launch.rank, world=launch.world)
     refuse_other_recipe(folder, recipe.snapshot())
@@ -147,23 +180,59 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         folder=folder,
         data=data,
         student_config=student_config,
-        teacher_config=teacher_config,
+        teacher_config=teacher.config,
         roles=roles,
         group_size=group_size,
         accumulation=accumulation,
         deepspeed_config=deepspeed_config,
-        vocab_map=vocab_map,
+        vocab_map=teacher.vocab_map,
         disabled=disabled,
         parent=parent,
+        held_out=held_out_splits(recipe, data),
     )
+    setup = replace(setup, teachers={name: _with_one(setup, name, each) for name, each in teachers.items()})
     setup.choices()  # refuses what cannot run here
+    _refuse_stored_lengths(setup)
+    for shape in setup.shapes:
+        student_config_of_entry(student_config, shape)
     models = {"student.config": (student_config, setup.attention("student"))}
-    if teacher_config is not None:
-        models["teacher.path"] = (teacher_config, setup.attention("teacher"))
-    check_shared_sequences(recipe, data, models)
+    if teacher.config is not None:
+        models["teacher.path"] = (teacher.config, setup.attention("teacher"))
+    lengths = {source: manifest.sequence_length for source, manifest in data.sources.items()}
+    check_shared_sequences(recipe, lengths, models)
     if checks_models:
         check_models(setup)
     return setup
+
+
+def _with_one(setup: Setup, name: str, teacher: TeacherFiles) -> Setup:
+    """The setup with one of several teachers, checked as a run with it alone.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    recipe = setup.recipe.with_teacher(name)
+    teacher = teacher.for_ids(setup.data.vocab_size)
+    one = replace(setup, recipe=recipe, teacher_config=teacher.config, vocab_map=teacher.vocab_map, teacher_name=name)
+    with keys_of_teacher(name):
+        models = (one.data, one.student_config, teacher.config)
+        check_fit(recipe, *models, stages=one.group_size, vocab_map=teacher.vocab_map)
+        check_compiler(recipe)
+        one.choices()
+        _refuse_stored_lengths(one)
+    return one
+
+
+def _refuse_stored_lengths(setup: Setup) -> None:
+    teacher, lengths = setup.recipe.teacher, sorted({shape.sequence_length for shape in setup.shapes})
+    if teacher is None or len(lengths) == 1:
+        return
+    if not teacher.is_live or teacher.save_targets is not None:
+        key = "teacher.save_targets" if teacher.is_live else f"teacher.source {teacher.source}"
+        raise UserError(
+            f"{key}: stored targets have one sequence length, and the curriculum's entries have "
+            f"{' and '.join(map(str, lengths))} tokens: use a live teacher, or a run for each length (run.begin_from)"
+        )
 
 
 def check_models(setup: Setup) -> dict[str, str]:
@@ -181,7 +250,11 @@ def check_models(setup: Setup) -> dict[str, str]:
     if teacher is not None and config is not None:
         check_weights(Path(str(teacher.path)), config)
         digests[_TEACHER] = sampled_fingerprint(Path(str(teacher.path)))
-    if setup.parent is None and recipe.student.weights is not None and not has_saved(setup.folder):
+    for name, each in setup.teachers.items():
+        with keys_of_teacher(name):
+            digests |= {of_teacher(key, name): digest for key, digest in check_models(each).items()}
+    begins = setup.teacher_name is None and setup.parent is None and not has_saved(setup.folder)
+    if begins and recipe.student.weights is not None:
         check_start(Path(recipe.student.weights), setup.student_config, setup.data)
         digests["the model in student.weights"] = sampled_fingerprint(Path(recipe.student.weights))
     return digests
@@ -193,22 +266,39 @@ def check_node(setup: Setup, launch: Launch) -> dict[str, str]:
     Raises:
         UserError: something does not fit, or cannot be copied; the message is one line.
     """
-    digests, teacher = check_models(setup), setup.recipe.teacher
+    digests = check_models(setup)
     first = launch.rank - launch.local_rank
     ranks = range(first, first + launch.local_world)
-    stages_here = setup.roles is None or not all(map(setup.roles.is_student, ranks))
-    if teacher is not None and teacher.local_copy is not None and stages_here:
-        path, copies = Path(str(teacher.path)), Path(teacher.local_copy)
-        digests["teacher.local_copy"] = make_copy(path, copies)
-        copy = copy_folder(path, copies)
-        if sampled_fingerprint(copy) != digests[_TEACHER]:  # all files may have one time, as in an image
-            raise UserError(f"teacher.local_copy: {copy} is another model than {path}: rm -r it, and start again")
+    if setup.roles is None or not all(map(setup.roles.is_student, ranks)):
+        digests |= _make_copy(setup, digests)
+        for name, each in setup.teachers.items():
+            with keys_of_teacher(name):
+                known = {_TEACHER: digests.get(of_teacher(_TEACHER, name), "")}
+                digests |= {of_teacher(key, name): digest for key, digest in _make_copy(each, known).items()}
     return digests
 
 
-def with_copy(setup: Setup) -> Setup:
-    """For the ranks of a node that was checked: with the copy of the teacher that they read."""
+def _make_copy(setup: Setup, digests: Mapping[str, str]) -> dict[str, str]:
+    """Makes the node's copy of a teacher; its digest, nothing where the recipe wants no copy.
+
+    Raises:
+        UserError: it cannot be copied, or the copy is another model.
+    """
     teacher = setup.recipe.teacher
+    if teacher is None or teacher.local_copy is None:
+        return {}
+    path, copies = Path(str(teacher.path)), Path(teacher.local_copy)
+    made = {"teacher.local_copy": make_copy(path, copies)}
+    copy = copy_folder(path, copies)
+    if sampled_fingerprint(copy) != digests[_TEACHER]:  # all files may have one time, as in an image
+        raise UserError(f"teacher.local_copy: {copy} is another model than {path}: rm -r it, and start again")
+    return made
+
+
+def with_copy(setup: Setup) -> Setup:
+    """For the ranks of a node that was checked: with the copies of the teachers that they read."""
+    teacher = setup.recipe.teacher
+    setup = replace(setup, teachers={name: with_copy(each) for name, each in setup.teachers.items()})
     if teacher is None or teacher.local_copy is None:
         return setup
     return replace(setup, teacher_copy=copy_folder(Path(str(teacher.path)), Path(teacher.local_copy)))
@@ -223,6 +313,8 @@ def describe_layout(setup: Setup, topology: Topology) -> str:
         parts.append(f"teacher ranks {setup.roles.teachers} ({setup.roles.replicas} x {setup.roles.stages} stages)")
     elif setup.teacher_config is not None:
         parts.append(f"teacher stages {topology.group_size}")
+    elif setup.teachers:
+        parts.append(f"teachers {', '.join(setup.teachers)}, stages {topology.group_size} each")
     if topology.sequence_ranks > 1:
         parts.append(f"sequences shared by {topology.sequence_ranks} ranks")
     parts.append(setup.recipe.train.precision)
