@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from megadistill import __version__
 from megadistill.errors import UserError
 from megadistill.models.experts import stored_tensors
-from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
+from megadistill.models.families import EMBEDDING, HEAD, constant_buffers, family, parameter_shapes
 from megadistill.models.hf_folder import INDEX_FILE
 from megadistill.models.module_names import stored_name
 from megadistill.outputs import naming
@@ -37,6 +38,9 @@ class ExportedTokenizer:
     generation: Mapping[str, Any]
     """Content of generation_config.json, with SPECIAL_IDS, which config.json gets, too."""
 
+
+ROTARY_PCT = ("cohere2", "gpt_neox")
+"""Families whose published configs say it as `rotary_pct`."""
 
 NamedReader = tuple[str, Sequence[int], Callable[[], Tensor]]
 """A parameter's name, its shape with padding, and a function that reads it."""
@@ -68,6 +72,8 @@ def export_model(
     config = exported_config(config, dtype=dtype, true_vocab=true_vocab, tokenizer=tokenizer)
     shapes = parameter_shapes(config)
     readers = {name: read for name, _, read in _checked(tensors, shapes, tied=config.tie_word_embeddings)}
+    for name, buffer in constant_buffers(config).items():
+        readers[name], shapes[name] = partial(torch.clone, buffer), buffer.shape
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Written beside its place and renamed, so that a reader never meets half a model.
     with naming(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
@@ -99,7 +105,21 @@ def exported_config(
     config.dtype = dtype
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    _name_turned_part(config)
     return config
+
+
+def _name_turned_part(config: PretrainedConfig) -> None:
+    """Gives the part of a head that rotary embeddings turn its published name, beside `rope_parameters`.
+
+    transformers 5 writes it there alone; llama.cpp's converter, and versions of others that are older than it, look for
+    the key of the published configs.
+    """
+    factor = (config.rope_parameters or {}).get("partial_rotary_factor")
+    if config.model_type in ROTARY_PCT:
+        config.rotary_pct = 1.0 if factor is None else factor
+    elif factor is not None:
+        config.partial_rotary_factor = factor
 
 
 def _checked(tensors: Iterable[NamedReader], shapes: dict[str, torch.Size], *, tied: bool) -> list[NamedReader]:
@@ -140,7 +160,9 @@ def _write_shards(
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
-            shard |= _stored(config, name, readers[name]()[: shapes[name][0]].to("cpu", dtype))
+            tensor = readers[name]()
+            rows = tensor[: shapes[name][0]] if shapes[name] else tensor
+            shard |= _stored(config, name, rows.to("cpu", dtype))
         weight_map |= dict.fromkeys(shard, file)
         save_file(shard, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read

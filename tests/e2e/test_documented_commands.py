@@ -41,6 +41,7 @@ ELSEWHERE = {
     r"^megadistill train .*data\.manifest=corpora/": "tests/e2e/test_token_files.py",
     r"--insert-bos$": "tests/unit/datagen/test_insert_bos.py",
     r"^megadistill lm-eval": "tests/unit/evaluate/test_lm_eval.py",
+    r"^megadistill follow .*--tasks": "tests/unit/export/test_follow.py",
     r"^make ": "tests/e2e/test_documented_commands.py::test_a_documented_target_is_there",
     r"--hostfile hostfile --no_ssh": "tests/e2e/test_launchers.py::test_deepspeed_on_each_node_by_itself",
     r"--hostfile hostfile": "tests/e2e/test_launchers.py::test_deepspeed_over_ssh",
@@ -56,6 +57,7 @@ SMALLER = {
     r"--sequences \d{4,}": "--sequences 64",
     r"--nproc_per_node 8": "--nproc_per_node 2",
     r"step-00000200": "step-00000004",
+    r"-to-00000200": "-to-00000004",
     r"train.steps=600": "train.steps=6",
     r"run.timeline=\[11,13\]": "run.timeline=[2,3]",
 }

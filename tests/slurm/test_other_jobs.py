@@ -48,6 +48,16 @@ def test_a_run_is_exported_and_measured(cluster: Cluster, work: Work) -> None:
     assert len(json.loads(table.read_text(encoding="utf-8"))) == 2, "the teacher and the student"
 
 
+def test_a_run_is_followed_to_its_end(cluster: Cluster, work: Work) -> None:
+    work.reference(2)
+    settings = {**work.settings, "FOLLOW_OPTIONS": "(--prompt def --new-tokens 4)"}
+    job = cluster.submit("follow", work.folder / "reference-2", **settings).ends()
+    assert job.field("ExitCode") == "0:0", job.transcript()
+    rows = (work.folder / "reference-2/follow/follow.jsonl").read_text(encoding="utf-8").splitlines()
+    checkpoints = list((work.folder / "reference-2/checkpoints").glob("step-*"))
+    assert len(rows) == len(checkpoints) > 0, job.transcript()
+
+
 def test_the_nodes_are_examined_together(cluster: Cluster, work: Work) -> None:
     job = cluster.submit("doctor", work.folder / "examined", "--nodes=2", **work.settings).ends()
     assert job.field("ExitCode") == "0:0", job.transcript()

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megadistill.errors import UserError
-from megadistill.models.families import EMBEDDING, HEAD, load_config
+from megadistill.models.families import EMBEDDING, HEAD, load_config, stored_buffers
 from megadistill.models.hf_export import ExportedTokenizer, NamedReader, export_model
 from megadistill.models.hf_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from megadistill.models.module_names import names_here
@@ -38,7 +38,7 @@ def _readers(model: Any, read: Callable[[str], None] = lambda name: None) -> lis
 
         return call
 
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in stored_buffers(model)}
     names = names_here(state, model.config.model_type)
     padded = {name: _padded(state[theirs], name) for name, theirs in names.items()}
     return [(name, tensor.shape, reader(name, tensor)) for name, tensor in padded.items()]
@@ -73,6 +73,24 @@ def test_transformers_loads_the_same_model_without_padding(case: str, shard: int
         assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
     stored = SafetensorsFolder(tmp_path / "out")
     assert (HEAD in stored.names) != model.config.tie_word_embeddings
+
+
+TURNED = {"gpt_neox": ("rotary_pct", 0.5), "cohere2": ("rotary_pct", 1.0), "glm4": ("partial_rotary_factor", 0.5)}
+"""Family -> the key of its published configs for the part of a head that is turned, and its value in the test's case."""
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_other_readers_find_the_turned_part_of_a_head_under_its_published_key(case: str, tmp_path: Path) -> None:
+    if case not in CASES:
+        pytest.skip(f"this transformers has no {case}")
+    config = load_config(CASES[case], what="test")
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    _export(tmp_path / "out", case, _readers(whole_model(case)))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    key, expected = TURNED[case]
+    assert (written[key], factor) == (expected, expected)
+    again = load_config(tmp_path / "out", what="test")
+    assert again.rope_parameters.get("partial_rotary_factor", 1.0) == factor
 
 
 def test_the_files_are_shards_with_an_index_or_one_file_and_nothing_is_left_beside_them(tmp_path: Path) -> None:
