@@ -40,6 +40,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
         *("gradient_checkpointing", "recompute_activations", "activation_checkpoint", "recompute_granularity"),
         *("activation_recompute", "selective_activation_checkpointing", "ac_mode"),
     ),
+    "student.activation_offload": ("cpu_offloading", "activation_cpu_offload", "activation_offloading"),
     "student.vocab_multiple": ("make_vocab_size_divisible_by", "pad_to_multiple_of"),
     "teacher.path": (
         *("teacher_model", "teacher_model_name_or_path", "teacher_name_or_path", "teacher.model", "teacher.name"),
@@ -47,6 +48,10 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "teacher.stages": ("pipeline_model_parallel_size", "pipeline_parallel_size", "pipeline_parallel_degree", "pp"),
     "distributed.vocab_group": ("tensor_model_parallel_size", "tensor_parallel_size", "tensor_parallel_degree", "tp"),
+    "distributed.sequence": (
+        *("context_parallel_size", "context_parallel_degree", "cp", "sequence_parallel_size", "sp_size"),
+        *("sequence_parallel", "sequence_parallel_degree", "ulysses_degree"),
+    ),
     "distributed.timeout_minutes": ("distributed_timeout_minutes", "ddp_timeout", "timeout", "init_timeout_seconds"),
     "loss.divergence": (
         "loss_type",
@@ -96,6 +101,10 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "train.log_every": ("logging_steps", "log_interval", "log_freq", "logging_interval"),
     "checkpoint.keep_last": ("save_total_limit", "keep_latest_k", "max_checkpoints"),
     "checkpoint.asynchronous": ("async_save", "async_mode", "enable_async_checkpoint"),
+    "validation.every": ("eval_steps", "eval_interval", "eval_every", "val_check_interval", "validation.interval"),
+    "validation.data": ("eval_dataset", "eval_data", "valid_data_path", "validation_file", "validation.sources"),
+    "validation.sequences": ("eval_iters", "limit_val_batches", "max_eval_samples", "validation.samples"),
+    "validation.patience": ("early_stopping_patience",),
     "resilience.step_timeout_seconds": ("train_timeout_seconds", "nccl_timeout"),
 }
 """Key of a recipe -> its names in HF Trainer, TRL, Megatron-LM, torchtitan, DeepSpeed, NeMo and others.
@@ -125,18 +134,17 @@ EXPLAINED = {
     "nothing to set: the same command resumes the run of run.folder": (
         *("resume", "resume_from_checkpoint", "resume_if_exists", "auto_resume"),
     ),
-    "nothing is evaluated during a run: `megadistill evaluate` measures it on the held-out split": (
-        *("eval_steps", "eval_interval", "eval_every", "eval_iters", "eval_strategy", "evaluation_strategy", "do_eval"),
-        *("val_check_interval", "eval_dataset", "eval_data", "data.val", "data.valid", "data.validation", "data.eval"),
-        *("data.test", "data.heldout", "per_device_eval_batch_size", "validation", "evaluation"),
+    "a section of its own: validation: {every: N, data: {NAME: MANIFEST}}, see docs/validation.md": (
+        *("eval_strategy", "evaluation_strategy", "do_eval", "evaluation", "validate", "per_device_eval_batch_size"),
+        *("data.val", "data.valid", "data.validation", "data.eval", "data.test", "data.heldout"),
     ),
     "TensorBoard always has the metrics; docs/wandb has W&B and MLflow": (
         *("report_to", "wandb", "wandb_project", "use_wandb", "tensorboard", "tensorboard_dir", "enable_tensorboard"),
         *("enable_wandb", "metrics", "logger", "loggers", "mlflow"),
     ),
     "not implemented: the README's limitations": (
-        *("context_parallel_size", "context_parallel_degree", "cp", "expert_model_parallel_size", "ep"),
-        *("expert_parallel_size", "expert_parallel_degree", "sequence_parallel", "lora", "peft", "use_peft"),
+        *("expert_model_parallel_size", "ep", "expert_parallel_size", "expert_parallel_degree"),
+        *("lora", "peft", "use_peft"),
     ),
     "the share of the divergence is loss.kd_weight, that of the labels loss.ce_weight (loss.alpha is a parameter of "
     "skew_kl)": ("alpha",),

@@ -11,7 +11,17 @@ from megadistill.models.partition import balanced_sizes, stage_flops
 from megadistill.plan.collective_latency import CollectiveTimes, StepLatency, collective_times
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
-from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, NO_TRAFFIC, REDUCES, STAGES, VOCABULARY
+from megadistill.plan.counts.traffic import (
+    ANSWERS,
+    GATHERS,
+    HEAD,
+    NO_TRAFFIC,
+    REDUCES,
+    SHARED,
+    STAGES,
+    TEACHER_SHARED,
+    VOCABULARY,
+)
 from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout
 from megadistill.plan.throughput import FLOAT8_SPEEDUP, MfuAssumption, StepTimes
@@ -134,7 +144,11 @@ def _step_times(
         gather=seconds(GATHERS),
         reduce=seconds(REDUCES),
         vocabulary=seconds(VOCABULARY) + seconds(HEAD),
-        stages=_stage_seconds(run, teacher_rate / _float8_speedup(run, cluster), bandwidth),
+        sequences=seconds(SHARED),
+        stages=tuple(
+            each + seconds(TEACHER_SHARED) / run.stages
+            for each in _stage_seconds(run, teacher_rate / _float8_speedup(run, cluster), bandwidth)
+        ),
         teacher_scores=max(_stage_scores(run, bandwidth), default=0.0),
         packet=packet,
         answer=seconds(ANSWERS),

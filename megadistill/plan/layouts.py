@@ -93,7 +93,7 @@ def layouts(inputs: PlanInput, cluster: Cluster) -> Iterator[Layout]:
     step = cluster.gpus_per_node if cluster.nodes > 1 else 1  # each of several nodes has one role
     for teachers in range(step, cluster.ranks, step):
         students = cluster.ranks - teachers
-        if inputs.recipe.train.global_batch % students:
+        if inputs.recipe.train.global_batch * inputs.recipe.distributed.sequence % students:
             continue
         for stages in divisors(teachers):
             if stages <= inputs.stats.teacher.layers and students % (teachers // stages) == 0:
@@ -112,7 +112,7 @@ def _with_group(
         )
         if not (within or over):
             continue
-        for micro in divisors(inputs.recipe.train.global_batch // students):
+        for micro in divisors(inputs.recipe.train.global_batch * inputs.recipe.distributed.sequence // students):
             for recompute in CHECKPOINTING:
                 yield Layout(group, micro, recompute, teachers, stages)
 

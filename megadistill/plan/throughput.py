@@ -68,6 +68,8 @@ class StepTimes:
     """Seconds of ZeRO-3's reduction of the gradients."""
     vocabulary: float
     """Seconds of the vocab group's exchange in the loss, which nothing hides."""
+    sequences: float = 0.0
+    """Seconds of the exchange of heads and tokens in attention by ranks that share sequences, which nothing hides."""
     collective_latency: float = 0.0
     """Seconds of the latency of collectives that compute does not hide, in the mean of a step's micro-steps."""
     scores_forward: float = 0.0
@@ -113,7 +115,7 @@ class StepTimes:
     @property
     def student(self) -> float:
         """The student's own part of a micro-step."""
-        return self.compute + self.exposed + self.vocabulary + self.collective_latency
+        return self.compute + self.exposed + self.vocabulary + self.sequences + self.collective_latency
 
     @property
     def clients(self) -> int:

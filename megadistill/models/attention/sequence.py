@@ -61,7 +61,7 @@ def share_sequences(decoder: Any, part: SequencePart, exchange: Exchange) -> Non
     on: the ranks run the same forward and backward passes.
     """
     implementation = decoder.config._attn_implementation
-    assert implementation != "eager", "see refuse_shared_sequences"
+    assert implementation != "eager", "see refuse_shared_heads"
     decoder.sequence_part = part
     for module in decoder.modules():
         if not isinstance(getattr(module, "is_causal", None), bool) or not hasattr(module, "config"):
@@ -101,23 +101,17 @@ def shared_attention_forward(
     return shared.tokens(output_BShV), None
 
 
-def refuse_shared_sequences(config: Any, ranks: int, attention: str, *, recurrent: bool, what: str, key: str) -> None:
-    """Refuses a model whose sequences `ranks` ranks cannot share.
+def refuse_shared_heads(config: Any, ranks: int, attention: str, *, what: str, key: str) -> None:
+    """Refuses a model whose attention `ranks` ranks cannot share.
 
     Args:
         attention: its implementation, as `choose_attention` has it.
-        recurrent: whether it has layers that carry a state along a row.
         what: the key of the config; `key`: that of its attention.
 
     Raises:
         UserError: one line.
     """
     name = f"distributed.sequence is {ranks}"
-    if recurrent:
-        raise UserError(
-            f"{name}, and recurrent layers of the {config.model_type} model of {what} carry a state from token to "
-            "token, which is not passed between ranks: set distributed.sequence to 1"
-        )
     heads = config.num_attention_heads
     if heads % ranks:
         fits = [each for each in range(1, heads + 1) if heads % each == 0]

@@ -1,6 +1,7 @@
 """Activation memory of a decoder's layers, counted on fake tensors, which have no bytes.
 
-Counted is one sequence of one model: a micro-batch of B sequences takes B times as much. The layer is transformers'
+Counted is one sequence of one model, or a rank's part of it where ranks share sequences: a micro-batch of B sequences
+takes B times as much. The layer is transformers'
 own, and torch's own autograd runs it forwards and backwards; live bytes are those of the storages that the operators
 allocate, so two tensors of one storage count once.
 
@@ -28,8 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import Checkpointing
+from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
 from megadistill.models.layers import checkpoint_layers, saves
+from megadistill.types import SequencePart
 
 FLEX_BLOCK, FLEX_LISTS, INT32, INT64 = 128, 4, 4, 8
 """Flex attention's block masks: tokens of a block; lists of blocks, partly and wholly seen, by queries and by keys."""
@@ -97,6 +100,7 @@ def count_activations(
     masked: bool,
     attention: str,
     checkpointing: Checkpointing = "none",
+    ranks: int = 1,
 ) -> Activations:
     """Activations of a supported family's decoder.
 
@@ -106,8 +110,9 @@ def count_activations(
     Args:
         masked: whether documents do not attend to each other.
         attention: `eager`, `sdpa`, `flex` or `flash` (`models.attention.choice`).
+        ranks: that share the sequence; counted is what one of them holds.
     """
-    counting = _Counting(config, sequence_length, dtype, masked, attention, checkpointing)
+    counting = _Counting(config, sequence_length, dtype, masked, attention, checkpointing, ranks)
     if dtype == torch.float32 and family(config).experts is not None:
         # torch's grouped product of experts has a shape rule for bfloat16 alone.
         return _doubled(replace(counting, dtype=torch.bfloat16).all_layers())
@@ -157,6 +162,7 @@ class _Counting:
     masked: bool
     attention: str
     checkpointing: Checkpointing
+    ranks: int
 
     def all_layers(self) -> Activations:
         kinds = [layer_kind(self.config, index) for index in range(self.config.num_hidden_layers)]
@@ -194,6 +200,11 @@ class _Counting:
             _make_fake(decoder, self.dtype)
             hidden_1SD = torch.empty(1, self.S, config.hidden_size, dtype=self.dtype)
             arguments = _layer_arguments(decoder, hidden_1SD, masked=self.masked)
+            if self.ranks > 1:
+                hidden_1SD = hidden_1SD[:, : self.S // self.ranks].clone()
+                part = _layer_arguments(decoder, hidden_1SD, masked=self.masked)
+                arguments = {**part, "attention_mask": arguments["attention_mask"]}  # of the whole sequence
+                share_sequences(decoder, SequencePart(0, self.ranks), _exchanged)
             is_causal = implementation == "sdpa" and not self.masked and not _windowed(config, index, self.S)
             if is_fused or is_causal:
                 arguments["attention_mask"] = None  # transformers omits it, unless it is traced
@@ -266,6 +277,11 @@ class _Passes:
             each += 0 if number in gradients else size
             moments.append((once, each))
         return cls(retained, working, saved, moments, Traffic(forward, moved.scores), moved.elementwise)
+
+
+def _exchanged(blocks: Tensor) -> Tensor:
+    """The memory of an all-to-all: the blocks one after the other, and those that arrive."""
+    return blocks.contiguous().clone()
 
 
 def _make_fake(decoder: Any, dtype: torch.dtype) -> None:

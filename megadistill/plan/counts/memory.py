@@ -44,7 +44,7 @@ def student_memory(run: Sharding) -> dict[str, Lines]:
         "loss": always | _activations(run) | _last_norm(run) | _loss(run),
         "backward": always | _activations(run) | _backward(run),
         "embedding": always | _embedding(run),
-        "step": always,
+        "step": always | _weights_before_update(run, offloaded=False),
     }
     if run.teacher is not None and run.roles is None:
         # A stage makes one packet for each rank of its group, and concatenates them.
@@ -75,6 +75,9 @@ def host_memory(run: Sharding) -> Lines:
         offloaded += (state_bytes(run.recipe.train.optimizer) + 2 * FLOAT32) * run.partition_size
     if offloaded:
         lines["offloaded ZeRO-3 states"] = offloaded
+    lines |= _weights_before_update(run, offloaded=True)
+    if run.recipe.student.activation_offload:
+        lines["offloaded layer inputs"] = run.sequences * run.student_activations.saved
     return lines
 
 
@@ -93,6 +96,13 @@ def _states(run: Sharding) -> Lines:
     if zero.zero_hpz_partition_size > 1:
         lines["second partition in the node (hpZ)"] = run.itemsize * run.reduced // zero.zero_hpz_partition_size
     return lines
+
+
+def _weights_before_update(run: Sharding, *, offloaded: bool) -> Lines:
+    """The copy from which the norms of an update follow, of the largest part that the optimizer steps at once."""
+    if not run.recipe.train.norms_every or (run.zero.offload_optimizer != "none") != offloaded:
+        return {}
+    return {"weights before the update": FLOAT32 * min(run.partition_size, run.zero.sub_group_size)}
 
 
 def _heads(run: Sharding) -> Lines:
@@ -139,8 +149,10 @@ ACTIVATIONS: dict[Checkpointing, str] = {
 
 def _activations(run: Sharding) -> Lines:
     counts = run.student_activations
-    name = ACTIVATIONS[run.recipe.student.activation_checkpointing]
-    return {name: run.sequences * counts.saved, "shared by all layers": run.sequences * counts.shared}
+    name, saved = ACTIVATIONS[run.recipe.student.activation_checkpointing], run.sequences * counts.saved
+    if run.recipe.student.activation_offload:  # on the device are the inputs of a layer and of the next one to come
+        saved = min(saved, 2 * run.itemsize * run.tokens * run.student.width)
+    return {name: saved, "shared by all layers": run.sequences * counts.shared}
 
 
 def _last_norm(run: Sharding) -> Lines:

@@ -51,7 +51,9 @@ class ModelStats:
     layer_parameters: tuple[int, ...]
     layer_costs: tuple[int, ...]
     """Active parameters of each layer: stages are cut by them."""
-    _activations: dict[tuple[str, bool, str, str], Activations] = field(default_factory=dict, repr=False)
+    first_layers: tuple[int, ...]
+    """Layers that a stage may begin with."""
+    _activations: dict[tuple[str, bool, str, str, int], Activations] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
@@ -66,10 +68,16 @@ class ModelStats:
         return HEAD not in self.shapes
 
     def activations(
-        self, precision: Precision, *, masked: bool, attention: str, checkpointing: Checkpointing = "none"
+        self,
+        precision: Precision,
+        *,
+        masked: bool,
+        attention: str,
+        checkpointing: Checkpointing = "none",
+        ranks: int = 1,
     ) -> Activations:
         """Activations of one sequence, counted at first use: see `count_activations`."""
-        key = (precision, masked, attention, checkpointing)
+        key = (precision, masked, attention, checkpointing, ranks)
         if key not in self._activations:
             self._activations[key] = count_activations(
                 self.config,
@@ -78,6 +86,7 @@ class ModelStats:
                 masked=masked,
                 attention=attention,
                 checkpointing=checkpointing,
+                ranks=ranks,
             )
         return self._activations[key]
 

@@ -8,6 +8,7 @@ a chunk of the loss, of the whole group.
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from megadistill.config.auto import Choice, choose_compile
 from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe, TeacherSection
@@ -17,6 +18,7 @@ from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.models.attention.choice import choose_attention
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import EMBEDDING, HEAD, expert_layers
+from megadistill.models.shared_sequences import check_shared_sequences
 from megadistill.plan.counts.activations import Activations, Traffic
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered
@@ -68,7 +70,14 @@ class Sharding:
 
     def __post_init__(self) -> None:
         self.recipe.accumulation(self.ranks)
+        self._refuse_shared_sequences()
         block_cyclic_ranges(self.padded_vocab, self.ranks, self.group_size, rank=0)
+
+    def _refuse_shared_sequences(self) -> None:
+        models = {"student.config": (self.student.config, self.student_attention)}
+        if self.teacher is not None:
+            models["teacher.path"] = (self.teacher.config, self.teacher_attention)
+        check_shared_sequences(self.recipe, {"": self.stats.sequence_length}, models)
 
     @property
     def student(self) -> ModelStats:
@@ -102,13 +111,18 @@ class Sharding:
 
     @property
     def sequences(self) -> int:
-        """B: sequences of a rank's micro-batch."""
+        """B: sequences of a rank's micro-batch, of which it may have a part."""
         return self.recipe.train.micro_batch
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share each sequence."""
+        return self.recipe.distributed.sequence
 
     @cached_property
     def tokens(self) -> int:
         """N: tokens of a rank's micro-batch."""
-        return self.sequences * self.stats.sequence_length
+        return self.sequences * self.stats.sequence_length // self.sequence_ranks
 
     @cached_property
     def itemsize(self) -> int:
@@ -294,7 +308,8 @@ class Sharding:
     def _activations(self, checkpointing: Checkpointing) -> Activations:
         precision, masked = self.recipe.train.precision, self.recipe.data.document_mask
         attention = self.student_attention.value
-        return self.student.activations(precision, masked=masked, attention=attention, checkpointing=checkpointing)
+        how: dict[str, Any] = {"attention": attention, "checkpointing": checkpointing, "ranks": self.sequence_ranks}
+        return self.student.activations(precision, masked=masked, **how)
 
     @cached_property
     def traffic(self) -> "MemoryTraffic":
@@ -331,6 +346,7 @@ class Sharding:
             self.recipe.train.precision,
             masked=self.recipe.data.document_mask,
             attention=self.teacher_attention.value,
+            ranks=self.sequence_ranks,
         )
 
     @property

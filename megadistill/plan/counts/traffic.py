@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from megadistill.accelerators import Accelerator
 from megadistill.loss.softmax import SLICE_STATS
+from megadistill.models.attention.choice import query_width, value_width
+from megadistill.models.attention.sequence import key_copies
+from megadistill.plan.counts.model_stats import ModelStats
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 INT64 = 8
@@ -41,6 +44,7 @@ NO_TRAFFIC = Link(0.0, 0.0)
 GATHERS, REDUCES = "ZeRO-3 weights, both passes", "ZeRO-3 gradients"
 HEAD = "head rows and their gradient, once a step"
 VOCABULARY = "hidden states and their gradient, in the loss"
+SHARED, TEACHER_SHARED = "heads and tokens, in the student's attention", "heads and tokens, in the teacher's attention"
 STAGES, ANSWERS, REQUESTS = "teacher, from stage to stage", "teacher's answers", "requests to the teacher"
 """Names of the links."""
 
@@ -53,12 +57,15 @@ def student_traffic(run: Sharding) -> dict[str, Link]:
         REDUCES: _ring(run, gradients / run.tokens, run.ranks, stride=1),
         HEAD: _head(run),
         VOCABULARY: _vocabulary(run),
+        SHARED: _all_to_all(run, run.student, passes=2 + run.checkpoints + run.counts_experts_first),
     }
     if run.teacher is not None and run.roles is not None:
         float8 = run.teacher_section.transfer_dtype == "float8"
         token = run.teacher.width + FLOAT32 if float8 else run.itemsize * run.teacher.width
         links[ANSWERS] = _between_roles(run, token + 2 * INT64 * run.sequences / run.tokens)
-    elif run.teacher is not None and run.stages > 1:
+    elif run.teacher is not None:
+        links[TEACHER_SHARED] = _all_to_all(run, run.teacher, passes=1)
+    if run.teacher is not None and run.roles is None and run.stages > 1:
         packet = run.itemsize * run.teacher.width + INT64 * run.sequences / run.tokens
         # A round is a micro-batch of each rank of the group; each rank gets its own packet from the last stage.
         links[STAGES] = _between_stages(run, run.stages * packet)
@@ -114,6 +121,18 @@ def _vocabulary(run: Sharding) -> Link:
     if run.recipe.loss.targets is not None:
         own += _targets(run)
     return _ring(run, own * p, p, stride=1)
+
+
+def _all_to_all(run: Sharding, model: ModelStats, *, passes: int) -> Link:
+    """Traffic of a model's attention over the ranks that share sequences: queries, keys and values of all heads for
+    each token, and what its heads give. The stages of a pipeline work for all its ranks, so on a mean all layers do."""
+    n, config = run.sequence_ranks, model.config
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    key_heads *= key_copies(heads, key_heads, n)
+    columns = (heads + key_heads) * (query_width(config) + value_width(config))
+    size = passes * run.itemsize * model.layers * columns / n  # from each rank, this one included
+    in_node = max(1, min(n, run.ranks_per_node // run.group_size))
+    return Link(size * (in_node - 1), size * (n - in_node))
 
 
 def _targets(run: Sharding) -> float:

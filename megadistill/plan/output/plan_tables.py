@@ -15,6 +15,7 @@ from megadistill.plan.checkpoint_interval import CheckpointAdvice, advise
 from megadistill.plan.collective_latency import SOURCE
 from megadistill.plan.counts.disk_usage import LOCAL_SAVES, final_checkpoints, local_bytes, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
+from megadistill.plan.counts.traffic import SHARED
 from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import Expectation
 from megadistill.plan.search import TIGHT, Plan
@@ -180,7 +181,7 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
 
-ONLY_IF_ANY = ("student, attention scores in memory", "student, elementwise work recomputed")
+ONLY_IF_ANY = ("student, attention scores in memory", "student, elementwise work recomputed", SHARED)
 """Rows of a micro-step that most recipes do not have."""
 
 
@@ -196,6 +197,7 @@ def _time(estimate: Estimate) -> RenderableType:
         "student, elementwise work recomputed": times.recompute,
         "ZeRO-3's traffic that compute does not hide": times.exposed,
         "exchange in the vocab group": times.vocabulary,
+        SHARED: times.sequences,
         "latency of collectives that compute does not hide": times.collective_latency,
     }
     if times.stages and not times.replicas:

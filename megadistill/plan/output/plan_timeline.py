@@ -161,6 +161,7 @@ class _Simulation:
             rank.wait("wait for the others", begin)
             rank.add(COMPUTE, "student forward", times.forward)
             rank.add(WAIT, "vocabulary's exchange", times.vocabulary)
+            rank.add(WAIT, "exchange of heads and tokens", times.sequences)
             rank.add(COMPUTE, "student backward", times.backward)
             rank.add(WAIT, "ZeRO-3's traffic, not hidden", times.exposed)
             rank.add(WAIT, "latency of collectives", times.collective_latency)

@@ -2,20 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megadistill.config.auto import NO_TRITON, Choice, has_triton, install_for_triton, missing_for_triton
+from megadistill.config.auto import NO_TRITON, has_triton, install_for_triton, missing_for_triton
 from megadistill.config.recipe import LossSection, Recipe
 from megadistill.data import Mixture, missing_rows, no_tokenizer_files, tokenizer_difference, tokenizer_files
 from megadistill.data.targets.target_manifest import TargetManifest
 from megadistill.divergence import Divergence
 from megadistill.errors import UserError
-from megadistill.models.attention.sequence import refuse_shared_sequences
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.experts import ROUTER_COEF_KEYS
 from megadistill.models.families import DROPOUTS, expert_layers, family
 from megadistill.models.initial_weights import check_initial_weights
@@ -64,42 +63,6 @@ def check_fit(
         )
     if vocab_map is not None:  # the map replaces the comparison of tokenizers
         check_divergence(recipe.loss, vocab_map)
-
-
-def check_shared_sequences(recipe: Recipe, data: Mixture, models: Mapping[str, tuple[Any, Choice]]) -> None:
-    """Checks that `distributed.sequence` ranks can share the sequences.
-
-    `models`: key of each model's config -> its config, and the implementation of its attention.
-
-    Raises:
-        UserError: one line.
-    """
-    ranks, teacher = recipe.distributed.sequence, recipe.teacher
-    if ranks == 1:
-        return
-    name = f"distributed.sequence is {ranks}"
-    for source, manifest in data.sources.items():
-        length = manifest.sequence_length
-        if length % ranks:
-            where = f"those of source {source}" if len(data.sources) > 1 else "sequences"
-            raise UserError(
-                f"{name}, and {where} have {length} tokens, which do not divide into {ranks} parts: give a number that "
-                f"divides them, or tokenize with --sequence-length {max(1, length // ranks) * ranks}"
-            )
-    if teacher is not None and teacher.placement == "disaggregated":
-        raise UserError(
-            f"{name}, and a teacher on ranks of its own answers with whole sequences: set teacher.placement to "
-            "colocated, whose stages share them as the student does, or distributed.sequence to 1"
-        )
-    if teacher is not None and teacher.save_targets is not None:
-        raise UserError(
-            f"{name}, and targets are saved by whole sequences, of which a rank has a part: leave teacher.save_targets "
-            "out, and store them before the run (megadistill store-targets), or set distributed.sequence to 1"
-        )
-    for what, (config, attention) in models.items():
-        key = f"{what.partition('.')[0]}.attention"
-        recurrent = family(config).recurrent
-        refuse_shared_sequences(config, ranks, attention.value, recurrent=recurrent, what=what, key=key)
 
 
 def check_tokenizers(recipe: Recipe, data: Mixture, teacher: Any | None) -> None:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe
+from megadistill.distributed.all_to_all import OPERATOR
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
@@ -67,6 +68,8 @@ class Case:
     students: int = 2
     teachers: int = 0
     """Ranks of the teacher's own; 0: each of the student's ranks has a stage."""
+    sequence: int = 1
+    """Ranks that share each sequence."""
     vocab_group: int = 2
     precision: Precision = "float32"
     micro_batch: int = 2
@@ -94,11 +97,12 @@ class Case:
                 },
                 "train": {
                     "steps": STEPS,
-                    "global_batch": self.students * self.micro_batch * self.accumulation,
+                    "global_batch": self.students // self.sequence * self.micro_batch * self.accumulation,
                     "micro_batch": self.micro_batch,
                     "precision": self.precision,
                     "optimizer": {"learning_rate": 1e-3},
                 },
+                "distributed": {"sequence": self.sequence},
                 "loss": {"elementwise": "eager", **self.loss},  # as auto is on a CPU
                 "teacher": self._teacher() if self.objective == "distill" else None,
             }
@@ -159,7 +163,7 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
         if pipeline is not None and teacher is not None:
             dtype = torch_dtype(case.precision)
             head = head_rows(Path(teacher), student.head.vocab, dtype=dtype, device=topology.device)
-            source = LiveTeacher(pipeline=pipeline, head=head)
+            source = LiveTeacher(pipeline=pipeline, head=head, topology=topology)
         built = Counter(watch.live)
         with watch.phases(student, pipeline):
             _steps(topology, case, student, source, watch)
@@ -192,7 +196,8 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
 
 def _stage(topology: Topology, case: Case, teacher: str) -> TeacherStage:
     place: dict[str, Any] = {"stage": topology.rank % topology.group_size, "stages": topology.group_size}
-    return TeacherStage.load(Path(teacher), **place, dtype=torch_dtype(case.precision), device=topology.device)
+    place |= {"dtype": torch_dtype(case.precision), "device": topology.device, "sequence": topology}
+    return TeacherStage.load(Path(teacher), **place)
 
 
 def _forms(case: Case) -> tuple[RequestCodec, ActivationCodec]:
@@ -225,7 +230,8 @@ def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen
 def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch") -> None:
     coefs = RouterCoefs.of(case.recipe.loss, load_config({**STUDENT, **case.student}, what="test"))
     objective = Objective(case.recipe.loss, steps=STEPS, seed=1, router_coefs=coefs)
-    with closing(StepBatches(_batches(topology, case), teacher, micro_batch=case.micro_batch)) as batches:
+    how: dict[str, Any] = {"micro_batch": case.micro_batch, "part": topology.sequence_part}
+    with closing(StepBatches(_batches(topology, case), teacher, **how)) as batches:
         for step in range(1, STEPS + 1):
             watch.begin()
             train_step(
@@ -243,10 +249,10 @@ def _batches(topology: Topology, case: Case) -> Iterator[tuple[TokenBatch, Curso
     """More than the steps take, so that the teacher's pipeline stays full."""
     rows = case.accumulation * case.micro_batch
     for number in range(STEPS + 1):
-        generator = torch.Generator().manual_seed(1000 * topology.rank + number)
+        generator = torch.Generator().manual_seed(1000 * topology.data_rank + number)
         units = torch.randint(0, VOCAB, (rows, SEQUENCE + 1), generator=generator)
         tokens, labels = units[:, :-1].contiguous(), units[:, 1:].contiguous()
-        slots = torch.arange(rows) + rows * (number * topology.world + topology.rank)
+        slots = torch.arange(rows) + rows * (number * topology.data_world + topology.data_rank)
         starts = torch.zeros_like(tokens, dtype=torch.bool)
         batch = TokenBatch(tokens=tokens, labels=labels, slots=slots, digests=token_digest(tokens), starts=starts)
         yield batch, Cursor("", 0)
@@ -268,6 +274,8 @@ MAKERS = {
     "teacher/disaggregated.py": "packets",
     "teacher/codec.py": "packets",
     "site-packages/transformers/": "layers",
+    "distributed/all_to_all.py": "layers",
+    "models/attention/sequence.py": "layers",
     "deepspeed/runtime/engine.py:backward": "layers",
     "student/head.py": "head rows",
 }
@@ -303,6 +311,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
+        if str(function.name()) == OPERATOR:  # what it calls is not seen from here
+            blocks = arguments[0]
+            self.received["all-to-all"] += blocks.nbytes - blocks[0].nbytes
         if function.namespace == "c10d":
             self._receive(function._opname, arguments)
         for tensor in tree_leaves(result):

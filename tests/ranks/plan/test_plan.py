@@ -19,7 +19,17 @@ from megadistill.plan.counts.memory import ACTIVATIONS
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
-from megadistill.plan.counts.traffic import ANSWERS, GATHERS, HEAD, REDUCES, REQUESTS, STAGES, VOCABULARY
+from megadistill.plan.counts.traffic import (
+    ANSWERS,
+    GATHERS,
+    HEAD,
+    REDUCES,
+    REQUESTS,
+    SHARED,
+    STAGES,
+    TEACHER_SHARED,
+    VOCABULARY,
+)
 from megadistill.plan.counts.zero import Zero
 from tests.ranks.harness import run_ranks
 from tests.ranks.plan.plan_cases import SEQUENCE, STEPS, STUDENT, TEACHER, VOCAB, Case, Seen, watched_run
@@ -39,18 +49,21 @@ APART = Case(
     vocab_group=1,
     zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 )
+SHARING = Case(sequence=2, vocab_group=1, micro_batch=4, activation_checkpointing="full")
+"""Each rank has half of each sequence, and the whole teacher."""
 SAVED = (*ACTIVATIONS.values(), "shared by all layers", "last norm")
 MIXTURE = Case(
     objective="labels",
     vocab_group=1,
     student={"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 512},
 )
-COLOCATED = [DISTILLED, RECOMPUTED, SELECTIVE, IN_BFLOAT16]
+COLOCATED = [DISTILLED, RECOMPUTED, SELECTIVE, IN_BFLOAT16, SHARING]
 NAMES = [
     "distilled",
     "recomputed, with copies in the node",
     "selective, attention in blocks",
     "bfloat16, tied, truncated targets",
+    "sequences shared, recomputed",
 ]
 
 
@@ -73,7 +86,8 @@ def seen(case: Case, teacher: Path) -> list[Seen]:
         checkpoint = teacher / "checkpoint"
         checkpoint.mkdir(exist_ok=True)
         arguments = (case, folder, str(checkpoint))
-        _RUNS[repr(case)] = run_ranks(world, watched_run, *arguments, vocab_group=group, roles=roles)
+        groups: dict[str, int] = {"vocab_group": group, "sequence": case.sequence}
+        _RUNS[repr(case)] = run_ranks(world, watched_run, *arguments, **groups, roles=roles)
     return _RUNS[repr(case)]
 
 
@@ -106,8 +120,11 @@ def of_the_cpu(lines: Counter[str], *, in_the_loss: bool = False) -> int:
 @pytest.mark.parametrize("case", COLOCATED, ids=NAMES)
 def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
     received = Counter(seen(case, teacher)[-1].received)  # the last stage, which hears from the one before
-    tokens = case.accumulation * case.micro_batch * SEQUENCE
+    tokens = case.accumulation * case.micro_batch * SEQUENCE // case.sequence
     traffic = planned(case).traffic
+    if case.sequence > 1:
+        shared = traffic[SHARED].received + traffic[TEACHER_SHARED].received
+        assert received.pop("all-to-all") == pytest.approx(shared * tokens, rel=WITHIN)
     names = {GATHERS: "weights", REDUCES: "gradients", HEAD: "head", VOCABULARY: "loss"}
     names |= {STAGES: "stages", ANSWERS: "answers"}
     for link, name in names.items():
