@@ -390,13 +390,16 @@ class LossTerms:
     diagnostics: Diagnostics | None = None
     per_token: Tensor | None = None
     """[N, 5], detached: `PER_TOKEN_NAMES` of each of this rank's tokens, times its weight; None where not asked for."""
+    by_teacher: Tensor | None = None
+    """[teachers, sources, 6] float64, detached: of each group of tokens the number with a label, and the sums of
+    `PER_TOKEN_NAMES`; None for one teacher."""
 
     def metrics(self) -> Tensor:
         """[9] float64: the values of `METRIC_NAMES`, for one reduction over ranks."""
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name not in ("diagnostics", "per_token"))
+METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name not in ("diagnostics", "per_token", "by_teacher"))
 """The scalar terms, in the order of `LossTerms.metrics`."""
 
 PER_TOKEN_NAMES = ("divergence", "kl", "student_ce", "teacher_ce", "agreement")

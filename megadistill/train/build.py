@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from megadistill.config.recipe import Recipe
-from megadistill.data import TokenStream
+from megadistill.data import Mixture, TokenStream
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, process_groups
 from megadistill.distributed.vocab import VocabSlice
@@ -29,6 +29,7 @@ from megadistill.train.teacher.probe import PROBE_TOKENS, ProbeInput, TeacherChe
 from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.telemetry.metrics import Meter
 from megadistill.train.telemetry.rank_flops import RankFlops
+from megadistill.train.validation.held_out_batches import HeldOutBatches
 from megadistill.types import Cursor, TokenBatch
 
 
@@ -84,8 +85,9 @@ def objective_of(setup: Setup) -> Objective:
     recipe = setup.recipe
     return Objective(
         loss=recipe.loss,
-        steps=recipe.train.steps,
+        steps=recipe.train.length,
         seed=recipe.run.seed,
+        entries_have_weights=recipe.has_scheduled_weights and recipe.loss.schedule is None,
         student_logits=logit_transform(setup.student_config),
         router_coefs=RouterCoefs.of(recipe.loss, setup.student_config),
     )
@@ -112,18 +114,33 @@ def stream_of(
         skips=[*((first, stop) for first, stop in data.skip), *skips],
         prefetch=data.prefetch,
         pinned_for=None if topology.device.type == "cpu" else topology.device,
+        peers=_peers(topology) if setup.teachers else None,
     )
 
 
+def _peers(topology: Topology) -> range:
+    """The ranks of this rank's vocab group, which hold the stages of each teacher."""
+    first = topology.rank - topology.group_rank
+    return range(first, first + topology.group_size)
+
+
+def held_out_of(setup: Setup, topology: Topology) -> HeldOutBatches | None:
+    """The micro-batches of this rank's validations; None for a run without them."""
+    if not setup.held_out:
+        return None
+    sizes = {shape.sequence_length: shape.micro_batch for shape in reversed(setup.shapes)}
+    rows = [sizes.get(split.manifest.sequence_length, setup.recipe.train.micro_batch) for split in setup.held_out]
+    return HeldOutBatches(setup.held_out, topology, rows=rows, document_mask=setup.recipe.data.document_mask)
+
+
 def meter_of(setup: Setup, topology: Topology) -> Meter:
+    shares = [(share, setup.teachers[name].teacher_config) for name, share in setup.teacher_shares().items()]
     return Meter(
         student=setup.student_config,
-        teacher=setup.teacher_config,
-        sequence_length=setup.data.sequence_length,
-        tokens_per_step=setup.tokens_per_step,
+        teachers=[(share, config) for share, config in (*shares, (1.0, setup.teacher_config)) if config is not None],
         precision=setup.recipe.train.precision,
         topology=topology,
-        flops=RankFlops.of(setup, topology),
+        flops=partial(RankFlops.of, setup, topology),
     )
 
 
@@ -135,11 +152,11 @@ def check_teacher(
     *,
     start: Cursor | None,
     skips: Sequence[tuple[int, int]],
-) -> TeacherCheck | None:
-    """`Teacher.check` with rows of the run's stream."""
+) -> list[TeacherCheck]:
+    """`Teacher.check` with rows of the run's stream; of one of several teachers, with the first of its sources."""
 
-    def rows() -> TokenBatch:
-        return first_rows(setup, topology, start=start, skips=skips)
+    def rows(of: Setup) -> TokenBatch:
+        return first_rows(of, topology, start=start, skips=skips) if not of.teaches else first_rows_of_source(of)
 
     return teacher.check(setup, vocab, topology, rows=rows)
 
@@ -149,13 +166,30 @@ def first_rows(
 ) -> TokenBatch:
     """The next micro-batch of the run's stream, read apart from it: corrupt samples in it are not counted."""
     stream = stream_of(setup, topology, start=start, skips=skips)
-    first = stream.start.next_slot
-    return stream.batch(range(first, first + setup.recipe.train.micro_batch))
+    first = stream.next_start
+    return stream.batch(range(first, first + setup.shape_at(first).micro_batch))
+
+
+def first_rows_of_source(setup: Setup) -> TokenBatch:
+    """The first micro-batch of a source that one of several teachers teaches, read apart from the stream."""
+    data, source = setup.recipe.data, min(setup.teaches)
+    mixture = Mixture.of(setup.data.sources[source], insert_bos=setup.data.insert_bos)
+    stream = TokenStream(
+        mixture,
+        seed=data.seed,
+        batch_slots=1,
+        rank=0,
+        world_size=1,
+        document_mask=data.document_mask,
+        on_corrupt_sample=data.on_corrupt_sample,
+        max_masked_per_million=data.max_masked_per_million,
+    )
+    return stream.batch(range(setup.shapes[0].micro_batch))
 
 
 def shared_probe(setup: Setup, topology: Topology) -> ProbeInput:
     """The first tokens of the stream, as rank 0 reads them. Collective."""
-    K = min(PROBE_TOKENS, setup.data.sequence_length)
+    K = min(PROBE_TOKENS, setup.shapes[0].sequence_length)
     return ProbeInput.shared(topology, lambda: ProbeInput.of(first_rows(setup, topology), K))
 
 

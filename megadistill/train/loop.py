@@ -59,7 +59,8 @@ from megadistill.train.setup.setup import Setup, describe_layout
 from megadistill.train.setup.step_shape import StepShape, stable_steps_of, student_config_of_entry
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
-from megadistill.train.teacher.probe import worse_than_uniform
+from megadistill.train.teacher.probe import TeacherCheck, worse_than_uniform
+from megadistill.train.teacher.several import RowGroups
 from megadistill.train.telemetry.metrics import RunLog
 from megadistill.train.telemetry.profile_capture import ProfileCapture
 from megadistill.train.telemetry.timeline_capture import TimelineCapture, capture_teacher_server
@@ -287,6 +288,7 @@ class Trainer:
                 histograms_every=every,
                 norms=self._norms,
                 has_entries=len(self._setup.shapes) > 1,
+                groups=RowGroups.of(self._setup),
             ),
             UnlabelledGuard(self._setup, max_in_a_row=resilience.max_skipped_steps),
             NonFiniteGuard(events, max_skipped_steps=resilience.max_skipped_steps),
@@ -379,16 +381,20 @@ class Trainer:
         B, S = setup.longest.micro_batch, setup.longest.sequence_length
         if line := teacher.describe_prefetch(micro_batch=B, sequence_length=S):
             logger.info("%s", line)
-        check = check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips)
-        if check is None:
-            return
+        for check in check_teacher(setup, teacher, vocab, topology, start=cursor, skips=skips):
+            self._log_teacher_check(check)
+
+    def _log_teacher_check(self, check: TeacherCheck) -> None:
+        of_teacher = {} if check.name is None else {"teacher": check.name}
         logger.info("%s", check.line)
         if check.float8 is not None:
             logger.info("%s", check.float8.line)
             if check.is_new:
-                self._recovery.events.write("float8_teacher", step=self.step, **asdict(check.float8))
-        if problem := worse_than_uniform(check.cross_entropy, setup.data.vocab_size):
-            values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(setup.data.vocab_size)}
+                self._recovery.events.write("float8_teacher", step=self.step, **asdict(check.float8), **of_teacher)
+        vocab_size = self._setup.data.vocab_size
+        if problem := worse_than_uniform(check.cross_entropy, vocab_size):
+            values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(vocab_size), **of_teacher}
+            problem = problem if check.name is None else f"{check.name}: {problem}"
             self._recovery.events.warn("teacher_above_uniform", problem, step=self.step, **values)
 
     def _enter_phase(self, phase: str, *, limit: float) -> None:

@@ -44,6 +44,8 @@ class StepOutcome:
     is left out: the reverse KL against a teacher that does not know some ids."""
     experts: ExpertLoad | None = None
     """Load of the experts; None for a student without any."""
+    by_teacher: Sequence[float] = ()
+    """`LossTerms.by_teacher`, summed over micro-batches and ranks; empty for one teacher."""
 
     @property
     def skipped(self) -> bool:
@@ -61,6 +63,7 @@ def train_step(
     topology: Topology,
     flags: Callable[[], Mapping[str, float]] = dict,
     recompute: bool = False,
+    progress: int | None = None,
 ) -> StepOutcome:
     """Accumulates gradients over the batch's micro-batches and takes one optimizer step. Collective over the world.
 
@@ -76,25 +79,31 @@ def train_step(
         flags: numbers of this rank, called just before the one reduction of the step's metrics, with which they are
             summed over ranks; every rank returns the same names.
         recompute: the first micro-batch is computed twice and compared.
+        progress: where the schedule of the loss stands (`train.schedule.progress`); None: at `step`.
 
     Raises:
         OperatorFault: the teacher's numbers are not finite, or computing twice gives two results; the optimizer has not
             moved.
         SignalMismatch, UserError, ShardFault: see `Teacher.teacher_targets`.
     """
-    forward = _Forward.of(student, batch, step=step, objective=objective, topology=topology)
+    forward = _Forward.of(student, batch, step=step, progress=progress, objective=objective, topology=topology)
     totals: Tensor | None = None
+    by_teacher: Tensor | None = None
     grad_norm: float | None = None
     for index in range(batch.accumulation):
         with timeline.timed(timeline.Part.TEACHER):
             targeted = next(batch.micro_batches)
-        loss, numbers = forward(targeted)
+        loss, numbers, groups = forward(targeted)
         totals = numbers if totals is None else totals + numbers
+        by_teacher = groups if by_teacher is None else by_teacher + groups
         if recompute and index == 0:
             _require_reproduced(numbers, forward, targeted, topology)
         if index == batch.accumulation - 1:
             own_flags = flags()
-            reduced, labels, reduced_flags = _reduced(totals, forward.labels, own_flags, topology)
+            reduced, labels, reduced_flags = _reduced(
+                torch.cat([totals, by_teacher]), forward.labels, own_flags, topology
+            )
+            reduced, reduced_groups = reduced[: len(totals)], reduced[len(totals) :]
             metrics = dict(zip(METRIC_NAMES, reduced, strict=False))
             require_sound_teacher(step, metrics)
             if not finite(metrics):
@@ -112,6 +121,7 @@ def train_step(
         labels=labels,
         diagnostics=forward.diagnostics_of(reduced),
         experts=forward.experts_of(reduced, labels=labels),
+        by_teacher=reduced_groups,
     )
 
 
@@ -140,7 +150,14 @@ class _Forward:
 
     @classmethod
     def of(
-        cls, student: StudentEngine, batch: StepBatch, *, step: int, objective: Objective, topology: Topology
+        cls,
+        student: StudentEngine,
+        batch: StepBatch,
+        *,
+        step: int,
+        progress: int | None,
+        objective: Objective,
+        topology: Topology,
     ) -> "_Forward":
         """The forward pass of a step's batch. Collective."""
         labels, routers = _global_labels(batch, topology), None
@@ -152,7 +169,7 @@ class _Forward:
         return cls(
             student,
             objective,
-            objective.divergence(step),
+            objective.divergence(step if progress is None else progress),
             diagnostics=objective.computes_diagnostics(step),
             labels=labels,
             tokens=tokens,
@@ -160,8 +177,8 @@ class _Forward:
             routers=routers,
         )
 
-    def __call__(self, targeted: TargetedBatch) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch, and its numbers (see `_numbers`)."""
+    def __call__(self, targeted: TargetedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a micro-batch, its numbers (see `_numbers`), and those by teacher [T·K·6], [0] for one teacher."""
         micro = targeted.batch.to(self.device)
         labels = micro.labels.flatten()
         weights = token_weights(labels, self.tokens)
@@ -187,7 +204,8 @@ class _Forward:
             terms = targeted.target.loss(output)
             if self.routers is not None and sums is not None:
                 terms = replace(terms, loss=terms.loss + self.routers.loss(sums))
-        return terms.loss, _numbers(terms, sums)
+        groups = weights.new_empty(0, dtype=torch.float64) if terms.by_teacher is None else terms.by_teacher.flatten()
+        return terms.loss, _numbers(terms, sums), groups
 
     def diagnostics_of(self, reduced: Sequence[float]) -> dict[str, float] | None:
         """The diagnostics among a step's reduced numbers; None where it has none."""
@@ -225,7 +243,7 @@ def _require_reproduced(numbers: Tensor, forward: _Forward, targeted: TargetedBa
         OperatorFault: the result differs in a bit, on this rank or on another one.
     """
     with torch.no_grad():
-        _, again = forward(targeted)
+        _, again, _ = forward(targeted)
     problem = None
     if not torch.equal(again.view(torch.int64), numbers.view(torch.int64)):
         differing = [f"{a!r} and {b!r}" for a, b in zip(numbers.tolist(), again.tolist(), strict=True) if a != b]

@@ -33,7 +33,7 @@ class LossAnomalies:
         """
         self._monitor, self._recovery, self._topology = monitor, recovery, topology
         self._frozen = frozen
-        self._teacher_ce = recipe.teacher is not None and recipe.loss.targets is None
+        self._teacher_ce = recipe.objective == "distill" and recipe.loss.targets is None
         """Whether the metrics have the teacher's cross-entropy: with truncated targets it is unknown."""
         self._next_slots = deque([first_slot], maxlen=recipe.resilience.rollback_steps + 1)
 
@@ -43,6 +43,7 @@ class LossAnomalies:
             OperatorFault: the teacher drifts, and its weights have changed.
         """
         self._next_slots.append(event.cursor.next_slot)
+        self._monitor.begin_entry(event.shape.entry)
         if event.outcome.skipped:
             return None
         if self._teacher_ce:

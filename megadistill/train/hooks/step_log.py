@@ -7,6 +7,7 @@ from megadistill.train.hooks.hook import StepEvent
 from megadistill.train.hooks.norm_log import NormLog
 from megadistill.train.objective import Objective
 from megadistill.train.resilience.recovery import Recovery
+from megadistill.train.teacher.several import RowGroups
 from megadistill.train.telemetry.histograms import histograms
 from megadistill.train.telemetry.metrics import Meter, RunLog
 
@@ -25,8 +26,16 @@ class StepLog:
         *,
         histograms_every: int,
         norms: NormLog | None,
+        has_entries: bool,
+        groups: RowGroups | None,
     ) -> None:
-        """`norms`: None where the recipe takes none."""
+        """
+        Args:
+            norms: None where the recipe takes none.
+            groups: those of the rows of several teachers; None for one.
+            has_entries: whether steps differ in shape, so that each line has the number of its curriculum entry.
+        """
+        self._has_entries, self._groups = has_entries, groups
         self._norms = norms
         self._log, self._meter, self._objective = log, meter, objective
         self._recovery, self._student, self._topology = recovery, student, topology
@@ -45,7 +54,8 @@ class StepLog:
             report = self._meter.report(
                 event.step,
                 event.outcome.metrics,
-                tokens=self._recovery.tokens(event.step),
+                shape=event.shape,
+                tokens=self._recovery.tokens,
                 seconds=event.seconds,
                 learning_rate=event.learning_rate,
                 grad_norm=event.outcome.grad_norm,
@@ -57,6 +67,10 @@ class StepLog:
                 expert_load=load,
                 norms=norms,
             )
-            self._log.step(report, weights=self._objective.scheduled_weights(event.step))
+            weights = self._objective.of_entry(event.shape.loss).scheduled_weights(event.progress)
+            entry = {"entry": event.shape.entry} if self._has_entries else {}
+            labels = event.outcome.labels
+            groups = self._groups.means(event.outcome.by_teacher, labels=labels) if self._groups else {}
+            self._log.step(report, tokens_per_step=event.shape.tokens, more={**(weights or {}), **entry, **groups})
             if draws_histograms:
                 self._log.histograms(event.step, histograms(self._student.state.distributions(), self._topology))

@@ -84,6 +84,8 @@ class Setup:
     that one's section."""
     teacher_name: str | None = None
     """Name of the teacher in such a setup; None in others."""
+    teaches: Mapping[str, float] = field(default_factory=dict)
+    """Of such a setup: each source that the teacher teaches, and its share in the divergence of that source's rows."""
 
     def attention(self, model: Literal["student", "teacher"]) -> Choice:
         """Implementation of a model's attention on this device, and why; of a live teacher."""
@@ -107,6 +109,13 @@ class Setup:
             of_teacher = {key: choice for key, choice in each.choices().items() if key.startswith("teacher.")}
             choices |= {f"teachers.{name}.{key.removeprefix('teacher.')}": it for key, it in of_teacher.items()}
         return choices
+
+    def teacher_shares(self) -> dict[str, float]:
+        """Fraction of the run's sequences that each of several teachers reads."""
+        recipe = self.recipe
+        read = self.data.order(recipe.data.seed).sequences_read(recipe.train.steps * recipe.train.global_batch)
+        total = sum(read.values())
+        return {name: sum(read[source] for source in each.teaches) / total for name, each in self.teachers.items()}
 
     @cached_property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -213,7 +222,15 @@ def _with_one(setup: Setup, name: str, teacher: TeacherFiles) -> Setup:
     """
     recipe = setup.recipe.with_teacher(name)
     teacher = teacher.for_ids(setup.data.vocab_size)
-    one = replace(setup, recipe=recipe, teacher_config=teacher.config, vocab_map=teacher.vocab_map, teacher_name=name)
+    of_source = {source: setup.recipe.teachers_of(source) for source in setup.data.names}
+    one = replace(
+        setup,
+        recipe=recipe,
+        teacher_config=teacher.config,
+        vocab_map=teacher.vocab_map,
+        teacher_name=name,
+        teaches={source: shares[name] for source, shares in of_source.items() if name in shares},
+    )
     with keys_of_teacher(name):
         models = (one.data, one.student_config, teacher.config)
         check_fit(recipe, *models, stages=one.group_size, vocab_map=teacher.vocab_map)

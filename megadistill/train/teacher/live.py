@@ -48,6 +48,8 @@ from megadistill.units import readable
 class LiveTeacher(Teacher):
     """A forward pass for each micro-batch, and this rank's rows of the teacher's head."""
 
+    answers_any_tokens = True
+
     pipeline: TeacherPipeline | RemoteTeacher
     head: Tensor
     """[v, E]"""
@@ -98,8 +100,8 @@ class LiveTeacher(Teacher):
             self.saved.open()
 
     def check(
-        self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
-    ) -> TeacherCheck:
+        self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[Setup], TokenBatch]
+    ) -> list[TeacherCheck]:
         def forward(probe: ProbeInput) -> ProbeOutput:
             return self.output(probe, setup, vocab)
 
@@ -109,7 +111,7 @@ class LiveTeacher(Teacher):
         in_float8 = setup.recipe.teacher is not None and setup.recipe.teacher.precision == "float8"
         how: dict[str, Any] = {"forward": forward, "compare": compare if in_float8 else None}
         try:
-            return check_probe(setup, topology, width=self.head.shape[1], rows=rows, **how)
+            return [check_probe(setup, topology, width=self.head.shape[1], rows=lambda: rows(setup), **how)]
         except UserError:
             self.close()  # of the recipe's making, not of a rank's: those of the teacher's own end as well
             raise
@@ -155,7 +157,7 @@ class LiveTeacher(Teacher):
 
     def _hidden(self, probe: ProbeInput, setup: Setup) -> Tensor:
         """[K, E]: final hidden states of the probe, out of a micro-batch of the run's shape."""
-        B, S = setup.recipe.train.micro_batch, setup.data.sequence_length
+        B, S = setup.shapes[0].micro_batch, setup.shapes[0].sequence_length
         batch = probe.batch(rows=B, sequence=S, document_mask=setup.recipe.data.document_mask)
         part = SequencePart() if self.topology is None else self.topology.sequence_part
         (target,) = self.live_targets(iter([batch.of_part(part)]))
@@ -196,6 +198,9 @@ class LiveTarget:
             diagnosed = whole.loss(student)
         named = ("kl", "teacher_ce", "teacher_entropy", "agreement", "diagnostics")
         return replace(terms, **{name: getattr(diagnosed, name) for name in named})
+
+    def complete(self) -> Head | None:
+        return self.teacher.head_on(self.hidden)
 
     def truncated(self, objective: Objective, vocab: VocabSlice) -> SparseTargets:
         """The part of the distribution that `loss.targets` selects, saved too where the recipe asks for that.

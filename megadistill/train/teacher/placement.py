@@ -27,6 +27,7 @@ from megadistill.train.setup.setup import Setup
 from megadistill.train.teacher.live import ColocatedTeacher, LiveTeacher
 from megadistill.train.teacher.protocol import NoTeacher, Teacher
 from megadistill.train.teacher.saved_targets import SavedTargets
+from megadistill.train.teacher.several import Member, SeveralTeachers
 from megadistill.train.teacher.stored import StoredTeacher
 
 TeacherOnSlice = Callable[[VocabSlice], Teacher]
@@ -43,12 +44,19 @@ def load_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:
         UserError: stored targets belong to another run.
     """
     section = setup.recipe.teacher
+    if setup.teachers:
+        return _several_teachers(setup, topology)
     return TEACHERS["none" if section is None else section.source](setup, topology)
 
 
-def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], LiveTeacher]:
-    """See `load_teacher`: a teacher that runs on this rank, or is served from ranks of its own."""
-    pipeline, ids = load_pipeline(setup, topology), setup.vocab_map
+def live_teacher(
+    setup: Setup, topology: Topology, *, pipeline: TeacherPipeline | RemoteTeacher | None = None
+) -> Callable[[VocabSlice], LiveTeacher]:
+    """See `load_teacher`: a teacher that runs on this rank, or is served from ranks of its own.
+
+    `pipeline`: its layers, where they are loaded.
+    """
+    pipeline, ids = load_pipeline(setup, topology) if pipeline is None else pipeline, setup.vocab_map
     dtype, device = torch_dtype(setup.recipe.train.precision), topology.device
     save_targets = _section(setup).save_targets
 
@@ -64,6 +72,29 @@ def live_teacher(setup: Setup, topology: Topology) -> Callable[[VocabSlice], Liv
             topology=topology,
             saved=None if save_targets is None else SavedTargets(Path(save_targets), _key(setup, topology), topology),
         )
+
+    return on_slice
+
+
+def _several_teachers(setup: Setup, topology: Topology) -> TeacherOnSlice:
+    loaded: dict[str, TeacherOnSlice] = {}
+    first: TeacherPipeline | None = None
+    for name, each in setup.teachers.items():
+        if _section(each).is_live:
+            stage = load_stage(each, topology, topology.group_rank, topology.group_size)
+            pipeline = TeacherPipeline(stage, topology, beside=first)
+            first = first or pipeline
+            loaded[name] = live_teacher(each, topology, pipeline=pipeline)
+        else:
+            loaded[name] = TEACHERS[_section(each).source](each, topology)
+    numbers = {source: number for number, source in enumerate(setup.data.names)}
+
+    def on_slice(vocab: VocabSlice) -> SeveralTeachers:
+        members = []
+        for name, each in setup.teachers.items():
+            weights = {numbers[source]: share for source, share in each.teaches.items()}
+            members.append(Member(name, loaded[name](vocab), weights, each))
+        return SeveralTeachers(members, len(numbers))
 
     return on_slice
 

@@ -106,6 +106,8 @@ class TeacherCheck:
     """Cross-entropy of the teacher on the probe's tokens, in nats a token."""
     float8: Float8Difference | None = None
     """Difference of a float8 teacher from the native one; None for a native teacher."""
+    name: str | None = None
+    """Name of the teacher, where there are several."""
 
 
 class RecordedProbe(NamedTuple):
@@ -153,7 +155,7 @@ def check_probe(
         UserError: on every rank, where the float8 teacher is too far from the native one; nothing is recorded then.
         OperatorFault: on every rank, where the output differs on one, or the probe cannot be read.
     """
-    path, K = setup.folder / PROBE_FILE, min(PROBE_TOKENS, setup.data.sequence_length)
+    path, K = setup.folder / probe_file(setup), min(PROBE_TOKENS, setup.shapes[0].sequence_length)
     recorded = _read_on_first(path, K, width, topology)
     is_new = broadcast_object(recorded is None, topology.world_group)
     probe = ProbeInput.shared(topology, lambda: ProbeInput.of(rows(), K) if recorded is None else recorded.input)
@@ -180,6 +182,11 @@ def check_probe(
         line = f"teacher check passed: relative error {max(errors):.1e}, at most {bound:g} allowed"
         line = f"{line} (CE {cross_entropy:.4f})"
     return TeacherCheck(is_new, line, cross_entropy, float8)
+
+
+def probe_file(setup: Setup) -> str:
+    """Name of the file in the run folder: of one of several teachers, `probe-NAME.safetensors`."""
+    return PROBE_FILE if setup.teacher_name is None else f"probe-{setup.teacher_name}.safetensors"
 
 
 def _section(setup: Setup) -> TeacherSection:

@@ -30,20 +30,21 @@ class Teacher(ABC):
         """Prepares for the steps after a start or a rollback. Collective."""
 
     def check(
-        self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[], TokenBatch]
-    ) -> TeacherCheck | None:
-        """Compares this teacher with the one of the run's first start. Collective, while no targets are being made.
+        self, setup: Setup, vocab: VocabSlice, topology: Topology, *, rows: Callable[[Setup], TokenBatch]
+    ) -> list[TeacherCheck]:
+        """Compares each teacher with the one of the run's first start. Collective, while no targets are being made.
 
         Args:
-            rows: reads the first micro-batch of the run's stream; called on rank 0 alone, where it is needed.
+            rows: reads the first micro-batch of the stream that the teacher of a setup learns from; called on rank 0
+                alone, where it is needed.
 
         Returns:
-            None where there is nothing to compare.
+            Nothing where there is nothing to compare.
 
         Raises:
             OperatorFault: on every rank, where it is another teacher on one of them.
         """
-        return None
+        return []
 
     def describe_prefetch(self, *, micro_batch: int, sequence_length: int) -> str | None:
         """A log line: how far the teacher runs ahead, and the memory that takes; None where it does not."""

@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -112,13 +112,17 @@ class Meter:
         self,
         *,
         student: Any,
-        teacher: Any | None,
+        teachers: Sequence[tuple[float, Any]],
         precision: str,
         topology: Topology,
         flops: Callable[[StepShape], RankFlops],
     ) -> None:
-        """`flops`: those of this rank, for each shape of a step."""
-        self._student, self._teacher = student, teacher
+        """
+        Args:
+            teachers: config of each live teacher, and the fraction of the sequences that it reads.
+            flops: those of this rank, for each shape of a step.
+        """
+        self._student, self._teachers = student, teachers
         self._device = topology.device
         peak = peak_flops(topology.device, precision)
         self._own_peak = peak
@@ -129,7 +133,7 @@ class Meter:
     def _begin_entry(self, shape: StepShape) -> None:
         self._shape, length = shape, shape.sequence_length
         forward = flops_per_token(self._student, length)
-        frozen = flops_per_token(self._teacher, length).forward if self._teacher is not None else 0
+        frozen = sum(share * flops_per_token(config, length).forward for share, config in self._teachers)
         self._flops_per_token = 3 * forward.forward + frozen
         self._flops = self._rank_flops(shape)
 
@@ -224,14 +228,14 @@ class RunLog:
             self._progress.start()
 
     def step(
-        self, report: StepReport, *, tokens_per_step: int | None = None, more: dict[str, float] | None = None
+        self, report: StepReport, *, tokens_per_step: int | None = None, more: dict[str, Any] | None = None
     ) -> None:
         """Writes one step to metrics.jsonl (at once, so that a kill loses nothing), TensorBoard and the log.
 
         Args:
             tokens_per_step: the share of them that have labels is in the log line, where some have none.
-            more: numbers beside the report's by name: the weights of the loss's terms, where they change, and the
-                number of the curriculum entry.
+            more: numbers beside the report's by name: the weights of the loss's terms, where they change, the number
+                of the curriculum entry, and those by source and by teacher.
         """
         if not self._active:
             return
@@ -339,9 +343,13 @@ class RunLog:
         return left(pace * (self._steps - report.step)) if report.step < self._steps else ""
 
 
+NESTED = ("diagnostics", "experts", "norms", "by_source", "by_teacher")
+"""Groups of numbers in a line of metrics.jsonl."""
+
+
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a step without nesting, as `diagnostics/NAME` or `norms/KIND/GROUP`; no load of each expert."""
-    nested = {group: values.get(group) or {} for group in ("diagnostics", "experts", "norms")}
+    nested = {group: values.get(group) or {} for group in NESTED}
     outer = {name: value for name, value in values.items() if name not in (*nested, "expert_load")}
     return outer | {f"{group}/{name}": value for group, inner in nested.items() for name, value in _leaves(inner)}
 

@@ -20,7 +20,8 @@ class RankFlops:
     step: int
     """FLOPs of a step: student and loss, with both heads."""
     stage_round: int = 0
-    """FLOPs of this rank's stage for one micro-batch of each rank of the pipeline; 0 where it has none."""
+    """FLOPs of this rank's stage for one micro-batch of each rank of the pipeline; 0 where it has none, or
+    stages of several teachers, whose micro-batches have other numbers of rows."""
     loss: int = 0
     """The part of `step` that is the loss: the products of both heads, and their gradients."""
 
@@ -42,6 +43,11 @@ class RankFlops:
                 stages = stage_flops(costs, firsts, teacher.attention, topology.group_size)
                 round_tokens = topology.group_size * shape.micro_batch * length // topology.sequence_ranks
                 stage_round = round_tokens * stages[topology.group_rank]
+        for name, share in setup.teacher_shares().items():
+            config = setup.teachers[name].teacher_config
+            if config is not None:
+                of_teacher = share * flops_per_token(config, length).head * (2 if recipe.loss.label_fraction > 0 else 1)
+                a_token, heads = a_token + int(of_teacher), heads + int(of_teacher)
         tokens = shape.tokens // topology.world
         return cls(tokens * a_token, stage_round, loss=tokens * heads)
 

@@ -101,7 +101,9 @@ def _write(setup: Setup, topology: Topology, recorder: Recorder, barriers: tuple
     bridge, window = topology.bridge, setup.recipe.run.timeline
     assert window is not None
     spans, steps = recorder.recorded()
-    has_stage = topology.role == "teacher" or (bridge is None and setup.teacher_config is not None)
+    has_stage = topology.role == "teacher" or (
+        bridge is None and (setup.teacher_config is not None or bool(setup.teachers))
+    )
     recording = RankFile(
         rank=topology.rank if bridge is None else bridge.rank,
         world=topology.world if bridge is None else bridge.roles.world,

@@ -20,7 +20,7 @@ from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, 
 from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.train.telemetry.tensorboard import tag_of
 from megadistill.types import METRIC_NAMES, StepReport
-from tests.unit.train.cases import MODEL, VOCAB, recipe, topology
+from tests.unit.train.cases import MODEL, VOCAB, recipe, step_shape, topology
 
 REPORT = StepReport(
     step=1,
@@ -84,10 +84,10 @@ def _log(
         start_tokens=256 * (steps.start - 1),
         topology=topology(rank=rank, world=rank + 1),
         epoch_tokens=epoch_tokens,
-        tokens_per_step=tokens_per_step,
     )
     for step in steps:
-        log.step(replace(REPORT, step=step, tokens=256 * step, **changes), weights=weights)
+        report = replace(REPORT, step=step, tokens=256 * step, **changes)
+        log.step(report, tokens_per_step=tokens_per_step, more=weights)
     log.close()
 
 
@@ -230,18 +230,17 @@ def _report(monkeypatch: pytest.MonkeyPatch, peak: float | None, *, teacher: boo
     config = load_config({**MODEL, "vocab_size": VOCAB}, what="test")
     meter = Meter(
         student=config,
-        teacher=config if teacher else None,
-        sequence_length=32,
-        tokens_per_step=256,
+        teachers=[(1.0, config)] if teacher else [],
         precision="bfloat16",
         topology=topology(world=2),
-        flops=RankFlops(step=40_000_000, stage_round=7_000_000),
+        flops=lambda shape: RankFlops(step=40_000_000, stage_round=7_000_000),
     )
     return meter.report(
         3,
         dict.fromkeys(METRIC_NAMES, 1.0),
         learning_rate=1e-3,
         grad_norm=2.0,
+        shape=step_shape(sequence_length=32, global_batch=8),
         tokens=768,
         seconds=0.5,
         data_seconds=0.01,
