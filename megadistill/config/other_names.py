@@ -134,7 +134,7 @@ EXPLAINED = {
     "nothing to set: the same command resumes the run of run.folder": (
         *("resume", "resume_from_checkpoint", "resume_if_exists", "auto_resume"),
     ),
-    "a section of its own: validation: {every: N, data: {NAME: MANIFEST}}, see docs/validation.md": (
+    "set validation.every, and name the splits in validation.data": (
         *("eval_strategy", "evaluation_strategy", "do_eval", "evaluation", "validate", "per_device_eval_batch_size"),
         *("data.val", "data.valid", "data.validation", "data.eval", "data.test", "data.heldout"),
     ),

@@ -31,6 +31,9 @@ MEANINGS = {
     "teacher_above_uniform": "the teacher predicted the first tokens worse than a uniform guess over all ids",
     "float8_teacher": "the teacher in float8 was compared with the native one before the first step",
     "samples_masked": "corrupt sequences were left out of the loss",
+    "validated": "the student was measured on held-out text",
+    "validation_plateau": "the held-out cross-entropy has not fallen for as long as validation.patience says",
+    "held_out_masked": "corrupt held-out sequences were left out of the measures",
     "straggler": "a rank is slower than the others",
     "stop_requested": "a signal or the time limit asked the run to stop",
     "stopped": "the run stopped as asked, with a checkpoint",
@@ -84,7 +87,7 @@ def _pause(event: Event, ends: Floats, earlier: float) -> float:
 
 def _group(event: Event) -> tuple[Any, ...]:
     """Equal for events of one sentence."""
-    if event.kind in ("checkpoint_saved", "local_checkpoint_saved"):
+    if event.kind in ("checkpoint_saved", "local_checkpoint_saved", "validated"):
         return (event.kind, event.attempt)
     if event.kind == "step_skipped":
         return (event.kind, event.attempt, text(event.values.get("reason")))
@@ -95,6 +98,8 @@ def _sentence(events: Sequence[Event], before: Event | None, pause: float) -> st
     event = events[0]
     if event.kind in ("checkpoint_saved", "local_checkpoint_saved"):
         return _saved(events)
+    if event.kind == "validated":
+        return _validated(events)
     if event.kind == "step_skipped":
         steps = [f"{each.step:,}" for each in events]
         return f"{'steps' if len(steps) > 1 else 'step'} {_listed(steps)} skipped{_because(event)}"
@@ -114,6 +119,28 @@ def _saved(events: Sequence[Event]) -> str:
     kind = "local save" if events[0].kind == "local_checkpoint_saved" else "checkpoint"
     where = f"{len(events):,} {kind}s, steps {events[0].step:,} to {events[-1].step:,}"
     return _with(where if several else f"{kind} at step {events[0].step:,}", costs)
+
+
+def _validated(events: Sequence[Event]) -> str:
+    first, last = events[0], events[-1]
+    seconds = sum(event.seconds("seconds") for event in events)
+    ce = number(last.values.get("cross_entropy"))
+    costs = [f"cross-entropy {short(ce)}"] if ce == ce else []
+    costs += [spell(seconds)] if seconds else []
+    where = f"validated {len(events):,} times, steps {first.step:,} to {last.step:,}"
+    return _with(where if len(events) > 1 else f"validated at step {first.step:,}", costs)
+
+
+def _plateau(event: Event) -> str:
+    best, step = (number(event.values.get(name)) for name in ("best", "best_step"))
+    since = f" since {short(best)} at step {int(step):,}" if best == best and step >= 0 else ""
+    return f"the held-out cross-entropy has not fallen at step {event.step:,}{since}"
+
+
+def _held_out_masked(event: Event) -> str:
+    splits = event.values.get("splits")
+    counts = [f"{text(name)} {text(count)}" for name, count in splits.items()] if isinstance(splits, dict) else []
+    return f"corrupt held-out sequences left out at step {event.step:,}" + (f": {_listed(counts)}" if counts else "")
 
 
 def _resumed(event: Event, before: Event | None, pause: float) -> str:
@@ -255,6 +282,8 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "teacher_above_uniform": _above_uniform,
     "float8_teacher": _float8_teacher,
     "samples_masked": _masked,
+    "validation_plateau": _plateau,
+    "held_out_masked": _held_out_masked,
     "straggler": lambda event: (
         f"slow rank at step {event.step:,}: {text(event.values.get('message')).removeprefix('straggler: ')}"
     ),

@@ -28,6 +28,7 @@ from megadistill.report.save_interval import measured_saves
 from megadistill.report.smoothing import SMOOTHED_SHARE
 from megadistill.report.summary import LAST_STEPS, event_counts, events_table, measured_mfu, summary_table
 from megadistill.report.tables import NOTHING, attempts_table, differing_keys, recipe_table, versions_table
+from megadistill.report.validation_section import validation_curves, validation_table, validations_of
 from megadistill.report.wall_clock import clock_of, goodput_of, utc
 
 PAGE = "report.html"
@@ -74,11 +75,15 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
     clocks = [clock_of(run) for run in runs]
     goodputs = [goodput_of(run, clock) for run, clock in zip(runs, clocks, strict=True)]
     results, unread = _with_results_beside(runs, results)
+    held_out_notes = [list[str]() for _ in runs]
+    validations = [validations_of(run, note) for run, note in zip(runs, held_out_notes, strict=True)]
+    unread += [(run.name, line) for run, note in zip(runs, held_out_notes, strict=True) for line in note]
     eventful = any(run.events for run in runs)
     notes = [list[str]() for _ in runs]
     followed = [read_scores(run.folder, note) for run, note in zip(runs, notes, strict=True)]
     unread += [(run.name, line) for run, note in zip(runs, notes, strict=True) for line in note]
     with style():
+        validated = validation_curves(runs, validations)
         over_tokens, over_time = curves_over_tokens(runs), curves_over_time(runs, clocks)
         happened = [events_figure(runs, clocks), goodput_figure(runs, goodputs)] if eventful else []
         scored = score_curves(runs, followed)
@@ -102,6 +107,8 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         trouble=[kind for kind in TROUBLE if any(event.kind == kind for run in runs for event in run.events)],
         over_tokens=over_tokens,
         over_time=over_time,
+        validated=validated,
+        validation=validation_table(runs, validations),
         happened=happened,
         counts=event_counts(runs),
         events=events,
@@ -115,7 +122,8 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         versions=versions_table(runs),
         attempts=attempts_table(runs, limit=MAX_ATTEMPTS),
     )  # fmt: skip
-    return Page(html, [*over_tokens, *over_time, *happened, *scored, *(each for group in measured for each in group)])
+    curves = [*over_tokens, *validated, *over_time, *happened, *scored]
+    return Page(html, [*curves, *(each for group in measured for each in group)])
 
 
 def write(page: Page, path: Path) -> None:

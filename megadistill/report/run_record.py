@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from megadistill.config.load import validate_recorded
 from megadistill.config.paths import wrong_path
 from megadistill.errors import UserError
-from megadistill.heldout.splits import short_names
 from megadistill.events import EVENTS, RENAMED_EVENTS, is_event, json_lines
+from megadistill.heldout.splits import short_names
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.units import number_of

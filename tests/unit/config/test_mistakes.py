@@ -121,7 +121,7 @@ OVERRIDES = [
     ("data.train=x", ["use data.manifest"]),
     ("data.loss=x", ["data.loss: no such key; loss is a section of its own", "without indentation"]),
     # what other trainers do
-    ("train.eval_steps=5", ["nothing is evaluated during a run", "megadistill evaluate"]),
+    ("train.do_eval=true", ["set validation.every, and name the splits in validation.data"]),
     ("train.report_to=wandb", ["TensorBoard"]),
     ("distributed.context_parallel_size=2", ["not implemented"]),
     # no near name

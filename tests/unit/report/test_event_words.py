@@ -84,6 +84,22 @@ def _skipped(run: WrittenRun) -> None:
             "2 corrupt samples masked at step 9: slots 64, 1,071",
         ),
         (
+            lambda run: run.event("validated", 9, seconds=75.0, cross_entropy=2.5),
+            "validated at step 9 (cross-entropy 2.5, 75 s)",
+        ),
+        (
+            lambda run: [run.event("validated", step, seconds=20.0, cross_entropy=9.0 - step) for step in (3, 6)],
+            "validated 2 times, steps 3 to 6 (cross-entropy 3, 40 s)",
+        ),
+        (
+            lambda run: run.event("validation_plateau", 9, best=2.5, best_step=6, validations=3, cross_entropy=2.75),
+            "the held-out cross-entropy has not fallen at step 9 since 2.5 at step 6",
+        ),
+        (
+            lambda run: run.event("held_out_masked", 9, splits={"web": 2, "code": 1}),
+            "corrupt held-out sequences left out at step 9: web 2, code 1",
+        ),
+        (
             lambda run: run.event("straggler", 9, message="straggler: rank 1 (n7) computes at 0.76 of the median"),
             "slow rank at step 9: rank 1 (n7) computes at 0.76 of the median",
         ),
@@ -115,6 +131,7 @@ def test_damaged_values_make_no_odd_words(kind: str, value: object, tmp_path: Pa
     names = ["world_size", "startup_seconds", "lost_steps", "bytes", "reason", "path", "loss", "median", "zscore"]
     names += ["to_step", "skipped_slots", "slots", "message", "rank", "exit_code", "stall_seconds", "write_seconds"]
     names += ["run", "changes", "student_ce", "first_ce", "teacher_ce", "uniform_ce"]
+    names += ["seconds", "cross_entropy", "best", "best_step", "splits"]
     run = WrittenRun(tmp_path / "run")
     run.event(kind, 3, **dict.fromkeys(names, value))
     (sentence,) = _words(run)
