@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megadistill.errors import UserError
-from megadistill.events import is_event, metrics_from_end, read_events, read_metrics
+from megadistill.events import VALIDATIONS, is_event, metrics_from_end, read_events, read_metrics, read_validations
+from megadistill.events.validations import numbers_of
 from megadistill.io import read_json, write_json
 from megadistill.redaction import names_a_secret, printable_line, redacted
 from megadistill.tracking.connections import CONNECTIONS, Connection, RunToTrack
@@ -52,6 +53,8 @@ class Position:
     """The last step that was sent."""
     events: int = 0
     """Number of lines of events.jsonl that were sent."""
+    validation: int = -1
+    """Step of the last validation that was sent."""
 
 
 class Follower:
@@ -64,7 +67,8 @@ class Follower:
         self._connect = connect or CONNECTIONS[tracker]
         self._path = folder / "tracking" / f"{tracker}.json"
         self._connection: Connection | None = None
-        self._events_bytes = -1
+        self._sizes: dict[str, int] = {}
+        """Bytes of the files of events and validations when they were last read."""
         self.position = _read_position(self._path)
         self.sent = 0
         """Lines sent so far."""
@@ -87,7 +91,7 @@ class Follower:
                 failures += 1
                 with suppress(Exception):
                     self.close(done=False)
-                self._connection = None
+                self._connection, self._sizes = None, {}
                 again = min(RETRY_SECONDS * 2 ** (failures - 1), MAX_RETRY_SECONDS)
                 last = (ended or done) and failures >= LAST_ATTEMPTS
                 what = "no step is lost, see the page docs/trackers.md" if last else f"it is tried again in {again:g} s"
@@ -134,14 +138,18 @@ class Follower:
             logger.warning("%s: %s", self._path, error.strerror)
 
     def _new(self) -> Iterator[tuple[int, float, dict[str, float], Position]]:
-        """Step, time and numbers of each new line, and the position behind it: steps in order, then events."""
+        """Step, time and numbers of each new line, and the position behind it: steps, validations, then events."""
         position = self.position
         for values in _steps_after(self._folder, position.step):
             if values["step"] > position.step:
                 position = replace(position, step=values["step"])
                 yield values["step"], _time_of(values), tagged(values), position
-        size = _size_of(self._folder / "events.jsonl")
-        if size == self._events_bytes:
+        if self._has_grown(VALIDATIONS):
+            for line in read_validations(self._folder):
+                if line["step"] > position.validation:
+                    position = replace(position, validation=line["step"])
+                    yield line["step"], _time_of(line), tagged(numbers_of(line["splits"])), position
+        if not self._has_grown("events.jsonl"):
             return
         counts: Counter[str] = Counter()
         for number, event in enumerate(read_events(self._folder), 1):
@@ -150,7 +158,12 @@ class Follower:
                 position = replace(position, events=number)
                 numbers = {f"events/{event['event']}": float(counts[event["event"]])}
                 yield event["step"], _time_of(event), numbers, position
-        self._events_bytes = size
+
+    def _has_grown(self, name: str) -> bool:
+        """Whether a file differs in size from when it was last read. What an error has kept from being sent is read
+        again, since a new connection begins with no sizes."""
+        before, self._sizes[name] = self._sizes.get(name, 0), _size_of(self._folder / name)
+        return self._sizes[name] != before
 
 
 def _steps_after(folder: Path, step: int) -> Iterator[dict[str, Any]]:
@@ -189,14 +202,16 @@ def _read_position(path: Path) -> Position:
     """The stored position; a new one where there is none. One that is damaged is reported, and the run sent anew."""
     try:
         values = read_json(path, max_bytes=MAX_STATE_BYTES)
-        position = Position(values["run_id"], values["step"], values["events"])
+        position = Position(values["run_id"], values["step"], values["events"], values["validation"])
     except FileNotFoundError:
         return Position()
     except (OSError, ValueError, KeyError, TypeError):
-        position = Position("", -1)
-    counts = (position.step, position.events)
+        position = Position(step=-1)
+    counts = (position.step, position.events, position.validation)
     is_id = position.run_id is None or (isinstance(position.run_id, str) and _RUN_ID.fullmatch(position.run_id))
-    if not is_id or any(type(count) is not int or count < 0 for count in counts):
+    if not is_id or any(
+        type(count) is not int or count < lowest for count, lowest in zip(counts, (0, 0, -1), strict=True)
+    ):
         logger.warning("%s is damaged: the run is sent anew, as another run of the tracker", path)
         return Position()
     return position

@@ -108,6 +108,24 @@ def test_a_follower_that_is_started_again_resumes_the_trackers_run(tmp_path: Pat
     assert counts == [1, 2]
 
 
+def test_validations_are_sent_at_their_steps(tmp_path: Path) -> None:
+    _written(tmp_path, 4)
+    path, server = tmp_path / "validation.jsonl", Server()
+
+    def validate(step: int) -> None:
+        splits = {"all": {"cross_entropy": 3.0 + step, "tokens": 64}}
+        line = {"time": 1.7e9 + step, "step": step, "tokens": 256 * step, "seconds": 1.0, "splits": splits}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    validate(0)
+    for step in (2, 4):
+        validate(step)
+        assert Follower(tmp_path, "wandb", connect=server.connect).follow(_ends_after())
+    sent = [(step, numbers) for step, _, numbers in server.lines if "validation/cross_entropy/all" in numbers]
+    assert sent == [(step, {"validation/cross_entropy/all": 3.0 + step}) for step in (0, 2, 4)]
+
+
 def test_a_follower_far_behind_holds_few_lines_and_sends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "READ_AT_ONCE", 4)
     monkeypatch.setattr(following, "SAVE_EVERY", 3)
@@ -150,10 +168,12 @@ def test_a_tracker_that_never_answers_is_given_up_when_the_run_ends(tmp_path: Pa
     [
         "{",
         "[1]",
-        '{"run_id": "../../x", "step": 3, "events": 0}',
-        '{"run_id": "a", "step": -1, "events": 0}',
-        '{"run_id": "a", "step": "3", "events": 0}',
-        '{"run_id": 3, "step": 3, "events": 0}',
+        '{"run_id": "../../x", "step": 3, "events": 0, "validation": -1}',
+        '{"run_id": "a", "step": -1, "events": 0, "validation": -1}',
+        '{"run_id": "a", "step": "3", "events": 0, "validation": -1}',
+        '{"run_id": "a", "step": 3, "events": 0, "validation": "x"}',
+        '{"run_id": 3, "step": 3, "events": 0, "validation": -1}',
+        '{"run_id": "a", "step": 3, "events": 0}',
     ],
 )
 def test_a_damaged_position_sends_the_run_anew(tmp_path: Path, state: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,6 +18,7 @@ from megadistill.models.families import load_config
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.zero import Zero
 from megadistill.teacher.stage import TeacherStage
 from tests.unit.models.cases import saved_model
 from tests.unit.plan.cases import LLAMA3_8B_BODY, TINY, TINY_LAYER, large, recipe, stats, tiny
@@ -183,3 +184,23 @@ def test_a_float8_teacher_is_a_rank_s_own_stage() -> None:
     rows, norms = 2 * 32 + 2 * 16 + 2 * 48 + 32, 2 * 32
     layer = (TINY_LAYER - norms) + 4 * rows + 2 * norms
     assert count_requirements(run).memory["teacher stage"] == 2 * layer + 2 * (250 * 32 + 32)
+
+
+def test_norms_of_updates_hold_a_copy_of_what_is_stepped_at_once() -> None:
+    plain = recipe(distill=False, precision="float32", global_batch=8, micro_batch=2, vocab_multiple=256)
+    with_norms = plain.model_copy(update={"train": plain.train.model_copy(update={"norms_every": 100})})
+
+    def held(**zero: Any) -> tuple[int, int]:
+        run = Sharding(
+            *(with_norms, stats()),
+            **{"vocab_size": 250, "ranks": 2, "ranks_per_node": 2, "group_size": 1},
+            zero=Zero.of({"zero_optimization": zero}),
+        )
+        counted, name = count_requirements(run), "weights before the update"
+        return counted.phases["step"].get(name, 0), counted.host.get(name, 0)
+
+    whole = 4 * TINY_PADDED // 2
+    assert held() == (whole, 0)
+    assert held(sub_group_size=1000) == (4000, 0)
+    assert held(offload_optimizer={"device": "cpu"}) == (0, whole)
+    assert "weights before the update" not in tiny().phases["step"]
