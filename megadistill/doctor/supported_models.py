@@ -8,7 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.models.attention.choice import has_sdpa, has_sinks
-from megadistill.models.families import FAMILIES, load_config
+from megadistill.models.families import FAMILIES, Family, load_config
 from megadistill.models.flops import parameter_counts
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.model_keys import config_class_of
@@ -100,6 +100,7 @@ PUBLISHED: Final[Mapping[str, str]] = {
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 270M and 1B",
+    "gemma4_text": "Gemma 4, without its images and sound",
     "glm": "GLM-4 9B",
     "glm4": "GLM-4 0414",
     "glm4_moe": "GLM-4.5, 4.6, 4.7",
@@ -156,12 +157,19 @@ def supported_families() -> list[SupportedFamily]:
         SupportedFamily(
             model_type=name,
             published=PUBLISHED.get(name, ""),
-            student=f"no: {each.teacher_only}" if each.teacher_only else "yes",
-            prune="no: experts" if each.experts is not None else f"no: {each.unpruned}" if each.unpruned else "yes",
+            student=_as_student(each),
+            prune=f"no: {each.unpruned}" if each.unpruned else "no: experts" if each.experts is not None else "yes",
             attention=attention_kinds(name),
         )
         for name, each in sorted(FAMILIES.items())
     ]
+
+
+def _as_student(family: Family) -> str:
+    if family.teacher_only:
+        return f"no: {family.teacher_only}"
+    limits = "; ".join(f"`{key}`: {reason}" for key, reason in family.teacher_only_with)
+    return f"yes, but not with {limits}" if limits else "yes"
 
 
 def attention_kinds(model_type: str) -> str:
@@ -186,8 +194,8 @@ def markdown() -> str:
     reasons: dict[str, int] = {}
 
     def cell(answer: str) -> str:
-        reason = answer.removeprefix("no: ")
-        return answer if reason == answer else f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
+        short, colon, reason = answer.partition(": ") if answer.startswith("no: ") else answer.partition(", but ")
+        return f"{short} ({reasons.setdefault(reason, len(reasons) + 1)})" if colon else answer
 
     for line in supported_families():
         answers = ("yes", cell(line.student), cell(line.prune))

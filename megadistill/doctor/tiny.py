@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megadistill.models.configs.unequal_layers import layer_configs, set_heads_of_keys
 from megadistill.models.families import ModelConfig, expert_layers, family, head_dim, keep_layers
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.models.module_names import stored_name
 from megadistill.models.weights import stored_shapes
@@ -22,22 +24,29 @@ HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 4, 2
 def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> ModelConfig:
     """A small config with at least `min_layers` layers, and each kind of layer of `config` at least once."""
     small = copy.deepcopy(config)
-    heads = min(HEADS, config.num_attention_heads)
+    widths = {head_dim(each) for each in layer_configs(config)}
+    heads = min(HEADS // len(widths), config.num_attention_heads)  # Gemma 4's wider heads are of 512 columns
     kinds = _kinds_of_layers(config)
     layers = max(min_layers, len(kinds))
-    width = head_dim(config)
+    width = min(widths)
     small.num_attention_heads = heads
-    small.num_key_value_heads = heads if config.num_key_value_heads == config.num_attention_heads else 1
+    alike = all(each.num_key_value_heads == each.num_attention_heads for each in layer_configs(config))
+    small.num_key_value_heads = heads if alike else 1
     small.hidden_size = heads * width
     small.intermediate_size = 2 * small.hidden_size
     small.vocab_size = vocab_size
-    keep_layers(small, [kinds[layer % len(kinds)] for layer in range(layers)])
+    # Gemma 4 ends in a layer of full attention, the last of its kinds.
+    keep_layers(small, [kinds[(layer - layers) % len(kinds)] for layer in range(layers)])
+    set_heads_of_keys(small, 1)
+    if has_per_layer_inputs(config):
+        small.vocab_size_per_layer_input = vocab_size
     for name, most in (
         ("num_experts", EXPERTS),
         ("num_local_experts", EXPERTS),
         ("num_experts_per_tok", EXPERTS_PER_TOKEN),
+        ("top_k_experts", EXPERTS_PER_TOKEN),
     ):
-        if hasattr(config, name):
+        if getattr(config, name, None) is not None:
             setattr(small, name, min(most, getattr(config, name)))
     for name in (
         "moe_intermediate_size",
@@ -76,5 +85,9 @@ def write_random(config: ModelConfig, folder: Path, *, seed: int) -> None:
         name: initial_tensor(name, shape, std=config.initializer_range, seed=seed, norm=norm)
         for name, shape in stored_shapes(config).items()
     }
+    constants = dict(family(config).constants)
+    for name, tensor in tensors.items():
+        if (end := name.rpartition(".")[2]) in constants:
+            tensor.fill_(constants[end])
     stored = {stored_name(name, config.model_type): tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors")

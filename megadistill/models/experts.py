@@ -57,6 +57,11 @@ def number_of_experts(config: Any) -> int:
     return int(config.num_experts if hasattr(config, "num_experts") else config.num_local_experts)
 
 
+def experts_per_token(config: Any) -> int:
+    """Experts that a token goes through; families give the key two names."""
+    return int(config.top_k_experts if hasattr(config, "top_k_experts") else config.num_experts_per_tok)
+
+
 def stored_tensors(
     name: str, shape: Sequence[int], experts: ExpertNames | None, held: Container[str] = ()
 ) -> list[StoredTensor]:
@@ -100,8 +105,8 @@ def router_outputs(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _block_of(layer: Any) -> Any:
     """A layer's block of experts and router; None: it has none."""
-    blocks = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe")]
-    return next((block for block in blocks if hasattr(block, "experts")), None)
+    blocks = [getattr(layer, name, None) for name in ("mlp", "block_sparse_moe", "feed_forward")]
+    return next((block for block in (*blocks, layer) if hasattr(block, "experts")), None)  # Gemma 4's layer is its own
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ from megadistill.models.attention.masks import FLEX, attention_inputs, omit_empt
 from megadistill.models.attention.sequence import register_shared_attention
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.configs.text_config import text_keys
-from megadistill.models.experts import ExpertNames, number_of_experts
+from megadistill.models.configs.unequal_layers import keep_unequal_layers, layer_configs, refuse_unequal_sizes
+from megadistill.models.experts import ExpertNames, experts_per_token, number_of_experts
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs, per_layer_inputs
 from megadistill.models.model_keys import (
     TRANSFORMERS_REFUSES,
     read_keys,
@@ -86,6 +88,10 @@ class Family:
     """Keys that most families read, and that its class keeps and ignores."""
     unpruned: str = ""
     """Why `prune` has no rule for it: a clause that follows "is not pruned: ". Empty: it is pruned."""
+    teacher_only_with: tuple[tuple[str, str], ...] = ()
+    """(Key of a config, why a model can only teach where it is set): for families that can be students without."""
+    constants: tuple[tuple[str, float], ...] = ()
+    """(End of a name, value) of buffers that checkpoints hold and no gradient moves, in a student's model."""
 
 
 _LAYER_NORMS = "its norms subtract a mean over all channels, and there is no rule for the mean of fewer"
@@ -101,6 +107,8 @@ _OLD_MAMBA_KEYS = (
 _NOT_TRAINED = "no test holds its recurrent layers against a dense model in training"
 
 _BALANCED_BY_BIASES = "its experts are balanced by biases that no gradient moves, and nothing here moves them"
+
+_SCALED_LAYERS = "its layers are scaled by numbers that no gradient moves, and there is no rule for them"
 
 _TABLE = {
     "arcee": Family(),
@@ -124,6 +132,19 @@ _TABLE = {
     "gemma2": Family(norm_init=0.0, masks_by_kind=True),
     "gemma3_text": Family(
         norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern"), masks_by_kind=True
+    ),
+    "gemma4_text": Family(
+        more_keys=("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
+        experts=ExpertNames(block="", module=""),
+        masks_by_kind=True,
+        partial_rope=True,
+        teacher_only_with=(
+            ("enable_moe_block", "its routers give probabilities alone, and losses that balance experts need logits"),
+            ("hidden_size_per_layer_input", "no test holds its inputs by layer against a dense model in training"),
+            ("num_kv_shared_layers", "no test holds shared keys and values against a dense model in training"),
+        ),
+        constants=(("layer_scalar", 1.0),),
+        unpruned=_SCALED_LAYERS,
     ),
     "glm": Family(partial_rope=True),
     "glm4": Family(partial_rope=True),
@@ -259,7 +280,7 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported_type(keys, FAMILIES, what)
-    refuse_unsupported(keys, what)
+    refuse_unsupported(keys, what, FAMILIES[model_type].more_keys)
     config_class = CONFIG_MAPPING[model_type]
     known = read_keys(config_class, FAMILIES[model_type].more_keys) - set(FAMILIES[model_type].unread_keys)
     if not isinstance(source, Path):
@@ -270,8 +291,9 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
         config = config_class.from_dict(with_floats(keys, config_class))
         if family(config).experts is not None:
             config.output_router_logits = False  # every forward pass would keep them, and nothing here reads them
-        if not hasattr(config, "num_key_value_heads"):
+        if not hasattr(layer_configs(config)[0], "num_key_value_heads"):
             config.num_key_value_heads = config.num_attention_heads
+        refuse_unequal_sizes(config, what)
         if family(config).divides_width and config.head_dim is None and config.num_attention_heads > 0:
             config.head_dim = config.hidden_size // config.num_attention_heads
         _refuse_inconsistent_sizes(config, what)
@@ -306,13 +328,14 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     for name in _SIZES:
         if getattr(config, name, 1) < 1:  # Qwen 3.5's mixture has no dense layers
             raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads < 1 or heads % kv_heads:
-        raise UserError(f"{what}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if (given := getattr(config, "head_dim", None)) is not None and given < 1:
-        raise UserError(f"{what}: head_dim is {given}, it must be at least 2")
-    if head_dim(config) % 2:
-        raise UserError(f"{what}: a head is {head_dim(config)} wide, and rotary embeddings turn pairs: make it even")
+    for each in layer_configs(config):
+        heads, kv_heads = each.num_attention_heads, each.num_key_value_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise UserError(f"{what}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if (given := getattr(each, "head_dim", None)) is not None and given < 1:
+            raise UserError(f"{what}: head_dim is {given}, it must be at least 2")
+        if _head_dim(each) % 2:
+            raise UserError(f"{what}: a head is {_head_dim(each)} wide, and rotary embeddings turn pairs: make it even")
     kinds, known = getattr(config, "layer_types", None) or [], family(config).layer_kinds
     if unknown := set(kinds) - set(known):
         raise UserError(f"{what}: layer_types has {sorted(unknown)}; it may have {' and '.join(known)}")
@@ -327,17 +350,16 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
         raise UserError(f"{what}: tie_word_embeddings is true; a {config.model_type} model has a head of its own")
     if config.dtype is not None and config.dtype not in PRECISIONS:
         raise UserError(f"{what}: dtype is {config.dtype}; weights may be float16, bfloat16, float32 or float64")
-    if family(config).experts is not None:
+    if has_experts(config):
         _refuse_inconsistent_experts(config, what)
 
 
 def _refuse_unequal_heads(config: PretrainedConfig, what: str) -> None:
     """Latent attention has keys for each head; elsewhere each head of keys, or group, serves as many of values."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if hasattr(config, "kv_lora_rank") and heads != kv_heads:
+    if hasattr(config, "kv_lora_rank") and config.num_attention_heads != config.num_key_value_heads:
         raise UserError(
-            f"{what}: num_key_value_heads is {kv_heads}, and num_attention_heads {heads}; in latent attention they are "
-            "equal"
+            f"{what}: num_key_value_heads is {config.num_key_value_heads}, and num_attention_heads "
+            f"{config.num_attention_heads}; in latent attention they are equal"
         )
     if getattr(config, "mamba_num_heads", 0) % getattr(config, "n_groups", 1):
         raise UserError(
@@ -365,9 +387,10 @@ def _names_head_dim(keys: Mapping[str, Any]) -> bool:
 
 
 def _refuse_inconsistent_experts(config: PretrainedConfig, what: str) -> None:
-    experts, chosen = number_of_experts(config), config.num_experts_per_tok
+    experts, chosen = number_of_experts(config), experts_per_token(config)
     if not 1 <= chosen <= experts:
-        raise UserError(f"{what}: num_experts_per_tok is {chosen}, of {experts} experts; a token takes 1 to {experts}")
+        key = "top_k_experts" if hasattr(config, "top_k_experts") else "num_experts_per_tok"
+        raise UserError(f"{what}: {key} is {chosen}, of {experts} experts; a token takes 1 to {experts}")
     _refuse_unequal_groups(config, experts, what)
     if getattr(config, "moe_layer_interval", 1) != 1:
         raise UserError(f"{what}: moe_layer_interval is {config.moe_layer_interval}; supported is 1")
@@ -414,6 +437,9 @@ def refuse_as_student(config: PretrainedConfig, what: str) -> None:
     if reason := family(config).teacher_only:
         students = ", ".join(name for name, each in FAMILIES.items() if not each.teacher_only)
         raise UserError(f"{what}: a {config.model_type} model can only teach: {reason}; students may be {students}")
+    for key, reason in family(config).teacher_only_with:
+        if value := getattr(config, key, None):
+            raise UserError(f"{what}: a {config.model_type} model with {key} {value} can only teach: {reason}")
 
 
 def refuse_documents(
@@ -435,12 +461,22 @@ def refuse_documents(
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """The width of one attention head; of latent attention, of its part that is turned."""
+    """The width of one attention head, of the widest ones; of latent attention, of its part that is turned."""
+    return max(map(_head_dim, layer_configs(config)))
+
+
+def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether a model has layers with experts: in some families a config switches them off."""
+    return family(config).experts is not None and bool(getattr(config, "enable_moe_block", True))
 
 
 def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Makes a config that of a model with these layers of its own alone, in order: what it says by layer is cut."""
+    keep_unequal_layers(config, layers)
     for name in ("layer_types", *family(config).by_layer):
         if values := getattr(config, name, None):
             setattr(config, name, [values[layer] for layer in layers])
@@ -452,11 +488,12 @@ def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     if hasattr(config, "moe_layer_start_index"):
         sparse = [place for place, layer in enumerate(layers) if _has_experts(config, layer)]
         config.moe_layer_start_index, config.moe_layer_end_index = (sparse[0], sparse[-1]) if sparse else (0, -1)
-    config.num_hidden_layers = len(layers)
 
 
-def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[str, Any]:
+def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None, tokens: Tensor | None = None) -> dict[str, Any]:
     """Keyword arguments of the decoder's forward pass: `x` is tokens [B, S], or hidden states [B, S, E].
+
+    `tokens` [B, S]: of hidden states, for a stage whose layers read inputs of their own (`has_per_layer_inputs`).
 
     Of a decoder whose sequences are shared (`share_sequences`), `x` is this rank's part: [B, S / n], [B, S / n, E].
     `positions` [B, S] int64 restart at 0 where a document begins, and no token attends to one of another document.
@@ -478,6 +515,9 @@ def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None) -> dict[st
         dtype=next(decoder.parameters()).dtype,
         device=x.device,
     )
+    if x.dim() > 2 and has_per_layer_inputs(decoder.config):
+        assert tokens is not None, "its layers' inputs follow from the tokens"
+        attention["per_layer_inputs"] = per_layer_inputs(decoder, tokens)
     return {name: x, "position_ids": position_ids, **attention, "use_cache": False}
 
 
@@ -575,7 +615,7 @@ def _prepare(model: PreTrainedModel) -> None:
 
 def expert_layers(config: PretrainedConfig) -> list[int]:
     """Numbers of the layers with experts; none for a dense model."""
-    layers = range(config.num_hidden_layers if family(config).experts is not None else 0)
+    layers = range(config.num_hidden_layers if has_experts(config) else 0)
     return [layer for layer in layers if _has_experts(config, layer)]
 
 
@@ -610,9 +650,9 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
             rotary = type(inner.rotary_emb)(config=inner.config)
         assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
         inner.rotary_emb = rotary.to(device)
-    embedding = inner.embed_tokens
-    if hasattr(embedding, "embed_scale"):
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
+    for embedding in (inner.embed_tokens, getattr(inner, "embed_tokens_per_layer", None)):
+        if hasattr(embedding, "embed_scale"):
+            embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
 
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:
@@ -624,6 +664,17 @@ def stored_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """Name -> each buffer that a checkpoint holds: biases of routers, which no gradient moves."""
     stored = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def constant_buffers(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Name -> each buffer that a checkpoint of a student holds: nothing moves them, so all have their family's values.
+
+    Raises:
+        KeyError: a buffer of a family that can only teach.
+    """
+    values = dict(family(config).constants)
+    buffers = stored_buffers(build_on_meta(config))
+    return {name: torch.full(each.shape, values[name.rpartition(".")[2]]) for name, each in buffers.items()}
 
 
 def stored_parts(config: PretrainedConfig) -> dict[str, torch.Size]:

@@ -12,8 +12,10 @@ from torch import Size
 from transformers import PretrainedConfig
 
 from megadistill.models.attention.choice import query_width, value_width
-from megadistill.models.experts import is_stacked
-from megadistill.models.families import EMBEDDING, HEAD, family, parameter_shapes
+from megadistill.models.configs.unequal_layers import layer_config
+from megadistill.models.experts import experts_per_token, is_stacked
+from megadistill.models.families import EMBEDDING, HEAD, has_experts, parameter_shapes
+from megadistill.models.forward.per_layer_inputs import TABLE, is_by_layer
 
 LAYERS = "model.layers."
 
@@ -80,13 +82,21 @@ def _by_layer(config: PretrainedConfig, count: Callable[[str, Size], int]) -> li
     for name, shape in parameter_shapes(config).items():
         if name.startswith(LAYERS):
             counts[int(name.removeprefix(LAYERS).split(".")[0])] += count(name, shape)
+        elif is_by_layer(name):
+            share = count(name, shape) // config.num_hidden_layers
+            counts = [each + share for each in counts]
     return counts
 
 
 def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
-    """Elements of a parameter that a token is multiplied by: of a mixture's fused experts, those of its own ones."""
-    stacked = family(config).experts is not None and is_stacked(name)
-    return shape.numel() // shape[0] * config.num_experts_per_tok if stacked else shape.numel()
+    """Elements of a parameter that a token is multiplied by: of a mixture's fused experts, those of its own ones.
+
+    None of a table that is looked up.
+    """
+    if name == TABLE:
+        return 0
+    stacked = has_experts(config) and is_stacked(name)
+    return shape.numel() // shape[0] * experts_per_token(config) if stacked else shape.numel()
 
 
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
@@ -96,13 +106,15 @@ def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
     values. Linear attention counts by its state, not by s.
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attention_layers = sum(kind in ("full_attention", "sliding_attention") for kind in kinds)
-    both_widths = config.num_attention_heads * (query_width(config) + value_width(config))
+    widths = 0
+    for layer, kind in enumerate(kinds):
+        if kind in ("full_attention", "sliding_attention"):
+            own = layer_config(config, layer)
+            widths += own.num_attention_heads * (query_width(own) + value_width(own))
     return Flops(
         body=2 * parameter_counts(config).active_body,
         head=2 * config.vocab_size * config.hidden_size,
-        attention=attention_layers * sequence_length * both_widths
-        + kinds.count("linear_attention") * _state_flops(config),
+        attention=sequence_length * widths + kinds.count("linear_attention") * _state_flops(config),
     )
 
 

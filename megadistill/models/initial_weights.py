@@ -4,8 +4,10 @@ The folder is a pruned teacher or an earlier student. ZeRO-3 keeps a flat piece 
 rank draws only the blocks, and reads only the rows, that its piece lies in.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,21 @@ from torch import Size, Tensor
 from transformers import PretrainedConfig
 
 from megadistill.errors import UserError
+from megadistill.models.configs.unequal_layers import layer_config, layer_configs
 from megadistill.models.experts import stored_tensors
-from megadistill.models.families import DROPOUTS, EMBEDDING, HEAD, family, head_dim, load_config
+from megadistill.models.families import (
+    DROPOUTS,
+    EMBEDDING,
+    HEAD,
+    constant_buffers,
+    family,
+    head_dim,
+    load_config,
+)
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.weights import check_weights
 from megadistill.rng import keyed_generator
+from megadistill.units import short
 
 FREE_KEYS = (
     *DROPOUTS,
@@ -48,6 +60,13 @@ Another value changes the initial values of all larger parameters.
 """
 
 
+_CONSTANT = {
+    ".act_fn.alpha_p": math.log(math.expm1(0.8)),
+    ".act_fn.alpha_n": math.log(math.expm1(0.8 - 0.5)),
+}
+"""End of a name -> initial value: those of xIELU (2411.13010), whose softplus is 0.8, with the constant 0.5."""
+
+
 def initial_tensor(name: str, shape: Sequence[int], *, std: float, seed: int, norm: float = 1.0) -> Tensor:
     """float32 on the CPU: matrices (and experts' stacks of them) normal(0, `std`), biases zero, norms `norm`.
 
@@ -66,9 +85,13 @@ def initial_range(
 
     Cost: the range, and less than a block more.
     """
-    if name.endswith((".bias", "_bias")):
+    constant = next((value for end, value in _CONSTANT.items() if name.endswith(end)), None)
+    if constant is not None:
+        return torch.full((stop - start,), constant)
+    like_matrices = name.endswith((".sinks", ".router.bias"))  # of gpt-oss
+    if name.endswith((".bias", "_bias")) and not like_matrices:
         return torch.zeros(stop - start)
-    drawn = len(shape) > 1 or name.endswith(".sinks")  # attention sinks are drawn like matrices
+    drawn = len(shape) > 1 or like_matrices
     if not drawn or name.endswith("norm.weight"):  # Cohere's norms of queries have a row for each head
         return torch.full((stop - start,), norm)
     return torch.from_numpy(_normal(name, start, stop, seed=seed)).mul_(std)
@@ -166,6 +189,20 @@ def check_initial_weights(folder: Path, config: PretrainedConfig, *, vocab_size:
             f"{vocab_size}: tokenize the text with the tokenizer of these weights"
         )
     check_weights(folder, theirs)
+    _refuse_other_constants(folder, theirs)
+
+
+def _refuse_other_constants(folder: Path, config: PretrainedConfig) -> None:
+    """Refuses weights whose constant buffers have other values than a student's, whose checkpoints do not hold them."""
+    weights = SafetensorsFolder(folder)
+    for name, constant in constant_buffers(config).items():
+        stored = next(weights.tensors([name]))
+        if not torch.equal(stored.to(torch.float32), constant.to(stored.dtype).float()):
+            raise UserError(
+                f"student.weights: {name} in {folder} is {short(float(stored.flatten()[0]))}, and a student's is "
+                f"{short(float(constant.flatten()[0]))}: no gradient moves it, and checkpoints do not hold it; start "
+                "from random weights, or from those of an earlier student"
+            )
 
 
 def config_differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list[str]:
@@ -173,7 +210,17 @@ def config_differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list
     if theirs.model_type != ours.model_type:
         return [f"model_type is {theirs.model_type} there, {ours.model_type} here"]
     general = {field.name for field in fields(PretrainedConfig)}
-    keys = sorted({field.name for field in fields(ours)} - general - set(FREE_KEYS) - {"head_dim"})
+    by_layer = {"head_dim", "num_key_value_heads"}
+    keys = sorted({field.name for field in fields(ours)} - general - set(FREE_KEYS) - by_layer)
     pairs: list[tuple[str, Any, Any]] = [(key, getattr(theirs, key), getattr(ours, key)) for key in keys]
-    pairs.append(("head_dim", head_dim(theirs), head_dim(ours)))
+    pairs += [
+        ("head_dim", _of_layers(theirs, head_dim), _of_layers(ours, head_dim)),
+        ("num_key_value_heads", *(_of_layers(each, attrgetter("num_key_value_heads")) for each in (theirs, ours))),
+    ]
     return [f"{key} is {there!r} there, {here!r} here" for key, there, here in pairs if there != here]
+
+
+def _of_layers(config: PretrainedConfig, size: Callable[[Any], int]) -> int | list[int]:
+    """A size of all layers, or of each where they differ."""
+    sizes = [size(each) for each in layer_configs(config)]
+    return sizes[0] if len({*sizes}) == 1 else [size(layer_config(config, n)) for n in range(config.num_hidden_layers)]

@@ -135,9 +135,9 @@ def compile_layers(decoder: Any) -> None:
         layer.forward = partial(_as_in_training, compiled) if trains else compiled
 
 
-def _as_in_training(compiled: Callable[..., Tensor], hidden: Tensor, **inputs: Any) -> Tensor:
+def _as_in_training(compiled: Callable[..., Tensor], hidden: Tensor, *more: Any, **inputs: Any) -> Tensor:
     """A layer's output. Compiled for a pass without gradients alone, it would be rounded in other places."""
     if torch.is_grad_enabled():
-        return compiled(hidden, **inputs)
+        return compiled(hidden, *more, **inputs)
     with torch.enable_grad():
-        return compiled(hidden.detach().requires_grad_(), **inputs).detach()
+        return compiled(hidden.detach().requires_grad_(), *more, **inputs).detach()

@@ -32,7 +32,9 @@ _TRANSLATED = (
 """Keys of published configs that transformers reads without declaring them, or translates."""
 
 _REFUSED: Mapping[str, str] = {
-    "per_layer_config": "per_layer_config is not supported; all layers must have the same sizes",
+    "per_layer_config": (
+        "per_layer_config is not supported for this model_type; all its layers must have the same sizes"
+    ),
     "transformers_weights": (
         "transformers_weights names another file of weights; rename that file to model.safetensors, and remove the key"
     ),
@@ -81,17 +83,20 @@ def with_floats(keys: Mapping[str, Any], config_class: type[PretrainedConfig]) -
     return {key: float(value) if key in floats and type(value) is int else value for key, value in keys.items()}
 
 
-def refuse_unsupported(keys: Mapping[str, Any], what: str) -> None:
+def refuse_unsupported(keys: Mapping[str, Any], what: str, more: Collection[str] = ()) -> None:
     """Refuses a config with a key that changes the model in a way that is not supported.
+
+    `more`: keys that its family reads beside those that its class declares.
 
     Raises:
         UserError: naming it; `what` is the config.
     """
     for key, reason in _REFUSED.items():
-        if keys.get(key) not in (None, {}):
+        if keys.get(key) not in (None, {}) and not (key == "per_layer_config" and key in more):
             raise UserError(f"{what}: {reason}")
     read_quantisation(keys.get("quantization_config"), what)
-    if keys.get("is_causal") is False or keys.get("use_bidirectional_attention"):
+    # "vision" says what images see in each other, of which there are none.
+    if keys.get("is_causal") is False or keys.get("use_bidirectional_attention") not in (None, False, "vision"):
         name = "is_causal is false" if keys.get("is_causal") is False else "use_bidirectional_attention is set"
         raise UserError(f"{what}: {name}; a language model must not see the next token")
 

@@ -9,8 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megadistill.errors import UserError
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import build_decoder, stored_buffers
 from megadistill.models.flops import LAYERS, layer_costs
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs, take_given_inputs
 
 
 def stage_layers(config: PretrainedConfig, stages: int) -> list[range]:
@@ -21,27 +23,47 @@ def stage_layers(config: PretrainedConfig, stages: int) -> list[range]:
     at most.
 
     Raises:
-        UserError: fewer than one stage, or more stages than layers.
+        UserError: fewer than one stage, or more stages than layers that one may begin with (`first_layers`).
     """
-    ends = itertools.accumulate(balanced_sizes(tuple(layer_costs(config)), stages), initial=0)
-    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
+    sizes = stage_sizes(tuple(layer_costs(config)), tuple(first_layers(config)), stages)
+    return [range(start, stop) for start, stop in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
-def stage_flops(costs: tuple[int, ...], attention: int, stages: int) -> tuple[int, ...]:
+def stage_flops(costs: tuple[int, ...], firsts: tuple[int, ...], attention: int, stages: int) -> tuple[int, ...]:
     """FLOPs of one token's forward pass in each stage: those of its layers.
 
     Args:
         costs: active parameters of each layer, as `layer_costs`.
+        firsts: layers that a stage may begin with, as `first_layers`.
         attention: FLOPs of a token's attention in all layers, shared out by their number.
 
     Raises:
-        UserError: fewer than one stage, or more stages than layers.
+        UserError: fewer than one stage, or more stages than `firsts`.
     """
-    ends = itertools.accumulate(balanced_sizes(costs, stages), initial=0)
+    ends = itertools.accumulate(stage_sizes(costs, firsts, stages), initial=0)
     return tuple(
         2 * sum(costs[start:stop]) + attention * (stop - start) // len(costs)
         for start, stop in itertools.pairwise(ends)
     )
+
+
+def stage_sizes(costs: tuple[int, ...], firsts: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """Numbers of layers of each stage, each of which begins with one of `firsts`: see `balanced_sizes`.
+
+    Raises:
+        UserError: fewer than one stage, or more than `firsts`.
+    """
+    if len(firsts) == len(costs):
+        return balanced_sizes(costs, stages)
+    if not 1 <= stages <= len(firsts):
+        raise UserError(
+            f"a model of {len(costs)} layers cannot be cut into {stages} stages: some of them take what another one "
+            f"computed, and stay in its stage: give 1 to {len(firsts)}"
+        )
+    edges = (*firsts, len(costs))
+    groups = tuple(sum(costs[start:stop]) for start, stop in itertools.pairwise(edges))
+    ends = itertools.accumulate(balanced_sizes(groups, stages), initial=0)
+    return tuple(edges[stop] - edges[start] for start, stop in itertools.pairwise(ends))
 
 
 @lru_cache(maxsize=1024)
@@ -96,12 +118,15 @@ def stage_decoder(
 
     These are its parameters, and buffers of routers.
 
-    The first stage has the embedding and the last one the final norm; no stage has the head. Each stage counts its
-    layers from 0, as its part of `layer_types` does. `attention`: see `build_causal_lm`.
+    The first stage has the embedding, as all have whose layers' own inputs follow from it; the last one has the final
+    norm, and no stage the head. Of a parameter with a part for each layer it has those of its layers. Each stage counts
+    its layers from 0, as its part of `layer_types` does. `attention`: see `build_causal_lm`.
     """
     layers = stage_layers(config, stages)[stage]
     decoder = build_decoder(config, layers=layers, attention=attention)
-    if stage > 0:
+    if stage > 0 and has_per_layer_inputs(config):
+        take_given_inputs(decoder)
+    elif stage > 0:
         decoder.embed_tokens = None
         if hasattr(decoder, "embedding_multiplier"):  # which Granite applies to whatever the layers read
             decoder.embedding_multiplier = 1.0

@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 from megadistill.errors import UserError
 from megadistill.models.attention.choice import choose_attention
+from megadistill.models.configs.unequal_layers import first_sharing_layer
 from megadistill.models.experts import stored_tensors
 from megadistill.models.families import (
     EMBEDDING,
@@ -31,6 +32,7 @@ from megadistill.models.families import (
     stored_parts,
     tensor_type,
 )
+from megadistill.models.forward.per_layer_inputs import LayerPart
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.redaction import printable
 
@@ -55,13 +57,16 @@ def read_parameter(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    part: LayerPart | None = None,
 ) -> Tensor:
-    """The parameter `name` of the whole model, copied from the folder.
+    """The parameter `name` of the whole model, copied from the folder; `part`: a part of it, which has this shape.
 
     Raises:
         UserError: a tensor of it is missing, or has another shape.
     """
     parameter = torch.empty(*shape, dtype=dtype, device=device)
+    if part is not None:
+        return _read_part(weights, name, parameter, part)
     stored = stored_tensors(name, shape, family(config).experts, weights)
     for each in stored:
         _check_shape(weights, each.name, each.view(parameter).shape)
@@ -74,6 +79,27 @@ def read_parameter(
         return parameter
     for each, tensor in zip(stored, weights.tensors([each.name for each in stored]), strict=True):
         each.view(parameter).copy_(tensor)
+    return parameter
+
+
+def _read_part(weights: SafetensorsFolder, name: str, parameter: Tensor, part: LayerPart) -> Tensor:
+    """Fills `parameter`, rows or columns of a matrix, with some rows in memory at a time."""
+    of_rows = part.axis == 0
+    rows, width = weights.shape(name)
+    length = part.stop - part.start
+    if part.stop > weights.shape(name)[part.axis] or parameter.shape != (
+        (length, width) if of_rows else (rows, length)
+    ):
+        raise UserError(
+            f"{name} in {weights.folder} is {[rows, width]}, but its config.json says otherwise; the folder mixes two "
+            "models, or its config.json was edited"
+        )
+    step = max(1, _DECODED_NUMBERS // width)
+    first, last = (part.start, part.stop) if of_rows else (0, rows)
+    for start in range(first, last, step):
+        block = weights.rows(name, [(start, min(start + step, last))])
+        block = block if of_rows else block[:, part.start : part.stop]
+        parameter[start - first : start - first + len(block)].copy_(block)
     return parameter
 
 
@@ -124,8 +150,13 @@ def check_weights(folder: Path, config: PretrainedConfig) -> None:
 
 
 def _ignored_by_transformers(config: PretrainedConfig) -> Sequence[str]:
-    """Expressions of tensors that transformers' model leaves out: layers that predict tokens after the next one."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._keys_to_ignore_on_load_unexpected or ())
+    """Expressions of tensors that transformers' model leaves out.
+
+    They are layers that predict tokens after the next one, and keys and values of layers that take another one's.
+    """
+    further = sorted(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._keys_to_ignore_on_load_unexpected or ())
+    sharing = range(first_sharing_layer(config), config.num_hidden_layers)
+    return [*further, *(rf"\.layers\.{layer}\.self_attn\.[kv]_(proj|norm)\." for layer in sharing)]
 
 
 def _is_zero_bias(weights: SafetensorsFolder, name: str) -> bool:

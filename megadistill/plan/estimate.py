@@ -7,7 +7,7 @@ collective, and what a call costs beyond its bytes is its latency (`plan.collect
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megadistill.models.partition import balanced_sizes, stage_flops
+from megadistill.models.partition import stage_flops
 from megadistill.plan.collective_latency import CollectiveTimes, StepLatency, collective_times
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
@@ -173,7 +173,7 @@ def _stage_seconds(run: Sharding, rate: float, bandwidth: float) -> tuple[float,
     teacher = run.teacher
     if teacher is None:
         return ()
-    products = stage_flops(teacher.layer_costs, teacher.forward.attention, run.stages)
+    products = stage_flops(teacher.layer_costs, teacher.first_layers, teacher.forward.attention, run.stages)
     scores = _stage_scores(run, bandwidth)
     return tuple(rate * each + seconds for each, seconds in zip(products, scores, strict=True))
 
@@ -184,4 +184,4 @@ def _stage_scores(run: Sharding, bandwidth: float) -> tuple[float, ...]:
     if teacher is None:
         return ()
     a_layer = run.sequences * run.traffic.teacher / teacher.layers / bandwidth
-    return tuple(a_layer * layers for layers in balanced_sizes(teacher.layer_costs, run.stages))
+    return tuple(a_layer * layers for layers in teacher.stage_sizes(run.stages))

@@ -10,6 +10,7 @@ states, slots, and the digests of the tokens that the first stage read. Requests
 requests sends a stop.
 """
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ class _Job:
     slots_B: Tensor
     digests_B: Tensor
     positions_BS: Tensor | None
+    tokens_BS: Tensor | None
+    """None on later stages, but of a teacher whose layers read inputs of their own."""
     x: Tensor
     """Tokens [B, S] on the first stage, hidden states [B, S, E] on the others."""
 
@@ -164,7 +167,7 @@ class TeacherServer:
         for done, job in enumerate(jobs, 1):
             timeline.follow(job.is_recorded)
             with timeline.span(timeline.COMPUTE, self._name, done):
-                y = self._stage(job.x, job.positions_BS)
+                y = self._stage(job.x, job.positions_BS, job.tokens_BS)
                 if self._next is None:
                     message = self._answers.encode(y, job.slots_B, job.digests_B)
                 else:
@@ -192,7 +195,8 @@ class TeacherServer:
                 slots_B, tokens_BS = to_device(slots_B, device), to_device(tokens_BS, device)
                 if positions_BS is not None:
                     positions_BS = to_device(positions_BS, device)
-                yield _Job(client, is_recorded, slots_B, token_digest(tokens_BS), positions_BS, tokens_BS)
+                digests_B = token_digest(tokens_BS)
+                yield _Job(client, is_recorded, slots_B, digests_B, positions_BS, tokens_BS, tokens_BS)
 
     def _receive_request(self, client: int) -> Message:
         buffer = torch.empty(len(self._requests), dtype=torch.int64)
@@ -212,22 +216,26 @@ class TeacherServer:
         if len(self._outgoing) > self._queue * len(self._bridge.clients):
             self._outgoing.popleft().wait()
 
-    # The header of a packet: client (-1: stop), whether its step is recorded, slots, digests and positions.
+    # The header of a packet: client (-1: stop), whether its step is recorded, slots, digests, positions and tokens.
 
     @property
     def _header_numbers(self) -> int:
         B, S = self._requests.B, self._requests.S
-        return 2 + 2 * B + (B * S if self._requests.masked else 0)
+        return 2 + 2 * B + B * S * (self._requests.masked + self._stage.reads_tokens)
 
     @property
     def _packet_bytes(self) -> int:
-        return INT64_BYTES * self._header_numbers + self._stage.hidden_bytes(self._requests.B, self._requests.S)
+        shape = self._stage.packet_shape(self._requests.B, self._requests.S)
+        return INT64_BYTES * self._header_numbers + math.prod(shape) * self._stage.dtype.itemsize
 
     def _encode_job(self, job: _Job, hidden_BSE: Tensor) -> Tensor:
         tags = to_device(torch.tensor([job.client, job.is_recorded]), job.slots_B.device)
         header = [tags, job.slots_B, job.digests_B]
         if job.positions_BS is not None:
             header.append(job.positions_BS.flatten())
+        if self._stage.reads_tokens:
+            assert job.tokens_BS is not None, "the stage before has sent them"
+            header.append(job.tokens_BS.flatten())
         return pack(torch.cat(header), hidden_BSE)
 
     def _decode_job(self, packet: Tensor) -> _Job | None:
@@ -236,6 +244,9 @@ class TeacherServer:
         client, is_recorded = header[:2].tolist()
         if client < 0:
             return None
-        positions_BS = header[2 + 2 * B :].view(B, S) if self._requests.masked else None
-        hidden_BSE = payload.view(self._stage.dtype).view(self._stage.hidden_shape(B, S))
-        return _Job(client, bool(is_recorded), header[2 : 2 + B], header[2 + B : 2 + 2 * B], positions_BS, hidden_BSE)
+        further = list(header[2 + 2 * B :].view(-1, B, S))
+        positions_BS = further.pop(0) if self._requests.masked else None
+        tokens_BS = further.pop(0) if self._stage.reads_tokens else None
+        hidden_BSE = payload.view(self._stage.dtype).view(self._stage.packet_shape(B, S))
+        slots_B, digests_B = header[2 : 2 + B], header[2 + B : 2 + 2 * B]
+        return _Job(client, bool(is_recorded), slots_B, digests_B, positions_BS, tokens_BS, hidden_BSE)

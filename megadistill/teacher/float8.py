@@ -208,7 +208,7 @@ class Float8Experts(Float8Module):
 def use_float8(decoder: Any) -> list[str]:
     """Replaces the products of a decoder's layers, on meta, by those of this module. Names of those that stay."""
     native = []
-    excluded = set(routers(decoder).values())
+    excluded = {module for router in routers(decoder).values() for module in router.modules()}
     for name, module in list(decoder.layers.named_modules()):
         replacement: type[Float8Linear | Float8Experts] | None = None
         if isinstance(module, nn.Linear) and module not in excluded:

@@ -16,6 +16,7 @@ tokens are read and leave the pipeline together with the hidden states, so a mic
 delivered to the wrong rank does not match that rank's batch.
 """
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -150,12 +151,14 @@ class TeacherPipeline:
         positions = [None] * stages if current.positions_gBS is None else current.positions_gBS.chunk(stages)
         arrived = None if incoming is None else incoming.wait()
         with timeline.timed(timeline.Part.STAGE):
-            packets = self._empty_packets(stages, *current.shape)
-            inputs = zip(packets, self._inputs(current, arrived), positions, current.rows, strict=True)
-            for packet, (x, digests_B), positions_BS, rows in inputs:
+            packets = self._empty_packets(stages, *current.shape, final=self.stage.is_last)
+            tokens = current.tokens_gBS.chunk(stages)
+            inputs = zip(packets, self._inputs(current, arrived), positions, tokens, current.rows, strict=True)
+            for packet, (x, digests_B), positions_BS, tokens_BS, rows in inputs:
                 if rows:
-                    hidden = self.stage(x, None if positions_BS is None else positions_BS[:rows])
-                    pack(digests_B, hidden, out=packet[: self._packet_bytes(rows, current.shape[1])])
+                    hidden = self.stage(x, None if positions_BS is None else positions_BS[:rows], tokens_BS[:rows])
+                    size = self._packet_bytes(rows, current.shape[1], final=self.stage.is_last)
+                    pack(digests_B, hidden, out=packet[:size])
             return packets
 
     def _inputs(self, current: _Round, arrived: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,26 +180,29 @@ class TeacherPipeline:
             kind, name = (timeline.SEND, "send answers") if self.stage.is_last else (timeline.WAIT, "wait for answer")
             with timeline.span(kind, name):
                 packets = scatter_rows(
-                    finished, self._empty_packets(1, B, S), source=self.stage.stages - 1, group=self.group
+                    finished, self._empty_packets(1, B, S, final=True), source=self.stage.stages - 1, group=self.group
                 )
         if not own:
             hidden = torch.empty(self.stage.hidden_shape(0, S), dtype=self.stage.dtype, device=self.stage.device)
             return TeacherSignal(hidden.flatten(0, 1), oldest.batch.slots, oldest.batch.digests)
         # After the last collective of the tick: a rank that stops here leaves no other one waiting in it.
-        hidden_BSE, digests_B = self._unpack(packets[0], own, S)
+        hidden_BSE, digests_B = self._unpack(packets[0], own, S, final=True)
         return checked_signal(hidden_BSE, oldest.batch.slots, digests_B)
 
-    def _packet_bytes(self, B: int, S: int) -> int:
-        return INT64_BYTES * B + self.stage.hidden_bytes(B, S)
+    def _packet_bytes(self, B: int, S: int, *, final: bool = False) -> int:
+        return INT64_BYTES * B + math.prod(self._shape(B, S, final=final)) * self.stage.dtype.itemsize
 
-    def _empty_packets(self, count: int, B: int, S: int) -> Tensor:
-        """[count, bytes]"""
-        return torch.empty(count, self._packet_bytes(B, S), dtype=torch.uint8, device=self.stage.device)
+    def _shape(self, B: int, S: int, *, final: bool) -> tuple[int, int, int]:
+        return self.stage.hidden_shape(B, S) if final else self.stage.packet_shape(B, S)
 
-    def _unpack(self, packet: Tensor, B: int, S: int) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, S, E], copied to be aligned for matrix kernels, and digests [B]."""
-        digests_B, payload = unpack(packet[: self._packet_bytes(B, S)], B)
-        return payload.clone().view(self.stage.dtype).view(self.stage.hidden_shape(B, S)), digests_B
+    def _empty_packets(self, count: int, B: int, S: int, *, final: bool = False) -> Tensor:
+        """[count, bytes]; `final`: of what the last stage gives, not of what a stage hands on."""
+        return torch.empty(count, self._packet_bytes(B, S, final=final), dtype=torch.uint8, device=self.stage.device)
+
+    def _unpack(self, packet: Tensor, B: int, S: int, *, final: bool = False) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, S, ..], copied to be aligned for matrix kernels, and digests [B]."""
+        digests_B, payload = unpack(packet[: self._packet_bytes(B, S, final=final)], B)
+        return payload.clone().view(self.stage.dtype).view(self._shape(B, S, final=final)), digests_B
 
 
 def _with_rows(rows: Tensor, number: int) -> Tensor:

@@ -20,9 +20,11 @@ from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import EMBEDDING, HEAD, forward_inputs, load_config, rebuild_buffers, tensor_type
+from megadistill.models.forward.hidden_streams import hidden_streams
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs, layer_part
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.layers import compile_layers
-from megadistill.models.partition import stage_decoder
+from megadistill.models.partition import stage_decoder, stage_layers
 from megadistill.models.weights import read_parameter
 from megadistill.teacher.cpu_linear import use_onednn
 from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8, weight_to_float8
@@ -77,13 +79,16 @@ class TeacherStage(nn.Module):
         is_logged, reader = reader is not None, reader or BroadcastReader()
         opened = _OpenedOnce(folder)
         decoder, names = stage_decoder(config, stage=stage, stages=stages, attention=attention)
+        layers = stage_layers(config, stages)[stage]
         shapes = {name: tensor.shape for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]}
         native = use_float8(decoder) if precision == "float8" else []
         for whole_name, name in names.items():
             own_type = tensor_type(config, whole_name, dtype)
 
             def read(whole_name: str = whole_name, name: str = name, own_type: torch.dtype = own_type) -> Tensor:
-                return read_parameter(opened(), config, whole_name, shapes[name], dtype=own_type, device=device)
+                part = layer_part(config, whole_name, layers)
+                to: dict[str, Any] = {"dtype": own_type, "device": device, "part": part}
+                return read_parameter(opened(), config, whole_name, shapes[name], **to)
 
             _place(decoder, name, read, shapes[name], reader, dtype=own_type, device=device)
         reader.finish()
@@ -137,21 +142,30 @@ class TeacherStage(nn.Module):
         named = [*self.decoder.named_parameters(), *self.decoder.named_buffers()]
         return [(f"{name} {where}", tensor) for name, tensor in named]
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether later stages read tokens as well: their layers have inputs of their own."""
+        return has_per_layer_inputs(self.decoder.config)
+
     def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
-        """(B, S, E): the shape of every stage's output, and of the input of every stage but the first."""
+        """(B, S, E): the shape of the last stage's output."""
         return batch, sequence, int(self.decoder.config.hidden_size)
 
-    def hidden_bytes(self, batch: int, sequence: int) -> int:
-        """Bytes of a stage's output."""
-        return torch.Size(self.hidden_shape(batch, sequence)).numel() * self.dtype.itemsize
+    def packet_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
+        """(B, S, n·E): the shape of what a stage hands on to the next one; n is 1 but for Gemma 3n."""
+        return batch, sequence, hidden_streams(self.decoder.config) * int(self.decoder.config.hidden_size)
 
     # Not inference mode: its tensors could not be saved for the student's backward pass.
     @torch.no_grad()
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Tokens [B, S] on the first stage, [B, S, E] on the others -> [B, S, E]. `positions`: see `forward_inputs`."""
-        hidden_BSE = self.decoder(**forward_inputs(self.decoder, x, positions)).last_hidden_state
-        assert isinstance(hidden_BSE, Tensor)
-        return hidden_BSE
+    def forward(self, x: Tensor, positions: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Tokens [B, S] on the first stage, `packet_shape` on the others -> `packet_shape`, `hidden_shape` on the last.
+
+        `positions`, `tokens`: see `forward_inputs`; where not `reads_tokens`, the tokens are not needed.
+        Where ranks share sequences, all are this rank's part of each.
+        """
+        hidden = self.decoder(**forward_inputs(self.decoder, x, positions, tokens)).last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
 
 
 class _OpenedOnce:

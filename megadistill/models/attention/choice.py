@@ -7,6 +7,7 @@ from typing import Any, Literal
 from megadistill.config.auto import NO_TRITON, Choice, has_triton, install_for_triton, missing_for_triton
 from megadistill.config.recipe import AttentionSetting, Recipe
 from megadistill.errors import UserError
+from megadistill.models.configs.unequal_layers import layer_configs
 
 FLASH_WIDTH = 256
 """Widest head of the flash-attn kernels."""
@@ -46,8 +47,16 @@ def has_sinks(config: Any) -> bool:
     return config.model_type in _SINKS
 
 
+def widest_head(config: Any) -> int:
+    """Columns of a query's head in the layers with the widest ones."""
+    return max(map(query_width, layer_configs(config)))
+
+
 def query_width(config: Any) -> int:
-    """Columns of a query's head; of latent attention, those that are turned and those that are not."""
+    """Columns of a query's head; of latent attention, those that are turned and those that are not.
+
+    `config`: as a layer reads it (`layer_config`).
+    """
     width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)
 
@@ -107,7 +116,7 @@ def choose_attention(
     no_flash = _beyond_flash(config)
     triton = has_triton() if triton is None else triton
     sdpa = has_sdpa(config)
-    width = query_width(config)
+    width = widest_head(config)
     if setting != "auto":
         _refuse_unable(setting, key, accelerator, precision, sdpa=sdpa, flash=flash, triton=triton, width=width)
         if no_flash and setting == "flash":
@@ -140,7 +149,7 @@ def _beyond_flash(config: Any) -> str | None:
     unsaid = config.model_type in _WINDOWS_UNSAID or not getattr(config, "use_sliding_window", True)
     if unsaid and has_window(config, None):
         return "is not told of this family's sliding windows"
-    if value_width(config) != query_width(config):
+    if any(value_width(each) != query_width(each) for each in layer_configs(config)):
         return "has one width for queries and values, which differ in this family"
     if "linear_attention" in (getattr(config, "layer_types", None) or ()):
         return "is given the lengths of rows, which this family's recurrent layers would take, too"

@@ -54,7 +54,7 @@ def text_keys(keys: Mapping[str, Any], folder: Path, supported: Collection[str],
     if family not in supported:
         return None
     refuse_unsupported(keys, what)
-    refuse_unsupported(text, what)
+    refuse_unsupported(text, what, ("per_layer_config",))  # which `load_config` reads where the family has it
     plain = dict(text) if family == text_type else _translated(text, text_type, what)
     plain |= {name: keys[name] for name in _OF_THE_WHOLE if plain.get(name) is None and keys.get(name) is not None}
     tied = _is_tied(keys, text, folder)

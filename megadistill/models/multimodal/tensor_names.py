@@ -22,16 +22,19 @@ _HEAD: Final = "lm_head."
 _OTHER_PARTS: Final = tuple(
     f"{outer}{part}."
     for outer in ("", "model.")
-    for part in ("vision_tower", "vision_model", "visual", "multi_modal_projector")
+    for part in (
+        *("vision_tower", "vision_model", "visual", "multi_modal_projector", "embed_vision"),
+        *("audio_tower", "embed_audio"),
+    )
 )
-"""Beginnings of the names of what reads images, and of what leads from there to the language model."""
+"""Beginnings of the names of what reads images and sound, and of what leads from there to the language model."""
 
 
 def language_model_names(names: Collection[str], where: str) -> dict[str, str]:
     """Name in a causal model -> stored name, of each tensor of a multimodal model's folder.
 
-    The tensors that read images are left out. Others that the language model does not have keep their names, so that
-    they are refused where such tensors of a causal model are.
+    The tensors that read images or sound are left out. Others that the language model does not have keep their names,
+    so that they are refused where such tensors of a causal model are.
 
     Raises:
         UserError: two tensors of the folder `where` have one name in a causal model.

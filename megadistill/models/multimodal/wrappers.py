@@ -25,6 +25,7 @@ class Wrapper:
 
 WRAPPERS: Final[Mapping[str, Wrapper]] = {
     "gemma3": Wrapper("gemma3_text"),
+    "gemma4": Wrapper("gemma4_text"),
     "mistral3": Wrapper("mistral", any_type=True),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text", family="qwen2", is_flat=True),
     "qwen2_vl": Wrapper("qwen2_vl_text", family="qwen2", is_flat=True),
@@ -42,19 +43,12 @@ _PER_LAYER_INPUTS: Final = (
     "layers, while a stage hands on hidden states alone"
 )
 
-_UNEQUAL_LAYERS: Final = (
-    "its layers of full attention have heads of another width, and others may share keys and values or read inputs of "
-    "their own, while layers here have heads of one width and hand on hidden states alone"
-)
-
 NOT_READ: Final[Mapping[str, str]] = {
     "apertus": "its activation has parameters and buffers of its own, which are neither matrices nor norms",
     "deepseek_v32": "its attention takes the keys that an indexer chooses, which no attention here computes",
     "falcon_h1": "each of its layers has Mamba and attention side by side, which are not built or counted here",
     "gemma3n": _PER_LAYER_INPUTS,
     "gemma3n_text": _PER_LAYER_INPUTS,
-    "gemma4": _UNEQUAL_LAYERS,
-    "gemma4_text": _UNEQUAL_LAYERS,
     "glm_moe_dsa": "its layers take the keys that an earlier layer's indexer chose, which a stage does not hand on",
     "llama4": "three in four of its layers attend within chunks of a row, which no attention here computes",
 }

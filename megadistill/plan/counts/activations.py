@@ -11,10 +11,11 @@ flash attention, which save the same, and have no scores in memory whatever wind
 With a dense mask a GPU takes another kernel, which saves the same and may pad the mask. A kernel's own workspace and
 the allocator's fragmentation are not counted; compiled layers keep less, as the compiler recomputes what is cheap.
 
-Legend: S tokens of the sequence, D width.
+Legend: S tokens of the sequence, s of them on a rank, D width.
 """
 
 import copy
+import inspect
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from megadistill.config.recipe import Checkpointing
 from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.layers import checkpoint_layers, saves
 from megadistill.types import SequencePart
 
@@ -311,13 +313,19 @@ def _layer_arguments(decoder: Any, hidden_1SD: Tensor, *, masked: bool) -> dict[
     """The keyword arguments with which the decoder calls its layer."""
     arguments: dict[str, Any] = {}
 
-    def catch(_: nn.Module, __: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        arguments.update(keywords)
+    def catch(layer: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        names = [*inspect.signature(type(layer).forward).parameters][1:]  # without `self`
+        arguments.update(dict(zip(names, given, strict=False)) | keywords)
+        del arguments[names[0]]
 
     handle = decoder.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     positions = torch.empty(1, hidden_1SD.shape[1], dtype=torch.int64) if masked else None
+    own: dict[str, Any] = {}
+    if has_per_layer_inputs(decoder.config):
+        width = decoder.config.hidden_size_per_layer_input
+        own["per_layer_inputs"] = torch.empty(*hidden_1SD.shape[:2], 1, width, dtype=hidden_1SD.dtype)
     with torch.no_grad():
-        decoder(inputs_embeds=hidden_1SD, position_ids=positions, use_cache=False)
+        decoder(inputs_embeds=hidden_1SD, position_ids=positions, use_cache=False, **own)
     handle.remove()
     return arguments
 

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from megadistill.config.recipe import Checkpointing
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import HEAD, build_decoder, parameter_shapes
 from megadistill.models.flops import (
     LAYERS,
@@ -21,7 +22,8 @@ from megadistill.models.flops import (
     layer_parameters,
     parameter_counts,
 )
-from megadistill.models.partition import balanced_sizes
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
+from megadistill.models.partition import stage_sizes
 from megadistill.plan.counts.activations import Activations, count_activations
 from megadistill.precision import Precision, torch_dtype
 from megadistill.teacher.float8 import use_float8
@@ -113,14 +115,21 @@ class ModelStats:
     def _body(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, shape in self.shapes.items() if name != HEAD}
 
+    def stage_sizes(self, stages: int) -> tuple[int, ...]:
+        """Numbers of layers of each stage."""
+        return stage_sizes(self.layer_costs, self.first_layers, stages)
+
     def stage_bytes(self, stages: int, *, itemsize: int, float8: bool = False) -> tuple[int, ...]:
         """Bytes of each stage: its layers, with the embedding on the first one and the last norm on the last.
+
+        All have the embedding where layers read inputs of their own, which follow from it.
 
         `itemsize`: of a parameter; `float8`: whether the layers' matrices are rounded (`teacher.precision`).
         """
         layers = self.float8_layers(itemsize) if float8 else tuple(itemsize * size for size in self.layer_parameters)
-        totals = list(_sums(layers, balanced_sizes(self.layer_costs, stages)))
-        totals[0] += itemsize * self.parameters.embedding
+        totals = list(_sums(layers, self.stage_sizes(stages)))
+        for stage in range(stages if has_per_layer_inputs(self.config) else 1):
+            totals[stage] += itemsize * self.parameters.embedding
         totals[-1] += itemsize * (self.parameters.body - sum(self.layer_parameters))
         return tuple(totals)
 
@@ -174,4 +183,5 @@ def _stats(config: Any, sequence_length: int) -> ModelStats:
         shapes={name: tuple(shape) for name, shape in parameter_shapes(config).items()},
         layer_parameters=tuple(layer_parameters(config)),
         layer_costs=tuple(layer_costs(config)),
+        first_layers=tuple(first_layers(config)),
     )

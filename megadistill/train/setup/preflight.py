@@ -16,7 +16,7 @@ from megadistill.divergence import Divergence
 from megadistill.errors import UserError
 from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.experts import ROUTER_COEF_KEYS
-from megadistill.models.families import DROPOUTS, expert_layers, family
+from megadistill.models.families import DROPOUTS, expert_layers
 from megadistill.models.initial_weights import check_initial_weights
 
 
@@ -55,11 +55,16 @@ def check_fit(
         return
     assert recipe.teacher is not None
     _positions_fit("teacher.path", teacher, data)
-    if stages > teacher.num_hidden_layers:
+    most = len(first_layers(teacher))
+    if stages > most:
         key = "distributed.vocab_group" if recipe.teacher.placement == "colocated" else "teacher.stages"
+        layers = teacher.num_hidden_layers
+        together = "" if most == layers else f", the last {layers - most + 1} of which stay in one stage"
+        if together and getattr(teacher, "indexer_types", None):
+            together = f", and takes a stage for each of {most} that have an indexer"
         raise UserError(
             f"{key} is {stages}, so the teacher is cut into {stages} stages, but teacher.path has "
-            f"{teacher.num_hidden_layers} layers: set {key} to {teacher.num_hidden_layers} or less"
+            f"{layers} layers{together}: set {key} to {most} or less"
         )
     if vocab_map is not None:  # the map replaces the comparison of tokenizers
         check_divergence(recipe.loss, vocab_map)

@@ -17,6 +17,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
 from megadistill.loss import Head, token_terms
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.precision import torch_dtype
 from megadistill.teacher.stage import TeacherStage
 from megadistill.train.setup.setup import Setup
@@ -92,14 +93,16 @@ def float8_difference(
 def native_hidden(setup: Setup, tokens: Tensor, device: torch.device) -> Tensor:
     """[K, E]: final hidden states of one document, the teacher's ids `tokens` [K], with one layer in memory at a time.
 
+    With several, where they share what one of them computes.
+
     Raises:
         UserError: the folder cannot be read.
     """
     assert setup.recipe.teacher is not None, "a run from labels has no teacher"
     assert setup.teacher_config is not None, "stored targets have no model"
-    folder, layers = Path(str(setup.recipe.teacher.path)), int(setup.teacher_config.num_hidden_layers)
+    folder, stages = Path(str(setup.recipe.teacher.path)), len(first_layers(setup.teacher_config))
     dtype = torch_dtype(setup.recipe.train.precision)
-    x = tokens.unsqueeze(0).to(device)
-    for layer in range(layers):
-        x = TeacherStage.load(folder, stage=layer, stages=layers, dtype=dtype, device=device)(x)
+    x = tokens_1K = tokens.unsqueeze(0).to(device)
+    for stage in range(stages):
+        x = TeacherStage.load(folder, stage=stage, stages=stages, dtype=dtype, device=device)(x, tokens=tokens_1K)
     return x.squeeze(0)

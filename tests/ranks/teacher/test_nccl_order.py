@@ -69,10 +69,12 @@ class Stage:
     def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
         return batch, sequence, E
 
-    def hidden_bytes(self, batch: int, sequence: int) -> int:
-        return 4 * batch * sequence * E
+    packet_shape = hidden_shape
+    reads_tokens = False
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, positions: torch.Tensor | None, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return 1 + (x.unsqueeze(-1).expand(*x.shape, E).float() if self.is_first else x)
 
 

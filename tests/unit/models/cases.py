@@ -127,6 +127,20 @@ MORE_CASES: dict[str, dict[str, Any]] = {
     "cwm": {"model_type": "cwm", **SIZES, "head_dim": 24, "sliding_window": 6},
     "ernie4_5": {"model_type": "ernie4_5", **SIZES, "head_dim": 24, "use_bias": True},
     "gemma": {"model_type": "gemma", **SIZES, "head_dim": 24, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2},
+    # Layers of full attention have wider heads, of one head of keys that are values, too. No published size.
+    "gemma4": {
+        "model_type": "gemma4_text",
+        **SIZES,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 6,
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _SLIDING, _FULL],
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": 0,
+    },
     "glm": {"model_type": "glm", **SIZES, "head_dim": 24},
     "glm4": {"model_type": "glm4", **SIZES, "head_dim": 24},
     "gpt_neox": {"model_type": "gpt_neox", **_NO_GROUPS, "rotary_pct": 0.5, "use_parallel_residual": True},
@@ -282,16 +296,17 @@ def all_cases(*quick: str, students: bool = False) -> list[Any]:
 
 
 def whole_model(case: str, *, seed: int = 0) -> Any:
-    """The unsplit transformers model, with norms and biases that are not one and zero.
+    """The unsplit transformers model, with norms and biases that are not one and zero; constants are a student's.
 
     The attention is named: transformers 5.17 would give Gemma 2 torch's own, without the softcap on its scores.
     """
     torch.manual_seed(seed)
     config = load_config(ALL_CASES[case], what=case)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=transformers_attention(config, None))
+    constants = {end for end, _ in FAMILIES[config.model_type].constants}
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *stored_buffers(model).items()]:
-            if parameter.ndim == 1 or name.endswith("_bias"):
+            if (parameter.ndim == 1 or name.endswith("_bias")) and name.rpartition(".")[2] not in constants:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 

@@ -67,9 +67,9 @@ def _content(config: Any) -> dict[str, Any]:
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 5}, r"chunked_attention"),
         ({"quantization_config": {"bits": 4}}, r"quant_method is null"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"a llama model has no 'quantization_config'"),
-        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are .*gemma3_text, glm[^;]*$"),
-        ({"model_type": "llama4"}, r"model_type is 'llama4'; supported are .*gemma3_text, glm[^;]*$"),
-        ({"model_type": "jamba"}, r"model_type is 'jamba'; supported are .*gemma3_text, glm[^;]*$"),
+        ({"model_type": "gemma3"}, r"model_type is 'gemma3'; supported are .*gemma3_text, gemma4_text, glm[^;]*$"),
+        ({"model_type": "llama4"}, r"model_type is 'llama4'; supported are .*gemma3_text, gemma4_text, glm[^;]*$"),
+        ({"model_type": "jamba"}, r"model_type is 'jamba'; supported are .*gemma3_text, gemma4_text, glm[^;]*$"),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
             r"language model is a gemma3_text model; such",
@@ -110,7 +110,19 @@ def _content(config: Any) -> dict[str, Any]:
         ({"model_type": "granite", "logits_scaling": 0}, r"logits_scaling is 0(\.0)?; give a number from"),
         ({"model_type": "starcoder2", "residual_dropout": 2.0}, r"residual_dropout is 2\.0; give a number from 0 to 1"),
         ({"model_type": "gpt_neox"}, r"a gpt_neox model has no 'num_key_value_heads'"),
-        ({"model_type": "gemma4_text"}, r"gemma4_text folder is not read: its layers of full attention have heads of"),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"0": {"intermediate_size": 8}}},
+            r"per_layer_config has intermediate_size of .*; it may have head_dim and num_key_value_heads",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 32}}},
+            r"per_layer_config has head_dim of 32, None for layers of sliding_attention",
+        ),
+        ({"model_type": "gemma4_text", "global_head_dim": 33}, r"a head is 33 wide|of heads of 33 columns"),
+        (
+            {"model_type": "gemma4_text", "num_kv_shared_layers": 5},
+            r"num_kv_shared_layers is 5; of 5 layers, .* must compute keys and values",
+        ),
         ({"model_type": "gemma3text"}, r"did you mean 'gemma3_text'"),
         ({"model_type": ["llama"]}, r"model_type is list"),
         ({"model_type": "qwen2", "hidden_size": 66, "head_dim": 15}, r"a head is 15 wide|even rotary dimension"),

@@ -1,6 +1,7 @@
 """A stage in float8 against the rounded operands multiplied in float64; its bytes, names and digests."""
 
 import logging
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,7 @@ def test_a_stage_hands_on_the_runs_type_where_a_wider_router_comes_first(
     assert next(layer.parameters()).dtype == torch.float32
     hidden = layer(torch.randn(layer.hidden_shape(2, 20), dtype=torch.bfloat16))
     assert hidden.dtype == layer.dtype == torch.bfloat16
-    assert hidden.nbytes == layer.hidden_bytes(2, 20)
+    assert hidden.nbytes == math.prod(layer.packet_shape(2, 20)) * layer.dtype.itemsize
 
 
 def test_replacement_happens_before_anything_is_allocated(tmp_path: Path) -> None:

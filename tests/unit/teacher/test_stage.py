@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.errors import UserError
-from megadistill.models.families import EMBEDDING, HEAD, load_config
+from megadistill.models.families import EMBEDDING, HEAD, load_config, stored_buffers
 from megadistill.models.hf_folder import SafetensorsFolder
 from megadistill.models.partition import stage_layers, whole_name
 from megadistill.teacher.stage import TeacherStage, head_rows, unknown_bias
@@ -56,7 +56,11 @@ def test_bfloat16_stages_are_what_transformers_loads_in_bfloat16(case: str, tmp_
         wide = {name for name, parameter in stage.decoder.named_parameters() if parameter.dtype == torch.float32}
         routers = {name for name, _ in stage.decoder.named_parameters() if ".mlp.gate." in name}
         assert wide == (routers if case == "ernie4_5_moe" else set())
+        scales = stored_buffers(stage.decoder) if case == "gemma4" else {}
         for name, buffer in stage.decoder.named_buffers():
+            if name in scales:
+                assert buffer.dtype == torch.bfloat16
+                continue
             assert buffer.dtype == torch.float32, "what stays in float32: rotary frequencies, Gemma's factor, biases"
             whole = whole_name(f"model.{name}", layers).removeprefix("model.")
             assert torch.equal(buffer, model.base_model.get_buffer(whole))
