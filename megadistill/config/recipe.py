@@ -4,7 +4,17 @@ import math
 import re
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from megadistill.config.bounds import (
     MAX_BATCHES,
@@ -559,10 +569,10 @@ OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeVali
 
 
 class TrainSection(Section):
-    steps: int = Field(default=0, ge=1, le=MAX_STEPS)
-    """Optimizer steps of the whole run. Not given: those that `tokens` makes, which a run's recipe.json has."""
     tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Tokens of the whole run, in place of `steps`; the last step is whole. Schedules then count tokens."""
+    steps: int = Field(default=None, ge=1, le=MAX_STEPS, validate_default=True)  # type: ignore[assignment]
+    """Optimizer steps of the whole run. null: those that `tokens` makes, which a run's recipe.json has."""
     global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of an optimizer step, over all ranks, for any world size."""
     micro_batch: int = Field(ge=1, le=MAX_SEQUENCES)
@@ -582,6 +592,16 @@ class TrainSection(Section):
     norms_every: int = Field(default=0, ge=0, le=MAX_STEPS)
     """Steps between norms of gradient, update and weights by layer and by kind of module; 0: never."""
 
+    @field_validator("steps", mode="wrap")
+    @classmethod
+    def _steps_or_tokens(cls, steps: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """0 until the data is read: see `train.setup.step_shape.with_steps`."""
+        if steps is not None:
+            return handler(steps)
+        if info.data.get("tokens", 1) is None:  # 1: where tokens is wrong itself
+            raise PydanticKnownError("missing")
+        return 0
+
     @property
     def unit(self) -> Literal["steps", "tokens"]:
         """Unit of the schedules."""
@@ -594,8 +614,6 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> "TrainSection":
-        if self.length == 0:
-            raise ValueError("the run has no length: give train.steps, or train.tokens")
         self.schedule.require_fit(self.length, "schedule", unit=self.unit)
         return self
 

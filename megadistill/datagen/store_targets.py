@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
+from megadistill.data.stream.segments import slots_after, steps_before, tokens_after
 from megadistill.distributed.topology import Topology, even_slice
 from megadistill.errors import UserError
 from megadistill.io import locked_folder
@@ -49,7 +50,7 @@ def store_targets(recipe: Recipe, folder: Path, *, steps: int | None = None) -> 
                 problem = f"another `megadistill store-targets` is writing to {folder}: wait for it"
                 stack.enter_context(locked_folder(folder, problem=problem))
             show = stack.enter_context(console_progress())
-            return store_on_ranks(setup, topology, steps or recipe.train.steps, show)
+            return store_on_ranks(setup, topology, steps or setup.recipe.train.steps, show)
 
 
 def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgress) -> str | None:
@@ -72,17 +73,19 @@ def store_on_ranks(setup: Setup, topology: Topology, steps: int, show: ShowProgr
         require_close(difference, recipe.teacher.float8_max_kl, topology)
     teacher.start()
     stream = stream_of(setup, topology, start=None)
-    slots, done = recipe.train.global_batch, 0
+    paces, done = [shape.pace for shape in setup.shapes], 0
     if teacher.saved is not None and not recipe.data.skip:  # which alone decides the slots of a step
-        done = teacher.saved.first_missing(0, steps * slots) // slots
-        stream = stream_of(setup, topology, start=replace(stream.start, next_slot=done * slots))
+        done = steps_before(paces, teacher.saved.first_missing(0, slots_after(paces, steps)))
+        stream = stream_of(setup, topology, start=replace(stream.start, next_slot=slots_after(paces, done)))
     batches = islice((batch for batch, _ in stream), steps - done)
-    micro_batches = (micro for batch in batches for micro in batch.micro_batches(recipe.train.micro_batch))
-    for number, target in enumerate(teacher.live_targets(micro_batches), 1):
+    micro_batches = (
+        micro for batch in batches for micro in batch.micro_batches(setup.shape_at(int(batch.slots[0])).micro_batch)
+    )
+    tokens, whole = 0, tokens_after(paces, steps) - tokens_after(paces, done)
+    for target in teacher.live_targets(micro_batches):
         target.truncated(objective, vocab)
         if topology.is_first:
-            tokens = number * setup.tokens_per_step // setup.accumulation
-            whole = (steps - done) * setup.tokens_per_step
+            tokens += target.batch.starts.numel() * topology.data_world
             show("targets, tokens", done=tokens, total=whole, tokens=tokens)
     teacher.close()
     return teacher.finish()

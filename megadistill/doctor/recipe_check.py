@@ -19,6 +19,7 @@ from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
+from megadistill.data.stream.segments import slots_after
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.doctor.rank_report import RankReport, Status
@@ -35,12 +36,14 @@ from megadistill.student.deepspeed_config import (
 )
 from megadistill.teacher.local_copy import describe_copy
 from megadistill.train.checkpoint.local_tier import describe_local_folder
+from megadistill.train.setup.held_out import held_out_splits
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start, model_rows
 from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
+from megadistill.train.setup.step_shape import paces_of, with_steps
 from megadistill.units import count, number_of, short
 
 SHARD_SECONDS = 10.0
@@ -63,6 +66,8 @@ def check_recipe(
         data = _for_models(recipe, data)
         content["data"] = data.order(recipe.data.seed).fingerprint[:12]
         own.check("shards", lambda: _shards(recipe, data, launch))
+        if recipe.validation is not None:
+            own.check("held-out splits", lambda: _held_out(recipe, data, launch))
         own.check("vocabulary", lambda: _vocabulary(recipe, data, launch))
     own.check("student", lambda: _described(_student_config(recipe, data)))
     if recipe.student.weights is not None and data is not None:
@@ -120,9 +125,9 @@ def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
 
 
 def _data(recipe: Recipe) -> tuple[Mixture, str]:
-    data = Mixture.load(recipe.data)
+    data = Mixture.load(recipe.data, global_batch=recipe.train.global_batch)
     sequences = sum(manifest.sequences for manifest in data.sources.values())
-    needed = recipe.train.steps * recipe.train.global_batch
+    needed = slots_after(paces_of(recipe, data), with_steps(recipe, data).train.steps)
     shards = sum(len(manifest.shards) for manifest in data.sources.values())
     return data, (
         f"{number_of(sequences, 'sequence')} of {data.sequence_length:,} tokens in {number_of(shards, 'shard')}; "
@@ -159,6 +164,29 @@ def _shards(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     if opened < len(share):
         return None, f"{SHARD_SECONDS:.0f} s did not suffice to open all {ends[-1]:,}; the opened ones are valid"
     return None, f"all {ends[-1]:,} open, with their indices, and each rank reads a sequence"
+
+
+def _held_out(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
+    """Opens this rank's share of the held-out shards, and reads a sequence of each split."""
+    end, opened, shards, parts = time.monotonic() + SHARD_SECONDS, 0, 0, []
+    for split in held_out_splits(recipe, data):
+        where = f"validation.data.{split.name}"
+        for number in range(launch.rank, len(split.manifest.shards), launch.world):
+            shards += 1
+            if time.monotonic() > end:
+                continue
+            try:
+                open_shard(split.manifest, number)
+            except ShardFault as fault:
+                raise UserError(f"{where}, shard {number}: {fault}") from None
+            opened += 1
+        try:
+            split.stream(document_mask=recipe.data.document_mask).batch(range(1))
+        except ShardFault as fault:
+            raise UserError(f"{where}, slot 0: {fault}") from None
+        parts.append(f"{split.name}: {split.sequences:,} of {number_of(split.manifest.sequences, 'sequence')}")
+    left_out = "" if opened == shards else f"; {SHARD_SECONDS:.0f} s did not suffice to open all shards"
+    return None, f"{'; '.join(parts)}; each opens{left_out}"
 
 
 def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:

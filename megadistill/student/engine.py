@@ -36,6 +36,7 @@ from megadistill.models.families import (
 )
 from megadistill.models.initial_weights import InitialWeights, RandomWeights
 from megadistill.models.layers import checkpoint_layers, compile_layers, offload_layer_inputs
+from megadistill.models.rope import turn_rotary
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD, build_engine_config, with_layer_prefetch
 from megadistill.student.deepspeed_overhead import remove_overhead
@@ -209,6 +210,15 @@ class StudentEngine:
             group["lr"] = learning_rate
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if boundary else None
+
+    def begin_entry(self, config: Any, *, accumulation: int) -> None:
+        """Takes the steps of another shape from now on. Call it between two steps.
+
+        `config`: the student's, with the rotary embeddings in force; `accumulation`: micro-batches of a step.
+        """
+        self._engine._config.gradient_accumulation_steps = accumulation
+        self._engine.micro_steps = 0  # the boundary of a step is at a multiple of the accumulation
+        turn_rotary(self._model, config)
 
     def load_weights(self, folder: Path) -> None:
         """Loads the parameters of a Hugging Face folder of the same model, as step 0; see `InitialWeights`.

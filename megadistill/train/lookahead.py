@@ -1,15 +1,20 @@
-"""The batches of a run's steps, each with its micro-batches and their targets; the teacher reads ahead of the steps."""
+"""The batches of a run's steps, each with its micro-batches and their targets; the teacher reads ahead of the steps.
+
+A validation between two steps has its micro-batches in the same stream, between those of the two steps: the teacher
+reads ahead of it too, and is neither drained for it nor asked twice.
+"""
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megadistill import timeline
 from megadistill.train.teacher.protocol import Teacher
-from megadistill.train.teacher.targets import TargetedBatch
+from megadistill.train.teacher.targets import Target, TargetedBatch
+from megadistill.train.validation.held_out_batches import HeldOutBatch, Validations
 from megadistill.types import Cursor, SequencePart, SignalMismatch, TokenBatch
 
 
@@ -36,15 +41,25 @@ class StepBatches:
         batches: Iterator[tuple[TokenBatch, Cursor]],
         teacher: Teacher,
         *,
-        micro_batch: int,
+        micro_batch: int | Callable[[TokenBatch], int],
         part: SequencePart = SequencePart(),
+        validations: Validations | None = None,
     ) -> None:
-        """`part`: the tokens of each sequence that this rank trains on."""
+        """
+        Args:
+            micro_batch: rows of a micro-batch, or those of the micro-batches of a step's batch.
+            part: the tokens of each sequence that this rank trains on.
+            validations: those between the steps; None: there are none.
+        """
         self._batches = batches
         self._part = part
-        self._micro_batch = micro_batch
+        self._micro_batch = micro_batch if callable(micro_batch) else lambda batch: micro_batch
         self._steps: deque[tuple[TokenBatch, Cursor]] = deque()
-        self._entering: deque[TokenBatch] = deque()
+        self._entering: deque[Iterator[TokenBatch]] = deque()
+        self._validations, self._answers = validations, teacher.answers_any_tokens
+        self._held_out: deque[HeldOutBatch] = deque()
+        self._last_read = 0 if validations is None else validations.first_step  # step of the last batch that was read
+        self._enter_validation()
         self._targets = teacher.teacher_targets(self._for_teacher())
         self.waited = 0.0
         """Seconds spent waiting for data so far."""
@@ -56,7 +71,7 @@ class StepBatches:
         if not self._steps and not self._read():
             raise StopIteration
         batch, cursor = self._steps.popleft()
-        return StepBatch(batch, cursor, self._of_step(batch), len(batch) // self._micro_batch)
+        return StepBatch(batch, cursor, self._of_step(batch), len(batch) // self._micro_batch(batch))
 
     def close(self) -> None:
         """Ends the teacher's work on micro-batches that no step takes."""
@@ -67,7 +82,7 @@ class StepBatches:
         Raises:
             SignalMismatch: the teacher's next target is not of the step's next micro-batch.
         """
-        for slots in torch.split(batch.slots, self._micro_batch):
+        for slots in torch.split(batch.slots, self._micro_batch(batch)):
             targeted = next(self._targets)
             if not torch.equal(targeted.batch.slots, slots):
                 raise SignalMismatch(
@@ -75,9 +90,40 @@ class StepBatches:
                 )
             yield targeted
 
+    def validation(self) -> Iterator[tuple[HeldOutBatch, Target | None]]:
+        """The micro-batches of the validation that is due after the last step, each with its target; without one of a
+        teacher that answers for the training stream alone. Taken as a whole, before the next step.
+
+        Raises:
+            SignalMismatch: the teacher's next target is not of the validation's next micro-batch.
+        """
+        assert self._validations is not None
+        if not self._answers:
+            yield from ((each, None) for each in self._validations.batches)
+            return
+        for _ in range(len(self._validations.batches)):
+            targeted = next(self._targets)
+            each = self._held_out.popleft()
+            ours, theirs = each.batch, targeted.batch
+            if not (torch.equal(ours.slots, theirs.slots) and torch.equal(ours.digests, theirs.digests)):
+                raise SignalMismatch(
+                    f"the next target is of slots {theirs.slots.tolist()}, the validation is at {ours.slots.tolist()}"
+                )
+            yield each, targeted.target
+
     def _for_teacher(self) -> Iterator[TokenBatch]:
         while self._entering or self._read():
-            yield self._entering.popleft()
+            yield from self._entering.popleft()
+
+    def _enter_validation(self) -> None:
+        """Puts the validation after the last step that was read behind it, if one is due."""
+        if self._answers and self._validations is not None and self._validations.due(self._last_read):
+            self._entering.append(self._enter_held_out(self._validations))
+
+    def _enter_held_out(self, validations: Validations) -> Iterator[TokenBatch]:
+        for each in validations.batches:
+            self._held_out.append(each)
+            yield each.batch
 
     def _read(self) -> bool:
         began = time.perf_counter()
@@ -89,5 +135,7 @@ class StepBatches:
         batch, cursor = pair
         batch = batch.of_part(self._part)
         self._steps.append((batch, cursor))
-        self._entering.extend(batch.micro_batches(self._micro_batch))
+        self._entering.append(iter(batch.micro_batches(self._micro_batch(batch))))
+        self._last_read += 1
+        self._enter_validation()
         return True

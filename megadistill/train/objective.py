@@ -3,7 +3,7 @@
 Legend: B sequences, S tokens of a sequence, N = B·S, M random numbers of a token.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,19 +25,25 @@ class Objective:
 
     loss: LossSection
     steps: int
-    """Optimizer steps of the whole run: the length of `loss.schedule`."""
+    """Length of the whole run and of `loss.schedule`: optimizer steps, or with `train.tokens` tokens."""
     seed: int
     """Seed of the draws of sampled targets."""
+    entries_have_weights: bool = False
+    """Whether curriculum entries have weights of their own."""
     student_logits: LogitTransform = LogitTransform()
     router_coefs: RouterCoefs = field(default_factory=RouterCoefs)
     """Weights of the losses of a student's routers."""
 
+    def of_entry(self, loss: LossSection) -> "Objective":
+        """That of a curriculum entry, with its `loss`."""
+        return replace(self, loss=loss)
+
     def divergence(self, step: int) -> Divergence:
-        """The loss of optimizer step `step`.
+        """The loss of optimizer step `step`, or at this progress in tokens (`train.schedule.progress`).
 
         Where a schedule lowers `kd_weight`, `ce_weight` rises as much: their sum is constant.
         """
-        loss, share = self.loss, divergence_share(self.loss, step, steps=self.steps)
+        loss, share = self.loss, divergence_share(self.loss, step, length=self.steps)
         return Divergence(
             kind=loss.divergence,
             temperature=loss.temperature,
@@ -50,8 +56,8 @@ class Objective:
         )
 
     def scheduled_weights(self, step: int) -> dict[str, float] | None:
-        """`kd_weight` and `ce_weight` of step `step`; None without a schedule."""
-        if self.loss.schedule is None:
+        """`kd_weight` and `ce_weight` at this step or progress; None in a run in which they are constant."""
+        if self.loss.schedule is None and not self.entries_have_weights:
             return None
         divergence = self.divergence(step)
         return {"kd_weight": divergence.kd_weight, "ce_weight": divergence.ce_weight}

@@ -116,7 +116,7 @@ def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Pa
     overrides = _described(plain, tmp_path)
     for rank in (0, ranks - 1):
         setup = prepare(load_recipe(path, overrides), Launch(rank, ranks, rank % GPUS_PER_NODE, GPUS_PER_NODE))
-    assert 4e6 <= setup.tokens_per_step <= 17e6
+    assert 4e6 <= setup.shapes[0].tokens <= 17e6
     assert plain.checkpoint.keep_every is not None
     assert plain.checkpoint.keep_every % plain.train.checkpoint_every == 0
     assert plain.train.steps % plain.checkpoint.keep_every == 0, "the last checkpoint is one that is kept"

@@ -81,6 +81,16 @@ def slots_after(paces: Sequence[Pace], steps: int) -> int:
     return sum(share * pace.batch for share, pace in zip(steps_of(paces, steps), paces, strict=True))
 
 
+def steps_before(paces: Sequence[Pace], slot: int) -> int:
+    """Steps that lie below a slot as a whole, without skips."""
+    steps = 0
+    for pace in paces:
+        if pace.stop is None or pace.stop > slot:
+            return steps + max(0, slot - pace.start) // pace.batch
+        steps += (pace.stop - pace.start) // pace.batch
+    raise AssertionError("the last segment has no end")
+
+
 def tokens_after(paces: Sequence[Pace], steps: int) -> int:
     """Tokens of the first `steps` steps, without skips."""
     return sum(share * pace.tokens for share, pace in zip(steps_of(paces, steps), paces, strict=True))

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Protocol
 
 from megadistill.timeline.stopwatch import StepSeconds
+from megadistill.train.setup.step_shape import StepShape
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
 
@@ -18,6 +19,8 @@ class Request(Enum):
     """A save of the local tier of this step, once all hooks have run."""
     STOP = "stop"
     """A checkpoint of this step, then the end of the attempt."""
+    FINISH = "finish"
+    """A checkpoint of this step, then the end of the run before its last step, by a rule of the recipe."""
     ROLL_BACK = "roll back"
     """Resume from an older checkpoint at once; the hooks behind this one do not run."""
 
@@ -37,6 +40,10 @@ class StepEvent:
     """Seconds of the step that this rank waited for data."""
     parts: StepSeconds
     """Seconds of the step's parts on this rank."""
+    shape: StepShape
+    """Shape of the step: that of its curriculum entry."""
+    progress: int
+    """Where the schedules stand: at the step, or with `train.tokens` at its tokens."""
 
 
 class Hook(Protocol):

@@ -25,7 +25,7 @@ class UnlabelledGuard:
             self._in_a_row, self._has_learned = 0, True
             return
         self._in_a_row += 1
-        reason = unlabelled(self._setup.tokens_per_step, document_mask=self._setup.recipe.data.document_mask)
+        reason = unlabelled(event.shape.tokens, document_mask=self._setup.recipe.data.document_mask)
         if not self._has_learned or self._in_a_row > self._max_in_a_row:
             raise OperatorFault(f"step {event.step}: {reason}")
         logger.warning("step %d: %s", event.step, reason)

@@ -152,13 +152,26 @@ class DivergedStudentMonitor:
 class LossMonitor:
     """Detects spikes of the loss, and drift of the teacher's cross-entropy, which should be constant."""
 
-    def __init__(self, section: ResilienceSection, *, losses: Iterable[float], teacher_ces: Iterable[float]) -> None:
-        """`losses`, `teacher_ces`: values of the last steps before a resume."""
+    def __init__(
+        self, section: ResilienceSection, *, losses: Iterable[float], teacher_ces: Iterable[float], entry: int = 1
+    ) -> None:
+        """`losses`, `teacher_ces`: values of the last steps before a resume, all of one curriculum entry, `entry`."""
+        self._entry = entry
         window = section.spike_window
         self._losses = RobustWindow(window, section.spike_zscore, floor=LOSS_FLOOR, values=losses)
         self._teacher = RobustWindow(window, section.teacher_zscore, floor=TEACHER_FLOOR, values=teacher_ces)
         self._high: deque[float] = deque(maxlen=window)
         self._drifted: list[float] = []
+
+    def begin_entry(self, entry: int) -> None:
+        """Starts new windows where a curriculum entry whose steps have another shape begins: its losses are others."""
+        if entry == self._entry:
+            return
+        self._entry = entry
+        self._losses.restart()
+        self._teacher.restart()
+        self._high.clear()
+        self._drifted.clear()
 
     def spike(self, step: int, loss: float) -> Anomaly | None:
         """A spike that begins with this step. A loss that stays high is reported once, and becomes the new level."""

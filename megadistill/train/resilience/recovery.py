@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
-from megadistill.events import EventLog, FaultKind, Totals, events_from_end, goodput_of
+from megadistill.events import VALIDATIONS, EventLog, FaultKind, Totals, events_from_end, goodput_of
 from megadistill.io import write_file
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
@@ -42,6 +43,7 @@ from megadistill.train.setup.next_start import how_to_resume
 from megadistill.train.setup.parent_checkpoint import Parent
 from megadistill.train.setup.recipe_changes import changes_since, describe_changes
 from megadistill.train.setup.setup import Setup
+from megadistill.train.setup.step_shape import StepShape, stable_steps_of
 from megadistill.types import Cursor
 
 FENCED = "fenced"
@@ -89,9 +91,11 @@ class Recovery:
             attempt_record=f"attempts/{number:05d}.json",
             **({} if aborted is None else {"before": aborted}),
         )
-        stable_steps, section = setup.recipe.stable_steps, setup.recipe.checkpoint
+        stable_steps, section = stable_steps_of(setup.recipe, setup.data), setup.recipe.checkpoint
         self.step = 0
         """Current optimizer step."""
+        self.tokens = 0
+        """Tokens of all steps up to the current one; of a run that began from another, that one's too."""
         try:
             self._local = self._local_tier()
         except OperatorFault as fault:
@@ -105,7 +109,6 @@ class Recovery:
         self._recipe_sha256 = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
         self._recipe_changes = changes_since(self._folder, self._recipe) if topology.is_first else {}
         self._parents: tuple[ParentRecord, ...] = ()
-        self._restored = (0, 0)  # step and tokens of the checkpoint
         self._tier = ""
         self._lost, self._lost_seconds = 0, 0.0
         self._student_monitor: DivergedStudentMonitor | None = None
@@ -204,6 +207,7 @@ class Recovery:
             student.load_weights(Path(recipe.student.weights))
         else:
             student.draw_weights(recipe.run.seed)
+        self.tokens = 0
         return 0, None
 
     def _begin_from(self, parent: Parent) -> Checkpoint:
@@ -223,19 +227,15 @@ class Recovery:
         if self._topology.is_first:
             if self.rollbacks:
                 record_rollbacks(self._folder, self.rollbacks)
-            (self._folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that saved nothing
+            for name in ("metrics.jsonl", VALIDATIONS):
+                (self._folder / name).unlink(missing_ok=True)  # of a start that saved nothing
         record = self._parents[-1]
         self.events.write("branched", step=record.step, run=record.run, sha256=record.sha256)
         logger.info("run %s begins from %s", self._folder, parent)
         return checkpoint
 
-    def tokens(self, step: int) -> int:
-        """Tokens of all steps up to `step`. A run that began from another may have another batch than that one."""
-        restored_step, restored_tokens = self._restored
-        return restored_tokens + (step - restored_step) * self._setup.tokens_per_step
-
     def _restore(self, checkpoint: Checkpoint | LocalCheckpoint, student: StudentEngine) -> tuple[int, Cursor]:
-        self._restored = (checkpoint.manifest.step, checkpoint.manifest.tokens)
+        self.tokens = checkpoint.manifest.tokens
         self._tier = "local" if isinstance(checkpoint, LocalCheckpoint) else ""
         try:
             student.state.load(checkpoint.read)
@@ -263,11 +263,12 @@ class Recovery:
             history = read_run_history(self._folder, step, window=resilience.spike_window, vocab_size=size)
             self._lost, self._lost_seconds = history.lost_steps, history.lost_seconds
             self._totals = history.totals or Totals(began=time.time())
-        values = None if history is None else (history.losses, history.teacher_ces, history.student)
+        values = None if history is None else (history.losses, history.teacher_ces, history.entry, history.student)
         shared = broadcast_object(values, self._topology.world_group)
         assert shared is not None
-        losses, teacher_ces, self._student_monitor = shared
-        return LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces), self._student_monitor
+        losses, teacher_ces, entry, self._student_monitor = shared
+        monitor = LossMonitor(resilience, losses=losses, teacher_ces=teacher_ces, entry=entry)
+        return monitor, self._student_monitor
 
     def mark_resumed(self, step: int) -> None:
         """Records and logs that training starts after `step`, and counts goodput from here."""
@@ -300,9 +301,27 @@ class Recovery:
             self.attempt.require_newest()
             raise Superseded(f"attempt {self.attempt.number} of {self._folder} ends: a later one has started")
 
+    def begin_entry(self, shape: StepShape) -> None:
+        """Records and logs that the next step is the first one of a curriculum entry in this attempt."""
+        values: dict[str, Any] = {
+            "sequence_length": shape.sequence_length,
+            "global_batch": shape.global_batch,
+            "micro_batch": shape.micro_batch,
+            "accumulation": shape.accumulation,
+            **({} if shape.rope is None else {"rope": shape.rope}),
+        }
+        self.events.write("curriculum_entry", step=self.step, entry=shape.entry, **values)
+        logger.info("curriculum entry %d from step %d on: %s", shape.entry, self.step, shape.describe())
+
     def step_done(self, seconds: float) -> None:
         """Counts the time of a step as useful."""
         self._totals = replace(self._totals, useful=self._totals.useful + seconds)
+
+    def validated(self, step: int, seconds: float, cross_entropy: float) -> None:
+        """Records a validation, and counts its time. `cross_entropy`: of the student over all splits; may be NaN."""
+        self._totals = replace(self._totals, validating=self._totals.validating + seconds)
+        known = {"cross_entropy": cross_entropy} if math.isfinite(cross_entropy) else {}
+        self.events.write("validated", step=step, seconds=round(seconds, 3), **known)
 
     def poll(self, reduced: Mapping[str, float]) -> None:
         """Advances the save under way, and records its end."""
@@ -325,7 +344,7 @@ class Recovery:
         manifest = CheckpointManifest(
             format=FORMAT,
             step=step,
-            tokens=self.tokens(step),
+            tokens=self.tokens,
             world=self._topology.world,
             vocab_size=self._setup.data.vocab_size,
             cursor=cursor.state(),

@@ -18,6 +18,8 @@ class RunHistory:
     losses: list[float]
     """The last ones up to the step, oldest first; NaN where a line has none."""
     teacher_ces: list[float]
+    entry: int
+    """The curriculum entry of the last step, of which losses and cross-entropies are."""
     student: DivergedStudentMonitor
     """Knows all steps up to the step."""
     lost_steps: int
@@ -65,10 +67,12 @@ def read_run_history(folder: Path, step: int, *, window: int, vocab_size: int) -
         student = DivergedStudentMonitor(vocab_size, first_steps=first_steps, first_ce=first_ce, reported=reported)
         for line in lines:
             student.update(int(line["step"]), _number(line, "student_ce"))
-    recent = [*lines][-window:]
+    entry = _entry(lines[-1]) if lines else 1
+    recent = [line for line in lines if _entry(line) == entry][-window:]
     return RunHistory(
         losses=[_number(line, "loss") for line in recent],
         teacher_ces=[_number(line, "teacher_ce") for line in recent],
+        entry=entry,
         student=student,
         lost_steps=lost_steps,
         lost_seconds=lost_seconds,
@@ -84,6 +88,11 @@ def _first_ce(folder: Path, step: int) -> float | None:
         if math.isfinite(student_ce := _number(line, "student_ce")):
             return student_ce
     return None
+
+
+def _entry(line: Mapping[str, Any]) -> int:
+    entry = line.get("entry")
+    return entry if isinstance(entry, int) else 1
 
 
 def _number(line: Mapping[str, Any], name: str) -> float:

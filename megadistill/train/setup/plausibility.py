@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from megadistill.config.auto import BY_THE_RECIPE
-from megadistill.config.recipe import default_warmup
+from megadistill.config.recipe import default_warmup, default_warmup_tokens
 from megadistill.data import missing_bos
+from megadistill.data.stream.segments import slots_after
 from megadistill.student.deepspeed_config import low_precision_reduction
+from megadistill.train.setup.held_out import training_shards_in, unmasked_splits
 from megadistill.train.setup.setup import Setup
 from megadistill.units import listed, short
 
@@ -37,6 +39,8 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "epochs": _many_epochs(setup),
         "BOS": _missing_bos(setup),
         "documents": _unmasked_documents(setup),
+        "held-out documents": "; ".join(unmasked_splits(setup.held_out, setup.recipe)) or None,
+        "held-out shards": "; ".join(training_shards_in(setup.held_out, setup.data)) or None,
         "gradient reduction": _low_precision_reduction(setup),
         "eager kernels": _eager_on_accelerator(setup),
     }
@@ -45,12 +49,15 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
 
 def _missing_warmup(setup: Setup) -> str | None:
     section, usual = setup.recipe.train, default_warmup(setup.recipe.train.steps)
+    if section.tokens is not None:
+        usual = default_warmup_tokens(section.tokens)
     begins_with_weights = setup.recipe.student.weights is not None or setup.parent is not None
-    if section.schedule.warmup_steps or begins_with_weights or not usual:
+    if section.schedule.warmup or begins_with_weights or not usual:
         return None
     return (
-        "train.schedule.warmup_steps is 0, and the student begins with random weights, which the first steps at the "
-        f"full learning rate may spoil for good: leave the key out, or set train.schedule.warmup_steps={usual}"
+        f"train.schedule.warmup_{section.unit} is 0, and the student begins with random weights, which the first steps "
+        "at the full learning rate may spoil for good: leave the key out, or set "
+        f"train.schedule.warmup_{section.unit}={usual}"
     )
 
 
@@ -112,7 +119,8 @@ def _unmasked_documents(setup: Setup) -> str | None:
 
 def _many_epochs(setup: Setup) -> str | None:
     batch, steps = setup.recipe.train.global_batch, setup.recipe.train.steps
-    read = setup.data.order(setup.recipe.data.seed).sequences_read(steps * batch)
+    slots = slots_after([shape.pace for shape in setup.shapes], steps)
+    read = setup.data.order(setup.recipe.data.seed).sequences_read(slots)
     sequences = {name: manifest.sequences for name, manifest in setup.data.sources.items()}
     many = {name: count for name, count in read.items() if count > USEFUL_EPOCHS * sequences[name]}
     if not many:

@@ -184,10 +184,10 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
             f"{folder} belongs to another recipe: {'; '.join(differing)}. Name another run.folder, or undo the change"
         )
     schedule = {key: values for key, values in changes.items() if key.startswith(SCHEDULE_KEYS)}
-    now = validate_recipe(recipe, source="recipe") if earlier is not None and changes else None
-    if earlier is not None and now is not None and "data.curriculum" in changes:
-        refuse_changed_entries(folder, earlier, now)
-    if earlier is not None and now is not None and schedule:
+    if earlier is not None and "data.curriculum" in changes and isinstance(recipe["data"]["curriculum"], list):
+        refuse_changed_entries(folder, earlier, validate_recipe(recipe, source="recipe"))
+    if earlier is not None and schedule:
+        now = validate_recipe(recipe, source="recipe")
         refuse_changed_steps(folder, earlier, now, changes=describe_changes(schedule))
 
 

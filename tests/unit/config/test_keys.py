@@ -38,7 +38,7 @@ def test_every_key_of_a_resolved_recipe_is_there() -> None:
 
 def test_types_bounds_and_defaults_are_the_models() -> None:
     known = {key.name: key for key in keys()}
-    assert (known["train.steps"].type, known["train.steps"].default) == ("integer, ≥ 1, ≤ 1e9", "required")
+    assert (known["train.steps"].type, known["train.steps"].default) == ("integer, ≥ 1, ≤ 1e9", "null")
     assert (known["train.optimizer.beta2"].type, known["train.optimizer.beta2"].default) == ("number, ≥ 0, < 1", "0.95")
     assert known["objective"].type == "`labels` or `distill`"
     assert (known["teacher.queue"].default, known["loss.schedule.kind"].default) == ("4", "cosine")

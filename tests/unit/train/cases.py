@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.config.recipe import CheckpointSection, Recipe
+from megadistill.config.recipe import CheckpointSection, LossSection, Recipe
 from megadistill.data import Manifest, Mixture
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import padded_vocabulary
@@ -18,6 +19,7 @@ from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.format import FORMAT, CheckpointManifest
 from megadistill.train.checkpoint.writer import Saver, require_saved
 from megadistill.train.setup.run_folder import write_description
+from megadistill.train.setup.step_shape import StepShape
 from tests.paths import DS_CONFIGS
 
 VOCAB, SEQUENCE, TOKENIZER = 250, 32, b"the pieces that both models know"
@@ -172,3 +174,19 @@ def run_with_checkpoint(folder: Path, data: Path, *, step: int = 4, made: Recipe
     }
     write_description(folder, made.snapshot(), {"communication_data_type": "fp32"})
     return save_checkpoint(folder / "checkpoints", {"master/w": torch.zeros(3)}, step, **(values | changes))
+
+
+def step_shape(*, sequence_length: int, global_batch: int, **changes: Any) -> StepShape:
+    """The shape of the steps of a run without curriculum entries of their own shape, on one rank."""
+    shape = StepShape(
+        entry=1,
+        start=0,
+        stop=None,
+        sequence_length=sequence_length,
+        global_batch=global_batch,
+        micro_batch=global_batch,
+        accumulation=1,
+        rope=None,
+        loss=LossSection(),
+    )
+    return replace(shape, **changes)

@@ -35,7 +35,7 @@ from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
 from megadistill.train.telemetry.rank_flops import RankFlops
 from megadistill.types import METRIC_NAMES, Cursor, LogitTransform, LossTerms, TokenBatch, token_digest
 from tests.unit.simulated_device import SimulatedDevice
-from tests.unit.train.cases import recipe, topology
+from tests.unit.train.cases import recipe, step_shape, topology
 
 B, S, E, ACCUMULATION = 2, 4, 3, 4
 STAGE, FORWARD, LOSS, BACKWARD, OPTIMIZER, ACCUMULATE = 3.0, 5.0, 2.0, 11.0, 7.0, 0.5
@@ -76,15 +76,14 @@ class _Stage:
     def __init__(self, device: SimulatedDevice) -> None:
         self._simulated = device
 
-    def __call__(self, tokens_BS: Tensor, positions_BS: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, positions_BS: Tensor | None, tokens_BS: Tensor) -> Tensor:
         self._simulated.queue(STAGE)
         return torch.zeros(*tokens_BS.shape, E)
 
     def hidden_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
         return batch, sequence, E
 
-    def hidden_bytes(self, batch: int, sequence: int) -> int:
-        return 4 * batch * sequence * E
+    packet_shape = hidden_shape
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,7 @@ def _step(device: SimulatedDevice, signals: Any) -> StepEvent:
     objective = Objective(
         loss=made.loss, steps=made.train.steps, seed=0, student_logits=LogitTransform(), router_coefs=RouterCoefs()
     )
+    shape = step_shape(sequence_length=S, global_batch=B)
     trainer: Any = SimpleNamespace(
         step=1,
         _setup=SimpleNamespace(recipe=made),
@@ -154,7 +154,10 @@ def _step(device: SimulatedDevice, signals: Any) -> StepEvent:
         _student=_student(device),
         _objective=objective,
         _stops=SimpleNamespace(counts=dict),
-        _recovery=SimpleNamespace(flags=dict),
+        _recovery=SimpleNamespace(flags=dict, tokens=0),
+        _norms=None,
+        _shape=shape,
+        _shape_of=lambda batch: shape,
     )
     batches = StepBatches(_data(device), _Teacher(signals, device), micro_batch=B)
     waits = device.waits

@@ -21,7 +21,7 @@ from megadistill.train.resilience.anomalies import Anomaly, DivergedStudentMonit
 from megadistill.train.resilience.preemption import REASONS
 from megadistill.train.step import StepOutcome
 from megadistill.types import Cursor
-from tests.unit.train.cases import recipe, topology
+from tests.unit.train.cases import recipe, step_shape, topology
 
 BATCH = 10
 
@@ -39,6 +39,9 @@ class Recorder:
 
     def warn(self, event: str, line: str, /, *, step: int, **values: Any) -> None:
         self.calls += [(event, step, values), line]
+
+    def begin_entry(self, entry: int) -> None:
+        assert entry == 1
 
     def spike(self, step: int, loss: float) -> Anomaly | None:
         return Anomaly("loss_spike", "high", {"loss": loss}) if step == self.spike_at else None
@@ -63,7 +66,9 @@ class Recorder:
 def event(step: int, *, loss: float = 1.0, skipped: bool = False, flags: dict[str, float] | None = None) -> StepEvent:
     metrics = {"loss": loss, "teacher_ce": 2.0, "student_ce": loss}
     outcome = StepOutcome(metrics, math.nan if skipped else 0.5, flags or {})
-    return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), seconds=1.0, data_seconds=0.0, parts=StepSeconds())
+    shape = step_shape(sequence_length=64, global_batch=1)
+    timing: dict[str, Any] = {"seconds": 1.0, "data_seconds": 0.0, "parts": StepSeconds()}
+    return StepEvent(step, outcome, 1e-3, Cursor("", step * BATCH), shape=shape, progress=step, **timing)
 
 
 def test_checkpoints() -> None:
@@ -194,7 +199,6 @@ def test_a_teacher_that_drifts_has_its_weights_compared() -> None:
 class Unlabelled:
     """A setup, as far as the guard reads it."""
 
-    tokens_per_step = 64
     recipe = recipe(Path("manifest.json"), Path("run"))
 
 

@@ -21,7 +21,7 @@ from megadistill.train.resilience.run_history import RunHistory, read_run_histor
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.telemetry.metrics import drop_after
 from megadistill.types import Cursor
-from tests.unit.train.cases import VOCAB, cursor_of, described_data, recipe, topology
+from tests.unit.train.cases import SEQUENCE, VOCAB, cursor_of, described_data, recipe, topology
 
 WINDOW = 8
 STUDENT: Any = SimpleNamespace(
@@ -77,6 +77,7 @@ class Attempt:
             self.recovery.events.write(anomaly.event, step=self.step, **anomaly.values)
 
     def save(self) -> None:
+        self.recovery.tokens = 8 * SEQUENCE * self.step
         self.recovery.save(STUDENT, self.step, Cursor.from_state(cursor_of(8 * self.step)), last=True)
 
     def roll_back(self) -> None:

@@ -54,7 +54,7 @@ def _refused(given: Recipe, *, world: int = 2) -> str:
 def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teacher: Path, tmp_path: Path) -> None:
     setup = prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch())
     assert (setup.accumulation, setup.group_size) == (2, 2)
-    assert setup.tokens_per_step == 8 * SEQUENCE
+    assert setup.shapes[0].tokens == 8 * SEQUENCE
     assert setup.student_config.vocab_size == VOCAB
     assert setup.teacher_config is not None
     assert setup.deepspeed_config["zero_optimization"]["stage"] == 3

@@ -71,7 +71,7 @@ def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts
         numbers["expert_load"] = {"0": [0.5, 1.5], "3": [1.0, 1.0]} if has_experts and step == 2 else None
         report = StepReport(**numbers)
         weights = {"kd_weight": 1.0, "ce_weight": 0.0} if made.loss.schedule else None
-        log.step(report, weights=weights)
+        log.step(report, more=weights)
     log.close()
     return made
 
