@@ -8,6 +8,7 @@ from megadistill.plan.counts.disk_usage import signal_bytes
 from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
 from megadistill.plan.search import Plan
+from megadistill.plan.validation_cost import validation_cost
 
 FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS}
 
@@ -47,6 +48,7 @@ def to_json(
         "models": _models(main) if main else [],
         "checkpoint_bytes": main.requirements.checkpoint_bytes if main else None,
         "checkpoint_interval": _interval(main, between_faults) if main and not plan.no_forecast else None,
+        "validation": _validation(main) if main and not plan.no_forecast else None,
         "teacher_bytes_per_token": _teacher_outputs(plan, main) if main else None,
         "chosen": {key: choice._asdict() for key, choice in main.sharding.choices.items()} if main else {},
         "other_checkpointing": _layout(plan, plan.checkpointing, price) if plan.checkpointing else None,
@@ -72,6 +74,11 @@ def _interval(estimate: Estimate, between_faults: float | None) -> dict[str, Any
         "restart_seconds": {**advice.restart_parts, "together": costs.restart},
         "seconds_between_faults": costs.between_faults,
     }
+
+
+def _validation(estimate: Estimate) -> dict[str, Any] | None:
+    cost = validation_cost(estimate)
+    return None if cost is None else {**asdict(cost), "total_seconds": cost.total}
 
 
 def _models(estimate: Estimate) -> list[dict[str, Any]]:

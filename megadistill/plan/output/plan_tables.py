@@ -20,6 +20,7 @@ from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import Expectation
 from megadistill.plan.search import TIGHT, Plan
 from megadistill.plan.throughput import MfuAssumption
+from megadistill.plan.validation_cost import ValidationCost, validation_cost
 from megadistill.units import count, readable, spell
 
 BAR = 20
@@ -39,6 +40,8 @@ def render(
     if plan.best:
         parts.append(_layouts(plan, price=price))
     if main is not None:
+        cost = None if plan.no_forecast else validation_cost(main)
+        parts += [] if cost is None else [_validation(main, cost)]
         parts += [_files(plan, main), *([] if advice is None else [_saves(advice)]), _law(plan, law)]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
@@ -312,6 +315,20 @@ def _files(plan: Plan, main: Estimate) -> RenderableType:
         for name, each in _teacher_outputs(plan, main).items():
             table.add_row(name, f"{each:,.0f} B", readable(each * requirements.tokens, "B"))
     return _part("On disk", table)
+
+
+def _validation(estimate: Estimate, cost: ValidationCost) -> RenderableType:
+    """Time of the run's validations."""
+    table = _table("", "sequences", "micro-batches a rank", "time")
+    table.add_row("one", f"{cost.sequences:,}", f"{cost.micro_batches:,}", spell(cost.seconds))
+    together = (f"{cost.count * number:,}" for number in (cost.sequences, cost.micro_batches))
+    table.add_row(f"all {cost.count:,}", *together, spell(cost.total))
+    share = cost.total / estimate.seconds
+    note = (
+        f"{share:.1%} of the time above, which it adds to. Forward passes of the models at the expected MFU; they take "
+        "less memory than a step."
+    )
+    return _part("Validation", table, note)
 
 
 def _saves(advice: CheckpointAdvice) -> RenderableType:
