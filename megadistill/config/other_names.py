@@ -105,6 +105,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "validation.data": ("eval_dataset", "eval_data", "valid_data_path", "validation_file", "validation.sources"),
     "validation.sequences": ("eval_iters", "limit_val_batches", "max_eval_samples", "validation.samples"),
     "validation.patience": ("early_stopping_patience",),
+    "track": ("report_to", "logger", "loggers", "log_with", "trackers"),
+    "profile": ("profiling", "profiler", "enable_profiling", "use_pytorch_profiler"),
+    "train.norms_every": ("log_params_norm", "track_grad_norm", "watch_gradients"),
     "resilience.step_timeout_seconds": ("train_timeout_seconds", "nccl_timeout"),
 }
 """Key of a recipe -> its names in HF Trainer, TRL, Megatron-LM, torchtitan, DeepSpeed, NeMo and others.
@@ -138,9 +141,9 @@ EXPLAINED = {
         *("eval_strategy", "evaluation_strategy", "do_eval", "evaluation", "validate", "per_device_eval_batch_size"),
         *("data.val", "data.valid", "data.validation", "data.eval", "data.test", "data.heldout"),
     ),
-    "TensorBoard always has the metrics; docs/wandb has W&B and MLflow": (
-        *("report_to", "wandb", "wandb_project", "use_wandb", "tensorboard", "tensorboard_dir", "enable_tensorboard"),
-        *("enable_wandb", "metrics", "logger", "loggers", "mlflow"),
+    "set track: [tensorboard, wandb] or [mlflow]; project and key are the tracker's own variables (docs/trackers.md)": (
+        *("wandb", "wandb_project", "use_wandb", "enable_wandb", "mlflow", "metrics"),
+        *("tensorboard", "tensorboard_dir", "enable_tensorboard"),
     ),
     "not implemented: the README's limitations": (
         *("expert_model_parallel_size", "ep", "expert_parallel_size", "expert_parallel_degree"),

@@ -711,8 +711,8 @@ class ValidationSection(Section):
     sequences: int | None = Field(default=None, ge=1, le=MAX_SEQUENCES)
     """Sequences of each split at most, the first of its order in every validation; null: all."""
     patience: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    """Validations in a row without a lower cross-entropy over all splits, after which the run is said to improve no
-    more (event `validation_plateau`); null: never."""
+    """Validations in a row without a lower cross-entropy over all splits that are reported, once (event
+    `validation_plateau`); null: none."""
     stop: bool = False
     """Save and stop when the patience is used up."""
 

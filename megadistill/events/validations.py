@@ -35,7 +35,7 @@ class Progress:
     """Validations since the best one."""
 
     def after(self, step: int, cross_entropy: float) -> "Progress":
-        """With one more validation; one that is not finite is no gain."""
+        """The progress with one more validation; one that is not finite is no gain."""
         count = self.validations + 1
         if cross_entropy < self.best:
             return Progress(count, step, cross_entropy, step, 0)
@@ -77,10 +77,10 @@ def read_validations(folder: Path) -> Iterator[dict[str, Any]]:
 def drop_validations_after(folder: Path, step: int) -> None:
     """Removes the lines of later steps, which are taken again, and those that are damaged."""
     path = folder / VALIDATIONS
-    lines = [line for line in json_lines(path)]
-    kept = [line for line in lines if line is not None and _is_validation(line) and line["step"] <= step]
-    if len(kept) < len(lines):
-        write_file(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+    lines = list(json_lines(path))
+    earlier = [line for line in lines if line is not None and _is_validation(line) and line["step"] <= step]
+    if len(earlier) < len(lines):
+        write_file(path, "".join(f"{json.dumps(line)}\n" for line in earlier))
 
 
 def _is_validation(line: Mapping[str, Any]) -> bool:

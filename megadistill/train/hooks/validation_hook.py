@@ -83,8 +83,8 @@ class ValidationHook:
     @property
     def finished(self) -> bool:
         """Whether the run is to end, since its patience is used up (`validation.stop`)."""
-        patience = self._section.patience
-        return self._section.stop and patience is not None and self._progress.without_gain >= patience
+        limit = self._section.patience
+        return self._section.stop and limit is not None and self._progress.without_gain >= limit
 
     def before_first_step(self, step: int) -> None:
         """The validation that is due before an attempt's first step, if any. Collective."""
@@ -136,15 +136,15 @@ class ValidationHook:
         self._masked = measured.masked
 
     def _report_plateau(self, step: int, cross_entropy: float) -> None:
-        progress, patience = self._progress, self._section.patience
-        if patience is None or progress.without_gain != patience:
+        progress, limit = self._progress, self._section.patience
+        if limit is None or progress.without_gain != limit:
             return
         ends = "; validation.stop ends the run" if self._section.stop else ""
         line = (
             f"step {step}: the held-out cross-entropy has not been below {progress.best:.4f} of step "
-            f"{progress.best_step} for {number_of(patience, 'validation')} (validation.patience){ends}"
+            f"{progress.best_step} for {number_of(limit, 'validation')} (validation.patience){ends}"
         )
-        values = {"best": _known(progress.best), "best_step": progress.best_step, "validations": patience}
+        values = {"best": _known(progress.best), "best_step": progress.best_step, "validations": limit}
         values["cross_entropy"] = _known(cross_entropy)
         self._recovery.events.warn("validation_plateau", line, step=step, **values)
 
