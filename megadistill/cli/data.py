@@ -162,7 +162,7 @@ def _add_shards_index(actions: Commands) -> None:
     option(files, "--column", "NAME", "column or field with the ids (default: input_ids or tokens)")
     text = """where documents begin: format: as the files tell, else behind each EOS; eos: behind each EOS; bos: at
         each BOS"""
-    files.add_argument("--documents", choices=("format", "eos", "bos"), default="format", help=text)
+    files.add_argument("--documents", choices=("format", "eos", "bos"), help=f"{text} (default: format)")
     option(files, "--processes", "N", "processes that read files (default: the cores of this machine)", kind=int)
 
 
@@ -246,7 +246,7 @@ def _index_tars(options: argparse.Namespace) -> None:
     from megadistill.progress import console_progress
     from megadistill.units import number_of
 
-    for name in ("sequence_length", "output", "column", "processes"):
+    for name in ("sequence_length", "output", "column", "documents", "processes"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for token files: give their --format, or leave it out")
     if len(options.paths) > 1:
@@ -278,7 +278,7 @@ def _index_token_files(options: argparse.Namespace) -> None:
             tokenizer=options.tokenizer,
             dtype=options.dtype,
             column=options.column,
-            documents=options.documents,
+            documents=options.documents or "format",
             split=options.split,
             output=options.output,
             processes=options.processes,

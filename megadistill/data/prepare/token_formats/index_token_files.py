@@ -35,7 +35,7 @@ from megadistill.data.shards.manifest import (
     read_dtype,
 )
 from megadistill.data.shards.npy import MAX_LENGTH
-from megadistill.data.shards.shard import FileName
+from megadistill.data.shards.shard import INDEX_SUFFIX, FileName
 from megadistill.data.shards.shard_table import ShardTable
 from megadistill.data.storage.base import Folder
 from megadistill.data.storage.open import folder_of
@@ -159,6 +159,13 @@ def _located(paths: Sequence[str]) -> tuple[str, list[str]]:
     twice = next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
     if twice is not None:
         raise UserError(f"{twice} is given twice: give each file once")
+    indices = {name + INDEX_SUFFIX for name in names}.intersection(names)
+    if indices:
+        index = min(indices)
+        raise UserError(
+            f"{index} has the name that the index of {index.removesuffix(INDEX_SUFFIX)} gets: index one of them by "
+            "itself, or a link to it with another name"
+        )
     return next(iter(folders)), names
 
 

@@ -413,12 +413,16 @@ def test_paths_that_make_no_index_are_refused_before_anything_is_read(
     write_new(tmp_path / "other", [[_ids(vocab, seed=1)]], "uint16")
     write_new(corpus / "narrow", [[_ids(vocab, seed=1)]], "uint16")
     (corpus / "a b.bin").write_bytes(b"1")
+    raw = [corpus / "raw", corpus / "raw.idx.npy"]
+    for path in raw:
+        path.write_bytes(bytes(200))
     before = _tree(tmp_path)
     for paths, options, message in (
         ([corpus / "a", tmp_path / "other"], {}, "files of one index lie in one folder"),
         ([corpus / "a", corpus / "a.bin"], {}, r"a\.bin is given twice"),
         ([corpus / "a", corpus / "narrow"], {}, r"a\.bin has ids of int32, narrow\.bin of uint16"),
         ([corpus / "a b"], {}, "is not a name for a manifest"),
+        (raw, {"format": "raw", "dtype": "uint16"}, r"raw\.idx\.npy has the name that the index of raw gets"),
         ([corpus / "none"], {}, r"none\.bin cannot be read \(No such file"),
         ([corpus / "a"], {"sequence_length": 1 << 25}, "a sequence has 1 to"),
         ([corpus / "a"], {"split": "a/b"}, "--split: 'a/b' is not a name"),
@@ -481,6 +485,7 @@ def test_the_command_indexes_shows_and_verifies(
     for wrong, message in (
         (["--sequence-length", "8"], "--sequence-length is for token files"),
         (["--column", "a"], "--column is for token files"),
+        (["--documents", "eos"], "--documents is for token files"),
         ([], "2 paths: give one folder of tars"),
     ):
         paths = [] if wrong else [str(corpus)]
