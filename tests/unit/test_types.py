@@ -15,6 +15,7 @@ from megadistill.types import (
     METRIC_NAMES,
     Cursor,
     LossTerms,
+    SequencePart,
     SignalMismatch,
     StepReport,
     TeacherSignal,
@@ -52,6 +53,20 @@ def test_micro_batches_are_the_batch_in_order(size: int) -> None:
         whole = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(whole, getattr(batch, name)), name
     assert sum(part.valid_tokens for part in parts) == batch.valid_tokens == B * S - 3
+
+
+def test_parts_of_sequences_are_the_batch_and_labels_go_on_across_their_ends() -> None:
+    batch = _batch()
+    parts = [batch.of_part(SequencePart(place, 2)) for place in range(2)]
+    assert batch.of_part(SequencePart()) is batch
+    assert torch.equal(torch.cat([each.tokens for each in parts], dim=1), batch.tokens)
+    assert torch.equal(torch.cat([each.labels for each in parts], dim=1), batch.labels)
+    assert sum(each.valid_tokens for each in parts) == batch.valid_tokens
+    for each in parts:
+        assert torch.equal(each.slots, batch.slots)
+        assert torch.equal(each.digests, batch.digests)
+        assert torch.equal(each.starts, batch.starts), "of whole sequences, for masks"
+        assert each.tokens.is_contiguous()
 
 
 def test_a_batch_that_does_not_divide_is_a_bug() -> None:

@@ -16,9 +16,9 @@ from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
 from megadistill.models.attention.choice import choose_attention
+from megadistill.models.attention.shared_sequences import check_shared_sequences
 from megadistill.models.experts import RouterCoefs
 from megadistill.models.families import EMBEDDING, HEAD, expert_layers
-from megadistill.models.shared_sequences import check_shared_sequences
 from megadistill.plan.counts.activations import Activations, Traffic
 from megadistill.plan.counts.model_stats import ModelStats, RecipeStats
 from megadistill.plan.counts.zero import GatheredParams, Zero, count_gathered

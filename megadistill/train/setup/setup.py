@@ -21,9 +21,9 @@ from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
 from megadistill.heldout.splits import Split
 from megadistill.models.attention.recipe_choices import recipe_choices
+from megadistill.models.attention.shared_sequences import check_shared_sequences
 from megadistill.models.families import load_config, refuse_as_student
 from megadistill.models.fingerprint import sampled_fingerprint
-from megadistill.models.shared_sequences import check_shared_sequences
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.teacher.local_copy import copy_folder, make_copy

@@ -59,7 +59,7 @@ class LiveTeacher(Teacher):
     ids: Tensor | None = None
     """[true vocabulary] int64, on the host: the teacher's id for each of the student's; None: the same ids."""
     topology: Topology | None = None
-    """Of ranks that may share sequences; None: they are read whole."""
+    """Groups of ranks that may share sequences; None: they are read whole."""
     saved: SavedTargets | None = None
     """Receives the truncated targets; None where the recipe does not save them."""
 

@@ -137,6 +137,23 @@ def test_a_vocab_group_that_does_not_divide_is_refused_with_those_that_do(
         vocab_group_size(configured, _launch(world, local_world))
 
 
+@pytest.mark.parametrize(
+    ("configured", "sequence", "world", "local_world", "size"),
+    [(None, 2, 8, 8, 4), (None, 8, 8, 8, 1), (None, 16, 32, 8, 1), (None, 3, 24, 8, 8), (2, 4, 8, 8, 2)],
+)
+def test_ranks_that_share_sequences_are_of_one_node_by_default(
+    configured: int | None, sequence: int, world: int, local_world: int, size: int
+) -> None:
+    assert vocab_group_size(configured, _launch(world, local_world), sequence=sequence) == size
+
+
+def test_a_vocab_group_too_large_for_shared_sequences_is_refused_with_those_that_fit() -> None:
+    with pytest.raises(UserError, match=r"vocab_group 4 times distributed\.sequence 4 is 16, .*vocab_group to 1 or 2"):
+        vocab_group_size(4, _launch(8, 8), sequence=4)
+    with pytest.raises(UserError, match=r"vocab_group to 1, and distributed\.sequence to a number that divides them"):
+        vocab_group_size(1, _launch(8, 8), sequence=3)
+
+
 def test_the_limit_on_open_files_is_raised_to_the_hard_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))

@@ -1,4 +1,4 @@
-"""Which recipes can have sequences that several ranks share (`distributed.sequence`)."""
+"""Checks of recipes in which several ranks share each sequence (`distributed.sequence`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,6 @@ from megadistill.config.auto import Choice
 from megadistill.config.recipe import Recipe
 from megadistill.errors import UserError
 from megadistill.models.attention.sequence import refuse_shared_heads
-from megadistill.models.families import family
 
 
 def check_shared_sequences(
@@ -44,9 +43,13 @@ def check_shared_sequences(
             "out, or store them before the run (megadistill store-targets) with distributed.sequence 1"
         )
     for what, (config, attention) in models.items():
-        if family(config).recurrent:
+        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
             raise UserError(
                 f"{name}, and recurrent layers of the {config.model_type} model of {what} carry a state from token to "
                 "token, which is not passed between ranks: set distributed.sequence to 1"
+            )
+        if reason := family(config).whole_sequences:
+            raise UserError(
+                f"{name}, and {what} is a {config.model_type} model: {reason}: set distributed.sequence to 1"
             )
         refuse_shared_heads(config, ranks, attention.value, what=what, key=f"{what.partition('.')[0]}.attention")
