@@ -20,6 +20,8 @@ EVENTS = {
     "their `lost_seconds`; `tier`: `local` for a save of the local tier; `totals`: sums over the run until now",
     "branched": "the run began from `step` of another one: `run` (its folder's name), `sha256` of the manifest",
     "recipe_changed": "the run continues after `step` with another recipe: `changes`, key -> [former, present value]",
+    "curriculum_entry": "`step` is the first one of curriculum entry `entry`, or of its rest after a start: "
+    "`sequence_length`, `global_batch`, `micro_batch`, `accumulation`, `rope`",
     "checkpoint_saved": "`stall_seconds` the host waited (an accelerator's copy aside), `write_seconds` on the disk, "
     "`bytes` a rank, `removed`; `totals`: sums over the run up to `step`",
     "checkpoint_failed": "a checkpoint was not written: `reason`, `stall_seconds`; the run continues",

@@ -20,6 +20,7 @@ MARKS = {
     "resumed": "o",
     "branched": "1",
     "recipe_changed": "p",
+    "curriculum_entry": "$e$",
     "checkpoint_saved": "|",
     "checkpoint_failed": "v",
     "local_checkpoint_saved": "$l$",

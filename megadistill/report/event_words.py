@@ -17,6 +17,7 @@ MEANINGS = {
     "resumed": "training began, or continued from a checkpoint",
     "branched": "the run began from a checkpoint of another run",
     "recipe_changed": "the run continued with another recipe, which leaves the steps before as they are",
+    "curriculum_entry": "steps took the sequence length, batch and rotary embeddings of a curriculum entry",
     "checkpoint_saved": "weights, optimizer and position were written; a later start continues from there",
     "checkpoint_failed": "a checkpoint could not be written; the run continued",
     "local_checkpoint_saved": "the same on the nodes themselves, from which a start on these nodes continues",
@@ -259,6 +260,16 @@ def _recipe_changed(event: Event) -> str:
     return f"recipe changed at step {event.step:,}" + (f": {_listed(keys)}" if keys else "")
 
 
+def _entry(event: Event) -> str:
+    values = {name: number(event.values.get(name)) for name in ("entry", "sequence_length", "global_batch")}
+    known = {name: f"{int(value):,}" for name, value in values.items() if value == value}
+    parts = [f"sequences of {known['sequence_length']} tokens"] if "sequence_length" in known else []
+    parts += [f"global batch {known['global_batch']}"] if "global_batch" in known else []
+    if (rope := event.values.get("rope")) is not None:
+        parts.append(f"rope {text(rope)}")
+    return _with(f"curriculum entry {known.get('entry', '?')} from step {event.step:,} on", parts)
+
+
 def _failed(event: Event) -> str:
     rank, code = (number(event.values.get(name)) for name in ("rank", "exit_code"))
     where = f" on rank {int(rank):,}" if rank >= 0 else ""
@@ -271,6 +282,7 @@ _ONE: Mapping[str, Callable[[Event], str]] = {
     "attempt_started": _started,
     "branched": lambda event: f"began from step {event.step:,} of {text(event.values.get('run'))}",
     "recipe_changed": _recipe_changed,
+    "curriculum_entry": _entry,
     "checkpoint_failed": lambda event: f"checkpoint at step {event.step:,} not written{_because(event)}",
     "local_checkpoint_failed": lambda event: f"local save at step {event.step:,} not written{_because(event)}",
     "checkpoint_quarantined": _quarantined,

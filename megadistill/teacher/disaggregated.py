@@ -26,37 +26,57 @@ from megadistill.teacher.stage import TeacherStage
 from megadistill.types import TeacherSignal, TokenBatch, to_device, token_digest
 
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
-"""First number of a request. Recorded: the client records a timeline of the step, so the stages do too."""
+_KINDS = 3
+"""First number of a request, plus `_KINDS` times the number of its shape. Recorded: the client records a timeline of
+the step, so the stages do too."""
+
+
+TAGS = 3
+"""Numbers in a packet's header before those of its rows."""
 
 
 @dataclass(frozen=True)
 class RequestCodec:
-    """The packet of a request: [1 + B·(1 + S)] int64, with positions [1 + B·(1 + 2·S)]."""
+    """The packet of a request: [1 + B·(1 + S)] int64, with positions [1 + B·(1 + 2·S)].
+
+    All packets have the size of the largest shape: a receive is posted before the shape is known.
+    """
 
     B: int
     S: int
     masked: bool
+    more: tuple[tuple[int, int], ...] = ()
+    """Other shapes (B, S) that micro-batches may have, those of further curriculum entries."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(B, S) of every micro-batch, by number."""
+        return ((self.B, self.S), *self.more)
 
     def __len__(self) -> int:
-        return 1 + self.B * (1 + self.S * (2 if self.masked else 1))
+        return 1 + max(B * (1 + S * (2 if self.masked else 1)) for B, S in self.shapes)
 
     def encode(self, batch: TokenBatch | None) -> Tensor:
         """The request for a batch, on the host; for None a stop."""
         if batch is None:
             return torch.full((len(self),), _STOP, dtype=torch.int64)
-        assert batch.tokens.shape == (self.B, self.S), "the micro-batches of a run have one shape"
-        parts = [torch.tensor([_RECORDED_WORK if timeline.recording() else _WORK]), batch.slots, batch.tokens.flatten()]
+        B, S = batch.tokens.shape
+        assert (B, S) in self.shapes, f"micro-batches have the shapes {self.shapes}, not {(B, S)}"
+        first = _KINDS * self.shapes.index((B, S)) + (_RECORDED_WORK if timeline.recording() else _WORK)
+        parts = [torch.tensor([first]), batch.slots, batch.tokens.flatten()]
         if self.masked:
             assert batch.positions is not None
             parts.append(batch.positions.flatten())
-        return torch.cat(parts)
+        packet = torch.cat(parts)
+        return torch.nn.functional.pad(packet, (0, len(self) - len(packet))) if self.more else packet
 
     def decode(self, request: Tensor) -> tuple[bool, Tensor, Tensor, Tensor | None] | None:
         """Whether the step is recorded, slots [B], tokens [B, S], positions [B, S]; None for a stop."""
-        work = request[0].item()
+        number, work = divmod(int(request[0].item()), _KINDS)
         if work == _STOP:
             return None
-        slots, rest = request[1 : 1 + self.B], request[1 + self.B :].view(-1, self.B, self.S)
+        B, S = self.shapes[number]
+        slots, rest = request[1 : 1 + B], request[1 + B :][: B * S * (2 if self.masked else 1)].view(-1, B, S)
         return work == _RECORDED_WORK, slots, rest[0], rest[1] if self.masked else None
 
 
@@ -70,8 +90,8 @@ class RemoteTeacher:
         self._first, self._last = bridge.stages[0], bridge.stages[-1]
         self._queue = queue
         self._device = device
-        self._in_flight: deque[tuple[Message, Message]] = deque()
-        """Request and answer of each micro-batch, the oldest first."""
+        self._in_flight: deque[tuple[Message, Message, tuple[int, int]]] = deque()
+        """Request, answer and shape (B, S) of each micro-batch, the oldest first."""
 
     @property
     def ahead(self) -> int:
@@ -99,9 +119,9 @@ class RemoteTeacher:
                     self._send_request(batch)
             if not self._in_flight:
                 return
-            request, answer = self._in_flight.popleft()
+            request, answer, shape = self._in_flight.popleft()
             request.wait()
-            yield checked_signal(*self._answers.decode(answer.wait(), self._requests.B, self._requests.S))
+            yield checked_signal(*self._answers.decode(answer.wait(), *shape))
 
     def close(self) -> None:
         """Sends a stop to the server, which ends when all clients have. Call it once, at the end of a run."""
@@ -115,15 +135,17 @@ class RemoteTeacher:
         answers would have to wait for their turn.
         """
         while self._in_flight:
-            for message in self._in_flight.popleft():
-                message.wait()
+            request, answer, _ = self._in_flight.popleft()
+            request.wait()
+            answer.wait()
 
     def _send_request(self, batch: TokenBatch) -> None:
         request = self._bridge.on_host.send(self._requests.encode(batch), self._first, label="request")
-        size = self._answers.bytes(self._requests.B, self._requests.S)
+        B, S = batch.tokens.shape
+        size = self._answers.bytes(B, S)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         answer = self._bridge.on_device.post_recv(buffer, self._last, label="answer")
-        self._in_flight.append((request, answer))
+        self._in_flight.append((request, answer, (B, S)))
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,8 @@ class _Job:
     """None on later stages, but of a teacher whose layers read inputs of their own."""
     x: Tensor
     """Tokens [B, S] on the first stage, hidden states [B, S, E] on the others."""
+    shape: tuple[int, int]
+    """(B, S)"""
 
 
 class TeacherServer:
@@ -195,8 +219,8 @@ class TeacherServer:
                 slots_B, tokens_BS = to_device(slots_B, device), to_device(tokens_BS, device)
                 if positions_BS is not None:
                     positions_BS = to_device(positions_BS, device)
-                digests_B = token_digest(tokens_BS)
-                yield _Job(client, is_recorded, slots_B, digests_B, positions_BS, tokens_BS, tokens_BS)
+                digests_B, (B, S) = token_digest(tokens_BS), tokens_BS.shape
+                yield _Job(client, is_recorded, slots_B, digests_B, positions_BS, tokens_BS, tokens_BS, (B, S))
 
     def _receive_request(self, client: int) -> Message:
         buffer = torch.empty(len(self._requests), dtype=torch.int64)
@@ -216,37 +240,47 @@ class TeacherServer:
         if len(self._outgoing) > self._queue * len(self._bridge.clients):
             self._outgoing.popleft().wait()
 
-    # The header of a packet: client (-1: stop), whether its step is recorded, slots, digests, positions and tokens.
+    # The header of a packet: client (-1: stop), whether its step is recorded, the number of its shape, slots, digests,
+    # positions and tokens. All packets have the size of the largest.
 
-    @property
-    def _header_numbers(self) -> int:
-        B, S = self._requests.B, self._requests.S
-        return 2 + 2 * B + B * S * (self._requests.masked + self._stage.reads_tokens)
+    def _header_numbers(self, B: int, S: int) -> int:
+        return TAGS + 2 * B + B * S * (self._requests.masked + self._stage.reads_tokens)
+
+    def _payload_bytes(self, B: int, S: int) -> int:
+        return math.prod(self._stage.packet_shape(B, S)) * self._stage.dtype.itemsize
 
     @property
     def _packet_bytes(self) -> int:
-        shape = self._stage.packet_shape(self._requests.B, self._requests.S)
-        return INT64_BYTES * self._header_numbers + math.prod(shape) * self._stage.dtype.itemsize
+        return max(
+            INT64_BYTES * self._header_numbers(B, S) + self._payload_bytes(B, S) for B, S in self._requests.shapes
+        )
 
     def _encode_job(self, job: _Job, hidden_BSE: Tensor) -> Tensor:
-        tags = to_device(torch.tensor([job.client, job.is_recorded]), job.slots_B.device)
+        B, S = job.shape
+        number = self._requests.shapes.index(job.shape)
+        tags = to_device(torch.tensor([job.client, job.is_recorded, number]), job.slots_B.device)
         header = [tags, job.slots_B, job.digests_B]
         if job.positions_BS is not None:
             header.append(job.positions_BS.flatten())
         if self._stage.reads_tokens:
             assert job.tokens_BS is not None, "the stage before has sent them"
             header.append(job.tokens_BS.flatten())
-        return pack(torch.cat(header), hidden_BSE)
+        numbers = torch.cat(header)
+        packet = torch.empty(self._packet_bytes, dtype=torch.uint8, device=self._stage.device)
+        pack(numbers, hidden_BSE, out=packet[: INT64_BYTES * len(numbers) + self._payload_bytes(B, S)])
+        return packet
 
     def _decode_job(self, packet: Tensor) -> _Job | None:
-        B, S = self._requests.B, self._requests.S
-        header, payload = unpack(packet, self._header_numbers)
-        client, is_recorded = header[:2].tolist()
+        client, is_recorded, number = unpack(packet, TAGS)[0].tolist()
         if client < 0:
             return None
-        further = list(header[2 + 2 * B :].view(-1, B, S))
+        B, S = self._requests.shapes[number]
+        header, payload = unpack(packet, self._header_numbers(B, S))
+        payload = payload[: self._payload_bytes(B, S)]
+        header = header[TAGS:]
+        further = list(header[2 * B :].view(-1, B, S))
         positions_BS = further.pop(0) if self._requests.masked else None
         tokens_BS = further.pop(0) if self._stage.reads_tokens else None
         hidden_BSE = payload.view(self._stage.dtype).view(self._stage.packet_shape(B, S))
-        slots_B, digests_B = header[2 : 2 + B], header[2 + B : 2 + 2 * B]
-        return _Job(client, bool(is_recorded), slots_B, digests_B, positions_BS, tokens_BS, hidden_BSE)
+        slots_B, digests_B = header[:B], header[B : 2 * B]
+        return _Job(client, bool(is_recorded), slots_B, digests_B, positions_BS, tokens_BS, hidden_BSE, (B, S))

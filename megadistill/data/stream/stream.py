@@ -235,6 +235,8 @@ class TokenStream:
         faults: dict[int, str] = {}
         for source, reader in enumerate(self._readers):
             here = np.flatnonzero((places_B3[:, 0] == source) & ~masked_B)
+            if not len(here):
+                continue
             sequences = reader.read(places_B3[here, 1:])
             whole: slice | Positions = slice(None) if len(here) == rows else here
             manifest = self._mixture.sources[self._order.names[source]]

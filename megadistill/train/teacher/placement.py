@@ -159,7 +159,8 @@ def run_teacher_server(setup: Setup, topology: Topology) -> None:
     frozen = FrozenWeights.of(stage.weights()) if every else None
     if frozen is not None:
         frozen.require_same_replicas(topology)
-    per_step = setup.accumulation * len(bridge.roles.clients(0))  # micro-batches; as many in every replica
+    accumulation = max(shape.accumulation for shape in setup.shapes)
+    per_step = accumulation * len(bridge.roles.clients(0))  # micro-batches; as many in every replica
     server = TeacherServer(stage, bridge, *transfer_codecs(setup), queue=_section(setup).queue)
     for served in server.serve():
         if frozen is not None and served % (every * per_step) == 0:
@@ -169,7 +170,8 @@ def run_teacher_server(setup: Setup, topology: Topology) -> None:
 def transfer_codecs(setup: Setup) -> tuple[RequestCodec, ActivationCodec]:
     """Formats of micro-batches and hidden states between the student's ranks and the teacher's."""
     recipe = setup.recipe
-    requests = RequestCodec(recipe.train.micro_batch, setup.data.sequence_length, recipe.data.document_mask)
+    (B, S), *more = dict.fromkeys((shape.micro_batch, shape.sequence_length) for shape in setup.shapes)
+    requests = RequestCodec(B, S, recipe.data.document_mask, tuple(more))
     width, dtype = int(setup.teacher_config.hidden_size), torch_dtype(recipe.train.precision)  # type: ignore[union-attr]
     return requests, ActivationCodec(width, dtype, float8=_section(setup).transfer_dtype == "float8")
 

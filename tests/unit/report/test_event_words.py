@@ -104,6 +104,13 @@ def _skipped(run: WrittenRun) -> None:
             "slow rank at step 9: rank 1 (n7) computes at 0.76 of the median",
         ),
         (
+            lambda run: run.event(
+                "curriculum_entry", 9, entry=3, sequence_length=32768, global_batch=64, rope={"rope_theta": 5e6}
+            ),
+            "curriculum entry 3 from step 9 on (sequences of 32,768 tokens, global batch 64, rope "
+            '{"rope_theta": 5000000.0})',
+        ),
+        (
             lambda run: run.event("teacher_above_uniform", 0, teacher_ce=9.25, uniform_ce=7.625),
             "the teacher does not know this text at step 0: cross-entropy 9.25, a uniform guess has 7.62",
         ),
