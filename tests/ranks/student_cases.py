@@ -4,7 +4,7 @@ The truth is one process, one dense transformers model in float64, torch's own c
 the initial values and the definition of the loss.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from megadistill.train.objective import Objective
 from megadistill.train.step import train_step
 from megadistill.train.teacher.live import LiveTeacher
 from megadistill.train.teacher.protocol import NoTeacher, Teacher
-from megadistill.types import Cursor, SequencePart, TeacherSignal, TokenBatch, token_digest
+from megadistill.types import Cursor, LossTerms, SequencePart, TeacherSignal, TokenBatch, token_digest
 from tests.paths import DS_CONFIGS
 
 VOCAB, MULTIPLE, SEQUENCE, GLOBAL_BATCH, TEACHER_WIDTH, SEED = 250, 256, 16, 8, 48, 3
@@ -283,8 +283,11 @@ def masked(starts_BS: Tensor, window: int | None = None) -> dict[str, Tensor]:
     return {"attention_mask": (sees_BSS & near_SS)[:, None], "position_ids": sees_BSS.sum(dim=2) - 1}
 
 
-def dense_truth(case: Case) -> RunResult:
-    """The same three steps on one dense model in float64, from the same initial values, without padding."""
+def dense_truth(case: Case, distilled: Callable[[Head, TokenBatch, Tensor], LossTerms] | None = None) -> RunResult:
+    """The same three steps on one dense model in float64, from the same initial values, without padding.
+
+    `distilled`: the terms of a batch, whose tokens have these weights; None: those of `teacher_head`.
+    """
     config = config_of(case)
     model = build_causal_lm(config, vocab_size=VOCAB, dtype=torch.float32)
     named = dict(model.named_parameters())
@@ -315,7 +318,9 @@ def dense_truth(case: Case) -> RunResult:
         outputs = model.base_model(input_ids=batch.tokens, use_cache=False, **seen, **routed)
         hidden = outputs.last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings().weight
-        if case.objective == "distill":
+        if distilled is not None:
+            terms = distilled(Head(hidden, head), batch, weights)
+        elif case.objective == "distill":
             terms = reference.distill_loss(
                 Head(hidden, head, transform=logit_transform(config)),
                 Head(teacher_hidden(batch.slots).double(), teacher_head().double()),

@@ -285,15 +285,15 @@ CLOCK = {
 }  # fmt: skip
 
 
-def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor) -> Path:
+def _teacher(folder: Path, manifest: Manifest, ids: torch.Tensor, *, width: int = 48) -> Path:
     """Two layers, so that they make two stages. Its id for the student's i is ids[i], where that is not -1."""
     torch.manual_seed(5)
-    config = {**STUDENT, "hidden_size": 48, "num_hidden_layers": 2, "vocab_size": manifest.vocab_size}
+    config = {**STUDENT, "hidden_size": width, "num_hidden_layers": 2, "vocab_size": manifest.vocab_size}
     model = AutoModelForCausalLM.from_config(load_config({**config, "initializer_range": 0.3}, what="test"))
     teacher_ids = int(ids.max()) + 1
     state, known = model.state_dict(), ids >= 0
     for name in (EMBEDDING, HEAD):
-        rows = torch.randn(teacher_ids, 48)  # ids that the student does not have, and that must not matter
+        rows = torch.randn(teacher_ids, width)  # ids that the student does not have, and that must not matter
         rows[ids[known]] = state[name][known]
         state[name] = rows
     wider = AutoModelForCausalLM.from_config(load_config({**config, "vocab_size": teacher_ids}, what="test"))
