@@ -6,6 +6,7 @@ the same tokens, page cache warm; the time to locate a far position; the wait th
 
 import argparse
 import importlib
+import importlib.util
 import struct
 import tempfile
 import time
@@ -20,7 +21,9 @@ import webdataset
 
 from benchmarks.measure import Spread, rounds
 from benchmarks.report import Report, cell, parser
+from benchmarks.token_tables import BATCH, TABLES
 from megadistill.data import Manifest, TokenStream
+from megadistill.data.prepare.token_formats.formats import FORMATS
 from megadistill.data.prepare.token_formats.index_file import IndexSpec, index_file
 from megadistill.data.prepare.token_formats.token_scan import ScanOptions
 from megadistill.data.shards.manifest import (
@@ -28,6 +31,7 @@ from megadistill.data.shards.manifest import (
     SampleFormat,
     SourceRecord,
     TokenFileFormat,
+    TokenFormatName,
     TokenizerRecord,
 )
 from megadistill.data.shards.packing import PackedSequence
@@ -40,7 +44,6 @@ from megadistill.data.stream.order import CurriculumEntry, Order, Source
 QUESTIONS = ("speed", "position", "wait")
 MEASURED = ("megadistill/data", "megadistill/types.py", "benchmarks/*.py")
 VOCAB = 50_000
-BATCH = 256
 MEGATRON_UINT16 = 8
 """The number of uint16 in Megatron's indices."""
 DOCUMENT = 700
@@ -50,9 +53,10 @@ HELP = """\
 questions (all of them, when --only does not choose):
   speed     CPU seconds of this process to read every sequence once into int64 tokens and labels, in batches of 256:
             ours in its shuffled order, every byte checked (crc32) and every id, from tars, and in place from
-            Megatron's .bin and .idx; a flat numpy memmap read at random places, unchecked; plain webdataset, .npy
-            members; Megatron's IndexedDataset on the same files (pip install -e '.[oracles]') and mosaic-streaming
-            (pip install mosaicml-streaming), where they are installed
+            Megatron's .bin and .idx, MDS, Arrow files of datasets, and parquet; a flat numpy memmap read at random
+            places, unchecked; plain webdataset, .npy members; and on the same files, where they are installed,
+            Megatron's IndexedDataset and datasets (pip install -e '.[oracles]'), mosaic-streaming (pip install
+            mosaicml-streaming; without it there are no files in MDS), and pyarrow
   position  seconds to find 256 slots in the middle of a manifest of 10^12 tokens, and memory for it
   wait      seconds that a step of --step-ms waits for its batch, with and without the thread that reads ahead
 
@@ -117,21 +121,31 @@ def _index_megatron(folder: Path, sequences: int, sequence: int) -> Manifest:
     pointers = (np.arange(sequences, dtype="<i8") * 2 * length).tobytes()
     items = np.full(sequences, length, "<i4").tobytes() + pointers
     (folder / "megatron.idx").write_bytes(header + items + np.arange(sequences + 1, dtype="<i8").tobytes())
-    output = folder / "in-place"
+    return _index(folder, "megatron", folder / "megatron", sequence)
+
+
+def _index(folder: Path, format: TokenFormatName, path: Path, sequence: int) -> Manifest:
+    """An index of token files, each of which stays as it is."""
+    kind, output = FORMATS[format], folder / f"{format}-in-place"
+    paths = [Path(name) for name in kind.files(str(path))]
+    data = LocalFolder(paths[0].parent)
     output.mkdir()
-    spec = IndexSpec("megatron", ScanOptions(VOCAB), sequence, "format", bos=None, eos=2)
-    indexed = index_file(LocalFolder(folder), "megatron.bin", output, spec, lambda size, ids: None)
-    assert indexed.shard is not None
+    spec = IndexSpec(format, ScanOptions(VOCAB), sequence, "format", bos=None, eos=2)
+    files = [index_file(data, each.name, output, spec, lambda size, ids: None) for each in paths]
+    dtype, decoder = kind.stored_as(data, paths[0].name, spec.options)
     record = TokenFileFormat(
         kind="token_file",
-        format="megatron",
-        folder="../",
-        dtype="uint16",
-        has_documents=True,
-        segments=indexed.segments,
+        format=format,
+        folder="../" if paths[0].parent == folder else f"../{paths[0].parent.name}",
+        dtype=dtype,
+        has_documents=all(each.knows_documents for each in files),
+        segments=max(each.segments for each in files),
+        decoder=decoder,
     )
     packer = PackerRecord(name="external", version=1, bos=None, eos=None)
-    return _write_manifest(output, (indexed.shard,), sequence, record, packer, documents=indexed.documents)
+    shards = tuple(each.shard for each in files if each.shard)
+    documents = sum(each.documents for each in files) if record.has_documents else None
+    return _write_manifest(output, shards, sequence, record, packer, documents=documents)
 
 
 def ours(manifest: Manifest, sequences: int) -> int:
@@ -165,18 +179,13 @@ def megatron_datasets() -> Any:
     return importlib.import_module("megatron.core.datasets.indexed_dataset")
 
 
-def mosaic_streaming() -> Any:
-    return importlib.import_module("streaming")
-
-
 def megatron(folder: Path, sequences: int) -> int:
     dataset = megatron_datasets().IndexedDataset(str(folder / "megatron"))
     return _in_batches(dataset[i] for i in np.random.default_rng(1).permutation(sequences).tolist())
 
 
-def mosaic(folder: Path) -> int:
-    dataset = mosaic_streaming().StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
-    return _in_batches(sample["tokens"] for sample in dataset)
+def _in_batches_of(rows: Callable[[Path], Iterator[np.ndarray]], path: Path) -> int:
+    return _in_batches(rows(path))
 
 
 def _in_batches(sequences: Iterator[np.ndarray]) -> int:
@@ -195,7 +204,7 @@ def _in_batches(sequences: Iterator[np.ndarray]) -> int:
 
 
 def _write_for_others(folder: Path, sequences: int, sequence: int, report: Report) -> dict[str, Read]:
-    """Their readers, for those that are installed."""
+    """The same tokens in other formats: ours in place, and their own readers, for those that are installed."""
     tokens = np.fromfile(folder / "tokens.bin", dtype=np.uint16).reshape(sequences, sequence + 1)
     contenders: dict[str, Read] = {}
     try:
@@ -203,14 +212,18 @@ def _write_for_others(folder: Path, sequences: int, sequence: int, report: Repor
         contenders["Megatron's IndexedDataset"] = partial(megatron, folder, sequences)
     except ImportError as missing:
         report.console.print(f"  Megatron's IndexedDataset is left out: {missing}", highlight=False)
-    try:
-        columns = {"tokens": f"ndarray:uint16:{sequence + 1}"}
-        with mosaic_streaming().MDSWriter(out=str(folder / "mosaic"), columns=columns) as writer:
-            for row in tokens:
-                writer.write({"tokens": row})
-        contenders["mosaic-streaming"] = partial(mosaic, folder)
-    except ImportError as missing:
-        report.console.print(f"  mosaic-streaming is left out: {missing}", highlight=False)
+    for table in TABLES:
+        try:
+            path = table.write(folder, tokens)
+        except ImportError as missing:
+            report.console.print(f"  {table.format} is left out: {missing}", highlight=False)
+            continue
+        manifest = _index(folder, table.format, path, sequence)
+        contenders[f"ours, {table.format} in place, all checked"] = partial(ours, manifest, sequences)
+        if importlib.util.find_spec(table.library) is None:
+            report.console.print(f"  {table.reader} is left out: {table.library} is not installed", highlight=False)
+        else:
+            contenders[table.reader] = partial(_in_batches_of, table.rows, path)
     return contenders
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 AVERAGES = "averages"
 """Folder in a run folder."""
 MAX_FILE_BYTES = 1 << 30
-"""Of a file of an average, which is held in memory while it is written."""
+"""Largest file of an average, which is held in memory while it is written."""
 
 
 def average_run(run: Path, *, last: int | None, decay: float | None, max_file_bytes: int = MAX_FILE_BYTES) -> Path:
@@ -91,14 +91,14 @@ def _chosen(run: Path, last: int | None) -> dict[int, Path]:
     """Step -> folder of the newest `last` checkpoints, without those that a rollback abandoned."""
     rollbacks = read_rollbacks(run)
     folders = checkpoint_folders(run / "checkpoints")
-    kept = {step: path for step, path in folders.items() if not rollbacks or not _abandoned(path, rollbacks)}
-    if len(kept) < (last or 2):
-        there = ", ".join(map(str, kept)) or "none"
+    usable = {step: path for step, path in folders.items() if not rollbacks or not _abandoned(path, rollbacks)}
+    if len(usable) < (last or 2):
+        there = ", ".join(map(str, usable)) or "none"
         raise UserError(
-            f"{printable(str(run))} has {len(kept)} checkpoints to average (steps: {there}), --last asks for "
+            f"{printable(str(run))} has {len(usable)} checkpoints to average (steps: {there}), --last asks for "
             f"{last or 2}: give fewer, or let the run keep more (checkpoint.keep_last)"
         )
-    return dict(list(kept.items())[-last:] if last else kept)
+    return dict(list(usable.items())[-last:] if last else usable)
 
 
 def _abandoned(path: Path, rollbacks: Sequence[Rollback]) -> bool:

@@ -29,6 +29,10 @@ class SourceRead:
     manifest: Manifest | None
     """None where it is not at hand, or has changed since."""
 
+    def tokens(self, sequence_length: int) -> int:
+        """Tokens that were read of it; `sequence_length`: where its manifest is not at hand."""
+        return self.sequences * (sequence_length if self.manifest is None else self.manifest.sequence_length)
+
 
 @dataclass(frozen=True)
 class DataProvenance:
@@ -39,6 +43,7 @@ class DataProvenance:
     """Sources, stages and seed; see `data.mixture.Order`."""
     tokens: int
     sequence_length: int
+    """Of curriculum entries that differ in it, the mean of all sequences."""
     sources: tuple[SourceRead, ...]
 
     @classmethod
@@ -51,12 +56,18 @@ class DataProvenance:
             cursor=cursor,
             order=order,
             tokens=manifest.tokens,
-            sequence_length=manifest.tokens // (manifest.step * recipe.train.global_batch),
+            sequence_length=_length(manifest, recipe, sum(sequences.values())),
             sources=tuple(
                 SourceRead(name, fingerprint, sequences[name], _manifest(named.get(name), fingerprint))
                 for name, fingerprint in sorted(order["sources"].items())
             ),
         )
+
+
+def _length(manifest: CheckpointManifest, recipe: Recipe, sequences: int) -> int:
+    if len(manifest.cursor["order"]["stages"]) == 1:
+        return manifest.tokens // (manifest.step * recipe.train.global_batch)
+    return manifest.tokens // max(1, sequences)
 
 
 def sequences_of(order: Mapping[str, Any], cursor: Cursor) -> dict[str, int]:

@@ -42,7 +42,7 @@ MAX_PROMPTS, MAX_NEW_TOKENS = 32, 512
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is measured of each checkpoint."""
+    """The measurements of each checkpoint."""
 
     tasks: Sequence[str] = ()
     """Tasks of lm-evaluation-harness."""
@@ -58,7 +58,7 @@ class Measurements:
     keep_exports: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers of a row, as JSON: a checkpoint that was measured with it is not measured again."""
+        """The settings that decide the numbers of a row, as JSON: with the same ones nothing is measured again."""
         tasks = {"tasks": list(self.tasks), "fewshot": self.fewshot, "limit": self.limit} if self.tasks else {}
         prompts = {"prompts": list(self.prompts), "sampling": asdict(self.sampling)} if self.prompts else {}
         return {**tasks, **prompts, **({"exports": True} if self.keep_exports else {})}

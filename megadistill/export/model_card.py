@@ -137,7 +137,7 @@ def _sources(provenance: DataProvenance) -> str:
     """A row for each source; without the columns that need a manifest where none is at hand."""
     rows = [["source", "sequences", "tokens", "manifest sha256", "epochs", "documents", "text bytes"]]
     for source in provenance.sources:
-        manifest, tokens = source.manifest, f"{source.sequences * provenance.sequence_length:,}"
+        manifest, tokens = source.manifest, f"{source.tokens(provenance.sequence_length):,}"
         rows.append([escape_md(source.name), f"{source.sequences:,}", tokens, f"`{source.fingerprint}`", "", "", ""])
         if manifest is not None:
             counts = ("" if count is None else f"{count:,}" for count in (manifest.documents, manifest.text_bytes))

@@ -1,4 +1,4 @@
-"""What a follower measured of a run's checkpoints, as curves and tables of a page."""
+"""Measurements of a run's checkpoints by a follower, as curves and tables of a page."""
 
 import re
 from collections.abc import Sequence

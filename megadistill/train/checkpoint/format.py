@@ -70,7 +70,7 @@ class AveragedCheckpoint(_Record):
 
 
 class AverageRecord(_Record):
-    """What an average of checkpoints is made of. It has weights alone, without optimizer state."""
+    """The parts of an average of checkpoints, which has weights alone, without optimizer state."""
 
     kind: Literal["mean", "ema"]
     decay: Annotated[float, Field(gt=0, lt=1)] | None
@@ -132,9 +132,10 @@ class CheckpointManifest(_Record):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "CheckpointManifest":
-        """A step reads one sequence at least, and all sequences have the same number of tokens."""
+        """A step reads one sequence at least, and all sequences of a curriculum entry have as many tokens."""
         read = CursorRecord.model_validate_json(json.dumps(self.cursor)).read
-        if not self.step <= read <= self.tokens or (read and self.tokens % read):
+        has_one_length = len(self.cursor["order"]["stages"]) == 1
+        if not self.step <= read <= self.tokens or (read and has_one_length and self.tokens % read):
             raise ValueError(f"step {self.step:,}, {read:,} sequences and {self.tokens:,} tokens do not go together")
         return self
 

@@ -103,5 +103,5 @@ def _commands(top: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[st
 def test_each_command_has_a_line_for_an_interruption() -> None:
     lines = {name: command.get_default("on_interrupt") for name, command in _commands(parser())}
     assert all(lines.values()), lines
-    assert {name for name, line in lines.items() if line == RESUMES} == {"tokenize", "generate"}
+    assert {name for name, line in lines.items() if line == RESUMES} == {"tokenize", "generate", "follow"}
     assert "resumes" in lines["train"]
