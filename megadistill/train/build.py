@@ -130,7 +130,8 @@ def held_out_of(setup: Setup, topology: Topology) -> HeldOutBatches | None:
         return None
     sizes = {shape.sequence_length: shape.micro_batch for shape in reversed(setup.shapes)}
     rows = [sizes.get(split.manifest.sequence_length, setup.recipe.train.micro_batch) for split in setup.held_out]
-    return HeldOutBatches(setup.held_out, topology, rows=rows, document_mask=setup.recipe.data.document_mask)
+    mask, sources = setup.recipe.data.document_mask, setup.data.names
+    return HeldOutBatches(setup.held_out, topology, rows=rows, document_mask=mask, sources=sources)
 
 
 def meter_of(setup: Setup, topology: Topology) -> Meter:

@@ -48,8 +48,6 @@ from megadistill.units import readable
 class LiveTeacher(Teacher):
     """A forward pass for each micro-batch, and this rank's rows of the teacher's head."""
 
-    answers_any_tokens = True
-
     pipeline: TeacherPipeline | RemoteTeacher
     head: Tensor
     """[v, E]"""
@@ -62,6 +60,10 @@ class LiveTeacher(Teacher):
     """Groups of ranks that may share sequences; None: they are read whole."""
     saved: SavedTargets | None = None
     """Receives the truncated targets; None where the recipe does not save them."""
+
+    @property
+    def answers_any_tokens(self) -> bool:
+        return True
 
     def head_on(self, hidden: Tensor) -> Head:
         """The loss's inputs of this teacher, for hidden states [N, E]."""

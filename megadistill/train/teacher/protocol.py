@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from typing import ClassVar
 
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
@@ -16,8 +15,10 @@ from megadistill.types import TokenBatch
 class Teacher(ABC):
     """Source of a run's targets, on one rank. Only `teacher_targets` must be implemented."""
 
-    answers_any_tokens: ClassVar[bool] = False
-    """Whether `teacher_targets` takes micro-batches of any tokens, those of held-out splits too."""
+    @property
+    def answers_any_tokens(self) -> bool:
+        """Whether `teacher_targets` takes micro-batches of any tokens, those of held-out splits too."""
+        return False
 
     @abstractmethod
     def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:

@@ -48,6 +48,10 @@ class SeveralTeachers(Teacher):
     sources: int
     """K: number of the data's sources."""
 
+    @property
+    def answers_any_tokens(self) -> bool:
+        return all(member.teacher.answers_any_tokens for member in self.members)
+
     def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:
         """See `Teacher`. A micro-batch without a row of a teacher on any rank of its group costs that one nothing."""
         waiting: deque[TokenBatch] = deque()
@@ -147,7 +151,10 @@ class SeveralTargets:
         return replace(terms, per_token=None, by_teacher=sums)
 
     def complete(self) -> Head | None:
-        return None
+        """That of the one teacher of all rows; None where they have several, or none."""
+        parts = [part for part in self.parts if not part.is_empty]
+        one = parts[0].targeted if len(parts) == 1 else None
+        return one.target.complete() if one is not None and len(one.batch) == len(self.batch) else None
 
     def _rows(self, student: StudentOutput, part: Part) -> StudentOutput:
         """The student's output for the tokens of a part, whose weights are shared out to their teachers."""

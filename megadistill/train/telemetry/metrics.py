@@ -82,7 +82,7 @@ def logged_names(recipe: Recipe, *, has_experts: bool = False) -> set[str]:
     if recipe.train.norms_every > 0:  # those of each layer too, for which there is no chart
         names |= {f"norms/{name}" for name in NORM_NUMBERS} | {f"norms/{kind}/total" for kind in NORM_KINDS}
     if recipe.validation is not None:
-        has_teacher = recipe.teacher is not None and recipe.teacher.is_live
+        has_teacher = bool(recipe.teachers) if recipe.teacher is None else recipe.teacher.is_live
         measures = (*HELD_OUT_MEASURES, *(HELD_OUT_TEACHER_MEASURES if has_teacher else ()))
         names |= {f"validation/{name}/{split}" for name in measures for split in (ALL, *recipe.validation.data)}
     if has_experts:

@@ -13,6 +13,9 @@ from megadistill.distributed.topology import Topology
 from megadistill.heldout.splits import Split, own_batches
 from megadistill.types import IGNORED_LABEL, TokenBatch
 
+NO_SOURCE = -1
+"""The source of rows that are of none of the training data's."""
+
 
 @dataclass(frozen=True)
 class HeldOutBatch:
@@ -33,16 +36,25 @@ class HeldOutBatches:
     """
 
     def __init__(
-        self, splits: Sequence[Split], topology: Topology, *, rows: Sequence[int], document_mask: bool
+        self,
+        splits: Sequence[Split],
+        topology: Topology,
+        *,
+        rows: Sequence[int],
+        document_mask: bool,
+        sources: Sequence[str] = (),
     ) -> None:
         """
         Args:
             rows: B of each split.
+            sources: names of the training data's sources, by number. A split with the name of one has its teachers.
             document_mask: whether the run's micro-batches are read document by document (`data.document_mask`). Those
                 of a split of which an evaluation reads each sequence as one document have one document then.
         """
         self.splits, self._rows = tuple(splits), tuple(rows)
         self._document_mask, self._part = document_mask, topology.sequence_part
+        self._sources = [sources.index(split.name) if split.name in sources else NO_SOURCE for split in self.splits]
+        self._group_size = topology.group_size
         self._own: list[list[range]] = []
         self._rounds: list[int] = []
         for split, size in zip(self.splits, self._rows, strict=True):
@@ -77,6 +89,8 @@ class HeldOutBatches:
             digests=read.digests[row_B],
             starts=read.starts[row_B],
             document_mask=self._document_mask,
+            sources=torch.tensor(self._sources[split]),
+            peer_sources=torch.full((self._rows[split], self._group_size), self._sources[split]),
         )
         if self._document_mask and not read.document_mask:
             batch = replace(batch, starts=_whole_rows(batch.starts))

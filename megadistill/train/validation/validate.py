@@ -50,7 +50,8 @@ def measure(
     The measures are those of `megadistill evaluate`: at temperature 1, against the teacher's complete distribution
     where the target has it. No state of the student changes but what ZeRO-3 has gathered.
     """
-    accumulator, with_teacher = Accumulator(len(held_out.splits), keeps_tokens=False), False
+    accumulator = Accumulator(len(held_out.splits), keeps_tokens=False)
+    with_teacher: set[int] = set()  # the splits for which it answers: the same on every rank
     for each, target in targeted:
         micro = each.batch.to(topology.device)
         labels = micro.labels.flatten()
@@ -58,7 +59,8 @@ def measure(
         with timeline.span(timeline.COMPUTE, "student forward"):
             hidden_ND = student.hidden(micro.tokens, micro.positions)
         teacher = None if target is None else target.complete()
-        with_teacher |= teacher is not None
+        if teacher is not None:
+            with_teacher.add(each.split)
         with timeline.span(timeline.COMPUTE, "measures"):
             terms = token_terms(
                 Head(hidden_ND[labelled], student.head.weight(), transform=objective.student_logits),
@@ -102,18 +104,19 @@ _BY_SPLIT = ("cross_entropy", "kl")
 """Those that it has for each split too."""
 
 
-def _by_split(totals: Totals, held_out: HeldOutBatches, *, with_teacher: bool) -> dict[str, dict[str, float]]:
-    counts = totals.by_source_KC[:, 0].tolist()
-    parts = [(ALL, totals.by_source_KC.sum(axis=0), totals.by_bin_KB3.sum(axis=0), held_out.splits, counts)]
-    for number, split in enumerate(held_out.splits):
-        parts.append((split.name, totals.by_source_KC[number], totals.by_bin_KB3[number], (split,), [counts[number]]))
+def _by_split(totals: Totals, held_out: HeldOutBatches, *, with_teacher: set[int]) -> dict[str, dict[str, float]]:
+    counts, all_splits = totals.by_source_KC[:, 0].tolist(), range(len(held_out.splits))
     measures: dict[str, dict[str, float]] = {}
-    for name, sums_C, bins_B3, splits, tokens in parts:
+    parts = {ALL: list(all_splits), **{held_out.splits[number].name: [number] for number in all_splits}}
+    for name, numbers in parts.items():
+        sums_C, bins_B3 = totals.by_source_KC[numbers].sum(axis=0), totals.by_bin_KB3[numbers].sum(axis=0)
         if not sums_C[0]:
             measures[name] = {"tokens": 0}
             continue
-        values: dict[str, Any] = measures_of(sums_C, bins_B3, splits, tokens, with_teacher=with_teacher)
-        if with_teacher:
+        splits, tokens = [held_out.splits[number] for number in numbers], [counts[number] for number in numbers]
+        is_taught = with_teacher.issuperset(numbers)
+        values: dict[str, Any] = measures_of(sums_C, bins_B3, splits, tokens, with_teacher=is_taught)
+        if is_taught:
             values["teacher_cross_entropy"] = float(sums_C[COLUMNS.index("teacher_cross_entropy")] / sums_C[0])
         measures[name] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
     return measures
