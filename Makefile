@@ -176,12 +176,16 @@ smoke: $(SMOKE)/labels-hf/config.json $(SMOKE)/distill-hf/config.json
 	@echo "curves: $(BIN)/tensorboard --logdir $(SMOKE)"
 	$(ACTIVATE)
 
-# docs/images: the report, calibration and deciles of the smoke runs, and the timeline of a plan.
+# docs/images: the report, calibration and deciles of the smoke runs, the timeline of a plan, a step of a profile.
 pictures: $(READY)
 	$(BIN)/python -m benchmarks.pictures $(SMOKE)
 	$(BIN)/megadistill timeline recipes/llama3-70b-to-8b/8-nodes.yaml --nodes 8 --gpus-per-node 8 --gpu h100 \
 	    --sequence-length 8192 --teacher-config recipes/models/llama-3.1-70b --output $(SMOKE)/timeline
 	cp $(SMOKE)/timeline/timeline.png docs/images/timeline-plan.png
+	rm -rf $(SMOKE)/profiled
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m megadistill train recipes/smoke.yaml \
+	    --set run.folder=$(SMOKE)/profiled --set 'profile.steps=[11,13]' --stop-after 14
+	$(BIN)/python -m benchmarks.trace_picture $(SMOKE)/profiled/profile/rank-00000.json.gz docs/images/profile.png
 
 $(SMOKE)/data/heldout/manifest.json: | $(READY)
 	rm -rf $(SMOKE)/data

@@ -456,4 +456,4 @@ class StepReport:
     expert_load: dict[str, list[float]] | None = None
     """Number of a layer -> load of each of its experts relative to an even one, on some steps."""
     norms: dict[str, Any] | None = None
-    """On some steps: gradient, update and weight norms by group of parameters, and `NORM_NUMBERS`."""
+    """Gradient, update and weight norms by group of parameters, and `NORM_NUMBERS`, on some steps."""

@@ -23,6 +23,7 @@ _OTHER_COMMANDS = {
         "doctor": ("check", "validate-config", "diagnose"),
         "plan": ("estimate", "memory"),
         "timeline": ("profile", "trace"),
+        "track": ("wandb", "mlflow", "log"),
         "--help": ("help", "commands"),
     }.items()
     for other in others

@@ -75,6 +75,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "loss.router_z_loss_coef": ("moe_z_loss_coeff", "moe_zloss_weight", "router_z_loss"),
     "loss.z_loss": ("z_loss_weight", "z_loss_coef", "z_loss_multiplier", "output_z_loss"),
     "train.steps": (
+        "steps",
         *("max_steps", "num_steps", "train_steps", "training_steps", "num_train_steps", "total_steps", "iterations"),
         *("train_iters", "max_iters", "num_iterations", "total_num_steps"),
     ),
@@ -141,7 +142,7 @@ EXPLAINED = {
         *("eval_strategy", "evaluation_strategy", "do_eval", "evaluation", "validate", "per_device_eval_batch_size"),
         *("data.val", "data.valid", "data.validation", "data.eval", "data.test", "data.heldout"),
     ),
-    "set track: [tensorboard, wandb] or [mlflow]; project and key are the tracker's own variables (docs/trackers.md)": (
+    "set track: [tensorboard, wandb] or [mlflow]; project and key are the tracker's own variables (docs/trackers)": (
         *("wandb", "wandb_project", "use_wandb", "enable_wandb", "mlflow", "metrics"),
         *("tensorboard", "tensorboard_dir", "enable_tensorboard"),
     ),

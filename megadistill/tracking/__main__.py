@@ -13,7 +13,7 @@ from pathlib import Path
 from megadistill.io import locked_folder
 from megadistill.tracking.follower import Follower
 
-NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a scheduler sends to every process of a job: the run obeys them, and then ends this process."""
 
 
@@ -24,8 +24,8 @@ def wait_for_end(seconds: float) -> bool:
 
 
 def main(folder: Path, tracker: str) -> int:
-    for notice in NOTICES:
-        signal.signal(notice, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     os.nice(5)
     # What the tracker's package prints goes nowhere: it may be anything. Lines of our own go to the run's stderr.
     own = os.fdopen(os.dup(2), "w", buffering=1)

@@ -24,7 +24,7 @@ MLFLOW_BATCH = 100
 
 @dataclass(frozen=True)
 class RunToTrack:
-    """What a tracker is told of a run when it is opened."""
+    """The run that a tracker is opened for."""
 
     folder: Path
     recipe: dict[str, Any]

@@ -15,7 +15,7 @@ CLOSE_SECONDS = 20.0
 """Time that a tracker has to send what is left when a run ends."""
 
 STOP_SECONDS = 3.0
-"""The same when the run was told to stop, and may be killed soon."""
+"""The same after a stop request, as a scheduler may kill the run soon."""
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make the process a rank."""

@@ -32,7 +32,8 @@ from tests.unit.data.prepare.token_formats.megatron_written import write_new
 from tests.unit.data.prepare.token_formats.saved_sets import write_set
 
 ELSEWHERE = {
-    r"^python follow.py ": "tests/unit/test_wandb_page.py",
+    r"^megadistill track ": "tests/unit/tracking/test_track_command.py",
+    r"profile\.steps": "tests/ranks/train/test_telemetry.py",
     r"train recipes/(gemma2|llama3)": "tests/ranks/train/test_recipes.py",
     r"export runs/llama3": "tests/unit/export/test_export_run.py",
     r"^megadistill prune models/": "tests/unit/prune/test_pruning.py",

@@ -58,6 +58,7 @@ FLOORS = {
     "tests/unit/report": 65,
     "tests/unit/student": 17,
     "tests/unit/teacher": 38,
+    "tests/unit/tracking": 19,
     "tests/unit/train": 20,
     "tests/unit/train/checkpoint": 90,
     "tests/unit/train/hooks": 11,

@@ -122,7 +122,7 @@ OVERRIDES = [
     ("data.loss=x", ["data.loss: no such key; loss is a section of its own", "without indentation"]),
     # what other trainers do
     ("train.do_eval=true", ["set validation.every, and name the splits in validation.data"]),
-    ("train.report_to=wandb", ["TensorBoard"]),
+    ("train.report_to=wandb", ["use track"]),
     ("distributed.context_parallel_size=2", ["not implemented"]),
     # no near name
     ("checkpoint.frobnicate=1", ["checkpoint has keep_last, keep_every, asynchronous"]),

@@ -50,7 +50,7 @@ REPORT = StepReport(
 )
 
 
-ABSENT = ("diagnostics", "experts", "expert_load")
+ABSENT = ("diagnostics", "experts", "expert_load", "norms")
 """Numbers that most steps do not have."""
 
 FORWARD_KL = LossSection()

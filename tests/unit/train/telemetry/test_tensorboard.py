@@ -17,7 +17,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.train.telemetry.histograms import BINS, histograms
 from megadistill.train.telemetry.metrics import RunLog, logged_names
 from megadistill.train.telemetry.tensorboard import LAYOUT, TensorBoardLog, tag_of, tags_of
-from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, StepReport
+from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, NORM_KINDS, StepReport
 from tests.unit.train.cases import recipe, topology
 
 TOKENS = 256
@@ -52,6 +52,7 @@ NULL_ON_A_CPU = {"mfu", "student_mfu", "teacher_mfu"}
 def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts: bool = False) -> Recipe:
     """The logs of steps of a run; all of a step's numbers are its number."""
     changes = {"loss": loss} if loss else {}
+    changes |= {"train": {"norms_every": 2}} if has_experts else {}
     made = recipe(Path("manifest.json"), folder, teacher=None if loss is None else Path("teacher"), **changes)
     start = steps.start - 1
     log = RunLog(
@@ -68,6 +69,8 @@ def _run(folder: Path, loss: dict[str, Any] | None, steps: range, *, has_experts
         numbers: dict[str, Any] = {**dict.fromkeys(names, float(step)), "step": step, "tokens": step * TOKENS}
         numbers |= {**dict.fromkeys(NULL_ON_A_CPU), "diagnostics": diagnosed if step % 2 == 0 else None}
         numbers["experts"] = dict.fromkeys(EXPERT_METRICS, float(step)) if has_experts else None
+        norms = {"clipped_steps": 0.5, "expected_logit": 2.0, **{kind: {"total": 1.0} for kind in NORM_KINDS}}
+        numbers["norms"] = norms if made.train.norms_every and step % made.train.norms_every == 0 else None
         numbers["expert_load"] = {"0": [0.5, 1.5], "3": [1.0, 1.0]} if has_experts and step == 2 else None
         report = StepReport(**numbers)
         weights = {"kd_weight": 1.0, "ce_weight": 0.0} if made.loss.schedule else None
