@@ -35,12 +35,12 @@ def test_a_student_trains_on_megatrons_files_where_they_lie(place: Place, tmp_pa
         run__folder=tmp_path / "run",
         data__manifest=f"{prefix}-s32/manifest.json",
         teacher__path=place.teacher,
-        distributed__vocab_group=1,
         train__steps=4,
         train__checkpoint_every=2,
     )
     for stop in ("2", "4"):
-        succeed(*PLAIN, "train", "recipes/smoke.yaml", *TINY, *given, "--stop-after", stop)
+        succeed(*PLAIN, "train", "megadistill/shipped/mine.yaml", *TINY, *given, "--stop-after", stop)
+    succeeded(in_process("export", str(tmp_path / "run"), "--output", str(tmp_path / "student")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps[-1] == 4

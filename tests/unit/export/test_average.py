@@ -1,6 +1,7 @@
 """Averages of checkpoints: numpy's numbers to the last bit, exported like any checkpoint, resumed by no run."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -120,15 +121,13 @@ def test_the_checkpoints_of_a_run_do_not_mention_averages(run: Path) -> None:
 def test_a_run_that_deletes_its_checkpoints_meanwhile_does_not_matter(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint_class = average.Checkpoint
-
     def opened(folder: Path) -> Checkpoint:
         for path in checkpoint_folders(run / "checkpoints").values():
             remove(path)
-        return checkpoint_class(folder)
+        return Checkpoint(folder)
 
     monkeypatch.setattr(average, "Checkpoint", opened)
-    averaged = checkpoint_class(average_run(run, last=3, decay=None))
+    averaged = Checkpoint(average_run(run, last=3, decay=None))
     name, value = next(iter(_truth(STEPS, None).items()))
     assert averaged.parameter(name).numpy().tobytes() == value.tobytes()
 
@@ -149,7 +148,7 @@ def test_without_hard_links_checkpoints_are_read_where_they_lie(
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(pinned.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     averaged = Checkpoint(average_run(run, last=3, decay=None))
     name, value = next(iter(_truth(STEPS, None).items()))
     assert averaged.parameter(name).numpy().tobytes() == value.tobytes()

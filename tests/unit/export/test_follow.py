@@ -13,8 +13,8 @@ from megadistill.config.load import validate_recorded
 from megadistill.errors import UserError
 from megadistill.evaluate.checkpoint_scores import read_scores
 from megadistill.evaluate.lm_eval import Score, TaskScores
+from megadistill.export import export_run, pinned
 from megadistill.export import follow as follower
-from megadistill.export import pinned
 from megadistill.export.follow import Measurements, follow
 from megadistill.models.families import load_config
 from megadistill.models.sampling import Sampling
@@ -90,7 +90,7 @@ def test_each_checkpoint_gets_a_row_once_and_nothing_of_the_run_changes(run: Pat
 def test_a_run_may_delete_a_checkpoint_while_it_is_measured(
     run: Path, harness: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = follower.export_checkpoint
+    export = export_run.export_checkpoint
 
     def deleted_meanwhile(*arguments: Any, **options: Any) -> None:
         for path in (run / "checkpoints").iterdir():
