@@ -35,6 +35,11 @@ def store_targets(recipe: Recipe, folder: Path, *, steps: int | None = None) -> 
     Raises:
         UserError: the recipe has no live teacher or no `loss.targets`, or the folder holds other targets.
     """
+    if recipe.teachers:
+        raise UserError(
+            "store-targets stores the targets of one teacher for every row: name it as teacher, without teachers, and "
+            "store those of each in a folder of its own"
+        )
     if recipe.teacher is None or not recipe.teacher.is_live or recipe.loss.targets is None:
         raise UserError(
             "store-targets stores loss.targets of a live teacher: the recipe needs both, and objective distill"

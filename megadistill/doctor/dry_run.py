@@ -45,6 +45,7 @@ def dry_run(setup: Setup, topology: Topology, launch: Launch, *, timeout: timede
         OperatorFault: its loss or its gradient is not finite. Any exception of the run's code.
     """
     began = time.perf_counter()
+    setup = next(iter(setup.teachers.values()), setup)  # the first of several teachers
     group = setup.group_size if launch.world % setup.group_size == 0 else 1
     topology = topology_of_world(launch, vocab_group=group, device=topology.device, timeout=timeout)
     with TemporaryDirectory(prefix="megadistill-doctor-") as folder:

@@ -41,7 +41,7 @@ from megadistill.doctor.node_check import (
 )
 from megadistill.doctor.rank_report import RankReport, Report, Row, Status, summarize
 from megadistill.doctor.recipe_check import check_recipe
-from megadistill.doctor.teacher_prediction import teacher_row
+from megadistill.doctor.teacher_prediction import teacher_rows
 from megadistill.models.flops import parameter_counts
 from megadistill.plan.counts.disk_usage import final_checkpoints
 from megadistill.plan.counts.model_stats import measure_models
@@ -113,8 +113,7 @@ def _teacher(setup: Setup, topology: Topology, launch: Launch, rows: Sequence[Ro
     if not all_true(Report(tuple(rows)).ok, topology.device, topology.world_group):
         return []
     topology.watchdog.enter_phase("loading the teacher", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
-    row = teacher_row(setup, topology, launch)
-    return [] if row is None else [row]
+    return teacher_rows(setup, topology, launch)
 
 
 def _check_node(own: RankReport, recipe: Recipe | None) -> None:
@@ -150,6 +149,12 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
 
 def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
     """Bytes that this rank will hold, by tensors, on its `device` and on its `host`."""
+    if setup.teachers:  # each has its own stage, head and signals; the student's tensors are the same with all
+        needs = [_needs(each, launch) for each in setup.teachers.values()]
+        names = dict.fromkeys(name for each in needs for name in each["device"])
+        lines = {name: [each["device"].get(name, 0) for each in needs] for name in names}
+        device = {name: sum(sizes) if name.startswith("teacher ") else max(sizes) for name, sizes in lines.items()}
+        return {**needs[0], "device": device}
     students = launch.world if setup.roles is None else setup.roles.students
     stats = measure_models(setup.student_config, setup.teacher_config, sequence_length=setup.data.sequence_length)
     run = Sharding(

@@ -16,7 +16,7 @@ from typing import Any
 
 from megadistill.config.auto import describe_choices
 from megadistill.config.load import load_recipe
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
 from megadistill.data.stream.segments import slots_after
@@ -75,13 +75,8 @@ def check_recipe(
         content["student"] = own.check("student's weights", lambda: _start(recipe, folder, data))
     if recipe.run.begin_from is not None and data is not None:
         content["parent"] = own.check("parent", lambda: _parent(recipe, data, launch))
-    if recipe.teacher is not None and recipe.teacher.path is not None:
-        path_of_teacher = Path(recipe.teacher.path)
-        parameters = own.check("teacher", lambda: _described(_teacher_config(recipe, path_of_teacher)))
-        if parameters is not None:
-            content["teacher"] = own.check("teacher's weights", lambda: _fingerprint(path_of_teacher))
-        if (copies := recipe.teacher.local_copy) is not None:
-            own.check("teacher's copy", lambda: (None, describe_copy(path_of_teacher, Path(copies))))
+    for key, section in recipe.teacher_sections.items():
+        _check_teacher(own, recipe, key, section, content)
     if (local := recipe.checkpoint.local) is not None:
         own.check("local saves", lambda: (None, describe_local_folder(Path(local.folder))))
     own.check("earlier checkpoints", lambda: _earlier_checkpoints(recipe))
@@ -199,11 +194,14 @@ def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, st
 
 def _for_models(recipe: Recipe, data: Mixture) -> Mixture:
     """The data as the models of the recipe read it; as it is where a model cannot be read, which is checked later."""
-    teacher = None
+    rows: tuple[int | None, ...] = ()
     try:
-        if recipe.teacher is not None and recipe.teacher.is_live:
-            teacher = load_config(Path(str(recipe.teacher.path)), what="teacher.path")
-        return data.for_models(*model_rows(recipe, data, _student_config(recipe, None), teacher))
+        for each in [recipe.with_teacher(name) for name in recipe.teachers] or [recipe]:
+            teacher = None
+            if each.teacher is not None and each.teacher.is_live:
+                teacher = load_config(Path(str(each.teacher.path)), what="teacher.path")
+            rows += model_rows(each, data, _student_config(recipe, None), teacher)
+        return data.for_models(*rows)
     except UserError:
         return data
 
@@ -217,10 +215,25 @@ def _student_config(recipe: Recipe, data: Mixture | None) -> Any:
     return config
 
 
-def _teacher_config(recipe: Recipe, path: Path) -> Any:
-    config = load_config(path, what="teacher.path")
+def _check_teacher(
+    own: RankReport, recipe: Recipe, key: str, section: TeacherSection, content: dict[str, str | None]
+) -> None:
+    """A teacher's folder. `key` is its own in the recipe; what every node must have alike goes to `content`."""
+    if section.path is None:
+        return
+    path, what = Path(section.path), key.replace("teachers.", "teacher ")
+    parameters = own.check(what, lambda: _described(_teacher_config(recipe, path, f"{key}.path")))
+    if parameters is not None:
+        fingerprint = own.check(f"{what}'s weights", lambda: _fingerprint(path))
+        content["teacher"] = " ".join(filter(None, (content.get("teacher"), fingerprint))) or None
+    if (copies := section.local_copy) is not None:
+        own.check(f"{what}'s copy", lambda: (None, describe_copy(path, Path(copies))))
+
+
+def _teacher_config(recipe: Recipe, path: Path, key: str) -> Any:
+    config = load_config(path, what=key)
     if recipe.data.document_mask:
-        refuse_documents(config, "teacher.path")
+        refuse_documents(config, key)
     return config
 
 

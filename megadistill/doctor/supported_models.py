@@ -8,6 +8,7 @@ from typing import Final
 from rich.table import Table
 
 from megadistill.models.attention.choice import has_sdpa, has_sinks
+from megadistill.models.attention.masks import INDEXED_KINDS
 from megadistill.models.families import FAMILIES, Family, load_config
 from megadistill.models.flops import parameter_counts
 from megadistill.models.hf_folder import SafetensorsFolder
@@ -94,22 +95,27 @@ PUBLISHED: Final[Mapping[str, str]] = {
     "cohere2": "Command R7B, Command A",
     "cwm": "CWM",
     "deepseek_v3": "DeepSeek V3, R1, Kimi K2",
+    "deepseek_v32": "DeepSeek V3.2",
     "ernie4_5": "ERNIE 4.5 0.3B",
     "ernie4_5_moe": "ERNIE 4.5 21B and 300B",
     "exaone4": "EXAONE 4.0",
+    "falcon_h1": "Falcon-H1",
     "gemma": "Gemma 1",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 270M and 1B",
+    "gemma3n_text": "Gemma 3n, without its images and sound",
     "gemma4_text": "Gemma 4, without its images and sound",
     "glm": "GLM-4 9B",
     "glm4": "GLM-4 0414",
     "glm4_moe": "GLM-4.5, 4.6, 4.7",
+    "glm_moe_dsa": "GLM 5",
     "gpt_neox": "Pythia, GPT-NeoX",
     "gpt_oss": "gpt-oss",
     "granite": "Granite 3",
     "granitemoe": "Granite 3 1B and 3B A800M",
     "hunyuan_v1_dense": "Hunyuan 0.5B to 7B",
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 2, Yi, DeepSeek LLM",
+    "llama4_text": "Llama 4 Scout and Maverick, without their images",
     "ministral": "Ministral 8B 2410, saved by transformers 5",
     "ministral3": "Ministral 3, without its images",
     "mistral": "Mistral 7B, Nemo, Small",
@@ -131,6 +137,9 @@ PUBLISHED: Final[Mapping[str, str]] = {
     "starcoder2": "StarCoder 2",
 }
 """Family -> names under which people know its models."""
+
+_WITH_ATTENTION: Final = ("hybrid", *INDEXED_KINDS)
+"""Entries of a config's `layer_types` for layers with attention, beside those with windows."""
 
 _LINEAR: Final = "linear_attention"
 """Entry of a config's `layer_types` for layers with a state: of a gated delta rule, or of Mamba."""
@@ -177,9 +186,15 @@ def attention_kinds(model_type: str) -> str:
     each, config = FAMILIES[model_type], config_class_of(model_type)
     keys = {field.name for field in fields(config)}
     kinds = {
-        "latent" if "kv_lora_rank" in keys else "full": "full_attention" in each.layer_kinds,
+        "latent" if "kv_lora_rank" in keys else "full": bool(
+            {"full_attention", *_WITH_ATTENTION} & {*each.layer_kinds}
+        ),
         "windows": "sliding_attention" in each.layer_kinds and "sliding_window" in keys,
-        "Mamba" if "ssm_state_size" in keys else "gated delta rule": _LINEAR in each.layer_kinds,
+        "chunks": "chunked_attention" in each.layer_kinds,
+        "keys that an indexer chooses": "index_topk" in keys,
+        "Mamba" if keys & {"ssm_state_size", "mamba_d_state"} else "gated delta rule": bool(
+            {_LINEAR, "hybrid"} & {*each.layer_kinds}
+        ),
         "softcapped scores": not has_sdpa(config) and not has_sinks(config),
         "sinks": has_sinks(config),
         "a part of a head turned": each.partial_rope,

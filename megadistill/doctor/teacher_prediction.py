@@ -17,12 +17,18 @@ UNTRAINED_NATS = 0.1
 """Nats above a uniform guess up to which the row is a warning: random weights, as in a trial, are that bad."""
 
 
-def teacher_row(setup: Setup, topology: Topology, launch: Launch) -> Row | None:
-    """Loads the recipe's live teacher onto the ranks of `topology`, whose world is `launch`'s. Collective.
+def teacher_rows(setup: Setup, topology: Topology, launch: Launch) -> list[Row]:
+    """A row for each live teacher of the recipe, loaded one after the other onto the ranks of `topology`, whose world
+    is `launch`'s. Collective."""
+    if not setup.teachers:
+        row = _teacher_row(setup, topology, launch)
+        return [] if row is None else [row]
+    rows = {name: _teacher_row(each, topology, launch) for name, each in setup.teachers.items()}
+    return [replace(row, check=f"{CHECK}: {name}") for name, row in rows.items() if row is not None]
 
-    Returns:
-        None where the recipe has no live teacher.
-    """
+
+def _teacher_row(setup: Setup, topology: Topology, launch: Launch) -> Row | None:
+    """None where the recipe has no live teacher."""
     section = setup.recipe.teacher
     if section is None or not section.is_live:
         return None

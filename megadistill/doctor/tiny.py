@@ -34,6 +34,10 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
     small.num_key_value_heads = heads if alike else 1
     small.hidden_size = heads * width
     small.intermediate_size = 2 * small.hidden_size
+    if "intermediate_size" in family(config).by_layer:
+        small.intermediate_size = [small.intermediate_size] * config.num_hidden_layers
+    if hasattr(config, "intermediate_size_mlp"):
+        small.intermediate_size_mlp = 2 * small.hidden_size
     small.vocab_size = vocab_size
     # Gemma 4 ends in a layer of full attention, the last of its kinds.
     keep_layers(small, [kinds[(layer - layers) % len(kinds)] for layer in range(layers)])
@@ -59,6 +63,9 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
     for name in ("n_group", "topk_group"):  # of fewer experts than groups
         if hasattr(config, name):
             setattr(small, name, 1)
+    if hasattr(config, "mamba_n_heads"):
+        small.mamba_n_heads, small.mamba_n_groups = 2 * HEADS, min(2, config.mamba_n_groups)
+        small.mamba_d_ssm = small.mamba_n_heads * config.mamba_d_head
     if hasattr(config, "mamba_num_heads"):
         small.mamba_num_heads, small.n_groups = 2 * HEADS, min(2, config.n_groups)
     if hasattr(config, "linear_num_key_heads"):

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from yaml import YAMLError
 
 from megadistill import __version__
-from megadistill.config.recipe import LossSection, Recipe, ScheduleSection, TargetsSection, TeacherSection
+from megadistill.config.recipe import WHOLE_DATA, LossSection, Recipe, ScheduleSection, TargetsSection, TeacherSection
 from megadistill.data import Manifest, tokenizer_sha256
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import measure_rows, read_evaluations
@@ -64,9 +64,7 @@ def model_card(
     """
     manifest, weights = checkpoint.manifest, recipe.student.weights
     provenance = DataProvenance.of(manifest, recipe)
-    teacher_path = None if recipe.teacher is None else recipe.teacher.path
     manifests = [each.manifest for each in provenance.sources if each.manifest]
-    teacher = _config(teacher_path)
     events = [] if run is None else read_events(run)
     skipped = [each["step"] for each in events if each["event"] == "step_skipped"]
     environment = Environment(  # of Markdown: text from elsewhere goes through `escape_md` or `basename`
@@ -98,19 +96,35 @@ def model_card(
         curriculum=_curriculum(provenance.order),
         tokenizer=_tokenizer(run, manifests),
         left_out=sum(stop - start for start, stop in provenance.cursor.skips),
-        objective=_objective(recipe.loss, config) if recipe.teacher is not None else _label_objective(config),
+        objective=_objective(recipe.loss, config) if recipe.teacher_sections else _label_objective(config),
         optimizer=describe(recipe.train.optimizer),
         schedule=_schedule(recipe.train.schedule),
         started_from=_started_from(run) or _fingerprint(weights),
-        targets=None if recipe.teacher is None else _targets(recipe.teacher, recipe.loss.targets),
-        teacher=teacher,
-        teacher_fingerprint=_fingerprint(teacher_path),
-        teacher_parameters=parameter_counts(teacher).total if teacher else None,
-        teacher_forward=flops_per_token(teacher, provenance.sequence_length).forward if teacher else None,
+        teachers=[_teacher(recipe, key, provenance.sequence_length) for key in recipe.teacher_sections],
         skipped_steps={step for step in skipped if step <= manifest.step},
         metrics=None if run is None or manifest.average is not None else _metrics(run, manifest.step),
         evaluations=[] if run is None else list(_evaluations(run)),
     )
+
+
+def _teacher(recipe: Recipe, key: str, sequence_length: int) -> dict[str, Any]:
+    """A teacher for the template; `key`: its key in the recipe."""
+    section = recipe.teacher_sections[key]
+    config, name = _config(section.path), key.partition(".")[2]
+    sources = recipe.data.sources or [WHOLE_DATA]
+    shares = {source: recipe.teachers_of(source).get(name) for source in sources} if name else {}
+    return {
+        "name": name,
+        "section": section,
+        "teaches": [
+            source if share == 1 else f"{source} (share {share:.3g})" for source, share in shares.items() if share
+        ],
+        "targets": _targets(section, recipe.loss.targets),
+        "config": config,
+        "fingerprint": _fingerprint(section.path),
+        "parameters": parameter_counts(config).total if config else None,
+        "forward": flops_per_token(config, sequence_length).forward if config else None,
+    }
 
 
 def _metadata(recipe: Recipe) -> str:

@@ -46,13 +46,21 @@ def read_plan_input(
         UserError: one line; where an option helps, it is named.
     """
     recipe = load_recipe(path, overrides)
+    if recipe.teachers:
+        raise UserError(
+            "plan counts the stages of one teacher, and the recipe has several: plan a recipe with the largest of them "
+            "as its teacher, and add the others' stages and rows of the head to its memory"
+        )
     source = recipe.student.config
     student = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     refuse_as_student(student, "student.config")
     data = _data(recipe, sequence_length)
     teacher = _teacher(recipe, teacher_config)
-    if teacher is not None and recipe.data.document_mask:
-        refuse_documents(teacher, "the teacher")
+    if recipe.data.document_mask:
+        longest = sequence_length if data is None else data.sequence_length
+        for config, what in ((student, "student.config"), (teacher, "the teacher")):
+            if config is not None:
+                refuse_documents(config, what, sequence_length=longest)
     if data is None:
         assert sequence_length is not None
         if isinstance(source, dict) and "vocab_size" not in source:

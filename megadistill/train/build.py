@@ -191,7 +191,11 @@ def first_rows_of_source(setup: Setup) -> TokenBatch:
 def shared_probe(setup: Setup, topology: Topology) -> ProbeInput:
     """The first tokens of the stream, as rank 0 reads them. Collective."""
     K = min(PROBE_TOKENS, setup.shapes[0].sequence_length)
-    return ProbeInput.shared(topology, lambda: ProbeInput.of(first_rows(setup, topology), K))
+
+    def rows() -> TokenBatch:
+        return first_rows_of_source(setup) if setup.teaches else first_rows(setup, topology)
+
+    return ProbeInput.shared(topology, lambda: ProbeInput.of(rows(), K))
 
 
 def write_run_files(setup: Setup) -> None:

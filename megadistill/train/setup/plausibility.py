@@ -11,6 +11,7 @@ from megadistill.data.stream.segments import slots_after
 from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.train.setup.held_out import training_shards_in, unmasked_splits
 from megadistill.train.setup.setup import Setup
+from megadistill.train.setup.teacher_keys import key_of_any_teacher
 from megadistill.units import listed, short
 
 USEFUL_EPOCHS = 4
@@ -75,6 +76,9 @@ def _high_learning_rate(setup: Setup) -> str | None:
 
 def _missing_bos(setup: Setup) -> str | None:
     """For a teacher, or weights, that may have been trained with BOS; random weights learn either way."""
+    for name, each in setup.teachers.items():
+        if (warning := _missing_bos(each)) is not None:
+            return f"teachers.{name}: {warning}"
     teacher, weights = setup.recipe.teacher, setup.recipe.student.weights
     if teacher is None and weights is None:
         return None
@@ -99,7 +103,7 @@ def _eager_on_accelerator(setup: Setup) -> str | None:
             eager.setdefault(choice.reason, []).append(key)
     parts = []
     for reason, keys in eager.items():
-        costs = listed(list(dict.fromkeys(EAGER_COSTS[key] for key in keys)))
+        costs = listed(list(dict.fromkeys(EAGER_COSTS[key_of_any_teacher(key)] for key in keys)))
         way_out = f"set {listed(keys)} to auto" if reason == BY_THE_RECIPE else "install what is missing"
         parts.append(f"eager on {device.type}: {listed(keys)} ({reason}); {costs}: {way_out}")
     return "; ".join(parts) or None

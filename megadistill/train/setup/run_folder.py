@@ -1,6 +1,5 @@
 """The run folder: its description of the run, and the check whether a recipe may resume in it."""
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from megadistill.train.checkpoint.versions import versions
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
 from megadistill.train.setup.step_shape import refuse_changed_entries
+from megadistill.train.setup.teacher_keys import key_of_any_teacher
 
 FIRST_EVENTS = 100
 """Lines of events.jsonl in which names of an earlier version are looked for: its first events have them already."""
@@ -175,7 +175,7 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     differing = [
         f"{key} was {was!r}, is {is_!r}"
         for key, (was, is_) in changes.items()
-        if _of_any_teacher(key) not in MAY_CHANGE
+        if key_of_any_teacher(key) not in MAY_CHANGE
         and not key.startswith(may_change)
         and not (key == "run.begin_from" and unused)
     ]
@@ -189,11 +189,6 @@ def refuse_other_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if earlier is not None and schedule:
         now = validate_recipe(recipe, source="recipe")
         refuse_changed_steps(folder, earlier, now, changes=describe_changes(schedule))
-
-
-def _of_any_teacher(key: str) -> str:
-    """`teacher.KEY` for the key `teachers.NAME.KEY`: what may change of one teacher may change of several."""
-    return re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
 
 
 def refuse_other_deepspeed(folder: Path, deepspeed_config: dict[str, Any], precision: Precision) -> None:

@@ -22,7 +22,7 @@ from megadistill.errors import UserError
 from megadistill.heldout.splits import Split
 from megadistill.models.attention.recipe_choices import recipe_choices
 from megadistill.models.attention.shared_sequences import check_shared_sequences
-from megadistill.models.families import load_config, refuse_as_student
+from megadistill.models.families import load_config, refuse_as_student, refuse_documents
 from megadistill.models.fingerprint import sampled_fingerprint
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
@@ -45,7 +45,8 @@ from megadistill.train.setup.step_shape import (
     student_config_of_entry,
     with_steps,
 )
-from megadistill.train.setup.teacher_files import TeacherFiles, keys_of_teacher, of_teacher, read_teacher
+from megadistill.train.setup.teacher_files import TeacherFiles, read_teacher
+from megadistill.train.setup.teacher_keys import keys_of_teacher, of_teacher
 from megadistill.train.setup.telemetry_checks import refuse_telemetry
 
 _TEACHER: Final = "the teacher in teacher.path"
@@ -161,6 +162,8 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     source = recipe.student.config
     student_config = load_config(Path(source) if isinstance(source, str) else source, what="student.config")
     refuse_as_student(student_config, "student.config")
+    if recipe.data.document_mask:
+        refuse_documents(student_config, "student.config", sequence_length=data.sequence_length)
     teacher = read_teacher(recipe, data)
     teachers = {name: read_teacher(recipe.with_teacher(name), data, name=name) for name in recipe.teachers}
     rows = model_rows(recipe, data, student_config, teacher.config)

@@ -1,8 +1,5 @@
-"""The files of a recipe's teacher, read before a run starts; and the keys of one of several teachers in messages."""
+"""The files of a recipe's teacher, read before a run starts."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +8,8 @@ from torch import Tensor
 
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
-from megadistill.errors import UserError
 from megadistill.models.families import load_config, refuse_documents
+from megadistill.train.setup.teacher_keys import keys_of_teacher
 from megadistill.train.setup.vocab_map import read_vocab_map
 
 
@@ -41,28 +38,8 @@ def read_teacher(recipe: Recipe, data: Mixture, *, name: str | None = None) -> T
     with keys_of_teacher(name):
         config = load_config(Path(str(teacher.path)), what="teacher.path")
         if recipe.data.document_mask:
-            refuse_documents(config, "teacher.path")
+            refuse_documents(config, "teacher.path", sequence_length=data.sequence_length)
         if teacher.vocab_map is None:
             return TeacherFiles(config)
         ids = {"student_ids": data.vocab_size, "teacher_ids": config.vocab_size}
         return TeacherFiles(config, read_vocab_map(Path(teacher.vocab_map), **ids))
-
-
-@contextmanager
-def keys_of_teacher(name: str | None) -> Iterator[None]:
-    """Has messages about `teacher.path` and other keys of a teacher name those of one of several.
-
-    Raises:
-        UserError: that of the body, which may name the keys of a recipe with this teacher alone.
-    """
-    try:
-        yield
-    except UserError as error:
-        if name is None:
-            raise
-        raise UserError(of_teacher(str(error), name)) from error
-
-
-def of_teacher(text: str, name: str) -> str:
-    """The text with the keys `teacher.KEY` as those of the teacher of this name."""
-    return re.sub(r"\bteacher\.(?=[a-z])", f"teachers.{name}.", text)

@@ -17,7 +17,7 @@ from megadistill.datagen.store_targets import store_on_ranks
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
 from megadistill.doctor.rank_report import Row
-from megadistill.doctor.teacher_prediction import CHECK, teacher_row
+from megadistill.doctor.teacher_prediction import CHECK, teacher_rows
 from megadistill.models.families import EMBEDDING, HEAD, load_config
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import Setup, prepare
@@ -69,7 +69,7 @@ def _rows(topology: Topology, manifest: str, folder: str, teachers: list[str]) -
     launch = Launch(topology.rank, topology.world, topology.local_rank, topology.world)
     labels = _setup(topology, manifest, folder, teachers[0], {"objective": "labels", "teacher": None})
     setups = [labels, *(_setup(topology, manifest, folder, teacher, {}) for teacher in teachers)]
-    return [teacher_row(setup, topology, launch) for setup in setups]
+    return [next(iter(teacher_rows(setup, topology, launch)), None) for setup in setups]
 
 
 def test_a_teacher_of_other_ids_fails_and_one_that_knows_nothing_is_a_warning(
