@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INIT_EPILOG = """\
 DIR gets a first recipe to edit (recipes/mine.yaml), the other recipes, for one
 to 512 nodes, with the public configs that they name, the DeepSpeed files and the
-Slurm scripts. A file of yours is never overwritten. The paths in a recipe are
+scripts for Slurm, Kubernetes, SkyPilot and ssh. A file of yours is never overwritten. The paths in a recipe are
 relative to the folder that you start in: start the commands in DIR.
 
 example: megadistill init work && cd work"""
@@ -34,11 +34,11 @@ text for TEXT (recipes/mine.yaml says the rest):
       --data data/mine/heldout/manifest.json
   megadistill sample models/student --prompt 'The'
 
-On Slurm: slurm/env.sh.example begins with what to do."""
+On Slurm: slurm/env.sh.example begins with what to do. Elsewhere: launch/."""
 
 
 def add(commands: Commands) -> None:
-    summary = "begin a folder of your own: a first recipe, all recipes, DeepSpeed files, Slurm scripts"
+    summary = "begin a folder of your own: a first recipe, all recipes, DeepSpeed files, launch scripts"
     command = add_command(commands, "init", summary, INIT_EPILOG, _init)
     command.add_argument("folder", type=Path, metavar="DIR", help="the folder, which is made if it is not there")
 

@@ -1,6 +1,6 @@
-"""Files that come with the package: recipes, DeepSpeed files, Slurm scripts, and a first recipe to edit.
+"""Files that come with the package: recipes, DeepSpeed files, scripts for Slurm and other launchers, a first recipe.
 
-In a checkout the three folders are at its root and this package links to them; a wheel has copies of them here.
+In a checkout the folders are at its root and this package links to them; a wheel has copies of them here.
 """
 
 import stat
@@ -11,7 +11,7 @@ from pathlib import Path
 from megadistill.errors import UserError
 from megadistill.io import write_file
 
-FOLDERS = ("recipes", "ds_configs", "slurm")
+FOLDERS = ("recipes", "ds_configs", "slurm", "launch")
 
 FIRST_RECIPE = Path("recipes", "mine.yaml")
 """The first recipe in a folder that `write_starter_files` fills."""

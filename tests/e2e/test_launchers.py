@@ -1,6 +1,7 @@
 """One recipe under every launcher of docs/launch.md: the same parameters, to the last bit. srun is in tests/slurm."""
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.drill.record import Record
 from tests.e2e.commands import BIN, TORCHRUN_2, succeed
 from tests.e2e.conftest import Place
 from tests.e2e.nodes import Node, missing, two_nodes
+from tests.paths import ROOT
 
 PORT = "29531"
 
@@ -90,3 +92,24 @@ def test_torchrun_on_each_node_by_itself(place: Place, nodes: tuple[Node, Node],
     ]
     _ends_well(*launchers)
     Record.of(place.folder / "launched-torchrun-2").require_same(truth)
+
+
+@pytest.mark.thorough
+def test_the_ssh_script_goes_on_after_a_stop(place: Place, nodes: tuple[Node, Node], truth: Record) -> None:
+    """STOP without HOLD, after a checkpoint: the nodes end with 3, unless they were done, and the script starts again."""
+    first, _ = nodes
+    run = place.folder / "launched-ssh-script"
+    variables = {"HOSTS": "n1 n2", "RUN_FOLDER": str(run), "RANKS_PER_NODE": "1", "MASTER_PORT": PORT, "PAUSE": "0"}
+    script = (str(ROOT / "launch" / "ssh.sh"), str(BIN / "megadistill"))
+    environment = place.folder / "launched-ssh-script.env"
+    environment.write_text("export OMP_NUM_THREADS=1\n", encoding="utf-8")
+    launcher = first.start(*script, *_run(place, run.name), variables=variables | {"ENVIRONMENT": str(environment)})
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000002").exists():
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (run / "STOP").touch()
+    output = _ends_well(launcher)
+    assert "step 4 of 4, done" in output
+    Record.of(run).require_same(truth)
