@@ -846,11 +846,6 @@ class Recipe(Section):
                 f"distributed.sequence is {self.distributed.sequence}, but the ranks of several teachers have whole "
                 "sequences: set it to 1, or use one teacher"
             )
-        if self.validation is not None:
-            raise ValueError(
-                "validation measures against one teacher: set it to null, and use `megadistill evaluate --teacher` for "
-                "each of teachers"
-            )
         return self
 
     @model_validator(mode="after")

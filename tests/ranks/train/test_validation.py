@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest
@@ -16,6 +18,7 @@ from megadistill.evaluate.evaluation import Evaluation
 from megadistill.events import ALL, json_lines, read_validations
 from megadistill.export.export_run import export_run
 from megadistill.heldout.splits import load_splits
+from megadistill.models.families import load_config
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import RunOutcome, Trainer, run
 from megadistill.train.setup.setup import prepare
@@ -245,3 +248,44 @@ def test_damaged_held_out_sequences_are_left_out_and_reported(
     first, last = _lines(folder)
     whole = Manifest.load(damaged)
     assert first["splits"]["damaged"]["tokens"] == last["splits"]["damaged"]["tokens"] < whole.tokens
+
+
+def test_a_split_of_a_source_is_measured_against_the_teacher_of_that_source(
+    manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path
+) -> None:
+    """And one of no source without any. Two teachers, of which each teaches one of two sources."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    torch.manual_seed(7)
+    config = {
+        **loops.STUDENT,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": Manifest.load(manifest).vocab_size,
+    }
+    AutoModelForCausalLM.from_config(load_config(config, what="test")).save_pretrained(other)
+    changes = {
+        "objective": "distill",
+        "data": {
+            "sources": {"code": str(manifest), "web": str(manifest)},
+            "curriculum": [{"weights": {"code": 1.0, "web": 1.0}}],
+        },
+        "teachers": {
+            "one": {"path": str(teacher), "sources": ["code"]},
+            "two": {"path": str(other), "sources": ["web"]},
+        },
+    }
+    splits = {"web": held_out["unseen"], "elsewhere": held_out["unseen"], "code": held_out["unseen"]}
+    validation = {"every": EVERY, "data": splits, "sequences": 3}
+    plain = _start(2, manifest, tmp_path / "plain", **changes)
+    assert _start(2, manifest, tmp_path / "run", validation=validation, **changes) == plain
+    last = _lines(tmp_path / "run")[-1]["splits"]
+    for name, path in (("code", teacher), ("web", other)):
+        shutil.rmtree(tmp_path / "run" / "exported", ignore_errors=True)
+        expected, _ = _evaluated(tmp_path / "run", {name: splits[name]}, path, limit=3)[::-1]
+        for measure in MEASURES:
+            assert last[name][measure] == pytest.approx(getattr(expected, measure), rel=1e-4), f"{name}: {measure}"
+    assert last["code"]["kl"] != pytest.approx(last["web"]["kl"], rel=1e-2)
+    assert last["elsewhere"]["cross_entropy"] == pytest.approx(last["web"]["cross_entropy"], rel=1e-6)
+    assert "kl" not in last["elsewhere"]
+    assert "kl" not in last[ALL], "it is not known for all of its tokens"
