@@ -6,7 +6,7 @@ that of a rank that ran out of memory: both for pytorch.org/memory_viz, and neve
 """
 
 import logging
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,11 @@ class ProfileCapture(AbstractContextManager["ProfileCapture"]):
         if error is None:
             self.finish()
             return
-        self._end_range()
-        self._stop()
         if isinstance(error, torch.OutOfMemoryError) and records_memory_history():
-            self._dump_out_of_memory()
+            self._dump_out_of_memory()  # while the history is recorded
+        with suppress(Exception):  # the device may be gone: the run ends by `error`, and by nothing else
+            self._end_range()
+            self._stop()
 
     def _start(self) -> None:
         self._open = ExitStack()
@@ -138,7 +139,7 @@ class ProfileCapture(AbstractContextManager["ProfileCapture"]):
         try:
             path.parent.mkdir(exist_ok=True)
             _dump(torch.get_device_module(self._topology.device).memory, path)
-        except Exception as error:  # the run ends by the lack of memory, and by nothing else
+        except Exception as error:  # the run ends by the lack of memory
             logger.warning("memory snapshot not stored: %s", error)
         else:
             logger.error("out of memory: %s shows what held it, at pytorch.org/memory_viz", path)
