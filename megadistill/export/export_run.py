@@ -24,6 +24,7 @@ from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import Checkpoint, newest_checkpoint
 from megadistill.train.checkpoint.rollback import is_abandoned, read_rollbacks
 from megadistill.train.setup.run_folder import TOKENIZER_FOLDER, run_tokenizer, student_config_of
+from megadistill.train.setup.step_shape import config_at
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def export_checkpoint(
     recipe = validate_recorded(manifest.recipe, source=str(checkpoint.folder / "manifest.json"))
     weights_dtype = torch_dtype(dtype or recipe.train.precision)
     config = load_config(student_config_of(run, recipe.student), what="student.config")
+    config = config_at(config, recipe, manifest.cursor)
     record_router_coefs(config, RouterCoefs.of(recipe.loss, config))
     tokenizer = None if run is None else _tokenizer(run, rows=manifest.vocab_size)
     if tokenizer is None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megadistill.models.families import load_config, refuse_as_student, refuse_d
 from megadistill.models.hf_folder import has_all_files
 from megadistill.models.weights import check_weights
 from megadistill.plan.counts.model_stats import RecipeStats, measure_models
+from megadistill.plan.entries import EntryRecipe, entry_recipes, in_steps, main_entry, source_lengths
 from megadistill.redaction import printable
 from megadistill.student.deepspeed_config import deepspeed_path, load_deepspeed_config
 
@@ -31,6 +32,10 @@ class PlanInput:
     """DeepSpeed's settings."""
     without_data: bool
     """Whether the shards are elsewhere, and vocabulary and sequence length those of the student and the option."""
+    entry: EntryRecipe | None = None
+    """The steps that `recipe` has, where the curriculum's entries differ in shape; None: all of the run's."""
+    others: tuple["PlanInput", ...] = ()
+    """Of the main entry: those of the others."""
 
 
 def read_plan_input(
@@ -79,13 +84,35 @@ def read_plan_input(
     for name, config in (("student.config", student), ("the teacher's config", teacher)):
         if config is not None and length > config.max_position_embeddings:
             raise UserError(f"{name}: max_position_embeddings is {config.max_position_embeddings}, below {length}")
-    return PlanInput(
+    whole = PlanInput(
         recipe=recipe,
         stats=measure_models(student, teacher, sequence_length=length, first_step=_first_step(recipe)),
         vocab_size=vocab_size,
         deepspeed_config=load_deepspeed_config(deepspeed_path(recipe.student.deepspeed, on_gpus=True)),
         without_data=data is None,
     )
+    if recipe.data.curriculum:
+        lengths = source_lengths(recipe, data, sequence_length)
+        if len(entries := entry_recipes(recipe, lengths)) > 1 or recipe.train.tokens is not None:
+            return _of_entries(whole, entries, student, teacher)
+    elif recipe.train.tokens is not None:
+        return replace(whole, recipe=in_steps(recipe, tokens_per_step=recipe.train.global_batch * length))
+    return whole
+
+
+def _of_entries(whole: PlanInput, entries: Sequence[EntryRecipe], student: Any, teacher: Any | None) -> PlanInput:
+    """The inputs of the entry with the most tokens, and with it those of the others. Counted from step 0."""
+    inputs = {
+        each.entry: replace(
+            whole,
+            recipe=each.recipe,
+            stats=measure_models(student, teacher, sequence_length=each.sequence_length),
+            entry=each,
+        )
+        for each in entries
+    }
+    main = inputs.pop(main_entry(entries).entry)
+    return replace(main, others=tuple(inputs.values()))
 
 
 def _first_step(recipe: Recipe) -> int:
@@ -107,7 +134,7 @@ def _data(recipe: Recipe, sequence_length: int | None) -> Mixture | None:
     if sequence_length is not None and sequence_length < 1:
         raise UserError(f"--sequence-length {sequence_length}: a sequence has at least one token")
     try:
-        data = Mixture.load(recipe.data)
+        data = Mixture.load(recipe.data, global_batch=recipe.train.global_batch)
     except UserError as error:
         if sequence_length is not None:
             return None

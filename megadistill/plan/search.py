@@ -6,6 +6,7 @@ from itertools import groupby
 
 from megadistill.config.recipe import CHECKPOINTING
 from megadistill.errors import UserError
+from megadistill.plan.entries import EntryRecipe
 from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, place, recipe_with_layout
@@ -20,6 +21,16 @@ TIGHT = 0.1
 """Fraction of free memory below which a fit is called tight, as an allocator never uses all of its memory."""
 MAX_COST_RATIO = 1.5
 """Cost of a proposal against the cheapest one, at most; a proposal of the other placement may cost more."""
+
+
+@dataclass(frozen=True, eq=False)
+class EntryEstimate:
+    """Costs of the steps of one shape of the curriculum."""
+
+    recipe: EntryRecipe
+    estimate: Estimate | None
+    refused: str | None
+    """Why such steps cannot be taken on this cluster; None where they can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +51,9 @@ class Plan:
     """The layout that misses least; None where one fits."""
     searched: int
     """Number of valid layouts."""
+    entries: tuple["EntryEstimate", ...]
+    """Costs of each shape of the curriculum's steps, in the recipe's own layout; none where all steps have one. The
+    others of this record are then those of the entry with the most tokens."""
     checkpointing: Estimate | None
     """The recipe's own layout with less recomputation that fits comfortably; where its own does not fit, with as little
     as fits. None: there is no such one."""
@@ -91,7 +105,20 @@ def plan(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> Plan:
     fitting = sorted((each for each in estimates if each.fits), key=_cost)
     nearest = max(estimates, key=lambda each: each.margin, default=None) if not fitting else None
     other = None if own is None else _checkpointing(own, estimates)
-    return Plan(inputs, cluster, mfu, own, refused, _distinct(fitting), nearest, len(estimates), other)
+    entries = _entries(inputs, cluster, mfu)
+    return Plan(inputs, cluster, mfu, own, refused, _distinct(fitting), nearest, len(estimates), entries, other)
+
+
+def _entries(inputs: PlanInput, cluster: Cluster, mfu: MfuAssumption) -> tuple[EntryEstimate, ...]:
+    estimates = []
+    for each in (inputs, *inputs.others):
+        if each.entry is None:
+            return ()
+        try:
+            estimates.append(EntryEstimate(each.entry, estimate(place(each.recipe, each, cluster), cluster, mfu), None))
+        except UserError as error:
+            estimates.append(EntryEstimate(each.entry, None, str(error)))
+    return tuple(sorted(estimates, key=lambda each: each.recipe.entry))
 
 
 def _checkpointing(own: Estimate, estimates: Iterable[Estimate]) -> Estimate | None:

@@ -78,7 +78,8 @@ class Mixture:
         if section.manifest is not None:
             return cls.of(Manifest.load(section.manifest), insert_bos=section.insert_bos)
         sources = {name: Manifest.load(location) for name, location in section.sources.items()}
-        curriculum = curriculum_of(section.curriculum, sources, global_batch=global_batch)
+        lengths = {name: manifest.sequence_length for name, manifest in sources.items()}
+        curriculum = curriculum_of(section.curriculum, lengths, global_batch=global_batch)
         return cls(sources, curriculum, insert_bos=section.insert_bos)
 
     @property
@@ -99,17 +100,7 @@ class Mixture:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The spans of slots whose steps have one shape; see `data.stream.segments`."""
-        segments: list[Segment] = []
-        start = 0
-        for index, entry in enumerate(self.curriculum):
-            length = self.sources[next(iter(entry.weights))].sequence_length
-            stop = None if entry.slots is None else start + entry.slots
-            if segments and not entry.begins_segment and segments[-1].sequence_length == length:
-                segments[-1] = replace(segments[-1], stop=stop)
-            else:
-                segments.append(Segment(start, stop, length, entry.batch, index))
-            start += entry.slots or 0
-        return tuple(segments)
+        return segments_of(self.curriculum, {name: each.sequence_length for name, each in self.sources.items()})
 
     def segment_at(self, slot: int) -> Segment:
         """The segment of a slot."""
@@ -155,10 +146,10 @@ class Mixture:
 
 
 def curriculum_of(
-    sections: Sequence[EntrySection], sources: Mapping[str, Manifest], *, global_batch: int | None
+    sections: Sequence[EntrySection], lengths: Mapping[str, int], *, global_batch: int | None
 ) -> list[CurriculumEntry]:
     """The entries in sequences. Where the shape of the steps changes, an entry ends with a whole step: its tokens are
-    rounded up, counted from the entry at which the shape began.
+    rounded up, counted from the entry at which the shape began. `lengths`: tokens of a sequence of each source.
 
     Raises:
         UserError: an entry's `sequence_length` is not that of its sources.
@@ -167,7 +158,7 @@ def curriculum_of(
     shape: tuple[object, ...] = ()
     since, batch = 0, 1  # sequences since the shape began
     for number, section in enumerate(sections, 1):
-        length = _length_of(section, sources, number)
+        length = _length_of(section, lengths, number)
         rope, loss = (repr(each) for each in (section.rope, section.loss))
         own = (length, section.global_batch or global_batch, section.micro_batch, rope, loss)
         begins = bool(entries) and own != shape
@@ -183,9 +174,24 @@ def curriculum_of(
     return entries
 
 
-def _length_of(section: EntrySection, sources: Mapping[str, Manifest], number: int) -> int:
+def segments_of(curriculum: Sequence[CurriculumEntry], lengths: Mapping[str, int]) -> tuple[Segment, ...]:
+    """The segments of a curriculum's entries; `lengths`: tokens of a sequence of each source."""
+    segments: list[Segment] = []
+    start = 0
+    for index, entry in enumerate(curriculum):
+        length = lengths[next(iter(entry.weights))]
+        stop = None if entry.slots is None else start + entry.slots
+        if segments and not entry.begins_segment and segments[-1].sequence_length == length:
+            segments[-1] = replace(segments[-1], stop=stop)
+        else:
+            segments.append(Segment(start, stop, length, entry.batch, index))
+        start += entry.slots or 0
+    return tuple(segments)
+
+
+def _length_of(section: EntrySection, lengths: Mapping[str, int], number: int) -> int:
     for name in section.weights:
-        length = sources[name].sequence_length
+        length = lengths[name]
         if section.sequence_length not in (None, length):
             raise UserError(
                 f"data.curriculum: entry {number} has sequence_length {section.sequence_length}, its source {name} "

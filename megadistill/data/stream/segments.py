@@ -43,6 +43,15 @@ def segment_index(starts: Sequence[int], slot: int) -> int:
     return max(index for index, start in enumerate(starts) if start <= slot)
 
 
+def paces(segments: Sequence[Segment], batch: int) -> list[Pace]:
+    """The steps of each segment; `batch`: sequences of a step in those without their own."""
+    sizes = [segment.batch or batch for segment in segments]
+    return [
+        Pace(segment.start, segment.stop, size, size * segment.sequence_length)
+        for segment, size in zip(segments, sizes, strict=True)
+    ]
+
+
 def whole_steps(pace: Pace, slot: int, skips: Skips = ()) -> int | None:
     """Steps from `slot` to the end of a segment, without those that a skip leaves incomplete; None: no end."""
     if pace.stop is None:

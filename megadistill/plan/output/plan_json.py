@@ -7,7 +7,7 @@ from megadistill.plan.checkpoint_interval import advise
 from megadistill.plan.counts.disk_usage import signal_bytes
 from megadistill.plan.estimate import Estimate, optimistic_mfu
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
-from megadistill.plan.search import Plan
+from megadistill.plan.search import EntryEstimate, Plan
 from megadistill.plan.validation_cost import validation_cost
 
 FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS}
@@ -53,10 +53,26 @@ def to_json(
         "chosen": {key: choice._asdict() for key, choice in main.sharding.choices.items()} if main else {},
         "other_checkpointing": _layout(plan, plan.checkpointing, price) if plan.checkpointing else None,
         "layouts_searched": plan.searched,
+        "entries": [_entry(each, price) for each in plan.entries],
         "own": _layout(plan, plan.own, price) if plan.own else None,
         "best": [_layout(plan, each, price) for each in plan.best],
         "nearest": _layout(plan, plan.nearest, price) if plan.nearest else None,
         "scaling_law": {"source": "arXiv 2502.08606", "fitted_on": FITTED_ON, **asdict(law)} if law else None,
+    }
+
+
+def _entry(each: EntryEstimate, price: float | None) -> dict[str, Any]:
+    shape = {"entry": each.recipe.entry, "steps": each.recipe.steps, "tokens": each.recipe.tokens}
+    train, known = each.recipe.recipe.train, each.estimate
+    return {
+        **shape,
+        "sequence_length_tokens": each.recipe.sequence_length,
+        "global_batch": train.global_batch,
+        "micro_batch": train.micro_batch,
+        "refused": each.refused,
+        "memory_bytes": None if known is None else known.memory,
+        "fits": None if known is None else known.fits,
+        **({} if known is None else _costs(known, price)),
     }
 
 

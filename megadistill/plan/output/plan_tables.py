@@ -35,6 +35,8 @@ def render(
     main = plan.main
     advice = None if main is None or plan.no_forecast else advise(main, between_faults=between_faults)
     parts: list[RenderableType] = [summary_lines(plan, price=price, advice=advice)]
+    if plan.entries:
+        parts.append(_entries(plan, price=price))
     if main is not None:
         parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), *_links(main)]
     if plan.best:
@@ -44,6 +46,31 @@ def render(
         parts += [] if cost is None else [_validation(main, cost)]
         parts += [_files(plan, main), *([] if advice is None else [_saves(advice)]), _law(plan, law)]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def _entries(plan: Plan, *, price: float | None) -> RenderableType:
+    """A row for the steps of each shape, and one for all of them."""
+    main = plan.inputs.entry
+    assert main is not None
+    title = f"Entries of the curriculum; the rest of this plan is of the steps of entry {main.entry}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("entry", "steps", "tokens", "sequence", "batch", "memory", "a step", "GPU-hours"):
+        table.add_column(heading, justify="right")
+    hours = 0.0
+    for each in plan.entries:
+        recipe, known = each.recipe, each.estimate
+        costs = ["refused", "", ""]
+        if known is not None:
+            hours += known.gpu_hours
+            memory = readable(known.memory, "B") + ("" if known.fits else ": too much")
+            costs = [memory, spell(known.times.step), f"{known.gpu_hours:,.3g}"]
+        shape = (f"{recipe.sequence_length:,}", f"{recipe.recipe.train.global_batch:,}")
+        table.add_row(str(recipe.entry), f"{recipe.steps:,}", count(recipe.tokens), *shape, *costs)
+    steps, tokens = (sum(getattr(each.recipe, name) for each in plan.entries) for name in ("steps", "tokens"))
+    cost = "" if price is None else f", {hours * price:,.0f}"
+    table.add_row("all", f"{steps:,}", count(tokens), "", "", "", "", f"{hours:,.3g}{cost}")
+    refused = [Text(f"entry {each.recipe.entry}: {each.refused}", "bold red") for each in plan.entries if each.refused]
+    return Group(table, *refused)
 
 
 def summary_lines(plan: Plan, *, price: float | None, advice: CheckpointAdvice | None = None) -> RenderableType:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megadistill.config.recipe import CurriculumEntry, EntryLossSection, LossSection, Recipe
 from megadistill.data import Mixture
-from megadistill.data.stream.segments import Pace, steps_to, tokens_after
+from megadistill.data.stream.segments import Pace, paces, steps_to, tokens_after
 from megadistill.errors import UserError
 from megadistill.io import read_json
 from megadistill.models.rope import with_rope
@@ -87,11 +87,7 @@ def step_shapes(recipe: Recipe, data: Mixture, world: int) -> tuple[StepShape, .
 
 def paces_of(recipe: Recipe, data: Mixture) -> list[Pace]:
     """The steps of each segment of the data, for any number of ranks."""
-    batches = [segment.batch or recipe.train.global_batch for segment in data.segments]
-    return [
-        Pace(segment.start, segment.stop, batch, batch * segment.sequence_length)
-        for segment, batch in zip(data.segments, batches, strict=True)
-    ]
+    return paces(data.segments, recipe.train.global_batch)
 
 
 def with_steps(recipe: Recipe, data: Mixture, parent: CheckpointManifest | None = None) -> Recipe:
@@ -121,11 +117,11 @@ def stable_steps_of(recipe: Recipe, data: Mixture) -> int:
     """`Recipe.stable_steps`, with `train.tokens` too: the last step that ends before the first decay begins."""
     if recipe.train.tokens is None:
         return recipe.stable_steps
-    paces, stable = paces_of(recipe, data), recipe.stable_length
+    all_paces, stable = paces_of(recipe, data), recipe.stable_length
     if stable <= 0:
         return 0
-    steps = steps_to(paces, stable)
-    return steps if tokens_after(paces, steps) == stable else steps - 1
+    steps = steps_to(all_paces, stable)
+    return steps if tokens_after(all_paces, steps) == stable else steps - 1
 
 
 def student_config_of_entry(config: Any, shape: StepShape) -> Any:
@@ -135,6 +131,23 @@ def student_config_of_entry(config: Any, shape: StepShape) -> Any:
         UserError: the model cannot have them.
     """
     return with_rope(config, shape.rope, what=f"data.curriculum: rope of entry {shape.entry}")
+
+
+def config_at(config: Any, recipe: Recipe, cursor: dict[str, Any]) -> Any:
+    """The student's config with the rotary embeddings of a checkpoint's last step.
+
+    `cursor`: the checkpoint's, whose order has the lengths of the curriculum's entries.
+
+    Raises:
+        UserError: the model cannot have them.
+    """
+    last, end = int(cursor["next_slot"]) - 1, 0
+    stages = zip(cursor["order"]["stages"], recipe.data.curriculum, strict=False)
+    for number, (stage, entry) in enumerate(stages, 1):
+        end += stage["slots"] or 0
+        if stage["slots"] is None or last < end:
+            return with_rope(config, entry.rope, what=f"data.curriculum: rope of entry {number}")
+    return config
 
 
 def refuse_changed_entries(folder: Path, before: Recipe, now: Recipe) -> None:
