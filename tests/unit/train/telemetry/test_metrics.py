@@ -15,10 +15,10 @@ from megadistill.config.recipe import LossSection, TargetsSection
 from megadistill.divergence import DivergenceKind
 from megadistill.models.families import load_config
 from megadistill.timeline.stopwatch import StepSeconds
+from megadistill.tracking.groups import tag_of
 from megadistill.train.telemetry import metrics
 from megadistill.train.telemetry.metrics import TEACHER_METRICS, Meter, RunLog, peak_flops
 from megadistill.train.telemetry.rank_flops import RankFlops
-from megadistill.train.telemetry.tensorboard import tag_of
 from megadistill.types import METRIC_NAMES, StepReport
 from tests.unit.train.cases import MODEL, VOCAB, recipe, step_shape, topology
 

@@ -41,7 +41,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 def _capture(folder: Path, profile: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> ProfileCapture:
-    made = recipe(Path("manifest.json"), folder, **({"profile": profile} if profile else {}))
+    sections: dict[str, Any] = {"profile": profile} if profile else {}
+    made = recipe(Path("manifest.json"), folder, **sections)
     monkeypatch.setattr(RankFlops, "of", lambda *_: RankFlops(30, stage_round=5, loss=10))
     monkeypatch.setattr(profile_capture, "peak_flops", lambda device, precision: 100.0)
     setup: Any = SimpleNamespace(recipe=made, folder=folder)

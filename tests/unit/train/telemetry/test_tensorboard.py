@@ -14,9 +14,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.histogram.metadata import PLUGIN_NAME
 
 from megadistill.config.recipe import Recipe
+from megadistill.tracking.groups import tag_of
 from megadistill.train.telemetry.histograms import BINS, histograms
 from megadistill.train.telemetry.metrics import RunLog, logged_names
-from megadistill.train.telemetry.tensorboard import LAYOUT, TensorBoardLog, tag_of, tags_of
+from megadistill.train.telemetry.tensorboard import LAYOUT, TensorBoardLog, tags_of
 from megadistill.types import DIAGNOSTIC_NAMES, EXPERT_METRICS, NORM_KINDS, StepReport
 from tests.unit.train.cases import recipe, topology
 
