@@ -139,5 +139,5 @@ def test_metrics_are_the_terms_by_name_and_carry_no_gradient() -> None:
     assert metrics.tolist()[1:] == [float(i) for i in range(1, len(METRIC_NAMES))]
     assert metrics.dtype == torch.float64
     assert not metrics.requires_grad
-    assert {*METRIC_NAMES, "diagnostics"} == {field.name for field in fields(LossTerms)}
+    assert {*METRIC_NAMES, "diagnostics", "per_token", "by_teacher"} == {field.name for field in fields(LossTerms)}
     assert set(METRIC_NAMES) < {field.name for field in fields(StepReport)}, "every term is reported"

@@ -11,7 +11,7 @@ from megadistill.data.stream.segments import slots_after
 from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.train.setup.held_out import training_shards_in, unmasked_splits
 from megadistill.train.setup.setup import Setup
-from megadistill.train.setup.teacher_keys import key_of_any_teacher
+from megadistill.train.setup.teacher_files import key_of_any_teacher
 from megadistill.units import listed, short
 
 USEFUL_EPOCHS = 4

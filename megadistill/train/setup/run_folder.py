@@ -23,7 +23,7 @@ from megadistill.train.checkpoint.versions import versions
 from megadistill.train.setup.recipe_changes import describe_changes, recipe_changes
 from megadistill.train.setup.schedule_change import SCHEDULE_KEYS, refuse_changed_steps
 from megadistill.train.setup.step_shape import refuse_changed_entries
-from megadistill.train.setup.teacher_keys import key_of_any_teacher
+from megadistill.train.setup.teacher_files import key_of_any_teacher
 
 FIRST_EVENTS = 100
 """Lines of events.jsonl in which names of an earlier version are looked for: its first events have them already."""

@@ -45,8 +45,7 @@ from megadistill.train.setup.step_shape import (
     student_config_of_entry,
     with_steps,
 )
-from megadistill.train.setup.teacher_files import TeacherFiles, read_teacher
-from megadistill.train.setup.teacher_keys import keys_of_teacher, of_teacher
+from megadistill.train.setup.teacher_files import TeacherFiles, keys_of_teacher, of_teacher, read_teacher
 from megadistill.train.setup.telemetry_checks import refuse_telemetry
 
 _TEACHER: Final = "the teacher in teacher.path"
@@ -81,12 +80,11 @@ class Setup:
     teacher_copy: Path | None = None
     """Copy of the teacher on this node, which the ranks that hold its stages read; None: they read teacher.path."""
     teachers: Mapping[str, "Setup"] = field(default_factory=dict)
-    """Of several teachers: the setup that a run with each of them alone would have, by name. Their `recipe.teacher` is
-    that one's section."""
+    """Setup of a run with each of several teachers alone, by name: its `recipe.teacher` is that one's section."""
     teacher_name: str | None = None
     """Name of the teacher in such a setup; None in others."""
     teaches: Mapping[str, float] = field(default_factory=dict)
-    """Of such a setup: each source that the teacher teaches, and its share in the divergence of that source's rows."""
+    """Sources that the teacher of such a setup teaches, and its share in the divergence of their rows."""
 
     def attention(self, model: Literal["student", "teacher"]) -> Choice:
         """Implementation of a model's attention on this device, and why; of a live teacher."""

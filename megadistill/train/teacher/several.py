@@ -37,7 +37,7 @@ class Member:
     weights: Mapping[int, float]
     """Number of a source that it teaches -> its share in the divergence of that source's rows."""
     setup: Setup
-    """That of a run with this teacher alone."""
+    """Setup of a run with this teacher alone."""
 
 
 @dataclass(frozen=True)
