@@ -74,6 +74,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "loss.router_z_loss_coef": ("moe_z_loss_coeff", "moe_zloss_weight", "router_z_loss"),
     "loss.z_loss": ("z_loss_weight", "z_loss_coef", "z_loss_multiplier", "output_z_loss"),
+    "train.tokens": ("train_tokens", "max_tokens", "total_tokens", "num_tokens"),
     "train.steps": (
         "steps",
         *("max_steps", "num_steps", "train_steps", "training_steps", "num_train_steps", "total_steps", "iterations"),
@@ -96,6 +97,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "train.schedule.warmup_steps": (
         *("warmup", "num_warmup_steps", "lr_warmup_steps", "warmup_num_steps", "lr_warmup_iters", "warmup_iters"),
     ),
+    "train.schedule.warmup_tokens": ("lr_warmup_tokens", "warmup_num_tokens"),
+    "train.schedule.decay_tokens": ("lr_decay_tokens", "cooldown_tokens"),
     "train.schedule.decay_steps": ("lr_wsd_decay_iters", "num_decay_steps", "cooldown_steps", "cooldown"),
     "train.schedule.final_ratio": ("min_lr_ratio", "lr_min_ratio", "min_lr_factor"),
     "train.checkpoint_every": ("save_steps", "save_interval", "save_every", "checkpoint_interval"),
@@ -124,9 +127,7 @@ EXPLAINED = {
         *("epochs", "num_epochs", "num_train_epochs", "max_epochs"),
     ),
     "set train.steps (samples / train.global_batch)": ("train_samples", "max_samples", "num_samples"),
-    "set train.steps (tokens / train.global_batch / the shards' sequence length)": (
-        *("train_tokens", "max_tokens", "total_tokens", "num_tokens"),
-    ),
+    "entries of data.curriculum have their own global_batch": ("rampup_batch_size", "batch_size_rampup", "batch_ramp"),
     "the shards have it: megadistill tokenize --sequence-length": (
         *("seq_len", "seq_length", "sequence_length", "max_length", "max_seq_len", "max_seq_length", "block_size"),
         *("context_length", "max_sequence_length"),

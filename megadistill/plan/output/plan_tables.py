@@ -63,12 +63,12 @@ def _entries(plan: Plan, *, price: float | None) -> RenderableType:
         if known is not None:
             hours += known.gpu_hours
             memory = readable(known.memory, "B") + ("" if known.fits else ": too much")
-            costs = [memory, spell(known.times.step), f"{known.gpu_hours:,.3g}"]
+            costs = [memory, spell(known.times.step), f"{known.gpu_hours:,.0f}"]
         shape = (f"{recipe.sequence_length:,}", f"{recipe.recipe.train.global_batch:,}")
         table.add_row(str(recipe.entry), f"{recipe.steps:,}", count(recipe.tokens), *shape, *costs)
     steps, tokens = (sum(getattr(each.recipe, name) for each in plan.entries) for name in ("steps", "tokens"))
     cost = "" if price is None else f", {hours * price:,.0f}"
-    table.add_row("all", f"{steps:,}", count(tokens), "", "", "", "", f"{hours:,.3g}{cost}")
+    table.add_row("all", f"{steps:,}", count(tokens), "", "", "", "", f"{hours:,.0f}{cost}")
     refused = [Text(f"entry {each.recipe.entry}: {each.refused}", "bold red") for each in plan.entries if each.refused]
     return Group(table, *refused)
 
