@@ -329,17 +329,6 @@ class NamedTeacherSection(TeacherSection):
     weight: float = Field(default=1.0, gt=0, le=MAX_WEIGHT)
     """Weight of its divergence where a source has several teachers, relative to those of the others."""
 
-    @model_validator(mode="after")
-    def _is_one_of_several(self) -> "NamedTeacherSection":
-        if self.placement == "disaggregated":
-            raise ValueError(
-                "placement disaggregated is for a single teacher, to whose pipelines the ranks are given: set it to "
-                "colocated"
-            )
-        if self.save_targets is not None:
-            raise ValueError("save_targets stores the targets of every row, of which one of several teachers has some")
-        return self
-
 
 def default_warmup(steps: int, *, decay_steps: Any = None) -> int:
     """Steps of the learning rate's warm-up in a run of `steps` steps whose recipe gives none."""
@@ -826,6 +815,17 @@ class Recipe(Section):
         if not self.teachers:
             return self
         known = self.data.sources or {WHOLE_DATA: ""}
+        for name, section in self.teachers.items():
+            if section.placement == "disaggregated":
+                raise ValueError(
+                    f"teachers.{name}.placement disaggregated gives ranks to the pipelines of a single teacher: set it "
+                    "to colocated"
+                )
+            if section.save_targets is not None:
+                raise ValueError(
+                    f"teachers.{name}.save_targets stores the targets of every row, of which one of several teachers "
+                    "has some: store them with that teacher alone (megadistill store-targets)"
+                )
         for name, section in self.teachers.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
                 raise ValueError(f"teachers: {name!r} is no name: use up to 64 letters, digits, - and _")
