@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,19 @@ def _own_folder() -> Path:
     return folder
 
 
+_whole: dict[Path, Any] = {}
+"""Copies that this process has hashed, and what tells that each is still the same file."""
+
+
 def _is_whole(copy: Path, size: int, sha256: str) -> bool:
     try:
-        return copy.stat().st_size == size and sha256_of(MappedFile(copy)) == sha256
+        file = MappedFile(copy)
+        identity = file.identity
+        if identity is not None and _whole.get(copy) == identity:
+            return True
+        is_whole = file.size == size and sha256_of(file) == sha256
     except OSError:
         return False
+    if is_whole and identity is not None:
+        _whole[copy] = identity
+    return is_whole

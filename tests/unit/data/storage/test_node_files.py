@@ -1,14 +1,16 @@
 """What processes of a node share, and when a file counts as the one that was verified before."""
 
+import hashlib
 import os
 import time
 from pathlib import Path
 
 import pytest
 
-from megadistill.data.storage import local
+from megadistill.data.storage import local, node_files
+from megadistill.data.storage.base import Bytes, sha256_of
 from megadistill.data.storage.local import MappedFile
-from megadistill.data.storage.node_files import shared_array
+from megadistill.data.storage.node_files import open_copy, shared_array
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,55 @@ def test_a_file_that_was_just_written_with_an_old_time_is_not_known(tmp_path: Pa
     path.write_bytes(b"one")
     os.utime(path, (1, 1))
     assert MappedFile(path).identity is None
+
+
+def test_a_process_hashes_its_nodes_copy_once_and_again_where_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"an index" * 100
+    hashed: list[int] = []
+
+    def counted(file: Bytes) -> str:
+        hashed.append(file.size)
+        return sha256_of(file)
+
+    monkeypatch.setattr(local, "SETTLED_NS", -1)
+    monkeypatch.setattr(node_files, "sha256_of", counted)
+    remote, sha256 = _Remote(content), hashlib.sha256(content).hexdigest()
+    for _ in range(3):  # the first one fetches it
+        copy = open_copy(remote, "a.idx.npy", size=len(content), sha256=sha256)
+        assert bytes(copy.read(0, copy.size)) == content
+    assert (len(hashed), remote.reads) == (1, 1)
+    path = tmp_path / f"megadistill-{os.getuid()}" / sha256
+    path.write_bytes(content[:-1] + b"!")
+    copy = open_copy(remote, "a.idx.npy", size=len(content), sha256=sha256)
+    assert bytes(copy.read(0, copy.size)) == content
+    assert (len(hashed), remote.reads) == (2, 2)
+
+
+class _Remote:
+    """A remote folder of one file."""
+
+    location = "memory"
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self.reads, self.size = content, 0, len(content)
+
+    def sibling(self, path: str) -> "_Remote":
+        return self
+
+    def open(self, name: str) -> "_Remote":
+        return self
+
+    def read_whole(self, name: str, *, max_bytes: int) -> bytes:
+        return self._content
+
+    def prefetch(self, ranges: object) -> None:
+        pass
+
+    def read(self, start: int, length: int) -> memoryview:
+        self.reads += 1
+        return memoryview(self._content)[start : start + length]
 
 
 @pytest.mark.parametrize("kind", ["own", "open to others", "link"])
