@@ -20,6 +20,7 @@ _OTHER_COMMANDS = {
         "sample": ("chat", "infer", "inference", "predict", "complete"),
         "export": ("convert", "save", "merge"),
         "tokenize": ("preprocess", "prepare", "data", "pack"),
+        "average": ("soup", "swa", "ema"),
         "doctor": ("check", "validate-config", "diagnose"),
         "plan": ("estimate", "memory"),
         "timeline": ("profile", "trace"),
