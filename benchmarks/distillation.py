@@ -10,7 +10,7 @@ import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +51,19 @@ ROWS = (
     Row("top-12-other", "top-12 + other", main=True),
     Row("top-12-other-ce", "0.7 (top-12 + other) + 0.3 CE"),
     Row("top-p-50", "top-p 0.95 of at most 50, renormalised"),
-    Row("distinct-256", "256 distinct sampled ids, renormalised (Gemma 3's way)"),
-    Row("distinct-64", "64 distinct sampled ids, renormalised"),
     Row("top-50-renormalised", "top-50 renormalised"),
     Row("top-12-renormalised", "top-12 renormalised"),
     Row("jsd", "Jensen-Shannon divergence"),
     Row("reverse-kl", "reverse KL", main=True),
     Row("top-1", "teacher's top-1"),
 )
+"""The rows of the page."""
+
+MORE_ROWS = (
+    Row("distinct-256", "256 distinct sampled ids, renormalised"),
+    Row("distinct-64", "64 distinct sampled ids, renormalised"),
+)
+"""Rows that `--only` can name beside those of the page."""
 
 
 @dataclass(frozen=True)
@@ -253,17 +258,21 @@ def _line(ended: Ended | None, pace: Pace) -> str:
     return f"{ended.job.name}: done in {ended.seconds:.0f} s; {far}"
 
 
-def results(place: Place, console: Console) -> int:
-    """Runs all unfinished jobs, prints the table and, once all are done, writes the page. Returns an exit code."""
-    refuse_stale(place, ROWS)
+def results(place: Place, console: Console, only: Sequence[Row] = ()) -> int:
+    """Runs all unfinished jobs, prints the table and, once all are done, writes the page. Returns an exit code.
+
+    With `only`, these rows with the first seed, and no page.
+    """
+    turns = ([(row, SEEDS[0]) for row in only],) if only else rounds(ROWS)
+    refuse_stale(place, only or ROWS)
     first = [tokenize_job(place), teacher_job(place)]
-    students = {key: student_job(place, *key) for key in runs(ROWS)}
+    students = {key: student_job(place, *key) for keys in turns for key in keys}
     pace = Pace([*first, *students.values(), *(measurement(place, key) for key in students)])
     for job in first:
         if follow([job], side_by_side=1, pace=pace, console=console):
             return 1
     failed: list[Ended] = []
-    for keys in rounds(ROWS):
+    for keys in turns:
         failed += follow([students[key] for key in keys], side_by_side=cores(), pace=pace, console=console)
         new = [key for key in keys if students[key].done and not place.evaluation(*key).exists()]
         if new:
@@ -271,14 +280,17 @@ def results(place: Place, console: Console) -> int:
             failed += follow([measure_job(place, new)], side_by_side=1, pace=pace, console=console)
         if place.round.exists():
             share_out(place, new)
-            if len(_measured(place)) < len(students):
-                console.print(result_table(read_results(_measured(place))))
+            if not only and len(_measured(place, students)) < len(students):
+                console.print(result_table(read_results(_measured(place, students))))
     for ended in failed:
         console.print(_line(ended, pace), highlight=False, soft_wrap=True, markup=False)
     if failed:
         console.print("the page is left as it is; the same command tries the failed runs again", highlight=False)
         return 1
-    measured = read_results(_measured(place))
+    measured = read_results(_measured(place, students))
+    if only:
+        console.print(result_table(measured))
+        return 0
     folders = {key: place.run(*key) for key in measured.students}
     draw(measured, folders, PAGE.parent)
     write_page(measured, folders)
@@ -286,8 +298,8 @@ def results(place: Place, console: Console) -> int:
     return 0
 
 
-def _measured(place: Place) -> dict[Key, Path]:
-    return {key: place.evaluation(*key) for key in runs(ROWS) if place.evaluation(*key).exists()}
+def _measured(place: Place, keys: Iterable[Key]) -> dict[Key, Path]:
+    return {key: place.evaluation(*key) for key in keys if place.evaluation(*key).exists()}
 
 
 def cores() -> int:
@@ -295,15 +307,18 @@ def cores() -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    by_name = {row.name: row for row in (*ROWS, *MORE_ROWS)}
+    options = argparse.ArgumentParser(
         prog="python -m benchmarks.distillation",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    )
+    options.add_argument("--only", nargs="+", choices=by_name, default=(), help="these, with seed 1; prints the table")
+    only = [by_name[name] for name in options.parse_args().only]
     os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.exit(results(Place(FOLDER), Console()))
+        sys.exit(results(Place(FOLDER), Console(), only))
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(RestartFault.exit_code)
