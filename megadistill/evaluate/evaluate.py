@@ -20,6 +20,7 @@ from megadistill.evaluate.models import batch_terms, check_model
 from megadistill.heldout.accumulator import Accumulator, Deciles, Totals, entropy_deciles
 from megadistill.heldout.measures import measures_of
 from megadistill.heldout.splits import Split, own_batches, short_names
+from megadistill.models.families import load_config, refuse_documents
 from megadistill.models.weights import load_pretrained
 from megadistill.progress import ShowProgress
 from megadistill.types import TokenBatch
@@ -63,12 +64,21 @@ def evaluate(
         *([teacher] if teacher else []),
         *(m for m in models if teacher is None or m.resolve() != teacher.resolve()),
     ]
+    documents = any(split.documents for split in splits)
     for folder in folders:
         for split in splits:
             check_model(folder, split.manifest)
+        if documents:  # before any model is read
+            refuse_documents(
+                load_config(folder, what=str(folder)),
+                str(folder),
+                "best-fit packing",
+                "take data that are packed by chunk",
+                sequence_length=max(split.manifest.sequence_length for split in splits if split.documents),
+            )
     if topology.is_first:
         warn_of_missing_bos(folders, splits)
-    place: dict[str, Any] = {"device": topology.device, "documents": any(split.documents for split in splits)}
+    place: dict[str, Any] = {"device": topology.device, "documents": documents}
     loaded = [load_pretrained(folder, what=str(folder), **place) for folder in folders]
     accumulators = [Accumulator(len(splits)) for _ in loaded]
     entropies: list[Tensor] = []

@@ -5,7 +5,9 @@ Code that comes with a checkpoint is never run: the classes are transformers' ow
 """
 
 import copy
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -29,12 +31,13 @@ from megadistill.errors import UserError
 from megadistill.io import read_given_json
 from megadistill.models.attention.choice import flash_implementation, has_sdpa
 from megadistill.models.attention.flex import register_flex
-from megadistill.models.attention.masks import FLEX, attention_inputs, omit_empty_masks
+from megadistill.models.attention.masks import FLEX, INDEXED_KINDS, attention_inputs, omit_empty_masks
 from megadistill.models.attention.sequence import register_shared_attention
 from megadistill.models.config_bounds import refuse_extreme_numbers
 from megadistill.models.configs.text_config import text_keys
 from megadistill.models.configs.unequal_layers import keep_unequal_layers, layer_configs, refuse_unequal_sizes
 from megadistill.models.experts import ExpertNames, experts_per_token, number_of_experts
+from megadistill.models.forward.llama4_experts import use_own_tokens
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs, per_layer_inputs
 from megadistill.models.model_keys import (
     TRANSFORMERS_REFUSES,
@@ -110,12 +113,26 @@ _BALANCED_BY_BIASES = "its experts are balanced by biases that no gradient moves
 
 _SCALED_LAYERS = "its layers are scaled by numbers that no gradient moves, and there is no rule for them"
 
+_INDEXED = "no test holds its indexers against a dense model in training"
+
 _TABLE = {
+    "apertus": Family(
+        constants=(("beta", 0.5), ("eps", -1e-6)),
+        unpruned="its activation has numbers of its own, and no test prunes it",
+    ),
     "arcee": Family(),
     "cohere": Family(unpruned=_LAYER_NORMS),
     "cohere2": Family(more_keys=("sliding_window_pattern",), masks_by_kind=True, unpruned=_LAYER_NORMS),
     "cwm": Family(masks_by_kind=True),
     "deepseek_v3": Family(experts=_EXPERTS, teacher_only=_BALANCED_BY_BIASES),
+    "deepseek_v32": Family(
+        more_keys=("num_experts",),
+        experts=_EXPERTS,
+        masks_by_kind=True,
+        layer_kinds=INDEXED_KINDS,
+        by_layer=("mlp_layer_types",),
+        teacher_only=_INDEXED,
+    ),
     "ernie4_5": Family(),
     "ernie4_5_moe": Family(
         experts=ExpertNames(
@@ -128,10 +145,25 @@ _TABLE = {
         teacher_only=_BALANCED_BY_BIASES,
     ),
     "exaone4": Family(masks_by_kind=True),
+    "falcon_h1": Family(
+        unread_keys=("time_step_limit",),
+        masks_by_kind=True,
+        layer_kinds=("hybrid",),
+        recurrent=True,
+        teacher_only=_NOT_TRAINED,
+        unpruned=_NOT_TRAINED,
+    ),
     "gemma": Family(norm_init=0.0),
     "gemma2": Family(norm_init=0.0, masks_by_kind=True),
     "gemma3_text": Family(
         norm_init=0.0, more_keys=("rope_local_base_freq", "sliding_window_pattern"), masks_by_kind=True
+    ),
+    "gemma3n_text": Family(
+        more_keys=("rope_local_base_freq",),
+        masks_by_kind=True,
+        by_layer=("intermediate_size", "activation_sparsity_pattern"),
+        teacher_only="no test holds its streams of hidden states against a dense model in training",
+        unpruned="its layers share what they compute",
     ),
     "gemma4_text": Family(
         more_keys=("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
@@ -149,6 +181,14 @@ _TABLE = {
     "glm": Family(partial_rope=True),
     "glm4": Family(partial_rope=True),
     "glm4_moe": Family(partial_rope=True, experts=_EXPERTS, teacher_only=_BALANCED_BY_BIASES),
+    "glm_moe_dsa": Family(
+        more_keys=("num_experts", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"),
+        experts=_EXPERTS,
+        masks_by_kind=True,
+        layer_kinds=INDEXED_KINDS,
+        by_layer=("mlp_layer_types", "indexer_types"),
+        teacher_only=_INDEXED,
+    ),
     "gpt_neox": Family(
         more_keys=("rotary_emb_base", "rotary_pct"),
         partial_rope=True,
@@ -171,6 +211,13 @@ _TABLE = {
     ),
     "hunyuan_v1_dense": Family(divides_width=True),
     "llama": Family(),
+    "llama4_text": Family(
+        experts=ExpertNames(block="feed_forward", module="feed_forward"),
+        masks_by_kind=True,
+        layer_kinds=("full_attention", "chunked_attention"),
+        by_layer=("no_rope_layers",),
+        teacher_only="no test holds its experts against a dense model in training",
+    ),
     "ministral": Family(masks_by_kind=True, divides_width=True),
     "ministral3": Family(rope_keys=("llama_4_scaling_beta", "original_max_position_embeddings")),
     "mistral": Family(),
@@ -281,6 +328,8 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported_type(keys, FAMILIES, what)
     refuse_unsupported(keys, what, FAMILIES[model_type].more_keys)
+    if model_type == "falcon_h1":
+        _refuse_time_step_limit(keys.get("time_step_limit"), what)
     config_class = CONFIG_MAPPING[model_type]
     known = read_keys(config_class, FAMILIES[model_type].more_keys) - set(FAMILIES[model_type].unread_keys)
     if not isinstance(source, Path):
@@ -315,6 +364,13 @@ def load_config(source: Mapping[str, Any] | Path, *, what: str) -> PretrainedCon
     return config
 
 
+def _refuse_time_step_limit(limit: Any, what: str) -> None:
+    """Refuses a limit of Mamba's time steps: there is none by default, which JSON has no number for."""
+    unlimited = limit is None or (isinstance(limit, list | tuple) and list(limit[:1]) == [0] and "nf" in str(limit[1:]))
+    if not unlimited:
+        raise UserError(f"{what}: time_step_limit is {str(limit)[:100]}; supported is none, from 0 to infinity")
+
+
 def _try_to_build(config: PretrainedConfig) -> None:
     """Builds a dense layer, one of experts, and rotary embeddings: names are looked up there, and nowhere before."""
     for layer in sorted({0, *expert_layers(config)[:1]}):
@@ -326,8 +382,9 @@ def _try_to_build(config: PretrainedConfig) -> None:
 
 def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
     for name in _SIZES:
-        if getattr(config, name, 1) < 1:  # Qwen 3.5's mixture has no dense layers
-            raise UserError(f"{what}: {name} is {getattr(config, name)}, it must be at least 1")
+        value = getattr(config, name, 1)  # Qwen 3.5's mixture has no dense layers
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise UserError(f"{what}: {name} is {value}, it must be at least 1")
     for each in layer_configs(config):
         heads, kv_heads = each.num_attention_heads, each.num_key_value_heads
         if kv_heads < 1 or heads % kv_heads:
@@ -346,6 +403,10 @@ def _refuse_inconsistent_sizes(config: PretrainedConfig, what: str) -> None:
         )
     _refuse_short_lists(config, what)
     _refuse_unequal_heads(config, what)
+    if "chunked_attention" in kinds and not config.attention_chunk_size:
+        raise UserError(f"{what}: layer_types has chunked_attention, and attention_chunk_size is not set")
+    if (indexers := getattr(config, "indexer_types", None)) and indexers[0] != "full":
+        raise UserError(f"{what}: indexer_types begins with {indexers[0]!r}; the first layer has an indexer of its own")
     if config.tie_word_embeddings and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys:
         raise UserError(f"{what}: tie_word_embeddings is true; a {config.model_type} model has a head of its own")
     if config.dtype is not None and config.dtype not in PRECISIONS:
@@ -360,6 +421,10 @@ def _refuse_unequal_heads(config: PretrainedConfig, what: str) -> None:
         raise UserError(
             f"{what}: num_key_value_heads is {config.num_key_value_heads}, and num_attention_heads "
             f"{config.num_attention_heads}; in latent attention they are equal"
+        )
+    if hasattr(config, "mamba_n_heads") and config.mamba_n_heads % config.mamba_n_groups:
+        raise UserError(
+            f"{what}: mamba_n_heads {config.mamba_n_heads} is not a multiple of mamba_n_groups {config.mamba_n_groups}"
         )
     if getattr(config, "mamba_num_heads", 0) % getattr(config, "n_groups", 1):
         raise UserError(
@@ -446,17 +511,44 @@ def refuse_documents(
     config: PretrainedConfig,
     what: str,
     by: str = "data.document_mask",
-    way_out: str = "leave it out, or take another teacher",
+    way_out: str = "leave it out, or take another model",
+    *,
+    sequence_length: int | None = None,
 ) -> None:
-    """Refuses a family whose state would cross the bounds of documents that `by` keeps apart.
+    """Refuses a model in which documents of a row that `by` keeps apart would see each other, or each other's length.
+
+    `sequence_length`: of the longest rows; None: unknown.
 
     Raises:
         UserError: `what` is the config.
     """
+    if sequence_length is not None:
+        _refuse_long_documents(config, what, by, sequence_length)
     if family(config).recurrent:
         raise UserError(
             f"{what}: recurrent layers of a {config.model_type} model carry their state over the bounds of documents, "
             f"which {by} keeps apart: {way_out}"
+        )
+
+
+def _refuse_long_documents(config: PretrainedConfig, what: str, by: str, sequence_length: int) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        kind = each.get("rope_type")
+        own = getattr(config, "original_max_position_embeddings", None)
+        known = each.get("original_max_position_embeddings") or own or config.max_position_embeddings
+        if kind in ("dynamic", "longrope") and sequence_length > known and not each.get("alpha"):
+            raise UserError(
+                f"{what}: rotary embeddings of type {kind} stretch with the longest of the documents that share a "
+                f"micro-batch, where {by} keeps them apart and sequences of {sequence_length:,} tokens are longer than "
+                f"{known:,}: leave it out, take sequences of {known:,} tokens or fewer, or rope_parameters of another "
+                "type, such as yarn"
+            )
+    if getattr(config, "attn_temperature_tuning", False) and sequence_length >= config.floor_scale:
+        raise UserError(
+            f"{what}: a {config.model_type} model scales its queries by the place in a row, not in a document that "
+            f"{by} keeps apart, from token {config.floor_scale:,} on, and sequences have {sequence_length:,}: leave it "
+            f"out, or take sequences of fewer than {config.floor_scale:,} tokens"
         )
 
 
@@ -478,12 +570,16 @@ def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """Makes a config that of a model with these layers of its own alone, in order: what it says by layer is cut."""
     keep_unequal_layers(config, layers)
     for name in ("layer_types", *family(config).by_layer):
+        if isinstance(getattr(type(config), config.attribute_map.get(name, name), None), property):
+            continue  # Falcon-H1's layers are all alike, by its class
         if values := getattr(config, name, None):
             setattr(config, name, [values[layer] for layer in layers])
     if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
         config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
         config.decoder_sparse_step = 1
-    if hasattr(config, "first_k_dense_replace"):
+    if getattr(config, "moe_layers", None) is not None:
+        config.moe_layers = [place for place, layer in enumerate(layers) if layer in config.moe_layers]
+    if hasattr(config, "first_k_dense_replace") and "mlp_layer_types" not in family(config).by_layer:
         config.first_k_dense_replace = sum(not _has_experts(config, layer) for layer in layers)
     if hasattr(config, "moe_layer_start_index"):
         sparse = [place for place, layer in enumerate(layers) if _has_experts(config, layer)]
@@ -524,19 +620,19 @@ def forward_inputs(decoder: Any, x: Tensor, positions: Tensor | None, tokens: Te
 def logit_transform(config: Any) -> LogitTransform:
     """The transform of the head's products into logits, by the config keys of transformers' families.
 
-    Gemma bounds them (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
-    (`logits_scaling`). A key has no effect where it is absent or None, nor where the family does not
-    declare it: transformers keeps and ignores it.
+    Gemma bounds them (`final_logit_softcapping`), Cohere and Falcon-H1 multiply them (`logit_scale`,
+    `lm_head_multiplier`), Granite divides them (`logits_scaling`). A key has no effect where it is absent or None, nor
+    where the family does not declare it: transformers keeps and ignores it.
 
     Raises:
         ValueError, ZeroDivisionError: a softcap that is not positive, or a scale that is 0.
     """
     declared = {field.name for field in fields(config)}
-    softcap, multiplied, divided = (
+    softcap, *multiplied, divided = (
         getattr(config, name) if name in declared else None
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        for name in ("final_logit_softcapping", "logit_scale", "lm_head_multiplier", "logits_scaling")
     )
-    scale = 1.0 if multiplied is None else float(multiplied)
+    scale = math.prod(float(each) for each in multiplied if each is not None)
     return LogitTransform(softcap=softcap, scale=scale if divided is None else scale / divided)
 
 
@@ -611,6 +707,8 @@ def _prepare(model: PreTrainedModel) -> None:
     """Prepares a model that transformers has just built: names of its modules, and calls without a mask."""
     rename_modules(model, model.config.model_type)
     omit_empty_masks(decoder(model))
+    if model.config.model_type == "llama4_text":
+        use_own_tokens(decoder(model))
 
 
 def expert_layers(config: PretrainedConfig) -> list[int]:
@@ -621,6 +719,10 @@ def expert_layers(config: PretrainedConfig) -> list[int]:
 
 def _has_experts(config: PretrainedConfig, layer: int) -> bool:
     """transformers' rules for mixtures that have dense layers as well."""
+    if "mlp_layer_types" in family(config).by_layer:
+        return bool(config.mlp_layer_types[layer] == "sparse")
+    if getattr(config, "moe_layers", None) is not None:
+        return layer in config.moe_layers
     if hasattr(config, "mlp_only_layers"):
         return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
     if "moe" in family(config).layer_kinds:
@@ -632,7 +734,8 @@ def _has_experts(config: PretrainedConfig, layer: int) -> bool:
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its head: embedding, layers, last norm. A decoder is its own decoder."""
-    return model.base_model
+    inner: PreTrainedModel = model.base_model
+    return getattr(inner, "model", inner)  # Llama 4's says another name of it than it has
 
 
 def rebuild_buffers(model: PreTrainedModel) -> None:
@@ -650,9 +753,26 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
             rotary = type(inner.rotary_emb)(config=inner.config)
         assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
         inner.rotary_emb = rotary.to(device)
+    _rebuild_constants(inner)
     for embedding in (inner.embed_tokens, getattr(inner, "embed_tokens_per_layer", None)):
         if hasattr(embedding, "embed_scale"):
             embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
+
+
+def _rebuild_constants(inner: Any) -> None:
+    """Constants of Gemma 3n's and Falcon-H1's modules, in the type of the parameters, as transformers has them."""
+    parameter = next(inner.parameters())
+    to: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
+    width = inner.config.hidden_size
+    if hasattr(inner, "per_layer_projection_scale"):
+        inner.per_layer_projection_scale = torch.tensor(width**-0.5, **to)
+        inner.per_layer_input_scale = torch.tensor(1 / math.sqrt(2.0), **to)
+    for layer in inner.layers:
+        if hasattr(layer, "altup"):
+            layer.altup.router_input_scale = torch.tensor(width**-1.0, **to)
+        if hasattr(layer, "mamba"):
+            multipliers = sys.modules[type(layer).__module__].compute_mup_vector
+            layer.mamba.mup_vector = multipliers(inner.config).to(**to)
 
 
 def parameter_shapes(config: PretrainedConfig) -> dict[str, torch.Size]:

@@ -12,12 +12,16 @@ from torch import Size
 from transformers import PretrainedConfig
 
 from megadistill.models.attention.choice import query_width, value_width
+from megadistill.models.attention.masks import INDEXED_KINDS
 from megadistill.models.configs.unequal_layers import layer_config
 from megadistill.models.experts import experts_per_token, is_stacked
 from megadistill.models.families import EMBEDDING, HEAD, has_experts, parameter_shapes
 from megadistill.models.forward.per_layer_inputs import TABLE, is_by_layer
 
 LAYERS = "model.layers."
+
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "hybrid")
+"""Kinds of layers with attention, whose keys all queries may see as far as they are counted."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +106,23 @@ def _active(config: PretrainedConfig, name: str, shape: Size) -> int:
 def flops_per_token(config: PretrainedConfig, sequence_length: int) -> Flops:
     """`fwd = 2A + 2Vd + 2Lsa`: PaLM's count (2204.02311, appendix B), with causal attention as half of full attention.
 
-    A sliding window counts as full causal attention. Of latent attention, a is the mean of the widths of scores and
-    values. Linear attention counts by its state, not by s.
+    A sliding window, a chunk, and keys that an indexer chose count as full causal attention, as do an indexer's scores.
+    Of latent attention, a is the mean of the widths of scores and values. Linear attention counts by its state, not by
+    s.
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     widths = 0
     for layer, kind in enumerate(kinds):
-        if kind in ("full_attention", "sliding_attention"):
+        if kind in (*_ATTENTION, *INDEXED_KINDS):
             own = layer_config(config, layer)
             widths += own.num_attention_heads * (query_width(own) + value_width(own))
+        if kind in INDEXED_KINDS and (getattr(config, "indexer_types", None) or ["full"] * len(kinds))[layer] == "full":
+            widths += config.index_n_heads * config.index_head_dim
     return Flops(
         body=2 * parameter_counts(config).active_body,
         head=2 * config.vocab_size * config.hidden_size,
-        attention=sequence_length * widths + kinds.count("linear_attention") * _state_flops(config),
+        attention=sequence_length * widths
+        + sum(kind in ("linear_attention", "hybrid") for kind in kinds) * _state_flops(config),
     )
 
 
@@ -124,4 +132,6 @@ def _state_flops(config: PretrainedConfig) -> int:
         return int(6 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim)
     if hasattr(config, "ssm_state_size"):
         return int(4 * config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size)
+    if hasattr(config, "mamba_d_state"):
+        return int(4 * config.mamba_n_heads * config.mamba_d_head * config.mamba_d_state)
     return 0

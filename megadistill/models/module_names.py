@@ -22,6 +22,7 @@ MODULES: Final[Mapping[str, Mapping[str, str]]] = {
         "final_layer_norm": "norm",
         "embed_out": "lm_head",
     },
+    "falcon_h1": {"final_layernorm": "norm"},
     "nemotron_h": {"backbone": "model", "embeddings": "embed_tokens", "norm_f": "norm"},
 }
 """`model_type` -> name of a module in its checkpoints, or in transformers' model -> name here."""

@@ -12,6 +12,7 @@ from megadistill.errors import UserError
 from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import build_decoder, stored_buffers
 from megadistill.models.flops import LAYERS, layer_costs
+from megadistill.models.forward.hidden_streams import hand_on_streams, hidden_streams
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs, take_given_inputs
 
 
@@ -132,6 +133,8 @@ def stage_decoder(
             decoder.embedding_multiplier = 1.0
     if stage < stages - 1:
         decoder.norm = nn.Identity()
+    if hidden_streams(config) > 1 and stages > 1:
+        hand_on_streams(decoder, is_first=stage == 0, is_last=stage == stages - 1)
     names = [*(name for name, _ in decoder.named_parameters()), *stored_buffers(decoder)]
     return decoder, {whole_name(f"model.{name}", layers): name for name in names}
 

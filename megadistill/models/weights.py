@@ -64,7 +64,7 @@ def read_parameter(
     Raises:
         UserError: a tensor of it is missing, or has another shape.
     """
-    parameter = torch.empty(*shape, dtype=dtype, device=device)
+    parameter = torch.empty(tuple(shape), dtype=dtype, device=device)
     if part is not None:
         return _read_part(weights, name, parameter, part)
     stored = stored_tensors(name, shape, family(config).experts, weights)
@@ -268,10 +268,18 @@ def load_pretrained(
         types = (weights.dtype(each.name) for parts in narrow for each in parts)
         dtype = config.dtype or functools.reduce(torch.promote_types, types)
     config.dtype = model.config.dtype = dtype
-    tensors = weights.tensors([each.name for parts in stored.values() for each in parts])
+    # Experts that are stored in one quantised tensor are decoded some at a time.
+    stacked = {
+        name
+        for name, parts in stored.items()
+        if len(shapes[name]) == 3 and len(parts) == 1 and parts[0].name in weights.quantised
+    }
+    tensors = weights.tensors([each.name for name, parts in stored.items() if name not in stacked for each in parts])
     for name, parts in stored.items():
         own_type = tensor_type(config, name, dtype)
-        if len(parts) == 1:
+        if name in stacked:
+            tensor = read_parameter(weights, config, name, shapes[name], dtype=own_type, device=device)
+        elif len(parts) == 1:
             tensor = next(tensors).to(device, own_type)
         else:
             tensor = torch.empty(shapes[name], dtype=own_type, device=device)

@@ -216,7 +216,8 @@ def use_float8(decoder: Any) -> list[str]:
         elif isinstance(getattr(module, "up_proj", None), nn.Parameter):  # Nemotron-H's experts, which have no gate
             native.append(f"layers.{name}")
         elif hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
-            if getattr(module, "has_bias", False):  # gpt-oss's, which are transposed, and whose gates are clamped
+            by_rows = module.gate_up_proj.shape[1] == 2 * module.down_proj.shape[2]
+            if getattr(module, "has_bias", False) or not by_rows:  # gpt-oss's, with clamped gates; Llama 4's
                 native.append(f"layers.{name}")
                 continue
             replacement, weights = Float8Experts, [module.gate_up_proj, module.down_proj]
@@ -245,7 +246,7 @@ def describe_float8(decoder: Any, native: list[str], device: torch.device) -> st
     if native:
         more = f" and {len(native) - 3} more" if len(native) > 3 else ""
         line += (
-            f"; {len(native)} stay native, with a side that is no multiple of {MULTIPLE} or with biases of experts: "
-            f"{', '.join(native[:3])}{more}"
+            f"; {len(native)} stay native, with a side that is no multiple of {MULTIPLE} or with experts that have "
+            f"biases, no gate or columns for rows: {', '.join(native[:3])}{more}"
         )
     return line

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from megadistill.config.auto import NO_TRITON, Choice, has_triton, install_for_triton, missing_for_triton
 from megadistill.config.recipe import AttentionSetting, Recipe
 from megadistill.errors import UserError
+from megadistill.models.attention.masks import INDEXED_KINDS
 from megadistill.models.configs.unequal_layers import layer_configs
 
 FLASH_WIDTH = 256
@@ -28,6 +29,11 @@ _WINDOWS_UNSAID = ("qwen2_moe",)
 _FLASH_PACKAGES = {"flash_attention_3": ("flash-attn-3", (0,)), "flash_attention_2": ("flash-attn", (2, 7))}
 """transformers' name -> distribution, and its first version that compiled layers can call, with softcapped scores. The
 first that is there is used."""
+
+
+def has_indexers(config: Any) -> bool:
+    """Whether layers attend to the keys that an indexer chooses, which reads and gives dense masks."""
+    return bool(set(getattr(config, "layer_types", None) or ()) & set(INDEXED_KINDS))
 
 
 def score_softcap(config: Any) -> float | None:
@@ -67,7 +73,13 @@ def value_width(config: Any) -> int:
 
 
 def has_window(config: Any, sequence_length: int | None) -> bool:
-    """Whether a layer's window is shorter than the sequence, which no causal flag expresses. None: any length."""
+    """Whether a layer's window or chunk is shorter than the sequence, which no causal flag expresses.
+
+    None: any length.
+    """
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()) and chunk is not None:
+        return sequence_length is None or chunk < sequence_length
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else window is not None
@@ -117,6 +129,12 @@ def choose_attention(
     triton = has_triton() if triton is None else triton
     sdpa = has_sdpa(config)
     width = widest_head(config)
+    if has_indexers(config):
+        if setting in ("flex", "flash"):
+            raise UserError(
+                f"{key} is {setting}, which has no dense masks, and this family's indexer needs them: set {key} to auto"
+            )
+        return Choice(setting if setting == "eager" else "sdpa", "dense masks, as its indexers read and give them")
     if setting != "auto":
         _refuse_unable(setting, key, accelerator, precision, sdpa=sdpa, flash=flash, triton=triton, width=width)
         if no_flash and setting == "flash":
@@ -149,6 +167,8 @@ def _beyond_flash(config: Any) -> str | None:
     unsaid = config.model_type in _WINDOWS_UNSAID or not getattr(config, "use_sliding_window", True)
     if unsaid and has_window(config, None):
         return "is not told of this family's sliding windows"
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "is not told of this family's chunks"
     if any(value_width(each) != query_width(each) for each in layer_configs(config)):
         return "has one width for queries and values, which differ in this family"
     if "linear_attention" in (getattr(config, "layer_types", None) or ()):

@@ -19,6 +19,9 @@ from transformers import PretrainedConfig
 FLEX = "megadistill_flex"
 """transformers' name of our attention function."""
 
+INDEXED_KINDS = ("indexed_attention", "deepseek_sparse_attention")
+"""Kinds of layers whose indexer chooses the keys: transformers' names, and those of 5.17. They read a dense mask."""
+
 FLEX_BLOCK = 128
 """Queries and keys of a block of flex_attention: torch's default."""
 
@@ -47,10 +50,10 @@ def attention_inputs(
     start_BS = None if positions is None else _document_starts(positions)
     implementation = config._attn_implementation
 
-    def mask(window: int | None) -> Tensor | BlockMask | None:
+    def mask(window: int | None = None, chunk: int | None = None) -> Tensor | BlockMask | None:
         if implementation.startswith("flash"):
             return None  # it reads window and softcap from the layer, documents from the lengths below
-        first_key = _first_keys(start_BS, shape, window=window, device=device)
+        first_key = _first_keys(start_BS, shape, window=window, chunk=chunk, device=device)
         if implementation == FLEX:
             if has_flex_kernels(device):
                 return block_mask(first_key, shape, device=device)
@@ -60,12 +63,23 @@ def attention_inputs(
     window = getattr(config, "sliding_window", None)
     inputs = _lengths(positions, shape, device=device) if implementation.startswith("flash") else {}
     if by_kind:
-        windows = {"full_attention": None, "sliding_attention": window}
-        kinds = sorted(set(config.layer_types))
+        limits: dict[str, dict[str, Any]] = {
+            "full_attention": {},
+            "sliding_attention": {"window": window},
+            "chunked_attention": {"chunk": getattr(config, "attention_chunk_size", None)},
+        }
+        kinds = set(config.layer_types)
+        if "hybrid" in kinds:  # each of Falcon-H1's layers has both
+            kinds = {"full_attention", "linear_attention"}
+        if kinds & set(INDEXED_KINDS):
+            first_key = _first_keys(start_BS, shape, device=device)
+            first_key = torch.zeros(1, shape[1], dtype=torch.int64, device=device) if first_key is None else first_key
+            dense = _dense_mask(first_key, shape[1], dtype=dtype if implementation == "eager" else None, device=device)
+            return {"attention_mask": dict.fromkeys(INDEXED_KINDS, dense), **inputs}
         # Layers of linear attention take a mask of padding, of which there is none.
-        masks = {kind: mask(windows[kind]) if kind in windows else None for kind in kinds}
+        masks = {kind: mask(**limits[kind]) if kind in limits else None for kind in sorted(kinds)}
         return {"attention_mask": masks, **inputs}
-    only = mask(window)
+    only = mask(window=window)
     return {"attention_mask": torch.empty(0, 0, 0, 0, device=device) if only is None else only, **inputs}
 
 
@@ -76,9 +90,21 @@ def _document_starts(positions: Tensor) -> Tensor:
 
 
 def _first_keys(
-    start_BS: Tensor | None, shape: tuple[int, int], *, window: int | None, device: torch.device
+    start_BS: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    device: torch.device,
 ) -> Tensor | None:
-    """[B or 1, S] int64: the first key that each query sees. None: the first of the row, for all of them."""
+    """[B or 1, S] int64: the first key that each query sees. None: the first of the row, for all of them.
+
+    `chunk`: tokens of a document, from its first on, that see no others; `window`: tokens up to a query's own.
+    """
+    if chunk is not None and chunk < shape[1]:
+        place = torch.arange(shape[1], device=device).unsqueeze(0)
+        start = torch.zeros_like(place) if start_BS is None else start_BS
+        return start + (place - start) // chunk * chunk
     if window is None or window >= shape[1]:
         return start_BS
     within = (torch.arange(shape[1], device=device) - window + 1).clamp(min=0).unsqueeze(0)

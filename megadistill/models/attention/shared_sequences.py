@@ -6,6 +6,7 @@ from typing import Any
 from megadistill.config.auto import Choice
 from megadistill.config.recipe import Recipe
 from megadistill.errors import UserError
+from megadistill.models.attention.choice import has_indexers
 from megadistill.models.attention.sequence import refuse_shared_heads
 
 
@@ -43,13 +44,22 @@ def check_shared_sequences(
             "out, or store them before the run (megadistill store-targets) with distributed.sequence 1"
         )
     for what, (config, attention) in models.items():
-        if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        if {"linear_attention", "hybrid"} & {*(getattr(config, "layer_types", None) or ())}:
             raise UserError(
                 f"{name}, and recurrent layers of the {config.model_type} model of {what} carry a state from token to "
                 "token, which is not passed between ranks: set distributed.sequence to 1"
             )
-        if reason := family(config).whole_sequences:
-            raise UserError(
-                f"{name}, and {what} is a {config.model_type} model: {reason}: set distributed.sequence to 1"
-            )
+        if reason := _reason_for_whole_sequences(config):
+            raise UserError(f"{name}, and in the {config.model_type} model of {what} {reason}: set it to 1")
         refuse_shared_heads(config, ranks, attention.value, what=what, key=f"{what.partition('.')[0]}.attention")
+
+
+def _reason_for_whole_sequences(config: Any) -> str | None:
+    """Why a family's layers need whole sequences, or have no test on parts of them; None: they can be shared."""
+    if has_indexers(config):
+        return "indexers choose keys of whole sequences"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "queries are scaled by their place in a whole sequence"
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "hidden_size_per_layer_input", 0):
+        return "layers share keys and values, or read inputs of their own, which no test holds on parts of sequences"
+    return None

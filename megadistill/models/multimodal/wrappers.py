@@ -25,7 +25,9 @@ class Wrapper:
 
 WRAPPERS: Final[Mapping[str, Wrapper]] = {
     "gemma3": Wrapper("gemma3_text"),
+    "gemma3n": Wrapper("gemma3n_text"),
     "gemma4": Wrapper("gemma4_text"),
+    "llama4": Wrapper("llama4_text"),
     "mistral3": Wrapper("mistral", any_type=True),
     "qwen2_5_vl": Wrapper("qwen2_5_vl_text", family="qwen2", is_flat=True),
     "qwen2_vl": Wrapper("qwen2_vl_text", family="qwen2", is_flat=True),
@@ -38,18 +40,7 @@ WRAPPERS: Final[Mapping[str, Wrapper]] = {
 }
 """Every other multimodal model is refused: its language model may see ahead (PaliGemma), or take more than tokens."""
 
-_PER_LAYER_INPUTS: Final = (
-    "its layers hand on four streams of hidden states and read inputs of their own, and keys and values of other "
-    "layers, while a stage hands on hidden states alone"
-)
-
 NOT_READ: Final[Mapping[str, str]] = {
-    "apertus": "its activation has parameters and buffers of its own, which are neither matrices nor norms",
-    "deepseek_v32": "its attention takes the keys that an indexer chooses, which no attention here computes",
-    "falcon_h1": "each of its layers has Mamba and attention side by side, which are not built or counted here",
-    "gemma3n": _PER_LAYER_INPUTS,
-    "gemma3n_text": _PER_LAYER_INPUTS,
-    "glm_moe_dsa": "its layers take the keys that an earlier layer's indexer chose, which a stage does not hand on",
-    "llama4": "three in four of its layers attend within chunks of a row, which no attention here computes",
+    "gemma4_unified": "its language model is not that of gemma4, and no test holds it against transformers",
 }
 """`model_type`s with the reason why their language model is not read."""

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import Checkpointing
+from megadistill.models.attention.choice import has_indexers
 from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
@@ -208,7 +209,7 @@ class _Counting:
                 arguments = {**part, "attention_mask": arguments["attention_mask"]}  # of the whole sequence
                 share_sequences(decoder, SequencePart(0, self.ranks), _exchanged)
             is_causal = implementation == "sdpa" and not self.masked and not _windowed(config, index, self.S)
-            if is_fused or is_causal:
+            if (is_fused or is_causal) and not has_indexers(config):
                 arguments["attention_mask"] = None  # transformers omits it, unless it is traced
             layer = decoder.layers[0]
             shared = [tensor for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
@@ -267,7 +268,7 @@ class _Passes:
             parameter.register_post_accumulate_grad_hook(release)  # type: ignore[no-untyped-call]
         with LiveStorages() as live, _Moved(*scores) as moved:
             with _saved_storages() as saved:
-                out = layer(hidden_1SD, **arguments)
+                out = _hidden_of(layer(hidden_1SD, **arguments))
             first, retained, forward = len(live.events), live.now - _bytes_of([out]), moved.scores
             working = live.peak - retained
             moved.clear()
@@ -284,6 +285,11 @@ class _Passes:
 def _exchanged(blocks: Tensor) -> Tensor:
     """The memory of an all-to-all: the blocks one after the other, and those that arrive."""
     return blocks.contiguous().clone()
+
+
+def _hidden_of(output: Any) -> Any:
+    """The hidden states of a layer's output, which are the first of several in some families."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _make_fake(decoder: Any, dtype: torch.dtype) -> None:
@@ -334,6 +340,8 @@ def _windowed(config: Any, index: int, S: int) -> bool:
     """Whether the layer's window is shorter than the sequence, which takes a mask."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] == "chunked_attention":
+        return bool(config.attention_chunk_size < S)
     slides = kinds[index] == "sliding_attention" if kinds else window is not None
     return bool(slides and window is not None and window <= S)
 

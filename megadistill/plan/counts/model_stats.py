@@ -22,6 +22,7 @@ from megadistill.models.flops import (
     layer_parameters,
     parameter_counts,
 )
+from megadistill.models.forward.hidden_streams import SPREADING
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.partition import stage_sizes
 from megadistill.plan.counts.activations import Activations, count_activations
@@ -130,7 +131,9 @@ class ModelStats:
         totals = list(_sums(layers, self.stage_sizes(stages)))
         for stage in range(stages if has_per_layer_inputs(self.config) else 1):
             totals[stage] += itemsize * self.parameters.embedding
-        totals[-1] += itemsize * (self.parameters.body - sum(self.layer_parameters))
+        spreading = sum(math.prod(shape) for name, shape in self.shapes.items() if name.startswith(SPREADING))
+        totals[0] += itemsize * spreading
+        totals[-1] += itemsize * (self.parameters.body - sum(self.layer_parameters) - spreading)
         return tuple(totals)
 
     @lru_cache(maxsize=4)  # noqa: B019, a plan's models live as long as the plan

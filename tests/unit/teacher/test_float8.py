@@ -236,7 +236,10 @@ def test_a_side_that_is_no_multiple_of_16_stays_native_and_is_named(
     assert isinstance(layer.self_attn.q_proj, Float8Linear)
     assert type(layer.mlp.up_proj) is type(layer.mlp.down_proj) is nn.Linear
     assert "20 modules of this rank's stage" in caplog.text
-    expected = "15 stay native, with a side that is no multiple of 16 or with biases of experts: "
+    expected = (
+        "15 stay native, with a side that is no multiple of 16 or with experts that have biases, no gate or columns "
+        "for rows: "
+    )
     assert f"{expected}layers.0.mlp.gate_proj, layers.0.mlp.up_proj" in caplog.text
 
 
