@@ -123,7 +123,7 @@ class TokenBatch:
         if bool(chosen_Bg.all()):
             return self
         chosen_B = torch.isin(self.sources, torch.tensor(sorted(numbers)))
-        rows = {name: tensor[chosen_B] for name, tensor in self._by_row().items()}
+        rows: dict[str, Any] = {name: tensor[chosen_B] for name, tensor in self._by_row().items()}
         return replace(self, **rows, peer_rows=tuple(chosen_Bg.sum(dim=0).tolist()))
 
     def of_part(self, part: SequencePart) -> "TokenBatch":
@@ -133,7 +133,7 @@ class TokenBatch:
             return self
         return replace(self, tokens=part.of(self.tokens), labels=part.of(self.labels), part=part)
 
-    def _by_row(self) -> dict[str, Tensor]:
+    def _by_row(self) -> dict[str, Any]:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -399,7 +399,9 @@ class LossTerms:
         return torch.stack([getattr(self, name).detach().double() for name in METRIC_NAMES])
 
 
-METRIC_NAMES = tuple(each.name for each in fields(LossTerms) if each.name not in ("diagnostics", "per_token", "by_teacher"))
+METRIC_NAMES = tuple(
+    each.name for each in fields(LossTerms) if each.name not in ("diagnostics", "per_token", "by_teacher")
+)
 """The scalar terms, in the order of `LossTerms.metrics`."""
 
 PER_TOKEN_NAMES = ("divergence", "kl", "student_ce", "teacher_ce", "agreement")

@@ -40,7 +40,7 @@ refused with what is written here.
 
 _BOUNDS = {annotated_types.Ge: "≥", annotated_types.Gt: ">", annotated_types.Le: "≤", annotated_types.Lt: "<"}
 
-ITEMS = {list: "[]", dict: ".NAME"}
+ITEMS: dict[Any, str] = {list: "[]", dict: ".NAME"}
 """The mark of the items of a list, or of a mapping by name, in the names of their keys."""
 
 _PLAIN = {"str": "text", "bool": "true or false", "int": "integer", "float": "number", "Any": "any"}

@@ -9,6 +9,7 @@ from megadistill.distributed.topology import Topology, even_slice, topology_of_w
 from megadistill.doctor.rank_report import Row, Status
 from megadistill.train.build import shared_probe
 from megadistill.train.setup.setup import Setup
+from megadistill.train.setup.teacher_files import of_teacher
 from megadistill.train.teacher.placement import live_teacher
 from megadistill.train.teacher.probe import worse_than_uniform
 
@@ -23,8 +24,12 @@ def teacher_rows(setup: Setup, topology: Topology, launch: Launch) -> list[Row]:
     if not setup.teachers:
         row = _teacher_row(setup, topology, launch)
         return [] if row is None else [row]
-    rows = {name: _teacher_row(each, topology, launch) for name, each in setup.teachers.items()}
-    return [replace(row, check=f"{CHECK}: {name}") for name, row in rows.items() if row is not None]
+    rows = []
+    for name, each in setup.teachers.items():
+        row = _teacher_row(each, topology, launch)
+        if row is not None:
+            rows.append(replace(row, check=f"{CHECK}: {name}", detail=of_teacher(row.detail, name)))
+    return rows
 
 
 def _teacher_row(setup: Setup, topology: Topology, launch: Launch) -> Row | None:

@@ -334,8 +334,9 @@ class Trainer:
             place = (stream, self._topology, self._recovery.events)
             cursor = masked_cursor(batch.batch, cursor, *place, step=self.step, reduced=outcome.flags)
         seconds, waited = time.perf_counter() - began, batches.waited - waited_before
-        timing = {"data_seconds": waited, "parts": parts}
-        return StepEvent(self.step, outcome, rate, cursor, seconds, shape=shape, progress=at, **timing)
+        return StepEvent(
+            *(self.step, outcome, rate, cursor, seconds), data_seconds=waited, parts=parts, shape=shape, progress=at
+        )
 
     def _steps_of_run(self, stream: TokenStream) -> int:
         """The number of the run's last step, for a stream that follows the current one."""
@@ -394,7 +395,7 @@ class Trainer:
         vocab_size = self._setup.data.vocab_size
         if problem := worse_than_uniform(check.cross_entropy, vocab_size):
             values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(vocab_size), **of_teacher}
-            problem = problem if check.name is None else f"{check.name}: {problem}"
+            problem = problem if check.name is None else f"{check.name}: {of_teacher(problem, check.name)}"
             self._recovery.events.warn("teacher_above_uniform", problem, step=self.step, **values)
 
     def _enter_phase(self, phase: str, *, limit: float) -> None:

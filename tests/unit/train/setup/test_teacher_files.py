@@ -36,7 +36,7 @@ def test_each_teacher_has_the_setup_of_a_run_with_it_alone(tmp_path: Path) -> No
     setup = prepare(_recipe(tmp_path, teachers), LAUNCH)
     assert setup.teacher_config is None
     first, second = setup.teachers["first"], setup.teachers["second"]
-    assert (first.teacher_config.hidden_size, second.teacher_config.hidden_size) == (32, 64)
+    assert [each.teacher_config and each.teacher_config.hidden_size for each in (first, second)] == [32, 64]
     assert first.vocab_map is None
     assert second.vocab_map is not None
     assert second.vocab_map.tolist() == ids
