@@ -120,7 +120,7 @@ def _outcome_line(outcome: "RunOutcome", recipe: "Recipe", options: argparse.Nam
 
     resumes = "the same command resumes" if command is None else f"`{command}` resumes"
     if outcome.done:
-        line = f"step {outcome.step} of {recipe.train.steps}, done"
+        line = f"step {outcome.step} of {recipe.train.steps or outcome.step}, done"
     elif outcome.plateau:
         line = (
             f"ended at step {outcome.step}: validation.patience is used up (validation.stop); with a larger patience, "

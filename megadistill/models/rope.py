@@ -71,7 +71,7 @@ def turn_rotary(model: Module, config: PretrainedConfig) -> None:
 
     The module stays: hooks know it, and compiled layers get its cosines and sines as inputs.
     """
-    rotary: Any = decoder(model).rotary_emb  # type: ignore[arg-type]
+    rotary: Any = decoder(model).rotary_emb
     device = next(rotary.buffers()).device
     with torch.device("cpu"):
         fresh = type(rotary)(config=config)
@@ -89,6 +89,6 @@ def _merged(before: dict[str, Any], rope: float | dict[str, Any], what: str) -> 
         if key not in ROPE_KEYS:
             raise UserError(f"{what}: rope_parameters has no key {key}{nearest(key, ROPE_KEYS)}")
     refuse_extreme_numbers(rope, what)
-    kept = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
-    numbers = {key: float(rope[key]) for key in ("rope_theta", "factor") if isinstance(rope.get(key), int)}
+    kept: dict[str, Any] = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
+    numbers: dict[str, Any] = {key: float(rope[key]) for key in ("rope_theta", "factor") if isinstance(rope.get(key), int)}
     return {"rope_type": "default", **kept, **rope, **numbers}

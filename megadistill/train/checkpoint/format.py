@@ -133,8 +133,9 @@ class CheckpointManifest(_Record):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "CheckpointManifest":
         """A step reads one sequence at least, and all sequences of a curriculum entry have as many tokens."""
-        read = CursorRecord.model_validate_json(json.dumps(self.cursor)).read
-        has_one_length = len(self.cursor["order"]["stages"]) == 1
+        cursor = CursorRecord.model_validate_json(json.dumps(self.cursor))
+        read, stages = cursor.read, cursor.order.get("stages")
+        has_one_length = not isinstance(stages, list) or len(stages) < 2
         if not self.step <= read <= self.tokens or (read and has_one_length and self.tokens % read):
             raise ValueError(f"step {self.step:,}, {read:,} sequences and {self.tokens:,} tokens do not go together")
         return self

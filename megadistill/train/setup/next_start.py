@@ -13,7 +13,7 @@ from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
 from megadistill.train.setup.recipe_changes import recipe_changes
-from megadistill.train.setup.schedule_change import how_to_train_longer
+from megadistill.train.setup.schedule_change import how_to_train_longer, tokens_of
 
 OTHER_CONTENT = (
     "data.manifest", "data.sources.", "data.curriculum", "data.skip", "teacher.source", "teacher.targets",
@@ -43,6 +43,8 @@ def nothing_to_do(recipe: Recipe, *, stop_after: int | None) -> NothingToDo | No
     folder, steps = Path(recipe.run.folder), recipe.train.steps
     checkpoints = checkpoint_folders(folder / "checkpoints")
     step = max(checkpoints, default=0)
+    if recipe.train.tokens is not None and checkpoints:
+        steps = step if tokens_of(checkpoints[step]) >= recipe.train.tokens else step + 1
     is_finished = step >= steps and (folder / "DONE").exists()
     is_past_stop = stop_after is not None and step >= stop_after
     if not (is_finished or is_past_stop) or not has_all_files(checkpoints[step]):

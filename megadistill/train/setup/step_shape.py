@@ -142,7 +142,7 @@ def config_at(config: Any, recipe: Recipe, cursor: dict[str, Any]) -> Any:
         UserError: the model cannot have them.
     """
     last, end = int(cursor["next_slot"]) - 1, 0
-    stages = zip(cursor["order"]["stages"], recipe.data.curriculum, strict=False)
+    stages = zip(cursor["order"].get("stages", []), recipe.data.curriculum, strict=False)
     for number, (stage, entry) in enumerate(stages, 1):
         end += stage["slots"] or 0
         if stage["slots"] is None or last < end:

@@ -5,6 +5,7 @@ The truth is one process: a dense transformers model in float64, torch's clippin
 
 import copy
 import json
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import override
 
+from megadistill.config.load import load_recipe
 from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest, TokenStream, tokenize
 from megadistill.data.tokenizers.data_files import read_files
@@ -22,20 +24,21 @@ from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
+from megadistill.events import read_validations
 from megadistill.export.export_run import export_run
 from megadistill.loss import Head, reference
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initial_weights import initial_tensor
 from megadistill.models.rope import with_rope
+from megadistill.report.page import report
 from megadistill.student.engine import StudentEngine
-from megadistill.train import build
 from megadistill.train.build import objective_of
 from megadistill.train.loop import run
 from megadistill.train.schedule import learning_rate
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
 from tests.corpora import small_data_set
-from tests.paths import DS_CONFIGS
+from tests.paths import DS_CONFIGS, RECIPES
 from tests.ranks.harness import run_ranks
 
 SHORT, LONG, SEED = 16, 48, 3
@@ -68,7 +71,7 @@ CLOCK = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources of two sequence lengths with one tokenizer, and a teacher of two layers."""
     folder = tmp_path_factory.mktemp("entries")
-    short = small_data_set(folder, sequence_length=SHORT, heldout_fraction=0.0)
+    short = small_data_set(folder, sequence_length=SHORT, heldout_fraction=0.3)
     (tokenizer,) = (short / "tokenizer").glob("*.model")
     tokenize(
         sorted(folder.glob("*.py")),
@@ -76,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=tokenizer,
         vocab_size=None,
         sequence_length=LONG,
-        heldout_fraction=0.0,
+        heldout_fraction=0.3,
         progress=lambda stage, **numbers: None,
     )
     manifest = Manifest.load(short / "train" / "manifest.json")
@@ -135,9 +138,10 @@ def _train(topology: Topology, values: dict[str, Any], stop_after: int | None) -
     if topology.role == "teacher":
         run_teacher_server(setup, topology)
         return []
-    build.StudentEngine = Watched  # type: ignore[misc]
     Watched.gradients = []
-    run(setup, topology, stop_after=stop_after)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megadistill.train.build.StudentEngine", Watched)
+        run(setup, topology, stop_after=stop_after)
     return Watched.gradients if topology.is_first else []
 
 
@@ -289,3 +293,46 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     assert "global_batch of curriculum entry 3 5 does not divide into 2 ranks" in refused(3, 2, global_batch=5)
     assert "rope_parameters has no key facter; did you mean 'factor'?" in refused(3, rope={"facter": 2})
     assert "data.curriculum: rope of entry 3" in refused(3, rope={"rope_type": "yarrn", "factor": 2.0})
+
+
+def _shrunken(place: Path, folder: Path) -> Recipe:
+    """recipes/llama3-70b-to-8b/long.yaml with tiny models, short sequences and small batches, and all else as it is."""
+    values = load_recipe(RECIPES / "llama3-70b-to-8b" / "long.yaml").snapshot()
+    paths = {4096: "set/train", 32768: "long/train"}
+    lengths = {name: entry["sequence_length"] for entry in values["data"]["curriculum"] for name in entry["weights"]}
+    for name in values["data"]["sources"]:
+        values["data"]["sources"][name] = str(place / paths[lengths[name]] / "manifest.json")
+    for entry, tokens in zip(values["data"]["curriculum"], (2 * 4 * SHORT, 3 * 8 * SHORT, None), strict=True):
+        length = {4096: SHORT, 32768: LONG}[entry["sequence_length"]]
+        batch = (entry["global_batch"] or values["train"]["global_batch"]) // 256
+        entry |= {"tokens": tokens, "sequence_length": length, "global_batch": batch, "micro_batch": 1}
+    splits = {"web": "set", "code": "set", "books": "long"}
+    values["validation"] |= {"every": 3, "sequences": 4}
+    values["validation"]["data"] = {name: str(place / path / "heldout/manifest.json") for name, path in splits.items()}
+    tokens = 2 * 4 * SHORT + 3 * 8 * SHORT + 2 * 2 * LONG
+    values["train"] |= {"tokens": tokens, "steps": None, "global_batch": 8, "micro_batch": 1, "precision": "float32"}
+    for schedule in (values["train"]["schedule"], values["loss"]["schedule"]):
+        schedule |= {"warmup_tokens": 64, "decay_tokens": 2 * 2 * LONG}
+    values["loss"] |= {"elementwise": "eager", "diagnostics_every": 0}
+    values["student"] |= {"config": STUDENT, "deepspeed": "cpu", "vocab_multiple": 64}
+    values["teacher"]["path"] = str(place / "teacher")
+    values["distributed"] |= {"vocab_group": 2}
+    values["resilience"] |= {"max_rollbacks": 0}
+    values["run"]["folder"] = str(folder)
+    return Recipe.model_validate(values)
+
+
+@pytest.mark.thorough
+def test_the_recipe_with_all_of_it_is_stopped_at_each_border_and_its_page_shows_it(place: Path, tmp_path: Path) -> None:
+    whole, _ = start(2, _shrunken(place, tmp_path / "whole"))
+    given = _shrunken(place, tmp_path / "run")
+    assert given.track == ["tensorboard"], "no tracker sends anything away unless asked"
+    resumed, _ = start(2, given, stops=(2, 5, None))
+    assert resumed == whole
+    assert [line["entry"] for line in resumed] == [1, 1, 2, 2, 2, 3, 3]
+    validated = list(read_validations(tmp_path / "run"))
+    assert [line["step"] for line in validated] == [0, 3, 6, 7]
+    assert set(validated[0]["splits"]) == {"web", "code", "books", "all"}
+    html = report([tmp_path / "run"], output=None, evaluations=[], now=time.time()).read_text(encoding="utf-8")
+    for words in ("curriculum entry 3 from step 6 on", "sequences of 48 tokens", "goodput", "Validation"):
+        assert words in html, words

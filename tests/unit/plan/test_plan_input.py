@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from megadistill.errors import UserError
+from megadistill.plan.output.plan_json import to_json
 from megadistill.plan.plan_input import read_plan_input
-from tests.unit.plan.tiny import TINY, plan_input
+from megadistill.plan.search import plan
+from megadistill.plan.throughput import MfuAssumption
+from tests.unit.plan.tiny import TINY, cluster, plan_input
 
 
 def _recipe(folder: Path, **sections: Any) -> Path:
@@ -47,7 +50,7 @@ def test_the_data_decides_where_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
         vocab_size, sequence_length = 200, 48
 
         @classmethod
-        def load(cls, _: object) -> "Here":
+        def load(cls, _: object, *, global_batch: int) -> "Here":
             return cls()
 
         def for_models(self, *rows: int | None) -> "Here":
@@ -95,3 +98,30 @@ def test_a_run_that_begins_from_another_is_planned_without_its_steps(tmp_path: P
     assert first_step(tmp_path / "a") == 4
     with pytest.raises(UserError, match=f"is at step {steps}, train.steps is {steps}"):
         first_step(Path(f"step-{steps:08d}"))
+
+
+def test_entries_of_another_shape_have_a_plan_each(tmp_path: Path) -> None:
+    """Without the data: lengths are those that the entries name, the others that of the option."""
+    curriculum = [
+        {"tokens": 3000, "weights": {"short": 1}, "micro_batch": 2, "global_batch": 8},
+        {"tokens": 30_000, "weights": {"short": 1}},
+        {"weights": {"long": 1}, "sequence_length": 48, "global_batch": 4},
+    ]
+    data = {"sources": {"short": "nowhere/a.json", "long": "nowhere/b.json"}, "curriculum": curriculum}
+    train = {**plan_input().recipe.snapshot()["train"], "steps": None, "tokens": 40_000}
+    train["schedule"] = {"warmup_tokens": 1000}
+    path = _recipe(tmp_path, data=data, train=train)
+    inputs = read_plan_input(path, sequence_length=16, teacher_config=_model(tmp_path / "teacher"))
+    each = (inputs.others[0], inputs, inputs.others[1])
+    entries = [one.entry for one in each if one.entry is not None]
+    assert [one.stats.sequence_length for one in each] == [16, 16, 48]
+    assert [entry.steps for entry in entries] == [24, 79, 35]  # of 128, 384 and 192 tokens
+    assert [entry.tokens for entry in entries] == [24 * 128, 79 * 384, 35 * 192]
+    made = plan(inputs, cluster(), MfuAssumption())
+    known = [one.estimate for one in made.entries if one.estimate is not None]
+    assert [one.sharding.tokens for one in known] == [32, 16, 48], "of a micro-batch"
+    assert [one.sharding.accumulation for one in known] == [1, 6, 1]
+    values = to_json(made, law=None, price=2.0)["entries"]
+    assert [one["memory_bytes"] for one in values] == [one.memory for one in known]
+    assert [one["tokens"] for one in values] == [entry.tokens for entry in entries]
+    assert known[1].requirements.tokens == 79 * 384, "of the rest of the plan"

@@ -263,3 +263,13 @@ def test_later_a_student_diverges_only_above_a_uniform_guess() -> None:
 
 def test_skipped_steps_count_neither_way() -> None:
     assert [step for step, _ in _reports("7.6 90 nan 90 inf 90 90 90")] == [8]
+
+
+def test_another_entry_of_the_curriculum_begins_new_windows() -> None:
+    """Its losses are others: a jump there is no spike, and the steps before it judge none."""
+    monitor = _monitor(losses=[1.0, 1.1, 0.9, 1.0] * 40, teacher_ces=[2.0, 2.1, 1.9, 2.0] * 40)
+    monitor.begin_entry(1)
+    assert monitor.spike(161, 50.0) is not None, "within an entry it is one"
+    monitor.begin_entry(2)
+    assert monitor.spike(162, 50.0) is None
+    assert all(monitor.teacher_drift(step, 9.0, (0, 1)) is None for step in range(162, 190))

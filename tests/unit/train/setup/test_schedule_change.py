@@ -8,7 +8,7 @@ import pytest
 from megadistill.config.recipe import Recipe
 from megadistill.errors import UserError
 from megadistill.train.setup.run_folder import refuse_other_recipe, write_description
-from megadistill.train.setup.schedule_change import how_to_train_longer
+from megadistill.train.setup.schedule_change import how_to_train_longer, unchanged_in_tokens
 from tests.unit.train.cases import recipe
 
 WSD: dict[str, Any] = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 100}
@@ -116,3 +116,26 @@ def test_another_peak_is_another_recipe(tmp_path: Path) -> None:
 def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, schedule: dict[str, Any], way: str) -> None:
     run = _run(tmp_path / "run", _recipe(400, schedule), 250, 350, 400)
     assert how_to_train_longer(run, _recipe(400, schedule)).replace(str(run), "RUN").startswith(way)
+
+
+def _in_tokens(tokens: int, *, kind: str = "wsd", warmup: int = 100, decay: int | None = 200) -> Recipe:
+    schedule = {"kind": kind, "warmup_tokens": warmup, "decay_tokens": decay, "warmup_steps": None}
+    train = {"tokens": tokens, "steps": None, "schedule": {**schedule, "decay_steps": None}}
+    return recipe(Path("manifest.json"), Path("run"), train=train)
+
+
+@pytest.mark.parametrize(
+    ("now", "taken", "unchanged"),
+    [
+        (_in_tokens(2000), 800, True),
+        (_in_tokens(2000), 801, False),  # of a run of 1000 tokens, which decays from 800 on
+        (_in_tokens(1000), 1000, True),
+        (_in_tokens(2000, warmup=50), 300, False),
+        (_in_tokens(2000, decay=1300), 700, True),
+        (_in_tokens(2000, decay=1300), 701, False),
+        (_in_tokens(1000, kind="cosine", decay=None), 1, False),
+        (_in_tokens(1000, kind="cosine", decay=None), 0, True),
+    ],
+)
+def test_a_schedule_in_tokens_may_change_ahead(now: Recipe, taken: int, *, unchanged: bool) -> None:
+    assert unchanged_in_tokens(_in_tokens(1000), now, taken) == unchanged
