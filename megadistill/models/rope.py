@@ -90,5 +90,6 @@ def _merged(before: dict[str, Any], rope: float | dict[str, Any], what: str) -> 
             raise UserError(f"{what}: rope_parameters has no key {key}{nearest(key, ROPE_KEYS)}")
     refuse_extreme_numbers(rope, what)
     kept: dict[str, Any] = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
-    numbers: dict[str, Any] = {key: float(rope[key]) for key in ("rope_theta", "factor") if isinstance(rope.get(key), int)}
-    return {"rope_type": "default", **kept, **rope, **numbers}
+    merged: dict[str, Any] = {"rope_type": "default", **kept, **rope}
+    numbers = {key: float(merged[key]) for key in ("rope_theta", "factor") if isinstance(merged.get(key), int)}
+    return {**merged, **numbers}

@@ -293,6 +293,13 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     assert "global_batch of curriculum entry 3 5 does not divide into 2 ranks" in refused(3, 2, global_batch=5)
     assert "rope_parameters has no key facter; did you mean 'factor'?" in refused(3, rope={"facter": 2})
     assert "data.curriculum: rope of entry 3" in refused(3, rope={"rope_type": "yarrn", "factor": 2.0})
+    stores = recipe(
+        place, tmp_path / "run", teacher={"save_targets": str(tmp_path / "t")}, loss={"targets": {"draws": 4}}
+    )
+    with pytest.raises(
+        UserError, match="stored targets have one sequence length, and the curriculum's entries have 16"
+    ):
+        prepare(stores, Launch(0, 1, 0, 1))
 
 
 def _shrunken(place: Path, folder: Path) -> Recipe:
