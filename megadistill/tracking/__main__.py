@@ -1,6 +1,6 @@
-"""`python -m megadistill.tracking RUN TRACKER`: the process that a run starts for a tracker.
+"""`python -m megadistill.tracking RUN TRACKER SECONDS`: the process that a run starts for a tracker.
 
-It ends when the run closes its standard input, or is gone, and has sent what is left then.
+Its standard input ends with the run, however that ends. Then it sends what is left, for SECONDS at most.
 """
 
 import logging
@@ -8,6 +8,8 @@ import os
 import select
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from megadistill.io import locked_folder
@@ -23,10 +25,21 @@ def wait_for_end(seconds: float) -> bool:
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)
 
 
-def main(folder: Path, tracker: str) -> int:
+def end_after_run(seconds: float) -> None:
+    """Ends this process and those that the tracker's package has started, `seconds` after the end of the run.
+
+    On a thread of its own, since the tracker may block the main one for ever.
+    """
+    select.select([sys.stdin], [], [])
+    time.sleep(seconds)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(folder: Path, tracker: str, seconds: float) -> int:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)
+    threading.Thread(target=end_after_run, args=(seconds,), daemon=True).start()
     # What the tracker's package prints goes nowhere: it may be anything. Lines of our own go to the run's stderr.
     own = os.fdopen(os.dup(2), "w", buffering=1)
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -38,4 +51,4 @@ def main(folder: Path, tracker: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])))

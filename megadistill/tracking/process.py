@@ -17,6 +17,9 @@ CLOSE_SECONDS = 20.0
 STOP_SECONDS = 3.0
 """The same after a stop request, as a scheduler may kill the run soon."""
 
+LAST_SECONDS = 600.0
+"""Time that a tracker has when the run has ended without waiting for it: by a fault, or a kill."""
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make the process a rank."""
 
@@ -32,7 +35,7 @@ class TrackerProcesses:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         for tracker in trackers:
-            command = [sys.executable, "-m", "megadistill.tracking", str(folder), tracker]
+            command = [sys.executable, "-m", "megadistill.tracking", str(folder), tracker, str(LAST_SECONDS)]
             try:
                 self._processes[tracker] = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True

@@ -108,6 +108,15 @@ def test_a_follower_that_is_started_again_resumes_the_trackers_run(tmp_path: Pat
     assert counts == [1, 2]
 
 
+def test_lines_of_a_replaced_attempt_are_not_sent_again(tmp_path: Path) -> None:
+    """It may write steps that its successor has written."""
+    run, server = _written(tmp_path, 3), Server()
+    run.lines += [step_line(step, 0.5) for step in (2, 3, 4)]
+    run.write()
+    assert Follower(tmp_path, "wandb", connect=server.connect).follow(_ends_after())
+    assert server.steps == [1, 2, 3, 4]
+
+
 def test_validations_are_sent_at_their_steps(tmp_path: Path) -> None:
     _written(tmp_path, 4)
     path, server = tmp_path / "validation.jsonl", Server()

@@ -1,4 +1,4 @@
-"""The packages themselves, without a server: W&B offline, MLflow with a store of files. Each run is sent in two parts."""
+"""The packages themselves, without a server: W&B offline, MLflow with a store of files; a run is sent in two parts."""
 
 import struct
 from collections.abc import Iterator

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megadistill.tracking import process as processes_of
 from megadistill.tracking.process import TrackerProcesses
 from tests.paths import ROOT
 from tests.unit.report.written_run import WrittenRun
@@ -72,6 +73,17 @@ def test_a_tracker_that_blocks_is_ended_with_the_run(
         processes.close(seconds=0.2)
     assert process.returncode == -9
     assert f"`megadistill track {run_folder} --to wandb --once` sends the rest" in caplog.text
+
+
+def test_a_tracker_that_blocks_does_not_outlive_a_run_that_was_killed(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_WANDB", "blocks in init")
+    monkeypatch.setattr(processes_of, "LAST_SECONDS", 0.1)
+    processes = TrackerProcesses(run_folder, ["wandb"])
+    _await(run_folder.parent / "init")
+    processes.release()  # as the system closes the pipe of a process that is gone
+    assert processes._processes["wandb"].wait(timeout=60) == -9
 
 
 @pytest.mark.parametrize("place", ["init", "log"])
