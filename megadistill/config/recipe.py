@@ -560,7 +560,7 @@ OptimizerUnion = Annotated[AdamWSection, Field(discriminator="kind"), BeforeVali
 class TrainSection(Section):
     tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Tokens of the whole run, in place of `steps`; the last step is whole. Schedules then count tokens."""
-    steps: int = Field(default=None, ge=1, le=MAX_STEPS, validate_default=True)  # type: ignore[assignment]
+    steps: int = Field(default=None, ge=1, le=MAX_STEPS, validate_default=True)
     """Optimizer steps of the whole run. null: those that `tokens` makes, which a run's recipe.json has."""
     global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of an optimizer step, over all ranks, for any world size."""
