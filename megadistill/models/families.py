@@ -574,6 +574,8 @@ def keep_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
             continue  # Falcon-H1's layers are all alike, by its class
         if values := getattr(config, name, None):
             setattr(config, name, [values[layer] for layer in layers])
+    if getattr(config, "indexer_types", None):  # no stage begins without one; a layer alone is counted with its own
+        config.indexer_types[0] = "full"
     if hasattr(config, "mlp_only_layers"):  # counted from the first layer of the whole model
         config.mlp_only_layers = [place for place, layer in enumerate(layers) if not _has_experts(config, layer)]
         config.decoder_sparse_step = 1

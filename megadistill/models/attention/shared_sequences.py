@@ -60,6 +60,8 @@ def _reason_for_whole_sequences(config: Any) -> str | None:
         return "indexers choose keys of whole sequences"
     if getattr(config, "attn_temperature_tuning", False):
         return "queries are scaled by their place in a whole sequence"
+    if getattr(config, "is_heterogeneous", False):
+        return "layers have heads of different widths, which no test holds on parts of sequences"
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "hidden_size_per_layer_input", 0):
         return "layers share keys and values, or read inputs of their own, which no test holds on parts of sequences"
     return None

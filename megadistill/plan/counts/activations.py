@@ -33,6 +33,7 @@ from megadistill.config.recipe import Checkpointing
 from megadistill.models.attention.choice import has_indexers
 from megadistill.models.attention.sequence import share_sequences
 from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
+from megadistill.models.forward.hidden_streams import hidden_streams
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.layers import checkpoint_layers, saves
 from megadistill.types import SequencePart
@@ -211,6 +212,8 @@ class _Counting:
             is_causal = implementation == "sdpa" and not self.masked and not _windowed(config, index, self.S)
             if (is_fused or is_causal) and not has_indexers(config):
                 arguments["attention_mask"] = None  # transformers omits it, unless it is traced
+            if (streams := hidden_streams(config)) > 1:
+                hidden_1SD = torch.empty(streams, *hidden_1SD.shape, dtype=self.dtype)
             layer = decoder.layers[0]
             shared = [tensor for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
             hidden_1SD.requires_grad_()

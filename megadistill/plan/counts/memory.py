@@ -230,4 +230,4 @@ def _stage(run: Sharding) -> int:
 
 def _packet(run: Sharding) -> int:
     """Bytes of a micro-batch's teacher hidden states, with its slots."""
-    return run.itemsize * run.tokens * run.live_teacher.width + 8 * run.sequences
+    return run.itemsize * run.tokens * run.live_teacher.packet_width + 8 * run.sequences

@@ -22,7 +22,7 @@ from megadistill.models.flops import (
     layer_parameters,
     parameter_counts,
 )
-from megadistill.models.forward.hidden_streams import SPREADING
+from megadistill.models.forward.hidden_streams import SPREADING, hidden_streams
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.partition import stage_sizes
 from megadistill.plan.counts.activations import Activations, count_activations
@@ -61,6 +61,11 @@ class ModelStats:
     @property
     def width(self) -> int:
         return int(self.config.hidden_size)
+
+    @property
+    def packet_width(self) -> int:
+        """Numbers of a token that a stage hands on."""
+        return hidden_streams(self.config) * self.width
 
     @property
     def layers(self) -> int:

@@ -14,6 +14,7 @@ from megadistill.accelerators import Accelerator
 from megadistill.loss.softmax import SLICE_STATS
 from megadistill.models.attention.choice import query_width, value_width
 from megadistill.models.attention.sequence import key_copies
+from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.plan.counts.model_stats import ModelStats
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
@@ -66,10 +67,10 @@ def student_traffic(run: Sharding) -> dict[str, Link]:
     elif run.teacher is not None:
         links[TEACHER_SHARED] = _all_to_all(run, run.teacher, passes=1)
     if run.teacher is not None and run.roles is None and run.stages > 1:
-        packet = run.itemsize * run.teacher.width + INT64 * run.sequences / run.tokens
+        digests = INT64 * run.sequences / run.tokens
         # A round is a micro-batch of each rank of the group; each rank gets its own packet from the last stage.
-        links[STAGES] = _between_stages(run, run.stages * packet)
-        links[ANSWERS] = _between_stages(run, packet)
+        links[STAGES] = _between_stages(run, run.stages * (run.itemsize * run.teacher.packet_width + digests))
+        links[ANSWERS] = _between_stages(run, run.itemsize * run.teacher.width + digests)
     return {name: link for name, link in links.items() if link.received}
 
 
@@ -80,8 +81,9 @@ def teacher_traffic(run: Sharding) -> dict[str, Link]:
     copies = 2 if run.recipe.data.document_mask else 1
     links = {REQUESTS: _between_roles(run, INT64 * (1 + run.sequences) / run.tokens + INT64 * copies)}
     if run.stages > 1:
-        numbers = 1 + 2 * run.sequences + (run.tokens if run.recipe.data.document_mask else 0)
-        links[STAGES] = _between_stages(run, run.itemsize * run.teacher.width + INT64 * numbers / run.tokens)
+        copies = run.recipe.data.document_mask + has_per_layer_inputs(run.teacher.config)  # positions, tokens
+        numbers = 1 + 2 * run.sequences + copies * run.tokens
+        links[STAGES] = _between_stages(run, run.itemsize * run.teacher.packet_width + INT64 * numbers / run.tokens)
     return links
 
 
@@ -127,6 +129,8 @@ def _all_to_all(run: Sharding, model: ModelStats, *, passes: int) -> Link:
     """Traffic of a model's attention over the ranks that share sequences: queries, keys and values of all heads for
     each token, and what its heads give. The stages of a pipeline work for all its ranks, so on a mean all layers do."""
     n, config = run.sequence_ranks, model.config
+    if n == 1:
+        return Link(0, 0)
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     key_heads *= key_copies(heads, key_heads, n)
     columns = (heads + key_heads) * (query_width(config) + value_width(config))

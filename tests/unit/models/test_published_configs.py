@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, FAMILIES, HEAD, load_config, logit_transform, refuse_as_student
 from megadistill.models.flops import flops_per_token
+from megadistill.models.forward.per_layer_inputs import TABLE, is_by_layer
 from megadistill.models.module_names import names_here
 from megadistill.models.partition import stage_decoder
 
@@ -108,10 +109,16 @@ def test_two_stages_have_the_parameters_of_the_whole_model_and_its_flops_are_cou
         tensors = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
         shapes |= {whole_name: tensors[own].shape for whole_name, own in names.items()}
     here = names_here(whole, ours.model_type)
+    for name in filter(is_by_layer, shapes):  # each stage has its layers' part
+        shapes[name] = whole[here[name]].shape
     head = whole[here[HEAD]]
     assert shapes | {HEAD: head.shape} == {each: whole[stored].shape for each, stored in here.items()}
     parameters = {name: whole[here[name]] for name in shapes if isinstance(whole[here[name]], Parameter)}
-    used = sum(each.numel() - _idle(ours, name, each.shape) for name, each in parameters.items() if name != EMBEDDING)
+    used = sum(
+        each.numel() - _idle(ours, name, each.shape)
+        for name, each in parameters.items()
+        if name not in (EMBEDDING, TABLE)
+    )
     flops = flops_per_token(ours, 128)
     assert (flops.body, flops.head) == (2 * used, 2 * head.numel())
     assert flops.attention > 0
