@@ -196,6 +196,28 @@ def test_goodput_counts_each_step_once_and_each_second_once(tmp_path: Path) -> N
     assert str(result) == "goodput 60.0% of 100 s (startup 15.0%, saving 3.0%, repeated 0.0%, lost 22.0%)"
 
 
+def test_the_time_of_validations_is_a_class_of_its_own(tmp_path: Path) -> None:
+    """After the last totals that an event has, and before them; those that were taken again count as well."""
+    totals = {"began": 1000.0, "useful": 10.0, "startup": 5.0, "saving": 1.0, "repeated": 0.0, "paused": 0.0}
+    events = [
+        {"time": 1000.0, "event": "attempt_started"},
+        {"time": 1005.0, "event": "resumed", "startup_seconds": 5.0},
+        {"time": 1012.0, "event": "validated", "seconds": 7.0},
+        {"time": 1030.0, "event": "validated", "seconds": 8.0},
+    ]
+    folders = [tmp_path / name for name in ("plain", "totals", "earlier")]
+    for folder in folders:
+        folder.mkdir()
+    result = _run(folders[0], events, [2.0] * 5)
+    assert (result.validating, result.wall, result.lost) == (15.0, 30.0, 0.0)
+    assert "validating 50.0%, repeated 0.0%" in str(result)
+    kept = {**totals, "validating": 7.0, "student_diverged": False}
+    events.insert(3, {"time": 1020.0, "event": "checkpoint_saved", "stall_seconds": 1.0, "totals": kept})
+    assert _run(folders[1], events, [2.0] * 5).validating == 15.0
+    del kept["validating"]
+    assert _run(folders[2], events, [2.0] * 5).validating == 8.0, "its events had none before"
+
+
 STOPS = {
     "a signal": {"event": "stopped", "reason": "SIGINT"},
     "--stop-after": {"event": "stopped", "reason": "--stop-after"},

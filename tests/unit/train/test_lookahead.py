@@ -2,14 +2,16 @@
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
+from typing_extensions import override
 
 from megadistill.train.lookahead import StepBatches
 from megadistill.train.teacher.protocol import NoTeacher, Teacher
 from megadistill.train.teacher.targets import LabelTarget, TargetedBatch
+from megadistill.train.validation.held_out_batches import HeldOutBatch, Validations
 from megadistill.types import Cursor, SignalMismatch, TokenBatch, token_digest
 
 ROWS, MICRO, STEPS = 6, 2, 3
@@ -28,15 +30,22 @@ def batches(counter: list[int]) -> Iterator[tuple[TokenBatch, Cursor]]:
 class AheadTeacher(Teacher):
     """Reads `ahead` micro-batches before it gives the first target; may lose one."""
 
-    def __init__(self, ahead: int, loses: int | None = None) -> None:
-        self.ahead, self.loses = ahead, loses
+    def __init__(self, ahead: int, loses: int | None = None, *, answers: bool = False) -> None:
+        self.ahead, self.loses, self.answers = ahead, loses, answers
         self.closed = False
+
+    @property
+    @override
+    def answers_any_tokens(self) -> bool:
+        return self.answers
 
     def teacher_targets(self, batches: Iterator[TokenBatch]) -> Generator[TargetedBatch, None, None]:
         waiting = deque(islice(batches, self.ahead))
         try:
-            for number in range(STEPS * ROWS // MICRO):
+            for number in count():
                 waiting.extend(islice(batches, 1))
+                if not waiting:
+                    return
                 batch = waiting.popleft()
                 if number != self.loses:
                     yield TargetedBatch(batch, LabelTarget())
@@ -84,3 +93,62 @@ def test_closing_ends_the_teachers_work() -> None:
     next(next(steps).micro_batches)
     steps.close()
     assert teacher.closed
+
+
+class _HeldOut:
+    """Two held-out micro-batches, with slots that the training stream has too."""
+
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        for split in range(2):
+            slots = torch.arange(MICRO)
+            tokens = torch.full((MICRO, 4), 1000 + split)
+            starts = torch.zeros_like(tokens, dtype=torch.bool)
+            yield HeldOutBatch(TokenBatch(tokens, tokens, slots, token_digest(tokens), starts), split)
+
+    def __len__(self) -> int:
+        return 2
+
+
+def _validations(*, at_first: bool = True) -> Validations:
+    return Validations(_HeldOut(), first_step=0, at_first=at_first, every=2, last=STEPS)  # type: ignore[arg-type]
+
+
+def _step(steps: StepBatches) -> list[int]:
+    return [slot for targeted in next(steps).micro_batches for slot in targeted.batch.slots.tolist()]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 99])
+@pytest.mark.parametrize("answers", [True, False])
+def test_validations_are_between_the_steps_however_far_the_teacher_reads_ahead(ahead: int, answers: bool) -> None:
+    steps = StepBatches(
+        batches([0]), AheadTeacher(ahead, answers=answers), micro_batch=MICRO, validations=_validations()
+    )
+    for step in range(STEPS + 1):
+        if step:
+            assert _step(steps) == list(range((step - 1) * ROWS, step * ROWS))
+        if step in (0, 2, 3):
+            taken = list(steps.validation())
+            assert [each.split for each, _ in taken] == [0, 1]
+            assert [each.batch.tokens[0, 0].item() for each, _ in taken] == [1000, 1001]
+            assert [isinstance(target, LabelTarget) for _, target in taken] == [answers] * 2
+    assert list(steps) == []
+
+
+def test_a_validation_that_is_left_out_is_detected_by_the_next_step() -> None:
+    """Its slots are those of training micro-batches, but not where the step is."""
+    steps = StepBatches(
+        batches([0]), AheadTeacher(1, answers=True), micro_batch=MICRO, validations=_validations(at_first=False)
+    )
+    _step(steps)
+    _step(steps)
+    with pytest.raises(SignalMismatch, match=r"of slots \[0, 1\], the step is at \[12, 13\]"):
+        _step(steps)
+
+
+def test_targets_of_other_tokens_than_the_held_out_ones_are_detected() -> None:
+    """The teacher loses the first held-out micro-batch, whose slots are those of the second."""
+    steps = StepBatches(
+        batches([0]), AheadTeacher(0, loses=0, answers=True), micro_batch=MICRO, validations=_validations()
+    )
+    with pytest.raises(SignalMismatch, match="the validation is at"):
+        list(steps.validation())
