@@ -56,6 +56,7 @@ from megadistill.train.router_losses import describe_routers
 from megadistill.train.schedule import learning_rate, progress
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
+from megadistill.train.setup.teacher_files import of_teacher
 from megadistill.train.setup.step_shape import StepShape, stable_steps_of, student_config_of_entry
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
@@ -386,15 +387,15 @@ class Trainer:
             self._log_teacher_check(check)
 
     def _log_teacher_check(self, check: TeacherCheck) -> None:
-        of_teacher = {} if check.name is None else {"teacher": check.name}
+        named = {} if check.name is None else {"teacher": check.name}
         logger.info("%s", check.line)
         if check.float8 is not None:
             logger.info("%s", check.float8.line)
             if check.is_new:
-                self._recovery.events.write("float8_teacher", step=self.step, **asdict(check.float8), **of_teacher)
+                self._recovery.events.write("float8_teacher", step=self.step, **asdict(check.float8), **named)
         vocab_size = self._setup.data.vocab_size
         if problem := worse_than_uniform(check.cross_entropy, vocab_size):
-            values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(vocab_size), **of_teacher}
+            values = {"teacher_ce": check.cross_entropy, "uniform_ce": math.log(vocab_size), **named}
             problem = problem if check.name is None else f"{check.name}: {of_teacher(problem, check.name)}"
             self._recovery.events.warn("teacher_above_uniform", problem, step=self.step, **values)
 
