@@ -56,8 +56,8 @@ from megadistill.train.router_losses import describe_routers
 from megadistill.train.schedule import learning_rate, progress
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, describe_layout
-from megadistill.train.setup.teacher_files import of_teacher
 from megadistill.train.setup.step_shape import StepShape, stable_steps_of, student_config_of_entry
+from megadistill.train.setup.teacher_files import of_teacher
 from megadistill.train.step import train_step
 from megadistill.train.teacher.placement import run_teacher_server
 from megadistill.train.teacher.probe import TeacherCheck, worse_than_uniform
