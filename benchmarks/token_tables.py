@@ -47,7 +47,12 @@ def write_arrow(folder: Path, tokens: Tokens) -> Path:
         table = _table(part)
         with pyarrow.OSFile(str(saved / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=1000)
-    plain = {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    plain: dict[str, Any] = {
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+    }
     state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "0", "_split": "train", **plain}
     (saved / "state.json").write_text(json.dumps(state))
     (saved / "dataset_info.json").write_text("{}")

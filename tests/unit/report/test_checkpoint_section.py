@@ -75,6 +75,9 @@ def test_a_page_has_them_and_no_text_of_a_model_is_markup(run: Path) -> None:
 @pytest.mark.parametrize("content", ["", "7\n[]\n", '{"step": 1e400}\n', "\0" * 100 + "\n"])
 def test_a_file_of_anything_is_no_checkpoint_and_no_error(content: str, run: Path) -> None:
     (run / "follow" / "follow.jsonl").write_text(content)
-    assert read_scores(run) == []
-    html = report([run], evaluations=[], output=None, now=1_700_001_000.0).read_text(encoding="utf-8")
-    assert "Checkpoints" not in html
+    followed = [read_scores(run)]
+    assert followed == [[]]
+    runs = read_runs([run])
+    assert not checkpoint_scores(runs, followed).rows
+    assert not checkpoint_samples(runs, followed).rows
+    assert score_curves(runs, followed) == []

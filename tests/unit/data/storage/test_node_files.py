@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megadistill.data.storage import local, node_files
-from megadistill.data.storage.base import Bytes, sha256_of
+from megadistill.data.storage.base import Bytes, Folder, sha256_of
 from megadistill.data.storage.local import MappedFile
 from megadistill.data.storage.node_files import open_copy, shared_array
 
@@ -69,14 +69,15 @@ class _Remote:
     """A remote folder of one file."""
 
     location = "memory"
+    identity: object = None
 
     def __init__(self, content: bytes) -> None:
         self._content, self.reads, self.size = content, 0, len(content)
 
-    def sibling(self, path: str) -> "_Remote":
+    def sibling(self, path: str) -> Folder:
         return self
 
-    def open(self, name: str) -> "_Remote":
+    def open(self, name: str) -> Bytes:
         return self
 
     def read_whole(self, name: str, *, max_bytes: int) -> bytes:
