@@ -46,7 +46,7 @@ def _track(options: argparse.Namespace) -> int:
         return bool(options.once)
 
     problem = f"{folder} is sent to {tracker} already, by another process on this machine: there is nothing to do"
-    with locked_folder(folder / "tracking" / f".{tracker}", problem=problem):
+    with locked_folder(folder / "tracking" / f"{tracker}.lock", problem=problem):
         follower = Follower(folder, tracker)
         complete = follower.follow(wait)
     say(describe(follower, tracker))

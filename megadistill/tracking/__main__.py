@@ -46,7 +46,7 @@ def main(folder: Path, tracker: str, seconds: float) -> int:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     logging.basicConfig(stream=own, format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    with locked_folder(folder / "tracking" / f".{tracker}"):  # that of an earlier attempt may still be sending
+    with locked_folder(folder / "tracking" / f"{tracker}.lock"):  # that of an earlier attempt may still be sending
         return 0 if Follower(folder, tracker).follow(wait_for_end) else 1
 
 

@@ -1,6 +1,7 @@
 """The packages themselves, without a server: W&B offline, MLflow with a store of files; a run is sent in two parts."""
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,13 @@ def _send_in_two_parts(folder: Path, tracker: str) -> list[str | None]:
     """The tracker's ids of the run, of both followers."""
     run, ids = WrittenRun(folder), []
     run.begin()
+    (folder / "tracking" / f"{tracker}.lock").mkdir(parents=True)  # as under `megadistill track`
     for first, last in ((1, 3), (4, 6)):
         run.steps(first, last)
         run.write()
         if last == 6:
             (folder / "DONE").touch()
+            time.sleep(1.1)  # W&B's offline folders are named by the second
         follower = Follower(folder, tracker)
         assert follower.follow(lambda seconds: True)
         ids.append(follower.position.run_id)

@@ -57,7 +57,7 @@ def test_refusals(
 
     assert "is no run folder" in refused(str(tmp_path), "--to", "wandb")
     assert "did you mean 'wandb'" in refused(str(run_folder), "--to", "wanb")
-    with locked_folder(run_folder / "tracking" / ".wandb"):
+    with locked_folder(run_folder / "tracking" / "wandb.lock"):
         assert "by another process on this machine" in refused(str(run_folder), "--to", "wandb")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'megadistill[mlflow]'" in refused(str(run_folder), "--to", "mlflow")
