@@ -253,7 +253,7 @@ def _both_ways(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
             buffer = torch.empty(self._answers.bytes(B, S), dtype=torch.uint8)
             answer = self._bridge.on_device.post_recv(buffer, self._last, label="answer")
             request = self._bridge.on_host.send(self._requests.encode(batch), self._first, label="request")
-            self._in_flight.append((request, answer))
+            self._in_flight.append((request, answer, (B, S)))
 
         patch.setattr(RemoteTeacher, "_send_request", receive_first)
 
@@ -374,8 +374,8 @@ def _live(kind: str, bridge: Bridge | None, topology: Topology) -> LiveTeacher:
 def _probe_and_targets(kind: str, bridge: Bridge | None, topology: Topology, rank: int) -> None:
     """The probe before a step, its targets read ahead, and all targets of a sweep."""
     vocab, teacher = even_slice(50, topology), _live(kind, bridge, topology)
-    recipe = SimpleNamespace(train=SimpleNamespace(micro_batch=B), data=SimpleNamespace(document_mask=False))
-    setup: Any = SimpleNamespace(recipe=recipe, data=SimpleNamespace(sequence_length=S))
+    recipe = SimpleNamespace(data=SimpleNamespace(document_mask=False))
+    setup: Any = SimpleNamespace(recipe=recipe, shapes=[SimpleNamespace(micro_batch=B, sequence_length=S)])
     tokens = torch.arange(S) % 50
     output = teacher.output(ProbeInput(slot=0, tokens=tokens), setup, vocab)
     assert output.cross_entropy.isfinite().all()

@@ -55,7 +55,7 @@ STUDENT: dict[str, Any] = {
 ROPE = {"rope_type": "linear", "factor": 3, "rope_theta": 50_000}
 CURRICULUM: list[dict[str, Any]] = [
     {"tokens": 3 * 4 * SHORT, "weights": {"short": 1}, "global_batch": 4, "micro_batch": 2},
-    {"tokens": 2 * 8 * SHORT - 5, "weights": {"short": 1}, "loss": {"kd_weight": 0.5, "ce_weight": 0.5}},
+    {"tokens": 2 * 8 * SHORT - 20, "weights": {"short": 1}, "loss": {"kd_weight": 0.5, "ce_weight": 0.5}},
     {"weights": {"long": 1}, "sequence_length": LONG, "global_batch": 4, "micro_batch": 1, "rope": ROPE},
 ]
 """Three steps of 4 sequences, two of 8 (rounded up), then 4 long ones each."""
