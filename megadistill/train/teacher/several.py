@@ -151,7 +151,7 @@ class SeveralTargets:
         return replace(terms, per_token=None, by_teacher=sums)
 
     def complete(self) -> Head | None:
-        """That of the one teacher of all rows; None where they have several, or none."""
+        """The distribution of the one teacher of all rows; None where they have several, or none."""
         parts = [part for part in self.parts if not part.is_empty]
         one = parts[0].targeted if len(parts) == 1 else None
         return one.target.complete() if one is not None and len(one.batch) == len(self.batch) else None
