@@ -106,7 +106,7 @@ def _require_equal(validated: dict[str, Any], results: tuple[Evaluation, ...]) -
             assert validated["splits"][name]["teacher_cross_entropy"] == pytest.approx(expected.cross_entropy, rel=1e-5)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_run_is_the_same_with_validation_and_measures_what_an_evaluation_does(
     manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path, world: int
 ) -> None:
@@ -148,6 +148,7 @@ def test_ranks_with_another_share_of_the_rows_measure_the_same(
     _require_equal(lines[4][1], _evaluated(tmp_path / "4", held_out, None))
 
 
+@pytest.mark.thorough
 def test_a_teacher_on_ranks_of_its_own_answers_for_held_out_tokens_too(
     manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def _train_with_a_rollback(topology: Topology, manifest: str, folder: str, chang
         _train(topology, manifest, folder, {"checkpoint": {"asynchronous": False}, **changes}, [None])
 
 
+@pytest.mark.thorough
 def test_a_rollback_takes_its_validations_again(
     manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path
 ) -> None:
@@ -250,6 +252,7 @@ def test_damaged_held_out_sequences_are_left_out_and_reported(
     assert first["splits"]["damaged"]["tokens"] == last["splits"]["damaged"]["tokens"] < whole.tokens
 
 
+@pytest.mark.thorough
 def test_a_split_of_a_source_is_measured_against_the_teacher_of_that_source(
     manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path
 ) -> None:

@@ -293,3 +293,18 @@ def test_a_former_name_is_no_key_and_its_new_name_is_one() -> None:
         if value:
             assert f"`{value}`" in known[key]
             assert f"`{former.partition('=')[2]}`" not in known[key]
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ("{every: 2}", "validation.data: is required"),
+        ("{every: 2, data: {}}", "validation.data"),
+        ("{every: 2, data: {all: m.json}}", "and not all, which is the name of all of them together"),
+        ("{every: 2, data: {a/b: m.json}}", "data has a split 'a/b': name splits with letters"),
+        ("{every: 2, data: {a: m.json}, stop: true}", "stop is true without a patience"),
+        ("{every: 0, data: {a: m.json}}", "validation.every"),
+    ],
+)
+def test_a_validation_that_measures_nothing_is_refused(section: str, reason: str, tmp_path: Path) -> None:
+    assert reason in refused(write(tmp_path, f"{MINIMAL}validation: {section}\n"))

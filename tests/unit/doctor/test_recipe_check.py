@@ -110,6 +110,16 @@ def test_a_setting_that_is_probably_a_mistake_is_a_warning(tmp_path: Path) -> No
     assert Status.WARN not in _statuses(own).values()
 
 
+def test_held_out_splits_are_a_row_of_their_own_and_its_fault_is_named_by_the_key(tmp_path: Path) -> None:
+    values = _well(tmp_path)
+    held_out = described_data(tmp_path / "heldout")
+    values["validation"] = {"every": 2, "data": {"web": str(held_out)}}
+    own, _ = _checked(tmp_path, values)
+    (row,) = [each for each in own.results if each.check == "held-out splits"]
+    assert row.status is Status.FAIL, "its shard is not there"
+    assert row.detail.startswith("validation.data.web, shard 0: ")
+
+
 def test_what_auto_comes_to_is_a_row(tmp_path: Path) -> None:
     values = _well(tmp_path)
     values["student"]["attention"] = "eager"
