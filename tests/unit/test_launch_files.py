@@ -142,8 +142,13 @@ def test_the_image_has_the_script_that_the_manifests_start() -> None:
 STAND_IN = """#!/bin/bash
 # megadistill's place: notes its arguments and variables, waits where it is told to, ends with the code of its rank
 printf '%s\\n' "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT: $*" >>"$LOG"
-trap 'echo "$RANK stopped" >>"$LOG"; exit 3' USR2
-[ ! -e "$WAIT" ] || { touch "$LOG.up.$RANK"; for _ in {1..600}; do sleep 0.05; done; }
+trap 'echo "$RANK stopped" >>"$LOG"; stopped=1' USR2
+if [ -e "$WAIT" ]; then
+  touch "$LOG.up.$RANK"
+  until [ -n "${stopped:-}" ]; do sleep 0.05; done
+  for _ in {1..10}; do sleep 0.05; done # time for a second signal
+  exit 3
+fi
 codes=($CODES)
 [ -z "${SAVE:-}" ] || mkdir -p "$RUN_FOLDER/checkpoints/step-$(grep -c "^0 .*: train" "$LOG")"
 exit "${codes[RANK]:-0}"
@@ -221,6 +226,7 @@ def test_a_signal_reaches_each_rank_once(place: Place, number: signal.Signals) -
     place.wait_for_ranks(2)
     for _ in range(3):
         process.send_signal(number)
+        time.sleep(0.1)
     assert process.wait(timeout=60) == 3
     assert [line for line in place.lines() if "stopped" in line] == ["0 stopped", "1 stopped"]
 
