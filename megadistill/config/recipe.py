@@ -357,10 +357,10 @@ class ScheduleSection(Section):
     decay_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     """wsd: steps of the final decay."""
     warmup_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
-    """In place of warmup_steps, with `train.tokens`. None: of the learning rate, 5 % of `train.tokens`, at most 8
+    """Tokens of that rise, with `train.tokens`. None: of the learning rate, 5 % of `train.tokens`, at most 8
     billion; of the divergence's weight, 0."""
     decay_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    """In place of decay_steps, with `train.tokens`."""
+    """wsd: tokens of the final decay, with `train.tokens`."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Last value, as a fraction of the peak."""
 

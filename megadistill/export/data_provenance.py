@@ -43,7 +43,7 @@ class DataProvenance:
     """Sources, stages and seed; see `data.mixture.Order`."""
     tokens: int
     sequence_length: int
-    """Of curriculum entries that differ in it, the mean of all sequences."""
+    """Tokens of a sequence; the mean, where curriculum entries differ in it."""
     sources: tuple[SourceRead, ...]
 
     @classmethod

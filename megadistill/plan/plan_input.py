@@ -35,7 +35,7 @@ class PlanInput:
     entry: EntryRecipe | None = None
     """The steps that `recipe` has, where the curriculum's entries differ in shape; None: all of the run's."""
     others: tuple["PlanInput", ...] = ()
-    """Of the main entry: those of the others."""
+    """Inputs of the other entries, beside the main one."""
 
 
 def read_plan_input(

@@ -36,7 +36,6 @@ from megadistill.models.families import (
 )
 from megadistill.models.initial_weights import InitialWeights, RandomWeights
 from megadistill.models.layers import checkpoint_layers, compile_layers, offload_layer_inputs
-from megadistill.models.rope import turn_rotary
 from megadistill.precision import torch_dtype
 from megadistill.student.deepspeed_config import RANKS_OF_A_SMALL_WORLD, build_engine_config, with_layer_prefetch
 from megadistill.student.deepspeed_overhead import remove_overhead
@@ -45,6 +44,7 @@ from megadistill.student.head import StudentHead
 from megadistill.student.norms import StepNorms
 from megadistill.student.optimizer import MASTER, build_optimizer
 from megadistill.student.persistent import keep_gathered
+from megadistill.student.rope import turn_rotary
 from megadistill.student.routers import Routers, RouterSums
 from megadistill.student.state import StudentState
 from megadistill.student.zero_init import EmptyInit, without_gathers

@@ -35,7 +35,7 @@ class Objective:
     """Weights of the losses of a student's routers."""
 
     def of_entry(self, loss: LossSection) -> "Objective":
-        """That of a curriculum entry, with its `loss`."""
+        """The objective of a curriculum entry, with its `loss`."""
         return replace(self, loss=loss)
 
     def divergence(self, step: int) -> Divergence:

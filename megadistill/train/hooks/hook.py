@@ -43,7 +43,7 @@ class StepEvent:
     shape: StepShape
     """Shape of the step: that of its curriculum entry."""
     progress: int
-    """Where the schedules stand: at the step, or with `train.tokens` at its tokens."""
+    """Progress of the schedules: the step, or with `train.tokens` the tokens up to its end."""
 
 
 class Hook(Protocol):

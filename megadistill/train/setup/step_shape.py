@@ -9,7 +9,7 @@ from megadistill.data import Mixture
 from megadistill.data.stream.segments import Pace, paces, steps_to, tokens_after
 from megadistill.errors import UserError
 from megadistill.io import read_json
-from megadistill.models.rope import with_rope
+from megadistill.student.rope import with_rope
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import CheckpointManifest
 from megadistill.types import Cursor

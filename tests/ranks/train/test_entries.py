@@ -29,9 +29,9 @@ from megadistill.export.export_run import export_run
 from megadistill.loss import Head, reference
 from megadistill.models.families import build_causal_lm, load_config
 from megadistill.models.initial_weights import initial_tensor
-from megadistill.models.rope import with_rope
 from megadistill.report.page import report
 from megadistill.student.engine import StudentEngine
+from megadistill.student.rope import with_rope
 from megadistill.train.build import objective_of
 from megadistill.train.loop import run
 from megadistill.train.schedule import learning_rate

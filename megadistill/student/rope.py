@@ -1,11 +1,10 @@
-"""Rotary embeddings that change during a run: a config with other ones, and the buffers of a model that has them."""
+"""The student's rotary embeddings where they change during a run: its config with others, and its buffers."""
 
 import copy
 from typing import Any
 
 import torch
 from torch.nn import Module
-from transformers import PretrainedConfig
 
 from megadistill.errors import UserError, nearest
 from megadistill.models.config_bounds import refuse_extreme_numbers
@@ -20,7 +19,7 @@ ROPE_KEYS = (
 """Keys of `rope_parameters`: transformers keeps others in silence."""
 
 
-def with_rope(config: PretrainedConfig, rope: float | dict[str, Any] | None, *, what: str) -> PretrainedConfig:
+def with_rope(config: Any, rope: float | dict[str, Any] | None, *, what: str) -> Any:
     """A copy of a config with other rotary embeddings; None: the same ones.
 
     Args:
@@ -66,7 +65,7 @@ def with_rope(config: PretrainedConfig, rope: float | dict[str, Any] | None, *, 
     return changed
 
 
-def turn_rotary(model: Module, config: PretrainedConfig) -> None:
+def turn_rotary(model: Module, config: Any) -> None:
     """Gives a model the rotary embeddings of a config, in place and in float32.
 
     The module stays: hooks know it, and compiled layers get its cosines and sines as inputs.
@@ -89,7 +88,7 @@ def _merged(before: dict[str, Any], rope: float | dict[str, Any], what: str) -> 
         if key not in ROPE_KEYS:
             raise UserError(f"{what}: rope_parameters has no key {key}{nearest(key, ROPE_KEYS)}")
     refuse_extreme_numbers(rope, what)
-    kept: dict[str, Any] = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
-    merged: dict[str, Any] = {"rope_type": "default", **kept, **rope}
+    unchanged: dict[str, Any] = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
+    merged: dict[str, Any] = {"rope_type": "default", **unchanged, **rope}
     numbers = {key: float(merged[key]) for key in ("rope_theta", "factor") if isinstance(merged.get(key), int)}
     return {**merged, **numbers}
