@@ -177,8 +177,8 @@ def supported_families() -> list[SupportedFamily]:
 def _as_student(family: Family) -> str:
     if family.teacher_only:
         return f"no: {family.teacher_only}"
-    limits = "; ".join(f"`{key}`: {reason}" for key, reason in family.teacher_only_with)
-    return f"yes, but not with {limits}" if limits else "yes"
+    keys = ", ".join(f"`{key}`" for key, _ in family.teacher_only_with)
+    return f"yes, but not with {keys}, with which it can only teach" if keys else "yes"
 
 
 def attention_kinds(model_type: str) -> str:
@@ -234,7 +234,8 @@ def table() -> Table:
     for heading in ("family", "its models", "student", "prune", "attention"):
         table.add_column(heading)
     for line in supported_families():
-        table.add_row(line.model_type, line.published, line.student, line.prune, line.attention)
+        student = "yes, in part" if line.student.startswith("yes, but") else line.student
+        table.add_row(line.model_type, line.published, student, line.prune, line.attention)
     table.caption = "Every family can be a teacher."
     return table
 

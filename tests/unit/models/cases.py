@@ -121,6 +121,7 @@ MORE_CASES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0, **_LONG},
     },
+    "apertus": {"model_type": "apertus", **SIZES, "pad_token_id": 3},
     "arcee": {"model_type": "arcee", **SIZES},
     "cohere": {"model_type": "cohere", **SIZES, "logit_scale": 0.3, "use_qk_norm": True, "pad_token_id": 0},
     "cohere2": {"model_type": "cohere2", **SIZES, "logit_scale": 0.3, "sliding_window": 6, "sliding_window_pattern": 3},

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, FAMILIES, HEAD, load_config, logit_transform, refuse_as_student
 from megadistill.models.flops import flops_per_token
-from megadistill.models.forward.per_layer_inputs import TABLE, is_by_layer
+from megadistill.models.forward.per_layer_inputs import is_by_layer
 from megadistill.models.module_names import names_here
 from megadistill.models.partition import stage_decoder
 
