@@ -135,8 +135,8 @@ def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 
         fits = [d for d in range(1, launch.world // sequence + 1) if launch.world % (d * sequence) == 0]
         raise UserError(
             f"distributed.vocab_group {size} times distributed.sequence {sequence} is {size * sequence}, which does "
-            f"not divide the {number_of(launch.world, 'process', 'processes')} of this run, and ranks that share sequences "
-            f"are of different vocab groups: set distributed.vocab_group to {' or '.join(map(str, fits)) or '1'}"
+            f"not divide the {number_of(launch.world, 'process', 'processes')} of this run, and ranks that share "
+            f"sequences are of different vocab groups: set distributed.vocab_group to {' or '.join(map(str, fits)) or '1'}"
             + ("" if fits else ", and distributed.sequence to a number that divides them")
         )
     return size

@@ -70,6 +70,8 @@ class Case:
     """Ranks of the teacher's own; 0: each of the student's ranks has a stage."""
     sequence: int = 1
     """Ranks that share each sequence."""
+    length: int = SEQUENCE
+    """Tokens of a sequence."""
     vocab_group: int = 2
     precision: Precision = "float32"
     micro_batch: int = 2
@@ -178,7 +180,12 @@ def _student(topology: Topology, case: Case) -> StudentEngine:
     recipe = case.recipe
     config = load_config(recipe.student.config, what="test")  # type: ignore[arg-type]
     attention = choose_attention(
-        case.attention, config, accelerator=False, precision=case.precision, documents=False, sequence_length=SEQUENCE
+        case.attention,
+        config,
+        accelerator=False,
+        precision=case.precision,
+        documents=False,
+        sequence_length=case.length,
     )
     student = StudentEngine(
         config,
@@ -250,7 +257,7 @@ def _batches(topology: Topology, case: Case) -> Iterator[tuple[TokenBatch, Curso
     rows = case.accumulation * case.micro_batch
     for number in range(STEPS + 1):
         generator = torch.Generator().manual_seed(1000 * topology.data_rank + number)
-        units = torch.randint(0, VOCAB, (rows, SEQUENCE + 1), generator=generator)
+        units = torch.randint(0, VOCAB, (rows, case.length + 1), generator=generator)
         tokens, labels = units[:, :-1].contiguous(), units[:, 1:].contiguous()
         slots = torch.arange(rows) + rows * (number * topology.data_world + topology.data_rank)
         starts = torch.zeros_like(tokens, dtype=torch.bool)

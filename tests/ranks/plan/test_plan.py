@@ -96,7 +96,7 @@ def planned(case: Case) -> Requirements:
     teacher = load_config(TEACHER, what="test") if case.objective == "distill" else None
     run = Sharding(
         case.recipe,
-        measure_models(student, teacher, sequence_length=SEQUENCE),
+        measure_models(student, teacher, sequence_length=case.length),
         vocab_size=VOCAB,
         ranks=case.students,
         ranks_per_node=case.students + case.teachers,
@@ -224,3 +224,47 @@ def test_offloaded_states_lie_on_the_host(teacher: Path) -> None:
 @pytest.mark.parametrize("case", [DISTILLED, IN_BFLOAT16, APART], ids=["float32", "bfloat16, tied", "one rank"])
 def test_a_checkpoint_to_the_byte(case: Case, teacher: Path) -> None:
     assert sum(rank.checkpoint for rank in seen(case, teacher)) == planned(case).checkpoint_bytes
+
+
+@pytest.mark.thorough
+def test_activations_fall_with_the_ranks_that_share_sequences(teacher: Path) -> None:
+    whole, half = (replace(SHARING, objective="labels", students=ranks, sequence=ranks) for ranks in (1, 2))
+    of_whole, of_half = (peak(seen(case, teacher), "loss")["layers"] for case in (whole, half))
+    assert of_half == pytest.approx(of_whole / 2, rel=0.01)
+    assert max(rank.highest["backward"]["layers"] for rank in seen(half, teacher)) == pytest.approx(
+        max(rank.highest["backward"]["layers"] for rank in seen(whole, teacher)) / 2, rel=WITHIN
+    )
+
+
+LONG = Case(
+    sequence=2,
+    length=65_536,
+    vocab_group=1,
+    micro_batch=1,
+    accumulation=1,
+    activation_checkpointing="full",
+    attention="flex",
+    objective="labels",
+    student={
+        "model_type": "mistral",
+        "sliding_window": 512,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 65_536,
+    },
+)
+
+
+@pytest.mark.thorough
+def test_a_sequence_of_65536_tokens_trains_on_two_ranks_within_the_planned_memory(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "EAGER_BLOCK", BLOCK_ELEMENTS)  # a CPU's
+    ranks, phases = seen(LONG, teacher), planned(LONG).phases
+    most = max(sum(lines.values()) for lines in phases.values())
+    for phase in ("forward", "loss", "backward"):
+        lines = peak(ranks, phase)
+        assert sum(lines.values()) - of_the_cpu(lines, in_the_loss=phase == "loss") < (1 + WITHIN) * most, phase
+    assert most < 0.6 * max(sum(lines.values()) for lines in planned(replace(LONG, sequence=1)).phases.values())

@@ -1,4 +1,4 @@
-"""Whole runs whose ranks share sequences learn as one process does: teacher stages, targets, probe, records, resumes."""
+"""Whole runs whose ranks share sequences learn as one process does: teacher stages, targets, probe, resumes."""
 
 from pathlib import Path
 from typing import Any

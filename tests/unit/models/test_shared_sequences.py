@@ -19,15 +19,18 @@ from megadistill.errors import UserError
 from megadistill.models.attention.masks import omit_empty_masks
 from megadistill.models.attention.sequence import key_copies, share_sequences
 from megadistill.models.attention.shared_sequences import check_shared_sequences
-from megadistill.models.families import FAMILIES, decoder, forward_inputs, transformers_attention
+from megadistill.models.families import FAMILIES, decoder, forward_inputs, load_config, transformers_attention
 from megadistill.types import SequencePart, document_positions
 from tests.ranks.student_cases import recipe_for
 from tests.unit.models.cases import ALL_CASES, VOCAB, all_cases, whole_model
+from tests.unit.models.test_teacher_only import CASES as TEACHERS
+from tests.unit.models.test_unequal_layers import CASES as UNEQUAL
 
 B, S = 2, 16
 
 BY_LENGTH = [name for name, keys in ALL_CASES.items() if "longrope" in str(keys) or "dynamic" in str(keys)]
-RECURRENT = [name for name, keys in ALL_CASES.items() if FAMILIES[keys["model_type"]].recurrent]
+RECURRENT = [name for name, keys in TEACHERS.items() if FAMILIES[keys["model_type"]].recurrent]
+REFUSED = {"falcon_h1": "carry a state", "deepseek_v32": "indexers choose keys", "llama4": "scaled by their place"}
 
 
 def _name(case: Any) -> str:
@@ -86,7 +89,7 @@ def _model(case: str, attention: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", [each for each in all_cases() if _name(each) not in (*BY_LENGTH, *RECURRENT)])
+@pytest.mark.parametrize("case", [each for each in all_cases() if _name(each) not in BY_LENGTH])
 def test_a_family_computes_the_same_from_parts(case: str) -> None:
     """Documents, windows, softcaps and sinks by the family; four ranks take copies of two key heads."""
     model = _model(case, "flex")
@@ -129,7 +132,7 @@ def _recipe(sequence: int, **teacher: Any) -> Recipe:
 
 
 def _problem(recipe: Recipe, case: str, *, length: int = S, attention: str = "flex") -> str:
-    config = whole_model(case).config
+    config = load_config((ALL_CASES | UNEQUAL | TEACHERS)[case], what=case)
     try:
         check_shared_sequences(recipe, {"main": length}, {"student.config": (config, Choice(attention, ""))})
     except UserError as error:
@@ -149,6 +152,8 @@ def test_what_cannot_be_shared_is_refused_in_one_line() -> None:
         assert "depend on the length that a rank sees" in _problem(two, case), case
     for case in RECURRENT:
         assert "carry a state" in _problem(two, case), case
+    for case, words in REFUSED.items():
+        assert words in _problem(two, case), case
     apart = _recipe(2, placement="disaggregated", ranks=1)
     assert "set teacher.placement to colocated" in _problem(apart, "llama")
     assert "leave teacher.save_targets out" in _problem(_recipe(2, save_targets="folder"), "llama")
