@@ -149,9 +149,10 @@ def _run_case(topology: Topology, case: Case) -> SparseTargets:
 def test_targets_are_the_references(g: int) -> None:
     """The same for every slicing, since the reference knows none; and as wide on a rank without tokens."""
     cases = _cases(g)
+    truths = [case.truth() for case in cases]
     for rank, founds in enumerate(run_ranks(g, _run_cases, cases)):
-        for case, found in zip(cases, founds, strict=True):
-            expected, own, tolerance = case.truth(), case.tokens_of(rank), TOLERANCE[case.dtype]
+        for case, expected, found in zip(cases, truths, founds, strict=True):
+            own, tolerance = case.tokens_of(rank), TOLERANCE[case.dtype]
             try:
                 assert found.ids.shape == found.probs.shape == (case.tokens[rank], expected.ids.shape[1])
                 assert torch.equal(found.ids, expected.ids[own])
