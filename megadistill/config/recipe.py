@@ -706,7 +706,7 @@ class ValidationSection(Section):
     """Save and stop when the patience is used up."""
 
     @model_validator(mode="after")
-    def _names_and_patience(self) -> "ValidationSection":
+    def _is_complete(self) -> "ValidationSection":
         for name in self.data:
             if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name == "all":
                 raise ValueError(

@@ -91,7 +91,7 @@ def _figure(width: float, *, measure: _Measure, validations: Sequence[Sequence[V
     size, name = unit(most, COUNTS, "")
     splits = _splits(validations)
     for run, of_run in enumerate(validations):
-        own = {"color": colour(run), "gid": f"run-{run}"}
+        own: dict[str, Any] = {"color": colour(run), "gid": f"run-{run}"}
 
         def plot(split: str, key: str, of_run: Sequence[Validated] = of_run, **style: Any) -> None:
             points = [(each.tokens / size, each.splits.get(split, {}).get(key)) for each in of_run]

@@ -256,8 +256,10 @@ class Trainer:
         """The validations of an attempt that begins after the current step; None without them. Collective."""
         if self._held_out is None:
             return None
-        run = {"folder": self._setup.folder, "step": self.step, "last": self._run_steps}
-        return ValidationPlan.of(self._setup.recipe, self._held_out, self._topology, **run)
+        setup, topology = self._setup, self._topology
+        return ValidationPlan.of(
+            setup.recipe, self._held_out, topology, folder=setup.folder, step=self.step, last=self._run_steps
+        )
 
     def _validation(self, plan: ValidationPlan, batches: StepBatches, log: RunLog) -> ValidationHook:
         parts = (self._student, self._objective, self._recovery, log, self._topology, self._setup.recipe)

@@ -114,9 +114,9 @@ def _by_split(totals: Totals, held_out: HeldOutBatches, *, with_teacher: set[int
             measures[name] = {"tokens": 0}
             continue
         splits, tokens = [held_out.splits[number] for number in numbers], [counts[number] for number in numbers]
-        is_taught = with_teacher.issuperset(numbers)
-        values: dict[str, Any] = measures_of(sums_C, bins_B3, splits, tokens, with_teacher=is_taught)
-        if is_taught:
+        has_teacher = with_teacher.issuperset(numbers)
+        values: dict[str, Any] = measures_of(sums_C, bins_B3, splits, tokens, with_teacher=has_teacher)
+        if has_teacher:
             values["teacher_cross_entropy"] = float(sums_C[COLUMNS.index("teacher_cross_entropy")] / sums_C[0])
         measures[name] = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
     return measures

@@ -79,6 +79,11 @@ def _distill(teacher: Path) -> dict[str, Any]:
     return {"objective": "distill", "teacher": {"path": str(teacher)}}
 
 
+def _events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = json_lines(folder / "events.jsonl")
+    return [line for line in lines if line is not None and line["event"] == name]
+
+
 def _evaluated(folder: Path, held_out: dict[str, str], teacher: Path | None, **limits: Any) -> tuple[Evaluation, ...]:
     """The export of the newest checkpoint, evaluated by one process: the teacher's first, where there is one."""
     exported = folder / "exported"
@@ -201,7 +206,7 @@ def test_a_rollback_takes_its_validations_again(
     assert loops._numbers(tmp_path / "back") == whole
     assert [line["step"] for line in _lines(tmp_path / "back")] == [0, 1, 2, 3, 4, 5]
     assert _lines(tmp_path / "back") == _lines(tmp_path / "whole")
-    taken = [event["step"] for event in json_lines(tmp_path / "back" / "events.jsonl") if event["event"] == "validated"]
+    taken = [event["step"] for event in _events(tmp_path / "back", "validated")]
     assert taken == [0, 1, 2, 3, 3, 4, 5], "that of step 3 was taken back"
 
 
@@ -220,12 +225,11 @@ def test_a_run_that_improves_no_more_says_so_and_ends_if_it_is_to(
         (2, False, True, None)
     ] * 2
     assert (rest.step, rest.done, rest.plateau) == (STEPS, True, False)
-    events = list(json_lines(folder / "events.jsonl"))
-    (plateau,) = [event for event in events if event["event"] == "validation_plateau"]
+    (plateau,) = _events(folder, "validation_plateau")
     assert (plateau["step"], plateau["best_step"], plateau["validations"]) == (2, 0, 2)
     assert plateau["cross_entropy"] >= plateau["best"]
-    assert [event["reason"] for event in events if event["event"] == "stopped"] == ["validation.stop"] * 2
-    assert any(event["event"] == "checkpoint_saved" and event["step"] == 2 for event in events)
+    assert [event["reason"] for event in _events(folder, "stopped")] == ["validation.stop"] * 2
+    assert 2 in [event["step"] for event in _events(folder, "checkpoint_saved")]
 
 
 def test_damaged_held_out_sequences_are_left_out_and_reported(
@@ -236,15 +240,14 @@ def test_damaged_held_out_sequences_are_left_out_and_reported(
     damaged = copy / "heldout" / "manifest.json"
     (shard,) = Manifest.load(damaged).shards
     content = bytearray((copy / "heldout" / shard.name).read_bytes())
-    first = content.index(b".tokens.npy") if b".tokens.npy" in content else 0
-    content[first + 700] ^= 1
+    content[content.index(b".tokens.npy") + 700] ^= 1  # behind the headers of the tar and of the array
     (copy / "heldout" / shard.name).write_bytes(bytes(content))
     validation = {"every": 100, "data": {"damaged": str(damaged), "trained": held_out["trained"]}}
     folder = tmp_path / "run"
     plain = _start(2, manifest, tmp_path / "plain", train={"steps": 2})
     assert _start(2, manifest, folder, validation=validation, train={"steps": 2}) == plain
-    events = [event for event in json_lines(folder / "events.jsonl") if event["event"] == "held_out_masked"]
-    assert [(event["step"], event["splits"]) for event in events] == [(0, {"damaged": 1})]
+    masked = _events(folder, "held_out_masked")
+    assert [(event["step"], event["splits"]) for event in masked] == [(0, {"damaged": 1})]
     log = (folder / "log.txt").read_text(encoding="utf-8")
     assert "validation: damaged sequences are left out (damaged 1)" in log
     first, last = _lines(folder)
@@ -267,7 +270,7 @@ def test_a_split_of_a_source_is_measured_against_the_teacher_of_that_source(
         "vocab_size": Manifest.load(manifest).vocab_size,
     }
     AutoModelForCausalLM.from_config(load_config(config, what="test")).save_pretrained(other)
-    changes = {
+    changes: dict[str, Any] = {
         "objective": "distill",
         "data": {
             "sources": {"code": str(manifest), "web": str(manifest)},
