@@ -212,7 +212,7 @@ def test_parameters_and_flops_are_those_of_the_model(case: str, saved: Saved) ->
     for layer in model.model.layers:
         attention = layer.self_attn
         width = attention.o_proj.weight.shape[1]
-        seen.append((attention.q_proj if hasattr(attention, "q_proj") else attention.q_b_proj).weight.shape[0] + width)
+        seen.append((getattr(attention, "q_proj", None) or attention.q_b_proj).weight.shape[0] + width)
         if getattr(attention, "indexer", None) is not None:
             seen.append(attention.indexer.wq_b.weight.shape[0])
     state = 5 * 4 * 6 * 8 * 12 if case == "falcon_h1" else 0
