@@ -54,6 +54,7 @@ COMMANDS = (
     "train recipe.yaml --set run.timeline=[1,2] --set teacher.save_targets=targets --set loss.targets.draws=4",
     "vocab-map --student text/set/tokenizer --teacher teacher --output map.json",
     "evaluate teacher --teacher teacher --data text/set/heldout/manifest.json --limit 2 --json run/evaluation.json",
+    "follow run --prompt x --new-tokens 2 --once",
 )
 
 

@@ -15,7 +15,7 @@ from megadistill.errors import OperatorFault, RankUserError, RestartFault, UserE
 
 COMMANDS = (
     *("init", "tokenize", "shards", "train", "doctor", "store-targets", "generate", "export", "prune", "evaluate"),
-    *("sample", "lm-eval", "report", "plan", "timeline", "config-keys", "vocab-map", "models"),
+    *("sample", "lm-eval", "report", "plan", "timeline", "config-keys", "vocab-map", "models", "average", "follow"),
 )
 EXPORT = ("export", "run", "--output", "out")
 
