@@ -17,6 +17,9 @@ from megadistill.train.teacher.targets import Target, TargetedBatch
 from megadistill.train.validation.held_out_batches import HeldOutBatch, Validations
 from megadistill.types import Cursor, SequencePart, SignalMismatch, TokenBatch
 
+WHOLE = SequencePart()
+"""All tokens of each sequence."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -42,7 +45,7 @@ class StepBatches:
         teacher: Teacher,
         *,
         micro_batch: int | Callable[[TokenBatch], int],
-        part: SequencePart = SequencePart(),
+        part: SequencePart = WHOLE,
         validations: Validations | None = None,
     ) -> None:
         """
