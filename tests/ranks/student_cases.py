@@ -162,7 +162,7 @@ class RandomTeacher:
     def signals(self, batches: Iterator[TokenBatch]) -> Iterator[TeacherSignal]:
         for batch in batches:
             hidden = teacher_hidden(batch.slots).to(self.dtype)
-            hidden = batch.part.of(hidden.unflatten(0, (len(batch), -1))).flatten(0, 1)
+            hidden = batch.part.of(hidden.view(len(batch), -1, TEACHER_WIDTH)).flatten(0, 1)
             if batch.part.parts > 1:
                 batch = replace(batch, digests=token_digest(batch.tokens))
             yield TeacherSignal(hidden=hidden, slots=batch.slots, digests=batch.digests)

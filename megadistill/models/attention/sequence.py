@@ -121,7 +121,7 @@ def refuse_shared_heads(config: Any, ranks: int, attention: str, *, what: str, k
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if by_length := sorted(kinds & set(_ROPE_BY_LENGTH)):
+    if by_length := [kind for kind in _ROPE_BY_LENGTH if kind in kinds]:
         raise UserError(
             f"{name}, and rotary embeddings of type {by_length[0]} in {what} depend on the length that a rank sees: "
             "set distributed.sequence to 1, or give rope_parameters of another type, such as yarn"

@@ -216,7 +216,7 @@ class LiveTarget:
         if (per_token := uniforms_per_token(chosen)) > 0:
             sequence = self.batch.starts.shape[1]
             randoms = uniforms(self.batch.slots, sequence=sequence, per_token=per_token, seed=objective.seed)
-            randoms = self.batch.part.of(randoms.unflatten(0, (-1, sequence))).flatten(0, 1)
+            randoms = self.batch.part.of(randoms.view(-1, sequence, *randoms.shape[1:])).flatten(0, 1)
             randoms = to_device(randoms, self.hidden.device)
         targets = sparse_targets(
             teacher.head_on(self.hidden),

@@ -35,6 +35,6 @@ def _of_part(targets: SparseTargets, batch: TokenBatch) -> SparseTargets:
         return targets
 
     def of(rows: Tensor) -> Tensor:
-        return batch.part.of(rows.unflatten(0, (len(batch), -1))).flatten(0, 1)
+        return batch.part.of(rows.view(len(batch), -1, *rows.shape[1:])).flatten(0, 1)
 
     return replace(targets, ids=of(targets.ids), probs=of(targets.probs), log_tail=of(targets.log_tail))

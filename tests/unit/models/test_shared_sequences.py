@@ -125,7 +125,7 @@ def _recipe(sequence: int, **teacher: Any) -> Recipe:
     distributed = {"sequence": sequence}
     if not teacher:
         return recipe_for("m", "r", distributed=distributed)
-    loss = {"targets": {}}
+    loss: dict[str, Any] = {"targets": {}}
     return recipe_for(
         "m", "r", objective="distill", teacher={"path": "t", **teacher}, loss=loss, distributed=distributed
     )
