@@ -97,4 +97,4 @@ def uniforms(slots_B: Tensor, *, sequence: int, per_token: int, seed: int) -> Te
     So they are the same for any number of ranks, any micro-batch size and after a resume.
     """
     rows = [keyed_generator(seed, f"draws/{slot}").random((sequence, per_token)) for slot in slots_B.tolist()]
-    return torch.from_numpy(np.concatenate(rows))
+    return torch.from_numpy(np.concatenate([np.empty((0, per_token)), *rows]))

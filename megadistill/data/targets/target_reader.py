@@ -67,7 +67,7 @@ class TargetReader:
             self._row(shard, sample, slot=slot, digest=digest)
             for (shard, sample), slot, digest in zip(places, slots.tolist(), digests.tolist(), strict=True)
         ]
-        return self._assembled(rows)
+        return self._assembled(rows) if rows else self._nothing()
 
     def _row(self, shard: OpenShard, sample: int, *, slot: int, digest: int) -> TargetRow:
         written, stored_digest, start, length, crc, *places = shard.index[sample].tolist()
@@ -82,6 +82,12 @@ class TargetReader:
             return self._codec.decode({name: data[at : at + size] for name, at, size in members})
         except MemberError as error:
             raise ShardFault(f"{where}: {error}") from None
+
+    def _nothing(self) -> SparseTargets:
+        """The targets of no rows: of a micro-batch whose rows all have other teachers."""
+        none_01 = torch.zeros(0, 1)
+        tail, temperature = self.manifest.key.tail, self.manifest.key.temperature
+        return SparseTargets(none_01.long(), none_01, torch.zeros(0), tail, temperature)
 
     def _assembled(self, rows: list[TargetRow]) -> SparseTargets:
         num_ids_N = np.concatenate([row.num_ids for row in rows])

@@ -242,7 +242,7 @@ def _mixture(manifest: Path) -> dict[str, Any]:
     """Two sources, so that some micro-batches have rows of one alone; the second begins after two steps."""
     first = {"tokens": 2 * loops.BATCH * 64, "weights": {"web": 1.0}}
     sources = {"web": str(manifest), "code": str(manifest)}
-    return {"sources": sources, "curriculum": [first, {"weights": {"web": 1.0, "code": 1.0}}]}
+    return {"sources": sources, "curriculum": [first, {"weights": {"web": 3.0, "code": 1.0}}]}
 
 
 def test_one_teacher_by_name_is_the_plain_one_to_the_bit(
@@ -289,6 +289,40 @@ def test_specialists_learn_alike_on_any_ranks_and_a_resume_is_bitwise(
     probes = 2 * loops.BATCH * 2
     assert computed["1"] == [loops.STEPS * loops.BATCH + probes // 2]
     assert sum(computed["2"]) == 2 * loops.STEPS * loops.BATCH + probes
+
+
+@pytest.mark.thorough
+def test_stored_targets_may_be_those_of_one_teacher(
+    manifest: Path, teachers: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Stored before by a run with that teacher alone, for every row, of which its sources' are read."""
+    data, loss = _mixture(manifest), {"targets": {"select": "top_p", "p": 0.8, "max_ids": 20}}
+    saving = {**teachers["plain"], "save_targets": str(tmp_path / "targets")}
+    run_ranks(2, _train, _values(manifest, tmp_path / "stores", data=data, loss=loss, teacher=saving), None)
+    stored = {"source": "stored", "targets": str(tmp_path / "targets"), "sources": ["code"]}
+    for name, coder in {"stored": stored, "live": {**teachers["plain"], "sources": ["code"]}}.items():
+        by_name = {"coder": coder, "rest": teachers["other"]}
+        values = _values(manifest, tmp_path / name, data=data, loss=loss, teachers=by_name)
+        run_ranks(2, _train, values, None)
+    read, computed = (loops._numbers(tmp_path / name) for name in ("stored", "live"))
+    for ours, theirs in zip(read, computed, strict=True):
+        assert _leaves(ours) == pytest.approx(_leaves(theirs), rel=1e-3), "but for the digits that are stored"
+        assert "kl" not in ours["by_teacher"]["rest"]
+    assert set(read[-1]["by_teacher"]) == {"coder", "rest"}
+
+
+@pytest.mark.parametrize("targets", [{"draws": 4}, {"select": "sampled_distinct", "k": 8}], ids=["draws", "distinct"])
+def test_sampled_targets_are_those_of_each_row_whoever_teaches_it(
+    manifest: Path, teachers: dict[str, dict[str, str]], tmp_path: Path, targets: dict[str, Any]
+) -> None:
+    """A micro-batch of a rank may have no row of a teacher of which another rank has one."""
+    by_name = {"coder": {**teachers["other"], "sources": ["code"]}, "rest": teachers["plain"]}
+    for world in (1, 2):
+        values = _values(manifest, tmp_path / str(world), data=_mixture(manifest), teachers=by_name)
+        run_ranks(world, _train, {**values, "loss": {"targets": targets}}, None)
+    one, two = (loops._numbers(tmp_path / str(world)) for world in (1, 2))
+    for ours, theirs in zip(two, one, strict=True):
+        assert _leaves(ours) == pytest.approx(_leaves(theirs), rel=2e-5, abs=1e-7)
 
 
 def _leaves(values: dict[str, Any]) -> dict[str, Any]:
