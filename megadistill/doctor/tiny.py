@@ -25,7 +25,8 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
     """A small config with at least `min_layers` layers, and each kind of layer of `config` at least once."""
     small = copy.deepcopy(config)
     widths = {head_dim(each) for each in layer_configs(config)}
-    heads = min(HEADS // len(widths), config.num_attention_heads)  # Gemma 4's wider heads are of 512 columns
+    # Gemma 4's wider heads have 512 columns, and Gemma 3n's layers several projections of the width.
+    heads = min(HEADS // max(len(widths), 2 if has_per_layer_inputs(config) else 1), config.num_attention_heads)
     kinds = _kinds_of_layers(config)
     layers = max(min_layers, len(kinds))
     width = min(widths)
@@ -63,6 +64,8 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
     for name in ("n_group", "topk_group"):  # of fewer experts than groups
         if hasattr(config, name):
             setattr(small, name, 1)
+    if hasattr(config, "index_n_heads"):
+        small.index_n_heads = HEADS
     if hasattr(config, "mamba_n_heads"):
         small.mamba_n_heads, small.mamba_n_groups = 2 * HEADS, min(2, config.mamba_n_groups)
         small.mamba_d_ssm = small.mamba_n_heads * config.mamba_d_head

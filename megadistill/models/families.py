@@ -756,7 +756,8 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
         assert all(buffer.dtype == torch.float32 for buffer in rotary.buffers())
         inner.rotary_emb = rotary.to(device)
     _rebuild_constants(inner)
-    for embedding in (inner.embed_tokens, getattr(inner, "embed_tokens_per_layer", None)):
+    embeddings: tuple[Any, ...] = (inner.embed_tokens, getattr(inner, "embed_tokens_per_layer", None))
+    for embedding in embeddings:
         if hasattr(embedding, "embed_scale"):
             embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32, device=device)
 

@@ -213,10 +213,11 @@ def config_differences(theirs: PretrainedConfig, ours: PretrainedConfig) -> list
     by_layer = {"head_dim", "num_key_value_heads"}
     keys = sorted({field.name for field in fields(ours)} - general - set(FREE_KEYS) - by_layer)
     pairs: list[tuple[str, Any, Any]] = [(key, getattr(theirs, key), getattr(ours, key)) for key in keys]
-    pairs += [
-        ("head_dim", _of_layers(theirs, head_dim), _of_layers(ours, head_dim)),
-        ("num_key_value_heads", *(_of_layers(each, attrgetter("num_key_value_heads")) for each in (theirs, ours))),
-    ]
+    sizes: dict[str, Callable[[Any], int]] = {
+        "head_dim": head_dim,
+        "num_key_value_heads": attrgetter("num_key_value_heads"),
+    }
+    pairs += [(key, _of_layers(theirs, size), _of_layers(ours, size)) for key, size in sizes.items()]
     return [f"{key} is {there!r} there, {here!r} here" for key, there, here in pairs if there != here]
 
 

@@ -79,7 +79,7 @@ def keep_unequal_layers(config: PretrainedConfig, layers: Sequence[int]) -> None
     overrides = _overrides(config) if getattr(config, "is_heterogeneous", False) else {}
     if overrides:
         config.per_layer_config = None
-    kept = {place: dict(overrides[layer]) for place, layer in enumerate(layers) if layer in overrides}
+    remaining = {place: dict(overrides[layer]) for place, layer in enumerate(layers) if layer in overrides}
     first = first_sharing_layer(config)
     sharing = [layer for layer in layers if layer >= first]
     if sharing:
@@ -92,7 +92,7 @@ def keep_unequal_layers(config: PretrainedConfig, layers: Sequence[int]) -> None
         config.num_kv_shared_layers = len(sharing)
     config.num_hidden_layers = len(layers)
     if overrides:
-        config.per_layer_config = kept
+        config.per_layer_config = remaining
 
 
 def first_sharing_layer(config: PretrainedConfig) -> int:

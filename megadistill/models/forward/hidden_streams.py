@@ -51,7 +51,7 @@ def _forward(
         streams_nBSE = _spread(embedded_BSE, self.altup_projections)
     else:
         assert inputs_embeds is not None
-        split = inputs_embeds.unflatten(-1, (hidden_streams(self.config), self.config.hidden_size))
+        split = inputs_embeds.view(*inputs_embeds.shape[:2], hidden_streams(self.config), self.config.hidden_size)
         streams_nBSE = split.permute(2, 0, 1, 3).contiguous()
     assert per_layer_inputs is not None
     if position_ids is None:

@@ -14,7 +14,7 @@ from transformers.integrations.moe import _grouped_mm
 def use_own_tokens(decoder: Any) -> None:
     """Has each block of experts of a decoder compute its tokens' experts alone."""
     for layer in decoder.layers:
-        block = getattr(layer, "feed_forward", None)
+        block: Any = getattr(layer, "feed_forward", None)
         if hasattr(block, "router") and hasattr(block, "shared_expert"):
             block.forward = MethodType(_forward, block)
 

@@ -33,7 +33,7 @@ COVERED = {config["model_type"] for config in CASES.values()} | {"smollm3"}
 )
 def test_every_family_shrinks_to_a_model_that_runs(model_type: str, tmp_path: Path) -> None:
     keys = {name: value for name, value in LARGE.items() if name != WITHOUT.get(model_type)}
-    if model_type == "deepseek_v3":  # latent attention has keys for each head
+    if model_type in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa"):  # latent attention has keys for each head
         keys["num_key_value_heads"] = keys["num_attention_heads"]
     large = load_config({"model_type": model_type, **keys}, what="test")
     small = tiny_config(large, vocab_size=300, min_layers=3)
