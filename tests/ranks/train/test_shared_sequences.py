@@ -71,6 +71,7 @@ def test_two_ranks_learn_from_parts_as_one_from_wholes_and_resume(
     _assert_alike(_learned(tmp_path), whole)
 
 
+@pytest.mark.thorough
 def test_stages_share_sequences_and_the_teacher_check_gathers_them(
     whole: list[dict[str, Any]], manifest: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_stages_share_sequences_and_the_teacher_check_gathers_them(
     _assert_alike(_learned(tmp_path), whole)
 
 
+@pytest.mark.thorough
 def test_stored_targets_of_whole_sequences_teach_ranks_that_share_them(
     whole: list[dict[str, Any]], manifest: Path, teacher: Path, tmp_path: Path
 ) -> None:

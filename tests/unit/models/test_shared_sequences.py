@@ -22,7 +22,7 @@ from megadistill.models.attention.shared_sequences import check_shared_sequences
 from megadistill.models.families import FAMILIES, decoder, forward_inputs, load_config, transformers_attention
 from megadistill.types import SequencePart, document_positions
 from tests.ranks.student_cases import recipe_for
-from tests.unit.models.cases import ALL_CASES, VOCAB, all_cases, whole_model
+from tests.unit.models.cases import ALL_CASES, VOCAB, whole_model
 from tests.unit.models.test_teacher_only import CASES as TEACHERS
 from tests.unit.models.test_unequal_layers import CASES as UNEQUAL
 
@@ -31,10 +31,6 @@ B, S = 2, 16
 BY_LENGTH = [name for name, keys in ALL_CASES.items() if "longrope" in str(keys) or "dynamic" in str(keys)]
 RECURRENT = [name for name, keys in TEACHERS.items() if FAMILIES[keys["model_type"]].recurrent]
 REFUSED = {"falcon_h1": "carry a state", "deepseek_v32": "indexers choose keys", "llama4": "scaled by their place"}
-
-
-def _name(case: Any) -> str:
-    return case if isinstance(case, str) else str(case.values[0])
 
 
 class _Exchange:
@@ -89,7 +85,17 @@ def _model(case: str, attention: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", [each for each in all_cases() if _name(each) not in BY_LENGTH])
+QUICK = ("llama-tied", "mistral", "gemma2", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
+        for name in ALL_CASES
+        if name not in BY_LENGTH
+    ],
+)
 def test_a_family_computes_the_same_from_parts(case: str) -> None:
     """Documents, windows, softcaps and sinks by the family; four ranks take copies of two key heads."""
     model = _model(case, "flex")
