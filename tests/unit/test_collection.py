@@ -48,6 +48,7 @@ FLOORS = {
     "tests/unit/evaluate": 30,
     "tests/unit/export": 18,
     "tests/unit/gpu": 17,
+    "tests/unit/heldout": 3,
     "tests/unit/loss": 70,
     "tests/unit/loss/sparse": 18,
     "tests/unit/models": 125,
@@ -66,6 +67,7 @@ FLOORS = {
     "tests/unit/train/setup": 91,
     "tests/unit/train/teacher": 2,
     "tests/unit/train/telemetry": 23,
+    "tests/unit/train/validation": 4,
 }
 
 

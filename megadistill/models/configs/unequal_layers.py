@@ -74,7 +74,7 @@ def set_heads_of_keys(config: PretrainedConfig, heads: int) -> None:
 def keep_unequal_layers(config: PretrainedConfig, layers: Sequence[int]) -> None:
     """`keep_layers` for what this module is about; call it while the config is still that of all layers.
 
-    A layer that is kept without the one whose keys and values it takes computes some of its own: so it can be counted.
+    A layer that stays without the one whose keys and values it takes computes some of its own: so it can be counted.
     """
     overrides = _overrides(config) if getattr(config, "is_heterogeneous", False) else {}
     if overrides:

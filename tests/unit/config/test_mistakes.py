@@ -123,7 +123,7 @@ OVERRIDES = [
     # what other trainers do
     ("train.do_eval=true", ["set validation.every, and name the splits in validation.data"]),
     ("train.report_to=wandb", ["use track"]),
-    ("distributed.context_parallel_size=2", ["not implemented"]),
+    ("distributed.context_parallel_size=2", ["use distributed.sequence"]),
     # no near name
     ("checkpoint.frobnicate=1", ["checkpoint has keep_last, keep_every, asynchronous"]),
     # types

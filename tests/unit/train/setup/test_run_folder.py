@@ -119,8 +119,8 @@ def test_what_differs_is_listed_with_both_values(started: Path) -> None:
     assert "train.steps" not in message
 
 
-SECTIONS = ("checkpoint.", "resilience.")
-"""Sections about checkpoints and faults, which move no number of a run without faults."""
+SECTIONS = ("checkpoint.", "resilience.", "validation")
+"""Sections that move no number of a run: about checkpoints and faults, and the measurements on held-out splits."""
 
 
 def test_what_may_change_is_all_that_may_change(started: Path) -> None:
