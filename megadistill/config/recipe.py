@@ -710,8 +710,8 @@ class ValidationSection(Section):
         for name in self.data:
             if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name == "all":
                 raise ValueError(
-                    f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most, and not "
-                    "all, which is the name of all of them together"
+                    f"data has a split {name!r}: name splits with letters, digits, '_', '-' and '.', 64 at most, and "
+                    "not all, which is the name of all of them together"
                 )
         if self.stop and self.patience is None:
             raise ValueError(
@@ -938,8 +938,8 @@ class Recipe(Section):
         n = self.distributed.sequence
         if world % n:
             raise UserError(
-                f"distributed.sequence is {n}, but {world} ranks do not divide into groups of {n} that share sequences: "
-                "give a number that divides them, or start it on other ranks"
+                f"distributed.sequence is {n}, but {world} ranks do not divide into groups of {n} that share "
+                "sequences: give a number that divides them, or start it on other ranks"
             )
         divisor = world // n * micro_batch
         if global_batch % divisor:

@@ -136,7 +136,8 @@ def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 
         raise UserError(
             f"distributed.vocab_group {size} times distributed.sequence {sequence} is {size * sequence}, which does "
             f"not divide the {number_of(launch.world, 'process', 'processes')} of this run, and ranks that share "
-            f"sequences are of different vocab groups: set distributed.vocab_group to {' or '.join(map(str, fits)) or '1'}"
+            "sequences are of different vocab groups: set distributed.vocab_group to "
+            f"{' or '.join(map(str, fits)) or '1'}"
             + ("" if fits else ", and distributed.sequence to a number that divides them")
         )
     return size

@@ -96,7 +96,7 @@ def test_torchrun_on_each_node_by_itself(place: Place, nodes: tuple[Node, Node],
 
 @pytest.mark.thorough
 def test_the_ssh_script_goes_on_after_a_stop(place: Place, nodes: tuple[Node, Node], truth: Record) -> None:
-    """STOP without HOLD, after a checkpoint: the nodes end with 3, unless they were done, and the script starts again."""
+    """STOP without HOLD, after a checkpoint: the nodes end with 3, unless they were done; the script starts again."""
     first, _ = nodes
     run = place.folder / "launched-ssh-script"
     variables = {"HOSTS": "n1 n2", "RUN_FOLDER": str(run), "RANKS_PER_NODE": "1", "MASTER_PORT": PORT, "PAUSE": "0"}

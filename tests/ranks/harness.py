@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(PRELOAD)
 def _serve(
     launch: Launch,
     port: int,
-    groups: dict[str, int],
+    groups: dict[str, Any],
     roles: Roles | None,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],

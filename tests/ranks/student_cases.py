@@ -175,9 +175,10 @@ def teacher_of(vocab: VocabSlice, dtype: torch.dtype) -> LiveTeacher:
     return LiveTeacher(pipeline=pipeline, head=head.to(dtype))
 
 
-def step_batch(
-    batch: TokenBatch, teacher: Teacher, *, accumulation: int, part: SequencePart = SequencePart()
-) -> StepBatch:
+WHOLE = SequencePart()
+
+
+def step_batch(batch: TokenBatch, teacher: Teacher, *, accumulation: int, part: SequencePart = WHOLE) -> StepBatch:
     """One step's batch of this rank."""
     read = iter([(batch, Cursor("", 0))])
     return next(StepBatches(read, teacher, micro_batch=len(batch) // accumulation, part=part))

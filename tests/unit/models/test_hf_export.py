@@ -76,7 +76,7 @@ def test_transformers_loads_the_same_model_without_padding(case: str, shard: int
 
 
 TURNED = {"gpt_neox": ("rotary_pct", 0.5), "cohere2": ("rotary_pct", 1.0), "glm4": ("partial_rotary_factor", 0.5)}
-"""Family -> the key of its published configs for the part of a head that is turned, and its value in the test's case."""
+"""Family -> the key of its published configs for the part of a head that is turned, and its value in the case."""
 
 
 @pytest.mark.parametrize("case", TURNED)

@@ -95,6 +95,9 @@ class _Target:
         terms: dict[str, Any] = dict.fromkeys(METRIC_NAMES, torch.ones(()))
         return LossTerms(**terms)
 
+    def complete(self) -> None:
+        return None
+
 
 class _Teacher(Teacher):
     def __init__(self, signals: Any, device: SimulatedDevice) -> None:

@@ -211,7 +211,7 @@ def test_a_rank_knows_the_sources_of_its_peers_rows(manifest: Manifest, other: M
         for rank in (2, 3):
             batch = of_rank[rank][step][0]
             assert torch.equal(batch.peer_sources, truth)
-            for micro, truth_of_micro in zip(batch.micro_batches(1), truth.split(1), strict=True):
+            for micro, truth_of_micro in zip(batch.micro_batches(1), torch.split(truth, 1), strict=True):
                 code = micro.of_sources({mixture.names.index("code")})
                 peers_rows = (truth_of_micro == mixture.names.index("code")).sum(dim=0).tolist()
                 assert code.peer_rows == (None if all(peers_rows) else tuple(peers_rows))

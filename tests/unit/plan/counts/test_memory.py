@@ -192,8 +192,12 @@ def test_norms_of_updates_hold_a_copy_of_what_is_stepped_at_once() -> None:
 
     def held(**zero: Any) -> tuple[int, int]:
         run = Sharding(
-            *(with_norms, stats()),
-            **{"vocab_size": 250, "ranks": 2, "ranks_per_node": 2, "group_size": 1},
+            with_norms,
+            stats(),
+            vocab_size=250,
+            ranks=2,
+            ranks_per_node=2,
+            group_size=1,
             zero=Zero.of({"zero_optimization": zero}),
         )
         counted, name = count_requirements(run), "weights before the update"
