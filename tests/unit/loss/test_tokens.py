@@ -43,8 +43,10 @@ def test_each_token_is_what_the_reference_says(
         "acceptance": torch.minimum(p_t.exp(), p_s.exp()).sum(dim=1),
         "agreement": (p_t.argmax(dim=1) == p_s.argmax(dim=1)).double(),
         "entropy": reference.entropy(p_s),
+        "teacher_cross_entropy": reference.label_ce(p_t, p.labels),
     }
-    values = {**vars(found), **vars(found.teacher)}
+    against = vars(found.teacher)
+    values = {**against, **vars(found), "teacher_cross_entropy": against["cross_entropy"]}
     assert 0 < expected["agreement"].sum() < 29, "a case that tells the two apart"
     assert (p.labels == IGNORED_LABEL).any()
     for name, truth in expected.items():

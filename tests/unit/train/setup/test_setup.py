@@ -251,7 +251,8 @@ def test_a_recurrent_teacher_is_refused_where_documents_are_kept_apart(
 ) -> None:
     family = FAMILIES[MODEL["model_type"]]
     monkeypatch.setitem(FAMILIES, MODEL["model_type"], dataclasses.replace(family, recurrent=True))
-    apart = recipe(manifest, tmp_path / "run", teacher=teacher, data={"document_mask": True})
+    student = {"config": {**MODEL, "model_type": "qwen3"}}
+    apart = recipe(manifest, tmp_path / "run", student=student, teacher=teacher, data={"document_mask": True})
     assert _refused(apart).startswith("teacher.path: recurrent layers of a llama model carry their state over")
     assert prepare(recipe(manifest, tmp_path / "run", teacher=teacher), _launch()).recipe
 
