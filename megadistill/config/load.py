@@ -13,7 +13,7 @@ from yaml import YAMLError
 from megadistill.config.interpolation import refuse_expansion
 from megadistill.config.mistakes import KeyPath, find_mistakes, flattened
 from megadistill.config.paths import wrong_run_folder
-from megadistill.config.recipe import Recipe
+from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.config.yaml_file import first_line, read_yaml
 from megadistill.errors import UserError, nearest_of, several
 from megadistill.io import read_json
@@ -76,6 +76,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(f"{path}: {printable(first_line(error))}") from None
     values = _without_unknown(values)
+    if _is_map_of_names(values):
+        values["teachers"] = values.pop("teacher")
+        places |= {("teachers", *key[1:]): place for key, place in places.items() if key[:1] == ("teacher",)}
     mistakes += [(_place(key, places), printable(text)) for key, text in _not_expanded(values)]
     mistakes += [(_place(key, places), text) for key, text in _secrets(values)]
     folder = dotted(values).get("run.folder")
@@ -89,6 +92,13 @@ def _without_unknown(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {key: _without_unknown(value) for key, value in values.items() if value != "???"}
+
+
+def _is_map_of_names(values: Any) -> bool:
+    """Whether `teacher` has several teachers by name, which stand in `teachers` from here on."""
+    teacher = values.get("teacher") if isinstance(values, dict) else None
+    by_name = isinstance(teacher, dict) and bool(teacher) and all(isinstance(each, dict) for each in teacher.values())
+    return by_name and not values.get("teachers") and not teacher.keys() & TeacherSection.model_fields.keys()
 
 
 def _not_expanded(values: Any) -> Iterator[tuple[KeyPath, str]]:

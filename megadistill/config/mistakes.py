@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megadistill.config.other_names import nearest_value, way_out
+from megadistill.config.other_names import WayOut, nearest_value, way_out
 from megadistill.config.recipe import Recipe, Section, sections_in
 
 KeyPath = tuple[str, ...]
@@ -123,7 +123,8 @@ def _explained(error: ErrorDetails, path: KeyPath, siblings: list[str]) -> tuple
     key, kind, value = ".".join(path), error["type"], error["input"]
     message, corrected = str(error["msg"]), _NOTHING
     if kind == "extra_forbidden":
-        solution = way_out(path, siblings)
+        by_name = path[0] == "teacher" and len(path) == 2 and isinstance(value, dict)
+        solution = WayOut("; several teachers by name are teachers") if by_name else way_out(path, siblings)
         target = path if solution.key is None else tuple(solution.key.split("."))
         return Mistake(path, f"{key}: no such key{solution.text}"), target, partial(_move, path, target, value)
     if kind == "missing":

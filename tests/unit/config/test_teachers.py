@@ -1,12 +1,15 @@
 """Several teachers in a recipe: who teaches a source, with which share, and what is refused in one line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megadistill.config.keys import keys
+from megadistill.config.load import load_recipe
 from megadistill.config.mistakes import find_mistakes
 from megadistill.config.recipe import Recipe
+from megadistill.errors import UserError
 
 SOURCES = {"web": "web.json", "code": "code.json", "books": "books.json"}
 DATA = {"sources": SOURCES, "curriculum": [{"weights": {"web": 3, "code": 1, "books": 1}}]}
@@ -67,6 +70,34 @@ def test_a_mistake_is_one_line_with_its_key(name: str) -> None:
     assert "\n" not in mistakes[0].text
     with pytest.raises(ValueError, match=message):
         raise ValueError(mistakes[0].text)
+
+
+BY_NAME = """
+objective: distill
+run: {folder: run}
+data: {sources: {web: w.json, code: c.json}, curriculum: [{weights: {web: 1, code: 1}}]}
+student: {config: {}}
+train: {steps: 4, global_batch: 4, micro_batch: 2, optimizer: {learning_rate: 1.0e-3}}
+teacher:
+  coder: {path: models/coder, sources: [code]}
+  general: {path: models/general}
+"""
+
+
+def test_a_map_of_names_under_teacher_is_teachers(tmp_path: Path) -> None:
+    """In the recipe of a run alone; its mistakes have the lines of the file."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BY_NAME, encoding="utf-8")
+    recipe = load_recipe(path, ["teacher.coder.weight=2"])
+    path.write_text(BY_NAME.replace("teacher:", "teachers:"), encoding="utf-8")
+    assert recipe == load_recipe(path, ["teachers.coder.weight=2"])
+    assert recipe.snapshot()["teacher"] is None
+    path.write_text(BY_NAME.replace("general: {path", "general: {pth"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 9: teachers\.general\.pth: no such key"):
+        load_recipe(path)
+    path.write_text(BY_NAME + "  path: models/plain\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"teacher\.coder: no such key; several teachers by name are teachers"):
+        load_recipe(path)
 
 
 def test_a_split_without_sources_has_its_teachers_too() -> None:
