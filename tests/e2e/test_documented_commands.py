@@ -60,6 +60,7 @@ SMALLER = {
     r"step-00000200": "step-00000004",
     r"-to-00000200": "-to-00000004",
     r"train.steps=600": "train.steps=6",
+    r"validation.every=100": "validation.every=2",
     r"run.timeline=\[11,13\]": "run.timeline=[2,3]",
 }
 """Sizes that would take long; everything else of a command is run to the letter."""
