@@ -7,7 +7,7 @@ validation, and `splits`: name -> measures, of `ALL` and of each split.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,25 @@ class Progress:
     best_step: int = 0
     without_gain: int = 0
     """Validations since the best one."""
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """Tokens of each split in the last validation."""
 
-    def after(self, step: int, cross_entropy: float) -> "Progress":
-        """The progress with one more validation; one that is not finite is no gain."""
-        count = self.validations + 1
-        if cross_entropy < self.best:
-            return Progress(count, step, cross_entropy, step, 0)
-        return Progress(count, step, self.best, self.best_step, self.without_gain + 1)
+    def after(self, step: int, splits: Mapping[str, Mapping[str, float]]) -> "Progress":
+        """The progress with one more validation. One that is not finite is no gain; one of other rows, as of a changed
+        `validation.data`, cannot be compared with those before it, and is the best one."""
+        count, cross_entropy = self.validations + 1, cross_entropy_of(splits)
+        tokens = {name: each.get("tokens", 0) for name, each in splits.items()}
+        before = self if tokens == self.tokens else Progress()
+        if cross_entropy < before.best:
+            return Progress(count, step, cross_entropy, step, 0, tokens)
+        return Progress(count, step, before.best, before.best_step, before.without_gain + 1, tokens)
 
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> "Progress":
         """After the validations of `read_validations`."""
         progress = cls()
         for line in lines:
-            progress = progress.after(line["step"], cross_entropy_of(line["splits"]))
+            progress = progress.after(line["step"], line["splits"])
         return progress
 
 

@@ -108,7 +108,7 @@ class ValidationHook:
             topology=self._topology,
         )
         seconds, cross_entropy = time.perf_counter() - began, cross_entropy_of(measured.splits)
-        self._progress = self._progress.after(step, cross_entropy)
+        self._progress = self._progress.after(step, measured.splits)
         logger.info("%s", describe(measured, step=step, steps=self._schedule.last, seconds=seconds))
         self._log.validation(step, tokens=self._recovery.tokens, seconds=seconds, splits=measured.splits)
         self._recovery.validated(step, seconds, cross_entropy)
