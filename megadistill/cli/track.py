@@ -9,9 +9,9 @@ from megadistill.config.recipe import EXTERNAL_TRACKERS
 from megadistill.errors import RestartFault, UserError
 
 TRACK_EPILOG = """\
-Sends each step of metrics.jsonl and each event of events.jsonl, in the groups of TensorBoard, with the recipe, to a run
-of its own of the tracker; the position is in RUN/tracking/, so that the same command resumes. It only reads the run's
-records: one that trains on another machine, or is over, is sent the same way. It ends with the run.
+Sends the steps, validations and events of a run, in the groups of TensorBoard, with its recipe, to a run of the
+tracker; the position is in RUN/tracking/, so that the same command resumes. It only reads the run's records: one that
+trains on another machine, or is over, is sent the same way. It ends with the run.
 
 Project, server and key are the tracker's own: WANDB_PROJECT, WANDB_MODE=offline, `wandb login`; MLFLOW_TRACKING_URI,
 MLFLOW_EXPERIMENT_NAME. Needs pip install 'megadistill[wandb]' or 'megadistill[mlflow]'. A recipe with track: [wandb]

@@ -92,15 +92,17 @@ class Follower:
                 with suppress(Exception):
                     self.close(done=False)
                 self._connection, self._sizes = None, {}
-                again = min(RETRY_SECONDS * 2 ** (failures - 1), MAX_RETRY_SECONDS)
                 last = (ended or done) and failures >= LAST_ATTEMPTS
-                what = "no step is lost, see the page docs/trackers.md" if last else f"it is tried again in {again:g} s"
+                what = f"it is tried again in {_retry_seconds(failures):g} s"
+                if last:
+                    folder = printable_line(str(self._folder))
+                    what = f"no step is lost: `megadistill track {folder} --to {self._tracker} --once` sends the rest"
                 logger.warning("tracker %s: %s; %s", self._tracker, reason_of(error), what)
                 if last:
                     return False
             if ended and failures:
                 continue  # nothing to wait for
-            ended = wait(min(RETRY_SECONDS * 2 ** (failures - 1), MAX_RETRY_SECONDS) if failures else POLL_SECONDS)
+            ended = wait(_retry_seconds(failures) if failures else POLL_SECONDS)
 
     def send_new(self) -> None:
         """Sends the steps and events that were written since the last position; opens the tracker if there are some."""
@@ -164,6 +166,12 @@ class Follower:
         again, since a new connection begins with no sizes."""
         before, self._sizes[name] = self._sizes.get(name, 0), _size_of(self._folder / name)
         return self._sizes[name] != before
+
+
+def _retry_seconds(failures: int) -> float:
+    """Time after so many failures in a row."""
+    doublings = min(failures - 1, 10)  # a server may be away for weeks
+    return min(RETRY_SECONDS * 2**doublings, MAX_RETRY_SECONDS)
 
 
 def _steps_after(folder: Path, step: int) -> Iterator[dict[str, Any]]:

@@ -196,6 +196,21 @@ def test_a_damaged_position_sends_the_run_anew(tmp_path: Path, state: str, caplo
     assert "is damaged" in caplog.text
 
 
+def test_a_server_that_is_away_for_weeks_is_tried_again(tmp_path: Path) -> None:
+    _written(tmp_path, 2)
+    server, waits, failures = Server(refuses=1100), list[float](), 1100
+    ends = _ends_after(*[lambda: None] * failures)
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return ends(seconds)
+
+    assert Follower(tmp_path, "wandb", connect=server.connect).follow(wait)
+    assert server.steps == [1, 2]
+    assert waits[1:3] == [following.RETRY_SECONDS, 2 * following.RETRY_SECONDS]
+    assert waits[failures] == following.MAX_RETRY_SECONDS
+
+
 def test_no_secret_is_sent_or_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = WrittenRun(tmp_path)
     run.steps(1, 1)
