@@ -1,4 +1,4 @@
-"""validation.jsonl: a line for each validation of a run, and the progress that follows from them.
+"""validation.jsonl: a line for each validation of a run, and the best of them.
 
 A line has `time` (seconds since 1970), `step`, `tokens` (of the training stream up to the step), `seconds` of the
 validation, and `splits`: name -> measures, of `ALL` and of each split.
@@ -22,7 +22,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Progress:
+class ValidationHistory:
     """The best validation of a run so far."""
 
     validations: int = 0
@@ -36,23 +36,23 @@ class Progress:
     tokens: Mapping[str, float] = field(default_factory=dict)
     """Tokens of each split in the last validation."""
 
-    def after(self, step: int, splits: Mapping[str, Mapping[str, float]]) -> "Progress":
-        """The progress with one more validation. One that is not finite is no gain; one of other rows, as of a changed
+    def after(self, step: int, splits: Mapping[str, Mapping[str, float]]) -> "ValidationHistory":
+        """The history with one more validation. One that is not finite is no gain; one of other rows, as of a changed
         `validation.data`, cannot be compared with those before it, and is the best one."""
         count, cross_entropy = self.validations + 1, cross_entropy_of(splits)
         tokens = {name: each.get("tokens", 0) for name, each in splits.items()}
-        before = self if tokens == self.tokens else Progress()
+        before = self if tokens == self.tokens else ValidationHistory()
         if cross_entropy < before.best:
-            return Progress(count, step, cross_entropy, step, 0, tokens)
-        return Progress(count, step, before.best, before.best_step, before.without_gain + 1, tokens)
+            return ValidationHistory(count, step, cross_entropy, step, 0, tokens)
+        return ValidationHistory(count, step, before.best, before.best_step, before.without_gain + 1, tokens)
 
     @classmethod
-    def of(cls, lines: Iterable[Mapping[str, Any]]) -> "Progress":
+    def of(cls, lines: Iterable[Mapping[str, Any]]) -> "ValidationHistory":
         """After the validations of `read_validations`."""
-        progress = cls()
+        history = cls()
         for line in lines:
-            progress = progress.after(line["step"], line["splits"])
-        return progress
+            history = history.after(line["step"], line["splits"])
+        return history
 
 
 def cross_entropy_of(splits: Mapping[str, Mapping[str, float]]) -> float:

@@ -1,4 +1,4 @@
-"""validation.jsonl: lines of anybody, lines that are taken back, and the progress that they tell."""
+"""validation.jsonl: lines of anybody, lines that are taken back, and the best validation so far."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadistill.events import ALL, VALIDATIONS, Progress, drop_validations_after, numbers_of, read_validations
+from megadistill.events import ALL, VALIDATIONS, ValidationHistory, drop_validations_after, numbers_of, read_validations
 
 
 def _line(step: int, ce: float | None) -> dict[str, Any]:
@@ -23,15 +23,16 @@ def _write(folder: Path, *lines: object) -> None:
 def test_progress_counts_the_validations_since_the_best_one() -> None:
     steps = [_line(0, 5.0), _line(2, 4.0), _line(4, 4.0), _line(6, None), _line(8, 4.5)]
     tokens = {ALL: 10, "web": 10}
-    assert Progress.of(steps) == Progress(5, 8, 4.0, 2, 3, tokens)
-    assert Progress.of(steps).after(10, _line(10, 3.5)["splits"]) == Progress(6, 10, 3.5, 10, 0, tokens)
-    assert Progress.of([]) == Progress(0, -1, math.inf, 0, 0)
+    assert ValidationHistory.of(steps) == ValidationHistory(5, 8, 4.0, 2, 3, tokens)
+    after = ValidationHistory.of(steps).after(10, _line(10, 3.5)["splits"])
+    assert after == ValidationHistory(6, 10, 3.5, 10, 0, tokens)
+    assert ValidationHistory.of([]) == ValidationHistory(0, -1, math.inf, 0, 0)
 
 
 def test_progress_begins_anew_with_other_rows() -> None:
     other = {ALL: {"tokens": 12, "cross_entropy": 6.0}, "web": {"tokens": 12, "cross_entropy": 6.0}}
-    progress = Progress.of([_line(0, 5.0), _line(2, 5.5)]).after(4, other)
-    assert progress == Progress(3, 4, 6.0, 4, 0, {ALL: 12, "web": 12})
+    history = ValidationHistory.of([_line(0, 5.0), _line(2, 5.5)]).after(4, other)
+    assert history == ValidationHistory(3, 4, 6.0, 4, 0, {ALL: 12, "web": 12})
 
 
 def test_later_lines_and_those_of_others_are_taken_out_and_earlier_ones_stay_as_they_are(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megadistill.config.recipe import Recipe
 from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
-from megadistill.events import Progress, cross_entropy_of, read_validations
+from megadistill.events import ValidationHistory, cross_entropy_of, read_validations
 from megadistill.student.engine import StudentEngine
 from megadistill.train.hooks.hook import Request, StepEvent
 from megadistill.train.lookahead import StepBatches
@@ -34,7 +34,7 @@ class ValidationPlan:
     """The validations of an attempt, and those that the run has had."""
 
     schedule: Validations
-    progress: Progress
+    history: ValidationHistory
 
     @classmethod
     def of(
@@ -47,13 +47,13 @@ class ValidationPlan:
         """
         section = recipe.validation
         assert section is not None
-        progress = Progress.of(read_validations(folder)) if topology.is_first else None
-        progress = broadcast_object(progress, topology.world_group)
-        assert progress is not None
+        history = ValidationHistory.of(read_validations(folder)) if topology.is_first else None
+        history = broadcast_object(history, topology.world_group)
+        assert history is not None
         is_due = step % section.every == 0 or step == last
-        at_first = progress.validations == 0 or (is_due and progress.last_step < step)
+        at_first = history.validations == 0 or (is_due and history.last_step < step)
         schedule = Validations(held_out, first_step=step, at_first=at_first, every=section.every, last=last)
-        return cls(schedule, progress)
+        return cls(schedule, history)
 
 
 class ValidationHook:
@@ -72,7 +72,7 @@ class ValidationHook:
     ) -> None:
         assert recipe.validation is not None
         self._section, self._recipe = recipe.validation, recipe
-        self._schedule, self._progress = plan.schedule, plan.progress
+        self._schedule, self._history = plan.schedule, plan.history
         self._batches, self._student, self._objective = batches, student, objective
         self._recovery, self._log, self._topology = recovery, log, topology
         # The first one may compile, as the first step does.
@@ -84,7 +84,7 @@ class ValidationHook:
     def finished(self) -> bool:
         """Whether the run is to end, since its patience is used up (`validation.stop`)."""
         limit = self._section.patience
-        return self._section.stop and limit is not None and self._progress.without_gain >= limit
+        return self._section.stop and limit is not None and self._history.without_gain >= limit
 
     def before_first_step(self, step: int) -> None:
         """The validation that is due before an attempt's first step, if any. Collective."""
@@ -108,7 +108,7 @@ class ValidationHook:
             topology=self._topology,
         )
         seconds, cross_entropy = time.perf_counter() - began, cross_entropy_of(measured.splits)
-        self._progress = self._progress.after(step, measured.splits)
+        self._history = self._history.after(step, measured.splits)
         logger.info("%s", describe(measured, step=step, steps=self._schedule.last, seconds=seconds))
         self._log.validation(step, tokens=self._recovery.tokens, seconds=seconds, splits=measured.splits)
         self._recovery.validated(step, seconds, cross_entropy)
@@ -136,15 +136,15 @@ class ValidationHook:
         self._masked = measured.masked
 
     def _report_plateau(self, step: int, cross_entropy: float) -> None:
-        progress, limit = self._progress, self._section.patience
-        if limit is None or progress.without_gain != limit:
+        history, limit = self._history, self._section.patience
+        if limit is None or history.without_gain != limit:
             return
         ends = "; validation.stop ends the run" if self._section.stop else ""
         line = (
-            f"step {step}: the held-out cross-entropy has not been below {progress.best:.4f} of step "
-            f"{progress.best_step} for {number_of(limit, 'validation')} (validation.patience){ends}"
+            f"step {step}: the held-out cross-entropy has not been below {history.best:.4f} of step "
+            f"{history.best_step} for {number_of(limit, 'validation')} (validation.patience){ends}"
         )
-        values = {"best": _known(progress.best), "best_step": progress.best_step, "validations": limit}
+        values = {"best": _known(history.best), "best_step": history.best_step, "validations": limit}
         values["cross_entropy"] = _known(cross_entropy)
         self._recovery.events.warn("validation_plateau", line, step=step, **values)
 
