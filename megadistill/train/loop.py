@@ -165,9 +165,7 @@ class Trainer:
             self._norms = NormLog(self._student.norms, every=train.norms_every, max_norm=train.max_grad_norm)
 
     def train(self, stop_after: int | None) -> RunOutcome:
-        """Takes steps up to the last one, or `stop_after`, or to a stop request; a rollback resumes from an older
-        checkpoint.
-        """
+        """Takes steps up to the last one, `stop_after` or a stop request; a rollback resumes from older weights."""
         outcome, checkpoint = None, self._newest
         while outcome is None:
             self.step, cursor = self._recovery.restore(checkpoint, self._student)
@@ -206,22 +204,21 @@ class Trainer:
             if stopped_by is not None:
                 return self._stopped(stopped_by)
             steps = islice(stream, max(0, last - self.step))
-            part = topology.sequence_part
-            self._use_entry_of(stream.start.next_slot - 1)
+            self._use_shape(setup.shape_at(max(0, stream.start.next_slot - 1)))  # of the checkpoint's last step
             validations = self._validations()
             batches = StepBatches(
-                *(steps, self._teacher),
+                steps,
+                self._teacher,
                 micro_batch=self._micro_batch,
-                part=part,
+                part=topology.sequence_part,
                 validations=None if validations is None else validations.schedule,
             )
             stack.enter_context(closing(batches))
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
             profile = stack.enter_context(ProfileCapture(setup, topology))
             validation = None if validations is None else self._validation(validations, batches, log)
-            hooks = self._hooks(
-                *(log, monitor, ProfiledSteps(profile)), first_slot=stream.start.next_slot, validation=validation
-            )
+            first_slot = stream.start.next_slot
+            hooks = self._hooks(log, monitor, ProfiledSteps(profile), first_slot=first_slot, validation=validation)
             seconds = setup.recipe.resilience.step_timeout_seconds
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
             if validation is not None:
@@ -287,7 +284,12 @@ class Trainer:
                 local_every=0 if local is None else local.every,
             ),
             StepLog(
-                *(log, meter, self._objective, recovery, self._student, topology),
+                log,
+                meter,
+                self._objective,
+                recovery,
+                self._student,
+                topology,
                 histograms_every=every,
                 norms=self._norms,
                 has_entries=len(self._setup.shapes) > 1,
@@ -338,7 +340,15 @@ class Trainer:
             cursor = masked_cursor(batch.batch, cursor, *place, step=self.step, reduced=outcome.flags)
         seconds, waited = time.perf_counter() - began, batches.waited - waited_before
         return StepEvent(
-            *(self.step, outcome, rate, cursor, seconds), data_seconds=waited, parts=parts, shape=shape, progress=at
+            self.step,
+            outcome,
+            rate,
+            cursor,
+            seconds,
+            data_seconds=waited,
+            parts=parts,
+            shape=shape,
+            progress=at,
         )
 
     def _steps_of_run(self, stream: TokenStream) -> int:
@@ -355,23 +365,18 @@ class Trainer:
     def _micro_batch(self, batch: TokenBatch) -> int:
         return self._shape_of(batch).micro_batch
 
-    def _use_entry_of(self, slot: int) -> None:
-        """Gives the student the rotary embeddings of the step that read a slot: those of a checkpoint, before the next
-        step.
-        """
+    def _begin_entry(self, shape: StepShape) -> None:
+        """Gives the student the shape of the next steps, and records it where the run has several."""
+        self._shape = shape
+        self._use_shape(shape)
         if len(self._setup.shapes) > 1:
-            shape = self._setup.shape_at(max(0, slot))
+            self._recovery.begin_entry(shape)
+
+    def _use_shape(self, shape: StepShape) -> None:
+        """Gives the student the rotary embeddings and accumulation of a shape, where entries decide it."""
+        if self._setup.has_shapes:
             config = student_config_of_entry(self._setup.student_config, shape)
             self._student.begin_entry(config, accumulation=shape.accumulation)
-
-    def _begin_entry(self, shape: StepShape) -> None:
-        """Gives the student the shape of the next steps. Nothing where all steps of the run have one."""
-        self._shape = shape
-        if len(self._setup.shapes) == 1:
-            return
-        config = student_config_of_entry(self._setup.student_config, shape)
-        self._student.begin_entry(config, accumulation=shape.accumulation)
-        self._recovery.begin_entry(shape)
 
     def _log_start(self, cursor: Cursor | None, skips: Sequence[tuple[int, int]]) -> None:
         """The first lines of an attempt, and the teacher's consistency check. Collective."""
@@ -425,7 +430,7 @@ class Trainer:
         return RunOutcome(self.step, done=False, stopped_by=reason, diverged=self._student_monitor.reported)
 
     def _finished_early(self) -> RunOutcome:
-        self._recovery.events.write("stopped", step=self.step, reason="validation.stop")
+        self._recovery.ended_early(self.step)
         logger.info("ended at step %d: validation.patience is used up; %s", self.step, self._recovery.goodput())
         return RunOutcome(self.step, done=False, diverged=self._student_monitor.reported, plateau=True)
 

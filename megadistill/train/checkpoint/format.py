@@ -272,7 +272,11 @@ class Checkpoint:
 
 
 def refuse_average(manifest: CheckpointManifest, folder: Path) -> None:
-    """Raises UserError: the checkpoint is an average, which has no optimizer state for a run to continue with."""
+    """Refuses a checkpoint that is an average, which has no optimizer state for a run to continue with.
+
+    Raises:
+        UserError: it is one.
+    """
     if manifest.average is not None:
         raise UserError(
             f"{printable(str(folder))} is an average of checkpoints, with weights and no optimizer state: no run can "

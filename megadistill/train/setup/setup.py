@@ -12,7 +12,7 @@ from torch import Tensor
 from megadistill.config.auto import Choice
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
-from megadistill.data.stream.segments import segment_index
+from megadistill.data.stream.segments import segment_index, slots_after
 from megadistill.data.targets.target_writer import refuse_other_content
 from megadistill.distributed.launch import Launch, vocab_group_size
 from megadistill.distributed.roles import Roles
@@ -21,13 +21,14 @@ from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
 from megadistill.heldout.splits import Split
 from megadistill.models.attention.recipe_choices import recipe_choices
+from megadistill.models.attention.sequence import refuse_rope_by_length
 from megadistill.models.attention.shared_sequences import check_shared_sequences
 from megadistill.models.families import load_config, refuse_as_student, refuse_documents
 from megadistill.models.fingerprint import sampled_fingerprint
 from megadistill.models.weights import check_weights
 from megadistill.student.deepspeed_config import active_deepspeed_config, build_engine_config
 from megadistill.teacher.local_copy import copy_folder, make_copy
-from megadistill.train.setup.held_out import held_out_splits
+from megadistill.train.setup.held_out import held_out_splits, refuse_unknown_ids
 from megadistill.train.setup.jit_locks import extensions_of, refuse_stale_jit_locks
 from megadistill.train.setup.parent_checkpoint import Parent, check_parent, find_parent
 from megadistill.train.setup.preflight import (
@@ -105,16 +106,17 @@ class Setup:
             sequence_length=self.data.sequence_length,
         )
         for name, each in self.teachers.items():
-            of_teacher = {key: choice for key, choice in each.choices().items() if key.startswith("teacher.")}
-            choices |= {f"teachers.{name}.{key.removeprefix('teacher.')}": it for key, it in of_teacher.items()}
+            own = {key: choice for key, choice in each.choices().items() if key.startswith("teacher.")}
+            choices |= {of_teacher(key, name): choice for key, choice in own.items()}
         return choices
 
     def teacher_shares(self) -> dict[str, float]:
-        """Fraction of the run's sequences that each of several teachers reads."""
-        recipe = self.recipe
-        read = self.data.order(recipe.data.seed).sequences_read(recipe.train.steps * recipe.train.global_batch)
-        total = sum(read.values())
-        return {name: sum(read[source] for source in each.teaches) / total for name, each in self.teachers.items()}
+        """Fraction of the run's tokens that each of several teachers reads."""
+        slots = slots_after([shape.pace for shape in self.shapes], self.recipe.train.steps)
+        sequences = self.data.order(self.recipe.data.seed).sequences_read(slots)
+        tokens = {source: number * self.data.sources[source].sequence_length for source, number in sequences.items()}
+        total = sum(tokens.values())
+        return {name: sum(tokens[source] for source in each.teaches) / total for name, each in self.teachers.items()}
 
     @cached_property
     def shapes(self) -> tuple[StepShape, ...]:
@@ -122,6 +124,11 @@ class Setup:
         train = self.recipe.train
         data_world = train.global_batch // (train.micro_batch * self.accumulation)
         return step_shapes(self.recipe, self.data, data_world * self.recipe.distributed.sequence)
+
+    @property
+    def has_shapes(self) -> bool:
+        """Whether curriculum entries decide the shape of steps: one entry alone may, too."""
+        return len(self.shapes) > 1 or self.recipe.has_shaped_entries
 
     def shape_at(self, slot: int) -> StepShape:
         """The shape of the step that reads a slot."""
@@ -203,8 +210,7 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     setup = replace(setup, teachers={name: _with_one(setup, name, each) for name, each in teachers.items()})
     setup.choices()  # refuses what cannot run here
     _refuse_stored_lengths(setup)
-    for shape in setup.shapes:
-        student_config_of_entry(student_config, shape)
+    _check_entries(setup)
     models = {"student.config": (student_config, setup.attention("student"))}
     if teacher.config is not None:
         models["teacher.path"] = (teacher.config, setup.attention("teacher"))
@@ -253,6 +259,21 @@ def _refuse_stored_lengths(setup: Setup) -> None:
         )
 
 
+def _check_entries(setup: Setup) -> None:
+    """
+    Raises:
+        UserError: the student cannot have the rotary embeddings of a curriculum entry, or not in this run.
+    """
+    for shape in setup.shapes:
+        config = student_config_of_entry(setup.student_config, shape)
+        if shape.rope is None:
+            continue
+        if setup.recipe.data.document_mask:
+            refuse_documents(config, shape.rope_key, sequence_length=shape.sequence_length)
+        if (ranks := setup.recipe.distributed.sequence) > 1:
+            refuse_rope_by_length(config, ranks, what=shape.rope_key)
+
+
 def check_models(setup: Setup) -> dict[str, str]:
     """Checks the models' folders: headers of every file of weights, and tokenizers. Writes nothing.
 
@@ -268,6 +289,8 @@ def check_models(setup: Setup) -> dict[str, str]:
     if teacher is not None and config is not None:
         check_weights(Path(str(teacher.path)), config)
         digests[_TEACHER] = sampled_fingerprint(Path(str(teacher.path)))
+    if setup.vocab_map is not None:
+        refuse_unknown_ids(setup.held_out, setup.vocab_map, sources=setup.teaches, document_mask=recipe.data.document_mask)
     for name, each in setup.teachers.items():
         with keys_of_teacher(name):
             digests |= {of_teacher(key, name): digest for key, digest in check_models(each).items()}
@@ -314,7 +337,7 @@ def _make_copy(setup: Setup, digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_copy(setup: Setup) -> Setup:
-    """For the ranks of a node that was checked: with the copies of the teachers that they read."""
+    """The setup with the node's copies of the teachers, which its ranks read once the node was checked."""
     teacher = setup.recipe.teacher
     setup = replace(setup, teachers={name: with_copy(each) for name, each in setup.teachers.items()})
     if teacher is None or teacher.local_copy is None:

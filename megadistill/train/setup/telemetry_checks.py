@@ -12,7 +12,7 @@ from megadistill.units import number_of
 
 
 def refuse_telemetry(recipe: Recipe, deepspeed_config: dict[str, Any], launch: Launch) -> None:
-    """`launch`: the student's part.
+    """Refuses what the recipe records or sends, and cannot here. `launch`: the student's part.
 
     Raises:
         UserError: a tracker's package is missing, an optimizer on NVMe has no norms, a profiled rank does not exist, or

@@ -27,6 +27,9 @@ from megadistill.train.teacher.protocol import Teacher
 from megadistill.train.teacher.targets import StudentOutput, TargetedBatch
 from megadistill.types import IGNORED_LABEL, PER_TOKEN_NAMES, Diagnostics, LossTerms, TokenBatch, to_device
 
+M = 1 + len(PER_TOKEN_NAMES)
+"""Numbers of a group of tokens: how many have a label, then `PER_TOKEN_NAMES`."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -70,7 +73,7 @@ class SeveralTeachers(Teacher):
             for first in streams[0]:
                 others = [next(stream) for stream in streams[1:]]
                 batch = waiting.popleft()
-                parts = [Part(*pair) for pair in zip(self.members, (first, *others), strict=True)]
+                parts = [TargetedRows(*pair) for pair in zip(self.members, (first, *others), strict=True)]
                 yield TargetedBatch(batch, SeveralTargets(batch, parts, self.sources))
 
     def _read(
@@ -116,7 +119,7 @@ class SeveralTeachers(Teacher):
 
 
 @dataclass(frozen=True)
-class Part:
+class TargetedRows:
     """A teacher and its target of the rows that it teaches."""
 
     member: Member
@@ -134,7 +137,7 @@ class SeveralTargets:
     """The targets of a micro-batch's rows, each of the teachers of its source."""
 
     batch: TokenBatch
-    parts: Sequence[Part]
+    parts: Sequence[TargetedRows]
     sources: int
 
     def loss(self, student: StudentOutput) -> LossTerms:
@@ -156,7 +159,7 @@ class SeveralTargets:
         one = parts[0].targeted if len(parts) == 1 else None
         return one.target.complete() if one is not None and len(one.batch) == len(self.batch) else None
 
-    def _rows(self, student: StudentOutput, part: Part) -> StudentOutput:
+    def _rows(self, student: StudentOutput, part: TargetedRows) -> StudentOutput:
         """The student's output for the tokens of a part, whose weights are shared out to their teachers."""
         batch, options = part.targeted.batch, replace(student.options, per_token=True)
         hidden, labels, weights = student.head.hidden, student.labels, student.token_weights
@@ -171,9 +174,6 @@ class SeveralTargets:
             weights = (weights.view(len(shares), -1) * shares_B.unsqueeze(1)).flatten()
         head = replace(student.head, hidden=hidden)
         return replace(student, head=head, labels=labels, token_weights=weights, options=options)
-
-
-M = 1 + len(PER_TOKEN_NAMES)
 
 
 def _add_by_source(sums_KM: Tensor, batch: TokenBatch, labels_n: Tensor, terms: LossTerms) -> None:

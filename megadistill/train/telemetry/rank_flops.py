@@ -34,10 +34,10 @@ class RankFlops:
         layers_again = (recipe.student.activation_checkpointing == "full") + counts_experts
         a_token, stage_round = 3 * once.forward + layers_again * (once.body + once.attention), 0
         heads = 3 * once.head
+        teacher_passes = 2 if recipe.loss.label_fraction > 0 else 1  # its entropy decides before the loss
         if setup.teacher_config is not None:
             teacher = flops_per_token(setup.teacher_config, length)
-            teacher_heads = teacher.head * (2 if recipe.loss.label_fraction > 0 else 1)
-            a_token, heads = a_token + teacher_heads, heads + teacher_heads
+            a_token, heads = a_token + teacher_passes * teacher.head, heads + teacher_passes * teacher.head
             if setup.roles is None:
                 costs, firsts = (tuple(each(setup.teacher_config)) for each in (layer_costs, first_layers))
                 stages = stage_flops(costs, firsts, teacher.attention, topology.group_size)
@@ -46,8 +46,8 @@ class RankFlops:
         for name, share in setup.teacher_shares().items():
             config = setup.teachers[name].teacher_config
             if config is not None:
-                of_teacher = share * flops_per_token(config, length).head * (2 if recipe.loss.label_fraction > 0 else 1)
-                a_token, heads = a_token + int(of_teacher), heads + int(of_teacher)
+                of_teacher = int(share * teacher_passes * flops_per_token(config, length).head)
+                a_token, heads = a_token + of_teacher, heads + of_teacher
         tokens = shape.tokens // topology.world
         return cls(tokens * a_token, stage_round, loss=tokens * heads)
 
