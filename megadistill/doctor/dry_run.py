@@ -94,7 +94,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         learning_rate=RATE,
         objective=Objective(
             loss=recipe.loss,
-            steps=recipe.train.steps,
+            length=recipe.train.length,
             seed=SEED,
             student_logits=logit_transform(config),
             router_coefs=RouterCoefs.of(recipe.loss, config),

@@ -85,7 +85,7 @@ def objective_of(setup: Setup) -> Objective:
     recipe = setup.recipe
     return Objective(
         loss=recipe.loss,
-        steps=recipe.train.length,
+        length=recipe.train.length,
         seed=recipe.run.seed,
         entries_have_weights=recipe.has_scheduled_weights and recipe.loss.schedule is None,
         student_logits=logit_transform(setup.student_config),

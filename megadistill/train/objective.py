@@ -24,7 +24,7 @@ class Objective:
     """The recipe's loss section over the steps of a run."""
 
     loss: LossSection
-    steps: int
+    length: int
     """Length of the whole run and of `loss.schedule`: optimizer steps, or with `train.tokens` tokens."""
     seed: int
     """Seed of the draws of sampled targets."""
@@ -38,12 +38,12 @@ class Objective:
         """The objective of a curriculum entry, with its `loss`."""
         return replace(self, loss=loss)
 
-    def divergence(self, step: int) -> Divergence:
-        """The loss of optimizer step `step`, or at this progress in tokens (`train.schedule.progress`).
+    def divergence(self, progress: int) -> Divergence:
+        """The loss at a progress of the run: the optimizer step, or tokens (`train.schedule.progress`).
 
         Where a schedule lowers `kd_weight`, `ce_weight` rises as much: their sum is constant.
         """
-        loss, share = self.loss, divergence_share(self.loss, step, length=self.steps)
+        loss, share = self.loss, divergence_share(self.loss, progress, length=self.length)
         return Divergence(
             kind=loss.divergence,
             temperature=loss.temperature,
@@ -55,11 +55,11 @@ class Objective:
             label_fraction=loss.label_fraction if share > 0 else 0.0,  # else every token learns from the label
         )
 
-    def scheduled_weights(self, step: int) -> dict[str, float] | None:
-        """`kd_weight` and `ce_weight` at this step or progress; None in a run in which they are constant."""
+    def scheduled_weights(self, progress: int) -> dict[str, float] | None:
+        """`kd_weight` and `ce_weight` at a progress of the run; None in a run in which they are constant."""
         if self.loss.schedule is None and not self.entries_have_weights:
             return None
-        divergence = self.divergence(step)
+        divergence = self.divergence(progress)
         return {"kd_weight": divergence.kd_weight, "ce_weight": divergence.ce_weight}
 
     def computes_diagnostics(self, step: int) -> bool:

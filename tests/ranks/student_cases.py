@@ -327,7 +327,7 @@ def dense_truth(case: Case, distilled: Callable[[Head, TokenBatch, Tensor], Loss
                 Head(teacher_hidden(batch.slots).double(), teacher_head().double()),
                 labels,
                 token_weights=weights,
-                divergence=Objective(case.loss, steps=3, seed=SEED).divergence(step),
+                divergence=Objective(case.loss, length=3, seed=SEED).divergence(step),
                 vocab_size=VOCAB,
             )
         else:

@@ -219,7 +219,7 @@ def take_step(
             next(batches),
             step=step,
             learning_rate=1e-3,
-            objective=Objective(LossSection(), steps=10, seed=1),
+            objective=Objective(LossSection(), length=10, seed=1),
             topology=topology,
         )
     return collectives.calls

@@ -236,7 +236,7 @@ def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen
 
 def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch") -> None:
     coefs = RouterCoefs.of(case.recipe.loss, load_config({**STUDENT, **case.student}, what="test"))
-    objective = Objective(case.recipe.loss, steps=STEPS, seed=1, router_coefs=coefs)
+    objective = Objective(case.recipe.loss, length=STEPS, seed=1, router_coefs=coefs)
     how: dict[str, Any] = {"micro_batch": case.micro_batch, "part": topology.sequence_part}
     with closing(StepBatches(_batches(topology, case), teacher, **how)) as batches:
         for step in range(1, STEPS + 1):

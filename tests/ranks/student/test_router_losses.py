@@ -99,7 +99,7 @@ def _tokens_of_experts(topology: Topology, case: Case) -> list[ExpertLoad]:
             step_batch(batch, NoTeacher(), accumulation=case.accumulation),
             step=1,
             learning_rate=1e-3,
-            objective=Objective(LossSection(), steps=1, seed=1, router_coefs=coefs),
+            objective=Objective(LossSection(), length=1, seed=1, router_coefs=coefs),
             topology=topology,
             recompute=True,
         )

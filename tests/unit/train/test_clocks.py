@@ -147,7 +147,7 @@ def _step(device: SimulatedDevice, signals: Any) -> StepEvent:
     """One step of the training loop."""
     made = recipe(Path("manifest.json"), Path("run"), teacher=Path("teacher"))
     objective = Objective(
-        loss=made.loss, steps=made.train.steps, seed=0, student_logits=LogitTransform(), router_coefs=RouterCoefs()
+        loss=made.loss, length=made.train.steps, seed=0, student_logits=LogitTransform(), router_coefs=RouterCoefs()
     )
     shape = step_shape(sequence_length=S, global_batch=B)
     trainer: Any = SimpleNamespace(

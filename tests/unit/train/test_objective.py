@@ -15,7 +15,7 @@ STEPS = 10
 
 
 def objective(**loss: object) -> Objective:
-    return Objective(LossSection.model_validate(loss), steps=STEPS, seed=1)
+    return Objective(LossSection.model_validate(loss), length=STEPS, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PEAK = 3e-4
 
 def rates(steps: int, schedule: ScheduleSection) -> list[float]:
     """The rates of steps 1 to `steps`."""
-    return [scheduled(PEAK, step=step, steps=steps, schedule=schedule) for step in range(1, steps + 1)]
+    return [scheduled(PEAK, progress=step, length=steps, schedule=schedule) for step in range(1, steps + 1)]
 
 
 def test_cosine_by_hand() -> None:

@@ -97,7 +97,7 @@ def _steps(
     topology = _topology(device)
     pipeline = TeacherPipeline(TeacherStage(decoder(teacher), stage=0, stages=1), topology)
     live = LiveTeacher(pipeline, teacher.get_output_embeddings().weight.detach())
-    objective = Objective(loss, steps=count, seed=0)
+    objective = Objective(loss, length=count, seed=0)
     engine: Any = _Student(student)
     for step, batch in enumerate(StepBatches(_batches(count), live, micro_batch=MICRO)):
         outcome = train_step(
