@@ -26,7 +26,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 """The loss, dX [N, D] and dW [V, D]."""
 
 PINS = ("cut-cross-entropy==25.1.1", "trl==1.16.0")
-"""What is measured beside the extra `oracles`, of which nothing here is a part."""
+"""Packages that are measured beside those of the extra `oracles`; no part of this project needs them."""
 
 
 class NeedsAcceleratorError(Exception):
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def output_bytes(self) -> int:
-        """Of dX and dW, in float32."""
+        """Bytes of dX and dW in float32."""
         return 4 * self.student_width * (self.tokens + self.vocab)
 
     def chunk_tokens(self, logit_memory: int, models: int = 2) -> int:
@@ -365,7 +365,7 @@ THEIR_LABELS: Contenders = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What all of its contenders compute."""
+    """A loss, and the contenders that compute it."""
 
     ours: Contenders
     theirs: Contenders

@@ -75,7 +75,7 @@ def errors_to(found: Outputs, expected: Outputs) -> tuple[float, ...]:
 
 
 def called(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Outputs]:
-    """What each contender computes that runs here; of the others, the reason is printed."""
+    """Outputs of each contender that runs here; the reason why another does not is printed."""
     found: dict[str, Outputs] = {}
     for name, contender in contenders.items():
         start = time.perf_counter()
@@ -182,7 +182,7 @@ def two_processes(shape: Shape, report: Report) -> None:
 
 
 def _peak_of(name: str, shape: Shape, logit_memory: int) -> int:
-    """In a fresh process: a warm-up on a small problem, so that code and caches are not counted, then the call."""
+    """Peak bytes of a call, for a fresh process. A small problem goes first, so code and caches are not counted."""
     warnings.simplefilter("ignore")
     contender = FORWARD_KL.contenders[name]
     if name in OURS:

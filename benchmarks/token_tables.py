@@ -20,7 +20,7 @@ Rows = Iterator[NDArray[Any]]
 BATCH = 256
 COLUMN = "tokens"
 ROWS_A_GROUP = 512
-"""Of a parquet file: a million ids, which a reader decodes as a whole."""
+"""Rows of a row group of parquet: a million ids, which a reader decodes as a whole."""
 FILE_ROWS = 8192
 
 
@@ -38,7 +38,7 @@ def write_mds(folder: Path, tokens: Tokens) -> Path:
 
 
 def write_arrow(folder: Path, tokens: Tokens) -> Path:
-    """As `save_to_disk` of `datasets` writes it."""
+    """Writes the files that `save_to_disk` of `datasets` would write."""
     saved = folder / "saved"
     saved.mkdir()
     parts = [tokens[start : start + FILE_ROWS] for start in range(0, len(tokens), FILE_ROWS)]
@@ -74,19 +74,19 @@ def _table(tokens: Tokens) -> Any:
 
 
 def mosaic_rows(folder: Path) -> Rows:
-    """Shuffled."""
+    """Rows as mosaic-streaming shuffles them."""
     dataset = mosaic_streaming().StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
     return (sample[COLUMN] for sample in dataset)
 
 
 def datasets_rows(folder: Path) -> Rows:
-    """At random."""
+    """Rows at random."""
     dataset = importlib.import_module("datasets").load_from_disk(str(folder)).with_format("numpy")
     return (dataset[i][COLUMN] for i in np.random.default_rng(1).permutation(len(dataset)).tolist())
 
 
 def pyarrow_rows(folder: Path) -> Rows:
-    """In the order of the file, a row group at a time: at random each row would cost a row group."""
+    """Rows in the order of the files, a row group at a time: at random each row would cost a row group."""
     for path in sorted(folder.iterdir()):
         file = pyarrow.parquet.ParquetFile(path)
         for group in range(file.num_row_groups):

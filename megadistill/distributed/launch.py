@@ -118,7 +118,7 @@ def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 
     `sequence`: n ranks that share each sequence. By default p times n is a node, or nodes.
 
     Raises:
-        UserError: it does not divide the world, nor does p times n.
+        UserError: it, or p times n, does not divide the world.
     """
     size = launch.local_world // math.gcd(launch.local_world, sequence) if configured is None else configured
     if launch.world % size:

@@ -26,10 +26,10 @@ from megadistill.teacher.stage import TeacherStage
 from megadistill.types import TeacherSignal, TokenBatch, to_device, token_digest
 
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
-_KINDS = 3
-"""First number of a request, plus `_KINDS` times the number of its shape. Recorded: the client records a timeline of
-the step, so the stages do too."""
+"""Kinds of requests. Recorded: the client records a timeline of the step, so the stages do too."""
 
+_KINDS = 3
+"""Number of kinds. The first number of a request is its kind, plus this times the number of its shape."""
 
 TAGS = 3
 """Numbers in a packet's header before those of its rows."""
