@@ -21,6 +21,7 @@ from megadistill.events.reading import (
 from megadistill.events.totals import History, StepTotals, Totals, paused_seconds, read_history
 from megadistill.events.validations import (
     ALL,
+    PLATEAU,
     VALIDATIONS,
     ValidationHistory,
     cross_entropy_of,
@@ -33,6 +34,7 @@ __all__ = [
     "ALL",
     "EVENTS",
     "LARGEST_COUNT",
+    "PLATEAU",
     "RENAMED_EVENTS",
     "SAVED",
     "VALIDATIONS",

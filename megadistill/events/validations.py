@@ -7,7 +7,7 @@ validation, and `splits`: name -> measures, of `ALL` and of each split.
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from megadistill.events.reading import is_count, is_number
 from megadistill.io import write_file
 
 VALIDATIONS = "validation.jsonl"
+
+PLATEAU = "validation.stop"
+"""Reason of the event `stopped` of a run that ends since its patience is used up."""
 
 ALL = "all"
 """Name of the measures over all splits, which no split has."""
@@ -38,9 +41,12 @@ class ValidationHistory:
 
     def after(self, step: int, splits: Mapping[str, Mapping[str, float]]) -> "ValidationHistory":
         """The history with one more validation. One that is not finite is no gain; one of other rows, as of a changed
-        `validation.data`, cannot be compared with those before it, and is the best one."""
+        `validation.data`, cannot be compared with those before it, and is the best one; one without a token does not
+        count."""
         count, cross_entropy = self.validations + 1, cross_entropy_of(splits)
         tokens = {name: each.get("tokens", 0) for name, each in splits.items()}
+        if not tokens.get(ALL, 0):  # none could be read, which tells nothing of the student
+            return replace(self, validations=count, last_step=step)
         before = self if tokens == self.tokens else ValidationHistory()
         if cross_entropy < before.best:
             return ValidationHistory(count, step, cross_entropy, step, 0, tokens)

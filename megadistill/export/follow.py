@@ -21,7 +21,7 @@ from megadistill.evaluate.checkpoint_scores import FOLLOW, ROWS, read_scores
 from megadistill.evaluate.lm_eval import TaskScores, check_tasks, run_tasks
 from megadistill.evaluate.prompts import typed_prompts
 from megadistill.evaluate.sample import Sample, load_for_sampling, samples
-from megadistill.events import JsonLines, events_from_end
+from megadistill.events import PLATEAU, JsonLines, events_from_end
 from megadistill.export.export_run import export_checkpoint
 from megadistill.export.pinned import CheckpointDeletedError, pinned, sole_writer
 from megadistill.models.sampling import Sampling
@@ -36,8 +36,8 @@ EXPORTS = "exports"
 """Folder of the exports that are kept, below `FOLLOW`."""
 POLL_SECONDS = 30.0
 MAX_SHARD_BYTES = 4_096_000_000
-MAX_PROMPTS, MAX_NEW_TOKENS = 32, 512
-"""A row of follow.jsonl holds all samples."""
+MAX_PROMPTS, MAX_PROMPT_LETTERS, MAX_NEW_TOKENS = 32, 32_768, 512
+"""A row of follow.jsonl holds all samples, and prompts twice: readers leave out a line of more than 1 MiB."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,12 @@ class Measurements:
         """Raises UserError: there is nothing to measure, or a task or number that does not exist."""
         if not (self.tasks or self.prompts or self.keep_exports):
             raise UserError("nothing to do with a checkpoint: give --tasks TASK, --prompt TEXT or --keep-exports")
-        if len(self.prompts) > MAX_PROMPTS or self.sampling.new_tokens > MAX_NEW_TOKENS:
+        letters = sum(map(len, self.prompts))
+        if len(self.prompts) > MAX_PROMPTS or letters > MAX_PROMPT_LETTERS or self.sampling.new_tokens > MAX_NEW_TOKENS:
             raise UserError(
-                f"{len(self.prompts)} prompts and --new-tokens {self.sampling.new_tokens}: a row holds at most "
-                f"{MAX_PROMPTS} and {MAX_NEW_TOKENS}; sample an export with megadistill sample"
+                f"{len(self.prompts)} prompts of {letters:,} characters and --new-tokens {self.sampling.new_tokens}: a "
+                f"row holds at most {MAX_PROMPTS}, {MAX_PROMPT_LETTERS:,} and {MAX_NEW_TOKENS}; sample an export with "
+                "megadistill sample"
             )
         if self.tasks:
             check_tasks(self.tasks, include=self.include, fewshot=self.fewshot, batch=self.batch, limit=self.limit)
@@ -100,6 +102,8 @@ def follow(
         )
     rows, passed = 0, set[str]()
     with sole_writer(run / FOLLOW, "megadistill follow"):
+        if (path := run / FOLLOW / ROWS).is_symlink():
+            raise UserError(f"{printable(str(path))} is a link, and rows would go where it leads: remove it")
         while True:
             is_finished = _is_finished(run)  # before the checkpoints are listed: the last one is among them then
             checkpoint = next(_new_checkpoints(run, measurements.settings(), passed), None)
@@ -113,9 +117,13 @@ def follow(
 
 
 def _is_finished(run: Path) -> bool:
-    """Whether the run has taken its last step. An attempt after that, of a longer recipe, continues it."""
-    ends = (each["event"] for each in events_from_end(run) if each["event"] in ("completed", "attempt_started"))
-    return next(ends, None) == "completed"
+    """Whether the run has ended by itself. An attempt after that, of a longer recipe, continues it."""
+    for event in events_from_end(run):
+        if event["event"] == "completed" or (event["event"] == "stopped" and event.get("reason") == PLATEAU):
+            return True
+        if event["event"] == "attempt_started":
+            return False
+    return False
 
 
 def _new_checkpoints(run: Path, settings: Mapping[str, Any], passed: set[str]) -> Iterator[Checkpoint]:

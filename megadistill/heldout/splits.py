@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import PurePosixPath
 
 from megadistill.data import Manifest, Mixture, TokenStream
+from megadistill.data.shards.shard_cache import ShardCache
 from megadistill.errors import UserError
 
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)")
@@ -37,12 +38,15 @@ class Split:
         """Whether attention is limited to documents: side by side by best fit, they were packed together by chance."""
         return self.manifest.packer.name == "bestfit"
 
-    def stream(self, *, document_mask: bool = True, masks_corrupt: bool = False) -> TokenStream:
+    def stream(
+        self, *, document_mask: bool = True, masks_corrupt: bool = False, cache: ShardCache | None = None
+    ) -> TokenStream:
         """Its sequences, by slot: range(0, manifest.sequences) visits each once.
 
         Args:
             document_mask: whether attention is limited to documents where `documents` says so; False: nowhere.
             masks_corrupt: damaged sequences get no labels, instead of a `ShardFault`.
+            cache: bounds the open files of several splits together.
         """
         return TokenStream(
             self.data,
@@ -53,6 +57,7 @@ class Split:
             document_mask=self.documents and document_mask,
             on_corrupt_sample="mask" if masks_corrupt else "fail",
             max_masked_per_million=1_000_000,
+            cache=cache,
         )
 
 

@@ -59,6 +59,7 @@ class TokenStream:
         prefetch: int = 0,
         pinned_for: torch.device | None = None,
         peers: range | None = None,
+        cache: ShardCache | None = None,
     ) -> None:
         """`batch_slots` sequences are a global batch, over all `world_size` ranks, in segments without a batch of their
         own; `start` is where to resume.
@@ -68,7 +69,8 @@ class TokenStream:
         in any million slots. `skips`: ranges [start, stop) of slots to leave out. `prefetch`: batches that a thread
         reads ahead; 0 reads on demand. `pinned_for`: an accelerator for which what the iterator delivers is in pinned
         memory, pinned where it is read. `peers`: the ranks whose rows' sources every batch has, as
-        `TokenBatch.peer_sources`: they follow from the slots alone; None: this rank.
+        `TokenBatch.peer_sources`: they follow from the slots alone; None: this rank. `cache`: what several
+        streams of one thread keep open together.
 
         Raises:
             UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
@@ -95,7 +97,7 @@ class TokenStream:
         self._max_masked = max_masked_per_million
         self._masked_slots = set(self.start.masked_slots)
         self._masked_lock = threading.Lock()  # the prefetch thread and the training loop both add slots
-        cache = ShardCache()
+        cache = cache or ShardCache()
         self._readers = [self._reader(name, cache) for name in self._order.names]
         self._batch_slots = batch_slots
         self._rank, self._world_size = rank, world_size

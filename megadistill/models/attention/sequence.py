@@ -119,16 +119,28 @@ def refuse_shared_heads(config: Any, ranks: int, attention: str, *, what: str, k
             f"{name}, and the model of {what} has {heads} attention heads, of which every rank takes as many: give a "
             f"number that divides them, {', '.join(map(str, fits))}"
         )
+    refuse_rope_by_length(config, ranks, what=what)
+    if attention == "eager":
+        raise UserError(
+            f"{name}, and {key} is eager, which transformers has inside each family's model: set {key} to auto or flex"
+        )
+
+
+def refuse_rope_by_length(config: Any, ranks: int, *, what: str) -> None:
+    """Refuses rotary embeddings that ranks with a part of each sequence would each compute otherwise.
+
+    `what`: name of their source.
+
+    Raises:
+        UserError: one line.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
     if by_length := [kind for kind in _ROPE_BY_LENGTH if kind in kinds]:
         raise UserError(
-            f"{name}, and rotary embeddings of type {by_length[0]} in {what} depend on the length that a rank sees: "
-            "set distributed.sequence to 1, or give rope_parameters of another type, such as yarn"
-        )
-    if attention == "eager":
-        raise UserError(
-            f"{name}, and {key} is eager, which transformers has inside each family's model: set {key} to auto or flex"
+            f"distributed.sequence is {ranks}, and rotary embeddings of type {by_length[0]} in {what} depend on the "
+            "length that a rank sees: set distributed.sequence to 1, or give rope_parameters of another type, such as "
+            "yarn"
         )
 
 

@@ -19,7 +19,7 @@ from megadistill.distributed.collectives import broadcast_object
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
-from megadistill.events import VALIDATIONS, EventLog, FaultKind, Totals, events_from_end, goodput_of
+from megadistill.events import PLATEAU, VALIDATIONS, EventLog, FaultKind, Totals, events_from_end, goodput_of
 from megadistill.io import write_file
 from megadistill.student.engine import StudentEngine
 from megadistill.train.checkpoint.attempt import Attempt, acquire, launch_record
@@ -430,6 +430,12 @@ class Recovery:
         self.events.write("completed", step=step)
         if self._local is not None:
             self._local.clear()
+        if self._topology.is_first:
+            write_file(self._folder / "DONE", f"{step}\n")
+
+    def ended_early(self, step: int) -> None:
+        """Records that `validation.stop` has ended the run, and writes DONE: a scheduler does not start it again."""
+        self.events.write("stopped", step=step, reason=PLATEAU)
         if self._topology.is_first:
             write_file(self._folder / "DONE", f"{step}\n")
 

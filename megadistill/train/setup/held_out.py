@@ -1,11 +1,17 @@
 """The held-out splits that a run validates on, read and checked before it starts."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import Tensor
 
 from megadistill.config.recipe import Recipe
 from megadistill.data import Manifest, Mixture, missing_rows
 from megadistill.errors import UserError
 from megadistill.heldout.splits import Split
+from megadistill.train.setup.vocab_map import translated
+
+ROWS = 64
+"""Sequences that are read at a time."""
 
 
 def held_out_splits(recipe: Recipe, data: Mixture) -> tuple[Split, ...]:
@@ -17,7 +23,7 @@ def held_out_splits(recipe: Recipe, data: Mixture) -> tuple[Split, ...]:
     if recipe.validation is None:
         return ()
     limit, splits = recipe.validation.sequences, []
-    lengths = sorted({manifest.sequence_length for manifest in data.sources.values()})
+    lengths = sorted({segment.sequence_length for segment in data.segments})
     for name, location in recipe.validation.data.items():
         try:
             manifest = Manifest.load(location)
@@ -47,6 +53,33 @@ def _problems(manifest: Manifest, data: Mixture, lengths: list[int]) -> Iterator
         )
     if problem := missing_rows(data.vocab_size, [manifest]):
         yield f"the student cannot read it: {problem}: give a split without such ids"
+
+
+def refuse_unknown_ids(
+    splits: Iterable[Split], ids_U: Tensor, *, sources: Collection[str], document_mask: bool
+) -> None:
+    """Refuses splits with a token for which the teacher has no id, which would end the run at its first validation.
+
+    Reads the splits, where the map has such ids at all.
+
+    Args:
+        ids_U: see `translated`.
+        sources: those that one of several teachers teaches, whose splits it reads; empty: it reads all splits.
+
+    Raises:
+        UserError: one line.
+    """
+    if bool((ids_U >= 0).all()):
+        return
+    for split in splits:
+        if sources and split.name not in sources:
+            continue
+        stream = split.stream(document_mask=document_mask, masks_corrupt=True)
+        for start in range(0, split.sequences, ROWS):
+            try:
+                translated(stream.batch(range(start, min(start + ROWS, split.sequences))), ids_U)
+            except UserError as error:
+                raise UserError(f"validation.data.{split.name}: {error}") from None
 
 
 def training_shards_in(splits: tuple[Split, ...], data: Mixture) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadistill.config.recipe import Recipe
-from megadistill.events import LARGEST_COUNT, last_step, read_history
+from megadistill.events import LARGEST_COUNT, ValidationHistory, last_step, read_history, read_validations
 from megadistill.io import read_json
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders, has_all_files
@@ -47,11 +47,17 @@ def nothing_to_do(recipe: Recipe, *, stop_after: int | None) -> NothingToDo | No
         steps = step if tokens_of(checkpoints[step]) >= recipe.train.tokens else step + 1
     is_finished = step >= steps and (folder / "DONE").exists()
     is_past_stop = stop_after is not None and step >= stop_after
-    if not (is_finished or is_past_stop) or not has_all_files(checkpoints[step]):
+    is_used_up = not is_finished and (folder / "DONE").exists() and _patience_is_used_up(recipe, step)
+    if not (is_finished or is_used_up or is_past_stop) or not has_all_files(checkpoints[step]):
         return None
     differing = _differing_values(folder, recipe)
     ignored = [text for key, text in differing.items() if key.startswith(OTHER_CONTENT)]
-    if not is_finished:
+    if is_used_up:
+        line = (
+            f"ended at step {step}, since validation.patience is used up (validation.stop): nothing to do. With a "
+            "larger patience, or without stop, the same command resumes"
+        )
+    elif not is_finished:
         past = f"past --stop-after {stop_after}" if step != stop_after else "where --stop-after stops it"
         line = f"already at step {step}, {past}; rerun without it to continue"
     elif ignored:
@@ -80,6 +86,15 @@ def how_to_resume(folder: Path, command: str | None = None, *, after_fault: bool
     where = f"resumes from the checkpoint of step {saved}" if saved else "starts from the beginning"
     condition = "once the cause is mended, " if after_fault else ""
     return f"{folder}: {reached}; {condition}{f'`{command}`' if command else 'the same command'} {where}"
+
+
+def _patience_is_used_up(recipe: Recipe, step: int) -> bool:
+    """Whether `validation.stop` has ended the run after `step`, and would again."""
+    section = recipe.validation
+    if section is None or section.patience is None or not section.stop:
+        return False
+    history = ValidationHistory.of(read_validations(Path(recipe.run.folder)))
+    return history.last_step == step and history.without_gain >= section.patience
 
 
 def _has_diverged(folder: Path) -> bool:

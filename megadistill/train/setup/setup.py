@@ -290,7 +290,9 @@ def check_models(setup: Setup) -> dict[str, str]:
         check_weights(Path(str(teacher.path)), config)
         digests[_TEACHER] = sampled_fingerprint(Path(str(teacher.path)))
     if setup.vocab_map is not None:
-        refuse_unknown_ids(setup.held_out, setup.vocab_map, sources=setup.teaches, document_mask=recipe.data.document_mask)
+        refuse_unknown_ids(
+            setup.held_out, setup.vocab_map, sources=setup.teaches, document_mask=recipe.data.document_mask
+        )
     for name, each in setup.teachers.items():
         with keys_of_teacher(name):
             digests |= {of_teacher(key, name): digest for key, digest in check_models(each).items()}

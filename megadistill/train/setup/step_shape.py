@@ -46,6 +46,11 @@ class StepShape:
     def pace(self) -> Pace:
         return Pace(self.start, self.stop, self.global_batch, self.tokens)
 
+    @property
+    def rope_key(self) -> str:
+        """Name of its rotary embeddings in messages."""
+        return f"data.curriculum: rope of entry {self.entry}"
+
     def describe(self) -> str:
         """A part of a log line."""
         parts = [
@@ -130,7 +135,7 @@ def student_config_of_entry(config: Any, shape: StepShape) -> Any:
     Raises:
         UserError: the model cannot have them.
     """
-    return with_rope(config, shape.rope, what=f"data.curriculum: rope of entry {shape.entry}")
+    return with_rope(config, shape.rope, what=shape.rope_key)
 
 
 def config_at(config: Any, recipe: Recipe, cursor: dict[str, Any]) -> Any:

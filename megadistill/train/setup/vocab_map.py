@@ -51,6 +51,9 @@ def translated(batch: TokenBatch, ids_U: Tensor) -> TokenBatch:
     """
     tokens_BS = ids_U[batch.tokens]
     unlabelled_BS = batch.labels == IGNORED_LABEL
+    damaged_B = ~batch.starts.any(dim=1) & unlabelled_BS.all(dim=1)
+    if bool(damaged_B.any()):  # zeros in place of a sequence, whatever id that is: the teacher reads one that it has
+        tokens_BS[damaged_B] = ids_U.max()
     labels_BS = torch.where(unlabelled_BS, IGNORED_LABEL, ids_U[batch.labels.masked_fill(unlabelled_BS, 0)])
     for kind, ours_BS, theirs_BS in (("token", batch.tokens, tokens_BS), ("label", batch.labels, labels_BS)):
         unknown_2 = (theirs_BS == -1).nonzero()[:1].flatten().tolist()

@@ -119,7 +119,7 @@ class Meter:
     ) -> None:
         """
         Args:
-            teachers: config of each live teacher, and the fraction of the sequences that it reads.
+            teachers: config of each live teacher, and the fraction of the tokens that it reads.
             flops: those of this rank, for each shape of a step.
         """
         self._student, self._teachers = student, teachers

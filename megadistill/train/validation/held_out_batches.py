@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megadistill.data.shards.shard_cache import ShardCache
 from megadistill.distributed.topology import Topology
 from megadistill.heldout.splits import Split, own_batches
 from megadistill.types import IGNORED_LABEL, TokenBatch
@@ -61,7 +62,10 @@ class HeldOutBatches:
             own = own_batches([split], size, rank=topology.data_rank, world=topology.data_world)
             self._own.append([slots for _, slots in own])
             self._rounds.append(-(-split.sequences // (size * topology.data_world)))
-        self._streams = [split.stream(document_mask=document_mask, masks_corrupt=True) for split in self.splits]
+        cache = ShardCache()
+        self._streams = [
+            split.stream(document_mask=document_mask, masks_corrupt=True, cache=cache) for split in self.splits
+        ]
         self.faults: dict[tuple[int, int], str] = {}
         """(split, slot) -> fault of each damaged sequence that this rank has met."""
 
@@ -118,7 +122,7 @@ class Validations:
 
 
 def _whole_rows(starts_BS: Tensor) -> Tensor:
-    """[B, S] bool: each row is one document."""
+    """[B, S] bool: each row is one document; a damaged one stays without any."""
     whole = torch.zeros_like(starts_BS)
-    whole[:, 0] = True
+    whole[:, 0] = starts_BS.any(dim=1)
     return whole

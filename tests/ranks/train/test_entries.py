@@ -113,7 +113,7 @@ def recipe(place: Path, folder: Path, **changes: Any) -> Recipe:
         },
     }
     for section, value in changes.items():
-        values[section] = {**values[section], **value} if isinstance(value, dict) else value
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     return Recipe.model_validate(values)
 
 
@@ -151,14 +151,20 @@ def _numbers(folder: Path) -> list[dict[str, Any]]:
 
 
 def start(
-    world: int, given: Recipe, *, stops: tuple[int | None, ...] = (None,), roles: Roles | None = None
+    world: int,
+    given: Recipe,
+    *,
+    stops: tuple[int | None, ...] = (None,),
+    roles: Roles | None = None,
+    vocab_group: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
     """Lines of the run, and the gradients of its last start."""
     for stop in stops:
         values = given.model_dump(mode="json")
         if given.train.steps == 0:
             values["train"]["steps"] = None
-        gradients, *_ = run_ranks(world, _train, values, stop, roles=roles)
+        groups = {"vocab_group": vocab_group, "sequence": given.distributed.sequence}
+        gradients, *_ = run_ranks(world, _train, values, stop, roles=roles, **groups)
     return _numbers(Path(given.run.folder)), gradients
 
 
@@ -222,14 +228,26 @@ def _truth(place: Path) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]
     return dense_truth(place)
 
 
-@pytest.mark.parametrize(("world", "roles"), [(1, None), (2, None), (3, Roles(3, 2, 2))], ids=["1", "2", "2 stages"])
+@pytest.mark.parametrize(
+    ("world", "roles", "sequence"),
+    [
+        (1, None, 1),
+        (2, None, 1),
+        (3, Roles(3, 2, 2), 1),
+        pytest.param(2, None, 2, marks=pytest.mark.thorough),
+        pytest.param(4, None, 2, marks=pytest.mark.thorough),
+    ],
+    ids=["1", "2", "2 stages", "2 that share sequences", "2 stages that share sequences"],
+)
 def test_three_entries_are_learned_as_by_one_dense_model(
-    place: Path, tmp_path: Path, world: int, roles: Roles | None
+    place: Path, tmp_path: Path, world: int, roles: Roles | None, sequence: int
 ) -> None:
     """A small batch, a large one with other weights, then long sequences with other rotary embeddings."""
     own = {} if roles is None else {"placement": "disaggregated", "ranks": 2, "stages": 2, "queue": 3}
-    given = recipe(place, tmp_path / "run", teacher=own)
-    lines, gradients = start(world, given, roles=roles)
+    group = world // sequence if roles is None else None
+    shared = {"distributed": {"sequence": sequence, "vocab_group": group}} if sequence > 1 else {}
+    given = recipe(place, tmp_path / "run", teacher=own, **shared)
+    lines, gradients = start(world, given, roles=roles, vocab_group=group)
     truth = _truth(place)
     assert [line["entry"] for line in lines] == [1, 1, 1, 2, 2, 3, 3, 3]
     assert len(lines) == len(gradients) == len(truth) == STEPS
@@ -273,6 +291,21 @@ def test_only_entries_ahead_may_be_edited(place: Path, tmp_path: Path) -> None:
     assert [line["tokens"] for line in lines][-2:] == [448 + 8 * LONG, 448 + 2 * 8 * LONG]
 
 
+def test_one_entry_alone_decides_the_shape_of_all_steps(place: Path, tmp_path: Path) -> None:
+    """Its batch and rotary embeddings are those of a run that has them in `train` and `student.config`, to the bit."""
+    steps = {"tokens": 2 * 4 * LONG, "schedule": {"kind": "wsd", "warmup_tokens": 0, "decay_tokens": 4 * LONG}}
+    sources = {"long": str(place / "long" / "train" / "manifest.json")}
+    entry = {"weights": {"long": 1}, "global_batch": 4, "micro_batch": 1, "rope": ROPE}
+    by_entry = {"sources": sources, "curriculum": [entry]}
+    ours, _ = start(1, recipe(place, tmp_path / "entry", data=by_entry, train=steps))
+    plain = {"sources": sources, "curriculum": [{"weights": {"long": 1}}]}
+    student = {"config": {**STUDENT, "rope_parameters": ROPE}}
+    own = {"data": plain, "student": student, "train": {**steps, "global_batch": 4, "micro_batch": 1}}
+    theirs, _ = start(1, recipe(place, tmp_path / "plain", **own))
+    assert ours == theirs
+    assert len(ours) == 2
+
+
 def test_slots_that_are_skipped_leave_no_step_across_a_border(place: Path, tmp_path: Path) -> None:
     """Of the first entry's 12 sequences 2 are left out, and 2 more fill no step; the run reads as many tokens."""
     lines, _ = start(2, recipe(place, tmp_path / "run", data={"skip": [[5, 7]]}))
@@ -293,6 +326,15 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     assert "global_batch of curriculum entry 3 5 does not divide into 2 ranks" in refused(3, 2, global_batch=5)
     assert "rope_parameters has no key facter; did you mean 'factor'?" in refused(3, rope={"facter": 2})
     assert "data.curriculum: rope of entry 3" in refused(3, rope={"rope_type": "yarrn", "factor": 2.0})
+    stretched = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    for section, says in (
+        ({"distributed": {"sequence": 2}}, "type dynamic in data.curriculum: rope of entry 3 depend on the length"),
+        ({"data": {"document_mask": True}}, "rope of entry 3: rotary embeddings of type dynamic stretch with"),
+    ):
+        curriculum = [*CURRICULUM[:2], {**CURRICULUM[2], "rope": stretched}]
+        own = {**section, "data": {"curriculum": curriculum, **section.get("data", {})}}
+        with pytest.raises(UserError, match=says):
+            prepare(recipe(place, tmp_path / "run", **own), Launch(0, 2, 0, 2))
     stores = recipe(
         place, tmp_path / "run", teacher={"save_targets": str(tmp_path / "t")}, loss={"targets": {"draws": 4}}
     )

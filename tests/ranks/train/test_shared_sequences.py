@@ -9,6 +9,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.datagen.store_targets import store_on_ranks
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology
+from megadistill.events import read_validations
 from megadistill.train.loop import run
 from megadistill.train.setup.setup import prepare
 from tests.ranks.harness import run_ranks
@@ -26,6 +27,11 @@ def _setup(topology: Topology, manifest: str, folder: str, teacher: dict[str, An
         "teacher": teacher,
         "loss": loss,
         "data": {**base["data"], "document_mask": True},
+        "validation": {
+            "every": 2,
+            "data": {"unseen": str(Path(manifest).parent.parent / "heldout" / "manifest.json"), "trained": manifest},
+            "sequences": 3,
+        },
         "train": {**base["train"], "micro_batch": BATCH // topology.data_world // 2},
         "distributed": {"sequence": topology.sequence_ranks, "vocab_group": topology.group_size},
     }
@@ -55,25 +61,42 @@ def _learned(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(manifest: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The numbers of one process."""
+def whole_run(manifest: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
     folder = tmp_path_factory.mktemp("whole")
     run_ranks(1, _train, str(manifest), str(folder), {"path": str(teacher)}, LOSS)
-    return _learned(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run: Path) -> list[dict[str, Any]]:
+    """Its numbers."""
+    return _learned(whole_run)
+
+
+def _require_measured_alike(folder: Path, whole_run: Path) -> None:
+    ours, theirs = (list(read_validations(each)) for each in (folder, whole_run))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 2, 4, 5]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["splits"].keys() == other["splits"].keys() == {"all", "unseen", "trained"}
+        for name, measures in other["splits"].items():
+            assert "kl" in measures
+            assert one["splits"][name] == pytest.approx(measures, rel=2e-5, abs=1e-6), name
 
 
 def test_two_ranks_learn_from_parts_as_one_from_wholes_and_resume(
-    whole: list[dict[str, Any]], manifest: Path, teacher: Path, tmp_path: Path
+    whole: list[dict[str, Any]], whole_run: Path, manifest: Path, teacher: Path, tmp_path: Path
 ) -> None:
     arguments = (str(manifest), str(tmp_path), {"path": str(teacher)}, LOSS)
     run_ranks(2, _stops, *arguments, vocab_group=1, sequence=2)
     run_ranks(2, _train, *arguments, vocab_group=1, sequence=2)
     _assert_alike(_learned(tmp_path), whole)
+    _require_measured_alike(tmp_path, whole_run)
 
 
 @pytest.mark.thorough
 def test_stages_share_sequences_and_the_teacher_check_gathers_them(
-    whole: list[dict[str, Any]], manifest: Path, teacher: Path, tmp_path: Path
+    whole: list[dict[str, Any]], whole_run: Path, manifest: Path, teacher: Path, tmp_path: Path
 ) -> None:
     """Four ranks: two stages, each shared by two ranks. A process alone has recorded the teacher's output: another one
     ends the run."""
@@ -81,6 +104,7 @@ def test_stages_share_sequences_and_the_teacher_check_gathers_them(
     run_ranks(1, _stops, *arguments)
     run_ranks(4, _train, *arguments, vocab_group=2, sequence=2)
     _assert_alike(_learned(tmp_path), whole)
+    _require_measured_alike(tmp_path, whole_run)
 
 
 @pytest.mark.thorough

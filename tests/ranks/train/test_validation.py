@@ -21,6 +21,7 @@ from megadistill.heldout.splits import load_splits
 from megadistill.models.families import load_config
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import RunOutcome, Trainer, run
+from megadistill.train.setup.next_start import nothing_to_do
 from megadistill.train.setup.setup import prepare
 from megadistill.train.teacher.placement import run_teacher_server
 from tests.ranks.harness import run_ranks
@@ -217,10 +218,16 @@ def test_a_run_that_improves_no_more_says_so_and_ends_if_it_is_to(
     settings = {"every": 1, "data": held_out, "sequences": 2, "patience": 2}
     slow = {"train": {"optimizer": {"learning_rate": 1e-30}}}
     folder = tmp_path / "run"
-    (first, again), (rest,) = (
-        run_ranks(1, _train, str(manifest), str(folder), {**slow, "validation": section}, stops)[0]
-        for section, stops in (({**settings, "stop": True}, [None, None]), (settings, [None]))
-    )
+    stops = {**slow, "validation": {**settings, "stop": True}}
+    ((first, again),) = run_ranks(1, _train, str(manifest), str(folder), stops, [None, None])
+    assert (folder / "DONE").read_text() == "2\n", "no scheduler starts it again"
+    answer = nothing_to_do(_recipe(str(manifest), str(folder), {**stops}), stop_after=None)
+    assert answer is not None
+    assert answer.line.startswith("ended at step 2, since validation.patience is used up (validation.stop)")
+    goes_on = {**slow, "validation": settings}
+    assert nothing_to_do(_recipe(str(manifest), str(folder), {**goes_on}), stop_after=None) is None
+    ((rest,),) = run_ranks(1, _train, str(manifest), str(folder), goes_on, [None])
+    assert (folder / "DONE").read_text() == f"{STEPS}\n"
     assert [(each.step, each.done, each.plateau, each.stopped_by) for each in (first, again)] == [
         (2, False, True, None)
     ] * 2
