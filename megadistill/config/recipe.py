@@ -390,7 +390,10 @@ class ScheduleSection(Section):
         if self.kind == "wsd" and self.decay is None:
             raise ValueError(f"{key}.kind wsd needs {key}.decay_{unit} (a tenth of train.{unit} is common)")
         if self.kind == "cosine" and self.decay is not None:
-            raise ValueError(f"{key}.decay_{unit} belongs to {key}.kind wsd; cosine decays over all of train.{unit}")
+            raise ValueError(
+                f"{key}.decay_{unit} belongs to {key}.kind wsd, and cosine decays over all of train.{unit}: "
+                "remove it, or set the kind to wsd"
+            )
         if self.warmup + (self.decay or 0) > length:
             raise ValueError(
                 f"{key}.warmup_{unit} {self.warmup} + decay_{unit} {self.decay or 0} "
@@ -630,7 +633,8 @@ class ProfileSection(Section):
             raise ValueError(f"steps is {self.steps}: give [first, last], as in [101, 103]")
         if self.steps[1] - self.steps[0] >= MAX_PROFILE_STEPS:
             raise ValueError(
-                f"steps is {self.steps}: a trace of more than {MAX_PROFILE_STEPS} steps is too large to be opened"
+                f"steps is {self.steps}: a trace of more than {MAX_PROFILE_STEPS} steps is too large to be opened: "
+                "give fewer; the next start of the run may profile others"
             )
         return self
 
@@ -834,7 +838,10 @@ class Recipe(Section):
                     way_out = nearest(source, known) if self.data.sources else "; data.manifest has no names, remove it"
                     raise ValueError(f"teachers.{name}.sources has {source}, no such source of the data{way_out}")
             if not any(name in self.teachers_of(source) for source in known):
-                raise ValueError(f"teachers.{name} teaches no source: the other teachers name all of them in sources")
+                raise ValueError(
+                    f"teachers.{name} teaches no source: the other teachers name all of them in sources: give it "
+                    "some too, or remove it"
+                )
         for source in known:
             if not self.teachers_of(source):
                 raise ValueError(
@@ -875,6 +882,7 @@ class Recipe(Section):
             if self.objective == "labels" and given.keys() - {"z_loss"}:
                 raise ValueError(
                     f"objective labels does not use loss.{min(given.keys() - {'z_loss'})} of curriculum entry {number}"
+                    ": remove it, or set objective to distill"
                 )
         return self
 

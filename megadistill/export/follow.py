@@ -174,7 +174,7 @@ def _measured(run: Path, checkpoint: Checkpoint, measurements: Measurements, dev
         }
     )
     if problem is not None:
-        raise OperatorFault(f"{home / ROWS} cannot be written: {problem}")
+        raise OperatorFault(f"{home / ROWS} cannot be written: {problem}: free space; the same command resumes")
     best = ", ".join(f"{each.task} {each.metric} {each.value:.4g}" for each in _main_scores(scores))
     logger.info("step %d: measured in %.0f s%s", manifest.step, time.monotonic() - began, f": {best}" if best else "")
     return True

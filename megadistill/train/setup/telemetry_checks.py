@@ -35,7 +35,7 @@ def refuse_telemetry(recipe: Recipe, deepspeed_config: dict[str, Any], launch: L
         return
     if (last := max(profile.ranks)) >= launch.world:
         ranks = number_of(launch.world, "rank")
-        raise UserError(f"profile.ranks has {last}, but the student has {ranks}, numbered from 0")
+        raise UserError(f"profile.ranks has {last}, but the student has {ranks}, numbered from 0: name some of them")
     if profile.memory_snapshot and not records_memory_history():
         raise UserError(
             "profile.memory_snapshot needs an accelerator whose allocator records its history (CUDA), which is not "

@@ -27,7 +27,7 @@ def _refused(zero: dict[str, Any] | None = None, norms_every: int = 0, **changes
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = _refused(profile={"steps": [3, 4], "ranks": [0, 2]})
-    assert ranks == "profile.ranks has 2, but the student has 2 ranks, numbered from 0"
+    assert ranks == "profile.ranks has 2, but the student has 2 ranks, numbered from 0: name some of them"
     assert "set it to false" in _refused(profile={"steps": [3, 4], "memory_snapshot": True}), "there is no accelerator"
     norms = _refused(zero={"offload_optimizer": {"device": "nvme"}}, norms_every=10)
     assert norms.startswith("train.norms_every is 10, but student.deepspeed offloads to NVMe")
