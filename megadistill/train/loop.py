@@ -223,6 +223,8 @@ class Trainer:
             limit = max(60 * setup.recipe.distributed.timeout_minutes, seconds)  # the first step compiles
             if validation is not None:
                 validation.before_first_step(self.step)
+                if validation.stopped_by is not None:
+                    return self._stopped(validation.stopped_by)
                 if validation.finished and self.step < last:
                     return self._finished_early()
             while self.step < last:
@@ -243,8 +245,9 @@ class Trainer:
                     self._save(event.cursor, last=ends)
                 elif Request.SAVE_LOCAL in requests:
                     self._save(event.cursor, last=False, local=True)
-                if Request.STOP in requests and self.step < last:
-                    return self._stopped(stop_reason(event.outcome.flags))
+                unvalidated = None if validation is None else validation.stopped_by
+                if unvalidated is not None or (Request.STOP in requests and self.step < last):
+                    return self._stopped(unvalidated or stop_reason(event.outcome.flags))
                 if Request.FINISH in requests and self.step < last:
                     return self._finished_early()
             return self._ended()
@@ -260,7 +263,7 @@ class Trainer:
 
     def _validation(self, plan: ValidationPlan, batches: StepBatches, log: RunLog) -> ValidationHook:
         parts = (self._student, self._objective, self._recovery, log, self._topology, self._setup.recipe)
-        return ValidationHook(plan, batches, *parts)
+        return ValidationHook(plan, batches, *parts, stop_requested=self._stop_reason)
 
     def _hooks(
         self,
@@ -418,7 +421,7 @@ class Trainer:
             self._recovery.save(self._student, self.step, cursor, last=last, local=local)
 
     def _stop_reason(self) -> str | None:
-        """The stop requests that any rank received while the run was starting. Collective."""
+        """The stop requests that any rank has received. Collective."""
         counts = self._stops.counts()
         values = torch.tensor(list(counts.values()), device=self._topology.device)
         reduced = all_reduce_sum(values, self._topology.world_group).tolist()

@@ -35,6 +35,15 @@ def test_progress_begins_anew_with_other_rows() -> None:
     assert history == ValidationHistory(3, 4, 6.0, 4, 0, {ALL: 12, "web": 12})
 
 
+def test_a_validation_without_a_token_tells_nothing() -> None:
+    unread: dict[str, Any] = {ALL: {"tokens": 0}, "web": {"tokens": 0}}
+    assert ValidationHistory().after(0, unread) == ValidationHistory(1, 0)
+    history = ValidationHistory.of([_line(0, 5.0), _line(2, 5.5)])
+    after = history.after(4, unread)
+    assert (after.validations, after.last_step, after.without_gain) == (3, 4, 1)
+    assert after.after(6, _line(6, 4.5)["splits"]).best_step == 6
+
+
 def test_later_lines_and_those_of_others_are_taken_out_and_earlier_ones_stay_as_they_are(tmp_path: Path) -> None:
     others = ["no json", {"step": 2}, {**_line(2, 4.0), "splits": {ALL: {"cross_entropy": "4"}}}, [1]]
     _write(tmp_path, _line(0, 5.0), *others, _line(2, 4.0), _line(4, 3.0))

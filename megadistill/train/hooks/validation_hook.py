@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +69,13 @@ class ValidationHook:
         log: RunLog,
         topology: Topology,
         recipe: Recipe,
+        stop_requested: Callable[[], str | None],
     ) -> None:
+        """`stop_requested`: the stop requests that any rank has received. Collective."""
         assert recipe.validation is not None
+        self.stopped_by: str | None = None
+        """Stop requests for which a validation that was due was left out or broken off; the next start takes it."""
+        self._stop_requested = stop_requested
         self._section, self._recipe = recipe.validation, recipe
         self._schedule, self._history = plan.schedule, plan.history
         self._batches, self._student, self._objective = batches, student, objective
@@ -92,10 +97,13 @@ class ValidationHook:
             self._validate(step)
 
     def after_step(self, event: StepEvent) -> Request | None:
-        is_last = event.step == self._schedule.last
-        if not self._schedule.due(event.step) or (stop_reason(event.outcome.flags) is not None and not is_last):
+        if not self._schedule.due(event.step):
             return None
-        self._validate(event.step)
+        self.stopped_by = stop_reason(event.outcome.flags)
+        if self.stopped_by is None:
+            self._validate(event.step)
+        if self.stopped_by is not None:
+            return Request.STOP
         return Request.FINISH if self.finished else None
 
     def _validate(self, step: int) -> None:
@@ -107,6 +115,10 @@ class ValidationHook:
             objective=self._objective,
             topology=self._topology,
         )
+        if self.stopped_by is not None:
+            self._recovery.events.write("stop_requested", step=step, reason=self.stopped_by)
+            logger.info("validation at step %d broken off (%s): the next start takes it", step, self.stopped_by)
+            return
         seconds, cross_entropy = time.perf_counter() - began, cross_entropy_of(measured.splits)
         self._history = self._history.after(step, measured.splits)
         logger.info("%s", describe(measured, step=step, steps=self._schedule.last, seconds=seconds))
@@ -116,9 +128,15 @@ class ValidationHook:
         self._report_plateau(step, cross_entropy)
 
     def _watched(self, step: int) -> Iterator[tuple[HeldOutBatch, Target | None]]:
-        """The validation's micro-batches, for each of which the watchdog allows the time of a step."""
+        """The validation's micro-batches, for each of which the watchdog allows the time of a step.
+
+        They end early where the run is to stop, whose notice may be shorter than a validation.
+        """
         self._topology.watchdog.enter_phase("validating", step, limit=self._limit)
         for targeted in self._batches.validation():
+            self.stopped_by = self._stop_requested()
+            if self.stopped_by is not None:
+                return
             yield targeted
             self._limit = self._recipe.resilience.step_timeout_seconds
             self._topology.watchdog.enter_phase("validating", step, limit=self._limit)

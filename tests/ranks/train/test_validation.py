@@ -1,6 +1,7 @@
 """Validation in a run on real ranks: equal to an evaluation of the export, and no number of the training moves."""
 
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megadistill.events import ALL, json_lines, read_validations
 from megadistill.export.export_run import export_run
 from megadistill.heldout.splits import load_splits
 from megadistill.models.families import load_config
+from megadistill.student.engine import StudentEngine
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
 from megadistill.train.loop import RunOutcome, Trainer, run
 from megadistill.train.setup.next_start import nothing_to_do
@@ -237,6 +239,46 @@ def test_a_run_that_improves_no_more_says_so_and_ends_if_it_is_to(
     assert plateau["cross_entropy"] >= plateau["best"]
     assert [event["reason"] for event in _events(folder, "stopped")] == ["validation.stop"] * 2
     assert 2 in [event["step"] for event in _events(folder, "checkpoint_saved")]
+
+
+def _train_with_a_stop(
+    topology: Topology, manifest: str, folder: str, changes: dict[str, Any], at: int
+) -> list[RunOutcome]:
+    """An attempt that is asked to stop in the forward pass `at` of its validations."""
+    own, passes = StudentEngine.hidden, count(1)
+
+    def hidden(student: StudentEngine, *arguments: Any) -> torch.Tensor:
+        if next(passes) == at:
+            (Path(folder) / "STOP").touch()
+        return own(student, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudentEngine, "hidden", hidden)
+        return _train(topology, manifest, folder, changes, [None])
+
+
+@pytest.mark.thorough
+def test_a_stop_request_breaks_a_validation_off_and_the_next_start_takes_it(
+    manifest: Path, teacher: Path, held_out: dict[str, str], tmp_path: Path
+) -> None:
+    """In the middle of the validation of step 0, of step 2, and of the last step."""
+    validation = {"every": EVERY, "data": held_out, "sequences": 5}
+    changes = {**_distill(teacher), "validation": validation, "train": {"checkpoint_every": 100}}
+    whole = _start(2, manifest, tmp_path / "whole", **{**changes})
+    of_one = sum(
+        -(-min(5, Manifest.load(path).sequences) // 2) for path in held_out.values()
+    )  # micro-batches of a rank
+    folder, stops = tmp_path / "stopped", (2, of_one + 2, 2 * of_one + 1, 99)
+    outcomes = [run_ranks(2, _train_with_a_stop, str(manifest), str(folder), {**changes}, at)[0][0] for at in stops]
+    assert [(each.step, each.done, each.stopped_by) for each in outcomes] == [
+        (0, False, "the file STOP"),
+        (2, False, "the file STOP"),
+        (STEPS, False, "the file STOP"),
+        (STEPS, True, None),
+    ]
+    assert loops._numbers(folder) == whole
+    assert _lines(folder) == _lines(tmp_path / "whole")
+    assert [event["step"] for event in _events(folder, "checkpoint_saved")] == [2, STEPS]
 
 
 def test_damaged_held_out_sequences_are_left_out_and_reported(

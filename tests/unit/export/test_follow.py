@@ -151,8 +151,16 @@ def test_it_waits_for_checkpoints_and_ends_with_the_run(run: Path, harness: list
     assert not waited
 
 
-def _event(name: str) -> str:
-    return json.dumps({"time": 1.0, "attempt": 1, "event": name, "step": 6}) + "\n"
+def test_a_run_that_validation_has_ended_is_over(run: Path, harness: list[Path]) -> None:
+    def wait(seconds: float) -> None:
+        pytest.fail("the run takes no more steps")
+
+    (run / "events.jsonl").write_text(_event("attempt_started") + _event("stopped", reason="validation.stop"))
+    assert follow(run, TASKS, once=False, device=CPU, wait=wait) == 2
+
+
+def _event(name: str, **values: str) -> str:
+    return json.dumps({"time": 1.0, "attempt": 1, "event": name, "step": 6, **values}) + "\n"
 
 
 def test_samples_and_kept_exports(run: Path) -> None:
@@ -181,12 +189,19 @@ def test_what_cannot_be_followed_is_refused_in_a_line(run: Path, tmp_path: Path)
         _once(run, Measurements())
     with pytest.raises(UserError, match="not a run folder"):
         _once(tmp_path, Measurements(prompts=("a",)))
-    with pytest.raises(UserError, match="a row holds at most 32 and 512"):
-        _once(run, Measurements(prompts=("a",), sampling=Sampling(513)))
+    for prompts, tokens in ((("a",), 513), (("a",) * 33, 1), (("a" * 20_000,) * 2, 1)):
+        with pytest.raises(UserError, match="a row holds at most 32, 32,768 and 512"):
+            _once(run, Measurements(prompts=prompts, sampling=Sampling(tokens)))
     if importlib.util.find_spec("lm_eval") is None:
         with pytest.raises(UserError, match="pip install"):
             _once(run)
     assert not (run / "follow").exists()
+    (run / "follow").mkdir()
+    (tmp_path / "notes").write_text("of a person\n", encoding="utf-8")
+    (run / "follow" / "follow.jsonl").symlink_to(tmp_path / "notes")
+    with pytest.raises(UserError, match="is a link"):
+        _once(run, Measurements(prompts=("a",)))
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "of a person\n"
 
 
 @pytest.mark.skipif(

@@ -1,16 +1,21 @@
 """Held-out splits that a run cannot read are refused before it starts; those that it should not read are warned of."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megadistill.data import Manifest
 from megadistill.distributed.launch import Launch
 from megadistill.errors import UserError
+from megadistill.heldout.splits import Split
+from megadistill.train.setup.held_out import refuse_unknown_ids
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.setup import Setup, prepare
+from tests.unit.data.splits import VOCAB, random_sequences, write_split
 from tests.unit.train.cases import SEQUENCE, described_data, recipe
 
 ALONE = Launch(rank=0, world=1, local_rank=0, local_world=1)
@@ -66,6 +71,22 @@ def test_a_split_that_the_run_cannot_read_is_refused(changes: dict[str, Any], re
 def test_a_manifest_that_is_missing_is_named_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^validation\.data\.web: .*does not exist"):
         _prepared(tmp_path, {"web": str(tmp_path / "nowhere" / "manifest.json")})
+
+
+def test_a_token_without_an_id_of_the_teachers_is_refused_before_the_run(tmp_path: Path) -> None:
+    sequences = random_sequences(70, seed=1)
+    web = Split("web", write_split(tmp_path / "web", sequences))
+    few = replace(web, limit=10)
+    last = sorted({*sequences[0].tokens.tolist()})[0]
+    ids = torch.arange(VOCAB)
+    refuse_unknown_ids([web], ids, sources={}, document_mask=False)
+    ids[last] = -1
+    says = rf"^validation\.data\.web: teacher\.vocab_map has no teacher's id for {last}, which is "
+    with pytest.raises(UserError, match=says):
+        refuse_unknown_ids([web], ids, sources={}, document_mask=False)
+    with pytest.raises(UserError, match=says):
+        refuse_unknown_ids([few], ids, sources=["web"], document_mask=False)
+    refuse_unknown_ids([web], ids, sources=["code"], document_mask=False)
 
 
 def test_a_split_of_shards_that_the_run_trains_on_is_warned_of(tmp_path: Path) -> None:

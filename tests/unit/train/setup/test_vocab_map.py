@@ -1,5 +1,6 @@
 """Maps from the student's ids to the teacher's: what is refused with which words, and what the teacher then reads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_the_teacher_reads_its_own_ids_and_answers_for_them() -> None:
     assert batch.labels.tolist() == [[5, 9, IGNORED_LABEL]]
     assert torch.equal(batch.digests, token_digest(batch.tokens))
     assert batch.slots.tolist() == [17]
+
+
+def test_a_damaged_sequence_needs_no_id_of_the_teachers() -> None:
+    """Its tokens are zeros, whose id the teacher may not have; another row with one is refused."""
+    damaged = _batch([0, 0, 0], [IGNORED_LABEL] * 3)
+    ids = torch.tensor([-1, 9, 4, 0])
+    batch = translated(damaged, ids)
+    assert {*batch.tokens.flatten().tolist()} <= {9, 4, 0}
+    assert torch.equal(batch.digests, token_digest(batch.tokens))
+    starts = torch.ones_like(damaged.starts)
+    with pytest.raises(UserError, match="for 0, which is token 0 of slot 17"):
+        translated(replace(damaged, starts=starts), ids)
 
 
 @pytest.mark.parametrize(
