@@ -73,9 +73,9 @@ what transformers or the form's own library makes of them.
 """
 
 WRAPPED_PREFACE = """\
-## Models with images
+## Models with images or sound
 
-Of a folder of these, the language model is read, by the names of its tensors; images are not.
+Of a folder of these, the language model is read, by the names of its tensors; what reads images and sound is left out.
 
 | `model_type` of the folder | family of its language model |
 |---|---|
