@@ -46,6 +46,7 @@ from megadistill.divergence import DivergenceKind, parameter_owners, require_par
 from megadistill.errors import UserError, nearest
 from megadistill.precision import Precision
 from megadistill.redaction import redacted, without_url_secrets
+from megadistill.units import number_of
 
 MAX_TIMELINE_STEPS = 100
 
@@ -937,26 +938,27 @@ class Recipe(Section):
             UserError: the global batch does not divide into the micro-batches of `world` ranks.
         """
         own = None if entry is None else self.data.curriculum[entry]
-        global_key, micro_key = "train.global_batch", "train.micro_batch"
         global_batch, micro_batch = self.train.global_batch, self.train.micro_batch
+        of_global, of_micro = f"train.global_batch {global_batch}", f"train.micro_batch {micro_batch}"
         if own is not None and own.global_batch is not None:
-            global_key, global_batch = f"global_batch of curriculum entry {(entry or 0) + 1}", own.global_batch
+            global_batch = own.global_batch
+            of_global = f"data.curriculum: global_batch {global_batch} of entry {(entry or 0) + 1}"
         if own is not None and own.micro_batch is not None:
-            micro_key, micro_batch = f"micro_batch of curriculum entry {(entry or 0) + 1}", own.micro_batch
+            micro_batch = own.micro_batch
+            of_micro = f"micro_batch {micro_batch} of entry {(entry or 0) + 1}"
         n = self.distributed.sequence
         if world % n:
             raise UserError(
-                f"distributed.sequence is {n}, but {world} ranks do not divide into groups of {n} that share "
-                "sequences: give a number that divides them, or start it on other ranks"
+                f"distributed.sequence is {n}, but this run has {number_of(world, 'rank')}, not a multiple of {n}: give "
+                "a number that divides them, or start it on other ranks"
             )
         divisor = world // n * micro_batch
         if global_batch % divisor:
             below = global_batch // divisor * divisor
             fits = [str(value) for value in (below, below + divisor) if value > 0]
-            over = f"{world} ranks" if n == 1 else f"{world // n} groups of {n} ranks (distributed.sequence)"
+            over = number_of(world, "rank") if n == 1 else f"{world // n} groups of {n} ranks (distributed.sequence)"
             raise UserError(
-                f"{global_key} {global_batch} does not divide into {over} x "
-                f"{micro_key} {micro_batch}; the nearest that fit: {' or '.join(fits)}"
+                f"{of_global} does not divide into {over} x {of_micro}; the nearest that fit: {' or '.join(fits)}"
             )
         return global_batch // divisor
 

@@ -25,6 +25,7 @@ from megadistill.train.checkpoint.format import (
 )
 from megadistill.train.checkpoint.rollback import Rollback, is_abandoned, read_rollbacks
 from megadistill.train.checkpoint.versions import versions
+from megadistill.units import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,11 @@ def _chosen(run: Path, last: int | None) -> dict[int, Path]:
     usable = {step: path for step, path in folders.items() if not rollbacks or not _abandoned(path, rollbacks)}
     if len(usable) < (last or 2):
         there = ", ".join(map(str, usable)) or "none"
+        fewer = last is not None and len(usable) > 1
+        wanted = f"--last asks for {last}: give fewer" if fewer else "an average needs 2: wait for more"
         raise UserError(
-            f"{printable(str(run))} has {len(usable)} checkpoints to average (steps: {there}), --last asks for "
-            f"{last or 2}: give fewer, or let the run keep more (checkpoint.keep_last)"
+            f"{printable(str(run))} has {number_of(len(usable), 'checkpoint')} to average (steps: {there}), {wanted}, "
+            "or let the run keep more (checkpoint.keep_last)"
         )
     return dict(list(usable.items())[-last:] if last else usable)
 

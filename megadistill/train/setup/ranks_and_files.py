@@ -77,6 +77,8 @@ def _files(recipe: Recipe) -> Iterator[str]:
     manifests = {f"data.sources.{name}": path for name, path in recipe.data.sources.items()}
     if recipe.data.manifest is not None:
         manifests["data.manifest"] = recipe.data.manifest
+    if recipe.validation is not None:
+        manifests |= {f"validation.data.{name}": path for name, path in recipe.validation.data.items()}
     for key, path in manifests.items():
         if "://" not in path and not Path(path).is_file():
             reason = wrong_path(path, "manifest") or (

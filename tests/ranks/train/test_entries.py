@@ -304,6 +304,10 @@ def test_one_entry_alone_decides_the_shape_of_all_steps(place: Path, tmp_path: P
     theirs, _ = start(1, recipe(place, tmp_path / "plain", **own))
     assert ours == theirs
     assert len(ours) == 2
+    exported = tmp_path / "exported"
+    export_run(tmp_path / "entry", exported, step=None, max_shard_bytes=1 << 20, dtype=None)
+    assert AutoConfig.from_pretrained(exported).rope_parameters["rope_type"] == "linear"
+    assert f"| sequence length | {LONG} tokens |" in (exported / "README.md").read_text(encoding="utf-8")
 
 
 def test_slots_that_are_skipped_leave_no_step_across_a_border(place: Path, tmp_path: Path) -> None:
@@ -323,7 +327,7 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
         return str(caught.value)
 
     assert "entry 3 has sequence_length 32, its source long sequences of 48 tokens" in refused(3, sequence_length=32)
-    assert "global_batch of curriculum entry 3 5 does not divide into 2 ranks" in refused(3, 2, global_batch=5)
+    assert "data.curriculum: global_batch 5 of entry 3 does not divide into 2 ranks x" in refused(3, 2, global_batch=5)
     assert "rope_parameters has no key facter; did you mean 'factor'?" in refused(3, rope={"facter": 2})
     assert "data.curriculum: rope of entry 3" in refused(3, rope={"rope_type": "yarrn", "factor": 2.0})
     stretched = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}

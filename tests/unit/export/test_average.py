@@ -173,6 +173,10 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(run: Path, tmp_path: Path)
     record_rollbacks(run, [Rollback(at_step=7, to_step=4, skipped_slots=(30, 50), reason="a spike")])
     with pytest.raises(UserError, match=r"has 2 checkpoints to average \(steps: 2, 4\)"):
         average_run(run, last=3, decay=None)
+    record_rollbacks(run, [Rollback(at_step=7, to_step=2, skipped_slots=(20, 50), reason="a spike")])
+    with pytest.raises(UserError, match=r"has 1 checkpoint to average \(steps: 2\), an average needs 2"):
+        average_run(run, last=None, decay=0.5)
+    record_rollbacks(run, [Rollback(at_step=7, to_step=4, skipped_slots=(30, 50), reason="a spike")])
     file = run / "checkpoints" / "step-00000002" / "rank-00001-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(OperatorFault, match=r"rank-00001-of-00003\.safetensors is damaged"):

@@ -65,9 +65,13 @@ def test_mixtures_and_hub_names_and_initial_weights_are_named_too(
         "data.sources={web: web/manifest.json, code: 's3://bucket/manifest.json', mine: org/text}",
         "data.curriculum=[{weights: {web: 1, code: 1, mine: 1}}]",
         "student.weights=org/model",
+        "validation={every: 2, data: {web: web/heldout.json}}",
     ]
-    heading, web, mine, weights, deepspeed = _missing("smoke-labels.yaml", *overrides, "student.deepspeed=zero-3")
-    assert heading.endswith("4 reasons")
+    heading, web, mine, held_out, weights, deepspeed = _missing(
+        "smoke-labels.yaml", *overrides, "student.deepspeed=zero-3"
+    )
+    assert heading.endswith("5 reasons")
+    assert "validation.data.web: web/heldout.json does not exist" in held_out
     assert "student.deepspeed is 'zero-3'" in deepspeed
     assert "data.sources.web: web/manifest.json does not exist" in web
     assert "hf download org/text --repo-type dataset" in mine
