@@ -101,6 +101,7 @@ def test_a_module_that_communicates_is_a_wait_whatever_its_file_is_called(name: 
 def test_the_modules_that_communicate_are_known() -> None:
     assert {name.rpartition(".")[2] for name in WAITING} == {
         "flight_recorder",
+        "all_to_all",
         "bandwidth",
         "bridge",
         "collectives",
