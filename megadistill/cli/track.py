@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megadistill.cli.common import Commands, add_command, say
@@ -48,6 +49,11 @@ def _track(options: argparse.Namespace) -> int:
     problem = f"{folder} is sent to {tracker} already, by another process on this machine: there is nothing to do"
     with locked_folder(folder / "tracking" / f"{tracker}.lock", problem=problem):
         follower = Follower(folder, tracker)
-        complete = follower.follow(wait)
+        try:
+            complete = follower.follow(wait)
+        except KeyboardInterrupt:  # a tracker may still be sending what counts as sent
+            with suppress(Exception):
+                follower.close(done=False)
+            raise
     say(describe(follower, tracker))
     return 0 if complete else RestartFault.exit_code

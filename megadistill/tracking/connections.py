@@ -4,8 +4,11 @@ Both take project, server and key from their own environment variables and files
 """
 
 import os
+import posixpath
+import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,14 +91,20 @@ class MlflowConnection:
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
         self.run_id = self._client.create_run(experiment_id, run_name=run.folder.name).info.run_id
-        parameters = [Param(key, str(value)[:MAX_PARAMETER]) for key, value in _flat(run.recipe).items()]
-        for start in range(0, len(parameters), MLFLOW_BATCH):
-            self._client.log_batch(self.run_id, params=parameters[start : start + MLFLOW_BATCH])
+        named = {mlflow_name(key): str(value)[:MAX_PARAMETER] for key, value in _flat(run.recipe).items()}
+        parameters = [Param(key, value) for key, value in named.items()]
+        try:
+            for start in range(0, len(parameters), MLFLOW_BATCH):
+                self._client.log_batch(self.run_id, params=parameters[start : start + MLFLOW_BATCH])
+        except Exception:  # the next attempt makes another run: nobody wants one of each
+            with suppress(Exception):
+                self._client.delete_run(self.run_id)
+            raise
 
     def log(self, step: int, time: float, numbers: Mapping[str, float]) -> None:
         at = int(1000 * time)
         # MLflow takes 1,000 at once.
-        metrics = [self._metric(tag, value, at, step) for tag, value in numbers.items()]
+        metrics = [self._metric(mlflow_name(tag), value, at, step) for tag, value in numbers.items()]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
 
@@ -105,6 +114,14 @@ class MlflowConnection:
 
 CONNECTIONS: dict[str, Callable[[RunToTrack], Connection]] = {"wandb": WandbConnection, "mlflow": MlflowConnection}
 """Name of a tracker -> how its run is opened, anew or again. The name is also that of its package and extra."""
+
+
+def mlflow_name(name: str) -> str:
+    """A name of a metric or parameter that MLflow takes, which refuses others with all that is sent beside them.
+
+    A data source may have any name: `by_source/c++/kl`.
+    """
+    return posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", name)).lstrip("/")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -107,18 +107,20 @@ class Follower:
     def send_new(self) -> None:
         """Sends the steps and events that were written since the last position; opens the tracker if there are some."""
         unsaved = 0
-        for step, time, numbers, position in self._new():
-            if self._connection is None:
-                self._open()
-            assert self._connection is not None
-            self._connection.log(step, time, numbers)
-            self.position = replace(position, run_id=self.position.run_id)
-            self.sent, unsaved = self.sent + 1, unsaved + 1
-            if unsaved >= SAVE_EVERY:
+        try:
+            for step, time, numbers, position in self._new():
+                if self._connection is None:
+                    self._open()
+                assert self._connection is not None
+                self._connection.log(step, time, numbers)
+                self.position = replace(position, run_id=self.position.run_id)
+                self.sent, unsaved = self.sent + 1, unsaved + 1
+                if unsaved >= SAVE_EVERY:
+                    self._save()
+                    unsaved = 0
+        finally:
+            if unsaved:
                 self._save()
-                unsaved = 0
-        if unsaved:
-            self._save()
 
     def close(self, *, done: bool) -> None:
         """Waits until the tracker has everything."""
@@ -135,6 +137,8 @@ class Follower:
     def _save(self) -> None:
         try:
             self._path.parent.mkdir(exist_ok=True)
+            if self._path.is_symlink():  # of somebody else's run folder: it may lead anywhere
+                self._path.unlink()
             write_json(self._path, asdict(self.position))
         except OSError as error:  # the steps would be sent twice after a restart: no reason to send none
             logger.warning("%s: %s", self._path, error.strerror)
@@ -158,7 +162,7 @@ class Follower:
             counts[event["event"]] += 1
             if number > position.events and is_event(event):
                 position = replace(position, events=number)
-                numbers = {f"events/{event['event']}": float(counts[event["event"]])}
+                numbers = tagged({f"events/{event['event']}": float(counts[event["event"]])})
                 yield event["step"], _time_of(event), numbers, position
 
     def _has_grown(self, name: str) -> bool:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megadistill.events.reading import is_number
+
 GROUPS = {
     "loss": ("loss", "divergence", "targets_kl", "kl", "cross_entropy", "kd_weight", "ce_weight"),
     "predictions": ("entropy", "agreement", "log_z"),
@@ -70,6 +72,7 @@ def tagged(values: Mapping[str, Any]) -> dict[str, float]:
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif type(value) in (int, float) and math.isfinite(value):
+            if len(prefix) < MAX_TAG:  # a deeper one has no tag, but takes the stack
+                yield from _numbers(value, f"{prefix}{name}/")
+        elif is_number(value) and math.isfinite(value):
             yield f"{prefix}{name}", value

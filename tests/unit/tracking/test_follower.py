@@ -211,6 +211,18 @@ def test_a_server_that_is_away_for_weeks_is_tried_again(tmp_path: Path) -> None:
     assert waits[failures] == following.MAX_RETRY_SECONDS
 
 
+def test_a_position_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    _written(tmp_path / "run", 3)
+    (tmp_path / "notes").write_text("of a person\n", encoding="utf-8")
+    (tmp_path / "run" / "tracking").mkdir()
+    (tmp_path / "run" / "tracking" / "wandb.json").symlink_to(tmp_path / "notes")
+    server = Server()
+    assert Follower(tmp_path / "run", "wandb", connect=server.connect).follow(_ends_after())
+    assert server.steps == [1, 2, 3]
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "of a person\n"
+    assert Follower(tmp_path / "run", "wandb").position.step == 3
+
+
 def test_no_secret_is_sent_or_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = WrittenRun(tmp_path)
     run.steps(1, 1)
@@ -225,11 +237,18 @@ def test_no_secret_is_sent_or_logged(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_alien_lines_are_left_out(tmp_path: Path) -> None:
     _written(tmp_path, 2)
     alien = {"step": 3, "loss": 1.0, "x" * 300: 1, "a\nb": 1, "deep": {"er": {"x": 2.0}}, "n": float("nan"), "s": "t"}
+    nested = '{"d":' * 500 + "1" + "}" * 500
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(alien) + "\n[]\n")
+        file.write(json.dumps(alien) + f'\n[]\n{{"step": 4, "loss": 2.0, "seconds": 1{"0" * 400}}}\n')
+        file.write(f'{{"step": 5, "loss": 3.0, "large": 1{"0" * 400}, "deep": {nested}}}\n')
+    event = {"time": 1.0, "attempt": 1, "step": 5}
+    with open(tmp_path / "events.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**event, "event": name}) + "\n" for name in ("a\nb", "x" * 300, "stopped"))
     server = Server()
     assert Follower(tmp_path, "wandb", connect=server.connect).follow(_ends_after())
     assert [numbers for step, _, numbers in server.lines if step == 3] == [{"loss/loss": 1.0, "deep/er/x": 2.0}]
+    late = [numbers for step, _, numbers in server.lines if step > 3]
+    assert late == [{"loss/loss": 3.0}, {}, {}, {"events/stopped": 1.0}]
 
 
 def test_groups_are_tensorboards() -> None:

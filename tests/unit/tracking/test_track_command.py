@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def test_what_is_there_is_sent_once(run_folder: Path, capsys: pytest.CaptureFixt
 def test_a_run_that_is_done_ends_the_command(run_folder: Path) -> None:
     (run_folder / "DONE").touch()
     assert run_command(["track", str(run_folder), "--to", "wandb"]) == 0
+    assert (run_folder.parent / "finish").exists()
+
+
+def test_an_interrupt_waits_until_everything_is_sent(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        if seconds > 0:
+            assert not (run_folder.parent / "finish").exists()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert run_command(["track", str(run_folder), "--to", "wandb"]) == 3
+    assert (run_folder.parent / "logged.jsonl").read_text(encoding="utf-8").count("\n") == 2
     assert (run_folder.parent / "finish").exists()
 
 
