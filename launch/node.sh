@@ -21,7 +21,7 @@ if [ $# = 0 ] || [ -z "${RUN_FOLDER:-}" ]; then
   exit 2
 fi
 : "${RANKS_PER_NODE:=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
-if [ "$RANKS_PER_NODE" -lt 1 ]; then
+if ! [ "$RANKS_PER_NODE" -ge 1 ] 2>/dev/null; then
   echo "node.sh: nvidia-smi lists no GPU: set RANKS_PER_NODE to the number of ranks on this node" >&2
   exit 2
 fi

@@ -246,8 +246,9 @@ def test_what_was_refused_takes_nothing_over(place: Place) -> None:
 
 def test_a_node_that_cannot_start_says_why(place: Place) -> None:
     place.command("nvidia-smi", "#!/bin/bash\nexit 1\n")
-    code, error = place.finish(*NODE)
-    assert (code, "set RANKS_PER_NODE" in error) == (2, True)
+    for variables in ({}, {"RANKS_PER_NODE": "0"}, {"RANKS_PER_NODE": "all"}):
+        code, error = place.finish(*NODE, **variables)
+        assert (code, "set RANKS_PER_NODE" in error) == (2, True)
     code, error = place.finish(str(LAUNCH / "node.sh"))
     assert (code, "node.sh COMMAND" in error) == (2, True)
     place.run.mkdir()

@@ -98,7 +98,7 @@ class ProfileCapture(AbstractContextManager["ProfileCapture"]):
             logger.warning("profile not stored: %s", error)
         finally:
             self._stop()
-            self._parts, self._recorded = {}, []
+            self._profile, self._parts, self._recorded = None, {}, []  # its events take host memory
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if error is None:

@@ -72,6 +72,7 @@ def test_a_snapshot_has_the_history_of_the_profiled_steps(
         assert memory.recording == []
         _steps(capture, range(2, 5))
     assert memory.recording == [True, False]
+    assert capture._profile is None, "a trace is held no longer than it is written"
     assert (tmp_path / "profile" / "rank-00000-memory.pickle").read_text(encoding="utf-8") == "recorded"
     parts = json.loads((tmp_path / "profile" / "rank-00000-parts.json").read_text(encoding="utf-8"))
     assert parts["steps"] == [2, 3]
