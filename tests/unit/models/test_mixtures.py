@@ -169,12 +169,6 @@ def test_a_window_of_0_is_none_where_transformers_writes_it_for_none(tmp_path: P
         _config("qwen2_moe", **sliding)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n", "gemma3n_text"])
-def test_a_family_whose_layers_hand_on_more_than_hidden_states_is_refused_with_the_reason(model_type: str) -> None:
-    with pytest.raises(UserError, match=r"hand on four streams of hidden states .* hands on hidden states alone$"):
-        load_config({"model_type": model_type}, what="teacher.path")
-
-
 def _quantised(folder: Path) -> dict[str, Tensor]:
     """A gpt-oss folder as it is published: experts in MXFP4 with blocks and scales of their own, all else plain."""
     saved_model("gpt_oss", folder)

@@ -68,9 +68,13 @@ def test_no_foreign_setting_reaches_transformers(case: str, tmp_path: Path) -> N
     assert "/" not in (model.config._experts_implementation or "")
 
 
+OWN_SETTERS = {"torch_dtype", "rope_scaling", "per_layer_config"}
+"""Keys that transformers reads by a property's setter, of its own making."""
+
+
 def test_no_key_that_is_read_is_a_method_or_a_property_of_transformers() -> None:
     for model_type, family in FAMILIES.items():
-        for key in read_keys(CONFIG_MAPPING[model_type], family.more_keys) - {"torch_dtype", "rope_scaling"}:
+        for key in read_keys(CONFIG_MAPPING[model_type], family.more_keys) - OWN_SETTERS:
             attribute = getattr(PretrainedConfig, key, None)
             assert not callable(attribute), key
             assert not isinstance(attribute, property), key
