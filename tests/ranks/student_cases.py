@@ -242,7 +242,7 @@ def run_steps(
             learning_rate=RATE * (step + 1) / 3,
             objective=SmallChunks(
                 case.loss,
-                steps=3,
+                length=3,
                 seed=SEED,
                 student_logits=logit_transform(config_of(case)),
                 router_coefs=case.router_coefs,

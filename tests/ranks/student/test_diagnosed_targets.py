@@ -59,7 +59,7 @@ def _steps(topology: Topology, case: Case) -> list[Step]:
             step_batch(rows_of(global_batch(step), topology), teacher, accumulation=case.accumulation),
             step=step,
             learning_rate=RATE,
-            objective=SmallChunks(case.loss, steps=STEPS, seed=SEED),
+            objective=SmallChunks(case.loss, length=STEPS, seed=SEED),
             topology=topology,
         )
         steps.append(Step(outcome.metrics, outcome.diagnostics, before))

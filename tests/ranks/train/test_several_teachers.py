@@ -99,7 +99,7 @@ def _three_steps(topology: Topology, case: Case) -> tuple[RunResult, list[dict[s
             cases.step_batch(batch, SeveralTeachers(members, len(SOURCES)), accumulation=case.accumulation),
             step=step,
             learning_rate=cases.RATE * (step + 1) / 3,
-            objective=SmallChunks(case.loss, steps=3, seed=SEED),
+            objective=SmallChunks(case.loss, length=3, seed=SEED),
             topology=topology,
             recompute=step == 1,
         )

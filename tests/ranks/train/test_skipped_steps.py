@@ -48,7 +48,7 @@ def _step(student: WatchedStudent, case: Case, topology: Topology, step: int) ->
         step_batch(batch, teacher, accumulation=case.accumulation),
         step=step,
         learning_rate=RATE,
-        objective=SmallChunks(case.loss, steps=3, seed=SEED),
+        objective=SmallChunks(case.loss, length=3, seed=SEED),
         topology=topology,
         flags=lambda: {"rank": float(topology.rank), "one": 1.0},
     )
