@@ -120,18 +120,20 @@ def _secrets(values: Any) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _with_warmup_of_the_run(values: Any) -> Any:
-    """Gives a recipe without `train.schedule.warmup_steps` the number in its run folder, if it has one.
+    """Gives a recipe without `train.schedule.warmup_steps`, or `warmup_tokens`, the number in its run folder, if any.
 
-    The default follows from `train.steps`: a longer run would change the rates of the steps that it has taken.
+    The default follows from the length: a longer run would change the rates of the steps that it has taken.
     """
     try:
-        schedule = values["train"].get("schedule", {})
-        if schedule.get("warmup_steps") is not None:
+        train = values["train"]
+        schedule, unit = train.get("schedule", {}), "steps" if train.get("tokens") is None else "tokens"
+        warmup = f"warmup_{unit}"
+        if schedule.get(warmup) is not None:
             return values
         recorded = read_json(Path(values["run"]["folder"]) / "recipe.json")["recipe"]["train"]["schedule"]
-        if recorded["warmup_steps"] + (schedule.get("decay_steps") or 0) > values["train"]["steps"]:
+        if recorded[warmup] + (schedule.get(f"decay_{unit}") or 0) > train[unit]:
             return values  # a much shorter run: refused, as another recipe
-        schedule = {**schedule, "warmup_steps": recorded["warmup_steps"]}
+        schedule = {**schedule, warmup: recorded[warmup]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # no run yet, or no recipe: checked later
         return values
     return {**values, "train": {**values["train"], "schedule": schedule}}

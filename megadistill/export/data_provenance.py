@@ -66,7 +66,8 @@ class DataProvenance:
 
 def _length(manifest: CheckpointManifest, recipe: Recipe, sequences: int) -> int:
     if len(manifest.cursor["order"]["stages"]) == 1:
-        return manifest.tokens // (manifest.step * recipe.train.global_batch)
+        own = recipe.data.curriculum[0].global_batch if recipe.data.curriculum else None
+        return manifest.tokens // (manifest.step * (own or recipe.train.global_batch))
     return manifest.tokens // max(1, sequences)
 
 

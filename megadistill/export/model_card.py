@@ -96,9 +96,10 @@ def model_card(
         curriculum=_curriculum(provenance.order),
         tokenizer=_tokenizer(run, manifests),
         left_out=sum(stop - start for start, stop in provenance.cursor.skips),
-        objective=_objective(recipe.loss, config) if recipe.teacher_sections else _label_objective(config),
+        objective=_objective(recipe, config) if recipe.teacher_sections else _label_objective(config),
         optimizer=describe(recipe.train.optimizer),
-        schedule=_schedule(recipe.train.schedule),
+        batch=_batch(recipe, provenance),
+        schedule=_schedule(recipe.train.schedule, recipe.train.unit),
         started_from=_started_from(run) or _fingerprint(weights),
         teachers=[_teacher(recipe, key, provenance.sequence_length) for key in recipe.teacher_sections],
         skipped_steps={step for step in skipped if step <= manifest.step},
@@ -199,7 +200,8 @@ def _router_losses(config: Any) -> str:
     return f"; of the routers: {terms}" if terms else ""
 
 
-def _objective(loss: LossSection, config: Any) -> str:
+def _objective(recipe: Recipe, config: Any) -> str:
+    loss = recipe.loss
     what, parameter = loss.divergence.spec.title, loss.divergence.spec.parameter
     if parameter is not None and loss.parameter is not None:
         what += f", {parameter.symbol} {loss.parameter:g}"
@@ -208,16 +210,24 @@ def _objective(loss: LossSection, config: Any) -> str:
         terms.append(f"{loss.ce_weight:g} × cross-entropy of the label")
     text = f"{' + '.join(terms)}, temperature {loss.temperature:g}"
     if loss.schedule is not None:
-        text += f"; the divergence's weight: {_schedule(loss.schedule)}; the label has the rest"
+        text += f"; the divergence's weight: {_schedule(loss.schedule, recipe.train.unit)}; the label has the rest"
     if loss.label_fraction:
         text += f"; the {loss.label_fraction:.0%} of tokens with the lowest teacher entropy learn from the label"
     return text + _router_losses(config)
 
 
-def _schedule(schedule: ScheduleSection) -> str:
-    up = f"up over {schedule.warmup_steps:,} steps, " if schedule.warmup_steps else ""
+def _batch(recipe: Recipe, provenance: DataProvenance) -> str:
+    batch = recipe.train.global_batch
+    if not recipe.has_shaped_entries:
+        return f"{batch:,} sequences, {batch * provenance.sequence_length:,} tokens"
+    own = [f"{entry.global_batch or batch:,}" for entry in recipe.data.curriculum]
+    return f"{', then '.join(own)} sequences, by curriculum entry"
+
+
+def _schedule(schedule: ScheduleSection, unit: str) -> str:
+    up = f"up over {schedule.warmup:,} {unit}, " if schedule.warmup else ""
     if schedule.kind == "wsd":
-        return f"{up}constant, down to {schedule.final_ratio:g} of it over the last {schedule.decay_steps:,} steps"
+        return f"{up}constant, down to {schedule.final_ratio:g} of it over the last {schedule.decay:,} {unit}"
     return f"{up}down to {schedule.final_ratio:g} of it along a cosine"
 
 

@@ -307,7 +307,13 @@ def test_one_entry_alone_decides_the_shape_of_all_steps(place: Path, tmp_path: P
     exported = tmp_path / "exported"
     export_run(tmp_path / "entry", exported, step=None, max_shard_bytes=1 << 20, dtype=None)
     assert AutoConfig.from_pretrained(exported).rope_parameters["rope_type"] == "linear"
-    assert f"| sequence length | {LONG} tokens |" in (exported / "README.md").read_text(encoding="utf-8")
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    for line in (
+        f"| sequence length | {LONG} tokens |",
+        "| batch | 4 sequences, by curriculum entry |",
+        f"constant, down to 0.1 of it over the last {4 * LONG} tokens |",
+    ):
+        assert line in card, line
 
 
 def test_slots_that_are_skipped_leave_no_step_across_a_border(place: Path, tmp_path: Path) -> None:
