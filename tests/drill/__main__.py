@@ -15,7 +15,7 @@ from tests.drill.cases import CASES, CaseResult
 from tests.drill.launch import left_over
 from tests.drill.place import Place
 
-QUICK = ("kill-rank", "node-lost", "kill-in-save", "flipped", "usr2", "nan", "zombie", "second-start")
+QUICK = ("node-lost", "kill-in-save", "flipped", "usr2", "nan", "zombie", "second-start")
 
 
 def main() -> int:

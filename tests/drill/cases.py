@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megadistill.events import read_events, read_metrics
 from megadistill.train.checkpoint.folders import checkpoint_folders
+from megadistill.train.resilience.preemption import SAME_REQUEST_SECONDS
 from tests.drill.launch import Ranks, left_over, marked, until
 from tests.drill.place import EVERY, STEPS, Place
 from tests.drill.record import Record, lost_steps, names
@@ -278,23 +279,25 @@ def shard(place: Place) -> CaseResult:
     return CaseResult(None, lost_steps(folder), f"{len(expected.cursor['masked_slots'])} rows masked, {result}")
 
 
-def stopped(
-    place: Place, name: str, stop: Callable[[Ranks, Path], None], *changes: str, reason: str, slow: str = SLOW
-) -> CaseResult:
+def stopped(place: Place, name: str, stop: Callable[[Ranks, Path], None], *, reason: str) -> CaseResult:
     """Stopped by `stop`, all ranks save the same step, and the run resumes from there."""
     folder = place.run_folder(name)
-    ranks = place.attempt(name, *changes, faults={rank: [slow] for rank in range(2)})
+    ranks = place.attempt(name, faults={rank: [SLOW] for rank in range(2)})
     until_step(folder, 1, ranks)
     began = time.monotonic()
     stop(ranks, folder)
+    return resume_stopped(place, name, ranks, reason=reason, began=began)
+
+
+def resume_stopped(place: Place, name: str, ranks: Ranks, *, reason: str, began: float) -> CaseResult:
     codes = ranks.wait()
-    seconds = since(began)
+    seconds, folder = since(began), place.run_folder(name)
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
     record = Record.of(folder)
     assert record.step == steps_of(folder) < STEPS, "the checkpoint is not of the step at which it stopped"
     (event,) = record.named("stopped")
     assert reason in event["reason"], event
-    result = resume_run(place, name, *settings(run__time_limit_minutes="null"), seconds=seconds)
+    result = resume_run(place, name, seconds=seconds)
     assert result.steps == 0, "a clean stop costs no step"
     return result
 
@@ -316,19 +319,22 @@ def stop_file(place: Place) -> CaseResult:
 
 @case("budget", "the time budget is spent")
 def budget(place: Place) -> CaseResult:
-    # 6 s, in which no machine takes 24 steps of half a second; a slow one needs some of them until the first step.
-    limit = settings(run__time_limit_minutes=0.1)
-    return stopped(place, "budget", lambda *_: None, *limit, reason="run.time_limit_minutes", slow="slow:500")
+    began = time.monotonic()
+    ranks = place.attempt("budget", *settings(run__time_limit_minutes=60), faults={0: ["late:7"]})
+    result = resume_stopped(place, "budget", ranks, reason="run.time_limit_minutes", began=began)
+    (event,) = Record.of(place.run_folder("budget")).named("stopped")
+    assert event["step"] == 7, event
+    return result
 
 
 @case("second-signal", "a second signal")
 def second_signal(place: Place) -> CaseResult:
     folder = place.run_folder("second-signal")
-    ranks = place.attempt("second-signal", faults={0: ["slow:4000"]})
-    until_step(folder, 1, ranks)
+    ranks = place.attempt("second-signal", faults={0: ["blocked:2"]})
+    ranks.until_blocked()
     began = time.monotonic()
     ranks.send(signal.SIGTERM)
-    time.sleep(2.2)
+    time.sleep(SAME_REQUEST_SECONDS + 0.2)
     ranks.send(signal.SIGTERM)
     codes = ranks.wait(20)
     assert codes == [RESTART, RESTART], f"{codes}\n{ranks.output}"
@@ -342,9 +348,8 @@ def second_signal(place: Place) -> CaseResult:
 @case("frozen", "SIGSTOP to one rank")
 def frozen(place: Place) -> CaseResult:
     folder = place.run_folder("frozen")
-    ranks = place.attempt("frozen", faults={rank: [SLOW] for rank in range(2)})
+    ranks = place.attempt("frozen", faults={0: [SLOW], 1: [SLOW, "frozen:7"]})
     until_step(folder, 6, ranks)
-    ranks.send(signal.SIGSTOP, rank=1)
     began = time.monotonic()
     ranks.processes[0].join(60)
     seconds = since(began)
@@ -485,7 +490,7 @@ def zombie(place: Place) -> CaseResult:
 def second_start(place: Place) -> CaseResult:
     """The second one is refused and costs the first nothing; with --take-over it ends the first."""
     folder = place.run_folder("second-start")
-    first = place.attempt("second-start", faults={rank: ["slow:1000"] for rank in range(2)})
+    first = place.attempt("second-start", faults={rank: [f"crawl:{EVERY + 2}"] for rank in range(2)})
     until_step(folder, EVERY + 1, first)
     refused = place.attempt("second-start")
     refused.processes[0].join(30)
@@ -582,7 +587,7 @@ def jit_lock(place: Place) -> CaseResult:
 def launcher_dies(place: Place, name: str, launcher: tuple[str, ...]) -> CaseResult:
     """The launcher's first process is killed, as by a person who means the run: its ranks stop by themselves."""
     folder = place.run_folder(name)
-    command = [*launcher, *place.command(name, steps=400)]
+    command = [*launcher, *place.command(name, steps=4000)]
     with open(place.folder / f"{name}.log", "wb") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**environment(), **marked()}, stdout=log, stderr=log, start_new_session=True

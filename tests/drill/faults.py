@@ -1,6 +1,7 @@
 """Faults inside a rank, made by replacing functions of the package before the rank runs.
 
-A fault is `NAME` or `NAME:NUMBER`, the number being a step (or a slot). `slow:MS` may stand beside others.
+A fault is `NAME` or `NAME:NUMBER`, the number being a step (or a slot). `slow:MS` may stand beside others. What must
+happen at a place of the run happens there by the step, not by a clock: machines differ in speed by a factor of ten.
 """
 
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ STEP = 0
 """Current step of this rank."""
 SLOTS: tuple[int, ...] = ()
 """Slots of the current micro-batch of this rank."""
+
+CRAWL_SECONDS = 2.0
+"""More for each step from that of `crawl:STEP` on: time to do something to a run there. Below the steps' time limit."""
 
 BLOCKED = "blocked"
 """File that a rank creates in the folder DRILL_SIGNS when it waits to be killed."""
@@ -64,13 +69,27 @@ def _at_step(faults: list[str]) -> Iterator[Callable[[], None]]:
             yield partial(time.sleep, int(number) / 1000)
         elif name == "stuck" and int(number) == STEP:
             yield _stuck
+        elif name == "crawl" and int(number) <= STEP:
+            yield partial(time.sleep, CRAWL_SECONDS)
         elif name == "blocked" and int(number) == STEP:
             yield block
+        elif name == "frozen" and int(number) == STEP:
+            yield partial(os.kill, os.getpid(), signal.SIGSTOP)
+        elif name == "late" and int(number) == STEP:
+            yield _hours_pass
 
 
 def _stuck() -> None:
     while True:
         pass
+
+
+def _hours_pass() -> None:
+    """The clock of the run's time limit is a day further on."""
+    import megadistill.train.resilience.preemption
+
+    module: Any = megadistill.train.resilience.preemption
+    module.time = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400)
 
 
 def block() -> None:

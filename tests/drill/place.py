@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.drill.launch import Ranks, launch
-from tests.e2e.commands import PLAIN, settings, succeed
+from tests.e2e.commands import in_process, settings, succeeded
 
 STEPS = 24
 EVERY = 4
@@ -44,14 +44,14 @@ class Place:
         library = Path(json.__file__).parent.parent
         corpus = [str(path) for letter in "at" for path in sorted(library.glob(f"{letter}*.py"))]
         split = ["--vocab-size", "400", "--sequence-length", "32", "--heldout-fraction", "0.1"]
-        succeed(*PLAIN, "tokenize", *corpus, *split, "--output", str(self.data))
+        succeeded(in_process("tokenize", *corpus, *split, "--output", str(self.data)))
         recipe = ["train", "recipes/smoke-teacher.yaml", *TINY, *settings(run__folder=self.folder / "teacher")]
         recipe += settings(data__manifest=self.data / "train" / "manifest.json", train__steps=6)
         assert launch(recipe, world=2, faults={}, folder=self.folder / "teacher-output", environment={}).wait() == [
             0,
             0,
         ]
-        succeed(*PLAIN, "export", str(self.folder / "teacher"), "--output", str(self.teacher))
+        succeeded(in_process("export", str(self.folder / "teacher"), "--output", str(self.teacher)))
         return self
 
     def run_folder(self, name: str) -> Path:
