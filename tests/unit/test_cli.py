@@ -229,8 +229,9 @@ def test_an_error_of_one_rank_is_printed_by_it(
 
 
 def test_an_error_that_another_rank_prints_is_not_printed(
-    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str]
+    export: Callable[[Export], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("megadistill.cli.main.EXIT_DELAY_SECONDS", 0.0)
     error = RankUserError("rank 1: it is not there")
     error.prints = False
     export(_raises(error))

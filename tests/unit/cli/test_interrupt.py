@@ -29,6 +29,7 @@ module.export_run = export_run
 sys.modules["megadistill.export.export_run"] = module
 sys.argv = ["megadistill", *{arguments}]
 interrupt.SAME_REQUEST_SECONDS = 0.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background without
 main.main()
 """
 
@@ -69,10 +70,12 @@ def test_a_second_signal_ends_what_does_not_end() -> None:
 
 def test_a_forked_worker_dies_of_a_signal_as_ever() -> None:
     body = """\
+read, write = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(write, b"1")
     time.sleep(60)
-time.sleep(0.2)
+os.read(read, 1)
 os.kill(child, signal.SIGTERM)
 print("status", os.waitpid(child, 0)[1], file=sys.stderr)
 return 7"""

@@ -37,7 +37,7 @@ class _Exchange:
     """All-to-all among threads."""
 
     def __init__(self, ranks: int) -> None:
-        self._barrier, self._sent = Barrier(ranks, timeout=20), [torch.empty(0)] * ranks
+        self._barrier, self._sent = Barrier(ranks, timeout=120), [torch.empty(0)] * ranks
 
     def of(self, rank: int) -> Callable[[Tensor], Tensor]:
         def exchange(blocks: Tensor) -> Tensor:

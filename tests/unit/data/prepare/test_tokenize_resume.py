@@ -70,14 +70,14 @@ def _break_off(corpus: Path, tokenizer: Path | None, output: Path, *, after: int
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 from megadistill.data.prepare.tokenize import tokenize
 
 if __name__ == "__main__":
     corpus, tokenizer, output, processes = sys.argv[1:]
     options = {options} | {{"processes": int(processes)}}
-    options["progress"] = lambda stage, **numbers: None
+    options["progress"] = lambda stage, **numbers: time.sleep(0.02 * (stage == "shards"))  # or it may end first
     tokenize([Path(corpus)], Path(output), tokenizer=Path(tokenizer), vocab_size=None, **options)
 """
 

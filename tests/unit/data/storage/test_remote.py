@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import fsspec
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from megadistill.data.storage.remote import BLOCK_BYTES, RemoteFolder, RetryPolicy
 from tests.unit.data import servers
 from tests.unit.data.servers import Misdeed, Server
-from tests.unit.data.storage.conftest import FAST_RETRY, SIZE
+from tests.unit.data.storage.conftest import FAST_RETRY, HASTY, SIZE
 
 
 def _ranges(server: Server) -> list[str | None]:
@@ -62,8 +63,9 @@ def test_the_cache_holds_no_more_than_its_bytes(server: Server, data: bytes) -> 
 @pytest.mark.parametrize(
     "misdeed", [servers.stalls, servers.truncates, servers.shortens, servers.hangs_up, servers.fails(500)]
 )
-def test_a_transient_fault_is_retried(remote: RemoteFolder, server: Server, data: bytes, misdeed: Misdeed) -> None:
-    file = remote.open("shard.tar")
+def test_a_transient_fault_is_retried(server: Server, data: bytes, misdeed: Misdeed) -> None:
+    retry = replace(HASTY, timeout=1.0) if misdeed is servers.stalls else FAST_RETRY
+    file = RemoteFolder(f"{server.url}/split", retry=retry).open("shard.tar")
     server.misdeeds = [misdeed, servers.fails(503)]
     assert file.read(10, 100) == data[10:110]
     assert len(_ranges(server)) == 3
@@ -80,10 +82,9 @@ def test_a_transient_fault_is_retried(remote: RemoteFolder, server: Server, data
         (servers.fails(429), "429 Too Many Requests"),
     ],
 )
-def test_a_lasting_fault_ends_with_one_line(
-    remote: RemoteFolder, server: Server, misdeed: Misdeed, reason: str
-) -> None:
-    file = remote.open("shard.tar")
+def test_a_lasting_fault_ends_with_one_line(server: Server, misdeed: Misdeed, reason: str) -> None:
+    retry = HASTY if misdeed is servers.stalls else FAST_RETRY
+    file = RemoteFolder(f"{server.url}/split", retry=retry).open("shard.tar")
     server.always = misdeed
     with pytest.raises(OSError, match=f"bytes 0 to {BLOCK_BYTES} could not be read in 4 attempts: .*{reason}") as error:
         file.read(10, 100)

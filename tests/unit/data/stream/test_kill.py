@@ -14,20 +14,19 @@ from tests.paths import ROOT
 from tests.unit.data.reading import BATCH
 from tests.unit.data.splits import random_sequences, write_split
 
-BATCHES = 400
+ENDLESS = 10**9
+"""Batches of a life that is killed: it cannot come to its end before, on the fastest machine."""
 
 
-def _read(manifest: Path, output: Path, world: int, *, kill_after: float | None) -> bool:
-    """One life of the process; whether it came to its end."""
-    command = [sys.executable, "-m", "tests.unit.data.reading", manifest, output, str(world), str(BATCHES)]
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if kill_after is not None:
-        while not (output / "cursor.json").exists() and process.poll() is None:
-            time.sleep(0.01)  # the first instants are all imports
-        time.sleep(kill_after)
-        process.kill()
-    printed, _ = process.communicate(timeout=120)
-    return printed == "done\n"
+def _reads(manifest: Path, output: Path, world: int, batches: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.unit.data.reading", manifest, output, str(world), str(batches)]
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def _position(output: Path) -> int:
+    """The slot behind the last batch that counts."""
+    cursor = output / "cursor.json"
+    return int(json.loads(cursor.read_text())["next_slot"]) if cursor.exists() else 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -36,13 +35,20 @@ def test_every_slot_is_delivered_exactly_once(tmp_path: Path, seed: int) -> None
     output = tmp_path / "out"
     output.mkdir()
     draw = random.Random(seed)
-    manifest, lives, positions = tmp_path / "data" / "manifest.json", [3, 8], []
-    for world in lives:
-        assert not _read(manifest, output, world, kill_after=draw.uniform(0.0, 0.4)), "it was too quick to be killed"
-        positions.append(json.loads((output / "cursor.json").read_text())["next_slot"])
-    assert _read(manifest, output, 2, kill_after=None)
-    assert 0 < positions[0] <= positions[1] < BATCHES * BATCH
+    manifest = tmp_path / "data" / "manifest.json"
+    for world in (3, 8):
+        goal = _position(output) + draw.randint(1, 100) * BATCH
+        process = _reads(manifest, output, world, ENDLESS)
+        while _position(output) < goal:
+            assert process.poll() is None, "it was to read on"
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0.0, 0.02))  # any instant, of writing too
+        process.kill()
+        process.communicate()
+        assert _position(output) >= goal
+    batches = _position(output) // BATCH + 50
+    assert _reads(manifest, output, 2, batches).communicate(timeout=120)[0] == "done\n"
     rows = [row for path in sorted(output.glob("rows-*.json")) for row in json.loads(path.read_text())]
-    assert [row[0] for row in rows] == list(range(BATCHES * BATCH))
-    whole = TokenStream(split, seed=5, batch_slots=1, rank=0, world_size=1).batch(range(BATCHES * BATCH))
+    assert [row[0] for row in rows] == list(range(batches * BATCH))
+    whole = TokenStream(split, seed=5, batch_slots=1, rank=0, world_size=1).batch(range(batches * BATCH))
     assert [row[1:] for row in rows] == whole.tokens.tolist()

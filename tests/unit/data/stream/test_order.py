@@ -134,22 +134,20 @@ def test_what_was_read_is_compared_and_named() -> None:
     assert order_differences(before, json.loads(json.dumps(before)), next_slot=10**9) == []
 
 
-def test_a_trillion_tokens_take_no_memory_and_no_time() -> None:
+def test_a_trillion_tokens_take_no_memory() -> None:
     """488 million sequences of 2,048 tokens: address space is bounded to 64 MB over what an import takes."""
     program = """
-import resource, sys, time
+import resource
 import numpy as np
 from megadistill.data.stream.order import Order, Source, CurriculumEntry
 counts = [4096] * 119_210
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 order = Order({"a": Source("a", counts), "b": Source("b", counts)},
               [CurriculumEntry(10**8, {"a": 0.9, "b": 0.1}), CurriculumEntry(None, {"a": 0.5, "b": 0.5})], seed=1)
-began = time.perf_counter()
 places = order.locate(np.arange(4 * 10**8, 4 * 10**8 + 256))
-seconds = time.perf_counter() - began
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert places[:, 1].max() < 119_210 and len(np.unique(places, axis=0)) == 256
-print(seconds, grown * 1024)
+print(grown * 1024)
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert float(output.split()[1]) < 64e6
+    assert float(output) < 64e6

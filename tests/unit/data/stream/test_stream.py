@@ -384,10 +384,10 @@ def test_the_thread_reads_no_further_than_it_may_and_ends_with_its_reader(
     monkeypatch.setattr(TokenStream, "_read", counted)
     batches = iter(_stream(manifest, prefetch=3))
     next(batches)
-    for _ in range(100):
+    for _ in range(3000):
         if len(read) >= 4:
             break
-        threading.Event().wait(0.02)
+        threading.Event().wait(0.01)
     threading.Event().wait(0.2)
     assert len(read) == 4, "one was taken, three wait"
     batches.close()  # type: ignore[attr-defined]

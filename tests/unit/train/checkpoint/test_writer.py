@@ -163,7 +163,13 @@ def test_the_next_save_waits_for_the_one_before(
     gate = Gate(monkeypatch)
     with _saver(attempt) as saver:
         saver.start(_state(4), _manifest(4))
-        threading.Timer(0.05, gate.opened.set).start()
+        finish = saver.finish
+
+        def waits() -> SaveResult:
+            threading.Timer(0.2, gate.opened.set).start()
+            return finish()
+
+        monkeypatch.setattr(saver, "finish", waits)
         (ended,) = saver.start(_state(8), _manifest(8))
         assert (ended.step, ended.path) == (4, folder / "step-00000004")
         assert ended.stall_seconds > 0.02, "what the run waited for it"
