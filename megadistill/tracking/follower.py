@@ -175,7 +175,7 @@ class Follower:
 def _retry_seconds(failures: int) -> float:
     """Time after so many failures in a row."""
     doublings = min(failures - 1, 10)  # a server may be away for weeks
-    return min(RETRY_SECONDS * 2**doublings, MAX_RETRY_SECONDS)
+    return min(RETRY_SECONDS * 2.0**doublings, MAX_RETRY_SECONDS)
 
 
 def _steps_after(folder: Path, step: int) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,9 @@ class TrackerProcesses:
         self._processes.clear()
 
     def _warn(self, tracker: str, what: str) -> None:
+        folder = printable(str(self._folder))
+        taken = f", and `wandb sync {folder}/tracking/wandb/run-*` what W&B had taken" if tracker == "wandb" else ""
         logger.warning(
-            "tracker %s %s: `megadistill track %s --to %s --once` sends the rest",
-            *(tracker, what, printable(str(self._folder)), tracker),
+            "tracker %s %s: `megadistill track %s --to %s --once` sends the rest%s",
+            *(tracker, what, folder, tracker, taken),
         )

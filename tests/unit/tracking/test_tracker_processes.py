@@ -73,6 +73,7 @@ def test_a_tracker_that_blocks_is_ended_with_the_run(
         processes.close(seconds=0.2)
     assert process.returncode == -9
     assert f"`megadistill track {run_folder} --to wandb --once` sends the rest" in caplog.text
+    assert f"`wandb sync {run_folder}/tracking/wandb/run-*`" in caplog.text
 
 
 def test_a_tracker_that_blocks_does_not_outlive_a_run_that_was_killed(
