@@ -96,9 +96,9 @@ def _chosen(run: Path, last: int | None) -> dict[int, Path]:
     if len(usable) < (last or 2):
         there = ", ".join(map(str, usable)) or "none"
         fewer = last is not None and len(usable) > 1
-        wanted = f"--last asks for {last}: give fewer" if fewer else "an average needs 2: wait for more"
+        needed = f"--last asks for {last}: give fewer" if fewer else "an average needs 2: wait for more"
         raise UserError(
-            f"{printable(str(run))} has {number_of(len(usable), 'checkpoint')} to average (steps: {there}), {wanted}, "
+            f"{printable(str(run))} has {number_of(len(usable), 'checkpoint')} to average (steps: {there}), {needed}, "
             "or let the run keep more (checkpoint.keep_last)"
         )
     return dict(list(usable.items())[-last:] if last else usable)

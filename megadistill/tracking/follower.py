@@ -137,7 +137,7 @@ class Follower:
     def _save(self) -> None:
         try:
             self._path.parent.mkdir(exist_ok=True)
-            if self._path.is_symlink():  # of somebody else's run folder: it may lead anywhere
+            if self._path.is_symlink():  # in a run folder of another user it may lead anywhere
                 self._path.unlink()
             write_json(self._path, asdict(self.position))
         except OSError as error:  # the steps would be sent twice after a restart: no reason to send none
