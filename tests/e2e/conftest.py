@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import pictures
 from megadistill.errors import UserError
-from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
+from tests.e2e.commands import forked, in_process, settings, succeeded
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -78,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     text = in_process("tokenize", *corpus, *split, "--output", str(folder / "data"))
     assert "heldout" in succeeded(text).out
     teacher = ["train", "recipes/smoke-teacher.yaml", *TINY, *made.data, *made.run_folder("teacher")]
-    succeed(*PLAIN, *teacher, *settings(train__steps=6, train__checkpoint_every=6))
+    succeeded(forked(*teacher, *settings(train__steps=6, train__checkpoint_every=6)))
     succeeded(in_process("export", str(folder / "teacher"), "--output", str(made.teacher)))
     return made
 

@@ -24,7 +24,7 @@ from backports import zstd
 
 from megadistill.cli.main import run_command
 from tests.documented import Command, every_command, quickstart_commands
-from tests.e2e.commands import BIN, Finished, environment, in_process, succeeded
+from tests.e2e.commands import BIN, Finished, environment, forked, in_process, succeeded
 from tests.e2e.conftest import Place
 from tests.paths import ROOT
 from tests.unit.data.prepare.token_formats.mds_files import write_mds
@@ -68,7 +68,9 @@ SMALLER = {
 CORPUS, DOCUMENT = 3_000_000, 2_000
 """Characters: a hundredth of the documents is a held-out split of some sequences."""
 
-STARTS_PROCESSES = re.compile(r"^(torchrun|deepspeed|megadistill (train|doctor|store-targets)) ")
+LAUNCHED = re.compile(r"^(torchrun|deepspeed) ")
+TRAINS = re.compile(r"^megadistill (train|doctor|store-targets) ")
+"""Makes process groups, which would be left behind here."""
 
 
 def _turn(command: Command) -> int:
@@ -163,7 +165,12 @@ def test_a_documented_command_runs(command: Command, sandbox: Path) -> None:
     for pattern, smaller in SMALLER.items():
         line = re.sub(pattern, smaller, line)
     _remove_output(sandbox, line)
-    finished = _process(sandbox, line) if STARTS_PROCESSES.match(line) else _here(sandbox, line)
+    if LAUNCHED.match(line):
+        finished = _process(sandbox, line)
+    elif TRAINS.match(line):
+        finished = forked(*_words(line), folder=sandbox, HOME=str(sandbox))
+    else:
+        finished = _here(sandbox, line)
     assert finished.code == 0, f"{command.page}: {finished.transcript}"
     assert (finished.out + finished.err).strip(), f"{command.page}: {line} says nothing"
 
@@ -191,8 +198,13 @@ def _here(sandbox: Path, line: str) -> Finished:
         chdir(sandbox),
         patch.dict(os.environ, HOME=str(sandbox), COLUMNS="80"),
     ):
-        code = run_command([os.path.expanduser(word) for word in shlex.split(line)[1:]])
+        code = run_command(_words(line))
     return Finished(code, out.getvalue(), err.getvalue())
+
+
+def _words(line: str) -> list[str]:
+    """The arguments of `megadistill`, as a shell passes them."""
+    return [os.path.expanduser(word) for word in shlex.split(line)[1:]]
 
 
 @pytest.mark.parametrize("target", sorted({c.line for c in every_command() if c.program == "make"}))

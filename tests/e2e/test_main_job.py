@@ -17,6 +17,7 @@ from tests.e2e.commands import (
     PLAIN,
     TORCHRUN_2,
     environment,
+    forked,
     in_process,
     run,
     settings,
@@ -73,34 +74,37 @@ def test_the_deepspeed_launcher_stops_half_way_resumes_and_ends_alike(
     assert without_clock(place.metrics("deepspeed")) == without_clock(undisturbed)
     folder = place.folder / "deepspeed"
     before = contents(folder)
-    for launcher in (PLAIN, TORCHRUN_2):  # on another number of ranks, whatever launches them
-        again = succeed(*launcher, *command[len(DEEPSPEED_2) :])
+    arguments = command[len(DEEPSPEED_2) :]
+    for again in (forked(*arguments), run(*TORCHRUN_2, *arguments)):  # whatever launches how many ranks
+        succeeded(again)
         assert again.out.count(f"{folder}: done, step 12 of 12: nothing to do") == 1
         assert "INFO" not in again.transcript, "before anything is built"
-    past = succeeded(in_process(*command[len(DEEPSPEED_2) :], "--stop-after", "6"))
+    past = succeeded(in_process(*arguments, "--stop-after", "6"))
     assert "nothing to do" in past.out, "a finished run is finished, whatever it should stop after"
     assert contents(folder) == before, "no attempt, no event, no metric, nothing in TensorBoard"
 
 
 def test_a_killed_run_goes_on_to_the_last_digit(place: Place, undisturbed: list[dict[str, float]]) -> None:
-    command = (*TORCHRUN_2, *place.distill("killed", steps=12, checkpoint_every=4))
+    """From step 7 on it crawls, so that the kill comes between two checkpoints on the fastest machine."""
+    arguments, folder = place.distill("killed", steps=12, checkpoint_every=4), place.folder / "killed"
     with subprocess.Popen(
-        command,
+        (*TORCHRUN_2[:-1], "tests.drill.faulty", *arguments),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), "DRILL_FAULTS": "crawl:7"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        metrics = place.folder / "killed" / "metrics.jsonl"
+        metrics, saved = folder / "metrics.jsonl", folder / "checkpoints" / "step-00000004"
         end = time.monotonic() + 120
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6) and time.monotonic() < end:
+        while not (saved.exists() and len(metrics.read_text().splitlines()) >= 6):
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < end
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
-        _kill_children_of(str(place.folder / "killed"))
-    reached = len(place.metrics("killed"))
-    assert 6 <= reached < 12, "the kill must land between two checkpoints"
-    resumed = succeed(*command)
+        _kill_children_of(str(folder))
+    assert 6 <= len(place.metrics("killed")) < 12, "the kill must land between two checkpoints"
+    resumed = succeed(*TORCHRUN_2, *arguments)
     assert "resuming from step" in resumed.out
     assert without_clock(place.metrics("killed")) == without_clock(undisturbed)
 
@@ -125,7 +129,7 @@ def _kill_children_of(mark: str) -> None:
 def test_one_plain_process_gives_the_same_losses(place: Place, undisturbed: list[dict[str, float]]) -> None:
     command = (*PLAIN, *place.distill("plain", steps=12, checkpoint_every=3), *settings(distributed__vocab_group=1))
     succeed(*command, "--stop-after", "3")
-    for ours, theirs in zip(place.metrics("plain"), undisturbed, strict=False):
+    for ours, theirs in zip(place.metrics("plain"), undisturbed[:3], strict=True):
         for name in ("loss", "student_ce", "teacher_ce", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
 
@@ -187,7 +191,7 @@ def test_another_recipe_in_the_same_folder_is_refused_with_what_differs(
 def test_a_damaged_checkpoint_is_named_and_nothing_starts_from_scratch(place: Place) -> None:
     command = ["train", "recipes/smoke-labels.yaml", *TINY, *place.data, *place.run_folder("damaged"),
                *settings(train__steps=4, train__checkpoint_every=2)]  # fmt: skip
-    succeed(*PLAIN, *command, "--stop-after", "2")
+    succeeded(forked(*command, "--stop-after", "2"))
     (file,) = (place.folder / "damaged" / "checkpoints" / "step-00000002").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-9] ^= 1

@@ -1,7 +1,7 @@
 """The commands store-targets and generate: targets and text of a teacher, for runs without it."""
 
 from megadistill.data import Manifest
-from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
+from tests.e2e.commands import forked, in_process, settings, succeeded
 from tests.e2e.conftest import Place
 
 
@@ -11,12 +11,12 @@ def test_a_run_learns_from_targets_that_were_stored(place: Place) -> None:
         return [*place.distill(name, steps=3, checkpoint_every=3), *alone]
 
     targets = place.folder / "targets"
-    cached = succeed(*PLAIN, "store-targets", *command("none")[1:], "--output", str(targets))
+    cached = succeeded(forked("store-targets", *command("none")[1:], "--output", str(targets)))
     assert "targets of 24 sequences" in cached.out
     assert not (place.folder / "none").exists()
-    succeed(*PLAIN, *command("live"))
+    succeeded(forked(*command("live")))
     stored = {"teacher__path": "null", "teacher__source": "stored", "teacher__targets": targets}
-    succeed(*PLAIN, *command("stored", **stored))
+    succeeded(forked(*command("stored", **stored)))
     live, stored_targets = (place.metrics(name) for name in ("live", "stored"))
     assert [line["loss"] for line in stored_targets] == [line["loss"] for line in live]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.documented import commands
-from tests.e2e.commands import PLAIN, in_process, settings, succeed, succeeded
+from tests.e2e.commands import forked, in_process, settings, succeeded
 from tests.e2e.conftest import TINY, Place
 from tests.paths import ROOT
 from tests.unit.data.prepare.token_formats.megatron_written import write_new
@@ -39,7 +39,7 @@ def test_a_student_trains_on_megatrons_files_where_they_lie(place: Place, tmp_pa
         train__checkpoint_every=2,
     )
     for stop in ("2", "4"):
-        succeed(*PLAIN, "train", "megadistill/shipped/mine.yaml", *TINY, *given, "--stop-after", stop)
+        succeeded(forked("train", "megadistill/shipped/mine.yaml", *TINY, *given, "--stop-after", stop))
     succeeded(in_process("export", str(tmp_path / "run"), "--output", str(tmp_path / "student")))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in lines]

@@ -21,12 +21,16 @@ import yaml
 
 from benchmarks.teacher import write_inputs
 from megadistill.cli.main import main
+from tests.drill.faults import inject
 from tests.gpu.device import Device
 from tests.gpu.results import Record
 from tests.paths import ROOT
 
 STEPS, CHECKPOINT_EVERY, KILL_AFTER = 20, 8, 11
 """The killed run has a checkpoint of step 8, and was in step 12 or later."""
+
+FAULT = f"crawl:{KILL_AFTER + 1}"
+"""Of the run that is killed: without it the run may have ended before."""
 
 RUNS = ("undisturbed", "undisturbed, again", "killed and resumed")
 
@@ -65,9 +69,9 @@ def recipe(device: Device, folder: Path, name: str) -> Path:
     return file
 
 
-def start(file: Path) -> "subprocess.Popen[bytes]":
+def start(file: Path, *, fault: str = "") -> "subprocess.Popen[bytes]":
     """`megadistill train` of one process; what it prints goes to the check's log."""
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "DRILL_FAULTS": fault}
     return subprocess.Popen([sys.executable, "-m", "tests.gpu.zero", "train", str(file)], cwd=ROOT, env=environment)
 
 
@@ -135,8 +139,8 @@ def run(device: Device, record: Record) -> None:
         # A run's folder cannot have a comma or a space.
         names = {name: name.replace(", ", "-").replace(" ", "-") for name in RUNS}
         files = {name: recipe(device, folder, short) for name, short in names.items()}
-        processes = {name: start(file) for name, file in files.items()}
         killed = RUNS[2]
+        processes = {name: start(file, fault=FAULT if name == killed else "") for name, file in files.items()}
         reached = kill_after(processes[killed], folder / names[killed], KILL_AFTER)
         record(killed, "killed after step", reached)
         processes[killed] = start(files[killed])
@@ -159,4 +163,5 @@ def run(device: Device, record: Record) -> None:
 if __name__ == "__main__":  # the command line of `megadistill`
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    inject(os.environ["DRILL_FAULTS"].split())
     main()
