@@ -97,8 +97,10 @@ def _without_unknown(values: Any) -> Any:
 def _is_map_of_names(values: Any) -> bool:
     """Whether `teacher` has several teachers by name, which stand in `teachers` from here on."""
     teacher = values.get("teacher") if isinstance(values, dict) else None
-    by_name = isinstance(teacher, dict) and bool(teacher) and all(isinstance(each, dict) for each in teacher.values())
-    return by_name and not values.get("teachers") and not teacher.keys() & TeacherSection.model_fields.keys()
+    if not isinstance(teacher, dict) or not teacher or values.get("teachers"):
+        return False
+    by_name = all(isinstance(each, dict) for each in teacher.values())
+    return by_name and not teacher.keys() & TeacherSection.model_fields.keys()
 
 
 def _not_expanded(values: Any) -> Iterator[tuple[KeyPath, str]]:

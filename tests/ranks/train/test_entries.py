@@ -163,8 +163,8 @@ def start(
         values = given.model_dump(mode="json")
         if given.train.steps == 0:
             values["train"]["steps"] = None
-        groups = {"vocab_group": vocab_group, "sequence": given.distributed.sequence}
-        gradients, *_ = run_ranks(world, _train, values, stop, roles=roles, **groups)
+        sequence = given.distributed.sequence
+        gradients, *_ = run_ranks(world, _train, values, stop, roles=roles, vocab_group=vocab_group, sequence=sequence)
     return _numbers(Path(given.run.folder)), gradients
 
 

@@ -49,6 +49,15 @@ def test_a_longer_run_keeps_the_warm_up_with_which_it_began(tmp_path: Path) -> N
     assert load_recipe(path, ["train.steps=800"]).train.schedule.warmup_steps == 40, "another folder has its own"
 
 
+def test_so_does_a_longer_run_by_tokens(tmp_path: Path) -> None:
+    path, folder = write(tmp_path, MINIMAL), tmp_path / "run"
+    at = [f"run.folder={folder}", "train.steps=null"]
+    folder.mkdir()
+    first = load_recipe(path, [*at, "train.tokens=4000"])
+    (folder / "recipe.json").write_text(json.dumps({"recipe": first.snapshot()}), encoding="utf-8")
+    assert load_recipe(path, [*at, "train.tokens=8000"]).train.schedule.warmup_tokens == 200
+
+
 @pytest.mark.parametrize("damaged", ["", "[]", '{"recipe": {"train": 3}}', '{"recipe": {}}'])
 def test_a_damaged_run_folder_does_not_hide_the_default(tmp_path: Path, damaged: str) -> None:
     (tmp_path / "recipe.json").write_text(damaged, encoding="utf-8")
