@@ -158,7 +158,8 @@ def restart_parts(estimate: Estimate) -> dict[str, float]:
         "process groups": GROUPS + GROUPS_OF_RANK * estimate.cluster.ranks,
     }
     if run.teacher is not None and estimate.times.stages:
-        stages = run.teacher.stage_bytes(run.stages, itemsize=run.itemsize)
+        of_each = [each.live_teacher.stage_bytes(run.stages, itemsize=run.itemsize) for each in run.live_teachers]
+        stages = tuple(map(sum, zip(*of_each, strict=True)))
         readers = min(nodes, -(-run.stages // estimate.cluster.gpus_per_node))
         read = sum(stages) / min(NODE_STORAGE * readers, STORAGE)
         network = estimate.cluster.accelerator.network_bandwidth

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadistill.config.load import validate_recipe
-from megadistill.config.recipe import Recipe, ScheduleSection
+from megadistill.config.recipe import WHOLE_DATA, Recipe, ScheduleSection
 from megadistill.data import Mixture
 from megadistill.data.stream.mixture import curriculum_of, segments_of
 from megadistill.data.stream.segments import Segment, paces, steps_of, steps_to
@@ -52,6 +52,22 @@ def source_lengths(recipe: Recipe, data: Mixture | None, sequence_length: int | 
     for entry in recipe.data.curriculum:
         lengths.update(dict.fromkeys(entry.weights, entry.sequence_length or sequence_length))
     return lengths
+
+
+def teacher_shares(recipe: Recipe, *, tokens: int) -> dict[str, float]:
+    """Fraction of the sequences of a run of so many tokens that each of several teachers reads."""
+    read: dict[str, float] = {} if recipe.data.curriculum else {WHOLE_DATA: 1.0}
+    left = tokens
+    for entry in recipe.data.curriculum:
+        length = left if entry.tokens is None else min(entry.tokens, left)
+        left -= length
+        for source, weight in entry.weights.items():
+            share = weight / sum(entry.weights.values())
+            read[source] = read.get(source, 0.0) + share * length / tokens
+    of_sources = {source: recipe.teachers_of(source) for source in read}
+    return {
+        name: sum(share for source, share in read.items() if name in of_sources[source]) for name in recipe.teachers
+    }
 
 
 def in_steps(recipe: Recipe, *, tokens_per_step: int) -> Recipe:

@@ -4,6 +4,7 @@ Links reach the bandwidths of the accelerator's description; the slower of its t
 collective, and what a call costs beyond its bytes is its latency (`plan.collective_latency`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -112,7 +113,8 @@ def optimistic_mfu(run: Sharding, mfu: MfuAssumption) -> MfuAssumption:
     """The optimistic shares for the run's layers, compiled or not."""
     return mfu.optimistic(
         student_compiled=run.student_compiled.value == "compiled",
-        teacher_compiled=run.teacher is not None and run.teacher_compiled.value == "compiled",
+        teacher_compiled=run.teacher is not None
+        and all(each.teacher_compiled.value == "compiled" for each in run.live_teachers),
     )
 
 
@@ -123,6 +125,7 @@ def _step_times(
     student, *teachers = requirements.models
     student_rate, teacher_rate = (run.tokens / (share * peak) for share in (mfu.student_mfu, mfu.teacher_mfu))
     teacher_head = sum(model.work.head + model.work.recompute for model in teachers)  # computed in the loss
+    forward = student.forward.forward - student.forward.head + student.work.head // 3
 
     def seconds(name: str) -> float:
         return run.tokens * requirements.traffic.get(name, NO_TRAFFIC).seconds(cluster.accelerator)
@@ -136,8 +139,8 @@ def _step_times(
     times = StepTimes(
         students=run.ranks,
         micro_steps=run.accumulation,
-        student_forward=student_rate * (student.forward.forward + teacher_head),
-        student_backward=student_rate * (student.flops - student.forward.forward),
+        student_forward=student_rate * (forward + teacher_head),
+        student_backward=student_rate * (student.flops - forward),
         scores_forward=run.sequences * traffic.student.forward / bandwidth,
         scores_backward=run.sequences * traffic.student.backward / bandwidth,
         recompute=run.sequences * traffic.recompute / bandwidth,
@@ -147,9 +150,9 @@ def _step_times(
         sequences=seconds(SHARED),
         stages=tuple(
             each + seconds(TEACHER_SHARED) / run.stages
-            for each in _stage_seconds(run, teacher_rate / _float8_speedup(run, cluster), bandwidth)
+            for each in _by_share(run, lambda one: _stage_seconds(one, teacher_rate, cluster))
         ),
-        teacher_scores=max(_stage_scores(run, bandwidth), default=0.0),
+        teacher_scores=max(_by_share(run, lambda one: _stage_scores(one, bandwidth)), default=0.0),
         packet=packet,
         answer=seconds(ANSWERS),
         replicas=0 if run.roles is None else run.roles.replicas,
@@ -160,28 +163,27 @@ def _step_times(
 
 def _float8_speedup(run: Sharding, cluster: Cluster) -> float:
     """Factor of a float8 teacher's products; 1 where the device multiplies the rounded numbers in bfloat16."""
-    float8 = run.teacher is not None and run.teacher_section.precision == "float8"
+    float8 = run.teacher_section.precision == "float8"
     has_units = cluster.accelerator.multiplies_float8 and run.recipe.train.precision == "bfloat16"
     return FLOAT8_SPEEDUP if float8 and has_units else 1.0
 
 
-def _stage_seconds(run: Sharding, rate: float, bandwidth: float) -> tuple[float, ...]:
-    """Seconds of each stage for a micro-batch.
+def _by_share(run: Sharding, seconds_of: Callable[[Sharding], Sequence[float]]) -> tuple[float, ...]:
+    """Seconds of each rank's stages, one of each live teacher, for the rows of a micro-batch that each teaches."""
+    of_each = ([each.stats.share * seconds for seconds in seconds_of(each)] for each in run.live_teachers)
+    return tuple(map(sum, zip(*of_each, strict=True)))
 
-    `rate`: seconds for each FLOP of a token; `bandwidth`: of the device's memory, bytes/s.
-    """
-    teacher = run.teacher
-    if teacher is None:
-        return ()
+
+def _stage_seconds(run: Sharding, rate: float, cluster: Cluster) -> tuple[float, ...]:
+    """Seconds of each stage for a micro-batch. `rate`: seconds for each FLOP of a token, without float8."""
+    teacher, rate = run.live_teacher, rate / _float8_speedup(run, cluster)
     products = stage_flops(teacher.layer_costs, teacher.first_layers, teacher.forward.attention, run.stages)
-    scores = _stage_scores(run, bandwidth)
+    scores = _stage_scores(run, cluster.accelerator.memory_bandwidth)
     return tuple(rate * each + seconds for each, seconds in zip(products, scores, strict=True))
 
 
 def _stage_scores(run: Sharding, bandwidth: float) -> tuple[float, ...]:
     """Seconds of the memory traffic of each stage's attention scores for a micro-batch."""
-    teacher = run.teacher
-    if teacher is None:
-        return ()
+    teacher = run.live_teacher
     a_layer = run.sequences * run.traffic.teacher / teacher.layers / bandwidth
     return tuple(a_layer * layers for layers in teacher.stage_sizes(run.stages))

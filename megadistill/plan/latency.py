@@ -25,6 +25,7 @@ def micro_step_latency(run: Sharding) -> float:
     kernels = FORWARD_KERNELS[run.student_compiled.value] * (3 + run.checkpoints + run.counts_experts_first)
     messages = MESSAGES + run.counts_experts_first if run.ranks > 1 else 0
     seconds = run.student.layers * (kernels * LAUNCH_SECONDS + messages * MESSAGE_SECONDS)
-    if run.teacher is not None and run.roles is None:
-        seconds += run.teacher.layers * FORWARD_KERNELS[run.teacher_compiled.value] * LAUNCH_SECONDS
+    for each in run.live_teachers if run.roles is None else ():  # of several, as if rows of one were rounds of one
+        layers = each.stats.share * each.live_teacher.layers
+        seconds += layers * FORWARD_KERNELS[each.teacher_compiled.value] * LAUNCH_SECONDS
     return seconds

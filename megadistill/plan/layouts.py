@@ -80,15 +80,17 @@ def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
         zero=Zero.of(inputs.deepspeed_config),
     )
     build_engine_config(inputs.deepspeed_config, recipe.train, run.accumulation, sequence=recipe.distributed.sequence)
-    if run.teacher is not None and run.stages > run.teacher.layers:
-        raise UserError(f"the teacher is cut into {run.stages} stages, and has {run.teacher.layers} layers")
+    for each in run.live_teachers:
+        if run.stages > (layers := each.live_teacher.layers):
+            which = " ".join(filter(None, ("the teacher", each.stats.teacher_name)))
+            raise UserError(f"{which} is cut into {run.stages} stages, and has {layers} layers")
     return run
 
 
 def layouts(inputs: PlanInput, cluster: Cluster) -> Iterator[Layout]:
     """Every layout worth counting, in no order; `place` may still refuse one."""
     yield from _with_group(inputs, cluster, cluster.ranks)
-    if inputs.stats.teacher is None:
+    if inputs.stats.teacher is None or inputs.stats.teacher_name is not None:  # several are colocated
         return
     step = cluster.gpus_per_node if cluster.nodes > 1 else 1  # each of several nodes has one role
     for teachers in range(step, cluster.ranks, step):

@@ -67,7 +67,7 @@ def distilled_loss(parameters: float, tokens: float, *, teacher: float) -> float
 def forecast(
     requirements: Requirements, *, teacher_loss: float | None, teacher_tokens: float | None
 ) -> Expectation | None:
-    """The law's expectation for a run; None where no teacher is in memory, or its quality is not given.
+    """The law's expectation for a run; None where not one teacher is in memory, or its quality is not given.
 
     Args:
         teacher_loss: its cross-entropy, nats a token.
@@ -81,7 +81,7 @@ def forecast(
     for option, value in (("--teacher-loss", teacher_loss), ("--teacher-tokens", teacher_tokens)):
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: give a positive number")
-    if len(requirements.models) < 2:
+    if len(requirements.models) != 2:
         return None
     student, teacher = requirements.models
     if teacher_tokens is not None:

@@ -23,6 +23,7 @@ from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MAX_RUNS, PALETTE, PALETTE_DARK, Drawing, style
 from megadistill.report.evaluation_section import Results
 from megadistill.report.event_plot import TROUBLE, events_figure, goodput_figure
+from megadistill.report.group_section import group_curves, group_table, groups_of
 from megadistill.report.run_record import RunRecord, read_runs
 from megadistill.report.save_interval import measured_saves
 from megadistill.report.smoothing import SMOOTHED_SHARE
@@ -75,16 +76,16 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
     clocks = [clock_of(run) for run in runs]
     goodputs = [goodput_of(run, clock) for run, clock in zip(runs, clocks, strict=True)]
     results, unread = _with_results_beside(runs, results)
-    held_out_notes = [list[str]() for _ in runs]
-    validations = [validations_of(run, note) for run, note in zip(runs, held_out_notes, strict=True)]
-    unread += [(run.name, line) for run, note in zip(runs, held_out_notes, strict=True) for line in note]
     eventful = any(run.events for run in runs)
     notes = [list[str]() for _ in runs]
+    validations = [validations_of(run, note) for run, note in zip(runs, notes, strict=True)]
     followed = [read_scores(run.folder, note) for run, note in zip(runs, notes, strict=True)]
     unread += [(run.name, line) for run, note in zip(runs, notes, strict=True) for line in note]
+    groups = [groups_of(run) for run in runs]
     with style():
         validated = validation_curves(runs, validations)
         over_tokens, over_time = curves_over_tokens(runs), curves_over_time(runs, clocks)
+        grouped = group_curves(runs, groups)
         happened = [events_figure(runs, clocks), goodput_figure(runs, goodputs)] if eventful else []
         scored = score_curves(runs, followed)
         measured = [each.figures(f"evaluation-{index}") for index, each in enumerate(results, 1)]
@@ -106,6 +107,8 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         smoothed_share=SMOOTHED_SHARE,
         trouble=[kind for kind in TROUBLE if any(event.kind == kind for run in runs for event in run.events)],
         over_tokens=over_tokens,
+        grouped=grouped,
+        groups=group_table(runs, groups),
         over_time=over_time,
         validated=validated,
         validation=validation_table(runs, validations),
@@ -122,7 +125,7 @@ def compose(runs: Sequence[RunRecord], results: Sequence[Results], *, now: float
         versions=versions_table(runs),
         attempts=attempts_table(runs, limit=MAX_ATTEMPTS),
     )  # fmt: skip
-    curves = [*over_tokens, *validated, *over_time, *happened, *scored]
+    curves = [*over_tokens, *grouped, *validated, *over_time, *happened, *scored]
     return Page(html, [*curves, *(each for group in measured for each in group)])
 
 

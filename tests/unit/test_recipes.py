@@ -33,7 +33,8 @@ SEQUENCE, GPUS_PER_NODE = 8192, 8
 MARGIN = 0.8
 """Usable fraction of memory: the rest is for the driver's context, NCCL's buffers and the allocator's gaps."""
 
-AT_SCALE = sorted(path for path in RECIPES.glob("*/*-nodes.yaml"))
+SPECIALISTS = RECIPES / "llama3-70b-to-8b" / "specialists.yaml"
+AT_SCALE = sorted([*RECIPES.glob("*/*-nodes.yaml"), SPECIALISTS])
 
 PUBLISHED = {
     "gemma-2-2b": 2.61e9,
@@ -48,9 +49,10 @@ PUBLISHED = {
 TEACHERS = {
     "models/gemma-2-27b": "gemma-2-27b",
     "models/llama-3.1-70b": "llama-3.1-70b",
+    "models/llama-3.1-70b-code": "llama-3.1-70b",
     "models/llama-3.1-8b-corrected": "llama-3.1-8b",
 }
-"""teacher.path of a recipe -> its config here."""
+"""A teacher's path in a recipe -> its config here."""
 
 
 def _name(path: Path) -> str:
@@ -79,7 +81,13 @@ def test_a_config_is_the_published_model(folder: Path) -> None:
 
 
 def _nodes(path: Path) -> int:
-    return int(path.stem.removesuffix("-nodes"))
+    return 8 if path == SPECIALISTS else int(path.stem.removesuffix("-nodes"))
+
+
+def _teachers(recipe: Recipe) -> dict[str, Path]:
+    """Key of each teacher's path -> the folder of its config here."""
+    sections = recipe.teacher_sections.items()
+    return {f"{key}.path": MODELS / TEACHERS[str(section.path)] for key, section in sections}
 
 
 def _described(recipe: Recipe, folder: Path) -> list[str]:
@@ -92,14 +100,17 @@ def _described(recipe: Recipe, folder: Path) -> list[str]:
     manifest = folder / "data" / "manifest.json"
     sources = [f"sources.{name}" for name in recipe.data.sources] or ["manifest"]
     overrides = [f"data.{name}={manifest}" for name in sources]
-    assert recipe.teacher is not None
-    teacher = folder / "teacher"
-    teacher.mkdir()
-    (teacher / "config.json").write_bytes((MODELS / TEACHERS[str(recipe.teacher.path)] / "config.json").read_bytes())
-    (teacher / "tokenizer.model").write_bytes(TOKENIZER)
+    for key, model in _teachers(recipe).items():
+        teacher = folder / key
+        teacher.mkdir()
+        (teacher / "config.json").write_bytes((model / "config.json").read_bytes())
+        (teacher / "tokenizer.model").write_bytes(TOKENIZER)
+        overrides.append(f"{key}={teacher}")
+    if recipe.validation is not None:
+        overrides.append("validation=null")
     if recipe.student.weights is not None:
         overrides.append(f"student.weights={recipe.student.config}")
-    return [*overrides, f"teacher.path={teacher}", f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
+    return [*overrides, f"run.folder={folder / 'run'}", "loss.elementwise=eager"]
 
 
 @pytest.fixture
@@ -129,9 +140,8 @@ def test_a_recipe_at_scale_starts_and_fits_on_its_nodes(path: Path, tmp_path: Pa
 def _planned(path: Path) -> Estimate:
     """The estimate of `megadistill plan` for the recipe."""
     recipe = load_recipe(path)
-    assert recipe.teacher is not None
-    teacher = TEACHERS[str(recipe.teacher.path)]
-    inputs = read_plan_input(path, sequence_length=SEQUENCE, teacher_config=MODELS / teacher)
+    overrides = [f"{key}={model}" for key, model in _teachers(recipe).items()]
+    inputs = read_plan_input(path, overrides, sequence_length=SEQUENCE)
     cluster = Cluster(_nodes(path), GPUS_PER_NODE, accelerator("h100"))
     return estimate(place(recipe, inputs, cluster), cluster, MfuAssumption())
 
@@ -161,8 +171,7 @@ def test_the_page_has_the_numbers_of_plan(path: Path) -> None:
     _, teacher, batch, tokens, memory, rate, _, hours, optimistic_rate, _, optimistic_hours = cells
     planned = _planned(path)
     recipe = planned.sharding.recipe
-    assert recipe.teacher is not None
-    if recipe.teacher.ranks is None:
+    if recipe.teacher is None or recipe.teacher.ranks is None:
         assert teacher == f"colocated, {planned.sharding.stages} stages"
     else:
         assert teacher == f"{recipe.teacher.ranks:,} GPUs, {recipe.teacher.stages} stages"
@@ -183,14 +192,16 @@ def test_a_recipe_says_how_it_is_planned_and_started(path: Path) -> None:
     recipe, nodes = load_recipe(path), _nodes(path)
     head = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
     head = head.replace("\\ ", " ")
-    assert recipe.teacher is not None
     plan = f"megadistill plan {path.relative_to(ROOT)} --nodes {nodes} --gpus-per-node {GPUS_PER_NODE} --gpu h100"
     assert " ".join(head.split()).count(plan) == 1
-    assert f"--teacher-config recipes/models/{TEACHERS[str(recipe.teacher.path)]}" in head
-    script = "train" if recipe.teacher.placement == "colocated" else "train-disaggregated"
+    for key, model in _teachers(recipe).items():
+        option = "--teacher-config " if recipe.teacher is not None else f"--set {key}="
+        assert f"{option}{model.relative_to(ROOT)}" in head
+    own = recipe.teacher is not None and recipe.teacher.placement == "disaggregated"
+    script = "train-disaggregated" if own else "train"
     started = re.search(rf"sbatch --nodes=(\d+) slurm/{script}\.sbatch .*SPARES=(\d+)", head)
     assert started is not None
     assert int(started[1]) - int(started[2]) == nodes
-    if recipe.teacher.ranks is not None:
+    if recipe.teacher is not None and recipe.teacher.ranks is not None:
         assert f"TEACHER_NODES={recipe.teacher.ranks // GPUS_PER_NODE}" in head
         assert recipe.teacher.ranks % GPUS_PER_NODE == 0

@@ -34,11 +34,12 @@ TARGET_BLOCKS = 6
 def student_memory(run: Sharding) -> dict[str, Lines]:
     """Bytes on the device of a student's rank: phase -> tensors -> bytes. The largest phase decides what it needs.
 
-    teacher: a colocated stage computes; forward: the student's last layer computes; targets: truncated targets are
-    made; loss: the first chunks' logits are in memory; backward: the backward pass of the largest layer; embedding: the
-    backward pass of the embedding, whose gradient is as large as the vocabulary; step: the optimizer's step.
+    teacher: a colocated stage computes, of several teachers the one that takes most; forward: the student's last layer
+    computes; targets: truncated targets are made; loss: the first chunks' logits are in memory; backward: the backward
+    pass of the largest layer; embedding: the backward pass of the embedding, whose gradient is as large as the
+    vocabulary; step: the optimizer's step.
     """
-    always = _states(run) | _heads(run) | _idle_teacher(run)
+    always = _states(run) | _heads(run) | _idle_teachers(run)
     phases = {
         "forward": always | _activations(run) | _last_norm(run) | _forward(run),
         "loss": always | _activations(run) | _last_norm(run) | _loss(run),
@@ -47,9 +48,8 @@ def student_memory(run: Sharding) -> dict[str, Lines]:
         "step": always | _weights_before_update(run, offloaded=False),
     }
     if run.teacher is not None and run.roles is None:
-        # A stage makes one packet for each rank of its group, and concatenates them.
-        packets = {"packets of a round": (1 + run.stages) * _packet(run)}
-        phases["teacher"] = always | _running_teacher(run) | packets
+        rounds = [_running_teacher(each) | _round(each) for each in run.live_teachers]
+        phases["teacher"] = always | max(rounds, key=lambda lines: sum(lines.values()))
     if run.teacher is not None and run.recipe.loss.targets is not None:
         phases["targets"] = always | _activations(run) | _last_norm(run) | _targets(run)
     return {phase: {name: size for name, size in lines.items() if size} for phase, lines in phases.items()}
@@ -110,25 +110,30 @@ def _heads(run: Sharding) -> Lines:
     student = run.rows * run.student.width
     copied = run.group_size < run.ranks or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
     own = run.student.tied or run.group_size < run.ranks or run.zero.offload_optimizer != "none"
-    lines = {
+    return {
         "head rows": run.itemsize * student if copied else 0,
         "head gradient": FLOAT32 * student if own else 0,  # else the loss adds to ZeRO-3's own partition
     }
-    if run.teacher is not None:
-        lines["teacher head rows"] = run.itemsize * run.rows * run.teacher.width
-    return lines
+
+
+def _idle_teachers(run: Sharding) -> Lines:
+    """Of several teachers a line each. A micro-batch may be of one teacher alone: each has hidden states for all."""
+    if not run.stats.others:
+        return _idle_teacher(run)
+    return {f"teacher {each.stats.teacher_name}": sum(_idle_teacher(each).values()) for each in run.live_teachers}
 
 
 def _idle_teacher(run: Sharding) -> Lines:
     """A live teacher's tensors on a student's rank while the student computes."""
     if run.teacher is None:
         return {}
+    head = {"teacher head rows": run.itemsize * run.rows * run.teacher.width}
     if run.roles is not None:
         float8 = run.teacher_section.transfer_dtype == "float8"
         codec = ActivationCodec(run.teacher.width, torch_dtype(run.recipe.train.precision), float8=float8)
         queue = run.teacher_section.queue * codec.bytes(run.sequences, run.stats.sequence_length)
-        return {"teacher hidden states": _packet(run), "teacher queue": queue}
-    return {
+        return head | {"teacher hidden states": _packet(run), "teacher queue": queue}
+    return head | {
         "teacher stage": _stage(run),
         "teacher hidden states": _packet(run),
         "teacher hidden states in flight": 2 * run.stages * _packet(run) if run.stages > 1 else 0,
@@ -137,6 +142,11 @@ def _idle_teacher(run: Sharding) -> Lines:
 
 def _running_teacher(run: Sharding) -> Lines:
     return {"working memory of a teacher layer": run.sequences * run.teacher_activations.forward}
+
+
+def _round(run: Sharding) -> Lines:
+    """A stage makes one packet for each rank of its group, and concatenates them."""
+    return {"packets of a round": (1 + run.stages) * _packet(run)}
 
 
 ACTIVATIONS: dict[Checkpointing, str] = {
@@ -175,7 +185,9 @@ def _prefetched(run: Sharding, most: int) -> Lines:
 def _loss(run: Sharding) -> Lines:
     """The loss (`loss.vocab_parallel`) with its first chunks in memory."""
     n, in_flight = run.group_size * run.loss_chunks.chunk_tokens, run.loss_chunks.in_flight
-    widths = run.student.width + (run.teacher.width if run.teacher is not None and run.heads == 2 else 0)
+    teachers = [each.live_teacher.width for each in run.live_teachers if each.heads == 2]
+    widths = run.student.width + max(teachers, default=0)
+    hidden = run.itemsize * run.tokens * run.student.width
     eager = run.recipe.loss.elementwise == "eager"  # auto is compiled on the devices that a plan is for
     blocks = BLOCKS_OF_TWO if run.heads == 2 else BLOCKS_OF_ONE
     dlogits = run.itemsize * n * run.unpadded_rows if run.itemsize != FLOAT32 else 0
@@ -186,7 +198,8 @@ def _loss(run: Sharding) -> Lines:
             (in_flight if run.group_size > 1 else 1) * run.itemsize * n * widths + FLOAT32 * n * run.student.width
         ),
         "arithmetic on a block of logits": eager * blocks * FLOAT32 * min(EAGER_BLOCK, n * run.unpadded_rows),
-        "gradient of the hidden states": run.itemsize * run.tokens * run.student.width,
+        "gradient of the hidden states": run.most_teachers * hidden,
+        "hidden states of a teacher's rows": hidden if run.stats.others else 0,
     }
 
 

@@ -4,8 +4,8 @@ Legend: V vocabulary, D width, S tokens of a sequence.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -167,6 +167,12 @@ class RecipeStats:
     """None where no teacher is in memory: a run from labels, or from stored targets."""
     first_step: int = 0
     """Step of the checkpoint from which the run begins (`run.begin_from`)."""
+    teacher_name: str | None = None
+    """Name of the teacher, which is the largest of several; None for one without a name, or none."""
+    share: float = 1.0
+    """Fraction of the run's sequences that the teacher reads."""
+    others: tuple["RecipeStats", ...] = ()
+    """The same student with each of the other teachers."""
 
     @property
     def sequence_length(self) -> int:
@@ -180,6 +186,19 @@ def measure_models(student: Any, teacher: Any | None, *, sequence_length: int, f
     """
     teacher_stats = None if teacher is None else _stats(teacher, sequence_length)
     return RecipeStats(_stats(student, sequence_length), teacher_stats, first_step)
+
+
+def measure_several(
+    student: Any, teachers: Mapping[str, tuple[Any | None, float]], *, sequence_length: int, first_step: int = 0
+) -> RecipeStats:
+    """`measure_models` of several teachers by name: config (None where none is in memory) and `RecipeStats.share`."""
+    own = _stats(student, sequence_length)
+    of_each = [
+        RecipeStats(own, None if config is None else _stats(config, sequence_length), first_step, name, share)
+        for name, (config, share) in teachers.items()
+    ]
+    largest, *others = sorted(of_each, key=lambda each: -each.teacher.parameters.total if each.teacher else 0)
+    return replace(largest, others=tuple(others))
 
 
 def _stats(config: Any, sequence_length: int) -> ModelStats:

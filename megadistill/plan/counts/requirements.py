@@ -34,12 +34,15 @@ class ModelRequirements:
     """One model of a run."""
 
     role: str
-    """student or teacher."""
+    """student or teacher; of several teachers with its name."""
     parameters: ParameterCounts
     forward: Flops
     """FLOPs of one token's forward pass."""
     work: TokenFlops
-    """Three forward passes for the student, one for the teacher, whose head is computed by the student's ranks."""
+    """Three forward passes for the student, one for the teacher, whose head is computed by the student's ranks. Of
+    several teachers each has its `share` of them, and the student's head as many as a token has teachers."""
+    share: float = 1.0
+    """Fraction of the run's tokens that the model reads."""
 
     @property
     def flops(self) -> int:
@@ -55,7 +58,7 @@ class Requirements:
     earlier_tokens: int
     """Tokens, by this recipe's batch, of the steps before `run.begin_from`."""
     models: tuple[ModelRequirements, ...]
-    """The student, and the teacher where one is in memory."""
+    """The student, and the teachers that are in memory."""
     phases: dict[str, Lines]
     """Bytes on a student's device in each phase of a step (`plan.counts.memory.student_memory`)."""
     host: Lines
@@ -105,10 +108,13 @@ def count_requirements(run: Sharding) -> Requirements:
 def _models(run: Sharding) -> tuple[ModelRequirements, ...]:
     model, once = run.student, run.student.forward
     layers_again = run.recomputes + run.counts_experts_first
-    work = TokenFlops(3 * once.body, 3 * once.head, 3 * once.attention, layers_again * (once.body + once.attention))
+    head = 3 * round(run.loss_passes * once.head)
+    work = TokenFlops(3 * once.body, head, 3 * once.attention, layers_again * (once.body + once.attention))
     models = [ModelRequirements("student", model.parameters, once, work)]
-    if run.teacher is not None:
-        model, once = run.teacher, run.teacher.forward
-        work = TokenFlops(once.body, once.head, once.attention, once.head if run.recipe.loss.label_fraction > 0 else 0)
-        models.append(ModelRequirements("teacher", model.parameters, once, work))
+    for each in run.live_teachers:
+        model, once, share = each.live_teacher, each.live_teacher.forward, each.stats.share
+        again = once.head if run.recipe.loss.label_fraction > 0 else 0
+        work = TokenFlops(*(round(share * part) for part in (once.body, once.head, once.attention, again)))
+        role = " ".join(filter(None, ("teacher", each.stats.teacher_name)))
+        models.append(ModelRequirements(role, model.parameters, once, work, share))
     return tuple(models)

@@ -6,12 +6,12 @@ a chunk of the loss, of the whole group.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from megadistill.config.auto import Choice, choose_compile
-from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe, TeacherSection
+from megadistill.config.recipe import WHOLE_DATA, AttentionSetting, Checkpointing, Recipe, TeacherSection
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.loss.inputs import ChunkPlan, fitting_tokens
@@ -76,7 +76,7 @@ class Sharding:
     def _refuse_shared_sequences(self) -> None:
         models = {"student.config": (self.student.config, self.student_attention)}
         if self.teacher is not None:
-            models["teacher.path"] = (self.teacher.config, self.teacher_attention)
+            models[f"{self.teacher_key}.path"] = (self.teacher.config, self.teacher_attention)
         check_shared_sequences(self.recipe, {"": self.stats.sequence_length}, models)
 
     @property
@@ -96,8 +96,33 @@ class Sharding:
     @property
     def teacher_section(self) -> TeacherSection:
         """The recipe's section of a live teacher."""
-        assert self.recipe.teacher is not None
-        return self.recipe.teacher
+        return self.recipe.teacher_sections[self.teacher_key]
+
+    @property
+    def teacher_key(self) -> str:
+        """The recipe's key of the teacher."""
+        return "teacher" if self.stats.teacher_name is None else f"teachers.{self.stats.teacher_name}"
+
+    @cached_property
+    def each_teacher(self) -> tuple["Sharding", ...]:
+        """Of several teachers the same with each of them alone, this one first; else this alone."""
+        return (self, *(replace(self, stats=each) for each in self.stats.others))
+
+    @property
+    def live_teachers(self) -> list["Sharding"]:
+        """Those of `each_teacher` with a teacher in memory."""
+        return [each for each in self.each_teacher if each.teacher is not None]
+
+    @property
+    def loss_passes(self) -> float:
+        """Teachers of a token, in the mean: of each the loss computes the student's logits once more."""
+        return sum(each.stats.share for each in self.each_teacher)
+
+    @property
+    def most_teachers(self) -> int:
+        """Most teachers of a token."""
+        of_sources = map(self.recipe.teachers_of, self.recipe.data.sources or [WHOLE_DATA])
+        return max(1, *map(len, of_sources))
 
     @property
     def steps(self) -> int:
@@ -267,7 +292,7 @@ class Sharding:
     @cached_property
     def teacher_attention(self) -> Choice:
         """Likewise of a live teacher's."""
-        return self._attention(self.teacher_section.attention, self.live_teacher, "teacher.attention")
+        return self._attention(self.teacher_section.attention, self.live_teacher, f"{self.teacher_key}.attention")
 
     def _attention(self, setting: AttentionSetting, model: ModelStats, key: str) -> Choice:
         return choose_attention(
@@ -286,8 +311,9 @@ class Sharding:
     def choices(self) -> dict[str, Choice]:
         """Attention and compilation of the models' layers, by the recipe's keys."""
         choices = {"student.attention": self.student_attention, "student.compile": self.student_compiled}
-        if self.teacher is not None:
-            choices |= {"teacher.attention": self.teacher_attention, "teacher.compile": self.teacher_compiled}
+        for each in self.live_teachers:
+            choices[f"{each.teacher_key}.attention"] = each.teacher_attention
+            choices[f"{each.teacher_key}.compile"] = each.teacher_compiled
         return choices
 
     @property
@@ -356,8 +382,17 @@ class Sharding:
 
     @cached_property
     def loss_chunks(self) -> ChunkPlan:
-        """The chunks of tokens in the loss."""
+        """The chunks of tokens in the loss, of a whole micro-batch."""
+        return self.chunks_of(self.tokens)
+
+    @property
+    def taught(self) -> int:
+        """Tokens of a rank's micro-batch that the teacher teaches, in the mean."""
+        return round(self.stats.share * self.tokens)
+
+    def chunks_of(self, tokens: int) -> ChunkPlan:
+        """The chunks of so many tokens in the loss."""
         fitting = fitting_tokens(
             self.recipe.loss.logit_memory_mb << 20, models=self.heads, itemsize=FLOAT32, rows=self.unpadded_rows
         )
-        return ChunkPlan.of(self.tokens, fitting, self.group_size)
+        return ChunkPlan.of(tokens, fitting, self.group_size)

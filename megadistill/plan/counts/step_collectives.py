@@ -14,8 +14,9 @@ from enum import Enum
 from megadistill.loss.chunk import SLICE_TERMS
 from megadistill.loss.softmax import SLICE_STATS
 from megadistill.plan.counts.sharding import FLOAT32, Sharding
+from megadistill.plan.counts.traffic import PER_TOKEN_TERMS
 from megadistill.plan.counts.zero import GatherCall, gather_calls
-from megadistill.types import METRIC_NAMES
+from megadistill.types import METRIC_NAMES, PER_TOKEN_NAMES
 
 ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 """Kinds of collectives."""
@@ -77,7 +78,7 @@ class StepCollectives:
 def count_collectives(run: Sharding) -> StepCollectives:
     """The collectives of a step on one of the student's ranks; none of a group of one rank."""
     groups = _Groups(run)
-    loss = tuple(_loss(run, groups))
+    loss = tuple(call for each in run.each_teacher if each.taught for call in _loss(each, groups))
     kinds = (True, False) if run.accumulation > 1 else (True,)
     micro_steps = [(*_gathers(run, groups, first=first), *loss, *_reductions(run, groups)) for first in kinds]
     micro_steps += [()] * (2 - len(kinds))
@@ -190,7 +191,8 @@ def _reductions(run: Sharding, groups: _Groups) -> Iterator[Collective]:
 
 def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
     """Over the vocab group, in a micro-step: metadata, labels and weights, and for each chunk its hidden states, the
-    statistics of its softmax, the gradients; last the sums of the terms."""
+    statistics of its softmax, the gradients; last the sums of the terms. Of several teachers for the mean of its rows.
+    """
     p, live = run.group_size, run.teacher is not None
     recipe = run.recipe.loss
     passes: list[tuple[int, bool]] = []  # (heads, whether it has gradients)
@@ -199,9 +201,9 @@ def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
     passes.append((run.heads, True))
     yield groups.vocab(LOSS, ALL_GATHER, p * LOSS_METADATA * FLOAT64)
     for itemsize in (FLOAT64, FLOAT32):  # labels, weights
-        yield groups.vocab(LOSS, ALL_GATHER, p * run.tokens * itemsize)
+        yield groups.vocab(LOSS, ALL_GATHER, p * run.taught * itemsize)
     for heads, with_gradient in passes:
-        for span in run.loss_chunks.spans():
+        for span in run.chunks_of(run.taught).spans():
             n = p * (span.stop - span.start)
             widths = [run.student.width, run.live_teacher.width][-heads:] if live else [run.student.width]
             for width in widths:
@@ -209,6 +211,8 @@ def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
             yield groups.vocab(LOSS, ALL_GATHER, p * n * heads * SLICE_STATS * FLOAT32)
             if with_gradient:
                 yield groups.vocab(LOSS, REDUCE_SCATTER, FLOAT32 * n * run.student.width)
+    if run.stats.teacher_name is not None:
+        yield groups.vocab(LOSS, ALL_REDUCE, p * run.taught * PER_TOKEN_TERMS * FLOAT32)
     yield groups.vocab(LOSS, ALL_REDUCE, p * SLICE_TERMS * FLOAT32)
 
 
@@ -218,7 +222,8 @@ def _once(run: Sharding, groups: _Groups) -> Iterator[Collective]:
     yield groups.slice(HEAD_ROWS, ALL_GATHER, run.itemsize * rows)
     yield groups.slice(HEAD_GRADIENT, REDUCE_SCATTER, FLOAT32 * rows)
     yield groups.world(TOKENS, ALL_REDUCE, FLOAT64)
-    yield groups.world(NUMBERS, ALL_REDUCE, FLOAT64 * len(METRIC_NAMES))
+    by_teacher = len(run.recipe.teachers) * max(1, len(run.recipe.data.sources)) * (1 + len(PER_TOKEN_NAMES))
+    yield groups.world(NUMBERS, ALL_REDUCE, FLOAT64 * (len(METRIC_NAMES) + by_teacher))
     yield groups.world(NORM, ALL_REDUCE, FLOAT64)
     if run.persistent_sizes:
         numel = sum(run.ranks * -(-size // run.ranks) for size in run.persistent_sizes)

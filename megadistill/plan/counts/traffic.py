@@ -8,6 +8,7 @@ differ, the rank that receives most is counted.
 Legend: as in `plan.counts.sharding`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megadistill.accelerators import Accelerator
@@ -20,6 +21,8 @@ from megadistill.plan.counts.sharding import FLOAT32, Sharding
 
 INT64 = 8
 """Bytes of an int64."""
+PER_TOKEN_TERMS = 3
+"""Numbers of a token that the vocab group adds up where there are several teachers."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def student_traffic(run: Sharding) -> dict[str, Link]:
         GATHERS: _weights(run),
         REDUCES: _ring(run, gradients / run.tokens, run.ranks, stride=1),
         HEAD: _head(run),
-        VOCABULARY: _vocabulary(run),
+        VOCABULARY: _by_share(run.each_teacher, _vocabulary),
         SHARED: _all_to_all(run, run.student, passes=2 + run.checkpoints + run.counts_experts_first),
     }
     if run.teacher is not None and run.roles is not None:
@@ -67,11 +70,28 @@ def student_traffic(run: Sharding) -> dict[str, Link]:
     elif run.teacher is not None:
         links[TEACHER_SHARED] = _all_to_all(run, run.teacher, passes=1)
     if run.teacher is not None and run.roles is None and run.stages > 1:
-        digests = INT64 * run.sequences / run.tokens
-        # A round is a micro-batch of each rank of the group; each rank gets its own packet from the last stage.
-        links[STAGES] = _between_stages(run, run.stages * (run.itemsize * run.teacher.packet_width + digests))
-        links[ANSWERS] = _between_stages(run, run.itemsize * run.teacher.width + digests)
+        links[STAGES] = _by_share(run.live_teachers, _stages)
+        links[ANSWERS] = _by_share(run.live_teachers, _answers)
     return {name: link for name, link in links.items() if link.received}
+
+
+def _by_share(runs: Sequence[Sharding], link_of: Callable[[Sharding], Link]) -> Link:
+    """Traffic of a token in the mean: the sum of the teachers', each for its share of the tokens."""
+    links = [(each.stats.share, link_of(each)) for each in runs]
+    return Link(sum(share * link.node for share, link in links), sum(share * link.network for share, link in links))
+
+
+def _stages(run: Sharding) -> Link:
+    """A round is a micro-batch of each rank of the group; each rank gets its own packet from the last stage."""
+    return _between_stages(run, run.stages * (run.itemsize * run.live_teacher.packet_width + _digests(run)))
+
+
+def _answers(run: Sharding) -> Link:
+    return _between_stages(run, run.itemsize * run.live_teacher.width + _digests(run))
+
+
+def _digests(run: Sharding) -> float:
+    return INT64 * run.sequences / run.tokens
 
 
 def teacher_traffic(run: Sharding) -> dict[str, Link]:
@@ -122,6 +142,8 @@ def _vocabulary(run: Sharding) -> Link:
         own += run.itemsize * run.teacher.width + p * SLICE_STATS * FLOAT32
     if run.recipe.loss.targets is not None:
         own += _targets(run)
+    if run.stats.teacher_name is not None:  # terms of each token: an all-reduce
+        own += 2 * PER_TOKEN_TERMS * FLOAT32
     return _ring(run, own * p, p, stride=1)
 
 

@@ -101,6 +101,7 @@ def _models(estimate: Estimate) -> list[dict[str, Any]]:
     return [
         {
             "role": model.role,
+            "share_of_tokens": model.share,
             "parameters": {**asdict(model.parameters), "total": model.parameters.total},
             "flop_per_token": {**asdict(model.work), "total": model.work.total},
             "forward_flop_per_token": model.forward.forward,
@@ -112,7 +113,7 @@ def _models(estimate: Estimate) -> list[dict[str, Any]]:
 def _teacher_outputs(plan: Plan, estimate: Estimate) -> dict[str, float] | None:
     """Bytes of the teacher's output for a token, in each form; targets where the recipe makes them."""
     teacher, targets = plan.inputs.stats.teacher, estimate.requirements.target_bytes
-    if teacher is None:
+    if teacher is None or plan.inputs.stats.teacher_name is not None:
         return None
     sizes = signal_bytes(vocab_size=plan.inputs.vocab_size, width=teacher.width)
     outputs: dict[str, float] = {name.replace(" ", "_"): size for name, size in sizes.items()}

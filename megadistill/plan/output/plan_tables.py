@@ -168,9 +168,14 @@ def _models(estimate: Estimate) -> RenderableType:
     for model in models:
         work = model.work
         parts = (readable(part, "") for part in (work.body, work.head, work.attention, work.recompute, work.total))
-        table.add_row(model.role, count(model.parameters.total), *parts, f"{work.total / total:.0%}")
+        table.add_row(
+            model.role.removeprefix("teacher "), count(model.parameters.total), *parts, f"{work.total / total:.0%}"
+        )
     note = f"{total * estimate.requirements.tokens:.3g} FLOP in all; training takes 3 forward passes and recomputation."
-    if len(models) > 1:
+    if len(models) > 1 and estimate.sharding.stats.teacher_name is not None:
+        read = ", ".join(f"{model.role.removeprefix('teacher ')} {model.share:.0%}" for model in models[1:])
+        note += f"\nEach teacher computes the rows of its sources, of the run: {read}."
+    elif len(models) > 1:
         student, teacher = models
         parameters, flops = teacher.parameters.total / student.parameters.total, teacher.flops / student.flops
         note += f"\nteacher : student = {parameters:.2f} in parameters, {flops:.2f} in FLOPs."
@@ -338,7 +343,7 @@ def _files(plan: Plan, main: Estimate) -> RenderableType:
     table.add_row(f"{checkpoints:,} of them, at the end", "", readable(checkpoints * size, "B"))
     if local := local_bytes(main.sharding):
         table.add_row(f"local saves of a node, at most {LOCAL_SAVES}, with copies", "", readable(local, "B"))
-    if len(requirements.models) > 1:
+    if len(requirements.models) > 1 and main.sharding.stats.teacher_name is None:
         for name, each in _teacher_outputs(plan, main).items():
             table.add_row(name, f"{each:,.0f} B", readable(each * requirements.tokens, "B"))
     return _part("On disk", table)
@@ -389,8 +394,10 @@ def _teacher_outputs(plan: Plan, main: Estimate) -> dict[str, float]:
 
 def _law(plan: Plan, law: Expectation | None) -> RenderableType:
     title = "Losses expected by the distillation scaling law (arXiv 2502.08606), nats a token"
-    if plan.inputs.stats.teacher is None:
-        return Text("The distillation scaling law does not apply: no teacher runs.", style="dim")
+    stats = plan.inputs.stats
+    if stats.teacher is None or stats.teacher_name is not None:
+        why = "no teacher runs" if stats.teacher is None else "it is of one teacher"
+        return Text(f"The distillation scaling law does not apply: {why}.", style="dim")
     if law is None:
         return Text(f"{title}:\ndescribe the teacher with --teacher-loss or --teacher-tokens.", style="dim")
     table = _table("", "")
