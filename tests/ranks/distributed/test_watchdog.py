@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -67,11 +68,15 @@ def _rank(launch: Launch, port: int, fault: Callable[[], None], culprit: int, fo
     """Steps of one all-reduce; the culprit does something else in one of them. Ends as the command does."""
     os.dup2(os.open(folder / f"stderr-{launch.rank}", os.O_WRONLY | os.O_CREAT), 2)
     watchdog_module.HEARTBEAT_SECONDS = 0.2
-    watchdog_module.TIMER_SECONDS = 1.0
+    if fault is _hold_the_interpreter:  # else a busy machine could end a rank before its watchdog does
+        watchdog_module.TIMER_SECONDS = 1.0
     diagnosis.STALE_SECONDS = 1.0
     relay.REPLY_SECONDS = 0.5
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    (folder / f"up-{launch.rank}").touch()
+    while len(list(folder.glob("up-*"))) < launch.world:  # the time limits below are shorter than a start may take
+        time.sleep(0.01)
     code = 0
     try:
         with process_groups(launch, vocab_group=launch.world, timeout_minutes=2 * LIMIT / 60) as topology:
@@ -118,8 +123,8 @@ def _launched(
     for rank, process in enumerate(processes):
         process.join(max(0.1, end - time.monotonic()) if rank != culprit or world == 1 else 0)
     codes = []
-    for process in processes:
-        process.join(10.0)
+    for rank, process in enumerate(processes):
+        process.join(0 if rank == culprit and fault is _freeze else 10.0)  # a frozen one never ends
         codes.append(process.exitcode)
         process.kill()
         process.join()
@@ -154,7 +159,7 @@ def test_a_frozen_rank_is_named(culprit: int, tmp_path: Path) -> None:
     ended = _launched(3, _freeze, culprit, tmp_path)
     assert [each.code for each in ended] == [None if rank == culprit else 3 for rank in range(3)], ended
     stderr = ended[0 if culprit else 1].stderr
-    assert f"no heartbeat from rank {culprit} for 2 s: it was killed or is frozen" in stderr, ended
+    assert re.search(rf"no heartbeat from rank {culprit} for \d+ s: it was killed or is frozen", stderr), ended
     assert "all_reduce_sum" in _stacks(tmp_path, 2)
 
 
@@ -172,7 +177,7 @@ def test_a_rank_that_aborts_leaves_its_stacks_and_is_named(tmp_path: Path) -> No
 def test_a_rank_whose_interpreter_is_held_is_named_and_writes_its_stacks(tmp_path: Path) -> None:
     ended = _launched(2, _hold_the_interpreter, 1, tmp_path)
     assert (ended[0].code, ended[1].code) == (3, 1), ended
-    assert "no heartbeat from rank 1 for 2 s" in ended[0].stderr, ended
+    assert re.search(r"no heartbeat from rank 1 for \d+ s", ended[0].stderr), ended
     assert "_hold_the_interpreter" in _stacks(tmp_path, 1)
 
 
@@ -181,7 +186,7 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path) -> None:
     assert [each.code for each in ended] == [3, -9, 3], ended
     for rank in (0, 2):
         assert "lost another rank in a collective: rank 1 (" in ended[rank].stderr, ended
-        assert "no heartbeat for 1 s, last seen in train of step 3" in ended[rank].stderr
+        assert re.search(r"no heartbeat for \d+ s, last seen in train of step 3", ended[rank].stderr), ended
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -204,7 +209,7 @@ def test_the_rank_that_passes_on_its_nodes_heartbeats_is_named_itself(
     ended = _launched(4, fault, 2, tmp_path, per_node=2)
     assert [each.code for each in ended] == [3, 3, code, 3], ended
     if fault is _freeze:
-        assert "no heartbeat from rank 2 for 2 s: it was killed or is frozen" in ended[0].stderr, ended
+        assert re.search(r"no heartbeat from rank 2 for \d+ s: it was killed or is frozen", ended[0].stderr), ended
         return
     for rank in (0, 1, 3):
         assert "lost another rank in a collective: rank 2 (" in ended[rank].stderr, ended
