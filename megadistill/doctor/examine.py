@@ -44,7 +44,7 @@ from megadistill.doctor.recipe_check import check_recipe
 from megadistill.doctor.teacher_prediction import teacher_rows
 from megadistill.models.flops import parameter_counts
 from megadistill.plan.counts.disk_usage import final_checkpoints
-from megadistill.plan.counts.model_stats import measure_models
+from megadistill.plan.counts.model_stats import measure_models, measure_several
 from megadistill.plan.counts.requirements import count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.zero import Zero
@@ -149,14 +149,14 @@ def _own_checks(path: Path, overrides: Sequence[str], launch: Launch) -> tuple[R
 
 def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
     """Bytes that this rank will hold, by tensors, on its `device` and on its `host`."""
-    if setup.teachers:  # each has its own stage, head and signals; the student's tensors are the same with all
-        needs = [_needs(each, launch) for each in setup.teachers.values()]
-        names = dict.fromkeys(name for each in needs for name in each["device"])
-        lines = {name: [each["device"].get(name, 0) for each in needs] for name in names}
-        device = {name: sum(sizes) if name.startswith("teacher ") else max(sizes) for name, sizes in lines.items()}
-        return {**needs[0], "device": device}
     students = launch.world if setup.roles is None else setup.roles.students
-    stats = measure_models(setup.student_config, setup.teacher_config, sequence_length=setup.data.sequence_length)
+    student, length = setup.student_config, setup.data.sequence_length
+    if setup.teachers:
+        shares = setup.teacher_shares()
+        teachers = {name: (each.teacher_config, shares[name]) for name, each in setup.teachers.items()}
+        stats = measure_several(student, teachers, sequence_length=length)
+    else:
+        stats = measure_models(student, setup.teacher_config, sequence_length=length)
     run = Sharding(
         setup.recipe,
         stats,

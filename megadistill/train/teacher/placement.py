@@ -6,7 +6,7 @@ serve. Stored: only its targets, on disk. The rows of its head are on the studen
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megadistill.config.recipe import TeacherSection
@@ -87,16 +87,17 @@ def _several_teachers(setup: Setup, topology: Topology) -> TeacherOnSlice:
             loaded[name] = live_teacher(each, topology, pipeline=pipeline)
         else:
             loaded[name] = TEACHERS[_section(each).source](each, topology)
+    return lambda vocab: several_teachers(setup, {name: on_slice(vocab) for name, on_slice in loaded.items()})
+
+
+def several_teachers(setup: Setup, loaded: Mapping[str, Teacher]) -> SeveralTeachers:
+    """The teachers of `setup.teachers`, which are loaded, with the sources that each teaches."""
     numbers = {source: number for number, source in enumerate(setup.data.names)}
-
-    def on_slice(vocab: VocabSlice) -> SeveralTeachers:
-        members = []
-        for name, each in setup.teachers.items():
-            weights = {numbers[source]: share for source, share in each.teaches.items()}
-            members.append(Member(name, loaded[name](vocab), weights, each))
-        return SeveralTeachers(members, len(numbers))
-
-    return on_slice
+    members = []
+    for name, each in setup.teachers.items():
+        weights = {numbers[source]: share for source, share in each.teaches.items()}
+        members.append(Member(name, loaded[name], weights, each))
+    return SeveralTeachers(members, len(numbers))
 
 
 def _stored_teacher(setup: Setup, topology: Topology) -> TeacherOnSlice:

@@ -177,11 +177,13 @@ class SeveralTargets:
 
 
 def _add_by_source(sums_KM: Tensor, batch: TokenBatch, labels_n: Tensor, terms: LossTerms) -> None:
-    """Adds numbers by source: tokens with a label, then `PER_TOKEN_NAMES`."""
+    """Adds numbers by source: tokens with a label, then `PER_TOKEN_NAMES`. On a GPU `index_add_` has no fixed order."""
     assert terms.per_token is not None
-    sources_n = to_device(batch.sources.repeat_interleave(batch.tokens.shape[1]), sums_KM.device)
     has_label_n1 = (labels_n != IGNORED_LABEL).double().unsqueeze(1)
-    sums_KM.index_add_(0, sources_n, torch.cat([has_label_n1, terms.per_token.double()], dim=1))
+    values_nM = torch.cat([has_label_n1, terms.per_token.double()], dim=1)
+    of_rows_BM = values_nM.view(len(batch), batch.tokens.shape[1], M).sum(dim=1)
+    is_of_KB1 = (torch.arange(len(sums_KM)).unsqueeze(1) == batch.sources).unsqueeze(2)
+    sums_KM += torch.where(to_device(is_of_KB1, sums_KM.device), of_rows_BM, 0.0).sum(dim=1)
 
 
 def _sum(one: LossTerms, other: LossTerms) -> LossTerms:

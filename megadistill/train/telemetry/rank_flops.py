@@ -33,7 +33,10 @@ class RankFlops:
         counts_experts = coefs.aux > 0 and shape.accumulation > 1 and bool(expert_layers(setup.student_config))
         layers_again = (recipe.student.activation_checkpointing == "full") + counts_experts
         a_token, stage_round = 3 * once.forward + layers_again * (once.body + once.attention), 0
-        heads = 3 * once.head
+        # The loss computes the student's logits once for each teacher of a token.
+        again = max(0.0, sum(setup.teacher_shares().values()) - 1)
+        heads = round(3 * once.head * (1 + again))
+        a_token += heads - 3 * once.head
         teacher_passes = 2 if recipe.loss.label_fraction > 0 else 1  # its entropy decides before the loss
         if setup.teacher_config is not None:
             teacher = flops_per_token(setup.teacher_config, length)

@@ -84,6 +84,22 @@ def test_a_small_step_of_the_recipes_kind_goes_through(
     assert first.startswith("one small step of student, teacher and loss: loss ")
 
 
+@pytest.mark.thorough
+def test_a_small_step_has_all_of_several_teachers(tmp_path: Path) -> None:
+    """Of two families and widths: a specialist, and one for the rest."""
+    data = described_data(tmp_path / "data")
+    mixture = {"manifest": None, "sources": {"web": str(data), "code": str(data)}}
+    plain = recipe(data, tmp_path / "run").snapshot()
+    plain["data"] |= {**mixture, "curriculum": [{"weights": {"web": 3, "code": 1}}]}
+    coder = described_teacher(tmp_path / "coder", **{**MODEL, "model_type": "qwen3", "hidden_size": 64})
+    general = described_teacher(tmp_path / "general", **MODEL)
+    teachers = {"coder": {"path": str(coder), "sources": ["code"]}, "general": {"path": str(general)}}
+    whole = Recipe.model_validate({**plain, "objective": "distill", "teachers": teachers})
+    first, second = (detail.rpartition(",")[0] for detail in run_ranks(2, _dry_run, whole))
+    assert first == second
+    assert first.startswith("one small step of student, 2 teachers and loss: loss ")
+
+
 def _examines(rank: int, port: int, path: Path) -> None:
     """One of two ranks, the second of which has a broken dry run; the first writes its report."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
