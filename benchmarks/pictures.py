@@ -14,7 +14,7 @@ from PIL import Image
 
 from megadistill.errors import UserError
 from megadistill.evaluate.evaluation import read_evaluations
-from megadistill.report.evaluation_section import write_plots
+from megadistill.report.sections.evaluation_section import write_plots
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -145,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                     write_json(options.json, results)
             finally:
                 if options.plots:
-                    from megadistill.report.evaluation_section import write_plots
+                    from megadistill.report.sections.evaluation_section import write_plots
 
                     write_plots(results, options.plots)
 

@@ -18,18 +18,18 @@ from megadistill.evaluate.evaluation import read_evaluations
 from megadistill.io import write_file
 from megadistill.outputs import require_writable_folder
 from megadistill.redaction import printable
-from megadistill.report.checkpoint_section import checkpoint_samples, checkpoint_scores, score_curves
 from megadistill.report.curves import curves_over_time, curves_over_tokens
 from megadistill.report.drawing import DASHES, MAX_RUNS, PALETTE, PALETTE_DARK, Drawing, style
-from megadistill.report.evaluation_section import Results
 from megadistill.report.event_plot import TROUBLE, events_figure, goodput_figure
-from megadistill.report.group_section import group_curves, group_table, groups_of
 from megadistill.report.run_record import RunRecord, read_runs
 from megadistill.report.save_interval import measured_saves
+from megadistill.report.sections.checkpoint_section import checkpoint_samples, checkpoint_scores, score_curves
+from megadistill.report.sections.evaluation_section import Results
+from megadistill.report.sections.group_section import group_curves, group_table, groups_of
+from megadistill.report.sections.validation_section import validation_curves, validation_table, validations_of
 from megadistill.report.smoothing import SMOOTHED_SHARE
 from megadistill.report.summary import LAST_STEPS, event_counts, events_table, measured_mfu, summary_table
 from megadistill.report.tables import NOTHING, attempts_table, differing_keys, recipe_table, versions_table
-from megadistill.report.validation_section import validation_curves, validation_table, validations_of
 from megadistill.report.wall_clock import clock_of, goodput_of, utc
 
 PAGE = "report.html"

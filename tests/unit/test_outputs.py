@@ -163,7 +163,8 @@ def test_results_are_printed_before_they_are_written(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("megadistill.evaluate.evaluate.evaluate", lambda *models, **options: [])
     monkeypatch.setattr("megadistill.heldout.splits.load_splits", lambda *given, **options: {})
     monkeypatch.setattr("megadistill.evaluate.evaluation_tables.tables", lambda results: [])
-    monkeypatch.setattr("megadistill.report.evaluation_section.write_plots", lambda *what: happened.append("plots"))
+    section = "megadistill.report.sections.evaluation_section"
+    monkeypatch.setattr(f"{section}.write_plots", lambda *what: happened.append("plots"))
     monkeypatch.setattr(command, "print_tables", lambda *tables: happened.append("tables"))
     monkeypatch.setattr(command, "write_json", full)
     arguments = ["evaluate", "m", "--data", "d", "--json", str(tmp_path / "x"), "--plots", str(tmp_path)]

@@ -117,7 +117,7 @@ def _heads(run: Sharding) -> Lines:
 
 
 def _idle_teachers(run: Sharding) -> Lines:
-    """Of several teachers a line each. A micro-batch may be of one teacher alone: each has hidden states for all."""
+    """A line for each of several teachers, with hidden states for all tokens: a micro-batch may be of one alone."""
     if not run.stats.others:
         return _idle_teacher(run)
     return {f"teacher {each.stats.teacher_name}": sum(_idle_teacher(each).values()) for each in run.live_teachers}

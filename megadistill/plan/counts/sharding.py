@@ -105,7 +105,7 @@ class Sharding:
 
     @cached_property
     def each_teacher(self) -> tuple["Sharding", ...]:
-        """Of several teachers the same with each of them alone, this one first; else this alone."""
+        """The same with each of several teachers alone, this one first; else this alone."""
         return (self, *(replace(self, stats=each) for each in self.stats.others))
 
     @property
@@ -386,7 +386,7 @@ class Sharding:
         return self.chunks_of(self.tokens)
 
     @property
-    def taught(self) -> int:
+    def tokens_with_teacher(self) -> int:
         """Tokens of a rank's micro-batch that the teacher teaches, in the mean."""
         return round(self.stats.share * self.tokens)
 

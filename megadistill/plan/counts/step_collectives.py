@@ -78,7 +78,7 @@ class StepCollectives:
 def count_collectives(run: Sharding) -> StepCollectives:
     """The collectives of a step on one of the student's ranks; none of a group of one rank."""
     groups = _Groups(run)
-    loss = tuple(call for each in run.each_teacher if each.taught for call in _loss(each, groups))
+    loss = tuple(call for each in run.each_teacher if each.tokens_with_teacher for call in _loss(each, groups))
     kinds = (True, False) if run.accumulation > 1 else (True,)
     micro_steps = [(*_gathers(run, groups, first=first), *loss, *_reductions(run, groups)) for first in kinds]
     micro_steps += [()] * (2 - len(kinds))
@@ -201,9 +201,9 @@ def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
     passes.append((run.heads, True))
     yield groups.vocab(LOSS, ALL_GATHER, p * LOSS_METADATA * FLOAT64)
     for itemsize in (FLOAT64, FLOAT32):  # labels, weights
-        yield groups.vocab(LOSS, ALL_GATHER, p * run.taught * itemsize)
+        yield groups.vocab(LOSS, ALL_GATHER, p * run.tokens_with_teacher * itemsize)
     for heads, with_gradient in passes:
-        for span in run.chunks_of(run.taught).spans():
+        for span in run.chunks_of(run.tokens_with_teacher).spans():
             n = p * (span.stop - span.start)
             widths = [run.student.width, run.live_teacher.width][-heads:] if live else [run.student.width]
             for width in widths:
@@ -212,7 +212,7 @@ def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
             if with_gradient:
                 yield groups.vocab(LOSS, REDUCE_SCATTER, FLOAT32 * n * run.student.width)
     if run.stats.teacher_name is not None:
-        yield groups.vocab(LOSS, ALL_REDUCE, p * run.taught * PER_TOKEN_TERMS * FLOAT32)
+        yield groups.vocab(LOSS, ALL_REDUCE, p * run.tokens_with_teacher * PER_TOKEN_TERMS * FLOAT32)
     yield groups.vocab(LOSS, ALL_REDUCE, p * SLICE_TERMS * FLOAT32)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megadistill.report.page import compose
 from megadistill.report.run_record import RunRecord, read_runs
-from megadistill.report.validation_section import validation_table, validations_of
+from megadistill.report.sections.validation_section import validation_table, validations_of
 from tests.unit.report.written_run import WrittenRun
 
 

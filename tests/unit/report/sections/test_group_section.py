@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megadistill.report.group_section import MAX_GROUPS, group_table, groups_of
 from megadistill.report.page import compose
 from megadistill.report.run_record import RunRecord, read_runs
+from megadistill.report.sections.group_section import MAX_GROUPS, group_table, groups_of
 from tests.unit.report.written_run import RECIPE, WrittenRun
 
 HOSTILE = "<script>\x1b[31m$\\frac$" + "x" * 500

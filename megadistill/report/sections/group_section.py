@@ -93,17 +93,17 @@ def groups_of(run: RunRecord) -> list[Group]:
     """The groups in a run's metrics.jsonl, by kind and in the order of their first steps."""
     if not run.setting("teachers"):
         return []
-    found: dict[str, dict[str, _Read]] = {kind: {} for kind in KINDS}
+    read: dict[str, dict[str, _Read]] = {kind: {} for kind in KINDS}
     for line in json_lines(run.folder / "metrics.jsonl"):
         step, tokens = (number(line.get(name)) for name in ("step", "tokens")) if line else (np.nan, np.nan)
         if line is None or not (step >= 1 and tokens >= 0):
             continue
-        for kind, groups in found.items():
+        for kind, groups in read.items():
             values = line.get(kind)
             for name, each in islice(values.items(), MAX_GROUPS) if isinstance(values, dict) else ():
                 if isinstance(each, dict) and (name in groups or len(groups) < MAX_GROUPS):
                     groups.setdefault(name, _Read()).add(step, tokens, each)
-    return [each.group(kind, label(name)) for kind, groups in found.items() for name, each in groups.items()]
+    return [each.group(kind, label(name)) for kind, groups in read.items() for name, each in groups.items()]
 
 
 def group_curves(runs: Sequence[RunRecord], groups: Sequence[Sequence[Group]]) -> list[Drawing]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from megadistill.evaluate.checkpoint_scores import read_scores
-from megadistill.report.checkpoint_section import checkpoint_samples, checkpoint_scores, score_curves
 from megadistill.report.drawing import style
 from megadistill.report.page import report
 from megadistill.report.run_record import read_runs
+from megadistill.report.sections.checkpoint_section import checkpoint_samples, checkpoint_scores, score_curves
 from tests.unit.report.written_run import TOKENS_PER_STEP, WrittenRun
 
 

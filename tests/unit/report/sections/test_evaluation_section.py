@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from megadistill.evaluate.evaluation import CalibrationBin
-from megadistill.report.evaluation_section import calibration_figure, deciles_figure, write_plots
+from megadistill.report.sections.evaluation_section import calibration_figure, deciles_figure, write_plots
 from tests.unit.evaluate.test_evaluation_tables import ALONE, LARGE
 
 BINS = (CalibrationBin(250_000_000, 0.02, 0.04), CalibrationBin(750_000_000, 0.07, 0.05))

@@ -1,0 +1,1 @@
+"""Sections of the page that have figures and a table of their own."""
