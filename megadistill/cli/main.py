@@ -41,7 +41,8 @@ def main() -> NoReturn:
     """Runs the command of this process's arguments, and exits with its code.
 
     A fault ends the process at once: the interpreter's own shutdown would destroy process groups whose peers are gone,
-    and abort with another code.
+    and abort with another code. So does a run that recorded a profile: behind torch's profiler that shutdown ends some
+    of them by a segmentation fault, when all is stored.
     """
     interrupts = Interrupts()
     try:
@@ -51,9 +52,14 @@ def main() -> NoReturn:
         code = RestartFault.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (RestartFault.exit_code, OperatorFault.exit_code):
+    if code in (RestartFault.exit_code, OperatorFault.exit_code) or _has_recorded_profile():
         os._exit(code)
     sys.exit(code)
+
+
+def _has_recorded_profile() -> bool:
+    capture = sys.modules.get("megadistill.train.telemetry.profile_capture")
+    return capture is not None and bool(capture.ProfileCapture.has_recorded)
 
 
 def run_command(arguments: Sequence[str], interrupts: Interrupts | None = None) -> int:

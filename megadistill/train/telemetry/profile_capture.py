@@ -9,7 +9,7 @@ import logging
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.profiler import profile, record_function, supported_activities
@@ -40,6 +40,9 @@ class _Part:
 
 class ProfileCapture(AbstractContextManager["ProfileCapture"]):
     """The profile of one rank. Its methods wait for no other rank. An error of the disk does not end the run."""
+
+    has_recorded: ClassVar[bool] = False
+    """Whether this process has recorded a profile: `cli.main` ends it without the interpreter's shutdown then."""
 
     def __init__(self, setup: Setup, topology: Topology) -> None:
         self._setup, self._topology = setup, topology
@@ -111,6 +114,7 @@ class ProfileCapture(AbstractContextManager["ProfileCapture"]):
             self._stop()
 
     def _start(self) -> None:
+        ProfileCapture.has_recorded = True
         self._open = ExitStack()
         memory = self._memory_module()
         if memory is not None:
