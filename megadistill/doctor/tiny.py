@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megadistill.models.configs.unequal_layers import layer_configs, set_heads_of_keys
+from megadistill.models.configs.unequal_layers import first_layers, layer_configs, set_heads_of_keys
 from megadistill.models.families import ModelConfig, expert_layers, family, head_dim, keep_layers
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
 from megadistill.models.initial_weights import initial_tensor
@@ -22,7 +22,7 @@ HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 4, 2
 
 
 def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> ModelConfig:
-    """A small config with at least `min_layers` layers, and each kind of layer of `config` at least once."""
+    """A small config with each kind of layer of `config` at least once; at least `min_layers` may begin a stage."""
     small = copy.deepcopy(config)
     widths = {head_dim(each) for each in layer_configs(config)}
     # Gemma 4's wider heads have 512 columns, and Gemma 3n's layers several projections of the width.
@@ -41,7 +41,8 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
         small.intermediate_size_mlp = 2 * small.hidden_size
     small.vocab_size = vocab_size
     # Gemma 4 ends in a layer of full attention, the last of its kinds.
-    keep_layers(small, [kinds[(layer - layers) % len(kinds)] for layer in range(layers)])
+    kept = [kinds[(layer - layers) % len(kinds)] for layer in range(layers)]
+    keep_layers(small, [0] * (min_layers - _stages(config, kept)) + kept)
     set_heads_of_keys(small, 1)
     if has_per_layer_inputs(config):
         small.vocab_size_per_layer_input = vocab_size
@@ -85,6 +86,13 @@ def _kinds_of_layers(config: ModelConfig) -> list[int]:
     for layer in range(config.num_hidden_layers):
         first.setdefault((layer in sparse, *(values[layer] for values in lists)), layer)
     return list(first.values())
+
+
+def _stages(config: ModelConfig, layers: list[int]) -> int:
+    """Most stages of a model of these layers."""
+    part = copy.deepcopy(config)
+    keep_layers(part, layers)
+    return len(first_layers(part))
 
 
 def write_random(config: ModelConfig, folder: Path, *, seed: int) -> None:

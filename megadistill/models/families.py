@@ -504,7 +504,10 @@ def refuse_as_student(config: PretrainedConfig, what: str) -> None:
         raise UserError(f"{what}: a {config.model_type} model can only teach: {reason}; students may be {students}")
     for key, reason in family(config).teacher_only_with:
         if value := getattr(config, key, None):
-            raise UserError(f"{what}: a {config.model_type} model with {key} {value} can only teach: {reason}")
+            off = f"{key} is {'false' if value is True else 0}"
+            raise UserError(
+                f"{what}: a {config.model_type} model with {key} {value} can only teach: {reason}; a student's {off}"
+            )
 
 
 def refuse_documents(

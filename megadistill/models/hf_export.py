@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from megadistill import __version__
 from megadistill.errors import UserError
+from megadistill.models.configs.unequal_layers import layer_config
 from megadistill.models.experts import stored_tensors
 from megadistill.models.families import EMBEDDING, HEAD, constant_buffers, family, parameter_shapes
 from megadistill.models.hf_folder import INDEX_FILE
@@ -106,6 +107,7 @@ def exported_config(
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     _name_turned_part(config)
+    _name_wider_heads(config)
     return config
 
 
@@ -120,6 +122,17 @@ def _name_turned_part(config: PretrainedConfig) -> None:
         config.rotary_pct = 1.0 if factor is None else factor
     elif factor is not None:
         config.partial_rotary_factor = factor
+
+
+def _name_wider_heads(config: PretrainedConfig) -> None:
+    """Gives the sizes of Gemma 4's heads of full attention their published names, beside `per_layer_config`.
+
+    transformers 5 writes them there alone, where other programs do not look.
+    """
+    if config.model_type == "gemma4_text" and "full_attention" in config.layer_types:
+        full = layer_config(config, config.layer_types.index("full_attention"))
+        config.global_head_dim = full.head_dim
+        config.num_global_key_value_heads = full.num_key_value_heads
 
 
 def _checked(tensors: Iterable[NamedReader], shapes: dict[str, torch.Size], *, tied: bool) -> list[NamedReader]:

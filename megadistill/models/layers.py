@@ -128,7 +128,8 @@ def compile_layers(decoder: Any) -> None:
     for layer in decoder.layers:
         # transformers hands a layer's number to flash-attn, for a cache that there is none of: a graph for each layer.
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):
+            # But in 5.17 layers of Gemma 3n find the keys and values that they share by it.
+            if hasattr(module, "layer_idx") and not hasattr(module, "kv_shared_layer_index"):
                 module.layer_idx = 0
         compiled = torch.compile(layer.forward, dynamic=False, fullgraph=True)
         trains = any(parameter.requires_grad for parameter in layer.parameters())

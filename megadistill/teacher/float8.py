@@ -206,9 +206,14 @@ class Float8Experts(Float8Module):
 
 
 def use_float8(decoder: Any) -> list[str]:
-    """Replaces the products of a decoder's layers, on meta, by those of this module. Names of those that stay."""
+    """Replaces the products of a decoder's layers, on meta, by those of this module. Names of those that stay.
+
+    Routers and indexers, whose numbers choose experts and keys, stay as they are and are not named.
+    """
     native = []
-    excluded = {module for router in routers(decoder).values() for module in router.modules()}
+    indexers = [module for name, module in decoder.layers.named_modules() if name.endswith(".indexer")]
+    choosing = [*routers(decoder).values(), *indexers]
+    excluded = {module for each in choosing for module in each.modules()}
     for name, module in list(decoder.layers.named_modules()):
         replacement: type[Float8Linear | Float8Experts] | None = None
         if isinstance(module, nn.Linear) and module not in excluded:

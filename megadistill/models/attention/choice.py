@@ -171,7 +171,7 @@ def _beyond_flash(config: Any) -> str | None:
         return "is not told of this family's chunks"
     if any(value_width(each) != query_width(each) for each in layer_configs(config)):
         return "has one width for queries and values, which differ in this family"
-    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+    if {"linear_attention", "hybrid"} & {*(getattr(config, "layer_types", None) or ())}:
         return "is given the lengths of rows, which this family's recurrent layers would take, too"
     return None
 

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from megadistill.config.recipe import Checkpointing
 from megadistill.models.attention.choice import has_indexers
 from megadistill.models.attention.sequence import share_sequences
+from megadistill.models.configs.unequal_layers import first_sharing_layer
 from megadistill.models.families import build_decoder, expert_layers, family, rebuild_buffers, stored_buffers
 from megadistill.models.forward.hidden_streams import hidden_streams
 from megadistill.models.forward.per_layer_inputs import has_per_layer_inputs
@@ -133,11 +134,14 @@ def _doubled(counts: Activations) -> Activations:
 
 
 def layer_kind(config: Any, index: int) -> tuple[Any, ...]:
-    """Attention and kind of MLP of a layer, and what its family says by layer: one kind needs the same memory."""
+    """Attention and kind of MLP of a layer, and what its family says by layer: one kind needs the same memory.
+
+    Layers that take another one's keys and values may have wider MLPs.
+    """
     attention = config.layer_types[index] if getattr(config, "layer_types", None) else "full_attention"
     dense = index not in expert_layers(config)
     lists = (getattr(config, name, None) for name in family(config).by_layer)
-    return attention, dense, *(values[index] for values in lists if values)
+    return attention, dense, index >= first_sharing_layer(config), *(values[index] for values in lists if values)
 
 
 @dataclass(frozen=True)

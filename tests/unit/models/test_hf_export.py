@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, HEAD, load_config, stored_buffers
@@ -91,6 +91,18 @@ def test_other_readers_find_the_turned_part_of_a_head_under_its_published_key(ca
     assert (written[key], factor) == (expected, expected)
     again = load_config(tmp_path / "out", what="test")
     assert again.rope_parameters.get("partial_rotary_factor", 1.0) == factor
+
+
+def test_other_readers_find_gemma_4s_wider_heads_under_their_published_keys(tmp_path: Path) -> None:
+    if "gemma4" not in ALL_CASES:
+        pytest.skip("this transformers has no gemma4")
+    _export(tmp_path / "out", "gemma4", _readers(whole_model("gemma4")))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["global_head_dim"], written["num_global_key_value_heads"]) == (32, 1)
+    by_kind = {key: value for key, value in written.items() if key != "per_layer_config"}
+    again = AutoConfig.for_model(**by_kind)
+    assert [layer.head_dim for layer in again.per_layer_config] == [16, 32, 16, 16, 32]
+    assert [layer.num_key_value_heads for layer in again.per_layer_config] == [2, 1, 2, 2, 1]
 
 
 def test_the_files_are_shards_with_an_index_or_one_file_and_nothing_is_left_beside_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megadistill.doctor.tiny import tiny_config, write_random
+from megadistill.models.configs.unequal_layers import first_layers
 from megadistill.models.families import FAMILIES, head_dim, load_config, logit_transform, transformers_attention
 from megadistill.models.weights import check_weights
 from tests.unit.models.cases import CASES
@@ -51,6 +52,16 @@ def test_every_family_shrinks_to_a_model_that_runs(model_type: str, tmp_path: Pa
     assert read.num_hidden_layers >= 3
     for name in {"layer_types", *FAMILIES[model_type].by_layer} - {"intermediate_size"}:
         assert set(getattr(read, name, None) or []) == set(getattr(large, name, None) or [])
+
+
+@pytest.mark.skipif("glm_moe_dsa" not in FAMILIES, reason="this transformers lacks glm_moe_dsa")
+def test_a_small_model_of_layers_that_share_has_as_many_stages_as_are_asked_for() -> None:
+    """Those that take the keys of another one's indexer begin none."""
+    keys = {**LARGE, "num_hidden_layers": 8, "num_key_value_heads": 32, "indexer_types": ["full", "shared"] * 4}
+    large = load_config({"model_type": "glm_moe_dsa", **keys}, what="test")
+    small = tiny_config(large, vocab_size=300, min_layers=8)
+    assert len(first_layers(small)) == 8
+    assert set(small.indexer_types) == {"full", "shared"}
 
 
 def test_a_small_model_does_not_grow() -> None:
