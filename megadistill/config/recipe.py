@@ -949,8 +949,8 @@ class Recipe(Section):
         n = self.distributed.sequence
         if world % n:
             raise UserError(
-                f"distributed.sequence is {n}, but this run has {number_of(world, 'rank')}, not a multiple of {n}: give "
-                "a number that divides them, or start it on other ranks"
+                f"distributed.sequence is {n}, but this run has {number_of(world, 'rank')}, not a multiple of {n}: "
+                "give a number that divides them, or start it on other ranks"
             )
         divisor = world // n * micro_batch
         if global_batch % divisor:
