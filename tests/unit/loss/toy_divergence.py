@@ -14,7 +14,7 @@ import torch
 
 from megadistill.config.keys import keys
 from megadistill.config.load import validate_recipe
-from megadistill.config.recipe import LossSection
+from megadistill.config.recipe import LossSection, Recipe
 from megadistill.divergence import Divergence, DivergenceKind
 from megadistill.errors import UserError
 from megadistill.export import model_card
@@ -72,8 +72,11 @@ def meet_every_guard() -> None:
     kind = DivergenceKind("jeffreys")
     plain = recipe(Path("manifest.json"), Path("run"), teacher=Path("teacher")).snapshot()
 
+    def with_loss(**loss: object) -> Recipe:
+        return validate_recipe({**plain, "loss": {"divergence": "jeffreys", **loss}}, source="recipe")
+
     def section(**loss: object) -> LossSection:
-        return validate_recipe({**plain, "loss": {"divergence": "jeffreys", **loss}}, source="recipe").loss
+        return with_loss(**loss).loss
 
     assert section().divergence is kind
     refused: list[dict[str, object]] = [{"beta": 1.0}, {"beta": -0.1}, {"alpha": 0.5}, {"targets": {}}]
@@ -101,5 +104,5 @@ def meet_every_guard() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _log(Path(folder), range(1, 2), loss=section())
     assert "Jeffreys divergence, β 0.5" in model_card._objective(
-        section(beta=0.5), load_config(plain["student"]["config"], what="student.config")
+        with_loss(beta=0.5), load_config(plain["student"]["config"], what="student.config")
     )
