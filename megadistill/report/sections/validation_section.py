@@ -79,7 +79,8 @@ def validation_curves(runs: Sequence[RunRecord], validations: Sequence[Sequence[
     most = max((each.tokens for of_run in validations for each in of_run), default=0.0)
     drawings = []
     for measure in MEASURES:
-        if any(measure.name in each.splits.get(ALL, {}) for of_run in validations for each in of_run):
+        measured = (split for of_run in validations for each in of_run for split in each.splits.values())
+        if any(measure.name in split for split in measured):  # all splits together lack what one of them lacks
             figure_of = partial(_figure, measure=measure, validations=validations, most=most)
             name = f"validation-{measure.name.replace('_', '-')}"
             drawings.append(draw(figure_of, name, measure.title, measure.caption, runs=[run.name for run in runs]))
