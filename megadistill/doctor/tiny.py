@@ -41,8 +41,8 @@ def tiny_config(config: ModelConfig, *, vocab_size: int, min_layers: int) -> Mod
         small.intermediate_size_mlp = 2 * small.hidden_size
     small.vocab_size = vocab_size
     # Gemma 4 ends in a layer of full attention, the last of its kinds.
-    kept = [kinds[(layer - layers) % len(kinds)] for layer in range(layers)]
-    keep_layers(small, [0] * (min_layers - _stages(config, kept)) + kept)
+    chosen = [kinds[(layer - layers) % len(kinds)] for layer in range(layers)]
+    keep_layers(small, [0] * (min_layers - _stages(config, chosen)) + chosen)
     set_heads_of_keys(small, 1)
     if has_per_layer_inputs(config):
         small.vocab_size_per_layer_input = vocab_size
