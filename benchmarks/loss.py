@@ -68,33 +68,33 @@ on a busy machine the ratios stay near; the seconds do not, and less so with --c
 questions: python -m benchmarks.loss --quick"""
 
 
-def errors_to(found: Outputs, expected: Outputs) -> tuple[float, ...]:
+def errors_to(outputs: Outputs, expected: Outputs) -> tuple[float, ...]:
     """Relative errors of the loss, dX and dW."""
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(outputs, expected, strict=True)
     return tuple(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
 
 def called(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Outputs]:
     """Outputs of each contender that runs here; the reason why another does not is printed."""
-    found: dict[str, Outputs] = {}
+    outputs: dict[str, Outputs] = {}
     for name, contender in contenders.items():
         start = time.perf_counter()
         try:
-            found[name] = contender(inputs)
+            outputs[name] = contender(inputs)
         except (ImportError, NeedsAcceleratorError) as missing:
             report.console.print(f"  {name} is left out: {missing}", highlight=False)
             continue
         report.console.print(f"  {name}: first call {time.perf_counter() - start:.1f} s", highlight=False)
-    return found
+    return outputs
 
 
 def _warm(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Run]:
     """The contenders that run here, after one call each; one whose numbers are not ours is an error."""
-    found = called(contenders, inputs, report)
-    for name, its in found.items():
-        error = max(errors_to(its, found["ours, eager"]))
+    outputs = called(contenders, inputs, report)
+    for name, its in outputs.items():
+        error = max(errors_to(its, outputs["ours, eager"]))
         assert error < 1e-4, f"{name} makes other numbers than ours: relative error {error:.1e}"
-    return {name: partial(contenders[name], inputs) for name in found}
+    return {name: partial(contenders[name], inputs) for name in outputs}
 
 
 def _timed(runs: dict[str, Run], report: Report) -> dict[str, list[float]]:
@@ -136,8 +136,8 @@ def errors(shape: Shape, report: Report) -> None:
         report.console.print(f"\n[bold]{question}[/bold], {shape}", highlight=False)
         truth = problem.truth(inputs)
         table = report.table(f"{question}: {shape}", "", "value", "dX", "dW")
-        for name, found in called(problem.contenders, inputs, report).items():
-            its = errors_to(found, truth)
+        for name, outputs in called(problem.contenders, inputs, report).items():
+            its = errors_to(outputs, truth)
             for part, error in zip(("value", "dX", "dW"), its, strict=True):
                 report.add(question, shape, f"{name}: {part}", error, "relative")
             table.add_row(name, *(f"{error:.1e}" for error in its))
