@@ -68,33 +68,33 @@ on a busy machine the ratios stay near; the seconds do not, and less so with --c
 questions: python -m benchmarks.loss --quick"""
 
 
-def errors_to(outputs: Outputs, expected: Outputs) -> tuple[float, ...]:
+def errors_to(results: Outputs, expected: Outputs) -> tuple[float, ...]:
     """Relative errors of the loss, dX and dW."""
-    pairs = zip(outputs, expected, strict=True)
+    pairs = zip(results, expected, strict=True)
     return tuple(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
 
 
 def called(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Outputs]:
     """Outputs of each contender that runs here; the reason why another does not is printed."""
-    outputs: dict[str, Outputs] = {}
+    results: dict[str, Outputs] = {}
     for name, contender in contenders.items():
         start = time.perf_counter()
         try:
-            outputs[name] = contender(inputs)
+            results[name] = contender(inputs)
         except (ImportError, NeedsAcceleratorError) as missing:
             report.console.print(f"  {name} is left out: {missing}", highlight=False)
             continue
         report.console.print(f"  {name}: first call {time.perf_counter() - start:.1f} s", highlight=False)
-    return outputs
+    return results
 
 
 def _warm(contenders: Contenders, inputs: Inputs, report: Report) -> dict[str, Run]:
     """The contenders that run here, after one call each; one whose numbers are not ours is an error."""
-    outputs = called(contenders, inputs, report)
-    for name, its in outputs.items():
-        error = max(errors_to(its, outputs["ours, eager"]))
+    results = called(contenders, inputs, report)
+    for name, its in results.items():
+        error = max(errors_to(its, results["ours, eager"]))
         assert error < 1e-4, f"{name} makes other numbers than ours: relative error {error:.1e}"
-    return {name: partial(contenders[name], inputs) for name in outputs}
+    return {name: partial(contenders[name], inputs) for name in results}
 
 
 def _timed(runs: dict[str, Run], report: Report) -> dict[str, list[float]]:
@@ -136,8 +136,8 @@ def errors(shape: Shape, report: Report) -> None:
         report.console.print(f"\n[bold]{question}[/bold], {shape}", highlight=False)
         truth = problem.truth(inputs)
         table = report.table(f"{question}: {shape}", "", "value", "dX", "dW")
-        for name, outputs in called(problem.contenders, inputs, report).items():
-            its = errors_to(outputs, truth)
+        for name, results in called(problem.contenders, inputs, report).items():
+            its = errors_to(results, truth)
             for part, error in zip(("value", "dX", "dW"), its, strict=True):
                 report.add(question, shape, f"{name}: {part}", error, "relative")
             table.add_row(name, *(f"{error:.1e}" for error in its))
