@@ -22,7 +22,7 @@ from megadistill import timeline
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.p2p import Message
 from megadistill.teacher.codec import INT64_BYTES, ActivationCodec, checked_signal, pack, unpack
-from megadistill.teacher.stage import TeacherStage
+from megadistill.teacher.stage import Stage
 from megadistill.types import TeacherSignal, TokenBatch, to_device, token_digest
 
 _STOP, _WORK, _RECORDED_WORK = 0, 1, 2
@@ -170,7 +170,7 @@ class TeacherServer:
     """The server: one stage, at work until every client has sent a stop."""
 
     def __init__(
-        self, stage: TeacherStage, bridge: Bridge, requests: RequestCodec, answers: ActivationCodec, *, queue: int
+        self, stage: Stage, bridge: Bridge, requests: RequestCodec, answers: ActivationCodec, *, queue: int
     ) -> None:
         self._stage, self._bridge, self._requests, self._answers = stage, bridge, requests, answers
         self._queue = queue

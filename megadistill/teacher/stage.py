@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Size, Tensor, nn
@@ -31,6 +31,25 @@ from megadistill.teacher.float8 import Float8Module, describe_float8, use_float8
 from megadistill.units import number_of, readable
 
 logger = logging.getLogger(__name__)
+
+
+class Stage(Protocol):
+    """The members of `TeacherStage` that `TeacherServer` reads."""
+
+    @property
+    def stage(self) -> int: ...
+    @property
+    def is_first(self) -> bool: ...
+    @property
+    def is_last(self) -> bool: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def reads_tokens(self) -> bool: ...
+    def packet_shape(self, batch: int, sequence: int, /) -> tuple[int, int, int]: ...
+    def __call__(self, x: Tensor, positions: Tensor | None, tokens: Tensor | None, /) -> Tensor: ...
 
 
 class TeacherStage(nn.Module):

@@ -62,12 +62,15 @@ class _Stage:
     size: _Size
     device: torch.device
     stage: int = 0
-    stages: int = 1
-    dtype: torch.dtype = DTYPE
     is_first: bool = True
     is_last: bool = True
+    dtype: torch.dtype = DTYPE
+    reads_tokens: bool = False
 
-    def __call__(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def packet_shape(self, batch: int, sequence: int) -> tuple[int, int, int]:
+        return batch, sequence, self.size.E
+
+    def __call__(self, x: Tensor, positions: Tensor | None, tokens: Tensor | None) -> Tensor:
         return x.unsqueeze(-1).expand(*x.shape, self.size.E).to(DTYPE)
 
 
@@ -180,7 +183,7 @@ def _package_order(launch: Launch) -> float:
 
 def _serve(topology: Topology) -> None:
     size = _Size.on(topology.device)
-    stage: Any = _Stage(size, topology.device)
+    stage = _Stage(size, topology.device)
     assert topology.bridge is not None
     for _ in TeacherServer(stage, topology.bridge, *_codecs(size), queue=QUEUE).serve():
         pass

@@ -124,7 +124,7 @@ def _client(bridge: Bridge, rank: int, takes: list[int], rounds: int, queue: int
 
 
 def _server(bridge: Bridge, rank: int, queue: int, served: Callable[[int], None]) -> int:
-    stage: Any = Stage(bridge.roles.stage(rank), bridge.roles.stages)
+    stage = Stage(bridge.roles.stage(rank), bridge.roles.stages)
     requests, answers = RequestCodec(B, S, masked=False), ActivationCodec(E, torch.float32)
     done = 0
     for done in TeacherServer(stage, bridge, requests, answers, queue=queue).serve():
