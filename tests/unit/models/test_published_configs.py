@@ -21,13 +21,15 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPP
 from megadistill.errors import UserError
 from megadistill.models.families import EMBEDDING, FAMILIES, HEAD, load_config, logit_transform, refuse_as_student
 from megadistill.models.flops import flops_per_token
-from megadistill.models.forward.per_layer_inputs import is_by_layer
+from megadistill.models.forward.per_layer_inputs import TABLE, is_by_layer
 from megadistill.models.module_names import names_here
 from megadistill.models.partition import stage_decoder
 
-TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("published_configs.yaml").read_text(encoding="utf-8"))
-MODELS: dict[str, dict[str, Any]] = TABLE["models"]
-DROPPED = {key for keys in TABLE["dropped"].values() for key in keys}
+PUBLISHED: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("published_configs.yaml").read_text(encoding="utf-8")
+)
+MODELS: dict[str, dict[str, Any]] = PUBLISHED["models"]
+DROPPED = {key for keys in PUBLISHED["dropped"].values() for key in keys}
 REFUSED = [name for name, model in MODELS.items() if not model["is"].startswith("teacher")]
 
 
