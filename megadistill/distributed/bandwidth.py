@@ -29,10 +29,10 @@ def all_reduce_bandwidth(topology: Topology) -> float | None:
 
     Collective over the world. None in a world of one.
     """
-    if topology.world_group is None:
+    if topology.shard_group is None:
         return None
     buffer = _buffer(topology.device)
-    seconds = _best_seconds(lambda: dist.all_reduce(buffer, group=topology.world_group), topology)
+    seconds = _best_seconds(lambda: dist.all_reduce(buffer, group=topology.shard_group), topology)
     return 2 * (topology.world - 1) / topology.world * buffer.numel() / seconds
 
 
@@ -97,7 +97,7 @@ def _pair_seconds(partner: int | None, topology: Topology) -> float:
 
     def work() -> None:
         if partner is not None:
-            exchange(sent, received, partner, topology.world_group)
+            exchange(sent, received, partner, topology.shard_group)  # doctor has one replica: the world
 
     seconds = _best_seconds(work, topology)
     return seconds if partner is not None else 0.0

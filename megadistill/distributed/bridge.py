@@ -10,12 +10,11 @@ on the device, and all of its communicators are made here, in one order.
 """
 
 from datetime import timedelta
-from typing import Any, cast
 
 import torch
-from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from megadistill.distributed.groups.unregistered import device_backend, host_backend
 from megadistill.distributed.p2p import Endpoint, chain
 from megadistill.distributed.rendezvous import store_barrier
 from megadistill.distributed.roles import Roles
@@ -39,8 +38,8 @@ class Bridge:
         self.stages = range(len(self.clients), size)
         """Places of its stages."""
         name = f"bridge_{replica}"
-        self._host_group = _host_group(PrefixStore(f"{name}_host", store), place, size, timeout)
-        self._device_group = _device_group(
+        self._host_group = host_backend(PrefixStore(f"{name}_host", store), place, size, timeout)
+        self._device_group = device_backend(
             PrefixStore(f"{name}_device", store), place, members, timeout, device=device, name=f"{name}_device"
         )
         self.on_host = Endpoint(self._host_group, rank=place, ranks=members)
@@ -55,24 +54,3 @@ class Bridge:
         """Ends the groups, which `destroy_process_group` does not know. No message may be under way."""
         self._device_group.shutdown()
         self._host_group.shutdown()
-
-
-def _host_group(store: Store, place: int, size: int, timeout: timedelta) -> ProcessGroup:
-    gloo: Any = ProcessGroupGloo(store, place, size, timeout)
-    return cast(ProcessGroup, gloo)
-
-
-def _device_group(
-    store: Store, place: int, members: list[int], timeout: timedelta, *, device: torch.device, name: str
-) -> ProcessGroup:
-    if device.type == "cpu":
-        return _host_group(store, place, len(members), timeout)
-    from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415  builds for a CPU have none
-
-    options = ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    # Both are in the flight recorder and in torch's own messages.
-    options.group_name = name  # type: ignore[assignment]
-    options.global_ranks_in_group = members
-    nccl: Any = ProcessGroupNCCL(store, place, len(members), options)
-    return cast(ProcessGroup, nccl)

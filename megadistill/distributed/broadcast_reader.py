@@ -10,9 +10,9 @@ from typing import TypeVar, cast
 
 import torch
 from torch import Size, Tensor
-from torch.distributed import ProcessGroup
 
 from megadistill.distributed.collectives import (
+    Group,
     broadcast_from_first,
     broadcast_object,
     first_false,
@@ -69,7 +69,7 @@ class BroadcastReader:
     Without a group every rank reads for itself; without a topology too, and an error is raised where it occurs.
     """
 
-    def __init__(self, topology: Topology | None = None, *, group: ProcessGroup | None = None) -> None:
+    def __init__(self, topology: Topology | None = None, *, group: Group | None = None) -> None:
         self._topology, self._group = topology, group
         self._role_group = None if topology is None else topology.role_group
         self._error: UserError | RestartFault | None = None

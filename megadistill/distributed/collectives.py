@@ -1,5 +1,8 @@
 """Collectives over a process group, which do nothing for a group of None (a single process).
 
+Those of a run with replicas (`RunGroup`) go in two levels: over the ranks of each replica, then over those with the
+same place in their replicas. No collective has more ranks than a replica, or than there are replicas.
+
 Legend: g ranks of the group, n rows.
 """
 
@@ -23,12 +26,29 @@ WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
 
-def group_size(group: ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
+@dataclass(frozen=True)
+class RunGroup:
+    """All ranks of R replicas, in the order of replicas; both levels have the same ranks in each of theirs."""
+
+    within: ProcessGroup | None
+    """The ranks of this replica; None where it has one."""
+    across: ProcessGroup
+    """The ranks with this one's place in their replicas."""
 
 
-def group_rank(group: ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group)
+Group = ProcessGroup | RunGroup
+
+
+def group_size(group: Group | None) -> int:
+    if isinstance(group, RunGroup):
+        return group_size(group.within) * group_size(group.across)
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: Group | None) -> int:
+    if isinstance(group, RunGroup):
+        return group_rank(group.across) * group_size(group.within) + group_rank(group.within)
+    return 0 if group is None else group.rank()
 
 
 @dataclass(frozen=True)
@@ -65,8 +85,10 @@ def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None, *, out: 
     return Pending(block, source, _reduce_scatter(block, source, group=group, async_op=True))
 
 
-def all_gather_rows(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_gather_rows(rows: Tensor, group: Group | None) -> Tensor:
     """[n, ...] of every rank -> [g·n, ...], in rank order. Every rank passes the same shape."""
+    if isinstance(group, RunGroup):
+        return all_gather_rows(all_gather_rows(rows, group.within), group.across)
     return start_all_gather_rows(rows, group).wait()
 
 
@@ -75,17 +97,22 @@ def reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None, *, out: Tensor
     return start_reduce_scatter_rows(rows, group, out=out).wait()
 
 
-def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_reduce_sum(values: Tensor, group: Group | None) -> Tensor:
     """Sums over ranks, in place; returns `values`."""
-    if group is not None:
-        dist.all_reduce(values, group=group)
-    return values
+    return _all_reduce(values, dist.ReduceOp.SUM, group)
 
 
-def all_reduce_max(values: Tensor, group: ProcessGroup | None) -> Tensor:
+def all_reduce_max(values: Tensor, group: Group | None) -> Tensor:
     """The largest over ranks, in place; returns `values`."""
+    return _all_reduce(values, dist.ReduceOp.MAX, group)
+
+
+def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: Group | None) -> Tensor:
+    """Within a replica first: so ranks with the same place in theirs have the same bits, whatever the order of sums."""
+    if isinstance(group, RunGroup):
+        return _all_reduce(_all_reduce(values, op, group.within), op, group.across)
     if group is not None:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(values, op=op, group=group)
     return values
 
 
@@ -99,49 +126,62 @@ def scatter_rows(rows: Tensor | None, out: Tensor, source: int, group: ProcessGr
     return out
 
 
-def barrier(group: ProcessGroup | None) -> None:
-    if group is not None:
+def barrier(group: Group | None) -> None:
+    if isinstance(group, RunGroup):
+        barrier(group.within)
+        barrier(group.across)  # its ranks come from their replicas' barriers
+    elif group is not None:
         dist.barrier(group=group)
 
 
-def all_gather_objects(own: Value, group: ProcessGroup | None) -> list[Value]:
+def all_gather_objects(own: Value, group: Group | None) -> list[Value]:
     """The object of every rank, which pickle can copy, in rank order."""
+    if isinstance(group, RunGroup):
+        of_replicas = all_gather_objects(all_gather_objects(own, group.within), group.across)
+        return [each for of_replica in of_replicas for each in of_replica]
     objects = [own] * group_size(group)
     if group is not None:
         dist.all_gather_object(objects, own, group=group)
     return objects
 
 
-def broadcast_object(own: Value, group: ProcessGroup | None, *, source: int = 0) -> Value:
+def broadcast_object(own: Value, group: Group | None, *, source: int = 0) -> Value:
     """The object of rank `source` of the group, which pickle can copy, on every rank."""
+    if isinstance(group, RunGroup):
+        replica, place = divmod(source, group_size(group.within))
+        if group_rank(group.within) == place:
+            own = broadcast_object(own, group.across, source=replica)
+        return broadcast_object(own, group.within, source=place)
     objects = [own]
     if group is not None:
         dist.broadcast_object_list(objects, group=group, group_src=source)
     return objects[0]
 
 
-def broadcast_from_first(tensor: Tensor, group: ProcessGroup | None) -> None:
+def broadcast_from_first(tensor: Tensor, group: Group | None) -> None:
     """Copies the contiguous tensor of the group's first rank, of any type, into that of every other rank.
 
     A rank that receives returns when it has the tensor, on any device: of broadcasts that only wait in its queue, each
     would have had its time limit since it came there, and the last of many that of all.
     """
-    if group is not None and tensor.numel():
+    if isinstance(group, RunGroup):
+        if group_rank(group.within) == 0:
+            broadcast_from_first(tensor, group.across)
+        broadcast_from_first(tensor, group.within)
+    elif group is not None and tensor.numel():
         dist.broadcast(tensor.detach().view(-1).view(torch.uint8), group=group, group_src=0)
         if group_rank(group) and tensor.device.type != "cpu":
             torch.accelerator.synchronize(tensor.device)
 
 
-def first_false(flag: bool, device: torch.device, group: ProcessGroup | None) -> int | None:
+def first_false(flag: bool, device: torch.device, group: Group | None) -> int | None:
     """The lowest rank of the group whose flag is false; None where all are true. A host-device sync."""
     ranks = group_size(group)
     value = torch.full((), ranks if flag else group_rank(group), dtype=torch.int32, device=device)
-    if group is not None:
-        dist.all_reduce(value, op=dist.ReduceOp.MIN, group=group)
-    lowest = int(value.item())
+    lowest = int(_all_reduce(value, dist.ReduceOp.MIN, group).item())
     return None if lowest == ranks else lowest
 
 
-def all_true(flag: bool, device: torch.device, group: ProcessGroup | None) -> bool:
+def all_true(flag: bool, device: torch.device, group: Group | None) -> bool:
     """Whether the flag is true on every rank. A host-device sync."""
     return flag if group is None else first_false(flag, device, group) is None

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megadistill.errors import UserError
 from megadistill.units import number_of
@@ -112,10 +112,27 @@ class Launch:
         return cls(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
 
 
-def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 1) -> int:
+def replica_launch(shard: int | None, launch: Launch) -> Launch:
+    """This rank's place in its replica of the student, which is sharded over `shard` ranks; None: over all.
+
+    Raises:
+        UserError: they do not divide the world.
+    """
+    n = launch.world if shard is None else shard
+    if launch.world % n:
+        divisors = ", ".join(str(d) for d in range(1, launch.world + 1) if launch.world % d == 0)
+        raise UserError(
+            f"distributed.shard is {n}, but the student has {number_of(launch.world, 'rank')}: replicas of it have "
+            f"equally many, so set distributed.shard to one of {divisors}, or start it on a multiple of {n} ranks"
+        )
+    return replace(launch, rank=launch.rank % n, world=n, local_world=math.gcd(launch.local_world, n))
+
+
+def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 1, of: str = "this run") -> int:
     """p, the ranks of a vocab group: the recipe's number, else the ranks of a node (they share the fastest links).
 
-    `sequence`: n ranks that share each sequence. By default p times n is a node, or nodes.
+    `sequence`: n ranks that share each sequence. By default p times n is a node, or nodes. `launch`: of the run, or of
+    a replica of the student, as `of` names it.
 
     Raises:
         UserError: it, or p times n, does not divide the world.
@@ -128,14 +145,14 @@ def vocab_group_size(configured: int | None, launch: Launch, *, sequence: int = 
         if launch.world > 1:
             more = f"it must divide them, so one of {', '.join(map(str, divisors))}; {more}"
         raise UserError(
-            f"distributed.vocab_group is {size}, but this run has {processes}: {more}, or, to try it here, "
+            f"distributed.vocab_group is {size}, but {of} has {processes}: {more}, or, to try it here, "
             f"--set distributed.vocab_group={divisors[-1]}"
         )
     if launch.world % (size * sequence):
         fits = [d for d in range(1, launch.world // sequence + 1) if launch.world % (d * sequence) == 0]
         raise UserError(
             f"distributed.vocab_group {size} times distributed.sequence {sequence} is {size * sequence}, which does "
-            f"not divide the {number_of(launch.world, 'process', 'processes')} of this run, and ranks that share "
+            f"not divide the {number_of(launch.world, 'process', 'processes')} of {of}, and ranks that share "
             "sequences are of different vocab groups: set distributed.vocab_group to "
             f"{' or '.join(map(str, fits)) or '1'}"
             + ("" if fits else ", and distributed.sequence to a number that divides them")

@@ -1,9 +1,12 @@
 """The process groups of a run, and this rank's place in them: its `Topology`.
 
-Legend: w ranks of the world, p ranks of a vocab group. Vocab groups are p consecutive ranks; the frozen teacher's
-pipeline runs over the same ranks, on a group of its own. Slice groups hold the ranks with the same place in their
-vocab group: together they store the rows that each of them computes on. The ranks that share sequences
-(`distributed.sequence`) have the same place in consecutive vocab groups, so that those of a pipeline's stage do too.
+Legend: w ranks of the world, R replicas of n = w/R ranks, p ranks of a vocab group. A replica is n consecutive ranks
+that share one copy of the student by ZeRO-3 (`distributed.shard`): a default world of torch's, which is DeepSpeed's,
+of its own. The ranks with the same shard, one of each replica, have a group across replicas. Vocab groups are p
+consecutive ranks of a replica; the frozen teacher's pipeline runs over the same ranks, on a group of its own. Slice
+groups hold a replica's ranks with the same place in their vocab group: together they store the rows that each of them
+computes on. The ranks that share sequences (`distributed.sequence`) have the same place in consecutive vocab groups of
+a replica, so that those of a pipeline's stage do too.
 """
 
 import os
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +24,9 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megadistill.distributed.bridge import Bridge
+from megadistill.distributed.collectives import Group, RunGroup
 from megadistill.distributed.flight_recorder import enable_flight_recorder
+from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.node_digests import NodeCheck, check_nodes
 from megadistill.distributed.rendezvous import cannot_connect, launch_store, store_barrier
@@ -46,7 +52,14 @@ class Topology:
     group_size: int
     """p: ranks of a vocab group, and stages of the teacher."""
     device: torch.device
-    world_group: ProcessGroup | None = None
+    replicas: int = 1
+    """R: copies of the student."""
+    world_group: Group | None = None
+    """All ranks of the student."""
+    shard_group: ProcessGroup | None = None
+    """The ranks of this replica, on each of which is a shard of the student."""
+    across_group: ProcessGroup | None = None
+    """The ranks with this one's shard, one of each replica."""
     vocab_group: ProcessGroup | None = None
     slice_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
@@ -55,7 +68,7 @@ class Topology:
     sequence_group: ProcessGroup | None = None
     role: Literal["student", "teacher"] = "student"
     """Student and teacher have a world each where the teacher has ranks of its own."""
-    role_group: ProcessGroup | None = None
+    role_group: Group | None = None
     """All ranks of this role, which load their models together; of the student `world_group`."""
     bridge: Bridge | None = None
     """Messages between student and teacher; None where they share their ranks."""
@@ -63,6 +76,26 @@ class Topology:
     """Time limit of a collective."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hang detection; the main thread reports each phase that it enters."""
+
+    @property
+    def shard_world(self) -> int:
+        """n: ranks of a replica."""
+        return self.world // self.replicas
+
+    @property
+    def shard_rank(self) -> int:
+        """This rank's place in its replica, and its shard of the student."""
+        return self.rank % self.shard_world
+
+    @property
+    def replica(self) -> int:
+        """This rank's replica."""
+        return self.rank // self.shard_world
+
+    @property
+    def stage_group(self) -> Group | None:
+        """All ranks, of every replica, that hold this one's stage of the teacher and rows of its head."""
+        return _over_replicas(self.slice_group, self.across_group)
 
     @property
     def group_rank(self) -> int:
@@ -101,6 +134,11 @@ class Topology:
         return self.rank == 0 and self.role == "student"
 
 
+def _over_replicas(within: ProcessGroup | None, across: ProcessGroup | None) -> Group | None:
+    """The group of all ranks that are in one of these groups of some replica."""
+    return within if across is None else RunGroup(within, across)
+
+
 def even_slice(vocab_size: int, topology: Topology) -> VocabSlice:
     """This rank's rows of a vocabulary that no student's partition has split."""
     place, ranks = topology.group_rank, topology.group_size
@@ -125,6 +163,7 @@ def process_groups(
     vocab_group: int,
     timeout_minutes: float,
     sequence: int = 1,
+    replicas: int = 1,
     roles: Roles | None = None,
     node_check: NodeCheck | None = None,
 ) -> Iterator[Topology]:
@@ -133,6 +172,7 @@ def process_groups(
     Works with torch's default backend for the device (nccl on NVIDIA GPUs, gloo on a CPU). A process that no launcher
     started becomes a world of one. After an error the groups are left to the process's end: taking them down would wait
     for peers that may be waiting themselves. With `roles`, student and teacher are a world each, joined by a bridge.
+    So is each of the student's `replicas`, which divide its ranks; groups of their own join them.
     The topology's watchdog is started; no phase has a time limit before the caller enters one.
 
     `node_check` runs on the first rank of each node, before any group is made: see `node_check.check_nodes`.
@@ -159,17 +199,21 @@ def process_groups(
         watchdog = _start_watchdog(launch, store, timeout)
         if node_check is not None:
             _check_files(node_check, store, launch, timeout)
-        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.world))  # DeepSpeed reads them
+        n = own.world // replicas if role == "student" else own.world
+        replica, place = divmod(own.rank, n)
+        world = role if n == own.world else f"{role}_{replica}"  # torch's default one
+        os.environ.update(RANK=str(place), WORLD_SIZE=str(n))  # DeepSpeed reads them
         backend = dist.get_default_backend_for_device(device)
-        role_store = PrefixStore(role, store)
-        dist.init_process_group(backend, store=role_store, rank=own.rank, world_size=own.world, timeout=timeout)
+        dist.init_process_group(backend, store=PrefixStore(world, store), rank=place, world_size=n, timeout=timeout)
         if roles is None or role == "student":
-            groups = {"vocab_group": vocab_group, "sequence": sequence}
-            topology = topology_of_world(own, **groups, device=device, timeout=timeout)
+            groups = {"vocab_group": vocab_group, "sequence": sequence, "replicas": replicas}
+            topology = topology_of_world(own, **groups, store=store, device=device, timeout=timeout)
         else:
             topology = topology_of_teacher(own, roles, device=device, timeout=timeout)
         bridge = None if roles is None else Bridge(store, roles, launch.rank, device=device, timeout=timeout)
-        watchdog.collectives = lambda: collectives_joined(role, excluded=topology.pipeline_group)
+        watchdog.collectives = partial(
+            collectives_joined, world, topology.across_group, excluded=topology.pipeline_group
+        )
         yield replace(topology, bridge=bridge, watchdog=watchdog)
         # A rank that left now would be reported lost by those that still work.
         if device.type != "cpu":
@@ -177,6 +221,8 @@ def process_groups(
         store_barrier(store, "end", launch.rank, launch.world, timeout)
         if bridge is not None:
             bridge.close()
+        if topology.across_group is not None:
+            topology.across_group.shutdown()
     except BaseException as error:
         if topology is None and (reason := cannot_connect(error)) is not None:
             watchdog.report_failure(reason)
@@ -256,28 +302,44 @@ def _is_communication(error: BaseException) -> bool:
 
 
 def topology_of_world(
-    launch: Launch, *, vocab_group: int, device: torch.device, timeout: timedelta, sequence: int = 1
+    launch: Launch,
+    *,
+    vocab_group: int,
+    device: torch.device,
+    timeout: timedelta,
+    sequence: int = 1,
+    replicas: int = 1,
+    store: Store | None = None,
 ) -> Topology:
     """The groups of an initialised world, each with `timeout`: a group does not inherit the world's. Collective.
 
-    `sequence`: ranks that share each sequence. Times `vocab_group` it divides the world.
+    `launch`: of all `replicas`, each of which is a world. They meet in `store`, which one replica does not need.
+    `sequence`: ranks that share each sequence. Times `vocab_group` it divides a replica.
     """
-    world, p = launch.world, vocab_group
-    consecutive = [list(range(first, first + p)) for first in range(0, world, p)]
-    strided = [list(range(place, world, p)) for place in range(p)]
+    n, p = launch.world // replicas, vocab_group
+    consecutive = [list(range(first, first + p)) for first in range(0, n, p)]
+    strided = [list(range(place, n, p)) for place in range(p)]
     sharing = [
-        list(range(first + place, first + p * sequence, p))
-        for first in range(0, world, p * sequence)
-        for place in range(p)
+        list(range(first + place, first + p * sequence, p)) for first in range(0, n, p * sequence) for place in range(p)
     ]
+    shard_group, across_group = dist.group.WORLD if n > 1 else None, None
+    if replicas > 1:
+        assert store is not None, "replicas have no store to meet in"
+        replica, shard = divmod(launch.rank, n)
+        where: dict[str, Any] = {"device": device, "name": f"across_{shard}"}
+        across_group = unregistered_group(store, replica, range(shard, launch.world, n), timeout, **where)
+    world_group = _over_replicas(shard_group, across_group)
     return Topology(
         rank=launch.rank,
-        world=world,
+        world=launch.world,
         local_rank=launch.local_rank,
         group_size=p,
         device=device,
-        world_group=dist.group.WORLD if world > 1 else None,
-        role_group=dist.group.WORLD if world > 1 else None,
+        replicas=replicas,
+        world_group=world_group,
+        shard_group=shard_group,
+        across_group=across_group,
+        role_group=world_group,
         vocab_group=_own_group(consecutive, timeout),
         slice_group=_own_group(strided, timeout),
         pipeline_group=_own_group(consecutive, timeout),

@@ -20,7 +20,7 @@ from megadistill.config.recipe import Recipe, TeacherSection
 from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
 from megadistill.data.stream.segments import slots_after
-from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.errors import UserError
@@ -40,7 +40,7 @@ from megadistill.train.setup.held_out import held_out_splits
 from megadistill.train.setup.parent_checkpoint import check_parent, find_parent
 from megadistill.train.setup.plausibility import implausible_settings
 from megadistill.train.setup.preflight import check_start, model_rows
-from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
+from megadistill.train.setup.ranks_and_files import replica_of, require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_recipe
 from megadistill.train.setup.setup import Setup, prepare
 from megadistill.train.setup.step_shape import paces_of, with_steps
@@ -101,8 +101,10 @@ def check_recipe(
 def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     roles, students = students_of(recipe, launch)
     accumulation = recipe.accumulation(students.world)
-    group = vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
+    replica, group = replica_of(recipe, students)
     detail = f"{number_of(students.world, 'rank')}, vocabulary over {group}, accumulation {accumulation}"
+    if replica.world < students.world:
+        detail += f"; {students.world // replica.world} replicas of {number_of(replica.world, 'rank')}"
     if recipe.distributed.sequence > 1:
         detail += f"; sequences shared by {recipe.distributed.sequence} ranks"
     if roles is not None:
@@ -187,8 +189,8 @@ def _held_out(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]
 def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     _, students = students_of(recipe, launch)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    group = vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
-    block_cyclic_ranges(padded, students.world, group, 0)
+    replica, group = replica_of(recipe, students)
+    block_cyclic_ranges(padded, replica.world, group, 0)
     return None, f"{data.vocab_size:,} ids padded to {padded:,}, {padded // group:,} a rank; {data.tokenizer.kind}"
 
 

@@ -182,11 +182,11 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def build_engine_config(
-    deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int, *, sequence: int = 1
+    deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int, *, sequence: int = 1, replicas: int = 1
 ) -> dict[str, Any]:
     """The configuration of a DeepSpeed engine: `deepspeed_config` with the recipe's values.
 
-    `sequence`: ranks that share each sequence.
+    `sequence`: ranks that share each sequence. `replicas`: of the student, with an engine each.
 
     Raises:
         UserError: `deepspeed_config` has settings under which gradients would be wrong.
@@ -202,7 +202,9 @@ def build_engine_config(
             "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
             "torch.nn.functional.linear patched for every model of the process, the teacher's too"
         )
-    world = sequence * train.global_batch // (train.micro_batch * accumulation)
+    world = sequence * train.global_batch // (train.micro_batch * accumulation) // replicas
+    if replicas > 1:
+        _refuse_offload(zero)
     _require_secondary_groups(zero.get("zero_hpz_partition_size", 1), world)
     accumulated = types.get("grad_accum_dtype")
     if accumulated != "fp32":
@@ -273,6 +275,17 @@ def low_precision_reduction(deepspeed_config: Mapping[str, Any], precision: Prec
         f"bfloat16 shrinks gradients that agree to {shrink}: set communication_data_type to fp32 in DeepSpeed's file, "
         "as the files that come with megadistill do"
     )
+
+
+def _refuse_offload(zero: Mapping[str, Any]) -> None:
+    """Refuses what leaves no flat gradient on the device, which replicas of the student add up."""
+    devices = {key: (zero.get(key) or {}).get("device") for key in ("offload_optimizer", "offload_param")}
+    for key, device in devices.items():
+        if device == "nvme" or (key == "offload_optimizer" and device == "cpu"):
+            raise UserError(
+                f"student.deepspeed: zero_optimization.{key} to {device} has no gradient on the device, where replicas "
+                "of the student (distributed.shard) add theirs up: shard it over more ranks instead, up to all of them"
+            )
 
 
 def _require_secondary_groups(size: int, world: int) -> None:

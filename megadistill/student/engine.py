@@ -1,6 +1,6 @@
 """The student under DeepSpeed's ZeRO-3: construction, forward, backward and optimizer step.
 
-Legend: B sequences, S tokens of a sequence, D width, w world.
+Legend: B sequences, S tokens of a sequence, D width, w ranks of a replica.
 
 Handles DeepSpeed's silent traps, each with a test in tests/ranks/student/test_deepspeed_traps.py: initialisation and
 RoPE under `zero.Init`, precision of accumulated gradients, names in checkpoints, a patched `F.linear`, hyperparameters
@@ -118,7 +118,9 @@ class StudentEngine:
         attention: str | None = None,
     ) -> None:
         sequence = topology.sequence_ranks
-        engine_config = build_engine_config(deepspeed_config, train, accumulation, sequence=sequence)
+        engine_config = build_engine_config(
+            deepspeed_config, train, accumulation, sequence=sequence, replicas=topology.replicas
+        )
         padded = padded_vocabulary(vocab_size, section.vocab_multiple)
         self._dtype = torch_dtype(train.precision)
         with EmptyInit(config_dict_or_path=engine_config):
@@ -146,18 +148,20 @@ class StudentEngine:
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=engine_config)
         _restore_buffers(model, buffers)
         _release_early(decoder(model).embed_tokens)
-        if topology.world > RANKS_OF_A_SMALL_WORLD:
+        if topology.shard_world > RANKS_OF_A_SMALL_WORLD:
             keep_gathered(self._engine.optimizer, decoder(model).norm)
         flat_step = FlatStep.install(self._engine.optimizer, topology)
         self.norms: StepNorms | None = None
         """Norms by layer, of the steps that they are requested for; None with an optimizer on NVMe."""
         if flat_step is not None:
             names = {id(parameter): name for name, parameter in model.named_parameters()}
-            self.norms = flat_step.norms = StepNorms(self._engine.optimizer, names, topology, rank=topology.rank)
+            self.norms = flat_step.norms = StepNorms(self._engine.optimizer, names, topology, rank=topology.shard_rank)
         topology.limit_all_groups()  # DeepSpeed has made a clone of the world, and hpZ's groups
         self._topology = topology
         self._model = model
-        self.state = StudentState(model, self._engine.optimizer, self._optimizer, train.optimizer, rank=topology.rank)
+        self.state = StudentState(
+            model, self._engine.optimizer, self._optimizer, train.optimizer, rank=topology.shard_rank
+        )
         head = model.get_parameter(EMBEDDING if tied else HEAD)
         self.head = StudentHead(head, vocab_size=vocab_size, tied=tied, topology=topology)
 
@@ -192,11 +196,12 @@ class StudentEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of `loss`, a sum over this rank's tokens of globally weighted terms.
 
-        ZeRO-3 averages over ranks; the loss times w makes that the sum over ranks. There is no division by the
+        ZeRO-3 averages over the ranks of a replica; the loss times w makes that the sum over them, and the optimizer
+        step adds the sums of replicas (see `FlatStep`). There is no division by the
         accumulation steps: the token weights are those of the whole step. The head's gradient is not accumulated here:
         the loss's forward pass has added it to `head.gradient()`.
         """
-        self._engine.backward(loss * self._topology.world, scale_wrt_gas=False)
+        self._engine.backward(loss * self._topology.shard_world, scale_wrt_gas=False)
         if self._engine.is_gradient_accumulation_boundary():
             self.head.flush_gradient()
 

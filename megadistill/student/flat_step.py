@@ -6,6 +6,9 @@ gradient of each parameter to float64 and reduces it, copies all gradients into 
 clipped, copies float32 weights onto themselves, points each partition to where it points already, and gathers each
 small parameter by a collective of its own. That of 0.19.0 also takes a step whose gradients are not finite. So this one
 replaces it; what holds, gathers and offloads the tensors is DeepSpeed's.
+
+With replicas of the student, each of which is a ZeRO-3 world, a step begins with one all-reduce of the flat gradient
+over the ranks that hold the same shard, in float32. From there on replicas compute the same, to the bit.
 """
 
 import math
@@ -79,13 +82,15 @@ class FlatStep:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Clips by the global norm and updates master weights, optimizer state and compute copies. Collective.
+        """Adds the gradients of the replicas, clips by the global norm, and updates master weights, optimizer state and
+        compute copies. Collective.
 
         One host-device sync: the norm.
         """
         zero = self._zero
         zero._pre_step()
         zero._partition_all_parameters()
+        all_reduce_sum(zero.grad_partitions_flat_buffer, self._topology.across_group)
         norm = self._global_norm()
         zero.overflow = not math.isfinite(norm)
         zero._global_grad_norm = math.inf if zero.overflow else norm
@@ -134,12 +139,13 @@ class FlatStep:
             compute.copy_(master)
 
     def _global_norm(self) -> float:
-        """The norm of all ranks' gradients, summed in float64; not finite if one of them is not."""
+        """The norm of the gradient, whose shards the ranks of a replica have, summed in float64; not finite if one of
+        them is not."""
         if self._zero.offload_optimizer:  # DeepSpeed computes those norms on the device, before a gradient leaves it
             norms = torch.stack(list(self._zero.norm_for_param_grads.values())).double()
         else:
             norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=torch.float64))
-        return math.sqrt(all_reduce_sum(norms.square().sum(), self._topology.world_group).item())
+        return math.sqrt(all_reduce_sum(norms.square().sum(), self._topology.shard_group).item())
 
 
 def gradient_partition(parameter: Any) -> Tensor | None:

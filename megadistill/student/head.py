@@ -4,7 +4,7 @@ ZeRO-3 stores a [V, D] parameter as w flat contiguous pieces; with V % w == 0 pi
 [r·V/w, (r+1)·V/w). Those rows are this rank's vocab slice, so the head is never gathered over the world, and the loss
 adds its gradient where the optimizer step reads it: no copy, no cast, no second matrix for an accumulation window.
 
-Legend: V padded vocabulary, D width, w world size, p ranks of a vocab group, v = V/p rows of this rank's slice.
+Legend: V padded vocabulary, D width, w ranks of a replica, p ranks of a vocab group, v = V/p rows of this rank's slice.
 A rank of a group with p < w computes on w/p pieces (block-cyclic, see `distributed.vocab`): one all-gather and one
 reduce-scatter an optimizer step over the ranks with the same rank in their groups, none when p = w.
 """
@@ -31,7 +31,7 @@ class StudentHead:
 
     def __init__(self, parameter: Any, *, vocab_size: int, tied: bool, topology: Topology) -> None:
         padded, self._width = parameter.ds_shape
-        ranges = block_cyclic_ranges(padded, topology.world, topology.group_size, topology.rank)
+        ranges = block_cyclic_ranges(padded, topology.shard_world, topology.group_size, topology.shard_rank)
         self.vocab = VocabSlice(ranges=ranges, size=vocab_size, group=topology.vocab_group)
         self._parameter = parameter
         self._tied = tied
@@ -39,7 +39,9 @@ class StudentHead:
         self._weight: Tensor | None = None
         self._gradient: WeightGradient | None = None
         self._partition = gradient_partition(parameter)
-        assert parameter.ds_tensor.numel() == padded // topology.world * self._width, "the partition is not whole rows"
+        assert parameter.ds_tensor.numel() == padded // topology.shard_world * self._width, (
+            "the partition is not whole rows"
+        )
 
     def weight(self) -> Tensor:
         """[v, D] in the model's precision; its gradient goes to `gradient()`.

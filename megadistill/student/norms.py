@@ -121,7 +121,7 @@ class StepNorms:
         for kind, squares in self._squares:
             sums[kind] += squares
         self._squares = []
-        rows = all_reduce_sum(sums, self._topology.world_group).tolist()
+        rows = all_reduce_sum(sums, self._topology.shard_group).tolist()
         return {kind: _by_group(self._names, row) for kind, row in zip(NORM_KINDS, rows, strict=True)}
 
 

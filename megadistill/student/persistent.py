@@ -33,12 +33,12 @@ def gather_together(parameters: Sequence[Any], topology: Topology) -> None:
     Sums of bytes of which all but one are zero are exact, the sign of a zero included.
     """
     pieces = [parameter.ds_tensor for parameter in parameters]
-    spans = [topology.world * piece.numel() for piece in pieces]
+    spans = [topology.shard_world * piece.numel() for piece in pieces]
     whole = torch.zeros(sum(spans), dtype=pieces[0].dtype, device=topology.device)
     parts = torch.split(whole, spans)
-    own = [part.view(topology.world, -1)[topology.rank] for part in parts]
+    own = [part.view(topology.shard_world, -1)[topology.shard_rank] for part in parts]
     torch._foreach_copy_(own, pieces)
-    all_reduce_sum(whole.view(torch.uint8), topology.world_group)
+    all_reduce_sum(whole.view(torch.uint8), topology.shard_group)
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part[: parameter.ds_numel].view(parameter.ds_shape)
         parameter.ds_status = ZeroParamStatus.AVAILABLE

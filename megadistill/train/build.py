@@ -49,6 +49,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
         launch,
         vocab_group=setup.group_size,
         sequence=recipe.distributed.sequence,
+        replicas=setup.replicas,
         timeout_minutes=minutes,
         roles=setup.roles,
         node_check=partial(check_node, setup, launch),

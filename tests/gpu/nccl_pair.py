@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from megadistill.distributed import bridge as bridge_module
+from megadistill.distributed.groups.unregistered import device_backend
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.p2p import Endpoint
 from megadistill.distributed.rendezvous import launch_store, store_barrier
@@ -219,9 +219,7 @@ def _batches(size: _Size) -> Iterator[TokenBatch]:
 def _former_order(launch: Launch) -> float:
     device, timeout = local_device(launch.local_rank), timedelta(minutes=1)
     store, size = launch_store(launch, timeout), _Size.on(device)
-    group = bridge_module._device_group(
-        PrefixStore("pair", store), launch.rank, [0, 1], timeout, device=device, name="pair"
-    )
+    group = device_backend(PrefixStore("pair", store), launch.rank, [0, 1], timeout, device=device, name="pair")
     endpoint = Endpoint(group, rank=launch.rank, ranks=range(2))
     request = torch.zeros(B * size.S, dtype=torch.int64, device=device)
     answer = torch.zeros(B * size.S * size.E, dtype=DTYPE, device=device)

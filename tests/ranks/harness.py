@@ -53,13 +53,14 @@ def run_ranks(
     *arguments: Any,
     vocab_group: int | None = None,
     sequence: int = 1,
+    replicas: int = 1,
     roles: Roles | None = None,
     deadline: float = 120.0,
 ) -> list[Any]:
     """Runs `function(topology, *arguments)` on `world` ranks; returns their results in rank order.
 
-    `function` is at the top level of its module. `vocab_group` is p, by default the whole world. `sequence`: ranks that
-    share each sequence.
+    `function` is at the top level of its module. `vocab_group` is p, by default the whole world, or replica.
+    `sequence`: ranks that share each sequence. `replicas`: of the student.
 
     Raises:
         AssertionError: with the traceback of every rank that failed, and the ranks that were still waiting.
@@ -67,6 +68,8 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    students = roles.students if roles else world
+    groups = {"vocab_group": vocab_group or students // replicas, "sequence": sequence, "replicas": replicas}
     pipes: dict[Connection, int] = {}
     processes = []
     for rank in range(world):
@@ -77,7 +80,7 @@ def run_ranks(
             args=(
                 launch,
                 port,
-                {"vocab_group": vocab_group or (roles.students if roles else world), "sequence": sequence},
+                groups,
                 roles,
                 function,
                 arguments,

@@ -531,8 +531,8 @@ def _installed() -> Iterator[None]:
     try:
         with (
             mock.patch.object(dist, "batch_isend_irecv", batch_isend_irecv),
-            mock.patch.object(bridge, "_host_group", _bridge_group(HostGroup, "host")),
-            mock.patch.object(bridge, "_device_group", _bridge_group(Group, "device")),
+            mock.patch.object(bridge, "host_backend", _bridge_group(HostGroup, "host")),
+            mock.patch.object(bridge, "device_backend", _bridge_group(Group, "device")),
         ):
             yield
     finally:

@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from typing_extensions import override
 
 from megadistill.config.recipe import Checkpointing, LossSection, Recipe, StudentSection, TrainSection
+from megadistill.distributed.collectives import all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import VocabSlice
 from megadistill.loss import Head, LossOptions, reference
@@ -185,7 +186,8 @@ def step_batch(batch: TokenBatch, teacher: Teacher, *, accumulation: int, part: 
 
 
 class WatchedStudent(StudentEngine):
-    """Keeps the full gradients as ZeRO-3 holds them just before each optimizer step (clipping comes after)."""
+    """Keeps the full gradients as ZeRO-3 holds them just before each optimizer step (clipping comes after), added up
+    over replicas."""
 
     gradients: list[dict[str, Tensor]]
 
@@ -193,7 +195,8 @@ class WatchedStudent(StudentEngine):
     def step(self, learning_rate: float) -> float | None:
         if self._engine.is_gradient_accumulation_boundary():
             whole = {name: safe_get_full_grad(p) for name, p in self._model.named_parameters()}
-            self.gradients.append({name: gradient.cpu().clone() for name, gradient in whole.items()})
+            across = self._topology.across_group
+            self.gradients.append({name: all_reduce_sum(each.cpu().clone(), across) for name, each in whole.items()})
         return super().step(learning_rate)
 
     def full_parameters(self) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ WORLD = 4096
 def _groups(topology: Topology) -> dict[str, list[int]]:
     """The ranks of each group that this rank is in."""
     groups = {
-        "world": topology.world_group,
+        "world": topology.shard_group,
         "vocab": topology.vocab_group,
         "slice": topology.slice_group,
         "pipeline": topology.pipeline_group,

@@ -42,18 +42,23 @@ def blocked_in_collective(frames: Mapping[int, FrameType], main: int) -> tuple[b
     return is_waiting, _location(innermost)[:_MAX_CHARACTERS]
 
 
-def collectives_joined(world: str, *, excluded: ProcessGroup | None) -> dict[str, int]:
+def collectives_joined(
+    world: str, across: ProcessGroup | None = None, *, excluded: ProcessGroup | None
+) -> dict[str, int]:
     """How many collectives each group of this process was given so far, by a name that its ranks share.
 
-    `world` sets the groups of one world apart from another's. Without the group `excluded`: messages from rank to rank
-    are counted too, and differ between the stages of a pipeline.
+    `world` sets the groups of one world apart from another's; `across` joins worlds, and has a name of its own. Without
+    the group `excluded`: messages from rank to rank are counted too, and differ between the stages of a pipeline.
     """
     counts = {}
-    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)  # DeepSpeed's own are among them
-    for group in groups:
+    registered: list[Any] = list(dist.distributed_c10d._world.pg_map)  # DeepSpeed's own are among them
+    named: list[tuple[str, Any]] = [(f"{world} {group.group_name}", group) for group in registered]
+    if across is not None:
+        named.append((across.group_name, across))
+    for name, group in named:
         if group is not excluded:
             try:
-                counts[f"{world} {group.group_name}"] = group._get_sequence_number_for_group()
+                counts[name] = group._get_sequence_number_for_group()
             except RuntimeError:  # a backend that does not count
                 continue
     return counts

@@ -36,7 +36,7 @@ from megadistill.errors import OperatorFault, RestartFault
 from megadistill.train.checkpoint.attempt import Attempt
 from megadistill.train.checkpoint.folders import checkpoint_folders, checkpoint_name
 from megadistill.train.checkpoint.format import CheckpointManifest, commit, write_rank
-from megadistill.train.checkpoint.host_copies import HostCopies
+from megadistill.train.checkpoint.host_copies import HostCopies, HostState
 from megadistill.train.checkpoint.local_tier import LocalTier
 from megadistill.types import use_device
 from megadistill.units import readable
@@ -109,6 +109,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device, initargs=(topology.device,))
         self._save: _Save | None = None
         self._copies = HostCopies(topology.device)
+        self._started = 0
+        """Durable saves of this attempt so far."""
         if topology.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for path in (*folder.glob(".tmp-*"), *folder.glob(".removed-*")):  # of earlier attempts
@@ -119,21 +121,24 @@ class Saver:
     def start(self, state: Mapping[str, Tensor], manifest: CheckpointManifest) -> list[SaveResult]:
         """Starts to save `state`, this rank's tensors as they are now: the run may change them afterwards. Collective.
 
+        Replicas have the same state, and write in turn, one a save: the ranks of the others have nothing to copy.
         `manifest` is that of the whole checkpoint, without its files. Returns the results of the saves that ended: the
         one before, which is waited for since its copies are in the same memory, and this one where it does not fit on
         the disk or saves are synchronous.
         """
         began = time.perf_counter()
         ended = [self.finish()] if self._save is not None else []
+        writes = self._started % self._topology.replicas == self._topology.replica
+        self._started += 1
+        state = state if writes else {}
         bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         temporary = self._folder / f".tmp-{checkpoint_name(manifest.step)}-a{self._attempt.number}"
         problem = self._make_folder(temporary, bytes_)
         if problem is not None:
             stall = time.perf_counter() - began
             return [*ended, SaveResult(manifest.step, None, problem, stall, 0.0, bytes_)]
-        rank, world = self._topology.rank, self._topology.world
         copies = self._copies.start(state)
-        writing = self._thread.submit(_timed, lambda: write_rank(temporary, copies.wait(), rank=rank, world=world))
+        writing = self._thread.submit(_timed, lambda: self._write(temporary, copies) if writes else None)
         stall = time.perf_counter() - began
         self._save = _Save(manifest, temporary, writing, bytes_, stall)
         return ended if self._section.asynchronous else [*ended, self.finish()]
@@ -232,6 +237,10 @@ class Saver:
             except OSError as error:
                 problem = str(error)
         return broadcast_object(problem, self._topology.world_group)
+
+    def _write(self, temporary: Path, copies: HostState) -> None:
+        shard, shards = self._topology.shard_rank, self._topology.shard_world
+        write_rank(temporary, copies.wait(), rank=shard, world=shards)
 
     def _commit(self, save: _Save) -> tuple[str, ...]:
         """Makes the checkpoint visible and removes old ones, in the thread of the rank that commits."""

@@ -239,7 +239,7 @@ class Recovery:
         self._tier = "local" if isinstance(checkpoint, LocalCheckpoint) else ""
         try:
             student.state.load(checkpoint.read)
-            rng = checkpoint.rng_state(self._topology.rank, self._topology.world)
+            rng = checkpoint.rng_state(*self._place_and_files(local=isinstance(checkpoint, LocalCheckpoint)))
         except OSError as error:
             raise RestartFault(f"{checkpoint.folder} cannot be read: {error}") from None
         if rng is not None:
@@ -345,7 +345,7 @@ class Recovery:
             format=FORMAT,
             step=step,
             tokens=self.tokens,
-            world=self._topology.world,
+            world=self._place_and_files(local=local)[1],
             vocab_size=self._setup.data.vocab_size,
             cursor=cursor.state(),
             parameters=student.state.shapes,
@@ -366,6 +366,11 @@ class Recovery:
             self._record(result)
         if last:
             require_saved(ended[-1])
+
+    def _place_and_files(self, *, local: bool) -> tuple[int, int]:
+        """Number of this rank's file in a checkpoint, and number of files: one a shard, one a rank in a local save."""
+        topology = self._topology
+        return (topology.rank, topology.world) if local else (topology.shard_rank, topology.shard_world)
 
     def roll_back(self, spike: Anomaly, at_step: int, *, slots_before: Mapping[int, int], slots_end: int) -> bool:
         """Records a rollback for a spike, which `find_checkpoint` follows; False where there is none."""

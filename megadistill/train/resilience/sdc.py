@@ -95,7 +95,7 @@ class FrozenWeights:
         Raises:
             OperatorFault: on every rank, where copies differ.
         """
-        difference = _difference(self.tensors, self.digests, topology.rank, topology.slice_group)
+        difference = _difference(self.tensors, self.digests, topology.rank, topology.stage_group)
         problem = f"the teacher's weights differ: {difference}; check that its files are the same on every node"
         raise_everywhere(problem if difference else None, "the teacher's weights differ between ranks", topology)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megadistill.config.paths import not_model, wrong_path
 from megadistill.config.recipe import Recipe, TeacherSection
-from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch, replica_launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError, several
 from megadistill.redaction import printable
@@ -55,6 +55,18 @@ def students_of(recipe: Recipe, launch: Launch) -> tuple[Roles | None, Launch]:
     return roles, Launch(launch.rank % roles.students, roles.students, launch.local_rank, local)
 
 
+def replica_of(recipe: Recipe, students: Launch) -> tuple[Launch, int]:
+    """This rank's place in its replica of the student, and the ranks of a vocab group.
+
+    Raises:
+        UserError: the ranks cannot be divided as the recipe says.
+    """
+    distributed = recipe.distributed
+    replica = replica_launch(distributed.shard, students)
+    of = "this run" if replica.world == students.world else "a replica of the student (distributed.shard)"
+    return replica, vocab_group_size(distributed.vocab_group, replica, sequence=distributed.sequence, of=of)
+
+
 def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:
     try:
         _, students = students_of(recipe, launch)
@@ -68,7 +80,7 @@ def _ranks(recipe: Recipe, launch: Launch) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     try:
-        vocab_group_size(recipe.distributed.vocab_group, students, sequence=recipe.distributed.sequence)
+        replica_of(recipe, students)
     except UserError as error:
         yield str(error)
 

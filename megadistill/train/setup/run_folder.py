@@ -58,6 +58,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.micro_batch",
     "distributed.timeout_minutes",
+    "distributed.shard",
     "distributed.vocab_group",
     "distributed.sequence",
     "loss.logit_memory_mb",

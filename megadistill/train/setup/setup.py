@@ -14,7 +14,7 @@ from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.stream.segments import segment_index, slots_after
 from megadistill.data.targets.target_writer import refuse_other_content
-from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
@@ -38,7 +38,7 @@ from megadistill.train.setup.preflight import (
     check_tokenizers,
     model_rows,
 )
-from megadistill.train.setup.ranks_and_files import require_ranks_and_files, students_of
+from megadistill.train.setup.ranks_and_files import replica_of, require_ranks_and_files, students_of
 from megadistill.train.setup.run_folder import has_saved, refuse_other_deepspeed, refuse_other_recipe
 from megadistill.train.setup.step_shape import (
     StepShape,
@@ -48,6 +48,7 @@ from megadistill.train.setup.step_shape import (
 )
 from megadistill.train.setup.teacher_files import TeacherFiles, keys_of_teacher, of_teacher, read_teacher
 from megadistill.train.setup.telemetry_checks import refuse_telemetry
+from megadistill.units import number_of
 
 _TEACHER: Final = "the teacher in teacher.path"
 """Name of its digest."""
@@ -64,6 +65,8 @@ class Setup:
     teacher_config: Any | None
     roles: Roles | None
     """Roles of the ranks; None where no rank is the teacher's alone."""
+    replicas: int
+    """Copies of the student, each on as many of its ranks."""
     group_size: int
     """Ranks of a vocab group."""
     accumulation: int
@@ -158,9 +161,10 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
     sequence = recipe.distributed.sequence
-    group_size = vocab_group_size(recipe.distributed.vocab_group, launch, sequence=sequence)
+    replica, group_size = replica_of(recipe, launch)
+    replicas = launch.world // replica.world
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
-    build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=sequence)
+    build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=sequence, replicas=replicas)
     refuse_telemetry(recipe, deepspeed_config, launch)
     refuse_stale_jit_locks(extensions_of(deepspeed_config))
     data = Mixture.load(recipe.data, global_batch=recipe.train.global_batch)
@@ -183,7 +187,7 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         refuse_other_content(Path(recipe.teacher.save_targets))
     check_compiler(recipe)
     padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, launch.world, group_size, launch.rank)
+    block_cyclic_ranges(padded, replica.world, group_size, replica.rank)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
     parent = find_parent(recipe)
@@ -199,6 +203,7 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         student_config=student_config,
         teacher_config=teacher.config,
         roles=roles,
+        replicas=replicas,
         group_size=group_size,
         accumulation=accumulation,
         deepspeed_config=deepspeed_config,
@@ -351,7 +356,10 @@ def describe_layout(setup: Setup, topology: Topology) -> str:
     """A log line: device, ranks, precision, and what the device lacks."""
     on_cpu = topology.device.type == "cpu"
     name = "cpu" if on_cpu else torch.get_device_module(topology.device).get_device_name(topology.device)
-    parts = [f"device: {name}", f"world size {topology.world}", f"vocab group {topology.group_size}"]
+    parts = [f"device: {name}", f"world size {topology.world}"]
+    if topology.replicas > 1:
+        parts.append(f"{topology.replicas} replicas of {number_of(topology.shard_world, 'rank')}")
+    parts.append(f"vocab group {topology.group_size}")
     if setup.roles is not None:
         parts.append(f"teacher ranks {setup.roles.teachers} ({setup.roles.replicas} x {setup.roles.stages} stages)")
     elif setup.teacher_config is not None:

@@ -145,7 +145,7 @@ def _source(setup: Setup, topology: Topology) -> tuple[Path, BroadcastReader]:
     """
     if setup.teacher_copy is not None and (setup.roles is None or topology.role == "teacher"):
         return setup.teacher_copy, BroadcastReader(topology)
-    return Path(str(_section(setup).path)), BroadcastReader(topology, group=topology.slice_group)
+    return Path(str(_section(setup).path)), BroadcastReader(topology, group=topology.stage_group)
 
 
 def run_teacher_server(setup: Setup, topology: Topology) -> None:

@@ -66,6 +66,22 @@ def test_distillation_equals_the_dense_truth(world: int, p: int, accumulation: i
         assert_matches(result, true, case=case)
 
 
+# (replicas, ranks of each, vocab group, accumulation, tied)
+REPLICAS = [(2, 1, 1, 1, False), (2, 2, 2, 2, True), (2, 2, 1, 1, False), (4, 1, 1, 2, True)]
+
+
+@pytest.mark.parametrize(("replicas", "shard", "p", "accumulation", "tied"), REPLICAS)
+def test_replicas_equal_the_dense_truth(replicas: int, shard: int, p: int, accumulation: int, tied: bool) -> None:
+    case = Case(tied=tied, accumulation=accumulation, persistence=500)
+    true = truth(Case(tied=tied))
+    results = run_ranks(replicas * shard, three_steps, case, vocab_group=p, replicas=replicas)
+    for result in results:
+        assert_matches(result, true, case=case)
+        assert result.steps == results[0].steps
+        for name, parameter in result.parameters.items():
+            assert torch.equal(parameter, results[0].parameters[name]), f"replicas hold other bits of {name}"
+
+
 @pytest.mark.parametrize(("world", "p", "accumulation", "tied"), [(1, 1, 1, False), (2, 2, 2, False), (4, 2, 1, True)])
 def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
     case = Case(objective="labels", tied=tied, accumulation=accumulation)

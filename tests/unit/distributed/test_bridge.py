@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
-from megadistill.distributed import bridge
+from megadistill.distributed.groups import unregistered
 from megadistill.distributed.rendezvous import store_barrier
 from megadistill.distributed.topology import Topology
 
@@ -33,7 +33,7 @@ class _Nccl:
 
 def test_the_devices_group_has_a_name_and_the_launchs_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "ProcessGroupNCCL", _Nccl, raising=False)
-    group: Any = bridge._device_group(
+    group: Any = unregistered.device_backend(
         HashStore(), 1, [4, 5, 9], MINUTE, device=torch.device("cuda"), name="bridge_7_device"
     )
     assert isinstance(group, _Nccl)
@@ -43,7 +43,7 @@ def test_the_devices_group_has_a_name_and_the_launchs_time_limit(monkeypatch: py
 
 
 def test_requests_have_a_group_of_the_host_on_any_device() -> None:
-    group: Any = bridge._host_group(HashStore(), 0, 1, MINUTE)
+    group: Any = unregistered.host_backend(HashStore(), 0, 1, MINUTE)
     assert group.name() == "gloo"
     assert group.options._timeout == MINUTE
     group.shutdown()

@@ -1,6 +1,7 @@
 """Time limits of loading, and errors of a rank that loads alone."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -59,8 +60,7 @@ def test_what_one_rank_reads_is_refused_with_its_rank() -> None:
 def test_a_receiver_waits_for_each_tensor(rank: int, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Broadcasts of a device end after the call: all of a stage would be under way, each with its limit, at once."""
     seen: list[str] = []
-    group: Any = object()
-    monkeypatch.setattr("torch.distributed.get_rank", lambda _: rank)
+    group: Any = SimpleNamespace(rank=lambda: rank)
     monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: seen.append("broadcast"))
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: seen.append("wait"))
     reader, device = BroadcastReader(group=group), torch.device("meta")

@@ -111,6 +111,7 @@ def test_the_modules_that_communicate_are_known() -> None:
         "p2p",
         "rendezvous",
         "topology",
+        "unregistered",
     }
 
 

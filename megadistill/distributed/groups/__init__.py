@@ -1,0 +1,1 @@
+"""Process groups beside those of torch's default world."""
