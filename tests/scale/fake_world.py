@@ -2,26 +2,30 @@
 
 `in_fake_world(world, function, *arguments)` runs the function as one rank, in a fresh process like those of
 `run_ranks`. What a rank makes, asks for and sends is that of a real one; what it receives has no meaning.
+With `replicas` the world is as many of torch's, of which the rank's own is made, and groups that join them.
 """
 
 import os
 import pickle
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadistill.config.recipe import LossSection, StudentSection, TrainSection
+from megadistill.distributed.groups import unregistered
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.topology import Topology, topology_of_world
 from megadistill.student.deepspeed_config import load_deepspeed_config
@@ -87,26 +91,37 @@ def _ranks(leaves: list[Any]) -> int:
 
 @contextmanager
 def fake_world(
-    world: int, *, rank: int = 0, vocab_group: int = LOCAL_WORLD, local_world: int = LOCAL_WORLD
+    world: int, *, rank: int = 0, vocab_group: int = LOCAL_WORLD, local_world: int = LOCAL_WORLD, replicas: int = 1
 ) -> Iterator[Topology]:
     """The topology of one rank of `world`, on a CPU. Process groups and DeepSpeed's state are the process's: see
     `in_fake_world`."""
     launch = Launch(rank=rank, world=world, local_rank=rank % local_world, local_world=local_world)
+    shard_world = world // replicas
+    place = rank % shard_world
     os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
+        RANK=str(place),
+        WORLD_SIZE=str(shard_world),
         LOCAL_RANK=str(launch.local_rank),
         LOCAL_WORLD_SIZE=str(local_world),
         LOCAL_SIZE=str(local_world),  # of DeepSpeed's hpZ groups
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
     )
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=place, world_size=shard_world)
+    groups: dict[str, Any] = {"vocab_group": vocab_group, "replicas": replicas, "store": store}
     try:
-        topology = topology_of_world(launch, vocab_group=vocab_group, device=torch.device("cpu"), timeout=TIMEOUT)
+        with patch.object(unregistered, "device_backend", _fake_backend):
+            topology = topology_of_world(launch, **groups, device=torch.device("cpu"), timeout=TIMEOUT)
         yield replace(topology, timeout=None)  # the fake groups cannot be given one
     finally:
         dist.destroy_process_group()
+
+
+def _fake_backend(store: Any, place: int, members: Sequence[int], timeout: timedelta, **where: Any) -> Any:
+    """In place of the backend of a group across replicas, which torch does not know."""
+    make: Any = FakeProcessGroup._create_internal
+    return make(place, len(members), FakeProcessGroup.Options())
 
 
 def in_fake_world(
@@ -116,6 +131,7 @@ def in_fake_world(
     rank: int = 0,
     vocab_group: int = LOCAL_WORLD,
     local_world: int = LOCAL_WORLD,
+    replicas: int = 1,
     deadline: float = 300.0,
 ) -> Any:
     """The result of `function(topology, *arguments)` as rank `rank` of `world`, in a process of its own.
@@ -126,7 +142,7 @@ def in_fake_world(
         AssertionError: it failed; with its traceback.
     """
     ours, theirs = CONTEXT.Pipe(duplex=False)
-    layout = {"rank": rank, "vocab_group": vocab_group, "local_world": local_world}
+    layout = {"rank": rank, "vocab_group": vocab_group, "local_world": local_world, "replicas": replicas}
     process = CONTEXT.Process(target=_serve, args=(world, layout, function, arguments, theirs), daemon=True)
     process.start()
     theirs.close()
@@ -171,14 +187,14 @@ def build_student(
     """A student of `config` (transformers' object) under a file of ds_configs, in bfloat16.
 
     `settings` replace keys of the file's `zero_optimization`. `take_step` needs a vocabulary without padding, a
-    multiple of the world: a fake gather gives a rank its own part as that of each.
+    multiple of a replica's ranks: a fake gather gives a rank its own part as that of each.
     """
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / deepspeed)
     deepspeed_config["zero_optimization"].update({"overlap_comm": False, **(settings or {})})  # no streams on a CPU
     section = StudentSection(
         config="unused",
         deepspeed=str(DS_CONFIGS / deepspeed),
-        vocab_multiple=vocab_multiple or topology.world,
+        vocab_multiple=vocab_multiple or topology.shard_world,
         activation_checkpointing=activation_checkpointing,
     )
     train = TrainSection.model_validate(
