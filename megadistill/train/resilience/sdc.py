@@ -8,13 +8,18 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megadistill.distributed.collectives import all_gather_rows, first_false
+from megadistill.distributed.collectives import (
+    Group,
+    all_gather_objects,
+    all_gather_rows,
+    broadcast_object,
+    first_false,
+)
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
 from megadistill.student.engine import StudentEngine
@@ -104,7 +109,8 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     """Compares the student's copies of its parameters, before a checkpoint that would hide a difference.
 
     Parameters that ZeRO-3 keeps whole must be the same on every rank, and each rank's shards must be its float32
-    masters, rounded. For use between steps, after the first. Collective over the world; three host-device syncs.
+    masters, rounded. Replicas must have the same masters and optimizer state, and so the same weights. For use between
+    steps, after the first. Collective over the world; three host-device syncs, four with replicas.
 
     Raises:
         OperatorFault: on every rank, where one differs.
@@ -112,16 +118,30 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
     whole = student.state.replicated()
     difference = _difference(whole, weights_digest(whole).to(topology.device), topology.rank, topology.world_group)
     rounded_wrong = student.state.params_differing_from_master()
+    unlike = _difference_of_replicas(student, topology)
     problem = None
     if rounded_wrong:
         what = f"the student's {_few(rounded_wrong)} is not its float32 master, rounded"
         problem = f"{describe_rank(topology)}: {what}; {REMEDY}"
     elif difference:
         problem = f"copies of the student's parameters differ: {difference}; {REMEDY}"
+    elif unlike:
+        problem = f"replicas of the student differ: {unlike}; {REMEDY}"
     raise_everywhere(problem, "the student's parameters are corrupt", topology)
 
 
-def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, group: Any) -> str | None:
+def _difference_of_replicas(student: StudentEngine, topology: Topology) -> str | None:
+    """What differs between the ranks with this one's shard, one of each replica. Collective over them.
+
+    Reads masters and optimizer state once. The weights in the model's precision are the masters, rounded.
+    """
+    if topology.across_group is None:
+        return None
+    tensors = list(student.state.local().items())
+    return _difference(tensors, weights_digest(tensors), topology.rank, topology.across_group)
+
+
+def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, group: Group | None) -> str | None:
     """The tensors that differ, and the ranks that hold other bits than the majority. Collective over the group.
 
     Gathers one digest a rank, and all T only where those differ.
@@ -133,18 +153,28 @@ def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: 
     digests_gT = all_gather_rows(digests_T.unsqueeze(0), group)
     differ = (digests_gT != digests_gT[0]).any(dim=0).tolist()
     names = [name for (name, _), differs in zip(tensors, differ, strict=True) if differs]
-    by_rank = ranks_g2.tolist()
+    by_rank, hosts = ranks_g2.tolist(), all_gather_objects(socket.gethostname(), group)
     majority, holders = Counter(digest for _, digest in by_rank).most_common(1)[0]
-    if 2 * holders <= len(by_rank):
-        return f"{_few(names)}, and {_ranks([holder for holder, _ in by_rank])} have no majority for one value"
-    return f"{_few(names)}, on {_ranks([r for r, digest in by_rank if digest != majority])} of {len(by_rank)}"
+    split = 2 * holders <= len(by_rank)
+    ranks = [
+        f"{holder} ({host})"
+        for (holder, digest), host in zip(by_rank, hosts, strict=True)
+        if split or digest != majority
+    ]
+    if split:
+        return f"{_few(names)}, and {_ranks(ranks)} have no majority for one value"
+    return f"{_few(names)}, on {_ranks(ranks)} of {len(by_rank)}"
 
 
 def raise_everywhere(problem: str | None, elsewhere: str, topology: Topology) -> None:
-    """Raises OperatorFault on every rank where one has a problem, so that no rank reports lost peers instead."""
+    """Raises OperatorFault on every rank where one has a problem, so that no rank reports lost peers instead.
+
+    A rank without one reports that of the lowest rank with one: the run's events have it from rank 0.
+    """
     failing = first_false(problem is None, topology.device, topology.world_group)
     if failing is not None:
-        raise OperatorFault(problem or f"{elsewhere}: see the log of rank {failing}")
+        reported = broadcast_object(problem, topology.world_group, source=failing)
+        raise OperatorFault(problem or f"{elsewhere}: rank {failing} reports: {reported}")
 
 
 def describe_rank(topology: Topology) -> str:
@@ -153,8 +183,8 @@ def describe_rank(topology: Topology) -> str:
     return f"{whose} {topology.rank} on {socket.gethostname()}"
 
 
-def _ranks(ranks: list[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{' ...' * (len(ranks) > 8)}"
+def _ranks(ranks: list[str]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(ranks[:8])}{' ...' * (len(ranks) > 8)}"
 
 
 def _few(names: list[str]) -> str:

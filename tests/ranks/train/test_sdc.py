@@ -1,5 +1,6 @@
 """One bit that flips on one rank is found, and the rank is named on all of them."""
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,6 +47,7 @@ def _message(check: Callable[[], object]) -> str:
     return ""
 
 
+HOST = socket.gethostname()
 NORM, MATRIX = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
 
 
@@ -81,15 +83,48 @@ def _require_reported(by_rank: list[dict[str, str]], copies: str) -> None:
             assert f"the student's {MATRIX} is not its float32 master, rounded" in messages["piece"]
             assert f"the student's {NORM} is not its float32 master" in messages["copy of its own piece"]
         else:
-            assert "corrupt: see the log of rank 1" in messages["piece"]
+            assert f"are corrupt: rank 1 reports: rank 1 on {HOST}: the student's {MATRIX} is not" in messages["piece"]
 
 
 def test_a_bit_of_the_student() -> None:
-    _require_reported(run_ranks(4, _student, "bfloat16", False), "on rank 1 of 4")
+    _require_reported(run_ranks(4, _student, "bfloat16", False), f"on rank 1 ({HOST}) of 4")
 
 
 def test_of_two_ranks_none_has_the_majority() -> None:
-    _require_reported(run_ranks(2, _student, "float32", True), "and ranks 0, 1 have no majority")
+    _require_reported(run_ranks(2, _student, "float32", True), f"and ranks 0 ({HOST}), 1 ({HOST}) have no majority")
+
+
+def _replica(topology: Topology) -> dict[str, str]:
+    """This rank's messages about sound replicas, and about a bit flipped in the last rank's shard alone."""
+    case = Case(precision="bfloat16", persistence=100)
+    student = student_cases.build(case, topology)
+    student_cases.run_steps(case, student, topology, range(2))
+    state, here = student.state.local(), topology.rank == topology.world - 1
+
+    def check() -> None:
+        require_sound_student(student, topology)
+
+    messages = {"sound": _message(check)}
+    for key in (f"master/{MATRIX}", f"exp_avg_sq/{MATRIX}"):
+        with _flipped(state[key], here):
+            messages[key] = _message(check)
+    state["optimizer_step"] += int(here)
+    messages["optimizer_step"] = _message(check)
+    state["optimizer_step"] -= int(here)
+    messages["sound again"] = _message(check)
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("replicas", "named"),
+    [(2, f"and ranks 1 ({HOST}), 3 ({HOST}) have no majority"), (4, f"on rank 3 ({HOST}) of 4")],
+)
+def test_a_bit_of_a_replica(replicas: int, named: str) -> None:
+    """Of the lowest bits, which no copy in bfloat16 shows. Every rank names the rank, its host and the tensor."""
+    for messages in run_ranks(4, _replica, replicas=replicas):
+        assert messages.pop("sound") == messages.pop("sound again") == ""
+        for key, message in messages.items():
+            assert f"replicas of the student differ: {key}, {named}" in message
 
 
 def _teacher(topology: Topology) -> list[str]:
@@ -113,11 +148,11 @@ def test_a_bit_of_the_teacher() -> None:
     for rank, (unlike, alike, unchanged, changed) in enumerate(run_ranks(4, _teacher, vocab_group=2)):
         assert alike == unchanged == ""
         if rank % 2:  # the replicas of that stage: ranks 1 and 3
-            assert "k, and ranks 1, 3 have no majority" in unlike
+            assert f"k, and ranks 1 ({HOST}), 3 ({HOST}) have no majority" in unlike
         else:
-            assert "weights differ between ranks: see the log of rank 1" in unlike
-        assert ("rank 1 on" in changed) == (rank == 1)
-        assert ("changed in memory: see the log of rank 1" in changed) == (rank != 1)
+            assert "weights differ between ranks: rank 1 reports: the teacher's weights differ: k, and" in unlike
+        assert "rank 1 on" in changed
+        assert ("changed in memory: rank 1 reports: rank 1 on" in changed) == (rank != 1)
 
 
 def _computed_twice(topology: Topology, case: Case, recompute: bool) -> RunResult:
