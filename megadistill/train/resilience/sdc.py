@@ -131,7 +131,7 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
 
 
 def _difference_of_replicas(student: StudentEngine, topology: Topology) -> str | None:
-    """What differs between the ranks with this one's shard, one of each replica. Collective over them.
+    """The tensors that differ between the ranks with one shard, one of each replica. Collective over them.
 
     Reads masters and optimizer state once. The weights in the model's precision are the masters, rounded.
     """
