@@ -1,13 +1,15 @@
 """Collectives over a process group, which do nothing for a group of None (a single process).
 
-Those of a run with replicas (`RunGroup`) go in two levels: over the ranks of each replica, then over those with the
-same place in their replicas. No collective has more ranks than a replica, or than there are replicas.
+Those of a run with replicas (`RunGroup`) go in two levels. No collective has more ranks than a replica, or than there
+are replicas.
 
 Legend: g ranks of the group, n rows.
 """
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megadistill import timeline
+from megadistill.distributed.groups.guard import Guard, ReplicasChanged
 
 Value = TypeVar("Value")
 
@@ -28,12 +31,47 @@ WAITS_FOR_RANKS = True
 
 @dataclass(frozen=True)
 class RunGroup:
-    """All ranks of R replicas, in the order of replicas; both levels have the same ranks in each of theirs."""
+    """All ranks of R replicas, in the order of replicas; both levels have the same ranks in each of theirs.
+
+    Small collectives go within each replica first; the first rank of each, its *leader*, then speaks across, and tells
+    the others of its replica.
+    """
 
     within: ProcessGroup | None
     """The ranks of this replica; None where it has one."""
     across: ProcessGroup
     """The ranks with this one's place in their replicas."""
+    device: torch.device
+    guard: Guard | None = None
+    """Of replicas that may be lost; None: a lost one ends the run."""
+
+    def finish(self, start: Callable[[], dist.Work | None]) -> bool:
+        """Waits for a collective across, as `Guard.finish` does; without a guard its failure is raised."""
+        if self.guard is not None:
+            return self.guard.finish(start, on_cpu=self.device.type == "cpu")
+        work = start()
+        if work is not None:
+            with timeline.span(timeline.WAIT, "wait for replicas"):
+                work.wait()
+        return True
+
+    def led(self, out: Tensor, start: Callable[[], dist.Work | None]) -> Tensor:
+        """`out` of a collective across, which the leaders `start` and the others receive.
+
+        Raises:
+            ReplicasChanged: on every rank of this replica, where another one is lost.
+        """
+        leads = group_rank(self.within) == 0
+        is_whole = self.finish(start) if leads else True
+        if self.within is not None:
+            dist.broadcast(out.view(-1).view(torch.uint8), group=self.within, group_src=0)
+        self.require(is_whole)
+        return out
+
+    def require(self, is_whole: bool) -> None:
+        """Raises ReplicasChanged on every rank of this replica, where what one has from across is not whole."""
+        if self.guard is not None and not all_true(is_whole, self.device, self.within):
+            raise ReplicasChanged
 
 
 Group = ProcessGroup | RunGroup
@@ -88,7 +126,9 @@ def start_reduce_scatter_rows(rows: Tensor, group: ProcessGroup | None, *, out: 
 def all_gather_rows(rows: Tensor, group: Group | None) -> Tensor:
     """[n, ...] of every rank -> [g·n, ...], in rank order. Every rank passes the same shape."""
     if isinstance(group, RunGroup):
-        return all_gather_rows(all_gather_rows(rows, group.within), group.across)
+        of_replica = all_gather_rows(rows, group.within).contiguous()
+        gathered = rows.new_empty(group_size(group.across) * of_replica.shape[0], *of_replica.shape[1:])
+        return group.led(gathered, lambda: _all_gather(gathered, of_replica, group=group.across, async_op=True))
     return start_all_gather_rows(rows, group).wait()
 
 
@@ -108,9 +148,10 @@ def all_reduce_max(values: Tensor, group: Group | None) -> Tensor:
 
 
 def _all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: Group | None) -> Tensor:
-    """Within a replica first: so ranks with the same place in theirs have the same bits, whatever the order of sums."""
     if isinstance(group, RunGroup):
-        return _all_reduce(_all_reduce(values, op, group.within), op, group.across)
+        whole = _all_reduce(values, op, group.within).contiguous()
+        group.led(whole, lambda: dist.all_reduce(whole, op=op, group=group.across, async_op=True))
+        return values if whole is values else values.copy_(whole)
     if group is not None:
         dist.all_reduce(values, op=op, group=group)
     return values
@@ -128,8 +169,7 @@ def scatter_rows(rows: Tensor | None, out: Tensor, source: int, group: ProcessGr
 
 def barrier(group: Group | None) -> None:
     if isinstance(group, RunGroup):
-        barrier(group.within)
-        barrier(group.across)  # its ranks come from their replicas' barriers
+        _all_reduce(torch.zeros(1, device=group.device), dist.ReduceOp.MAX, group).item()
     elif group is not None:
         dist.barrier(group=group)
 
@@ -137,8 +177,7 @@ def barrier(group: Group | None) -> None:
 def all_gather_objects(own: Value, group: Group | None) -> list[Value]:
     """The object of every rank, which pickle can copy, in rank order."""
     if isinstance(group, RunGroup):
-        of_replicas = all_gather_objects(all_gather_objects(own, group.within), group.across)
-        return [each for of_replica in of_replicas for each in of_replica]
+        return _gather_pickled(own, group)
     objects = [own] * group_size(group)
     if group is not None:
         dist.all_gather_object(objects, own, group=group)
@@ -148,10 +187,7 @@ def all_gather_objects(own: Value, group: Group | None) -> list[Value]:
 def broadcast_object(own: Value, group: Group | None, *, source: int = 0) -> Value:
     """The object of rank `source` of the group, which pickle can copy, on every rank."""
     if isinstance(group, RunGroup):
-        replica, place = divmod(source, group_size(group.within))
-        if group_rank(group.within) == place:
-            own = broadcast_object(own, group.across, source=replica)
-        return broadcast_object(own, group.within, source=place)
+        return _broadcast_pickled(own, group, source=source)
     objects = [own]
     if group is not None:
         dist.broadcast_object_list(objects, group=group, group_src=source)
@@ -165,9 +201,11 @@ def broadcast_from_first(tensor: Tensor, group: Group | None) -> None:
     would have had its time limit since it came there, and the last of many that of all.
     """
     if isinstance(group, RunGroup):
-        if group_rank(group.within) == 0:
-            broadcast_from_first(tensor, group.across)
-        broadcast_from_first(tensor, group.within)
+        bytes_ = tensor.detach().view(-1).view(torch.uint8)
+        if tensor.numel():
+            group.led(bytes_, lambda: dist.broadcast(bytes_, group=group.across, group_src=0, async_op=True))
+            if tensor.device.type != "cpu":
+                torch.accelerator.synchronize(tensor.device)
     elif group is not None and tensor.numel():
         dist.broadcast(tensor.detach().view(-1).view(torch.uint8), group=group, group_src=0)
         if group_rank(group) and tensor.device.type != "cpu":
@@ -185,3 +223,46 @@ def first_false(flag: bool, device: torch.device, group: Group | None) -> int | 
 def all_true(flag: bool, device: torch.device, group: Group | None) -> bool:
     """Whether the flag is true on every rank. A host-device sync."""
     return flag if group is None else first_false(flag, device, group) is None
+
+
+def _gather_pickled(own: Value, group: RunGroup) -> list[Value]:
+    """`all_gather_objects` by the two-level collectives of tensors."""
+    content = _bytes(pickle.dumps(own)).to(group.device)
+    sizes = all_gather_rows(torch.tensor([len(content)], device=group.device), group).tolist()
+    padded = torch.nn.functional.pad(content, (0, max(sizes) - len(content)))
+    rows = all_gather_rows(padded.unsqueeze(0), group).cpu()
+    return [_unpickled(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _broadcast_pickled(own: Value, group: RunGroup, *, source: int) -> Value:
+    """`broadcast_object` by the two-level collectives of tensors: the others have zeros, which the source's exceed."""
+    is_source = group_rank(group) == source
+    content = _bytes(pickle.dumps(own) if is_source else bytes(1))
+    size = int(all_reduce_max(torch.tensor(len(content), device=group.device), group).item())
+    padded = torch.nn.functional.pad(content, (0, size - len(content))).to(group.device)
+    received = all_reduce_max(padded, group)
+    return own if is_source else cast(Value, _unpickled(received.cpu()))
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def add_across(flat: Tensor, group: Group | None) -> None:
+    """Adds up `flat` over the ranks with the same place in their replicas, in place. Collective over a replica.
+
+    Raises:
+        ReplicasChanged: on every rank of this replica, where another one is lost.
+    """
+    if not isinstance(group, RunGroup):
+        return
+    # gloo may write to a tensor after its wait was given up, when a host that was frozen goes on.
+    staged = flat.clone() if group.guard is not None and flat.device.type == "cpu" else flat
+    is_whole = group.finish(lambda: dist.all_reduce(staged, group=group.across, async_op=True))
+    group.require(is_whole)
+    if staged is not flat:
+        flat.copy_(staged)
+
+
+def _unpickled(content: Tensor) -> Any:
+    return pickle.loads(content.numpy().tobytes())

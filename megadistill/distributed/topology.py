@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from megadistill.distributed.bridge import Bridge
 from megadistill.distributed.collectives import Group, RunGroup
 from megadistill.distributed.flight_recorder import enable_flight_recorder
+from megadistill.distributed.groups.guard import Guard
 from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import Launch
 from megadistill.distributed.node_digests import NodeCheck, check_nodes
@@ -60,6 +61,8 @@ class Topology:
     """The ranks of this replica, on each of which is a shard of the student."""
     across_group: ProcessGroup | None = None
     """The ranks with this one's shard, one of each replica."""
+    guard: Guard | None = None
+    """Of replicas that may be lost."""
     vocab_group: ProcessGroup | None = None
     slice_group: ProcessGroup | None = None
     pipeline_group: ProcessGroup | None = None
@@ -95,7 +98,19 @@ class Topology:
     @property
     def stage_group(self) -> Group | None:
         """All ranks, of every replica, that hold this one's stage of the teacher and rows of its head."""
-        return _over_replicas(self.slice_group, self.across_group)
+        if self.across_group is None:
+            return self.slice_group
+        return RunGroup(self.slice_group, self.across_group, self.device, self.guard)
+
+    def with_replicas(
+        self, replica: int, replicas: int, across: ProcessGroup | None, guard: Guard | None = None
+    ) -> "Topology":
+        """The topology of this rank where its replica is one of several. `across`: ranks with its shard; None: it is
+        alone."""
+        shard, n = self.shard_rank, self.shard_world
+        whole = self.shard_group if across is None else RunGroup(self.shard_group, across, self.device, guard)
+        places: dict[str, Any] = {"rank": replica * n + shard, "world": replicas * n, "replicas": replicas}
+        return replace(self, **places, across_group=across, guard=guard, world_group=whole, role_group=whole)
 
     @property
     def group_rank(self) -> int:
@@ -132,11 +147,6 @@ class Topology:
     def is_first(self) -> bool:
         """Whether this rank writes the run's logs, tables and manifests."""
         return self.rank == 0 and self.role == "student"
-
-
-def _over_replicas(within: ProcessGroup | None, across: ProcessGroup | None) -> Group | None:
-    """The group of all ranks that are in one of these groups of some replica."""
-    return within if across is None else RunGroup(within, across)
 
 
 def even_slice(vocab_size: int, topology: Topology) -> VocabSlice:
@@ -322,23 +332,16 @@ def topology_of_world(
     sharing = [
         list(range(first + place, first + p * sequence, p)) for first in range(0, n, p * sequence) for place in range(p)
     ]
-    shard_group, across_group = dist.group.WORLD if n > 1 else None, None
-    if replicas > 1:
-        assert store is not None, "replicas have no store to meet in"
-        replica, shard = divmod(launch.rank, n)
-        where: dict[str, Any] = {"device": device, "name": f"across_{shard}"}
-        across_group = unregistered_group(store, replica, range(shard, launch.world, n), timeout, **where)
-    world_group = _over_replicas(shard_group, across_group)
-    return Topology(
-        rank=launch.rank,
-        world=launch.world,
+    world_group = dist.group.WORLD if n > 1 else None
+    replica, shard = divmod(launch.rank, n)
+    alone = Topology(
+        rank=shard,
+        world=n,
         local_rank=launch.local_rank,
         group_size=p,
         device=device,
-        replicas=replicas,
         world_group=world_group,
-        shard_group=shard_group,
-        across_group=across_group,
+        shard_group=world_group,
         role_group=world_group,
         vocab_group=_own_group(consecutive, timeout),
         slice_group=_own_group(strided, timeout),
@@ -347,6 +350,12 @@ def topology_of_world(
         sequence_group=_own_group(sharing, timeout),
         timeout=timeout,
     )
+    if replicas == 1:
+        return alone
+    assert store is not None, "replicas have no store to meet in"
+    where: dict[str, Any] = {"device": device, "name": f"across_{shard}"}
+    across = unregistered_group(store, replica, range(shard, launch.world, n), timeout, **where)
+    return alone.with_replicas(replica, replicas, across)
 
 
 def topology_of_teacher(own: Launch, roles: Roles, *, device: torch.device, timeout: timedelta) -> Topology:

@@ -20,7 +20,7 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
-from megadistill.distributed.collectives import all_reduce_sum
+from megadistill.distributed.collectives import add_across, all_reduce_sum
 from megadistill.distributed.topology import Topology
 from megadistill.errors import UserError
 from megadistill.student.norms import ACCELERATOR_PIECE, CPU_PIECE, StepNorms
@@ -85,12 +85,15 @@ class FlatStep:
         """Adds the gradients of the replicas, clips by the global norm, and updates master weights, optimizer state and
         compute copies. Collective.
 
+        All ranks of a replica update, or none: they agree that each has the sum of all replicas, which raises
+        `ReplicasChanged` where one is lost.
+
         One host-device sync: the norm.
         """
         zero = self._zero
         zero._pre_step()
         zero._partition_all_parameters()
-        all_reduce_sum(zero.grad_partitions_flat_buffer, self._topology.across_group)
+        add_across(zero.grad_partitions_flat_buffer, self._topology.world_group)
         norm = self._global_norm()
         zero.overflow = not math.isfinite(norm)
         zero._global_grad_norm = math.inf if zero.overflow else norm
