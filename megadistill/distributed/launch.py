@@ -7,6 +7,7 @@ import resource
 from dataclasses import dataclass, replace
 
 from megadistill.errors import UserError
+from megadistill.redaction import printable
 from megadistill.units import number_of
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,48 @@ def _number(launcher: str, slurm: str) -> int:
 
 
 @dataclass(frozen=True)
+class SeparateReplica:
+    """Place of a replica of the student that is a launch of its own, and the store in which replicas meet."""
+
+    replica: int
+    replicas: int
+    """Those that are launched at first."""
+    host: str
+    port: int
+
+    @property
+    def store(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @classmethod
+    def from_environment(cls) -> "SeparateReplica | None":
+        """Reads MEGADISTILL_REPLICA, MEGADISTILL_REPLICAS and MEGADISTILL_STORE; None where none of them is set.
+
+        Raises:
+            UserError: some of them are missing, or no such values.
+        """
+        names = ("MEGADISTILL_REPLICA", "MEGADISTILL_REPLICAS", "MEGADISTILL_STORE")
+        given = {name: os.environ[name] for name in names if name in os.environ}
+        if not given:
+            return None
+        if missing := [name for name in names if name not in given]:
+            raise UserError(
+                f"the environment sets {', '.join(given)} but not {', '.join(missing)}: a replica that is a launch of "
+                "its own has its number, how many there are, and HOST:PORT of the store where they meet"
+            )
+        number, count, store = given.values()
+        host, _, port = store.rpartition(":")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise UserError(
+                f"MEGADISTILL_REPLICA is {printable(number)[:40]} and MEGADISTILL_REPLICAS {printable(count)[:40]}: "
+                "replicas count from 0 to one less than their number"
+            )
+        if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise UserError(f"MEGADISTILL_STORE is {printable(store)[:80]}: give HOST:PORT")
+        return cls(int(number), int(count), host, int(port))
+
+
+@dataclass(frozen=True)
 class Launch:
     """Ranks and sizes of this process's launch: torchrun and deepspeed set them, srun its own, plain python none."""
 
@@ -46,6 +89,13 @@ class Launch:
     world: int
     local_rank: int
     local_world: int
+    separate: SeparateReplica | None = None
+    """Of a replica that is a launch of its own: which one it is."""
+
+    @property
+    def replicas(self) -> int:
+        """Launches of the run."""
+        return 1 if self.separate is None else self.separate.replicas
 
     @property
     def open_files(self) -> int:
@@ -67,7 +117,10 @@ class Launch:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         present = [name for name in names if name in os.environ]
         if not present:
-            return cls._from_slurm_step() if _in_slurm_step() else cls(rank=0, world=1, local_rank=0, local_world=1)
+            separate = SeparateReplica.from_environment()
+            if _in_slurm_step():
+                return replace(cls._from_slurm_step(), separate=separate)
+            return cls(rank=0, world=1, local_rank=0, local_world=1, separate=separate)
         missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
@@ -81,7 +134,10 @@ class Launch:
                 world=world,
                 local_rank=int(os.environ["LOCAL_RANK"]),
                 local_world=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world)))),
+                separate=SeparateReplica.from_environment(),
             )
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
         if launch.local_world < 1:

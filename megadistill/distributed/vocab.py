@@ -86,9 +86,14 @@ class VocabSlice:
         return self._tables[device]
 
 
-def padded_vocabulary(size: int, multiple: int) -> int:
-    """The vocabulary rounded up to a multiple: every ZeRO-3 partition of the head is then whole rows."""
-    return -(-size // multiple) * multiple
+def padded_vocabulary(size: int, multiple: int, *, ranks: int) -> int:
+    """The vocabulary rounded up to a multiple, and on to one of `ranks`, the ranks of a replica of the student.
+
+    Every ZeRO-3 partition of the head is then whole rows. The padding belongs to the layout: a checkpoint written with
+    one is read with another.
+    """
+    padded = -(-size // multiple) * multiple
+    return -(-padded // ranks) * ranks
 
 
 def block_cyclic_ranges(padded: int, world: int, group_size: int, rank: int) -> tuple[tuple[int, int], ...]:
@@ -97,14 +102,12 @@ def block_cyclic_ranges(padded: int, world: int, group_size: int, rank: int) -> 
     Rank (n, j), n = rank // p and j = rank % p, computes on the blocks s ≡ j (mod p): one block when p = w, else the
     w/p blocks that live on the ranks with the same j.
 
+    `padded`: see `padded_vocabulary`.
+
     Raises:
-        UserError: the world does not divide the padded vocabulary, or the group does not divide the world.
+        UserError: the group does not divide the world.
     """
-    if padded % world:
-        raise UserError(
-            f"a padded vocabulary of {padded} does not divide over {world} ranks; "
-            f"set student.vocab_multiple to a multiple of {world}"
-        )
+    assert padded % world == 0, f"a padded vocabulary of {padded} does not divide over {world} ranks"
     if world % group_size:
         raise UserError(f"distributed.vocab_group is {group_size}, which does not divide the {world} ranks of this run")
     block = padded // world

@@ -126,8 +126,8 @@ class HangDetector:
         self._updated: float | None = None
         self._suspects: list[int] | None = None
 
-    def update(self, heartbeats: Heartbeats, now: float) -> str | None:
-        """The reason to abort the run, or None. `now` (s) is a monotonic clock."""
+    def update(self, heartbeats: Heartbeats, now: float, *, hangs: bool = True) -> str | None:
+        """The reason to abort the run, or None. `now` (s) is a monotonic clock; `hangs`: whether a hang is a reason."""
         if self._updated is not None and now - self._updated > 5 * self._period:
             self._latest.clear()  # this process was frozen itself, and so perhaps were all
         self._updated = now
@@ -135,7 +135,7 @@ class HangDetector:
             before = self._latest.get(rank)
             if before is None or (before[0].tick, before[0].end) != (heartbeat.tick, heartbeat.end):
                 self._latest[rank] = (heartbeat, now)
-        return self._failed_rank(now) or self._dead_rank(now) or self._hang(now)
+        return self._failed_rank(now) or self._dead_rank(now) or (self._hang(now) if hangs else None)
 
     def lost_rank(self, now: float) -> str | None:
         """The rank behind a broken connection: the first that ended with an error, or that has no heartbeat."""

@@ -82,6 +82,12 @@ class Watchdog:
         exits. False: this rank does not print it, as another one of its node has."""
         self.collectives: Callable[[], dict[str, int]] = dict
         """Counts the collectives that this process has joined, by group (`stack_probe`)."""
+        self.waits_for_replicas = False
+        """Whether the main thread waits for other replicas, whose own watchdogs look after them: no hang of this one."""
+        self._waits = 0
+        """Looks in a row that found it so."""
+        self._waited_in: tuple[str, int] | None = None
+        """Phase and step of the last such wait."""
         self._store: Any = store
         self._connection: Any = None
         """The watchdog's own connection to the store; None while the node's local rank 0 passes the messages on."""
@@ -246,7 +252,11 @@ class Watchdog:
         """Rank 0: reads all heartbeats and publishes whether to abort."""
         now = time.monotonic()
         own = self.heartbeat(tick)
-        abort, grace = detector.update({0: own, **self._read_heartbeats()}, now), 0.0
+        self._waits = self._waits + 1 if self.waits_for_replicas else 0
+        if self._waits > 1:
+            self._waited_in = own.phase, own.step
+        hangs = self._waited_in != (own.phase, own.step)
+        abort, grace = detector.update({0: own, **self._read_heartbeats()}, now, hangs=hangs), 0.0
         lost_rank = detector.lost_rank(now)
         if own.end is not None:
             self._lost_rank = lost_rank

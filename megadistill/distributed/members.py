@@ -1,0 +1,382 @@
+"""The members of a run of replicas that are launches of their own: who is here, and from when on.
+
+Each replica is a launch as any other, with ranks, a watchdog and an end of its own. What joins them is a store outside
+of all replicas (`store_server`). The run goes through *epochs*: in each the same replicas take all steps together. An
+epoch ends when one of them is lost, or when a new one waits to join; then every living replica says how far it has
+come, the first of them decides who belongs to the next epoch, and all make new groups across replicas. Whoever is
+behind, or new, gets the student's state from one that is furthest (`train.replicas`).
+
+The first rank of a replica, its leader, speaks for it. Its heartbeat is a counter in the store: no clocks of two hosts
+are compared. A leader that was frozen finds itself left out of the next epoch, and ends; its launcher starts it again.
+
+Keys of the store: `arrivals`, `arrival/N` (leaders in the order in which they came), `beat/M`, `gone/M`, `joins/M` (of
+member M), `ready/E/M` (its steps, for epoch E), `epoch/E` (its members), `broken/E` (why epoch E has ended), `ended`.
+"""
+
+import json
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
+
+from megadistill.distributed.collectives import all_true, broadcast_object
+from megadistill.distributed.groups.guard import Guard
+from megadistill.distributed.groups.unregistered import unregistered_group
+from megadistill.distributed.launch import SeparateReplica
+from megadistill.distributed.topology import Topology
+from megadistill.errors import RestartFault
+from megadistill.redaction import printable
+from megadistill.units import number_of
+
+logger = logging.getLogger(__name__)
+
+WAITS_FOR_RANKS = True
+"""A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
+
+BEAT_SECONDS = 0.5
+SILENCE_SECONDS = 10.0
+"""Time (s) without a heartbeat after which a replica is lost: its process is gone, or its host, or frozen."""
+LOOK_SECONDS = 0.05
+FOREVER = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One start of a replica."""
+
+    id: str
+    replica: int
+    """Its number in the launch."""
+    host: str
+    steps: int
+    """Steps that its student has taken, when the epoch was decided; -1: it has no student yet."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Replicas that take steps together, in the order of their places."""
+
+    number: int
+    members: tuple[Member, ...]
+    topology: Topology
+    """Of this rank, in it."""
+    lost: tuple[Member, ...]
+    """Members of the epoch before that are in this one no longer."""
+    joined: tuple[Member, ...]
+    """Members that were not in the epoch before; of the first one none."""
+
+    @property
+    def furthest(self) -> int:
+        """Place of a member whose student has taken the most steps."""
+        return max(range(len(self.members)), key=lambda place: self.members[place].steps)
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether a member has not the furthest state."""
+        return len({member.steps for member in self.members}) > 1
+
+
+class Members:
+    """This replica's part in the run's epochs. Methods are collective over the replica, in the main thread.
+
+    Args:
+        separate: this replica's place in the launch, and the store.
+        alone: the topology of this replica alone.
+        minimum: the fewest replicas with which the run goes on.
+    """
+
+    def __init__(self, separate: SeparateReplica, alone: Topology, *, minimum: int) -> None:
+        self._separate, self._alone, self._minimum = separate, alone, minimum
+        self._timeout = alone.timeout or timedelta(minutes=10)
+        self._leads = alone.shard_rank == 0
+        self._store: Any = _connect(separate, self._timeout)
+        self._id = broadcast_object(f"{separate.replica}-{secrets.token_hex(8)}", alone.shard_group)
+        self._epoch: Epoch | None = None
+        self._guard: Guard | None = None
+        self._across: ProcessGroup | None = None
+        self._lost = set[str]()
+        """Members whose leader is silent, or has said that it ends."""
+        self._waiting = set[str]()
+        """Members that wait to join."""
+        self._closed = threading.Event()
+        if self._leads:
+            own = Member(self._id, separate.replica, socket.gethostname(), -1)
+            self._store.set(f"beat/{self._id}", "0")
+            self._store.set(f"arrival/{self._store.add('arrivals', 1)}", json.dumps(asdict(own)))
+            threading.Thread(target=self._beat, name="members beat", daemon=True).start()
+        self.joins = broadcast_object(self._leads and self._store.check(["epoch/1"]), alone.shard_group)
+        """Whether the run had begun when this replica came."""
+
+    @property
+    def somebody_waits(self) -> bool:
+        """Whether a replica waits to join, as this rank knows: leaders do."""
+        return bool(self._waiting)
+
+    def next_epoch(self, steps: int) -> Epoch | None:
+        """Ends the epoch and begins the next one, of which this replica is a member; None: the run has ended.
+
+        `steps`: that this replica's student has taken; -1: it has none.
+
+        Raises:
+            RestartFault: too few replicas are left, or this one was left out.
+        """
+        self._end_epoch()
+        self._alone.watchdog.waits_for_replicas = True
+        try:
+            return self._next_epoch(steps)
+        finally:
+            self._alone.watchdog.waits_for_replicas = False
+
+    def _next_epoch(self, steps: int) -> Epoch | None:
+        number = None if self._epoch is None else self._epoch.number + 1
+        while True:
+            record = broadcast_object(self._decided(number, steps) if self._leads else None, self._alone.shard_group)
+            assert record is not None
+            if "ended" in record:
+                return None
+            if "problem" in record:
+                raise RestartFault(str(record["problem"]))
+            epoch, across, guard = self._join_groups(record)
+            if epoch is not None:
+                self._epoch, self._guard, self._across = epoch, guard, across
+                return epoch
+            number = int(record["number"]) + 1  # another one was lost meanwhile
+
+    def close(self, *, ended: bool) -> None:
+        """Leaves the run. `ended`: it has taken its last step, or was stopped, on all replicas."""
+        with suppress(RuntimeError, dist.DistError):
+            if self._leads and ended:
+                self._await_others()
+                self._store.set("ended", "1")
+            if self._leads:
+                self._store.set(f"gone/{self._id}", "1")
+        self._closed.set()
+
+    def _await_others(self) -> None:
+        """Waits for the replicas that read the last message of this one: a connection that is closed may lose it."""
+        self._store.set(f"end/{self._id}", "1")
+        others = [] if self._epoch is None else [each.id for each in self._epoch.members if each.id != self._id]
+        while any(each not in self._lost and not self._store.check([f"end/{each}"]) for each in others):
+            time.sleep(LOOK_SECONDS)
+
+    # The end of an epoch
+
+    def _end_epoch(self) -> None:
+        if self._epoch is None or self._guard is None:
+            return
+        self._break_off(self._epoch.number, "its members change")
+        self._guard.broken.set()
+        if self._across is not None:
+            with suppress(RuntimeError, dist.DistError):
+                self._across.abort()
+
+    # The decision
+
+    def _decided(self, number: int | None, steps: int) -> dict[str, Any]:
+        """The leader: the record of the next epoch; of one that joins, the first that it is a member of."""
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        if number is None and self.joins:
+            self._store.set(f"joins/{self._id}", "1")
+            return self._awaited()
+        number = 1 if number is None else number
+        self._store.set(f"ready/{number}/{self._id}", str(steps))
+        while True:
+            if self._store.check([f"epoch/{number}"]):
+                return self._checked(self._record(number))
+            if self._has_ended():
+                return {"ended": True}
+            candidates = self._candidates(number, late=time.monotonic() > deadline)
+            if candidates and candidates[0].id == self._id:
+                self._decide(number, candidates)
+            time.sleep(LOOK_SECONDS)
+
+    def _awaited(self) -> dict[str, Any]:
+        """One that joins: waits for an epoch with it, while the run goes on."""
+        number, members = 1, list[str]()
+        while True:
+            if self._store.check(["ended"]):
+                return {"ended": True}
+            while self._store.check([f"epoch/{number}"]):
+                record = self._record(number)
+                members = [member["id"] for member in record["members"]]
+                if self._id in members or "problem" in record:
+                    return record
+                number += 1
+            if all(member in self._lost for member in members):
+                return {"problem": "no replica is alive of the run that this one was to join: start all of them again"}
+            time.sleep(LOOK_SECONDS)
+
+    def _has_ended(self) -> bool:
+        """Whether a member has taken the last step of the run."""
+        members = () if self._epoch is None else self._epoch.members
+        return any(self._store.check([f"end/{member.id}"]) for member in members)
+
+    def _record(self, number: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._store.get(f"epoch/{number}"))
+        return record
+
+    def _candidates(self, number: int, *, late: bool) -> list[Member] | None:
+        """The members of an epoch that can begin now, in the order of their places; None: not yet.
+
+        `late`: the time limit of a start has passed.
+        """
+        arrived = _arrived(self._store)
+        if number == 1:
+            here = [member for member in arrived if member.id not in self._lost]
+            ready = [member for member in here if self._store.check([f"ready/1/{member.id}"])]
+            newest = {member.replica: member for member in ready}  # a replica that was started twice: its last start
+            if len(newest) < self._separate.replicas and not late:
+                return None
+            members = [newest[replica] for replica in sorted(newest)]
+            joins: list[Member] = []
+        else:
+            assert self._epoch is not None
+            members = [member for member in self._epoch.members if member.id not in self._lost]
+            if not all(self._store.check([f"ready/{number}/{member.id}"]) for member in members):
+                return None
+            joins = [each for each in arrived if self._wants_in(each, members)]
+        return [*self._with_steps(members, number), *joins]
+
+    def _wants_in(self, member: Member, members: Sequence[Member]) -> bool:
+        known = any(member.id == each.id for each in members)
+        return not known and self._store.check([f"joins/{member.id}"]) and member.id not in self._lost
+
+    def _with_steps(self, members: Sequence[Member], number: int) -> list[Member]:
+        return [
+            Member(each.id, each.replica, each.host, int(self._store.get(f"ready/{number}/{each.id}")))
+            for each in members
+        ]
+
+    def _decide(self, number: int, members: Sequence[Member]) -> None:
+        """Writes the record of an epoch, unless another leader has."""
+        record: dict[str, Any] = {"number": number, "members": [asdict(member) for member in members]}
+        if len(members) < self._minimum:
+            record["problem"] = (
+                f"{number_of(len(members), 'replica')} of the student left, and distributed.min_replicas is "
+                f"{self._minimum}: start the run again with more"
+            )
+        self._store.compare_set(f"epoch/{number}", "", json.dumps(record))
+
+    def _checked(self, record: dict[str, Any]) -> dict[str, Any]:
+        if "problem" not in record and all(member["id"] != self._id for member in record["members"]):
+            return {"problem": "this replica was silent too long and was left out: start it again, and it joins"}
+        return record
+
+    # The groups of an epoch
+
+    def _join_groups(self, record: dict[str, Any]) -> tuple[Epoch | None, ProcessGroup | None, Guard | None]:
+        """This rank's epoch; None on every rank of the replica where one of them cannot reach its peers."""
+        members = tuple(Member(**values) for values in record["members"])
+        number, place = int(record["number"]), [member.id for member in members].index(self._id)
+        alone, n = self._alone, self._alone.shard_world
+        before = () if self._epoch is None else self._epoch.members
+        guard = Guard(lambda reason: self._break_off(number, reason), waiting=self._waits)
+        across: ProcessGroup | None = None
+        made = True
+        if len(members) > 1:
+            shard = alone.shard_rank
+            try:
+                across = unregistered_group(
+                    PrefixStore(f"epoch_{number}_{shard}", self._store),
+                    place,
+                    range(shard, n * len(members), n),
+                    min(self._timeout, timedelta(seconds=6 * SILENCE_SECONDS)),
+                    device=alone.device,
+                    name=f"across_{number}_{shard}",
+                )
+            except (RuntimeError, dist.DistError) as error:
+                self._break_off(number, f"no connection: {str(error).splitlines()[0][:200]}")
+                made = False
+        ids, former = {each.id for each in members}, {each.id for each in before}
+        epoch = Epoch(
+            number,
+            members,
+            alone.with_replicas(place, len(members), across, guard),
+            lost=tuple(each for each in before if each.id not in ids),
+            joined=tuple(each for each in members if former and each.id not in former),
+        )
+        self._epoch = epoch  # what is lost from here on is of this epoch
+        if not all_true(made, alone.device, alone.shard_group):
+            return None, None, None
+        if across is not None:
+            store = self._store.clone()
+            guard.watch(across, lambda: store.wait([f"broken/{number}"], FOREVER))
+        return epoch, across, guard
+
+    def _break_off(self, number: int, reason: str) -> None:
+        """Says that an epoch has ended, to all ranks of all its members."""
+        with suppress(RuntimeError, dist.DistError):
+            self._store.set(f"broken/{number}", reason)
+
+    def _waits(self, begins: bool) -> None:
+        self._alone.watchdog.waits_for_replicas = begins
+
+    # The leader's thread
+
+    def _beat(self) -> None:
+        """Counts this replica's heartbeat, and looks at those of the others."""
+        store, count = self._store.clone(), 0
+        seen: dict[str, tuple[bytes, float]] = {}
+        while not self._closed.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                store.set(f"beat/{self._id}", str(count))
+                self._look(store, seen)
+            except (RuntimeError, dist.DistError) as error:  # the main thread finds it as well, when it needs the store
+                logger.warning("the store of the replicas at %s does not answer: %s", self._separate.store, error)
+                return
+
+    def _look(self, store: Any, seen: dict[str, tuple[bytes, float]]) -> None:
+        """Finds the members that are silent, and those that wait."""
+        others = [member for member in _arrived(store) if member.id not in {self._id, *self._lost}]
+        now = time.monotonic()
+        for member in others:
+            beat = bytes(store.get(f"beat/{member.id}"))
+            before = seen.get(member.id)
+            if before is None or before[0] != beat:
+                seen[member.id] = (beat, now)
+            elif now - before[1] > SILENCE_SECONDS:
+                self._lost.add(member.id)
+            if store.check([f"gone/{member.id}"]):
+                self._lost.add(member.id)
+        epoch = self._epoch
+        if epoch is None:
+            return
+        ids = {member.id for member in epoch.members}
+        for member in others:
+            if member.id in self._lost and member.id in ids and not store.check([f"end/{member.id}"]):
+                store.set(f"broken/{epoch.number}", f"replica {member.replica} on {member.host} is lost")
+        waiting = [each for each in others if each.id not in {*ids, *self._lost}]
+        self._waiting = {each.id for each in waiting if store.check([f"joins/{each.id}"])}
+
+
+def _arrived(store: Any) -> list[Member]:
+    """The replicas that have come, in that order. The counter is ahead of what is written for a moment."""
+    keys = [f"arrival/{number}" for number in range(1, store.add("arrivals", 0) + 1)]
+    return [Member(**json.loads(store.get(key))) for key in keys if store.check([key])]
+
+
+def _connect(separate: SeparateReplica, timeout: timedelta) -> Any:
+    """
+    Raises:
+        RestartFault: the store does not answer.
+    """
+    try:
+        return TCPStore(separate.host, separate.port, None, False, timeout, False)
+    except (RuntimeError, dist.DistError) as error:
+        raise RestartFault(
+            f"the store of the replicas, MEGADISTILL_STORE={printable(separate.store)}, does not answer "
+            f"({printable(str(error).splitlines()[0])[:200]}): start it with python -m "
+            "megadistill.distributed.store_server --port P, before the replicas"
+        ) from None

@@ -1,0 +1,33 @@
+"""`python -m megadistill.distributed.store_server --port P`: the store in which replicas of a run meet.
+
+A process of its own, outside of all replicas, so that the loss of any of them leaves it. It holds some kilobytes, and
+ends by a signal. Whoever can reach the port can read and write it, as torch's own store on rank 0.
+"""
+
+import argparse
+import signal
+import sys
+from datetime import timedelta
+
+from torch._C._distributed_c10d import TCPStore
+
+from megadistill.distributed.launch import raise_open_files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m megadistill.distributed.store_server", description=__doc__)
+    parser.add_argument("--port", type=int, required=True, help="port to listen at; 0: a free one, which is printed")
+    port = parser.parse_args().port
+    raise_open_files()
+    try:
+        store = TCPStore("0.0.0.0", port, None, True, timedelta(minutes=1), False)
+    except RuntimeError as error:
+        sys.exit(f"store: port {port} cannot be listened at: {str(error).splitlines()[0]}")
+    print(f"store: listening at port {store.port}", flush=True)
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+
+
+if __name__ == "__main__":
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: sys.exit(0))
+    main()
