@@ -8,10 +8,9 @@ With `replicas` the world is as many of torch's, of which the rank's own is made
 import os
 import pickle
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -21,9 +20,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FakeProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.collective_calls import Collective, Collectives
 from megadistill.config.recipe import LossSection, StudentSection, TrainSection
 from megadistill.distributed.groups import unregistered
 from megadistill.distributed.launch import Launch
@@ -41,52 +39,6 @@ from tests.ranks.harness import CONTEXT
 LOCAL_WORLD = 8
 """Ranks of a node."""
 TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One call of a collective.
-
-    Attributes:
-        name: c10d's, such as `allgather_base`, `reduce_scatter_base`, `allreduce`, `broadcast`.
-        ranks: of its process group.
-        nbytes: of its largest tensor: what a gather receives, what a reduce-scatter sends.
-    """
-
-    name: str
-    ranks: int
-    nbytes: int
-
-
-class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, every call of a collective is recorded in `calls`, in its order; backward passes are included."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Collective] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if function.namespace == "c10d":
-            keywords = keywords or {}
-            leaves = tree_leaves((arguments, keywords))
-            sizes = [each.nbytes for each in leaves if isinstance(each, torch.Tensor)]
-            self.calls.append(Collective(function._opname.strip("_"), _ranks(leaves), max(sizes, default=0)))
-        return function(*arguments, **(keywords or {}))
-
-    def counts(self) -> Counter[tuple[str, int]]:
-        """Calls by (name, ranks of the group)."""
-        return Counter((call.name, call.ranks) for call in self.calls)
-
-
-def _ranks(leaves: list[Any]) -> int:
-    """The size of the process group among a call's arguments."""
-    for each in leaves:
-        if isinstance(each, torch.ScriptObject):
-            try:
-                return int(dist.ProcessGroup.unbox(each).size())
-            except RuntimeError:  # a reduction's operator
-                continue
-    raise AssertionError("a collective without a process group")
 
 
 @contextmanager
@@ -118,8 +70,13 @@ def fake_world(
         dist.destroy_process_group()
 
 
+across_replicas: list[list[int]] = []
+"""The ranks of each group across replicas that this process has made; torch knows those of its own groups alone."""
+
+
 def _fake_backend(store: Any, place: int, members: Sequence[int], timeout: timedelta, **where: Any) -> Any:
-    """In place of the backend of a group across replicas, which torch does not know."""
+    """In place of the backend of a group across replicas."""
+    across_replicas.append(list(members))
     make: Any = FakeProcessGroup._create_internal
     return make(place, len(members), FakeProcessGroup.Options())
 

@@ -5,114 +5,45 @@ those of small parameters, which some ranks have no element of, lie in others th
 """
 
 import math
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config, parameter_shapes
-from megadistill.student.optimizer import MASTER
 from megadistill.student.state import STEP_KEY
 from megadistill.train.checkpoint import format as checkpoint_format
 from megadistill.train.checkpoint.format import (
-    FORMAT,
-    RNG_KEY,
     Checkpoint,
     CheckpointManifest,
     ranges_of,
     rank_file,
-    record_of,
-    write_manifest,
 )
 from tests.paths import ROOT
-from tests.scale.fake_world import build_student, in_fake_world
-from tests.unit.train.cases import cursor_of
+from tests.scale.checkpoint_files import (
+    KINDS,
+    SHAPES,
+    STEPS,
+    Reads,
+    header_bytes,
+    piece_of,
+    resume,
+    whole_of,
+    write_checkpoint,
+)
+from tests.scale.fake_world import in_fake_world
 
 WRITTEN = 512
 """Ranks that wrote the checkpoint."""
 READING = [WRITTEN, 2 * WRITTEN, WRITTEN // 2, 3 * WRITTEN // 4]
-KINDS = (MASTER, "exp_avg", "exp_avg_sq")
-STEPS = 7.0
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "vocab_size": 3072,  # divides over all of these ranks
-    "tie_word_embeddings": False,
-}
-SHAPES = {name: tuple(shape) for name, shape in parameter_shapes(load_config(MODEL, what="test")).items()}
-
-
-def _whole(key: str) -> Tensor:
-    """[numel] The state of a parameter under its key."""
-    generator = torch.Generator().manual_seed(sum(key.encode()))
-    return torch.randn(math.prod(SHAPES[key.partition("/")[2]]), generator=generator)
-
-
-def _piece(numel: int, rank: int, world: int) -> tuple[int, int]:
-    """Start and stop of ZeRO-3's piece."""
-    size = -(-numel // world)
-    return min(numel, rank * size), min(numel, (rank + 1) * size)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "step-00000009"
-    folder.mkdir()
-    whole = {f"{kind}/{name}": _whole(f"{kind}/{name}") for kind in KINDS for name in SHAPES}
-    for rank in range(WRITTEN):
-        state = {key: values[slice(*_piece(len(values), rank, WRITTEN))].clone() for key, values in whole.items()}
-        state |= {STEP_KEY: torch.tensor([STEPS]), RNG_KEY: torch.tensor([rank])}
-        save_file(state, folder / rank_file(rank, WRITTEN))
-    files = [rank_file(rank, WRITTEN) for rank in range(WRITTEN)]
-    manifest = CheckpointManifest(
-        format=FORMAT,
-        step=9,
-        tokens=90,
-        world=WRITTEN,
-        vocab_size=MODEL["vocab_size"],
-        cursor=cursor_of(90),
-        parameters=SHAPES,
-        versions={},
-        files={name: record_of(folder / name) for name in files},
-    )
-    write_manifest(folder / "manifest.json", manifest)
-    return folder
-
-
-class Reads:
-    """Opened files of a checkpoint, bytes of their headers, and calls that read a piece."""
-
-    def __init__(self) -> None:
-        self.opened: list[str] = []
-        self.header_bytes = 0
-        self.calls = 0
-
-    def open(self, path: Path, **keywords: Any) -> Any:
-        self.opened.append(path.name)
-        self.header_bytes += _header_bytes(path)
-        return _CountedFile(safe_open(path, **keywords), self)
-
-
-class _CountedFile:
-    def __init__(self, file: Any, reads: Reads) -> None:
-        self._file, self._reads = file, reads
-
-    def __getattr__(self, name: str) -> Any:
-        assert name in ("get_slice", "get_tensor")
-        self._reads.calls += 1
-        return getattr(self._file, name)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "step-00000009", WRITTEN)
 
 
 @pytest.fixture
@@ -125,7 +56,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 def _read_all(checkpoint: Checkpoint, rank: int, world: int) -> dict[str, Tensor]:
     """The state of a rank, in the order in which `StudentState.load` reads it."""
     keys = [f"{kind}/{name}" for name in SHAPES for kind in KINDS]
-    state = {key: checkpoint.read(key, *_piece(math.prod(SHAPES[key.partition("/")[2]]), rank, world)) for key in keys}
+    state = {
+        key: checkpoint.read(key, *piece_of(math.prod(SHAPES[key.partition("/")[2]]), rank, world)) for key in keys
+    }
     return {**state, STEP_KEY: checkpoint.read(STEP_KEY, 0, 1)}
 
 
@@ -135,7 +68,7 @@ def test_on_as_many_ranks_each_opens_its_own_file_and_no_other(folder: Path, rea
         _read_all(checkpoint, rank, WRITTEN)
         assert checkpoint.rng_state(rank, WRITTEN) == torch.tensor([rank])
         assert reads.opened[rank:] == [rank_file(rank, WRITTEN)]
-    assert reads.header_bytes <= WRITTEN * (_header_bytes(folder / rank_file(0, WRITTEN)) + 64), "512 headers in all"
+    assert reads.header_bytes <= WRITTEN * (header_bytes(folder / rank_file(0, WRITTEN)) + 64), "512 headers in all"
     assert reads.calls <= WRITTEN * (len(KINDS) * len(SHAPES) + 2), "one call a piece, and none for an empty one"
 
 
@@ -151,7 +84,7 @@ def test_the_state_is_bitwise_the_same_and_few_files_are_opened(folder: Path, re
         assert len(opened) == len(set(opened)), "each file is opened once"
         assert len(opened) <= 2 * files, "those of the matrices, and those of the norms"
     for key in state.keys() - {STEP_KEY}:
-        assert torch.equal(torch.cat(state[key]), _whole(key)), key
+        assert torch.equal(torch.cat(state[key]), whole_of(key)), key
     assert torch.cat(state[STEP_KEY]).tolist() == [STEPS] * reading
     assert reads.calls <= 2 * files * reading * len(KINDS) * len(SHAPES)
     assert max(Counter(reads.opened).values()) <= 2 * (math.ceil(reading / WRITTEN) + 1), "readers of a file"
@@ -167,34 +100,11 @@ def _manifest(folder: Path) -> CheckpointManifest:
 _MANIFESTS: dict[Path, CheckpointManifest] = {}
 
 
-def _header_bytes(path: Path) -> int:
-    with open(path, "rb") as file:
-        return 8 + int(struct.unpack("<Q", file.read(8))[0])
-
-
-def _resume(topology: Topology, folder: Path) -> tuple[list[str], list[str]]:
-    """Files that a real student opens when it is given the state, and keys of its state that are not the file's."""
-    reads = Reads()
-    setattr(checkpoint_format, "safe_open", reads.open)  # noqa: B010  # in a process of its own
-    student = build_student(topology, load_config(MODEL, what="test"))
-    student.state.load(Checkpoint(folder).read)
-    wrong = []
-    for key, values in student.state.snapshot().items():
-        if key == STEP_KEY:
-            expected = torch.tensor([STEPS])
-        else:
-            whole = _whole(key)
-            expected = whole[slice(*_piece(len(whole), topology.rank, topology.world))]
-        if not torch.equal(values, expected):
-            wrong.append(key)
-    return reads.opened, wrong
-
-
 @pytest.mark.parametrize(("reading", "rank"), [(WRITTEN, WRITTEN - 1), (2 * WRITTEN, 333), (3 * WRITTEN // 4, 100)])
 def test_a_student_of_512_ranks_and_others_is_given_its_pieces(folder: Path, reading: int, rank: int) -> None:
-    opened, wrong = in_fake_world(reading, _resume, folder, rank=rank)
+    reads, wrong = in_fake_world(reading, resume, folder, rank=rank)
     assert wrong == []
-    assert len(opened) <= (1 if reading == WRITTEN else 2 * (math.ceil(WRITTEN / reading) + 1))
+    assert len(reads.opened) <= (1 if reading == WRITTEN else 2 * (math.ceil(WRITTEN / reading) + 1))
 
 
 @pytest.mark.parametrize("model", ["gemma-2-9b", "llama-3.1-8b"])
@@ -205,7 +115,7 @@ def test_published_models_need_no_more_files_than_that(model: str, written: int,
     for rank in range(reading):
         opened: set[int] = set()
         for numel in {shape.numel() for shape in shapes}:
-            own = {each.rank for each in ranges_of(numel, *_piece(numel, rank, reading), written)}
+            own = {each.rank for each in ranges_of(numel, *piece_of(numel, rank, reading), written)}
             assert len(own) <= files
             opened |= own
         most = max(most, len(opened))
@@ -220,7 +130,7 @@ def test_verifying_is_shared_and_reads_the_files_that_a_rank_needs(folder: Path)
             mine = _verified(folder, rank, reading)
             verified.update(mine)
             if reading in (WRITTEN, WRITTEN // 2):
-                needed = ranges_of(numel, *_piece(numel, rank, reading), WRITTEN)
+                needed = ranges_of(numel, *piece_of(numel, rank, reading), WRITTEN)
                 assert mine == [rank_file(each.rank, WRITTEN) for each in needed], "its file comes from the disk once"
         assert set(verified.values()) == {1}
         assert len(verified) == WRITTEN

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.collective_calls import Collective
 from megadistill.accelerators import accelerator
 from megadistill.config.recipe import Checkpointing, Recipe
 from megadistill.distributed.topology import Topology
@@ -31,7 +32,6 @@ from megadistill.plan.layouts import Cluster, place
 from megadistill.plan.plan_input import PlanInput, read_plan_input
 from megadistill.student.deepspeed_config import load_deepspeed_config
 from tests.paths import DS_CONFIGS, RECIPES, ROOT
-from tests.scale import fake_world
 from tests.scale.fake_world import LOCAL_WORLD, build_student, in_fake_world, take_step
 
 WORLD = 1536
@@ -140,7 +140,7 @@ class Case:
         )
 
 
-def _calls(topology: Topology, case: Case) -> list[fake_world.Collective]:
+def _calls(topology: Topology, case: Case) -> list[Collective]:
     """The calls of a step after those in which DeepSpeed learns the order of the layers."""
     student = build_student(
         topology,
@@ -150,7 +150,7 @@ def _calls(topology: Topology, case: Case) -> list[fake_world.Collective]:
         activation_checkpointing=case.checkpointing,
         accumulation=case.accumulation,
     )
-    calls: list[fake_world.Collective] = []
+    calls: list[Collective] = []
     for step in range(1 + LEARNING_MICRO_STEPS // case.accumulation):
         calls = take_step(student, topology, step=step, tokens=TOKENS, accumulation=case.accumulation)
     return calls

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.collective_calls import Collective, Collectives
 from megadistill.distributed.topology import Topology
 from megadistill.models.families import load_config
-from tests.scale.fake_world import Collective, Collectives, build_student, in_fake_world, take_step
+from tests.scale.fake_world import build_student, in_fake_world, take_step
 
 LAYERS = 2
 

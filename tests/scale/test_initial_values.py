@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.collective_calls import Collective, Collectives
 from megadistill.distributed.topology import Topology
 from megadistill.models import initial_weights
 from megadistill.models.families import load_config, parameter_shapes
 from megadistill.models.initial_weights import BLOCK, RandomWeights
 from megadistill.precision import torch_dtype
 from tests.paths import ROOT
-from tests.scale.fake_world import Collective, Collectives, build_student, in_fake_world
+from tests.scale.fake_world import build_student, in_fake_world
 
 WORLD = 1536
 MODEL: dict[str, Any] = {
