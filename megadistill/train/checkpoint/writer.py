@@ -41,7 +41,7 @@ from megadistill.train.checkpoint.local_tier import LocalTier
 from megadistill.types import use_device
 from megadistill.units import readable
 
-SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed")
+SAVE_FLAGS = ("save_ended", "save_failed", "save_committed", "save_not_committed", "save_seconds")
 
 FREE_SPACE_MARGIN = 1.05
 
@@ -60,9 +60,9 @@ class SaveResult:
     """Time that this rank waited for the save. On an accelerator the copy to the host is not in it: the device makes it
     between two steps, at the speed of its link."""
     write_seconds: float
-    """Time that this rank's file took to write and hash."""
+    """Time that a rank's file took to write and hash, the mean over those that wrote one."""
     bytes: int
-    """Size of this rank's tensors."""
+    """Size of this rank's tensors, which another replica may have written."""
     removed: tuple[str, ...] = ()
     """Names of the older checkpoints that were deleted; rank 0 only."""
     is_local: bool = False
@@ -83,6 +83,8 @@ class _Save:
     committing: Future[tuple[str, ...]] | None = None
     ended: bool = False
     """Whether all ranks are known to have written their files."""
+    write_seconds: float = 0.0
+    """Mean time that a file took, once all have ended."""
 
     @property
     def committers(self) -> int:
@@ -121,23 +123,22 @@ class Saver:
     def start(self, state: Mapping[str, Tensor], manifest: CheckpointManifest) -> list[SaveResult]:
         """Starts to save `state`, this rank's tensors as they are now: the run may change them afterwards. Collective.
 
-        Replicas have the same state, and write in turn, one a save: the ranks of the others have nothing to copy.
+        Replicas have the same state, and write in turn, one a save, as rank 0 counts them (a replica may have joined
+        the run later): the ranks of the others have nothing to copy.
         `manifest` is that of the whole checkpoint, without its files. Returns the results of the saves that ended: the
         one before, which is waited for since its copies are in the same memory, and this one where it does not fit on
         the disk or saves are synchronous.
         """
         began = time.perf_counter()
         ended = [self.finish()] if self._save is not None else []
-        writes = self._started % self._topology.replicas == self._topology.replica
-        self._started += 1
-        state = state if writes else {}
         bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         temporary = self._folder / f".tmp-{checkpoint_name(manifest.step)}-a{self._attempt.number}"
-        problem = self._make_folder(temporary, bytes_)
+        problem, turn = self._make_folder(temporary, bytes_)
         if problem is not None:
             stall = time.perf_counter() - began
             return [*ended, SaveResult(manifest.step, None, problem, stall, 0.0, bytes_)]
-        copies = self._copies.start(state)
+        writes = turn == self._topology.replica
+        copies = self._copies.start(state if writes else {})
         writing = self._thread.submit(_timed, lambda: self._write(temporary, copies) if writes else None)
         stall = time.perf_counter() - began
         self._save = _Save(manifest, temporary, writing, bytes_, stall)
@@ -164,7 +165,7 @@ class Saver:
         return self._save is not None
 
     def flags(self) -> dict[str, float]:
-        """This rank's state of the save for the other ranks: 0 or 1 for each of `SAVE_FLAGS`."""
+        """This rank's state of the save for the other ranks: 0 or 1 for each of `SAVE_FLAGS`, and its seconds."""
         flags = dict.fromkeys(SAVE_FLAGS, 0.0)
         save = self._save
         if save is None:
@@ -174,7 +175,8 @@ class Saver:
                 flags["save_not_committed" if save.committing.exception() else "save_committed"] = 1.0
         elif not save.ended and save.writing.done():
             flags["save_ended"] = 1.0
-            flags["save_failed"] = float(save.writing.exception() is not None)
+            failed = save.writing.exception() is not None
+            flags |= {"save_failed": float(failed), "save_seconds": 0.0 if failed else save.writing.result()}
         return flags
 
     def poll(self, reduced: Mapping[str, float]) -> SaveResult | None:
@@ -188,6 +190,8 @@ class Saver:
             return None
         if not save.ended and reduced["save_ended"] == self._topology.world:
             save.ended = True
+            writers = self._topology.shard_world if save.local is None else self._topology.world
+            save.write_seconds = reduced["save_seconds"] / writers
             if reduced["save_failed"]:
                 return self._end(save, complete=False)
             if self._topology.is_first if save.local is None else save.local.leads:
@@ -219,10 +223,13 @@ class Saver:
         """Ends without waiting for the disk: a save that is not complete stays invisible."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make_folder(self, temporary: Path, bytes_: int) -> str | None:
-        """Makes the temporary folder. Returns the problem where all ranks' files do not fit on the disk. Collective."""
+    def _make_folder(self, temporary: Path, bytes_: int) -> tuple[str | None, int]:
+        """Makes the temporary folder. Returns the problem where the files of a replica do not fit on the disk, and the
+        replica that writes them. Collective."""
+        replicas = self._topology.replicas
         needed = torch.tensor(float(bytes_), dtype=torch.float64, device=self._topology.device)
-        needed_bytes = int(all_reduce_sum(needed, self._topology.world_group).item() * FREE_SPACE_MARGIN)
+        needed = all_reduce_sum(needed, self._topology.world_group) / replicas
+        needed_bytes = int(needed.item() * FREE_SPACE_MARGIN)
         problem = None
         if self._topology.is_first:
             try:
@@ -236,7 +243,9 @@ class Saver:
                     temporary.mkdir(parents=True)
             except OSError as error:
                 problem = str(error)
-        return broadcast_object(problem, self._topology.world_group)
+        turn = self._started % replicas
+        self._started += 1
+        return broadcast_object((problem, turn), self._topology.world_group)
 
     def _write(self, temporary: Path, copies: HostState) -> None:
         shard, shards = self._topology.shard_rank, self._topology.shard_world
@@ -272,8 +281,7 @@ class Saver:
         error = save.writing.exception() or (save.committing.exception() if save.committing else None)
         if not isinstance(error, OSError | SafetensorError | OperatorFault | None):
             raise error
-        seconds = save.writing.result() if save.writing.exception() is None else 0.0
-        numbers = save.stall_seconds, seconds, save.bytes
+        numbers = save.stall_seconds, save.write_seconds, save.bytes
         step, local = save.manifest.step, save.local
         if complete:
             path = self._folder / checkpoint_name(step) if local is None else local.target(step)
