@@ -90,8 +90,10 @@ def _train(options: argparse.Namespace) -> int:
         if first_rank:
             say(f"{folder}: {answer.line}")
         return 0
-    after = None if options.take_over else refuse_running(folder)
-    command = None if Launch.from_environment().world > 1 else _resuming_command(options)
+    launch = Launch.from_environment()
+    # A replica that is a launch of its own may join the run: it learns whether it is running from the others.
+    after = None if options.take_over or launch.separate is not None else refuse_running(folder)
+    command = None if launch.world > 1 or launch.separate is not None else _resuming_command(options)
     from megadistill.train.loop import train
 
     try:
@@ -102,7 +104,7 @@ def _train(options: argparse.Namespace) -> int:
         if first_rank:
             error.add_note(how_to_resume(folder, command, after_fault=not isinstance(error, RestartFault)))
         raise
-    if outcome is None:  # a rank of the teacher's own
+    if outcome is None:  # a rank of the teacher's own, or a replica that came when the run had ended
         return 0
     if first_rank:
         say(f"{folder}: {_outcome_line(outcome, recipe, options, command)}")

@@ -7,8 +7,9 @@ Legend: g ranks of the group, n rows.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -262,6 +263,18 @@ def add_across(flat: Tensor, group: Group | None) -> None:
     group.require(is_whole)
     if staged is not flat:
         flat.copy_(staged)
+
+
+def broadcast_across(tensors: Sequence[Tensor], group: RunGroup, *, source: int) -> None:
+    """Copies the tensors of replica `source` into those of the others, each to the ranks with its place.
+
+    Collective over all ranks. Raises ReplicasChanged on every rank of a replica where another one is lost.
+    """
+    is_whole = True
+    for tensor in tensors:
+        start = partial(dist.broadcast, tensor, group=group.across, group_src=source, async_op=True)
+        is_whole = is_whole and group.finish(start)
+    group.require(is_whole)
 
 
 def _unpickled(content: Tensor) -> Any:

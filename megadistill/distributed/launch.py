@@ -97,6 +97,13 @@ class Launch:
         """Launches of the run."""
         return 1 if self.separate is None else self.separate.replicas
 
+    def of_all_replicas(self) -> "Launch":
+        """This process's place among the ranks of all replicas, those that are launches of their own too."""
+        if self.separate is None:
+            return self
+        first = self.separate.replica * self.world
+        return replace(self, rank=first + self.rank, world=self.separate.replicas * self.world)
+
     @property
     def open_files(self) -> int:
         """Files and connections that rank 0's process needs open, if it has the store of the launch.
@@ -174,7 +181,12 @@ def replica_launch(shard: int | None, launch: Launch) -> Launch:
     Raises:
         UserError: they do not divide the world.
     """
-    n = launch.world if shard is None else shard
+    n = launch.world // launch.replicas if shard is None else shard
+    if launch.separate is not None and n * launch.replicas != launch.world:
+        raise UserError(
+            f"distributed.shard is {n}, and this replica is a launch of {launch.world // launch.replicas} ranks: leave "
+            "the key out, or start each replica on as many"
+        )
     if launch.world % n:
         divisors = ", ".join(str(d) for d in range(1, launch.world + 1) if launch.world % d == 0)
         raise UserError(

@@ -111,6 +111,15 @@ class FlatStep:
         zero.averaged_gradients = {}
         self._end()
 
+    def begin_again(self, topology: Topology) -> None:
+        """Drops what was accumulated since the last step. `topology`: of the next ones."""
+        zero, self._topology = self._zero, topology
+        zero._pre_step()  # its count of micro-batches begins again
+        zero.averaged_gradients = {}
+        zero.grad_partitions_flat_buffer.zero_()
+        if self.norms is not None:
+            self.norms.end_step()
+
     def _end(self) -> None:
         """DeepSpeed's end of a step, but for its gathering of persistent parameters one by one."""
         zero, persistent = self._zero, self._zero.persistent_parameters

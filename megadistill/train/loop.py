@@ -16,9 +16,11 @@ from megadistill.config.auto import describe_choices
 from megadistill.config.recipe import EXTERNAL_TRACKERS, Recipe
 from megadistill.data import TokenStream
 from megadistill.data.stream.segments import steps_to
-from megadistill.distributed.collectives import all_reduce_sum
+from megadistill.distributed.collectives import all_reduce_sum, broadcast_object
+from megadistill.distributed.groups.guard import ReplicasChanged
+from megadistill.distributed.members import Members
 from megadistill.distributed.topology import Topology
-from megadistill.errors import OperatorFault, RestartFault
+from megadistill.errors import OperatorFault, RestartFault, UserError
 from megadistill.timeline.clock import clock_for
 from megadistill.timeline.stopwatch import Stopwatch
 from megadistill.tracking.process import CLOSE_SECONDS, STOP_SECONDS, TrackerProcesses
@@ -32,6 +34,9 @@ from megadistill.train.build import (
     stream_of,
     write_run_files,
 )
+from megadistill.train.checkpoint.format import Checkpoint
+from megadistill.train.checkpoint.heartbeat import refuse_running
+from megadistill.train.checkpoint.local_tier import LocalCheckpoint
 from megadistill.train.hooks.checkpoints import Checkpoints
 from megadistill.train.hooks.diverged_student import DivergedStudentCheck
 from megadistill.train.hooks.hook import Hook, Request, StepEvent
@@ -52,6 +57,7 @@ from megadistill.train.resilience.masked_samples import masked_cursor, masked_fl
 from megadistill.train.resilience.preemption import StopRequests, ignore_stop_signals, stop_reason
 from megadistill.train.resilience.recovery import Recovery
 from megadistill.train.resilience.sdc import require_sound_student
+from megadistill.train.resume_point import ResumePoint
 from megadistill.train.router_losses import describe_routers
 from megadistill.train.schedule import learning_rate, progress
 from megadistill.train.setup.plausibility import implausible_settings
@@ -68,6 +74,9 @@ from megadistill.train.telemetry.timeline_capture import TimelineCapture, captur
 from megadistill.types import Cursor, TokenBatch
 
 logger = logging.getLogger(__name__)
+
+WAITING_REPLICAS = "waiting_replicas"
+"""Flag of a step: ranks that know of a replica that waits to join."""
 
 
 @dataclass(frozen=True)
@@ -109,46 +118,130 @@ def train(recipe: Recipe, *, stop_after: int | None = None, after: int | None = 
         return run(setup, topology, stop_after, after)
 
 
-def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | None = None) -> RunOutcome:
-    """Trains on process groups that exist. Collective; see `train`."""
-    minutes = setup.recipe.run.time_limit_minutes
+def run(setup: Setup, topology: Topology, stop_after: int | None, after: int | None = None) -> RunOutcome | None:
+    """Trains on process groups that exist. Collective; see `train`.
+
+    None: the run that this replica was to join has ended.
+    """
+    minutes, separate = setup.recipe.run.time_limit_minutes, setup.separate
     with StopRequests(setup.folder, rank=topology.rank, first=topology.is_first, minutes=minutes) as stops:
-        recovery = Recovery(setup, topology, after=after)
-        if topology.is_first:
-            logs.add_file(setup.folder / "log.txt", topology.rank)
-        topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number)
-        topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
-        topology.watchdog.on_abort = partial(recovery.aborted, rank=topology.rank)
-        stops.on_second_signal = partial(recovery.quit, rank=topology.rank)
-        trackers = None
-        try:
-            trainer = Trainer(setup, topology, recovery, stops)
-            if topology.is_first:
-                external = [name for name in setup.recipe.track if name in EXTERNAL_TRACKERS]
-                trackers = TrackerProcesses(setup.folder, external)
-            outcome = trainer.train(stop_after)
-        except (RestartFault, OperatorFault) as fault:
-            fault.prints = recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
-            raise
-        finally:
-            recovery.close()
-            if trackers is not None:
-                trackers.release()
-        if trackers is not None:
-            trackers.close(seconds=CLOSE_SECONDS if outcome.stopped_by is None else STOP_SECONDS)
-        stops.acknowledge()
+        if separate is None:
+            outcome: RunOutcome | None = _attempt(setup, topology, stops, ResumePoint(), stop_after, after)
+        else:
+            members = Members(separate, topology, minimum=setup.recipe.distributed.min_replicas)
+            outcome = _epochs(setup, topology, stops, members, stop_after)
+        if outcome is not None:
+            stops.acknowledge()
     return outcome
+
+
+def _epochs(
+    setup: Setup, alone: Topology, stops: StopRequests, members: Members, stop_after: int | None
+) -> RunOutcome | None:
+    """An attempt for each epoch of the run's replicas, with the models that are in memory. See `members`."""
+    point, ended = ResumePoint(), False
+    try:
+        if members.joins:
+            point.models = build(setup.with_replicas(1), alone)
+        while True:
+            point.epoch = members.next_epoch(point.steps)
+            if point.epoch is None:
+                ended = True
+                return None
+            topology = point.epoch.topology
+            stops.first, own = topology.is_first, setup.with_replicas(topology.replicas)
+            after = _free_folder(own, topology) if point.epoch.number == 1 else None
+            stops.somebody_waits = lambda: members.somebody_waits
+            try:
+                outcome = _attempt(own, topology, stops, point, stop_after, after)
+            except ReplicasChanged:
+                point.began = time.perf_counter()
+                if point.models is None:
+                    raise RestartFault("a replica of the student was lost before the first step") from None
+            else:
+                ended = True
+                return outcome
+    finally:
+        members.close(ended=ended)
+
+
+def _free_folder(setup: Setup, topology: Topology) -> int:
+    """The newest attempt at the run's folder, which is not alive. Collective.
+
+    Raises:
+        UserError: it is.
+    """
+    newest, problem = 0, ""
+    if topology.is_first:
+        try:
+            newest = refuse_running(setup.folder)
+        except UserError as error:
+            problem = str(error)
+    newest, problem = broadcast_object((newest, problem), topology.world_group)
+    if problem:
+        raise UserError(problem)
+    return newest
+
+
+def _attempt(
+    setup: Setup,
+    topology: Topology,
+    stops: StopRequests,
+    point: ResumePoint,
+    stop_after: int | None,
+    after: int | None,
+) -> RunOutcome:
+    """One attempt at the run; `point` is where it goes on, and where the next one would."""
+    recovery = Recovery(setup, topology, after=after)
+    if topology.is_first:
+        logs.add_file(setup.folder / "log.txt", topology.rank)
+    topology.watchdog.open_stack_file(setup.folder, recovery.attempt.number, rank=_stack_rank(setup, topology))
+    topology.watchdog.enter_phase("starting", 0, limit=60 * setup.recipe.distributed.timeout_minutes)
+    topology.watchdog.on_abort = partial(recovery.aborted, rank=topology.rank)
+    stops.on_second_signal = partial(recovery.quit, rank=topology.rank)
+    trackers = None
+    try:
+        trainer = Trainer(setup, topology, recovery, stops, point)
+        if topology.is_first:
+            external = [name for name in setup.recipe.track if name in EXTERNAL_TRACKERS]
+            trackers = TrackerProcesses(setup.folder, external)
+        outcome = trainer.train(stop_after)
+    except (RestartFault, OperatorFault) as fault:
+        fault.prints = recovery.ended(str(fault), rank=topology.rank, exit_code=fault.exit_code)
+        raise
+    except ReplicasChanged:
+        point.is_unsaved = point.is_unsaved or recovery.saving
+        raise
+    finally:
+        recovery.close()
+        if trackers is not None:
+            trackers.release()
+    if trackers is not None:
+        trackers.close(seconds=CLOSE_SECONDS if outcome.stopped_by is None else STOP_SECONDS)
+    return outcome
+
+
+def _stack_rank(setup: Setup, topology: Topology) -> int | None:
+    """The rank in the name of a stack file, where replicas are launches of their own, which count alike."""
+    return None if setup.separate is None else topology.rank
 
 
 class Trainer:
     """One attempt at a run, on one of the student's ranks. All of them call the same methods."""
 
-    def __init__(self, setup: Setup, topology: Topology, recovery: Recovery, stops: StopRequests) -> None:
+    def __init__(
+        self, setup: Setup, topology: Topology, recovery: Recovery, stops: StopRequests, point: ResumePoint
+    ) -> None:
         self.step = 0
         """The current step, or the last one between steps."""
-        self._setup, self._topology, self._recovery, self._stops = setup, topology, recovery, stops
-        self._newest = recovery.find_checkpoint()  # first: what is wrong with it costs no model
-        self._student, self._teacher = build(setup, topology)
+        self._setup, self._topology, self._recovery, self._stops, self._point = setup, topology, recovery, stops, point
+        # first: what is wrong with it costs no model
+        self._newest = None if point.has_state else recovery.find_checkpoint()
+        if point.models is None:
+            point.models = build(setup, topology)
+        else:
+            point.models[0].begin_again(topology, accumulation=setup.accumulation)
+        self._student, self._teacher = point.models
         torch.manual_seed(setup.recipe.run.seed + topology.rank)  # nothing draws today; a checkpoint holds its state
         if topology.is_first:
             write_run_files(setup)
@@ -166,16 +259,37 @@ class Trainer:
 
     def train(self, stop_after: int | None) -> RunOutcome:
         """Takes steps up to the last one, `stop_after` or a stop request; a rollback resumes from older weights."""
-        outcome, checkpoint = None, self._newest
-        while outcome is None:
-            self.step, cursor = self._recovery.restore(checkpoint, self._student)
+        outcome, checkpoint, point = None, self._newest, self._point
+        if point.has_state:
+            cursor = self._take_over()
+        else:
+            self.step, cursor = self._restore(checkpoint)
+        while True:
             outcome = self._train_from(cursor, stop_after)
-            if outcome is None:
-                checkpoint = self._recovery.find_checkpoint()
+            if outcome is not None:
+                break
+            point.lose_state()
+            self.step, cursor = self._restore(self._recovery.find_checkpoint())
         self._teacher.close()
         if outcome.done and (line := self._teacher.finish()):
             logger.info("%s", line)
         return outcome
+
+    def _restore(self, checkpoint: Checkpoint | LocalCheckpoint | None) -> tuple[int, Cursor | None]:
+        step, cursor = self._recovery.restore(checkpoint, self._student)
+        self._point.reached(step, cursor, self._recovery.tokens)
+        self._point.parents = self._recovery.parents
+        return step, cursor
+
+    def _take_over(self) -> Cursor | None:
+        """Goes on from the state of the replica that is furthest. Collective."""
+        point = self._point
+        assert point.epoch is not None
+        point.take_over(self._student, self._topology)
+        self.step = point.steps
+        seconds = time.perf_counter() - point.began
+        self._recovery.go_on(point.epoch, step=point.steps, tokens=point.tokens, parents=point.parents, seconds=seconds)
+        return point.cursor
 
     def _train_from(self, cursor: Cursor | None, stop_after: int | None) -> RunOutcome | None:
         """Takes steps from a checkpoint on; None where a rollback ends them."""
@@ -217,6 +331,8 @@ class Trainer:
             timeline_capture = stack.enter_context(TimelineCapture(setup, topology))
             profile = stack.enter_context(ProfileCapture(setup, topology))
             validation = None if validations is None else self._validation(validations, batches, log)
+            if self._point.is_unsaved:
+                self._save(stream.start, last=self.step >= last)
             first_slot = stream.start.next_slot
             hooks = self._hooks(log, monitor, ProfiledSteps(profile), first_slot=first_slot, validation=validation)
             seconds = setup.recipe.resilience.step_timeout_seconds
@@ -234,6 +350,7 @@ class Trainer:
                 self._enter_phase("step", limit=limit)
                 limit = seconds
                 event = self._take_step(batches, stream)
+                self._point.reached(self.step, event.cursor, self._recovery.tokens)
                 requests = set()
                 for hook in hooks:
                     request = hook.after_step(event)
@@ -241,6 +358,7 @@ class Trainer:
                         return None
                     requests.add(request)
                 ends = self.step == last or not requests.isdisjoint({Request.STOP, Request.FINISH})
+                changes = event.outcome.flags.get(WAITING_REPLICAS, 0.0) > 0 and not ends
                 if ends or Request.SAVE in requests:
                     self._save(event.cursor, last=ends)
                 elif Request.SAVE_LOCAL in requests:
@@ -250,6 +368,8 @@ class Trainer:
                     return self._stopped(unvalidated or stop_reason(event.outcome.flags))
                 if Request.FINISH in requests and self.step < last:
                     return self._finished_early()
+                if changes:
+                    raise ReplicasChanged
             return self._ended()
 
     def _validations(self) -> ValidationPlan | None:
@@ -333,7 +453,7 @@ class Trainer:
                 learning_rate=rate,
                 objective=self._objective.of_entry(shape.loss),
                 topology=self._topology,
-                flags=lambda: {**self._stops.counts(), **self._recovery.flags(), **own_flags},
+                flags=lambda: {**self._stops.counts(), **self._recovery.flags(), **self._waiting(), **own_flags},
                 recompute=every > 0 and self.step % every == 0,
                 progress=at,
             )
@@ -353,6 +473,10 @@ class Trainer:
             shape=shape,
             progress=at,
         )
+
+    def _waiting(self) -> dict[str, float]:
+        """1 where this rank knows of a replica that waits to join; nothing in a run that none can join."""
+        return {} if self._setup.separate is None else {WAITING_REPLICAS: float(self._stops.somebody_waits())}
 
     def _steps_of_run(self, stream: TokenStream) -> int:
         """The number of the run's last step, for a stream that follows the current one."""
@@ -416,9 +540,11 @@ class Trainer:
     def _save(self, cursor: Cursor, *, last: bool, local: bool = False) -> None:
         self._enter_phase("saving", limit=60 * self._setup.recipe.distributed.timeout_minutes)
         with timeline.span(timeline.SAVE, "save"):
+            self._point.is_unsaved = True
             require_sound_student(self._student, self._topology)
             self._teacher.flush()
             self._recovery.save(self._student, self.step, cursor, last=last, local=local)
+            self._point.is_unsaved = False
 
     def _stop_reason(self) -> str | None:
         """The stop requests that any rank has received. Collective."""

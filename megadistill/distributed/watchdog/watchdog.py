@@ -83,7 +83,7 @@ class Watchdog:
         self.collectives: Callable[[], dict[str, int]] = dict
         """Counts the collectives that this process has joined, by group (`stack_probe`)."""
         self.waits_for_replicas = False
-        """Whether the main thread waits for other replicas, whose own watchdogs look after them: no hang of this one."""
+        """Whether the main thread waits for other replicas, which have watchdogs of their own: no hang of this one."""
         self._waits = 0
         """Looks in a row that found it so."""
         self._waited_in: tuple[str, int] | None = None
@@ -163,20 +163,24 @@ class Watchdog:
             limit = min(limit, self._longest)
         self._phase = (phase, step, limit, self._now())
 
-    def open_stack_file(self, folder: Path, attempt: int) -> None:
+    def open_stack_file(self, folder: Path, attempt: int, *, rank: int | None = None) -> None:
         """Sends stacks to `folder`/stacks/attempt-00003-rank-00001.txt (rank of the launch); before, to stderr.
+
+        `rank`: of all replicas, where each is a launch.
 
         The file is opened now, since the disk may hang later; `stop` removes an empty one. The stacks of a process that
         aborts go there too, and the last collectives to attempt-00003-student-collectives-1 (rank of the student).
         """
-        path = folder / "stacks" / f"attempt-{attempt:05d}-rank-{self._rank:05d}.txt"
+        path = folder / "stacks" / f"attempt-{attempt:05d}-rank-{self._rank if rank is None else rank:05d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = path.open("w", encoding="utf-8")
-        self._faulthandler_before = faulthandler.is_enabled()
+        former, self._stacks = self._stacks, path.open("w", encoding="utf-8")
+        self._faulthandler_before = self._faulthandler_before or faulthandler.is_enabled()
         faulthandler.enable(self._stacks)
         self.write_collectives_to(path.with_name(f"attempt-{attempt:05d}-student-collectives-"))
         if self._threads:
             self._arm_faulthandler()
+        if former is not None:
+            former.close()
 
     def write_collectives_to(self, prefix: Path) -> None:
         """The last collectives are written to `prefix`N in a hang, and where NCCL's own watchdog ends the process."""

@@ -33,7 +33,10 @@ class StopRequests:
         """Called with the reason before a second signal ends the process."""
         self._file = folder / "STOP"
         self._rank = rank
-        self._first = first
+        self.first = first
+        """Whether this rank looks at the file and the clock."""
+        self.somebody_waits: Callable[[], bool] = lambda: False
+        """Whether a replica waits to join the run."""
         self._ends = None if minutes is None else time.monotonic() + 60 * minutes
         self._requested: set[str] = set()
         self._since: float | None = None
@@ -50,7 +53,7 @@ class StopRequests:
 
     def counts(self) -> dict[str, float]:
         """1 or 0 for each of `REASONS`, on this rank. Checks the clock and the file."""
-        if self._first:
+        if self.first:
             if self._file.exists():
                 self._requested.add(STOP_FILE)
             if self._ends is not None and time.monotonic() >= self._ends:
@@ -59,7 +62,7 @@ class StopRequests:
 
     def acknowledge(self) -> None:
         """Removes the file STOP once the run has stopped, so that it does not stop the next attempt."""
-        if self._first:
+        if self.first:
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megadistill.distributed.collectives import broadcast_object
+from megadistill.distributed.members import Epoch
 from megadistill.distributed.topology import Topology
 from megadistill.distributed.watchdog.aborted import aborted_ranks, describe_aborted
 from megadistill.errors import OperatorFault, RestartFault, Superseded, UserError
@@ -45,6 +46,7 @@ from megadistill.train.setup.recipe_changes import changes_since, describe_chang
 from megadistill.train.setup.setup import Setup
 from megadistill.train.setup.step_shape import StepShape, stable_steps_of
 from megadistill.types import Cursor
+from megadistill.units import listed, number_of
 
 FENCED = "fenced"
 
@@ -138,6 +140,11 @@ class Recovery:
             return None
 
     @property
+    def parents(self) -> tuple[ParentRecord, ...]:
+        """Checkpoints of other runs from which this one began, and theirs, oldest first."""
+        return self._parents
+
+    @property
     def has_local_saves(self) -> bool:
         """Whether this attempt makes local saves; the same on every rank."""
         return self._local is not None
@@ -209,6 +216,17 @@ class Recovery:
             student.draw_weights(recipe.run.seed)
         self.tokens = 0
         return 0, None
+
+    def go_on(self, epoch: Epoch, *, step: int, tokens: int, parents: tuple[ParentRecord, ...], seconds: float) -> None:
+        """Records that the run goes on with other replicas, `seconds` after they changed, from where it is."""
+        self.tokens, self._parents, self._tier = tokens, parents, ""
+        lost = sorted(each.replica for each in epoch.lost)
+        joined = sorted(each.replica for each in epoch.joined)
+        kinds = {"lost": lost, "joined": joined}
+        changes = [f"{listed([*map(str, numbers)])} {kind}" for kind, numbers in kinds.items() if numbers]
+        what, count = f"replica {', '.join(changes)}" if changes else "the same ones", len(epoch.members)
+        line = f"{number_of(count, 'replica')} of the student from step {step} on ({what}), after {seconds:.1f} s"
+        self.events.warn("replicas_changed", line, step=step, replicas=count, **kinds, seconds=round(seconds, 3))
 
     def _begin_from(self, parent: Parent) -> Checkpoint:
         """The checkpoint of another run, which nothing here changes. Collective.
