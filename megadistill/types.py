@@ -19,6 +19,7 @@ IGNORED_LABEL = -100
 """The label of a position that carries no loss (torch's convention)."""
 
 _FIRST_SOURCE = torch.zeros((), dtype=torch.int64)
+_NO_SURPLUS = torch.zeros((), dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class TokenBatch:
     rank's alone."""
     peer_rows: tuple[int, ...] | None = None
     """Number of rows of each of these ranks in this micro-batch; None: as many as here."""
+    surplus: Tensor = _NO_SURPLUS
+    """[B] bool: rows past the end of the global batch, which does not divide over the ranks. They repeat its last slot
+    without labels, and count for nothing. A scalar given to the constructor is the value of all rows."""
     _on_device: dict[torch.device, "TokenBatch"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +109,8 @@ class TokenBatch:
             object.__setattr__(self, "sources", self.sources.expand(len(self)))
         if self.peer_sources.dim() == 0:
             object.__setattr__(self, "peer_sources", self.sources.unsqueeze(1))
+        if self.surplus.dim() == 0:
+            object.__setattr__(self, "surplus", self.surplus.expand(len(self)))
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -68,7 +68,7 @@ def obvious_script(topology: Topology, folder: Path, setup: Setup) -> ObviousScr
 def config_of_others(setup: Setup) -> dict[str, Any]:
     """DeepSpeed's configuration for an engine without leaves: otherwise that of our run."""
     deepspeed_config = without_leaf_settings(setup.deepspeed_config)
-    return build_engine_config(deepspeed_config, setup.recipe.train, setup.accumulation)
+    return build_engine_config(deepspeed_config, setup.recipe.train, setup.accumulation, ranks=setup.ranks)
 
 
 def without_leaf_settings(deepspeed_config: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,8 @@ class StudentSection(Section):
     """DeepSpeed JSON file: sharding, buckets, offload, communication. A bare name (`zero3`, `hpz`, `cpu` …) is a file
     that comes with the package, anything else a path. None: `zero3` on GPUs, `cpu` on a CPU."""
     vocab_multiple: int = Field(default=1024, ge=1, le=MAX_MULTIPLE)
-    """The vocabulary is padded to a multiple of this, so that every rank's ZeRO-3 partition is whole rows."""
+    """The vocabulary is padded to a multiple of this, and on to one of the ranks of a replica, so that every rank's
+    ZeRO-3 partition is whole rows. A run may resume with another."""
     activation_checkpointing: Checkpointing = "none"
     """Parts of each layer that the backward pass recomputes, for less memory. none: nothing. selective: all but matrix
     products and attention, whose outputs are kept. full: the layer, from its input: a third more compute."""
@@ -572,7 +573,8 @@ class TrainSection(Section):
     global_batch: int = Field(ge=1, le=MAX_SEQUENCES)
     """Sequences of an optimizer step, over all ranks, for any world size."""
     micro_batch: int = Field(ge=1, le=MAX_SEQUENCES)
-    """Sequences of one forward pass on one rank; accumulation follows from it."""
+    """Sequences of one forward pass on one rank; accumulation follows from it. Where the global batch does not divide
+    into the ranks' micro-batches, the rows that are left over are computed and count for nothing."""
     precision: Precision = "bfloat16"
     """Compute type of both models. Master weights, optimizer state and accumulated gradients are always float32."""
     max_grad_norm: float = Field(default=1.0, ge=0, le=MAX_RATE)
@@ -937,33 +939,21 @@ class Recipe(Section):
     def accumulation(self, world: int, entry: int | None = None) -> int:
         """Micro-batches of a rank for each optimizer step: of `train`, or of a curriculum entry by its index.
 
+        As many as the global batch needs; rows of the ranks past it are surplus (`data.stream.stream`).
+
         Raises:
-            UserError: the global batch does not divide into the micro-batches of `world` ranks.
+            UserError: `world` ranks do not divide into groups that share sequences.
         """
         own = None if entry is None else self.data.curriculum[entry]
-        global_batch, micro_batch = self.train.global_batch, self.train.micro_batch
-        of_global, of_micro = f"train.global_batch {global_batch}", f"train.micro_batch {micro_batch}"
-        if own is not None and own.global_batch is not None:
-            global_batch = own.global_batch
-            of_global = f"data.curriculum: global_batch {global_batch} of entry {(entry or 0) + 1}"
-        if own is not None and own.micro_batch is not None:
-            micro_batch = own.micro_batch
-            of_micro = f"micro_batch {micro_batch} of entry {(entry or 0) + 1}"
+        global_batch = (own.global_batch if own is not None else None) or self.train.global_batch
+        micro_batch = (own.micro_batch if own is not None else None) or self.train.micro_batch
         n = self.distributed.sequence
         if world % n:
             raise UserError(
                 f"distributed.sequence is {n}, but this run has {number_of(world, 'rank')}, not a multiple of {n}: "
                 "give a number that divides them, or start it on other ranks"
             )
-        divisor = world // n * micro_batch
-        if global_batch % divisor:
-            below = global_batch // divisor * divisor
-            fits = [str(value) for value in (below, below + divisor) if value > 0]
-            over = number_of(world, "rank") if n == 1 else f"{world // n} groups of {n} ranks (distributed.sequence)"
-            raise UserError(
-                f"{of_global} does not divide into {over} x {of_micro}; the nearest that fit: {' or '.join(fits)}"
-            )
-        return global_batch // divisor
+        return -(-global_batch // (world // n * micro_batch))
 
     def snapshot(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON values, as in recipe.json: without secrets of URLs."""

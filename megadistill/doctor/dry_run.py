@@ -73,7 +73,7 @@ def _step(setup: Setup, topology: Topology, folder: Path) -> tuple[float, float]
         config,
         section=StudentSection(
             config={},
-            vocab_multiple=math.lcm(recipe.student.vocab_multiple, topology.world),
+            vocab_multiple=recipe.student.vocab_multiple,
             activation_checkpointing=recipe.student.activation_checkpointing,
             compile=setup.compiles("student"),
         ),

@@ -21,7 +21,7 @@ from megadistill.data import Mixture, ShardFault, TokenStream
 from megadistill.data.shards.reader import open_shard
 from megadistill.data.stream.segments import slots_after
 from megadistill.distributed.launch import Launch
-from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
+from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.doctor.rank_report import RankReport, Status
 from megadistill.errors import UserError
 from megadistill.models.families import load_config, refuse_as_student, refuse_documents
@@ -60,7 +60,7 @@ def check_recipe(
     content = own.facts.setdefault("content", {})
     content["recipe"] = hashlib.sha256(json.dumps(recipe.snapshot(), sort_keys=True).encode()).hexdigest()[:12]
     accumulation = own.check("launch", lambda: _launched(recipe, launch))
-    own.check("DeepSpeed's file", lambda: _deepspeed(recipe, accumulation))
+    own.check("DeepSpeed's file", lambda: _deepspeed(recipe, launch, accumulation))
     data = own.check("data", lambda: _data(recipe))
     if data is not None:
         data = _for_models(recipe, data)
@@ -112,10 +112,13 @@ def _launched(recipe: Recipe, launch: Launch) -> tuple[int, str]:
     return accumulation, detail
 
 
-def _deepspeed(recipe: Recipe, accumulation: int | None) -> tuple[None, str]:
+def _deepspeed(recipe: Recipe, launch: Launch, accumulation: int | None) -> tuple[None, str]:
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
     if accumulation is not None:
-        build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=recipe.distributed.sequence)
+        _, students = students_of(recipe, launch)
+        replica, _ = replica_of(recipe, students)
+        replicas = students.world // replica.world
+        build_engine_config(deepspeed_config, recipe.train, accumulation, ranks=replica.world, replicas=replicas)
     without = f"; disabled on a CPU: {', '.join(disabled)}" if disabled else ""
     reduced = f"; gradients are reduced in {reduction_dtype(deepspeed_config, recipe.train.precision)}"
     return None, f"{describe_deepspeed(recipe.student.deepspeed)}{reduced}{without}"
@@ -188,9 +191,8 @@ def _held_out(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]
 
 def _vocabulary(recipe: Recipe, data: Mixture, launch: Launch) -> tuple[None, str]:
     _, students = students_of(recipe, launch)
-    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
     replica, group = replica_of(recipe, students)
-    block_cyclic_ranges(padded, replica.world, group, 0)
+    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple, ranks=replica.world)
     return None, f"{data.vocab_size:,} ids padded to {padded:,}, {padded // group:,} a rank; {data.tokenizer.kind}"
 
 

@@ -15,6 +15,7 @@ from megadistill.export.pinned import pinned, sole_writer
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import (
+    VOCABULARY_TABLES,
     AveragedCheckpoint,
     AverageRecord,
     Checkpoint,
@@ -109,13 +110,20 @@ def _abandoned(path: Path, rollbacks: Sequence[Rollback]) -> bool:
 
 
 def _refuse_different_parameters(checkpoints: Sequence[Checkpoint]) -> None:
-    first = checkpoints[0].manifest.parameters
+    first = _shapes_without_padding(checkpoints[0].manifest)
     for each in checkpoints[1:]:
-        if each.manifest.parameters != first:
+        if _shapes_without_padding(each.manifest) != first:
             raise OperatorFault(
                 f"{printable(str(each.folder))} has other parameters than {checkpoints[0].folder.name}: they are not "
                 "of one run"
             )
+
+
+def _shapes_without_padding(manifest: CheckpointManifest) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters, without the rows past the vocabulary, which a resume on other ranks changes."""
+    tables = {name: manifest.parameters[name] for name in VOCABULARY_TABLES if name in manifest.parameters}
+    true_rows = {name: (min(rows, manifest.vocab_size), *width) for name, (rows, *width) in tables.items()}
+    return manifest.parameters | true_rows
 
 
 def _write(

@@ -19,7 +19,7 @@ from megadistill.shipped import shipped_folder
 OWNED_BY_RECIPE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch / (ranks x train.micro_batch)",
+    "gradient_accumulation_steps": "train.global_batch / (ranks x train.micro_batch), rounded up",
     "gradient_clipping": "train.max_grad_norm",
     "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
@@ -182,11 +182,11 @@ def load_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def build_engine_config(
-    deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int, *, sequence: int = 1, replicas: int = 1
+    deepspeed_config: dict[str, Any], train: TrainSection, accumulation: int, *, ranks: int, replicas: int = 1
 ) -> dict[str, Any]:
     """The configuration of a DeepSpeed engine: `deepspeed_config` with the recipe's values.
 
-    `sequence`: ranks that share each sequence. `replicas`: of the student, with an engine each.
+    `ranks`: those of a replica. `replicas`: of the student, with an engine each.
 
     Raises:
         UserError: `deepspeed_config` has settings under which gradients would be wrong.
@@ -202,10 +202,9 @@ def build_engine_config(
             "student.deepspeed: zero_optimization.memory_efficient_linear must be false: it leaves "
             "torch.nn.functional.linear patched for every model of the process, the teacher's too"
         )
-    world = sequence * train.global_batch // (train.micro_batch * accumulation) // replicas
     if replicas > 1:
         _refuse_offload(zero)
-    _require_secondary_groups(zero.get("zero_hpz_partition_size", 1), world)
+    _require_secondary_groups(zero.get("zero_hpz_partition_size", 1), ranks)
     accumulated = types.get("grad_accum_dtype")
     if accumulated != "fp32":
         raise UserError(

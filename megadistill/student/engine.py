@@ -117,11 +117,10 @@ class StudentEngine:
         topology: Topology,
         attention: str | None = None,
     ) -> None:
-        sequence = topology.sequence_ranks
         engine_config = build_engine_config(
-            deepspeed_config, train, accumulation, sequence=sequence, replicas=topology.replicas
+            deepspeed_config, train, accumulation, ranks=topology.shard_world, replicas=topology.replicas
         )
-        padded = padded_vocabulary(vocab_size, section.vocab_multiple)
+        padded = padded_vocabulary(vocab_size, section.vocab_multiple, ranks=topology.shard_world)
         self._dtype = torch_dtype(train.precision)
         with EmptyInit(config_dict_or_path=engine_config):
             model: Module = build_causal_lm(

@@ -49,7 +49,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Setup, Topology]]:
         launch,
         vocab_group=setup.group_size,
         sequence=recipe.distributed.sequence,
-        replicas=setup.replicas,
+        replicas=setup.replicas if setup.separate is None else 1,
         timeout_minutes=minutes,
         roles=setup.roles,
         node_check=partial(check_node, setup, launch),
@@ -116,6 +116,7 @@ def stream_of(
         prefetch=data.prefetch,
         pinned_for=None if topology.device.type == "cpu" else topology.device,
         peers=_peers(topology) if setup.teachers else None,
+        rows=setup.rows_at,
     )
 
 
@@ -169,7 +170,8 @@ def first_rows(
     """The next micro-batch of the run's stream, read apart from it: corrupt samples in it are not counted."""
     stream = stream_of(setup, topology, start=start, skips=skips)
     first = stream.next_start
-    return stream.batch(range(first, first + setup.shape_at(first).micro_batch))
+    shape = setup.shape_at(first)
+    return stream.batch(range(first, first + min(shape.micro_batch, shape.global_batch)))
 
 
 def first_rows_of_source(setup: Setup) -> TokenBatch:

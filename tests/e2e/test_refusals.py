@@ -37,7 +37,6 @@ def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
     ("overrides", "says"),
     [
         ({"train__stpes": 3}, ("train.stpes", "did you mean 'steps'")),
-        ({"train__global_batch": 7}, ("train.global_batch 7", "nearest that fit")),
         ({"distributed__vocab_group": 3}, ("distributed.vocab_group is 3", "a multiple of 3 ranks")),
         ({"data__manifest": "nowhere.json"}, ("nowhere.json",)),
         ({"student__deepspeed": "nowhere.json"}, ("student.deepspeed", "nowhere.json")),

@@ -116,7 +116,7 @@ def train_section(case: Case, world: int) -> TrainSection:
         {
             "steps": 3,
             "global_batch": GLOBAL_BATCH,
-            "micro_batch": GLOBAL_BATCH // world // case.accumulation,
+            "micro_batch": -(-GLOBAL_BATCH // (world * case.accumulation)),
             "precision": case.precision,
             "max_grad_norm": case.clip,
             "optimizer": {"learning_rate": RATE, "weight_decay": 0.1, "epsilon": 1e-4},
@@ -139,8 +139,15 @@ def global_batch(step: int, *, document_mask: bool = False) -> TokenBatch:
     return TokenBatch(tokens, labels, slots, digests, starts, document_mask=document_mask)
 
 
-def rows_of(batch: TokenBatch, topology: Topology) -> TokenBatch:
-    return batch.micro_batches(GLOBAL_BATCH // topology.data_world)[topology.data_rank]
+def rows_of(batch: TokenBatch, topology: Topology, *, accumulation: int = 1) -> TokenBatch:
+    """This rank's rows of a global batch, as the stream gives them: surplus ones past its end."""
+    count = accumulation * -(-GLOBAL_BATCH // (topology.data_world * accumulation))
+    places = torch.arange(topology.data_rank * count, (topology.data_rank + 1) * count)
+    surplus, rows = places >= GLOBAL_BATCH, places.clamp(max=GLOBAL_BATCH - 1)
+    tensors = {name: getattr(batch, name)[rows] for name in ("tokens", "slots", "digests", "starts", "sources")}
+    labels = batch.labels[rows].masked_fill(surplus.unsqueeze(1), -100)
+    own = batch.sources[rows].unsqueeze(1)
+    return replace(batch, **tensors, labels=labels, peer_sources=own, surplus=surplus)
 
 
 def teacher_hidden(slots: Tensor) -> Tensor:
@@ -237,7 +244,8 @@ def run_steps(
     teacher = teacher_of(student.head.vocab, dtype) if case.objective == "distill" else NoTeacher()
     lines = []
     for step in steps:
-        batch = rows_of(global_batch(step, document_mask=case.document_mask), topology)
+        whole = global_batch(step, document_mask=case.document_mask)
+        batch = rows_of(whole, topology, accumulation=case.accumulation)
         outcome = train_step(
             student,
             step_batch(batch, teacher, accumulation=case.accumulation, part=topology.sequence_part),

@@ -1,20 +1,22 @@
 """The token stream: batches by slot, the same for every world size.
 
 A position in the data is one integer, the global slot. A global batch of G slots is cut into one contiguous range of
-rows a rank, so that the ranks' rows in rank order are the global batch, whatever their number.
+rows a rank, so that the ranks' rows in rank order are the global batch, whatever their number. Where G does not divide,
+every rank has equally many rows all the same: those past the G-th are surplus, the last slot once more without labels.
 
-Legend: B rows of this rank, S tokens of a sequence.
+Legend: G slots of a global batch, B rows of this rank, S tokens of a sequence.
 """
 
 import json
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ from megadistill.errors import UserError
 from megadistill.types import IGNORED_LABEL, Cursor, TokenBatch, token_digest, use_device
 
 OnCorruptSample = Literal["fail", "mask"]
+
+Booleans = npt.NDArray[np.bool_]
 
 LOOKAHEAD_ROWS = 4096
 """Rows located at a time: the arithmetic costs as much for one row as for some hundred."""
@@ -60,6 +64,7 @@ class TokenStream:
         pinned_for: torch.device | None = None,
         peers: range | None = None,
         cache: ShardCache | None = None,
+        rows: Callable[[int], int] | None = None,
     ) -> None:
         """`batch_slots` sequences are a global batch, over all `world_size` ranks, in segments without a batch of their
         own; `start` is where to resume.
@@ -70,16 +75,16 @@ class TokenStream:
         reads ahead; 0 reads on demand. `pinned_for`: an accelerator for which what the iterator delivers is in pinned
         memory, pinned where it is read. `peers`: the ranks whose rows' sources every batch has, as
         `TokenBatch.peer_sources`: they follow from the slots alone; None: this rank. `cache`: what several
-        streams of one thread keep open together.
+        streams of one thread keep open together. `rows`: slot -> rows of each rank in the batches of its segment, G /
+        `world_size` at least; None: no more than needed.
 
         Raises:
-            UserError: `batch_slots` does not divide by `world_size`, `start` belongs to another order (a line names
-                what differs in what was read), or `skips` reach into what was read.
+            UserError: `start` belongs to another order (a line names what differs in what was read), or `skips` reach
+                into what was read.
         """
         assert 0 <= rank < world_size, f"rank {rank} of a world of {world_size}"
         self._mixture = data if isinstance(data, Mixture) else Mixture.of(data)
-        for segment in self._mixture.segments:
-            _require_divides(segment.batch or batch_slots, world_size)
+        assert batch_slots >= 1, f"a global batch of {batch_slots} sequences"
         self._order = self._mixture.order(seed)
         self.fingerprint = self._order.fingerprint
         """sha256 of what decides the order: manifests, curriculum, seed, version of the arithmetic; no batch size."""
@@ -101,7 +106,7 @@ class TokenStream:
         self._readers = [self._reader(name, cache) for name in self._order.names]
         self._batch_slots = batch_slots
         self._rank, self._world_size = rank, world_size
-        self._peers = peers
+        self._peers, self._rows = peers, rows
         self._prefetch, self._pinned_for = prefetch, pinned_for
 
     def __iter__(self) -> Iterator[tuple[TokenBatch, Cursor]]:
@@ -187,8 +192,10 @@ class TokenStream:
         while True:
             segment = self._mixture.segment_at(next_slot)
             batch_slots = segment.batch or self._batch_slots
-            rows = batch_slots // self._world_size
-            first_row = self._rank * rows
+            needed = -(-batch_slots // self._world_size)
+            rows = needed if self._rows is None else self._rows(next_slot)
+            assert rows >= needed, f"{self._world_size} ranks of {rows} rows for {batch_slots} sequences"
+            rows_R = np.arange(self._rank * rows, (self._rank + 1) * rows, dtype=np.int64)
             steps = np.arange(max(1, LOOKAHEAD_ROWS // rows), dtype=np.int64)[:, None] * batch_slots
             ends = self._unskipped(next_slot, steps[:, 0] + batch_slots - 1) + 1
             if segment.stop is not None:
@@ -196,19 +203,20 @@ class TokenStream:
                 if not len(ends):
                     next_slot = segment.stop
                     continue
-            slots_BR = self._unskipped(next_slot, steps[: len(ends)] + np.arange(first_row, first_row + rows))
+            slots_BR = self._unskipped(next_slot, steps[: len(ends)] + np.minimum(rows_R, batch_slots - 1))
             places_BR3 = self._order.locate(slots_BR.reshape(-1)).reshape(*slots_BR.shape, 3)
             begins = [next_slot, *ends.tolist()]
             for slots_R, places_R3, begin, next_slot in zip(slots_BR, places_BR3, begins, begins[1:], strict=False):
-                batch = self._read(slots_R, places_R3)
+                batch = self._read(slots_R, places_R3, surplus_B=rows_R >= batch_slots)
                 if self._peers is not None:
-                    batch = replace(batch, peer_sources=self._peer_sources(begin, self._peers, rows))
+                    sources = self._peer_sources(begin, self._peers, rows, batch_slots=batch_slots)
+                    batch = replace(batch, peer_sources=sources)
                 yield batch if self._pinned_for is None else batch.pinned(), self._cursor(next_slot)
 
-    def _peer_sources(self, next_slot: int, peers: range, rows: int) -> Tensor:
-        """[rows, g]: the sources of the peers' rows of the batch that begins at `next_slot`."""
+    def _peer_sources(self, next_slot: int, peers: range, rows: int, *, batch_slots: int) -> Tensor:
+        """[rows, g]: the sources of the peers' rows of the batch of `batch_slots` that begins at `next_slot`."""
         offsets = np.arange(peers.start * rows, peers.stop * rows, dtype=np.int64)
-        sources = self._order.sources(self._unskipped(next_slot, offsets))
+        sources = self._order.sources(self._unskipped(next_slot, np.minimum(offsets, batch_slots - 1)))
         return torch.from_numpy(sources.reshape(len(peers), rows).T.copy())
 
     def _cursor(self, next_slot: int) -> Cursor:
@@ -225,8 +233,9 @@ class TokenStream:
                 slots = np.where(slots >= start, slots + (stop - start), slots)
         return slots
 
-    def _read(self, slots_B: Positions, places_B3: Positions) -> TokenBatch:
+    def _read(self, slots_B: Positions, places_B3: Positions, surplus_B: Booleans | None = None) -> TokenBatch:
         rows = len(slots_B)
+        surplus_B = np.zeros(rows, dtype=np.bool_) if surplus_B is None else surplus_B
         length = self._mixture.segment_at(int(slots_B[0]) if rows else 0).sequence_length
         # torch's allocator keeps memory that numpy's would give back and fault in again for each batch.
         tokens, labels = (torch.empty(rows, length, dtype=torch.int64) for _ in range(2))
@@ -262,7 +271,10 @@ class TokenStream:
             raise ShardFault(faults[min(faults)])
         for row in (*np.flatnonzero(masked_B).tolist(), *faults):
             tokens_BS[row], labels_BS[row], starts_BS[row] = 0, IGNORED_LABEL, False
-        slot_faults = tuple((int(slots_B[row]), message) for row, message in sorted(faults.items()))
+        labels_BS[surplus_B] = IGNORED_LABEL
+        # The rank with a surplus row's slot proper reports what is wrong with it.
+        proper = [(row, message) for row, message in sorted(faults.items()) if not surplus_B[row]]
+        slot_faults = tuple((int(slots_B[row]), message) for row, message in proper)
         if slot_faults:
             self._add_masked(slot for slot, _ in slot_faults)
         return TokenBatch(
@@ -274,18 +286,8 @@ class TokenStream:
             document_mask=self._document_mask,
             faults=slot_faults,
             sources=torch.from_numpy(places_B3[:, 0].copy()),
+            surplus=torch.from_numpy(surplus_B.copy()),
         )
-
-
-def _require_divides(batch_slots: int, world_size: int) -> None:
-    if batch_slots >= 1 and batch_slots % world_size == 0:
-        return
-    below, above = batch_slots // world_size * world_size, (batch_slots // world_size + 1) * world_size
-    fits = f"{below} or {above}" if below > 0 else f"{above}"
-    raise UserError(
-        f"a global batch of {batch_slots} sequences does not divide over {world_size} ranks: the nearest that do are "
-        f"{fits}"
-    )
 
 
 def _merged(skips: Skips, start: Cursor) -> tuple[tuple[int, int], ...]:

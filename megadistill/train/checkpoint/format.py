@@ -4,7 +4,9 @@
 master weights and optimizer state, see `student.state`) and `manifest.json` (step, stream cursor, shapes,
 every file's size and sha256). The pieces of the ranks, one after the other, are the parameter, so that any number of
 ranks can read what any number of ranks wrote; all but the last are equally long, so that a reader opens only the files
-that hold its range. No file is a pickle. `writer` writes checkpoints, `select` chooses one.
+that hold its range. The rows of embedding and head past the true vocabulary are padding, which belongs to the layout of
+the ranks that wrote them: a reader may have more of them, or fewer. No file is a pickle. `writer` writes checkpoints,
+`select` chooses one.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from megadistill.errors import OperatorFault, UserError
 from megadistill.io import NotRegularError, file_sha256, parse_json, read_file, sync_folder, write_file
+from megadistill.models.families import EMBEDDING, HEAD
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import MAX_MANIFEST_BYTES, checkpoint_folders, step_of
 
@@ -35,6 +38,8 @@ RNG_KEY = "rng"
 MAX_WORLD = 1 << 17
 """Ranks of a run."""
 MAX_SLOT = 1 << 60
+VOCABULARY_TABLES = (EMBEDDING, HEAD)
+"""Parameters with a row for each id, and padding behind them."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_SLOT)]
 Dimension = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -214,7 +219,8 @@ class Checkpoint:
         """Elements `start` to `stop` of the flattened tensor whose pieces the ranks hold under `key`: `master/NAME`.
 
         Only files that hold them are opened. What is no parameter's, such as the optimizer's step, each rank holds
-        whole: it comes from a file that is open.
+        whole: it comes from a file that is open. Of embedding and head, elements past the stored rows are zeros: a
+        reader's padding.
 
         Raises:
             OperatorFault: no rank holds the key, or its piece is not as long as the manifest says.
@@ -226,11 +232,15 @@ class Checkpoint:
         if shape is None:
             raise OperatorFault(f"{self.folder}: cannot read {key}: it has no such parameter")
         numel = math.prod(shape)
-        if not 0 <= start <= stop <= numel:
+        if not 0 <= start <= stop or (stop > numel and name not in VOCABULARY_TABLES):
             raise OperatorFault(f"{self.folder}: {key} has {numel} elements, not {start} to {stop}")
         if start == stop:
             return torch.empty(0)
-        pieces = [self._slice(key, each) for each in ranges_of(numel, start, stop, self.manifest.world)]
+        end = min(stop, numel)
+        stored = ranges_of(numel, start, end, self.manifest.world) if start < end else ()
+        pieces = [self._slice(key, each) for each in stored]
+        if stop > numel:
+            pieces.append(torch.zeros(stop - max(start, numel)))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _slice(self, key: str, place: Range) -> Tensor:

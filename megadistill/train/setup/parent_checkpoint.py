@@ -10,9 +10,8 @@ from megadistill.config.load import validate_recorded
 from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.stream.order import order_differences
-from megadistill.distributed.vocab import padded_vocabulary
 from megadistill.errors import OperatorFault, UserError
-from megadistill.models.families import load_config, parameter_shapes
+from megadistill.models.families import EMBEDDING, load_config, parameter_shapes
 from megadistill.models.initial_weights import MAX_DIFFERENCES, config_differences
 from megadistill.redaction import printable
 from megadistill.train.checkpoint.folders import checkpoint_folders
@@ -98,7 +97,7 @@ def check_parent(parent: Parent, recipe: Recipe, student: Any, data: Mixture, *,
             f"{KEY}: {parent} has the state of train.optimizer.kind {their_kind}, the recipe has {kind}: use the same, "
             f"or begin from its weights alone: {_weights_alone(parent)}"
         )
-    differing = _student_differences(parent, before, recipe, student, data)
+    differing = _student_differences(parent, before, student, data)
     if differing:
         more = f"; and {len(differing) - MAX_DIFFERENCES} more" if len(differing) > MAX_DIFFERENCES else ""
         raise UserError(
@@ -150,14 +149,11 @@ def _newest(run: Path) -> Checkpoint:
     raise UserError(f"{KEY}: {_printable(run)} has no valid checkpoint" + (f": {faults[0]}" if faults else " yet"))
 
 
-def _student_differences(parent: Parent, before: Recipe, now: Recipe, student: Any, data: Mixture) -> list[str]:
+def _student_differences(parent: Parent, before: Recipe, student: Any, data: Mixture) -> list[str]:
     """Differences of the two students: of their configs, where the parent's is at hand, or of the parameters."""
     manifest = parent.checkpoint.manifest
     if manifest.vocab_size != data.vocab_size:
         return [f"the data had {manifest.vocab_size} ids there, has {data.vocab_size} here"]
-    multiple, theirs = now.student.vocab_multiple, before.student.vocab_multiple
-    if multiple != theirs:
-        return [f"student.vocab_multiple is {theirs} there, {multiple} here"]
     try:
         config = load_config(student_config_of(parent.run, before.student), what="student.config")
     except UserError:  # it named a folder that is gone, and the checkpoint lies outside of its run
@@ -165,7 +161,8 @@ def _student_differences(parent: Parent, before: Recipe, now: Recipe, student: A
     if config is not None and (differing := config_differences(config, student)):
         return differing
     padded = copy.deepcopy(student)
-    padded.vocab_size = padded_vocabulary(data.vocab_size, multiple)
+    rows, *_ = manifest.parameters.get(EMBEDDING, (0,))
+    padded.vocab_size = max(rows, data.vocab_size)  # the padding belongs to a run's layout
     shapes = {name: tuple(shape) for name, shape in parameter_shapes(padded).items()}
     return [
         f"{name} is {_size(manifest.parameters.get(name))} there, {_size(shapes.get(name))} here"

@@ -12,7 +12,7 @@ from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.train.setup.held_out import training_shards_in, unmasked_splits
 from megadistill.train.setup.setup import Setup
 from megadistill.train.setup.teacher_files import key_of_any_teacher
-from megadistill.units import listed, short
+from megadistill.units import listed, number_of, short
 
 USEFUL_EPOCHS = 4
 """Epochs after which a repeated token is worth less than a new one (Muennighoff et al., 2305.16264)."""
@@ -43,6 +43,7 @@ def implausible_settings(setup: Setup) -> dict[str, str]:
         "held-out documents": "; ".join(unmasked_splits(setup.held_out, setup.recipe)) or None,
         "held-out shards": "; ".join(training_shards_in(setup.held_out, setup.data)) or None,
         "gradient reduction": _low_precision_reduction(setup),
+        "surplus rows": _surplus_rows(setup),
         "eager kernels": _eager_on_accelerator(setup),
     }
     return {check: warning for check, warning in warnings.items() if warning is not None}
@@ -87,10 +88,27 @@ def _missing_bos(setup: Setup) -> str | None:
 
 
 def _low_precision_reduction(setup: Setup) -> str | None:
-    train = setup.recipe.train
-    sequence = setup.recipe.distributed.sequence
-    students = sequence * train.global_batch // (train.micro_batch * setup.accumulation)
-    return low_precision_reduction(setup.deepspeed_config, train.precision, students)
+    return low_precision_reduction(setup.deepspeed_config, setup.recipe.train.precision, setup.ranks)
+
+
+def _surplus_rows(setup: Setup) -> str | None:
+    """Compute that is lost where a global batch does not divide over the ranks."""
+    ranks, sequence = number_of(setup.data_world, "rank"), setup.recipe.distributed.sequence
+    if sequence > 1:
+        ranks = number_of(setup.data_world, "group") + f" of {sequence} ranks"
+    parts = []
+    for shape in setup.shapes:
+        if (share := shape.surplus(setup.data_world)) > 0:
+            divisor = setup.data_world * shape.micro_batch
+            below = shape.global_batch // divisor * divisor
+            fits = " or ".join(f"{value:,}" for value in (below, below + divisor) if value > 0)
+            of_entry = f" of curriculum entry {shape.entry}" if len(setup.shapes) > 1 else ""
+            parts.append(
+                f"the global batch of {shape.global_batch:,} sequences{of_entry} does not divide into {ranks} x "
+                f"micro-batch {shape.micro_batch:,}, and {share:.1%} of the rows that are computed are surplus, which "
+                f"count for nothing; the nearest global batches without any: {fits}"
+            )
+    return "; ".join(parts) or None
 
 
 def _eager_on_accelerator(setup: Setup) -> str | None:

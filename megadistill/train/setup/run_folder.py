@@ -67,6 +67,7 @@ MAY_CHANGE = (
     "student.activation_checkpointing",
     "student.activation_offload",
     "student.attention",
+    "student.vocab_multiple",
     "student.compile",
     "teacher.attention",
     "teacher.compile",

@@ -14,10 +14,9 @@ from megadistill.config.recipe import Recipe
 from megadistill.data import Mixture
 from megadistill.data.stream.segments import segment_index, slots_after
 from megadistill.data.targets.target_writer import refuse_other_content
-from megadistill.distributed.launch import Launch
+from megadistill.distributed.launch import Launch, SeparateReplica
 from megadistill.distributed.roles import Roles
 from megadistill.distributed.topology import Topology
-from megadistill.distributed.vocab import block_cyclic_ranges, padded_vocabulary
 from megadistill.errors import UserError
 from megadistill.heldout.splits import Split
 from megadistill.models.attention.recipe_choices import recipe_choices
@@ -65,6 +64,8 @@ class Setup:
     teacher_config: Any | None
     roles: Roles | None
     """Roles of the ranks; None where no rank is the teacher's alone."""
+    ranks: int
+    """The student's ranks, of all replicas."""
     replicas: int
     """Copies of the student, each on as many of its ranks."""
     group_size: int
@@ -81,6 +82,8 @@ class Setup:
     """The checkpoint of another run from which this start begins; None where it resumes, or begins at step 0."""
     held_out: tuple[Split, ...] = ()
     """The splits of `validation.data`."""
+    separate: SeparateReplica | None = None
+    """Which of the replicas this is that are launches of their own, and may come and go; None: they are one launch."""
     teacher_copy: Path | None = None
     """Copy of the teacher on this node, which the ranks that hold its stages read; None: they read teacher.path."""
     teachers: Mapping[str, "Setup"] = field(default_factory=dict)
@@ -124,9 +127,29 @@ class Setup:
     @cached_property
     def shapes(self) -> tuple[StepShape, ...]:
         """The shape of the steps of each segment of the data, in order; one where no curriculum entry has its own."""
-        train = self.recipe.train
-        data_world = train.global_batch // (train.micro_batch * self.accumulation)
-        return step_shapes(self.recipe, self.data, data_world * self.recipe.distributed.sequence)
+        return step_shapes(self.recipe, self.data, self.ranks)
+
+    @property
+    def data_world(self) -> int:
+        """Ranks that read different sequences."""
+        return self.ranks // self.recipe.distributed.sequence
+
+    def rows_at(self, slot: int) -> int:
+        """Rows of each rank in a step that reads a slot, surplus ones included."""
+        shape = self.shape_at(slot)
+        return shape.accumulation * shape.micro_batch
+
+    def with_replicas(self, replicas: int) -> "Setup":
+        """The set-up of the same run on another number of replicas of the student, each of as many ranks as before."""
+        assert self.roles is None or replicas == self.replicas, "the teacher's own ranks serve a fixed number of ranks"
+        ranks = self.ranks // self.replicas * replicas
+        return replace(
+            self,
+            ranks=ranks,
+            replicas=replicas,
+            accumulation=self.recipe.accumulation(ranks),
+            teachers={name: each.with_replicas(replicas) for name, each in self.teachers.items()},
+        )
 
     @property
     def has_shapes(self) -> bool:
@@ -157,14 +180,16 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     Raises:
         UserError: something does not fit; the message is one line.
     """
+    launch = launch.of_all_replicas()
     require_ranks_and_files(recipe, launch)
     roles, launch = students_of(recipe, launch)
     accumulation = recipe.accumulation(launch.world)
-    sequence = recipe.distributed.sequence
     replica, group_size = replica_of(recipe, launch)
     replicas = launch.world // replica.world
     deepspeed_config, disabled = active_deepspeed_config(recipe.student.deepspeed)
-    build_engine_config(deepspeed_config, recipe.train, accumulation, sequence=sequence, replicas=replicas)
+    build_engine_config(
+        deepspeed_config, recipe.train, accumulation, ranks=replica.world, replicas=max(replicas, launch.replicas)
+    )
     refuse_telemetry(recipe, deepspeed_config, launch)
     refuse_stale_jit_locks(extensions_of(deepspeed_config))
     data = Mixture.load(recipe.data, global_batch=recipe.train.global_batch)
@@ -186,8 +211,6 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
     if recipe.teacher is not None and recipe.teacher.save_targets is not None:
         refuse_other_content(Path(recipe.teacher.save_targets))
     check_compiler(recipe)
-    padded = padded_vocabulary(data.vocab_size, recipe.student.vocab_multiple)
-    block_cyclic_ranges(padded, replica.world, group_size, replica.rank)
     student_config.vocab_size = data.vocab_size
     folder = Path(recipe.run.folder)
     parent = find_parent(recipe)
@@ -203,6 +226,7 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         student_config=student_config,
         teacher_config=teacher.config,
         roles=roles,
+        ranks=launch.world,
         replicas=replicas,
         group_size=group_size,
         accumulation=accumulation,
@@ -211,6 +235,7 @@ def prepare(recipe: Recipe, launch: Launch, *, checks_models: bool = True) -> Se
         disabled=disabled,
         parent=parent,
         held_out=held_out_splits(recipe, data),
+        separate=launch.separate,
     )
     setup = replace(setup, teachers={name: _with_one(setup, name, each) for name, each in teachers.items()})
     setup.choices()  # refuses what cannot run here

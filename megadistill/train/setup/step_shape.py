@@ -42,6 +42,10 @@ class StepShape:
         """Tokens of a step."""
         return self.global_batch * self.sequence_length
 
+    def surplus(self, data_world: int) -> float:
+        """Fraction of the rows of `data_world` ranks that are surplus: past the end of the global batch."""
+        return 1 - self.global_batch / (data_world * self.accumulation * self.micro_batch)
+
     @property
     def pace(self) -> Pace:
         return Pace(self.start, self.stop, self.global_batch, self.tokens)
@@ -67,7 +71,7 @@ def step_shapes(recipe: Recipe, data: Mixture, world: int) -> tuple[StepShape, .
     """The shape of each segment of the data, for `world` ranks of the student.
 
     Raises:
-        UserError: a batch does not divide over the ranks.
+        UserError: the ranks do not divide into groups that share sequences.
     """
     train, entries = recipe.train, recipe.data.curriculum
     shapes = []

@@ -228,5 +228,5 @@ class LiveTarget:
             logit_memory=objective.options().logit_memory,
         )
         if teacher.saved is not None:
-            teacher.saved.add(self.batch.slots, self.batch.digests, targets)
+            teacher.saved.add(self.batch, targets)
         return targets

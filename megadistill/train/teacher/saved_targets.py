@@ -1,15 +1,15 @@
 """Targets that a live teacher makes, saved for later runs (`teacher.save_targets`)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megadistill.data.targets.target_manifest import TargetKey
 from megadistill.data.targets.target_writer import TargetWriter, finish_targets
 from megadistill.distributed.collectives import barrier
 from megadistill.distributed.topology import Topology
-from megadistill.types import SparseTargets
+from megadistill.types import SparseTargets, TokenBatch
 
 
 class SavedTargets:
@@ -36,12 +36,16 @@ class SavedTargets:
         assert self._writer is not None, "call open first"
         return self._writer.first_missing(start, stop)
 
-    def add(self, slots: Tensor, digests: Tensor, targets: SparseTargets) -> None:
-        """See `TargetWriter.add`. A micro-batch that is computed twice in a row is stored once."""
+    def add(self, batch: TokenBatch, targets: SparseTargets) -> None:
+        """The targets of a micro-batch's rows, without surplus ones, whose slot is another row's: `TargetWriter.add`.
+
+        A micro-batch that is computed twice in a row is stored once.
+        """
         assert self._writer is not None, "call open first"
-        if not torch.equal(slots, self._last_slots):
-            self._writer.add(slots, digests, targets)
-            self._last_slots = slots
+        if not torch.equal(batch.slots, self._last_slots):
+            proper = int((~batch.surplus).sum())  # surplus rows are the last ones
+            self._writer.add(batch.slots[:proper], batch.digests[:proper], _first_rows(targets, proper, len(batch)))
+            self._last_slots = batch.slots
 
     def flush(self) -> None:
         """Writes what is in memory, as a shard."""
@@ -58,3 +62,11 @@ class SavedTargets:
             return None
         manifest = finish_targets(self._folder, self._key)
         return f"{self._folder}: targets of {manifest.slots:,} sequences, {manifest.bytes_per_token:.1f} bytes a token"
+
+
+def _first_rows(targets: SparseTargets, count: int, rows: int) -> SparseTargets:
+    """The targets of the first `count` of `rows` rows, which have equally many tokens."""
+    if count == rows:
+        return targets
+    tokens = len(targets) // rows * count
+    return replace(targets, ids=targets.ids[:tokens], probs=targets.probs[:tokens], log_tail=targets.log_tail[:tokens])

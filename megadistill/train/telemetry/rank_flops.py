@@ -51,7 +51,8 @@ class RankFlops:
             if config is not None:
                 of_teacher = int(share * teacher_passes * flops_per_token(config, length).head)
                 a_token, heads = a_token + of_teacher, heads + of_teacher
-        tokens = shape.tokens // topology.world
+        rows = shape.accumulation * shape.micro_batch  # surplus ones are computed too
+        tokens = rows * length // topology.sequence_ranks
         return cls(tokens * a_token, stage_round, loss=tokens * heads)
 
     def by_part(self, seconds: StepSeconds) -> dict[str, tuple[int, float]]:

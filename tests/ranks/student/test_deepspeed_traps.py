@@ -110,9 +110,9 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
     assert accumulated == torch.float32
     assert head == torch.float32
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / "zero3.json")
-    build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1)
+    build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1, ranks=1)
     with pytest.raises(UserError, match="grad_accum_dtype must be 'fp32'"):
-        build_engine_config({**deepspeed_config, "data_types": {}}, train_section(Case(), 1), accumulation=1)
+        build_engine_config({**deepspeed_config, "data_types": {}}, train_section(Case(), 1), accumulation=1, ranks=1)
 
 
 def test_bfloat16_training_stays_near_the_float32_truth() -> None:
@@ -165,7 +165,7 @@ def test_the_teacher_is_not_partitioned_and_linear_is_not_patched(tmp_path_facto
     deepspeed_config = load_deepspeed_config(DS_CONFIGS / "zero3.json")
     deepspeed_config["zero_optimization"].pop("memory_efficient_linear")
     with pytest.raises(UserError, match="memory_efficient_linear must be false"):
-        build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1)
+        build_engine_config(deepspeed_config, train_section(Case(), 1), accumulation=1, ranks=1)
 
 
 def _whole_from_pieces(topology: Topology) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

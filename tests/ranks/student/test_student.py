@@ -12,7 +12,7 @@ from megadistill.distributed.topology import Topology
 from megadistill.train.checkpoint.format import newest_checkpoint
 from megadistill.types import document_positions
 from tests.ranks.harness import run_ranks
-from tests.ranks.student_cases import Case, RunResult, build, dense_truth, global_batch, run_steps, three_steps
+from tests.ranks.student_cases import VOCAB, Case, RunResult, build, dense_truth, global_batch, run_steps, three_steps
 from tests.unit.train.cases import save_checkpoint
 
 # (world, vocab group, accumulation, tied): every value of each, and the layouts with something of their own
@@ -82,6 +82,21 @@ def test_replicas_equal_the_dense_truth(replicas: int, shard: int, p: int, accum
             assert torch.equal(parameter, results[0].parameters[name]), f"replicas hold other bits of {name}"
 
 
+# (replicas, ranks of each, vocab group, accumulation, tied): 8 rows do not divide over three ranks, nor 256 rows of the
+# vocabulary. With two micro-batches of two rows on each of three ranks the third rank is all surplus.
+UNEVEN = [(3, 1, 1, 1, False), (1, 3, 3, 1, True), (1, 3, 1, 2, False), (3, 1, 1, 2, True), (1, 2, 2, 3, False)]
+
+
+@pytest.mark.parametrize(("replicas", "shard", "p", "accumulation", "tied"), UNEVEN)
+def test_a_batch_that_does_not_divide_equals_the_dense_truth(
+    replicas: int, shard: int, p: int, accumulation: int, tied: bool
+) -> None:
+    case = Case(tied=tied, accumulation=accumulation)
+    true = truth(Case(tied=tied))
+    for result in run_ranks(replicas * shard, three_steps, case, vocab_group=p, replicas=replicas):
+        assert_matches(result, true, case=case)
+
+
 @pytest.mark.parametrize(("world", "p", "accumulation", "tied"), [(1, 1, 1, False), (2, 2, 2, False), (4, 2, 1, True)])
 def test_training_from_labels_equals_the_dense_truth(world: int, p: int, accumulation: int, tied: bool) -> None:
     case = Case(objective="labels", tied=tied, accumulation=accumulation)
@@ -148,15 +163,32 @@ def test_a_resume_is_bitwise_on_the_same_world(tmp_path_factory: pytest.TempPath
         assert torch.equal(resumed.parameters[name], parameter), name
 
 
-@pytest.mark.parametrize("worlds", [(2, 1, 4), (4, 2, 1)], ids=["2, 1, 4", "4, 2, 1"])
-def test_a_run_goes_from_world_to_world_and_on(
-    tmp_path_factory: pytest.TempPathFactory, worlds: tuple[int, ...]
+@pytest.mark.parametrize(
+    ("layouts", "tied"),
+    [
+        (((1, 2), (1, 1), (1, 4)), False),
+        (((1, 4), (1, 2), (1, 1)), False),
+        (((1, 4), (1, 3), (1, 4)), True),
+        (((2, 2), (3, 1), (1, 4)), False),
+        (((1, 3), (2, 1), (1, 3)), False),
+    ],
+    ids=["2, 1, 4", "4, 2, 1", "4, 3, 4", "2x2, 3x1, 1x4", "3, 2x1, 3"],
+)
+def test_a_run_goes_from_layout_to_layout_and_on(
+    tmp_path_factory: pytest.TempPathFactory, layouts: tuple[tuple[int, int], ...], tied: bool
 ) -> None:
-    """A step on each, resumed from what the world before it saved, which itself had resumed."""
-    folder, case = str(tmp_path_factory.mktemp("checkpoints")), Case()
+    """A step on each (replicas, ranks of each), resumed from what the one before saved, which itself had resumed.
+
+    The vocabulary's padding is that of the layout: 256 rows on 1, 2 and 4 ranks, 258 on 3.
+    """
+    folder, case = str(tmp_path_factory.mktemp("checkpoints")), Case(tied=tied)
     true = truth(case)
-    for step, world in enumerate(worlds):
-        result = run_ranks(world, _steps_with_a_restart, case, folder, step, step + 1)[0]
+    for step, (replicas, shard) in enumerate(layouts):
+        arguments = (case, folder, step, step + 1)
+        result = run_ranks(replicas * shard, _steps_with_a_restart, *arguments, replicas=replicas)[0]
+        embedding = result.parameters["model.embed_tokens.weight"]
+        assert embedding.shape[0] == (258 if shard == 3 else 256)
+        assert not embedding[VOCAB:].any(), "padding rows moved"
         for name, value in true.steps[step].items():
             assert result.steps[0][name] == pytest.approx(value, rel=2e-6, abs=1e-7), f"step {step}: {name}"
         assert result.steps[0]["loss"] == pytest.approx(true.steps[step]["loss"], rel=1e-6)

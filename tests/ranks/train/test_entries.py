@@ -333,7 +333,6 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
         return str(caught.value)
 
     assert "entry 3 has sequence_length 32, its source long sequences of 48 tokens" in refused(3, sequence_length=32)
-    assert "data.curriculum: global_batch 5 of entry 3 does not divide into 2 ranks x" in refused(3, 2, global_batch=5)
     assert "rope_parameters has no key facter; did you mean 'factor'?" in refused(3, rope={"facter": 2})
     assert "data.curriculum: rope of entry 3" in refused(3, rope={"rope_type": "yarrn", "factor": 2.0})
     stretched = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}

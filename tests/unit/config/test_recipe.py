@@ -241,11 +241,14 @@ def test_a_recipe_cannot_read_the_environment(tmp_path: Path, monkeypatch: pytes
     assert "resolver" in refused(write(tmp_path, MINIMAL), "run.folder=${train.steps}${oc.env:A_SECRET}")
 
 
-def test_accumulation_follows_from_the_batch_or_names_what_fits(tmp_path: Path) -> None:
+def test_accumulation_is_what_the_global_batch_needs(tmp_path: Path) -> None:
+    """8 sequences in micro-batches of 2: three ranks take two each, and a part of them is surplus."""
     recipe = load_recipe(write(tmp_path, MINIMAL))
-    assert [recipe.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(UserError, match=r"global_batch 8 .* 3 ranks .* 6 or 12"):
-        recipe.accumulation(3)
+    assert [recipe.accumulation(world) for world in (1, 2, 3, 4, 5, 100)] == [4, 2, 2, 1, 1, 1]
+    shared = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"sequence": 2})})
+    assert [shared.accumulation(world) for world in (2, 4, 6, 8)] == [4, 2, 2, 1]
+    with pytest.raises(UserError, match=r"distributed\.sequence is 2, but this run has 3 ranks"):
+        shared.accumulation(3)
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,15 @@ def test_a_vocabulary_of_nothing_is_refused(size: int) -> None:
         VocabSlice.contiguous(0, 3, size=size)
 
 
-@given(size=st.integers(1, 10_000), multiple=st.integers(1, 2048))
-def test_padding_is_the_least_that_divides(size: int, multiple: int) -> None:
-    padded = padded_vocabulary(size, multiple)
+@given(size=st.integers(1, 10_000), multiple=st.integers(1, 2048), ranks=st.integers(1, 96))
+def test_padding_is_the_least_that_divides(size: int, multiple: int, ranks: int) -> None:
+    padded = padded_vocabulary(size, multiple, ranks=1)
     assert padded % multiple == 0
     assert size <= padded < size + multiple
+    assert padded_vocabulary(size, multiple, ranks=multiple) == padded, "ranks that divide it change nothing"
+    of_ranks = padded_vocabulary(size, multiple, ranks=ranks)
+    assert of_ranks % ranks == 0
+    assert padded <= of_ranks < padded + ranks
 
 
 @pytest.mark.parametrize(("world", "p"), LAYOUTS)
@@ -108,8 +112,6 @@ def test_tables_are_made_once(vocab: VocabSlice) -> None:
     assert vocab == VocabSlice(vocab.ranges, vocab.size), "a slice that was used is still equal to one that was not"
 
 
-def test_what_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks; set student\.vocab_multiple .* of 3"):
-        block_cyclic_ranges(256, 3, 3, 0)
+def test_a_group_that_does_not_divide_the_ranks_is_refused() -> None:
     with pytest.raises(UserError, match=r"distributed\.vocab_group is 3, .* 4 ranks"):
         block_cyclic_ranges(256, 4, 3, 0)

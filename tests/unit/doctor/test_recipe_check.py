@@ -37,14 +37,13 @@ def _well(folder: Path) -> dict[str, Any]:
 def test_one_fault_does_not_hide_the_next(tmp_path: Path) -> None:
     values = _well(tmp_path)
     (tmp_path / "teacher" / "model.safetensors").unlink()
-    values["train"]["global_batch"] = 9
-    values["student"]["vocab_multiple"] = 255
+    values["distributed"]["vocab_group"] = 3
     values["student"]["deepspeed"] = "none.json"
     own, runs = _checked(tmp_path, values, Launch(0, 2, 0, 2))
     statuses = _statuses(own)
     assert not runs
     bad = {check for check, status in statuses.items() if status is Status.FAIL}
-    assert bad == {"launch", "DeepSpeed's file", "shards", "vocabulary", "teacher's weights"}
+    assert bad == {"launch", "DeepSpeed's file", "shards", "teacher's weights"}
     assert "setup" not in statuses  # the first refusal of `prepare` is a result already
 
 

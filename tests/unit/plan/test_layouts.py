@@ -99,10 +99,8 @@ def test_enough_is_prefetched_for_all_stages_to_work() -> None:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"train": {"global_batch": 6}}, r"global_batch 6 does not divide"),
         ({"distributed": {"vocab_group": 3}}, r"distributed\.vocab_group is 3"),
         ({"placement": {"placement": "disaggregated", "ranks": 4}}, "the launch has 4 processes"),
-        ({"student": {"config": TINY, "vocab_multiple": 2}}, "padded vocabulary"),
     ],
 )
 def test_what_a_run_refuses_is_refused_here(sections: dict[str, dict[str, object]], says: str) -> None:

@@ -146,7 +146,7 @@ def save_checkpoint(
     rank = rank or topology()
     saver = Saver(folder, rank, Attempt(folder.parent, attempt), CheckpointSection(asynchronous=False, keep_last=99))
     try:
-        (result,) = saver.start(state, manifest_of(step, world=rank.world, attempt=attempt, **manifest))
+        (result,) = saver.start(state, manifest_of(step, world=rank.shard_world, attempt=attempt, **manifest))
     finally:
         saver.close()
     path = require_saved(result).path
@@ -158,7 +158,7 @@ def run_with_checkpoint(folder: Path, data: Path, *, step: int = 4, made: Recipe
     """A run folder with one more checkpoint, from which another run may begin; `changes`: of its manifest."""
     made = recipe(data, folder) if made is None else made
     order = Mixture.load(made.data).order(made.data.seed)
-    padded = padded_vocabulary(VOCAB, made.student.vocab_multiple)
+    padded = padded_vocabulary(VOCAB, made.student.vocab_multiple, ranks=1)
     shapes = parameter_shapes(load_config({**MODEL, "vocab_size": padded}, what="student.config"))
     values: dict[str, Any] = {
         "vocab_size": VOCAB,

@@ -164,10 +164,51 @@ def test_iterating_twice_starts_twice(manifest: Manifest) -> None:
     assert _same(next(iter(stream))[0], next(iter(stream))[0])
 
 
-@pytest.mark.parametrize(("batch", "message"), [(10, "8 or 12"), (3, "are 4"), (0, "are 4")])
-def test_a_batch_that_does_not_divide_names_those_that_do(manifest: Manifest, batch: int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        _stream(manifest, batch=batch, world=4)
+@pytest.mark.parametrize(
+    ("world", "rows"),
+    [(3, None), (3, 4), (3, 5), (5, None), (5, 3), (9, 1), (11, 2), (2, 4), (2, 5)],
+)
+@pytest.mark.parametrize("skips", [(), ((11, 14), (23, 24))])
+def test_the_slots_of_a_batch_are_a_partition_and_surplus_repeats_the_last(
+    manifest: Manifest, world: int, rows: int | None, skips: tuple[tuple[int, int], ...]
+) -> None:
+    """The proper rows of all ranks, in rank order, are the batch of one rank; the surplus ones have its last slot."""
+    whole = _take(manifest, 4, skips=skips)
+    ranks = [
+        _take(manifest, 4, rank=rank, world=world, skips=skips, rows=None if rows is None else lambda _: rows)
+        for rank in range(world)
+    ]
+    for step, (expected, cursor) in enumerate(whole):
+        batches = [rank[step][0] for rank in ranks]
+        assert {len(batch) for batch in batches} == {rows or -(-8 // world)}
+        assert {rank[step][1] for rank in ranks} == {cursor}, "the stream takes exactly a global batch"
+        joined = _joined(batches)
+        surplus = torch.cat([batch.surplus for batch in batches])
+        assert torch.equal(surplus, torch.arange(len(surplus)) >= 8)
+        for name in FIELDS:
+            assert torch.equal(getattr(joined, name)[~surplus], getattr(expected, name)), name
+        assert (joined.labels[surplus] == IGNORED_LABEL).all()
+        for name in ("tokens", "slots", "digests", "starts", "sources"):
+            last = getattr(expected, name)[-1:]
+            assert torch.equal(getattr(joined, name)[surplus], last.expand_as(getattr(joined, name)[surplus])), name
+        assert joined.valid_tokens == expected.valid_tokens
+
+
+def test_ranks_without_a_row_of_the_batch_know_the_sources_of_their_peers(manifest: Manifest, other: Manifest) -> None:
+    """Of 8 slots on 3 x 4 rows: the third rank is all surplus."""
+    mixture = Mixture({"a": manifest, "b": other}, [CurriculumEntry(None, {"a": 0.5, "b": 0.5})])
+    whole = _take(mixture, 3)
+    peers = [_take(mixture, 3, rank=rank, world=3, rows=lambda _: 4, peers=range(3)) for rank in range(3)]
+    for step, (expected, _) in enumerate(whole):
+        sources = torch.cat([expected.sources, expected.sources[-1:].expand(4)]).view(3, 4).T
+        for rank in peers:
+            assert torch.equal(rank[step][0].peer_sources, sources)
+        assert peers[2][step][0].surplus.all()
+
+
+def test_the_micro_batches_of_a_batch_have_its_surplus_rows(manifest: Manifest) -> None:
+    ((batch, _),) = _take(manifest, 1, rank=1, world=2, rows=lambda _: 6)
+    assert [micro.surplus.tolist() for micro in batch.micro_batches(3)] == [[False, False, True], [True] * 3]
 
 
 # ---- mixtures
@@ -377,9 +418,9 @@ def test_the_thread_reads_no_further_than_it_may_and_ends_with_its_reader(
     read: list[int] = []
     plain = TokenStream._read
 
-    def counted(self: TokenStream, slots: Any, places: Any) -> TokenBatch:
+    def counted(self: TokenStream, slots: Any, *arguments: Any, **options: Any) -> TokenBatch:
         read.append(len(slots))
-        return plain(self, slots, places)
+        return plain(self, slots, *arguments, **options)
 
     monkeypatch.setattr(TokenStream, "_read", counted)
     batches = iter(_stream(manifest, prefetch=3))

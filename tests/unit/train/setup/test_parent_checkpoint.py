@@ -78,11 +78,19 @@ def test_what_does_not_fit_is_refused_with_both_values_and_the_way_out(manifest:
     assert "hidden_act is 'silu' there, 'gelu' here" in refused(student={"config": {**MODEL, "hidden_act": "gelu"}})
     wider = {**MODEL, "intermediate_size": 64}
     assert "intermediate_size is 48 there, 64 here" in refused(student={"config": wider})
-    assert "student.vocab_multiple is 256 there, 128 here" in refused(student={"vocab_multiple": 128})
     other_order = refused(data={"seed": 7})
     assert "continues its data after 32 sequences" in other_order
     assert "the seed was 1, is 7" in other_order
     assert f"megadistill export {start} --output DIR, and student.weights=DIR" in other_order
+
+
+def test_a_run_may_begin_from_a_checkpoint_with_another_padding_of_the_vocabulary(
+    manifest: Path, tmp_path: Path
+) -> None:
+    """250 ids on 256 rows there; on 252 and 255 rows here."""
+    start = run_with_checkpoint(tmp_path / "a", manifest)
+    for multiple in (4, 5):
+        assert _prepared(_branch(manifest, start, tmp_path / "b", student={"vocab_multiple": multiple})).parent
 
 
 def test_the_parameters_are_compared_where_no_config_is_at_hand(manifest: Path, tmp_path: Path) -> None:

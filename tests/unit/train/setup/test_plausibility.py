@@ -37,8 +37,31 @@ def test_many_ranks_reduce_their_gradients_in_float32(tmp_path: Path) -> None:
     assert "gradient reduction" not in implausible_settings(setup)
     narrow = dataclasses.replace(setup, deepspeed_config={"zero_optimization": {"stage": 3}})
     assert "gradient reduction" not in implausible_settings(narrow), "one rank accumulates 65 micro-batches"
-    warning = implausible_settings(dataclasses.replace(narrow, accumulation=1))["gradient reduction"]
+    warning = implausible_settings(dataclasses.replace(narrow, ranks=65))["gradient reduction"]
     assert warning.startswith("gradients of 65 ranks are added up in bfloat16")
+
+
+def test_rows_that_are_computed_for_nothing_are_counted_with_the_batches_that_have_none(tmp_path: Path) -> None:
+    def warning(world: int, **sections: Any) -> str | None:
+        made = recipe(described_data(tmp_path / "data"), tmp_path / "run", **sections)
+        setup = prepare(made, Launch(0, world, 0, world))
+        return implausible_settings(setup).get("surplus rows")
+
+    for world in (1, 2, 4):
+        assert warning(world) is None
+    line = warning(3)
+    assert line is not None
+    assert line.startswith("the global batch of 8 sequences does not divide into 3 ranks x micro-batch 2, and 33.3% of")
+    assert line.endswith("the nearest global batches without any: 6 or 12")
+    line = warning(5)
+    assert line is not None
+    assert line.endswith(
+        "and 20.0% of the rows that are computed are surplus, which count for nothing; the nearest "
+        "global batches without any: 10"
+    )
+    shared = warning(6, distributed={"sequence": 2, "vocab_group": 1})
+    assert shared is not None
+    assert "3 groups of 2 ranks x micro-batch 2, and 33.3%" in shared
 
 
 def test_eager_kernels_on_an_accelerator_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

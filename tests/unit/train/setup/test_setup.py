@@ -65,7 +65,6 @@ def test_a_recipe_that_fits_is_read_and_nothing_is_written(manifest: Path, teach
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"train": {"global_batch": 6}}, ["train.global_batch 6", "4 or 8"]),
         ({"distributed": {"vocab_group": 3}}, ["distributed.vocab_group is 3", "1, 2"]),
         ({"student": {"deepspeed": "none.json"}}, ["student.deepspeed", "none.json"]),
         ({"student": {"config": {**MODEL, "hidden_sizes": 3}}}, ["student.config", "hidden_sizes", "hidden_size"]),
@@ -209,10 +208,33 @@ def test_one_line_describes_the_layout(manifest: Path, tmp_path: Path) -> None:
     assert "bfloat16; slow: bfloat16 is emulated on a CPU" in describe_layout(short, topology())
 
 
-def test_a_vocabulary_that_the_ranks_cannot_share_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_any_number_of_ranks_trains_and_the_shapes_follow(tmp_path: Path) -> None:
+    """Neither the batch of 8 nor a vocabulary that is padded to 256 divides over three ranks, or five."""
     manifest = described_data(tmp_path / "data" / "train")
-    with pytest.raises(UserError, match=r"padded vocabulary of 256 .* 3 ranks.*vocab_multiple"):
-        prepare(recipe(manifest, tmp_path / "run", train={"global_batch": 6}), Launch(0, 3, 0, 3))
+    given = recipe(manifest, tmp_path / "run")  # micro-batches of 2
+    shares = {}
+    for world in (1, 2, 3, 4, 5):
+        setup = prepare(given, Launch(0, world, 0, world))
+        assert (setup.ranks, setup.data_world, setup.replicas) == (world, world, 1)
+        (shape,) = setup.shapes
+        assert shape.accumulation == setup.accumulation == -(-8 // (2 * world))
+        assert setup.rows_at(100) == 2 * setup.accumulation
+        shares[world] = shape.surplus(world)
+    assert shares == {1: 0, 2: 0, 3: pytest.approx(1 / 3), 4: 0, 5: pytest.approx(1 / 5)}
+
+
+def test_a_set_up_is_derived_for_another_number_of_replicas(tmp_path: Path) -> None:
+    """As if the run had been started on so many ranks; the rest of the set-up is the same."""
+    manifest = described_data(tmp_path / "data" / "train")
+    plain = recipe(manifest, tmp_path / "run", distributed={"shard": 2}).model_dump()
+    teachers = {"a": {"path": str(described_teacher(tmp_path / "teacher"))}}
+    given = Recipe.model_validate({**plain, "objective": "distill", "teachers": teachers})
+    four = prepare(given, Launch(0, 8, 0, 2))
+    for replicas in (4, 3, 1, 5):
+        derived, started = four.with_replicas(replicas), prepare(given, Launch(0, 2 * replicas, 0, 2))
+        for ours, theirs in ((derived, started), (derived.teachers["a"], started.teachers["a"])):
+            for name in ("shapes", "ranks", "replicas", "group_size", "accumulation", "data_world", "recipe"):
+                assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_a_deepspeed_file_with_another_stage_is_refused_before_anything_starts(tmp_path: Path) -> None:

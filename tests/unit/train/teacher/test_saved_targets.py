@@ -8,6 +8,7 @@ import torch
 
 from megadistill.train.teacher import saved_targets
 from megadistill.train.teacher.saved_targets import SavedTargets
+from megadistill.types import SparseTargets, Tail, TokenBatch
 from tests.unit.train.cases import topology
 
 
@@ -20,7 +21,10 @@ class Writer:
         self.calls: list[Any] = []
         Writer.made.append(self)
 
-    def add(self, slots: torch.Tensor, digests: torch.Tensor, targets: Any) -> None:
+    def add(self, slots: torch.Tensor, digests: torch.Tensor, targets: SparseTargets) -> None:
+        assert torch.equal(slots, digests)
+        assert torch.equal(targets.ids[:, 0], slots.repeat_interleave(2)), "the targets of these slots"
+        assert len(targets.probs) == len(targets.log_tail) == len(targets.ids)
         self.calls.append(slots.tolist())
 
     def flush(self) -> None:
@@ -35,9 +39,14 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> SavedTargets:
     return SavedTargets(Path("targets"), key, topology())
 
 
-def add(saved: SavedTargets, *slots: int) -> None:
-    targets: Any = None
-    saved.add(torch.tensor(slots), torch.tensor(slots), targets)
+def add(saved: SavedTargets, *slots: int, surplus: int = 0) -> None:
+    """`surplus`: of the rows, at their end. A row has two tokens."""
+    tokens = torch.zeros(len(slots), 2, dtype=torch.int64)
+    is_surplus = torch.arange(len(slots)) >= len(slots) - surplus
+    numbers = torch.tensor(slots)
+    batch = TokenBatch(tokens, tokens, numbers, numbers, tokens.bool(), surplus=is_surplus)
+    ids = numbers.repeat_interleave(2).unsqueeze(1)
+    saved.add(batch, SparseTargets(ids, ids.float(), ids[:, 0].float(), Tail.OTHER))
 
 
 def test_a_micro_batch_that_is_computed_twice_is_stored_once(saved: SavedTargets) -> None:
@@ -54,3 +63,11 @@ def test_a_rollback_writes_what_is_in_memory_and_opens_anew(saved: SavedTargets)
     saved.open()
     add(saved, 4)
     assert [writer.calls for writer in Writer.made] == [[[4], "flush"], [[4]]]
+
+
+def test_surplus_rows_are_not_stored(saved: SavedTargets) -> None:
+    """Their slot is another row's, which stores it, on this rank or on another."""
+    saved.open()
+    add(saved, 6, 7, 7, 7, surplus=2)
+    add(saved, 7, 7, surplus=2)
+    assert Writer.made[0].calls == [[6, 7], []]
