@@ -166,6 +166,7 @@ def _needs(setup: Setup, launch: Launch) -> Mapping[str, Mapping[str, int]]:
         group_size=setup.group_size,
         roles=setup.roles,
         zero=Zero.of(setup.deepspeed_config),
+        replicas=setup.replicas,
     )
     requirements = count_requirements(run)
     if launch.rank >= students:

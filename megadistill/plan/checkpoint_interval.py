@@ -2,24 +2,23 @@
 
 Young (1974, doi 10.1145/361147.361115) and Daly (2006, doi 10.1016/j.future.2004.11.016) for faults at random times, at
 a constant rate. Their cost of a checkpoint is the time that training waits for it; an asynchronous save is written
-while training continues, so a fault also loses the steps since the save that was not yet whole.
+while training continues, so a fault also loses the steps since the save that was not yet whole. Faults that a run with
+replicas survives have a cost of their own (`plan.replica_deaths`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megadistill.plan.estimate import Estimate
+from megadistill.plan.replica_deaths import NO_DEATHS, Deaths, count_deaths
+from megadistill.plan.restart import LOCAL_STORAGE, restart_parts, storage_rate
 
 LLAMA3_SECONDS_BETWEEN_FAULTS, LLAMA3_GPUS = 54 * 86_400 / 419, 16_384
 """Llama 3 405B (arXiv:2407.21783, table 5): 419 unexpected interruptions in 54 days on 16,384 H100."""
 
-NODE_STORAGE, STORAGE = 2e9, 100e9
-"""Bytes a second of shared storage that one node, and all of them together, read or write. Assumed."""
 HOST_COPY = 10e9
 """Bytes a second of the copy of a rank's state to its host, which training waits for. Assumed: PCIe 4 halved."""
-LOCAL_STORAGE = 2e9
-"""Bytes a second of a node's own disk. Assumed."""
 SAVE_SECONDS = 0.1
 """Time (s) of a save's collectives and checks beside its bytes: the largest of 32 ranks on two cores."""
 LEAST_SECONDS = 60.0
@@ -27,13 +26,6 @@ LEAST_SECONDS = 60.0
 
 WORTHWHILE = 0.01
 """Gain of goodput from which another interval is advised with a warning."""
-
-DETECTION, CLEANUP, LAUNCH, FIRST_STEP = 30.0, 15.0, 45.0, 30.0
-"""Parts (s) of a restart that hardly depend on the models. Detection: 5 s for a killed rank, 69 s for a lost node.
-Clean-up: the ranks end, and the script reads why. Launch: node checks in one step, srun, imports from a node-local
-environment. First step: the teacher's check and compiled layers from their cache."""
-GROUPS, GROUPS_OF_RANK = 10.0, 0.005
-"""Time (s) of process groups and communicators: of a small world, and more for each rank (30 s at 4,096)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +40,27 @@ class SaveCosts:
     """Time from a fault to the first step after it."""
     between_faults: float
     """Mean time between two faults of the run."""
+    deaths: Deaths = NO_DEATHS
+    """Those of the faults that end one replica of the student alone."""
+
+    @property
+    def between_restarts(self) -> float:
+        """Mean time between two faults that end the run; infinite where there are none."""
+        share = 1.0 - self.deaths.share
+        return self.between_faults / share if share > 0 else math.inf
 
     def goodput(self, interval: float) -> float:
         """Useful step time over wall time, for `interval` seconds of steps between saves.
 
-        Daly's complete model, equation 20, with the time to write added to that of a restart.
+        Daly's complete model, equation 20, with the time to write added to that of a restart, for the faults that end
+        the run; times what the others leave (`Deaths.goodput`).
         """
-        mean = self.between_faults
+        return self._of_restarts(interval) * self.deaths.goodput(self.between_faults)
+
+    def _of_restarts(self, interval: float) -> float:
+        mean = self.between_restarts
+        if math.isinf(mean):
+            return interval / (interval + self.stall)
         exponent = (interval + self.stall) / mean
         if exponent + (self.restart + self.write) / mean > 500:
             return 0.0
@@ -66,7 +72,7 @@ class SaveCosts:
 
         At least the time of a save, since one is under way at a time, and `LEAST_SECONDS`.
         """
-        stall, mean = self.stall, self.between_faults
+        stall, mean = self.stall, self.between_restarts
         interval = mean
         if stall < 2 * mean:
             half = stall / (2 * mean)
@@ -89,10 +95,16 @@ class CheckpointAdvice:
     """Its steps in the recipe."""
     run_steps: int
 
+    @property
+    def without_survival(self) -> "CheckpointAdvice":
+        """The same run where each fault is a restart."""
+        return replace(self, costs=replace(self.costs, deaths=NO_DEATHS))
+
     @cached_property
     def every(self) -> int:
         """The advised steps between saves: a round number."""
-        return min(self.run_steps, round_steps(self.costs.best / self.step))
+        steps = self.costs.best / self.step
+        return self.run_steps if steps >= self.run_steps else min(self.run_steps, round_steps(steps))
 
     def goodput(self, steps: int) -> float:
         return self.costs.goodput(min(steps, self.run_steps) * self.step)
@@ -125,17 +137,22 @@ def fault_seconds(gpus: int) -> float:
 
 def advise(estimate: Estimate, *, between_faults: float | None = None) -> CheckpointAdvice:
     """The advice for a layout. `between_faults`: mean time (s) between faults; None: by `fault_seconds`."""
-    run, nodes = estimate.sharding, estimate.cluster.nodes
+    run = estimate.sharding
     local, size = run.recipe.checkpoint.local, estimate.requirements.checkpoint_bytes
-    storage = min(NODE_STORAGE * nodes, STORAGE)
-    write = size / storage
+    write = size / storage_rate(run.shard, run.ranks_per_node)  # by the ranks of one replica
     if local is not None:  # a save of its own, and the copy of a neighbour
-        write = 2 * size / (nodes * LOCAL_STORAGE)
-    stall = SAVE_SECONDS + size / run.ranks / HOST_COPY
+        write = 2 * run.replicas * size / (estimate.cluster.nodes * LOCAL_STORAGE)
+    stall = SAVE_SECONDS + size / run.shard / HOST_COPY
     if not run.recipe.checkpoint.asynchronous:
         stall, write = stall + write, 0.0
     parts = restart_parts(estimate)
-    costs = SaveCosts(stall, write, sum(parts.values()), between_faults or fault_seconds(estimate.cluster.ranks))
+    costs = SaveCosts(
+        stall,
+        write,
+        sum(parts.values()),
+        between_faults or fault_seconds(estimate.cluster.ranks),
+        count_deaths(estimate, parts),
+    )
     return CheckpointAdvice(
         costs=costs,
         restart_parts=parts,
@@ -144,29 +161,3 @@ def advise(estimate: Estimate, *, between_faults: float | None = None) -> Checkp
         own=run.recipe.train.checkpoint_every if local is None else local.every,
         run_steps=run.steps,
     )
-
-
-def restart_parts(estimate: Estimate) -> dict[str, float]:
-    """Seconds from a fault to the first step after it, by part.
-
-    A teacher is read once by one rank of each stage, and sent to the others at the pace of a node's network.
-    """
-    run, nodes = estimate.sharding, estimate.cluster.nodes
-    parts = {
-        "detection and clean-up": DETECTION + CLEANUP,
-        "node checks, launch, imports": LAUNCH,
-        "process groups": GROUPS + GROUPS_OF_RANK * estimate.cluster.ranks,
-    }
-    if run.teacher is not None and estimate.times.stages:
-        of_each = [each.live_teacher.stage_bytes(run.stages, itemsize=run.itemsize) for each in run.live_teachers]
-        stages = tuple(map(sum, zip(*of_each, strict=True)))
-        readers = min(nodes, -(-run.stages // estimate.cluster.gpus_per_node))
-        read = sum(stages) / min(NODE_STORAGE * readers, STORAGE)
-        network = estimate.cluster.accelerator.network_bandwidth
-        sent = max(stages) / network if nodes > readers else 0.0
-        parts["teacher"] = read + sent
-    local = run.recipe.checkpoint.local is not None
-    rate = LOCAL_STORAGE * nodes if local else min(NODE_STORAGE * nodes, STORAGE)
-    parts["checkpoint"] = 2 * estimate.requirements.checkpoint_bytes / rate  # hashed, then read
-    parts["first step"] = FIRST_STEP
-    return parts

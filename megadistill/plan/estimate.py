@@ -13,6 +13,7 @@ from megadistill.plan.collective_latency import CollectiveTimes, StepLatency, co
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
 from megadistill.plan.counts.traffic import (
+    ACROSS,
     ANSWERS,
     GATHERS,
     HEAD,
@@ -52,6 +53,7 @@ class Estimate:
             activation_checkpointing=recipe.student.activation_checkpointing,
             teacher_ranks=0 if roles is None else roles.teachers,
             stages=0 if roles is None else roles.stages,
+            shard=self.sharding.shard if self.sharding.replicas > 1 else 0,
         )
 
     @property
@@ -148,6 +150,7 @@ def _step_times(
         reduce=seconds(REDUCES),
         vocabulary=seconds(VOCABULARY) + seconds(HEAD),
         sequences=seconds(SHARED),
+        across=seconds(ACROSS),
         stages=tuple(
             each + seconds(TEACHER_SHARED) / run.stages
             for each in _by_share(run, lambda one: _stage_seconds(one, teacher_rate, cluster))

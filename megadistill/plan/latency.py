@@ -23,7 +23,7 @@ def micro_step_latency(run: Sharding) -> float:
     A colocated teacher adds its stage's forward passes, one for each rank of the vocab group.
     """
     kernels = FORWARD_KERNELS[run.student_compiled.value] * (3 + run.checkpoints + run.counts_experts_first)
-    messages = MESSAGES + run.counts_experts_first if run.ranks > 1 else 0
+    messages = MESSAGES + run.counts_experts_first if run.shard > 1 else 0
     seconds = run.student.layers * (kernels * LAUNCH_SECONDS + messages * MESSAGE_SECONDS)
     for each in run.live_teachers if run.roles is None else ():  # of several, as if rows of one were rounds of one
         layers = each.stats.share * each.live_teacher.layers

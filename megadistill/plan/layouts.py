@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from megadistill.accelerators import Accelerator
 from megadistill.config.load import dotted, validate_recipe
 from megadistill.config.recipe import CHECKPOINTING, Checkpointing, Recipe
-from megadistill.distributed.launch import Launch, vocab_group_size
+from megadistill.distributed.launch import Launch, replica_launch, vocab_group_size
 from megadistill.distributed.roles import Roles
 from megadistill.errors import UserError
 from megadistill.plan.counts.sharding import Sharding
@@ -54,13 +54,15 @@ class Layout:
     """Ranks of the teacher's own; 0: no teacher, or a colocated one."""
     stages: int = 0
     """Pipeline stages of a teacher on ranks of its own; 0 otherwise."""
+    shard: int = 0
+    """Ranks of a replica of the student; 0: all of its ranks share one copy."""
 
 
 def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
     """A recipe on a cluster, checked as a run checks it before it starts.
 
     Raises:
-        UserError: the ranks, the batch, the vocabulary or the teacher's layers do not divide so.
+        UserError: the ranks, the replicas, the batch, the vocabulary or the teacher's layers do not divide so.
     """
     section = recipe.teacher
     roles = None
@@ -69,17 +71,27 @@ def place(recipe: Recipe, inputs: PlanInput, cluster: Cluster) -> Sharding:
         roles = Roles(cluster.ranks, section.ranks, section.stages or section.ranks)
     students = cluster.ranks if roles is None else roles.students
     launch = Launch(rank=0, world=students, local_rank=0, local_world=min(cluster.gpus_per_node, students))
+    distributed = recipe.distributed
+    replica = replica_launch(distributed.shard, launch)
+    of = "this run" if replica.world == students else "a replica of the student (distributed.shard)"
     run = Sharding(
         recipe,
         inputs.stats,
         vocab_size=inputs.vocab_size,
         ranks=students,
         ranks_per_node=cluster.gpus_per_node,
-        group_size=vocab_group_size(recipe.distributed.vocab_group, launch, sequence=recipe.distributed.sequence),
+        group_size=vocab_group_size(distributed.vocab_group, replica, sequence=distributed.sequence, of=of),
         roles=roles,
         zero=Zero.of(inputs.deepspeed_config),
+        replicas=students // replica.world,
     )
-    build_engine_config(inputs.deepspeed_config, recipe.train, run.accumulation, sequence=recipe.distributed.sequence)
+    build_engine_config(
+        inputs.deepspeed_config,
+        recipe.train,
+        run.accumulation,
+        ranks=run.shard,
+        replicas=run.replicas,
+    )
     for each in run.live_teachers:
         if run.stages > (layers := each.live_teacher.layers):
             which = " ".join(filter(None, ("the teacher", each.stats.teacher_name)))
@@ -116,7 +128,7 @@ def _with_group(
             continue
         for micro in divisors(inputs.recipe.train.global_batch * inputs.recipe.distributed.sequence // students):
             for recompute in CHECKPOINTING:
-                yield Layout(group, micro, recompute, teachers, stages)
+                yield Layout(group, micro, recompute, teachers, stages, inputs.recipe.distributed.shard or 0)
 
 
 def divisors(number: int) -> list[int]:
@@ -128,6 +140,7 @@ def recipe_with_layout(layout: Layout, recipe: Recipe, cluster: Cluster) -> Reci
     """The recipe of this layout, validated like any other."""
     values = recipe.snapshot()
     values["distributed"]["vocab_group"] = layout.vocab_group
+    values["distributed"]["shard"] = layout.shard or None
     values["train"]["micro_batch"] = layout.micro_batch
     values["student"]["activation_checkpointing"] = layout.activation_checkpointing
     if recipe.teacher is not None and recipe.teacher.is_live:

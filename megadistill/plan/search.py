@@ -11,14 +11,13 @@ from megadistill.plan.estimate import Estimate, estimate
 from megadistill.plan.latency import micro_step_latency
 from megadistill.plan.layouts import Cluster, Layout, layouts, overrides, place, recipe_with_layout
 from megadistill.plan.plan_input import PlanInput
+from megadistill.plan.shards import TIGHT
 from megadistill.plan.throughput import MfuAssumption
 from megadistill.student.deepspeed_config import low_precision_reduction
 from megadistill.units import count, spell
 
 BEST = 5
 """Number of proposals."""
-TIGHT = 0.1
-"""Fraction of free memory below which a fit is called tight, as an allocator never uses all of its memory."""
 MAX_COST_RATIO = 1.5
 """Cost of a proposal against the cheapest one, at most; a proposal of the other placement may cost more."""
 
@@ -83,7 +82,7 @@ class Plan:
         if self.main is None:
             return None
         precision = self.inputs.recipe.train.precision
-        return low_precision_reduction(self.inputs.deepspeed_config, precision, self.main.sharding.ranks)
+        return low_precision_reduction(self.inputs.deepspeed_config, precision, self.main.sharding.shard)
 
     def settings(self, proposal: Estimate) -> list[str]:
         """The `--set` options that turn the recipe into a proposal; none for the recipe's own layout."""

@@ -70,6 +70,9 @@ class StepTimes:
     """Seconds of the vocab group's exchange in the loss, which nothing hides."""
     sequences: float = 0.0
     """Seconds of the exchange of heads and tokens in attention by ranks that share sequences, which nothing hides."""
+    across: float = 0.0
+    """Seconds of the all-reduce of the gradients across replicas of the student, in the mean of a step's micro-steps.
+    It is waited for: see `plan.shards`."""
     collective_latency: float = 0.0
     """Seconds of the latency of collectives that compute does not hide, in the mean of a step's micro-steps."""
     scores_forward: float = 0.0
@@ -115,7 +118,8 @@ class StepTimes:
     @property
     def student(self) -> float:
         """The student's own part of a micro-step."""
-        return self.compute + self.exposed + self.vocabulary + self.sequences + self.collective_latency
+        waits = self.vocabulary + self.sequences + self.across + self.collective_latency
+        return self.compute + self.exposed + waits
 
     @property
     def clients(self) -> int:

@@ -39,15 +39,15 @@ def final_checkpoints(recipe: Recipe, *, first_step: int) -> int:
 
 
 def checkpoint_bytes(run: Sharding) -> int:
-    """Bytes of all ranks' files of one checkpoint, without its manifest.
+    """Bytes of all files of one checkpoint, without its manifest: one a shard, whatever the number of replicas.
 
     Exact where the ranks divide every parameter; else some bytes too many, as the last pieces are counted whole.
     """
     optimizer = run.recipe.train.optimizer
     states = state_bytes(optimizer) * sum(run.param_sizes)
-    pieces = tuple(-(-size // run.ranks) for size in run.param_sizes)
+    pieces = tuple(-(-size // run.shard) for size in run.param_sizes)
     header = _header_bytes(tuple(run.student.shapes), pieces, state_kinds(optimizer))
-    return states + run.ranks * (header + RNG_BYTES + FLOAT32)
+    return states + run.shard * (header + RNG_BYTES + FLOAT32)
 
 
 def local_bytes(run: Sharding) -> int:
@@ -58,7 +58,7 @@ def local_bytes(run: Sharding) -> int:
     if run.recipe.checkpoint.local is None:
         return 0
     files = min(run.ranks, run.ranks_per_node) * (1 if run.ranks <= run.ranks_per_node else 2)
-    return LOCAL_SAVES * files * -(-checkpoint_bytes(run) // run.ranks)
+    return LOCAL_SAVES * files * -(-checkpoint_bytes(run) // run.shard)
 
 
 @lru_cache(maxsize=256)

@@ -90,7 +90,7 @@ def _states(run: Sharding) -> Lines:
     lines = {
         "ZeRO-3 states": (weights if zero.offload_param == "none" else 0)
         + (trained if zero.offload_optimizer == "none" else 0),
-        "persistent parameters": run.itemsize * run.persistent if run.ranks > 1 else 0,
+        "persistent parameters": run.itemsize * run.persistent if run.shard > 1 else 0,
         "reduce bucket": run.reduce_itemsize * zero.reduce_bucket_size if zero.contiguous_gradients else 0,
     }
     if zero.zero_hpz_partition_size > 1:
@@ -108,8 +108,8 @@ def _weights_before_update(run: Sharding, *, offloaded: bool) -> Lines:
 def _heads(run: Sharding) -> Lines:
     """The vocab slice of both heads, and the gradient of the student's over the accumulation window."""
     student = run.rows * run.student.width
-    copied = run.group_size < run.ranks or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
-    own = run.student.tied or run.group_size < run.ranks or run.zero.offload_optimizer != "none"
+    copied = run.group_size < run.shard or run.zero.offload_param != "none"  # else ZeRO-3's own partition is the slice
+    own = run.student.tied or run.group_size < run.shard or run.zero.offload_optimizer != "none"
     return {
         "head rows": run.itemsize * student if copied else 0,
         "head gradient": FLOAT32 * student if own else 0,  # else the loss adds to ZeRO-3's own partition

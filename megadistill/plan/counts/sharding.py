@@ -1,8 +1,8 @@
 """A recipe's models and batch on ranks: the numbers that memory and traffic are counted from.
 
-Legend: V padded vocabulary, D and E widths of student and teacher, G the student's ranks, p ranks of a vocab group (and
-stages of a colocated teacher), v = V/p rows of a slice, N tokens of a rank's micro-batch, S of a sequence; n tokens of
-a chunk of the loss, of the whole group.
+Legend: V padded vocabulary, D and E widths of student and teacher, G the student's ranks in R replicas of w = G/R, p
+ranks of a vocab group (and stages of a colocated teacher), v = V/p rows of a slice, N tokens of a rank's micro-batch, S
+of a sequence; n tokens of a chunk of the loss, of the whole group.
 """
 
 import math
@@ -52,7 +52,7 @@ class Sharding:
     """A recipe's models and batch on ranks.
 
     Raises:
-        UserError: the batch or the vocabulary does not divide over the ranks.
+        UserError: the vocab group does not divide a replica, or the ranks that share sequences the student's.
     """
 
     recipe: Recipe
@@ -67,17 +67,24 @@ class Sharding:
     roles: Roles | None = None
     """Ranks of student and teacher, for a teacher on ranks of its own."""
     zero: Zero = field(default_factory=Zero)
+    replicas: int = 1
+    """R: copies of the student, on as many of its ranks each."""
 
     def __post_init__(self) -> None:
         self.recipe.accumulation(self.ranks)
         self._refuse_shared_sequences()
-        block_cyclic_ranges(self.padded_vocab, self.ranks, self.group_size, rank=0)
+        block_cyclic_ranges(self.padded_vocab, self.shard, self.group_size, rank=0)
 
     def _refuse_shared_sequences(self) -> None:
         models = {"student.config": (self.student.config, self.student_attention)}
         if self.teacher is not None:
             models[f"{self.teacher_key}.path"] = (self.teacher.config, self.teacher_attention)
         check_shared_sequences(self.recipe, {"": self.stats.sequence_length}, models)
+
+    @property
+    def shard(self) -> int:
+        """w: ranks of a replica, over which ZeRO-3 shards the student."""
+        return self.ranks // self.replicas
 
     @property
     def student(self) -> ModelStats:
@@ -157,7 +164,7 @@ class Sharding:
     @cached_property
     def padded_vocab(self) -> int:
         """V: rows of the padded vocabulary."""
-        return padded_vocabulary(self.vocab_size, self.recipe.student.vocab_multiple)
+        return padded_vocabulary(self.vocab_size, self.recipe.student.vocab_multiple, ranks=self.shard)
 
     @cached_property
     def rows(self) -> int:
@@ -167,7 +174,7 @@ class Sharding:
     @cached_property
     def unpadded_rows(self) -> int:
         """Rows without padding, on the rank that has most of them."""
-        ranges = block_cyclic_ranges(self.padded_vocab, self.ranks, self.group_size, rank=0)
+        ranges = block_cyclic_ranges(self.padded_vocab, self.shard, self.group_size, rank=0)
         return sum(max(0, min(stop, self.vocab_size) - start) for start, stop in ranges)
 
     @property
@@ -186,8 +193,8 @@ class Sharding:
 
     @cached_property
     def partition_size(self) -> int:
-        """Parameters of a ZeRO-3 partition: each parameter is cut into G equal pieces."""
-        return sum(-(-size // self.ranks) for size in self.param_sizes)
+        """Parameters of a ZeRO-3 partition: each parameter is cut into w equal pieces."""
+        return sum(-(-size // self.shard) for size in self.param_sizes)
 
     @cached_property
     def persistent(self) -> int:
@@ -196,11 +203,11 @@ class Sharding:
 
     @cached_property
     def persistent_sizes(self) -> tuple[int, ...]:
-        """Their sizes: up to DeepSpeed's persistence threshold, and in a large world the last norm."""
+        """Their sizes: up to DeepSpeed's persistence threshold, and in a large replica the last norm."""
         threshold = self.zero.stage3_param_persistence_threshold
         small = tuple(size for size in self.param_sizes if size <= threshold)
         norm = tuple(size for module in self.student.modules[-1] for size in module if size > threshold)
-        return small + (norm if self.ranks > RANKS_OF_A_SMALL_WORLD else ())
+        return small + (norm if self.shard > RANKS_OF_A_SMALL_WORLD else ())
 
     @cached_property
     def embedding_size(self) -> int:
@@ -210,7 +217,7 @@ class Sharding:
     @cached_property
     def gathered(self) -> GatheredParams:
         """Parameters that a micro-step gathers of the student, without the head, which is never gathered."""
-        if self.ranks == 1:
+        if self.shard == 1:
             return GatheredParams(0, 0, 0, 0, 0, 0, 0)
         (_, *others) = self.student.modules
         leaves = ((self.embedding_size,), *(self.gathered_sizes(part) for part in others))
@@ -242,14 +249,14 @@ class Sharding:
     @cached_property
     def layer_matrices(self) -> list[int]:
         """Partitioned parameters of each layer."""
-        if self.ranks == 1:
+        if self.shard == 1:
             return [0]
         _, *layers, _ = self.student.modules
         return [sum(self.gathered_sizes(part)) for part in layers]
 
     def gathered_sizes(self, part: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
         """Sizes of a part's parameters that are gathered at each use."""
-        if part is self.student.modules[-1] and self.ranks > RANKS_OF_A_SMALL_WORLD:
+        if part is self.student.modules[-1] and self.shard > RANKS_OF_A_SMALL_WORLD:
             return ()
         threshold = self.zero.stage3_param_persistence_threshold
         return tuple(size for module in part for size in module if size > threshold)

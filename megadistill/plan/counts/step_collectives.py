@@ -94,8 +94,20 @@ class _Groups:
 
     run: Sharding
 
-    def world(self, purpose: str, kind: str, nbytes: int, hidden_behind: Hidden = Hidden.NOTHING) -> Collective:
-        return self._call(purpose, kind, nbytes, hidden_behind, ranks=self.run.ranks, stride=1, spans_world=True)
+    def replica(self, purpose: str, kind: str, nbytes: int, hidden_behind: Hidden = Hidden.NOTHING) -> Collective:
+        """Over the ranks of a replica of the student, or of its only copy."""
+        spans_world = self.run.replicas == 1
+        return self._call(purpose, kind, nbytes, hidden_behind, ranks=self.run.shard, stride=1, spans_world=spans_world)
+
+    def across(self, purpose: str, kind: str, nbytes: int) -> Collective:
+        """Over the ranks with the same shard, one of each replica."""
+        ranks, stride = self.run.replicas, self.run.shard
+        return self._call(purpose, kind, nbytes, Hidden.NOTHING, ranks=ranks, stride=stride, spans_world=True)
+
+    def run_wide(self, purpose: str, kind: str, nbytes: int) -> Iterator[Collective]:
+        """Over all ranks of the student, in two levels where there are replicas (`distributed.collectives`)."""
+        yield self.replica(purpose, kind, nbytes)
+        yield self.across(purpose, kind, nbytes)
 
     def copies(self, purpose: str, kind: str, nbytes: int, hidden_behind: Hidden = Hidden.NOTHING) -> Collective:
         """Over the ranks that together hold hpZ's second copy of the weights."""
@@ -105,10 +117,10 @@ class _Groups:
         return self._call(purpose, kind, nbytes, Hidden.NOTHING, ranks=self.run.group_size, stride=1)
 
     def slice(self, purpose: str, kind: str, nbytes: int) -> Collective:
-        """Over the ranks with the same place in their vocab groups."""
-        p = self.run.group_size
-        ranks = self.run.ranks // p
-        return self._call(purpose, kind, nbytes, Hidden.NOTHING, ranks=ranks, stride=p, spans_world=True)
+        """Over a replica's ranks with the same place in their vocab groups."""
+        p, spans_world = self.run.group_size, self.run.replicas == 1
+        ranks = self.run.shard // p
+        return self._call(purpose, kind, nbytes, Hidden.NOTHING, ranks=ranks, stride=p, spans_world=spans_world)
 
     def _call(
         self,
@@ -127,13 +139,14 @@ class _Groups:
 
 WEIGHTS, COPIES, SCALES = "weights", "weights in the node", "scales of 8-bit weights"
 GRADIENTS, HEAD_ROWS, HEAD_GRADIENT = "gradients", "head rows", "gradient of the head"
+ACROSS = "gradients across replicas"
 SMALL, TOKENS, NUMBERS, NORM = "small parameters", "count of tokens", "numbers of the step", "gradient norm"
 LOSS = "loss"
 """Purposes."""
 
 CONTROL = (SMALL, TOKENS, NUMBERS, NORM)
-"""Purposes of the calls over the world that may be small: all-reduces, whose latency grows with the logarithm of the
-nodes, once a step."""
+"""Purposes of the calls over a replica, and across replicas, that may be small: all-reduces, whose latency grows with
+the logarithm of the nodes, once a step."""
 
 QUANTIZED_GROUP = 2048
 """Most weights that share a scale under qwZ."""
@@ -141,7 +154,7 @@ QUANTIZED_GROUP = 2048
 
 def _gathers(run: Sharding, groups: _Groups, *, first: bool) -> Iterator[Collective]:
     """Gathers of a micro-step; `first`: the first one after an update, when hpZ has no copies of the new weights."""
-    if run.ranks == 1:
+    if run.shard == 1:
         return
     (_, *others) = run.student.modules
     leaves = ((run.embedding_size,), *(run.gathered_sizes(part) for part in others))
@@ -162,9 +175,9 @@ def _gather(
     if hpz == 1:
         new, again = call.sizes, ()
     itemsize = 1 if run.zero.zero_quantized_weights else run.itemsize
-    for sizes, group, purpose in ((new, groups.world, WEIGHTS), (again, groups.copies, COPIES)):
+    for sizes, group, purpose in ((new, groups.replica, WEIGHTS), (again, groups.copies, COPIES)):
         if sizes:
-            numel = sum(run.ranks * -(-size // run.ranks) for size in sizes)
+            numel = sum(run.shard * -(-size // run.shard) for size in sizes)
             yield group(purpose, ALL_GATHER, itemsize * numel, hidden_behind)
             if run.zero.zero_quantized_weights:
                 yield group(SCALES, ALL_GATHER, FLOAT32 * -(-numel // QUANTIZED_GROUP), hidden_behind)
@@ -184,9 +197,9 @@ def _reductions(run: Sharding, groups: _Groups) -> Iterator[Collective]:
         if whole and sum(bucket) <= run.zero.reduce_bucket_size:
             kind, numel = ALL_REDUCE, sum(bucket)
         else:
-            kind, numel = REDUCE_SCATTER, sum(run.ranks * -(-size // run.ranks) for size in bucket)
+            kind, numel = REDUCE_SCATTER, sum(run.shard * -(-size // run.shard) for size in bucket)
         hidden_behind = Hidden.NOTHING if bucket is buckets[-1] else Hidden.BACKWARD
-        yield groups.world(GRADIENTS, kind, run.reduce_itemsize * numel, hidden_behind)
+        yield groups.replica(GRADIENTS, kind, run.reduce_itemsize * numel, hidden_behind)
 
 
 def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
@@ -217,14 +230,16 @@ def _loss(run: Sharding, groups: _Groups) -> Iterator[Collective]:
 
 
 def _once(run: Sharding, groups: _Groups) -> Iterator[Collective]:
-    """Calls of the step: the head's rows and their gradient, the control calls, and small parameters after it."""
+    """Calls of the step: the head's rows and their gradient, the control calls, the gradient across replicas, and small
+    parameters after it."""
     rows = run.rows * run.student.width
     yield groups.slice(HEAD_ROWS, ALL_GATHER, run.itemsize * rows)
     yield groups.slice(HEAD_GRADIENT, REDUCE_SCATTER, FLOAT32 * rows)
-    yield groups.world(TOKENS, ALL_REDUCE, FLOAT64)
+    yield from groups.run_wide(TOKENS, ALL_REDUCE, FLOAT64)
     by_teacher = len(run.recipe.teachers) * max(1, len(run.recipe.data.sources)) * (1 + len(PER_TOKEN_NAMES))
-    yield groups.world(NUMBERS, ALL_REDUCE, FLOAT64 * (len(METRIC_NAMES) + by_teacher))
-    yield groups.world(NORM, ALL_REDUCE, FLOAT64)
+    yield from groups.run_wide(NUMBERS, ALL_REDUCE, FLOAT64 * (len(METRIC_NAMES) + by_teacher))
+    yield groups.across(ACROSS, ALL_REDUCE, FLOAT32 * run.partition_size)
+    yield groups.replica(NORM, ALL_REDUCE, FLOAT64)
     if run.persistent_sizes:
-        numel = sum(run.ranks * -(-size // run.ranks) for size in run.persistent_sizes)
-        yield groups.world(SMALL, ALL_REDUCE, run.itemsize * numel)
+        numel = sum(run.shard * -(-size // run.shard) for size in run.persistent_sizes)
+        yield groups.replica(SMALL, ALL_REDUCE, run.itemsize * numel)

@@ -46,6 +46,7 @@ class Link:
 NO_TRAFFIC = Link(0.0, 0.0)
 
 GATHERS, REDUCES = "ZeRO-3 weights, both passes", "ZeRO-3 gradients"
+ACROSS = "gradients across replicas, once a step"
 HEAD = "head rows and their gradient, once a step"
 VOCABULARY = "hidden states and their gradient, in the loss"
 SHARED, TEACHER_SHARED = "heads and tokens, in the student's attention", "heads and tokens, in the teacher's attention"
@@ -58,7 +59,8 @@ def student_traffic(run: Sharding) -> dict[str, Link]:
     gradients = run.reduce_itemsize * run.reduced
     links = {
         GATHERS: _weights(run),
-        REDUCES: _ring(run, gradients / run.tokens, run.ranks, stride=1),
+        REDUCES: _ring(run, gradients / run.tokens, run.shard, stride=1),
+        ACROSS: _across(run),
         HEAD: _head(run),
         VOCABULARY: _by_share(run.each_teacher, _vocabulary),
         SHARED: _all_to_all(run, run.student, passes=2 + run.checkpoints + run.counts_experts_first),
@@ -117,18 +119,25 @@ def _weights(run: Sharding) -> Link:
     itemsize = 1 if run.zero.zero_quantized_weights else run.itemsize
     small = 2 * run.itemsize * run.persistent / (run.tokens * run.accumulation)  # an all-reduce after each update
     if run.zero.zero_hpz_partition_size == 1:
-        return _ring(run, itemsize * (passes * forward + backward) + small, run.ranks, stride=1)
-    everywhere = _ring(run, itemsize * forward / run.accumulation + small, run.ranks, stride=1)
+        return _ring(run, itemsize * (passes * forward + backward) + small, run.shard, stride=1)
+    everywhere = _ring(run, itemsize * forward / run.accumulation + small, run.shard, stride=1)
     rest = run.itemsize * (backward + forward * (passes - 1 / run.accumulation))
     copies = _ring(run, rest, run.zero.zero_hpz_partition_size, stride=1)
     return Link(everywhere.node + copies.node, everywhere.network + copies.network)
 
 
+def _across(run: Sharding) -> Link:
+    """An all-reduce of a rank's flat gradient, in float32, over the ranks with the same shard: `student.flat_step`."""
+    size = 2 * FLOAT32 * run.partition_size / (run.tokens * run.accumulation)
+    return _ring(run, size, run.replicas, stride=run.shard)
+
+
 def _head(run: Sharding) -> Link:
-    """Over the ranks with the same place in their vocab groups: gathered in the run's precision, reduced in float32."""
+    """Over a replica's ranks with the same place in their vocab groups: gathered in the run's precision, reduced in
+    float32."""
     window = run.tokens * run.accumulation
     size = (run.itemsize + FLOAT32) * run.rows * run.student.width / window
-    return _ring(run, size, run.ranks // run.group_size, stride=run.group_size)
+    return _ring(run, size, run.shard // run.group_size, stride=run.group_size)
 
 
 def _vocabulary(run: Sharding) -> Link:

@@ -6,8 +6,10 @@ from typing import Any
 from megadistill.plan.checkpoint_interval import advise
 from megadistill.plan.counts.disk_usage import signal_bytes
 from megadistill.plan.estimate import Estimate, optimistic_mfu
+from megadistill.plan.output.plan_shards import shards_json
 from megadistill.plan.scaling_law import LOWEST_LOSS, PARAMETERS, TOKENS, Expectation
 from megadistill.plan.search import EntryEstimate, Plan
+from megadistill.plan.shards import shard_candidates
 from megadistill.plan.validation_cost import validation_cost
 
 FITTED_ON = {"parameters": PARAMETERS, "tokens": TOKENS, "nats_per_token_above": LOWEST_LOSS}
@@ -48,6 +50,7 @@ def to_json(
         "models": _models(main) if main else [],
         "checkpoint_bytes": main.requirements.checkpoint_bytes if main else None,
         "checkpoint_interval": _interval(main, between_faults) if main and not plan.no_forecast else None,
+        "replicas": _shards(plan, main, between_faults) if main and not plan.no_forecast else None,
         "validation": _validation(main) if main and not plan.no_forecast else None,
         "teacher_bytes_per_token": _teacher_outputs(plan, main) if main else None,
         "chosen": {key: choice._asdict() for key, choice in main.sharding.choices.items()} if main else {},
@@ -78,18 +81,24 @@ def _entry(each: EntryEstimate, price: float | None) -> dict[str, Any]:
 
 def _interval(estimate: Estimate, between_faults: float | None) -> dict[str, Any]:
     advice = advise(estimate, between_faults=between_faults)
-    costs = advice.costs
+    costs, without = advice.costs, advice.without_survival
     return {
         "key": advice.key,
         "steps": advice.own,
         "goodput": advice.goodput(advice.own),
         "advised_steps": advice.every,
         "advised_goodput": advice.goodput(advice.every),
+        "advised_goodput_if_each_fault_is_a_restart": without.goodput(without.every),
         "stall_seconds": costs.stall,
         "write_seconds": costs.write,
         "restart_seconds": {**advice.restart_parts, "together": costs.restart},
         "seconds_between_faults": costs.between_faults,
+        "replica_deaths": {**asdict(costs.deaths), "cost": costs.deaths.cost} if costs.deaths.share else None,
     }
+
+
+def _shards(plan: Plan, main: Estimate, between_faults: float | None) -> dict[str, Any] | None:
+    return shards_json(shard_candidates(main, plan.inputs, plan.mfu, between_faults=between_faults))
 
 
 def _validation(estimate: Estimate) -> dict[str, Any] | None:
@@ -128,6 +137,8 @@ def _layout(plan: Plan, each: Estimate, price: float | None) -> dict[str, Any]:
         **asdict(each.layout),
         "stages": run.stages if times.stages else 0,
         "students": run.ranks,
+        "shard": run.shard,
+        "student_replicas": run.replicas,
         "accumulation": run.accumulation,
         "fits": each.fits,
         "memory_bytes": each.memory,

@@ -15,10 +15,12 @@ from megadistill.plan.checkpoint_interval import CheckpointAdvice, advise
 from megadistill.plan.collective_latency import SOURCE
 from megadistill.plan.counts.disk_usage import LOCAL_SAVES, final_checkpoints, local_bytes, signal_bytes, target_bytes
 from megadistill.plan.counts.memory import Lines
-from megadistill.plan.counts.traffic import SHARED
+from megadistill.plan.counts.traffic import ACROSS, SHARED
 from megadistill.plan.estimate import Estimate, optimistic_mfu
+from megadistill.plan.output.plan_shards import shards_table
 from megadistill.plan.scaling_law import Expectation
-from megadistill.plan.search import TIGHT, Plan
+from megadistill.plan.search import Plan
+from megadistill.plan.shards import TIGHT, shard_candidates
 from megadistill.plan.throughput import MfuAssumption
 from megadistill.plan.validation_cost import ValidationCost, validation_cost
 from megadistill.units import count, readable, spell
@@ -41,6 +43,8 @@ def render(
         parts += [_models(main), *_memory(main), *([] if plan.no_forecast else [_time(main)]), *_links(main)]
     if plan.best:
         parts.append(_layouts(plan, price=price))
+    if main is not None and not plan.no_forecast:
+        parts += _shards(plan, main, between_faults)
     if main is not None:
         cost = None if plan.no_forecast else validation_cost(main)
         parts += [] if cost is None else [_validation(main, cost)]
@@ -216,7 +220,7 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
 
-ONLY_IF_ANY = ("student, attention scores in memory", "student, elementwise work recomputed", SHARED)
+ONLY_IF_ANY = ("student, attention scores in memory", "student, elementwise work recomputed", SHARED, ACROSS)
 """Rows of a micro-step that most recipes do not have."""
 
 
@@ -233,6 +237,7 @@ def _time(estimate: Estimate) -> RenderableType:
         "ZeRO-3's traffic that compute does not hide": times.exposed,
         "exchange in the vocab group": times.vocabulary,
         SHARED: times.sequences,
+        ACROSS: times.across,
         "latency of collectives that compute does not hide": times.collective_latency,
     }
     if times.stages and not times.replicas:
@@ -287,6 +292,13 @@ def _links(estimate: Estimate) -> list[RenderableType]:
     for name, link in rows.items():
         table.add_row(name, f"{link.node:,.0f}", f"{link.network:,.0f}")
     return [_part("Bytes that a GPU receives for each token", table)] if rows else []
+
+
+def _shards(plan: Plan, main: Estimate, between_faults: float | None) -> list[RenderableType]:
+    """Nothing where the student is within a node."""
+    candidates = shard_candidates(main, plan.inputs, plan.mfu, between_faults=between_faults)
+    empty = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    return [shards_table(candidates, main.sharding.shard, empty)] if len(candidates) > 1 else []
 
 
 def _layouts(plan: Plan, *, price: float | None) -> RenderableType:
@@ -369,11 +381,18 @@ def _saves(advice: CheckpointAdvice) -> RenderableType:
     table = _table("", "steps", "time", "goodput")
     for name, steps in (("the recipe's", advice.own), ("advice", advice.every)):
         table.add_row(f"{name}: {advice.key}", f"{steps:,}", spell(steps * advice.step), f"{advice.goodput(steps):.1%}")
+    if costs.deaths.share:
+        without = advice.without_survival
+        goodput = f"{without.goodput(without.every):.1%}"
+        table.add_row("if each fault were a restart", f"{without.every:,}", spell(without.every * advice.step), goodput)
     parts = ", ".join(f"{name} {spell(seconds)}" for name, seconds in advice.restart_parts.items())
     note = (
         f"One fault in {spell(costs.between_faults)}; a save stalls training for {spell(costs.stall)} and is whole "
         f"{spell(costs.write)} later; a restart takes {spell(costs.restart)}: {parts}."
     )
+    if costs.deaths.share:
+        deaths = costs.deaths
+        note += f" {deaths.share:.0%} of the faults end one replica of the student alone and cost {spell(deaths.cost)}."
     return _part("Saves and faults", table, note)
 
 

@@ -164,6 +164,7 @@ class _Simulation:
             rank.add(WAIT, "exchange of heads and tokens", times.sequences)
             rank.add(COMPUTE, "student backward", times.backward)
             rank.add(WAIT, "ZeRO-3's traffic, not hidden", times.exposed)
+            rank.add(WAIT, "gradients across replicas", times.across)
             rank.add(WAIT, "latency of collectives", times.collective_latency)
             if (round_ + 1) % self._m == 0:
                 rank.steps.append(Step((round_ + 1) // self._m, rank.steps[-1].end if rank.steps else 0.0, rank.now))

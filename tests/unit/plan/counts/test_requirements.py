@@ -92,13 +92,16 @@ def test_the_phase_that_takes_most_is_what_a_rank_needs() -> None:
     assert tiny(deepspeed_config={"zero_optimization": {"reduce_bucket_size": 1000}}).phase == "loss"
 
 
-def test_what_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch 8 .* 3 ranks"):
-        tiny(ranks=3)
+def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UserError, match=r"32 layers .* 64 stages"):
         large(group_size=64)
-    with pytest.raises(UserError, match="padded vocabulary of 256"):
-        tiny(ranks=7, global_batch=14)
+
+
+def test_a_batch_and_a_vocabulary_that_do_not_divide_are_padded() -> None:
+    """Seven ranks: 259 rows of the vocabulary instead of 256, and room for 28 sequences, of which 16 count."""
+    uneven, even = tiny(ranks=7, global_batch=16), tiny(ranks=8, global_batch=16)
+    assert uneven.tokens == even.tokens, "surplus rows are no tokens"
+    assert [each.phases["step"]["head gradient"] for each in (uneven, even)] == [4 * 32 * 259, 4 * 32 * 256]
 
 
 def test_a_teacher_with_ranks_of_its_own_is_on_none_of_the_students() -> None:
