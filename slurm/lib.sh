@@ -13,8 +13,10 @@ cd "${SLURM_SUBMIT_DIR:?the sbatch files run under sbatch}" || exit 2
 MAX_STARTS=3      # without progress; then HOLD
 CHECK_SECONDS=120 # time limit of the nodes' checks; a node that has not answered then is not used
 SPARES=${SPARES:-0}
+RUN_STEPS=run_step
+STEP_LOGS=() # folders of the steps' logs, where they are not LOGS
 NOTICE=""         # USR2: stop with a checkpoint and resume in another job; TERM: this job is cancelled
-STEP_PID=""
+STEP_PIDS=()
 
 log() { echo "[$(date '+%F %T')] job $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}: $*"; }
 
@@ -23,10 +25,17 @@ on_notice() {
   [ -z "$NOTICE" ] || return # on a second signal the ranks end without a checkpoint
   NOTICE=$1
   # TERM is not forwarded: srun would kill the ranks. Slurm sends it to them itself.
-  if [ "$1" = USR2 ] && [ -n "$STEP_PID" ]; then kill -USR2 "$STEP_PID"; fi
+  if [ "$1" = USR2 ] && [ "${#STEP_PIDS[@]}" -gt 0 ]; then kill -USR2 "${STEP_PIDS[@]}"; fi
 }
 trap 'on_notice USR2' USR2
 trap 'on_notice TERM' TERM
+
+# await PID: its exit code, once it has ended; a signal to this script ends `wait`, not the process.
+await() {
+  local code
+  while wait "$1"; code=$?; kill -0 "$1" 2>/dev/null; do :; done
+  return "$code"
+}
 
 # leave CODE REASON: ends this job; the run resumes when it starts again, or in the next job of an array or a chain.
 leave() {
@@ -134,25 +143,37 @@ component() {
 
 # run_step: starts STEP, waits for its end, and logs the exit codes.
 run_step() {
-  local began=$SECONDS code counts
+  local began=$SECONDS code=0
   srun "${STEP[@]}" &
-  STEP_PID=$!
-  while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done # a signal ends wait, not srun
-  STEP_PID=""
-  counts=$(awk '{ print $2 }' "$LOGS"/*.codes 2>/dev/null | sort | uniq -c |
-    awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}')
-  log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $counts"
+  STEP_PIDS=($!)
+  await "${STEP_PIDS[0]}" || code=$?
+  STEP_PIDS=()
+  log "srun ended with $code after $((SECONDS - began)) s; ranks by exit code: $(exit_codes "$LOGS")"
   find "$LOGS" -name '*.err' -empty -delete
+}
+
+exit_codes() { # FOLDER
+  awk '{ print $2 }' "$1"/*.codes 2>/dev/null | sort | uniq -c | awk '{printf "%s%d x %s", sep, $1, $2; sep = ", "}'
 }
 
 exit_code_of() { awk -v rank="$1" '$1 == rank { print $2 }' "$LOGS"/*.codes 2>/dev/null | tail -n 1; } # RANK
 
-# first_rank_with CODE...: its number, and its last line. Of these ranks the first with a reason of its own, then one that
+# first_rank_with CODE...: its number, and its last line; of several steps (STEP_LOGS), the first that has one.
+first_rank_with() {
+  local folder
+  for folder in "${STEP_LOGS[@]:-$LOGS}"; do
+    first_rank_of "$folder" "$@" && return
+  done
+  return 1
+}
+
+# first_rank_of FOLDER CODE...: of these ranks the first with a reason of its own, then one that
 # lost another, then one with other lines, as of warnings: most print no reason, as the fault is another's. One pass over
 # the lines and codes of all ranks.
-first_rank_with() {
-  local file files=() found
-  for file in "$LOGS"/*.err "$LOGS"/*.codes; do [ ! -e "$file" ] || files+=("$file"); done
+first_rank_of() {
+  local file files=() found folder=$1
+  shift
+  for file in "$folder"/*.err "$folder"/*.codes; do [ ! -e "$file" ] || files+=("$file"); done
   [ "${#files[@]}" -gt 0 ] || return 1
   found=$(awk -v codes=" $* " '
     FILENAME ~ /\.err$/ { rank = $1; if (!sub(/^[0-9]+: /, "") || !NF) next
@@ -195,13 +216,14 @@ is_superseded() {
   local now
   now=$(newest_attempt "$1")
   [ "$now" != "$2" ] && ! {
-    grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" && grep -q "\"MASTER_PORT\": \"$MASTER_PORT\"" "$now"
+    grep -q "\"SLURM_JOB_ID\": \"$SLURM_JOB_ID\"" "$now" &&
+      grep -qE "\"MASTER_PORT\": \"(${MASTER_PORTS:-$MASTER_PORT})\"" "$now"
   }
 }
 
 # until_done FOLDER MARKER LAYOUT COMMAND...: restarts COMMAND until the file MARKER exists, or this job has to end. The
-# function LAYOUT fills STEP for the command with usable nodes; it fails if there are too few. FOLDER holds the logs,
-# HOLD and the count of starts.
+# function LAYOUT fills STEP for the command with usable nodes, which the function RUN_STEPS then runs; LAYOUT fails if
+# there are too few. FOLDER holds the logs, HOLD and the count of starts.
 until_done() {
   local folder=$1 marker=$2 layout=$3 before why job try=0
   shift 3
@@ -219,12 +241,12 @@ until_done() {
     export MASTER_PORT=$((12000 + (SLURM_JOB_ID * 131 + ${SLURM_RESTART_COUNT:-0} * 17 + try) % 20000))
     unset MASTER_ADDR # another port and another first node for each try: the last one's ranks may still hold theirs
     mkdir -p "$LOGS"
-    STEP=()
+    STEP=() STEP_LOGS=()
     "$layout" "$@" || leave 3 "too few usable nodes"
     [ -z "$NOTICE" ] || leave 0 "stop requested"
     before=$(newest_attempt "$folder")
     log "start $try on $(xargs <<<"$STEP_NODES"), after $(progress | grep . || echo nothing)"
-    run_step
+    "$RUN_STEPS"
     [ ! -e "$marker" ] || { log "done" && exit 0; }
     if is_superseded "$folder" "$before"; then
       log "another job has started in $folder: this job ends"
@@ -242,8 +264,9 @@ until_done() {
 to_the_end() {
   local code
   "$@" &
-  STEP_PID=$!
-  while wait "$STEP_PID"; code=$?; kill -0 "$STEP_PID" 2>/dev/null; do :; done
+  STEP_PIDS=($!)
+  await "${STEP_PIDS[0]}"
+  code=$?
   [ "$NOTICE" != USR2 ] || leave 0 "stopped"
   exit "$code"
 }

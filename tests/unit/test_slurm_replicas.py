@@ -1,0 +1,149 @@
+"""slurm/replicas.sbatch with doubles of Slurm's commands: a replica that ends is started again, and others go on."""
+
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_double import ReplicaJob
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> ReplicaJob:
+    return ReplicaJob(tmp_path)
+
+
+def test_each_replica_is_a_step_with_a_rendezvous_of_its_own_and_they_share_a_store(job: ReplicaJob) -> None:
+    code, log = job.run("finish")
+    assert (code, "done" in log) == (0, True), log
+    first, second = job.starts()
+    assert (first.replica, first.replicas, first.nodes, first.address) == ("0", "2", "n1,n2", "n1")
+    assert (second.replica, second.replicas, second.nodes, second.address) == ("1", "2", "n3,n4", "n3")
+    assert first.store == second.store
+    assert first.store.startswith("localhost:")
+    assert len({first.port, second.port, first.store.partition(":")[2]}) == 3
+    for options in (first.command, second.command):
+        assert {"--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1"} <= set(options.split())
+    assert job.stores() == [True], "the store has been ended"
+
+
+def test_a_replica_that_is_killed_starts_again_on_a_spare_and_joins(job: ReplicaJob) -> None:
+    """Its own nodes are the job's last choice. The one that goes on sees another start, not an end."""
+    code, log = job.run("case $START in 1.2) ends 137 ;; *.3) finish ;; *) until_done ;; esac", nodes=6, spares=2)
+    assert code == 0, log
+    again = job.starts()[2]
+    assert (again.replica, again.nodes, again.address) == ("1", "n5,n6", "n5")
+    assert len({start.port for start in job.starts()}) == 3
+    assert {start.store for start in job.starts()} == {again.store}
+    assert "replica 1 ended on n3 n4" in log
+    assert "ranks by exit code: 2 x 137" in log
+    assert "the run continues without replica 1" in log
+    assert log.count("start 1 on n1 n2 n3 n4") == 1
+    assert "start 2" not in log
+
+
+def test_a_replica_that_starts_again_does_not_take_over_the_run(job: ReplicaJob) -> None:
+    job.earlier_attempt()
+    code, log = job.run("case $START in 0.1) ends 3 ;; *.3) finish ;; *) until_done ;; esac")
+    assert code == 0, log
+    assert ["--take-over" in start.command for start in job.starts()] == [True, True, False]
+
+
+def test_a_lost_node_is_not_used_again_and_its_replica_waits_for_nodes(job: ReplicaJob) -> None:
+    """The node leaves the job. The neighbour on the same replica is free, and is not enough."""
+    code, log = job.run("case $START in 1.2) lose n4; ends 143 ;; 0.1) until_log waits; finish ;; esac")
+    assert code == 0, log
+    assert len(job.starts()) == 2
+    assert "replica 1 waits for 2 free nodes" in log
+
+
+def test_a_lost_replica_of_one_node_takes_its_own_node_where_there_is_no_other(job: ReplicaJob) -> None:
+    code, log = job.run("case $START in 1.2) ends 1 ;; *.3) finish ;; *) until_done ;; esac", nodes=2, per_replica=1)
+    assert code == 0, log
+    assert [start.nodes for start in job.starts()] == ["n1", "n2", "n2"]
+
+
+def test_a_replica_that_no_start_mends_is_left_out_and_the_others_finish(job: ReplicaJob) -> None:
+    code, log = job.run("case $START in 1.2) ends 4 ;; *) until_log 'started again'; finish ;; esac", nodes=6, spares=2)
+    assert code == 0, log
+    assert len(job.starts()) == 2
+    assert "without replica 1, which is not started again: rank 0 exit code 4: megadistill: says 4" in log
+
+
+def test_a_fault_of_all_replicas_is_held_for_a_person(job: ReplicaJob) -> None:
+    code, log = job.run("until_starts 2; ends 4")
+    assert code == 4, log
+    assert "exit code 4: megadistill: says 4" in (job.run_folder / "HOLD").read_text(encoding="utf-8")
+    assert len(job.starts()) == 2
+
+
+def test_when_all_have_ended_everything_starts_again_with_a_new_store(job: ReplicaJob) -> None:
+    code, log = job.run("case $START in *.[12]) until_starts 2; ends 3 ;; *) finish ;; esac")
+    assert code == 0, log
+    first, second, third, fourth = job.starts()
+    assert first.store == second.store != third.store == fourth.store
+    assert "start 2 on n1 n2 n3 n4" in log
+    assert "rank 0 exit code 3: megadistill: says 3" in log
+    assert job.stores() == [True, True]
+
+
+def test_a_replica_that_ends_again_and_again_waits_for_a_checkpoint(job: ReplicaJob) -> None:
+    body = "case $REPLICA in 1) ends 137 ;; 0) until_log 'waits for a'; finish ;; esac"
+    code, log = job.run(body, retry_seconds=0)
+    assert code == 0, log
+    assert [start.replica for start in job.starts()] == ["0", "1", "1", "1"]
+    assert "replica 1 waits for a checkpoint: it ended 3 times after the beginning" in log
+
+
+def test_the_notice_reaches_every_replica_and_starts_none_again(job: ReplicaJob) -> None:
+    running = job.start("case $START in 2.3) ends 3 ;; *) until_notice ;; esac", nodes=4, per_replica=1, spares=1)
+    job.wait_for("the replica that ended is seen", lambda: "the run continues without replica 2" in job.log())
+    job.wait_for("its next start", lambda: len(list(job.folder.glob("waits.*"))) == 3)
+    running.send_signal(signal.SIGUSR2)
+    assert running.wait(timeout=60) == 0, job.log()
+    assert sorted(job.notices()) == ["0.1", "1.2", "2.4"]
+    assert len(job.starts()) == 4
+    assert "the next job of the array or chain resumes" in job.log()
+
+
+def test_a_start_that_does_not_end_with_the_run_is_ended(job: ReplicaJob) -> None:
+    began = time.monotonic()
+    code, log = job.run("case $START in 0.1) finish ;; *) sleep 40 ;; esac", last_seconds=1)
+    assert code == 0, log
+    assert time.monotonic() - began < 30
+
+
+def test_too_few_nodes_are_fewer_replicas(job: ReplicaJob) -> None:
+    code, log = job.run("finish", bad_nodes=("n2",))
+    assert code == 0, log
+    (start,) = job.starts()
+    assert (start.replica, start.replicas, start.nodes) == ("0", "1", "n1,n3")
+    assert "nodes for 1 of 2 replicas" in log
+    assert "n2 is not used: broken" in log
+
+
+def test_below_the_least_number_of_replicas_nothing_starts(job: ReplicaJob) -> None:
+    code, log = job.run("finish", bad_nodes=("n2",), settings="MIN_REPLICAS=2")
+    assert (code, job.starts()) == (3, [])
+    assert "too few usable nodes" in log
+
+
+def test_nodes_are_a_whole_number_of_replicas(job: ReplicaJob) -> None:
+    code, log = job.run("finish", nodes=5)
+    assert (code, job.starts()) == (2, [])
+    assert re.search("5 nodes without SPARES=0 are no multiple of REPLICA_NODES=2", log)
+
+
+def test_a_store_that_does_not_start_is_named(job: ReplicaJob) -> None:
+    code, log = job.run("finish", settings="STORE_SERVER=(bash -c 'echo the port is taken >&2')")
+    assert (code, job.starts()) == (4, [])
+    assert log.count("the store of the replicas did not start: the port is taken") == 3
+
+
+def test_the_store_is_a_module_of_the_same_package(job: ReplicaJob) -> None:
+    script = ". slurm/lib.sh; MEGADISTILL=(run image python -m megadistill); unset STORE_SERVER; . slurm/replicas.sh"
+    done: subprocess.CompletedProcess[str] = job.shell(f'{script}; echo "${{STORE_SERVER[@]}}"')
+    assert done.stdout == "run image python -m megadistill.distributed.store_server\n"
