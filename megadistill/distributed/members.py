@@ -6,8 +6,9 @@ epoch ends when one of them is lost, or when a new one waits to join; then every
 come, the first of them decides who belongs to the next epoch, and all make new groups across replicas. Whoever is
 behind, or new, gets the student's state from one that is furthest (`train.replicas`).
 
-The first rank of a replica, its leader, speaks for it. Its heartbeat is a counter in the store: no clocks of two hosts
-are compared. A leader that was frozen finds itself left out of the next epoch, and ends; its launcher starts it again.
+The first rank of a replica, its leader, speaks for it. When its process ends, its connections to the other leaders are
+closed, which they see at once. Its heartbeat is a counter in the store: no clocks of two hosts are compared. A leader
+that was frozen finds itself left out of the next epoch, and ends; its launcher starts it again.
 
 Keys of the store: `arrivals`, `arrival/N` (leaders in the order in which they came), `beat/M`, `gone/M`, `joins/M` (of
 member M), `ready/E/M` (its steps, for epoch E), `epoch/E` (its members), `broken/E` (why epoch E has ended), `ended`.
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from megadistill.distributed.collectives import all_true, broadcast_object
 from megadistill.distributed.groups.guard import Guard
+from megadistill.distributed.groups.presence import Presence
 from megadistill.distributed.groups.unregistered import unregistered_group
 from megadistill.distributed.launch import SeparateReplica
 from megadistill.distributed.topology import Topology
@@ -44,9 +46,9 @@ logger = logging.getLogger(__name__)
 WAITS_FOR_RANKS = True
 """A thread with a frame of this module waits for other ranks (see `watchdog.stack_probe`)."""
 
-BEAT_SECONDS = 0.5
-SILENCE_SECONDS = 10.0
-"""Time (s) without a heartbeat after which a replica is lost: its process is gone, or its host, or frozen."""
+BEAT_SECONDS = 0.25
+SILENCE_SECONDS = 30.0
+"""Time (s) without a heartbeat after which a replica is lost whose connection is open: its host is gone, or frozen."""
 LOOK_SECONDS = 0.05
 FOREVER = timedelta(days=365)
 
@@ -59,6 +61,8 @@ class Member:
     replica: int
     """Its number in the launch."""
     host: str
+    address: str
+    """Where its leader listens, see `Presence`."""
     steps: int
     """Steps that its student has taken, when the epoch was decided; -1: it has no student yet."""
 
@@ -111,7 +115,8 @@ class Members:
         """Members that wait to join."""
         self._closed = threading.Event()
         if self._leads:
-            own = Member(self._id, separate.replica, socket.gethostname(), -1)
+            self._presence = Presence((separate.host, separate.port))
+            own = Member(self._id, separate.replica, socket.gethostname(), self._presence.address, -1)
             self._store.set(f"beat/{self._id}", "0")
             self._store.set(f"arrival/{self._store.add('arrivals', 1)}", json.dumps(asdict(own)))
             threading.Thread(target=self._beat, name="members beat", daemon=True).start()
@@ -253,10 +258,7 @@ class Members:
         return not known and self._store.check([f"joins/{member.id}"]) and member.id not in self._lost
 
     def _with_steps(self, members: Sequence[Member], number: int) -> list[Member]:
-        return [
-            Member(each.id, each.replica, each.host, int(self._store.get(f"ready/{number}/{each.id}")))
-            for each in members
-        ]
+        return [replace(each, steps=int(self._store.get(f"ready/{number}/{each.id}"))) for each in members]
 
     def _decide(self, number: int, members: Sequence[Member]) -> None:
         """Writes the record of an epoch, unless another leader has."""
@@ -291,7 +293,7 @@ class Members:
                     PrefixStore(f"epoch_{number}_{shard}", self._store),
                     place,
                     range(shard, n * len(members), n),
-                    min(self._timeout, timedelta(seconds=6 * SILENCE_SECONDS)),
+                    min(self._timeout, timedelta(seconds=2 * SILENCE_SECONDS)),
                     device=alone.device,
                     name=f"across_{number}_{shard}",
                 )
@@ -348,7 +350,7 @@ class Members:
                 seen[member.id] = (beat, now)
             elif now - before[1] > SILENCE_SECONDS:
                 self._lost.add(member.id)
-            if store.check([f"gone/{member.id}"]):
+            if self._presence.has_left(member.address) or store.check([f"gone/{member.id}"]):
                 self._lost.add(member.id)
         epoch = self._epoch
         if epoch is None:
