@@ -8,6 +8,11 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+RING = {"allgather": 1, "allgather_base": 1, "reduce_scatter_base": 1, "allreduce": 2, "broadcast": 1, "barrier": 0}
+"""Times that a rank of a ring sends all of a collective's largest tensor but its own part; of a broadcast, the mean."""
+MESSAGES = {"send": 1, "recv": 0}
+"""Times that a rank sends the tensor of a message to one other."""
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -24,6 +29,13 @@ class Collective:
     ranks: int
     nbytes: int
     group: str = field(default="", compare=False)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends, by the algorithms of rings."""
+        if self.name in MESSAGES:
+            return float(MESSAGES[self.name] * self.nbytes)
+        return RING[self.name] * (self.ranks - 1) / self.ranks * self.nbytes
 
 
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -140,18 +140,26 @@ def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any
 
 
 @contextmanager
-def ranks(world: int, make: Callable[..., Mapping[str, Run]], *arguments: Any) -> Iterator[Callable[[str], float]]:
+def ranks(
+    world: int,
+    make: Callable[..., Mapping[str, Run]],
+    *arguments: Any,
+    vocab_group: int | None = None,
+    replicas: int = 1,
+) -> Iterator[Callable[[str], float]]:
     """Processes of one thread each, joined by gloo; yields `time(name)`: the slowest one's seconds for that run.
 
     `make(topology, *arguments)`, at the top level of its module, gives each rank its runs by name.
+    `vocab_group`: ranks of a vocab group; None: all. `replicas`: of the student.
     """
+    groups = {"vocab_group": vocab_group or world, "replicas": replicas}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = _fresh.Pipe()
-        process = _fresh.Process(target=_serve, args=(rank, world, port, theirs, make, arguments), daemon=True)
+        process = _fresh.Process(target=_serve, args=(rank, world, port, theirs, groups, make, arguments), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -184,6 +192,7 @@ def _serve(
     world: int,
     port: int,
     pipe: Connection,
+    groups: Mapping[str, int],
     make: Callable[..., Mapping[str, Run]],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -191,7 +200,7 @@ def _serve(
     torch.set_num_threads(1)
     launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
     try:
-        with process_groups(launch, vocab_group=world, timeout_minutes=10.0) as topology:
+        with process_groups(launch, **groups, timeout_minutes=10.0) as topology:
             _serve_runs(topology, pipe, make(topology, *arguments))
     except BaseException:
         pipe.send(traceback.format_exc())

@@ -13,7 +13,7 @@ from benchmarks.step.growth_plot import draw
 from benchmarks.step.questions import Measurement
 from benchmarks.step.sizes import DEVICE_SIZES, FEATURE_SIZES, GROWTHS, SIZES
 
-QUESTIONS = ("step", "memory", "features", "growth", "device")
+QUESTIONS = ("step", "memory", "features", "growth", "replicas", "device")
 MEASURED = ("megadistill", "benchmarks/*.py", "benchmarks/step")
 FIGURE = ROOT / "docs/results/step-growth.png"
 HELP = """\
@@ -27,6 +27,8 @@ questions (all, when --only does not choose):
             a tiny model (code and caches are not counted)
   features  what each feature is worth: the step with one more of them at a time, then with checkpointing
   growth    time a token as the sequence or the vocabulary grows, beside the products' own; draws a figure, too
+  replicas  two ranks that share a student, in turn with two that have a replica each (distributed.shard: 1): time, and
+            what a rank calls and sends in a step; of deep and wide
   device    tokens a second of one accelerator, a rank on each of them: labels 8B, distillation 8B to 4B
 
 sizes: deep (V 2,000, deep bodies), wide (V 32,000), widest (V 128,000). memory, features and growth are asked of the
@@ -56,6 +58,8 @@ def main() -> None:
                 questions.memory(measurement, name, size, world=world)
             if "features" in arguments.only and name in FEATURE_SIZES:
                 questions.features(measurement, name, size, world=world)
+            if "replicas" in arguments.only and name in FEATURE_SIZES:
+                questions.replicas(measurement, name, size)
         if "growth" in arguments.only:
             points = {
                 grows: questions.growth(measurement, grows, sizes, world=world) for grows, sizes in GROWTHS.items()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.collective_calls import Collectives
 from benchmarks.measure import Run, high_water, reset_high_water
 from benchmarks.step.obvious_script import ObviousScript
 from benchmarks.step.products import BareProducts, record_products
@@ -28,6 +29,8 @@ from megadistill.types import TokenBatch
 
 OURS, PRODUCTS, SCRIPT, TRL = "ours", "its products", "obvious script", "TRL"
 PLAIN = "its products, as plain calls"
+CALLS, SENT = "calls of collectives", "bytes sent by a rank"
+"""Counts of one step."""
 LEARNING_RATE = 1e-6
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """`cpu`: of all threads of a rank, for a machine on which others work too: waiting is not counted."""
@@ -139,6 +142,23 @@ def feature_runs(topology: Topology, folder: Path, size: Size, names: tuple[str,
 def device_runs(topology: Topology, folder: Path, size: Size, names: tuple[str, ...], clock: str) -> dict[str, Run]:
     """Our step with all features, on an accelerator."""
     return timed({OURS: our_step(topology, folder, size, Features())}, clock, topology.device)
+
+
+def replica_runs(topology: Topology, folder: Path, size: Size, clock: str) -> dict[str, Run]:
+    """Our step with all features, and what a rank calls and sends in one."""
+    step = our_step(topology, folder, size, Features())
+
+    def recorded(count: Callable[[Collectives], float]) -> float:
+        with torch.compiler.set_stance("force_eager"), Collectives() as collectives:
+            step()
+        return count(collectives)
+
+    counts = {
+        CALLS: lambda collectives: float(sum(call.ranks > 1 for call in collectives.calls)),
+        SENT: lambda collectives: sum(call.sent for call in collectives.calls),
+    }
+    runs = {name: partial(recorded, count) for name, count in counts.items()}
+    return {**timed({OURS: step}, clock, topology.device), **runs}
 
 
 def memory_runs(topology: Topology, folder: Path, small: Path, size: Size, name: str) -> dict[str, Run]:

@@ -1,6 +1,7 @@
 """The questions: each measures, prints a table and adds rows to the report."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,28 @@ import torch
 from benchmarks.measure import Spread, ranks, rounds
 from benchmarks.report import Report, cell
 from benchmarks.step.contenders import (
+    CALLS,
     OURS,
     PLAIN,
     PRODUCTS,
     SCRIPT,
+    SENT,
     device_runs,
     feature_runs,
     memory_runs,
     others,
+    replica_runs,
     step_runs,
 )
 from benchmarks.step.growth_plot import Point
 from benchmarks.step.sizes import IN_TURN, SIZES, Size, write_files
 
+LAYOUTS = {
+    "1 x 2, vocab groups of 2": {"replicas": 1, "vocab_group": 2},
+    "1 x 2, vocab groups of 1": {"replicas": 1, "vocab_group": 1},
+    "2 x 1": {"replicas": 2, "vocab_group": 1},
+}
+"""Two ranks as replicas x ranks of each. A vocab group is within a replica."""
 MANY_ROWS_ROUNDS = 3
 """Maximum rounds of the questions with many rows."""
 
@@ -96,6 +106,32 @@ def features(measurement: Measurement, name: str, size: Size, *, world: int) -> 
         report.add("features", shape, row, Spread.of(own), ratio=ratio, to=PRODUCTS)
         table.add_row(row, f"{Spread.of(own).median * 1e3:.0f}", cell(ratio), cell(Spread.of_ratios(own, above)))
         above = own
+    report.console.print(table)
+
+
+def replicas(measurement: Measurement, name: str, size: Size) -> None:
+    """Our step on two ranks that share a student, and on two that have a replica each."""
+    shape, report, first = shape_of(size, 2), measurement.report, next(iter(LAYOUTS))
+    with ExitStack() as stack:
+        files = measurement.files(name, size)
+        layouts = {
+            layout: stack.enter_context(ranks(2, replica_runs, files, size, measurement.clock, **groups))
+            for layout, groups in LAYOUTS.items()
+        }
+        for layout in layouts.values():
+            layout(OURS)
+        times = rounds({each: partial(layout, OURS) for each, layout in layouts.items()}, report.repeats)
+        counts = {each: {count: layout(count) for count in (CALLS, SENT)} for each, layout in layouts.items()}
+    table = report.table(
+        f"replicas: {shape}", "replicas x ranks", "ms a step", f"to {first}", CALLS, "MB sent by a rank"
+    )
+    for each, own in times.items():
+        ratio, calls, sent = Spread.of_ratios(own, times[first]), counts[each][CALLS], counts[each][SENT]
+        report.add("replicas", shape, each, Spread.of(own), ratio=ratio, to=first)
+        report.add("replicas", shape, f"{each}: {CALLS}", calls, "calls")
+        report.add("replicas", shape, f"{each}: {SENT}", sent, "bytes")
+        milliseconds = f"{Spread.of(own).median * 1e3:.0f}"
+        table.add_row(each, milliseconds, cell(ratio), f"{calls:.0f}", f"{sent / 1e6:,.1f}")
     report.console.print(table)
 
 

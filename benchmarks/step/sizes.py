@@ -166,6 +166,7 @@ def setup_of(topology: Topology, folder: Path, size: Size, features: Features) -
         "data": {"manifest": str(folder / "data" / "manifest.json")},
         "student": {"config": str(folder / "student"), "weights": str(folder / "student"), **features.student()},
         "loss": {"elementwise": features.loss},
+        "distributed": {"vocab_group": topology.group_size, "shard": topology.shard_world},
         "train": {
             "steps": 1_000_000,
             "global_batch": topology.world * size.micro_batch,

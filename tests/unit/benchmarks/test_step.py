@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.report import Report
 from benchmarks.step import questions
-from benchmarks.step.contenders import OURS, PLAIN, PRODUCTS, SCRIPT, timed, without_leaf_settings
+from benchmarks.step.contenders import CALLS, OURS, PLAIN, PRODUCTS, SCRIPT, SENT, timed, without_leaf_settings
 from benchmarks.step.growth_plot import Point, draw
 from benchmarks.step.products import BareProducts, Product, record_products
 from benchmarks.step.questions import Measurement
@@ -131,7 +131,16 @@ def test_engines_without_leaves_keep_small_parameters_gathered_as_deepspeed_does
     assert {**theirs, "zero_optimization": {**theirs["zero_optimization"], PERSISTENCE: 0}} == ours
 
 
-SECONDS = {OURS: 0.3, PRODUCTS: 0.2, PLAIN: 0.25, SCRIPT: 0.6, "peak": 100.0, **dict.fromkeys(IN_TURN, 0.4)}
+SECONDS = {
+    OURS: 0.3,
+    PRODUCTS: 0.2,
+    PLAIN: 0.25,
+    SCRIPT: 0.6,
+    "peak": 100.0,
+    CALLS: 40.0,
+    SENT: 8e6,
+    **dict.fromkeys(IN_TURN, 0.4),
+}
 
 
 @pytest.fixture
@@ -139,8 +148,8 @@ def measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measurement:
     """Measurements whose ranks answer at once."""
 
     @contextmanager
-    def ranks(world: int, make: Any, *arguments: Any) -> Iterator[Any]:
-        yield lambda name: SECONDS[name] * (2 if SCRIPT in arguments else 1)
+    def ranks(world: int, make: Any, *arguments: Any, vocab_group: int = 2, replicas: int = 1) -> Iterator[Any]:
+        yield lambda name: SECONDS[name] * (2 if SCRIPT in arguments else 1) / replicas
 
     monkeypatch.setattr(questions, "ranks", ranks)
     monkeypatch.setattr(questions, "write_files", lambda folder, size: folder)
@@ -171,6 +180,16 @@ def test_memory_is_held_to_the_script_s(measurement: Measurement) -> None:
 def test_each_feature_has_a_row(measurement: Measurement) -> None:
     questions.features(measurement, "tiny", SIZES["tiny"], world=2)
     assert rows(measurement) == {**dict.fromkeys(IN_TURN, ("2.0000", PRODUCTS)), PRODUCTS: ("1.0000", PRODUCTS)}
+
+
+def test_two_replicas_are_held_to_two_ranks_that_share_a_student(measurement: Measurement) -> None:
+    questions.replicas(measurement, "tiny", SIZES["tiny"])
+    shared, whole_heads, replicas = questions.LAYOUTS
+    times = {shared: ("1.0000", shared), whole_heads: ("1.0000", shared), replicas: ("0.5000", shared)}
+    counts = {f"{layout}: {count}": ("None", "") for layout in times for count in (CALLS, SENT)}
+    assert rows(measurement) == times | counts
+    units = [row["unit"] for row in measurement.report.rows]
+    assert units == 3 * ["s", "calls", "bytes"]
 
 
 def test_growth_is_a_time_a_token_and_a_figure(measurement: Measurement, tmp_path: Path) -> None:
