@@ -21,8 +21,9 @@ CASES = [
     (1, Case(tied=True)),
     (2, Case(accumulation=2)),
     (2, Case(clip=1e6, offload_optimizer=True, persistence=10_000)),
+    (3, Case(accumulation=2)),
 ]
-"""Clipped and not, accumulated, with an optimizer on the host."""
+"""Clipped and not, accumulated, with an optimizer on the host, with surplus rows."""
 
 
 Norms = dict[str, dict[str, float]]

@@ -64,3 +64,12 @@ def test_ranks_that_share_sequences_equal_the_dense_truth(name: str) -> None:
     for world, p, sequence in LAYOUTS[name]:
         for result in run_ranks(world, three_steps, case, vocab_group=p, sequence=sequence):
             assert_matches(result, truth, case=case)
+
+
+def test_ranks_that_share_sequences_have_surplus_rows_too() -> None:
+    """8 sequences in 3 micro-batches of 3."""
+    case = CASES["windows, documents, checkpointed, offloaded"]
+    truth = dense_truth(replace(case, accumulation=1))
+    case = replace(case, accumulation=3)
+    for result in run_ranks(2, three_steps, case, vocab_group=1, sequence=2):
+        assert_matches(result, truth, case=case)

@@ -316,6 +316,19 @@ def test_one_entry_alone_decides_the_shape_of_all_steps(place: Path, tmp_path: P
         assert line in card, line
 
 
+def test_ranks_over_which_no_batch_divides_take_the_same_steps(place: Path, tmp_path: Path) -> None:
+    """4 sequences in micro-batches of 2, then 8, then 4 long ones in those of 1, on 3 ranks: of the first two the last
+    rank has surplus rows alone. Documents are masked."""
+    data = {"document_mask": True}
+    lines = {}
+    for world in (1, 3):
+        given = recipe(place, tmp_path / str(world), data=data, distributed={"vocab_group": 1})
+        lines[world], _ = start(world, given, vocab_group=1)
+    assert [line["tokens"] for line in lines[3]] == [line["tokens"] for line in lines[1]]
+    for ours, theirs in zip(lines[3], lines[1], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-7)
+
+
 def test_slots_that_are_skipped_leave_no_step_across_a_border(place: Path, tmp_path: Path) -> None:
     """Of the first entry's 12 sequences 2 are left out, and 2 more fill no step; the run reads as many tokens."""
     lines, _ = start(2, recipe(place, tmp_path / "run", data={"skip": [[5, 7]]}))

@@ -17,13 +17,13 @@ from megadistill.export.average import average_run, average_weights
 from megadistill.export.export_run import export_run
 from megadistill.train.checkpoint.attempt import acquire
 from megadistill.train.checkpoint.folders import checkpoint_folders
-from megadistill.train.checkpoint.format import Checkpoint
+from megadistill.train.checkpoint.format import VOCABULARY_TABLES, Checkpoint
 from megadistill.train.checkpoint.rollback import Rollback, record_rollbacks
 from megadistill.train.checkpoint.select import latest_valid
 from megadistill.train.checkpoint.writer import remove
 from megadistill.train.setup.parent_checkpoint import find_parent
 from tests.unit.export.test_export_run import _checkpoint, _parameters, _run
-from tests.unit.train.cases import topology
+from tests.unit.train.cases import VOCAB, topology
 
 STEPS = (2, 4, 6)
 
@@ -69,6 +69,22 @@ def test_an_average_is_numpys_in_float64_to_the_last_bit(
     assert tuple(each.step for each in record.checkpoints) == steps
     assert sum(each.weight for each in record.checkpoints) == pytest.approx(1, abs=1e-12)
     assert _left(run) == [folder.name]  # no pin and no draft
+
+
+@pytest.mark.parametrize("paddings", [(256, 258, 255), (255, 252, 260)])
+def test_checkpoints_of_ranks_with_other_paddings_of_the_vocabulary_are_averaged(
+    tmp_path: Path, paddings: tuple[int, ...]
+) -> None:
+    """A run that was resumed on other numbers of ranks: the average has the newest one's rows."""
+    folder, made = _run(tmp_path)
+    for step, padded in zip(STEPS, paddings, strict=True):
+        _checkpoint(folder, made, step=step, seed=step, padded=padded)
+    averaged = Checkpoint(average_run(folder, last=3, decay=None, max_file_bytes=20_000))
+    for name, value in _truth(STEPS, None).items():
+        parameter = averaged.parameter(name).numpy()
+        rows = VOCAB if name in VOCABULARY_TABLES else len(value)
+        assert parameter[:rows].tobytes() == value[:rows].tobytes(), name
+        assert len(parameter) == (paddings[-1] if name in VOCABULARY_TABLES else len(value))
 
 
 def test_the_weights_of_a_moving_average_are_those_of_its_recursion() -> None:

@@ -48,22 +48,24 @@ TOKENS = STEP * 8 * SEQUENCE
 TINY = {"train": {"precision": "float32"}}
 
 
-def _parameters(seed: int = 1) -> dict[str, Tensor]:
+def _parameters(seed: int = 1, *, padded: int | None = None) -> dict[str, Tensor]:
     """Parameters of the padded model: no export may hold the rows past the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     shapes = parameter_shapes(load_config(MODEL | {"vocab_size": VOCAB}, what="test"))
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name in (EMBEDDING, HEAD):
-        values[name] = torch.cat([values[name], torch.full((PADDED - VOCAB, MODEL["hidden_size"]), 99.0)])
+        values[name] = torch.cat([values[name], torch.full(((padded or PADDED) - VOCAB, MODEL["hidden_size"]), 99.0)])
     return values
 
 
-def _checkpoint(run: Path, made: Recipe, *, step: int = STEP, seed: int = 1, **changes: Any) -> Path:
+def _checkpoint(
+    run: Path, made: Recipe, *, step: int = STEP, seed: int = 1, padded: int | None = None, **changes: Any
+) -> Path:
     """A checkpoint of `WORLD` ranks: each has a piece of each flattened parameter, uneven ones and empty ones too."""
     folder, beside = run / "checkpoints", run / f".step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     beside.mkdir()
-    parameters = _parameters(seed)
+    parameters = _parameters(seed, padded=padded)
     for rank in range(WORLD):
         pieces = {f"master/{name}": _piece(tensor, rank) for name, tensor in parameters.items()}
         write_rank(beside, pieces, rank=rank, world=WORLD)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadistill.errors import OperatorFault
+from megadistill.models.families import EMBEDDING, HEAD
 from megadistill.train.checkpoint.folders import checkpoint_folders
 from megadistill.train.checkpoint.format import (
     FORMAT,
@@ -30,6 +31,7 @@ from megadistill.train.checkpoint.format import (
     Checkpoint,
     commit,
     newest_checkpoint,
+    range_of_rank,
     write_rank,
 )
 from tests.unit.train.cases import cursor_of, manifest_of, save_checkpoint
@@ -90,6 +92,34 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     assert checkpoint.read("optimizer_step", 0, 1).tolist() == [7.0]
     assert torch.equal(_not_none(checkpoint.rng_state(0, 1)), torch.get_rng_state())
     assert checkpoint.rng_state(0, 2) is None, "the generators of another world are not this one's"
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+@pytest.mark.parametrize("writers", [1, 2, 3])
+def test_another_padding_of_the_vocabulary_is_read(tmp_path: Path, name: str, writers: int) -> None:
+    """5 ids on 6 rows of 2 there; a reader has 5, 6, 8 or 12 rows, in any number of pieces."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for rank in range(writers):
+        start, stop = range_of_rank(12, rank, writers)
+        pieces = {f"{kind}/{name}": sign * WEIGHT.flatten()[start:stop] for kind, sign in (("master", 1), ("exp", -1))}
+        write_rank(beside, pieces, rank=rank, world=writers)
+    commit(beside, tmp_path / "step-00000004", manifest_of(4, world=writers, parameters={name: (6, 2)}))
+    checkpoint = Checkpoint(tmp_path / "step-00000004")
+    for rows in (5, 6, 8, 12):
+        expected = torch.cat([WEIGHT, torch.zeros(6, 2)])[:rows].flatten()
+        for readers in (1, 2, 3, 4, 5, 6):
+            ranges = [range_of_rank(2 * rows, rank, readers) for rank in range(readers)]
+            for kind, sign in (("master", 1), ("exp", -1)):
+                read = torch.cat([checkpoint.read(f"{kind}/{name}", start, stop) for start, stop in ranges])
+                assert torch.equal(read, sign * expected), (rows, readers)
+    assert torch.equal(checkpoint.parameter(name), WEIGHT), "an export reads what was written"
+
+
+def test_no_other_parameter_may_be_longer_than_it_was_written(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(_save(tmp_path, 4))
+    with pytest.raises(OperatorFault, match="master/w has 12 elements, not 10 to 14"):
+        checkpoint.read("master/w", 10, 14)
 
 
 def _not_none(value: Tensor | None) -> Tensor:
