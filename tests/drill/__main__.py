@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tests.drill import replicas  # noqa: F401  its cases
 from tests.drill.cases import CASES, CaseResult
 from tests.drill.launch import left_over
 from tests.drill.place import Place

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadistill.train.checkpoint.folders import checkpoint_name
 from megadistill.train.lookahead import StepBatch
 from megadistill.train.teacher.targets import TargetedBatch
 
@@ -112,6 +113,89 @@ def _die_in_backward(step: int) -> None:
     StudentEngine.backward = backward  # type: ignore[method-assign]
 
 
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_before(owner: Callable[[], Any], name: str) -> Callable[[int], None]:
+    """SIGKILL where the function `name` of `owner` is called in a step."""
+
+    def patch(step: int) -> None:
+        place = owner()
+        real = getattr(place, name)
+
+        def killed(*arguments: Any, **keys: Any) -> Any:
+            if step == STEP:
+                _kill()
+            return real(*arguments, **keys)
+
+        setattr(place, name, killed)
+
+    return patch
+
+
+def _flat_step() -> Any:
+    import megadistill.student.flat_step
+
+    return megadistill.student.flat_step
+
+
+def _writer() -> Any:
+    import megadistill.train.checkpoint.writer
+
+    return megadistill.train.checkpoint.writer
+
+
+def _engine() -> Any:
+    from megadistill.student.engine import StudentEngine
+
+    return StudentEngine
+
+
+def _stage() -> Any:
+    from megadistill.teacher.stage import TeacherStage
+
+    return TeacherStage
+
+
+def _die_in_save(step: int) -> None:
+    """SIGKILL in the thread that writes the checkpoint of a step, which the run has gone on from."""
+    writer = _writer()
+    real = writer.write_rank
+
+    def write_rank(folder: Path, *arguments: Any, **keys: Any) -> Any:
+        if checkpoint_name(step) in folder.name:
+            _kill()
+        return real(folder, *arguments, **keys)
+
+    writer.write_rank = write_rank
+
+
+def _sum_lost(step: int) -> None:
+    """This rank has the sum of all replicas, takes it for lost, and says so."""
+    from megadistill.distributed.groups.guard import ReplicasChanged
+
+    module = _flat_step()
+    real, done = module.add_across, list[int]()
+
+    def add_across(flat: Tensor, group: Any) -> None:
+        real(flat, group)
+        if step == STEP and not done:
+            done.append(step)
+            group.guard.break_off("a fault of the drill")
+            raise ReplicasChanged
+
+    module.add_across = add_across
+
+
+def _silence(seconds: int) -> None:
+    """Heartbeats of replicas may be so many seconds old."""
+    import megadistill.distributed.members
+
+    members: Any = megadistill.distributed.members
+    members.SILENCE_SECONDS = float(seconds)
+
+
 def _block_before_rename(step: int) -> None:
     """All bytes of a checkpoint are written, and it has no name yet."""
     import megadistill.train.checkpoint.writer
@@ -176,6 +260,14 @@ def _own_node(number: int) -> None:
 
 _PATCHES: dict[str, Callable[[int], None]] = {
     "die": _die_in_backward,
+    "die_forward": _die_before(_engine, "routed_hidden"),
+    "die_teacher": _die_before(_stage, "forward"),
+    "die_across": _die_before(_flat_step, "add_across"),
+    "die_step": _die_before(lambda: _flat_step().FlatStep, "_update"),
+    "die_save": _die_in_save,
+    "die_folder": _die_before(lambda: _writer().Saver, "_make_folder"),
+    "sum_lost": _sum_lost,
+    "silence": _silence,
     "before_rename": _block_before_rename,
     "node": _own_node,
     "nan": _nan,

@@ -1,0 +1,292 @@
+"""Cases of replicas that are launches of their own: each is lost at some instant, and the others go on.
+
+At the end the run is compared with an undisturbed one: the same sequences in the same steps, none lost, none twice;
+losses and weights to rounding, since other ranks add up the same terms.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megadistill.train.checkpoint.format import newest_checkpoint
+from tests.drill.cases import RESTART, CaseResult, case, since, steps_of
+from tests.drill.launch import Ranks, launch, marked, until
+from tests.drill.place import Place
+from tests.drill.record import Record
+from tests.e2e.commands import settings
+from tests.paths import ROOT
+
+VICTIM = 1
+"""The replica that is lost, where it does not matter which."""
+STEPS = 16
+AT = 6
+"""The step of a fault."""
+
+
+@dataclass
+class Replicas:
+    """The launches of a run's replicas, and their store."""
+
+    place: Place
+    name: str
+    count: int
+    shard: int
+    changes: Sequence[str]
+    steps: int = STEPS
+    launches: list[Ranks] = field(default_factory=list)
+    of: list[int] = field(default_factory=list)
+    """The replica of each launch."""
+
+    def __enter__(self) -> "Replicas":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "megadistill.distributed.store_server", "--port", str(self.port)]
+        environment = {**os.environ, **marked()}
+        self.store = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.store.stdout is not None
+        assert self.store.stdout.readline().startswith("store: listening")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.launches:
+            each.send(signal.SIGKILL)
+        self.store.terminate()
+        self.store.wait()
+
+    @property
+    def folder(self) -> Path:
+        return self.place.run_folder(self.name)
+
+    def start(self, replica: int, faults: Mapping[int, Sequence[str]] | None = None) -> Ranks:
+        """A launch of this replica. `faults` by rank in it."""
+        environment = {
+            "MEGADISTILL_REPLICA": str(replica),
+            "MEGADISTILL_REPLICAS": str(self.count),
+            "MEGADISTILL_STORE": f"127.0.0.1:{self.port}",
+        }
+        number = self.of.count(replica) + 1
+        folder = self.place.folder / "output" / self.name / f"replica-{replica}-{number:02d}"
+        arguments = [*self.place.command(self.name, steps=self.steps), *self.changes]
+        ranks = launch(arguments, world=self.shard, faults=faults or {}, folder=folder, environment=environment)
+        self.launches.append(ranks)
+        self.of.append(replica)
+        return ranks
+
+    def until_step(self, step: int) -> None:
+        until(lambda: steps_of(self.folder) >= step or not self.alive, 90.0, f"{self.folder} did not come to {step}")
+        assert self.alive, f"all replicas ended before step {step}\n{self.output}"
+
+    @property
+    def alive(self) -> bool:
+        return any(each.alive for each in self.launches)
+
+    @property
+    def output(self) -> str:
+        return "\n".join(f"=== replica {of}\n{each.output}" for of, each in zip(self.of, self.launches, strict=True))
+
+    def changed(self) -> list[dict[str, object]]:
+        """The events of other members."""
+        return [
+            event
+            for line in (self.folder / "events.jsonl").read_text().splitlines()
+            if (event := json.loads(line))["event"] == "replicas_changed"
+        ]
+
+
+def undisturbed(place: Place, steps: int = STEPS) -> Record:
+    """The run on one rank, made once."""
+    name = f"one-rank-{steps}"
+    if not (place.run_folder(name) / "DONE").exists():
+        changes = settings(distributed__vocab_group=1)
+        assert place.attempt(name, *changes, world=1, steps=steps).wait(240) == [0]
+    return Record.of(place.run_folder(name))
+
+
+def compare(place: Place, name: str, *, seconds: float | None, steps: int = STEPS) -> CaseResult:
+    """The run against the undisturbed one. Raises AssertionError."""
+    truth, folder = undisturbed(place, steps), place.run_folder(name)
+    record = Record.of(folder)
+    assert record.steps.keys() == truth.steps.keys(), f"logged are the steps {sorted(record.steps)}"
+    result = record.require_close(truth)
+    ours, theirs = (newest_checkpoint(each / "checkpoints") for each in (folder, place.run_folder(f"one-rank-{steps}")))
+    assert ours is not None
+    assert theirs is not None
+    for parameter in theirs.manifest.parameters:
+        rows = theirs.parameter(parameter)
+        torch.testing.assert_close(ours.parameter(parameter)[: len(rows)], rows, rtol=1e-3, atol=1e-5)
+    return CaseResult(seconds, 0, result)
+
+
+def lose(
+    place: Place,
+    name: str,
+    fault: str,
+    *,
+    count: int = 2,
+    shard: int = 2,
+    victims: Sequence[int] = (VICTIM,),
+    others: Sequence[str] = (),
+    changes: Sequence[str] = (),
+) -> CaseResult:
+    """The victims' last rank has the fault, which kills it; they join again; the run is the undisturbed one.
+
+    `others`: faults of the first rank of the replicas that are no victims.
+    """
+    with Replicas(place, name, count, shard, changes) as replicas:
+        faults = {victim: {shard - 1: [fault]} for victim in victims}
+        for replica in range(count):
+            replicas.start(replica, faults.get(replica, {0: list(others)} if others else {}))
+        first = {victim: replicas.launches[victim] for victim in victims}
+        for ranks in first.values():
+            ranks.processes[-1].join(90)
+            assert ranks.processes[-1].exitcode == -signal.SIGKILL, replicas.output
+        began = time.monotonic()
+        until(lambda: bool(replicas.changed()) or not replicas.alive, 60.0, "no replica went on")
+        seconds = since(began)
+        for victim, ranks in first.items():
+            ranks.wait(60)
+            replicas.start(victim)
+        for of, ranks in zip(replicas.of, replicas.launches, strict=True):
+            if ranks not in first.values():
+                assert ranks.wait(120) == [0] * shard, f"replica {of}\n{replicas.output}"
+        lost = {number for event in replicas.changed() for number in event["lost"]}  # type: ignore[attr-defined]
+        assert lost == set(victims), replicas.changed()
+        assert any(event["joined"] for event in replicas.changed()) or steps_of(replicas.folder) == STEPS
+    return compare(place, name, seconds=seconds)
+
+
+@case("replica-forward", "a replica is lost in the student's forward pass")
+def forward(place: Place) -> CaseResult:
+    return lose(place, "replica-forward", f"die_forward:{AT}")
+
+
+@case("replica-teacher", "a replica is lost in the teacher's pipeline")
+def in_teacher(place: Place) -> CaseResult:
+    return lose(place, "replica-teacher", f"die_teacher:{AT}")
+
+
+@case("replica-across", "a replica is lost before the all-reduce over replicas, when its other rank is in it")
+def across(place: Place) -> CaseResult:
+    return lose(place, "replica-across", f"die_across:{AT}")
+
+
+@case("replica-step", "a replica is lost in the optimizer step: the others have the sum")
+def in_step(place: Place) -> CaseResult:
+    return lose(place, "replica-step", f"die_step:{AT}")
+
+
+@case("replica-behind", "a replica is lost, and of two others one has the sum and one has not")
+def behind(place: Place) -> CaseResult:
+    return lose(
+        place,
+        "replica-behind",
+        f"die_step:{AT}",
+        count=3,
+        shard=1,
+        victims=(2,),
+        others=[f"sum_lost:{AT}"],
+        changes=settings(distributed__vocab_group=1),
+    )
+
+
+@case("replica-save", "a replica is lost while it writes a checkpoint")
+def in_save(place: Place) -> CaseResult:
+    return lose(place, "replica-save", "die_save:8")
+
+
+@case("replica-two", "two of three replicas are lost at once")
+def two(place: Place) -> CaseResult:
+    changes = settings(distributed__vocab_group=1)
+    return lose(place, "replica-two", f"die:{AT}", count=3, shard=1, victims=(1, 2), changes=changes)
+
+
+@case("replica-first", "the replica with rank 0, which writes the run's files, is lost")
+def first(place: Place) -> CaseResult:
+    return lose(place, "replica-first", f"die:{AT}", victims=(0,))
+
+
+@case("replica-first-save", "the replica with rank 0 is lost where a checkpoint of all gets its name")
+def first_save(place: Place) -> CaseResult:
+    return lose(place, "replica-first-save", "die_folder:8", victims=(0,))
+
+
+@case("replica-frozen", "a replica is frozen: it is left out, and ends when it goes on")
+def frozen(place: Place) -> CaseResult:
+    name, silence = "replica-frozen", ["silence:4"]
+    with Replicas(place, name, 2, 1, settings(distributed__vocab_group=1)) as replicas:
+        kept = replicas.start(0, {0: silence})
+        victim = replicas.start(1, {0: [*silence, f"frozen:{AT}"]})
+        replicas.until_step(AT - 1)
+        began = time.monotonic()
+        until(lambda: bool(replicas.changed()) or not kept.alive, 60.0, "the other replica did not go on")
+        seconds = since(began)
+        victim.send(signal.SIGCONT)
+        assert victim.wait(60) == [RESTART], replicas.output
+        assert kept.wait(120) == [0], replicas.output
+    return compare(place, name, seconds=seconds)
+
+
+@case("replica-minimum", "fewer replicas are left than the recipe asks for: the run stops for a restart")
+def minimum(place: Place) -> CaseResult:
+    name = "replica-minimum"
+    changes = settings(distributed__vocab_group=1, distributed__min_replicas=2)
+    with Replicas(place, name, 2, 1, changes) as replicas:
+        left = replicas.start(0)
+        victim = replicas.start(1, {0: [f"die:{AT}"]})
+        began = time.monotonic()
+        victim.wait(90)
+        assert left.wait(60) == [RESTART], replicas.output
+        assert "distributed.min_replicas" in replicas.output
+        seconds = since(began)
+    with Replicas(place, name, 2, 1, changes) as replicas:
+        both = [replicas.start(replica) for replica in range(2)]
+        assert [each.wait(120) for each in both] == [[0], [0]], replicas.output
+    return compare(place, name, seconds=seconds)
+
+
+LOSSES, STEPS_OF_TEN = 10, 400
+
+
+@case("replica-ten", f"{LOSSES} replicas in a row are lost at random, and join again")
+def ten(place: Place) -> CaseResult:
+    """Mostly one of three at a time, now and then two."""
+    seed, name = int(os.environ.get("DRILL_SEED", "1")), "replica-ten"
+    draw, changes = random.Random(seed), settings(distributed__vocab_group=1, train__checkpoint_every=10)
+    slow, seconds = {0: ["slow:60"]}, list[float]()
+    with Replicas(place, name, 3, 1, changes, steps=STEPS_OF_TEN) as replicas:
+        here = {replica: replicas.start(replica, slow) for replica in range(3)}
+        replicas.until_step(2)
+        while sum(len(event["lost"]) for event in replicas.changed()) < LOSSES:  # type: ignore[arg-type]
+            replicas.until_step(steps_of(replicas.folder) + draw.randint(1, 4))
+            victims = draw.sample(sorted(here), 2 if draw.random() < 0.2 else 1)
+            before, began = len(replicas.changed()), time.monotonic()
+            for victim in victims:
+                here[victim].send(signal.SIGKILL)
+            until(lambda: len(replicas.changed()) > before or not replicas.alive, 60.0, "no replica went on")  # noqa: B023
+            seconds.append(since(began))
+            for victim in victims:
+                here[victim].wait(30)
+                here[victim] = replicas.start(victim, slow)
+            until(lambda: _members(replicas) == 3 or not replicas.alive, 90.0, "the lost replicas did not join")
+            assert replicas.alive, replicas.output
+        assert steps_of(replicas.folder) < STEPS_OF_TEN, "the run was over before the last loss"
+        for replica, ranks in here.items():
+            assert ranks.wait(240) == [0], f"replica {replica}\n{replicas.output}"
+    result = compare(place, name, seconds=sum(seconds) / len(seconds), steps=STEPS_OF_TEN)
+    return CaseResult(result.seconds, 0, f"{result.result} (seed {seed})")
+
+
+def _members(replicas: Replicas) -> object:
+    """Replicas of the run, after the last change."""
+    return replicas.changed()[-1]["replicas"]
