@@ -77,6 +77,8 @@ class Topology:
     """Messages between student and teacher; None where they share their ranks."""
     timeout: timedelta | None = None
     """Time limit of a collective."""
+    store: Store | None = None
+    """Where ranks of several replicas meet; None: in that of their default world."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hang detection; the main thread reports each phase that it enters."""
 
@@ -355,7 +357,7 @@ def topology_of_world(
     assert store is not None, "replicas have no store to meet in"
     where: dict[str, Any] = {"device": device, "name": f"across_{shard}"}
     across = unregistered_group(store, replica, range(shard, launch.world, n), timeout, **where)
-    return alone.with_replicas(replica, replicas, across)
+    return replace(alone.with_replicas(replica, replicas, across), store=store)
 
 
 def topology_of_teacher(own: Launch, roles: Roles, *, device: torch.device, timeout: timedelta) -> Topology:

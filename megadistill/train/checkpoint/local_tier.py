@@ -112,7 +112,7 @@ class LocalTier:
         self.leads = topology.rank == self.node[0]
         """Whether this rank commits and deletes for its node."""
         self._target, self._sources = ring.target(topology.rank), ring.sources(topology.rank)
-        self._channels = HostChannels(topology.rank, topology.timeout)
+        self._channels = HostChannels(topology.rank, topology.timeout, topology.store)
         self._channels.connect(ring.links())
         if topology.is_first and self.nodes == 1:
             logger.info("checkpoint.local: one node: its saves have no copy elsewhere")
