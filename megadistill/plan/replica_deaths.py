@@ -8,12 +8,14 @@ replacement joins at the end of a step. Until then the run has the throughput of
 and nothing of the steps since the last save. By the renewal reward theorem, with a mean time M between faults of which
 a share f are such deaths, useful time over wall time is 1 / (1 + f/M · (pause + replacement / R)); it multiplies Daly's
 goodput of the restarts, whose mean time between faults is M / (1 - f). Faults are rare against a replacement's time, so
-two deaths at once are left out, and with them `distributed.min_replicas`.
+two deaths at once are left out, and with them `distributed.min_replicas`. Replicas survive where they are launches of
+their own; `fixed_ranks` names what does not go with that.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megadistill.config.recipe import Recipe
 from megadistill.plan.estimate import Estimate
 from megadistill.plan.restart import CHECKPOINT, CLEANUP, DETECTION, FAULT, GROUPS, GROUPS_OF_RANK
 from megadistill.student.optimizer import state_bytes
@@ -51,23 +53,27 @@ NO_DEATHS = Deaths()
 
 
 def count_deaths(estimate: Estimate, restart: Mapping[str, float]) -> Deaths:
-    """Deaths of replicas of a layout. `restart`: parts of a restart (`restart_parts`).
-
-    A teacher's own ranks belong to the replica that they serve; where a pipeline serves two replicas, a fault of its
-    nodes, or of theirs, is a restart.
-    """
+    """Deaths of replicas of a layout. `restart`: parts of a restart (`restart_parts`)."""
     run = estimate.sharding
-    if run.replicas == 1 or not serves_whole_replicas(estimate):
+    if run.replicas == 1 or fixed_ranks(run.recipe) is not None:
         return NO_DEATHS
     groups = GROUPS + GROUPS_OF_RANK * run.replicas
     state = state_bytes(run.recipe.train.optimizer) * run.partition_size
     joining = groups + state / estimate.cluster.accelerator.network_bandwidth
     pause = DETECTION + groups + estimate.times.step + joining
-    of_a_replica = GROUPS_OF_RANK * estimate.cluster.ranks * (1 - 1 / run.replicas)  # its own groups are smaller
-    replacement = sum(restart.values()) - restart[FAULT] - restart[CHECKPOINT] + CLEANUP - of_a_replica
+    of_others = GROUPS_OF_RANK * (estimate.cluster.ranks - run.shard)  # a replacement makes its own groups alone
+    replacement = sum(restart.values()) - restart[FAULT] - restart[CHECKPOINT] + CLEANUP - of_others
     return Deaths(ONE_NODE, pause, replacement, run.replicas)
 
 
-def serves_whole_replicas(estimate: Estimate) -> bool:
-    """Whether each pipeline of a teacher on ranks of its own serves one replica of the student alone."""
-    return not estimate.times.replicas or estimate.sharding.shard % estimate.times.clients == 0
+def fixed_ranks(recipe: Recipe) -> str | None:
+    """The setting that ties a run to its ranks, so that replicas cannot be launches that come and go; None: none does.
+
+    A run refuses the same (`train.setup.ranks_and_files`).
+    """
+    teacher = recipe.teacher
+    if teacher is not None and teacher.placement == "disaggregated":
+        return "teacher.placement=disaggregated"
+    if teacher is not None and teacher.save_targets is not None:
+        return "teacher.save_targets"
+    return None if recipe.checkpoint.local is None else "checkpoint.local"

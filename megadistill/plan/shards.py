@@ -101,10 +101,9 @@ def best_shard(candidates: tuple[ShardCandidate, ...]) -> ShardCandidate | None:
 
 
 def _shards(main: Estimate) -> Iterator[int]:
-    """Ranks of a replica that are whole nodes, vocab groups and clients of pipelines, each at least twice the last."""
+    """Ranks of a replica that are whole nodes and vocab groups, each at least twice the last."""
     run = main.sharding
-    clients = main.times.clients if main.times.replicas else 1
-    unit = math.lcm(run.group_size * run.sequence_ranks, main.cluster.gpus_per_node, clients)
+    unit = math.lcm(run.group_size * run.sequence_ranks, main.cluster.gpus_per_node)
     last = 0
     for shard in divisors(run.ranks):
         if shard % unit == 0 and 2 * last <= shard <= LARGEST_SHARD and shard < run.ranks:

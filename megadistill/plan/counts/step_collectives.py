@@ -3,6 +3,8 @@
 It is the one count of them: a plan's latencies are reckoned from it, and `tests/scale/test_collectives.py` compares it,
 call by call, with what a rank of a run asks of its process groups. Left out is what does not happen in each step:
 saves, diagnostics, `resilience`'s checks, and the first two steps, in which DeepSpeed learns the order of the layers.
+Of several replicas it is the count of a first rank, which has the most calls; replicas that are launches of their own
+add three small all-reduces within a replica, by which its ranks agree that none of the others is lost.
 
 Legend: as in `plan.counts.sharding`.
 """
@@ -18,7 +20,7 @@ from megadistill.plan.counts.traffic import PER_TOKEN_TERMS
 from megadistill.plan.counts.zero import GatherCall, gather_calls
 from megadistill.types import METRIC_NAMES, PER_TOKEN_NAMES
 
-ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, BROADCAST = "all-gather", "reduce-scatter", "all-reduce", "broadcast"
 """Kinds of collectives."""
 
 FLOAT64 = 8
@@ -44,7 +46,7 @@ class Collective:
 
     purpose: str
     kind: str
-    """`ALL_GATHER`, `REDUCE_SCATTER` or `ALL_REDUCE`."""
+    """`ALL_GATHER`, `REDUCE_SCATTER`, `ALL_REDUCE` or `BROADCAST`."""
     ranks: int
     nodes: int
     """Nodes that its ranks are on."""
@@ -76,7 +78,7 @@ class StepCollectives:
 
 
 def count_collectives(run: Sharding) -> StepCollectives:
-    """The collectives of a step on one of the student's ranks; none of a group of one rank."""
+    """The collectives of a step on the student's first rank; none of a group of one rank."""
     groups = _Groups(run)
     loss = tuple(call for each in run.each_teacher if each.tokens_with_teacher for call in _loss(each, groups))
     kinds = (True, False) if run.accumulation > 1 else (True,)
@@ -105,9 +107,11 @@ class _Groups:
         return self._call(purpose, kind, nbytes, Hidden.NOTHING, ranks=ranks, stride=stride, spans_world=True)
 
     def run_wide(self, purpose: str, kind: str, nbytes: int) -> Iterator[Collective]:
-        """Over all ranks of the student, in two levels where there are replicas (`distributed.collectives`)."""
+        """Over all ranks of the student. Of several replicas the first ranks speak across, and tell the others."""
         yield self.replica(purpose, kind, nbytes)
-        yield self.across(purpose, kind, nbytes)
+        if self.run.replicas > 1:
+            yield self.across(purpose, kind, nbytes)
+            yield self.replica(purpose, BROADCAST, nbytes)
 
     def copies(self, purpose: str, kind: str, nbytes: int, hidden_behind: Hidden = Hidden.NOTHING) -> Collective:
         """Over the ranks that together hold hpZ's second copy of the weights."""
@@ -146,7 +150,7 @@ LOSS = "loss"
 
 CONTROL = (SMALL, TOKENS, NUMBERS, NORM)
 """Purposes of the calls over a replica, and across replicas, that may be small: all-reduces, whose latency grows with
-the logarithm of the nodes, once a step."""
+the logarithm of the nodes, once a step, and where there are replicas a broadcast within each."""
 
 QUANTIZED_GROUP = 2048
 """Most weights that share a scale under qwZ."""

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megadistill.plan.replica_deaths import fixed_ranks
 from megadistill.plan.shards import MOST_ALL_REDUCE, ShardCandidate, best_shard
 from megadistill.units import readable, spell
 
@@ -48,6 +49,8 @@ def _note(candidates: Sequence[ShardCandidate]) -> str:
             f" {deaths.share:.0%} of the faults end one replica: all wait for {spell(deaths.pause)}, and 1 in "
             f"{run.replicas} of the throughput is missing for {spell(deaths.replacement)}, if a spare node is at hand."
         )
+    elif (setting := fixed_ranks(run.recipe)) is not None:
+        text += f" Each fault is a restart: replicas that come and go do not work with {setting}."
     return text
 
 

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroupGloo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.collective_calls import Collective, Collectives
 from megadistill.config.recipe import AttentionSetting, Checkpointing, Recipe
 from megadistill.distributed.all_to_all import OPERATOR
 from megadistill.distributed.p2p import Endpoint
@@ -63,13 +64,15 @@ TEACHER: dict[str, Any] = {**STUDENT, "hidden_size": 512, "num_attention_heads":
 
 @dataclass(frozen=True)
 class Case:
-    """A run of a few steps on two ranks."""
+    """A run of a few steps on a few ranks."""
 
     students: int = 2
     teachers: int = 0
     """Ranks of the teacher's own; 0: each of the student's ranks has a stage."""
     sequence: int = 1
     """Ranks that share each sequence."""
+    replicas: int = 1
+    """Replicas of the student, on as many of its ranks each."""
     length: int = SEQUENCE
     """Tokens of a sequence."""
     vocab_group: int = 2
@@ -104,7 +107,7 @@ class Case:
                     "precision": self.precision,
                     "optimizer": {"learning_rate": 1e-3},
                 },
-                "distributed": {"sequence": self.sequence},
+                "distributed": {"sequence": self.sequence, "shard": self.students // self.replicas},
                 "loss": {"elementwise": "eager", **self.loss},  # as auto is on a CPU
                 "teacher": self._teacher() if self.objective == "distill" else None,
             }
@@ -149,7 +152,9 @@ class Seen:
     received: Counter[str]
     """Bytes that came to this rank in the last step, by who asked for them."""
     checkpoint: int
-    """Bytes of this rank's file."""
+    """Bytes of this rank's file; 0 where another replica writes it."""
+    calls: list[Collective] = field(default_factory=list)
+    """Collectives of the last step."""
 
 
 def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str) -> Seen:
@@ -168,11 +173,14 @@ def watched_run(topology: Topology, case: Case, teacher: str | None, folder: str
             source = LiveTeacher(pipeline=pipeline, head=head, topology=topology)
         built = Counter(watch.live)
         with watch.phases(student, pipeline):
-            _steps(topology, case, student, source, watch)
-        seen = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
+            calls = _steps(topology, case, student, source, watch)
+        seen = Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0, calls)
+    if topology.replica > 0:
+        return seen
     state = {**student.state.snapshot(), RNG_KEY: torch.get_rng_state()}
-    record = write_rank(Path(folder), state, rank=topology.rank, world=topology.world)
-    assert (Path(folder) / rank_file(topology.rank, topology.world)).stat().st_size == record.bytes
+    shard, shards = topology.shard_rank, topology.shard_world
+    record = write_rank(Path(folder), state, rank=shard, world=shards)
+    assert (Path(folder) / rank_file(shard, shards)).stat().st_size == record.bytes
     return replace(seen, checkpoint=record.bytes)
 
 
@@ -234,22 +242,23 @@ def _serve(topology: Topology, case: Case, teacher: str, watch: "Watch") -> Seen
     return Seen(built, dict(watch.peaks), dict(watch.highest), watch.received, 0)
 
 
-def _steps(topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch") -> None:
+def _steps(
+    topology: Topology, case: Case, student: StudentEngine, teacher: Teacher, watch: "Watch"
+) -> list[Collective]:
+    """Takes the steps; returns the calls of the last one."""
+    collectives = Collectives()
     coefs = RouterCoefs.of(case.recipe.loss, load_config({**STUDENT, **case.student}, what="test"))
     objective = Objective(case.recipe.loss, length=STEPS, seed=1, router_coefs=coefs)
     how: dict[str, Any] = {"micro_batch": case.micro_batch, "part": topology.sequence_part}
     with closing(StepBatches(_batches(topology, case), teacher, **how)) as batches:
         for step in range(1, STEPS + 1):
             watch.begin()
-            train_step(
-                student,
-                next(batches),
-                step=step,
-                learning_rate=1e-3,
-                objective=objective,
-                topology=topology,
-            )
+            batch = next(batches)
+            collectives.calls.clear()
+            with collectives:
+                train_step(student, batch, step=step, learning_rate=1e-3, objective=objective, topology=topology)
     teacher.close()
+    return collectives.calls
 
 
 def _batches(topology: Topology, case: Case) -> Iterator[tuple[TokenBatch, Cursor]]:
@@ -292,6 +301,7 @@ ASKERS = {
     "zero/partition_parameters.py": "weights",
     "zero/stage3.py": "gradients",
     "student/head.py": "head",
+    "collectives.py:add_across": "across",
     "megadistill/loss/": "loss",
     "teacher/pipeline.py:_scatter_signals": "answers",
     "teacher/pipeline.py:signals": "stages",

@@ -19,7 +19,9 @@ from megadistill.plan.counts.memory import ACTIVATIONS
 from megadistill.plan.counts.model_stats import measure_models
 from megadistill.plan.counts.requirements import Requirements, count_requirements
 from megadistill.plan.counts.sharding import Sharding
+from megadistill.plan.counts.step_collectives import count_collectives
 from megadistill.plan.counts.traffic import (
+    ACROSS,
     ANSWERS,
     GATHERS,
     HEAD,
@@ -57,13 +59,19 @@ MIXTURE = Case(
     vocab_group=1,
     student={"model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 512},
 )
-COLOCATED = [DISTILLED, RECOMPUTED, SELECTIVE, IN_BFLOAT16, SHARING]
+REPLICAS = Case(students=4, replicas=2, vocab_group=1, objective="labels", activation_checkpointing="full")
+"""Two replicas, each over two ranks."""
+COPIES = Case(replicas=2, vocab_group=1, objective="labels", zero={"stage3_param_persistence_threshold": 0})
+"""Two replicas of one rank each, which holds all of the student."""
+COLOCATED = [DISTILLED, RECOMPUTED, SELECTIVE, IN_BFLOAT16, SHARING, REPLICAS, COPIES]
 NAMES = [
     "distilled",
     "recomputed, with copies in the node",
     "selective, attention in blocks",
     "bfloat16, tied, truncated targets",
     "sequences shared, recomputed",
+    "two replicas of two ranks",
+    "two replicas of one rank",
 ]
 
 
@@ -86,15 +94,19 @@ def seen(case: Case, teacher: Path) -> list[Seen]:
         checkpoint = teacher / "checkpoint"
         checkpoint.mkdir(exist_ok=True)
         arguments = (case, folder, str(checkpoint))
-        groups: dict[str, int] = {"vocab_group": group, "sequence": case.sequence}
+        groups: dict[str, int] = {"vocab_group": group, "sequence": case.sequence, "replicas": case.replicas}
         _RUNS[repr(case)] = run_ranks(world, watched_run, *arguments, **groups, roles=roles)
     return _RUNS[repr(case)]
 
 
 def planned(case: Case) -> Requirements:
+    return count_requirements(sharding(case))
+
+
+def sharding(case: Case) -> Sharding:
     student = load_config({**STUDENT, **case.student}, what="test")
     teacher = load_config(TEACHER, what="test") if case.objective == "distill" else None
-    run = Sharding(
+    return Sharding(
         case.recipe,
         measure_models(student, teacher, sequence_length=case.length),
         vocab_size=VOCAB,
@@ -103,8 +115,8 @@ def planned(case: Case) -> Requirements:
         group_size=case.vocab_group,
         roles=case.roles,
         zero=Zero.of(case.deepspeed_config),
+        replicas=case.replicas,
     )
-    return count_requirements(run)
 
 
 def peak(ranks: list[Seen], phase: str) -> Counter[str]:
@@ -125,16 +137,43 @@ def test_bytes_on_each_link(case: Case, teacher: Path) -> None:
     if case.sequence > 1:
         shared = traffic[SHARED].received + traffic[TEACHER_SHARED].received
         assert received.pop("all-to-all") == pytest.approx(shared * tokens, rel=WITHIN)
-    names = {GATHERS: "weights", REDUCES: "gradients", HEAD: "head", VOCABULARY: "loss"}
+    names = {GATHERS: "weights", REDUCES: "gradients", ACROSS: "across", HEAD: "head", VOCABULARY: "loss"}
     names |= {STAGES: "stages", ANSWERS: "answers"}
     for link, name in names.items():
         expected = traffic[link].received * tokens if link in traffic else 0
+        if link == ACROSS:
+            expected *= case.replicas / max(1, case.replicas - 1)  # the record leaves out no part of an all-reduce
         if link == ANSWERS:  # the last stage's own part is sent to nobody; a scatter gives it to itself
             assert received[name] in (0, pytest.approx(expected, rel=WITHIN))
             continue
         assert received.pop(name, 0) == pytest.approx(expected, rel=WITHIN), link
     del received["answers"]
     assert received.total() < 1e-3 * tokens * sum(link.received for link in traffic.values()), received
+
+
+NUMBERS = 1024
+"""Bytes that the numbers of a step have at most: a run adds its flags."""
+
+
+@pytest.mark.parametrize("case", [REPLICAS, COPIES], ids=["2 x 2", "2 x 1"])
+def test_each_collective_of_a_step_with_replicas(case: Case, teacher: Path) -> None:
+    """Of the first rank those that a plan counts; the others speak across for the gradients alone."""
+    kinds = {"allgather_base": "all-gather", "reduce_scatter_base": "reduce-scatter", "allreduce": "all-reduce"}
+    ranks = [
+        Counter(
+            _call(kinds.get(call.name, call.name), call.ranks, call.nbytes) for call in rank.calls if call.ranks > 1
+        )
+        for rank in seen(case, teacher)
+    ]
+    run = sharding(case)
+    assert ranks[0] == Counter(_call(call.kind, call.ranks, call.nbytes) for call in count_collectives(run))
+    across = ("all-reduce", case.replicas, 4 * run.partition_size)
+    assert all(rank[across] == 1 for rank in ranks), "float32"
+    assert ranks[-1].total() == ranks[0].total() - (2 if run.shard > 1 else 0)
+
+
+def _call(kind: str, ranks: int, nbytes: int) -> tuple[str, int, int]:
+    return kind, ranks, 0 if kind in ("all-reduce", "broadcast") and nbytes <= NUMBERS else nbytes
 
 
 @pytest.mark.parametrize("bucket", [500_000, 0])
