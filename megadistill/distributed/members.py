@@ -125,7 +125,7 @@ class Members:
 
     @property
     def somebody_waits(self) -> bool:
-        """Whether a replica waits to join, as this rank knows: leaders do."""
+        """Whether a replica waits to join, as the leader of the first one knows."""
         return bool(self._waiting)
 
     def next_epoch(self, steps: int) -> Epoch | None:
@@ -356,9 +356,12 @@ class Members:
         if epoch is None:
             return
         ids = {member.id for member in epoch.members}
-        for member in others:
-            if member.id in self._lost and member.id in ids and not store.check([f"end/{member.id}"]):
+        for member in epoch.members:
+            if member.id in self._lost and not store.check([f"end/{member.id}"]):
                 store.set(f"broken/{epoch.number}", f"replica {member.replica} on {member.host} is lost")
+        if epoch.members[0].id != self._id:
+            self._waiting = set[str]()
+            return  # who decides the next epoch looks who waits, so that no two differ in it
         waiting = [each for each in others if each.id not in {*ids, *self._lost}]
         self._waiting = {each.id for each in waiting if store.check([f"joins/{each.id}"])}
 

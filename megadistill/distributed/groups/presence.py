@@ -30,12 +30,12 @@ class Presence:
 
     def has_left(self, address: str) -> bool:
         """Whether the process that listened at this address has ended, as far as its connection tells."""
-        if address not in self._connections:
-            self._connections[address] = _connected(address)
-        connection = self._connections[address]
-        if connection is None:
-            return False
         try:
+            if address not in self._connections:
+                self._connections[address] = _connected(address)
+            connection = self._connections[address]
+            if connection is None:
+                return False
             return connection.recv(1) == b""
         except BlockingIOError:
             return False
@@ -58,6 +58,8 @@ def _connected(address: str) -> socket.socket | None:
     host, _, port = address.rpartition("|")
     try:
         connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+    except ConnectionRefusedError:  # its host is there, and it is not
+        raise
     except (OSError, ValueError):
         return None
     connection.setblocking(False)

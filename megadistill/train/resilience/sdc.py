@@ -19,6 +19,7 @@ from megadistill.distributed.collectives import (
     all_gather_rows,
     broadcast_object,
     first_false,
+    group_rank,
 )
 from megadistill.distributed.topology import Topology
 from megadistill.errors import OperatorFault
@@ -131,29 +132,35 @@ def require_sound_student(student: StudentEngine, topology: Topology) -> None:
 
 
 def _difference_of_replicas(student: StudentEngine, topology: Topology) -> str | None:
-    """The tensors that differ between the ranks with one shard, one of each replica. Collective over them.
+    """The tensors that differ between the ranks with this one's shard, one of each replica. Collective over the world.
 
     Reads masters and optimizer state once. The weights in the model's precision are the masters, rounded.
     """
-    if topology.across_group is None:
+    if topology.replicas == 1:
         return None
     tensors = list(student.state.local().items())
-    return _difference(tensors, weights_digest(tensors), topology.rank, topology.across_group)
+    digests_T = weights_digest(tensors).to(topology.device)
+    return _difference(tensors, digests_T, topology.rank, topology.world_group, every=topology.shard_world)
 
 
-def _difference(tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, group: Group | None) -> str | None:
+def _difference(
+    tensors: Iterable[tuple[str, Tensor]], digests_T: Tensor, rank: int, group: Group | None, *, every: int = 1
+) -> str | None:
     """The tensors that differ, and the ranks that hold other bits than the majority. Collective over the group.
 
-    Gathers one digest a rank, and all T only where those differ.
+    Gathers one digest a rank, and all T only where those differ. `every`: ranks of the group as far apart from each
+    other as this hold the same tensors; each hears of its own.
     """
-    whole = _digest(digests_T)
-    ranks_g2 = all_gather_rows(torch.stack([whole.new_full((), rank), whole]).unsqueeze(0), group)
-    if bool((ranks_g2[:, 1] == ranks_g2[0, 1]).all()):
+    whole, place = _digest(digests_T), group_rank(group) % every
+    ranks_ge2 = all_gather_rows(torch.stack([whole.new_full((), rank), whole]).unsqueeze(0), group).view(-1, every, 2)
+    if bool((ranks_ge2[..., 1] == ranks_ge2[0, :, 1]).all()):
         return None
-    digests_gT = all_gather_rows(digests_T.unsqueeze(0), group)
+    digests_gT = all_gather_rows(digests_T.unsqueeze(0), group)[place::every]
+    by_rank, hosts = ranks_ge2[:, place].tolist(), all_gather_objects(socket.gethostname(), group)[place::every]
     differ = (digests_gT != digests_gT[0]).any(dim=0).tolist()
+    if not any(differ):
+        return None
     names = [name for (name, _), differs in zip(tensors, differ, strict=True) if differs]
-    by_rank, hosts = ranks_g2.tolist(), all_gather_objects(socket.gethostname(), group)
     majority, holders = Counter(digest for _, digest in by_rank).most_common(1)[0]
     split = 2 * holders <= len(by_rank)
     ranks = [
